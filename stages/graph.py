@@ -108,7 +108,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     trained, previous = _add_training(graph, recipe.title, config, store)
     trained |= _add_post_training(graph, config, trained[previous["init"]].model, previous)
     _add_exports(graph, config, trained, data.conversations)
-    _add_chat_evaluation(graph, config)
+    _add_chat_evaluation(graph, config, data.parts)
     _add_extra_stages(graph, config)
     graph.check_sizes()
     return Graph(recipe, graph.nodes, absent)
@@ -127,8 +127,7 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> N
     tokenizer = config.tokenizer.model_dump()
     left_out = (*config.tokenizer.leave_out, *data.conversations)
     graph.add("tokenizer", "tokenizer", tokenizer | {"leave_out": left_out}, dedup="dedup")
-    tokenize = {"conversations": data.conversations, "shards": data.curation.shards}
-    graph.add("tokenize", "tokenize", tokenize, dedup="dedup", tokenizer="tokenizer")
+    graph.add("tokenize", "tokenize", data.tokenize_config(), dedup="dedup", tokenizer="tokenizer")
 
 
 def _add_training(
@@ -222,8 +221,9 @@ def _add_exports(
         graph.add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", dedup="dedup", items="items")
 
 
-def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe) -> None:
-    """Adds the evaluation of chat models: problems, the generated set, preferences, contamination."""
+def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe, parts: Mapping[str, int]) -> None:
+    """Adds the evaluation of chat models: problems, the generated set, preferences, contamination. parts: of each
+    source."""
     chat = config.evaluation.chat
     if chat is None or config.sft is None:
         return
@@ -234,7 +234,9 @@ def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe) -> None:
     order_configs = [graph.nodes[name].config.model_dump() for name in orders]
     mixes = {order["phase"]: sorted(order["mix"]) for order in order_configs}
     inputs = {"model": f"export-{chat_models[-1]}", "dedup": "dedup", "items": "items"}
-    graph.add("fresh", "fresh", {"problems": config.evaluation.problems, "phases": mixes}, **inputs, **tasks)
+    trained = {"parts": {source: parts[source] for source in sorted({name for mix in mixes.values() for name in mix})}}
+    fresh = {"problems": config.evaluation.problems, "phases": mixes} | trained
+    graph.add("fresh", "fresh", fresh, **inputs, **tasks)
     generation = {"max_new_tokens": chat.max_new_tokens, "seed": config.seed}
     for number, which in enumerate(chat_models):
         solving = generation | {"num_samples": chat.num_samples}
@@ -247,7 +249,7 @@ def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe) -> None:
             graph.add(f"prefer-{which}", "prefer", generation | {"model": which, "before": before}, **pair)
     scored = {name: name for name, node in graph.nodes.items() if node.stage.name in ("evaluate", "solve")}
     inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
-    graph.add("contamination", "contamination", {"seed": config.seed}, **inputs, **orders, **tasks, **scored)
+    graph.add("contamination", "contamination", {"seed": config.seed} | trained, **inputs, **orders, **tasks, **scored)
 
 
 def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:

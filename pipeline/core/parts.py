@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline.core import json_files
+from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import FileRow, canonical, flush_tree, hand_over_hash, rows_of
 
 SEAL = "part.json"
+PartCount = Annotated[int, Range(1, 10_000, "a folder of the Hub holds as many files")]
+"""The number of parts of a source."""
 
 
 class _Seal(TypedDict):
@@ -52,6 +56,15 @@ def part_slice(count: int, part: int, parts: int) -> slice:
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
+def shards_of(parts: Iterable[int]) -> int:
+    """The pieces of work of a stage that makes every part of each source. parts: their number by source.
+
+    Sources of one part each are one piece: a job array would cost more than their work.
+    """
+    counts = list(parts)
+    return sum(counts) if max(counts, default=1) > 1 else 1
+
+
 def seal_part(work: Path, name: str, make: Callable[[Path], dict[str, Any]]) -> Part:
     """The part `name` of a stage, made unless it is sealed in `work` already.
 
@@ -61,8 +74,7 @@ def seal_part(work: Path, name: str, make: Callable[[Path], dict[str, Any]]) -> 
     folder = work / name
     if (part := sealed_part(folder)) is not None:
         return part
-    draft = work / f".{name}.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = work / f".{name}.{uuid.uuid4().hex}"  # not the process id: makers on two nodes can share one
     draft.mkdir(parents=True)
     facts = make(draft)
     rows = rows_of(draft)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,7 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
     except FileNotFoundError:
         pass
     data = json.dumps(make()).encode()
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # processes of two nodes can share an id
     draft.write_bytes(sha256_bytes(data).encode() + b"\n" + data)
     os.replace(draft, path)
     return json.loads(data)

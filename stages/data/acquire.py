@@ -1,24 +1,34 @@
 """Acquire one source: read files, or generate from a seed, documents with their id, license and origin.
 
-Seals `documents.parquet` and `source.json`. Document ids and order depend only on the source and the seed.
+Seals `documents/part-NNNNN.parquet`, `failed/part-NNNNN.parquet` and `source.json`. Each part reads its own files once.
+Document ids and order depend only on the source and the seed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from pipeline.core.bounds import Seed
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
-from stages.data.readers.base import FileReader, SampledReader, Unreadable
+from stages.data import estimates
+from stages.data.curation.failures import Failures
+from stages.data.database import connect
+from stages.data.readers.base import Document, Failed, FileReader, Files, SampledReader, Unreadable, is_unicode
 from stages.data.seeds import seed_of
-from stages.data.sources import Source, resolve_tree_digest
-from stages.data.table import DOCUMENTS, DocumentRow, content_hash, write_json, write_rows
+from stages.data.sources import Source, digest_of_file, tree_digest
+from stages.data.table import DOCUMENTS, FAILED, content_hash, row_writer, write_json
 
-VERSION = 1
+VERSION = 2
 
 
 class AcquireConfig(Config):
@@ -29,70 +39,206 @@ class AcquireConfig(Config):
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Read one source into `documents.parquet`; `source.json` declares license, evidence, tree digest and counts.
+    """Read one source into `documents`, and the rows that are no documents into `failed`; `source.json` declares
+    license, evidence, tree digest and counts.
 
-    Raises AtomError if a file is corrupt, if the tree digest differs from the config's, or if two documents have the
-    same id.
+    Resumes after the last sealed part. Raises AtomError if a file is corrupt, if the tree digest differs from the
+    config's, if two documents have the same id, or if many documents cannot be read.
     """
-    source = config.source
-    if resolve_tree_digest(source) != source.tree_digest:
-        raise AtomError(f"source {source.name}: tree_digest is not resolved; run through the recipe's resolved() form")
-    files = source.reader.files(source.name)
-    rows: dict[str, DocumentRow] = {}
-    skipped: list[str] = []
-    for document in source.reader.documents(source.name, config.seed, files):
-        if isinstance(document, Unreadable):
-            skipped.append(document.name)
-            continue
-        id = f"{source.name}/{document.name}"
-        if id in rows:
-            raise AtomError(
-                f"source {source.name}: two documents have the id {id}; choose an id_field of distinct values"
-            )
-        rows[id] = {
-            "id": id,
-            "text": document.text,
-            "source": source.name,
-            "license": document.license or source.license,
-            "origin": f"{source.origin}#{document.location}" if document.location else source.origin,
-            "content_hash": content_hash(document.text),
-            "prompt_chars": document.prompt_chars,
-        }
+    source, parts = config.source, []
+    for number in range(source.parts):
+        parts.append(_seal_part(config, work, number))
+        report.progress(number + 1, source.parts, "parts")
+    files = [(name, sha256) for part in parts for name, sha256 in part.facts["files"]]
+    _require_tree(source, parts, files)
+    counts = {name: sum(part.facts[name] for part in parts) for name in ("documents", "documents_found", "bytes")}
+    failures = Failures.joined(part.facts["failures"] for part in parts)
+    skipped = [name for part in parts for name in part.facts["files_skipped"]]
     for name in skipped:
         report.note(f"source {source.name}: {name} cannot be read and was skipped")
-    limit = source.reader.limit if isinstance(source.reader, SampledReader) else None
-    selected = _subsample(rows, limit, source.name, config.seed)
-    if not selected:
+    if failures.count:
+        report.note(f"source {source.name}: cannot be read, and will be removed by curation: {failures}")
+    if not counts["documents"]:
         raise AtomError(f"source {source.name} gave no documents; check its reader")
-    write_rows(out / "documents.parquet", DOCUMENTS, selected)
+    link_parts(parts, out)
+    if source.parts > 1 and not source.reader.names_files:
+        _require_distinct_ids(source, out, work)
+    documents = counts["documents"]
+    counts |= {"documents": documents + failures.count, "documents_failed": failures.count}
     declaration = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
-    size = sum(len(row["text"].encode()) for row in selected)
-    counts = {
-        "documents": len(selected),
-        "documents_found": len(rows),
-        "bytes": size,
-        "files": len(files),
-        "files_skipped": skipped,
-    }
-    write_json(out / "source.json", {**declaration, "reader": source.reader.reader, **counts})
+    sizes = {"files": len(files), "files_skipped": skipped, "parts": source.parts}
+    write_json(out / "source.json", {**declaration, "reader": source.reader.reader, **counts, **sizes})
     report.note(
-        f"source {source.name}: {len(selected)} of {len(rows)} documents, {size / 1e6:.2f} MB, {source.license}"
+        f"source {source.name}: {documents} of {counts['documents_found']} documents, {counts['bytes'] / 1e6:.2f} MB, "
+        f"{source.license}"
     )
 
 
-def _subsample(rows: dict[str, DocumentRow], limit: int | None, name: str, seed: int) -> list[DocumentRow]:
-    """The first `limit` documents by a seeded hash of their id, in their original order."""
-    if limit is None or len(rows) <= limit:
-        return list(rows.values())
-    salt = f"{seed_of(f'limit/{name}', seed)}/"
-    by_hash = sorted(rows, key=lambda id: hashlib.sha256((salt + id).encode()).digest())
-    selected = set(by_hash[:limit])
-    return [row for id, row in rows.items() if id in selected]
+def run_shard(config: AcquireConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Seals one part in `work`."""
+    _seal_part(config, work, shard)
+
+
+def _seal_part(config: AcquireConfig, work: Path, number: int) -> Part:
+    return seal_part(work, f"{config.source.name}-{number:05d}", partial(_read_part, config, number))
+
+
+def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, Any]:
+    """Writes the documents of a part, and returns its counts and the digests of its files."""
+    source = config.source
+    files = source.files_of(number)
+    digests = [(name, digest_of_file(path)) for name, path in files]
+    selection = _Selection(config, files)
+    failures = Failures(f"source {source.name}", "cannot be read; check the settings of its reader")
+    skipped, size = [], 0
+    with (
+        row_writer(folder / "documents" / part_file(number), DOCUMENTS) as write,
+        row_writer(folder / "failed" / part_file(number), FAILED) as write_failed,
+    ):
+        for document in _documents(config, files):
+            if isinstance(document, Unreadable):
+                skipped.append(document.name)
+                continue
+            id = f"{source.name}/{document.name}"
+            if not selection.takes(id):
+                continue
+            if isinstance(document, Failed):
+                failures.add(id, document.reason)
+                declared = {"source": source.name, "license": source.license}
+                write_failed({"id": id, **declared, "reason": document.reason})
+                continue
+            size += len(document.text.encode())
+            write(
+                {
+                    "id": id,
+                    "text": document.text,
+                    "source": source.name,
+                    "license": document.license or source.license,
+                    "origin": f"{source.origin}#{document.location}" if document.location else source.origin,
+                    "content_hash": content_hash(document.text),
+                    "prompt_chars": document.prompt_chars,
+                }
+            )
+    failures.require_few(selection.taken)
+    selection.require_distinct()
+    return {
+        "files": digests,
+        "documents": selection.taken - failures.count,
+        "documents_found": len(selection.hashes),
+        "bytes": size,
+        "files_skipped": skipped,
+        "failures": failures.facts(),
+    }
+
+
+def _documents(config: AcquireConfig, files: Files) -> Iterator[Document | Unreadable | Failed]:
+    """The documents of the reader; one whose text has no UTF-8 form has failed."""
+    for document in config.source.reader.documents(config.source.name, config.seed, files):
+        if isinstance(document, Document) and not is_unicode(document.text):
+            yield Failed(document.name, "its text holds a lone surrogate, which is not Unicode")
+        else:
+            yield document
+
+
+class _Selection:
+    """The choice of the first `limit` documents by a seeded hash of their id, in their original order.
+
+    Memory holds 8 bytes a document: the first 64 bits of each hash. With a limit, the reader is read twice.
+    """
+
+    def __init__(self, config: AcquireConfig, files: Files) -> None:
+        self.config, self.files = config, files
+        self.salt = f"{seed_of(f'limit/{config.source.name}', config.seed)}/"
+        self.hashes, self.taken = array("Q"), 0
+        reader = config.source.reader
+        self.limit = reader.limit if isinstance(reader, SampledReader) else None
+        self.last = 2**64 if self.limit is None else self._last_hash(self.limit)
+
+    def takes(self, id: str) -> bool:
+        """Whether the next document is chosen."""
+        self.hashes.append(self._hash(id))
+        chosen = self.hashes[-1] <= self.last and (self.limit is None or self.taken < self.limit)
+        self.taken += chosen
+        return chosen
+
+    def require_distinct(self) -> None:
+        """Raises AtomError naming an id of two documents that were offered to `takes`."""
+        repeated = _repeated(self.hashes)
+        if repeated:
+            ids = set()
+            for id in self._ids():
+                if id in ids:
+                    raise _id_twice(self.config.source, id)
+                if self._hash(id) in repeated:
+                    ids.add(id)
+
+    def _last_hash(self, limit: int) -> int:
+        import numpy as np
+
+        hashes = np.frombuffer(array("Q", map(self._hash, self._ids())), np.uint64)
+        return 2**64 if hashes.size <= limit else int(np.partition(hashes, limit - 1)[limit - 1])
+
+    def _ids(self) -> Iterator[str]:
+        for document in _documents(self.config, self.files):
+            if not isinstance(document, Unreadable):
+                yield f"{self.config.source.name}/{document.name}"
+
+    def _hash(self, id: str) -> int:
+        return int.from_bytes(hashlib.sha256((self.salt + id).encode()).digest()[:8], "big")
+
+
+def _repeated(hashes: array[int]) -> set[int]:
+    """The values that occur twice."""
+    import numpy as np
+
+    values = np.sort(np.frombuffer(hashes, np.uint64))
+    return set(values[1:][values[1:] == values[:-1]].tolist())
+
+
+def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[str, str]]) -> None:
+    """Raises AtomError if the files that were read are not those of the tree digest, and removes the parts made from
+    them, so that a later attempt reads again."""
+    digest = tree_digest(files)
+    if digest == source.tree_digest:
+        return
+    for part in parts:
+        shutil.rmtree(part.folder)
+    if source.tree_digest == "auto":
+        raise AtomError(f"source {source.name}: tree_digest is not resolved; run through the recipe's resolved() form")
+    raise RecipeError(
+        f"source {source.name}: tree_digest is pinned to {source.tree_digest} but the {len(files)} files here give "
+        f"{digest}; restore the pinned files, or change the pin"
+    )
+
+
+def _require_distinct_ids(source: Source, out: Path, work: Path) -> None:
+    """Raises AtomError if documents of two parts have the same id."""
+    files = [str(path) for path in sorted((out / "documents").glob("part-*.parquet"))]
+    repeated = "SELECT hash(id) FROM read_parquet($files) GROUP BY 1 HAVING count(*) > 1"
+    query = f"SELECT id FROM read_parquet($files) WHERE hash(id) IN ({repeated}) GROUP BY id HAVING count(*) > 1"
+    with connect(work) as database:
+        row = database.execute(f"{query} ORDER BY id LIMIT 1", {"files": files}).fetchone()
+    if row:
+        raise _id_twice(source, row[0])
+
+
+def _id_twice(source: Source, id: str) -> AtomError:
+    return AtomError(f"source {source.name}: two documents have the id {id}; choose an id_field of distinct values")
 
 
 def estimate(config: AcquireConfig) -> Estimate:
-    """Seconds for a source from Python's library or from a seed; no estimate for files, which may have any size."""
-    return Estimate(cpu_seconds=None if isinstance(config.source.reader, FileReader) else 5.0)
+    """Without an expected size: seconds for a source from Python's library or from a seed, none for files."""
+    if config.source.expected is None:
+        return Estimate(cpu_seconds=None if isinstance(config.source.reader, FileReader) else 5.0)
+    return estimates.estimate("acquire", config.source.expected)
 
 
-STAGE = Stage("acquire", VERSION, AcquireConfig, run, estimate=estimate)
+STAGE = Stage(
+    "acquire",
+    VERSION,
+    AcquireConfig,
+    run,
+    estimate=estimate,
+    shards=lambda config: config.source.parts,
+    run_shard=run_shard,
+)

@@ -1,47 +1,52 @@
-"""Filter: the steps of each source, then decontamination and exact deduplication over all sources.
+"""Filter: the steps of each source, then decontamination, part by part.
 
 The order matters. Personal data is replaced before deduplication, so copies that differ only in an address are
 duplicates. Contaminated documents are removed before duplicates, so the representative of a group of duplicates is
-never removed afterwards. The steps run in one process for each shard: a small corpus is not worth the start-up of
-datatrove's executor, some seconds for each step. Memory holds the digests and dispositions of all documents, and the
-texts of one shard and of one row group of output.
+never removed afterwards. The steps run in one process for each part: a small corpus is not worth the start-up of
+datatrove's executor, some seconds for each step. Memory holds some thousand documents.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from pipeline.core.bounds import MOST_SOURCES, Seed, SourceName
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
-from pipeline.core.store import once
-from stages.data.chat import prompt_chars
+from pipeline.core.errors import AtomError
+from pipeline.core.parts import Part, PartCount, link_parts, part_file, seal_part, shards_of
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from stages.data import estimates
+from stages.data.curation.dispositions import kept_disposition, removed_disposition
+from stages.data.curation.failures import FAILED_RULE, Failures
+from stages.data.curation.filtering import Removed, SourceFilter
 from stages.data.curation.settings import CurationSettings, MinHash
+from stages.data.estimates import Size
 from stages.data.kinds import Kind
 from stages.data.seeds import seed_of
 from stages.data.steps import MAX_STEPS, AnyFilter
 from stages.data.table import (
     DISPOSITIONS,
     DOCUMENTS,
+    FAILED,
     DocumentRow,
     content_hash,
-    read_shard,
+    hash_columns,
     row_writer,
-    stream_shards,
+    stream_batches,
+    stream_rows,
     write_json,
-    write_rows,
 )
 from stages.evaluation.eval_set import texts_of
 
 if TYPE_CHECKING:
-    from stages.data.curation.dispositions import Dispositions
-    from stages.data.curation.filtering import FilterResults
+    from stages.data.curation.decontamination import ContaminationIndex
 
-VERSION = 1
+VERSION = 2
 
 
 class FilteredSource(Config):
@@ -50,6 +55,8 @@ class FilteredSource(Config):
     name: SourceName = Field(description="name of the source")
     kind: Kind = Field(description="kind of the documents")
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
+    parts: PartCount = added(1, "parts of the source")
+    expected: Size | None = operational(None, "expected size of the source; null: unknown")
 
 
 class FilterConfig(Config):
@@ -59,139 +66,161 @@ class FilterConfig(Config):
     curation: CurationSettings = Field(description="curation of all sources together")
     seed: Seed = Field(description="seed of the recipe")
 
+    def parts(self) -> list[tuple[FilteredSource, int]]:
+        """Every part of every source, in order."""
+        return [(source, part) for source in self.sources for part in range(source.parts)]
+
 
 def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal the documents that pass, by source, their MinHash signatures, a disposition for every input document, and
+    """Seal the documents that pass, by source and part, their hashes, a disposition for every acquired document, and
     the number of documents that each step edited.
 
     inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items.
-    Resumes after the last finished shard. Raises AtomError if counts do not balance.
+    Resumes after the last sealed part. Raises AtomError if no document of any source is left, or if many fail.
     """
-    from stages.data.curation import near_duplicates
-    from stages.data.curation.dispositions import Dispositions
-
-    shards, signature_number = _Shards(config, inputs, work), 0
-    dispositions, first_ids = Dispositions(), dict[str, str]()
-    edits, passed = {source.name: Counter[str]() for source in config.sources}, Counter[str]()
-
-    def write_passing(source: FilteredSource) -> Iterator[list[int]]:
-        """Writes each document that passes, and yields its signature."""
-        with row_writer(out / "kept" / f"{source.name}.parquet", DOCUMENTS) as write:
-            for shard, acquired in enumerate(shards.acquired(source)):
-                results = shards.apply_steps(source, shard, acquired)
-                edits[source.name].update(results["edits"])
-                rows = _drop_exact_duplicates(source, acquired, results, dispositions, first_ids)
-                for row, signature in zip(rows, shards.signatures(source, results["kept"], shard), strict=True):
-                    if row is not None:
-                        write(row)
-                        passed[source.name] += 1
-                        yield signature
-
-    for n, source in enumerate(config.sources):
-        settings = shards.minhash(source)
-        if settings is None:
-            for _ in write_passing(source):
-                pass
-        else:
-            near_duplicates.write_signatures(out / "signatures", settings, signature_number, write_passing(source))
-            signature_number += 1
-        report.progress(n + 1, len(config.sources), "sources")
-        report.note(f"{source.name}: {passed[source.name]} documents left after its steps and exact duplicates")
-    write_rows(out / "dispositions.parquet", DISPOSITIONS, dispositions.close(passed))
-    write_json(out / "edits.json", {name: dict(+counts) for name, counts in edits.items()})
+    maker, parts = _PartMaker(config, inputs, work), dict[str, list[Part]]()
+    jobs = config.parts()
+    for done, (source, number) in enumerate(jobs, start=1):
+        parts.setdefault(source.name, []).append(maker.seal(source, number))
+        report.progress(done, len(jobs), "parts")
+    for name, source_parts in parts.items():
+        link_parts(source_parts, out)
+        _report_source(name, source_parts, report)
+    if not any(part.facts["kept"] for source_parts in parts.values() for part in source_parts):
+        raise AtomError("curation removed every document of every source; loosen the steps of the data recipe")
+    write_json(out / "edits.json", {name: _add_up(source_parts, "edits") for name, source_parts in parts.items()})
 
 
 def run_shard(config: FilterConfig, inputs: Inputs, work: Path, shard: int) -> None:
-    """Runs the steps on one shard of every source, computes MinHash signatures, and caches both in `work`."""
-    shards = _Shards(config, inputs, work)
-    for source in config.sources:
-        acquired = read_shard(shards.file(source), shard, config.curation.shards)
-        shards.signatures(source, shards.apply_steps(source, shard, acquired)["kept"], shard)
+    """Seals one part in `work`."""
+    _PartMaker(config, inputs, work).seal(*config.parts()[shard])
 
 
-class _Shards:
-    """The operations on a single shard of a source; `work` caches each result."""
+class _PartMaker:
+    """Makes the parts of all sources; what they share is loaded when the first one is made."""
 
     def __init__(self, config: FilterConfig, inputs: Inputs, work: Path) -> None:
+        self.config, self.inputs, self.work = config, inputs, work
+
+    def seal(self, source: FilteredSource, number: int) -> Part:
+        return seal_part(self.work, f"{source.name}-{number:05d}", partial(self._filter_part, source, number))
+
+    @cached_property
+    def _index(self) -> ContaminationIndex:
         from loguru import logger
 
         from stages.data.curation.decontamination import ContaminationIndex
 
         logger.disable("datatrove")  # it logs each of many small steps
-        self.config, self.inputs, self.work = config, inputs, work
-        self.index = ContaminationIndex(texts_of(inputs["items"]), config.curation.decontamination.ngram)
+        return ContaminationIndex(texts_of(self.inputs["items"]), self.config.curation.decontamination.ngram)
 
-    def file(self, source: FilteredSource) -> Path:
-        return self.inputs[source.name] / "documents.parquet"
-
-    def acquired(self, source: FilteredSource) -> Iterator[list[DocumentRow]]:
-        """The acquired documents of each shard."""
-        return stream_shards(self.file(source), self.config.curation.shards)
-
-    def minhash(self, source: FilteredSource) -> MinHash | None:
+    def _minhash(self, source: FilteredSource) -> MinHash | None:
         """The MinHash settings for the source, or None if its kind is not deduplicated."""
         settings = self.config.curation.minhash
         return settings if settings is not None and source.kind in settings.kinds else None
 
-    def apply_steps(self, source: FilteredSource, shard: int, acquired: list[DocumentRow]) -> FilterResults:
-        """The results of the source's steps and of decontamination on a shard."""
-        from stages.data.curation.filtering import filter_documents
+    def _filter_part(self, source: FilteredSource, number: int, folder: Path) -> dict[str, Any]:
+        """Writes the three tables of a part, and returns its counts."""
+        acquired, file = self.inputs[source.name], part_file(number)
+        steps = SourceFilter(source.name, source.kind, source.steps, self._index)
+        minhash = self._minhash(source)
+        columns = hash_columns(0 if minhash is None else minhash.num_buckets)
+        counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()
+        with (
+            row_writer(folder / "kept" / source.name / file, DOCUMENTS) as write_kept,
+            row_writer(folder / "hashes" / source.name / file, columns) as write_hashes,
+            row_writer(folder / "dispositions" / source.name / file, DISPOSITIONS) as write_disposition,
+        ):
+            for batch in stream_batches(acquired / "documents" / file, list(DOCUMENTS)):
+                kept: list[DocumentRow] = []
+                for row in batch.to_pylist():
+                    result = steps.apply(row)
+                    if isinstance(result, Removed):
+                        removed[result.rule] += 1
+                        write_disposition(removed_disposition(row, result))
+                    else:
+                        kept.append(result)
+                        write_kept(result)
+                        write_disposition(kept_disposition(row, result["content_hash"]))
+                    counts.update(documents=1, bytes=len(row["text"].encode()))
+                for hashes in self._hashes(kept, minhash):
+                    write_hashes(dict(zip(columns, hashes, strict=True)))
+                counts.update(kept=len(kept))
+            steps.failures.require_few(counts["documents"])
+            for row in _failed_documents(acquired / "failed" / file):
+                counts.update(documents=1)
+                removed[FAILED_RULE] += 1
+                write_disposition(removed_disposition(row, Removed(FAILED_RULE, 0.0, 0.0)))
+        facts = {"removed": removed, "edits": +steps.edits, "failures": steps.failures.facts()}
+        return {**counts, **facts}
 
-        path = self._path("steps", source, shard)
-        results: FilterResults = once(path, lambda: filter_documents(source.name, source.steps, acquired, self.index))
-        return results
+    def _hashes(self, documents: list[DocumentRow], minhash: MinHash | None) -> Iterator[list[int | None]]:
+        """For each document the halves of 128 bits of its SHA-256, and with MinHash a hash of each bucket."""
+        halves: list[list[int | None]] = [
+            [int(row["content_hash"][start : start + 16], 16) for start in (0, 16)] for row in documents
+        ]
+        if minhash is None:
+            yield from halves
+            return
+        from stages.data.curation.near_duplicates import band_hashes
 
-    def signatures(self, source: FilteredSource, kept: list[tuple[str, str]], shard: int) -> list[list[int]]:
-        """The MinHash signatures of the kept (id, text); empty ones for a source without near-duplicate removal."""
-        from stages.data.curation import near_duplicates
-
-        settings = self.minhash(source)
-        if settings is None:
-            return [[]] * len(kept)
-        seed, texts = seed_of("minhash", self.config.seed), [text for _, text in kept]
-        computed: list[list[int]] = once(
-            self._path("signatures", source, shard), lambda: near_duplicates.sign(texts, settings, seed)
-        )
-        return computed
-
-    def _path(self, kind: str, source: FilteredSource, shard: int) -> Path:
-        return self.work / f"{kind}-{source.name}-{shard:05d}-of-{self.config.curation.shards:05d}.json"
+        texts, seed = [row["text"] for row in documents], seed_of("minhash", self.config.seed)
+        bands, short = band_hashes(texts, minhash, seed)
+        for half, values, is_short in zip(halves, bands.tolist(), short.tolist(), strict=True):
+            yield [*half, *([None] * len(values) if is_short else values)]
 
 
-def _drop_exact_duplicates(
-    source: FilteredSource,
-    acquired: list[DocumentRow],
-    results: FilterResults,
-    dispositions: Dispositions,
-    first_ids: dict[str, str],
-) -> Iterator[DocumentRow | None]:
-    """For each document of a shard that passes the steps: its row, or None if an earlier document has the same text.
+def _failed_documents(path: Path) -> Iterator[DocumentRow]:
+    """The documents that could not be read, as documents with an empty text."""
+    for row in stream_rows(path, list(FAILED)):
+        yield {
+            "id": row["id"],
+            "text": "",
+            "source": row["source"],
+            "license": row["license"],
+            "origin": "",
+            "content_hash": content_hash(""),
+            "prompt_chars": 0,
+        }
 
-    first_ids: the id of the first document of each SHA-256. datatrove's exact block hashes to 64 bits and does not name
-    the kept document.
-    """
-    rows = {row["id"]: row for row in acquired}
-    for row in acquired:
-        dispositions.add(row)
-    for removal in results["removed"]:
-        dispositions.remove(**removal)
-    for id, text in results["kept"]:
-        digest = content_hash(text)
-        if (kept_id := first_ids.setdefault(digest, id)) != id:
-            dispositions.remove(id, "exact_duplicate", 1.0, 1.0, duplicate_of=kept_id)
-            yield None
-            continue
-        dispositions.keep(id, None, digest)
-        kept: DocumentRow = {**rows[id], "text": text, "content_hash": digest}
-        if source.kind == "chat":
-            kept["prompt_chars"] = prompt_chars(text)  # a step may have edited the text
-        yield kept
+
+def _report_source(name: str, parts: list[Part], report: Report) -> None:
+    documents, kept = (sum(part.facts[fact] for part in parts) for fact in ("documents", "kept"))
+    removed = Counter(_add_up(parts, "removed"))
+    rules = ", ".join(f"{rule} {count}" for rule, count in removed.most_common())
+    report.note(f"{name}: {kept} of {documents} documents pass; removed: {rules or 'none'}")
+    failures = Failures.joined(part.facts["failures"] for part in parts)
+    if failures.count:
+        report.note(f"{name}: failed in its steps, and removed: {failures}")
+    if documents and not kept:
+        report.note(f"curation removed all documents of {name}: a phase whose mix has it has nothing to read from it")
+
+
+def _add_up(parts: list[Part], fact: str) -> dict[str, int]:
+    """The sums of a fact that counts by name."""
+    total = Counter[str]()
+    for part in parts:
+        total.update(part.facts[fact])
+    return dict(total)
 
 
 def estimate(config: FilterConfig) -> Estimate:
-    return Estimate(cpu_seconds=30.0, fixed=True)
+    step_seconds = sum(
+        estimates.STEP_SECONDS.get(step.step, 0.0) * source.expected.bytes / 1e6
+        for source in config.sources
+        if source.expected is not None
+        for step in source.steps
+    )
+    size = estimates.total(source.expected for source in config.sources)
+    return estimates.estimate("filter", size, small=30.0, step_seconds=step_seconds)
 
 
 STAGE = Stage(
-    "filter", VERSION, FilterConfig, run, estimate=estimate, shards=lambda c: c.curation.shards, run_shard=run_shard
+    "filter",
+    VERSION,
+    FilterConfig,
+    run,
+    estimate=estimate,
+    shards=lambda config: shards_of(source.parts for source in config.sources),
+    run_shard=run_shard,
 )

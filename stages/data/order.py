@@ -1,80 +1,41 @@
 """The exact order of training data: the tokens and documents of every row of every step.
 
-The order depends only on the seed, the mix and the table of documents. It is an artifact: training follows it, the
-documents of a step can be looked up without the corpus, and a release can publish it.
+The order is a function of the seed, the mix and the table of documents: a source's chunks are permuted by a Feistel
+network in each epoch, and a tree deals its rows to the steps. So the documents of a step, and the steps of a document,
+follow without the corpus, in the same time for a phase of any length. The order is also an artifact, in parts by range
+of steps: training follows it, and a release can publish it.
 
-A phase that continues from a checkpoint gets the order of its remaining steps. Each source's cursor continues at the
-checkpoint's position, so that no document is read again before its epoch ends; if the order's settings are unchanged,
-the rows are those of the original order.
+A packed phase reads its streams by blocks of steps. A block begins at the chunk at which its tokens begin, so blocks
+are packed independently of each other; the chunks of a block that fit in none of its rows are not read.
+
+A phase that continues from a checkpoint gets the order of its remaining steps. Each stream continues at the
+checkpoint's position, so that no chunk is read again before its epoch ends; if the order's settings are unchanged, the
+rows are those of the original order.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from pipeline.core.bounds import MOST_RAMP_STEPS, Flag, Key, Mix, Range, Seed, Steps
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, identity
+from pipeline.core.parts import Part, link_parts, part_file, seal_part
+from pipeline.core.stage import Estimate, Inputs, Report, Stage, identity
 from pipeline.core.store import Artifact
-from stages.data import packing
-from stages.data.chunks import Chunks, read_chunks
-from stages.data.packing import LongDocuments
-from stages.data.row_draw import DataCursor, draw_rows
-from stages.data.table import ORDER, arrow_schema, read_table, write_json, write_table
-from stages.seed_labels import seed_label
+from stages.data.chunks import ChunkIndex
+from stages.data.computed_order import FUNCTION_VERSION, ComputedOrder, read_indexes
+from stages.data.order_config import OrderConfig
+from stages.data.row_draw import DataCursor
+from stages.data.streams import stream_name
+from stages.data.table import order_files, read_table, write_json, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from numpy.typing import NDArray
 
-VERSION = 1
-
-
-Rows = Annotated[int, Range(1, 2**30)]
-"""The rows of one step."""
-
-
-class OrderConfig(Config):
-    """`rows` are the rows of one step; `mix` is each source's share of all rows of the phase, of all tokens if rows are
-    packed; `ramp`: (last step, rows) of smaller steps at the beginning."""
-
-    phase: Key = Field(description="name of the phase")
-    mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
-    sequence_length: Annotated[int, Range(2, 2**24)] = Field(description="tokens predicted in one row")
-    rows: Rows = Field(description="rows of one step")
-    steps: Steps = Field(description="steps of the phase")
-    seed: Seed = Field(description="seed of the recipe")
-    first_step: Steps = added(1, "first step; above 1 only if the phase continues from a checkpoint")
-    ramp: tuple[tuple[Steps, Rows], ...] = added(
-        (), "(last step, rows) of smaller steps at the beginning", max_length=MOST_RAMP_STEPS
-    )
-    pack: Flag = added(False, "pack several chunks into a row")
-    long_documents: LongDocuments | None = added(None, "up-weighting of long chunks; requires pack; null: none")
-
-    def rows_of(self, first: int) -> list[int]:
-        """Rows of each step from `first` on."""
-        sizes = []
-        for step in range(first, self.steps + 1):
-            sizes.append(next((rows for last, rows in self.ramp if step <= last), self.rows))
-        return sizes
-
-    def rows_from(self, first: int) -> int:
-        """Rows of all steps from `first` on."""
-        return rows_from(first, (*self.ramp, (self.steps, self.rows)))
-
-
-def rows_from(first: int, sizes: Iterable[tuple[int, int]]) -> int:
-    """Rows of all steps from `first` on, in closed form. sizes: (last step, rows of each step), one after the other."""
-    total, last_counted = 0, first - 1
-    for last, rows in sizes:
-        total += max(0, last - last_counted) * rows
-        last_counted = max(last_counted, last)
-    return total
+VERSION = 2
 
 
 def settings(config: OrderConfig) -> dict[str, Any]:
@@ -83,106 +44,150 @@ def settings(config: OrderConfig) -> dict[str, Any]:
 
 
 def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `order.parquet` (one row for every segment of every step from `first_step` on) and `meta.json`.
+    """Seal `part-NNNNN.parquet`, one row for every segment of every step from `first_step` on, and `meta.json`.
 
-    inputs["tokens"]: only its documents.parquet is read. A document longer than a row is cut into chunks
+    inputs["tokens"]: only its tables of documents are read. A document longer than a row is cut into chunks
     of sequence_length + 1 tokens that overlap by one, so that each token but a document's first is a target once.
     Every source is read in a seeded permutation of its chunks, a new one each epoch.
     inputs["continue"], if present: a checkpoint, at whose data position the cursors continue.
     Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
     another step.
     """
-    import numpy as np
-    import pyarrow as pa
-
-    chunks = read_chunks(inputs["tokens"] / "documents.parquet", config.phase, config.mix, config.sequence_length)
-    sizes = {name: len(chunks[name]["ordinal"]) for name in sorted(config.mix)}
-    cursor, start = DataCursor(1, config.seed), None
-    if "continue" in inputs:
-        cursor, start = _resume_cursor(config, inputs["continue"], sizes)
-    if config.pack:
-        table, sources = _pack_rows(config, chunks, cursor)
-    else:
-        counts, label = config.rows_of(cursor.first_step), f"order/{seed_label(config.phase)}"
-        table = draw_rows(chunks, config.mix, counts, config.first_step, label, config.seed, cursor)
-        sources = {name: {} for name in sizes}
-    for name, stats in sources.items():
-        mask = table["source"] == name
-        length, loss_from = table["length"][mask], table["loss_from"][mask]
-        sources[name] = {
-            "rows": int(mask.sum()),
-            "tokens": int((length - 1).sum()),
-            "loss_tokens": int((length - 1 - loss_from).sum()),
-            "documents_seen": len(np.unique(table["ordinal"][mask])),
-            "chunks": sizes[name],
-            "epochs": round(int((length - 1).sum()) / int((chunks[name]["length"] - 1).sum()), 6)
-            if config.pack
-            else round(int(mask.sum()) / sizes[name], 6),
-            **stats,
-        }
-    schema = arrow_schema(ORDER)
-    columns = [pa.array(table[column.name], column.type) for column in schema]
-    write_table(out / "order.parquet", pa.table(columns, schema=schema))
-    meta = settings(config) | {"sources": sources}
+    order, start = _open(config, inputs, work)
+    parts = []
+    for n in range(config.blocks):
+        parts.append(_seal_block(order, work, n))
+        report.progress(n + 1, config.blocks, "parts")
+    link_parts(parts, out)
+    meta = settings(config) | {"function": order.function, "sources": _source_facts(order, parts)}
     if start is not None:
-        meta |= {"first_step": config.first_step, "start": start, "walk": cursor.__dict__}
-    meta["tokens"] = sum(stats["tokens"] for stats in sources.values())
+        meta |= {"first_step": config.first_step, "start": start, "walk": order.cursor.__dict__}
+    meta["tokens"] = sum(facts["tokens"] for facts in meta["sources"].values())
     if config.pack:
         slots = config.rows_from(config.first_step) * config.sequence_length
         meta["fill"] = round(meta["tokens"] / slots, 6)
         report.note(f"rows are filled to {meta['fill']:.1%}")
+        meta["end"] = order.start(config.blocks)
+    meta["parts"] = [part.facts["meta"] | {"sha256": part.rows[0].sha256} for part in parts]
+    meta["merkle_root"] = merkle_root(part["sha256"] for part in meta["parts"])
     write_json(out / "meta.json", meta)
-    for name, stats in sources.items():
-        report.note(f"{name}: {stats['rows']} rows, {stats['documents_seen']} documents, {stats['epochs']:.2f} epochs")
-        if stats.get("long", {}).get("missing_tokens"):
-            long = stats["long"]
+    for name, facts in meta["sources"].items():
+        report.note(f"{name}: {facts['rows']} rows, {facts['documents_seen']} documents, {facts['epochs']:.2f} epochs")
+        if facts.get("long", {}).get("missing_tokens"):
+            long = facts["long"]
             report.note(
                 f"{name}: {long['chunks']} chunks of more than {long['over']} tokens hold {long['available_tokens']} "
                 f"tokens; shorter chunks replace {long['missing_tokens']} of {long['wanted_tokens']} tokens"
             )
 
 
-def _pack_rows(
-    config: OrderConfig, chunks: Mapping[str, Chunks], cursor: DataCursor
-) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Packs several chunks in each row: the table from `first_step` on, and a report on the long chunks of each source.
+def run_shard(config: OrderConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Seals the part of one block of steps in `work`, and its share of the index of chunks."""
+    _seal_block(_open(config, inputs, work, shard / config.blocks)[0], work, shard)
 
-    If a phase continues with other settings, its remaining steps are packed again, because packing is global: chunks
-    that were read may recur before all others were read.
-    """
-    counts, label = config.rows_of(cursor.first_step), f"order/{seed_label(config.phase)}"
-    if cursor.first_step > 1:
-        label += f" from step {cursor.first_step}"
-    table, reports = packing.pack(
-        chunks, config.mix, counts, config.sequence_length, config.long_documents, label, config.seed
-    )
-    table["step"] += cursor.first_step - 1
-    mask = table["step"] >= config.first_step
-    return {column: values[mask] for column, values in table.items()}, reports
+
+def _open(
+    config: OrderConfig, inputs: Inputs, work: Path, turn: float = 0.0
+) -> tuple[ComputedOrder, dict[str, Any] | None]:
+    """The order as a function, and the position of every source at a checkpoint."""
+    indexes = read_indexes(config, inputs["tokens"].path, work, turn)
+    cursor, start = DataCursor(1, config.seed), None
+    if "continue" in inputs:
+        cursor, start = _resume_cursor(config, inputs["continue"], indexes)
+    return ComputedOrder(config, indexes, cursor, work, turn), start
+
+
+def _seal_block(order: ComputedOrder, work: Path, n: int) -> Part:
+    """The sealed part of a block. facts: `meta`, its entry in meta.json; `sources`: counts to add up over the parts."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        import pyarrow.compute as pc
+
+        table, unread = order.block(n)
+        write_table(folder / part_file(n), table)
+        targets = pc.subtract(table["length"], 1)
+        counts = table.select(["source"]).append_column("tokens", targets)
+        counts = counts.append_column("loss_tokens", pc.subtract(targets, table["loss_from"])).group_by("source")
+        counts = counts.aggregate([("tokens", "count"), ("tokens", "sum"), ("loss_tokens", "sum")])
+        sources = {
+            row["source"]: {"rows": row["tokens_count"], "tokens": row["tokens_sum"],
+                            "loss_tokens": row["loss_tokens_sum"]}
+            for row in counts.sort_by("source").to_pylist()
+        }  # fmt: skip
+        steps = order.config.steps_of_block(n)
+        meta: dict[str, Any] = {"first_step": steps.start, "last_step": steps.stop - 1}
+        meta["rows"] = {name: facts["rows"] for name, facts in sources.items()}
+        if order.config.pack:
+            meta["start"] = order.start(n)
+        return {"meta": meta, "sources": sources, "unread": unread}
+
+    return seal_part(work / "blocks", f"{n:05d}", make)
+
+
+def _source_facts(order: ComputedOrder, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
+    """`sources` of meta.json: the sums over the parts, and the distinct documents, by one bit for each."""
+    import numpy as np
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    seen = {name: np.zeros(-(-int(index.documents[-1]) // 8), np.uint8) for name, index in order.indexes.items()}
+    for number, part in enumerate(parts):
+        with pq.ParquetFile(part.folder / part_file(number)) as file:
+            for batch in file.iter_batches(65_536, columns=["source", "part", "ordinal"]):
+                for name in batch["source"].unique().to_pylist():
+                    rows = batch.filter(pc.field("source") == name)
+                    numbers = order.indexes[name].document_numbers(rows["part"].to_numpy(), rows["ordinal"].to_numpy())
+                    np.bitwise_or.at(seen[name], numbers >> 3, np.uint8(1) << (numbers & 7).astype(np.uint8))
+    sources = {}
+    for name, index in order.indexes.items():
+        counts = [part.facts["sources"][name] for part in parts if name in part.facts["sources"]]
+        facts: dict[str, Any] = {key: sum(count[key] for count in counts) for key in ("rows", "tokens", "loss_tokens")}
+        facts |= {"documents_seen": int(np.bitwise_count(seen[name]).sum()), "chunks": index.chunks}
+        epochs = facts["tokens"] / sum(index.slots.values()) if order.config.pack else facts["rows"] / index.chunks
+        facts["epochs"] = round(epochs, 6)
+        if order.config.pack:
+            facts["unread"] = sum(part.facts["unread"].get(name, 0) for part in parts)
+        sources[name] = facts | ({"long": order.long[name]} if name in order.long else {})
+    return sources
+
+
+def merkle_root(digests: Iterable[str]) -> str:
+    """The root over SHA-256 digests in hex, of which each is a leaf (RFC 9162, section 2.1). At least one."""
+    level = [sha256(b"\x00" + bytes.fromhex(digest)).digest() for digest in digests]
+    while len(level) > 1:
+        pairs = zip(level[::2], level[1::2], strict=False)
+        level = [sha256(b"\x01" + left + right).digest() for left, right in pairs] + level[len(level) & ~1 :]
+    return level[0].hex()
 
 
 def position(meta: Mapping[str, Any], rows_read: Mapping[str, int], step: int) -> dict[str, Any]:
     """`data_position` of a checkpoint: the state from which another order continues after `step`.
 
     meta: the meta.json of the current order; rows_read: the number of its rows, by source, in its steps up to `step`.
-    `rows` counts all rows of each source since the phase's first step, `chunks` is an epoch's rows.
+    `rows` counts all rows of each source since the phase's first step, `chunks` is an epoch's rows. `streams`, of a
+    packed phase: [position, chunks of an epoch] of each stream at the end of the block in which the step is.
     """
     start = meta.get("start", {"rows": {}, "chunks": {}})
     rows = {name: start["rows"].get(name, 0) + rows_read.get(name, 0) for name in sorted({*start["rows"], *rows_read})}
     chunks = start["chunks"] | {name: source_meta["chunks"] for name, source_meta in meta["sources"].items()}
     cursor = meta.get("walk", DataCursor(1, meta["seed"]).__dict__)
-    names = [name for name in OrderConfig.model_fields if name in meta and name != "first_step"]
+    names = [name for name in (*OrderConfig.model_fields, "function") if name in meta and name != "first_step"]
     order = {name: meta[name] for name in names} | {"walk": cursor}
-    return {"next_step": step + 1, "steps": meta["steps"], "rows": rows, "chunks": chunks, "order": order}
+    result = {"next_step": step + 1, "steps": meta["steps"], "rows": rows, "chunks": chunks, "order": order}
+    if "end" in meta:
+        places = next((part["start"] for part in meta["parts"] if part["first_step"] > step), meta["end"])
+        streams = {name: [place, meta["function"]["streams"][name]] for name, (place, _) in places.items()}
+        result["streams"] = start.get("streams", {}) | streams
+    return result
 
 
 def _resume_cursor(
-    config: OrderConfig, checkpoint: Artifact, sizes: Mapping[str, int]
+    config: OrderConfig, checkpoint: Artifact, indexes: Mapping[str, ChunkIndex]
 ) -> tuple[DataCursor, dict[str, Any]]:
     """The cursor after a checkpoint, and the position of every source: `rows` read and `chunks` of an epoch.
 
     A source whose number of chunks changes (by another row length or other documents) continues at the same fraction of
-    its epoch.
+    its epoch, and so does one whose chunks are divided anew into long and short ones.
     """
     state = checkpoint.json("state.json")
     if (state["phase"], state["step"] + 1) != (config.phase, config.first_step):
@@ -191,39 +196,54 @@ def _resume_cursor(
             f"and the order was to begin with step {config.first_step} of {config.phase}"
         )
     data_position = state["data_position"]
-    previous_order, rows, chunks = data_position["order"], dict(data_position["rows"]), data_position["chunks"] | sizes
-    for name in sizes:
-        rows[name] = -(-rows.get(name, 0) * sizes[name] // data_position["chunks"].get(name, 1))
+    previous_order, chunks = data_position["order"], data_position["chunks"] | {n: i.chunks for n, i in indexes.items()}
+    by_source = {name: [count, data_position["chunks"][name]] for name, count in data_position["rows"].items()}
+    streams: dict[str, list[int]] = data_position.get("streams", by_source)
+    places = {name: place for name, (place, _) in streams.items()}
+    for source, index in indexes.items():
+        before = [streams[name] for name in streams if name.partition("/")[0] == source]
+        read, size = (sum(column) for column in zip(*before, strict=True)) if before else (0, 1)
+        for pool in index.cut.pools:
+            name = stream_name(source, pool)
+            place, epoch = streams.get(name, (read, size))
+            places[name] = -(-place * index.count(pool) // epoch)
+    rows = data_position["rows"] | ({} if config.pack else {name: places[name] for name in indexes})
+    start = {"rows": rows, "chunks": chunks}
+    if config.pack:
+        sizes = {stream_name(source, pool): i.count(pool) for source, i in indexes.items() for pool in i.cut.pools}
+        start["streams"] = {name: [place, sizes.get(name) or streams[name][1]] for name, place in places.items()}
     requested = json.loads(json.dumps(settings(config)))
-    unchanged = (
-        requested == {name: previous_order[name] for name in previous_order if name != "walk"}
-        and chunks == data_position["chunks"]
-    )
-    cursor = (
-        DataCursor(**previous_order["walk"])
-        if unchanged
-        else DataCursor(config.first_step, previous_order["walk"]["seed"], rows)
-    )
-    return cursor, {"rows": rows, "chunks": chunks}
+    previous = {name: value for name, value in previous_order.items() if name not in ("walk", "function")}
+    same_function = previous_order.get("function", {}).get("version") == FUNCTION_VERSION
+    if same_function and requested == previous and chunks == data_position["chunks"]:
+        return DataCursor(**previous_order["walk"]), start
+    return DataCursor(config.first_step, previous_order["walk"]["seed"], places), start
 
 
 def documents_of_step(order: Path, step: int) -> pa.Table:
-    """The rows of order.parquet of one step (1-based), by row. `order` is the sealed folder or the file."""
-    return read_table(_file(order), filters=[("step", "=", step)])
+    """The rows of a published order of one step (1-based), by row. `order`: its folder, or a file of it."""
+    return _select(order, ("step", "=", step))
 
 
 def steps_of_document(order: Path, id: str) -> pa.Table:
-    """The rows of order.parquet in which the document occurs, by step."""
-    return read_table(_file(order), filters=[("id", "=", id)])
+    """The rows of a published order in which the document occurs, by step. `order`: its folder, or a file of it."""
+    return _select(order, ("id", "=", id))
 
 
-def _file(order: Path) -> Path:
-    return order / "order.parquet" if order.is_dir() else order
+def _select(order: Path, condition: tuple[str, str, Any]) -> pa.Table:
+    import pyarrow as pa
+
+    files = order_files(order) if order.is_dir() else [order]
+    return pa.concat_tables([read_table(file, filters=[condition]) for file in files])
 
 
 def estimate(config: OrderConfig) -> Estimate:
+    """Figures of docs/lab-log.md. The chunks of a packed row are as many as if they had 1,000 tokens."""
     rows = config.rows_from(config.first_step)
-    return Estimate(cpu_seconds=2 + rows / 5e5, tokens=rows * config.sequence_length)
+    chunks = rows * max(1, config.sequence_length // 1000) if config.pack else rows
+    return Estimate(cpu_seconds=2 + chunks * (3.7e-6 if config.pack else 2.6e-6), tokens=rows * config.sequence_length)
 
 
-STAGE = Stage("order", VERSION, OrderConfig, run, estimate=estimate)
+STAGE = Stage(
+    "order", VERSION, OrderConfig, run, estimate=estimate, shards=lambda config: config.blocks, run_shard=run_shard
+)

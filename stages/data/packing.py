@@ -1,21 +1,21 @@
-"""Packing: assigns the chunks of a packed phase to rows.
+"""Packing: assigns the chunks of a block of a packed phase to its rows.
 
-A source's share of a packed phase is a share of tokens. Long chunks can be up-weighted: they are drawn separately, up
-to a number of epochs; shorter chunks make up the difference, which is reported. Rows are filled by best fit among a
-bounded number of open rows, in an order that depends only on the seed.
+A source's share of a packed phase is a share of tokens. Long chunks can be up-weighted: they are a stream of their own,
+read up to a number of epochs; shorter chunks make up the difference, which is reported. Rows are filled by best fit
+among a bounded number of open rows, in an order that depends only on the seed.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from pipeline.core.bounds import Context, Range
 from pipeline.core.stage import Config
-from stages.data.chunks import Chunks
+from stages.data.chunks import LONG, SHORT
 from stages.data.seeds import permutation
 
 if TYPE_CHECKING:
@@ -40,93 +40,46 @@ class LongDocuments(Config):
     )
 
 
-def quotas(slots: NDArray[np.int64], tokens: float, rule: LongDocuments | None) -> dict[str, Any]:
-    """The numbers of a source's tokens from its long and its short chunks.
+def split(
+    pools: Mapping[str, tuple[int, int]], tokens: float, rule: LongDocuments | None
+) -> tuple[dict[str, float], dict[str, int] | None]:
+    """(share of a source's tokens from each pool, the report on its long chunks or None).
 
-    slots: targets of each chunk; tokens: the number that the phase reads of the source.
+    pools: (chunks, targets) of each; tokens: the number that the phase reads of the source.
     """
     if rule is None:
-        return {"short": tokens}
-    long = slots > rule.over
-    available, target = int(slots[long].sum()), rule.share * tokens
-    allowed = min(target, rule.max_epochs * available)
-    granted = tokens if long.all() else allowed  # no shorter chunks exist: the long ones are repeated more often
-    return {
-        "short": tokens - granted,
-        "long": granted,
-        "report": {
-            "over": rule.over,
-            "chunks": int(long.sum()),
-            "available_tokens": available,
-            "wanted_tokens": round(target),
-            "missing_tokens": round(target - allowed),
-        },
+        return dict.fromkeys(pools, 1.0), None
+    chunks, available = pools[LONG]
+    wanted = rule.share * tokens
+    allowed = min(wanted, rule.max_epochs * available)
+    # without shorter chunks the long ones are repeated more often
+    long = allowed / tokens if pools[SHORT][0] else 1.0
+    return {LONG: long, SHORT: 1.0 - long}, {
+        "over": rule.over,
+        "chunks": chunks,
+        "available_tokens": available,
+        "wanted_tokens": round(wanted),
+        "missing_tokens": round(wanted - allowed),
     }
 
 
-def draw(slots: NDArray[np.int64], tokens: float, label: str, seed: int) -> NDArray[np.int64]:
-    """Indices of chunks, permuted again in each epoch, until they hold `tokens` targets."""
-    import numpy as np
+def pack(segments: Mapping[str, Any], capacity: int, rows: int, label: str, seed: int) -> dict[str, Any]:
+    """The columns `row_index`, `segment` and those of the segments that fit in `rows` rows, by row and segment.
 
-    draws, drawn, epoch = [np.zeros(0, np.int64)], 0.0, 0
-    while drawn < tokens and slots.sum() > 0:
-        order = permutation(len(slots), f"{label}/epoch {epoch}", seed)
-        sums = drawn + np.cumsum(slots[order])
-        order = order[: int(np.searchsorted(sums, tokens)) + 1]
-        draws.append(order)
-        drawn, epoch = drawn + float(slots[order].sum()), epoch + 1
-    return np.concatenate(draws)
-
-
-def choose(chunks: Chunks, tokens: float, rule: LongDocuments | None, label: str, seed: int) -> tuple[Any, Any]:
-    """(indices of the chunks that a phase reads of one source, the report on its long chunks or None)."""
-    import numpy as np
-
-    slots = np.asarray(chunks["length"]) - 1
-    quota = quotas(slots, tokens, rule)
-    if rule is None:
-        return draw(slots, tokens, label, seed), None
-    parts = []
-    for name, mask in (("long", slots > rule.over), ("short", slots <= rule.over)):
-        candidates = np.flatnonzero(mask)
-        if len(candidates) and quota[name] > 0:
-            parts.append(candidates[draw(slots[candidates], quota[name], f"{label}/{name}", seed)])
-    indices = np.concatenate([*parts, np.zeros(0, np.int64)])
-    return indices, quota["report"]
-
-
-def pack(
-    chunks: Mapping[str, Chunks], mix: Mapping[str, float], counts: Sequence[int], capacity: int,
-    rule: LongDocuments | None, label: str, seed: int,
-) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:  # fmt: skip
-    """The order of a packed phase, and a report by source.
-
-    chunks: by source, with columns ordinal, id, offset, length, loss_from; counts: rows of each step; capacity: targets
-    of a row. The order has these columns, step, row, segment and source, sorted by step, row and segment.
+    segments: columns as numpy and Arrow arrays; `length` is one more than the targets. Their targets are at least
+    rows x capacity, so that no row is empty. capacity: targets of a row.
     """
     import numpy as np
 
-    rows, reports, parts = sum(counts), {}, []
-    for name in sorted(mix):
-        indices, long = choose(chunks[name], mix[name] * rows * capacity, rule, f"{label}/{name}", seed)
-        reports[name] = {"long": long} if long else {}
-        columns = {column: values[indices] for column, values in chunks[name].items()}
-        parts.append({"source": np.full(len(indices), name, dtype=object), **columns})
-    segments = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
     shuffled = permutation(len(segments["length"]), f"{label}/segments", seed)
-    segments = {column: values[shuffled] for column, values in segments.items()}
-    items, row_index = fill(segments["length"] - 1, capacity, rows)
+    items, row_index = fill(segments["length"][shuffled] - 1, capacity, rows)
     row_index = permutation(rows, f"{label}/rows", seed)[row_index]
     by_row = np.argsort(row_index, kind="stable")
-    items, row_index = items[by_row], row_index[by_row]
-    step = np.repeat(np.arange(1, len(counts) + 1), counts)
-    row = np.concatenate([np.arange(count) for count in counts])
-    table = {
-        "step": step[row_index],
-        "row": row[row_index],
-        "segment": np.arange(len(row_index)) - np.searchsorted(row_index, row_index),
+    items, row_index = shuffled[items[by_row]], row_index[by_row]
+    segment = np.arange(len(row_index)) - np.searchsorted(row_index, row_index)
+    return {"row_index": row_index, "segment": segment} | {
+        name: values.take(items) for name, values in segments.items()
     }
-    return table | {column: values[items] for column, values in segments.items()}, reports
 
 
 def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

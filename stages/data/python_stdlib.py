@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.data.readers.base import Document, Files, Unreadable
+from stages.data.readers.base import Document, Files, Unreadable, is_unicode
 
 # not library code (tests, the editor, installed packages), or generated at build time with paths of the build machine
 _SKIPPED_FOLDERS = frozenset(
@@ -55,7 +55,7 @@ def read_docstrings(files: Files) -> Iterator[Document | Unreadable]:
             continue
         for name, node in _definitions(tree, ""):
             text = ast.get_docstring(node)
-            if text and _is_unicode(text):
+            if text and is_unicode(text):
                 yield Document(f"{relative}:{name}" if name else relative, text, relative)
 
 
@@ -68,7 +68,7 @@ def read_functions(files: Files) -> Iterator[Document | Unreadable]:
         for name, node in _definitions(tree, ""):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 text = _source_without_docstring(node, lines)
-                if text and _is_unicode(text):
+                if text and is_unicode(text):
                     yield Document(f"{relative}:{name}", text, relative)
 
 
@@ -79,7 +79,7 @@ def read_modules(files: Files) -> Iterator[Document | Unreadable]:
             yield Unreadable(relative)
             continue
         text = _file_without_docstrings(tree, lines)
-        if text and _is_unicode(text):
+        if text and is_unicode(text):
             yield Document(relative, text, relative)
 
 
@@ -156,8 +156,3 @@ def _file_without_docstrings(tree: ast.Module, lines: list[str]) -> str:
         alone = not prefix.strip() and not suffix.strip() and (len(node.body) > 1 or isinstance(node, ast.Module))
         edited[first : last + 1] = [None if alone else f"{prefix}pass{suffix}", *[None] * (last - first)]
     return "\n".join(line for line in edited if line is not None).strip("\n")
-
-
-def _is_unicode(text: str) -> bool:
-    """False for text with lone surrogates, which has no UTF-8 form."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)

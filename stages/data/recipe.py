@@ -18,7 +18,9 @@ from pipeline.core.stage import Config, Renamed
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
+from stages.data import estimates
 from stages.data.curation.settings import CurationSettings
+from stages.data.estimates import Size
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import HeldoutFraction
 from stages.data.steps import MAX_STEPS, AnyFilter
@@ -81,15 +83,35 @@ class DataRecipe(Config):
     def filter_config(self, seed: int) -> dict[str, Any]:
         """The config of stage filter for all sources."""
         sources = [
-            {"name": s.name, "kind": s.kind, "steps": [step.model_dump() for step in s.steps]} for s in self.sources
-        ]
+            {
+                "name": s.name, "kind": s.kind, "steps": [step.model_dump() for step in s.steps], "parts": s.parts,
+                "expected": s.expected,
+            }
+            for s in self.sources
+        ]  # fmt: skip
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
     def dedup_config(self) -> dict[str, Any]:
         """The config of stage dedup for all sources."""
-        sources = [{"name": s.name, "kind": s.kind, "heldout_fraction": self._heldout(s)} for s in self.sources]
-        curation = self.curation.model_dump()
-        return {"sources": sources, "minhash": curation["minhash"], "shards": curation["shards"]}
+        sources = [
+            {"name": s.name, "kind": s.kind, "heldout_fraction": self._heldout(s), "parts": s.parts}
+            for s in self.sources
+        ]
+        return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
+
+    def tokenize_config(self) -> dict[str, Any]:
+        """The config of stage tokenize for all sources."""
+        return {"conversations": self.conversations, "parts": self.parts, "expected": self.expected}
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The number of parts of each source."""
+        return {source.name: source.parts for source in self.sources}
+
+    @property
+    def expected(self) -> Size | None:
+        """The expected size of all sources; None if that of one is unknown."""
+        return estimates.total(source.expected for source in self.sources)
 
     @property
     def conversations(self) -> tuple[str, ...]:

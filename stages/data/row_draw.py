@@ -1,22 +1,29 @@
-"""Draws the rows of a phase with one chunk in each row: the source and the chunk of every row."""
+"""Draws the rows of a phase with one chunk in each row: the source of every row, and its place in the source's stream.
+
+The shares of the mix are exact over the phase. A binary tree deals each source's rows to blocks of rows: every node
+gives each half its share, to the nearest whole row. The way from the root to one block is a few divisions, so any row
+is found in the same time, in a phase of any length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.data.chunks import Chunks
 from stages.data.seeds import permutation
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+BLOCK = 4096
+"""Rows of a block, in which a seeded permutation mixes the sources."""
+
 
 @dataclass(frozen=True)
 class DataCursor:
-    """A position in the data: the first step, and the rows of each source that were read before that step.
+    """A position in the data: the first step, and the chunks of each stream that were read before that step.
 
     `seed` orders the sources; a checkpoint passes it on, so that another recipe seed repeats no document.
     """
@@ -26,45 +33,72 @@ class DataCursor:
     rows: dict[str, int] = field(default_factory=dict)
 
 
-def draw_rows(
-    chunks: Mapping[str, Chunks],
-    mix: Mapping[str, float],
-    counts: Sequence[int],
-    first_step: int,
-    label: str,
-    seed: int,
-    cursor: DataCursor,
-) -> dict[str, NDArray[Any]]:
-    """The columns of the order from `first_step` on: step, row, segment, source and those of the chunks.
+class SourceDraw:
+    """The source of each of `rows` rows. `names` are sorted; a source is named by its index in them."""
 
-    counts: rows of each step from the cursor's first step on. Rows of steps before `first_step` are drawn and left out.
-    """
-    import numpy as np
+    def __init__(self, mix: Mapping[str, float], rows: int, label: str, seed: int) -> None:
+        self.names, self.rows, self.label, self.seed = sorted(mix), rows, label, seed
+        quota = apportion(mix, rows)
+        self.totals = [quota[name] for name in self.names]
 
-    names = sorted(mix)
-    quota = apportion(mix, sum(counts))
-    labels = np.repeat(np.arange(len(names)), [quota[name] for name in names])
-    from_step = f" from step {cursor.first_step}" if cursor.first_step > 1 else ""
-    labels = labels[permutation(len(labels), f"{label}/sources{from_step}", seed)]
-    skipped = first_step - cursor.first_step
-    rows_read = sum(counts[:skipped])  # rows that were read before the checkpoint
-    counts = counts[skipped:]
+    def read(self, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(source, number of earlier rows of that source) of the rows from `first` to `end`, exclusive."""
+        import numpy as np
 
-    total = len(labels) - rows_read
-    columns = {name: np.zeros(total, np.int64) for name in ("ordinal", "offset", "length", "loss_from")}
-    ids = np.empty(total, dtype=object)
-    for i, name in enumerate(names):
-        count_read, positions = np.count_nonzero(labels[:rows_read] == i), np.flatnonzero(labels[rows_read:] == i)
-        first = cursor.rows.get(name, 0) + int(count_read)
-        size = len(chunks[name]["ordinal"])
-        indices = _permuted_indices(size, first, len(positions), f"{label}/{name}", cursor.seed)
-        for column, values in columns.items():
-            values[positions] = chunks[name][column][indices]
-        ids[positions] = chunks[name]["id"][indices]
-    step = np.repeat(np.arange(first_step, first_step + len(counts)), counts)
-    row = np.concatenate([np.arange(count) for count in counts])
-    source = np.array(names, dtype=object)[labels[rows_read:]]
-    return {"step": step, "row": row, "segment": np.zeros(total, np.int64), "source": source, "id": ids, **columns}
+        sources, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for block in range(first // BLOCK, -(-end // BLOCK)):
+            _, before, counts = self._find(lambda middle, _, block=block: block < middle)  # type: ignore[misc]
+            labels = self._labels(block, counts)
+            place = np.empty(len(labels), np.int64)
+            for source, count in enumerate(before):
+                rows = np.flatnonzero(labels == source)
+                place[rows] = count + np.arange(len(rows))
+            part = slice(max(first - block * BLOCK, 0), end - block * BLOCK)
+            sources.append(labels[part])
+            places.append(place[part])
+        return np.concatenate(sources), np.concatenate(places)
+
+    def row(self, source: int, place: int) -> int | None:
+        """The row of a source that has `place` earlier ones, the inverse of `read`; None if it has no more rows."""
+        import numpy as np
+
+        if place >= self.totals[source]:
+            return None
+        block, before, counts = self._find(lambda _, until: place < until[source])
+        rows = np.flatnonzero(self._labels(block, counts) == source)
+        return block * BLOCK + int(rows[place - before[source]])
+
+    def _find(self, is_left: Callable[[int, list[int]], bool]) -> tuple[int, list[int], list[int]]:
+        """(block, rows of each source before it, rows of each source in it).
+
+        is_left: whether the block is before the block `middle`, before which each source has `until` rows.
+        """
+        low, high, before, counts = 0, -(-self.rows // BLOCK), [0] * len(self.names), self.totals
+        while high - low > 1:
+            middle = (low + high) // 2
+            left = _deal(counts, (middle - low) * BLOCK)
+            until = [a + b for a, b in zip(before, left, strict=True)]
+            if is_left(middle, until):
+                high, counts = middle, left
+            else:
+                low, before, counts = middle, until, [a - b for a, b in zip(counts, left, strict=True)]
+        return low, before, counts
+
+    def _labels(self, block: int, counts: list[int]) -> NDArray[np.int64]:
+        """The source of each row of a block."""
+        import numpy as np
+
+        labels = np.repeat(np.arange(len(counts)), counts)
+        return labels[permutation(len(labels), f"{self.label}/block {block}", self.seed)]
+
+
+def _deal(counts: list[int], rows: int) -> list[int]:
+    """The part of each of these counts in `rows` of their rows (largest remainder; ties by place)."""
+    total = sum(counts)
+    shares = [divmod(count * rows, total) for count in counts]
+    missing = rows - sum(share for share, _ in shares)
+    largest = set(sorted(range(len(shares)), key=lambda place: (-shares[place][1], place))[:missing])
+    return [share + (place in largest) for place, (share, _) in enumerate(shares)]
 
 
 def apportion(shares: Mapping[str, float], total: int) -> dict[str, int]:
@@ -74,13 +108,3 @@ def apportion(shares: Mapping[str, float], total: int) -> dict[str, int]:
     for name in by_remainder[: total - sum(counts.values())]:
         counts[name] += 1
     return counts
-
-
-def _permuted_indices(size: int, first: int, count: int, label: str, seed: int) -> NDArray[np.int64]:
-    """Indices `first` to `first + count - 1` of an endless sequence over 0..size-1, permuted again in each epoch."""
-    import numpy as np
-
-    epoch = first // size
-    epochs = range(epoch, -(-(first + count) // size))
-    parts = [permutation(size, f"{label}/epoch {n}", seed) for n in epochs]
-    return np.concatenate([*parts, np.zeros(0, np.int64)])[first - epoch * size :][:count]

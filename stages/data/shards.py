@@ -1,44 +1,152 @@
-"""Check Megatron shards before they are read: Megatron's reader ends in an assertion or in wrong tokens."""
+"""Megatron shards: `<prefix>.bin` holds the tokens of a sequence of documents, `<prefix>.idx` the place of each.
+
+Megatron's reader ends in an assertion or in wrong tokens if a shard is damaged. So the whole index is checked when it
+is written (`check_shard`), and what a glance shows whenever it is opened (`check_sizes`).
+"""
 
 from __future__ import annotations
 
 import struct
+from array import array
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError
+from pipeline.core.parts import part_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _BYTES_A_TOKEN = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+_CODES = {2: 8, 4: 4}  # uint16 and int32, by bytes a token
+_ENTRIES = 1 << 18  # of an index that are in memory at a time
 
 
-def check_shard(prefix: Path) -> int:
-    """The number of sequences in `<prefix>.bin` and `.idx`. Raises AtomError with the damaged file.
+def shard_name(folder: Path, split: str, source: str, part: int) -> str:
+    """The path, without suffix, of the shard of a part in a folder of token shards; that of an earlier layout, which
+    has one shard for each source, where the folder has it."""
+    name = f"{split}/{source}/{part_file(part, '')}"
+    earlier = f"{split}/{source}"
+    return earlier if part == 0 and (folder / f"{earlier}.idx").is_file() else name
 
-    Checks the header, the size of the index, that sequences are contiguous, and that all tokens exist.
+
+def document_files(folder: Path, source: str) -> list[Path]:
+    """The tables of the tokenized documents of a source, by part; the one of all sources in an earlier layout.
+
+    Raises AtomError if there are none.
     """
+    files = sorted((folder / "documents" / source).glob("part-*.parquet")) or [folder / "documents.parquet"]
+    if not files[-1].is_file():
+        raise AtomError(f"{folder} has no table of the documents of {source}; run tokenize again")
+    return files
+
+
+class ShardWriter:
+    """Writes a shard document by document; in memory are 4 bytes for each. The bytes are those of Megatron's and
+    datatrove's writers."""
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        # two bytes a token up to 65,536 ids, as datatrove writes; the index states the width
+        self.width = 2 if vocab_size <= 65_536 else 4
+        self.dtype = "<u2" if self.width == 2 else "<i4"
+        self.prefix, self.lengths, self.tokens = prefix, array("i"), 0
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(_with_suffix(prefix, ".bin"), "wb")  # noqa: SIM115  closed by `close`
+
+    def add(self, ids: NDArray[Any]) -> None:
+        self.file.write(ids.astype(self.dtype).tobytes())
+        self.lengths.append(len(ids))
+        self.tokens += len(ids)
+
+    def close(self) -> None:
+        """Completes both files."""
+        import numpy as np
+
+        self.file.close()
+        count, lengths = len(self.lengths), np.frombuffer(self.lengths, np.int32)
+        with open(_with_suffix(self.prefix, ".idx"), "wb") as index:
+            index.write(_HEADER.pack(_MAGIC, 1, _CODES[self.width], count, count + 1))
+            index.write(lengths.astype("<i4").tobytes())
+            end = 0
+            for first in range(0, count, _ENTRIES):
+                ends = end + np.cumsum(lengths[first : first + _ENTRIES], dtype=np.int64) * self.width
+                index.write(np.concatenate(([end], ends[:-1])).astype("<i8").tobytes())
+                end = int(ends[-1])
+            for first in range(0, count + 1, _ENTRIES):
+                index.write(np.arange(first, min(first + _ENTRIES, count + 1), dtype="<i8").tobytes())
+
+
+def check_sizes(folder: Path, name: str) -> int:
+    """The number of sequences of the shard `name` in a folder of token shards.
+
+    Raises AtomError with the damaged file. Checks the header, and the sizes of both files by the last entries of the
+    index, in constant time.
+    """
+    return _Shard(folder, name).sequences
+
+
+def check_shard(folder: Path, name: str) -> int:
+    """Like `check_sizes`; also checks that the sequences lie one behind the other. Reads the index in pieces."""
     import numpy as np
 
-    index, tokens = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
-    advice = f"remove {prefix.parent.parent} and run again to rebuild it"
-    for path in (index, tokens):
-        if not path.is_file():
-            raise AtomError(f"token shard {path} is missing; {advice}")
-    data = index.read_bytes()
-    if len(data) < _HEADER.size:
-        raise AtomError(f"token index {index} has only {len(data)} bytes; {advice}")
-    magic, version, code, sequences, documents = _HEADER.unpack_from(data)
-    if magic != _MAGIC or version != 1 or code not in _BYTES_A_TOKEN:
-        raise AtomError(f"token index {index} is not a Megatron index of version 1; {advice}")
-    expected = _HEADER.size + 12 * sequences + 8 * documents
-    if len(data) != expected:
-        raise AtomError(f"token index {index} has {len(data)} bytes where its header asks for {expected}; {advice}")
-    lengths = np.frombuffer(data, np.int32, sequences, _HEADER.size).astype(np.int64)
-    pointers = np.frombuffer(data, np.int64, sequences, _HEADER.size + 4 * sequences)
-    ends = np.cumsum(lengths) * _BYTES_A_TOKEN[code]
-    if sequences and ((lengths <= 0).any() or (pointers != np.concatenate(([0], ends[:-1]))).any()):
-        raise AtomError(f"token index {index} does not list its sequences one behind the other; {advice}")
-    needed = int(ends[-1]) if sequences else 0
-    if tokens.stat().st_size != needed:
-        raise AtomError(f"token shard {tokens} has {tokens.stat().st_size} bytes instead of {needed}; {advice}")
-    return int(sequences)
+    shard, end = _Shard(folder, name), 0
+    for first in range(0, shard.sequences, _ENTRIES):
+        count = min(_ENTRIES, shard.sequences - first)
+        lengths = np.fromfile(shard.index, "<i4", count, offset=shard.lengths + 4 * first).astype(np.int64)
+        pointers = np.fromfile(shard.index, "<i8", count, offset=shard.pointers + 8 * first)
+        ends = end + np.cumsum(lengths) * shard.width
+        if (lengths <= 0).any() or (pointers != np.concatenate(([end], ends[:-1]))).any():
+            raise AtomError(
+                f"token index {shard.index} does not list its sequences one behind the other; {shard.advice}"
+            )
+        end = int(ends[-1])
+    return shard.sequences
+
+
+class _Shard:
+    """The two files of a shard. lengths, pointers: offsets in the index of the arrays with an entry a sequence."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.sequences: int
+        self.index, tokens = (_with_suffix(folder / name, suffix) for suffix in (".idx", ".bin"))
+        self.advice = f"remove {folder} and run again to rebuild it"
+        for path in (self.index, tokens):
+            if not path.is_file():
+                raise AtomError(f"token shard {path} is missing; {self.advice}")
+        size = self.index.stat().st_size
+        with open(self.index, "rb") as file:
+            header = file.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                raise AtomError(f"token index {self.index} has only {size} bytes; {self.advice}")
+            magic, version, code, self.sequences, documents = _HEADER.unpack(header)
+            if magic != _MAGIC or version != 1 or code not in _BYTES_A_TOKEN:
+                raise AtomError(f"token index {self.index} is not a Megatron index of version 1; {self.advice}")
+            self.width, self.lengths = _BYTES_A_TOKEN[code], _HEADER.size
+            self.pointers = self.lengths + 4 * self.sequences
+            expected = self.pointers + 8 * self.sequences + 8 * documents
+            if size != expected:
+                raise AtomError(
+                    f"token index {self.index} has {size} bytes where its header asks for {expected}; {self.advice}"
+                )
+
+            def last(kind: str, end: int, entries: int) -> int:
+                """The last of an array's entries, 0 if there are none; the array ends at the offset `end`."""
+                file.seek(end - struct.calcsize(kind))
+                return int(struct.unpack(kind, file.read(struct.calcsize(kind)))[0]) if entries else 0
+
+            length = last("<i", self.pointers, self.sequences)
+            needed = last("<q", self.pointers + 8 * self.sequences, self.sequences) + length * self.width
+            if last("<q", size, documents) != self.sequences:
+                raise AtomError(
+                    f"token index {self.index} does not end its last document with its last sequence; {self.advice}"
+                )
+        if tokens.stat().st_size != needed:
+            raise AtomError(
+                f"token shard {tokens} has {tokens.stat().st_size} bytes instead of {needed}; {self.advice}"
+            )
+
+
+def _with_suffix(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)

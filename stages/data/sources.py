@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.bounds import License, SourceName, Text, Words
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config
+from pipeline.core.parts import PartCount, part_slice
+from pipeline.core.stage import Config, added, operational
 from pipeline.core.store import canonical, sha256_bytes, sha256_file
+from stages.data.estimates import Size
 from stages.data.kinds import Kind
 from stages.data.readers import READERS
-from stages.data.readers.base import Reader
+from stages.data.readers.base import FileReader, Files, Reader
 from stages.data.registry import union
 
 if TYPE_CHECKING:
@@ -35,6 +40,10 @@ class Source(Config):
         "auto", description="expected digest of the files; auto: computed from the files present"
     )
     reader: AnyReader = Field(description="reader of the documents")
+    parts: PartCount = added(
+        1, "parts that the files of the source are dealt into, in their order; jobs process the parts one by one"
+    )
+    expected: Size | None = operational(None, "expected size of the source, for `atom plan`; null: unknown")
 
     @field_validator("name")
     @classmethod
@@ -53,18 +62,52 @@ class Source(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_parts(self) -> Source:
+        if self.parts > 1 and not isinstance(self.reader, FileReader):
+            raise ValueError(f"parts = {self.parts}, but reader {self.reader.reader} reads no files of yours; use 1")
+        if self.parts > 1 and isinstance(self.reader, FileReader) and self.reader.limit is not None:
+            raise ValueError(f"parts = {self.parts}, but reader.limit selects from the whole source; leave one out")
+        return self
+
+    def files(self) -> Files:
+        """The files of all parts. Raises RecipeError if they are missing, or fewer than the parts."""
+        files = self.reader.files(self.name)
+        if len(files) < self.parts > 1:
+            raise RecipeError(
+                f"source {self.name}: parts = {self.parts}, but its reader finds {len(files)} files; use no more parts"
+            )
+        return files
+
+    def files_of(self, part: int) -> Files:
+        """The files of one part."""
+        files = self.files()
+        return files[part_slice(len(files), part, self.parts)]
+
 
 def resolve_tree_digest(source: Source) -> str:
-    """`sha256:` over the sorted (relative path, sha256) of the files that the source's reader reads.
+    """The pinned digest, or the `tree_digest` of the files that the source's reader reads, which may be none.
 
-    Procedural sources read none. Raises RecipeError if the files are missing or a pinned digest differs.
+    A pin is compared with the files when they are acquired: planning need not read a large corpus. Raises RecipeError
+    if the files are missing, or fewer than the parts.
     """
-    files = source.reader.files(source.name)
-    rows = [[relative, sha256_file(path)] for relative, path in files]
-    digest = f"sha256:{sha256_bytes(canonical(rows))}"
-    if source.tree_digest not in ("auto", digest):
-        raise RecipeError(
-            f"source {source.name}: tree_digest is pinned to {source.tree_digest} but the {len(files)} files here give "
-            f"{digest}; restore the pinned files, or change the pin"
-        )
-    return digest
+    files = source.files()
+    if source.tree_digest != "auto":
+        return source.tree_digest
+    return tree_digest((name, digest_of_file(path)) for name, path in files)
+
+
+def tree_digest(files: Iterable[tuple[str, str]]) -> str:
+    """`sha256:` over the (relative path, sha256) of the files, in their order."""
+    return f"sha256:{sha256_bytes(canonical([list(row) for row in files]))}"
+
+
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of a file, which this process computes once for each version of the file."""
+    entry = path.stat()
+    return _digest_of_version(path, entry.st_ino, entry.st_size, entry.st_mtime_ns)
+
+
+@cache
+def _digest_of_version(path: Path, inode: int, size: int, time: int) -> str:
+    return sha256_file(path)

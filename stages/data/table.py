@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS_PER_GROUP = 50_000
+GROUP_BYTES = 2**25
+"""Bytes of a table, or characters of text, after which a writer ends a row group early, to bound readers."""
 
 String = Annotated[str, "string"]
 OptionalString = Annotated[str | None, "string"]
@@ -39,6 +41,15 @@ class DocumentRow(TypedDict):
     origin: String
     content_hash: String
     prompt_chars: Int32
+
+
+class FailedRow(TypedDict):
+    """A document that could not be read; license: that of its source."""
+
+    id: String
+    source: String
+    license: String
+    reason: String
 
 
 class KeptRow(DocumentRow):
@@ -80,6 +91,7 @@ class TokenizedRow(TypedDict):
 
     source: String
     split: String
+    part: Int32
     ordinal: Int32
     id: String
     content_hash: String
@@ -96,6 +108,7 @@ class OrderRow(TypedDict):
     row: Int32
     segment: Int16
     source: String
+    part: Int32
     ordinal: Int32
     id: String
     offset: Int32
@@ -109,6 +122,7 @@ def columns_of(row: type[Any]) -> dict[str, str]:
 
 
 DOCUMENTS = columns_of(DocumentRow)
+FAILED = columns_of(FailedRow)
 KEPT = columns_of(KeptRow)
 DISPOSITIONS = columns_of(DispositionRow)
 ITEMS = columns_of(ItemRow)
@@ -118,6 +132,16 @@ ORDER = columns_of(OrderRow)
 
 def content_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_columns(buckets: int) -> dict[str, str]:
+    """The columns of the hashes of a source's filtered documents. buckets: of MinHash; 0 for a source without."""
+    return dict.fromkeys(["hash_high", "hash_low", *(f"band_{n:02d}" for n in range(buckets))], "uint64")
+
+
+def short_hash(id: str) -> int:
+    """64 bits that stand for an id where all ids of a corpus are compared."""
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
 
 
 def arrow_schema(columns: Mapping[str, str]) -> pa.Schema:
@@ -135,30 +159,64 @@ def write_rows(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[st
 
 @contextmanager
 def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A context with a function that writes one row and buffers a row group. The bytes are those of `write_table`."""
+    """A context with a function that writes one row and buffers a row group of at most GROUP_BYTES characters of text.
+    The bytes are those of `write_table` where no row group has more."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = arrow_schema(columns)
     buffer: list[Mapping[str, Any]] = []
-    groups = 0
+    groups = characters = 0
+    has_text = "text" in columns
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
 
         def flush() -> None:
-            nonlocal groups
-            groups += 1
+            nonlocal groups, characters
+            groups, characters = groups + 1, 0
             writer.write_table(pa.Table.from_pylist(buffer, schema=schema), row_group_size=ROWS_PER_GROUP)
             buffer.clear()
 
         def write(row: Mapping[str, Any]) -> None:
+            nonlocal characters
             buffer.append(row)
-            if len(buffer) == ROWS_PER_GROUP:
+            characters += len(row["text"]) if has_text else 0
+            if len(buffer) == ROWS_PER_GROUP or characters >= GROUP_BYTES:
                 flush()
 
         yield write
         if buffer or not groups:
             flush()
+
+
+@contextmanager
+def table_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[pa.Table], None]]:
+    """A context with a function that writes the rows of a table, with these columns in any order and of types that cast
+    to theirs. It buffers a row group, which ends when it has ROWS_PER_GROUP rows or GROUP_BYTES."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = arrow_schema(columns)
+    buffer, groups = schema.empty_table(), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+
+        def flush(rows: int) -> None:
+            nonlocal buffer, groups
+            writer.write_table(buffer.slice(0, rows).combine_chunks(), row_group_size=ROWS_PER_GROUP)
+            buffer, groups = buffer.slice(rows), groups + 1
+
+        def write(table: pa.Table) -> None:
+            nonlocal buffer
+            buffer = pa.concat_tables([buffer, table.select(schema.names).cast(schema)])
+            while buffer.num_rows >= ROWS_PER_GROUP:
+                flush(ROWS_PER_GROUP)
+            if buffer.nbytes >= GROUP_BYTES:
+                flush(buffer.num_rows)
+
+        yield write
+        if buffer.num_rows or not groups:
+            flush(buffer.num_rows)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -172,7 +230,7 @@ def read_table(path: Path, columns: list[str] | None = None, filters: Any = None
     """Reads a table. Raises AtomError with the file if it is missing, truncated or lacks one of the columns."""
     import pyarrow.parquet as pq
 
-    with _read_errors(path):
+    with read_errors(path):
         if filters is None:
             return pq.ParquetFile(path).read(columns=columns)
         return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
@@ -189,62 +247,84 @@ def part_files(folder: Path, name: str) -> list[Path]:
     return files
 
 
+def sources_of(folder: Path) -> list[str]:
+    """The names of the sources that have a table in the folder, in either layout of `part_files`."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted({path.stem if path.suffix == ".parquet" else path.name for path in entries})
+
+
+def order_files(folder: Path) -> list[Path]:
+    """The files of the order of a phase, in the order of steps: `part-*.parquet`, or the `order.parquet` of an earlier
+    layout. Raises AtomError if there are none."""
+    files = sorted(folder.glob("part-*.parquet")) or [folder / "order.parquet"]
+    if not files[-1].is_file():
+        raise AtomError(f"{folder} holds no order; run the stage that makes it again")
+    return files
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a table. Raises the errors of `read_table`."""
+    import pyarrow.parquet as pq
+
+    with read_errors(path):
+        names: list[str] = pq.read_schema(path).names
+        return names
+
+
 def stream_parts(files: Iterable[Path], columns: list[str]) -> Iterator[Any]:
     """The rows of several files of one table, as `stream_rows` gives those of each."""
     for path in files:
         yield from stream_rows(path, columns)
 
 
-def slice_of(count: int, shard: int, shards: int) -> tuple[int, int]:
-    """The first and last row (exclusive) of a shard of `count` rows; the shards partition the rows."""
-    return count * shard // shards, count * (shard + 1) // shards
+def stream_rows(path: Path, columns: list[str]) -> Iterator[Any]:
+    """The rows of a file of any size, a few thousand in memory at a time. Raises the errors of `read_table`."""
+    for batch in stream_batches(path, columns):
+        yield from batch.to_pylist()
 
 
-def read_shard(path: Path, shard: int, shards: int, columns: list[str] | None = None) -> list[Any]:
-    """The rows of one shard, each a TypedDict of the table; reads only its row groups. Raises the errors of
+def stream_batches(path: Path, columns: list[str], rows: int = 4096) -> Iterator[pa.RecordBatch]:
+    """The rows of a file of any size as Arrow batches of at most `rows`, each of one row group. Raises the errors of
     `read_table`."""
     import pyarrow.parquet as pq
 
-    with _read_errors(path), pq.ParquetFile(path) as file:
-        start, stop = slice_of(file.metadata.num_rows, shard, shards)
-        groups: list[int] = []
-        first, rows_before = start, 0
-        for number in range(file.num_row_groups):
-            rows = file.metadata.row_group(number).num_rows
-            if rows_before < stop and rows_before + rows > start:
-                first = rows_before if not groups else first
-                groups.append(number)
-            rows_before += rows
-        if not groups:
-            return []
-        table = file.read_row_groups(groups, columns=columns).slice(start - first, stop - start)
-        result: list[Any] = table.to_pylist()
-        return result
+    with read_errors(path), pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):  # a batch over several groups may hold far more text than one
+            yield from file.iter_batches(batch_size=rows, columns=columns, row_groups=[group])
 
 
-def stream_shards(path: Path, shards: int) -> Iterator[list[Any]]:
-    """The rows of each shard in turn, as `read_shard` returns them; the file is read once."""
+def stream_part_batches(files: Iterable[Path], columns: list[str], rows: int = 65_536) -> Iterator[pa.RecordBatch]:
+    """The rows of several files of one table, as `stream_batches` gives those of each."""
+    for path in files:
+        yield from stream_batches(path, columns, rows)
+
+
+def rows_at(path: Path, numbers: Sequence[int], columns: list[str]) -> Iterator[Any]:
+    """The rows of a file with these increasing numbers, from 0; reads the row groups that hold them. Raises the errors
+    of `read_table`."""
     import pyarrow.parquet as pq
 
-    with _read_errors(path), pq.ParquetFile(path) as file:
-        count, columns = file.metadata.num_rows, file.schema_arrow.names
-    rows = stream_rows(path, columns)
-    for shard in range(shards):
-        start, stop = slice_of(count, shard, shards)
-        yield list(islice(rows, stop - start))
+    with read_errors(path), pq.ParquetFile(path) as file:
+        first = position = 0
+        for group in range(file.num_row_groups):
+            start, end = position, first + file.metadata.row_group(group).num_rows
+            position = bisect_left(numbers, end, start)
+            if position > start:
+                rows = [number - first for number in numbers[start:position]]
+                yield from file.read_row_group(group, columns=columns).take(rows).to_pylist()
+            first = end
 
 
-def stream_rows(path: Path, columns: list[str]) -> Iterator[Any]:
-    """The rows of a file of any size, a few thousand in memory at a time. Raises the errors of `read_table`."""
+def row_count(path: Path) -> int:
+    """The number of rows of a file. Raises the errors of `read_table`."""
     import pyarrow.parquet as pq
 
-    with _read_errors(path), pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=4096, columns=columns):
-            yield from batch.to_pylist()
+    with read_errors(path):
+        return int(pq.read_metadata(path).num_rows)
 
 
 @contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
     import pyarrow as pa
 
     try:

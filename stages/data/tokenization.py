@@ -1,37 +1,36 @@
-"""Encode kept documents into Megatron's .bin/.idx shards, one for each split and source, with a table of documents."""
+"""Encode kept documents into Megatron's .bin/.idx shards, one for each split of a part, and tables of documents."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from array import array
-from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.bounds import MOST_SOURCES, SourceName
 from pipeline.core.errors import AtomError
+from pipeline.core.parts import PartCount, link_parts, part_file, seal_part, shards_of
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
-from pipeline.core.store import once, sha256_file
-from stages.data.curation.settings import Shards
-from stages.data.table import TOKENIZED, KeptRow, TokenizedRow, read_shard, stream_shards, write_json, write_rows
+from pipeline.core.store import sha256_file
+from stages.data import estimates
+from stages.data.encoder import Encoder
+from stages.data.estimates import Size
+from stages.data.shards import ShardWriter, check_shard
+from stages.data.table import TOKENIZED, part_files, sources_of, stream_batches, table_writer, write_json
 from stages.data.tokenizer import END, PAD, load_for_corpus
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
 
-VERSION = 2
-BATCH = 512
+    Ids = NDArray[np.int32]
 
-
-class EncodedShard(TypedDict):
-    """ids: int32 of all documents of a shard, in Base64; lengths: ids of each document; loss_from: first id of each
-    document that carries loss."""
-
-    ids: str
-    lengths: list[int]
-    loss_from: list[int]
+VERSION = 3
+SPLITS = ("train", "heldout")
+COLUMNS = ["id", "text", "license", "content_hash", "prompt_chars", "split"]
+ROWS = 256  # of text in memory at a time
+SAMPLED = 64  # one of so many documents, and the first of each part, is encoded by `tokenizers` as well
 
 
 class TokenizeConfig(Config):
@@ -40,159 +39,182 @@ class TokenizeConfig(Config):
     conversations: tuple[SourceName, ...] = added(
         (), "sources whose documents contain special tokens and end with one", max_length=MOST_SOURCES
     )
-    shards: Shards = operational(1, "parts of each source")
+    parts: dict[SourceName, PartCount] = operational(
+        {}, "parts of each source, the tasks of a job array; those of the kept documents", max_length=MOST_SOURCES
+    )
+    expected: Size | None = operational(None, "expected size of all sources; null: unknown")
 
 
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `<split>/<source>.bin` and `.idx`, `documents.parquet` and `meta.json`. Every document ends with
-    `<|endoftext|>`, a conversation with its own `<|im_end|>`. A split of a source without documents has no shard.
+    """Seal `<split>/<source>/part-*.bin` and `.idx`, `documents/<source>/part-*.parquet` and `meta.json`. Every
+    document ends with `<|endoftext|>`, a conversation with its own `<|im_end|>`. A part without documents of a split
+    has no shard of it.
 
-    inputs["dedup"]: kept documents; inputs["tokenizer"]: tokenizer.json.
+    inputs["dedup"]: kept documents, in parts; inputs["tokenizer"]: tokenizer.json. Raises AtomError if an input is
+    damaged, or if tiktoken and `tokenizers` encode a document differently.
     """
-    tokenizer, end, files = _load_inputs(inputs)
-    vocab_size = tokenizer.get_vocab_size()
-    work.mkdir(parents=True, exist_ok=True)
-    rows: list[TokenizedRow] = []
+    files, tokenizer = _kept_files(inputs), _Tokenizer(inputs["tokenizer"] / "tokenizer.json")
     meta: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "pad_id": tokenizer.token_to_id(PAD),
-        "eod_id": end,
-        "tokenizer": sha256_file(inputs["tokenizer"] / "tokenizer.json"),
-        "tokens": {"train": {}, "heldout": {}},
-        "documents": {"train": {}, "heldout": {}},
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": tokenizer.pad,
+        "eod_id": tokenizer.end,
+        "tokenizer": sha256_file(tokenizer.file),
+        "tokens": {split: {} for split in SPLITS},
+        "documents": {split: {} for split in SPLITS},
     }
-    for n, file in enumerate(files):
-        splits = {split: _Shard(vocab_size, split, file.stem, work) for split in ("train", "heldout")}
-        for shard, documents in enumerate(stream_shards(file, config.shards)):
-            tokens = _unpack_tokens(_cached_tokens(config, tokenizer, end, file, work, shard, documents))
-            for document, (ids, loss_from) in zip(documents, tokens, strict=True):
-                splits[document["split"]].add(document, ids, loss_from)
-        for split, shard_file in splits.items():
-            if shard_file.close(out):
-                rows.extend(shard_file.rows)
-                meta["documents"][split][file.stem] = len(shard_file.rows)
-                meta["tokens"][split][file.stem] = sum(row["tokens"] for row in shard_file.rows)
-        report.progress(n + 1, len(files), "sources")
-    write_rows(out / "documents.parquet", TOKENIZED, rows)
+    places = [(source, part) for source in files for part in range(len(files[source]))]
+    parts = []
+    for source, part in places:
+        sealed = seal_part(work, *_part(config, tokenizer, files[source][part], source, part))
+        for count, by_split in sealed.facts.items():
+            for split, value in by_split.items():
+                meta[count][split][source] = meta[count][split].get(source, 0) + value
+        parts.append(sealed)
+        report.progress(len(parts), len(places), "parts")
+    link_parts(parts, out)
     write_json(out / "meta.json", meta)
     report.note(
         f"{sum(meta['tokens']['train'].values())} training tokens, {sum(meta['tokens']['heldout'].values())} held out"
     )
 
 
-def _load_inputs(inputs: Inputs) -> tuple[Tokenizer, int, list[Path]]:
-    """The tokenizer, its end-of-document id, and the files of kept documents, one for each source."""
-    tokenizer = load_for_corpus(inputs["tokenizer"] / "tokenizer.json")
-    end = tokenizer.token_to_id(END)
-    if end is None:
-        raise AtomError(f"{inputs['tokenizer'] / 'tokenizer.json'} has no {END} token; run tokenizer again")
-    files = sorted((inputs["dedup"] / "kept").glob("*.parquet"))
+def run_shard(config: TokenizeConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Seals one part in `work`. Shards count the parts of `config.parts`, source by source."""
+    files, tokenizer = _kept_files(inputs), _Tokenizer(inputs["tokenizer"] / "tokenizer.json")
+    source, part = [(source, part) for source, count in config.parts.items() for part in range(count)][shard]
+    kept = files.get(source, [])
+    if len(kept) != config.parts[source]:
+        raise AtomError(
+            f"{inputs['dedup'].path} holds {len(kept)} parts of {source}, and the recipe has {config.parts[source]}; "
+            "run dedup again"
+        )
+    seal_part(work, *_part(config, tokenizer, kept[part], source, part))
+
+
+def _kept_files(inputs: Inputs) -> dict[str, list[Path]]:
+    """The files of kept documents of each source, by part."""
+    kept = inputs["dedup"] / "kept"
+    files = {source: part_files(kept, source) for source in sources_of(kept)}
     if not files:
         raise AtomError(f"{inputs['dedup'].path} holds no kept documents; run dedup again")
-    return tokenizer, end, files
+    return files
 
 
-def run_shard(config: TokenizeConfig, inputs: Inputs, work: Path, shard: int) -> None:
-    """Encodes one shard of every source and caches the tokens in `work`."""
-    tokenizer, end, files = _load_inputs(inputs)
-    for file in files:
-        documents = read_shard(file, shard, config.shards, ["text", "prompt_chars"])
-        _cached_tokens(config, tokenizer, end, file, work, shard, documents)
+class _Tokenizer:
+    """The tokenizer, and the encoders that parts need. end, pad: ids."""
+
+    def __init__(self, file: Path) -> None:
+        tokenizer = load_for_corpus(file)
+        self.file, self.vocab_size = file, tokenizer.get_vocab_size()
+        self.end, self.pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
+        if self.end is None:
+            raise AtomError(f"{file} has no {END} token; run tokenizer again")
+
+    @cached_property
+    def for_documents(self) -> Encoder:
+        return Encoder(self.file)
+
+    @cached_property
+    def for_conversations(self) -> Encoder:
+        return Encoder(self.file, special_tokens=True)
 
 
-def _cached_tokens(
-    config: TokenizeConfig,
-    tokenizer: Tokenizer,
-    end: int,
-    file: Path,
-    work: Path,
-    shard: int,
-    documents: Sequence[KeptRow],
-) -> EncodedShard:
-    """The tokens of a shard's documents, cached in `work`."""
+def _part(
+    config: TokenizeConfig, tokenizer: _Tokenizer, file: Path, source: str, part: int
+) -> tuple[str, Callable[[Path], dict[str, Any]]]:
+    """The name of a part and the function that makes it."""
 
-    def make() -> EncodedShard:
-        chat = file.stem in config.conversations
-        tokenizer.encode_special_tokens = not chat
-        tokens: list[tuple[list[int], int]] = []
-        for start in range(0, len(documents), BATCH):
-            texts = [(d["text"], d["prompt_chars"]) for d in documents[start : start + BATCH]]
-            tokens += encode(tokenizer, None if chat else end, texts)
-        ids = array("i", [i for ids, _ in tokens for i in ids])
-        lengths, prompts = [len(ids) for ids, _ in tokens], [prompt for _, prompt in tokens]
-        return {"ids": b64encode(ids.tobytes()).decode(), "lengths": lengths, "loss_from": prompts}
+    def make(folder: Path) -> dict[str, Any]:
+        chat = source in config.conversations
+        encoder = tokenizer.for_conversations if chat else tokenizer.for_documents
+        end = None if chat else tokenizer.end
+        writers: dict[str, ShardWriter] = {}
+        with table_writer(folder / "documents" / source / part_file(part), TOKENIZED) as write:
+            for number, rows in enumerate(stream_batches(file, COLUMNS, ROWS)):
+                documents = list(zip(rows["text"].to_pylist(), rows["prompt_chars"].to_pylist(), strict=True))
+                encoded = encode(encoder.encode, end, documents)
+                if encoder.fast:
+                    _compare(encoder, end, file, rows, documents, encoded, with_first=number == 0)
+                ordinals = []
+                for split, (ids, _) in zip(rows["split"].to_pylist(), encoded, strict=True):
+                    if split not in writers:
+                        prefix = folder / split / source / part_file(part, "")
+                        writers[split] = ShardWriter(prefix, tokenizer.vocab_size)
+                    ordinals.append(len(writers[split].lengths))
+                    writers[split].add(ids)
+                write(_table(rows, source, part, ordinals, encoded))
+        for split, writer in writers.items():
+            writer.close()
+            check_shard(folder, f"{split}/{source}/{part_file(part, '')}")
+        return {
+            "tokens": {split: writer.tokens for split, writer in writers.items()},
+            "documents": {split: len(writer.lengths) for split, writer in writers.items()},
+        }
 
-    encoded: EncodedShard = once(work / f"tokens-{file.stem}-{shard:05d}-of-{config.shards:05d}.json", make)
-    return encoded
+    return f"{source}-{part:05d}", make
 
 
-def _unpack_tokens(tokens: EncodedShard) -> Iterator[tuple[list[int], int]]:
-    """(ids, loss_from) of each document of a shard."""
-    ids, start = array("i", b64decode(tokens["ids"])).tolist(), 0
-    for length, loss_from in zip(tokens["lengths"], tokens["loss_from"], strict=True):
-        yield ids[start : start + length], loss_from
-        start += length
-
-
-def encode(tokenizer: Tokenizer, end: int | None, texts: list[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
+def encode(
+    encode_texts: Callable[[Sequence[str]], list[Ids]], end: int | None, documents: Sequence[tuple[str, int]]
+) -> list[tuple[Ids, int]]:
     """(ids with the final `end`, number of ids of the part without loss) of each (text, prompt_chars).
 
     The part without loss is encoded separately, as in a prompt.
     """
-    parts = [text[:n] for text, n in texts] + [text[n:] for text, n in texts]
-    encoded = [e.ids for e in tokenizer.encode_batch(parts, add_special_tokens=False)]
-    for prompt, continuation in zip(encoded[: len(texts)], encoded[len(texts) :], strict=True):
-        yield [*prompt, *continuation, *([] if end is None else [end])], len(prompt)
+    import numpy as np
+
+    prompts = encode_texts([text[:characters] for text, characters in documents])
+    continuations = encode_texts([text[characters:] for text, characters in documents])
+    tail = np.array([] if end is None else [end], np.int32)
+    pairs = zip(prompts, continuations, strict=True)
+    return [(np.concatenate((prompt, continuation, tail)), len(prompt)) for prompt, continuation in pairs]
 
 
-class _Shard:
-    """Megatron's shard of a split of a source; `rows` describe its documents."""
+def _compare(
+    encoder: Encoder,
+    end: int | None,
+    file: Path,
+    rows: pa.RecordBatch,
+    documents: Sequence[tuple[str, int]],
+    encoded: Sequence[tuple[Ids, int]],
+    with_first: bool,
+) -> None:
+    """Encodes a sample of documents, by their content hash, with `tokenizers`. Raises AtomError if the ids differ."""
+    hashes = rows["content_hash"].to_pylist()
+    sample = [n for n, hash in enumerate(hashes) if (with_first and n == 0) or int(hash[:16], 16) % SAMPLED == 0]
+    expected = encode(encoder.reference, end, [documents[n] for n in sample])
+    for n, (ids, loss_from) in zip(sample, expected, strict=True):
+        if encoded[n][0].tolist() != ids.tolist() or encoded[n][1] != loss_from:
+            raise AtomError(
+                f"{file}: tiktoken and tokenizers encode the document {rows['id'][n]} differently; install the "
+                "versions of constraints.txt and run again"
+            )
 
-    def __init__(self, vocab_size: int, split: str, source: str, work: Path) -> None:
-        from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 
-        # datatrove's files hold two bytes a token up to 65,536 ids; the .idx holds the width: Megatron reads both
-        size = 2 if vocab_size <= 65_536 else 4
-        self.split, self.source, self.folder = split, source, work / split
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows: list[TokenizedRow] = []
-        self._file = MegatronTokenizedFile(str(self.folder), source, token_size=size)
+def _table(
+    rows: pa.RecordBatch, source: str, part: int, ordinals: Sequence[int], encoded: Sequence[tuple[Ids, int]]
+) -> pa.Table:
+    """The table of documents for some rows of kept documents."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    def add(self, document: KeptRow, ids: list[int], loss_from: int) -> None:
-        self._file.write(ids)
-        self.rows.append(
-            {
-                "source": self.source,
-                "split": self.split,
-                "ordinal": len(self.rows),
-                "id": document["id"],
-                "content_hash": document["content_hash"],
-                "license": document["license"],
-                "bytes": len(document["text"].encode()),
-                "tokens": len(ids),
-                "loss_from": loss_from,
-            }
-        )
-
-    def close(self, out: Path) -> bool:
-        """Moves the finished files to `out`; returns False, without files, if there are no documents."""
-        self._file.close()
-        if not self.rows:
-            return False
-        (out / self.split).mkdir(exist_ok=True)
-        for suffix in (".bin", ".idx"):
-            finished, target = (parent / f"{self.source}{suffix}" for parent in (self.folder, out / self.split))
-            try:
-                os.replace(finished, target)
-            except OSError:  # work and out may be on different file systems
-                shutil.move(finished, target)
-        return True
+    columns = {name: rows[name] for name in ("split", "id", "content_hash", "license")}
+    columns |= {"source": pa.repeat(source, rows.num_rows), "part": pa.repeat(part, rows.num_rows)}
+    columns |= {"ordinal": ordinals, "tokens": [len(ids) for ids, _ in encoded]}
+    columns |= {"loss_from": [loss_from for _, loss_from in encoded]}
+    return pa.table(columns | {"bytes": pc.binary_length(rows["text"].cast(pa.binary()))})
 
 
 def estimate(config: TokenizeConfig) -> Estimate:
-    return Estimate(cpu_seconds=10.0, fixed=True)
+    return estimates.estimate("tokenize", config.expected, small=10.0)
 
 
 STAGE = Stage(
-    "tokenize", VERSION, TokenizeConfig, run, estimate=estimate, shards=lambda c: c.shards, run_shard=run_shard
+    "tokenize",
+    VERSION,
+    TokenizeConfig,
+    run,
+    estimate=estimate,
+    shards=lambda config: shards_of(config.parts.values()),
+    run_shard=run_shard,
 )

@@ -6,7 +6,7 @@ that decode(encode(x)) == x for any text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +15,12 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
-from stages.data.table import read_table, write_json
+from stages.data.table import write_json
+from stages.data.text_sample import Sample, choose_files, interleave
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.trainers import BpeTrainer
 
 VERSION = 1
 
@@ -57,7 +59,7 @@ CHAT_TEMPLATE = """\
 
 Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
 """Number of tokens; the minimum is all bytes and the special tokens."""
-SampleBytes = Annotated[int, Range(1, 1e12, "the sample lies in memory")]
+SampleBytes = Annotated[int, Range(1, 1e12, "the distinct words of the sample lie in memory")]
 
 
 class TokenizerSection(Config):
@@ -83,58 +85,46 @@ class TokenizerSection(Config):
         return self
 
 
+REPORTED = 2_000  # documents of each source on which the bytes per token are measured
+
+
 def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Train on a sample of the training split and seal tokenizer files and `stats.json` (bytes per token by source).
 
-    inputs["dedup"]: kept documents. Raises RecipeError if the corpus cannot yield vocab_size tokens.
+    inputs["dedup"]: kept documents. Of a large source only some parts are read, and the texts are streamed. Raises
+    RecipeError if the corpus cannot yield vocab_size tokens.
     """
-    from tokenizers import Tokenizer, models, trainers
-
-    files = sorted((inputs["dedup"] / "kept").glob("*.parquet"))
-    files = [file for file in files if file.stem not in config.leave_out]
-    texts = {file.stem: _texts(file) for file in files}
-    sample = list(interleave({name: by_split["train"] for name, by_split in texts.items()}, config.sample_bytes))
-    tokenizer = Tokenizer(models.BPE())
-    _set_byte_level(tokenizer)
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=_alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sample, trainer)
+    files = choose_files(inputs["dedup"] / "kept", config.leave_out, config.sample_bytes)
+    train = {
+        name: Sample.draw(source_files, "train", REPORTED, config.sample_bytes) for name, source_files in files.items()
+    }
+    counts = interleave({name: sample.lengths for name, sample in train.items()}, config.sample_bytes)
+    sample_bytes = sum(int(train[name].lengths[:count].sum()) for name, count in counts.items())
+    tokenizer = untrained()
+    # the tokenizer depends on the texts, not on their order
+    texts = (text for name, count in counts.items() for batch in train[name].texts(count) for text in batch)
+    tokenizer.train_from_iterator(texts, bpe_trainer(config.vocab_size))
     size = tokenizer.get_vocab_size()
     if size < config.vocab_size:
-        available = sum(len(t.encode()) for t in sample)
         raise RecipeError(
-            f"tokenizer.vocab_size = {config.vocab_size}, but {available} bytes of training text yield only {size} "
+            f"tokenizer.vocab_size = {config.vocab_size}, but {sample_bytes} bytes of training text yield only {size} "
             f"tokens; lower it, or give more text or sample_bytes"
         )
     save(tokenizer, out)
-    ratios = bytes_per_token(load_for_corpus(out / "tokenizer.json"), texts)
+    heldout = {name: Sample.draw(source_files, "heldout", REPORTED) for name, source_files in files.items()}
+    ratios = bytes_per_token(
+        load_for_corpus(out / "tokenizer.json"),
+        {name: heldout[name] if len(heldout[name].lengths) else train[name] for name in files},
+    )
     stats = {
         "vocab_size": size,
         "padded_vocab_size": config.padded_vocab_size,
-        "sample": {"documents": len(sample), "bytes": sum(len(t.encode()) for t in sample)},
+        "sample": {"documents": sum(counts.values()), "bytes": sample_bytes},
         "bytes_per_token": ratios,
     }
     write_json(out / "stats.json", stats)
     for name, part in ratios.items():
         report.note(f"{name}: {part['value']:.2f} bytes a token ({part['split']})")
-
-
-def interleave(texts: dict[str, list[str]], limit: int) -> Iterator[str]:
-    """Texts of all sources in equal bytes, until a source is exhausted, up to `limit` bytes in total."""
-    iterators = {name: iter(source_texts) for name, source_texts in sorted(texts.items())}
-    bytes_taken = dict.fromkeys(iterators, 0)
-    while iterators and sum(bytes_taken.values()) < limit:
-        name = min(iterators, key=lambda n: (bytes_taken[n], n))
-        text = next(iterators[name], None)
-        if text is None:
-            del iterators[name]
-        else:
-            bytes_taken[name] += len(text.encode())
-            yield text
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
@@ -165,38 +155,46 @@ def load_for_corpus(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def bytes_per_token(tokenizer: Tokenizer, texts: dict[str, dict[str, list[str]]]) -> dict[str, Any]:
-    """Bytes per token by source, on its held-out documents if it has any, else on at most 2000 training documents."""
+def bytes_per_token(tokenizer: Tokenizer, samples: Mapping[str, Sample]) -> dict[str, Any]:
+    """Bytes per token by source, on at most REPORTED documents of each sample."""
     stats = {}
-    for name, by_split in sorted(texts.items()):
-        split = "heldout" if by_split["heldout"] else "train"
-        sample = by_split[split][:2000]
-        tokens = sum(len(e.ids) for e in tokenizer.encode_batch(sample, add_special_tokens=False))
-        total = sum(len(t.encode()) for t in sample)
+    for name, sample in sorted(samples.items()):
+        documents = min(REPORTED, len(sample.lengths))
+        tokens = sum(
+            len(encoding.ids)
+            for batch in sample.texts(documents)
+            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        )
+        total = int(sample.lengths[:documents].sum())
         if tokens:
-            stats[name] = {"value": round(total / tokens, 6), "split": split, "documents": len(sample), "bytes": total}
+            stats[name] = {
+                "value": round(total / tokens, 6), "split": sample.split, "documents": documents, "bytes": total
+            }  # fmt: skip
     return stats
 
 
-def _set_byte_level(tokenizer: Tokenizer) -> None:
-    from tokenizers import Regex, decoders, pre_tokenizers
+def untrained() -> Tokenizer:
+    """A byte-level BPE tokenizer with the pre-tokenizer of this project, without tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+    tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
-def _alphabet() -> list[str]:
-    from tokenizers import pre_tokenizers
+def bpe_trainer(vocab_size: int) -> BpeTrainer:
+    """A trainer whose tokenizers have all bytes and the special tokens."""
+    from tokenizers import pre_tokenizers, trainers
 
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def _texts(file: Path) -> dict[str, list[str]]:
-    table = read_table(file, ["text", "split", "content_hash"])
-    rows = sorted(table.to_pylist(), key=lambda row: row["content_hash"])  # an order that mixes the parts of a source
-    return {split: [row["text"] for row in rows if row["split"] == split] for split in ("train", "heldout")}
+    return trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
 
 
 def estimate(config: TokenizerSection) -> Estimate:

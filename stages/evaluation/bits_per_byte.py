@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
-from stages.data.table import Double, Int32, Int64, String, columns_of, read_table
+from stages.data.table import Double, Int32, Int64, String, columns_of
 from stages.data.tokenizer import END
+from stages.evaluation.heldout import HeldoutDocument
 
 if TYPE_CHECKING:
     import torch
 
 HeldoutLimit = Annotated[int, Range(2, 1e6)]
 """Maximum number of held-out documents of a source; two are needed for a standard error."""
-
-
-class HeldoutDocument(TypedDict):
-    """The columns that are read of a curated document."""
-
-    id: str
-    text: str
-    source: str
-    content_hash: str
-    split: str
-    prompt_chars: int
 
 
 class DocumentScore(TypedDict):
@@ -45,34 +34,6 @@ class DocumentScore(TypedDict):
 
 
 DOCUMENT_SCORES = columns_of(DocumentScore)
-
-
-def heldout_documents(folder: Path, limit: int) -> list[HeldoutDocument]:
-    """Up to `limit` held-out documents of every source, drawn by smallest content hash (a fixed lottery), by id."""
-    documents: list[HeldoutDocument] = []
-    heldout = read_heldout(folder)
-    for source in sorted({row["source"] for row in heldout}):  # some sources have no held-out split, such as problems
-        rows = [row for row in heldout if row["source"] == source]
-        if len(rows) < 2:
-            raise AtomError(
-                f"evaluate: source {source} has {len(rows)} held-out documents, two are needed for an error bar"
-            )
-        rows = sorted(rows, key=lambda row: (row["content_hash"], row["id"]))[:limit]
-        documents += sorted(rows, key=lambda row: row["id"])
-    if not documents:
-        raise AtomError("evaluate: the curated corpus has no held-out document")
-    return documents
-
-
-def read_heldout(folder: Path) -> list[HeldoutDocument]:
-    """Every held-out document, by source."""
-    columns = list(HeldoutDocument.__annotations__)
-    return [
-        row
-        for path in sorted(folder.glob("*.parquet"))
-        for row in read_table(path, columns).to_pylist()
-        if row["split"] == "heldout"
-    ]
 
 
 def first_token_bits_of(model: Any, tokenizer: Any) -> torch.Tensor:

@@ -21,11 +21,12 @@ from typing import Annotated, TypedDict
 
 from pydantic import Field
 
-from pipeline.core.bounds import PositiveShare, Range, Seed
-from pipeline.core.stage import Config, Inputs, Report, Stage
-from stages.data.table import Double, Int32, String, columns_of, read_table, write_json, write_rows
+from pipeline.core.bounds import MOST_SOURCES, PositiveShare, Range, Seed, SourceName
+from pipeline.core.parts import PartCount, shards_of
+from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from stages.data.table import Double, Int32, String, columns_of, read_table, sources_of, write_json, write_rows
 from stages.evaluation.confidence import clustered
-from stages.evaluation.contamination_corpus import Corpus, Item
+from stages.evaluation.contamination_corpus import Corpus, CorpusSearch, Item
 from stages.evaluation.eval_set import chat_rows, texts_of
 from stages.evaluation.pass_at_k import GREEDY
 from stages.evaluation.scores import ContaminationReport, Mean, ScoresByVerdict, VerdictCounts
@@ -68,6 +69,9 @@ class ContaminationConfig(Config):
         80, description="maximum number of planted items, with as many that are not planted"
     )
     seed: Seed = Field(description="seed of the recipe")
+    parts: Annotated[dict[SourceName, PartCount], Field(max_length=MOST_SOURCES)] = operational(
+        {}, "parts of each source that is trained on; empty: all sources that were kept"
+    )
 
     def verdict(self, words: int, overlap: float, longest: int) -> str:
         if overlap >= self.contaminated_from:
@@ -79,14 +83,13 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
     """inputs: dedup, items; order-<phase> and tasks-<phase> of every phase; fresh, if the recipe has it; and of each
     model the tables evaluate-<model>, solve-<model>, fresh-solve-<model>.
 
-    Seals `items.parquet`, one row for each item and phase, and `report.json`. Raises AtomError if a document in an
-    order is not among the kept ones.
+    Seals `items.parquet`, one row for each item and phase, and `report.json`. Resumes after the last searched part.
+    Raises AtomError if a document in an order is not among the kept ones.
     """
-    from stages.data.curation.overlap import ItemRuns
-
     items = items_of(inputs)
-    runs = ItemRuns({id: text for id, (_, _, text) in items.items()})
-    corpus = Corpus(inputs, runs, items, config.canaries, config.seed)
+    search = _search(config, inputs, work, items)
+    runs, sources = search.runs, sorted(config.parts) or sources_of(search.kept)
+    corpus = Corpus(search, items, sources, report)
     matched_runs = {phase: runs.with_prefixes(nodes) for phase, nodes in corpus.matched.items()}
     rows: list[OverlapRow] = []
     for id, (split, kind, _) in sorted(items.items()):
@@ -123,6 +126,19 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
         f"detector: {detector['recall']['found']} of {detector['recall']['planted']} planted items found, "
         f"{detector['false_positives']['found']} of {detector['false_positives']['absent']} absent ones too"
     )
+
+
+def run_shard(config: ContaminationConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Searches one part of the kept documents."""
+    parts = [(source, number) for source, count in sorted(config.parts.items()) for number in range(count)]
+    _search(config, inputs, work, items_of(inputs)).seal(*parts[shard])
+
+
+def _search(config: ContaminationConfig, inputs: Inputs, work: Path, items: Mapping[str, Item]) -> CorpusSearch:
+    from stages.data.curation.overlap import ItemRuns
+
+    runs = ItemRuns({id: text for id, (_, _, text) in items.items()})
+    return CorpusSearch(inputs, work, runs, items, config.canaries, config.seed)
 
 
 def items_of(inputs: Inputs) -> dict[str, Item]:
@@ -200,4 +216,11 @@ def scores_by_verdict(
     }
 
 
-STAGE = Stage("contamination", VERSION, ContaminationConfig, run)
+STAGE = Stage(
+    "contamination",
+    VERSION,
+    ContaminationConfig,
+    run,
+    shards=lambda config: shards_of(config.parts.values()),
+    run_shard=run_shard,
+)

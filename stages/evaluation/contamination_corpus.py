@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Inputs
+from pipeline.core.parts import Part, seal_part
+from pipeline.core.stage import Inputs, Report
 from stages.data.seeds import seed_of
-from stages.data.table import read_table, stream_rows
+from stages.data.table import order_files, part_files, short_hash, sources_of, stream_batches, stream_parts
 from stages.evaluation.confidence import wilson
 from stages.evaluation.generated_eval import prompts, task_roles
 from stages.evaluation.scores import Detector
@@ -24,49 +28,121 @@ Item = tuple[str, str, str]
 """split (test, validation or fresh), kind, text."""
 
 
-class Corpus:
-    """The training data, streamed once. By phase: `matched`, the runs that occur, and `read`, the number of texts."""
+class PartFacts(TypedDict):
+    """Of a part. read: documents by phase; occurring: candidates whose characters occur; hosts: (draw, id) of the first
+    documents of the lottery."""
 
-    def __init__(self, inputs: Inputs, runs: ItemRuns, items: Mapping[str, Item], canaries: int, seed: int) -> None:
-        self.runs, self.items, self.canaries, self.seed = runs, items, canaries, seed
-        orders = sorted(role for role in inputs if role.startswith("order-"))
-        self.matched: dict[str, set[int]] = {role.removeprefix("order-"): set() for role in orders}
-        self.matched |= {role.replace("tasks-", "prompts of "): set() for role in task_roles(inputs)}
-        self.read = dict.fromkeys(self.matched, 0)
-        phases: dict[str, list[str]] = {}  # of each document
-        sources: set[str] = set()
-        for role in orders:
-            table = read_table(inputs[role] / "order.parquet", ["source", "id"])
-            sources |= set(table["source"].unique().to_pylist())
-            for id in table["id"].unique().to_pylist():
-                phases.setdefault(id, []).append(role.removeprefix("order-"))
+    read: dict[str, int]
+    occurring: list[str]
+    hosts: list[tuple[str, str]]
+
+
+class CorpusSearch:
+    """The search through the kept documents that the orders read, part by part; `work` keeps each part's result."""
+
+    def __init__(
+        self, inputs: Inputs, work: Path, runs: ItemRuns, items: Mapping[str, Item], canaries: int, seed: int
+    ) -> None:
+        self.inputs, self.work, self.runs, self.canaries, self.seed = inputs, work, runs, canaries, seed
+        self.kept = inputs["dedup"] / "kept"
+        self.orders = sorted(role for role in inputs if role.startswith("order-"))
         lottery = sorted(items, key=lambda id: _draw_hash("item", id, seed))
-        self.unmatched = {id: _without_spaces(items[id][2]) for id in lottery[: 3 * canaries] if runs.words[id]}
-        hosts = set(sorted(phases, key=lambda id: _draw_hash("host", id, seed))[:canaries])
-        self.hosts: dict[str, str] = {}
-        missing = set(phases)
-        for source in sorted(sources):
-            for row in stream_rows(inputs["dedup"] / "kept" / f"{source}.parquet", ["id", "text"]):
-                if row["id"] in phases:
-                    missing.discard(row["id"])
-                    self._search(row["text"], phases[row["id"]])
-                    if row["id"] in hosts:
-                        self.hosts[row["id"]] = row["text"]
-        if missing:
-            raise AtomError(
-                f"contamination: document {min(missing)} was trained on but is not among the kept ones of "
-                f"{inputs['dedup'].key}; the artifacts are not of one run, run the recipe again"
-            )
-        for role in task_roles(inputs):
-            for text in prompts(inputs, role):
-                self._search(text, [role.replace("tasks-", "prompts of ")])
+        self.candidates = {id: _without_spaces(items[id][2]) for id in lottery[: 3 * canaries] if runs.words[id]}
+        index = seal_part(work, "orders", self._write_index).folder
+        self.trained = {role.removeprefix("order-"): _load(index / f"{role}.npy") for role in self.orders}
 
-    def _search(self, text: str, phases: Sequence[str]) -> None:
-        nodes, squeezed = self.runs.search(text), _without_spaces(text)
-        for phase in phases:
-            self.matched[phase] |= nodes
-            self.read[phase] += 1
-        self.unmatched = {id: item_text for id, item_text in self.unmatched.items() if item_text not in squeezed}
+    def _write_index(self, folder: Path) -> dict[str, Any]:
+        """Writes the short hashes of the documents of each order, sorted."""
+        import numpy as np
+
+        for role in self.orders:
+            hashes, pending = np.empty(0, np.uint64), list[Any]()
+            for path in order_files(self.inputs[role].path):
+                ids = (id for batch in stream_batches(path, ["id"]) for id in batch["id"].unique().to_pylist())
+                pending.append(np.unique(np.fromiter(map(short_hash, ids), np.uint64)))
+                if sum(map(len, pending)) >= len(hashes):  # else each of thousands of files would sort all hashes
+                    hashes, pending = np.unique(np.concatenate([hashes, *pending])), []
+            np.save(folder / f"{role}.npy", np.unique(np.concatenate([hashes, *pending])))
+        return {}
+
+    def seal(self, source: str, number: int) -> Part:
+        """The result of a part of the kept documents: its facts, and the runs that occur in `<phase>.npy`."""
+        path = part_files(self.kept, source)[number]
+        return seal_part(self.work, f"{source}-{number:05d}", partial(self._search_part, path))
+
+    def _search_part(self, path: Path, folder: Path) -> dict[str, Any]:
+        import numpy as np
+
+        matched: dict[str, set[int]] = {phase: set() for phase in self.trained}
+        read, absent = dict.fromkeys(self.trained, 0), dict(self.candidates)
+        hosts: list[tuple[str, str]] = []
+        for batch in stream_batches(path, ["id", "text"]):
+            ids = batch["id"].to_pylist()
+            hashes = np.fromiter(map(short_hash, ids), np.uint64, len(ids))
+            members = {phase: _members(hashes, trained) for phase, trained in self.trained.items()}
+            for n in np.flatnonzero(np.any(list(members.values()), axis=0)).tolist():
+                text = batch["text"][n].as_py()
+                nodes, squeezed = self.runs.search(text), _without_spaces(text)
+                for phase, mask in members.items():
+                    if mask[n]:
+                        matched[phase] |= nodes
+                        read[phase] += 1
+                absent = {id: item_text for id, item_text in absent.items() if item_text not in squeezed}
+                hosts.append((_draw_hash("host", ids[n], self.seed), ids[n]))
+            hosts = heapq.nsmallest(self.canaries, hosts)
+        for phase, nodes in matched.items():
+            np.save(folder / f"{phase}.npy", np.array(sorted(nodes), np.uint32))
+        facts: PartFacts = {"read": read, "occurring": sorted(self.candidates.keys() - absent), "hosts": hosts}
+        return dict(facts)
+
+    def missing(self) -> str | None:
+        """A document of an order that is not among the kept ones."""
+        import numpy as np
+
+        files = [path for source in sources_of(self.kept) for path in part_files(self.kept, source)]
+        kept_ids = (row["id"] for row in stream_parts(files, ["id"]))
+        kept = np.unique(np.fromiter(map(short_hash, kept_ids), np.uint64))
+        orders = [path for role in self.orders for path in order_files(self.inputs[role].path)]
+        ids = (id for path in orders for batch in stream_batches(path, ["id"]) for id in batch["id"].to_pylist())
+        return min((id for id in ids if not _members(np.array([short_hash(id)], np.uint64), kept)[0]), default=None)
+
+
+class Corpus:
+    """The training data. By phase: `matched`, the runs that occur, and `read`, the number of texts."""
+
+    def __init__(self, search: CorpusSearch, items: Mapping[str, Item], sources: Sequence[str], report: Report) -> None:
+        """sources: those that are trained on. Raises AtomError if a document of an order is not among the kept ones."""
+        self.runs, self.items, self.canaries, self.seed = search.runs, items, search.canaries, search.seed
+        self.matched: dict[str, set[int]] = {phase: set() for phase in search.trained}
+        self.matched |= {role.replace("tasks-", "prompts of "): set() for role in task_roles(search.inputs)}
+        self.read = dict.fromkeys(self.matched, 0)
+        self.unmatched = dict(search.candidates)
+        hosts: list[tuple[str, str, Path]] = []
+        parts = [
+            (source, number, path) for source in sources for number, path in enumerate(part_files(search.kept, source))
+        ]
+        for done, (source, number, path) in enumerate(parts, start=1):
+            part = search.seal(source, number)
+            for phase, count in part.facts["read"].items():
+                self.read[phase] += count
+                self.matched[phase].update(_load(part.folder / f"{phase}.npy").tolist())
+            for id in part.facts["occurring"]:
+                self.unmatched.pop(id, None)
+            hosts = heapq.nsmallest(self.canaries, [*hosts, *((draw, id, path) for draw, id in part.facts["hosts"])])
+            report.progress(done, len(parts), "parts")
+        if any(self.read[phase] < len(trained) for phase, trained in search.trained.items()):
+            raise AtomError(
+                f"contamination: document {search.missing()} was trained on but is not among the kept ones of "
+                f"{search.inputs['dedup'].key}; the artifacts are not of one run, run the recipe again"
+            )
+        self.hosts = _texts_of(hosts)
+        for role in task_roles(search.inputs):
+            phase = role.replace("tasks-", "prompts of ")
+            for text in prompts(search.inputs, role):
+                squeezed = _without_spaces(text)
+                self.matched[phase] |= self.runs.search(text)
+                self.read[phase] += 1
+                self.unmatched = {id: item for id, item in self.unmatched.items() if item not in squeezed}
 
     def measure_detector(self, matched: set[int], ngram: int, threshold: float) -> Detector:
         """Recall on planted items by form, and the false-positive rate on items that occur nowhere.
@@ -109,6 +185,31 @@ def plant(item: str, host: str, form: str, seed: str) -> str:
         "embedded": f" (somebody asked: {item}, and so on) ",
     }
     return head + forms[form] + tail
+
+
+def _texts_of(hosts: Sequence[tuple[str, str, Path]]) -> dict[str, str]:
+    """The text of each (draw, id, file) by id."""
+    ids = {id for _, id, _ in hosts}
+    files = sorted({path for _, _, path in hosts})
+    return {row["id"]: row["text"] for row in stream_parts(files, ["id", "text"]) if row["id"] in ids}
+
+
+def _load(path: Path) -> Any:
+    """A sorted array of a file, mapped into memory."""
+    import numpy as np
+
+    return np.load(path, mmap_mode="r")
+
+
+def _members(values: Any, sorted_values: Any) -> Any:
+    """Whether each value is in the sorted array."""
+    import numpy as np
+
+    places = np.searchsorted(sorted_values, values)
+    found = np.zeros(len(values), bool)
+    inside = places < len(sorted_values)
+    found[inside] = sorted_values[places[inside]] == values[inside]
+    return found
 
 
 def _without_spaces(text: str) -> str:

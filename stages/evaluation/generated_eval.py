@@ -13,20 +13,25 @@ This protects against leakage, not against training until a digest gives easy pr
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from pipeline.core.bounds import MOST_SOURCES, Key, SourceName
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, Inputs, Report, Stage
+from pipeline.core.parts import PartCount, seal_part, shards_of
+from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from pipeline.core.store import once
 from stages.data.seeds import seed_of
 from stages.data.synthetic.problems import draw_distinct
-from stages.data.table import stream_rows, write_json, write_jsonl
+from stages.data.table import part_files, stream_rows, write_json, write_jsonl
 from stages.evaluation.eval_set import CHAT, Problems, chat_rows, texts_of
 from stages.rl.protocols import Row, question, to_row
+
+if TYPE_CHECKING:
+    from stages.data.curation.overlap import ItemRuns
 
 VERSION = 1
 FIRST_GENERATOR = GENERATOR = "1"
@@ -46,6 +51,9 @@ class FreshConfig(Config):
     phases: Annotated[dict[Key, Sources], Field(max_length=100)] = Field(
         description="sources of documents by training phase"
     )
+    parts: Annotated[dict[SourceName, PartCount], Field(max_length=MOST_SOURCES)] = operational(
+        {}, "parts of each of these sources; empty: no job array"
+    )
 
 
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -55,9 +63,9 @@ def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     Seals `chat.jsonl`, rows as in the items artifact, and `meta.json`: digest, seed, the number of problems drawn, and
     the removed ones with their places. Raises RecipeError if a task has too few problems.
     """
-    digest = digest_of(inputs["model"] / "model")
+    digest = _digest(inputs, work)
     rows = draw(digest, config.problems)
-    matches = find_places(rows, config, inputs)
+    matches = find_places(rows, config, inputs, work, report)
     kept_rows = [row for row in rows if row["id"] not in matches]
     write_jsonl(out / CHAT, kept_rows)
     place_names = sorted({name for names in matches.values() for name in names})
@@ -72,6 +80,20 @@ def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     report.note(f"{len(rows)} problems drawn from {digest}, {len(kept_rows)} kept")
     for name in place_names:
         report.note(f"{counts[name]} stand in {name}")
+
+
+def run_shard(config: FreshConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Searches one part of the kept documents."""
+    parts = [(source, number) for source, count in sorted(config.parts.items()) for number in range(count)]
+    source, number = parts[shard]
+    files = part_files(inputs["dedup"] / "kept", source)
+    _search_part(_runs(draw(_digest(inputs, work), config.problems)), work, source, number, files[number])
+
+
+def _digest(inputs: Inputs, work: Path) -> str:
+    """The digest of the model, which every part needs."""
+    digest: str = once(work / "digest.json", lambda: digest_of(inputs["model"] / "model"))
+    return digest
 
 
 def digest_of(folder: Path) -> str:
@@ -105,15 +127,15 @@ def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
     return rows
 
 
-def find_places(rows: list[Row], config: FreshConfig, inputs: Inputs) -> dict[str, list[str]]:
+def find_places(
+    rows: list[Row], config: FreshConfig, inputs: Inputs, work: Path, report: Report
+) -> dict[str, list[str]]:
     """The places of questions that occur in the data: item id → training phases, task artifacts, EVALUATION.
 
     A question occurs in a text that contains its words in sequence, as decontamination compares them. All kept
-    documents of a phase's sources count, held-out ones too.
+    documents of a phase's sources count, held-out ones too. Resumes after the last searched part.
     """
-    from stages.data.curation.overlap import ItemRuns
-
-    runs = ItemRuns({row["id"]: question(row) for row in rows})
+    runs = _runs(rows)
     matches: dict[str, list[str]] = {}
 
     def record_matches(name: str, nodes: set[int]) -> None:
@@ -123,9 +145,11 @@ def find_places(rows: list[Row], config: FreshConfig, inputs: Inputs) -> dict[st
                 matches.setdefault(row["id"], []).append(name)
 
     by_source: dict[str, set[int]] = {}
-    for source in sorted({source for sources in config.phases.values() for source in sources}):
-        documents = stream_rows(inputs["dedup"] / "kept" / f"{source}.parquet", ["text"])
-        by_source[source] = set().union(*(runs.search(row["text"]) for row in documents))
+    names = sorted({source for sources in config.phases.values() for source in sources})
+    parts = [(name, n, path) for name in names for n, path in enumerate(part_files(inputs["dedup"] / "kept", name))]
+    for done, (source, number, path) in enumerate(parts, start=1):
+        by_source.setdefault(source, set()).update(_search_part(runs, work, source, number, path))
+        report.progress(done, len(parts), "parts")
     for phase, sources in config.phases.items():
         record_matches(phase, set().union(*(by_source[source] for source in sources)))
     for role in task_roles(inputs):
@@ -133,6 +157,28 @@ def find_places(rows: list[Row], config: FreshConfig, inputs: Inputs) -> dict[st
     items = [text for _, text in texts_of(inputs["items"])] + [question(row) for row in chat_rows(inputs["items"])]
     record_matches(EVALUATION, set().union(*(runs.search(text) for text in items)))
     return matches
+
+
+def _runs(rows: Sequence[Row]) -> ItemRuns:
+    from stages.data.curation.overlap import ItemRuns
+
+    return ItemRuns({row["id"]: question(row) for row in rows})
+
+
+def _search_part(runs: ItemRuns, work: Path, source: str, number: int, path: Path) -> list[int]:
+    """The runs that occur in a part of the kept documents, kept in `work`."""
+    import numpy as np
+
+    def search(folder: Path) -> dict[str, Any]:
+        nodes: set[int] = set()
+        for row in stream_rows(path, ["text"]):
+            nodes |= runs.search(row["text"])
+        np.save(folder / "runs.npy", np.array(sorted(nodes), np.uint32))
+        return {}
+
+    part = seal_part(work, f"{source}-{number:05d}", search)
+    nodes: list[int] = np.load(part.folder / "runs.npy").tolist()
+    return nodes
 
 
 def task_roles(inputs: Inputs) -> list[str]:
@@ -153,4 +199,11 @@ def prompts(inputs: Inputs, role: str) -> Iterator[str]:
         yield "\n".join(str(message["content"]) for message in row["responses_create_params"]["input"])
 
 
-STAGE = Stage("fresh", VERSION, FreshConfig, run)
+STAGE = Stage(
+    "fresh",
+    VERSION,
+    FreshConfig,
+    run,
+    shards=lambda config: shards_of(config.parts.values()),
+    run_shard=run_shard,
+)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -32,8 +33,8 @@ from pipeline.core.text import shown
 from stages.data.seeds import seed_of
 from stages.data.synthetic import passkeys
 from stages.data.table import Double, Int32, String, columns_of
-from stages.evaluation.bits_per_byte import HeldoutDocument
 from stages.evaluation.confidence import binomial, ratio
+from stages.evaluation.heldout import HeldoutDocument
 from stages.evaluation.scores import LongContextScores
 
 if TYPE_CHECKING:
@@ -111,11 +112,10 @@ def measure(
 ) -> tuple[list[PasskeyRow], list[PositionRow]]:
     """The rows of `passkey.parquet` and of `positions.parquet`. Resumes from `work`, length by length.
 
-    encode: text to token ids, as in training.
+    documents: in the order of a fixed lottery. encode: text to token ids, as in training.
     Raises AtomError if a length leaves no room for a key, or if the documents are too few or too short.
     """
-    documents = sorted(documents, key=lambda row: (row["content_hash"], row["id"]))  # a fixed lottery
-    filler = [token for row in documents for token in encode(f"{row['text']}\n\n")]
+    filler = array("i", (token for row in documents for token in encode(f"{row['text']}\n\n")))
     passkeys_scored: list[PasskeyRow] = []
     for length in section.lengths:
         cells = partial(_score_cells, section, length, model, tokenizer, encode, filler)
@@ -129,7 +129,7 @@ def measure(
     return passkeys_scored, by_position
 
 
-def items(section: ContextSection, length: int, encode: Encode, filler: list[int]) -> Iterator[tuple[Any, ...]]:
+def items(section: ContextSection, length: int, encode: Encode, filler: Sequence[int]) -> Iterator[tuple[Any, ...]]:
     """(id, depth, key, token ids [length], ids of the answer at their end) of every item of one length.
 
     filler: the text around the keys, as tokens; an item starts at a drawn position of it. The items depend only on the
@@ -159,7 +159,7 @@ def items(section: ContextSection, length: int, encode: Encode, filler: list[int
 
 
 def _score_cells(
-    section: ContextSection, length: int, model: Any, tokenizer: Any, encode: Encode, filler: list[int]
+    section: ContextSection, length: int, model: Any, tokenizer: Any, encode: Encode, filler: Sequence[int]
 ) -> list[PasskeyRow]:
     import torch
 

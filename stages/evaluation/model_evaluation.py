@@ -31,13 +31,12 @@ from stages.evaluation.bits_per_byte import (
     DocumentScore,
     HeldoutLimit,
     first_token_bits_of,
-    heldout_documents,
-    read_heldout,
     score_documents,
     token_ids,
 )
 from stages.evaluation.confidence import binomial, ratio
 from stages.evaluation.exact_match import PROBLEM_ANSWERS, ProblemAnswer, answer_batch
+from stages.evaluation.heldout import heldout_documents, heldout_texts
 from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
 from stages.evaluation.scores import ModelScores, Ratio
 
@@ -106,11 +105,9 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     passkeys: list[PasskeyRow] = []
     positions: list[PositionRow] = []
     if config.context is not None:
-        long_documents = [row for row in read_heldout(inputs["dedup"] / "kept") if not row["prompt_chars"]]
+        texts = heldout_texts(inputs["dedup"] / "kept")
         encode = partial(token_ids, tokenizer)
-        passkeys, positions = long_context.measure(
-            config.context, model, tokenizer, encode, long_documents, work, report
-        )
+        passkeys, positions = long_context.measure(config.context, model, tokenizer, encode, texts, work, report)
         write_rows(out / "passkey.parquet", long_context.PASSKEY, passkeys)
         write_rows(out / "positions.parquet", long_context.POSITIONS, positions)
     scores = summary(scored, answered, passkeys, positions)

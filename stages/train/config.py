@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import MOST_RAMP_STEPS, Context, Flag, Line, Mix, Range, Seed, Steps
 from pipeline.core.stage import Config, Renamed, added, operational
 from pipeline.core.text import shown
-from stages.data.order import rows_from
+from stages.data.order_config import rows_from
 from stages.data.packing import LongDocuments
 from stages.mcore.layout_check import multiples_around, problem
 from stages.mcore.parallel_layout import Layout

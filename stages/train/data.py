@@ -14,21 +14,24 @@ import math
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
-from stages.data.shards import check_shard
-from stages.data.table import read_table
+from stages.data.shards import check_sizes, document_files, shard_name
+from stages.data.table import ORDER, arrow_schema, order_files, stream_batches
 from stages.mcore.megatron_imports import IndexedDataset
 from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks
@@ -39,7 +42,8 @@ FP8_ALIGN = 128  # and of this many on each rank where matrices are made of quan
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens of a document or chunk. The first `loss_from` targets carry no loss."""
+    """The tokens of a document or chunk: of sequence `ordinal` of the token shard of a part of a source. The first
+    `loss_from` targets carry no loss."""
 
     source: str
     id: str
@@ -47,6 +51,7 @@ class Segment:
     offset: int
     length: int
     loss_from: int
+    part: int = 0
 
     @property
     def targets(self) -> int:
@@ -86,28 +91,35 @@ class Batch:
 
 
 class Shards:
-    """The token shards of one split, opened on demand."""
+    """The token shards of one split, opened on demand. Files are mapped: of an index, only what is needed is read."""
+
+    OPEN: ClassVar = 256
+    """Shards that are open at a time, those used last."""
 
     def __init__(self, tokens: Artifact, split: str) -> None:
         self.pad_id: int = tokens.json("meta.json")["pad_id"]
         self.tokens, self.split = tokens, split
-        self.sets: dict[str, IndexedDataset] = {}
+        self.shards: OrderedDict[tuple[str, int], IndexedDataset] = OrderedDict()
 
-    def source(self, name: str) -> IndexedDataset:
-        """Megatron's reader of one source. Raises AtomError if the shard is missing or not what its index says."""
-        if name not in self.sets:
-            prefix = self.tokens.path / self.split / name
-            check_shard(prefix)
-            self.sets[name] = IndexedDataset(str(prefix), mmap=True)
-        return self.sets[name]
+    def shard(self, source: str, part: int) -> IndexedDataset:
+        """Megatron's reader of a part. Raises AtomError if the shard is missing or not what its index says."""
+        if (source, part) not in self.shards:
+            name = shard_name(self.tokens.path, self.split, source, part)
+            check_sizes(self.tokens.path, name)
+            if len(self.shards) == self.OPEN:
+                self.shards.popitem(last=False)
+            self.shards[source, part] = IndexedDataset(str(self.tokens / name), mmap=True)
+        self.shards.move_to_end((source, part))
+        return self.shards[source, part]
 
     def read(self, segment: Segment) -> np.ndarray:
-        dataset, end = self.source(segment.source), segment.offset + segment.length
-        if segment.ordinal >= len(dataset) or end > dataset.sequence_lengths[segment.ordinal]:
+        shard, end = self.shard(segment.source, segment.part), segment.offset + segment.length
+        if segment.ordinal >= len(shard) or end > shard.sequence_lengths[segment.ordinal]:
+            name = shard_name(self.tokens.path, self.split, segment.source, segment.part)
             raise AtomError(f"the data order asks for tokens {segment.offset} to {end} of document {segment.id}, which "
-                            f"shard {self.split}/{segment.source} does not hold; remove both artifacts and run "
-                            f"again")  # fmt: skip
-        return np.asarray(dataset.get(segment.ordinal, offset=segment.offset, length=segment.length))
+                            f"shard {name} does not hold; remove both artifacts and run again")  # fmt: skip
+        # copied, because Megatron unmaps the file as soon as the shard is closed
+        return np.array(shard.get(segment.ordinal, offset=segment.offset, length=segment.length))
 
     def batch(self, rows: Sequence[Row | None], width: int, packed: bool = False) -> Batch:
         """Reads rows and pads them to `width` tokens; None is a row of padding."""
@@ -198,7 +210,7 @@ class Order:
     Only the part of the table around the present step is in memory, for a phase of any length. Threads may share it.
     """
 
-    COLUMNS: ClassVar = ["step", "row", "source", "id", "ordinal", "offset", "length", "loss_from"]
+    COLUMNS: ClassVar = ["step", "row", "source", "part", "id", "ordinal", "offset", "length", "loss_from"]
 
     def __init__(self, order: Artifact, phase: PhaseConfig) -> None:
         meta = json.loads((order / "meta.json").read_text())
@@ -213,23 +225,24 @@ class Order:
                 raise AtomError(f"order artifact {order.key} was made for {name} = {meta.get(name)}, not {value}")
         self.meta, self.key, self.phase = meta, order.key, phase
         self.first, self.last = int(meta.get("first_step", 1)), phase.steps
-        self.file = pq.ParquetFile(order / "order.parquet")
-        step = self.file.schema_arrow.get_field_index("step")
-        groups = [self.file.metadata.row_group(i).column(step).statistics for i in range(self.file.num_row_groups)]
-        self.spans = [(group.min, group.max) for group in groups]
-        """First and last step of each row group."""
-        if not phase.pack and self.file.metadata.num_rows != phase.tokens(self.first) // phase.sequence_length:
-            raise self._row_mismatch()
+        files, whole = order_files(order.path), [{"first_step": self.first, "last_step": self.last}]
+        if len(files) != len(meta.get("parts", whole)):
+            raise AtomError(f"order artifact {self.key} has {len(files)} parts, and its meta.json lists others")
+        self.parts = [
+            _OrderPart(part["first_step"], part["last_step"], file, part.get("rows"))
+            for part, file in zip(meta.get("parts", whole), files, strict=True)
+        ]
         self.lock = threading.Lock()
-        self.empty = self.file.schema_arrow.empty_table().select(self.COLUMNS)
-        self.group: tuple[int, pa.Table] = (-1, self.empty)
-        self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the groups before this one, by source
+        self.open: tuple[int, _PartReader] | None = None
+        """The number of the part that was read last, and its reader."""
+        self._reader(0)
+        self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the parts before this one, by source
 
     def rows(self, step: int) -> list[Row]:
         """The rows of a step, first .. last. Raises AtomError if the table lacks rows of it."""
-        records = self._read_steps(step, step).to_pylist()
+        number = bisect_left(self.parts, step, key=lambda part: part.last)
         rows: dict[int, list[Segment]] = {}
-        for record in records:
+        for record in self._reader(number).steps(step, step).to_pylist():
             segment = Segment(
                 record["source"],
                 record["id"],
@@ -237,6 +250,7 @@ class Order:
                 record["offset"],
                 record["length"],
                 record["loss_from"],
+                record["part"],
             )
             rows.setdefault(record["row"], []).append(segment)
         if list(rows) != list(range(self.phase.rows_of(step))):
@@ -248,7 +262,65 @@ class Order:
 
     def consumed(self, step: int) -> dict[str, int]:
         """Segments of each source that the steps of this order up to `step` have read. Cheap for one step after
-        another."""
+        another, and a part of the table is read for any other step."""
+        number, counts = self.counted
+        if number and self.parts[number - 1].last > step:
+            number, counts = 0, Counter()
+        while number < len(self.parts) and self.parts[number].last <= step:
+            part = self.parts[number]
+            counts = counts + (Counter(part.rows) if part.rows is not None else self._reader(number).consumed(step))
+            number += 1
+        self.counted = number, counts
+        totals = counts + (self._reader(number).consumed(step) if number < len(self.parts) else Counter())
+        return {name: totals[name] for name in sorted(totals)}
+
+    def _reader(self, number: int) -> _PartReader:
+        with self.lock:
+            if self.open is None or self.open[0] != number:
+                part = self.parts[number]
+                reader = _PartReader(part.file, self.COLUMNS)
+                expected = self.phase.rows_from(part.first) - self.phase.rows_from(part.last + 1)
+                if not self.phase.pack and reader.file.metadata.num_rows != expected:
+                    raise self._row_mismatch()
+                self.open = number, reader
+            return self.open[1]
+
+    def _row_mismatch(self) -> AtomError:
+        return AtomError(f"order artifact {self.key} does not hold the rows that each of its steps should have")
+
+
+@dataclass(frozen=True)
+class _OrderPart:
+    """A file of an order with the steps `first` to `last`. rows: its segments by source, None if not stated."""
+
+    first: int
+    last: int
+    file: Path
+    rows: Mapping[str, int] | None
+
+
+class _PartReader:
+    """Reads the row groups of one file of an order, one at a time."""
+
+    def __init__(self, file: Path, columns: Sequence[str]) -> None:
+        self.file, self.columns = pq.ParquetFile(file), [*columns]
+        step = self.file.schema_arrow.get_field_index("step")
+        groups = [self.file.metadata.row_group(i).column(step).statistics for i in range(self.file.num_row_groups)]
+        self.spans = [(group.min, group.max) for group in groups]
+        """First and last step of each row group."""
+        self.lock = threading.Lock()
+        self.schema = pa.schema([arrow_schema(ORDER).field(name) for name in columns])
+        self.group: tuple[int, pa.Table] = (-1, self.schema.empty_table())
+        self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the groups before this one, by source
+
+    def steps(self, first: int, last: int) -> pa.Table:
+        """The table's part of these steps."""
+        begin = bisect_left(self.spans, first, key=lambda span: span[1])
+        end = bisect_right(self.spans, last, key=lambda span: span[0])
+        return pa.concat_tables([self.schema.empty_table(), *(self._slice(g, first, last) for g in range(begin, end))])
+
+    def consumed(self, step: int) -> Counter[str]:
+        """Segments of each source in the steps up to `step`."""
         group, counts = self.counted
         if group and self.spans[group - 1][1] > step:
             group, counts = 0, Counter()
@@ -256,17 +328,9 @@ class Order:
             counts = counts + _count_sources(self._read(group))
             group += 1
         self.counted = group, counts
-        partial_group = self._slice_group(group, self.first, step) if group < len(self.spans) else self.empty
-        totals = counts + _count_sources(partial_group)
-        return {name: totals[name] for name in sorted(totals)}
+        return counts + (_count_sources(self._slice(group, 0, step)) if group < len(self.spans) else Counter())
 
-    def _read_steps(self, first: int, last: int) -> pa.Table:
-        """The table's part of these steps."""
-        begin = bisect_left(self.spans, first, key=lambda span: span[1])
-        end = bisect_right(self.spans, last, key=lambda span: span[0])
-        return pa.concat_tables([self.empty, *(self._slice_group(group, first, last) for group in range(begin, end))])
-
-    def _slice_group(self, group: int, first: int, last: int) -> pa.Table:
+    def _slice(self, group: int, first: int, last: int) -> pa.Table:
         table = self._read(group)
         steps = table["step"].to_numpy()
         begin, end = np.searchsorted(steps, first, "left"), np.searchsorted(steps, last, "right")
@@ -275,11 +339,11 @@ class Order:
     def _read(self, group: int) -> pa.Table:
         with self.lock:
             if self.group[0] != group:
-                self.group = group, self.file.read_row_group(group, columns=self.COLUMNS)
+                table = self.file.read_row_group(group, columns=self.columns)
+                if "part" not in table.schema.names:  # of an earlier layout, which had one part a source
+                    table = table.append_column("part", pa.repeat(pa.scalar(0, pa.int32()), len(table)))
+                self.group = group, table.select(self.columns).cast(self.schema)
             return self.group[1]
-
-    def _row_mismatch(self) -> AtomError:
-        return AtomError(f"order artifact {self.key} does not hold the rows that each of its steps should have")
 
 
 def _count_sources(table: pa.Table) -> Counter[str]:
@@ -289,21 +353,33 @@ def _count_sources(table: pa.Table) -> Counter[str]:
 def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
     """The first held-out documents of each source of the mix, in shares of the mix, cut to the sequence length.
 
-    Raises RecipeError if no source of the mix has a held-out document.
+    Reads the tables of documents only as far as needed. Raises RecipeError if no source of the mix has a held-out
+    document.
     """
-    columns = ["source", "id", "ordinal", "tokens", "loss_from"]
-    documents = read_table(tokens / "documents.parquet", columns, [("split", "=", "heldout")]).to_pylist()
-    total = sum(phase.mix.values())
+    available, total = tokens.json("meta.json")["documents"]["heldout"], sum(phase.mix.values())
     rows: list[Row] = []
     for source, share in sorted(phase.mix.items()):
-        source_documents = sorted((d for d in documents if d["source"] == source), key=lambda d: d["ordinal"])
-        for d in source_documents[: max(1, round(phase.validation.rows * share / total))]:
-            length = min(d["tokens"], phase.sequence_length + 1)
-            # in documents.parquet loss_from is the first token that carries loss; its target stands one place earlier
-            segment = Segment(source, d["id"], d["ordinal"], 0, length, max(0, d["loss_from"] - 1))
+        count = min(available.get(source, 0), max(1, round(phase.validation.rows * share / total)))
+        for document in islice(_heldout_documents(tokens, source), count):
+            length = min(document["tokens"], phase.sequence_length + 1)
+            # in the table loss_from is the first token that carries loss; its target stands one place earlier
+            loss_from = max(0, document["loss_from"] - 1)
+            segment = Segment(
+                source, document["id"], document["ordinal"], 0, length, loss_from, document.get("part", 0)
+            )
             rows.append(Row((segment,)))
     rows = [row for row in rows if row.targets]
     if not rows:
         raise RecipeError(f"no held-out document in any source of the mix ({', '.join(sorted(phase.mix))}); "
                           f"raise the held-out share of the data recipe")  # fmt: skip
     return rows
+
+
+def _heldout_documents(tokens: Artifact, source: str) -> Iterator[dict[str, Any]]:
+    """The rows of a source's held-out documents, by part and ordinal."""
+    for path in document_files(tokens.path, source):
+        names = ["source", "split", "part", "id", "ordinal", "tokens", "loss_from"]
+        columns = [name for name in names if name in pq.read_schema(path).names]  # an earlier layout has no parts
+        for batch in stream_batches(path, columns, 65_536):
+            mask = pc.and_(pc.equal(batch["split"], "heldout"), pc.equal(batch["source"], source))
+            yield from batch.filter(mask).to_pylist()

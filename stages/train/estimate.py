@@ -12,8 +12,8 @@ from stages.train.config import PhaseConfig, TrainConfig
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
 # 54 ms (docs/lab-log.md), that is 2.3e9 FLOPs a step.
 CPU_FLOPS = 4.3e10
-# A row of order.parquet on disk, measured on 400,000 random rows: 27 bytes where ids are UUIDs, 12 where they are row
-# numbers. A packed row of several documents has one for each.
+# A row of an order on disk, measured on 400,000 rows: 25 bytes where ids are random 128-bit numbers in hex, and up to 2
+# more for the part of a source of thousands of parts. A packed row of several documents has one for each.
 ORDER_ROW = 27
 # Ids up to here take two bytes in a token shard (stages/data/tokenization.py), larger ones four.
 TWO_BYTE_IDS = 65_536

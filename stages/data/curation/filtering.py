@@ -1,67 +1,81 @@
-"""Filtering: the steps of a source, then decontamination, on a shard of its documents."""
+"""Filtering: the steps of a source, then decontamination, on one document after the other."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.core.errors import AtomError
-from stages.data.curation.decontamination import ContaminationIndex
+from stages.data.chat import prompt_chars
+from stages.data.curation.failures import FAILED_RULE, Failures
 from stages.data.filters.base import Filter, Removal
-from stages.data.table import DocumentRow
+from stages.data.kinds import Kind
+from stages.data.table import DocumentRow, content_hash
+
+if TYPE_CHECKING:
+    from stages.data.curation.decontamination import ContaminationIndex
 
 
-class RemovedDocument(TypedDict):
-    """The rule that removed a document; `match`: the evaluation item that occurs in it."""
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The rule that removed a document. match: the evaluation item that occurs in it."""
 
-    id: str
     rule: str
     value: float
     threshold: float
-    match: NotRequired[str]
+    match: str | None = None
 
 
-class FilterResults(TypedDict):
-    """kept: (id, text) of each document that passes; edits: documents that each step edited, by step."""
+class SourceFilter:
+    """The steps of a source in order, and decontamination.
 
-    kept: list[tuple[str, str]]
-    removed: list[RemovedDocument]
-    edits: dict[str, int]
-
-
-def filter_documents(
-    source: str, steps: Sequence[Filter], rows: Sequence[DocumentRow], index: ContaminationIndex
-) -> FilterResults:
-    """Sends every document through the steps in order and through decontamination, until one removes it.
-
-    Raises AtomError if a step returns neither a text nor a removal.
+    edits: documents that each step edited, by step; failures: documents on which a step raised an exception.
     """
-    functions = [(step.step, step.function()) for step in steps]
-    edits = Counter[str]()
-    kept: list[tuple[str, str]] = []
-    removed: list[RemovedDocument] = []
-    for row in rows:
-        id, text = row["id"], row["text"]
-        for step, function in functions:
+
+    def __init__(self, source: str, kind: Kind, steps: Sequence[Filter], index: ContaminationIndex) -> None:
+        self.source, self.kind, self.index = source, kind, index
+        self.functions = [(step.step, step.function()) for step in steps]
+        self.edits = Counter[str]()
+        self.failures = Failures(f"source {source}", "fail in its steps; check the steps")
+
+    def apply(self, row: DocumentRow) -> DocumentRow | Removed:
+        """The document as it passes, or the rule that removes it.
+
+        Raises AtomError if a step returns neither a text nor a removal. Another exception of a step removes the
+        document, unless it is of the machine.
+        """
+        try:
+            result = self._apply_steps(row)
+            return result if isinstance(result, Removed) else self._edited(row, result)
+        except (AtomError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            self.failures.add(row["id"], f"{type(error).__name__}: {error}")
+            return Removed(FAILED_RULE, 0.0, 0.0)
+
+    def _apply_steps(self, row: DocumentRow) -> str | Removed:
+        text = row["text"]
+        for step, function in self.functions:
             result = function(text)
             if isinstance(result, Removal):
-                rule = f"{step}/{result.reason}"
-                removed.append({"id": id, "rule": rule, "value": result.value, "threshold": result.threshold})
-                break
+                return Removed(f"{step}/{result.reason}", result.value, result.threshold)
             if not isinstance(result, str):
                 raise AtomError(
-                    f"source {source}: step {step} returned {result!r} for document {id}; a filter returns the text or "
-                    "a Removal"
+                    f"source {self.source}: step {step} returned {result!r} for document {row['id']}; a filter returns "
+                    "the text or a Removal"
                 )
-            edits[step] += result != text
+            self.edits[step] += result != text
             text = result
-        else:
-            match = index.find(text)
-            if match is None:
-                kept.append((id, text))
-                continue
-            item, words = match
-            removal: RemovedDocument = {"id": id, "rule": "decontamination", "value": words, "threshold": index.ngram}
-            removed.append({**removal, "match": item})
-    return {"kept": kept, "removed": removed, "edits": dict(+edits)}
+        match = self.index.find(text)
+        if match is None:
+            return text
+        item, words = match
+        return Removed("decontamination", words, self.index.ngram, item)
+
+    def _edited(self, row: DocumentRow, text: str) -> DocumentRow:
+        document: DocumentRow = {**row, "text": text, "content_hash": content_hash(text)}
+        if self.kind == "chat":
+            document["prompt_chars"] = prompt_chars(text)
+        return document

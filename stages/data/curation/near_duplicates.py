@@ -1,145 +1,109 @@
-"""Near duplicates by MinHash (datatrove's stages), with the kept document for each removed one."""
+"""Near duplicates by MinHash: signatures equal to datatrove's, and the components of documents that share a band."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import shutil
-import struct
-from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
-from datatrove.data import Document
-from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
-from datatrove.utils.hashing import HashConfig
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from pipeline.core.errors import AtomError
-from pipeline.core.store import once
 from stages.data.curation.settings import MinHash
-from stages.data.curation.words import WORDS
-from stages.data.table import stream_rows
+from stages.data.curation.shingles import batches, shingles
 
-Signature = list[int]  # all hashes of a document, bucket after bucket; empty for a text shorter than one n-gram
+UInts = NDArray[np.uint64]
+Ints = NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class NearDuplicate:
-    """The kept document of a near duplicate, and (similarity, threshold)."""
-
-    id: str
-    measured: tuple[float, float]
+PRIME = 2**61 - 1
 
 
-def sign(texts: list[str], settings: MinHash, seed: int) -> list[Signature]:
-    """The MinHash signature of each text. This is the longest part of near-duplicate search, and independent for each
-    text."""
-    signer = MinhashDedupSignature("memory://", config=_config(settings, seed), language=WORDS)
-    shingle_sets = (signer.get_shingles(text) for text in texts)
-    return [list(chain(*signer.get_signature(shingles))) if shingles.size else [] for shingles in shingle_sets]
+def band_hashes(texts: list[str], settings: MinHash, seed: int) -> tuple[UInts, NDArray[np.bool_]]:
+    """A 64-bit hash of each bucket of each text's MinHash signature, shape [texts, num_buckets], and whether the text
+    is shorter than one n-gram (then its hashes are 0 and mean nothing).
 
-
-class _PrecomputedSignatures(MinhashDedupSignature):  # type: ignore[misc]
-    """datatrove's first stage with precomputed signatures: a document's text is its signature."""
-
-    def get_shingles(self, text: str) -> Any:
-        return np.frombuffer(bytes.fromhex(text), np.uint64)
-
-    def get_signature(self, shingles: Any) -> list[list[int]]:
-        return [part.tolist() for part in np.split(shingles, self.config.num_buckets)]
-
-
-def write_signatures(folder: Path, settings: MinHash, number: int, signatures: Iterable[Signature]) -> None:
-    """Writes datatrove's files of signatures of one source, one file for each bucket. number: of the source, from 0."""
-    signer = _PrecomputedSignatures(str(folder), config=_config(settings), language=WORDS)
-    _exhaust(signer.run((Document(np.array(s, np.uint64).tobytes().hex(), "") for s in signatures), rank=number))
-
-
-def find_pairs(signatures: Path, work: Path, settings: MinHash, bucket: int) -> bytes:
-    """The pairs of documents that share a bucket, in datatrove's format, cached in `work`."""
-
-    def make() -> str:
-        with TemporaryDirectory(dir=work) as folder:
-            finder = MinhashDedupBuckets(str(signatures), folder, config=_config(settings))
-            _exhaust(finder.run(None, rank=bucket, world_size=settings.num_buckets))
-            return b64encode((Path(folder) / _pairs_file(bucket)).read_bytes()).decode()
-
-    return b64decode(once(work / f"pairs-{bucket:05d}-of-{settings.num_buckets:05d}.json", make))
-
-
-def find_near_duplicates(
-    files: list[Path], pairs: Iterable[bytes], work: Path, settings: MinHash
-) -> dict[str, NearDuplicate]:
-    """The near duplicates to remove, by id: one document of each cluster is kept.
-
-    files: the documents of each source, in the order of the signatures' numbers; pairs: of each bucket in turn.
-    Documents that share a bucket are joined transitively, so the similarity (Jaccard index of word n-grams) of a
-    removed document with the kept one may be below the threshold.
+    Two texts share a hash exactly where their signatures in datatrove agree in that bucket.
     """
-    pair_folder, folder = work / "pairs", work / "clusters"
-    for path in (pair_folder, folder):
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
-    for bucket, bucket_pairs in enumerate(pairs):
-        (pair_folder / _pairs_file(bucket)).write_bytes(bucket_pairs)
-    cluster = MinhashDedupCluster(str(pair_folder), str(folder), config=_config(settings), save_cluster_id=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no option turns off
-        _exhaust(cluster.run(None, 0, 1))
-
-    kept: dict[int, tuple[str, str]] = {}
-    removed: list[tuple[int, str, str]] = []
-    for number, file in enumerate(files):
-        removed_rows = {row for (row,) in _read(folder / f"{number:06d}.remove", "<I")}
-        clusters = {row: cluster for row, cluster in _read(folder / f"{number:06d}.clusters", "<2I")}
-        for n, row in enumerate(stream_rows(file, ["id", "text"]) if clusters else ()):
-            if n in removed_rows:
-                removed.append((clusters[n], row["id"], row["text"]))
-            elif n in clusters:
-                kept[clusters[n]] = row["id"], row["text"]
-    shingler = MinhashDedupSignature("memory://", config=_config(settings), language=WORDS)
-    duplicates = {}
-    for number, id, text in removed:
-        if number not in kept:
-            raise AtomError(f"MinHash removed {id} but kept nothing of its cluster; this is a fault of curation")
-        kept_id, kept_text = kept[number]
-        similarity = _jaccard(shingler.get_shingles(text).ravel(), shingler.get_shingles(kept_text).ravel())
-        duplicates[id] = NearDuplicate(kept_id, (similarity, settings.threshold))
-    return duplicates
+    hashes = np.zeros((len(texts), settings.num_buckets), np.uint64)
+    short = np.ones(len(texts), np.bool_)
+    for batch in batches(texts):
+        values, sizes = shingles(texts[batch], settings.n_grams)
+        long = batch.start + np.flatnonzero(sizes)
+        if len(long):
+            signed = signatures(values, sizes[sizes > 0], settings.num_buckets * settings.hashes_per_bucket, seed)
+            hashes[long] = _combine(signed.reshape(len(long), settings.num_buckets, settings.hashes_per_bucket))
+            short[long] = False
+    return hashes, short
 
 
-def _pairs_file(bucket: int) -> str:
-    """The name that datatrove gives the file."""
-    return f"{bucket:05d}_00.dups"
+def signatures(values: UInts, sizes: Ints, count: int, seed: int) -> UInts:
+    """The MinHash signatures of texts, shape [texts, count], from the shingles of one text after the other.
+
+    sizes: shingles of each text, at least 1. The k-th hash of a shingle s is ((a_k s + b_k) mod 2^64) mod (2^61 - 1). A
+    remainder takes a division, so this adds the three highest bits to the others instead, one too many. That is wrong
+    only if the sum passes 2^61; then it is at most 8, and such a text is computed again by division.
+    """
+    a, b = _permutations(count, seed % 2**32)
+    starts = np.cumsum(sizes) - sizes
+    result = np.empty((count, len(sizes)), np.uint64)
+    hashed, high = np.empty_like(values), np.empty_like(values)
+    for k in range(count):
+        np.multiply(values, a[k], out=hashed)
+        np.add(hashed, b[k] + np.uint64(1), out=hashed)
+        np.right_shift(hashed, np.uint64(61), out=high)
+        np.add(hashed, high, out=hashed)
+        np.bitwise_and(hashed, np.uint64(PRIME), out=hashed)
+        np.minimum.reduceat(hashed, starts, out=result[k])
+    for n in np.flatnonzero((result <= 8).any(axis=0)).tolist():
+        own = values[starts[n] : starts[n] + sizes[n], None]
+        result[:, n] = ((own * a + b) % np.uint64(PRIME)).min(axis=0) + np.uint64(1)
+    return (result - np.uint64(1)).T
 
 
-def _read(path: Path, form: str) -> Iterator[tuple[int, ...]]:
-    """The tuples in a file of datatrove; none if it was not written."""
-    return struct.iter_unpack(form, path.read_bytes() if path.exists() else b"")
-
-
-def _config(settings: MinHash, seed: int = 0) -> MinhashConfig:
-    """seed: only signatures depend on it."""
-    return MinhashConfig(
-        n_grams=settings.n_grams,
-        num_buckets=settings.num_buckets,
-        hashes_per_bucket=settings.hashes_per_bucket,
-        seed=seed % 2**32,
-        hash_config=HashConfig(precision=64),
+@lru_cache
+def _permutations(count: int, seed: int) -> tuple[UInts, UInts]:
+    """The a and b of each hash, as datatrove draws them; numpy keeps this generator's stream fixed."""
+    generator = np.random.RandomState(seed)
+    return (
+        generator.randint(1, PRIME, dtype=np.uint64, size=count),
+        generator.randint(0, PRIME, dtype=np.uint64, size=count),
     )
 
 
-def _jaccard(a: Iterator[int], b: Iterator[int]) -> float:
-    first, second = set(a), set(b)
-    return len(first & second) / len(first | second)
+def _combine(signed: UInts) -> UInts:
+    """One 64-bit hash along the last axis."""
+    result = np.zeros(signed.shape[:-1], np.uint64)
+    for k in range(signed.shape[-1]):
+        result = (result ^ signed[..., k]) * np.uint64(0x9E3779B97F4A7C15)
+        result ^= result >> np.uint64(32)
+    return result
 
 
-def _exhaust(result: object) -> None:
-    """A block's `run` may be a generator (which must be drained) or a plain function (which has already run)."""
-    if isinstance(result, Iterator):
-        for _ in result:
-            pass
+def components(nodes: Ints, edges: Iterable[tuple[Ints, Ints]]) -> Ints:
+    """For each node, the place of the first node that edges connect it with, by union-find.
+
+    nodes: sorted addresses, of any size, of all documents that have an edge; edges: pairs of addresses, a batch at a
+    time. Memory: 8 bytes a node beside `nodes`, and the batches.
+    """
+    parent = np.arange(len(nodes))
+    for a, b in edges:
+        ends = np.concatenate([_find(parent, np.searchsorted(nodes, a)), _find(parent, np.searchsorted(nodes, b))])
+        roots, place = np.unique(ends, return_inverse=True)
+        left, right = place[: len(a)], place[len(a) :]
+        graph = coo_array((np.ones(len(a), np.bool_), (left, right)), shape=(len(roots), len(roots)))
+        _, labels = connected_components(graph, directed=False)
+        _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+        parent[roots] = roots[first][inverse]
+    for start in range(0, len(nodes), 2**20):
+        _find(parent, np.arange(start, min(start + 2**20, len(nodes))))
+    return parent
+
+
+def _find(parent: Ints, places: Ints) -> Ints:
+    """The roots of nodes, which become their parents."""
+    roots, above = places, parent[places]
+    while not np.array_equal(roots, above):
+        roots, above = above, parent[above]
+    parent[places] = roots
+    return roots

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Range
-from pipeline.core.stage import Config, operational
+from pipeline.core.stage import Config
 from stages.data.kinds import Kind
 
 Hashes = Annotated[int, Range(1, 1000, "FineWeb: 14 buckets of 8 hashes over 5 words")]
@@ -40,9 +40,6 @@ class Decontamination(Config):
     )
 
 
-Shards = Annotated[int, Range(1, 100_000)]
-
-
 class CurationSettings(Config):
     """Curation of all sources together, after the steps of each."""
 
@@ -50,4 +47,10 @@ class CurationSettings(Config):
         default=Decontamination(), description="removal of documents that contain evaluation items"
     )
     minhash: MinHash | None = Field(default=MinHash(), description="near-duplicate removal; null: none")
-    shards: Shards = operational(1, "parts of each source; above 1, curation and tokenization run as job arrays")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_shards(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "shards" in values:
+            raise ValueError("shards is no setting any more; give each source of many files its own number of `parts`")
+        return values

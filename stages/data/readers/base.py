@@ -53,6 +53,27 @@ class Unreadable:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A document that cannot be read, while the reader can go on with the next one. Curation removes it with the rule
+    `failed/parse`; many of them stop the stage, because then the settings are wrong.
+
+    name: unique in the source, such as the file and the line; reason: in a few words.
+    """
+
+    name: str
+    reason: str
+
+
+def is_unicode(text: str) -> bool:
+    """False for text with lone surrogates, which has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Reader(Config):
     """Base of the settings of a reader."""
 
@@ -61,6 +82,11 @@ class Reader(Config):
     @property
     def conversations(self) -> bool:
         """Whether the documents are turns of conversations, so that the source has the kind chat."""
+        return False
+
+    @property
+    def names_files(self) -> bool:
+        """Whether the name of every document contains that of its file, so that documents of two files differ."""
         return False
 
     def missing(self, source: str) -> str | None:
@@ -77,10 +103,11 @@ class Reader(Config):
         return self
 
     @abstractmethod
-    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
-        """The documents of `files`, in an order that depends only on the files, the settings and the seed.
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable | Failed]:
+        """The documents of `files`, in an order that depends only on the files, the settings and the seed. A call gets
+        the files of one part of the source, and the documents of a file do not depend on the others.
 
-        source: name of the source; seed: of the recipe. Raises AtomError naming the file and the line that is corrupt.
+        source: name of the source; seed: of the recipe. Raises AtomError naming a file that is corrupt.
         """
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from pipeline.core.errors import AtomError
-from stages.data.readers.base import Files
+from stages.data.readers.base import Failed, Files
 from stages.data.readers.rows import Row, RowReader
 
 
@@ -23,29 +23,33 @@ class Jsonl(RowReader):
 
     reader: Literal["jsonl"] = Field(description="selects this reader")
 
-    def rows(self, files: Files) -> Iterator[Row]:
+    def rows(self, files: Files) -> Iterator[Row | Failed]:
         for relative, path in files:
             for number, line in _read_lines(path):
-                place = f"{path}, line {number}"
+                name = f"{relative}:{number}"
                 try:
-                    fields = json.loads(line)
+                    fields = json.loads(line.decode("utf-8"))
                 except (ValueError, RecursionError) as error:
-                    raise AtomError(f"{place}: not a JSON object ({error}); the file is cut short or corrupt") from None
-                if not isinstance(fields, dict):
-                    raise AtomError(f"{place}: a JSON object is expected, not {type(fields).__name__}")
-                yield Row(fields, place, relative, f"{relative}:{number}")
+                    if not line.endswith(b"\n"):
+                        raise AtomError(
+                            f"{path}, line {number}: not a JSON object ({error}); the file is cut short"
+                        ) from None
+                    yield Failed(name, f"not a JSON object: {error}")
+                    continue
+                if isinstance(fields, dict):
+                    yield Row(fields, relative, name)
+                else:
+                    yield Failed(name, f"a JSON object is expected, not {type(fields).__name__}")
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of every line that is not blank."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield number, line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise AtomError(f"{path} cannot be read at line {number} ({error}); it is not UTF-8, or corrupt") from None
+                    yield number, line
     except (EOFError, OSError, zlib.error) as error:
         raise AtomError(f"{path} cannot be read at line {number + 1} ({error}); it is cut short or corrupt") from None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.core.errors import AtomError
-from stages.data.readers.base import Files
+from stages.data.readers.base import Failed, Files
 from stages.data.readers.rows import Row, RowReader
 
 
@@ -19,7 +19,7 @@ class Parquet(RowReader):
 
     reader: Literal["parquet"] = Field(description="selects this reader")
 
-    def rows(self, files: Files) -> Iterator[Row]:
+    def rows(self, files: Files) -> Iterator[Row | Failed]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -37,13 +37,26 @@ class Parquet(RowReader):
                         "or license_field"
                     )
                 for batch in parquet.iter_batches(batch_size=1000, columns=columns):
-                    for fields in batch.to_pylist():
+                    for fields in _rows_of(batch):
                         number += 1
-                        yield Row(fields, f"{path}, row {number}", relative, f"{relative}:{number}")
+                        name = f"{relative}:{number}"
+                        yield Failed(name, fields) if isinstance(fields, str) else Row(fields, relative, name)
             except (pa.ArrowException, OSError) as error:
                 reason = " ".join(str(error).split())
                 message = f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet"
                 raise AtomError(message) from None
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The fields of each row, or the reason why a row has none."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # before the first row: find the row, and keep the others
+        for n in range(batch.num_rows):
+            try:
+                yield from batch.slice(n, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield f"a field is not UTF-8: {error}"
 
 
 READER = Parquet

@@ -1,4 +1,4 @@
-"""Base of the readers of files of rows: the fields of a row as a document, with errors that name the row."""
+"""Base of the readers of files of rows: the fields of a row as a document, or the reason why it is none."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.core.bounds import Line, spdx
-from pipeline.core.errors import AtomError
 from pipeline.core.stage import added
 from stages.data import chat
-from stages.data.readers.base import Document, FileReader, Files, Unreadable
+from stages.data.readers.base import Document, Failed, FileReader, Files, Unreadable, is_unicode
 
 Column = Line
 """The name of a field or column in a user's files."""
@@ -22,10 +21,9 @@ Column = Line
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a file: its fields, its location for error messages, its file, and its name if no field has an id."""
+    """A row of a file: its fields, its file, and its name, which is that of the document if no field has an id."""
 
     fields: dict[str, Any]
-    place: str
     file: str
     name: str
 
@@ -48,16 +46,27 @@ class RowReader(FileReader):
     def conversations(self) -> bool:
         return bool(self.messages_field)
 
+    @property
+    def names_files(self) -> bool:
+        return self.id_field is None
+
     @abstractmethod
-    def rows(self, files: Files) -> Iterator[Row]:
+    def rows(self, files: Files) -> Iterator[Row | Failed]:
         """Every row of every file, in order. Raises AtomError naming the file that is corrupt."""
 
-    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable | Failed]:
         """One document for each row or, with messages_field, for each turn of the assistant; a row whose messages are
-        not a conversation is unreadable."""
+        not a conversation is unreadable, and one without its fields has failed."""
         for row in self.rows(files):
-            content, name = self._content(row), self._name(row)
-            license = _license(row, self.license_field) if self.license_field else None
+            if isinstance(row, Failed):
+                yield row
+                continue
+            try:
+                content, name = self._content(row), self._name(row)
+                license = _license(row, self.license_field) if self.license_field else None
+            except ValueError as error:
+                yield Failed(row.name, str(error))
+                continue
             if isinstance(content, str):
                 yield Document(name, content, row.file, license=license)
                 continue
@@ -68,16 +77,16 @@ class RowReader(FileReader):
                 yield Unreadable(f"{name} ({error})")
 
     def _content(self, row: Row) -> str | list[Any]:
-        """The text, or the list of messages."""
+        """The text, or the list of messages. Raises ValueError in words."""
         field = self.messages_field or self.text_field
         content = row.fields.get(field)
         if not isinstance(content, list if self.messages_field else str):
             available = ", ".join(sorted(map(str, row.fields)))
             kind, setting = ("list of messages", "messages_field") if self.messages_field else ("text", "text_field")
-            raise AtomError(f"{row.place}: no {kind} in field {field!r} (fields: {available}); set reader.{setting}")
+            raise ValueError(f"no {kind} in field {field!r} (fields: {available}); set reader.{setting}")
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise AtomError(f"{row.place}: field {field!r} holds a lone surrogate, which is not Unicode; fix the line")
+        if not is_unicode(text):
+            raise ValueError(f"field {field!r} holds a lone surrogate, which is not Unicode")
         result: str | list[Any] = content
         return result
 
@@ -85,21 +94,21 @@ class RowReader(FileReader):
         if self.id_field is None:
             return row.name
         if row.fields.get(self.id_field) in (None, ""):
-            raise AtomError(
-                f"{row.place}: no id in field {self.id_field!r}; set reader.id_field to a field that every row has"
-            )
-        return str(row.fields[self.id_field])
+            raise ValueError(f"no id in field {self.id_field!r}; set reader.id_field to a field that every row has")
+        name = str(row.fields[self.id_field])
+        if not is_unicode(name):
+            raise ValueError(f"the id in field {self.id_field!r} holds a lone surrogate, which is not Unicode")
+        return name
 
 
 def _license(row: Row, field: str) -> str:
-    """The SPDX expression of a row's licenses, joined by AND. Raises AtomError if there is none, or if it is not
-    SPDX."""
+    """The SPDX expression of a row's licenses, joined by AND. Raises ValueError in words if there is none, or if it is
+    not SPDX."""
     value = row.fields.get(field)
     names = value if isinstance(value, list) else [value]
     try:
         return spdx(" AND ".join(f"({name})" if " " in name else name for name in sorted(names, key=str.lower)))
     except (ValueError, TypeError):
-        raise AtomError(
-            f"{row.place}: field {field!r} holds {value!r}, which is no SPDX license or list of them "
-            "(spdx.org/licenses); leave the row out, or fix the field"
+        raise ValueError(
+            f"field {field!r} holds {value!r}, which is no SPDX license or list of them (spdx.org/licenses)"
         ) from None

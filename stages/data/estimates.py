@@ -1,0 +1,72 @@
+"""What the data stages need, by laws that `bench/data_scale.py` fits; `atom plan` shows it for an expected size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.core.bounds import Range
+from pipeline.core.stage import Config, Estimate
+
+
+class Size(Config):
+    """The expected size of a source, for `atom plan` alone."""
+
+    documents: Annotated[int, Range(1, 1e13)] = Field(description="number of documents")
+    bytes: Annotated[int, Range(1, 1e17)] = Field(description="bytes of their text in UTF-8")
+
+
+@dataclass(frozen=True)
+class Law:
+    """seconds_per_mb: of text, divided by tasks; serial_seconds_per_million: documents, in the process that joins the
+    parts; memory: bytes of the largest process; memory_per_document: bytes that each document adds to it; disk: bytes
+    of the artifact by those of the text."""
+
+    seconds_per_mb: float
+    serial_seconds_per_million: float
+    memory: float
+    memory_per_document: float
+    disk: float
+
+
+LAWS = {
+    "acquire": Law(0.04, 0.5, 0.35e9, 0.0, 0.42),
+    "filter": Law(0.22, 0.5, 0.45e9, 0.0, 0.48),
+    "dedup": Law(0.09, 11.0, 0.45e9, 8.0, 0.46),
+    "tokenize": Law(0.15, 0.5, 0.35e9, 0.0, 1.0),
+}
+"""`filter` has the step pii and MinHash here; token ids have four bytes in a large vocabulary, which `disk` assumes."""
+STEP_SECONDS = {"language": 0.18, "gopher_repetition": 0.36, "gopher_quality": 0.09, "fineweb": 0.03, "c4": 0.01}
+"""Core seconds a MB of curation steps, beside the law of `filter` (`bench/filters.py`)."""
+
+
+def total(sizes: Iterable[Size | None]) -> Size | None:
+    """The size of several sources; None if that of one is unknown."""
+    known = list(sizes)
+    if not known or any(size is None for size in known):
+        return None
+    sums = [(size.documents, size.bytes) for size in known if size is not None]
+    documents, text = (sum(column) for column in zip(*sums, strict=True))
+    return Size(documents=documents, bytes=text)
+
+
+def estimate(stage: str, size: Size | None, small: float | None = None, step_seconds: float = 0.0) -> Estimate:
+    """The resources of a data stage on text of that size.
+
+    small: core seconds of a small corpus, for an unknown size; None: no estimate then. step_seconds: of curation steps,
+    beside the law.
+    """
+    if size is None:
+        return Estimate(cpu_seconds=small, fixed=small is not None)
+    law = LAWS[stage]
+    parallel = law.seconds_per_mb * size.bytes / 1e6 + step_seconds
+    serial = law.serial_seconds_per_million * size.documents / 1e6
+    return Estimate(
+        cpu_seconds=parallel + serial,
+        serial_seconds=serial,
+        memory_bytes=int(law.memory + law.memory_per_document * size.documents),
+        disk_bytes=int(law.disk * size.bytes),
+    )
