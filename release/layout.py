@@ -18,15 +18,18 @@ SUMS = "SHA256SUMS"
 ALL_SUMS = f"evidence/{SUMS}"
 ORIGINS = "evidence/origins.json"
 RELEASE = "evidence/release.json"
-FORMAT = 3
+FORMAT = 4
 """The format of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and
-costs. 3: phases, models, metrics and settings have the field's names."""
+costs. 3: phases, models, metrics and settings have the field's names. 4: the tables of documents and orders may be in
+parts."""
 GATES = "evidence/gates.json"
 GATES_STATED = "evidence/attestations/gates.json"
 ROOTS = "merkle.json"
 """Of the dataset repository: the Merkle root of each of its tables."""
 GOLDENS = "goldens.json"
 """Of a model repository: token ids, text, logits and greedy continuations of fixed inputs."""
+FILTER_AGREEMENT = "filter_agreement.json"
+"""Of the dataset repository: how far the filters agree with their reference, by rule."""
 CANARY = "evaluation/canary.json"
 SIGNATURE, PUBLIC_KEY = "model.sig", "model.pub"
 """In each repository, but in no checksum file: the signature covers the checksum files, and the fingerprint identifies

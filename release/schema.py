@@ -20,8 +20,8 @@ from release import schema_v2, schema_v3, untrusted
 from release.cards.versions import SCHEMA as CARDS
 from release.layout import FORMAT, RELEASE
 
-READERS: dict[int, ModuleType] = {1: schema_v2, 2: schema_v2, 3: schema_v3}
-"""The module with the names of each format."""
+READERS: dict[int, ModuleType] = {1: schema_v2, 2: schema_v2, 3: schema_v3, 4: schema_v3}
+"""The module with the names of each format; format 4 has those of format 3."""
 CARD = "README.md"
 CARD_BYTES, RELEASE_BYTES = 4_000_000, 4_000_000
 """The maximum bytes that are read of a card and of release.json."""

@@ -1,7 +1,8 @@
-"""Format 3: the present names, and the replay of such a release by the code that it carries.
+"""Formats 3 and 4: the present names, and the replay of such a release by the code that it carries.
 
 Format 3 has the field's names in place of the project's own names of format 2, and the present folders of code. The
-renamings of a later format are to be added here, as in schema_v2 for format 2.
+renamings of a later format are to be added here, as in schema_v2 for format 2. Format 4 has the same names; its tables
+may be in parts (`release.data_layout`).
 """
 
 from __future__ import annotations

@@ -103,11 +103,11 @@ def placement(
             yield path, f"dataset/rl/{suffix}/{path}"
         elif node in WITHOUT_ORDER and path.endswith(".parquet"):
             yield path, f"dataset/rl/{node}/{path}"
-        elif kind == "dedup" and (path.startswith("kept/") or "/" not in path):
+        elif kind == "dedup" and (path.startswith(("kept/", "dispositions/")) or "/" not in path):
             yield path, f"dataset/{path}"
         elif kind == "tokenizer" and path == "stats.json":
             yield path, "dataset/tokens/tokenizer_stats.json"
-        elif kind == "tokenize" and path in ("documents.parquet", "meta.json"):
+        elif kind == "tokenize" and (path in ("documents.parquet", "meta.json") or path.startswith("documents/")):
             yield path, f"dataset/tokens/{path}"
         elif kind == "order":
             yield path, f"dataset/order/{suffix}/{path}"

@@ -139,8 +139,9 @@ def _assemble(folder: Path, source: BuildInput) -> BuildContext:
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
     from release.checks.load_report import load_models
-    from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS
+    from release.layout import CANARY, FILTER_AGREEMENT, GOLDENS, ORIGINS, RELEASE, ROOTS
     from release.repositories import model_folders, repositories
+    from stages.data.curation.agreement import read_figures
 
     assembly = assemble.Assembly(folder)
     assemble.place_artifacts(assembly, source.artifacts)
@@ -157,6 +158,7 @@ def _assemble(folder: Path, source: BuildInput) -> BuildContext:
     release = describe(source)
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
 
+    assembly.json(f"dataset/{FILTER_AGREEMENT}", read_figures(), "stages.data.curation.agreement")
     data = read_data_facts(folder / "dataset")
     models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
     steps = read_checkpoints(folder / "checkpoints")

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release import schema
-from release.assembly.published_tables import read_json, stream_batches, stream_rows
+from pipeline.core.errors import CheckFailed
+from release import data_layout, schema
+from release.assembly.distinct import Distinct
+from release.assembly.published_tables import read_json, stream_batches
 from release.assembly.score_facts import ChatScores, compute_chat_scores, compute_scores
-from release.layout import when
+from release.layout import FILTER_AGREEMENT, when
+from stages.data.table import order_files
 from stages.evaluation.scores import ModelScores
 
-ORDER_BATCH = 65536
-"""Rows of an order, which are short, that are unpacked together."""
+BATCH = 65536
+"""Rows without text that are read together."""
 
 
 @dataclass
@@ -83,12 +86,16 @@ class OrderFacts:
 @dataclass
 class DataFacts:
     """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
-    chat: scores by benchmark and model, empty without a chat model. Phases and models are in the order of training."""
+    chat: scores by benchmark and model, empty without a chat model. in_parts: whether the tables of documents are in
+    parts. filter_agreement: of the filters with their reference, empty in older releases. Phases and models are in the
+    order of training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
     chat: dict[str, ChatScores] = field(default_factory=dict)
     evaluation: dict[str, ModelScores] = field(default_factory=dict)
+    in_parts: bool = False
+    filter_agreement: dict[str, Any] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""
@@ -98,32 +105,48 @@ class DataFacts:
 def read_data_facts(dataset: Path) -> DataFacts:
     """Reads the facts from the dataset repository alone."""
     evaluation = dataset / "evaluation"
-    orders = _by_name((dataset / "order").glob("*/order.parquet"), schema.phase)
-    scored = _by_name(evaluation.glob("*/scores.json"), schema.model)
+    orders = _by_name(data_layout.orders(dataset), schema.phase)
+    scored = _by_name((scores.parent for scores in evaluation.glob("*/scores.json")), schema.model)
     return DataFacts(
         _read_sources(dataset),
         {phase: order_facts([*earlier_orders(dataset, phase), folder]) for phase, folder in orders},
         compute_chat_scores(evaluation),
         {model: compute_scores(folder) for model, folder in scored},
+        data_layout.in_parts(dataset),
+        read_json(dataset / FILTER_AGREEMENT) if (dataset / FILTER_AGREEMENT).exists() else {},
     )
 
 
 def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
-    fates_by_source: dict[str, _Fates] = {}
-    columns = ["source", "license", "bytes", "disposition", "split", "rule"]
-    for row in stream_rows(dataset / "dispositions.parquet", columns):
-        fates_by_source.setdefault(row["source"], _Fates()).add(row)
+    fates: dict[str, _Fates] = {}
+    columns = ["source", "license", "disposition", "split", "rule"]
+    disposition_files = data_layout.all_files(data_layout.disposition_files(dataset))
+    for keys, documents, size in _totals(disposition_files, columns, "bytes"):
+        source, license, disposition, split, rule = keys
+        fates.setdefault(source, _Fates()).add(license, disposition, split, rule, documents, size)
     sources = {}
-    for name, fates in sorted(fates_by_source.items()):
+    for name, source_fates in sorted(fates.items()):
         path = dataset / "sources" / f"{name}.json"
         declared = read_json(path) if path.exists() else {}
-        sources[name] = fates.facts(declared.get("origin", ""), declared.get("license_evidence", ""))
+        sources[name] = source_fates.facts(declared.get("origin", ""), declared.get("license_evidence", ""))
     tokens: dict[str, Counter[str]] = {name: Counter() for name in sources}
-    for row in stream_rows(dataset / "tokens" / "documents.parquet", ["source", "split", "tokens"]):
-        tokens[row["source"]][row["split"]] += row["tokens"]
+    token_files = data_layout.all_files(data_layout.token_files(dataset))
+    for (source, split), _, count in _totals(token_files, ["source", "split"], "tokens"):
+        tokens[source][split] += count
     for name, by_split in tokens.items():
         sources[name].tokens = dict(sorted(by_split.items()))
     return sources
+
+
+def _totals(files: list[Path], columns: list[str], summed: str) -> Iterator[tuple[tuple[Any, ...], int, int]]:
+    """(values of columns, rows, sum of another column) of each combination of values, several times if it occurs in
+    several batches."""
+    import pyarrow as pa
+
+    for batch in stream_batches(files, [*columns, summed], BATCH):
+        groups = pa.Table.from_batches([batch]).group_by(columns).aggregate([([], "count_all"), (summed, "sum")])
+        totals = (groups[name].to_pylist() for name in ("count_all", f"{summed}_sum"))
+        yield from zip(zip(*(groups[name].to_pylist() for name in columns), strict=True), *totals, strict=True)
 
 
 @dataclass
@@ -137,15 +160,16 @@ class _Fates:
     rules: Counter[str] = field(default_factory=Counter)
     licenses: set[str] = field(default_factory=set)
 
-    def add(self, row: dict[str, Any]) -> None:
-        self.documents += 1
-        self.bytes += row["bytes"]
-        self.licenses.add(row["license"])
-        if row["disposition"] == "kept":
-            self.kept_bytes += row["bytes"]
-            self.splits[row["split"]] += 1
-        elif row["disposition"] == "removed":
-            self.rules[row["rule"]] += 1
+    def add(self, license: str, disposition: str, split: str, rule: str, documents: int, size: int) -> None:
+        """Adds documents of equal dispositions. size: their bytes."""
+        self.documents += documents
+        self.bytes += size
+        self.licenses.add(license)
+        if disposition == "kept":
+            self.kept_bytes += size
+            self.splits[split] += documents
+        elif disposition == "removed":
+            self.rules[rule] += documents
 
     def facts(self, origin: str, license_evidence: str) -> SourceFacts:
         return SourceFacts(
@@ -161,10 +185,9 @@ class _Fates:
         )
 
 
-def _by_name(files: Iterable[Path], name_of: Callable[[Path], str]) -> list[tuple[str, Path]]:
-    """(name, folder) of the parent folders of files, which are named after phases or models, in the order of
-    training."""
-    return sorted(((name_of(file.parent), file.parent) for file in files), key=lambda pair: when(pair[0]))
+def _by_name(folders: Iterable[Path], name_of: Callable[[Path], str]) -> list[tuple[str, Path]]:
+    """(name, folder) of folders that are named after phases or models, in the order of training."""
+    return sorted(((name_of(folder), folder) for folder in folders), key=lambda pair: when(pair[0]))
 
 
 def earlier_orders(dataset: Path, phase: str) -> list[Path]:
@@ -188,17 +211,19 @@ def order_facts(folders: list[Path]) -> OrderFacts:
 def _part(folder: Path, end: int | None) -> OrderPart:
     """The data that the steps of an order index up to `end` read.
 
-    A segment of n tokens predicts n - 1 of them.
+    A segment of n tokens predicts n - 1 of them. Documents are counted by their places in token shards. Raises
+    CheckFailed if the order is not by step and row.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     meta = read_json(folder / "meta.json")
     tokens: Counter[str] = Counter()
-    rows_of: dict[str, set[int]] = {}
-    ids_of: dict[str, set[str]] = {}
+    rows, rows_of = _Rows(), dict[str, _Rows]()
+    documents: dict[str, Distinct] = {}
     first, last = 1 << 62, 0
-    for batch in stream_batches(folder / "order.parquet", ["step", "row", "source", "id", "length"], ORDER_BATCH):
+    columns = ["step", "row", "source", "part", "ordinal", "length"]
+    for batch in stream_batches(order_files(folder), columns, BATCH):
         table = pa.Table.from_batches([batch])
         if end is not None:
             table = table.filter(pc.field("step") <= end)
@@ -206,24 +231,46 @@ def _part(folder: Path, end: int | None) -> OrderPart:
             continue
         steps = pc.min_max(table["step"]).as_py()
         first, last = min(first, steps["min"]), max(last, steps["max"])
-        for total in table.group_by("source").aggregate([("length", "sum"), ("length", "count")]).to_pylist():
-            tokens[total["source"]] += total["length_sum"] - total["length_count"]
-        for source, step, row in _distinct(table, ["source", "step", "row"]):
-            rows_of.setdefault(source, set()).add(step << 32 | row)
-        for source, key in _distinct(table, ["source", "id"]):
-            ids_of.setdefault(source, set()).add(key)
-    by_source = {name: SourceInOrder(len(rows_of[name]), tokens[name], len(ids_of[name])) for name in sorted(rows_of)}
+        row_numbers, places = _joined(table, "step", "row"), _joined(table, "part", "ordinal")
+        rows.add(row_numbers, folder)
+        codes = table["source"].combine_chunks().dictionary_encode()
+        code_of_row = codes.indices.to_numpy()
+        lengths = table["length"].to_numpy().astype("int64")
+        for code, source in enumerate(codes.dictionary.to_pylist()):
+            mask = code_of_row == code
+            tokens[source] += int(lengths[mask].sum()) - int(mask.sum())
+            rows_of.setdefault(source, _Rows()).add(row_numbers[mask], folder)
+            documents.setdefault(source, Distinct()).add(places[mask])
+    by_source = {
+        name: SourceInOrder(rows_of[name].count, tokens[name], documents[name].count()) for name in sorted(rows_of)
+    }
     if not meta.get("pack"):
         return OrderPart(first, last, by_source)
-    rows, predicted, length = len(set().union(*rows_of.values())), tokens.total(), meta["sequence_length"]
+    predicted, length = tokens.total(), meta["sequence_length"]
     long = {name: row["long"] for name, row in sorted(meta["sources"].items()) if "long" in row}
-    return OrderPart(first, last, by_source, Packing(rows, length, predicted, predicted / (rows * length)), long)
+    packing = Packing(rows.count, length, predicted, predicted / (rows.count * length))
+    return OrderPart(first, last, by_source, packing, long)
 
 
-def _distinct(table: Any, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    """The distinct combinations of values in these columns."""
-    groups = table.group_by(columns).aggregate([])
-    return zip(*(groups[column].to_pylist() for column in columns), strict=True)
+@dataclass
+class _Rows:
+    """Counts the distinct rows of an order, which is sorted by them."""
+
+    count: int = 0
+    last: int = -1
+
+    def add(self, rows: Any, folder: Path) -> None:
+        """rows: numbers of rows, as an array. Raises CheckFailed if they are not in order."""
+        steps = rows[1:] - rows[:-1]
+        if rows[0] < self.last or (steps < 0).any():
+            raise CheckFailed(f"{folder.name}: the order is not sorted by step and row")
+        self.count += int((steps > 0).sum()) + int(rows[0] > self.last)
+        self.last = int(rows[-1])
+
+
+def _joined(table: Any, high: str, low: str) -> Any:
+    """Two columns of int32 as one array of int64."""
+    return table[high].to_numpy().astype("int64") << 32 | table[low].to_numpy().astype("int64")
 
 
 def canary_of(items: str) -> dict[str, str]:

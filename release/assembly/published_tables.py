@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from pipeline.core.errors import CheckFailed
 from pipeline.core.store import FileRow
 from release import schema
 
-BATCH = 4096
-"""Rows of a table that are unpacked together."""
+BATCH, TEXT_BATCH = 4096, 256
+"""Rows of a table that are unpacked together, and those of a table with texts, which may be long."""
+ABSENT = {"part": 0}
+"""{column: its value in tables of releases from before it}"""
 
 
 def read_json(path: Path) -> Any:
@@ -53,21 +55,34 @@ def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, An
     return list(stream_rows(path, columns))
 
 
-def stream_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Streams the rows of a published table; columns have present names for every format of the release. Raises
-    CheckFailed if the table lacks a column."""
-    for batch in stream_batches(path, columns, BATCH):
+def stream_rows(
+    files: Path | Iterable[Path], columns: list[str] | None = None, size: int = BATCH
+) -> Iterator[dict[str, Any]]:
+    """Streams the rows of a published table, or of its parts; columns have present names for every format of the
+    release. Raises CheckFailed if a file lacks a column. size: of rows in memory."""
+    for batch in stream_batches(files, columns, size):
         yield from batch.to_pylist()
 
 
-def stream_batches(path: Path, columns: list[str] | None, size: int) -> Iterator[Any]:
-    """Streams the rows of a table as Arrow batches of at most `size` rows. Raises CheckFailed if it lacks a column."""
+def stream_batches(files: Path | Iterable[Path], columns: list[str] | None, size: int) -> Iterator[Any]:
+    """Streams the rows of a table, or of its parts, as Arrow batches of at most `size` rows. Raises CheckFailed if a
+    file lacks a column."""
+    for path in [files] if isinstance(files, Path) else files:
+        yield from _file_batches(path, columns, size)
+
+
+def _file_batches(path: Path, columns: list[str] | None, size: int) -> Iterator[Any]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         stored = schema.columns(path, columns if columns is not None else schema.today(path, names))
-        if missing := sorted(set(stored.values()) - set(names)):
+        absent = [name for name, column in stored.items() if column not in names and name in ABSENT]
+        if missing := sorted({stored[name] for name in stored.keys() - absent} - set(names)):
             raise CheckFailed(f"{path.name} has no column {missing[0]}")
-        for batch in file.iter_batches(batch_size=size, columns=list(stored.values())):
-            yield batch.select(list(stored.values())).rename_columns(list(stored))
+        present = [stored[name] for name in stored if name not in absent]
+        for batch in file.iter_batches(batch_size=size, columns=present):
+            default = {name: pa.array([ABSENT[name]] * len(batch), pa.int32()) for name in absent}
+            arrays = [default[name] if name in default else batch.column(column) for name, column in stored.items()]
+            yield pa.RecordBatch.from_arrays(arrays, names=list(stored))

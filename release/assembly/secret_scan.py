@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from release.assembly.published_tables import TEXT_BATCH
 from release.hub.local.server import LOCAL_TOKEN
 
 PATTERNS = {
@@ -75,7 +76,7 @@ def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=4096):
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=TEXT_BATCH):
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                 joined = "\n".join(value for value in column.to_pylist() if value)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.store import sha256_file
+from release import data_layout
 from release.assembly.data_facts import DataFacts, SourceFacts
 from release.assembly.published_tables import read_json
+from release.data_layout import all_files
 from release.schema import ReleaseInfo
 
 NAME = "croissant.json"
@@ -42,11 +44,15 @@ def describe_dataset(
 ) -> dict[str, Any]:
     """The JSON-LD of a dataset folder. data: the facts of the folder."""
     repo = f"https://huggingface.co/datasets/{release.repository}-data"
-    tables = {"dispositions": "dispositions.parquet"}
+    tables = {"dispositions": all_files(data_layout.disposition_files(dataset))}
+    tables |= {f"kept-{name}": files for name, files in data_layout.kept_files(dataset).items() if name in data.sources}
     tables |= {
-        f"kept-{name}": f"kept/{name}.parquet" for name in data.sources if (dataset / f"kept/{name}.parquet").exists()
+        "tokens": all_files(data_layout.token_files(dataset)),
+        "problems": [dataset / "evaluation/items.parquet"],
     }
-    tables |= {"tokens": "tokens/documents.parquet", "problems": "evaluation/items.parquet"}
+    patterns = {
+        name: _pattern(dataset, files) for name, files in tables.items() if data_layout.PART.fullmatch(files[0].name)
+    }
     documents_read = sum(row.documents_in for row in data.sources.values())
     documents_kept = sum(row.kept for row in data.sources.values())
     rules = sorted({rule.split("/")[0] for row in data.sources.values() for rule in row.removed})
@@ -65,16 +71,19 @@ def describe_dataset(
         "creator": {"@type": "sc:Organization", "name": release.namespace},
         "isLiveDataset": False,
         **({"inLanguage": list(release.languages)} if release.languages else {}),
-        "distribution": [_file(dataset, path, name, digest) for name, path in tables.items()],
-        "recordSet": [_records(dataset / path, name) for name, path in tables.items()],
+        "distribution": [
+            _file_set(name, patterns[name]) if name in patterns else _file(dataset, files[0], name, digest)
+            for name, files in tables.items()
+        ],
+        "recordSet": [_records(files[0], name, name in patterns) for name, files in tables.items()],
         "prov:wasDerivedFrom": [_source(dataset, name, row) for name, row in data.sources.items()],
         "rai:dataCollection": f"{documents_read} documents of {len(data.sources)} sources were read; each source's "
         "own file in sources/ says from where, under which license, and the evidence for it.",
         "rai:dataPreprocessingProtocol": [
             f"{documents_kept} of {documents_read} documents were kept; the others were removed by "
             f"{', '.join(rules) or 'no rule'}.",
-            "dispositions.parquet names for each document the rule, the measured value and the threshold; removed "
-            "documents are listed without their text.",
+            f"{patterns.get('dispositions', 'dispositions.parquet')} names for each document the rule, the measured "
+            "value and the threshold; removed documents are listed without their text.",
         ],
         "rai:personalSensitiveInformation": [
             f"Replaced by a placeholder where a pattern found them: in {redacted_documents} documents. What no pattern "
@@ -101,24 +110,43 @@ def _redacted_documents(dataset: Path) -> int:
     return sum(count for row in sources.values() for step, count in row.get("edited", {}).items() if step == "pii")
 
 
-def _file(dataset: Path, path: str, name: str, digest: Callable[[Path], str]) -> dict[str, Any]:
+def _pattern(dataset: Path, files: list[Path]) -> str:
+    """The pattern of the parts of a table: of one source, or of all."""
+    folders = {file.parent for file in files}
+    folder = files[0].parent if len(folders) == 1 else files[0].parent.parent / "*"
+    return f"{folder.relative_to(dataset).as_posix()}/part-*.parquet"
+
+
+def _file_set(name: str, pattern: str) -> dict[str, Any]:
+    """The parts of a table; SHA256SUMS beside the description has their digests."""
+    return {
+        "@type": "cr:FileSet",
+        "@id": f"{name}-parts",
+        "name": f"{name}-parts",
+        "encodingFormat": "application/x-parquet",
+        "includes": pattern,
+    }
+
+
+def _file(dataset: Path, path: Path, name: str, digest: Callable[[Path], str]) -> dict[str, Any]:
     return {
         "@type": "cr:FileObject",
         "@id": f"{name}.parquet",
         "name": f"{name}.parquet",
-        "contentUrl": path,
-        "contentSize": f"{(dataset / path).stat().st_size} B",
+        "contentUrl": path.relative_to(dataset).as_posix(),
+        "contentSize": f"{path.stat().st_size} B",
         "encodingFormat": "application/x-parquet",
-        "sha256": digest(dataset / path),
+        "sha256": digest(path),
     }
 
 
-def _records(path: Path, name: str) -> dict[str, Any]:
-    """A record set with a field for each column."""
+def _records(path: Path, name: str, in_parts: bool) -> dict[str, Any]:
+    """A record set with a field for each column. path: of the table, or of its first part."""
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(path)
     fields = []
+    files = {"fileSet": {"@id": f"{name}-parts"}} if in_parts else {"fileObject": {"@id": f"{name}.parquet"}}
     for column in schema:
         kind = str(getattr(column.type, "value_type", column.type))
         fields.append({
@@ -127,7 +155,7 @@ def _records(path: Path, name: str) -> dict[str, Any]:
             "name": column.name,
             "dataType": TYPES.get(kind, "sc:Text"),
             **({"isArray": True, "arrayShape": "-1"} if kind != str(column.type) else {}),
-            "source": {"fileObject": {"@id": f"{name}.parquet"}, "extract": {"column": column.name}},
+            "source": {**files, "extract": {"column": column.name}},
         })  # fmt: skip
     return {"@type": "cr:RecordSet", "@id": name, "name": name, "field": fields}
 

@@ -128,16 +128,16 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
     hub = load()
 
     kept_documents = sum(row.kept for row in data.sources.values())
+    suffix, all_parts = ("/*.parquet", "/*/*.parquet") if data.in_parts else (".parquet", ".parquet")
     card_data = hub.DatasetCardData(
         pretty_name=f"{release.title}: data",
         language=list(release.languages) or None,
         size_categories=size_category(kept_documents),
         task_categories=["text-generation"],
         configs=[
-            {"config_name": name, "data_files": [{"split": "kept", "path": f"kept/{name}.parquet"}]}
-            for name in data.sources
-        ]
-        + [{"config_name": "dispositions", "data_files": [{"split": "all_documents", "path": "dispositions.parquet"}]}],
+            *(_config(name, "kept", f"kept/{name}{suffix}") for name in data.sources),
+            _config("dispositions", "all_documents", f"dispositions{all_parts}"),
+        ],
         **license_fields(release.license.data_compilation),
         **schema.head(),
     )
@@ -148,12 +148,18 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         release=release,
         prefix=release.repository,
         sources=list(data.sources),
+        in_parts=data.in_parts,
         earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
         canary=canary and canary["canary"],
         t=texts,
         sections=card_tables.sections(card_tables.DATA_TABLES, texts),
     )
     return _normalize_text(str(text))
+
+
+def _config(name: str, split: str, path: str) -> dict[str, Any]:
+    """A configuration of the data set for the Hub. path: of its files, which may be a pattern."""
+    return {"config_name": name, "data_files": [{"split": split, "path": path}]}
 
 
 def plain_card(kind: str, release: ReleaseInfo, license: str, **table_lines: list[str]) -> str:

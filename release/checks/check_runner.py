@@ -54,7 +54,9 @@ def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
 
 def load_libraries(deep: bool) -> None:
     """Imports the libraries of checks once, so that not every check process imports them within its limits."""
+    import numpy  # noqa: F401
     import pyarrow as pa
+    import pyarrow.compute
     import pyarrow.parquet
 
     pa.table({"column": [1]}).to_pylist()  # looks for pandas

@@ -1,105 +1,263 @@
-"""Checks that every document has one disposition, a license, and the same text in every table."""
+"""Checks that every document has one disposition, a license, and the same text in every table.
+
+Tables are streamed and compared row by row: the kept documents of a part stand in the order of their dispositions, and
+those of each split in the order of their tokens.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from release.assembly.published_tables import read_json, stream_rows
+from release import data_layout
+from release.assembly.published_tables import TEXT_BATCH, read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.checks.rows import Rows, equals, repeated_ids, text_batches
 
 UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
+MOST_PROBLEMS = 10_000
+"""The maximum number of problems that a check collects."""
+SPLITS = ("train", "heldout")
 
 
 def licenses(subject: Subject) -> Findings:
     """Checks that every document has a license, including removed ones."""
-    problems, expressions = [], set()
-    for row in stream_rows(subject.folder / "dispositions.parquet", ["id", "source", "license"]):
-        license = row["license"] or ""
-        expressions.add(license)
-        if license.lower() in UNKNOWN_LICENSES:
-            problems.append(f"dispositions.parquet: document {row['id']} of source {row['source']} has no license")
+    expressions: set[str] = set()
+    problems = list(islice(_unlicensed(subject.folder, expressions), MOST_PROBLEMS))
     return Findings(problems, summary=f"every document has a license: {', '.join(sorted(expressions))}")
+
+
+def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:
+    """Sentences about documents without a license. Adds the licenses to `expressions`."""
+    import pyarrow.compute as pc
+
+    for path in data_layout.all_files(data_layout.disposition_files(dataset)):
+        for batch in text_batches(path, ["id", "source", "license"]):
+            stated = batch.column("license").unique().to_pylist()
+            expressions.update(license or "" for license in stated)
+            if not any((license or "").lower() in UNKNOWN_LICENSES for license in stated):
+                continue
+            license = pc.utf8_lower(pc.fill_null(batch.column("license"), ""))
+            for row in batch.filter(pc.is_in(license, value_set=_strings(UNKNOWN_LICENSES))).to_pylist():
+                yield f"{_name(dataset, path)}: document {row['id']} of source {row['source']} has no license"
 
 
 def dispositions(subject: Subject) -> Findings:
     """Checks that each document has one disposition, that in = kept + removed, and that the kept ones are exactly those
-    of kept/*.parquet."""
-    dataset = subject.folder
-    columns = ["id", "source", "disposition", "rule", "split", "license"]
-    ids: set[str] = set()
-    kept: dict[str, dict[str, tuple[Any, Any]]] = {}
+    of the tables of kept documents."""
     counts: Counter[str] = Counter()
-    pairs: dict[tuple[Any, Any], tuple[Any, Any]] = {}  # shared by documents
-    duplicate, problems = "", []
-    for row in stream_rows(dataset / "dispositions.parquet", columns):
-        key, source = row["id"], row["source"]
-        duplicate = duplicate or (key if key in ids else "")
-        ids.add(key)
-        counts[source] += 1
-        kept_of_source = kept.setdefault(source, {})
-        if row["disposition"] not in ("kept", "removed") or (row["disposition"] == "removed") != bool(row["rule"]):
-            problems.append(f"dispositions.parquet: document {key} is neither kept nor removed by a rule")
-        if row["disposition"] == "kept":
-            pair = row["split"], row["license"]
-            kept_of_source[key] = pairs.setdefault(pair, pair)
-    if duplicate:
-        problems.insert(0, f"dispositions.parquet: document {duplicate} has two fates")
-    for source in sorted(kept):
-        problems += _check_kept_documents(dataset, source, kept[source])
-        declared = dataset / "sources" / f"{source}.json"
-        if declared.exists() and read_json(declared).get("documents", counts[source]) != counts[source]:
-            problems.append(
-                f"dispositions.parquet: {counts[source]} documents of {source}, the source says another number"
-            )
-    total, kept_total = counts.total(), sum(map(len, kept.values()))
+    kept: Counter[str] = Counter()
+    problems = list(islice(_unbalanced(subject.folder, counts, kept), MOST_PROBLEMS))
+    total, kept_total = counts.total(), kept.total()
     summary = f"{total} documents in = {kept_total} kept + {total - kept_total} removed"
     return Findings(problems, summary=summary)
 
 
-def _check_kept_documents(dataset: Path, source: str, expected: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Checks that kept/<source>.parquet has exactly the documents of `expected`, {id: (split, license)}."""
-    path = dataset / "kept" / f"{source}.parquet"
-    problems, extra, missing = [], set(), set(expected)
-    for row in stream_rows(path, ["id", "split", "license"]) if path.exists() else ():
-        missing.discard(row["id"])
-        if row["id"] not in expected:
-            extra.add(row["id"])
-        elif expected[row["id"]] != (row["split"], row["license"]):
-            problems.append(
-                f"kept/{source}.parquet: document {row['id']} has another split or license than its disposition"
-            )
-    if different := min(missing | extra, default=""):
-        problems.insert(0, f"kept/{source}.parquet: document {different} is not kept in both tables")
-    return problems
+def _unbalanced(dataset: Path, counts: Counter[str], kept: Counter[str]) -> Iterator[str]:
+    """What is wrong with dispositions. Counts the documents of each source, and the kept ones."""
+    files = data_layout.all_files(data_layout.disposition_files(dataset))
+    for path, id in repeated_ids(files):
+        yield f"{_name(dataset, path)}: document {id} has two fates"
+    yield from data_layout.problems(dataset)
+    for part in data_layout.document_parts(dataset):
+        yield from _unbalanced_part(dataset, part, counts, kept)
+    for source in sorted(counts):
+        declared = dataset / "sources" / f"{source}.json"
+        if declared.exists() and read_json(declared).get("documents", counts[source]) != counts[source]:
+            yield f"dispositions: {counts[source]} documents of {source}, the source says another number"
+
+
+def _unbalanced_part(dataset: Path, part: data_layout.Part, counts: Counter[str], kept: Counter[str]) -> Iterator[str]:
+    import pyarrow.compute as pc
+
+    name = _name(dataset, part.dispositions)
+    if not part.dispositions.exists():
+        yield f"{name} is missing"
+        return
+    columns = ["id", "split", "license"]
+    tables = {source: Rows(path, columns) for source, path in part.kept.items()}
+    single_source = part.dispositions.parent.name if data_layout.PART.fullmatch(part.dispositions.name) else None
+    for batch in text_batches(part.dispositions, [*columns, "source", "disposition", "rule"]):
+        is_kept, is_removed = (equals(batch.column("disposition"), value) for value in ("kept", "removed"))
+        has_rule = pc.not_equal(pc.fill_null(batch.column("rule"), ""), "")
+        decided = pc.or_(pc.and_(is_kept, pc.invert(has_rule)), pc.and_(is_removed, has_rule))
+        for id in batch.column("id").filter(pc.invert(decided)).to_pylist():
+            yield f"{name}: document {id} is neither kept nor removed by a rule"
+        for source, count in _counts(batch.column("source")):
+            counts[source] += count
+            if single_source is not None and source != single_source:
+                yield f"{name}: {count} documents of {source} stand among those of {single_source}"
+        kept_batch = batch.filter(is_kept)
+        for source, count in _counts(kept_batch.column("source")):
+            kept[source] += count
+            table = tables.setdefault(source, Rows(data_layout.kept_beside(part.dispositions, source), columns))
+            of_source = kept_batch.filter(equals(kept_batch.column("source"), source)).select(columns)
+            yield from _misplaced(dataset, part, source, table, of_source)
+    for table in tables.values():
+        if table.aligned and (row := table.next()) is not None:
+            yield _not_in_both(dataset, table.path, row["id"])
+
+
+def _misplaced(dataset: Path, part: data_layout.Part, source: str, table: Rows, expected: Any) -> Iterator[str]:
+    """How the next kept documents of a source differ from those that dispositions expect. Nothing after the first that
+    stands elsewhere, since the later ones then do too."""
+    if not table.aligned:
+        return
+    actual = table.take(len(expected))
+    name = _name(dataset, table.path)
+    row = _first_difference(expected.column("id"), actual.column("id"))
+    if row is not None:
+        table.aligned = False
+        id = expected.column("id")[row].as_py()
+        if not _has(table.path, id) or row == len(actual):
+            yield _not_in_both(dataset, table.path, id)
+            return
+        other = actual.column("id")[row].as_py()
+        if not _has(part.dispositions, other, source):
+            yield _not_in_both(dataset, table.path, other)
+        else:
+            yield f"{name}: document {other} is not in the order of the dispositions"
+        return
+    for row in _differences(expected, actual, ["split", "license"]):
+        id = expected.column("id")[row].as_py()
+        yield f"{name}: document {id} has another split or license than its disposition"
+
+
+def _not_in_both(dataset: Path, kept: Path, id: str) -> str:
+    return f"{_name(dataset, kept)}: document {id} is not kept in both tables"
+
+
+def _has(path: Path, id: str, kept_of: str | None = None) -> bool:
+    """Whether a table has a document. kept_of: among the kept documents of that source, in a table of dispositions."""
+    import pyarrow.compute as pc
+
+    columns = ["id"] if kept_of is None else ["id", "source", "disposition"]
+    for batch in text_batches(path, columns) if path.exists() else ():
+        mask = equals(batch.column("id"), id)
+        if kept_of is not None:
+            mask = pc.and_(mask, equals(batch.column("source"), kept_of))
+            mask = pc.and_(mask, equals(batch.column("disposition"), "kept"))
+        if pc.any(mask).as_py():
+            return True
+    return False
 
 
 def content_hashes(subject: Subject) -> Findings:
     """Checks that the content hash of every kept document is that of its text, and equal in every table."""
     dataset = subject.folder
-    dispositions = stream_rows(dataset / "dispositions.parquet", ["source", "id", "kept_hash"])
-    stated = {(r["source"], r["id"]): r["kept_hash"] for r in dispositions}
-    tokens = stream_rows(dataset / "tokens/documents.parquet", ["source", "id", "content_hash"])
-    tokenized = {(r["source"], r["id"]): r["content_hash"] for r in tokens}
-    problems = []
-    for path in sorted((dataset / "kept").glob("*.parquet")):
-        for row in stream_rows(path, ["id", "text", "content_hash"]):
-            if hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
-                problems.append(f"kept/{path.name}: the text of {row['id']} is not what its content hash says")
-            key = (path.stem, row["id"])
-            if stated.pop(key, None) != row["content_hash"]:
-                problems.append(f"dispositions.parquet: the kept hash of {row['id']} is not that of kept/{path.name}")
-            if tokenized.pop(key, None) != row["content_hash"]:
-                problems.append(
-                    f"tokens/documents.parquet: the content hash of {row['id']} is not that of kept/{path.name}"
-                )
-    problems += [
-        f"dispositions.parquet: {key} has a kept hash, but is not kept"
-        for (_, key), kept_hash in stated.items()
-        if kept_hash
-    ]
-    problems += [f"tokens/documents.parquet: {key} is no kept document" for _, key in tokenized]
-    return Findings(problems)
+    problems = (text for part in data_layout.document_parts(dataset) for text in _unequal_hashes(dataset, part))
+    return Findings(list(islice(problems, MOST_PROBLEMS)))
+
+
+def _unequal_hashes(dataset: Path, part: data_layout.Part) -> Iterator[str]:
+    if missing := [path for path in (part.dispositions, part.tokens) if not path.exists()]:
+        yield f"{_name(dataset, missing[0])} is missing"
+        return
+    dispositions_name, tokens_name = _name(dataset, part.dispositions), _name(dataset, part.tokens)
+    for source, path in part.kept.items():
+        name = _name(dataset, path)
+        stated = Rows(part.dispositions, ["id", "kept_hash"], {"source": source, "disposition": "kept"})
+        tokens = {
+            split: Rows(part.tokens, ["id", "content_hash"], {"source": source, "split": split}) for split in SPLITS
+        }
+        columns = ["id", "split", "text", "content_hash"]
+        for batch in text_batches(path, columns, TEXT_BATCH) if path.exists() else ():
+            for row in batch.to_pylist():
+                if hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
+                    yield f"{name}: the text of {row['id']} is not what its content hash says"
+                if row["split"] not in SPLITS:
+                    yield f"{name}: the split of {row['id']} is neither {' nor '.join(SPLITS)}"
+            for id in _other_hashes(batch, stated):
+                yield f"{dispositions_name}: the kept hash of {id} is not that of {name}"
+            for split, rows in tokens.items():
+                for id in _other_hashes(batch.filter(equals(batch.column("split"), split)), rows):
+                    yield f"{tokens_name}: the content hash of {id} is not that of {name}"
+        for rows in tokens.values():
+            stray = rows.stray if not rows.aligned else (rows.next() or {}).get("id")
+            if stray is not None:
+                yield f"{tokens_name}: {stray} is no kept document"
+    yield from _stray_tokens(dataset, part)
+    yield from _hashes_of_removed(dataset, part)
+
+
+def _stray_tokens(dataset: Path, part: data_layout.Part) -> Iterator[str]:
+    """Tokens of unknown sources or splits."""
+    import pyarrow.compute as pc
+
+    for batch in text_batches(part.tokens, ["id", "source", "split"]):
+        known = pc.and_(
+            pc.is_in(batch.column("source"), value_set=_strings(part.kept)),
+            pc.is_in(batch.column("split"), value_set=_strings(SPLITS)),
+        )
+        for id in batch.column("id").filter(pc.invert(known)).to_pylist():
+            yield f"{_name(dataset, part.tokens)}: {id} is no kept document"
+
+
+def _hashes_of_removed(dataset: Path, part: data_layout.Part) -> Iterator[str]:
+    import pyarrow.compute as pc
+
+    for batch in text_batches(part.dispositions, ["id", "disposition", "kept_hash"]):
+        has_hash = pc.not_equal(pc.fill_null(batch.column("kept_hash"), ""), "")
+        removed = pc.invert(equals(batch.column("disposition"), "kept"))
+        for id in batch.column("id").filter(pc.and_(has_hash, removed)).to_pylist():
+            yield f"{_name(dataset, part.dispositions)}: {id} has a kept hash, but is not kept"
+
+
+def _other_hashes(kept: Any, rows: Rows) -> Iterator[str]:
+    """The ids of kept documents whose hash in the next rows of another table differs, or that are not there. Nothing
+    after the first that is not there."""
+    if not rows.aligned:
+        return
+    other = rows.take(len(kept))
+    row = _first_difference(kept.column("id"), other.column("id"))
+    if row is not None:
+        rows.aligned = False
+        rows.stray = other.column("id")[row].as_py() if row < len(other) else None
+        yield kept.column("id")[row].as_py()
+        return
+    for row in _differences(kept, other.rename_columns(["id", "content_hash"]), ["content_hash"]):
+        yield kept.column("id")[row].as_py()
+
+
+def _first_difference(expected: Any, actual: Any) -> int | None:
+    """The first place where two columns differ, or where the second one ends."""
+    import pyarrow.compute as pc
+
+    count = len(actual)
+    equal = pc.equal(expected.slice(0, count), actual)
+    row: int = pc.index(pc.fill_null(equal, False), False).as_py()
+    if row >= 0:
+        return row
+    return count if count < len(expected) else None
+
+
+def _differences(expected: Any, actual: Any, columns: list[str]) -> list[int]:
+    """The rows of two tables of the same length that differ in a column."""
+    import pyarrow.compute as pc
+
+    equal = None
+    for column in columns:
+        left, right = (pc.fill_null(table.column(column), "\0") for table in (expected, actual))
+        same = pc.equal(left, right)
+        equal = same if equal is None else pc.and_(equal, same)
+    rows: list[int] = pc.indices_nonzero(pc.invert(equal)).to_pylist()
+    return rows
+
+
+def _counts(column: Any) -> list[tuple[str, int]]:
+    return [(row["values"], row["counts"]) for row in column.value_counts().to_pylist()]
+
+
+def _strings(values: Iterable[str]) -> Any:
+    import pyarrow as pa
+
+    return pa.array(sorted(values))
+
+
+def _name(dataset: Path, path: Path) -> str:
+    return path.relative_to(dataset).as_posix()

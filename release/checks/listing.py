@@ -26,7 +26,7 @@ HOLES = 4
 SECONDS, MEMORY = 1.0, 128 << 20
 """The limits for reading the sizes from manifests."""
 SIGNS = (
-    "evidence", "code/as-run", "dispositions.parquet", "parity.json", "checkpoints/index.json",
+    "evidence", "code/as-run", "dispositions", "dispositions.parquet", "parity.json", "checkpoints/index.json",
     *(f"{part}/{SUMS}" for part in PARTS),
 )  # fmt: skip
 
@@ -37,6 +37,7 @@ def kind_of(folder: Path) -> str:
     if parts_of(folder):
         return "release"
     marks = {
+        "dispositions": "dataset",
         "dispositions.parquet": "dataset",
         "config.json": "model",
         "state.json": "checkpoint",

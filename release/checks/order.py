@@ -1,45 +1,188 @@
-"""Checks that the order of training is within the training documents, and ends at the last checkpoint."""
+"""Checks that the order of training is within the training documents, is the one that its function gives, and ends at
+the last checkpoint."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.store import sha256_file
 from release.assembly.checkpoint_facts import read_checkpoints
-from release.assembly.published_tables import stream_rows
+from release.assembly.published_tables import read_json, stream_batches
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Findings
+from release.data_layout import orders
 from release.layout import WITHOUT_ORDER, phases_of
+from stages.data.chunks import ChunkIndex, Cut, document_files, seal_index
+from stages.data.computed_order import FUNCTION_VERSION, ComputedOrder
+from stages.data.order import merkle_root
+from stages.data.order_config import OrderConfig
+from stages.data.row_draw import DataCursor
+from stages.data.streams import Place
+from stages.data.table import read_table, write_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Keys = NDArray[np.int64]
+
+BLOCKS = 8
+"""The maximum number of blocks of an order that are computed again; the SHA-256 of its meta.json draws them."""
+MOST_PROBLEMS = 100
+"""Segments of one order that are reported."""
+COLUMNS = ["step", "row", "segment", "source", "part", "ordinal", "id", "offset", "length"]
+ROWS = 65_536
+"""Rows of an order in memory."""
+Indexes = Mapping[str, ChunkIndex]
 
 
 def segments(subject: Subject) -> Findings:
-    """Checks that every segment of the order is within a training document, and that no held-out document was trained
-    on."""
-    dataset = subject.folder
-    columns = ["source", "split", "ordinal", "id", "tokens"]
-    earlier = sorted((dataset / "earlier").glob("order-*/order.parquet"))
-    current = dataset / "tokens/documents.parquet"
-    # An earlier run may have had different documents, which are then beside its order.
-    tables = [*(dataset / "earlier").glob("tokenize-*/documents.parquet"), current]
-    problems = []
-    for path in sorted((dataset / "order").glob("*/order.parquet")) + earlier:
-        training_documents = {
-            (row["source"], row["ordinal"], row["id"]): row["tokens"]
-            for table in (tables if path in earlier else [current])
-            for row in stream_rows(table, columns)
-            if row["split"] == "train"
-        }
-        name, previous = path.relative_to(dataset).as_posix(), (0, 0, -1)
-        for row in stream_rows(path, ["step", "row", "segment", "source", "ordinal", "id", "offset", "length"]):
-            tokens = training_documents.get((row["source"], row["ordinal"], row["id"]))
-            if tokens is None:
-                problems.append(
-                    f"{name}: step {row['step']} row {row['row']} is {row['id']}, which is no training document"
-                )
-            elif not 0 <= row["offset"] < row["offset"] + row["length"] <= tokens:
-                problems.append(f"{name}: step {row['step']} row {row['row']} reaches beyond the end of {row['id']}")
-            position = (row["step"], row["row"], row["segment"])
-            if position <= previous:
-                problems.append(f"{name}: step {row['step']} row {row['row']} is out of order or doubled")
-            previous = position
+    """Checks that every segment of the order is within a training document, that no held-out document was trained on,
+    and that the function of an order gives its rows: of all blocks, or of a sample of a large order.
+
+    In memory is a part of the order and of the documents.
+    """
+    dataset, problems = subject.folder, []
+    earlier = sorted(meta.parent for meta in (dataset / "earlier").glob("order-*/meta.json"))
+    current = dataset / "tokens"
+    # an earlier run may have had different documents, which are then beside its order
+    tables = [*sorted(path for path in (dataset / "earlier").glob("tokenize-*") if path.is_dir()), current]
+    for order in orders(dataset) + earlier:
+        meta, name = read_json(order / "meta.json"), order.relative_to(dataset).as_posix()
+        with TemporaryDirectory() as work:
+            cut = _cut(meta)
+            candidates = [
+                read_documents(tokens, Path(work, str(number)), cut)
+                for number, tokens in enumerate(tables if order in earlier else [current])
+            ]
+            found = list(islice(_wrong_segments(order, candidates), MOST_PROBLEMS))
+            problems += [f"{name}: {text}" for text in found]
+            if not found and meta.get("function", {}).get("version") == FUNCTION_VERSION:
+                fitting = next((indexes for indexes in candidates if _fits(meta, indexes)), candidates[-1])
+                problems += [f"{name}: {text}" for text in _recompute(subject, order, meta, fitting, Path(work))]
     return Findings(problems)
+
+
+def read_documents(tokens: Path, work: Path, cut: Cut) -> dict[str, ChunkIndex]:
+    """The index of the training documents of each source, made in `work` from the published tables."""
+    return {
+        source: ChunkIndex([(part, seal_index(work, file, source, part, cut)) for part, file in files], cut)
+        for source, files in document_files(tokens).items()
+    }
+
+
+def _cut(meta: Mapping[str, Any]) -> Cut:
+    long = meta.get("long_documents")
+    return Cut(meta["sequence_length"], long["over"] if long else None)
+
+
+def _fits(meta: Mapping[str, Any], indexes: Indexes) -> bool:
+    """Whether the sources have as many chunks as the order states."""
+    return all(name in indexes and indexes[name].chunks == facts["chunks"] for name, facts in meta["sources"].items())
+
+
+def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]:
+    """A sentence for each segment that is no part of a training document, or is out of order."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    previous: tuple[Keys, Keys] = np.full(1, -1), np.full(1, -1)
+    for batch in stream_batches(sorted(order.glob("*.parquet")), COLUMNS, ROWS):
+        columns = {name: batch[name].to_numpy().astype(np.int64) for name in COLUMNS if name not in ("source", "id")}
+        known, within = np.zeros(len(batch), bool), np.zeros(len(batch), bool)
+        end = columns["offset"] + columns["length"]
+        proper = (columns["offset"] >= 0) & (columns["length"] > 0)
+        for source in batch["source"].unique().to_pylist():
+            rows = np.flatnonzero(pc.equal(batch["source"], source).to_numpy(zero_copy_only=False))
+            for indexes in candidates:
+                if source in indexes:
+                    tokens, ids = indexes[source].documents_at(columns["part"][rows], columns["ordinal"][rows])
+                    same = pc.equal(ids, batch["id"].take(rows).cast(ids.type)).fill_null(False)
+                    same = same.to_numpy(zero_copy_only=False)
+                    known[rows] |= same
+                    within[rows] |= same & proper[rows] & (end[rows] <= tokens)
+        places = columns["step"] << 32 | columns["row"], columns["segment"]
+        row_key, segment_key = (np.concatenate([old, new]) for old, new in zip(previous, places, strict=True))
+        previous = row_key[-1:], segment_key[-1:]
+        later = (row_key[1:] > row_key[:-1]) | (row_key[1:] == row_key[:-1]) & (segment_key[1:] > segment_key[:-1])
+        for n in np.flatnonzero(~(within & later)).tolist():
+            segment = f"step {columns['step'][n]} row {columns['row'][n]}"
+            if not known[n]:
+                yield f"{segment} is {batch['id'][n].as_py()}, which is no training document"
+            elif not within[n]:
+                yield f"{segment} reaches beyond the end of {batch['id'][n].as_py()}"
+            if not later[n]:
+                yield f"{segment} is out of order or doubled"
+
+
+def _recompute(subject: Subject, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
+    """A sentence for each block whose rows or places in the streams differ from those of the order's function."""
+    config = OrderConfig.model_validate({name: meta[name] for name in OrderConfig.model_fields if name in meta})
+    if not _fits(meta, indexes):
+        yield "the documents do not have the chunks that meta.json states"
+        return
+    parts, end = meta["parts"], meta.get("end")
+    if len(parts) != config.blocks:
+        yield f"meta.json lists {len(parts)} parts instead of {config.blocks}"
+        return
+    blocks: Sequence[int] = range(config.blocks)
+    starts: dict[int, dict[str, Place]] = {}
+    if config.blocks > BLOCKS:
+        blocks = sorted(random.Random(sha256_file(folder / "meta.json")).sample(blocks, BLOCKS))
+        if config.pack:
+            places = [*(part["start"] for part in parts), end]
+            starts = {n: {name: Place(*place) for name, place in start.items()} for n, start in enumerate(places)}
+    cursor = DataCursor(**meta["walk"]) if "walk" in meta else DataCursor(1, config.seed)
+    used = {name: indexes[name] for name in sorted(config.mix)}
+    order = ComputedOrder(config, used, cursor, work, starts=starts)
+    if order.function != meta["function"]:
+        yield "meta.json states another function than its settings give"
+    if merkle_root(part["sha256"] for part in parts) != meta["merkle_root"]:
+        yield "merkle_root of meta.json is not the root over its parts"
+    for n in blocks:
+        name = f"part-{n:05d}.parquet"
+        stated = {key: parts[n][key] for key in ("first_step", "last_step")}
+        steps = config.steps_of_block(n)
+        if stated != {"first_step": steps.start, "last_step": steps.stop - 1}:
+            yield f"meta.json states other steps of {name} than its settings give"
+        if config.pack and (problem := _wrong_place(order, n, parts, end)):
+            yield f"{name} {problem}"
+            continue
+        table, _ = order.block(n)
+        if (file := folder / name).exists():
+            same = subject.digest(file) == parts[n]["sha256"] and read_table(file).equals(table)
+        else:  # a large release publishes the function alone
+            write_table(work / name, table)
+            same = sha256_file(work / name) == parts[n]["sha256"]
+        if not same:
+            yield f"{name} differs from the rows that the function of the order gives"
+
+
+def _wrong_place(order: ComputedOrder, n: int, parts: Sequence[Any], end: Mapping[str, Any] | None) -> str | None:
+    """What is wrong with the places in the streams where a block begins and ends; None if they are right.
+
+    Of a sampled block, the places are taken from meta.json: they must be next to the tokens at which they should be.
+    """
+    stated = [*(part["start"] for part in parts), end][n : n + 2]
+    for number, places in zip((n, n + 1), stated, strict=True):
+        if {name: list(place) for name, place in order.start(number).items()} != places:
+            return "begins or ends at another place than meta.json states"
+        targets = order.targets(number)
+        for stream in order.streams:
+            position, tokens = places[stream.name]
+            before = tokens - int(stream.lengths(position - 1, position)[0]) if position else -1
+            if not before < targets[stream.name] <= tokens:
+                return f"begins or ends too early or too late in {stream.name}"
+    for stream in order.streams:
+        (first, tokens), (last, end_tokens) = (places[stream.name] for places in stated)
+        if int(stream.lengths(first, last).sum()) != end_tokens - tokens:
+            return f"does not hold the tokens of {stream.name} that meta.json states"
+    return None
 
 
 def checkpoints_and_order(build: BuildContext) -> Findings:

@@ -133,7 +133,7 @@ def trace(
         raise AtomError("--phase names the phase of a step; give it with --step N")
     if report and doc is None:
         raise AtomError("--report is about a document; give it with --doc ID")
-    require_release(release, "dispositions.parquet")
+    require_release(release, "dispositions", "dispositions.parquet")
     answer: tracing.Answer
     if step is not None:
         answer = tracing.trace_step(release, phase, step)

@@ -20,6 +20,9 @@ from pipeline.core.errors import AtomError
 PUBLIC_HUB = "https://huggingface.co"
 PIECE = 16 << 10
 """Bytes of one write."""
+FILES_PER_REQUEST, REQUESTS = 256, 4
+"""The files of a commit that the client names in one request, and the requests to one address for so many files, with
+repetitions."""
 
 
 class HubLimit(AtomError):
@@ -57,9 +60,10 @@ LIMITS = Limits()
 
 @dataclass
 class _Call:
-    """Counters of one call of the client. expected: bytes of the files that it transfers."""
+    """Counters of one call of the client. expected, files: bytes and number of the files that it transfers."""
 
     expected: int = 0
+    files: int = 0
     started: float = field(default_factory=time.monotonic)
     last_heard: float = field(default_factory=time.monotonic)
     received: int = 0
@@ -78,27 +82,28 @@ class _Exchange:
 
 
 _call = _Call()
-_expected = 0
+_expected = (0, 0)
 _thread_state = threading.local()
 _lock = threading.Lock()
 
 
 @contextmanager
-def transfer(expected: int) -> Iterator[None]:
-    """Context for calls that transfer files of that many bytes: they may take longer, and receive that much."""
+def transfer(expected: int, files: int = 0) -> Iterator[None]:
+    """Context for calls that transfer files of that many bytes: they may take longer, and receive that much. files:
+    the number of them, for calls that name them in several requests to one address."""
     global _expected
-    _expected = expected
+    _expected = expected, files
     try:
         yield
     finally:
-        _expected = 0
+        _expected = 0, 0
 
 
 def begin_call(retried: bool = False) -> None:
     """Resets the counters; a retried call keeps its start and the time of the last answer."""
     global _call
     now = time.monotonic()
-    _call = _Call(_expected, _call.started if retried else now, _call.last_heard if retried else now)
+    _call = _Call(*_expected, _call.started if retried else now, _call.last_heard if retried else now)
 
 
 def install(client: Any, endpoint: str) -> Any:
@@ -121,7 +126,7 @@ def _begin_request(request: Any, endpoint: str) -> None:
     with _lock:
         _call.requests[f"{request.method} {url}"] += 1
         attempts = _call.requests[f"{request.method} {url}"]
-    if attempts > limits.attempts_per_address:
+    if attempts > limits.attempts_per_address + REQUESTS * (_call.files // FILES_PER_REQUEST):
         raise HubLimit(f"was asked for {urlsplit(url).path} {attempts - 1} times without success")
     if now - _call.last_heard > limits.patience:
         raise HubLimit(f"does not answer: no answer within {limits.patience:g} s")

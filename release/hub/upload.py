@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import Repository, files_of
 
 FILES_PER_COMMIT = 50
+FILES_PER_FOLDER = 10_000
+"""The Hub recommends less than a hundred files in a commit, and refuses folders of more than this."""
 SENT_LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
 Progress = Callable[[str], None]
 FileIds = dict[str, tuple[str, ...]]
@@ -100,6 +103,16 @@ class Destination:
         published = self._files(self.tag).get(SUMS)
         if published is None or published.id not in _file_ids(self.folder / SUMS):
             raise self._version_conflict()
+
+    def refuse_full_folders(self) -> None:
+        """Raises AtomError if a folder has more files than the Hub takes. Changes nothing."""
+        counts = Counter(path.rpartition("/")[0] for path in files_of(self.release, self.repository))
+        for folder, count in counts.items():
+            if count > FILES_PER_FOLDER:
+                raise AtomError(
+                    f"{self.folder / folder} has {count} files, and a folder on the Hub has at most "
+                    f"{FILES_PER_FOLDER}; divide the source into fewer parts, or into several sources"
+                )
 
     def upload(self, progress: Progress) -> Published:
         """Uploads the files that the branch lacks: to the branch itself, or to the staging branch if the repository is
@@ -206,7 +219,7 @@ class Destination:
         operations = [hub.CommitOperationAdd(path, self.folder / path) for path in difference.missing]
         operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
         size = sum((self.folder / path).stat().st_size for path in difference.missing)
-        with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size):
+        with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size, len(operations)):
             commit_info = api().create_commit(
                 remote.id, operations, commit_message=message, repo_type=remote.kind, revision=branch
             )

@@ -29,7 +29,7 @@ from release.audit.replay.source import Source
 
 __all__ = ["Replay", "certificate", "replay", "replay_into", "text"]
 
-NEEDS = ("torch", "megatron", "datatrove", "tokenizers")
+NEEDS = ("torch", "megatron", "tiktoken", "tokenizers")
 
 
 def replay(

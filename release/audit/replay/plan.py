@@ -78,7 +78,7 @@ class Plan:
     def read(cls, source: Source, phase: str, first: int, last: int) -> Plan:
         """Reads the plan. Raises AtomError if the steps cannot be replayed, CheckFailed if the files contradict each
         other, and KeyError, TypeError, ValueError or AttributeError if a file lacks a field."""
-        from stages.data.table import ORDER, read_table
+        from stages.data.table import column_names
         from stages.mcore.parallel_layout import Layout
         from stages.train.config import TrainConfig
 
@@ -105,8 +105,11 @@ class Plan:
         overrides: dict[str, Any] = {"watchdog_timeout_seconds": WATCHDOG_SECONDS}
         overrides |= {"checkpoint_interval": config.phase.steps}
         overrides |= {"parallelism": Layout.model_validate(layouts[-1]) if ranks == 1 else Layout()}
-        table, meta = (source.copy(materials["order"], name) for name in ("order.parquet", "meta.json"))
-        read_table(table, list(ORDER), [("step", "=", last)])
+        order = [source.copy(materials["order"], file) for file in sorted(source.listed(materials["order"]))]
+        meta = source.copy(materials["order"], "meta.json")
+        for path in order:
+            if path.suffix == ".parquet":
+                column_names(path)
         log_path = source.place(key, "training.jsonl")
         log = source.file(log_path).read_text().splitlines() if log_path else []
         phase_start = int(json.loads(meta.read_bytes()).get("first_step", 1)) - 1
@@ -126,7 +129,7 @@ class Plan:
                 parameters["version"], provenance.code_of(body), provenance.environment_of(body)
             ),
             ranks=ranks,
-            order_files=tuple(path.relative_to(source.folder).as_posix() for path in (table, meta)),
+            order_files=tuple(path.relative_to(source.folder).as_posix() for path in order),
             log=tuple(json.loads(line) for line in log),
         )
 

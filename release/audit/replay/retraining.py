@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from release.audit.replay.plan import Plan, checkpoint_files
 from release.audit.replay.source import Source
 
 Progress = Callable[[str], None]
+SHARD = (".bin", ".idx")
 
 
 @dataclass(frozen=True)
@@ -89,18 +91,20 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
     for directory in (kept_folder, out, work):
         directory.mkdir(parents=True)
     for name in sorted(mix):
-        file = source.copy(materials["dedup"], f"kept/{name}.parquet")
-        (kept_folder / file.name).symlink_to(file)
+        for path in _kept_files(source, materials["dedup"], name):
+            link = kept_folder.parent / path
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(source.copy(materials["dedup"], path))
     folders = {"dedup": kept_folder.parent, "tokenizer": source.file(encoder).parent}
     inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
     stage = registry.stage("tokenize")
     config = stage.config.model_validate(provenance.parameters_of(body)["config"])
     stage.run(config, inputs, work, out, StopAtStep(-1, lambda text: None))
-    for name in ("documents.parquet", "meta.json"):  # of all sources, as published
-        shutil.copyfile(source.copy(key, name), out / name)
+    shutil.copyfile(source.copy(key, "meta.json"), out / "meta.json")  # of all sources, as published
     artifact = write_manifest(out, key)
-    shards = {row.path: row.sha256 for row in artifact.rows if "/" in row.path}
-    expected = {path: d for path, d in source.listed(key).items() if "/" in path and Path(path).stem in mix}
+    shards = {row.path: row.sha256 for row in artifact.rows if row.path.endswith(SHARD)}
+    listed = {_present_path(path): digest for path, digest in source.listed(key).items() if path.endswith(SHARD)}
+    expected = {path: digest for path, digest in listed.items() if {*path.split("/")[1:2]} & mix.keys()}
     if mismatches := sorted(path for path in {*shards, *expected} if shards.get(path) != expected.get(path)):
         raise CheckFailed(
             f"the kept documents do not give the token shards that were trained on: {mismatches[0]} differs from the "
@@ -108,6 +112,25 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
             "tokenizer or manifest were changed"
         )
     return artifact
+
+
+def _kept_files(source: Source, key: str, name: str) -> list[str]:
+    """The paths in the artifact of dedup of a source's kept documents, by its manifest. Raises CheckFailed if it lists
+    none."""
+    pattern = rf"kept/{re.escape(name)}(/part-[0-9]{{5}})?\.parquet"
+    files = [path for path in source.listed(key) if re.fullmatch(pattern, path)]
+    if not files:
+        raise CheckFailed(
+            f"the manifest of {key} lists no kept documents of {name}; documents or manifest were changed"
+        )
+    return files
+
+
+def _present_path(path: str) -> str:
+    """The path at which the stage writes a file of a shard today: in an earlier layout each source has one,
+    `<split>/<source>`."""
+    name, suffix = path[:-4], path[-4:]
+    return path if name.count("/") != 1 else f"{name}/part-00000{suffix}"
 
 
 def write_work_checkpoint(plan: Plan, work: Path) -> None:

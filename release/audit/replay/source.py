@@ -53,8 +53,7 @@ class Source:
 
     def place(self, key: str, file: str) -> str | None:
         """The path in the release of a file of an artifact; None if it is not published."""
-        origin = {"artifact": self.manifests[key].node, "file": file}
-        return min((path for path, recorded in self.origins.items() if recorded == origin), default=None)
+        return self._places.get((self.manifests[key].node, file))
 
     def copy(self, key: str, file: str) -> Path:
         """The published copy of a file of an artifact. Raises CheckFailed if it is missing or altered."""
@@ -76,6 +75,15 @@ class Source:
     def origins(self) -> dict[str, Any]:
         """{path: {artifact, file}} of evidence/origins.json."""
         return dict(self.json("evidence/origins.json"))
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, str], str]:
+        """{(node, file of its artifact): the first path in the release}"""
+        places: dict[tuple[str, str], str] = {}
+        for path, origin in sorted(self.origins.items()):
+            if set(origin) == {"artifact", "file"}:
+                places.setdefault((origin["artifact"], origin["file"]), path)
+        return places
 
     @cached_property
     def manifests(self) -> dict[str, Manifest]:

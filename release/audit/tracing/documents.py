@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import AtomError
 from release import schema
 from release.audit.tracing.answers import Document, Fate, Place, Segment, Step, TaskUse, Use
 from release.audit.tracing.release_data import OrderPart, ReleaseData, Rows, select_rows
+from release.data_layout import kept_beside, kept_files
 from release.layout import numbered, when
-from stages.data.table import read_jsonl, read_table
+from stages.data.table import order_files, read_jsonl, stream_part_batches
 from stages.rl.protocols import question
 
 NEAR = 20_000
@@ -35,7 +36,7 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
     matches: dict[str, tuple[Path, Rows]] = {}
     for name in orders if phase is None else [phase]:
         for part in orders[name]:
-            columns = [*PLACE, "source", "id"]
+            columns = [*PLACE, "source", "part", "id"]
             if part.first <= n <= part.last and (rows := _order_rows(part.folder, columns, ("step", "=", n))):
                 matches[name] = part.folder, rows
     if not matches:
@@ -44,7 +45,7 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
     if len(matches) > 1:
         raise AtomError(f"{', '.join(matches)} each have a step {n}; name the phase")
     [(name, (order, rows))] = matches.items()
-    origins = _licenses_and_origins(data, {(row["source"], row["id"]) for row in rows}, order)
+    origins = _licenses_and_origins(data, {(row["source"], row.pop("part"), row["id"]) for row in rows}, order)
     segments = []
     for row in rows:
         license, origin = origins.get(row["id"], (None, None))
@@ -59,7 +60,7 @@ def trace_document(folder: Path, doc_id: str) -> Document:
     documents = find_documents(data, [doc_id])
     if doc_id not in documents:
         nearest = _nearest(data, doc_id)
-        hint = f"did you mean {nearest}?" if nearest else "look for its id in dataset/dispositions.parquet"
+        hint = f"did you mean {nearest}?" if nearest else "look for its id in the dispositions"
         raise AtomError(f"{folder} has no document {doc_id}; {hint}")
     return documents[doc_id]
 
@@ -67,11 +68,11 @@ def trace_document(folder: Path, doc_id: str) -> Document:
 def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]:
     """{id: document} of those in a table of dispositions."""
     fates: dict[str, list[Fate]] = {}
-    for path in data.tables("dispositions.parquet"):
+    for path in data.dispositions():
         for row in select_rows(path, ["id", *FATE], ("id", "in", list(ids))):
             id, origin = row.pop("id"), None
             if row["disposition"] == "kept":
-                kept_table = path.parent / "kept" / f"{row['source']}.parquet"
+                kept_table = kept_beside(path, row["source"])
                 origin = next((r["origin"] for r in select_rows(kept_table, ["origin"], ("id", "=", id))), None)
             fates.setdefault(id, []).append(Fate(table=data.name(path), **row, origin=origin))
     uses, tasks = find_uses(data, fates), _find_tasks(data, fates)
@@ -115,31 +116,37 @@ def kept_rows(data: ReleaseData, id: str, fates: Iterable[Fate]) -> Rows:
     rows: Rows = []
     for fate in fates:
         if fate.kept:
-            path = (data.data / fate.table).parent / "kept" / f"{fate.source}.parquet"
+            path = kept_beside(data.data / fate.table, fate.source)
             rows += select_rows(path, ["id", "text", "content_hash"], ("id", "=", id))
     return rows
 
 
 def _order_rows(order: Path, columns: Sequence[str], *filters: tuple[str, str, object]) -> Rows:
-    return select_rows(order / "order.parquet", columns, *filters)
+    return select_rows(order_files(order), columns, *filters)
 
 
 def _last_step(part: OrderPart) -> int:
     import pyarrow.compute as pc
 
-    return int(pc.max(read_table(part.folder / "order.parquet", ["step"])["step"]).as_py())
+    batches = stream_part_batches(order_files(part.folder)[-1:], ["step"])
+    return max(int(pc.max(batch["step"]).as_py()) for batch in batches)
 
 
 def _licenses_and_origins(
-    data: ReleaseData, sources_and_ids: set[tuple[str, str]], order: Path
+    data: ReleaseData, documents: set[tuple[str, int, str]], order: Path
 ) -> dict[str, tuple[str, str]]:
-    """{id: (license, origin)} of kept documents. Of an order of an earlier run, that run's tables take precedence."""
+    """{id: (license, origin)} of kept documents, (source, part, id). Of an order of an earlier run, that run's tables
+    take precedence."""
+    ids_of_part: dict[tuple[str, int], list[str]] = {}
+    for source, part, id in sorted(documents):
+        ids_of_part.setdefault((source, part), []).append(id)
     origins: dict[str, tuple[str, str]] = {}
-    for source in sorted({source for source, _ in sources_and_ids}):
-        ids = [id for document_source, id in sorted(sources_and_ids) if document_source == source]
-        paths = data.tables(f"kept/{source}.parquet")
-        for path in paths if order.parent.name == "earlier" else reversed(paths):
-            for row in select_rows(path, ["id", "license", "origin"], ("id", "in", ids)):
+    folders = data.folders() if order.parent.name == "earlier" else data.folders()[::-1]
+    for folder in folders:
+        files = kept_files(folder)
+        for (source, part), ids in ids_of_part.items():
+            file = files.get(source, [])[part : part + 1]
+            for row in select_rows(file, ["id", "license", "origin"], ("id", "in", ids)):
                 origins[row["id"]] = row["license"], row["origin"]
     return origins
 
@@ -195,10 +202,28 @@ def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tupl
 
 
 def _nearest(data: ReleaseData, doc_id: str) -> str | None:
-    """The id most similar to an unknown one, if one is close."""
-    ids = sorted(
-        {id for path in data.tables("dispositions.parquet") for id in read_table(path, ["id"])["id"].to_pylist()}
-    )
-    position = bisect(ids, doc_id)
-    close = difflib.get_close_matches(doc_id, ids[max(position - NEAR // 2, 0) : position + NEAR // 2], 1, 0.8)
+    """The id most similar to an unknown one, if one is close. Compares the ids before and after it in order."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    before, after = (pa.array([], pa.string()) for _ in range(2))
+    for batch in stream_part_batches(data.dispositions(), ["id"]):
+        ids = batch["id"].cast(pa.string())
+        less = pc.less(ids, doc_id)
+        before = _outermost(before, ids.filter(less), "descending")
+        after = _outermost(after, ids.filter(pc.invert(less)), "ascending")
+    close = difflib.get_close_matches(doc_id, [*reversed(before.to_pylist()), *after.to_pylist()], 1, 0.8)
     return close[0] if close else None
+
+
+def _outermost(ids: Any, others: Any, order: str) -> Any:
+    """The first of two arrays of ids in an order, at most NEAR / 2."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if len(ids) == NEAR // 2:  # most batches have none that is nearer
+        others = others.filter((pc.greater if order == "descending" else pc.less)(others, ids[-1]))
+    if not len(others):
+        return ids
+    joined = pa.concat_arrays([ids, others]).unique()
+    return joined.take(pc.array_sort_indices(joined, order=order)[: NEAR // 2])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from release import schema
+from release import data_layout, schema
 from release.assembly import training
 from release.assembly.data_facts import earlier_orders
-from release.assembly.published_tables import read_json
+from release.assembly.published_tables import ABSENT, BATCH, read_json
+from release.data_layout import all_files, disposition_files, kept_files
 from release.layout import EXPORTED, numbered, when
-from stages.data.table import read_table
 
 Rows = list[dict[str, Any]]
 Progress = Callable[[str], None]
@@ -48,25 +49,34 @@ class ReleaseData:
     def locate(cls, folder: Path) -> ReleaseData:
         """Raises AtomError if a folder is neither a release nor a data repository."""
         for release, data in ((folder, folder / "dataset"), (None, folder)):
-            if (data / "dispositions.parquet").exists():
+            if data_layout.has_documents(data):
                 return cls(release, data)
         raise AtomError(
-            f"{folder} is neither a release nor its data repository: it has no dispositions.parquet; give the folder "
-            "that `atom build` made, or a pulled data repository"
+            f"{folder} is neither a release nor its data repository: it has no dispositions; give the folder that "
+            "`atom build` made, or a pulled data repository"
         )
 
     def name(self, path: Path) -> str:
         """The path of a file or folder in the data."""
         return path.relative_to(self.data).as_posix()
 
-    def tables(self, pattern: str) -> list[Path]:
-        """Files of the data: those of this run before those of earlier runs."""
-        return sorted(self.data.glob(pattern)) + sorted(self.data.glob(f"earlier/*/{pattern}"))
+    def folders(self) -> list[Path]:
+        """The folder of this run's data, and those of the data of earlier runs."""
+        return [self.data, *sorted(self.data.glob("earlier/*"))]
+
+    def dispositions(self) -> list[Path]:
+        """The tables of dispositions: those of this run before those of earlier runs."""
+        files = [path for folder in self.folders() for path in all_files(disposition_files(folder))]
+        return [path for path in files if path.exists()]
+
+    def kept(self) -> list[Path]:
+        """The tables of kept documents: those of this run before those of earlier runs."""
+        return [path for folder in self.folders() for path in all_files(kept_files(folder))]
 
     def orders(self) -> dict[str, list[OrderPart]]:
         """{phase: the orders that it followed}, both in the order of training."""
         parts_by_phase = {}
-        final_orders = {schema.phase(p.parent): p.parent for p in self.data.glob("order/*/order.parquet")}
+        final_orders = {schema.phase(folder): folder for folder in data_layout.orders(self.data)}
         for phase in sorted(final_orders, key=when):
             folders = [*earlier_orders(self.data, phase), final_orders[phase]]
             first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
@@ -111,15 +121,83 @@ class ReleaseData:
         return sentences
 
 
-def select_rows(path: Path, columns: Sequence[str], *filters: tuple[str, str, Any]) -> Rows:
-    """Rows of a table that pass (column, comparison, value) filters, with present names of columns. Raises AtomError
-    for a damaged table."""
-    # an empty set has no type for Arrow
+def select_rows(files: Path | Sequence[Path], columns: Sequence[str], *filters: tuple[str, str, Any]) -> Rows:
+    """Rows of a table, or of its parts, that pass (column, comparison, value) filters, with present names of columns.
+
+    Reads the columns of the filters where the statistics of a row group allow a match, and the others where there is
+    one. Raises AtomError for a damaged table.
+    """
     if any(comparison == "in" and not values for _, comparison, values in filters):
         return []
+    return [row for path in ([files] if isinstance(files, Path) else files) for row in _select(path, columns, filters)]
+
+
+def _select(path: Path, columns: Sequence[str], filters: Sequence[tuple[str, str, Any]]) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     stored = schema.columns(path, [*columns, *(name for name, _, _ in filters)])
-    table = read_table(
-        path, [stored[name] for name in columns], [(stored[n], comparison, value) for n, comparison, value in filters]
-    )
-    rows: Rows = table.rename_columns([*columns]).to_pylist()
-    return rows
+    filter_columns = list(dict.fromkeys(stored[name] for name, _, _ in filters))
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            defaults = {name: ABSENT[name] for name in columns if name in ABSENT and stored[name] not in names}
+            if missing := sorted({stored[name] for name in stored.keys() - defaults} - set(names)):
+                raise AtomError(f"{path} has no column {missing[0]}; verify this copy")
+            present = [name for name in columns if name not in defaults]
+            for group in range(file.num_row_groups):
+                if not all(_may_hold(file.metadata.row_group(group), stored[n], c, v) for n, c, v in filters):
+                    continue
+                positions = _positions(file, group, filter_columns, [(stored[n], c, v) for n, c, v in filters])
+                first = 0
+                batches = file.iter_batches(BATCH, row_groups=[group], columns=[stored[name] for name in present])
+                for batch in batches if len(positions) else ():
+                    start, stop = (bisect_left(positions, number) for number in (first, first + len(batch)))
+                    taken = batch.take(pa.array([position - first for position in positions[start:stop]], pa.int64()))
+                    for row in taken.to_pylist():
+                        yield {name: row[stored[name]] if name in present else defaults[name] for name in columns}
+                    first += len(batch)
+                    if stop == len(positions):
+                        break
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise AtomError(f"{path} cannot be read as Parquet ({reason}); pull or build it again") from None
+
+
+def _may_hold(group: Any, column: str, comparison: str, value: Any) -> bool:
+    """Whether the statistics of a row group allow a value that passes a filter."""
+    indices = (number for number in range(group.num_columns) if group.column(number).path_in_schema == column)
+    statistics = next((group.column(number).statistics for number in indices), None)
+    if statistics is None or not statistics.has_min_max:
+        return True
+    low, high = statistics.min, statistics.max
+    try:
+        if comparison == "in":
+            return any(low <= each <= high for each in value)
+        if comparison == "=":
+            return bool(low <= value <= high)
+        return bool(low <= value if comparison == "<=" else value <= high)
+    except TypeError:  # statistics of another type
+        return True
+
+
+def _positions(file: Any, group: int, columns: list[str], filters: Sequence[tuple[str, str, Any]]) -> list[int]:
+    """The numbers of the rows of a row group that pass the filters, in order."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    compare = {"=": pc.equal, "<=": pc.less_equal, ">=": pc.greater_equal}
+    positions: list[int] = []
+    first = 0
+    for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns):
+        mask = None
+        for name, comparison, value in filters:
+            column = batch.column(name)
+            if comparison == "in":
+                passes = pc.is_in(column, value_set=pa.array(list(value), column.type))
+            else:
+                passes = pc.fill_null(compare[comparison](column, value), False)
+            mask = passes if mask is None else pc.and_(mask, passes)
+        positions += [first + number for number in pc.indices_nonzero(mask).to_pylist()]
+        first += len(batch)
+    return positions

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import operator
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import AtomError
 from release import schema
+from release.assembly.published_tables import TEXT_BATCH
 from release.audit import merkle
 from release.audit.tracing.answers import Document, Mention, Related, Removal
 from release.audit.tracing.documents import find_documents, kept_rows, trace_document
@@ -26,7 +27,7 @@ def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: N
     unknown = list(subject.unknown)
     if data.release is None:
         unknown.append("which other repositories of the release name it: only the data is here")
-    in_release = subject.fates[0].table == "dispositions.parquet"
+    in_release = not subject.fates[0].table.startswith("earlier/")
     if not in_release:
         unknown.append("a proof: the document is of an earlier run, and roots are over this release's own tables")
     rows = [row for each in (subject, *documents.values()) for row in kept_rows(data, each.id, each.fates)]
@@ -38,7 +39,7 @@ def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: N
 def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
     """{other document: its relation}, along chains of duplicates."""
     relations: dict[str, str] = {document.id: ""}
-    paths = data.tables("dispositions.parquet")
+    paths = data.dispositions()
     for relation, column, match_column in (
         ("it stands for this one", "duplicate_of", "id"),
         ("this one stands for it", "id", "duplicate_of"),
@@ -93,17 +94,25 @@ def _count_rows(path: Path, doc_id: str, texts: set[str]) -> tuple[int, int]:
     """Rows of a table with a column of strings that equals the id, and rows with one that contains a text."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.dataset as ds
+    import pyarrow.parquet as pq
 
+    id_rows = text_rows = 0
     try:
-        table = ds.dataset(path, format="parquet")
-        columns = [pc.field(f.name) for f in table.schema if f.type in (pa.string(), pa.large_string())]
-        by_id = [column == doc_id for column in columns]
-        by_text = [pc.match_substring(column, text) for column in columns for text in sorted(texts)]
-        id_rows, text_rows = (
-            table.count_rows(filter=functools.reduce(operator.or_, filters)) if filters else 0
-            for filters in (by_id, by_text)
-        )
-        return id_rows, text_rows
+        with pq.ParquetFile(path) as file:
+            fields = [f.name for f in file.schema_arrow if f.type in (pa.string(), pa.large_string())]
+            for batch in file.iter_batches(TEXT_BATCH, columns=fields) if fields else ():
+                by_id = [pc.equal(column, doc_id) for column in batch.columns]
+                by_text = [pc.match_substring(column, text) for column in batch.columns for text in sorted(texts)]
+                id_rows, text_rows = id_rows + _count_any(by_id), text_rows + _count_any(by_text)
     except (pa.ArrowException, OSError) as error:
         raise AtomError(f"{path} cannot be read as Parquet ({error}); pull it again") from None
+    return id_rows, text_rows
+
+
+def _count_any(masks: list[Any]) -> int:
+    """The rows that any of the masks has."""
+    import pyarrow.compute as pc
+
+    if not masks:
+        return 0
+    return int(pc.sum(functools.reduce(pc.or_, (pc.fill_null(mask, False) for mask in masks))).as_py())

@@ -9,20 +9,23 @@ hour and 8 GB, once for each version of the data.
 from __future__ import annotations
 
 import os
-import re
 import sqlite3
+from array import array
 from bisect import bisect, bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import canonical, sha256_bytes, sha256_file
+from release.assembly.published_tables import TEXT_BATCH
 from release.audit.tracing.answers import Match, TextMatches
 from release.audit.tracing.documents import find_uses
 from release.audit.tracing.release_data import Progress, ReleaseData
 from release.checksums import read_sums
+from release.data_layout import KEPT_TABLE
 from release.layout import SUMS
 from stages.data.table import stream_rows
 
@@ -52,12 +55,10 @@ def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda
     if not span:
         raise AtomError("the span is empty; give at least one character of the text")
     files, _ = _kept_files(data)
-    rows_by_table: Mapping[str, Sequence[int] | None] = dict.fromkeys(files)
     index = build_index(folder, cache, progress) if len(span) >= 3 else None
-    if index is not None:
-        rows_by_table = _candidates(index, span)
+    scanned: Iterable[tuple[str, Sequence[int] | None]] = dict.fromkeys(files).items()
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for name, candidates in rows_by_table.items():
+    for name, candidates in scanned if index is None else _candidates(index, span):
         for row in _matching_rows(files[name], span, candidates):
             about = {column: row[column] for column in ABOUT} | {"count": row["text"].count(span), "tables": []}
             rows.setdefault((row["id"], row["content_hash"]), about)["tables"].append(name)
@@ -101,8 +102,8 @@ def _kept_files(data: ReleaseData) -> tuple[dict[str, Path], dict[str, str]]:
     Raises AtomError if one is missing or not listed.
     """
     checksums = read_sums(data.data / SUMS, str(data.data / SUMS))
-    sums = {name: sum for name, sum in checksums.items() if re.fullmatch(r"(earlier/[^/]+/)?kept/[^/]+\.parquet", name)}
-    files = {data.name(path): path for path in data.tables("kept/*.parquet")}
+    sums = {name: sum for name, sum in checksums.items() if KEPT_TABLE.fullmatch(name)}
+    files = {data.name(path): path for path in data.kept()}
     if mismatched := sorted(files.keys() ^ sums.keys()):
         raise AtomError(
             f"{data.data / mismatched[0]} is missing or not listed in {SUMS} beside it; pull the data again"
@@ -140,24 +141,22 @@ def _without_nul(text: str) -> str:
     return text.replace("\0", "\ufffd")
 
 
-def _candidates(index: Path, span: str) -> dict[str, Sequence[int] | None]:
-    """{table: rows that have the trigrams of a span}"""
+def _candidates(index: Path, span: str) -> Iterator[tuple[str, Sequence[int]]]:
+    """(table, rows that have the trigrams of a span) of each table with such rows."""
     indexed_span = _without_nul(span)
     terms = sorted({indexed_span[i : i + 3] for i in range(len(indexed_span) - 2)})
     query = " AND ".join('"' + term.replace('"', '""') + '"' for term in terms[:: len(terms) // TERMS + 1])
     try:
         with closing(sqlite3.connect(f"{index.resolve().as_uri()}?mode=ro", uri=True)) as db:
             starts = db.execute("SELECT first, name FROM files ORDER BY first, rowid").fetchall()
-            rows = [
+            rows = (
                 row for (row,) in db.execute("SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rowid", (query,))
-            ]
+            )
+            for place, of_table in groupby(rows, lambda row: bisect(starts, row, key=lambda start: start[0]) - 1):
+                first_row, name = starts[place]
+                yield name, array("q", (row - first_row for row in of_table))
     except sqlite3.Error as error:
         raise AtomError(f"the index {index} is damaged ({error}); remove it and run the command again") from None
-    rows_by_table: dict[str, list[int]] = {}
-    for row in rows:
-        first_row, name = starts[bisect(starts, row, key=lambda start: start[0]) - 1]
-        rows_by_table.setdefault(name, []).append(row - first_row)
-    return dict(rows_by_table)
 
 
 def _matching_rows(path: Path, span: str, rows: Sequence[int] | None) -> Iterator[dict[str, Any]]:
@@ -171,7 +170,7 @@ def _matching_rows(path: Path, span: str, rows: Sequence[int] | None) -> Iterato
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if rows is None or bisect_left(rows, first_row) < bisect_left(rows, first_row + size):
-                    for batch in file.iter_batches(4096, row_groups=[group], columns=[*ABOUT, "text"]):
+                    for batch in file.iter_batches(TEXT_BATCH, row_groups=[group], columns=[*ABOUT, "text"]):
                         if rows is not None:
                             batch_rows = rows[bisect_left(rows, first_row) : bisect_left(rows, first_row + len(batch))]
                             positions, first_row = [n - first_row for n in batch_rows], first_row + len(batch)
