@@ -48,6 +48,12 @@ def test_training_benchmark() -> None:
         assert abs(ours - theirs) < 1e-4
 
 
+def test_encoding_benchmark() -> None:
+    table = run_quick("encode")
+    names = ("ours", "tiktoken alone", "encode_batch", "encode_batch_fast")
+    assert [line for line in table if line.startswith(names)] == table[2:6]
+
+
 def test_sandbox_benchmark() -> None:
     table = run_quick("sandbox")
     assert [line.split()[0] for line in table if "/s" in line] == ["tests", "check"]
@@ -162,6 +168,26 @@ def test_post_states_the_smallest_gain() -> None:
     assert "+0.350 ± 0.050" in second and len(head) == len(first) and rest[-1].endswith("0.500, 0.500")
 
 
+@at_length("benchmarks", 80)
+def test_data_scale_benchmark() -> None:
+    table = run_quick("data_scale")
+    assert any(line.split()[1:3] == ["dedup", "join"] for line in table)
+
+
 def test_verify_benchmark() -> None:
     head, ours, theirs = run_quick("verify")
     assert "MB/s" in head and ours.startswith("atom verify") and theirs.startswith("sha256sum")
+
+
+def test_filters_benchmark() -> None:
+    """With our words in its blocks, datatrove keeps the same texts and gives the same reasons."""
+    summary, head, ours, theirs = run_quick("filters")
+    assert summary.startswith("112 documents, ") and ", 0 with another verdict, 3 rounds" in summary
+    assert "CPU s a MB" in head and ours.startswith("ours") and theirs.startswith("datatrove")
+
+
+def test_deduplication_benchmark() -> None:
+    table = run_quick("dedup")
+    names = ("ours ", "datatrove, our words", "ours, exact only", "Marin, MinHash", "Marin, exact")
+    assert [line for line in table if line.startswith(names)] == table[-5:]
+    assert "0.00% are in others of ours" in table[1], "equal words give equal clusters"

@@ -32,7 +32,7 @@ from tests.unit.test_recipe import SMOKE, write
 
 
 def rows(artifact: Artifact) -> list[dict[str, Any]]:
-    table: list[dict[str, Any]] = pq.read_table(artifact / "order.parquet").to_pylist()
+    table: list[dict[str, Any]] = pq.read_table(artifact / "part-00000.parquet").to_pylist()
     return table
 
 
@@ -287,7 +287,7 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_states_it(smoke_home:
     assert "`mix.sums` 0.05 → not set" in card and "`optimizer.lr` 0.003 → 0.002" in card
     assert "went on from" not in (release / "model-base/README.md").read_text()
     assert (release / "checkpoints/midtrain-step-75/optimizer.safetensors").exists()
-    assert (release / f"dataset/earlier/{first.nodes['order-midtrain'].key}/order.parquet").exists()
+    assert (release / f"dataset/earlier/{first.nodes['order-midtrain'].key}/part-00000.parquet").exists()
 
     (store.artifacts / first.nodes["order-midtrain"].key).rename(tmp_path / "lost")
     stderr = atom(home, "build", changed, code=2).stderr

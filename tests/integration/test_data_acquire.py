@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -13,18 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Artifact
 from stages.data import acquire
 from stages.data.python_stdlib import read_docstrings, read_functions
 from stages.data.readers.base import Document, Unreadable
 from stages.data.recipe import load
+from stages.data.seeds import seed_of
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.synthetic.problems import FORMS, TASKS, add, draw
-from stages.data.table import content_hash
+from stages.data.table import content_hash, part_files
 from stages.evaluation import eval_set
 from stages.scorers.problems_v1 import score
 
 
-def config(path: Path, reader: str = "jsonl", **options: Any) -> dict[str, Any]:
+def config(path: Path, reader: str = "jsonl", parts: int = 1, **options: Any) -> dict[str, Any]:
     source = {
         "name": "notes",
         "kind": "prose",
@@ -32,9 +35,19 @@ def config(path: Path, reader: str = "jsonl", **options: Any) -> dict[str, Any]:
         "license_evidence": "LICENSE",
         "origin": "https://example.org",
         "reader": {"reader": reader, "path": str(path), **options},
+        "parts": parts,
     }
     digest = resolve_tree_digest(Source.model_validate(source))
     return {"source": {**source, "tree_digest": digest}, "seed": 0}
+
+
+def documents(artifact: Artifact, table: str = "documents") -> list[dict[str, Any]]:
+    return [row for path in part_files(artifact.path, table) for row in pq.read_table(path).to_pylist()]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_documents_of_jsonl_and_parquet(tmp_path: Path, run_stage: Any) -> None:
@@ -45,53 +58,81 @@ def test_documents_of_jsonl_and_parquet(tmp_path: Path, run_stage: Any) -> None:
         f.write("".join(json.dumps(r) + "\n" for r in rows[3:]))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a" / "all.parquet")
     numbered = run_stage(acquire.STAGE, config(tmp_path / "a", text_field="body"), {})
-    table = pq.read_table(numbered / "documents.parquet").to_pylist()
+    table = documents(numbered)
     assert [d["id"] for d in table] == [f"notes/one.jsonl:{n}" for n in (1, 2, 3)] + [
         f"notes/two.jsonl.gz:{n}" for n in (1, 2)
     ]
     assert all(d["license"] == "CC-BY-4.0" and d["content_hash"] == content_hash(d["text"]) for d in table)
     assert str(tmp_path) not in (numbered / "source.json").read_text()
     artifact = run_stage(acquire.STAGE, config(tmp_path / "a", "parquet", text_field="body", id_field="key"), {})
-    same = pq.read_table(artifact / "documents.parquet").to_pylist()
+    same = documents(artifact)
     assert [d["id"] for d in same] == [f"notes/k{i}" for i in range(5)]
     assert [d["text"] for d in same] == [d["text"] for d in table] == [r["body"] for r in rows]
 
 
 def test_a_document_may_bring_its_own_license(tmp_path: Path, run_stage: Any) -> None:
-    """A string or a list, in SPDX's spelling; what is no license names the row."""
+    """A string or a list, in SPDX's spelling; a row without a license fails alone."""
     path = tmp_path / "code.parquet"
     rows = [{"text": f"x = {i}", "terms": terms} for i, terms in enumerate([["mit"], ["MIT", "apache-2.0"]])]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    table = pq.read_table(
-        run_stage(acquire.STAGE, config(path, "parquet", license_field="terms"), {}) / "documents.parquet"
-    )
-    assert table["license"].to_pylist() == ["MIT", "Apache-2.0 AND MIT"]
+    table = documents(run_stage(acquire.STAGE, config(path, "parquet", license_field="terms"), {}))
+    assert [row["license"] for row in table] == ["MIT", "Apache-2.0 AND MIT"]
     lines = tmp_path / "code.jsonl"
-    lines.write_text('{"text": "x = 1", "terms": "bsd-3-clause"}\n{"text": "x = 2", "terms": null}\n')
-    with pytest.raises(AtomError, match=r"line 2: field 'terms' holds None, which is no SPDX license"):
-        run_stage(acquire.STAGE, config(lines, license_field="terms"), {})
-    lines.write_text('{"text": "x = 1", "terms": ["my own"]}\n')
-    with pytest.raises(AtomError, match=r"line 1: field 'terms' holds \['my own'\], which is no SPDX license"):
-        run_stage(acquire.STAGE, config(lines, license_field="terms"), {})
+    write_lines(lines, [{"text": f"x = {n}", "terms": t} for n, t in enumerate(["bsd-3-clause", None, ["my own"]])])
+    artifact = run_stage(acquire.STAGE, config(lines, license_field="terms"), {})
+    assert [row["license"] for row in documents(artifact)] == ["BSD-3-Clause"]
+    assert [(row["id"], row["reason"]) for row in documents(artifact, "failed")] == [
+        (f"notes/code.jsonl:{n}", f"field 'terms' holds {terms!r}, which is no SPDX license or list of them (spdx.org/licenses)")
+        for n, terms in ((2, None), (3, ["my own"]))
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('{"text": "cut', ["line 2", "cut short or corrupt"]),
-        ('{"body": "x"}', ["line 2", "'text'", "body"]),
-        ('{"text": 3}', ["line 2", "'text'"]),
-        ('["text"]', ["line 2", "object"]),
-        ('{"text": "\\ud800"}', ["line 2", "surrogate"]),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, run_stage: Any, line: str, words: list[str]) -> None:
+BAD_LINES = [
+    (b'{"text": "cut', ["not a JSON object"]),
+    (b'{"body": "x"}', ["no text in field 'text'", "body"]),
+    (b'{"text": 3}', ["no text in field 'text'"]),
+    (b'["text"]', ["object is expected, not list"]),
+    (b'{"text": "\\ud800"}', ["surrogate"]),
+    (b'{"text": "\xff"}', ["utf-8"]),
+    (b"[" * 100_000, ["not a JSON object"]),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_LINES)
+def test_a_bad_line_fails_alone(tmp_path: Path, run_stage: Any, line: bytes, words: list[str]) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(AtomError) as caught:
+    path.write_bytes(b'{"text": "fine"}\n' + line + b'\n{"text": "fine too"}\n')
+    artifact = run_stage(acquire.STAGE, config(path), {})
+    assert [row["id"] for row in documents(artifact)] == ["notes/x.jsonl:1", "notes/x.jsonl:3"]
+    (failed,) = documents(artifact, "failed")
+    assert (failed["id"], failed["source"], failed["license"]) == ("notes/x.jsonl:2", "notes", "CC-BY-4.0")
+    assert all(word in failed["reason"] for word in words), failed
+    counts = artifact.json("source.json")
+    assert (counts["documents"], counts["documents_failed"]) == (3, 1)
+
+
+@pytest.mark.parametrize("bad, stops", [(10, False), (11, True)])
+def test_many_bad_lines_stop_the_stage(tmp_path: Path, run_stage: Any, bad: int, stops: bool) -> None:
+    path = tmp_path / "x.jsonl"
+    write_lines(path, [{"text": "fine"}] * 20 + [{"body": "x"}] * bad)
+    if not stops:
+        assert len(documents(run_stage(acquire.STAGE, config(path), {}), "failed")) == bad
+        return
+    sentence = (
+        r"source notes: 11 of 31 documents cannot be read; check the settings of its reader; the first is "
+        r"notes/x.jsonl:21 \(no text in field 'text' \(fields: body\); set reader.text_field\)"
+    )
+    with pytest.raises(AtomError, match=sentence):
         run_stage(acquire.STAGE, config(path), {})
-    assert all(word in str(caught.value) for word in [*words, str(path)]), caught.value
-    assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_row_that_is_not_utf8_fails_alone(tmp_path: Path, run_stage: Any) -> None:
+    path = tmp_path / "x.parquet"
+    values = pa.array([b"one", b"\xff", b"three"]).view(pa.string())
+    pq.write_table(pa.table({"text": values}), path)
+    artifact = run_stage(acquire.STAGE, config(path, "parquet"), {})
+    assert [row["id"] for row in documents(artifact)] == ["notes/x.parquet:1", "notes/x.parquet:3"]
+    assert [row["id"] for row in documents(artifact, "failed")] == ["notes/x.parquet:2"]
 
 
 def test_a_truncated_file_is_named(tmp_path: Path, run_stage: Any) -> None:
@@ -99,7 +140,11 @@ def test_a_truncated_file_is_named(tmp_path: Path, run_stage: Any) -> None:
     with gzip.open(path, "wt") as f:
         f.write("".join(json.dumps({"text": random.Random(i).random()}) + "\n" for i in range(5000)))
     path.write_bytes(path.read_bytes()[:-20000])
-    with pytest.raises(AtomError, match=r"x\.jsonl\.gz"):
+    with pytest.raises(AtomError, match=r"x\.jsonl\.gz cannot be read at line \d+ .*cut short"):
+        run_stage(acquire.STAGE, config(path), {})
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "cu')
+    with pytest.raises(AtomError, match=r"x\.jsonl, line 2: not a JSON object .*; the file is cut short"):
         run_stage(acquire.STAGE, config(path), {})
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": [str(i) for i in range(1000)]}), path)
@@ -121,14 +166,71 @@ def test_an_id_twice_and_a_tree_that_changed_are_refused(tmp_path: Path, run_sta
         run_stage(acquire.STAGE, before, {})
 
 
+def test_a_small_file_that_changed_is_read_again_after_it_was_restored(tmp_path: Path, run_stage: Any) -> None:
+    """What was made from other files than the pinned ones is not used later."""
+    path, work = tmp_path / "x.jsonl", tmp_path / "work"
+    path.write_text('{"text": "first"}\n')
+    pinned = config(path)
+    path.write_text('{"text": "another"}\n')
+    with pytest.raises(RecipeError, match="tree_digest is pinned to"):
+        run_stage(acquire.STAGE, pinned, {}, work)
+    path.write_text('{"text": "first"}\n')
+    assert [row["text"] for row in documents(run_stage(acquire.STAGE, pinned, {}, work))] == ["first"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Seven files of documents, one of them with a line that fails, and one empty."""
+    for n in range(7):
+        rows = [{"text": f"Document {i} of file {n}.", "key": f"{n}-{i}"} for i in range(n and 5 + n)]
+        write_lines(tmp_path / "files" / f"{n}.jsonl", rows)
+    with open(tmp_path / "files/3.jsonl", "a") as file:
+        file.write('{"txt": "poison"}\n')
+    return tmp_path / "files"
+
+
+@pytest.mark.parametrize("id_field", [None, "key"])
+def test_parts_in_any_order_and_process_give_the_same_bytes(
+    folder: Path, tmp_path: Path, run_stage: Any, id_field: str | None
+) -> None:
+    """A process does all parts, or several do some each; a part that was killed is made again."""
+    whole = config(folder, parts=3, id_field=id_field)
+    expected = run_stage(acquire.STAGE, whole, {})
+    assert [path.name for path in part_files(expected.path, "documents")] == [f"part-{n:05d}.parquet" for n in range(3)]
+    assert [len(pq.read_table(path)) for path in part_files(expected.path, "documents")] == [6, 15, 30]
+    work, model = tmp_path / "work", acquire.AcquireConfig.model_validate(whole)
+    assert acquire.STAGE.shards(model) == 3
+    for part in (2, 0, 1):
+        acquire.run_shard(model, {}, work, part)
+    (work / "notes-00001/documents/part-00001.parquet").write_bytes(b"cut")
+    draft = work / ".notes-00002.1"
+    draft.mkdir()
+    (draft / "half").touch()
+    again = run_stage(acquire.STAGE, whole, {}, work)
+    assert again.digest == expected.digest
+    assert [row for row in documents(again)] == documents(
+        run_stage(acquire.STAGE, config(folder, id_field=id_field), {})
+    )
+
+
+def test_one_id_in_two_parts_is_refused(folder: Path, run_stage: Any) -> None:
+    write_lines(folder / "6.jsonl", [{"text": "Another text.", "key": "1-4"}])
+    with pytest.raises(AtomError, match="two documents have the id notes/1-4"):
+        run_stage(acquire.STAGE, config(folder, parts=7, id_field="key"), {})
+
+
+def test_a_limit_takes_those_of_the_smallest_hashes(folder: Path, run_stage: Any) -> None:
+    everything, some = (documents(run_stage(acquire.STAGE, config(folder, limit=limit), {})) for limit in (None, 9))
+    salt = f"{seed_of('limit/notes', 0)}/"
+    ids = [f"notes/{n}.jsonl:{i}" for n in range(1, 7) for i in range(1, 6 + n + (n == 3))]
+    chosen = sorted(ids, key=lambda id: hashlib.sha256((salt + id).encode()).digest())[:9]
+    assert [row["id"] for row in some] == [row["id"] for row in everything if row["id"] in chosen]
+
+
 def test_standard_library_documents(run_stage: Any) -> None:
     recipe = load("smoke").resolved()
-    docs = pq.read_table(
-        run_stage(acquire.STAGE, recipe.acquire_config("docstrings", 0), {}) / "documents.parquet"
-    ).to_pylist()
-    code = pq.read_table(
-        run_stage(acquire.STAGE, recipe.acquire_config("code", 0), {}) / "documents.parquet"
-    ).to_pylist()
+    docs = documents(run_stage(acquire.STAGE, recipe.acquire_config("docstrings", 0), {}))
+    code = documents(run_stage(acquire.STAGE, recipe.acquire_config("code", 0), {}))
     assert len(docs) == 400 and len(code) == 300
     assert len({d["id"] for d in docs + code}) == 700
     # a docstring may be held out, so it must not stand in the function that it documents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,16 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import AtomError
+from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data import acquire, dedup, filter
-from stages.data.curation import filtering, near_duplicates
+from stages.data import table as data_table
 from stages.data.curation.decontamination import ContaminationIndex
-from stages.data.curation.dispositions import Dispositions
 from stages.data.curation.settings import CurationSettings
 from stages.data.filters.pii import Pii
 from stages.data.recipe import load
-from stages.data.table import DOCUMENTS, ITEMS, content_hash, write_rows
+from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, part_files, sources_of, write_rows
 from stages.evaluation import eval_set
+from tests.fixtures.run_fixtures import RecordingReport
 
 PROSE_STEPS = [
     {"step": "gopher_quality", "min_doc_words": 10, "min_stop_words": 0, "max_non_alpha_words_ratio": 0.6},
@@ -68,7 +70,7 @@ CODE = {
 SUMS = {"1": "347+586=933", "2": "111+222=333", "3": "111+222=333", "4": "sort 53142=12345", "5": "1347+586=1933"}
 
 
-def acquired(folder: Path, name: str, texts: dict[str, str], license: str = "CC0-1.0") -> Artifact:
+def acquired(folder: Path, name: str, texts: dict[str, str], license: str = "CC0-1.0", parts: int = 1) -> Artifact:
     rows = [
         {
             "id": f"{name}/{key}",
@@ -81,7 +83,10 @@ def acquired(folder: Path, name: str, texts: dict[str, str], license: str = "CC0
         }
         for key, text in texts.items()
     ]
-    write_rows(folder / name / "documents.parquet", DOCUMENTS, rows)
+    for part in range(parts):
+        rows_of_part = rows[part_slice(len(rows), part, parts)]
+        write_rows(folder / name / "documents" / part_file(part), DOCUMENTS, rows_of_part)
+        write_rows(folder / name / "failed" / part_file(part), FAILED, [])
     return write_manifest(folder / name, f"acquire-{name}")
 
 
@@ -94,10 +99,10 @@ def evaluation_items(folder: Path) -> Artifact:
     return write_manifest(folder / "items", "items")
 
 
-def config(heldout: float = 0.0) -> dict[str, Any]:
+def config(heldout: float = 0.0, parts: int = 1) -> dict[str, Any]:
     return {
         "sources": [
-            {"name": "prose", "kind": "prose", "heldout_fraction": heldout, "steps": PROSE_STEPS},
+            {"name": "prose", "kind": "prose", "heldout_fraction": heldout, "steps": PROSE_STEPS, "parts": parts},
             {"name": "code", "kind": "code", "heldout_fraction": heldout, "steps": CODE_STEPS},
             {"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []},
         ],
@@ -106,30 +111,26 @@ def config(heldout: float = 0.0) -> dict[str, Any]:
     }
 
 
-def inputs_of(folder: Path) -> dict[str, Artifact]:
+def inputs_of(folder: Path, parts: int = 1) -> dict[str, Artifact]:
     return {
-        "prose": acquired(folder, "prose", PROSE),
+        "prose": acquired(folder, "prose", PROSE, parts=parts),
         "code": acquired(folder, "code", CODE),
         "sums": acquired(folder, "sums", SUMS),
         "items": evaluation_items(folder),
     }
 
 
-def parts(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configs of filter and of dedup."""
     steps = [{k: v for k, v in source.items() if k != "heldout_fraction"} for source in config["sources"]]
     splits = [{k: v for k, v in source.items() if k != "steps"} for source in config["sources"]]
     curation = CurationSettings.model_validate(config["curation"]).model_dump()
-    return {**config, "sources": steps}, {
-        "sources": splits,
-        "minhash": curation["minhash"],
-        "shards": curation["shards"],
-    }
+    return {**config, "sources": steps}, {"sources": splits, "minhash": curation["minhash"]}
 
 
 def curated(run_stage: Any, config: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
     """Both stages of curation, one after the other."""
-    first, dedup_config = parts(config)
+    first, dedup_config = split_config(config)
     artifact: Artifact = run_stage(dedup.STAGE, dedup_config, {"filter": run_stage(filter.STAGE, first, inputs)})
     return artifact
 
@@ -140,7 +141,12 @@ def planted(tmp_path: Path, run_stage: Any) -> Artifact:
 
 
 def dispositions(artifact: Artifact) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in pq.read_table(artifact / "dispositions.parquet").to_pylist()}
+    tables = [table(artifact, f"dispositions/{name}") for name in sources_of(artifact / "dispositions")]
+    return {row["id"]: row for rows in tables for row in rows}
+
+
+def table(artifact: Artifact, name: str) -> list[dict[str, Any]]:
+    return [row for path in part_files(artifact.path, name) for row in pq.read_table(path).to_pylist()]
 
 
 def test_planted_faults_fall_to_the_right_rules(planted: Artifact) -> None:
@@ -180,12 +186,12 @@ def test_contamination_is_found_in_prose_code_and_problems(planted: Artifact) ->
     assert rows["prose/leak"]["value"] == 13 and rows["sums/1"]["value"] == 3
     published = b"".join(path.read_bytes() for path in planted.path.rglob("*.json"))
     assert b"riddle" not in published
-    kept_rows = pq.read_table(planted / "kept/prose.parquet").to_pylist()
+    kept_rows = table(planted, "kept/prose")
     assert not any("sheep" in row["text"].lower() for row in kept_rows)
 
 
 def test_personal_data_is_replaced_and_counted(planted: Artifact) -> None:
-    kept_rows = {row["id"]: row for row in pq.read_table(planted / "kept/prose.parquet").to_pylist()}
+    kept_rows = {row["id"]: row for row in table(planted, "kept/prose")}
     text = kept_rows["prose/mail"]["text"]
     assert "jane.roe" not in text and "8.8.4.4" not in text
     assert "email@example.com" in text and "192.0.2.1" in text
@@ -204,31 +210,124 @@ def test_values_lie_on_the_removing_side_and_counts_balance(planted: Artifact) -
     summary = planted.json("summary.json")
     for part in [*summary["sources"].values(), summary["total"]]:
         assert part["documents_in"] == sum(part["kept"].values()) + sum(part["removed"].values())
-    written = {
-        name: pq.ParquetFile(planted / f"kept/{name}.parquet").metadata.num_rows for name in ("prose", "code", "sums")
-    }
+    written = {name: len(table(planted, f"kept/{name}")) for name in ("prose", "code", "sums")}
     assert written == dict(Counter(row["source"] for row in rows.values() if row["disposition"] == "kept"))
 
 
-def test_an_unbalanced_book_or_a_document_without_license_is_refused(tmp_path: Path, run_stage: Any) -> None:
-    book = Dispositions()
-    row = {"id": "a/1", "text": "x", "source": "a", "license": "CC0-1.0", "content_hash": content_hash("x")}
-    book.add(row)
-    with pytest.raises(AtomError, match="does not balance"):
-        book.close({})
-    book.keep("a/1", "train", content_hash("x"))
-    with pytest.raises(AtomError, match="does not balance"):
-        book.close({"a": 2})
-    with pytest.raises(AtomError, match="decided twice"):
-        book.remove("a/1", "language/score", 0.1, 0.5)
-    with pytest.raises(AtomError, match="no source holds"):
-        book.keep("a/2", "train", "")
-    with pytest.raises(AtomError, match="ids must differ"):
-        book.add(row)
+def test_a_document_without_license_is_refused(tmp_path: Path, run_stage: Any) -> None:
     inputs = inputs_of(tmp_path)
     inputs["sums"] = acquired(tmp_path / "again", "sums", SUMS, license="")
     with pytest.raises(AtomError, match="sums/1 has no license"):
         curated(run_stage, config(), inputs)
+
+
+def test_hashes_are_those_of_the_texts_that_pass(tmp_path: Path, run_stage: Any) -> None:
+    """128 bits of each text's SHA-256 in the order of the kept rows, and bands for sources with MinHash alone."""
+    artifact = run_stage(filter.STAGE, split_config(config())[0], inputs_of(tmp_path))
+    for name in ("prose", "code", "sums"):
+        kept, hashes = table(artifact, f"kept/{name}"), table(artifact, f"hashes/{name}")
+        assert len(kept) == len(hashes) > 0
+        for row, values in zip(kept, hashes, strict=True):
+            digest = hashlib.sha256(row["text"].encode()).digest()
+            assert [values["hash_high"], values["hash_low"]] == [
+                int.from_bytes(digest[start : start + 8], "big") for start in (0, 8)
+            ]
+            bands = [value for column, value in values.items() if column.startswith("band_")]
+            assert len(bands) == (0 if name == "sums" else 14) and None not in bands
+    rows = table(artifact, "dispositions/prose")
+    kept_hashes = {row["content_hash"] for row in table(artifact, "kept/prose")}
+    assert [row["id"] for row in rows] == [f"prose/{key}" for key in PROSE]
+    assert {row["kept_hash"] for row in rows if row["disposition"] == "kept"} == kept_hashes
+    assert {row["split"] for row in rows} == {None}, "deduplication decides on it"
+    assert {row["rule"] for row in rows}.isdisjoint({"exact_duplicate", "near_duplicate"})
+
+
+def test_a_short_text_has_no_bands(tmp_path: Path, run_stage: Any) -> None:
+    sources = [{"name": "prose", "kind": "prose", "steps": []}]
+    inputs = {"prose": acquired(tmp_path, "prose", {"a": "four words are short", "b": LONG})}
+    inputs["items"] = evaluation_items(tmp_path)
+    artifact = run_stage(filter.STAGE, {"sources": sources, "curation": {}, "seed": 0}, inputs)
+    short, long = table(artifact, "hashes/prose")
+    assert {short[f"band_{n:02d}"] for n in range(14)} == {None} and None not in long.values()
+
+
+class Poison(Exception):
+    """Raised by a step on one document."""
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    function = Pii.function
+
+    def poison(self: Pii) -> Any:
+        step = function(self)
+
+        def apply(text: str) -> Any:
+            if word in text:
+                raise Poison("this text cannot be handled")
+            return step(text)
+
+        return apply
+
+    monkeypatch.setattr(Pii, "function", poison)
+
+
+def test_a_document_on_which_a_step_raises_is_removed_alone(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, "harbour")
+    out, report = tmp_path / "out", RecordingReport()
+    filter.run(
+        filter.FilterConfig.model_validate(split_config(config())[0]), inputs_of(tmp_path), tmp_path, out, report
+    )
+    rows = {row["id"]: row for row in pq.read_table(out / "dispositions/prose/part-00000.parquet").to_pylist()}
+    for key in PROSE:
+        assert (rows[f"prose/{key}"]["rule"] == "failed/parse") == (key in ("long", "near"))
+    assert (rows["prose/long"]["disposition"], rows["prose/long"]["value"]) == ("removed", 0.0)
+    assert (
+        "prose: failed in its steps, and removed: documents prose/long (Poison: this text cannot be handled), "
+        "prose/near (Poison: this text cannot be handled)" in report.notes
+    )
+
+
+def test_a_step_that_often_raises_stops_the_stage(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, "reader")
+    sources = [{"name": "prose", "kind": "prose", "steps": [{"step": "pii"}]}]
+    inputs = {"prose": acquired(tmp_path, "prose", {str(n): f"{GOOD} {n}" for n in range(11)})}
+    inputs["items"] = evaluation_items(tmp_path)
+    sentence = r"source prose: 11 of 11 documents fail in its steps; check the steps; the first is prose/0 \(Poison"
+    with pytest.raises(AtomError, match=sentence):
+        run_stage(filter.STAGE, {"sources": sources, "curation": {}, "seed": 0}, inputs)
+
+
+def test_a_document_that_could_not_be_read_is_removed(tmp_path: Path, run_stage: Any) -> None:
+    inputs = inputs_of(tmp_path)
+    failed = [{"id": "sums/x.jsonl:7", "source": "sums", "license": "CC0-1.0", "reason": "not a JSON object"}]
+    write_rows(tmp_path / "sums/failed/part-00000.parquet", FAILED, failed)
+    inputs["sums"] = write_manifest(tmp_path / "sums", "acquire-sums")
+    planted = curated(run_stage, config(), inputs)
+    row = dispositions(planted)["sums/x.jsonl:7"]
+    assert (row["disposition"], row["rule"], row["bytes"]) == ("removed", "failed/parse", 0)
+    assert row["content_hash"] == content_hash("")
+    counts = planted.json("summary.json")["sources"]["sums"]
+    assert counts["documents_in"] == len(SUMS) + 1 and counts["removed"]["failed/parse"] == 1
+
+
+def test_a_source_that_its_filters_empty_is_reported(tmp_path: Path) -> None:
+    """The other sources go on; a corpus without any document stops."""
+    texts = {"a": "Too short.", "b": "Short too."}
+    inputs = {"prose": acquired(tmp_path, "prose", texts), "sums": acquired(tmp_path, "sums", SUMS)}
+    inputs["items"] = evaluation_items(tmp_path)
+    sources = [{"name": "prose", "kind": "prose", "steps": PROSE_STEPS}]
+    both = [*sources, {"name": "sums", "kind": "problems", "steps": []}]
+    report = RecordingReport()
+    settings = filter.FilterConfig.model_validate({"sources": both, "curation": {}, "seed": 0})
+    filter.run(settings, inputs, tmp_path / "work", tmp_path / "out", report)
+    assert any("curation removed all documents of prose" in note for note in report.notes), report.notes
+    settings = filter.FilterConfig.model_validate({"sources": sources, "curation": {}, "seed": 0})
+    with pytest.raises(AtomError, match="removed every document of every source"):
+        filter.run(settings, inputs, tmp_path / "work2", tmp_path / "out2", report)
 
 
 def test_a_step_that_returns_no_text_is_refused(
@@ -247,11 +346,11 @@ def test_heldout_split_follows_the_text_alone(tmp_path: Path, run_stage: Any) ->
     setup["sources"] = [setup["sources"][1]]
     setup["curation"] = {"minhash": None}
     inputs = {"code": acquired(tmp_path, "code", texts), "items": evaluation_items(tmp_path)}
-    rows = pq.read_table(curated(run_stage, setup, inputs) / "kept/code.parquet").to_pylist()
+    rows = table(curated(run_stage, setup, inputs), "kept/code")
     heldout = {row["content_hash"] for row in rows if row["split"] == "heldout"}
     assert 30 < len(heldout) < 90
     inputs["code"] = acquired(tmp_path / "fewer", "code", dict(list(texts.items())[::-2]))
-    fewer = pq.read_table(curated(run_stage, setup, inputs) / "kept/code.parquet").to_pylist()
+    fewer = table(curated(run_stage, setup, inputs), "kept/code")
     assert all((row["split"] == "heldout") == (row["content_hash"] in heldout) for row in fewer)
 
 
@@ -269,19 +368,19 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Pa
         "import sys, json; from pathlib import Path\n"
         "from tests.fixtures.run_fixtures import RecordingReport; from stages.data import dedup, filter\n"
         "from pipeline.core.store import Artifact, write_manifest\n"
-        "base, work, out, last = map(Path, sys.argv[1:5]); work.mkdir(exist_ok=True); out.mkdir(); last.mkdir()\n"
+        "base, work, out, last = map(Path, sys.argv[1:5]); out.mkdir(); last.mkdir()\n"
         "inputs = {n: Artifact.open(base / n) for n in ('prose', 'code', 'sums', 'items')}\n"
         "first, then = json.loads(sys.argv[5])\n"
-        "filter.run(filter.FilterConfig.model_validate(first), inputs, work, out, RecordingReport())\n"
+        "filter.run(filter.FilterConfig.model_validate(first), inputs, work / 'filter', out, RecordingReport())\n"
         "given = {'filter': write_manifest(out, 'x')}\n"
-        "dedup.run(dedup.DedupConfig.model_validate(then), given, work, last, RecordingReport())\n"
+        "dedup.run(dedup.DedupConfig.model_validate(then), given, work / 'dedup', last, RecordingReport())\n"
         "print(given['filter'].digest, write_manifest(last, 'y').digest)"
     )
-    inputs_of(tmp_path)
+    inputs_of(tmp_path, parts=3)
     digests = set()
     for seed, work in (("1", "w1"), ("2", "w2"), ("3", "w2")):
         folders = [tmp_path, tmp_path / work, tmp_path / f"out{seed}", tmp_path / f"last{seed}"]
-        arguments = [*map(str, folders), json.dumps(parts(config(0.1)))]
+        arguments = [*map(str, folders), json.dumps(split_config(config(0.1, parts=3)))]
         process = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             env={"PYTHONHASHSEED": seed, "PATH": "", "HOME": str(tmp_path)},
@@ -290,8 +389,7 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Pa
             check=True,
         )
         digests.add(process.stdout.strip().splitlines()[-1])
-        (tmp_path / work / "steps-code-00000-of-00001.json").unlink()
-        (tmp_path / work / "pairs-00003-of-00014.json").unlink()
+        (tmp_path / work / "filter/prose-00001/kept/prose/part-00001.parquet").unlink()
     assert len(digests) == 1
 
 
@@ -302,9 +400,7 @@ def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: A
     filtered = run_stage(filter.STAGE, recipe.filter_config(0), inputs)
     artifact = run_stage(dedup.STAGE, recipe.dedup_config(), {"filter": filtered})
     rows = dispositions(artifact)
-    assert len(rows) == sum(
-        pq.ParquetFile(a / "documents.parquet").metadata.num_rows for n, a in inputs.items() if n != "items"
-    )
+    assert len(rows) == sum(len(table(a, "documents")) for n, a in inputs.items() if n != "items")
     lower_is_bad = ("short_doc", "below", "too_few", "few_letters", "parse", "score", "stop_words", "punct")
     for row in rows.values():
         if row["disposition"] == "removed" and "duplicate" not in row["rule"] and row["rule"] != "decontamination":
@@ -333,29 +429,23 @@ def test_a_text_of_two_kinds_of_source_is_still_found_nearly_twice(tmp_path: Pat
     assert sorted(str(rules[f"prose/{name}"]) for name in ("first", "near")) == ["None", "near_duplicate"]
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_shards_done_beforehand_are_all_that_the_stages_need(
-    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch, shards: int
+@pytest.mark.parametrize("parts", [1, 5])
+def test_parts_done_beforehand_are_all_that_filter_needs(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
-    inputs = inputs_of(tmp_path)
-    filtered = run_stage(filter.STAGE, parts(config(0.1))[0], inputs)
-    expected = run_stage(dedup.STAGE, parts(config(0.1))[1], {"filter": filtered})
-    first, dedup_config = parts({**config(0.1), "curation": {"shards": shards}})
-    work = tmp_path / "work"
-    work.mkdir()
-    cut = filter.FilterConfig.model_validate(first)
-    assert filter.STAGE.shards(cut) == shards
-    for shard in range(shards):
-        filter.run_shard(cut, inputs, work, shard)
-    buckets = dedup.DedupConfig.model_validate(dedup_config)
-    assert dedup.STAGE.shards(buckets) == (14 if shards > 1 else 1)
-    for bucket in reversed(range(14)):
-        dedup.run_shard(buckets, {"filter": filtered}, work, bucket)
-    monkeypatch.setattr(filtering, "filter_documents", None)  # nothing is left to do
-    monkeypatch.setattr(near_duplicates, "sign", None)
-    monkeypatch.setattr(near_duplicates, "MinhashDedupBuckets", None)
-    assert run_stage(filter.STAGE, first, inputs, work).digest == filtered.digest
-    assert run_stage(dedup.STAGE, dedup_config, {"filter": filtered}, work).digest == expected.digest
+    """In any order; a part with no document that passes is a part too."""
+    inputs = inputs_of(tmp_path, parts)
+    settings = split_config(config(parts=parts))[0]
+    expected = run_stage(filter.STAGE, settings, inputs)
+    whole = run_stage(filter.STAGE, split_config(config())[0], inputs_of(tmp_path / "whole"))
+    work, model = tmp_path / "work", filter.FilterConfig.model_validate(settings)
+    assert filter.STAGE.shards(model) == (7 if parts == 5 else 1), "sources of one part each are one piece of work"
+    for number in reversed(range(len(model.parts()))):
+        filter.run_shard(model, inputs, work, number)
+    monkeypatch.setattr(filter, "SourceFilter", None)  # nothing is left to do
+    assert run_stage(filter.STAGE, settings, inputs, work).digest == expected.digest
+    for name in ("kept/prose", "hashes/prose", "dispositions/prose"):
+        assert table(expected, name) == table(whole, name)
 
 
 def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Path, run_stage: Any) -> None:
@@ -372,16 +462,22 @@ def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Pa
 def test_no_source_is_searched_for_near_duplicates(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"sums": acquired(tmp_path, "sums", SUMS), "items": evaluation_items(tmp_path)}
     sources = [{"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []}]
-    artifact = curated(run_stage, {"sources": sources, "curation": {"shards": 2}, "seed": 0}, inputs)
+    artifact = curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs)
     assert {row["rule"] for row in dispositions(artifact).values()} == {None, "decontamination", "exact_duplicate"}
 
 
-def test_a_shard_is_read_from_the_row_groups_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.data import table
+def test_rows_are_read_from_the_row_groups_that_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_table, "ROWS_PER_GROUP", 4)
+    path = tmp_path / "rows.parquet"
+    data_table.write_rows(path, {"id": "string"}, [{"id": str(n)} for n in range(11)])
+    for numbers in ([], [0], [3, 4], [2, 9, 10], list(range(11))):
+        assert [row["id"] for row in data_table.rows_at(path, numbers, ["id"])] == list(map(str, numbers))
 
-    monkeypatch.setattr(table, "ROWS_PER_GROUP", 4)
-    rows = [{"id": str(n)} for n in range(11)]
-    table.write_rows(tmp_path / "rows.parquet", {"id": "string"}, rows)
-    for shards in (1, 2, 3, 5, 11, 20):
-        parts = [table.read_shard(tmp_path / "rows.parquet", shard, shards) for shard in range(shards)]
-        assert [row for part in parts for row in part] == rows
+
+def test_a_row_group_ends_before_its_texts_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_table, "GROUP_BYTES", 10)
+    path = tmp_path / "rows.parquet"
+    data_table.write_rows(path, {"text": "string"}, [{"text": "abcd"}] * 7)
+    file = pq.ParquetFile(path)
+    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [3, 3, 1]
+    assert [batch.num_rows for batch in data_table.stream_batches(path, ["text"])] == [3, 3, 1]

@@ -31,7 +31,8 @@ def recipe_with_documents(folder: Path, lines: list[str]) -> str:
 
 
 def test_a_corrupt_source_fails_its_stage_and_what_is_mended_goes_on(tmp_path: Path) -> None:
-    recipe = recipe_with_documents(tmp_path, [json.dumps({"text": "Some words."}), '{"text": "cut'])
+    recipe = recipe_with_documents(tmp_path, [])
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Some words."}) + '\n{"text": "cut')
     home = tmp_path / "home"
     process = atom(home, "run", recipe, "--until", "acquire-docstrings", code=2)
     assert process.stderr.startswith("atom: stage acquire-docstrings failed: ") and process.stderr.count("\n") == 1
@@ -63,14 +64,14 @@ def test_a_missing_or_cut_shard_is_named(smoke_home: Path, tmp_path: Path) -> No
     home = tmp_path / "home"
     shutil.copytree(smoke_home, home)
     shutil.rmtree(next((home / "artifacts").glob("pretrain-*")))
-    tokens = next((home / "artifacts").glob("tokenize-*")) / "train" / "code.bin"
+    tokens = next((home / "artifacts").glob("tokenize-*")) / "train" / "code/part-00000.bin"
     content = tokens.read_bytes()
     for damage, sentence in (
         (
             lambda: tokens.write_bytes(content[:-10]),
-            f"train/code.bin has {len(content) - 10} bytes instead of {len(content)}",
+            f"train/code/part-00000.bin has {len(content) - 10} bytes instead of {len(content)}",
         ),
-        (tokens.unlink, "train/code.bin is missing"),
+        (tokens.unlink, "train/code/part-00000.bin is missing"),
     ):
         damage()
         stderr = atom(home, "run", "atom-smoke", "--only", "pretrain", code=2).stderr

@@ -228,7 +228,7 @@ def test_a_later_scorer_does_not_make_it_bad(old_release: Path, tree: Tree) -> N
     assert skipped.startswith("skipped: scored by exact 1: ") and skipped.endswith("this atom holds exact 2")
 
 
-IDENTITY = '''"""Format 4: today's names."""
+IDENTITY = '''"""Format 5: today's names."""
 COLUMNS = {}
 def same(name): return name
 phase = model = node = same
@@ -241,10 +241,10 @@ V2 = "release/schema_v2.py"
 
 
 def rename_everything(tree: Tree) -> None:
-    """Nodes, phases, models, fields and a column get other names in the code, and the format becomes 4."""
+    """Nodes, phases, models, fields and a column get other names in the code, and the format becomes 5."""
     tree.replace("release/layout.py", '"dpo"', '"preference"')
     tree.replace("release/layout.py", '"online-rlhf"', '"onlinerl"')
-    tree.replace("release/layout.py", "FORMAT = 3", "FORMAT = 4")
+    tree.replace("release/layout.py", "FORMAT = 4", "FORMAT = 5")
     tree.replace(V2, '"rlhf": "dpo"', '"rlhf": "preference"')
     tree.replace(V2, '"online": "online-rlhf"', '"online": "onlinerl"')
     tree.replace(V2, '"judge": "export-reward"', '"judge": "export-scorer"')
@@ -254,9 +254,9 @@ def rename_everything(tree: Tree) -> None:
     tree.replace_all(r"\blicense(: |=)(?=PublishedLicenses)", r"spdx\1", "release")
     tree.replace_all(r"\brelease\.license\b", "release.spdx", "release")
     tree.replace("release/audit/show.py", '"license", "commit"', '"spdx", "commit"')
-    tree.replace("release/schema.py", "3: schema_v3}", "3: schema_v3, 4: schema_v4}")
-    tree.replace("release/schema.py", "import schema_v2, schema_v3", "import schema_v2, schema_v3, schema_v4")
-    (tree.folder / "release/schema_v4.py").write_text(IDENTITY)
+    tree.replace("release/schema.py", "4: schema_v3}", "4: schema_v3, 5: schema_v5}")
+    tree.replace("release/schema.py", "import schema_v2, schema_v3", "import schema_v2, schema_v3, schema_v5")
+    (tree.folder / "release/schema_v5.py").write_text(IDENTITY)
     with open(tree.folder / V2, "a") as file:
         file.write("FIELDS['scores.json'] |= {'accuracy': 'exact_match', 'accuracy_all': 'exact_match_all'}\n")
         file.write("FIELDS['release.json'] |= {'licence': 'spdx'}\n")

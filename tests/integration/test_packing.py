@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
 from stages.data import order, packing
+from stages.data.chunks import ALL, LONG, SHORT
 from stages.data.packing import LongDocuments
 from stages.data.table import TOKENIZED, write_rows
 from tests.fixtures import train_fixtures
@@ -62,7 +63,7 @@ def config(**changes: Any) -> dict[str, Any]:
 def test_the_order_of_a_packed_phase(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
     artifact = run_stage(order.STAGE, config(ramp=[[2, 2]]), inputs)
-    rows = pq.read_table(artifact / "order.parquet").to_pylist()
+    rows = pq.read_table(artifact / "part-00000.parquet").to_pylist()
     places = [(r["step"], r["row"], r["segment"]) for r in rows]
     assert places == sorted(places) and len(set(places)) == len(places) and max(p[2] for p in places) > 2
     slots: dict[tuple[int, int], int] = {}
@@ -85,7 +86,7 @@ def test_long_documents_are_up_weighted_and_their_shortage_is_reported(tmp_path:
     ordered = run_stage(order.STAGE, config(long_documents=rule), inputs)
 
     def share(artifact: Artifact) -> float:
-        source_rows = [r for r in pq.read_table(artifact / "order.parquet").to_pylist() if r["source"] == "a"]
+        source_rows = [r for r in pq.read_table(artifact / "part-00000.parquet").to_pylist() if r["source"] == "a"]
         return sum(r["length"] - 1 for r in source_rows if r["length"] - 1 > 100) / sum(
             r["length"] - 1 for r in source_rows
         )
@@ -102,29 +103,29 @@ def test_long_documents_are_up_weighted_and_their_shortage_is_reported(tmp_path:
     assert short.json("meta.json")["sources"]["b"]["long"]["chunks"] == 0
 
 
-def test_quotas() -> None:
-    slots = np.array([10, 10, 200])
-    assert packing.quotas(slots, 1000, None) == {"short": 1000}
+def test_the_tokens_of_long_and_short_chunks() -> None:
+    assert packing.split({ALL: (3, 220)}, 1000, None) == ({ALL: 1.0}, None)
     rule = LongDocuments(over=100, share=0.5, max_epochs=2)
-    quotas = packing.quotas(slots, 1000, rule)
-    assert (quotas["short"], quotas["long"]) == (600, 400) and quotas["report"]["missing_tokens"] == 100
-    alone = packing.quotas(np.array([20, 200, 300])[1:], 5000, rule)
-    assert alone["long"] == 5000 and alone["report"]["missing_tokens"] == 2500 - 2 * 500, "nothing shorter can stand in"
+    shares, report = packing.split({LONG: (1, 200), SHORT: (2, 20)}, 1000, rule)
+    assert shares == {LONG: 0.4, SHORT: 0.6} and report is not None and report["missing_tokens"] == 100
+    shares, report = packing.split({LONG: (2, 500), SHORT: (0, 0)}, 5000, rule)
+    assert shares[LONG] == 1 and report is not None, "nothing shorter can stand in"
+    assert report["missing_tokens"] == 2500 - 2 * 500
 
 
 def test_a_packed_phase_goes_on_as_it_was_or_packs_the_rest_anew(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
     artifact = run_stage(order.STAGE, config(), inputs)
-    meta, table = artifact.json("meta.json"), pq.read_table(artifact / "order.parquet").to_pylist()
+    meta, table = artifact.json("meta.json"), pq.read_table(artifact / "part-00000.parquet").to_pylist()
     read = {name: sum(r["source"] == name and r["step"] <= 6 for r in table) for name in ("a", "b")}
     state = {"phase": "midtrain", "step": 6, "data_position": order.position(meta, read, 6)}
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/state.json").write_text(json.dumps(state))
     inputs["continue"] = write_manifest(tmp_path / "checkpoint", "midtrain@6")
     rest = run_stage(order.STAGE, config(first_step=7), inputs)
-    assert pq.read_table(rest / "order.parquet").to_pylist() == [r for r in table if r["step"] > 6]
+    assert pq.read_table(rest / "part-00000.parquet").to_pylist() == [r for r in table if r["step"] > 6]
     other = run_stage(order.STAGE, config(first_step=7, mix={"a": 0.5, "b": 0.5}, steps=14), inputs)
-    rows = pq.read_table(other / "order.parquet").to_pylist()
+    rows = pq.read_table(other / "part-00000.parquet").to_pylist()
     assert {(r["step"], r["row"]) for r in rows} == {(s, r) for s in range(7, 15) for r in range(4)}
     tokens_of = {name: sum(r["length"] - 1 for r in rows if r["source"] == name) for name in ("a", "b")}
     assert tokens_of["a"] == pytest.approx(tokens_of["b"], rel=0.1)
@@ -184,7 +185,7 @@ def test_a_packed_phase_trains_and_resumes_bit_by_bit(packed: Path, tmp_path: Pa
     losses = train_fixtures.losses(tmp_path / "out")
     assert losses[-1] < losses[0] - 0.5
     lines = [json.loads(x) for x in (tmp_path / "out/training.jsonl").read_text().splitlines()]
-    rows = pq.read_table(packed / "order/order.parquet").to_pylist()
+    rows = pq.read_table(packed / "order/part-00000.parquet").to_pylist()
     assert max(x.get("tokens", 0) for x in lines) == sum(r["length"] - 1 for r in rows)
     state = json.loads((tmp_path / "out/step-000012/state.json").read_text())
     assert sum(state["data_position"]["rows"].values()) == len(rows)

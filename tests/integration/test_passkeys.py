@@ -24,7 +24,7 @@ from stages.data.recipe import load
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import split_of
 from stages.data.synthetic import passkeys
-from stages.data.table import DOCUMENTS, ITEMS, content_hash, write_rows
+from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, write_rows
 from stages.data.tokenization import encode
 
 TEXTS = [(f"Text {n} speaks of nothing much.\n\nIt has a second line, which is longer.", f"{n}.py") for n in range(9)]
@@ -98,8 +98,8 @@ def source(**reader: Any) -> dict[str, Any]:
 def test_acquired_from_the_library_and_the_same_twice(run_stage: Any) -> None:
     config = {"source": source(), "seed": 3}
     first, second = (run_stage(acquire.STAGE, config, {}) for _ in range(2))
-    assert (first / "documents.parquet").read_bytes() == (second / "documents.parquet").read_bytes()
-    rows = pq.read_table(first / "documents.parquet").to_pylist()
+    assert first.digest == second.digest
+    rows = pq.read_table(first / "documents/part-00000.parquet").to_pylist()
     assert [row["id"] for row in rows] == [f"keys/{n:07d}" for n in range(30)]
     for row in rows:
         assert row["license"] == "PSF-2.0 AND Apache-2.0" and row["origin"].startswith("procedural#")
@@ -114,7 +114,8 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
     for n, (text, prompt_chars, _) in enumerate([*draw_documents(40, (500, 520)), draw_documents(1, (500, 520))[0]]):
         row = {"id": f"keys/{n}", "text": text, "source": "keys", "license": "PSF-2.0", "origin": "procedural"}
         rows.append({**row, "content_hash": content_hash(text), "prompt_chars": prompt_chars})
-    write_rows(tmp_path / "keys/documents.parquet", DOCUMENTS, rows)
+    write_rows(tmp_path / "keys/documents/part-00000.parquet", DOCUMENTS, rows)
+    write_rows(tmp_path / "keys/failed/part-00000.parquet", FAILED, [])
     item = {"id": "sort/0", "task": "sort", "prompt": "sort 52134:", "answer": "12345", "text": "sort 52134"}
     write_rows(tmp_path / "items/items.parquet", ITEMS, [item])
     inputs = {name: write_manifest(tmp_path / name, name) for name in ("keys", "items")}
@@ -124,18 +125,20 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
         filtered = run_stage(filter.STAGE, {"sources": [source], "curation": settings, "seed": 0}, inputs)
         config = {"sources": [{**source, "heldout_fraction": 0.0}], "minhash": settings["minhash"]}
         artifact = run_stage(dedup.STAGE, config, {"filter": filtered})
-        rows_by_kind[kind] = pq.read_table(artifact / "kept/keys.parquet").to_pylist()
+        rows_by_kind[kind] = pq.read_table(artifact / "kept/keys/part-00000.parquet").to_pylist()
     assert len(rows_by_kind["problems"]) == 40 and len(rows_by_kind["prose"]) < 20
     assert [row["prompt_chars"] for row in rows_by_kind["problems"]] == [row["prompt_chars"] for row in rows[:40]]
 
 
 def test_only_the_answer_carries_loss_and_each_digit_is_one_token(trained_tokenizer: Artifact) -> None:
-    from stages.data.tokenizer import END, load_for_corpus
+    from stages.data.encoder import Encoder
+    from stages.data.tokenizer import END
 
-    tokenizer = load_for_corpus(trained_tokenizer / "tokenizer.json")
-    end = tokenizer.token_to_id(END)
+    encoder = Encoder(trained_tokenizer / "tokenizer.json")
+    tokenizer, end = encoder.tokenizer, encoder.tokenizer.token_to_id(END)
     for text, prompt_chars, _ in draw_documents(20):
-        [(ids, loss_from)] = encode(tokenizer, end, [(text, prompt_chars)])
+        [(array, loss_from)] = encode(encoder.encode, end, [(text, prompt_chars)])
+        ids = array.tolist()
         assert tokenizer.decode(ids[loss_from:-1]) == text[prompt_chars:] and ids[-1] == end
         assert len(ids) - loss_from == 4 + 2  # a space, four digits, the end
         assert ids[:-1] == tokenizer.encode(text, add_special_tokens=False).ids  # the cut changes no token

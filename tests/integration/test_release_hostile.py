@@ -167,10 +167,10 @@ def test_goldens_are_compared_and_missed(copy: Path) -> None:
 
 LATER = "and this atom knows {} at most; use a later atom"
 VERSIONS: dict[str, tuple[dict[str, object], str]] = {
-    "a later format": ({"format": 99}, f"states format 99, {LATER.format(3)}"),
+    "a later format": ({"format": 99}, f"states format 99, {LATER.format(4)}"),
     "format 0": ({"format": 0}, "states format 0, and the first that there was is 1"),
     "a negative format": ({"format": -7}, "states format -7, and the first that there was is 1"),
-    "a huge format": ({"format": 10**30}, f"states format {10**30}, {LATER.format(3)}"),
+    "a huge format": ({"format": 10**30}, f"states format {10**30}, {LATER.format(4)}"),
     "a format that is no number": ({"format": "2"}, "evidence/release.json does not state its format as a number"),
     "a later card schema": ({"card_schema": 9}, f"states card schema 9, {LATER.format(4)}"),
     "card schema 0": ({"card_schema": 0}, "states card schema 0, and the first that there was is 2"),

@@ -292,3 +292,31 @@ for suffix, kind, file in (("", "model", "model.safetensors"), ("-evidence", "da
 """,
             endpoint,
         )
+
+
+MANY = """
+from release.hub import limits, upload
+from release.hub.remote import RemoteRepository
+from release.hub.upload import Destination, Difference, Journal
+from release.repositories import Repository
+folder = release.with_name("many")
+folder.mkdir()
+names = [f"rows/{number:05d}.json" for number in range(3400)]
+(folder / "rows").mkdir()
+for name in names: (folder / name).write_text("{}")
+api().create_repo("local/many", repo_type="dataset")
+remote = RemoteRepository("local/many", "dataset")
+many = Destination(folder, Repository("", "-many", "dataset"), remote, "v1", Journal(folder / "j"))
+many._commit("main", Difference(names, []), "a whole release in one commit")
+assert set(names) <= set(remote.files("main"))
+upload.FILES_PER_FOLDER = 3399
+assert "has 3400 files, and a folder on the Hub has at most 3399" in said(AtomError, many.refuse_full_folders)
+limits.REQUESTS = 0
+assert "times without success" in said(AtomError, many._commit, "main", Difference(names, []), "again")
+"""
+
+
+def test_a_commit_of_thousands_of_files_and_a_folder_of_too_many(client, tmp_path: Path) -> None:
+    """The client names the files of a commit in many requests to one address."""
+    with running(tmp_path / "hub") as endpoint:
+        client(MANY, endpoint)

@@ -25,7 +25,7 @@ from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
 
 END = "checkpoints/pretrain-step-60"
-ORDER = "dataset/order/pretrain/order.parquet"
+ORDER = "dataset/order/pretrain/part-00000.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_an_honest_phase_comes_out_bit_for_bit(release: Path, phase: str, steps:
     assert subject == {name: sha256_file(release / name) for name in names}
     materials = {each["name"]: each["digest"]["sha256"] for each in predicate["configuration"] if "digest" in each}
     first = f"checkpoints/{phase}-step-{steps[0]}/model.safetensors"
-    for name in (first, f"dataset/order/{phase}/order.parquet", layout.ALL_SUMS):
+    for name in (first, f"dataset/order/{phase}/part-00000.parquet", layout.ALL_SUMS):
         assert materials[name] == sha256_file(release / name)
     manifest = json.loads((release / "evidence/manifests/tokenize.json").read_text())
     shard = next(row for row in manifest["files"] if row["path"] == "train/docstrings.bin")
@@ -150,14 +150,14 @@ def test_a_changed_document_does_not_give_the_shards(copy: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = copy / "dataset/kept/docstrings.parquet"
+    path = copy / "dataset/kept/docstrings/part-00000.parquet"
     table = pq.read_table(path)
     texts = table["text"].to_pylist()
     number = next(n for n, split in enumerate(table["split"].to_pylist()) if split == "train")
     texts[number] += " And nothing else."
     pq.write_table(table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts)), path)
     resum(copy)
-    sentence = r"do not give the token shards that were trained on: train/docstrings.bin .* \(2 of 10 shards differ\)"
+    sentence = r"do not give the token shards that were trained on: train/docstrings/part-00000.bin .* \(2 of 10 shards differ\)"
     with pytest.raises(CheckFailed, match=sentence):
         replay(copy, "pretrain")
 
@@ -191,7 +191,9 @@ def test_what_is_no_release_is_refused(tmp_path: Path) -> None:
         replay(tmp_path, "pretrain")
 
 
-@pytest.mark.parametrize("path", [f"{END}/optimizer.safetensors", ORDER, "dataset/kept/code.parquet", layout.ALL_SUMS])
+@pytest.mark.parametrize(
+    "path", [f"{END}/optimizer.safetensors", ORDER, "dataset/kept/code/part-00000.parquet", layout.ALL_SUMS]
+)
 def test_a_flipped_byte_is_refused(copy: Path, path: str) -> None:
     content = bytearray((copy / path).read_bytes())
     content[len(content) // 2] ^= 1

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from release.audit.tracing.documents import FATE, PLACE
 from release.checksums import write_sums
 from release.layout import SUMS
 from release.repositories import files_below
-from tests.fixtures import release_fixtures
+from tests.fixtures import parts_fixtures, release_fixtures
 
 ORDERS = [
     ("pretrain", "order/pretrain", 1, 2), ("midtrain", "earlier/order-midtrain-aaaa", 1, 2),
@@ -125,11 +126,26 @@ def log(folder: Path, phase: str, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def divide(data: Path, parts: int) -> None:
+    """Divides all tables of documents and orders, also those of earlier runs."""
+    earlier = data / "earlier/dedup-bbbb"
+    places = parts_fixtures.places_in(data, parts)
+    earlier_places = places | parts_fixtures.places_in(earlier, parts)
+    for folder in (data, earlier):
+        parts_fixtures.divide_documents(folder, earlier_places)
+    parts_fixtures.divide_tokens(data / "tokens/documents.parquet", places)
+    for path in [*data.glob("order/*/order.parquet"), *data.glob("earlier/*/order.parquet")]:
+        parts_fixtures.divide_order(path.parent, earlier_places, steps=2)
+    write_sums(data / SUMS, data, [path for path in files_below(data) if path != SUMS])
+
+
+@pytest.fixture(scope="module", params=[0, 3], ids=["one file a table", "parts"])
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = release_fixtures.build_input(tmp_path_factory.mktemp("run"), release_fixtures.inputs_with_long_context())
     folder = builder.build(source, tmp_path_factory.mktemp("home"))
     enrich(folder)
+    if request.param:
+        divide(folder / "dataset", request.param)
     return folder
 
 
@@ -149,15 +165,15 @@ def moved_weights(phase: str, order: str, step: int) -> bool | None:
 
 
 @functools.lru_cache
-def order_rows(path: Path) -> list[dict[str, Any]]:
-    return read_rows(path) if path.exists() else []
+def order_rows(order: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted(order.glob("*.parquet")) for row in read_rows(path)]
 
 
 def uses_of(release: Path, id: str) -> list[dict[str, Any]]:
     """Brute force: every row of every order, one after the other."""
     uses = []
     for phase, order, first, last in ORDERS:
-        rows = [row for row in order_rows(release / "dataset" / order / "order.parquet") if row["id"] == id]
+        rows = [row for row in order_rows(release / "dataset" / order) if row["id"] == id]
         for step in range(first, last + 1):
             places = [{name: row[name] for name in PLACE} for row in rows if row["step"] == step]
             if places:
@@ -166,17 +182,27 @@ def uses_of(release: Path, id: str) -> list[dict[str, Any]]:
     return uses
 
 
+def kept_tables(release: Path) -> list[Path]:
+    tables = [sorted(release.glob(f"dataset/{place}/**/*.parquet")) for place in ("kept", "earlier/*/kept")]
+    return [path for paths in tables for path in paths]
+
+
 def kept_documents(release: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in [
-        *sorted(release.glob("dataset/kept/*.parquet")),
-        *sorted(release.glob("dataset/earlier/*/kept/*.parquet")),
-    ]:
+    for path in kept_tables(release):
         for row in read_rows(path):
             yield path.relative_to(release / "dataset").as_posix(), row
 
 
+def dispositions_of(release: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(table, row)"""
+    data = release / "dataset"
+    for path in [*data.glob("dispositions.parquet"), *sorted(data.glob("dispositions/*/*.parquet"))]:
+        for row in read_rows(path):
+            yield path.relative_to(data).as_posix(), row
+
+
 def ids(release: Path) -> list[str]:
-    return [row["id"] for row in read_rows(release / "dataset/dispositions.parquet")]
+    return [row["id"] for _, row in dispositions_of(release)]
 
 
 def plain(answer: Any) -> Any:
@@ -187,7 +213,7 @@ def test_every_step_has_its_rows(release: Path) -> None:
     about = {row["id"]: {"license": row["license"], "origin": row["origin"]} for _, row in kept_documents(release)}
     for phase, order, first, last in ORDERS:
         for step in range(first, last + 1):
-            rows = [row for row in read_rows(release / "dataset" / order / "order.parquet") if row["step"] == step]
+            rows = [row for row in order_rows(release / "dataset" / order) if row["step"] == step]
             names = (*PLACE, "source", "id")
             expected = [{**{name: row[name] for name in names}, **about[row["id"]]} for row in rows]
             answer = tracing.trace_step(release, phase, step)
@@ -226,7 +252,8 @@ def test_a_step_that_there_is_not_is_reported(release: Path, alone: Path) -> Non
 
 
 def test_every_document_has_its_outcome_and_its_steps(release: Path) -> None:
-    dispositions = {row["id"]: row for row in read_rows(release / "dataset/dispositions.parquet")}
+    dispositions = {row["id"]: row for _, row in dispositions_of(release)}
+    table_of = {row["id"]: table for table, row in dispositions_of(release)}
     origins = {row["id"]: row["origin"] for _, row in kept_documents(release)}
     checkpoints = [(path.name.rpartition("-step-")[0], int(path.name.rpartition("-")[2]), path.name)
                    for path in (release / "checkpoints").glob("*-step-*")]  # fmt: skip
@@ -235,7 +262,7 @@ def test_every_document_has_its_outcome_and_its_steps(release: Path) -> None:
     for id in [*dispositions, "old/1"]:
         document = tracing.trace_document(release, id)
         if id in dispositions:
-            disposition = {name: dispositions[id][name] for name in FATE} | {"table": "dispositions.parquet"}
+            disposition = {name: dispositions[id][name] for name in FATE} | {"table": table_of[id]}
             assert dataclasses.asdict(document.fates[0]) == {**disposition, "origin": origins.get(id)}
             assert (document.fates[0].origin is None) == (dispositions[id]["disposition"] == "removed")
         uses = uses_of(release, id)
@@ -255,7 +282,7 @@ def test_every_document_has_its_outcome_and_its_steps(release: Path) -> None:
     assert tracing.trace_document(release, "prose/009").checkpoints == []  # it was read by an idle step only
     old = tracing.trace_document(release, "old/1")
     assert [use.step for use in old.uses] == [1, 2]
-    assert old.fates[0].table == "earlier/dedup-bbbb/dispositions.parquet" and old.fates[0].origin == OLD["origin"]
+    assert old.fates[0].table.startswith("earlier/dedup-bbbb/dispositions") and old.fates[0].origin == OLD["origin"]
     assert old.checkpoints[0] == "midtrain-step-2"  # type: ignore[index]
     assert len(tracing.trace_document(release, "prose/001").fates) == 2
     assert "removed by near_duplicate: 1, threshold 2, duplicate of sums/003" in tracing.text(
@@ -279,6 +306,10 @@ def test_an_unknown_document_is_reported_with_the_nearest(release: Path) -> None
         tracing.trace_document(release, "prose/0001")
     with pytest.raises(AtomError, match=r"has no document zzz; look for its id in"):
         tracing.trace_removal(release, "zzz")
+
+
+def kept_of(data: Path, source: str) -> list[Path]:
+    return [*data.glob(f"kept/{source}.parquet"), *sorted(data.glob(f"kept/{source}/*.parquet"))]
 
 
 def agrees(release: Path, span: str, cache: Path) -> tracing.TextMatches:
@@ -367,16 +398,21 @@ def test_an_index_is_made_once_for_the_same_texts(release: Path, alone: Path, tm
     first = tracing.trace_text(release, "said", cache, notes.append)
     [index] = cache.iterdir()
     status = index.stat()
-    old = [f"earlier/dedup-bbbb/kept/{name}.parquet" for name in ("old", "prose", "sums")]
-    assert notes == [f"indexing {table}" for table in ("kept/prose.parquet", "kept/sums.parquet", *old)]
+    assert notes == [f"indexing {path.relative_to(release / 'dataset')}" for path in kept_tables(release)]
+    indexed = len(notes)
     answer = tracing.trace_text(alone, "said", cache, notes.append)  # the same kept files elsewhere: the same index
     assert [m.id for m in answer.matches] == [m.id for m in first.matches] == ["prose/001", "prose/006"]
-    assert len(notes) == 5 and index.stat().st_mtime_ns == status.st_mtime_ns and index.stat().st_ino == status.st_ino
+    assert (
+        len(notes) == indexed
+        and index.stat().st_mtime_ns == status.st_mtime_ns
+        and index.stat().st_ino == status.st_ino
+    )
 
-    change(alone / "kept/prose.parquet", {"prose/001": {"text": "an inserted word"}})
+    for path in kept_of(alone, "prose"):
+        change(path, {"prose/001": {"text": "an inserted word"}})
     write_sums(alone / SUMS, alone, [path for path in files_below(alone) if path != SUMS])
     assert [m.id for m in tracing.trace_text(alone, "inserted", cache, notes.append).matches] == ["prose/001"]
-    assert len(notes) == 10 and len(list(cache.iterdir())) == 2
+    assert len(notes) == 2 * indexed and len(list(cache.iterdir())) == 2
 
 
 def test_an_index_that_cannot_be_trusted_is_refused(release: Path, alone: Path, tmp_path: Path) -> None:
@@ -385,13 +421,14 @@ def test_an_index_that_cannot_be_trusted_is_refused(release: Path, alone: Path, 
         tracing.trace_text(release, "", cache)
     with pytest.raises(AtomError, match="not valid Unicode text"):
         tracing.trace_text(release, "a\udc80b", cache)
-    content = (alone / "kept/sums.parquet").read_bytes()
-    (alone / "kept/sums.parquet").write_bytes(content[:200])
-    with pytest.raises(AtomError, match="sums.parquet differs from the checksums beside it; verify this copy"):
+    kept = kept_of(alone, "sums")[-1]
+    kept.write_bytes(kept.read_bytes()[:200])
+    with pytest.raises(AtomError, match=f"{kept.name} differs from the checksums beside it; verify this copy"):
         tracing.trace_text(alone, "said", cache)
     assert list(cache.iterdir()) == []  # half an index is none
-    (alone / "kept/sums.parquet").unlink()
-    with pytest.raises(AtomError, match=r"kept/sums.parquet is missing or not listed in SHA256SUMS"):
+    kept.unlink()
+    name = kept.relative_to(alone).as_posix()
+    with pytest.raises(AtomError, match=f"{name} is missing or not listed in SHA256SUMS"):
         tracing.trace_text(alone, "a", cache)
     (alone / SUMS).unlink()
     with pytest.raises(CheckFailed, match="SHA256SUMS is missing"):
@@ -431,6 +468,7 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
             lines = text.splitlines() if path.endswith(".jsonl") else [text]
             content[path] = [[s for line in lines for s in strings(json.loads(line))]]
     roots = merkle.roots(release / "dataset")
+    ids_of_table = {t: {row["id"] for f in table_files(release, t) for row in read_rows(release / f)} for t in roots}
     texts: dict[str, set[str]] = {}
     for _, row in kept_documents(release):
         texts.setdefault(row["id"], set()).add(row["text"])
@@ -449,7 +487,7 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
         ] == expected, id
         found_in |= {row.path for row in report.files}
         assert report.document == tracing.trace_document(release, id)
-        assert set(report.proofs) == ({t for t in roots if any(id in row for row in content[table_file(t)])})
+        assert set(report.proofs) == {table for table in roots if id in ids_of_table[table]}
         assert [merkle.check(dataclasses.asdict(proof), roots) for proof in report.proofs.values()] == [None] * len(
             report.proofs
         )
@@ -460,13 +498,18 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
     assert {f"evidence/training/rlvr/{name}.json" for name in "ab"} <= found_in  # an id that JSON writes in two ways
     assert {"dataset/rl/rlvr/rollouts.parquet", "evidence/training/longcontext-2/training.jsonl"} <= found_in
     repositories = {row.path: row.repository for row in tracing.trace_removal(release, "prose/001").files}
-    assert repositories["dataset/kept/prose.parquet"] == "local/tiny-data"
+    kept = next(path for path in repositories if path.startswith("dataset/kept/prose"))
+    assert repositories[kept] == "local/tiny-data"
     assert repositories["evidence/training/longcontext-2/training.jsonl"] == "local/tiny-evidence"
     assert repositories["model/training/longcontext-2.jsonl"] == "local/tiny"
 
 
-def table_file(table: str) -> str:
-    return {"tokens": "dataset/tokens/documents.parquet"}.get(table, f"dataset/{table}.parquet")
+def table_files(release: Path, table: str) -> list[str]:
+    """The files of a table that has a root."""
+    name = re.sub("^tokens", "tokens/documents", table)
+    files = [*release.glob(f"dataset/{name}.parquet"), *sorted(release.glob(f"dataset/{name}/part-*.parquet"))]
+    assert files, table
+    return [path.relative_to(release).as_posix() for path in files]
 
 
 def test_duplicates_are_followed_both_ways(release: Path) -> None:

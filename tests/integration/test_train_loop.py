@@ -245,7 +245,7 @@ def test_rows_become_shifted_padded_batches(corpus: Path) -> None:
     assert batch.ids[0].tolist() == [*tokens[:-1], 0, 0] and batch.labels[0].tolist() == [*tokens[1:], 0, 0]
     assert batch.loss_mask[0].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
     assert batch.padding[0].tolist() == [False] * 6 + [True] * 2
-    assert batch.ids[1, 0] == shards.source("text").get(0)[4]
+    assert batch.ids[1, 0] == shards.shard("text", 0).get(0)[4]
 
 
 @pytest.mark.numeric

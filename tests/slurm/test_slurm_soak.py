@@ -75,7 +75,7 @@ def test_a_whole_recipe_in_disorder_has_the_digests_of_a_quiet_one(seed: int, tm
     """`make soak`: all stages, training on two nodes, arrays of shards; whatever runs is disturbed every few seconds, and
     status is held to squeue and sacct all the while."""
     rng, home, quiet = random.Random(seed), tmp_path / "home", tmp_path / "quiet"
-    recipe = slurm_fixtures.with_shards(tmp_path, 3)
+    recipe = slurm_fixtures.with_parts(tmp_path, 3)
     body = yaml.safe_load(Path(recipe).read_text())
     Path(recipe).write_text(yaml.safe_dump(body))
     atom(quiet, "run", recipe)

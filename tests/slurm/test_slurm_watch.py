@@ -21,7 +21,8 @@ def test_a_stage_that_would_fail_again_is_not_retried_and_stops_what_waits_for_i
     notes_file = folder / "notified"
     recipe = slurm_fixtures.write_recipe(folder)
     order = next((home / "artifacts").glob("order-pretrain-*"))
-    (order / "order.parquet").write_bytes(b"x" * (order / "order.parquet").stat().st_size)  # no retry mends it
+    part = order / "part-00000.parquet"
+    part.write_bytes(b"x" * part.stat().st_size)  # no retry mends it
     notify = f'echo "$ATOM_STAGE: $ATOM_OUTCOME" >> {notes_file}'
     cluster = slurm_fixtures.write_profile(folder, restarts=3, notify=notify)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "midtrain")

@@ -62,6 +62,21 @@ def test_steps(*selections: str) -> Callable[[], dict[str, Step]]:
     return lambda: {selection: lambda folder, s=selection: run_tests(s.split(), folder) for selection in selections}
 
 
+def bench_step(name: str, *arguments: str) -> Callable[[], dict[str, Step]]:
+    """A benchmark, whose result is its last line."""
+
+    def run(folder: Path) -> Cells:
+        process = subprocess.run(
+            [sys.executable, f"bench/{name}.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if process.returncode:
+            raise SystemExit(f"soak: bench/{name}.py\n{process.stdout[-3000:]}{process.stderr[-3000:]}")
+        result = json.loads(process.stdout.splitlines()[-1])
+        return [f"{result['ratio']} ({result['unit']})"]
+
+    return lambda: {f"bench/{name}.py {' '.join(arguments)}": run}
+
+
 DIFFERENCE = f"Largest relative difference of loss, balance loss, gradient norm and held-out loss at any step, in fp32 on CPU over gloo; the bound is {layouts.TOLERANCE:g}."
 PARTS = {
     "layouts": Part(layouts.matrix_steps, layouts.MATRIX_HEAD, f"Layouts against one process. {DIFFERENCE}"),
@@ -76,8 +91,16 @@ PARTS = {
         layouts.kill_steps, layouts.KILL_HEAD, "`kill -9` of one rank or all four, at random moments, in layout PP2xEP2."
     ),
     "slurm-stages": Part(
-        test_steps(*(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "shards", "verdicts", "watch"))),
+        test_steps(*(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "verdicts", "watch"))),
         ["tests", "result"], "The tests on Slurm at length: kills, node failures, daemons, a full disk.",
+    ),
+    "slurm-parts": Part(
+        test_steps("tests/slurm/test_slurm_parts.py"), ["tests", "result"],
+        "A thousand parts in job arrays of 3 to 100 tasks: killed tasks, a dead node, a document that nobody can read.",
+    ),
+    "data-scale": Part(
+        bench_step("data_scale", "--full"), ["benchmark", "result"],
+        "Growth of the data stages up to three million documents; a ratio of 1 or more holds every limit.",
     ),
     "slurm-recipe": Part(
         test_steps("tests/slurm/test_slurm_soak.py"), ["tests", "result"],

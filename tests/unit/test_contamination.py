@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import AtomError
+from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.curation.overlap import ItemRuns
-from stages.data.table import read_jsonl, write_jsonl
+from stages.data.table import KEPT, ORDER, read_jsonl, write_jsonl, write_rows
 from stages.evaluation import contamination, generated_eval, pass_at_k
 from stages.evaluation.contamination_corpus import FORMS
 from stages.evaluation.eval_set import chat_rows
@@ -108,3 +109,35 @@ def test_artifacts_of_two_runs_are_refused_in_a_sentence(run_stage, inputs, tmp_
     other = chat_fixtures.corpus(tmp_path, {"prose": ["only", "two"]})
     with pytest.raises(AtomError, match="document prose/10 was trained on but is not among the kept ones of dedup"):
         run_stage(contamination.STAGE, CONFIG, {**inputs, "dedup": other["dedup"]})
+
+
+@pytest.fixture
+def parted(inputs, tmp_path: Path) -> dict[str, Artifact]:
+    """The same corpus in three parts of kept documents and two files of the order."""
+    rows = chat_fixtures.table(inputs["dedup"], "kept/prose.parquet")
+    for part in range(3):
+        rows_of_part = rows[part_slice(len(rows), part, 3)]
+        write_rows(tmp_path / "dedup/kept/prose" / part_file(part), KEPT, rows_of_part)
+    order = chat_fixtures.table(inputs["order-pretrain"], "order.parquet")
+    for part in range(2):
+        write_rows(tmp_path / "order" / part_file(part), ORDER, order[part_slice(len(order), part, 2)])
+    artifacts = {"dedup": tmp_path / "dedup", "order-pretrain": tmp_path / "order"}
+    return {**inputs, **{role: write_manifest(folder, role) for role, folder in artifacts.items()}}
+
+
+def test_parts_in_any_order_give_the_same_bytes(run_stage, inputs, parted, tmp_path: Path) -> None:
+    for stage, config in (
+        (contamination.STAGE, CONFIG),
+        (generated_eval.STAGE, {"problems": {"add": 5}, "phases": {"pretrain": ["prose"]}}),
+    ):
+        expected = run_stage(stage, config, inputs)
+        work, settings = tmp_path / stage.name, {**config, "parts": {"prose": 3}}
+        model = stage.config.model_validate(settings)
+        assert stage.shards(model) == 3
+        work.mkdir()
+        for part in (1, 2, 0):
+            stage.run_shard(model, parted, work, part)
+        damaged = next((work / "prose-00001").glob("*.npy"))
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        assert run_stage(stage, settings, parted, work).digest == expected.digest
+        assert run_stage(stage, config, parted).digest == expected.digest

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import identity
+from pipeline.core.store import sha256_file
+from stages.data import acquire, sources
 from stages.data.acquire import AcquireConfig
 from stages.data.recipe import load
 from stages.data.sources import resolve_tree_digest
@@ -85,16 +88,69 @@ def test_unknown_names_and_unreadable_files(tmp_path: Path) -> None:
         load(tmp_path / "bad.yaml")
 
 
-def test_a_pinned_tree_that_changed_is_refused_with_both_digests(tmp_path: Path) -> None:
+def test_a_pinned_tree_that_changed_is_refused_with_both_digests(tmp_path: Path, run_stage: Any) -> None:
+    """Planning reads no file of a pinned source; acquiring compares."""
     path = write_recipe(tmp_path)
     digest = resolve_tree_digest(load(path).sources[0])
     pinned = write_recipe(tmp_path, tree_digest=digest)
     assert resolve_tree_digest(load(pinned).sources[0]) == digest
     with open(tmp_path / "notes.jsonl", "a") as f:
         f.write("{}\n")
+    recipe = load(pinned).resolved()
+    assert recipe.sources[0].tree_digest == digest
     with pytest.raises(RecipeError) as caught:
-        load(pinned).resolved()
+        run_stage(acquire.STAGE, recipe.acquire_config("notes", 0), {})
     assert str(caught.value).count("sha256:") == 2
+
+
+def test_planning_reads_each_version_of_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(sources, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    recipe = load(write_recipe(tmp_path))
+    first, second = recipe.resolved(), recipe.resolved()
+    assert first == second and len(hashed) == 1
+    (tmp_path / "notes.jsonl").write_text("another text\n")
+    assert recipe.resolved() != first and len(hashed) == 2
+
+
+def test_the_number_of_parts_is_checked(tmp_path: Path) -> None:
+    """One part is the default, and then no key knows of parts."""
+    plain, one, two = (load(write_recipe(tmp_path, parts=parts)) for parts in (None, 1, 2))
+    keys = [identity(AcquireConfig.model_validate(r.acquire_config("notes", 0))) for r in (plain, one, two)]
+    assert keys[0] == keys[1] != keys[2]
+    with pytest.raises(RecipeError, match="source notes: parts = 2, but its reader finds 1 files; use no more parts"):
+        two.resolved()
+    assert two.filter_config(0)["sources"][0]["parts"] == two.dedup_config()["sources"][0]["parts"] == 2
+    assert two.tokenize_config()["parts"] == {"notes": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"reader": {"reader": "stdlib-source"}},
+            "notes.parts = 2, but reader stdlib-source reads no files of yours; use 1",
+        ),
+        (
+            {"reader": {**JSONL_SOURCE["reader"], "limit": 3}},  # type: ignore[dict-item]
+            "notes.parts = 2, but reader.limit selects from the whole source; leave one out",
+        ),
+    ],
+)
+def test_what_has_one_part_only(tmp_path: Path, changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=f"data recipe mine: sources.{sentence}"):
+        load(write_recipe(tmp_path, parts=2, **changes))
+
+
+def test_shards_of_the_curation_are_refused_with_what_replaces_them(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    path.write_text(path.read_text() + "curation: {shards: 1000}\n")
+    with pytest.raises(
+        RecipeError,
+        match="^data recipe mine: curation: shards is no setting any more; give each source of many files its own "
+        "number of `parts`$",
+    ):
+        load(path)
 
 
 def test_where_the_files_lie_is_not_identity(tmp_path: Path) -> None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import AtomError, CheckFailed, RecipeError
+from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import tokenization
+from stages.data import text_sample, tokenization
 from stages.data import tokenizer as training
-from stages.data.shards import check_shard
+from stages.data.encoder import Encoder
+from stages.data.shards import ShardWriter, check_shard, check_sizes
 from stages.data.table import KEPT, content_hash, write_rows
 
 SECTION = {"vocab_size": 320, "padded_vocab_size": 384, "sample_bytes": 100_000}
@@ -144,8 +151,14 @@ def test_training_is_deterministic_and_learns_from_the_training_split_alone(tmp_
     stats = first.json("stats.json")
     assert stats["bytes_per_token"]["prose"]["split"] == "heldout"
     assert stats["sample"]["documents"] == 54 + 40
-    sample = list(training.interleave({"a": ["aaaa"] * 3, "b": ["b"] * 5}, 1000))
-    assert sample == ["aaaa", "b", "b", "b", "b", "aaaa", "b", "aaaa"]
+
+
+def test_the_sample_has_equal_bytes_of_each_source() -> None:
+    lengths = {"a": [4] * 3, "b": [1] * 5}
+    assert text_sample.interleave(lengths, 1000) == {"a": 3, "b": 5}
+    assert text_sample.interleave(lengths, 7) == {"a": 1, "b": 3}
+    assert text_sample.interleave(lengths, 9) == {"a": 2, "b": 4}
+    assert text_sample.interleave({"a": [4] * 3, "b": []}, 5) == {"a": 2, "b": 0}
 
 
 def test_a_corpus_that_is_too_small_is_refused(tmp_path: Path, run_stage: Any) -> None:
@@ -168,18 +181,19 @@ def test_megatron_reads_the_shards(tmp_path: Path, run_stage: Any) -> None:
 
     tokens, tokenizer_artifact = tokenized(tmp_path, run_stage)
     tokenizer = Tokenizer.from_file(str(tokenizer_artifact / "tokenizer.json"))
-    rows = pq.read_table(tokens / "documents.parquet").to_pylist()
+    rows = [row for path in sorted(tokens.path.glob("documents/*/*")) for row in pq.read_table(path).to_pylist()]
     meta = tokens.json("meta.json")
     assert sorted(p.relative_to(tokens.path).as_posix() for p in tokens.path.rglob("*.bin")) == [
-        "heldout/prose.bin",
-        "train/prose.bin",
-        "train/sums.bin",
+        "heldout/prose/part-00000.bin",
+        "train/prose/part-00000.bin",
+        "train/sums/part-00000.bin",
     ]
     texts = {f"prose/{i}": t for i, t in enumerate([*TEXTS, TRICKY])}
     for split, source in (("train", "prose"), ("heldout", "prose"), ("train", "sums")):
         mine = [row for row in rows if (row["split"], row["source"]) == (split, source)]
-        data = IndexedDataset(str(tokens / f"{split}/{source}"))
-        assert len(data) == len(mine) == meta["documents"][split][source] == check_shard(tokens / f"{split}/{source}")
+        name = f"{split}/{source}/part-00000"
+        data = IndexedDataset(str(tokens / name))
+        assert len(data) == len(mine) == meta["documents"][split][source] == check_shard(tokens.path, name)
         assert sum(row["tokens"] for row in mine) == meta["tokens"][split][source]
         for row in mine:
             ids = data[row["ordinal"]].tolist()
@@ -193,42 +207,271 @@ def test_megatron_reads_the_shards(tmp_path: Path, run_stage: Any) -> None:
 
 def test_a_broken_shard_is_named(tmp_path: Path, run_stage: Any) -> None:
     tokens, _ = tokenized(tmp_path, run_stage)
-    prefix = tokens / "train/sums"
+    name = "train/sums/part-00000"
+    prefix = tokens / name
     data, index = (prefix.with_suffix(s).read_bytes() for s in (".bin", ".idx"))
-    for suffix, content, words in (
-        (".bin", data[:-2], r"sums\.bin has \d+ bytes instead of"),
-        (".idx", index[:-8], r"sums\.idx has \d+ bytes where"),
-        (".idx", b"nonsense" * 20, r"sums\.idx is not a Megatron index"),
-        (".idx", index[:10], r"sums\.idx has only 10 bytes"),
-        (".idx", index[:34] + b"\x01" + index[35:], r"sums\.idx does not list"),
+    sequences = check_shard(tokens.path, name)
+    pointers = 34 + 4 * sequences
+    for suffix, content, words, at_a_glance in (
+        (".bin", data[:-2], r"00000\.bin has \d+ bytes instead of", True),
+        (".idx", index[:-8], r"00000\.idx has \d+ bytes where", True),
+        (".idx", b"nonsense" * 20, r"00000\.idx is not a Megatron index", True),
+        (".idx", index[:10], r"00000\.idx has only 10 bytes", True),
+        (".idx", index[:-8] + bytes(8), r"00000\.idx does not end its last document", True),
+        (".idx", index[:34] + b"\x01" + index[35:], r"00000\.idx does not list", False),
+        (".idx", index[:pointers] + b"\x02" + index[pointers + 1 :], r"00000\.idx does not list", False),
     ):
         prefix.with_suffix(suffix).write_bytes(content)
-        with pytest.raises(AtomError, match=words):
-            check_shard(prefix)
+        with pytest.raises(AtomError, match=f"sums/part-{words}.*; remove {tokens.path} and run again"):
+            check_shard(tokens.path, name)
+        if at_a_glance:
+            with pytest.raises(AtomError, match=words):
+                check_sizes(tokens.path, name)
+        else:
+            assert check_sizes(tokens.path, name) == sequences
         prefix.with_suffix(".bin").write_bytes(data)
         prefix.with_suffix(".idx").write_bytes(index)
     prefix.with_suffix(".bin").unlink()
-    with pytest.raises(AtomError, match=r"sums\.bin is missing"):
-        check_shard(prefix)
-    with pytest.raises(AtomError, match=r"train/sums\.bin is missing"):
+    with pytest.raises(AtomError, match=r"sums/part-00000\.bin is missing"):
+        check_sizes(tokens.path, name)
+    with pytest.raises(AtomError, match=r"train/sums/part-00000\.bin is missing"):
         Artifact.open(tokens.path)
 
 
-@pytest.mark.parametrize("shards", [1, 3, 7])
-def test_shards_done_beforehand_are_all_that_the_stage_needs(
-    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+@pytest.mark.parametrize("documents, entries", [(0, 1 << 18), (7, 3), (9, 3), (50, 1 << 18)])
+@pytest.mark.parametrize("vocab_size", [65_536, 65_537])
+def test_the_shard_has_the_bytes_of_datatrove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: int, entries: int, vocab_size: int
 ) -> None:
+    from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+
+    monkeypatch.setattr("stages.data.shards._ENTRIES", entries)
+    writer = ShardWriter(tmp_path / "ours/shard", vocab_size)
+    theirs = MegatronTokenizedFile(str(tmp_path), "shard", token_size=2 if vocab_size == 65_536 else 4)
+    rng = np.random.default_rng(0)
+    for _ in range(documents):
+        ids = rng.integers(0, vocab_size, rng.integers(1, 9)).astype(np.int32)
+        writer.add(ids)
+        theirs.write(ids.tolist())
+    writer.close()
+    theirs.close()
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours/shard{suffix}").read_bytes() == (tmp_path / f"shard{suffix}").read_bytes()
+    assert check_shard(tmp_path / "ours", "shard") == check_sizes(tmp_path / "ours", "shard") == documents
+
+
+PARTS = {"prose": 3, "sums": 2}
+
+
+def in_parts(folder: Path) -> Artifact:
+    """The documents of `curated` in parts, one of them without documents and one without held-out documents."""
+    curated(folder / "whole")
+    for source, bounds in (("prose", [0, 9, 9, 60]), ("sums", [0, 13, 40])):
+        rows = pq.read_table(folder / f"whole/kept/{source}.parquet").to_pylist()
+        for part, (start, stop) in enumerate(pairwise(bounds)):
+            write_rows(folder / "parts/kept" / source / part_file(part), KEPT, rows[start:stop])
+    return write_manifest(folder / "parts", "dedup")
+
+
+def tokenize(inputs: dict[str, Artifact], work: Path, out: Path, **config: Any) -> Artifact:
     from tests.fixtures.run_fixtures import RecordingReport
 
-    inputs = {"dedup": curated(tmp_path / "in"), "tokenizer": write_manifest(tokenizer_folder, "tokenizer")}
-    uncut, cut, work = tmp_path / "whole", tmp_path / "cut", tmp_path / "work"
-    for folder in (uncut, cut, work):
-        folder.mkdir()
-    tokenization.run(tokenization.TokenizeConfig(), inputs, tmp_path / "other", uncut, RecordingReport())
-    config = tokenization.TokenizeConfig(shards=shards)
-    for shard in range(shards):
-        tokenization.run_shard(config, inputs, work, shard)
-    assert len(list(work.glob("tokens-*"))) == 2 * shards
+    out.mkdir()
+    tokenization.run(tokenization.TokenizeConfig(**config), inputs, work, out, RecordingReport())
+    return write_manifest(out, "tokenize")
+
+
+@pytest.fixture
+def part_inputs(tokenizer_folder: Path, tmp_path: Path) -> dict[str, Artifact]:
+    return {"dedup": in_parts(tmp_path / "in"), "tokenizer": write_manifest(tokenizer_folder, "tokenizer")}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_any_order_of_the_parts_gives_the_same_bytes(
+    part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    whole = tokenize(part_inputs, tmp_path / "other", tmp_path / "whole")
+    config = tokenization.TokenizeConfig(parts=PARTS)
+    assert tokenization.STAGE.shards(config) == 5
+    for shard in random.Random(seed).sample(range(5), 5):
+        tokenization.run_shard(config, part_inputs, tmp_path / "work", shard)
     monkeypatch.setattr(tokenization, "encode", None)  # nothing is left to encode
-    tokenization.run(config, inputs, work, cut, RecordingReport())
-    assert write_manifest(cut, "t").digest == write_manifest(uncut, "t").digest
+    assert tokenize(part_inputs, tmp_path / "work", tmp_path / "out", parts=PARTS).digest == whole.digest
+    files = {path.relative_to(whole.path).as_posix() for path in whole.path.rglob("*") if path.is_file()}
+    assert files == {
+        "manifest.json", "meta.json",
+        *(f"documents/{source}/part-0000{part}.parquet" for source, parts in PARTS.items() for part in range(parts)),
+        *(f"train/{name}.{suffix}" for suffix in ("bin", "idx") for name in
+          ("prose/part-00000", "prose/part-00002", "sums/part-00000", "sums/part-00001")),
+        *(f"heldout/prose/part-00002.{suffix}" for suffix in ("bin", "idx")),
+    }  # fmt: skip
+    assert pq.read_metadata(whole / "documents/prose/part-00001.parquet").num_rows == 0
+
+
+def test_parts_hold_what_one_part_holds(part_inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    whole_inputs = {**part_inputs, "dedup": curated(tmp_path / "one")}
+    parts = tokenize(part_inputs, tmp_path / "a", tmp_path / "parts")
+    whole = tokenize(whole_inputs, tmp_path / "b", tmp_path / "whole")
+    assert parts.json("meta.json") == whole.json("meta.json")
+    for source, count in PARTS.items():
+        tables = [pq.read_table(parts / f"documents/{source}" / part_file(part)).to_pylist() for part in range(count)]
+        assert [row["part"] for rows in tables for row in rows] == [n for n, rows in enumerate(tables) for _ in rows]
+        for rows in tables:
+            for split in ("train", "heldout"):
+                ordinals = [row["ordinal"] for row in rows if row["split"] == split]
+                assert ordinals == list(range(len(ordinals)))
+        rows = [{**row, "part": 0, "ordinal": 0} for table in tables for row in table]
+        expected = pq.read_table(whole / f"documents/{source}/part-00000.parquet").to_pylist()
+        assert rows == [{**row, "ordinal": 0} for row in expected]
+        for split in ("train", "heldout"):
+            data = b"".join(path.read_bytes() for path in sorted(parts.path.glob(f"{split}/{source}/*.bin")))
+            one = whole / f"{split}/{source}/part-00000.bin"
+            assert data == (one.read_bytes() if one.exists() else b"")
+
+
+@pytest.mark.parametrize("damage", ["killed", "cut"])
+def test_a_killed_or_damaged_part_is_made_again(
+    part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    expected = tokenize(part_inputs, tmp_path / "other", tmp_path / "whole")
+    work, config = tmp_path / "work", tokenization.TokenizeConfig(parts=PARTS)
+    if damage == "killed":
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardWriter, "close", lambda self: os._exit(9))
+            if (pid := os.fork()) == 0:
+                tokenization.run_shard(config, part_inputs, work, 2)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+        assert [path.name.split(".")[1] for path in work.iterdir()] == ["prose-00002"]
+    else:
+        tokenization.run_shard(config, part_inputs, work, 2)
+        file = work / "prose-00002/train/prose/part-00002.bin"
+        file.write_bytes(file.read_bytes()[:-2])
+    assert tokenize(part_inputs, work, tmp_path / "out").digest == expected.digest
+
+
+def test_a_part_that_the_disk_spoils_is_not_sealed(
+    part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = ShardWriter.close
+
+    def spoil(writer: ShardWriter) -> None:
+        close(writer)
+        index = writer.prefix.with_suffix(".idx")
+        index.write_bytes(index.read_bytes()[:34] + b"\x01" + index.read_bytes()[35:])
+
+    monkeypatch.setattr(ShardWriter, "close", spoil)
+    with pytest.raises(AtomError, match=r"part-00000\.idx does not list its sequences one behind the other"):
+        tokenization.run_shard(tokenization.TokenizeConfig(parts=PARTS), part_inputs, tmp_path / "work", 0)
+    assert not (tmp_path / "work/prose-00000").exists()
+
+
+def test_other_parts_than_the_recipe_has_are_refused(part_inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    config = tokenization.TokenizeConfig(parts={"prose": 4})
+    with pytest.raises(AtomError, match="holds 3 parts of prose, and the recipe has 4; run dedup again"):
+        tokenization.run_shard(config, part_inputs, tmp_path / "work", 3)
+
+
+def test_ids_that_differ_from_those_of_tokenizers_stop_the_stage(
+    part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoder, "encode", lambda self, texts: [ids + 1 for ids in self.reference(texts)])
+    with pytest.raises(
+        AtomError, match=r"part-00000\.parquet: tiktoken and tokenizers encode the document prose/0 diff"
+    ):
+        tokenize(part_inputs, tmp_path / "work", tmp_path / "out")
+
+
+def test_the_tokenizer_is_the_same_for_any_parts(part_inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    from tests.fixtures.run_fixtures import RecordingReport
+
+    out = tmp_path / "tokenizer"
+    out.mkdir()
+    training.run(training.TokenizerSection(**SECTION), part_inputs, tmp_path, out, RecordingReport())
+    assert write_manifest(out, "tokenizer").digest == part_inputs["tokenizer"].digest
+
+
+def test_a_large_source_is_sampled_from_some_of_its_files(tmp_path: Path) -> None:
+    kept = in_parts(tmp_path) / "kept"
+
+    def files(**section: Any) -> dict[str, list[str]]:
+        chosen = text_sample.choose_files(kept, **{"leave_out": (), "size": 100_000, **section})
+        return {name: [path.stem for path in paths] for name, paths in chosen.items()}
+
+    assert {name: len(paths) for name, paths in files().items()} == PARTS
+    assert {name: len(paths) for name, paths in files(size=1).items()} == {"prose": 1, "sums": 1}
+    assert list(files(leave_out=["prose"])) == ["sums"]
+
+
+class PublishedTokens:
+    """What a replay reads of a release: the plan of a phase on some token shards, in either layout."""
+
+    def __init__(self, inputs: dict[str, Artifact], tokens: Artifact, earlier_layout: bool) -> None:
+        def earlier(path: str) -> str:
+            return path.replace("/part-00000", "") if earlier_layout else path
+
+        keys = {"dedup": "dedup-1", "tokenizer": "tokenizer-1", "tokens": "tokenize-1"}
+        artifacts = {"dedup-1": inputs["dedup"], "tokenizer-1": inputs["tokenizer"], "tokenize-1": tokens}
+        self.files = {key: {earlier(row.path): (artifact / row.path, row.sha256) for row in artifact.rows}
+                      for key, artifact in artifacts.items()}  # fmt: skip
+        self.manifests = {"tokenize-1": SimpleNamespace(node="tokenize")}
+        self.sums = {"model/tokenizer.json": self.listed("tokenizer-1")["tokenizer.json"]}
+        self.source, self.materials = self, keys
+        self.config = SimpleNamespace(phase=SimpleNamespace(mix={"prose": 0.5, "sums": 0.5}))
+
+    def statement(self, node: str) -> tuple[str, Any]:
+        return "tokenize-1", {}
+
+    def listed(self, key: str) -> dict[str, str]:
+        return {path: digest for path, (_, digest) in self.files[key].items()}
+
+    def copy(self, key: str, file: str) -> Path:
+        return self.files[key][file][0]
+
+    def file(self, path: str) -> Path:
+        return self.files["tokenizer-1"]["tokenizer.json"][0]
+
+
+@pytest.mark.parametrize("layout", ["parts", "one part", "earlier"])
+def test_a_replay_makes_the_shards_of_either_layout(
+    part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    from pipeline.core import provenance
+    from release.audit.replay import retraining
+
+    monkeypatch.setattr(provenance, "material_keys", lambda body: {"dedup": "dedup-1", "tokenizer": "tokenizer-1"})
+    monkeypatch.setattr(provenance, "parameters_of", lambda body: {"config": {}})
+    inputs = part_inputs if layout == "parts" else {**part_inputs, "dedup": curated(tmp_path / "one")}
+    tokens = tokenize(inputs, tmp_path / "work", tmp_path / "tokens")
+    plan: Any = PublishedTokens(inputs, tokens, layout == "earlier")
+    assert ("train/sums.bin" in plan.listed("tokenize-1")) == (layout == "earlier")
+    replayed = retraining.tokenize(plan, tmp_path / "replay")
+    assert replayed.rows == tokens.rows
+    plan.files["tokenize-1"] = {
+        path: (file, "0" * 64 if path.endswith(".idx") and "train/sums" in path else digest)
+        for path, (file, digest) in plan.files["tokenize-1"].items()
+    }
+    with pytest.raises(CheckFailed, match=r"train/sums/part-00000.idx differs .* shards differ"):
+        retraining.tokenize(plan, tmp_path / "altered")
+    plan.files["dedup-1"] = {"kept/prose/../../x.parquet": (tmp_path, "")}
+    with pytest.raises(CheckFailed, match="the manifest of dedup-1 lists no kept documents of prose"):
+        retraining.tokenize(plan, tmp_path / "none")
+
+
+@pytest.mark.parametrize("documents, size", [(5, 0), (1, 700), (1, 10**9), (100, 0)])
+@pytest.mark.parametrize("pending", [0, 1_000_000])
+def test_a_sample_has_the_least_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: int, size: int, pending: int
+) -> None:
+    monkeypatch.setattr(text_sample, "PENDING", pending)
+    monkeypatch.setattr(text_sample, "ROWS", 4)
+    kept = in_parts(tmp_path) / "kept/prose"
+    files = sorted(kept.iterdir())
+    rows = [row for path in files for row in pq.read_table(path).to_pylist() if row["split"] == "train"]
+    rows.sort(key=lambda row: row["content_hash"])
+    sample = text_sample.Sample.draw(files, "train", documents, size)
+    lengths = [len(row["text"].encode()) for row in rows]
+    least = next((n for n in range(len(rows)) if sum(lengths[:n]) >= size), len(rows))
+    count = min(max(least, documents), len(rows))
+    assert count <= len(sample.lengths) <= count + 1 and sample.lengths.tolist() == lengths[: len(sample.lengths)]
+    texts = [text for batch in sample.texts(count) for text in batch]
+    assert sorted(texts) == sorted(row["text"] for row in rows[:count])

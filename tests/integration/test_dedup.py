@@ -1,0 +1,352 @@
+"""Dedup: planted duplicates are found and named, like datatrove's clusters; any number of tasks gives the same bytes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from datatrove.data import Document
+from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
+from datatrove.utils.hashing import HashConfig
+
+from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.store import Artifact
+from stages.data import database, dedup
+from stages.data.curation import duplicates
+from stages.data.curation.duplicates import Part, Partition
+from stages.data.curation.settings import MinHash
+from stages.data.curation.words import WORDS
+from stages.data.table import DISPOSITIONS, KEPT, arrow_schema
+from tests.fixtures.filter_fixtures import REMOVED, filter_artifact
+from tests.fixtures.run_fixtures import RecordingReport
+
+RNG = random.Random(0)
+VOCABULARY = ["".join(RNG.choice("abcdefghijklmnop") for _ in range(5)) for _ in range(3000)]
+
+Parts = Sequence[Mapping[str, str | None]]
+
+
+def new_text(words: int = 80) -> str:
+    return " ".join(RNG.choice(VOCABULARY) for _ in range(words))
+
+
+def near(text: str) -> str:
+    """A text that shares all but its last n-gram with the given one."""
+    return f"{text} {RNG.choice(VOCABULARY)}"
+
+
+TEXTS = [new_text() for _ in range(8)]
+SOURCES: dict[str, Parts] = {
+    "prose": [
+        {"first": TEXTS[0], "copy": TEXTS[0], "filtered": None, "other": TEXTS[1]},
+        {"near": near(TEXTS[0]), "far": TEXTS[2], "copy of other": TEXTS[1]},
+        {"nearer": near(near(TEXTS[0])), "alone": TEXTS[5]},
+    ],
+    "sums": [{"a": TEXTS[3], "in prose": TEXTS[5], "short": "1 2"}],
+    "code": [
+        {"in sums": TEXTS[3], "near a copy": near(TEXTS[3]), "short": "a b", "again": "a b"},
+        {"only": near(TEXTS[2]), "none": None},
+    ],
+}  # fmt: skip
+KINDS = {"prose": "prose", "code": "code", "sums": "problems"}
+DUPLICATES = {
+    "prose/copy": ("exact_duplicate", "prose/first"),
+    "prose/copy of other": ("exact_duplicate", "prose/other"),
+    "prose/near": ("near_duplicate", "prose/first"),
+    "prose/nearer": ("near_duplicate", "prose/first"),
+    "sums/in prose": ("exact_duplicate", "prose/alone"),
+    "code/in sums": ("exact_duplicate", "sums/a"),  # so nothing is near it any more
+    "code/again": ("exact_duplicate", "code/short"),
+    "code/only": ("near_duplicate", "prose/far"),
+}
+
+
+def config_of(sources: Mapping[str, Parts], minhash: dict[str, Any] | None, heldout: float = 0.2) -> dict[str, Any]:
+    names = [
+        {"name": name, "kind": KINDS[name], "heldout_fraction": heldout, "parts": len(parts)}
+        for name, parts in sources.items()
+    ]
+    return {"sources": names, "minhash": minhash}
+
+
+def filtered(folder: Path, sources: Mapping[str, Parts] = SOURCES) -> Artifact:
+    return filter_artifact(folder, sources, {"prose": MinHash(), "code": MinHash()})
+
+
+def dispositions(artifact: Artifact) -> dict[str, dict[str, Any]]:
+    files = sorted((artifact / "dispositions").rglob("*.parquet"))
+    rows = [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def test_duplicates_name_the_first_document(tmp_path: Path, run_stage: Any) -> None:
+    artifact = run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": filtered(tmp_path / "filtered")})
+    rows = dispositions(artifact)
+    assert set(rows) == {f"{source}/{name}" for source, parts in SOURCES.items() for part in parts for name in part}
+    found = {id: (row["rule"], row["duplicate_of"]) for id, row in rows.items() if row["duplicate_of"]}
+    assert found == DUPLICATES
+    assert {id for id, row in rows.items() if row["rule"] == REMOVED} == {"prose/filtered", "code/none"}
+    for id, row in rows.items():
+        kept = row["disposition"] == "kept"
+        assert kept == (row["rule"] is None) == (row["split"] is not None) == (row["value"] is None), id
+        assert row["kept_hash"] == (row["content_hash"] if kept else None)
+    assert (rows["prose/copy"]["value"], rows["prose/copy"]["threshold"]) == (1.0, 1.0)
+    assert rows["prose/near"]["value"] == 76 / 77 and rows["prose/nearer"]["value"] == 76 / 78
+    assert rows["prose/near"]["threshold"] == pytest.approx(0.72, abs=0.01)
+
+
+def test_kept_documents_and_dispositions_of_each_part_balance(tmp_path: Path, run_stage: Any) -> None:
+    artifact = run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": filtered(tmp_path / "filtered")})
+    rows, summary = dispositions(artifact), artifact.json("summary.json")
+    for source, parts in SOURCES.items():
+        counts = summary["sources"][source]
+        for number, part in enumerate(parts):
+            kept = pq.ParquetFile(artifact / f"kept/{source}/part-{number:05d}.parquet").read()
+            assert kept.schema.equals(arrow_schema(KEPT))
+            decided = pq.ParquetFile(artifact / f"dispositions/{source}/part-{number:05d}.parquet").read()
+            assert decided.schema.equals(arrow_schema(DISPOSITIONS))
+            assert decided["id"].to_pylist() == [f"{source}/{name}" for name in part], "in the order of input"
+            expected = {
+                f"{source}/{name}": text for name, text in part.items() if rows[f"{source}/{name}"]["rule"] is None
+            }
+            assert dict(zip(kept["id"].to_pylist(), kept["text"].to_pylist(), strict=True)) == expected
+            assert kept["split"].to_pylist() == [rows[id]["split"] for id in expected]
+        assert (
+            counts["documents_in"]
+            == sum(map(len, parts))
+            == sum(counts["kept"].values()) + sum(counts["removed"].values())
+        )
+    assert {row["split"] for row in rows.values()} == {"train", "heldout", None}
+    assert sum(1 for _ in pq.ParquetFile(artifact / "kept/prose/part-00002.parquet").read()["id"]) == 1
+
+
+def test_any_number_of_tasks_gives_the_same_bytes(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dedup, "PARTS_PER_RANGE", 2)  # three ranges of each hash
+    monkeypatch.setattr(duplicates, "BUCKET_ROWS", 2)
+    monkeypatch.setattr(duplicates, "BATCH", 2)
+    inputs, config = {"filter": filtered(tmp_path / "filtered")}, config_of(SOURCES, {})
+    setup = dedup.DedupConfig.model_validate(config)
+    count = dedup.STAGE.shards(setup)
+    assert count == 3 * 15
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+    expected = run_stage(dedup.STAGE, config, inputs)
+    for tasks in (3, 8):
+        work = tmp_path / f"tasks-{tasks}"
+        work.mkdir()
+        for task in reversed(range(tasks)):
+            for shard in range(task, count, tasks):
+                dedup.run_shard(setup, inputs, work, shard)
+        with monkeypatch.context() as context:
+            context.setattr("stages.data.curation.duplicates.write_stars", None)  # nothing is left to find
+            assert run_stage(dedup.STAGE, config, inputs, work).digest == expected.digest
+
+
+def test_several_processes_give_the_same_bytes(tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, config = {"filter": filtered(tmp_path / "filtered")}, config_of(SOURCES, {})
+    digests = set()
+    for cores in ({0}, {0, 1}):
+        monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: cores)
+        digests.add(run_stage(dedup.STAGE, config, inputs).digest)
+    assert len(digests) == 1
+
+
+def test_killed_and_damaged_pieces_are_made_again(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+    inputs, config, work = {"filter": filtered(tmp_path / "filtered")}, config_of(SOURCES, {}), tmp_path / "work"
+    expected = run_stage(dedup.STAGE, config, inputs, work).digest
+    for damaged in (
+        "prose-00001/kept/prose/part-00001.parquet",
+        "removed/near/first.i64",
+        "representatives/block-00002/records",
+    ):
+        path = work / damaged
+        path.write_bytes(path.read_bytes()[:-1])
+    shutil.rmtree(work / "code-00000")
+    (work / ".code-00000.1").mkdir()  # the draft of a task that was killed
+    (work / "stars/band_03-00000-of-00001/part.json").unlink()
+    assert run_stage(dedup.STAGE, config, inputs, work).digest == expected
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        ("cut", "part-00001.parquet cannot be read as Parquet"),
+        ("missing", "part-00001.parquet is missing; run the stage that makes it again"),
+        ("of another part", "part-00001.parquet does not hold the documents that .* keeps; run filter again"),
+        ("hashes of another part", "part-00001.parquet do not hold 3 rows each; run filter again"),
+    ],
+)  # fmt: skip
+def test_a_corrupt_part_is_named_in_one_sentence(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch, damage: str, sentence: str
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+    artifact = filtered(tmp_path / "filtered")
+    kept, hashes = (artifact / f"{folder}/prose/part-00001.parquet" for folder in ("kept", "hashes"))
+    {
+        "cut": lambda: hashes.write_bytes(hashes.read_bytes()[:-9]),
+        "missing": kept.unlink,
+        "of another part": lambda: shutil.copyfile(artifact / "kept/prose/part-00000.parquet", kept),
+        "hashes of another part": lambda: shutil.copyfile(artifact / "hashes/prose/part-00002.parquet", hashes),
+    }[damage]()
+    with pytest.raises(AtomError, match=sentence):
+        run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": artifact})
+
+
+def test_an_error_in_another_process_is_that_sentence_too(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    artifact = filtered(tmp_path / "filtered")
+    (artifact / "hashes/prose/part-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(AtomError, match="part-00001.parquet cannot be read as Parquet"):
+        run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": artifact})
+
+
+def test_counts_that_do_not_balance_are_refused(tmp_path: Path, run_stage: Any) -> None:
+    artifact = filtered(tmp_path / "filtered")
+    path = artifact / "dispositions/sums/part-00000.parquet"
+    table = pq.ParquetFile(path).read()
+    undecided = [{**row, "disposition": "removed", "rule": None} for row in table.to_pylist()[2:]]
+    pq.write_table(
+        table.from_pylist([*table.to_pylist(), {**undecided[0], "disposition": ""}], schema=table.schema), path
+    )
+    with pytest.raises(
+        AtomError, match="source sums does not balance: 4 in, 2 kept .2 written., 1 removed, 1 without a disposition"
+    ):
+        run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": artifact})
+
+
+def test_no_source_is_searched_for_near_duplicates(tmp_path: Path, run_stage: Any) -> None:
+    inputs = {"filter": filter_artifact(tmp_path / "filtered", SOURCES, {})}
+    for minhash in (None, {"kinds": ["chat"]}):
+        rows = dispositions(run_stage(dedup.STAGE, config_of(SOURCES, minhash), inputs))
+        assert {row["rule"] for row in rows.values()} == {None, REMOVED, "exact_duplicate"}
+        assert dedup.STAGE.shards(dedup.DedupConfig.model_validate(config_of(SOURCES, minhash))) == 1
+
+
+def test_a_source_that_is_mostly_duplicates_raises_an_alarm(tmp_path: Path) -> None:
+    text = new_text()
+    sources: dict[str, Parts] = {
+        "prose": [{f"page {n}": near(text) for n in range(120)}],
+        "code": [{f"file {n}": text if n else new_text() for n in range(20)}],
+    }
+    (tmp_path / "out").mkdir()
+    setup, report = dedup.DedupConfig.model_validate(config_of(sources, {})), RecordingReport()
+    dedup.run(setup, {"filter": filtered(tmp_path / "filtered", sources)}, tmp_path / "work", tmp_path / "out", report)
+    assert [note.partition(";")[0] for note in report.notes if "are duplicates" in note] == [
+        "prose: 119 of 120 documents are duplicates"
+    ]
+    assert report.done == (2, 2), "progress is in parts"
+
+
+def planted_corpus(count: int) -> dict[str, str]:
+    """Texts of which some are near others, some through a chain of texts that are near one another."""
+    rng, texts = random.Random(1), [new_text(120) for _ in range(count // 2)]
+    while len(texts) < count:
+        words = rng.choice(texts).split()
+        for _ in range(rng.choice([1, 3, 8, 20])):
+            words[rng.randrange(len(words))] = rng.choice(VOCABULARY)
+        texts.append(" ".join(words))
+    rng.shuffle(texts)
+    return {str(n): text for n, text in enumerate(texts)}
+
+
+def test_clusters_are_those_of_datatrove(tmp_path: Path, run_stage: Any) -> None:
+    """The same groups of documents as its stages find, of which each tool keeps one."""
+    texts = planted_corpus(1000)
+    config = MinhashConfig(seed=0, hash_config=HashConfig(precision=64))
+    folders = [str(tmp_path / name) for name in ("signatures", "buckets", "clusters")]
+    for _ in (
+        MinhashDedupSignature(folders[0], config=config, language=WORDS).run(
+            (Document(text, id) for id, text in texts.items())
+        )
+        or ()
+    ):
+        pass
+    for bucket in range(config.num_buckets):
+        MinhashDedupBuckets(folders[0], folders[1], config=config).run(None, bucket, config.num_buckets)
+    MinhashDedupCluster(folders[1], folders[2], config=config, save_cluster_id=True).run(None, 0, 1)
+    expected: dict[int, set[str]] = defaultdict(set)
+    for row, cluster in struct.iter_unpack("<2I", (tmp_path / "clusters/000000.clusters").read_bytes()):
+        expected[cluster].add(str(row))
+
+    parts = [dict(list(texts.items())[start : start + 300]) for start in range(0, 1000, 300)]
+    artifact = run_stage(
+        dedup.STAGE, config_of({"prose": parts}, {}), {"filter": filtered(tmp_path / "filtered", {"prose": parts})}
+    )
+    found: dict[str, set[str]] = defaultdict(set)
+    for id, row in dispositions(artifact).items():
+        if row["rule"]:
+            kept = row["duplicate_of"].removeprefix("prose/")
+            assert int(kept) < int(id.removeprefix("prose/")), "the first one is kept"
+            found[kept] |= {kept, id.removeprefix("prose/")}
+    assert sorted(map(sorted, found.values())) == sorted(map(sorted, expected.values()))
+    assert 100 < sum(map(len, expected.values())) - len(expected) < 500
+    removed = len((tmp_path / "clusters/000000.remove").read_bytes()) // 4
+    assert removed == sum(1 for row in dispositions(artifact).values() if row["rule"])
+
+
+def test_a_full_disk_in_a_reduction_is_one_sentence(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    space = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*space, "true"], capture_output=True).returncode:
+        pytest.skip("this kernel lets nobody make a mount namespace, which the full disk is made with")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from stages.data.database import connect\n"
+        "from pipeline.core.errors import MachineError\n"
+        "try:\n"
+        "    with connect(Path(sys.argv[1]), '30MB') as database:\n"
+        "        database.execute('create table t as select hash(range) as h from range(20000000) order by h')\n"
+        "except MachineError as error:\n"
+        "    print(error)\n"
+    )
+    script = f'mount -t tmpfs -o size=3m none {disk} && exec "{sys.executable}" -c "$0" {disk}'
+    process = subprocess.run([*space, "sh", "-c", script, code], capture_output=True, text=True)
+    assert process.stdout == (
+        f"a reduction needs more than 30MB of memory and than the free space for its temporary files; free space at {disk} and run again\n"
+    ), process.stdout + process.stderr
+
+
+def test_a_reduction_that_fails_names_its_folder(tmp_path: Path) -> None:
+    sentence = f"a reduction at {tmp_path} failed .*nowhere.*; remove that folder and run again"
+    with pytest.raises(AtomError, match=sentence), database.connect(tmp_path) as connection:
+        connection.execute("SELECT * FROM nowhere")
+    assert not list(tmp_path.iterdir()), "no temporary file is left"
+    with pytest.raises(MachineError, match="free space at"), database.connect(tmp_path, "2MB") as connection:
+        connection.execute("SET temp_directory = ''")
+        connection.execute("CREATE TABLE t AS SELECT hash(range) AS h FROM range(9000000) ORDER BY h")
+
+
+def test_partitions_cover_all_hashes_once() -> None:
+    for count in (1, 3, 7):
+        bounds = [Partition("hash_high", n, count).bounds() for n in range(count)]
+        assert bounds[0][0] == 0 and bounds[-1][1] == 2**64 - 1
+        assert all(high + 1 == low for (_, high), (low, _) in pairwise(bounds))
+    last = Part(999, "x", 99_999)
+    assert last.end <= 2**63 and Part(1, "x", 0).first == 2**53 > Part(0, "x", 99_999).end
+
+
+def test_no_documents_at_all(tmp_path: Path, run_stage: Any) -> None:
+    artifact = run_stage(
+        dedup.STAGE,
+        config_of({"prose": [{}, {}]}, {}),
+        {"filter": filtered(tmp_path / "filtered", {"prose": [{}, {}]})},
+    )
+    assert artifact.json("summary.json")["total"]["documents_in"] == 0 and not dispositions(artifact)

@@ -1,0 +1,75 @@
+"""What the data stages need follows from the expected sizes of their sources."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.core.stage import Estimate
+from pipeline.graph import plan
+from pipeline.graph.cost_estimate import forecast
+from pipeline.graph.dag import State
+from pipeline.launch import cluster_profile
+from stages.data import acquire, dedup, estimates, filter, tokenization
+from stages.data.estimates import Size
+from stages.data.recipe import load
+from tests.fixtures import ROOT
+
+SIZE = {"documents": 2_000_000, "bytes": 8_000_000_000}
+
+
+def estimates_of(folder: Path, *sizes: dict[str, int] | None, steps: tuple[str, ...] = ()) -> dict[str, Estimate]:
+    """The estimates of the data stages for a recipe with a source of each size."""
+    fixed = {"kind": "prose", "license": "CC0-1.0", "license_evidence": "none", "origin": "test"}
+    sources = [
+        {"name": f"s{n}", **fixed, "reader": {"reader": "jsonl", "path": "."}, "expected": size, "parts": 50,
+         "steps": [{"step": step} for step in steps]}
+        for n, size in enumerate(sizes)
+    ]  # fmt: skip
+    path = folder / "data.yaml"
+    path.write_text(yaml.safe_dump({"name": "data", "description": "Test.", "sources": sources}))
+    recipe = load(path)
+    configs = [
+        (acquire.STAGE, recipe.acquire_config("s0", 0)), (filter.STAGE, recipe.filter_config(0)),
+        (dedup.STAGE, recipe.dedup_config()), (tokenization.STAGE, recipe.tokenize_config()),
+    ]  # fmt: skip
+    return {stage.name: stage.estimate(stage.config.model_validate(config)) for stage, config in configs}
+
+
+def test_an_estimate_is_the_law_at_the_size_of_all_sources(tmp_path: Path) -> None:
+    one, two = estimates_of(tmp_path, SIZE), estimates_of(tmp_path, SIZE, SIZE)
+    for name, law in estimates.LAWS.items():
+        serial, text = law.serial_seconds_per_million * 2, law.seconds_per_mb * 8000
+        assert one[name].cpu_seconds == pytest.approx(serial + text) and one[name].serial_seconds == serial
+        assert one[name].disk_bytes == int(law.disk * SIZE["bytes"]) and not one[name].fixed
+        assert one[name].memory_bytes == int(law.memory + law.memory_per_document * SIZE["documents"])
+        sources = 1 if name == "acquire" else 2
+        assert two[name].cpu_seconds == pytest.approx(sources * (serial + text))
+
+
+def test_steps_take_their_time_beside_the_law(tmp_path: Path) -> None:
+    plain, more = estimates_of(tmp_path, SIZE), estimates_of(tmp_path, SIZE, steps=("language", "c4"))
+    seconds = 8000 * (estimates.STEP_SECONDS["language"] + estimates.STEP_SECONDS["c4"])
+    assert more["filter"].cpu_seconds == pytest.approx(plain["filter"].cpu_seconds + seconds)
+    assert more["filter"].serial_seconds == plain["filter"].serial_seconds
+
+
+def test_without_the_size_of_every_source_the_estimate_is_of_a_small_corpus(tmp_path: Path) -> None:
+    assert estimates.total([Size(**SIZE), None]) is None and estimates.total([]) is None
+    unknown = estimates_of(tmp_path, SIZE, None)
+    assert unknown["acquire"].serial_seconds is not None, "its own source has a size"
+    for name in ("filter", "dedup", "tokenize"):
+        assert unknown[name].fixed and unknown[name].serial_seconds is None
+    assert estimates_of(tmp_path, None)["acquire"] == Estimate()
+
+
+def test_the_tasks_of_an_array_divide_what_is_not_serial() -> None:
+    profile: Any = cluster_profile.load(str(ROOT / "pipeline/clusters/h100-pyxis.yaml"))
+    row = plan.StagePlan(State("dedup", "dedup-0", "to run"), Estimate(7200, 3600), {}, 1, {}, None, shards=10)
+    (alone,) = forecast([replace(row, shards=1)], profile, small=False).uses
+    (array,) = forecast([row], profile, small=False).uses
+    assert (alone.hours, array.hours) == pytest.approx((2, 1.1)) and alone.core_hours == array.core_hours == 2
