@@ -41,7 +41,7 @@ from peer_kernels import plain_kernels
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.chat import render
 from stages.data.table import ITEMS, write_jsonl, write_rows
-from stages.data.tokenizer import PAD, SPECIAL_TOKENS, _alphabet, _set_byte_level
+from stages.data.tokenizer import PAD, bpe_trainer, untrained
 from stages.mcore.model import named_tensors
 from stages.models.hf import hf_config
 from stages.models.qwen3_moe.spec import to_hf
@@ -117,14 +117,9 @@ class Quiet:
 
 def make_inputs(folder: Path, size: Size) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:
     """Tasks, items and tokenizer under `folder`, and the rows of the tasks: as many as a step asks."""
-    from tokenizers import Tokenizer, models, trainers
-
-    bpe = Tokenizer(models.BPE())
-    _set_byte_level(bpe)
-    trainer = trainers.BpeTrainer(
-        vocab_size=size.vocab, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=_alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator((path.read_text("utf-8") for path in sorted((ROOT / "stages").rglob("*.py"))), trainer)
+    bpe = untrained()
+    texts = (path.read_text("utf-8") for path in sorted((ROOT / "stages").rglob("*.py")))
+    bpe.train_from_iterator(texts, bpe_trainer(size.vocab))
     assert bpe.get_vocab_size() == size.vocab
     for name in ("tokenizer", "tasks", "items"):
         (folder / name).mkdir()

@@ -1,0 +1,297 @@
+"""How the data stages grow: memory, processor time and disk at growing corpora, fitted and held against limits.
+
+    .venv/bin/python bench/data_scale.py               # 10,000 to 300,000 documents, about ten minutes
+    .venv/bin/python bench/data_scale.py --quick       # 2,000 and 4,000 documents
+    .venv/bin/python bench/data_scale.py --full        # also 1,000,000 and 3,000,000, about 90 minutes
+
+A corpus is short documents of pseudo-words in JSON Lines files of 10,000 documents, each file a part; one document in
+a hundred is a copy of an earlier one and one in fifty differs from one in three words. Each stage runs as on a cluster:
+a process for the parts, another that joins them. Peak memory is that of the largest process of a stage. Its
+slope is by least squares over the sizes, of memory without the pages of mapped files, which the kernel takes back.
+Joining is serial work, parts are divided by tasks. Extrapolated is `open.yaml`, with 1.2 and 6 billion documents of
+4.3 kB on 200 tasks: the time of parts grows with bytes of text, that of joins with documents.
+
+The last line is one JSON object. Its ratio is the smallest of limit / measured: 1 or more holds every limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+
+SIZES, QUICK, FULL = (10_000, 30_000, 100_000, 300_000), (2_000, 4_000), (1_000_000, 3_000_000)
+FILE = 10_000
+"""Documents of a file, which is a part."""
+PEAK, SLOPE, DISK, SERIAL_HOURS = 1.5e9, 16, 2.5, 4.0
+"""Limits: bytes of a process, bytes a document, bytes on disk by those of the text, hours of serial work."""
+REAL_BYTES, TASKS = 4300, 200
+"""Of `open.yaml`: bytes of a document; tasks of an array."""
+SHORT, LONG = 45, 650
+"""Words of a document: short ones for the growth with documents, those of `open.yaml` for the disk."""
+STAGES = ("acquire-web", "items", "filter", "dedup", "tokenizer", "tokenize", "order-pretrain", "order-midtrain")
+READER = "a rank's reader"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One process. peak: its largest resident memory; own: without pages of mapped files; work, out: bytes that it left
+    on disk."""
+
+    stage: str
+    mode: str
+    documents: int
+    text: int
+    parts: int
+    seconds: float
+    peak: int
+    own: int
+    work: int = 0
+    out: int = 0
+
+
+# --- the corpus
+
+
+def write_corpus(folder: Path, documents: int, words: int) -> int:
+    """Files of documents of some `words`; returns the bytes of their text. Equal arguments give equal bytes."""
+    rng = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
+    vocabulary = np.array(["".join(rng.choice(letters, rng.integers(2, 10))) for _ in range(20_000)])
+    frequency = 1 / np.arange(10, 20_010)
+    frequency /= frequency.sum()
+    total, earlier = 0, ""
+    folder.mkdir(parents=True)
+    for number, first in enumerate(range(0, documents, FILE)):
+        count = min(FILE, documents - first)
+        lengths = rng.integers(words * 2 // 3, words * 4 // 3, count)
+        drawn = vocabulary[rng.choice(len(vocabulary), int(lengths.sum()), p=frequency)]
+        with open(folder / f"{number:05d}.jsonl", "w") as file:
+            for row, piece in enumerate(np.split(drawn, np.cumsum(lengths)[:-1])):
+                text = " ".join(piece) + "."
+                if row % 100 == 7:
+                    text = earlier
+                elif row % 50 == 9:
+                    changed = earlier.split()
+                    changed[3:6] = piece[:3]
+                    text = " ".join(changed)
+                elif row % 10 == 5:
+                    earlier = text
+                total += len(text)
+                file.write(json.dumps({"text": text}) + "\n")
+    return total
+
+
+def write_recipe(folder: Path, documents: int) -> Path:
+    """A recipe on the corpus: half of its tokens in pre-training, packed rows in mid-training."""
+    source = {
+        "name": "web", "kind": "prose", "license": "CC0-1.0", "license_evidence": "pseudo-words of this benchmark",
+        "origin": "bench/data_scale.py", "reader": {"reader": "jsonl", "path": str(folder / "corpus")},
+        "parts": -(-documents // FILE), "steps": [{"step": "pii"}],
+    }  # fmt: skip
+    data = {"name": "scale", "description": "Pseudo-words.", "heldout_fraction": 0.01, "sources": [source]}
+    (folder / "data.yaml").write_text(yaml.safe_dump(data))
+    body = yaml.safe_load((Path(__file__).parent.parent / "pipeline/recipes/atom-smoke.yaml").read_text())
+    steps = max(2, documents * 60 // (128 * 128))
+    for phase, pack in (("pretrain", False), ("midtrain", True)):
+        batch = {"global_tokens": 128 * 128, "micro_tokens": 128 * 128}
+        body[phase] |= {"mix": {"web": 1.0}, "sequence_length": 128, "batch": batch, "steps": steps, "pack": pack}
+        body[phase] |= {"release_checkpoint_interval": steps, "checkpoint_interval": steps}
+        body[phase]["validation"]["every"] = steps
+        body[phase]["optimizer"]["warmup_steps"] = 1
+    body["tokenizer"] |= {"vocab_size": 8192, "padded_vocab_size": 8192}
+    for section in ("sft", "rlvr"):
+        del body[section]
+    del body["evaluation"]["chat"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(body | {"name": "scale", "data": "data.yaml"}))
+    return folder / "recipe.yaml"
+
+
+# --- one process
+
+
+class Silent:
+    """A report that nobody reads."""
+
+    lease = None
+
+    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
+    def metric(self, step: int, **values: float) -> None: ...
+    def note(self, text: str) -> None: ...
+    def seal_checkpoint(self, step: int, folder: Path) -> None: ...
+    def abandon(self, text: str) -> NoReturn:
+        raise AtomError(text)
+
+
+def run_stage(store: Store, graph: dag.Graph, name: str, mode: str) -> None:
+    """Makes the parts of a stage (mode `parts`), or joins them and seals the artifact."""
+    node = graph.nodes[name]
+    inputs = {role: store.open(graph.nodes[other].key) for role, other in node.inputs.items()}
+    work, out = store.work(node.key) / "state", store.work(node.key) / "out"
+    for path in (work, out):
+        path.mkdir(parents=True, exist_ok=True)
+    if mode == "join":
+        node.stage.run(node.config, inputs, work, out, Silent())
+        store.seal(out, node.key, lambda artifact: None)
+    elif node.stage.run_shard is not None:
+        for shard in range(node.stage.shards(node.config)):
+            node.stage.run_shard(node.config, inputs, work, shard)
+
+
+def read_as_a_rank(store: Store, graph: dag.Graph) -> None:
+    """Opens the order and the token shards as a rank does, and reads the rows of twenty steps."""
+    from stages.train.data import Order, Shards
+
+    node = graph.nodes["pretrain"]
+    phase = node.config.phase
+    order = Order(store.open(graph.nodes["order-pretrain"].key), phase)
+    shards = Shards(store.open(graph.nodes["tokenize"].key), "train")
+    for step in np.linspace(1, phase.steps, 20, dtype=int):
+        shards.batch(order.rows(int(step)), phase.sequence_length, False)
+
+
+def child(home: Path, recipe: Path, name: str, mode: str) -> None:
+    """Does the work of one process and prints its processor seconds and peak memory in bytes."""
+    own, ended = [0], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.02):
+            resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+            own[0] = max(own[0], (int(resident) - int(shared)) * resource.getpagesize())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    store = Store(home)
+    graph = dag.compose(recipes.load(str(recipe)), store)
+    if name == READER:
+        read_as_a_rank(store, graph)
+    else:
+        run_stage(store, graph, name, mode)
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    status = Path("/proc/self/status").read_text()  # ru_maxrss of this process counts the parent that started it
+    ended.set()
+    thread.join()
+    peak = 1024 * max(int(re.search(r"VmHWM:\s+(\d+)", status)[1]), usages[1].ru_maxrss)
+    print(json.dumps({"seconds": seconds, "peak": peak, "own": own[0]}))
+
+
+# --- all processes, and what follows from them
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes on disk; a file with two links counts once."""
+    files = {(s := path.stat()).st_ino: s.st_size for path in folder.rglob("*") if path.is_file()}
+    return sum(files.values())
+
+
+def measure(documents: int, place: Path, words: int = SHORT) -> list[Measured]:
+    """Each process of each stage on a corpus of that size."""
+    place.mkdir()
+    text, home = write_corpus(place / "corpus", documents, words), place / "home"
+    recipe = write_recipe(place, documents)
+    graph = dag.compose(recipes.load(str(recipe)), Store(home))
+    rows: list[Measured] = []
+    for name in (*STAGES, READER):
+        for mode in ("parts", "join"):
+            if mode == "parts" and (name == READER or graph.nodes[name].stage.run_shard is None):
+                continue
+            command = [sys.executable, "-P", __file__, "--child", str(home), str(recipe), name, mode]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            if process.returncode:
+                raise SystemExit(f"{name} of {documents} documents, {mode}:\n{process.stderr[-3000:]}")
+            usage = json.loads(process.stdout.splitlines()[-1])
+            work = bytes_below(home / "work")
+            out = bytes_below(home / "artifacts") if (home / "artifacts").exists() else 0
+            parts = -(-documents // FILE)
+            rows.append(
+                Measured(name, mode, documents, text, parts, usage["seconds"], usage["peak"], usage["own"], work, out)
+            )
+            figures = f"{usage['seconds']:9.1f} s {usage['peak'] / 1e6:7.0f} MB {usage['own'] / 1e6:7.0f} MB"
+            disk = f"{work / text:6.2f}{out / text:6.2f}"
+            print(f"{documents:>9,} {name:>16} {mode:>6}{figures}{disk}", flush=True)
+        shutil.rmtree(home / "work", ignore_errors=True)
+    shutil.rmtree(place)
+    return rows
+
+
+def fit(rows: list[Measured], x: str, y: str) -> tuple[float, float]:
+    """Intercept and slope of y over x by least squares."""
+    slope, intercept = np.polyfit([getattr(r, x) for r in rows], [getattr(r, y) for r in rows], 1)
+    return float(intercept), float(slope)
+
+
+def summarize(rows: list[Measured], long: list[Measured]) -> dict[str, Any]:
+    """Prints the laws and the extrapolation; returns the smallest ratio and what it is of. long: on long documents."""
+    ratios: dict[str, float] = {}
+    processes = sorted({(row.stage, row.mode) for row in rows}, key=[(r.stage, r.mode) for r in rows].index)
+    print(f"\n{'process':>24}{'peak MB':>9}{'B/document':>12}{'s/MB':>9}{'µs/document':>13}")
+    serial, parallel = {1.2e9: 0.0, 6e9: 0.0}, {1.2e9: 0.0, 6e9: 0.0}
+    for stage, mode in processes:
+        mine = [row for row in rows if (row.stage, row.mode) == (stage, mode)]
+        peak, (_, slope) = max(row.peak for row in mine), fit(mine, "documents", "own")
+        (_, by_text), (_, by_document) = fit(mine, "text", "seconds"), fit(mine, "documents", "seconds")
+        print(f"{stage + ' ' + mode:>24}{peak / 1e6:9.0f}{slope:12.1f}{by_text * 1e6:9.3f}{by_document * 1e6:13.1f}")
+        ratios[f"peak memory of {stage}, {mode}"] = PEAK / peak
+        ratios[f"memory a document of {stage}, {mode}"] = SLOPE / max(slope, 1e-9)
+        for documents in serial:
+            if mode == "parts":
+                parallel[documents] += max(by_text, 0) * documents * REAL_BYTES / TASKS / 3600
+            else:
+                serial[documents] += max(by_document, 0) * documents / 3600
+    disk = max((row.work + row.out) / row.text for row in long)
+    size = long[0].text // long[0].documents
+    print(f"work and artifacts: {disk:.2f} bytes a byte of text, in documents of {size} bytes")
+    ratios["disk"] = DISK / disk
+    for documents in serial:
+        print(
+            f"{documents / 1e9:.1f} billion documents on {TASKS} tasks: parts {parallel[documents]:.1f} h, "
+            f"joins {serial[documents]:.1f} h"
+        )
+    ratios["serial work at 1.2 billion documents"] = SERIAL_HOURS / serial[1.2e9]
+    name = min(ratios, key=lambda key: ratios[key])
+    return {
+        "name": "data_scale", "ratio": round(ratios[name], 4), "low": round(ratios[name], 4),
+        "high": round(ratios[name], 4), "target": 1.0, "unit": f"limit / measured, smallest: {name}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="2,000 and 4,000 documents")
+    parser.add_argument("--full", action="store_true", help="up to 3,000,000 documents: 90 minutes")
+    parser.add_argument("--sizes", type=int, nargs="+", help="documents of each corpus, instead")
+    parser.add_argument("--child", nargs=4, metavar=("HOME", "RECIPE", "NAME", "MODE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(Path(arguments.child[0]), Path(arguments.child[1]), *arguments.child[2:])
+    else:
+        sizes = arguments.sizes or (QUICK if arguments.quick else SIZES + FULL * arguments.full)
+        with tempfile.TemporaryDirectory() as folder:
+            measured = [row for size in sizes for row in measure(size, Path(folder) / str(size))]
+            print("documents of the length of open.yaml's")
+            long = measure(min(sizes), Path(folder) / "long", LONG)
+        print(json.dumps(summarize(measured, long)))
