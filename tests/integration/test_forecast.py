@@ -108,8 +108,9 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
         beyond == f"the plan exceeds budget.gpu_hours = 100,000 of the recipe: {hours} hours to come, 0.00 used already"
     )
     data = json.loads(atom(tmp_path, *command[:-1], "tokenize", *cluster, "--json").stdout)["cluster"]["stages"]
-    small = {stage["name"] for stage in data if stage.get("why") == "known of small corpora only"}
-    assert small == {"filter", "dedup", "tokenize"}, "the recipe is large, though no training phase was asked for"
+    hours = {stage["name"]: stage["hours"] for stage in data if "hours" in stage}
+    assert {"acquire-web", "filter", "dedup", "tokenize"} <= set(hours), "its corpus has an expected size"
+    assert all(0.1 < hours[name] < 24 for name in ("acquire-web", "filter", "dedup", "tokenize"))
     assert beyond in with_cluster.splitlines() and section["assumed"][0] in with_cluster.splitlines()
 
 
