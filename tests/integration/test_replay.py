@@ -102,8 +102,8 @@ def test_an_honest_phase_comes_out_bit_for_bit(release: Path, phase: str, steps:
     for name in (first, f"dataset/order/{phase}/part-00000.parquet", layout.ALL_SUMS):
         assert materials[name] == sha256_file(release / name)
     manifest = json.loads((release / "evidence/manifests/tokenize.json").read_text())
-    shard = next(row for row in manifest["files"] if row["path"] == "train/docstrings.bin")
-    assert materials[f"{manifest['key']}/train/docstrings.bin"] == shard["sha256"]
+    shard = next(row for row in manifest["files"] if row["path"] == "train/docstrings/part-00000.bin")
+    assert materials[f"{manifest['key']}/train/docstrings/part-00000.bin"] == shard["sha256"]
     assert str(release) not in json.dumps(body) and json.loads(json.dumps(result.to_json()))["verdict"] == "bitwise"
 
 
