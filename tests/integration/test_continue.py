@@ -26,8 +26,8 @@ from pipeline.launch.rendezvous import Ranks
 from stages.data import order
 from stages.data.table import write_json
 from tests.fixtures.run_fixtures import atom
-from tests.unit.test_order import config as order_config
-from tests.unit.test_order import tokens
+from tests.integration.test_order import config as order_config
+from tests.integration.test_order import tokens
 from tests.unit.test_recipe import SMOKE, write
 
 
