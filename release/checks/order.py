@@ -60,9 +60,9 @@ def segments(subject: Subject) -> Findings:
                 read_documents(tokens, Path(work, str(number)), cut)
                 for number, tokens in enumerate(tables if order in earlier else [current])
             ]
-            found = list(islice(_wrong_segments(order, candidates), MOST_PROBLEMS))
-            problems += [f"{name}: {text}" for text in found]
-            if not found and meta.get("function", {}).get("version") == FUNCTION_VERSION:
+            wrong_segments = list(islice(_wrong_segments(order, candidates), MOST_PROBLEMS))
+            problems += [f"{name}: {text}" for text in wrong_segments]
+            if not wrong_segments and meta.get("function", {}).get("version") == FUNCTION_VERSION:
                 fitting = next((indexes for indexes in candidates if _fits(meta, indexes)), candidates[-1])
                 problems += [f"{name}: {text}" for text in _recompute(subject, order, meta, fitting, Path(work))]
     return Findings(problems)

@@ -206,10 +206,10 @@ def _members(values: Any, sorted_values: Any) -> Any:
     import numpy as np
 
     places = np.searchsorted(sorted_values, values)
-    found = np.zeros(len(values), bool)
+    is_member = np.zeros(len(values), bool)
     inside = places < len(sorted_values)
-    found[inside] = sorted_values[places[inside]] == values[inside]
-    return found
+    is_member[inside] = sorted_values[places[inside]] == values[inside]
+    return is_member
 
 
 def _without_spaces(text: str) -> str:

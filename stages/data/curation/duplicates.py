@@ -88,8 +88,8 @@ def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Pa
         for piece in _rows(hashes, parts, partition):
             order = np.argsort(bucket := np.searchsorted(bounds, piece[:, KEY], "right") - 1, kind="stable")
             pieces = np.split(piece[order], np.searchsorted(bucket[order], np.arange(1, buckets)))
-            for out, own in zip(opened, pieces, strict=True):
-                out.write(own.tobytes())
+            for out, piece in zip(opened, pieces, strict=True):
+                out.write(piece.tobytes())
     exact, written = partition.column == "hash_high", 0
     schema = pa.schema([("address", pa.int64()), ("first", pa.int64())])
     with pq.ParquetWriter(folder / STARS, schema, compression="zstd") as writer:
@@ -212,8 +212,10 @@ def _exact_copies(exact: Removed, searched: Sequence[int]) -> Iterator[Ints]:
     """The exact duplicates in searched sources of documents in other sources, ascending."""
     for start in range(0, len(exact.address), BATCH):
         address, first = exact.address[start : start + BATCH], exact.first[start : start + BATCH]
-        own, other = (np.isin(each >> (PART_BITS + ROW_BITS), searched) for each in (address, first))
-        yield address[own & ~other]
+        is_searched, first_is_searched = (
+            np.isin(each >> (PART_BITS + ROW_BITS), searched) for each in (address, first)
+        )
+        yield address[is_searched & ~first_is_searched]
 
 
 def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:

@@ -33,8 +33,8 @@ class Failures:
 
     def __str__(self) -> str:
         names = ", ".join(f"{id} ({reason})" for id, reason in self.first)
-        more = f", … ({self.count} in all)" if self.count > len(self.first) else ""
-        return f"{'document' if self.count == 1 else 'documents'} {names}{more}"
+        total = f", … ({self.count} in all)" if self.count > len(self.first) else ""
+        return f"{'document' if self.count == 1 else 'documents'} {names}{total}"
 
     def add(self, id: str, reason: str) -> None:
         self.count += 1

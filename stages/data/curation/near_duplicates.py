@@ -56,8 +56,8 @@ def signatures(values: UInts, sizes: Ints, count: int, seed: int) -> UInts:
         np.bitwise_and(hashed, np.uint64(PRIME), out=hashed)
         np.minimum.reduceat(hashed, starts, out=result[k])
     for n in np.flatnonzero((result <= 8).any(axis=0)).tolist():
-        own = values[starts[n] : starts[n] + sizes[n], None]
-        result[:, n] = ((own * a + b) % np.uint64(PRIME)).min(axis=0) + np.uint64(1)
+        shingles_of_text = values[starts[n] : starts[n] + sizes[n], None]
+        result[:, n] = ((shingles_of_text * a + b) % np.uint64(PRIME)).min(axis=0) + np.uint64(1)
     return (result - np.uint64(1)).T
 
 
