@@ -329,6 +329,22 @@ def test_parts_hold_what_one_part_holds(part_inputs: dict[str, Artifact], tmp_pa
             assert data == (one.read_bytes() if one.exists() else b"")
 
 
+def test_one_encoding_serves_all_parts_of_a_process(
+    part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenization._load_tokenizer.cache_clear()
+    encodings: list[Encoder] = []
+
+    def load(file: Path, special_tokens: bool = False) -> Encoder:
+        encodings.append(Encoder(file, special_tokens))
+        return encodings[-1]
+
+    monkeypatch.setattr(tokenization, "Encoder", load)
+    for shard in range(5):
+        tokenization.run_shard(tokenization.TokenizeConfig(parts=PARTS), part_inputs, tmp_path / "work", shard)
+    assert len(encodings) == 1  # tiktoken keeps the memory of each
+
+
 @pytest.mark.parametrize("damage", ["killed", "cut"])
 def test_a_killed_or_damaged_part_is_made_again(
     part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
