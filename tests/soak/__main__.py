@@ -66,12 +66,14 @@ def bench_step(name: str, *arguments: str) -> Callable[[], dict[str, Step]]:
     """A benchmark, whose result is its last line."""
 
     def run(folder: Path) -> Cells:
-        process = subprocess.run(
-            [sys.executable, f"bench/{name}.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        command, lines = [sys.executable, f"bench/{name}.py", *arguments], []
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                lines.append(line)
+                print(line, end="", flush=True)
         if process.returncode:
-            raise SystemExit(f"soak: bench/{name}.py\n{process.stdout[-3000:]}{process.stderr[-3000:]}")
-        result = json.loads(process.stdout.splitlines()[-1])
+            raise SystemExit(f"soak: bench/{name}.py failed; its last lines are above")
+        result = json.loads(lines[-1])
         return [f"{result['ratio']} ({result['unit']})"]
 
     return lambda: {f"bench/{name}.py {' '.join(arguments)}": run}
