@@ -69,23 +69,21 @@ def _remove(texts: dict[str, str], minhash: Any) -> tuple[float, Clusters]:
     import pyarrow.parquet as pq
 
     from pipeline.core.store import Artifact
-    from stages.data import dedup
     from stages.data.table import write_json
+    from tests.fixtures.dedup_fixtures import deduplicate
     from tests.fixtures.filter_fixtures import write_hashes, write_part
-    from tests.fixtures.run_fixtures import RecordingReport
 
     with tempfile.TemporaryDirectory() as place:
-        filtered, out = Path(place, "filtered"), Path(place, "out")
+        filtered = Path(place, "filtered")
         write_part(filtered, "prose", 0, texts, None)
         write_json(filtered / "edits.json", {"prose": {}})
         source = {"name": "prose", "kind": "prose", "heldout_fraction": 0.05}
-        config = dedup.DedupConfig.model_validate({"sources": [source], "minhash": minhash})
         start = time.process_time()
         write_hashes(filtered, "prose", 0, minhash)
-        inputs = {"filter": Artifact("filter", "", filtered, ())}
-        dedup.run(config, inputs, Path(place, "work"), out, RecordingReport())
+        config = {"sources": [source], "minhash": minhash}
+        _, kept = deduplicate(config, Artifact("filter", "", filtered, ()), Path(place))
         seconds = time.process_time() - start
-        rows = pq.read_table(out / "dispositions/prose", columns=["id", "duplicate_of"]).to_pylist()
+        rows = pq.read_table(kept / "dispositions/prose", columns=["id", "duplicate_of"]).to_pylist()
     clusters: dict[str, list[int]] = defaultdict(list)
     for n, row in enumerate(rows):
         if row["duplicate_of"]:

@@ -30,6 +30,7 @@ STAGES = {
     "acquire": "stages.data.acquire",
     "items": "stages.evaluation.eval_set",
     "filter": "stages.data.filter",
+    "duplicates": "stages.data.duplicate_search",
     "dedup": "stages.data.dedup",
     "tokenizer": "stages.data.tokenizer",
     "tokenize": "stages.data.tokenization",
@@ -123,7 +124,8 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> N
     items = {"problems": evaluation.problems, "seed": config.seed, "chat": evaluation.chat_items}
     graph.add("items", "items", items)
     graph.add("filter", "filter", data.filter_config(config.seed), **sources, items="items")
-    graph.add("dedup", "dedup", data.dedup_config(), filter="filter")
+    graph.add("duplicates", "duplicates", data.duplicates_config(), filter="filter")
+    graph.add("dedup", "dedup", data.dedup_config(), filter="filter", duplicates="duplicates")
     tokenizer = config.tokenizer.model_dump()
     left_out = (*config.tokenizer.leave_out, *data.conversations)
     graph.add("tokenizer", "tokenizer", tokenizer | {"leave_out": left_out}, dedup="dedup")

@@ -35,10 +35,11 @@ class Law:
 LAWS = {
     "acquire": Law(0.04, 0.5, 0.35e9, 0.0, 0.42),
     "filter": Law(0.22, 0.5, 0.45e9, 0.0, 0.48),
-    "dedup": Law(0.04, 5.0, 0.45e9, 8.0, 0.46),
+    "duplicates": Law(0.01, 5.0, 0.45e9, 8.0, 0.02),
+    "dedup": Law(0.03, 0.5, 0.35e9, 0.0, 0.46),
     "tokenize": Law(0.15, 0.5, 0.35e9, 0.0, 1.0),
 }
-"""`filter` has the step pii and MinHash here, `dedup` rewrites parts with eight cores, and `disk` of `tokenize` assumes
+"""`filter` has the step pii and MinHash here, and `disk` of `tokenize` assumes
 token ids of four bytes, as in a large vocabulary."""
 STEP_SECONDS = {"language": 0.18, "gopher_repetition": 0.36, "gopher_quality": 0.09, "fineweb": 0.03, "c4": 0.01}
 """Core seconds a MB of curation steps, beside the law of `filter` (`bench/filters.py`)."""

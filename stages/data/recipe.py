@@ -91,12 +91,14 @@ class DataRecipe(Config):
         ]  # fmt: skip
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
+    def duplicates_config(self) -> dict[str, Any]:
+        """The config of stage duplicates for all sources."""
+        sources = [{"name": s.name, "kind": s.kind, "parts": s.parts} for s in self.sources]
+        return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
+
     def dedup_config(self) -> dict[str, Any]:
         """The config of stage dedup for all sources."""
-        sources = [
-            {"name": s.name, "kind": s.kind, "heldout_fraction": self._heldout(s), "parts": s.parts}
-            for s in self.sources
-        ]
+        sources = [{"name": s.name, "heldout_fraction": self._heldout(s), "parts": s.parts} for s in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
     def tokenize_config(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import acquire, dedup, filter
+from stages.data import acquire, dedup, duplicate_search, filter
 from stages.data import table as data_table
 from stages.data.curation.decontamination import ContaminationIndex
 from stages.data.curation.settings import CurationSettings
@@ -24,6 +25,7 @@ from stages.data.filters.pii import Pii
 from stages.data.recipe import load
 from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, part_files, sources_of, write_rows
 from stages.evaluation import eval_set
+from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.run_fixtures import RecordingReport
 
 PROSE_STEPS = [
@@ -121,7 +123,7 @@ def inputs_of(folder: Path, parts: int = 1) -> dict[str, Artifact]:
 
 
 def split_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configs of filter and of dedup."""
+    """The config of filter, and that of both stages of deduplication."""
     steps = [{k: v for k, v in source.items() if k != "heldout_fraction"} for source in config["sources"]]
     splits = [{k: v for k, v in source.items() if k != "steps"} for source in config["sources"]]
     curation = CurationSettings.model_validate(config["curation"]).model_dump()
@@ -129,10 +131,10 @@ def split_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def curated(run_stage: Any, config: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
-    """Both stages of curation, one after the other."""
-    first, dedup_config = split_config(config)
-    artifact: Artifact = run_stage(dedup.STAGE, dedup_config, {"filter": run_stage(filter.STAGE, first, inputs)})
-    return artifact
+    """The stages of curation, one after the other."""
+    first, later = split_config(config)
+    filtered = run_stage(filter.STAGE, first, inputs)
+    return deduplicate(later, filtered, filtered.path.parent / f"{filtered.key}-deduplicated")[1]
 
 
 @pytest.fixture
@@ -366,20 +368,20 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Pa
     """The same digests in fresh interpreters with other hash seeds, and when the second part of the work is left."""
     code = (
         "import sys, json; from pathlib import Path\n"
-        "from tests.fixtures.run_fixtures import RecordingReport; from stages.data import dedup, filter\n"
+        "from tests.fixtures.run_fixtures import RecordingReport; from stages.data import filter\n"
+        "from tests.fixtures.dedup_fixtures import deduplicate\n"
         "from pipeline.core.store import Artifact, write_manifest\n"
-        "base, work, out, last = map(Path, sys.argv[1:5]); out.mkdir(); last.mkdir()\n"
+        "base, work, out = map(Path, sys.argv[1:4]); out.mkdir()\n"
         "inputs = {n: Artifact.open(base / n) for n in ('prose', 'code', 'sums', 'items')}\n"
-        "first, then = json.loads(sys.argv[5])\n"
+        "first, then = json.loads(sys.argv[4])\n"
         "filter.run(filter.FilterConfig.model_validate(first), inputs, work / 'filter', out, RecordingReport())\n"
-        "given = {'filter': write_manifest(out, 'x')}\n"
-        "dedup.run(dedup.DedupConfig.model_validate(then), given, work / 'dedup', last, RecordingReport())\n"
-        "print(given['filter'].digest, write_manifest(last, 'y').digest)"
+        "filtered = write_manifest(out, 'x')\n"
+        "print(filtered.digest, *(artifact.digest for artifact in deduplicate(then, filtered, work)))"
     )
     inputs_of(tmp_path, parts=3)
     digests = set()
     for seed, work in (("1", "w1"), ("2", "w2"), ("3", "w2")):
-        folders = [tmp_path, tmp_path / work, tmp_path / f"out{seed}", tmp_path / f"last{seed}"]
+        folders = [tmp_path, tmp_path / work, tmp_path / f"out{seed}"]
         arguments = [*map(str, folders), json.dumps(split_config(config(0.1, parts=3)))]
         process = subprocess.run(
             [sys.executable, "-c", code, *arguments],
@@ -390,6 +392,7 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Pa
         )
         digests.add(process.stdout.strip().splitlines()[-1])
         (tmp_path / work / "filter/prose-00001/kept/prose/part-00001.parquet").unlink()
+        shutil.rmtree(tmp_path / work / "out")
     assert len(digests) == 1
 
 
@@ -398,7 +401,8 @@ def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: A
     inputs = {s.name: run_stage(acquire.STAGE, recipe.acquire_config(s.name, 0), {}) for s in recipe.sources}
     inputs["items"] = run_stage(eval_set.STAGE, {"problems": {"add": 20, "sort": 200}, "seed": 0}, {})
     filtered = run_stage(filter.STAGE, recipe.filter_config(0), inputs)
-    artifact = run_stage(dedup.STAGE, recipe.dedup_config(), {"filter": filtered})
+    found = run_stage(duplicate_search.STAGE, recipe.duplicates_config(), {"filter": filtered})
+    artifact = run_stage(dedup.STAGE, recipe.dedup_config(), {"filter": filtered, "duplicates": found})
     rows = dispositions(artifact)
     assert len(rows) == sum(len(table(a, "documents")) for n, a in inputs.items() if n != "items")
     lower_is_bad = ("short_doc", "below", "too_few", "few_letters", "parse", "score", "stop_words", "punct")

@@ -21,12 +21,13 @@ from datatrove.utils.hashing import HashConfig
 
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.store import Artifact
-from stages.data import database, dedup
+from stages.data import database, dedup, duplicate_search
 from stages.data.curation import duplicates
 from stages.data.curation.duplicates import Part, Partition
 from stages.data.curation.settings import MinHash
 from stages.data.curation.words import WORDS
 from stages.data.table import DISPOSITIONS, KEPT, arrow_schema
+from tests.fixtures.dedup_fixtures import deduplicate, stage_configs
 from tests.fixtures.filter_fixtures import REMOVED, filter_artifact
 from tests.fixtures.run_fixtures import RecordingReport
 
@@ -90,8 +91,8 @@ def dispositions(artifact: Artifact) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in rows}
 
 
-def test_duplicates_name_the_first_document(tmp_path: Path, run_stage: Any) -> None:
-    artifact = run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": filtered(tmp_path / "filtered")})
+def test_duplicates_name_the_first_document(tmp_path: Path) -> None:
+    artifact = deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)[1]
     rows = dispositions(artifact)
     assert set(rows) == {f"{source}/{name}" for source, parts in SOURCES.items() for part in parts for name in part}
     found = {id: (row["rule"], row["duplicate_of"]) for id, row in rows.items() if row["duplicate_of"]}
@@ -106,8 +107,8 @@ def test_duplicates_name_the_first_document(tmp_path: Path, run_stage: Any) -> N
     assert rows["prose/near"]["threshold"] == pytest.approx(0.72, abs=0.01)
 
 
-def test_kept_documents_and_dispositions_of_each_part_balance(tmp_path: Path, run_stage: Any) -> None:
-    artifact = run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": filtered(tmp_path / "filtered")})
+def test_kept_documents_and_dispositions_of_each_part_balance(tmp_path: Path) -> None:
+    artifact = deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)[1]
     rows, summary = dispositions(artifact), artifact.json("summary.json")
     for source, parts in SOURCES.items():
         counts = summary["sources"][source]
@@ -131,55 +132,69 @@ def test_kept_documents_and_dispositions_of_each_part_balance(tmp_path: Path, ru
     assert sum(1 for _ in pq.ParquetFile(artifact / "kept/prose/part-00002.parquet").read()["id"]) == 1
 
 
-def test_any_number_of_tasks_gives_the_same_bytes(
-    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dedup, "PARTS_PER_RANGE", 2)  # three ranges of each hash
+def test_any_number_of_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicate_search, "PARTS_PER_RANGE", 2)  # three ranges of each hash
     monkeypatch.setattr(duplicates, "BUCKET_ROWS", 2)
     monkeypatch.setattr(duplicates, "BATCH", 2)
-    inputs, config = {"filter": filtered(tmp_path / "filtered")}, config_of(SOURCES, {})
-    setup = dedup.DedupConfig.model_validate(config)
-    count = dedup.STAGE.shards(setup)
-    assert count == 3 * 15
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
-    expected = run_stage(dedup.STAGE, config, inputs)
+    artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
+    found, kept = deduplicate(config, artifact, tmp_path / "alone")
+    search, removal = stage_configs(config)
+    stages = (
+        (duplicate_search.STAGE, search, {"filter": artifact}, 3 * 15),
+        (dedup.STAGE, removal, {"filter": artifact, "duplicates": found}, 6),
+    )
     for tasks in (3, 8):
-        work = tmp_path / f"tasks-{tasks}"
-        work.mkdir()
-        for task in reversed(range(tasks)):
-            for shard in range(task, count, tasks):
-                dedup.run_shard(setup, inputs, work, shard)
+        for stage, settings, inputs, count in stages:
+            setup, work = stage.config.model_validate(settings), tmp_path / f"tasks-{tasks}" / stage.name
+            work.mkdir(parents=True)
+            assert stage.shards(setup) == count and stage.run_shard is not None
+            for task in reversed(range(tasks)):
+                for shard in range(task, count, tasks):
+                    stage.run_shard(setup, inputs, work, shard)
         with monkeypatch.context() as context:
-            context.setattr("stages.data.curation.duplicates.write_stars", None)  # nothing is left to find
-            assert run_stage(dedup.STAGE, config, inputs, work).digest == expected.digest
+            for nothing_left in ("duplicates.write_stars", "removal.PartRemoval"):
+                context.setattr(f"stages.data.curation.{nothing_left}", None)
+            artifacts = deduplicate(config, artifact, tmp_path / f"tasks-{tasks}")
+        assert [each.digest for each in artifacts] == [found.digest, kept.digest]
 
 
-def test_several_processes_give_the_same_bytes(tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, config = {"filter": filtered(tmp_path / "filtered")}, config_of(SOURCES, {})
+def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
     digests = set()
     for cores in ({0}, {0, 1}):
         monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: cores)
-        digests.add(run_stage(dedup.STAGE, config, inputs).digest)
+        digests.add(deduplicate(config, artifact, tmp_path / str(len(cores)))[0].digest)
     assert len(digests) == 1
 
 
-def test_killed_and_damaged_pieces_are_made_again(
-    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
+def test_killed_and_damaged_pieces_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+    artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
+    expected = [each.digest for each in deduplicate(config, artifact, tmp_path)]
+    shutil.rmtree(tmp_path / "out")
+    for damaged in (
+        "dedup/prose-00001/kept/prose/part-00001.parquet",
+        "duplicates/near/removed/near/first.i64",
+        "duplicates/block-00002/representatives/block-00002/records",
+    ):
+        path = tmp_path / damaged
+        path.write_bytes(path.read_bytes()[:-1])
+    shutil.rmtree(tmp_path / "dedup/code-00000")
+    (tmp_path / "dedup/.code-00000.1").mkdir()  # the draft of a task that was killed
+    (tmp_path / "duplicates/stars/band_03-00000-of-00001/part.json").unlink()
+    assert [each.digest for each in deduplicate(config, artifact, tmp_path)] == expected
+
+
+def test_a_part_that_disappears_while_others_are_found_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
-    inputs, config, work = {"filter": filtered(tmp_path / "filtered")}, config_of(SOURCES, {}), tmp_path / "work"
-    expected = run_stage(dedup.STAGE, config, inputs, work).digest
-    for damaged in (
-        "prose-00001/kept/prose/part-00001.parquet",
-        "removed/near/first.i64",
-        "representatives/block-00002/records",
-    ):
-        path = work / damaged
-        path.write_bytes(path.read_bytes()[:-1])
-    shutil.rmtree(work / "code-00000")
-    (work / ".code-00000.1").mkdir()  # the draft of a task that was killed
-    (work / "stars/band_03-00000-of-00001/part.json").unlink()
-    assert run_stage(dedup.STAGE, config, inputs, work).digest == expected
+    monkeypatch.setattr(
+        duplicate_search, "_copy_representatives", lambda *_: shutil.rmtree(tmp_path / "duplicates/near", True)
+    )
+    with pytest.raises(AtomError, match="a file was removed from .*/duplicates while duplicates were found; run again"):
+        deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +207,7 @@ def test_killed_and_damaged_pieces_are_made_again(
     ],
 )  # fmt: skip
 def test_a_corrupt_part_is_named_in_one_sentence(
-    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch, damage: str, sentence: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, sentence: str
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     artifact = filtered(tmp_path / "filtered")
@@ -204,20 +219,18 @@ def test_a_corrupt_part_is_named_in_one_sentence(
         "hashes of another part": lambda: shutil.copyfile(artifact / "hashes/prose/part-00002.parquet", hashes),
     }[damage]()
     with pytest.raises(AtomError, match=sentence):
-        run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": artifact})
+        deduplicate(config_of(SOURCES, {}), artifact, tmp_path)
 
 
-def test_an_error_in_another_process_is_that_sentence_too(
-    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_another_process_is_that_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
     artifact = filtered(tmp_path / "filtered")
     (artifact / "hashes/prose/part-00001.parquet").write_bytes(b"PAR1")
     with pytest.raises(AtomError, match="part-00001.parquet cannot be read as Parquet"):
-        run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": artifact})
+        deduplicate(config_of(SOURCES, {}), artifact, tmp_path)
 
 
-def test_counts_that_do_not_balance_are_refused(tmp_path: Path, run_stage: Any) -> None:
+def test_counts_that_do_not_balance_are_refused(tmp_path: Path) -> None:
     artifact = filtered(tmp_path / "filtered")
     path = artifact / "dispositions/sums/part-00000.parquet"
     table = pq.ParquetFile(path).read()
@@ -228,15 +241,17 @@ def test_counts_that_do_not_balance_are_refused(tmp_path: Path, run_stage: Any) 
     with pytest.raises(
         AtomError, match="source sums does not balance: 4 in, 2 kept .2 written., 1 removed, 1 without a disposition"
     ):
-        run_stage(dedup.STAGE, config_of(SOURCES, {}), {"filter": artifact})
+        deduplicate(config_of(SOURCES, {}), artifact, tmp_path)
 
 
-def test_no_source_is_searched_for_near_duplicates(tmp_path: Path, run_stage: Any) -> None:
-    inputs = {"filter": filter_artifact(tmp_path / "filtered", SOURCES, {})}
-    for minhash in (None, {"kinds": ["chat"]}):
-        rows = dispositions(run_stage(dedup.STAGE, config_of(SOURCES, minhash), inputs))
+def test_no_source_is_searched_for_near_duplicates(tmp_path: Path) -> None:
+    artifact = filter_artifact(tmp_path / "filtered", SOURCES, {})
+    for number, minhash in enumerate((None, {"kinds": ["chat"]})):
+        config = config_of(SOURCES, minhash)
+        rows = dispositions(deduplicate(config, artifact, tmp_path / str(number))[1])
         assert {row["rule"] for row in rows.values()} == {None, REMOVED, "exact_duplicate"}
-        assert dedup.STAGE.shards(dedup.DedupConfig.model_validate(config_of(SOURCES, minhash))) == 1
+        search = duplicate_search.STAGE
+        assert search.shards(search.config.model_validate(stage_configs(config)[0])) == 1
 
 
 def test_a_source_that_is_mostly_duplicates_raises_an_alarm(tmp_path: Path) -> None:
@@ -245,9 +260,8 @@ def test_a_source_that_is_mostly_duplicates_raises_an_alarm(tmp_path: Path) -> N
         "prose": [{f"page {n}": near(text) for n in range(120)}],
         "code": [{f"file {n}": text if n else new_text() for n in range(20)}],
     }
-    (tmp_path / "out").mkdir()
-    setup, report = dedup.DedupConfig.model_validate(config_of(sources, {})), RecordingReport()
-    dedup.run(setup, {"filter": filtered(tmp_path / "filtered", sources)}, tmp_path / "work", tmp_path / "out", report)
+    report = RecordingReport()
+    deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path, report)
     assert [note.partition(";")[0] for note in report.notes if "are duplicates" in note] == [
         "prose: 119 of 120 documents are duplicates"
     ]
@@ -266,7 +280,7 @@ def planted_corpus(count: int) -> dict[str, str]:
     return {str(n): text for n, text in enumerate(texts)}
 
 
-def test_clusters_are_those_of_datatrove(tmp_path: Path, run_stage: Any) -> None:
+def test_clusters_are_those_of_datatrove(tmp_path: Path) -> None:
     """The same groups of documents as its stages find, of which each tool keeps one."""
     texts = planted_corpus(1000)
     config = MinhashConfig(seed=0, hash_config=HashConfig(precision=64))
@@ -286,9 +300,8 @@ def test_clusters_are_those_of_datatrove(tmp_path: Path, run_stage: Any) -> None
         expected[cluster].add(str(row))
 
     parts = [dict(list(texts.items())[start : start + 300]) for start in range(0, 1000, 300)]
-    artifact = run_stage(
-        dedup.STAGE, config_of({"prose": parts}, {}), {"filter": filtered(tmp_path / "filtered", {"prose": parts})}
-    )
+    sources = {"prose": parts}
+    artifact = deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path)[1]
     found: dict[str, set[str]] = defaultdict(set)
     for id, row in dispositions(artifact).items():
         if row["rule"]:
@@ -343,10 +356,7 @@ def test_partitions_cover_all_hashes_once() -> None:
     assert last.end <= 2**63 and Part(1, "x", 0).first == 2**53 > Part(0, "x", 99_999).end
 
 
-def test_no_documents_at_all(tmp_path: Path, run_stage: Any) -> None:
-    artifact = run_stage(
-        dedup.STAGE,
-        config_of({"prose": [{}, {}]}, {}),
-        {"filter": filtered(tmp_path / "filtered", {"prose": [{}, {}]})},
-    )
+def test_no_documents_at_all(tmp_path: Path) -> None:
+    sources: dict[str, Parts] = {"prose": [{}, {}]}
+    artifact = deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path)[1]
     assert artifact.json("summary.json")["total"]["documents_in"] == 0 and not dispositions(artifact)

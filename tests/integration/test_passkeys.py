@@ -15,7 +15,7 @@ import pytest
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import acquire, dedup, filter
+from stages.data import acquire, filter
 from stages.data.curation.settings import CurationSettings
 from stages.data.python_stdlib import read_modules
 from stages.data.readers.base import Document, Unreadable
@@ -26,6 +26,7 @@ from stages.data.splits import split_of
 from stages.data.synthetic import passkeys
 from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, write_rows
 from stages.data.tokenization import encode
+from tests.fixtures.dedup_fixtures import deduplicate
 
 TEXTS = [(f"Text {n} speaks of nothing much.\n\nIt has a second line, which is longer.", f"{n}.py") for n in range(9)]
 
@@ -124,7 +125,7 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
         source, settings = {"name": "keys", "kind": kind}, CurationSettings().model_dump()
         filtered = run_stage(filter.STAGE, {"sources": [source], "curation": settings, "seed": 0}, inputs)
         config = {"sources": [{**source, "heldout_fraction": 0.0}], "minhash": settings["minhash"]}
-        artifact = run_stage(dedup.STAGE, config, {"filter": filtered})
+        _, artifact = deduplicate(config, filtered, tmp_path / kind)
         rows_by_kind[kind] = pq.read_table(artifact / "kept/keys/part-00000.parquet").to_pylist()
     assert len(rows_by_kind["problems"]) == 40 and len(rows_by_kind["prose"]) < 20
     assert [row["prompt_chars"] for row in rows_by_kind["problems"]] == [row["prompt_chars"] for row in rows[:40]]

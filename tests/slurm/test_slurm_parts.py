@@ -14,7 +14,7 @@ from tests.fixtures.disturbance_fixtures import finished_stages, status
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
 pytestmark = slurm_fixtures.ON_SLURM
-MAPS = ("acquire-docstrings", "filter", "tokenize")
+MAPS = ("acquire-docstrings", "filter", "dedup", "tokenize")
 """The stages whose arrays have a task for each part."""
 
 
@@ -41,7 +41,7 @@ def test_an_array_gives_the_same_bytes_as_one_process(tmp_path: Path, parts: int
     atom(alone, "run", recipe, "--until", "tokenize")
     slurm_fixtures.until(lambda: slurm_fixtures.sealed(home, "tokenize"), "tokenize sealed", 20 * 60 if SOAK else 240)
     stages = {stage["name"]: stage for stage in status(home)["stages"]}
-    for stage in (*MAPS, "dedup"):
+    for stage in (*MAPS, "duplicates"):
         assert slurm_fixtures.digest(home, stage) == slurm_fixtures.digest(alone, stage), stage
         assert len(list(home.glob(f"logs/*/{stage}/shards/submitit/*_submission.sh"))) == 1, "one submission"
         assert slurm_fixtures.array_of(home, stage).isdigit() and stages[stage]["state"] == "sealed"

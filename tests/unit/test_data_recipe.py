@@ -45,7 +45,7 @@ def test_packaged_recipes_load_and_resolve(name: str) -> None:
 
 def test_recipe_and_stage_configs_import_nothing_heavy() -> None:
     code = (
-        "import sys, stages.data.recipe as r, stages.data.acquire, stages.evaluation.eval_set, stages.data.filter, stages.data.dedup, "
+        "import sys, stages.data.recipe as r, stages.data.acquire, stages.evaluation.eval_set, stages.data.filter, stages.data.duplicate_search, stages.data.dedup, "
         "stages.data.tokenizer, stages.data.tokenization, stages.data.order\n"
         "r.load('tiny').resolved()\n"
         "names = {'torch', 'numpy', 'pyarrow', 'datatrove', 'transformers', 'tokenizers', 'mlflow'}\n"
@@ -121,6 +121,7 @@ def test_the_number_of_parts_is_checked(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="source notes: parts = 2, but its reader finds 1 files; use no more parts"):
         two.resolved()
     assert two.filter_config(0)["sources"][0]["parts"] == two.dedup_config()["sources"][0]["parts"] == 2
+    assert two.duplicates_config()["sources"][0]["parts"] == 2
     assert two.tokenize_config()["parts"] == {"notes": 2}
 
 

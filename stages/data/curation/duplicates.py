@@ -173,6 +173,11 @@ class Removed:
 _FILES = ("address", "first", "firsts")
 
 
+def removed_folder(folder: Path, kind: str) -> Path:
+    """The files of `Removed` of a kind of duplicates, `exact` or `near`, in the folder of an artifact or a part."""
+    return folder / "removed" / kind
+
+
 def write_exact(folder: Path, work: Path, stars: Sequence[Path]) -> int:
     """Writes the exact duplicates (`Removed`) from the stars of all partitions; returns their number."""
     queries = (
@@ -255,6 +260,7 @@ def _integers(database: duckdb.DuckDBPyConnection, query: str) -> Iterator[Ints]
 
 def write_array(path: Path, pieces: Iterable[Ints]) -> int:
     """Writes 64-bit integers one after the other; returns how many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         for piece in pieces:
             piece.astype("<i8", copy=False).tofile(file)

@@ -6,7 +6,6 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,11 @@ def blocks_of(parts: Sequence[Part]) -> list[Sequence[Part]]:
     return [parts[part_slice(len(parts), block, blocks)] for block in range(blocks)]
 
 
+def block_folder(folder: Path, number: int) -> Path:
+    """The files of a block in the folder of an artifact or a part."""
+    return folder / "representatives" / f"block-{number:05d}"
+
+
 def write_representatives(
     folder: Path, kept: Path, parts: Sequence[Part], exact: Removed, near: Removed, n_grams: int
 ) -> int:
@@ -37,6 +41,7 @@ def write_representatives(
     kept: folder of the filtered documents of each part.
     """
     addresses, ends, id_bytes = array("q"), array("q"), array("q")
+    folder.mkdir(parents=True)
     with open(folder / "records", "wb") as file:
         for part in parts:
             near_rows = near.firsts_of(part)
@@ -67,22 +72,32 @@ def _within(rows: Ints, start: int, count: int) -> Any:
 
 
 class Representatives:
-    """The representatives of all blocks, by address. The files stay open."""
+    """The representatives of all blocks, by address: a context, in which the files that were read stay open."""
 
-    def __init__(self, folders: Sequence[Path], parts: Sequence[Part]) -> None:
-        """folders: of the blocks of the parts, in order."""
-        self.starts = [block[0].first for block in blocks_of(parts)]
-        self.block = cache(lambda number: _Block(folders[number]))
+    def __init__(self, found: Path, parts: Sequence[Part]) -> None:
+        """found: the artifact of stage `duplicates`."""
+        self.found, self.starts = found, [block[0].first for block in blocks_of(parts)]
+        self.blocks: dict[int, _Block] = {}
+
+    def __enter__(self) -> Representatives:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for block in self.blocks.values():
+            block.records.close()
 
     def read(self, address: int) -> tuple[str, UInts]:
         """The id and the shingles of a representative; an exact duplicate's has no shingles unless it has near ones."""
-        return self.block(bisect_right(self.starts, address) - 1).read(address)
+        number = bisect_right(self.starts, address) - 1
+        if number not in self.blocks:
+            self.blocks[number] = _Block(block_folder(self.found, number))
+        return self.blocks[number].read(address)
 
 
 class _Block:
     def __init__(self, folder: Path) -> None:
         self.addresses, self.ends, self.id_bytes = mapped(folder / "index").reshape(3, -1)
-        self.records = open(folder / "records", "rb", buffering=0)  # noqa: SIM115 - as long as this object
+        self.records = open(folder / "records", "rb", buffering=0)  # noqa: SIM115  closed by Representatives
 
     def read(self, address: int) -> tuple[str, UInts]:
         row = int(np.searchsorted(self.addresses, address))

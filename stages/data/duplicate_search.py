@@ -1,0 +1,178 @@
+"""Duplicates: find the exact and near duplicates over all sources.
+
+Documents with equal hashes are found by partition: of the text's hash, and of each band of MinHash. The partitions are
+independent, and what they find is joined. Memory does not grow with the corpus, but for 16 bytes for each document that
+shares a band with another. Stage `dedup` removes what is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pipeline.core.bounds import MOST_SOURCES, SourceName
+from pipeline.core.errors import AtomError
+from pipeline.core.parts import PartCount, link_parts, seal_part, sealed_part
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from stages.data import estimates
+from stages.data.curation.settings import MinHash
+from stages.data.estimates import Size
+from stages.data.kinds import Kind
+from stages.data.processes import processes
+
+if TYPE_CHECKING:
+    from stages.data.curation.duplicates import Part, Partition
+
+VERSION = 1
+PARTS_PER_RANGE = 500
+"""Parts of a corpus for each range of hashes: a range has some ten million documents, which are sorted in memory."""
+
+
+class SearchedSource(Config):
+    """The settings of one source that the search uses."""
+
+    name: SourceName = Field(description="name of the source")
+    kind: Kind = Field(description="kind of the documents")
+    parts: PartCount = added(1, "parts of the source")
+
+
+class DuplicatesConfig(Config):
+    sources: tuple[SearchedSource, ...] = Field(
+        min_length=1, max_length=MOST_SOURCES, description="sources of the corpus"
+    )
+    minhash: MinHash | None = Field(description="near-duplicate removal; null: none")
+    expected: Size | None = operational(None, "expected size of all sources; null: unknown")
+
+    @property
+    def searched_kinds(self) -> tuple[Kind, ...]:
+        """The kinds of sources whose documents are searched for near duplicates."""
+        return self.minhash.kinds if self.minhash is not None else ()
+
+    def parts(self) -> list[Part]:
+        """The parts of all sources, in order."""
+        from stages.data.curation.duplicates import Part
+
+        return [Part(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
+
+    def searched(self, part: Part) -> bool:
+        return self.sources[part.number].kind in self.searched_kinds
+
+    def partitions(self) -> list[Partition]:
+        """The partitions of the exact search, then those of each band."""
+        from stages.data.curation.duplicates import Partition
+
+        return [Partition(column, n, self.ranges) for column in self.columns for n in range(self.ranges)]
+
+    @property
+    def ranges(self) -> int:
+        """The partitions of a column of hashes."""
+        return -(-sum(source.parts for source in self.sources) // PARTS_PER_RANGE)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of hashes that are searched."""
+        buckets = 0
+        if self.minhash is not None and any(source.kind in self.searched_kinds for source in self.sources):
+            buckets = self.minhash.num_buckets
+        return ["hash_high", *(f"band_{band:02d}" for band in range(buckets))]
+
+
+def run(config: DuplicatesConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Seal `removed/exact` and `removed/near`: the documents to remove and which ones they duplicate; and
+    `representatives`: the ids and shingles of the latter.
+
+    inputs["filter"]: the hashes and kept documents of each part. Uses all cores that the process may use. Resumes after
+    the last finished partition or block. Raises AtomError if files of the work folder are removed meanwhile.
+    """
+    from stages.data.curation.representatives import blocks_of
+
+    blocks = len(blocks_of(config.parts()))
+    with processes(blocks if shards(config) > 1 else 1) as for_each:
+
+        def work_on(step: Callable[[DuplicatesConfig, Path, Path, int], None], count: int, unit: str) -> None:
+            for done in for_each(partial(step, config, inputs["filter"].path, work), count):
+                report.progress(done, count, unit)
+
+        work_on(_find_stars, len(config.partitions()), "partitions")
+        found = _join_stars(config, work)
+        work_on(_copy_representatives, blocks, "blocks")
+    names = ["exact", "near", *map(_block, range(blocks))]
+    parts = [part for name in names if (part := sealed_part(work / name)) is not None]
+    if len(parts) < len(names):
+        raise AtomError(f"a file was removed from {work} while duplicates were found; run again")
+    link_parts(parts, out)
+    report.note(f"{found['exact']} exact duplicates and {found['near']} near duplicates")
+
+
+def run_shard(config: DuplicatesConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Finds the documents with equal hashes in one partition."""
+    _find_stars(config, inputs["filter"].path, work, shard)
+
+
+def shards(config: DuplicatesConfig) -> int:
+    """The partitions; 1 for a corpus so small that no source has several parts."""
+    return len(config.columns) * config.ranges if any(source.parts > 1 for source in config.sources) else 1
+
+
+def _find_stars(config: DuplicatesConfig, filtered: Path, work: Path, number: int) -> None:
+    from stages.data.curation.duplicates import write_stars
+
+    partition = config.partitions()[number]
+    parts = [part for part in config.parts() if partition.column == "hash_high" or config.searched(part)]
+
+    def make(folder: Path) -> dict[str, Any]:
+        return {"stars": write_stars(folder, filtered / "hashes", parts, partition)}
+
+    seal_part(work / "stars", partition.name, make)
+
+
+def _join_stars(config: DuplicatesConfig, work: Path) -> dict[str, int]:
+    """Finds the exact and the near duplicates from the stars of all partitions; returns how many there are of each."""
+    from stages.data.curation.duplicates import Removed, removed_folder, write_exact, write_near
+
+    stars: dict[bool, list[Path]] = {True: [], False: []}
+    for partition in config.partitions():
+        stars[partition.column == "hash_high"].append(work / "stars" / partition.name)
+    searched = [number for number, source in enumerate(config.sources) if source.kind in config.searched_kinds]
+
+    def find_exact(folder: Path) -> dict[str, Any]:
+        return {"documents": write_exact(removed_folder(folder, "exact"), work, stars[True])}
+
+    exact = seal_part(work, "exact", find_exact)
+
+    def find_near(folder: Path) -> dict[str, Any]:
+        removed = Removed(removed_folder(exact.folder, "exact"))
+        return {"documents": write_near(removed_folder(folder, "near"), work, stars[False], removed, searched)}
+
+    near = seal_part(work, "near", find_near)
+    return {"exact": exact.facts["documents"], "near": near.facts["documents"]}
+
+
+def _copy_representatives(config: DuplicatesConfig, filtered: Path, work: Path, number: int) -> None:
+    from stages.data.curation.duplicates import Removed, removed_folder
+    from stages.data.curation.representatives import block_folder, blocks_of, write_representatives
+
+    block = blocks_of(config.parts())[number]
+    exact, near = (Removed(removed_folder(work / name, name)) for name in ("exact", "near"))
+    n_grams = config.minhash.n_grams if config.minhash else 1
+
+    def make(folder: Path) -> dict[str, Any]:
+        place = block_folder(folder, number)
+        return {"documents": write_representatives(place, filtered / "kept", block, exact, near, n_grams)}
+
+    seal_part(work, _block(number), make)
+
+
+def _block(number: int) -> str:
+    return f"block-{number:05d}"
+
+
+def estimate(config: DuplicatesConfig) -> Estimate:
+    return estimates.estimate("duplicates", config.expected, small=5.0)
+
+
+STAGE = Stage("duplicates", VERSION, DuplicatesConfig, run, estimate=estimate, shards=shards, run_shard=run_shard)
