@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures import slurm_fixtures
-from tests.fixtures.disturbance_fixtures import finished_stages, status
+from tests.fixtures.disturbance_fixtures import crash, finished_stages, status
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
 pytestmark = slurm_fixtures.ON_SLURM
@@ -63,9 +63,7 @@ def test_a_thousand_parts_two_kills_a_dead_node_and_a_poison_document(tmp_path: 
         kill_tasks(3)
         time.sleep(5)
     node = slurm_fixtures.until(lambda: slurm_fixtures.running_node(home, "acquire-docstrings"), "a task on a node")
-    slurm_fixtures.slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    time.sleep(5)
-    slurm_fixtures.slurm("scontrol", "update", f"nodename={node}", "state=resume")
+    crash(node)
     slurm_fixtures.until(lambda: slurm_fixtures.sealed(home, "filter"), "filter sealed", 30 * 60)
     atom(alone, "run", recipe, "--until", "filter")
     for stage in ("acquire-docstrings", "filter"):
