@@ -25,7 +25,7 @@ from stages.seed_labels import seed_label
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FUNCTION_VERSION = 1
+FUNCTION_VERSION = 2
 """Changes with the rows that equal settings give."""
 
 

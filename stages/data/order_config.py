@@ -13,7 +13,7 @@ from stages.data.packing import LongDocuments
 
 Rows = Annotated[int, Range(1, 2**30)]
 """The rows of one step."""
-LEAST_ROWS, BLOCKS, MOST_TOKENS = 4096, 32, 2**26
+LEAST_ROWS, BLOCKS, MOST_TOKENS = 4096, 256, 2**26
 """Of a block: rows that still fill well; the fraction of the phase that it is, if it has enough rows; the tokens that
 limit the memory of a process, about a million chunks where they are as short as chats."""
 MOST_BLOCKS = 9000
@@ -38,7 +38,7 @@ class OrderConfig(Config):
     long_documents: LongDocuments | None = added(None, "up-weighting of long chunks; requires pack; null: none")
 
     block_rows: Rows | None = added(
-        None, "rows of the steps that one part of the order holds and packs together, at least one step; null: a 32nd "
+        None, "rows of the steps that one part of the order holds and packs together, at least one step; null: a 256th "
         "of the phase, within bounds"
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-RUN = 1 << 21
+RUN = 1 << 19
 """Positions whose sums are sealed together."""
 STRIDE = 1 << 14
 """Positions of one sum."""
