@@ -57,7 +57,7 @@ LONG_DOCUMENTS = 100_000
 NOISE = 0.3
 """Seconds by which starts of a process differ. A join that takes longer on long documents reads their text."""
 STAGES = (
-    "acquire-web", "items", "filter", "duplicates", "dedup", "tokenizer", "tokenize",
+    "acquire-web", "items", "filter", "duplicates", "representatives", "dedup", "tokenizer", "tokenize",
     "order-pretrain", "order-midtrain",
 )  # fmt: skip
 READER = "a rank's reader"

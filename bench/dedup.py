@@ -81,7 +81,7 @@ def _remove(texts: dict[str, str], minhash: Any) -> tuple[float, Clusters]:
         start = time.process_time()
         write_hashes(filtered, "prose", 0, minhash)
         config = {"sources": [source], "minhash": minhash}
-        _, kept = deduplicate(config, Artifact("filter", "", filtered, ()), Path(place))
+        kept = deduplicate(config, Artifact("filter", "", filtered, ()), Path(place))["dedup"]
         seconds = time.process_time() - start
         rows = pq.read_table(kept / "dispositions/prose", columns=["id", "duplicate_of"]).to_pylist()
     clusters: dict[str, list[int]] = defaultdict(list)

@@ -31,6 +31,7 @@ STAGES = {
     "items": "stages.evaluation.eval_set",
     "filter": "stages.data.filter",
     "duplicates": "stages.data.duplicate_search",
+    "representatives": "stages.data.representative_copies",
     "dedup": "stages.data.dedup",
     "tokenizer": "stages.data.tokenizer",
     "tokenize": "stages.data.tokenization",
@@ -125,7 +126,9 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> N
     graph.add("items", "items", items)
     graph.add("filter", "filter", data.filter_config(config.seed), **sources, items="items")
     graph.add("duplicates", "duplicates", data.duplicates_config(), filter="filter")
-    graph.add("dedup", "dedup", data.dedup_config(), filter="filter", duplicates="duplicates")
+    found = {"filter": "filter", "duplicates": "duplicates"}
+    graph.add("representatives", "representatives", data.representatives_config(), **found)
+    graph.add("dedup", "dedup", data.dedup_config(), **found, representatives="representatives")
     tokenizer = config.tokenizer.model_dump()
     left_out = (*config.tokenizer.leave_out, *data.conversations)
     graph.add("tokenizer", "tokenizer", tokenizer | {"leave_out": left_out}, dedup="dedup")

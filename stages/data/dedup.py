@@ -44,7 +44,8 @@ class DedupConfig(Config):
 def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seal kept documents and dispositions of every input document by part, and a summary.
 
-    inputs["filter"]: the filtered documents of each part; inputs["duplicates"]: those to remove. Resumes after the last
+    inputs["filter"]: the filtered documents of each part; inputs["duplicates"]: those to remove;
+    inputs["representatives"]: what is known of the documents that they duplicate. Resumes after the last
     sealed part. Raises AtomError if counts do not balance.
     """
     count, sealed = len(config.parts()), list[Part]()
@@ -81,7 +82,7 @@ def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> P
 
     def make(folder: Path) -> dict[str, Any]:
         exact, near = (duplicates.Removed(duplicates.removed_folder(found, name)) for name in ("exact", "near"))
-        with Representatives(found, parts) as representatives:
+        with Representatives(inputs["representatives"].path, parts) as representatives:
             removal = PartRemoval(
                 inputs["filter"].path,
                 parts[shard],

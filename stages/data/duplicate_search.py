@@ -7,7 +7,6 @@ shares a band with another. Stage `dedup` removes what is found here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipeline.core.bounds import MOST_SOURCES, SourceName
-from pipeline.core.errors import AtomError
-from pipeline.core.parts import PartCount, link_parts, seal_part, sealed_part
+from pipeline.core.parts import Part, PartCount, link_parts, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from stages.data import estimates
 from stages.data.curation.settings import MinHash
@@ -25,7 +23,7 @@ from stages.data.kinds import Kind
 from stages.data.processes import processes
 
 if TYPE_CHECKING:
-    from stages.data.curation.duplicates import Part, Partition
+    from stages.data.curation import duplicates
 
 VERSION = 1
 PARTS_PER_RANGE = 500
@@ -52,16 +50,16 @@ class DuplicatesConfig(Config):
         """The kinds of sources whose documents are searched for near duplicates."""
         return self.minhash.kinds if self.minhash is not None else ()
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[duplicates.Part]:
         """The parts of all sources, in order."""
         from stages.data.curation.duplicates import Part
 
         return [Part(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
 
-    def searched(self, part: Part) -> bool:
+    def searched(self, part: duplicates.Part) -> bool:
         return self.sources[part.number].kind in self.searched_kinds
 
-    def partitions(self) -> list[Partition]:
+    def partitions(self) -> list[duplicates.Partition]:
         """The partitions of the exact search, then those of each band."""
         from stages.data.curation.duplicates import Partition
 
@@ -82,30 +80,18 @@ class DuplicatesConfig(Config):
 
 
 def run(config: DuplicatesConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `removed/exact` and `removed/near`: the documents to remove and which ones they duplicate; and
-    `representatives`: the ids and shingles of the latter.
+    """Seal `removed/exact` and `removed/near`: the documents to remove, and which ones they duplicate.
 
-    inputs["filter"]: the hashes and kept documents of each part. Uses all cores that the process may use. Resumes after
-    the last finished partition or block. Raises AtomError if files of the work folder are removed meanwhile.
+    inputs["filter"]: the hashes of each part. Uses all cores that the process may use. Resumes after the last finished
+    partition.
     """
-    from stages.data.curation.representatives import blocks_of
-
-    blocks = len(blocks_of(config.parts()))
-    with processes(blocks if shards(config) > 1 else 1) as for_each:
-
-        def work_on(step: Callable[[DuplicatesConfig, Path, Path, int], None], count: int, unit: str) -> None:
-            for done in for_each(partial(step, config, inputs["filter"].path, work), count):
-                report.progress(done, count, unit)
-
-        work_on(_find_stars, len(config.partitions()), "partitions")
-        found = _join_stars(config, work)
-        work_on(_copy_representatives, blocks, "blocks")
-    names = ["exact", "near", *map(_block, range(blocks))]
-    parts = [part for name in names if (part := sealed_part(work / name)) is not None]
-    if len(parts) < len(names):
-        raise AtomError(f"a file was removed from {work} while duplicates were found; run again")
-    link_parts(parts, out)
-    report.note(f"{found['exact']} exact duplicates and {found['near']} near duplicates")
+    count = len(config.partitions())
+    with processes(count if shards(config) > 1 else 1) as for_each:
+        for done in for_each(partial(_find_stars, config, inputs["filter"].path, work), count):
+            report.progress(done, count, "partitions")
+    exact, near = _join_stars(config, work)
+    link_parts((exact, near), out)
+    report.note(f"{exact.facts['documents']} exact duplicates and {near.facts['documents']} near duplicates")
 
 
 def run_shard(config: DuplicatesConfig, inputs: Inputs, work: Path, shard: int) -> None:
@@ -130,8 +116,8 @@ def _find_stars(config: DuplicatesConfig, filtered: Path, work: Path, number: in
     seal_part(work / "stars", partition.name, make)
 
 
-def _join_stars(config: DuplicatesConfig, work: Path) -> dict[str, int]:
-    """Finds the exact and the near duplicates from the stars of all partitions; returns how many there are of each."""
+def _join_stars(config: DuplicatesConfig, work: Path) -> tuple[Part, Part]:
+    """The exact and the near duplicates, from the stars of all partitions."""
     from stages.data.curation.duplicates import Removed, removed_folder, write_exact, write_near
 
     stars: dict[bool, list[Path]] = {True: [], False: []}
@@ -148,27 +134,7 @@ def _join_stars(config: DuplicatesConfig, work: Path) -> dict[str, int]:
         removed = Removed(removed_folder(exact.folder, "exact"))
         return {"documents": write_near(removed_folder(folder, "near"), work, stars[False], removed, searched)}
 
-    near = seal_part(work, "near", find_near)
-    return {"exact": exact.facts["documents"], "near": near.facts["documents"]}
-
-
-def _copy_representatives(config: DuplicatesConfig, filtered: Path, work: Path, number: int) -> None:
-    from stages.data.curation.duplicates import Removed, removed_folder
-    from stages.data.curation.representatives import block_folder, blocks_of, write_representatives
-
-    block = blocks_of(config.parts())[number]
-    exact, near = (Removed(removed_folder(work / name, name)) for name in ("exact", "near"))
-    n_grams = config.minhash.n_grams if config.minhash else 1
-
-    def make(folder: Path) -> dict[str, Any]:
-        place = block_folder(folder, number)
-        return {"documents": write_representatives(place, filtered / "kept", block, exact, near, n_grams)}
-
-    seal_part(work, _block(number), make)
-
-
-def _block(number: int) -> str:
-    return f"block-{number:05d}"
+    return exact, seal_part(work, "near", find_near)
 
 
 def estimate(config: DuplicatesConfig) -> Estimate:

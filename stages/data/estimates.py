@@ -35,7 +35,8 @@ class Law:
 LAWS = {
     "acquire": Law(0.04, 0.5, 0.35e9, 0.0, 0.42),
     "filter": Law(0.22, 0.5, 0.45e9, 0.0, 0.48),
-    "duplicates": Law(0.01, 5.0, 0.45e9, 8.0, 0.02),
+    "duplicates": Law(0.01, 5.0, 0.45e9, 8.0, 0.01),
+    "representatives": Law(0.006, 0.5, 0.35e9, 0.0, 0.02),
     "dedup": Law(0.03, 0.5, 0.35e9, 0.0, 0.46),
     "tokenize": Law(0.15, 0.5, 0.35e9, 0.0, 1.0),
 }

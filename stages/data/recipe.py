@@ -96,6 +96,11 @@ class DataRecipe(Config):
         sources = [{"name": s.name, "kind": s.kind, "parts": s.parts} for s in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
+    def representatives_config(self) -> dict[str, Any]:
+        """The config of stage representatives for all sources."""
+        sources = [{"name": s.name, "parts": s.parts} for s in self.sources]
+        return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
+
     def dedup_config(self) -> dict[str, Any]:
         """The config of stage dedup for all sources."""
         sources = [{"name": s.name, "heldout_fraction": self._heldout(s), "parts": s.parts} for s in self.sources]

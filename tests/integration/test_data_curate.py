@@ -17,7 +17,7 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import acquire, dedup, duplicate_search, filter
+from stages.data import acquire, dedup, duplicate_search, filter, representative_copies
 from stages.data import table as data_table
 from stages.data.curation.decontamination import ContaminationIndex
 from stages.data.curation.settings import CurationSettings
@@ -134,7 +134,7 @@ def curated(run_stage: Any, config: dict[str, Any], inputs: dict[str, Artifact])
     """The stages of curation, one after the other."""
     first, later = split_config(config)
     filtered = run_stage(filter.STAGE, first, inputs)
-    return deduplicate(later, filtered, filtered.path.parent / f"{filtered.key}-deduplicated")[1]
+    return deduplicate(later, filtered, filtered.path.parent / f"{filtered.key}-deduplicated")["dedup"]
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Pa
         "first, then = json.loads(sys.argv[4])\n"
         "filter.run(filter.FilterConfig.model_validate(first), inputs, work / 'filter', out, RecordingReport())\n"
         "filtered = write_manifest(out, 'x')\n"
-        "print(filtered.digest, *(artifact.digest for artifact in deduplicate(then, filtered, work)))"
+        "print(*(artifact.digest for artifact in deduplicate(then, filtered, work).values()))"
     )
     inputs_of(tmp_path, parts=3)
     digests = set()
@@ -401,8 +401,10 @@ def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: A
     inputs = {s.name: run_stage(acquire.STAGE, recipe.acquire_config(s.name, 0), {}) for s in recipe.sources}
     inputs["items"] = run_stage(eval_set.STAGE, {"problems": {"add": 20, "sort": 200}, "seed": 0}, {})
     filtered = run_stage(filter.STAGE, recipe.filter_config(0), inputs)
-    found = run_stage(duplicate_search.STAGE, recipe.duplicates_config(), {"filter": filtered})
-    artifact = run_stage(dedup.STAGE, recipe.dedup_config(), {"filter": filtered, "duplicates": found})
+    given = {"filter": filtered}
+    given["duplicates"] = run_stage(duplicate_search.STAGE, recipe.duplicates_config(), given)
+    given["representatives"] = run_stage(representative_copies.STAGE, recipe.representatives_config(), given)
+    artifact = run_stage(dedup.STAGE, recipe.dedup_config(), given)
     rows = dispositions(artifact)
     assert len(rows) == sum(len(table(a, "documents")) for n, a in inputs.items() if n != "items")
     lower_is_bad = ("short_doc", "below", "too_few", "few_letters", "parse", "score", "stop_words", "punct")

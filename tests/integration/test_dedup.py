@@ -21,13 +21,13 @@ from datatrove.utils.hashing import HashConfig
 
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.store import Artifact
-from stages.data import database, dedup, duplicate_search
+from stages.data import database, duplicate_search
 from stages.data.curation import duplicates
 from stages.data.curation.duplicates import Part, Partition
 from stages.data.curation.settings import MinHash
 from stages.data.curation.words import WORDS
 from stages.data.table import DISPOSITIONS, KEPT, arrow_schema
-from tests.fixtures.dedup_fixtures import deduplicate, stage_configs
+from tests.fixtures.dedup_fixtures import STAGES, deduplicate, stage_configs
 from tests.fixtures.filter_fixtures import REMOVED, filter_artifact
 from tests.fixtures.run_fixtures import RecordingReport
 
@@ -84,6 +84,10 @@ def filtered(folder: Path, sources: Mapping[str, Parts] = SOURCES) -> Artifact:
     return filter_artifact(folder, sources, {"prose": MinHash(), "code": MinHash()})
 
 
+def digests(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    return {name: artifact.digest for name, artifact in artifacts.items()}
+
+
 def dispositions(artifact: Artifact) -> dict[str, dict[str, Any]]:
     files = sorted((artifact / "dispositions").rglob("*.parquet"))
     rows = [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
@@ -92,7 +96,7 @@ def dispositions(artifact: Artifact) -> dict[str, dict[str, Any]]:
 
 
 def test_duplicates_name_the_first_document(tmp_path: Path) -> None:
-    artifact = deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)[1]
+    artifact = deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)["dedup"]
     rows = dispositions(artifact)
     assert set(rows) == {f"{source}/{name}" for source, parts in SOURCES.items() for part in parts for name in part}
     found = {id: (row["rule"], row["duplicate_of"]) for id, row in rows.items() if row["duplicate_of"]}
@@ -108,7 +112,7 @@ def test_duplicates_name_the_first_document(tmp_path: Path) -> None:
 
 
 def test_kept_documents_and_dispositions_of_each_part_balance(tmp_path: Path) -> None:
-    artifact = deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)[1]
+    artifact = deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)["dedup"]
     rows, summary = dispositions(artifact), artifact.json("summary.json")
     for source, parts in SOURCES.items():
         counts = summary["sources"][source]
@@ -138,63 +142,53 @@ def test_any_number_of_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(duplicates, "BATCH", 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
-    found, kept = deduplicate(config, artifact, tmp_path / "alone")
-    search, removal = stage_configs(config)
-    stages = (
-        (duplicate_search.STAGE, search, {"filter": artifact}, 3 * 15),
-        (dedup.STAGE, removal, {"filter": artifact, "duplicates": found}, 6),
-    )
+    alone = deduplicate(config, artifact, tmp_path / "alone")
     for tasks in (3, 8):
-        for stage, settings, inputs, count in stages:
-            setup, work = stage.config.model_validate(settings), tmp_path / f"tasks-{tasks}" / stage.name
+        for name, settings in stage_configs(config).items():
+            stage, work = STAGES[name], tmp_path / f"tasks-{tasks}" / name
+            setup = stage.config.model_validate(settings)
             work.mkdir(parents=True)
-            assert stage.shards(setup) == count and stage.run_shard is not None
+            count = stage.shards(setup)
+            assert count == (3 * 15 if name == "duplicates" else 6) and stage.run_shard is not None
             for task in reversed(range(tasks)):
                 for shard in range(task, count, tasks):
-                    stage.run_shard(setup, inputs, work, shard)
+                    stage.run_shard(setup, alone, work, shard)
         with monkeypatch.context() as context:
-            for nothing_left in ("duplicates.write_stars", "removal.PartRemoval"):
+            for nothing_left in (
+                "duplicates.write_stars",
+                "representatives.write_representatives",
+                "removal.PartRemoval",
+            ):
                 context.setattr(f"stages.data.curation.{nothing_left}", None)
             artifacts = deduplicate(config, artifact, tmp_path / f"tasks-{tasks}")
-        assert [each.digest for each in artifacts] == [found.digest, kept.digest]
+        assert digests(artifacts) == digests(alone)
 
 
 def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
-    digests = set()
+    found = []
     for cores in ({0}, {0, 1}):
         monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: cores)
-        digests.add(deduplicate(config, artifact, tmp_path / str(len(cores)))[0].digest)
-    assert len(digests) == 1
+        found.append(digests(deduplicate(config, artifact, tmp_path / str(len(cores)))))
+    assert found[0] == found[1]
 
 
 def test_killed_and_damaged_pieces_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
-    expected = [each.digest for each in deduplicate(config, artifact, tmp_path)]
+    expected = digests(deduplicate(config, artifact, tmp_path))
     shutil.rmtree(tmp_path / "out")
     for damaged in (
         "dedup/prose-00001/kept/prose/part-00001.parquet",
         "duplicates/near/removed/near/first.i64",
-        "duplicates/block-00002/representatives/block-00002/records",
+        "representatives/block-00002/representatives/block-00002/records",
     ):
         path = tmp_path / damaged
         path.write_bytes(path.read_bytes()[:-1])
     shutil.rmtree(tmp_path / "dedup/code-00000")
     (tmp_path / "dedup/.code-00000.1").mkdir()  # the draft of a task that was killed
     (tmp_path / "duplicates/stars/band_03-00000-of-00001/part.json").unlink()
-    assert [each.digest for each in deduplicate(config, artifact, tmp_path)] == expected
-
-
-def test_a_part_that_disappears_while_others_are_found_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
-    monkeypatch.setattr(
-        duplicate_search, "_copy_representatives", lambda *_: shutil.rmtree(tmp_path / "duplicates/near", True)
-    )
-    with pytest.raises(AtomError, match="a file was removed from .*/duplicates while duplicates were found; run again"):
-        deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)
+    assert digests(deduplicate(config, artifact, tmp_path)) == expected
 
 
 @pytest.mark.parametrize(
@@ -248,10 +242,10 @@ def test_no_source_is_searched_for_near_duplicates(tmp_path: Path) -> None:
     artifact = filter_artifact(tmp_path / "filtered", SOURCES, {})
     for number, minhash in enumerate((None, {"kinds": ["chat"]})):
         config = config_of(SOURCES, minhash)
-        rows = dispositions(deduplicate(config, artifact, tmp_path / str(number))[1])
+        rows = dispositions(deduplicate(config, artifact, tmp_path / str(number))["dedup"])
         assert {row["rule"] for row in rows.values()} == {None, REMOVED, "exact_duplicate"}
         search = duplicate_search.STAGE
-        assert search.shards(search.config.model_validate(stage_configs(config)[0])) == 1
+        assert search.shards(search.config.model_validate(stage_configs(config)["duplicates"])) == 1
 
 
 def test_a_source_that_is_mostly_duplicates_raises_an_alarm(tmp_path: Path) -> None:
@@ -301,7 +295,7 @@ def test_clusters_are_those_of_datatrove(tmp_path: Path) -> None:
 
     parts = [dict(list(texts.items())[start : start + 300]) for start in range(0, 1000, 300)]
     sources = {"prose": parts}
-    artifact = deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path)[1]
+    artifact = deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path)["dedup"]
     found: dict[str, set[str]] = defaultdict(set)
     for id, row in dispositions(artifact).items():
         if row["rule"]:
@@ -358,5 +352,5 @@ def test_partitions_cover_all_hashes_once() -> None:
 
 def test_no_documents_at_all(tmp_path: Path) -> None:
     sources: dict[str, Parts] = {"prose": [{}, {}]}
-    artifact = deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path)[1]
+    artifact = deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path)["dedup"]
     assert artifact.json("summary.json")["total"]["documents_in"] == 0 and not dispositions(artifact)

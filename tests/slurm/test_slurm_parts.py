@@ -41,7 +41,7 @@ def test_an_array_gives_the_same_bytes_as_one_process(tmp_path: Path, parts: int
     atom(alone, "run", recipe, "--until", "tokenize")
     slurm_fixtures.until(lambda: slurm_fixtures.sealed(home, "tokenize"), "tokenize sealed", 20 * 60 if SOAK else 240)
     stages = {stage["name"]: stage for stage in status(home)["stages"]}
-    for stage in (*MAPS, "duplicates"):
+    for stage in (*MAPS, "duplicates", "representatives"):
         assert slurm_fixtures.digest(home, stage) == slurm_fixtures.digest(alone, stage), stage
         assert len(list(home.glob(f"logs/*/{stage}/shards/submitit/*_submission.sh"))) == 1, "one submission"
         assert slurm_fixtures.array_of(home, stage).isdigit() and stages[stage]["state"] == "sealed"

@@ -45,7 +45,7 @@ def test_packaged_recipes_load_and_resolve(name: str) -> None:
 
 def test_recipe_and_stage_configs_import_nothing_heavy() -> None:
     code = (
-        "import sys, stages.data.recipe as r, stages.data.acquire, stages.evaluation.eval_set, stages.data.filter, stages.data.duplicate_search, stages.data.dedup, "
+        "import sys, stages.data.recipe as r, stages.data.acquire, stages.evaluation.eval_set, stages.data.filter, stages.data.duplicate_search, stages.data.representative_copies, stages.data.dedup, "
         "stages.data.tokenizer, stages.data.tokenization, stages.data.order\n"
         "r.load('tiny').resolved()\n"
         "names = {'torch', 'numpy', 'pyarrow', 'datatrove', 'transformers', 'tokenizers', 'mlflow'}\n"

@@ -14,7 +14,7 @@ from pipeline.graph import plan
 from pipeline.graph.cost_estimate import forecast
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
-from stages.data import acquire, dedup, duplicate_search, estimates, filter, tokenization
+from stages.data import acquire, dedup, duplicate_search, estimates, filter, representative_copies, tokenization
 from stages.data.estimates import Size
 from stages.data.recipe import load
 from tests.fixtures import ROOT
@@ -36,6 +36,7 @@ def estimates_of(folder: Path, *sizes: dict[str, int] | None, steps: tuple[str, 
     configs = [
         (acquire.STAGE, recipe.acquire_config("s0", 0)), (filter.STAGE, recipe.filter_config(0)),
         (duplicate_search.STAGE, recipe.duplicates_config()),
+        (representative_copies.STAGE, recipe.representatives_config()),
         (dedup.STAGE, recipe.dedup_config()), (tokenization.STAGE, recipe.tokenize_config()),
     ]  # fmt: skip
     return {stage.name: stage.estimate(stage.config.model_validate(config)) for stage, config in configs}
@@ -63,7 +64,7 @@ def test_without_the_size_of_every_source_the_estimate_is_of_a_small_corpus(tmp_
     assert estimates.total([Size(**SIZE), None]) is None and estimates.total([]) is None
     unknown = estimates_of(tmp_path, SIZE, None)
     assert unknown["acquire"].serial_seconds is not None, "its own source has a size"
-    for name in ("filter", "duplicates", "dedup", "tokenize"):
+    for name in ("filter", "duplicates", "representatives", "dedup", "tokenize"):
         assert unknown[name].fixed and unknown[name].serial_seconds is None
     assert estimates_of(tmp_path, None)["acquire"] == Estimate()
 

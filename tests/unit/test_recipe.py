@@ -114,7 +114,7 @@ def test_a_changed_field_changes_the_keys_of_what_depends_on_it_and_no_others(tm
     assert changed_keys(tmp_path, tokenizer__vocab_size=400) == {
         name
         for name in keys(str(SMOKE))
-        if not name.startswith(("acquire", "items", "filter", "duplicates", "dedup", "tasks"))
+        if not name.startswith(("acquire", "items", "filter", "duplicates", "representatives", "dedup", "tasks"))
     }
     assert changed_keys(tmp_path, seed=1) >= {"acquire-sums", "items", "filter", "dedup", "order-pretrain", "pretrain"}
 

@@ -15,15 +15,14 @@ import pyarrow as pa
 from pipeline.core.parts import part_slice
 from stages.data.curation.duplicates import Part, Removed, mapped, write_array
 from stages.data.curation.near_duplicates import Ints, UInts
+from stages.data.curation.settings import REPRESENTATIVE_BLOCKS
 from stages.data.curation.shingles import shingle_sets
 from stages.data.table import stream_batches
-
-BLOCKS = 100  # files that one process keeps open, however many parts there are
 
 
 def blocks_of(parts: Sequence[Part]) -> list[Sequence[Part]]:
     """Runs of consecutive parts: their representatives are in one file."""
-    blocks = min(BLOCKS, len(parts))
+    blocks = min(REPRESENTATIVE_BLOCKS, len(parts))
     return [parts[part_slice(len(parts), block, blocks)] for block in range(blocks)]
 
 
@@ -74,9 +73,9 @@ def _within(rows: Ints, start: int, count: int) -> Any:
 class Representatives:
     """The representatives of all blocks, by address: a context, in which the files that were read stay open."""
 
-    def __init__(self, found: Path, parts: Sequence[Part]) -> None:
-        """found: the artifact of stage `duplicates`."""
-        self.found, self.starts = found, [block[0].first for block in blocks_of(parts)]
+    def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
+        """folder: the artifact of stage `representatives`."""
+        self.folder, self.starts = folder, [block[0].first for block in blocks_of(parts)]
         self.blocks: dict[int, _Block] = {}
 
     def __enter__(self) -> Representatives:
@@ -90,7 +89,7 @@ class Representatives:
         """The id and the shingles of a representative; an exact duplicate's has no shingles unless it has near ones."""
         number = bisect_right(self.starts, address) - 1
         if number not in self.blocks:
-            self.blocks[number] = _Block(block_folder(self.found, number))
+            self.blocks[number] = _Block(block_folder(self.folder, number))
         return self.blocks[number].read(address)
 
 

@@ -12,6 +12,9 @@ from stages.data.kinds import Kind
 
 Hashes = Annotated[int, Range(1, 1000, "FineWeb: 14 buckets of 8 hashes over 5 words")]
 
+REPRESENTATIVE_BLOCKS = 100
+"""Files that one process keeps open, however many parts there are."""
+
 
 class MinHash(Config):
     """Near-duplicate removal by MinHash LSH over word n-grams.
