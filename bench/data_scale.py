@@ -4,13 +4,13 @@
     .venv/bin/python bench/data_scale.py --quick       # 2,000 and 4,000 documents
     .venv/bin/python bench/data_scale.py --full        # also 1,000,000 and 3,000,000, about 90 minutes
 
-A corpus is short documents of pseudo-words in JSON Lines files of 10,000 documents, each file a part; one document in
-a hundred is a copy of an earlier one and one in fifty differs from one in three words. Each stage runs as on a cluster:
-a process for the parts, another that joins them. Peak memory is that of the largest process of a stage. Its
-slope is by least squares over the sizes that fill buffers, of memory without the pages of mapped files, which the
+A corpus is short documents of pseudo-words in JSON Lines files of 10,000 documents, each file a part, once of 500; one
+document in a hundred is a copy of an earlier one and one in fifty differs from one in three words. Each stage runs as
+on a cluster: a process for the parts, another that joins them. Peak memory is that of the largest process of a stage.
+Its slope is by least squares over the sizes that fill buffers, of memory without the pages of mapped files, which the
 kernel takes back. Joining is serial work, parts are divided by tasks. Extrapolated is `open.yaml`, with 1.2 and 6
-billion documents of 4.3 kB on 200 tasks: the time of parts grows with bytes of text, that of joins with documents of
-that length.
+billion documents of 4.3 kB in parts of 1.2 million on 200 tasks: the time of parts grows with bytes of text, that of
+joins with documents and with parts, by least squares over both.
 
 The last line is one JSON object. Its ratio is the smallest of limit / measured: 1 or more holds every limit.
 """
@@ -43,18 +43,18 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 
 SIZES, QUICK, FULL = (10_000, 30_000, 100_000, 300_000), (2_000, 4_000), (1_000_000, 3_000_000)
-FILE = 10_000
-"""Documents of a file, which is a part."""
+FILE, SMALL_FILE = 10_000, 500
+"""Documents of a file, which is a part; of the smaller ones, which tell the cost of a part from that of a document."""
 FILLED = 100_000
 """Documents from which memory is fitted: smaller corpora do not fill the buffers that all larger ones do."""
 PEAK, SLOPE, DISK, SERIAL_HOURS = 1.5e9, 16, 2.5, 4.0
 """Limits: bytes of a process, bytes a document, bytes on disk by those of the text, hours of serial work."""
-REAL_BYTES, TASKS = 4300, 200
-"""Of `open.yaml`: bytes of a document; tasks of an array."""
+REAL_BYTES, REAL_FILE, TASKS = 4300, 1_200_000, 200
+"""Of `open.yaml`: bytes of a document, documents of a part; tasks of an array."""
 SHORT, LONG = 45, 650
 """Words of a document: short ones for the growth with documents, those of `open.yaml` for the disk and for joins."""
 LONG_DOCUMENTS = 100_000
-NOISE = 0.3
+NOISE = 0.5
 """Seconds by which starts of a process differ. A join that takes longer on long documents reads their text."""
 STAGES = (
     "acquire-web", "items", "filter", "duplicates", "representatives", "dedup", "tokenizer", "tokenize",
@@ -83,8 +83,8 @@ class Measured:
 # --- the corpus
 
 
-def write_corpus(folder: Path, documents: int, words: int) -> int:
-    """Files of documents of some `words`; returns the bytes of their text. Equal arguments give equal bytes."""
+def write_corpus(folder: Path, documents: int, words: int, file_size: int) -> int:
+    """Files of `file_size` documents of some `words`; returns the bytes of their text. Equal arguments: equal bytes."""
     rng = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     vocabulary = np.array(["".join(rng.choice(letters, rng.integers(2, 10))) for _ in range(20_000)])
@@ -92,8 +92,8 @@ def write_corpus(folder: Path, documents: int, words: int) -> int:
     frequency /= frequency.sum()
     total, earlier = 0, ""
     folder.mkdir(parents=True)
-    for number, first in enumerate(range(0, documents, FILE)):
-        count = min(FILE, documents - first)
+    for number, first in enumerate(range(0, documents, file_size)):
+        count = min(file_size, documents - first)
         lengths = rng.integers(words * 2 // 3, words * 4 // 3, count)
         drawn = vocabulary[rng.choice(len(vocabulary), int(lengths.sum()), p=frequency)]
         with open(folder / f"{number:05d}.jsonl", "w") as file:
@@ -112,12 +112,12 @@ def write_corpus(folder: Path, documents: int, words: int) -> int:
     return total
 
 
-def write_recipe(folder: Path, documents: int) -> Path:
+def write_recipe(folder: Path, documents: int, file_size: int) -> Path:
     """A recipe on the corpus: half of its tokens in pre-training, packed rows in mid-training."""
     source = {
         "name": "web", "kind": "prose", "license": "CC0-1.0", "license_evidence": "pseudo-words of this benchmark",
         "origin": "bench/data_scale.py", "reader": {"reader": "jsonl", "path": str(folder / "corpus")},
-        "parts": -(-documents // FILE), "steps": [{"step": "pii"}],
+        "parts": -(-documents // file_size), "steps": [{"step": "pii"}],
     }  # fmt: skip
     data = {"name": "scale", "description": "Pseudo-words.", "heldout_fraction": 0.01, "sources": [source]}
     (folder / "data.yaml").write_text(yaml.safe_dump(data))
@@ -215,11 +215,11 @@ def bytes_below(folder: Path) -> int:
     return sum(files.values())
 
 
-def measure(documents: int, place: Path, words: int = SHORT) -> list[Measured]:
+def measure(documents: int, place: Path, words: int = SHORT, file_size: int = FILE) -> list[Measured]:
     """Each process of each stage on a corpus of that size."""
     place.mkdir()
-    text, home = write_corpus(place / "corpus", documents, words), place / "home"
-    recipe = write_recipe(place, documents)
+    text, home = write_corpus(place / "corpus", documents, words, file_size), place / "home"
+    recipe = write_recipe(place, documents, file_size)
     graph = dag.compose(recipes.load(str(recipe)), Store(home))
     rows: list[Measured] = []
     for name in (*STAGES, READER):
@@ -234,7 +234,7 @@ def measure(documents: int, place: Path, words: int = SHORT) -> list[Measured]:
             usage = json.loads(process.stdout.splitlines()[-1])
             work = bytes_below(home / "work")
             out = bytes_below(home / "artifacts") if (home / "artifacts").exists() else 0
-            parts = -(-documents // FILE)
+            parts = -(-documents // file_size)
             rows.append(
                 Measured(name, mode, documents, text, parts, usage["seconds"], usage["peak"], usage["own"], work, out)
             )
@@ -252,33 +252,53 @@ def fit(rows: list[Measured], x: str, y: str) -> tuple[float, float]:
     return float(intercept), float(slope)
 
 
+def fit_join(rows: list[Measured]) -> tuple[float, float, float]:
+    """Seconds of a join: at the start, a document, a part. None is negative."""
+    from scipy.optimize import nnls
+
+    scales = np.array([1.0, max(row.documents for row in rows), max(row.parts for row in rows)])
+    terms = np.array([(1.0, row.documents, row.parts) for row in rows]) / scales
+    start, by_document, by_part = nnls(terms, np.array([row.seconds for row in rows]))[0] / scales
+    return float(start), float(by_document), float(by_part)
+
+
 def filled(rows: list[Measured]) -> list[Measured]:
-    """The rows of the corpora that fill buffers; all if fewer than two do."""
-    large = [row for row in rows if row.documents >= FILLED]
+    """The rows of the corpora that fill buffers, in large parts; all if fewer than two do."""
+    large = [row for row in rows if row.documents >= FILLED and row.documents >= FILE * row.parts]
     return large if len(large) > 1 else rows
+
+
+def join_seconds(rows: list[Measured], long: Measured) -> tuple[float, float]:
+    """Seconds a document and a part of a join, on documents of the length of `open.yaml`'s. long: measured on these."""
+    start, by_document, by_part = fit_join(rows)
+    excess = long.seconds - start - by_document * long.documents - by_part * long.parts
+    return by_document + (excess / long.documents if excess > NOISE else 0.0), by_part
 
 
 def summarize(rows: list[Measured], long: list[Measured]) -> dict[str, Any]:
     """Prints the laws and the extrapolation; returns the smallest ratio and what it is of. long: on long documents."""
     ratios: dict[str, float] = {}
     processes = sorted({(row.stage, row.mode) for row in rows}, key=[(r.stage, r.mode) for r in rows].index)
-    print(f"\n{'process':>24}{'peak MB':>9}{'B/document':>12}{'s/MB':>9}{'µs/document':>13}")
+    print(f"\n{'process':>24}{'peak MB':>9}{'B/document':>12}{'s/MB':>9}{'µs/document':>13}{'ms/part':>9}")
     serial, parallel = {1.2e9: 0.0, 6e9: 0.0}, {1.2e9: 0.0, 6e9: 0.0}
     for stage, mode in processes:
         mine = [row for row in rows if (row.stage, row.mode) == (stage, mode)]
         peak, (_, slope) = max(row.peak for row in mine), fit(filled(mine), "documents", "own")
-        (_, by_text), (start, by_document) = fit(mine, "text", "seconds"), fit(mine, "documents", "seconds")
-        real = next(row for row in long if (row.stage, row.mode) == (stage, mode))
-        if (excess := real.seconds - start - by_document * real.documents) > NOISE:
-            by_document += excess / real.documents
-        print(f"{stage + ' ' + mode:>24}{peak / 1e6:9.0f}{slope:12.1f}{by_text * 1e6:9.3f}{by_document * 1e6:13.1f}")
+        line = f"{stage + ' ' + mode:>24}{peak / 1e6:9.0f}{slope:12.1f}"
+        if mode == "parts":
+            (_, by_text), by_document, by_part = fit(mine, "text", "seconds"), 0.0, 0.0
+            print(f"{line}{by_text * 1e6:9.3f}")
+        else:
+            real = next(row for row in long if (row.stage, row.mode) == (stage, mode))
+            by_document, by_part = join_seconds(mine, real)
+            print(f"{line}{'':9}{by_document * 1e6:13.2f}{by_part * 1e3:9.2f}")
         ratios[f"peak memory of {stage}, {mode}"] = PEAK / peak
         ratios[f"memory a document of {stage}, {mode}"] = SLOPE / max(slope, 1e-9)
         for documents in serial:
             if mode == "parts":
                 parallel[documents] += max(by_text, 0) * documents * REAL_BYTES / TASKS / 3600
             else:
-                serial[documents] += max(by_document, 0) * documents / 3600
+                serial[documents] += (by_document * documents + by_part * documents / REAL_FILE) / 3600
     disk = max((row.work + row.out) / row.text for row in long)
     size = long[0].text // long[0].documents
     print(f"work and artifacts: {disk:.2f} bytes a byte of text, in documents of {size} bytes")
@@ -310,6 +330,9 @@ if __name__ == "__main__":
         sizes = arguments.sizes or (QUICK if arguments.quick else SIZES + FULL * arguments.full)
         with tempfile.TemporaryDirectory() as folder:
             measured = [row for size in sizes for row in measure(size, Path(folder) / str(size))]
+            print(f"parts of {SMALL_FILE} documents")
+            small = min(LONG_DOCUMENTS, *sizes[-2:])
+            measured += measure(small, Path(folder) / "small", file_size=SMALL_FILE)
             print("documents of the length of open.yaml's")
-            long = measure(min(LONG_DOCUMENTS, *sizes[-2:]), Path(folder) / "long", LONG)
+            long = measure(small, Path(folder) / "long", LONG)
         print(json.dumps(summarize(measured, long)))
