@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-PART = re.compile(r"part-([0-9]{5})\.parquet")
-KEPT_TABLE = re.compile(r"(earlier/[^/]+/)?kept/[^/]+(/part-[0-9]{5})?\.parquet")
+from pipeline.core.parts import PART_NAME, part_file, part_number, part_tables
+
+KEPT_TABLE = re.compile(rf"(earlier/[^/]+/)?kept/([^/]+/{PART_NAME}|[^/]+\.parquet)")
 """The paths of tables of kept documents in a dataset folder."""
 ALL = ""
 """Stands for the source of a table of all sources."""
@@ -67,7 +68,7 @@ def all_files(files: Files) -> list[Path]:
 
 def kept_beside(dispositions: Path, source: str) -> Path:
     """The table of the kept documents of a source that a table of dispositions is about."""
-    if PART.fullmatch(dispositions.name):
+    if part_number(dispositions) is not None:
         return dispositions.parents[2] / "kept" / source / dispositions.name
     return dispositions.parent / "kept" / f"{source}.parquet"
 
@@ -104,7 +105,7 @@ def problems(dataset: Path) -> Iterator[str]:
             if parts and single.exists()
         )
         for source, files in parts.items():
-            if [path.name for path in files] != [f"part-{number:05d}.parquet" for number in range(len(files))]:
+            if [path.name for path in files] != [part_file(number) for number in range(len(files))]:
                 yield f"{folder}/{source} does not have the parts 0 to {len(files) - 1}"
 
 
@@ -113,5 +114,5 @@ def _parts(folder: Path) -> Files:
     if not folder.is_dir():
         return {}
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
-    parts = {path.name: sorted(file for file in path.iterdir() if PART.fullmatch(file.name)) for path in folders}
+    parts = {path.name: part_tables(path) for path in folders}
     return {source: files for source, files in parts.items() if files}

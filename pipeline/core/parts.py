@@ -8,6 +8,7 @@ is joined from links to these files, in time that grows with the number of parts
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
@@ -27,6 +28,9 @@ from pipeline.core.store import FileRow, canonical, flush_tree, hand_over_hash, 
 SEAL = "part.json"
 PartCount = Annotated[int, Range(1, 10_000, "a folder of the Hub holds as many files")]
 """The number of parts of a source."""
+PART_PATTERN = "part-*.parquet"
+"""Matches the tables of parts, for readers outside of this code."""
+PART_NAME = r"part-[0-9]{5}\.parquet"
 
 
 class _Seal(TypedDict):
@@ -49,6 +53,16 @@ class Part:
 def part_file(number: int, suffix: str = ".parquet") -> str:
     """The name of a file of part `number`, from 0."""
     return f"part-{number:05d}{suffix}"
+
+
+def part_number(file: Path) -> int | None:
+    """The number of the part whose table a file is; None for another file."""
+    return int(file.stem.removeprefix("part-")) if re.fullmatch(PART_NAME, file.name) else None
+
+
+def part_tables(folder: Path) -> list[Path]:
+    """The tables of the parts in a folder, in order; none if there is no such folder."""
+    return sorted(file for file in (folder.iterdir() if folder.is_dir() else ()) if part_number(file) is not None)
 
 
 def part_slice(count: int, part: int, parts: int) -> slice:
@@ -92,6 +106,14 @@ def seal_part(work: Path, name: str, make: Callable[[Path], dict[str, Any]]) -> 
     return part
 
 
+def require_sealed(folder: Path) -> Part:
+    """The sealed part in a folder. Raises AtomError if it was removed or damaged since it was sealed."""
+    part = sealed_part(folder)
+    if part is None:
+        raise AtomError(f"{folder} was removed or damaged before it was joined; run again")
+    return part
+
+
 def sealed_part(folder: Path) -> Part | None:
     """The sealed part in a folder; None if there is none, or if a file is missing or has another size."""
     try:
@@ -110,7 +132,7 @@ def sealed_part(folder: Path) -> Part | None:
 def link_parts(parts: Iterable[Part], out: Path, below: tuple[str, ...] = ()) -> None:
     """Puts the files of sealed parts into `out` without copying or hashing them where the file system has links.
 
-    below: the folders of the artifact to link; none: all.
+    below: the folders of the artifact to link; none: all. Raises AtomError if a part was removed.
     """
     for part in parts:
         for row in part.rows:
@@ -123,5 +145,6 @@ def link_parts(parts: Iterable[Part], out: Path, below: tuple[str, ...] = ()) ->
             except FileExistsError:
                 raise AtomError(f"two parts have the file {row.path}; this is a fault of the stage") from None
             except OSError:  # no links here, or work and out are on different file systems
+                require_sealed(part.folder)
                 shutil.copyfile(source, target)
             hand_over_hash(target, row.sha256)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.parts import PART_PATTERN, part_number
 from pipeline.core.store import sha256_file
 from release import data_layout
 from release.assembly.data_facts import DataFacts, SourceFacts
@@ -50,9 +51,7 @@ def describe_dataset(
         "tokens": all_files(data_layout.token_files(dataset)),
         "problems": [dataset / "evaluation/items.parquet"],
     }
-    patterns = {
-        name: _pattern(dataset, files) for name, files in tables.items() if data_layout.PART.fullmatch(files[0].name)
-    }
+    patterns = {name: _pattern(dataset, files) for name, files in tables.items() if part_number(files[0]) is not None}
     documents_read = sum(row.documents_in for row in data.sources.values())
     documents_kept = sum(row.kept for row in data.sources.values())
     rules = sorted({rule.split("/")[0] for row in data.sources.values() for rule in row.removed})
@@ -114,7 +113,7 @@ def _pattern(dataset: Path, files: list[Path]) -> str:
     """The pattern of the parts of a table: of one source, or of all."""
     folders = {file.parent for file in files}
     folder = files[0].parent if len(folders) == 1 else files[0].parent.parent / "*"
-    return f"{folder.relative_to(dataset).as_posix()}/part-*.parquet"
+    return f"{folder.relative_to(dataset).as_posix()}/{PART_PATTERN}"
 
 
 def _file_set(name: str, pattern: str) -> dict[str, Any]:

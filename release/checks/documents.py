@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.parts import part_number
 from release import data_layout
 from release.assembly.published_tables import TEXT_BATCH, read_json
 from release.checks.check import Subject
@@ -81,7 +82,7 @@ def _unbalanced_part(dataset: Path, part: data_layout.Part, counts: Counter[str]
         return
     columns = ["id", "split", "license"]
     tables = {source: Rows(path, columns) for source, path in part.kept.items()}
-    single_source = part.dispositions.parent.name if data_layout.PART.fullmatch(part.dispositions.name) else None
+    single_source = part.dispositions.parent.name if part_number(part.dispositions) is not None else None
     for batch in text_batches(part.dispositions, [*columns, "source", "disposition", "rule"]):
         is_kept, is_removed = (equals(batch.column("disposition"), value) for value in ("kept", "removed"))
         has_rule = pc.not_equal(pc.fill_null(batch.column("rule"), ""), "")

@@ -10,20 +10,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.parts import part_file, part_tables
 from pipeline.core.store import sha256_file
+from release.assembly import published_order
 from release.assembly.checkpoint_facts import read_checkpoints
 from release.assembly.published_tables import read_json, stream_batches
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Findings
 from release.data_layout import orders
 from release.layout import WITHOUT_ORDER, phases_of
-from stages.data.chunks import ChunkIndex, Cut, document_files, seal_index
-from stages.data.computed_order import FUNCTION_VERSION, ComputedOrder
+from stages.data.chunks import ChunkIndex, Cut, seal_index
+from stages.data.computed_order import ComputedOrder
 from stages.data.order import merkle_root
-from stages.data.order_config import OrderConfig
-from stages.data.row_draw import DataCursor
+from stages.data.shards import document_files
 from stages.data.streams import Place
-from stages.data.table import read_table, write_table
+from stages.data.table import read_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,14 +56,14 @@ def segments(subject: Subject) -> Findings:
     for order in orders(dataset) + earlier:
         meta, name = read_json(order / "meta.json"), order.relative_to(dataset).as_posix()
         with TemporaryDirectory() as work:
-            cut = _cut(meta)
+            cut = published_order.cut_of(meta)
             candidates = [
                 read_documents(tokens, Path(work, str(number)), cut)
                 for number, tokens in enumerate(tables if order in earlier else [current])
             ]
             wrong_segments = list(islice(_wrong_segments(order, candidates), MOST_PROBLEMS))
             problems += [f"{name}: {text}" for text in wrong_segments]
-            if not wrong_segments and meta.get("function", {}).get("version") == FUNCTION_VERSION:
+            if not wrong_segments and published_order.is_function(meta):
                 fitting = next((indexes for indexes in candidates if _fits(meta, indexes)), candidates[-1])
                 problems += [f"{name}: {text}" for text in _recompute(subject, order, meta, fitting, Path(work))]
     return Findings(problems)
@@ -74,11 +75,6 @@ def read_documents(tokens: Path, work: Path, cut: Cut) -> dict[str, ChunkIndex]:
         source: ChunkIndex([(part, seal_index(work, file, source, part, cut)) for part, file in files], cut)
         for source, files in document_files(tokens).items()
     }
-
-
-def _cut(meta: Mapping[str, Any]) -> Cut:
-    long = meta.get("long_documents")
-    return Cut(meta["sequence_length"], long["over"] if long else None)
 
 
 def _fits(meta: Mapping[str, Any], indexes: Indexes) -> bool:
@@ -122,7 +118,7 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
 
 def _recompute(subject: Subject, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
     """A sentence for each block whose rows or places in the streams differ from those of the order's function."""
-    config = OrderConfig.model_validate({name: meta[name] for name in OrderConfig.model_fields if name in meta})
+    config = published_order.config_of(meta)
     if not _fits(meta, indexes):
         yield "the documents do not have the chunks that meta.json states"
         return
@@ -130,22 +126,23 @@ def _recompute(subject: Subject, folder: Path, meta: Mapping[str, Any], indexes:
     if len(parts) != config.blocks:
         yield f"meta.json lists {len(parts)} parts instead of {config.blocks}"
         return
+    names = [part_file(n) for n in range(config.blocks)]
+    if [file.name for file in part_tables(folder)] != names:
+        yield f"its files are not the parts {names[0]} to {names[-1]} that meta.json lists"
+        return
     blocks: Sequence[int] = range(config.blocks)
     starts: dict[int, dict[str, Place]] = {}
     if config.blocks > BLOCKS:
         blocks = sorted(random.Random(sha256_file(folder / "meta.json")).sample(blocks, BLOCKS))
-        if config.pack:
-            places = [*(part["start"] for part in parts), end]
-            starts = {n: {name: Place(*place) for name, place in start.items()} for n, start in enumerate(places)}
-    cursor = DataCursor(**meta["walk"]) if "walk" in meta else DataCursor(1, config.seed)
+        starts = published_order.starts_of(meta)
     used = {name: indexes[name] for name in sorted(config.mix)}
-    order = ComputedOrder(config, used, cursor, work, starts=starts)
+    order = ComputedOrder(config, used, published_order.cursor_of(meta), work, starts=starts)
     if order.function != meta["function"]:
         yield "meta.json states another function than its settings give"
     if merkle_root(part["sha256"] for part in parts) != meta["merkle_root"]:
         yield "merkle_root of meta.json is not the root over its parts"
     for n in blocks:
-        name = f"part-{n:05d}.parquet"
+        name = names[n]
         stated = {key: parts[n][key] for key in ("first_step", "last_step")}
         steps = config.steps_of_block(n)
         if stated != {"first_step": steps.start, "last_step": steps.stop - 1}:
@@ -154,12 +151,7 @@ def _recompute(subject: Subject, folder: Path, meta: Mapping[str, Any], indexes:
             yield f"{name} {problem}"
             continue
         table, _ = order.block(n)
-        if (file := folder / name).exists():
-            same = subject.digest(file) == parts[n]["sha256"] and read_table(file).equals(table)
-        else:  # a large release publishes the function alone
-            write_table(work / name, table)
-            same = sha256_file(work / name) == parts[n]["sha256"]
-        if not same:
+        if subject.digest(folder / name) != parts[n]["sha256"] or not read_table(folder / name).equals(table):
             yield f"{name} differs from the rows that the function of the order gives"
 
 

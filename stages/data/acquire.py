@@ -26,9 +26,13 @@ from stages.data.database import connect
 from stages.data.readers.base import Document, Failed, FileReader, Files, SampledReader, Unreadable, is_unicode
 from stages.data.seeds import seed_of
 from stages.data.sources import Source, digest_of_file, tree_digest
-from stages.data.table import DOCUMENTS, FAILED, content_hash, row_writer, write_json
+from stages.data.table import DOCUMENTS, FAILED, content_hash, part_files, row_writer, write_json
 
 VERSION = 2
+MOST_SKIPPED_SHARE = 0.5
+"""If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong."""
+SKIPPED_NAMES = 20
+"""The names of skipped documents in source.json."""
 
 
 class AcquireConfig(Config):
@@ -53,9 +57,9 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
     _require_tree(source, parts, files)
     counts = {name: sum(part.facts[name] for part in parts) for name in ("documents", "documents_found", "bytes")}
     failures = Failures.joined(part.facts["failures"] for part in parts)
-    skipped = [name for part in parts for name in part.facts["files_skipped"]]
-    for name in skipped:
-        report.note(f"source {source.name}: {name} cannot be read and was skipped")
+    skipped = Failures.joined((part.facts["skipped"] for part in parts), SKIPPED_NAMES)
+    if skipped.count:
+        report.note(f"source {source.name}: skipped, because they cannot be read: {skipped}")
     if failures.count:
         report.note(f"source {source.name}: cannot be read, and will be removed by curation: {failures}")
     if not counts["documents"]:
@@ -66,7 +70,9 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
     documents = counts["documents"]
     counts |= {"documents": documents + failures.count, "documents_failed": failures.count}
     declaration = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
-    sizes = {"files": len(files), "files_skipped": skipped, "parts": source.parts}
+    sizes = {"files": len(files), "files_skipped": [name for name, _ in skipped.first], "parts": source.parts}
+    if skipped.count > SKIPPED_NAMES:
+        sizes["files_skipped_count"] = skipped.count
     write_json(out / "source.json", {**declaration, "reader": source.reader.reader, **counts, **sizes})
     report.note(
         f"source {source.name}: {documents} of {counts['documents_found']} documents, {counts['bytes'] / 1e6:.2f} MB, "
@@ -89,15 +95,17 @@ def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, An
     files = source.files_of(number)
     digests = [(name, digest_of_file(path)) for name, path in files]
     selection = _Selection(config, files)
-    failures = Failures(f"source {source.name}", "cannot be read; check the settings of its reader")
-    skipped, size = [], 0
+    subject, problem = f"source {source.name}", "cannot be read; check the settings of its reader"
+    failures = Failures(subject, problem)
+    skipped = Failures(subject, problem, MOST_SKIPPED_SHARE, SKIPPED_NAMES)
+    size = 0
     with (
         row_writer(folder / "documents" / part_file(number), DOCUMENTS) as write,
         row_writer(folder / "failed" / part_file(number), FAILED) as write_failed,
     ):
         for document in _documents(config, files):
             if isinstance(document, Unreadable):
-                skipped.append(document.name)
+                skipped.add(document.name)
                 continue
             id = f"{source.name}/{document.name}"
             if not selection.takes(id):
@@ -120,13 +128,14 @@ def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, An
                 }
             )
     failures.require_few(selection.taken)
+    skipped.require_few(len(selection.hashes) + skipped.count)
     selection.require_distinct()
     return {
         "files": digests,
         "documents": selection.taken - failures.count,
         "documents_found": len(selection.hashes),
         "bytes": size,
-        "files_skipped": skipped,
+        "skipped": skipped.facts(),
         "failures": failures.facts(),
     }
 
@@ -213,7 +222,7 @@ def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[s
 
 def _require_distinct_ids(source: Source, out: Path, work: Path) -> None:
     """Raises AtomError if documents of two parts have the same id."""
-    files = [str(path) for path in sorted((out / "documents").glob("part-*.parquet"))]
+    files = [str(path) for path in part_files(out, "documents")]
     repeated = "SELECT hash(id) FROM read_parquet($files) GROUP BY 1 HAVING count(*) > 1"
     query = f"SELECT id FROM read_parquet($files) WHERE hash(id) IN ({repeated}) GROUP BY id HAVING count(*) > 1"
     with connect(work) as database:

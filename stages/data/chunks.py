@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,43 +90,63 @@ def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part
 
     facts: `batches`, for each batch its documents and the chunks of each pool, and `slots` of each pool.
     """
-    import numpy as np
     import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    columns = ["source", "split", "ordinal", "id", "tokens", "loss_from"]
     fields: list[tuple[str, Any]] = [(f"start_{pool}", pa.uint32()) for pool in cut.pools]
     schema = pa.schema([*fields, ("tokens", pa.int32()), ("loss_from", pa.int32()), ("id", pa.large_string())])
 
     def make(folder: Path) -> dict[str, Any]:
-        batches, slots, ordinal = [], dict.fromkeys(cut.pools, 0), 0
-        with (
-            read_errors(file),
-            pq.ParquetFile(file) as parquet,
-            pa.OSFile(str(folder / FILE), "wb") as sink,
-            pa.ipc.new_file(sink, schema) as writer,
-        ):
-            for batch in parquet.iter_batches(BATCH, columns=columns):
-                batch = batch.filter((pc.field("source") == source) & (pc.field("split") == "train"))
-                if not len(batch):
-                    continue
-                tokens, loss_from = (batch[name].to_numpy().astype(np.int64) for name in ("tokens", "loss_from"))
-                if not np.array_equal(batch["ordinal"].to_numpy(), np.arange(ordinal, ordinal + len(batch))):
-                    raise AtomError(f"{file} does not count the training documents of {source} from 0; rebuild it")
-                ordinal += len(batch)
-                counts = {pool: cut.spans(pool, tokens, loss_from)[1] for pool in cut.pools}
-                starts = [np.cumsum(count) - count for count in counts.values()]
-                arrays = [*starts, batch["tokens"], batch["loss_from"], batch["id"]]
+        facts = _Facts(cut)
+        with pa.OSFile(str(folder / FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in _documents(file, source, ["id"]):
+                starts = facts.add(batch)
+                arrays = [*starts.values(), batch["tokens"], batch["loss_from"], batch["id"]]
                 writer.write_batch(
                     pa.record_batch([pa.array(a).cast(f.type) for a, f in zip(arrays, schema, strict=True)], schema)
                 )
-                batches.append([len(batch), *(int(count.sum()) for count in counts.values())])
-                for pool in cut.pools:
-                    slots[pool] += cut.slots(pool, tokens, loss_from)
-        return {"batches": batches, "slots": slots}
+        return facts.facts()
 
     return seal_part(work / "index" / source, f"{part:05d}", make)
+
+
+def _documents(file: Path, source: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The training documents of a source in a table, in batches of those among BATCH rows: `tokens`, `loss_from` and
+    the columns asked for. Raises AtomError if they are not counted from 0."""
+    import numpy as np
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    names, ordinal = ["source", "split", "ordinal", "tokens", "loss_from", *columns], 0
+    with read_errors(file), pq.ParquetFile(file) as parquet:
+        for rows in parquet.iter_batches(BATCH, columns=names):
+            batch = rows.filter((pc.field("source") == source) & (pc.field("split") == "train"))
+            if not len(batch):
+                continue
+            if not np.array_equal(batch["ordinal"].to_numpy(), np.arange(ordinal, ordinal + len(batch))):
+                raise AtomError(f"{file} does not count the training documents of {source} from 0; rebuild it")
+            ordinal += len(batch)
+            yield batch
+
+
+class _Facts:
+    """The facts of the index of one part, from its batches of documents."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut, self.batches, self.slots = cut, list[list[int]](), dict.fromkeys(cut.pools, 0)
+
+    def add(self, batch: pa.RecordBatch) -> dict[str, NDArray[np.int64]]:
+        """The chunks of each pool before each document of a batch."""
+        import numpy as np
+
+        tokens, loss_from = (batch[name].to_numpy().astype(np.int64) for name in ("tokens", "loss_from"))
+        counts = {pool: self.cut.spans(pool, tokens, loss_from)[1] for pool in self.cut.pools}
+        self.batches.append([len(batch), *(int(count.sum()) for count in counts.values())])
+        for pool in self.cut.pools:
+            self.slots[pool] += self.cut.slots(pool, tokens, loss_from)
+        return {pool: np.cumsum(count) - count for pool, count in counts.items()}
+
+    def facts(self) -> dict[str, Any]:
+        return {"batches": self.batches, "slots": self.slots}
 
 
 class ChunkIndex:
@@ -250,6 +270,31 @@ class ChunkIndex:
             return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(int(self.batch[batch]))
 
 
+class TableIndex(ChunkIndex):
+    """An index that is not on disk: it counts chunks in the tables of documents, and reads a table again to look into
+    it. For few look-ups, this is faster than to make the files."""
+
+    def __init__(self, files: Sequence[tuple[int, Path]], source: str, cut: Cut) -> None:
+        """files: (number, table of documents) of each part, in order."""
+        parts = []
+        for number, file in files:
+            facts = _Facts(cut)
+            for batch in _documents(file, source, []):
+                facts.add(batch)
+            parts.append((number, Part(file.parent, (), facts.facts())))
+        super().__init__(parts, cut)
+        self.source, self.files = source, [file for _, file in files]
+
+    def _load(self, batch: int) -> Any:
+        import pyarrow as pa
+
+        documents = _documents(self.files[self.place[batch]], self.source, ["id"])
+        rows = next(islice(documents, int(self.batch[batch]), None))
+        starts = {f"start_{pool}": pa.array(start) for pool, start in _Facts(self.cut).add(rows).items()}
+        columns = starts | {name: rows[name] for name in ("tokens", "loss_from")}
+        return pa.record_batch(columns | {"id": rows["id"].cast(pa.large_string())})
+
+
 def _by_batch(
     starts: NDArray[np.int64], numbers: NDArray[np.int64], by_number: NDArray[np.int64]
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
@@ -270,21 +315,3 @@ def _sums(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     import numpy as np
 
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-
-
-def document_files(tokens: Path) -> dict[str, list[tuple[int, Path]]]:
-    """{source: (part, table of documents) of each part}, in order. The single table of an earlier layout is part 0 of
-    each source that it names. tokens: the tokenize artifact, or its published copy."""
-    import pyarrow.parquet as pq
-
-    if not (table := tokens / "documents.parquet").is_file():
-        files = sorted((tokens / "documents").glob("*/part-*.parquet"))
-        return {
-            source: [(int(file.stem.removeprefix("part-")), file) for file in group]
-            for source, group in groupby(files, key=lambda file: file.parent.name)
-        }
-    sources: set[str] = set()
-    with read_errors(table), pq.ParquetFile(table) as parquet:
-        for batch in parquet.iter_batches(BATCH, columns=["source"]):
-            sources.update(batch["source"].unique().to_pylist())
-    return {name: [(0, table)] for name in sorted(sources)}

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import RecipeError
 from stages.data import packing
-from stages.data.chunks import ChunkIndex, Cut, document_files, seal_index
+from stages.data.chunks import ChunkIndex, Cut, seal_index
 from stages.data.order_config import OrderConfig
 from stages.data.row_draw import DataCursor, SourceDraw
+from stages.data.shards import document_files
 from stages.data.streams import Place, Stream
 from stages.data.table import ORDER, arrow_schema
 from stages.seed_labels import seed_label
@@ -149,27 +150,51 @@ class ComputedOrder:
                     found |= self._steps_of_chunk(stream, chunk, (part, ordinal))
         return sorted(step for step in found if step >= self.config.first_step)
 
-    def _steps_of_chunk(self, stream: Stream, chunk: int, document: tuple[int, int]) -> set[int]:
+    def blocks_of(self, source: str, part: int, ordinal: int) -> dict[int, range]:
+        """The blocks that read a document, with the first to the last step there that does. Of a packed phase, the
+        blocks that it falls into, with all their steps: whether it fits there is known by packing them."""
+        blocks: dict[int, range] = {}
+        if not self.config.pack:
+            for step in self.steps_of(source, part, ordinal):
+                block = self._block_of(step)
+                blocks[block] = range(blocks[block].start if block in blocks else step, step + 1)
+            return blocks
+        chunks = self.indexes[source].chunks_of(part, ordinal)
+        for stream in self.streams:
+            for chunk in chunks[stream.pool] if stream.source == source else ():
+                for block in self._blocks_at(stream, self._positions(stream, chunk)):
+                    blocks[block] = self.config.steps_of_block(block)
+        return blocks
+
+    def _positions(self, stream: Stream, chunk: int) -> list[int]:
+        """The positions of a chunk in the part of a stream that the phase reads."""
         first = self.cursor.rows.get(stream.name, 0)
         if self.config.pack:
             end = self.start(self.config.blocks)[stream.name].position
         else:
-            source = self.draw.names.index(stream.name)
-            end = first + self.draw.totals[source]
+            end = first + self.draw.totals[self.draw.names.index(stream.name)]
         epochs = range(first // stream.size, -(-end // stream.size))
-        positions = [p for p in (stream.position(chunk, epoch) for epoch in epochs) if first <= p < end]
+        return [p for p in (stream.position(chunk, epoch) for epoch in epochs) if first <= p < end]
+
+    def _blocks_at(self, stream: Stream, positions: list[int]) -> set[int]:
+        """The blocks of a packed phase into which positions of a stream fall."""
+        numbers = range(self.config.blocks)
+        blocks = {bisect(numbers, p, key=lambda n: self.start(n)[stream.name].position) - 1 for p in positions}
+        return blocks - {-1}
+
+    def _steps_of_chunk(self, stream: Stream, chunk: int, document: tuple[int, int]) -> set[int]:
+        positions = self._positions(stream, chunk)
         if not self.config.pack:
+            source, first = self.draw.names.index(stream.name), self.cursor.rows.get(stream.name, 0)
             rows = [self.draw.row(source, position - first) for position in positions]
             return {self.config.step_of(self.cursor.first_step, row) for row in rows if row is not None}
         import pyarrow.compute as pc
 
         steps: set[int] = set()
-        blocks = range(self.config.blocks)
-        for block in {bisect(blocks, p, key=lambda n: self.start(n)[stream.name].position) - 1 for p in positions}:
-            if block >= 0:
-                here = (pc.field("part") == document[0]) & (pc.field("ordinal") == document[1])
-                table = self.block(block)[0].filter(here & (pc.field("source") == stream.source))
-                steps.update(table["step"].to_pylist())
+        for block in self._blocks_at(stream, positions):
+            here = (pc.field("part") == document[0]) & (pc.field("ordinal") == document[1])
+            table = self.block(block)[0].filter(here & (pc.field("source") == stream.source))
+            steps.update(table["step"].to_pylist())
         return steps
 
     def _block_of(self, step: int) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError
-from pipeline.core.parts import part_file
+from pipeline.core.parts import part_file, part_number, part_tables
+from stages.data.table import stream_batches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +23,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _BYTES_A_TOKEN = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 _CODES = {2: 8, 4: 4}  # uint16 and int32, by bytes a token
 _ENTRIES = 1 << 18  # of an index that are in memory at a time
+_BUFFER = 1 << 20  # bytes of tokens that are written at a time
 
 
 def shard_name(folder: Path, split: str, source: str, part: int) -> str:
@@ -32,39 +34,44 @@ def shard_name(folder: Path, split: str, source: str, part: int) -> str:
     return earlier if part == 0 and (folder / f"{earlier}.idx").is_file() else name
 
 
-def document_files(folder: Path, source: str) -> list[Path]:
-    """The tables of the tokenized documents of a source, by part; the one of all sources in an earlier layout.
-
-    Raises AtomError if there are none.
-    """
-    files = sorted((folder / "documents" / source).glob("part-*.parquet")) or [folder / "documents.parquet"]
-    if not files[-1].is_file():
-        raise AtomError(f"{folder} has no table of the documents of {source}; run tokenize again")
-    return files
+def document_files(tokens: Path) -> dict[str, list[tuple[int, Path]]]:
+    """{source: (part, table of its documents) of each part}, in order. The single table of an earlier layout is part 0
+    of each source that it names. tokens: the tokenize artifact, or its published copy."""
+    if not (table := tokens / "documents.parquet").is_file():
+        folders = sorted(path for path in (tokens / "documents").glob("*") if path.is_dir())
+        parts = {path.name: [(int(part_number(file) or 0), file) for file in part_tables(path)] for path in folders}
+        return {source: files for source, files in parts.items() if files}
+    sources: set[str] = set()
+    for batch in stream_batches(table, ["source"], _ENTRIES):
+        sources.update(batch["source"].unique().to_pylist())
+    return {name: [(0, table)] for name in sorted(sources)}
 
 
 class ShardWriter:
-    """Writes a shard document by document; in memory are 4 bytes for each. The bytes are those of Megatron's and
-    datatrove's writers."""
+    """Writes a shard document by document; in memory are 4 bytes for each, and about a megabyte of tokens. No file is
+    open between calls. The bytes are those of Megatron's and datatrove's writers."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         # two bytes a token up to 65,536 ids, as datatrove writes; the index states the width
         self.width = 2 if vocab_size <= 65_536 else 4
         self.dtype = "<u2" if self.width == 2 else "<i4"
         self.prefix, self.lengths, self.tokens = prefix, array("i"), 0
+        self.buffer = bytearray()
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(_with_suffix(prefix, ".bin"), "wb")  # noqa: SIM115  closed by `close`
+        _with_suffix(prefix, ".bin").write_bytes(b"")
 
     def add(self, ids: NDArray[Any]) -> None:
-        self.file.write(ids.astype(self.dtype).tobytes())
+        self.buffer += ids.astype(self.dtype).tobytes()
         self.lengths.append(len(ids))
         self.tokens += len(ids)
+        if len(self.buffer) >= _BUFFER:
+            self._flush()
 
     def close(self) -> None:
         """Completes both files."""
         import numpy as np
 
-        self.file.close()
+        self._flush()
         count, lengths = len(self.lengths), np.frombuffer(self.lengths, np.int32)
         with open(_with_suffix(self.prefix, ".idx"), "wb") as index:
             index.write(_HEADER.pack(_MAGIC, 1, _CODES[self.width], count, count + 1))
@@ -76,6 +83,11 @@ class ShardWriter:
                 end = int(ends[-1])
             for first in range(0, count + 1, _ENTRIES):
                 index.write(np.arange(first, min(first + _ENTRIES, count + 1), dtype="<i8").tobytes())
+
+    def _flush(self) -> None:
+        with open(_with_suffix(self.prefix, ".bin"), "ab") as file:
+            file.write(self.buffer)
+        self.buffer.clear()
 
 
 def check_sizes(folder: Path, name: str) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
 from pipeline.core.errors import AtomError
+from pipeline.core.parts import part_tables
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -241,7 +242,7 @@ def part_files(folder: Path, name: str) -> list[Path]:
 
     Raises AtomError if there are none.
     """
-    files = sorted((folder / name).glob("part-*.parquet")) or [folder / f"{name}.parquet"]
+    files = part_tables(folder / name) or [folder / f"{name}.parquet"]
     if not files[-1].is_file():
         raise AtomError(f"{folder / name} holds no parts; run the stage that makes it again")
     return files
@@ -256,7 +257,7 @@ def sources_of(folder: Path) -> list[str]:
 def order_files(folder: Path) -> list[Path]:
     """The files of the order of a phase, in the order of steps: `part-*.parquet`, or the `order.parquet` of an earlier
     layout. Raises AtomError if there are none."""
-    files = sorted(folder.glob("part-*.parquet")) or [folder / "order.parquet"]
+    files = part_tables(folder) or [folder / "order.parquet"]
     if not files[-1].is_file():
         raise AtomError(f"{folder} holds no order; run the stage that makes it again")
     return files

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, seal_part
 from pipeline.core.stage import Inputs, Report
+from stages.data.database import connect
 from stages.data.seeds import seed_of
 from stages.data.table import order_files, part_files, short_hash, sources_of, stream_batches, stream_parts
 from stages.evaluation.confidence import wilson
@@ -96,15 +97,16 @@ class CorpusSearch:
         return dict(facts)
 
     def missing(self) -> str | None:
-        """A document of an order that is not among the kept ones."""
-        import numpy as np
-
-        files = [path for source in sources_of(self.kept) for path in part_files(self.kept, source)]
-        kept_ids = (row["id"] for row in stream_parts(files, ["id"]))
-        kept = np.unique(np.fromiter(map(short_hash, kept_ids), np.uint64))
-        orders = [path for role in self.orders for path in order_files(self.inputs[role].path)]
-        ids = (id for path in orders for batch in stream_batches(path, ["id"]) for id in batch["id"].to_pylist())
-        return min((id for id in ids if not _members(np.array([short_hash(id)], np.uint64), kept)[0]), default=None)
+        """The first id of the orders that is not among the kept documents; a join that the disk holds."""
+        kept = [str(path) for source in sources_of(self.kept) for path in part_files(self.kept, source)]
+        orders = [str(path) for role in self.orders for path in order_files(self.inputs[role].path)]
+        query = (
+            "SELECT min(id) FROM read_parquet($orders, union_by_name = true) "
+            "ANTI JOIN (SELECT id FROM read_parquet($kept, union_by_name = true)) USING (id)"
+        )
+        with connect(self.work) as database:
+            row = database.execute(query, {"orders": orders, "kept": kept}).fetchone()
+        return row[0] if row else None
 
 
 class Corpus:

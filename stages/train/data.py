@@ -377,7 +377,10 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
 
 def _heldout_documents(tokens: Artifact, source: str) -> Iterator[dict[str, Any]]:
     """The rows of a source's held-out documents, by part and ordinal."""
-    for path in document_files(tokens.path, source):
+    files = document_files(tokens.path)
+    if source not in files:
+        raise AtomError(f"{tokens.path} has no table of the documents of {source}; run tokenize again")
+    for _, path in files[source]:
         names = ["source", "split", "part", "id", "ordinal", "tokens", "loss_from"]
         columns = [name for name in names if name in pq.read_schema(path).names]  # an earlier layout has no parts
         for batch in stream_batches(path, columns, 65_536):

@@ -25,12 +25,13 @@ from stages.data.synthetic.problems import FORMS, TASKS, add, draw
 from stages.data.table import content_hash, part_files
 from stages.evaluation import eval_set
 from stages.scorers.problems_v1 import score
+from tests.fixtures.run_fixtures import RecordingReport
 
 
 def config(path: Path, reader: str = "jsonl", parts: int = 1, **options: Any) -> dict[str, Any]:
     source = {
         "name": "notes",
-        "kind": "prose",
+        "kind": "chat" if "messages_field" in options else "prose",
         "license": "CC-BY-4.0",
         "license_evidence": "LICENSE",
         "origin": "https://example.org",
@@ -124,6 +125,47 @@ def test_many_bad_lines_stop_the_stage(tmp_path: Path, run_stage: Any, bad: int,
     )
     with pytest.raises(AtomError, match=sentence):
         run_stage(acquire.STAGE, config(path), {})
+
+
+def write_conversations(path: Path, good: int, bad: int) -> None:
+    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    write_lines(path, [{"messages": talk}] * good + [{"messages": talk[:1]}] * bad)
+
+
+def test_skipped_conversations_are_counted_and_the_first_ones_named(tmp_path: Path) -> None:
+    """One note, and 20 names in source.json, of parts of a source together."""
+    for number in range(3):
+        write_conversations(tmp_path / f"talk/{number}.jsonl", 400, 300 if number else 0)
+    settings = acquire.AcquireConfig.model_validate(config(tmp_path / "talk", parts=3, messages_field="messages"))
+    out, report = tmp_path / "out", RecordingReport()
+    out.mkdir()
+    acquire.run(settings, {}, tmp_path / "work", out, report)
+    source = json.loads((out / "source.json").read_text())
+    names = [f"1.jsonl:{number} (no message is the assistant's)" for number in range(401, 421)]
+    assert (source["files_skipped"], source["files_skipped_count"], source["documents"]) == (names, 600, 1200)
+    assert [note for note in report.notes if "skipped" in note] == [
+        f"source notes: skipped, because they cannot be read: documents {', '.join(names[:3])}, … (600 in all)"
+    ]
+    (seal,) = (tmp_path / "work").glob("*-00001/part.json")
+    assert len(seal.read_bytes()) < 3000, "a part keeps as few names"
+
+
+@pytest.mark.parametrize("good, bad, stops", [(0, 10, False), (11, 11, False), (10, 11, True)])
+def test_a_source_that_is_mostly_unreadable_stops_the_stage(
+    tmp_path: Path, run_stage: Any, good: int, bad: int, stops: bool
+) -> None:
+    write_conversations(tmp_path / "talk/0.jsonl", good, bad)
+    write_conversations(tmp_path / "talk/1.jsonl", 1, 0)
+    settings = config(tmp_path / "talk", parts=2, messages_field="messages")
+    if not stops:
+        assert len(documents(run_stage(acquire.STAGE, settings, {}))) == good + 1
+        return
+    sentence = (
+        "source notes: 11 of 21 documents cannot be read; check the settings of its reader; the first is "
+        r"0.jsonl:11 \(no message is the assistant's\)$"
+    )
+    with pytest.raises(AtomError, match=sentence):
+        run_stage(acquire.STAGE, settings, {})
 
 
 def test_a_parquet_row_that_is_not_utf8_fails_alone(tmp_path: Path, run_stage: Any) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datatrove.data import Document
@@ -20,13 +25,14 @@ from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, Minhash
 from datatrove.utils.hashing import HashConfig
 
 from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.parts import part_slice
 from pipeline.core.store import Artifact
 from stages.data import database, duplicate_search
 from stages.data.curation import duplicates
 from stages.data.curation.duplicates import Part, Partition
 from stages.data.curation.settings import MinHash
 from stages.data.curation.words import WORDS
-from stages.data.table import DISPOSITIONS, KEPT, arrow_schema
+from stages.data.table import DISPOSITIONS, KEPT, arrow_schema, write_table
 from tests.fixtures.dedup_fixtures import STAGES, deduplicate, stage_configs
 from tests.fixtures.filter_fixtures import REMOVED, filter_artifact
 from tests.fixtures.run_fixtures import RecordingReport
@@ -164,6 +170,50 @@ def test_any_number_of_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: p
         assert digests(artifacts) == digests(alone)
 
 
+def test_a_frequent_hash_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a corpus where most documents have one text, and most others share a band with it."""
+    count, rng = 200_000, np.random.default_rng(0)
+    texts = np.where(rng.random(count) < 0.8, 7, rng.integers(0, count, count)).astype(np.uint64)
+    bands = np.where(texts % 10 < 9, 5, texts).astype(np.uint64)
+    columns = [texts << np.uint64(40), texts, bands << np.uint64(40)]
+    parts = [Part(0, "prose", part) for part in range(2)]
+    for part in parts:
+        rows = part_slice(count, part.part, 2)
+        table = pa.table([column[rows] for column in columns], names=["hash_high", "hash_low", "band_00"])
+        write_table(part.file(tmp_path), table)
+    partition = {exact: Partition("hash_high" if exact else "band_00", 0, 1) for exact in (True, False)}
+
+    def find(exact: bool, folder: Path) -> tuple[set[tuple[int, int]], int]:
+        folder.mkdir()
+        tracemalloc.start()
+        try:
+            written = duplicates.write_stars(folder, tmp_path, parts, partition[exact])
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert [path.name for path in folder.iterdir()] == [duplicates.STARS]
+        stars = pq.read_table(folder / duplicates.STARS).to_pylist()
+        assert written == len(stars)
+        return {(row["address"], row["first"]) for row in stars}, peak
+
+    addresses = np.concatenate([part.first + np.arange(count // 2) for part in parts])
+    first_of_text, first_of_band, expected = dict[int, int](), dict[int, int](), {True: set(), False: set()}
+    for address, text, band in zip(addresses.tolist(), texts.tolist(), bands.tolist(), strict=True):
+        if (first := first_of_text.setdefault(text, address)) != address:
+            expected[True].add((address, first))
+        elif (first := first_of_band.setdefault(band, address)) != address:
+            expected[False].add((address, first))
+    for exact in (True, False):
+        assert find(exact, tmp_path / f"memory-{exact}")[0] == expected[exact]
+    monkeypatch.setattr(duplicates, "BATCH", 2**13)
+    monkeypatch.setattr(duplicates, "MOST_ROWS", 2**13)
+    monkeypatch.setattr(duplicates, "MEMORY", "30MB")
+    for exact in (True, False):
+        stars, peak = find(exact, tmp_path / f"disk-{exact}")
+        assert stars == expected[exact]
+        assert peak < 200 * duplicates.MOST_ROWS, "a bucket in memory"
+
+
 def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
     found = []
@@ -189,6 +239,31 @@ def test_killed_and_damaged_pieces_are_made_again(tmp_path: Path, monkeypatch: p
     (tmp_path / "dedup/.code-00000.1").mkdir()  # the draft of a task that was killed
     (tmp_path / "duplicates/stars/band_03-00000-of-00001/part.json").unlink()
     assert digests(deduplicate(config, artifact, tmp_path)) == expected
+
+
+def test_rewriting_a_part_closes_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+    warnings.simplefilter("always")
+    artifact = deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)["dedup"]
+    gc.collect()
+    assert any(row["rule"] == "near_duplicate" for row in dispositions(artifact).values())
+    assert [str(each.message) for each in recwarn if "records" in str(each.message)] == []
+
+
+def test_a_part_that_is_removed_while_it_is_joined_is_one_sentence(tmp_path: Path) -> None:
+    class Remover(RecordingReport):
+        def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
+            if done == total:
+                shutil.rmtree(tmp_path / "work/prose-00001")
+
+    artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
+    artifacts, stage = deduplicate(config, artifact, tmp_path / "first"), STAGES["dedup"]
+    setup = stage.config.model_validate(stage_configs(config)["dedup"])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(AtomError, match="work/prose-00001 was removed or damaged before it was joined; run again"):
+        stage.run(setup, artifacts, tmp_path / "work", tmp_path / "out", Remover())
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,10 @@ PARTS = {
         bench_step("data_scale", "--full"), ["benchmark", "result"],
         "Growth of the data stages up to three million documents; a ratio of 1 or more holds every limit.",
     ),
+    "data-plane": Part(
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("planted", "large_release"))), ["tests", "result"],
+        "Planted duplicates and leaks in a thousand parts; traces and checks of a million documents by brute force.",
+    ),
     "slurm-recipe": Part(
         test_steps("tests/slurm/test_slurm_soak.py"), ["tests", "result"],
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",

@@ -106,7 +106,8 @@ def test_files_of_conversations_are_read_and_bad_ones_reported(tmp_path: Path) -
     assert [(row["id"], row["text"], row["prompt_chars"]) for row in documents] == [
         (f"talk/a#{n}", text, chars) for n, (text, chars) in enumerate(chat.turns(TALK))
     ]
-    assert report.notes[0] == "source talk: b (no message is the assistant's) cannot be read and was skipped"
+    sentence = "source talk: skipped, because they cannot be read: document b (no message is the assistant's)"
+    assert report.notes[0] == sentence
     assert json.loads((out / "source.json").read_text())["files_skipped"] == ["b (no message is the assistant's)"]
     (tmp_path / "talk.jsonl").write_text('{"id": "c", "messages": "hello"}\n')
     reason = "no list of messages in field 'messages' (fields: id, messages); set reader.messages_field"

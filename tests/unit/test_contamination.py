@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.curation.overlap import ItemRuns
-from stages.data.table import KEPT, ORDER, read_jsonl, write_jsonl, write_rows
+from stages.data.table import KEPT, ORDER, read_jsonl, write_jsonl, write_rows, write_table
 from stages.evaluation import contamination, generated_eval, pass_at_k
-from stages.evaluation.contamination_corpus import FORMS
+from stages.evaluation.contamination_corpus import FORMS, CorpusSearch
 from stages.evaluation.eval_set import chat_rows
 from stages.rl.protocols import question
 from tests.fixtures import chat_fixtures
@@ -109,6 +111,26 @@ def test_artifacts_of_two_runs_are_refused_in_a_sentence(run_stage, inputs, tmp_
     other = chat_fixtures.corpus(tmp_path, {"prose": ["only", "two"]})
     with pytest.raises(AtomError, match="document prose/10 was trained on but is not among the kept ones of dedup"):
         run_stage(contamination.STAGE, CONFIG, {**inputs, "dedup": other["dedup"]})
+
+
+def test_the_missing_document_is_looked_up_in_constant_memory(tmp_path: Path) -> None:
+    """Of 100,000 documents that were trained on, the first of two that were not kept."""
+    count, absent = 100_000, ("web/00070000", "web/00060000")
+    ids = [f"web/{n:08d}" for n in range(count)]
+    for role, names in (("dedup/kept/web", [id for id in ids if id not in absent]), ("order", ids[::-1])):
+        for part in range(2):
+            table = pa.table({"id": names[part_slice(len(names), part, 2)]})
+            write_table(tmp_path / role / part_file(part), table)
+    folders = {"dedup": tmp_path / "dedup", "order-pretrain": tmp_path / "order"}
+    inputs = {role: write_manifest(folder, role) for role, folder in folders.items()}
+    search = CorpusSearch(inputs, tmp_path / "work", ItemRuns({}), {}, 8, 0)
+    del ids, names, table
+    tracemalloc.start()
+    try:
+        assert search.missing() == absent[1]
+        assert tracemalloc.get_traced_memory()[1] < count, "less than a byte for each document"
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.fixture

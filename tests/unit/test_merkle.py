@@ -18,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError
+from pipeline.core.merkle_tree import Tree, leaf_hash, verify_inclusion
 from pipeline.core.store import canonical
 from release.assembly.published_tables import read_rows
 from release.audit import merkle
+from stages.data.order import merkle_root
 from tests.fixtures import parts_fixtures, release_fixtures
 
 SIZES = st.integers(1, 70)
@@ -70,29 +72,35 @@ def test_the_roots_of_a_known_tree() -> None:
     """The first inputs and roots of the reference implementation of RFC 6962."""
     inputs = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
     leaves = [bytes.fromhex(text) for text in inputs]
-    assert merkle.Tree.of([]).root.hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    assert merkle.Tree.of(leaves[:1]).root.hex() == "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"
-    assert merkle.Tree.of(leaves).root.hex() == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
+    assert Tree.of([]).root.hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert Tree.of(leaves[:1]).root.hex() == "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"
+    assert Tree.of(leaves).root.hex() == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
 
 
 @given(st.lists(st.binary(max_size=9), max_size=70))
 def test_root_and_proofs_are_those_of_the_rfc(leaves: list[bytes]) -> None:
-    tree = merkle.Tree.of(iter(leaves))
-    assert tree == merkle.Tree(len(leaves), mth(leaves), b"", [])
+    tree = Tree.of(iter(leaves))
+    assert tree == Tree(len(leaves), mth(leaves), b"", [])
     for index, leaf in enumerate(leaves):
-        proof = merkle.Tree.of(iter(leaves), index).proof
-        assert merkle.Tree.of(leaves, index) == merkle.Tree(len(leaves), tree.root, leaf, path(index, leaves))
-        assert merkle.verify_inclusion(leaf, index, len(leaves), proof, tree.root)
+        proof = Tree.of(iter(leaves), index).proof
+        assert Tree.of(leaves, index) == Tree(len(leaves), tree.root, leaf, path(index, leaves))
+        assert verify_inclusion(leaf, index, len(leaves), proof, tree.root)
+
+
+def test_the_root_of_an_order_is_that_of_the_same_tree() -> None:
+    digests = [sha256(leaf).hexdigest() for leaf in make_leaves(70)]
+    for size in range(71):
+        assert merkle_root(iter(digests[:size])) == mth([bytes.fromhex(digest) for digest in digests[:size]]).hex()
 
 
 @given(SIZES, st.data())
 def test_what_was_changed_is_refused(size: int, data: st.DataObject) -> None:
     leaves, index = make_leaves(size), data.draw(st.integers(0, size - 1))
-    tree = merkle.Tree.of(leaves, index)
+    tree = Tree.of(leaves, index)
     proof = tree.proof
 
     def verifies(**changed: Any) -> bool:
-        return merkle.verify_inclusion(
+        return verify_inclusion(
             **{"leaf": leaves[index], "index": index, "size": size, "proof": proof, "root": tree.root, **changed}
         )
 
@@ -109,14 +117,14 @@ def test_what_was_changed_is_refused(size: int, data: st.DataObject) -> None:
         assert verifies(size=other) == (index < other and turns(index, other) == turns(index, size))
     # A node is no leaf: the proof of a parent cannot be passed off as that of a leaf.
     if size > 1:
-        pair = [merkle.leaf_hash(leaf) for leaf in leaves[index & ~1 : (index & ~1) + 2]]
-        assert not merkle.verify_inclusion(b"".join(pair), index >> 1, (size + 1) // 2, proof[1:], tree.root)
+        pair = [leaf_hash(leaf) for leaf in leaves[index & ~1 : (index & ~1) + 2]]
+        assert not verify_inclusion(b"".join(pair), index >> 1, (size + 1) // 2, proof[1:], tree.root)
 
 
 @pytest.mark.parametrize("index", [-1, 3])
 def test_there_is_no_proof_of_no_leaf(index: int) -> None:
     with pytest.raises(IndexError):
-        merkle.Tree.of(make_leaves(3), index)
+        Tree.of(make_leaves(3), index)
 
 
 def test_a_large_tree_holds_one_node_for_each_level() -> None:
@@ -125,11 +133,11 @@ def test_a_large_tree_holds_one_node_for_each_level() -> None:
 
     size, index = 200_003, 77_777
     tracemalloc.start()
-    tree = merkle.Tree.of((b"%d" % n for n in range(size)), index)
+    tree = Tree.of((b"%d" % n for n in range(size)), index)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50_000 and tree.size == size and len(tree.proof) == len(turns(index, size))
-    assert merkle.verify_inclusion(b"%d" % index, index, size, tree.proof, tree.root)
+    assert verify_inclusion(b"%d" % index, index, size, tree.proof, tree.root)
 
 
 @pytest.fixture(scope="module", params=[0, 3], ids=["one file a table", "parts"])

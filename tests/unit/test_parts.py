@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import pytest
 
 from pipeline.core import store
 from pipeline.core.errors import AtomError
-from pipeline.core.parts import link_parts, part_file, part_slice, seal_part, sealed_part
+from pipeline.core.parts import (
+    link_parts,
+    part_file,
+    part_number,
+    part_slice,
+    part_tables,
+    require_sealed,
+    seal_part,
+    sealed_part,
+)
 from pipeline.core.store import digest_of, rows_of, write_manifest
 
 
@@ -68,6 +78,26 @@ def test_joining_hashes_nothing_again_and_gives_the_same_manifest(
     hashed: list[Path] = []
     monkeypatch.setattr(store, "sha256_file", lambda path: hashed.append(path) or "0" * 64)
     assert write_manifest(tmp_path / "out", "filter-0").digest == expected and not hashed
+
+
+def test_a_part_that_is_removed_while_it_is_joined_is_one_sentence(tmp_path: Path) -> None:
+    parts = [seal_part(tmp_path / "work", f"web-{n:05d}", make(n)) for n in range(2)]
+    shutil.rmtree(parts[1].folder)
+    sentence = f"{parts[1].folder} was removed or damaged before it was joined; run again"
+    with pytest.raises(AtomError, match=sentence):
+        link_parts(parts, tmp_path / "out")
+    with pytest.raises(AtomError, match=sentence):
+        require_sealed(parts[1].folder)
+    assert require_sealed(parts[0].folder) == parts[0]
+
+
+def test_tables_of_parts_are_listed_in_order(tmp_path: Path) -> None:
+    assert part_tables(tmp_path / "none") == []
+    for name in ("part-00010.parquet", "part-00002.parquet", "part-2.parquet", "part-00001.parquet.part", "meta.json"):
+        (tmp_path / name).touch()
+    assert [path.name for path in part_tables(tmp_path)] == [part_file(2), part_file(10)]
+    assert [part_number(Path(part_file(number))) for number in (0, 12345)] == [0, 12345]
+    assert part_number(Path("part-00001.bin")) is None
 
 
 def test_a_file_that_changed_after_the_join_is_hashed_again(tmp_path: Path) -> None:

@@ -112,6 +112,20 @@ def test_heldout_rows_are_those_of_the_first_parts(tmp_path: Path, monkeypatch: 
         data.heldout_rows(tokens, phase(4, sums=1.0))
 
 
+def test_a_writer_holds_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So one that is left by an error, such as a full disk, leaves none."""
+    monkeypatch.setattr(megatron, "_BUFFER", 5 * 2 * LENGTH)
+    before = os.listdir("/proc/self/fd")
+    writer = ShardWriter(tmp_path / "shard", 65_536)
+    for ordinal in range(12):
+        writer.add(document(0, ordinal))
+    assert os.listdir("/proc/self/fd") == before
+    assert (tmp_path / "shard.bin").stat().st_size == 10 * 2 * LENGTH, "the rest is in memory"
+    writer.close()
+    expected = b"".join(document(0, ordinal).astype("<u2").tobytes() for ordinal in range(12))
+    assert (tmp_path / "shard.bin").read_bytes() == expected
+
+
 def test_heldout_rows_of_an_earlier_layout(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
@@ -121,7 +135,7 @@ def test_heldout_rows_of_an_earlier_layout(tmp_path: Path) -> None:
     table = pq.read_table(tokens / "documents/text/part-00000.parquet").drop_columns(["part"])
     pq.write_table(table, tokens / "documents.parquet")
     (tokens / "documents/text/part-00000.parquet").unlink()
-    assert megatron.document_files(tokens.path, "text") == [tokens / "documents.parquet"]
+    assert megatron.document_files(tokens.path) == {"text": [(0, tokens / "documents.parquet")]}
     rows = heldout_rows(tokens, phase(2, text=1.0))
     assert [(row.segments[0].part, row.segments[0].ordinal) for row in rows] == [(0, 0), (0, 1)]
     (tokens / "documents.parquet").unlink()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
+from pipeline.core.parts import part_number
 from release import schema
+from release.audit.tracing import order_lookup
 from release.audit.tracing.answers import Document, Fate, Place, Segment, Step, TaskUse, Use
+from release.audit.tracing.order_lookup import Places
 from release.audit.tracing.release_data import OrderPart, ReleaseData, Rows, select_rows
-from release.data_layout import kept_beside, kept_files
+from release.data_layout import in_parts, kept_beside, kept_files
 from release.layout import numbered, when
 from stages.data.table import order_files, read_jsonl, stream_part_batches
 from stages.rl.protocols import question
@@ -75,7 +78,7 @@ def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]
                 kept_table = kept_beside(path, row["source"])
                 origin = next((r["origin"] for r in select_rows(kept_table, ["origin"], ("id", "=", id))), None)
             fates.setdefault(id, []).append(Fate(table=data.name(path), **row, origin=origin))
-    uses, tasks = find_uses(data, fates), _find_tasks(data, fates)
+    uses, tasks = find_uses(data, fates, _training_places(data, fates)), _find_tasks(data, fates)
     checkpoints, models, unknown = data.checkpoints(), data.models(), data.unknown(checkpoints=True)
     documents = {}
     for id, document_fates in fates.items():
@@ -95,20 +98,48 @@ def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]
     return documents
 
 
-def find_uses(data: ReleaseData, ids: Iterable[str]) -> dict[str, list[Use]]:
-    """{id: the steps that read it, by order of training}"""
+def find_uses(data: ReleaseData, ids: Iterable[str], places: Places | None = None) -> dict[str, list[Use]]:
+    """{id: the steps that read it, by order of training}
+
+    places: those of all the training documents among them, if known: where an order is a function, only the rows are
+    read that it gives for them.
+    """
     sorted_ids, uses_by_id = sorted(ids), dict[str, dict[tuple[str, int], Use]]()
     for phase, parts in data.orders().items() if sorted_ids else ():
         for part in parts:
             moves_weights = data.weight_updates(part.folder)
-            steps = [("step", ">=", part.first)]
-            steps += [("step", "<=", int(part.last))] if part.last != float("inf") else []
-            for row in _order_rows(part.folder, ["step", "id", *PLACE], ("id", "in", sorted_ids), *steps):
+            for row in _rows_with(data, part, sorted_ids, places):
                 n = row["step"]
                 use = Use(phase, n, data.name(part.folder), moves_weights(n), [])
                 use = uses_by_id.setdefault(row["id"], {}).setdefault((phase, n), use)
                 use.rows.append(Place(**{name: row[name] for name in PLACE}))
     return {id: list(uses.values()) for id, uses in uses_by_id.items()}
+
+
+def _rows_with(data: ReleaseData, part: OrderPart, ids: Sequence[str], places: Places | None) -> Iterator[Any]:
+    """The rows of an order, as far as it was followed, that read one of the documents."""
+    steps_by_file = None
+    if places is not None and part.folder.parent == data.data / "order":
+        steps_by_file = order_lookup.steps_by_file(data.data, part.folder, places)
+    if steps_by_file is None:
+        searches = [(order_files(part.folder), part.first, part.last)]
+    else:
+        searches = [([file], max(part.first, steps.start), steps[-1]) for file, steps in steps_by_file.items()]
+    for files, first, last in searches:
+        conditions = [("step", ">=", first), *([("step", "<=", int(last))] if last != float("inf") else [])]
+        yield from select_rows(files, ["step", "id", *PLACE], ("id", "in", ids), *conditions)
+
+
+def _training_places(data: ReleaseData, fates: Mapping[str, Sequence[Fate]]) -> Places | None:
+    """The places of the training documents of this run; None if its tables are not in parts."""
+    if not in_parts(data.data):
+        return None
+    tables = [(id, fate, data.data / fate.table) for id in fates for fate in fates[id] if fate.split == "train"]
+    return {
+        id: (fate.source, number)
+        for id, fate, table in tables
+        if table.parents[2] == data.data and (number := part_number(table)) is not None
+    }
 
 
 def kept_rows(data: ReleaseData, id: str, fates: Iterable[Fate]) -> Rows:

@@ -1,8 +1,8 @@
 """Duplicates over all sources: groups of documents with equal hashes, found by partition, and what is removed.
 
 The address of a document is 64 bits: its source, part and row, so that addresses are in the order of the sources, parts
-and rows. A group is a star: each document of it with the first one. Memory does not grow with the corpus, but for 16
-bytes for each document that shares a band with another one.
+and rows. A group is a star: each document of it with the first one. Memory does not grow with the corpus, nor with the
+documents that share one hash, but for 16 bytes for each document that shares a band with another one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
 PART_BITS, ROW_BITS = 17, 36  # 100,000 parts; with 10 bits for the source below 2^63
 BUCKET_ROWS = 2**16
+MOST_ROWS = 2**20  # of a bucket in memory, where they take some 150 bytes each; a frequent hash gives a bucket more
 MAX_BUCKETS = 500  # files open at once
 BATCH = 2**17
+MEMORY = "250MB"  # of the database that groups a bucket of more rows
 STARS = "stars.parquet"
 KEY, HIGH, LOW, ADDRESS = range(4)  # columns of the rows of a bucket
+ROW_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Pa
     """Writes the stars of the documents that share a hash, of one partition; returns the number of their rows.
 
     Of a band, documents with equal texts are one document: the first. hashes: folder of the hashes of each part. Rows
-    are dealt into buckets by ranges of their hash, in files, so that memory holds one bucket.
+    are dealt into buckets by ranges of their hash, in files, so that memory holds one bucket; a bucket of more than
+    MOST_ROWS is grouped on disk.
     """
     rows = sum(row_count(part.file(hashes)) for part in parts)
     buckets = max(1, min(rows // partition.count // BUCKET_ROWS, MAX_BUCKETS))
@@ -94,9 +98,10 @@ def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Pa
     schema = pa.schema([("address", pa.int64()), ("first", pa.int64())])
     with pq.ParquetWriter(folder / STARS, schema, compression="zstd") as writer:
         for file in files:
-            stars = _stars(np.fromfile(file, np.uint64).reshape(-1, 4), exact)
-            writer.write_table(pa.table(list(stars.T.copy()), schema=schema))
-            written += len(stars)
+            is_large = file.stat().st_size > MOST_ROWS * ROW_BYTES
+            for stars in _stars_on_disk(file, exact) if is_large else [_stars(_read_bucket(file), exact)]:
+                writer.write_table(pa.table(list(stars.T.copy()), schema=schema))
+                written += len(stars)
             file.unlink()
     return written
 
@@ -120,6 +125,12 @@ def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator
         yield np.concatenate(pending)
 
 
+def _read_bucket(file: Path, first: int = 0, count: int = -1) -> UInts:
+    """`count` rows of a bucket from row `first` on, shape [rows, 4]; -1: all."""
+    values = np.fromfile(file, np.uint64, max(count * 4, -1), offset=first * ROW_BYTES)
+    return values.reshape(-1, 4)
+
+
 def _stars(rows: UInts, exact: bool) -> Ints:
     """The stars among the rows of a bucket, shape [stars, 2]: a document, and the first of its group."""
     keys = np.sort(rows[:, KEY])
@@ -133,6 +144,38 @@ def _stars(rows: UInts, exact: bool) -> Ints:
         rows, first = _grouped(rows[first == np.arange(len(rows))], [KEY])
     others = np.flatnonzero(first != np.arange(len(rows)))
     return rows[:, ADDRESS][np.stack([others, first[others]], axis=1)].astype(np.int64)
+
+
+_EXACT_STARS = """
+    SELECT address, first FROM bucket
+    JOIN (SELECT key, high, low, min(address) AS first FROM bucket GROUP BY key, high, low HAVING count(*) > 1)
+    USING (key, high, low) WHERE address != first
+"""
+_BAND_STARS = """
+    WITH texts AS MATERIALIZED (SELECT key, min(address) AS address FROM bucket GROUP BY key, high, low)
+    SELECT address, first FROM texts
+    JOIN (SELECT key, min(address) AS first FROM texts GROUP BY key HAVING count(*) > 1)
+    USING (key) WHERE address != first
+"""
+
+
+def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
+    """The stars of `_stars`, some at a time, of a bucket of any size.
+
+    Hashes are spread evenly, so a large bucket has a few frequent ones: the table of those is what each row is looked
+    up in, hence joins must keep it on their right side.
+    """
+    table = file.with_suffix(".parquet")
+    schema = pa.schema([(name, pa.uint64()) for name in ("key", "high", "low", "address")])
+    with pq.ParquetWriter(table, schema, compression="zstd") as writer:
+        for first in range(0, file.stat().st_size // ROW_BYTES, BATCH):
+            writer.write_table(pa.table(list(_read_bucket(file, first, BATCH).T.copy()), schema=schema))
+    with connect(file.parent, MEMORY) as database:
+        database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
+        database.from_parquet(str(table)).create_view("bucket")
+        for batch in database.sql(_EXACT_STARS if exact else _BAND_STARS).to_arrow_reader(BATCH):
+            yield np.stack([column.to_numpy() for column in batch.columns], axis=1).astype(np.int64)
+    table.unlink()
 
 
 def _grouped(rows: UInts, columns: list[int]) -> tuple[UInts, Ints]:

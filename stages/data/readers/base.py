@@ -48,7 +48,8 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A file or conversation that is skipped and listed in `source.json`."""
+    """A file or conversation that is skipped and counted in `source.json`, the first ones by name. Where they are most
+    of a part, they stop the stage."""
 
     name: str
 
