@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Each target starts many Python processes: they compile the modules once, also where the environment forbids bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The newest Megatron-core needs Python 3.12 or newer; the environment of test-latest is made for it.
 PYTHON_LATEST ?= python3.13
@@ -14,12 +16,12 @@ VENV_NEMO     ?= .venv-nemo
 LATEST_TESTS  := tests/integration/test_fake_fp8.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
 	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_layouts.py tests/integration/test_export.py
 
-.PHONY: help demo check test test-latest test-processors test-vllm test-nemo slurm-up slurm-down soak lint lock docs clean
+.PHONY: help demo check test tests test-latest test-processors test-vllm test-nemo slurm-up slurm-down soak lint lock docs clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
 	@echo "make check   linters, types and unit tests (under a minute on two cores)"
-	@echo "make test    linters, types and all tests (about 20 minutes on two cores)"
+	@echo "make test    linters, types and all tests (about 20 minutes on two cores); make tests without the linters"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
@@ -48,10 +50,12 @@ lint: $(READY)
 
 # What to run after each change: under a minute on two cores.
 check: lint
-	$(BIN)/python -m pytest -n 2 tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests/unit
+
+test: lint tests
 
 # Two workers: most tests use one core. Of the tests of Slurm, and of those that share a whole run, one worker does all.
-test: lint
+tests: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 20
 
 test-latest:

@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,23 @@ def atom(*arguments: str, **environment: str) -> None:
     """Runs one `atom` command as a user would. Exits with its code if it fails."""
     print(f"\n$ atom {' '.join(arguments)}", flush=True)
     process = subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], env={**os.environ, **environment})
+    if process.returncode:
+        sys.exit(process.returncode)
+
+
+@contextmanager
+def meanwhile(*arguments: str) -> Iterator[None]:
+    """Runs an `atom` command that only reads beside those of the `with` block, and prints it and its output after them.
+    Exits with its code if it fails."""
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield
+        output = process.communicate()[0]
+    finally:
+        process.kill()
+        process.wait()
+    print(f"\n$ atom {' '.join(arguments)}\n{output}", end="", flush=True)
     if process.returncode:
         sys.exit(process.returncode)
 
@@ -57,11 +75,11 @@ def main(recipe: str) -> None:
     name = signing.fingerprint(signing.SigningKey(key).public_key())
     print("\nstarting an empty local Hub with the routes of huggingface.co")
     shutil.rmtree(store.home / "hub", ignore_errors=True)  # a Hub keeps a version forever, and the demo may be rebuilt
-    with running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:
+    deep = meanwhile("verify", "--deep", str(release), "--key", name)
+    with deep, running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:
         hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
         atom("publish", str(release), "--to", NAMESPACE, **hub)
         atom("verify", f"{NAMESPACE}/{identity.name}@v{identity.version}", "--key", name, **hub)
-    atom("verify", "--deep", str(release), "--key", name)
     summary(composed, store, release, time.monotonic() - started)
 
 

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pipeline.core.stage import Stage
 from pipeline.core.store import Artifact, write_manifest
 from release.assembly import build_release as builder
-from tests.fixtures import release_fixtures, slurm_fixtures, train_fixtures
+from tests.fixtures import audit_fixtures, release_fixtures, slurm_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import RecordingReport, atom
 from tests.fixtures.verifier_fixtures import gym, maths, serve  # noqa: F401 - fixtures
 
@@ -58,6 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
     pytest.approx = closer(approx, ("rel", "abs"), None)
     torch.testing.assert_close = closer(assert_close, ("rtol", "atol"), None)
     torch.allclose = closer(allclose, ("rtol", "atol"), (1e-5, 1e-8))
+
+
+def pytest_unconfigure() -> None:
+    audit_fixtures.stop()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -113,7 +117,8 @@ def run_stage(tmp_path: Path):
 def smoke_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The home folder of one whole, undisturbed run of atom-smoke. Treat it as read-only."""
     home = tmp_path_factory.mktemp("smoke") / "home"
-    atom(home, "run", "atom-smoke", timeout=1800)  # a minute on an idle machine; a loaded one decides no verdict
+    # a minute on an idle machine; a loaded one decides no verdict
+    atom(home, "run", "atom-smoke", timeout=1800, MLFLOW_TRACKING_URI="")
     return home
 
 

@@ -50,7 +50,9 @@ class _State(TypedDict):
 
 
 STATE: TypeAdapter[Any] = TypeAdapter(_State)
-BATCH = 1000
+BATCH, PARAMS_PER_BATCH = 1000, 100
+NO_TRACKING = "none"
+"""The MLFLOW_TRACKING_URI with which nothing is sent."""
 SQLITE = b"SQLite format 3\0"
 SMALL = 1_000_000
 MLFLOW_ENVIRONMENT = {
@@ -66,6 +68,10 @@ MLFLOW_ENVIRONMENT = {
 def tracking_uri(store: Store) -> str:
     """MLFLOW_TRACKING_URI if set, else an SQLite file in the home folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.home / 'mlflow.db'}"
+
+
+def is_off() -> bool:
+    return os.environ.get("MLFLOW_TRACKING_URI") == NO_TRACKING
 
 
 def shown_uri(store: Store) -> str:
@@ -105,6 +111,8 @@ class Forwarder:
         self._client().set_terminated(self.state["parent"], outcome)
 
     def _client(self) -> Any:
+        if is_off():
+            raise AtomError(f"MLFLOW_TRACKING_URI = {NO_TRACKING}, so nothing is sent; unset it, or name a store")
         _require_sqlite(tracking_uri(self.store), self.store.home / "mlartifacts")
         os.environ.update({k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ})
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -188,9 +196,9 @@ class Forwarder:
         usage = {k: v for k, v in provenance.usage(body).items() if isinstance(v, (int, float))}
         metrics = [Metric(k, float(v), 0, 0) for k, v in sorted(usage.items())]
         tags = [RunTag("atom.digest", artifact.digest), RunTag("atom.statement", path.stem)]
-        for i in range(0, len(params), 100):
-            client.log_batch(child, params=params[i : i + 100])
-        client.log_batch(child, metrics=metrics, tags=tags)
+        client.log_batch(child, params=params[:PARAMS_PER_BATCH], metrics=metrics, tags=tags)
+        for i in range(PARAMS_PER_BATCH, len(params), PARAMS_PER_BATCH):
+            client.log_batch(child, params=params[i : i + PARAMS_PER_BATCH])
         inputs = [
             DatasetInput(
                 Dataset(d["uri"].removeprefix("atom:artifact/"), d["digest"]["sha256"][:36], "atom", json.dumps(d)),
@@ -344,6 +352,8 @@ def run_companion(home: Path, run: str) -> None:
 
 def _send(run: Run, store: Store, outcome: str) -> str | None:
     """Sends the new rows; returns the error in one line, without passwords."""
+    if is_off():
+        return None
     try:
         forwarder = Forwarder(run, store)
         if outcome:

@@ -17,14 +17,16 @@ LOAD = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from huggingface_hub import snapshot_download
-folder = snapshot_download(sys.argv[1], revision=sys.argv[2])
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-inputs = tokenizer("sort 52741:", return_tensors="pt")
-out = model.generate(**inputs, do_sample=False, max_new_tokens=80)
-assert tokenizer.decode(tokenizer("naïve 👩 text").input_ids) == "naïve 👩 text"
-assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
-print("LOADED", type(model).__name__, "stopped" if out[0, -1] == tokenizer.eos_token_id else "went on", "megatron" in sys.modules)
+for name in sys.argv[2:]:
+    folder = snapshot_download(name, revision=sys.argv[1])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer("sort 52741:", return_tensors="pt")
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=80)
+    assert out.shape[1] > inputs["input_ids"].shape[1]
+    assert tokenizer.decode(tokenizer("naïve 👩 text").input_ids) == "naïve 👩 text"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    print("LOADED", type(model).__name__, "megatron" in sys.modules)
 """
 
 
@@ -65,16 +67,13 @@ def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: 
 
     with running(demo_home / "hub") as endpoint:
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HUB_DISABLE_XET": "1"}
-        for name in ("atom-smoke", "atom-smoke-base"):
-            process = subprocess.run(
-                [sys.executable, "-c", LOAD, f"local/{name}", "v0.1.0"],
-                env={**env, "HF_HOME": str(tmp_path / name)},
-                capture_output=True,
-                text=True,
-            )
-            assert "LOADED Qwen3MoeForCausalLM" in process.stdout and "False" in process.stdout, (
-                process.stdout + process.stderr
-            )
+        process = subprocess.run(
+            [sys.executable, "-c", LOAD, "v0.1.0", "local/atom-smoke", "local/atom-smoke-base"],
+            env={**env, "HF_HOME": str(tmp_path / "stranger")},
+            capture_output=True,
+            text=True,
+        )
+        assert process.stdout.count("LOADED Qwen3MoeForCausalLM False") == 2, process.stdout + process.stderr
         refused = atom(
             demo_home, "publish", str(demo_home / "releases" / "atom-smoke-0.1.0"), "--to", "local", code=2,
             HF_ENDPOINT=endpoint, HF_TOKEN="hf_wrong",
@@ -85,11 +84,11 @@ def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: 
 def test_the_harness_gives_the_answers_that_the_release_states(demo_home: Path) -> None:
     from release.audit import harness
 
-    for folder in ("model", "model-base"):
-        answers = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", folder)
-        assert answers["problems"] and not answers["other_answers"] and answers["exact_match"] == answers["stated"]
-    shorter = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", "model", limit=3)
-    assert shorter["problems"] == 3
+    release = demo_home / "releases" / "atom-smoke-0.1.0"
+    answers = harness.compare_answers(release, "model")
+    assert answers["problems"] and not answers["other_answers"] and answers["exact_match"] == answers["stated"]
+    shorter = harness.compare_answers(release, "model-base", limit=3)
+    assert shorter["problems"] == 3 and not shorter["other_answers"]
 
 
 def test_a_flipped_byte_is_named_and_exits_1(demo_home: Path) -> None:

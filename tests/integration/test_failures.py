@@ -14,7 +14,7 @@ import yaml
 from pipeline.core import provenance
 from pipeline.core.lease import holder
 from pipeline.graph.recipe import find
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import DATA, atom, copy_sealed
 from tests.unit.test_recipe import SMOKE
 
 
@@ -155,17 +155,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
         f"mount -t tmpfs -o size=300k none {home} && export ATOM_HOME={home} && "
         f"{sys.executable} -m pipeline.cli run atom-smoke --until dedup; echo code $?; "
         f"ls {home}/artifacts; mount -o remount,size=200m {home} && "
-        f"{sys.executable} -m pipeline.cli run atom-smoke --until dedup > /dev/null; echo then $?"
+        f"MLFLOW_TRACKING_URI=none {sys.executable} -m pipeline.cli run atom-smoke --until dedup > /dev/null; echo then $?"
     )
     process = subprocess.run([*space, "sh", "-c", script], capture_output=True, text=True)
     assert "code 2" in process.stdout and "then 0" in process.stdout, process.stdout + process.stderr
     assert "is full" in process.stderr and "Traceback" not in process.stderr, process.stderr
 
 
-def test_cancel_stops_a_run_from_another_terminal(tmp_path: Path) -> None:
+def test_cancel_stops_a_run_from_another_terminal(smoke_home: Path, tmp_path: Path) -> None:
     from tests.integration.test_run import start, wait_for
 
     home = tmp_path / "home"
+    copy_sealed(smoke_home, home, *DATA)
     run = start(home, "run", "atom-smoke", "--until", "pretrain")
     wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
     assert "stopped pretrain" in atom(home, "cancel").stdout

@@ -18,9 +18,10 @@ from release.audit import show, tracing
 from release.audit.replay import carried_code, certificate, replay, text
 from release.audit.replay.comparison import BITWISE, CLOSE
 from release.audit.replay.source import Source
-from release.audit.verify import Verdict, verify
+from release.audit.verify import Verdict
 from release.repositories import model_folders
 from tests.fixtures import old_release_fixtures
+from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.old_release_fixtures import Tree
 
 PHASE, STEP = "pretrain", 30

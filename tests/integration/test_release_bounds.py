@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import CheckFailed, MachineError
 from release import scratch, tree, untrusted
-from release.audit.verify import kind_of, verify
+from release.audit.verify import kind_of
 from release.checks import confine, formats
 from release.checks.check import NOTHING_LARGE, Reads
 from release.checks.check_runner import CheckRunner
@@ -34,6 +34,7 @@ from release.checksums import read_sums
 from release.layout import ALL_SUMS, SUMS
 from release.repositories import files_below
 from tests.fixtures import ROOT
+from tests.fixtures.audit_fixtures import verify
 from tests.integration.test_release_verify import resum
 
 SECONDS, MEGABYTES = 10, 500

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from release import signing
-from release.audit.verify import verify
 from release.layout import SIGNATURE
 from release.signing import Trust
+from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.run_fixtures import SOAK
 from tests.integration.test_release_verify import resum
 from tests.integration.test_sign import signed, signer  # noqa: F401 - fixtures

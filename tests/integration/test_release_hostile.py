@@ -19,7 +19,6 @@ from pipeline.core.errors import CheckFailed
 from release import schema
 from release.audit.replay.carried_code import Code
 from release.audit.replay.source import Source
-from release.audit.verify import verify
 from release.cards import card_tables, versions
 from release.checks import cards
 from release.checks.check import Subject
@@ -29,6 +28,7 @@ from release.checks.scores import scores
 from release.checksums import read_sums
 from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
 from tests.fixtures import release_fixtures
+from tests.fixtures.audit_fixtures import verify
 from tests.integration.test_release_verify import resum
 
 
@@ -154,7 +154,9 @@ def test_goldens_are_compared_and_missed(copy: Path) -> None:
         body["rows"][0]["logits"][0] = value
         path.write_text(json.dumps(body))
         resum(copy)
-        result = next(check for check in verify(copy, deep=True).checks if check.name == "reload_in_transformers")
+        result = next(
+            check for check in verify(copy / "model", deep=True).checks if check.name == "reload_in_transformers"
+        )
         assert result.ok is False and "goldens.json: logits after 'def main(): 2+2' differ" in result.wrong[0]
     path.unlink()
     rows = json.loads((copy / ORIGINS).read_text())

@@ -21,7 +21,6 @@ from release.assembly.checkpoint_facts import read_checkpoints
 from release.assembly.data_facts import DataFacts, Packing, SourceInOrder, canary_of, read_data_facts
 from release.assembly.model_facts import read_model_facts
 from release.assembly.published_tables import read_json
-from release.audit.verify import verify
 from release.cards import card_tables, plot, render, tables
 from release.checks import cards, gates
 from release.checks.check import BuildContext, Subject
@@ -31,6 +30,7 @@ from release.schema import read_release
 from stages import graph
 from stages.evaluation.settings import SURE
 from tests.fixtures import release_fixtures
+from tests.fixtures.audit_fixtures import verify
 
 LIMITS = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
 

@@ -22,11 +22,12 @@ from release.assembly.data_facts import read_data_facts
 from release.assembly.published_tables import read_rows
 from release.audit import tracing
 from release.audit.tracing import documents as tracing_documents
-from release.audit.verify import kind_of, verify
+from release.audit.verify import kind_of
 from release.cards import croissant
 from release.checks import documents
 from release.checks.check import Subject
 from tests.fixtures import release_fixtures
+from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.corpus_fixtures import LICENSES, Truth, make_corpus
 
 PARTS = 3

@@ -11,11 +11,13 @@ import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
-from release.audit.verify import kind_of, verify
+from release.audit import verify as audit
+from release.audit.verify import kind_of
 from release.checksums import write_sums
 from release.layout import ALL_SUMS, SUMS
 from release.repositories import files_below, files_of, repositories
 from tests.fixtures import release_fixtures
+from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.run_fixtures import SOAK
 
 
@@ -180,7 +182,7 @@ def test_deep_finds_training_on_held_out_text_and_forged_answers(built: Path, tm
 
 def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(AtomError, match="there is no folder nowhere/at/all"):
-        verify("nowhere/at/all")
+        audit.verify("nowhere/at/all")
     (tmp_path / "f").write_text("x")
     with pytest.raises(AtomError, match="is a file"):
         verify(tmp_path / "f")
@@ -263,7 +265,7 @@ def test_deep_without_torch_keeps_what_it_found(copy: Path, monkeypatch) -> None
     release_fixtures.write_json(copy / "evidence/gates.json", rows)
     resum(copy)
     monkeypatch.setitem(sys.modules, "torch", None)
-    verdict = verify(copy, deep=True)
+    verdict = audit.verify(copy, deep=True)
     checks = {check.name: check for check in verdict.checks}
     assert not verdict.ok and {name for name, check in checks.items() if check.ok is False} == {"gates", "attestations"}
     assert {name for name, check in checks.items() if check.ok is None} == {

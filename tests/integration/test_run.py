@@ -16,14 +16,14 @@ import pytest
 from pipeline.core import provenance
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
-from tests.fixtures.run_fixtures import atom, digests
+from tests.fixtures.run_fixtures import DATA, UNTRACKED, atom, copy_sealed, digests
 
 
 def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
     """`atom` in a process group of its own, as a terminal would give it."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *arguments],
-        env={**os.environ, "ATOM_HOME": str(home)},
+        env={**UNTRACKED, **os.environ, "ATOM_HOME": str(home)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -114,6 +114,7 @@ def test_a_product_without_a_number_is_stated_all_the_same(tmp_path: Path) -> No
 def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_path: Path) -> None:
     """Ctrl-C in training, then kill -9 of the whole process group at random moments; each leaves sealed or nothing."""
     home = tmp_path / "home"
+    copy_sealed(smoke_home, home, *DATA)
     command = ("run", "atom-smoke", "--until", "rlvr")
     first = start(home, *command)
     wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
@@ -140,6 +141,7 @@ def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_pat
 
 def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
+    copy_sealed(smoke_home, home, "acquire-docstrings", "acquire-code")
     both = [start(home, "run", "atom-smoke", "--until", "order-midtrain") for _ in range(2)]
     for run in both:
         output = run.communicate(timeout=300)[0]
@@ -149,8 +151,9 @@ def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
     assert statements(home, "sealed") == dict.fromkeys(sealed, 1), "no stage was done twice"
 
 
-def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(tmp_path: Path) -> None:
+def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(smoke_home: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
+    copy_sealed(smoke_home, home, "acquire", "items", "filter")
     driver = start(home, "run", "atom-smoke", "--until", "dedup")
     wait_for(home, "logs/*/dedup/events.jsonl", '"start"')
     driver.kill()

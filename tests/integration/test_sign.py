@@ -19,11 +19,11 @@ from cryptography.x509.oid import NameOID
 
 from pipeline.core.errors import AtomError
 from release import signing
-from release.audit.verify import verify
 from release.hub.local.server import running
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import files_of, repositories
 from release.signing import Trust
+from tests.fixtures.audit_fixtures import verify
 from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
 from tests.integration.test_release_verify import resum
 

@@ -84,7 +84,8 @@ def test_a_dead_server_stops_nothing_and_a_real_one_gets_everything_later(tmp_pa
         run = runs(uri)["items"]
         assert run.info.status == "FINISHED" and run.data.params["problems.add"] == "40"
     assert not (home / "mlflow.db").exists()
-    atom(home, "sync")
+    assert "MLFLOW_TRACKING_URI = none, so nothing is sent" in atom(home, "sync", code=2).stderr
+    atom(home, "sync", MLFLOW_TRACKING_URI="")
     assert runs(f"sqlite:///{home / 'mlflow.db'}")["items"].info.status == "FINISHED"
 
 
@@ -100,6 +101,12 @@ def test_what_is_no_database_is_reported_at_once(tmp_path: Path, kind: str) -> N
     problem = background.close("FINISHED")
     assert problem and problem.startswith(f"{path} is damaged (it is ") and problem.endswith("; move it away"), problem
     assert time.monotonic() - begun < 10
+
+
+def test_a_run_sends_nothing_where_tracking_is_off(tmp_path: Path) -> None:
+    process = atom(tmp_path, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI="none")
+    assert "all of 1 stage sealed" in process.stdout and "MLflow" not in process.stdout
+    assert not list(tmp_path.rglob("mlflow*"))
 
 
 def test_no_password_of_a_tracking_uri_is_printed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.fixtures import slurm_fixtures
 from tests.fixtures.disturbance_fixtures import (
     AT_LENGTH,
     RESTARTED,
+    daemons_killed,
     finish,
     node_crash,
     node_down,
@@ -95,7 +96,9 @@ def test_a_whole_recipe_in_disorder_has_the_digests_of_a_quiet_one(seed: int, tm
             time.sleep(rng.random() * 8)
             continue
         if not kinds:
-            kinds = rng.sample([*RESTARTED, preempt, node_down, node_crash, rank_killed], len(RESTARTED) + 4)
+            kinds = rng.sample(
+                [*RESTARTED, daemons_killed, preempt, node_down, node_crash, rank_killed], len(RESTARTED) + 5
+            )
         disturb, stage = kinds.pop(), rng.choice(running)
         print(f"{disturb.__name__}: {stage}", flush=True)
         try:

@@ -512,7 +512,7 @@ def mutate(body: Any, place: tuple[Any, ...], how: str, value: Any, other: Any) 
     return body
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_mutated_recipes_give_a_plan_or_one_sentence(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     body: Any = PACKAGED[data.draw(st.sampled_from(sorted(PACKAGED)))]

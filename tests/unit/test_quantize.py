@@ -111,7 +111,7 @@ CASES = [(recipe, kind, summed) for recipe in RECIPES for kind in ("input", "wei
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_agrees_with_the_scalar_implementation(recipe: str, kind: str, summed: int, dtype: torch.dtype) -> None:
     underflow = 0
-    for wild, (rows, columns) in ((False, (130, 36)), (True, (9, 131)), (True, (1, 1))):
+    for wild, (rows, columns) in ((False, (130, 9)), (True, (5, 131)), (True, (1, 1))):
         x = spread_out(rows, columns, rows, dtype, wild)
         expected, counts = scalar(x, recipe, kind, summed)
         result = quantize(x, RECIPES[recipe], kind, summed)
@@ -130,7 +130,7 @@ numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
     rows=st.lists(st.lists(numbers, min_size=40, max_size=40), min_size=1, max_size=3),
     case=st.sampled_from(CASES),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_agrees_with_the_scalar_implementation_on_any_numbers(rows: list, case: tuple) -> None:
     x = torch.tensor(rows, dtype=torch.float32)
     recipe, kind, summed = case

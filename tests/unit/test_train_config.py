@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import subprocess
@@ -11,13 +10,15 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.config import Optimizer, PhaseConfig, TrainConfig
 from stages.train.schedule import learning_rate
 from tests.fixtures import ROOT, train_fixtures
-from tests.fixtures.run_fixtures import atom
 
 
 @pytest.mark.parametrize(
@@ -91,25 +92,20 @@ def test_an_interleaved_pipeline_takes_micro_batches_by_groups() -> None:
 
 
 def test_plan_refuses_a_layout_and_keys_do_not_hold_one(tmp_path) -> None:
-    recipes = ROOT / "pipeline" / "recipes"
-    text = (recipes / "atom-smoke.yaml").read_text()
-    keys = []
-    for layout in ("", "  parallelism: {ranks: 2, tp: 2}\n", "  parallelism: {ranks: 2, tp: 2, etp: 1}\n"):
-        path = tmp_path / "smoke.yaml"
+    text = (ROOT / "pipeline/recipes/atom-smoke.yaml").read_text()
+    path = tmp_path / "smoke.yaml"
+
+    def compose(layout: str) -> dag.Graph:
         path.write_text(re.sub(r"\n(pretrain:.*\n)", r"\n\1" + layout, text))
-        refused = "etp" in layout
-        process = atom(tmp_path / "home", "plan", str(path), "--json", code=2 if refused else 0)
-        if refused:
-            assert process.stderr.startswith(
-                "atom: recipe smoke, stage pretrain: parallelism.etp = 1 with tp = 2 and ep = 1 would train wrongly"
-            )
-            assert process.stderr.count("\n") == 1
-        else:
-            stages = json.loads(process.stdout)["stages"]
-            keys.append([stage["key"] for stage in stages])
-            (ranks,) = {s["ranks"] for s in stages if s["name"] == "pretrain"}
-            assert ranks == (2 if layout else 1)
-    assert keys[0] == keys[1]
+        return dag.compose(recipes.load(str(path)), Store(tmp_path / "home"), without_data=True)
+
+    one, two = (compose(layout) for layout in ("", "  parallelism: {ranks: 2, tp: 2}\n"))
+    assert {name: node.key for name, node in one.nodes.items()} == {name: node.key for name, node in two.nodes.items()}
+    assert [g.nodes["pretrain"].stage.ranks(g.nodes["pretrain"].config) for g in (one, two)] == [1, 2]
+    with pytest.raises(RecipeError) as refused:
+        compose("  parallelism: {ranks: 2, tp: 2, etp: 1}\n")
+    sentence = "recipe smoke, stage pretrain: parallelism.etp = 1 with tp = 2 and ep = 1 would train wrongly"
+    assert str(refused.value).startswith(sentence) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("seconds", [0, -5])
