@@ -53,14 +53,14 @@ def meanwhile(*arguments: str) -> Iterator[None]:
 
 
 def main(recipe: str) -> None:
-    from pipeline.core.store import Store
+    from pipeline.core.store import Store, home_folder
     from pipeline.graph import dag
     from pipeline.graph import recipe as recipes
     from release import signing
     from release.hub.local.server import running
 
     started = time.monotonic()
-    store = Store(Path(os.environ.get("ATOM_HOME") or "runs"))
+    store = Store(home_folder())
     composed = dag.compose(recipes.load(recipe), store)
     identity = composed.recipe.config
     release = store.home / "releases" / f"{identity.name}-{identity.version}"

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.errors import CheckFailed
+from pipeline.core.text import printable
 from release import schema
 from release.checksums import SUMS_LINES
 from release.layout import MODEL, PARTS, PUBLIC_KEY, RELEASE, SIGNATURE, SUMS, when
 from release.tree import ENTRIES, walk
-from release.untrusted import printable
 
 MOST_ENTRIES = ENTRIES + 4 * SUMS_LINES
 """The maximum number of files and folders of a release."""

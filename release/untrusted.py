@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.core.errors import CheckFailed
-from pipeline.core.text import escaped
+from pipeline.core.text import printable
 
-LINE = 600
-"""The maximum characters of one printed text; a longer one is cut in its middle."""
 JSON_BYTES = 64 << 20
 HEADER_BYTES = 100_000_000
 """The maximum header of a safetensors file, by the format's own library."""
@@ -28,11 +26,6 @@ DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-
-
-def printable(text: str) -> str:
-    """The text in one line that is safe to print; a very long one is cut in its middle."""
-    return escaped(text if len(text) <= LINE else f"{text[: LINE // 2]} … {text[-LINE // 2 :]}")
 
 
 def cleaned(value: Any) -> Any:

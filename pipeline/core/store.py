@@ -244,6 +244,11 @@ KEY_VERSION = "key-version"
 """The file of the home with the KEYS of its latest run."""
 
 
+def home_folder() -> Path:
+    """`$ATOM_HOME`, or `runs` in the present folder."""
+    return Path(os.environ.get("ATOM_HOME") or "runs").absolute()
+
+
 class Store:
     """The folder `$ATOM_HOME` (default `./runs`): `artifacts/`, `work/`, `ledger/`, `logs/`, `releases/`."""
 

@@ -8,6 +8,9 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u
 """Characters that are invisible or change the display of others: controls, line separators, lone surrogates, and the
 marks that turn the direction of text (CVE-2021-42574). Joiners within words are letters in some scripts."""
 
+LINE = 600
+"""The maximum characters of one printed text; a longer one is cut in its middle."""
+
 
 def unprintable(text: str, lines: bool = False) -> str | None:
     """The first unprintable character; lines: line breaks and tabs are allowed."""
@@ -20,6 +23,11 @@ def escaped(text: str, longest: int | None = None) -> str:
     of text, and invalid ones, are escaped as in Python: `\\x1b`, `\\u202e`, `\\udcff`."""
     cut = text if longest is None or len(text) <= longest else f"{text[: longest - 1]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+def printable(text: str) -> str:
+    """The text in one line that is safe to print; a very long one is cut in its middle."""
+    return escaped(text if len(text) <= LINE else f"{text[: LINE // 2]} … {text[-LINE // 2 :]}")
 
 
 def shown(value: object, longest: int = 80) -> str:

@@ -35,8 +35,8 @@ _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true":
           "false": False, "False": False, "FALSE": False}  # fmt: skip
 
 
-def read_file(path: Path, title: str) -> bytes:
-    """The bytes of a regular file. Raises RecipeError for anything else, and for a file above the limit."""
+def read_file(path: Path, title: str, limit: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file. Raises RecipeError for anything else, and for a file of more than `limit` bytes."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -46,9 +46,9 @@ def read_file(path: Path, title: str) -> bytes:
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise RecipeError(f"{title}: {escaped(str(path), 200)} is no regular file; name a YAML file")
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise RecipeError(f"{title}: is larger than {MOST_BYTES // 1024} KiB; this is no file of settings")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise RecipeError(f"{title}: is larger than {limit // 1024} KiB; this is no file of settings")
     return data
 
 

@@ -55,9 +55,19 @@ def schema() -> type[Identity]:
     return recipe_class
 
 
+LOCK_SUFFIX = ".lock.yaml"
+LOCK_BYTES = 2**24
+"""Of a lock file: a hundred thousand files."""
+
+
+def lock_of(data_path: Path) -> Path:
+    """The lock file of a data recipe, `NAME.lock.yaml` beside it, which may be missing."""
+    return data_path.with_suffix(LOCK_SUFFIX)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe, its data recipe, and the bytes of both files as they were read."""
+    """A validated recipe, its data recipe, and the bytes of both files, and of a lock file, as they were read."""
 
     path: Path
     config: Identity
@@ -75,7 +85,8 @@ def find(reference: str, package: str, kind: str, base: Path | None = None, fold
 
     Raises RecipeError if there is none, with the existing names, or if both folders have one.
     """
-    packaged = {path.stem: path for path in Path(str(resources.files(package))).glob("*.yaml")}
+    files = Path(str(resources.files(package))).glob("*.yaml")
+    packaged = {path.stem: path for path in files if not path.name.endswith(LOCK_SUFFIX)}
     others = {} if folder is None else {path.stem: path for path in folder.glob("*.yaml")}
     if reference in packaged and reference in others:
         raise RecipeError(f"{kind} {reference} is both packaged and in {folder}; give the file there another name")
@@ -219,6 +230,8 @@ def load(reference: str) -> Recipe:
     data_content = read_file(data_path, f"data recipe {escaped(data_path.stem, 80)}")
     data = registry.definition().load_data_recipe(data_content, data_path)
     files = {f"recipes/{path.name}": content, f"data_recipes/{data_path.name}": data_content}
+    if (lock := lock_of(data_path)).exists():
+        files[f"data_recipes/{lock.name}"] = read_file(lock, f"lock file {escaped(lock.name, 80)}", LOCK_BYTES)
     return Recipe(path, config, data, files)
 
 

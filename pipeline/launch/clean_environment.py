@@ -16,7 +16,8 @@ from pathlib import Path
 
 from pipeline.core.errors import RecipeError
 
-TAKEN_OVER = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF", "MODULEPATH", "LD_LIBRARY_PATH")
+TAKEN_OVER = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF", "MODULEPATH", "LD_LIBRARY_PATH",
+              "HF_ENDPOINT")  # fmt: skip
 """Variables of the submitting process that a Slurm job gets, beside `forward` of the profile. Their values are in its
 script."""
 ALLOWED = (
@@ -26,7 +27,7 @@ ALLOWED = (
     "SLURM*", "_SLURM*", "SRUN_*", "SPANK_*", "SUBMITIT_*", "PMI*", "OMPI_*", "ENVIRONMENT", "MODULEPATH",
     "MODULESHOME", "MODULES_*", "LOADEDMODULES", "_LMFILES_", "LMOD_*", "__LMOD_*", "__MODULES_*", "_ModuleTable*",
     "ENROOT_*", "PYXIS_*", "APPTAINER*", "SINGULARITY*",
-    "ATOM_*", "MLFLOW_*", "HF_HOME", "HF_HUB_*", "TRANSFORMERS_*", "TOKENIZERS_*", "SSL_CERT_*",
+    "ATOM_*", "MLFLOW_*", "HF_ENDPOINT", "HF_HOME", "HF_HUB_*", "TRANSFORMERS_*", "TOKENIZERS_*", "SSL_CERT_*",
     "OMP_*", "KMP_*", "GOMP_*", "MKL_*", "OPENBLAS_*", "ONEDNN_*", "DNNL_*", "ATEN_*", "RAYON_*", "NUMEXPR_*",
     "MALLOC_*",
     "TORCH*", "PYTORCH_*", "TRITON_*", "MEGATRON_*", "NVTE_*", "VLLM_*", "CUDA*", "CUBLAS*", "CUDNN_*", "NVIDIA_*",

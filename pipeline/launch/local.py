@@ -45,7 +45,8 @@ FULL_DISK_BYTES = 1_000_000
 """Free bytes below which a full disk is assumed for a process that died without an end event."""
 
 # One thread for each rank, so that sums have one order under any load of the machine. Seeds of str hashes are fixed, so
-# that no set order enters the bytes. Downloads are off: a stage uses only what is installed.
+# that no set order enters the bytes. Downloads are off: a stage uses only what is installed, and
+# pinned files of sources.
 JOB_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -202,10 +203,9 @@ class LocalLauncher:
             ranks=number,
         )
         # `env` becomes the stage's process, without denied variables
-        unset_options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
-        executor = submitit.LocalExecutor(
-            folder / "submitit", python=shlex.join(["env", *unset_options, sys.executable])
-        )
+        options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
+        options.append(f"ATOM_HOME={self.store.home}")
+        executor = submitit.LocalExecutor(folder / "submitit", python=shlex.join(["env", *options, sys.executable]))
         executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
         gpus = visible_gpus()
         executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides all GPUs

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,9 +22,9 @@ ProfileOption = Annotated[str, typer.Option("--cluster", help="name of a cluster
 
 
 def open_store() -> Store:
-    from pipeline.core.store import Store
+    from pipeline.core.store import Store, home_folder
 
-    return Store(Path(os.environ.get("ATOM_HOME") or "runs"))
+    return Store(home_folder())
 
 
 def console() -> Console:

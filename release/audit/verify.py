@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.text import printable
 from release import schema, scratch, signing
 from release.checks import formats, listing, registry
 from release.checks.check_runner import CheckRunner
@@ -22,7 +23,6 @@ from release.hash_cache import Digests
 from release.layout import ALL_SUMS, PUBLIC_KEY, SIGNATURE, SUMS
 from release.signing import ANYONE, Trust, TrustPolicy
 from release.tree import scan
-from release.untrusted import printable
 
 __all__ = ["CheckResult", "Verdict", "kind_of", "verify"]
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.hub.client import load
 from release import schema
 from release.assembly.data_facts import DataFacts
 from release.cards import card_tables
 from release.cards.card_tables import ReleaseFacts
-from release.hub.client import load
 from release.layout import numbered
 from release.schema import ReleaseInfo
 from stages.evaluation.scores import ModelScores

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
+from pipeline.hub.client import load
+from pipeline.hub.limits import PUBLIC_HUB
 from release.assembly.model_facts import ModelFacts
 from release.cards.render import METRICS
-from release.hub.client import load
-from release.hub.limits import PUBLIC_HUB
 
 FOLDER = ".eval_results"
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
-from release.untrusted import printable
+from pipeline.core.text import printable
 
 SCHEMA = 1
 NAMED = 1000

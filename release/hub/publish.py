@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.hub.client import api, endpoint, parsing, translate_errors
+from pipeline.hub.remote import RemoteRepository
 from release import schema, scratch
 from release.audit.verify import verify
-from release.hub.client import api, endpoint, parsing, translate_errors
 from release.hub.pull import pull
-from release.hub.remote import RemoteRepository
 from release.hub.upload import Destination, Journal, Progress, Published
 from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE
 from release.repositories import repositories

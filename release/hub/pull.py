@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
-from release.hub import limits
-from release.hub.client import api, endpoint, translate_errors
-from release.hub.remote import RemoteRepository
-from release.untrusted import printable
+from pipeline.core.text import printable
+from pipeline.hub import limits
+from pipeline.hub.client import api, endpoint, translate_errors
+from pipeline.hub.remote import RemoteRepository, is_unsafe
 
 
 def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
@@ -21,7 +21,7 @@ def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
     name = f"{remote.id}@{revision}"
     with translate_errors(f"pulling {name}"):
         snapshot = remote.snapshot(revision)
-        if unsafe := [path for path in snapshot.paths if _is_unsafe(path)]:
+        if unsafe := [path for path in snapshot.paths if is_unsafe(path)]:
             raise CheckFailed(f"{name} has a file {printable(unsafe[0])}, which no release has")
         size = sum(file.size for file in remote.files(snapshot.commit).values())
         target.mkdir(parents=True, exist_ok=True)
@@ -30,12 +30,6 @@ def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
         with limits.transfer(size):
             api().snapshot_download(remote.id, repo_type=remote.kind, revision=snapshot.commit, local_dir=target)
     return target
-
-
-def _is_unsafe(path: str) -> bool:
-    """Whether a path leads outside its folder, or into the client's own files."""
-    parts = path.split("/")
-    return not path.isprintable() or "\\" in path or any(part in ("", ".", "..", ".cache", ".git") for part in parts)
 
 
 def pull_named(name: str, target: Path) -> Path:

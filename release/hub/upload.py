@@ -18,9 +18,9 @@ from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
-from release.hub import limits
-from release.hub.client import api, endpoint, load, parsing, translate_errors
-from release.hub.remote import RemoteFile, RemoteRepository
+from pipeline.hub import limits
+from pipeline.hub.client import api, endpoint, load, parsing, translate_errors
+from pipeline.hub.remote import RemoteFile, RemoteRepository
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import Repository, files_of
 

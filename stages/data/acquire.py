@@ -1,5 +1,7 @@
 """Acquire one source: read files, or generate from a seed, documents with their id, license and origin.
 
+A document that is not used, because its license is unknown or it opts out, is a row of `failed` with the reason.
+
 Seals `documents/part-NNNNN.parquet`, `failed/part-NNNNN.parquet` and `source.json`. Each part reads its own files once.
 Document ids and order depend only on the source and the seed.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,12 +26,27 @@ from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data import estimates
 from stages.data.curation.failures import Failures
 from stages.data.database import connect
-from stages.data.readers.base import Document, Failed, FileReader, Files, SampledReader, Unreadable, is_unicode
+from stages.data.licenses.maps import UNKNOWN_WEB, UNMAPPED
+from stages.data.licenses.tally import LicenseTally
+from stages.data.readers.base import (
+    Document,
+    Failed,
+    FileReader,
+    Files,
+    LicenseFound,
+    Read,
+    Refused,
+    SampledReader,
+    Unmapped,
+    Unreadable,
+    is_unicode,
+)
+from stages.data.refusals import COUNTS, kind_of, refused_row, report_refusals
 from stages.data.seeds import seed_of
-from stages.data.sources import Source, digest_of_file, tree_digest
-from stages.data.table import DOCUMENTS, FAILED, content_hash, part_files, row_writer, write_json
+from stages.data.sources import Source, tree_digest
+from stages.data.table import DOCUMENTS, FAILED, DocumentRow, content_hash, part_files, row_writer, write_json
 
-VERSION = 2
+VERSION = 3
 MOST_SKIPPED_SHARE = 0.5
 """If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong."""
 SKIPPED_NAMES = 20
@@ -62,18 +80,26 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
         report.note(f"source {source.name}: skipped, because they cannot be read: {skipped}")
     if failures.count:
         report.note(f"source {source.name}: cannot be read, and will be removed by curation: {failures}")
-    if not counts["documents"]:
+    refusals = Counter[str]()
+    for part in parts:
+        refusals.update(part.facts["refused"])
+    licenses = LicenseTally.joined(part.facts["licenses"] for part in parts).facts()
+    report_refusals(source.name, refusals, licenses, report)
+    if not counts["documents"] and not refusals:
         raise AtomError(f"source {source.name} gave no documents; check its reader")
     link_parts(parts, out)
     if source.parts > 1 and not source.reader.names_files:
         _require_distinct_ids(source, out, work)
     documents = counts["documents"]
-    counts |= {"documents": documents + failures.count, "documents_failed": failures.count}
+    counts |= {"documents": documents + failures.count + refusals.total(), "documents_failed": failures.count}
+    counts |= {COUNTS[kind]: count for kind, count in sorted(refusals.items())}
     declaration = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
+    if source.document_license is not None:
+        declaration["document_license"] = source.document_license
     sizes = {"files": len(files), "files_skipped": [name for name, _ in skipped.first], "parts": source.parts}
     if skipped.count > SKIPPED_NAMES:
         sizes["files_skipped_count"] = skipped.count
-    write_json(out / "source.json", {**declaration, "reader": source.reader.reader, **counts, **sizes})
+    write_json(out / "source.json", {**declaration, "reader": source.reader.reader, **counts, **sizes, **licenses})
     report.note(
         f"source {source.name}: {documents} of {counts['documents_found']} documents, {counts['bytes'] / 1e6:.2f} MB, "
         f"{source.license}"
@@ -93,12 +119,13 @@ def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, An
     """Writes the documents of a part, and returns its counts and the digests of its files."""
     source = config.source
     files = source.files_of(number)
-    digests = [(name, digest_of_file(path)) for name, path in files]
+    source.reader.pull(source.name, files)
+    digests = list(zip((name for name, _ in files), source.reader.digests(source.name, files), strict=True))
     selection = _Selection(config, files)
     subject, problem = f"source {source.name}", "cannot be read; check the settings of its reader"
     failures = Failures(subject, problem)
     skipped = Failures(subject, problem, MOST_SKIPPED_SHARE, SKIPPED_NAMES)
-    size = 0
+    licenses, refused, size = LicenseTally(), Counter[str](), 0
     with (
         row_writer(folder / "documents" / part_file(number), DOCUMENTS) as write,
         row_writer(folder / "failed" / part_file(number), FAILED) as write_failed,
@@ -112,38 +139,59 @@ def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, An
                 continue
             if isinstance(document, Failed):
                 failures.add(id, document.reason)
-                declared = {"source": source.name, "license": source.license}
-                write_failed({"id": id, **declared, "reason": document.reason})
-                continue
-            size += len(document.text.encode())
-            write(
-                {
-                    "id": id,
-                    "text": document.text,
-                    "source": source.name,
-                    "license": document.license or source.license,
-                    "origin": f"{source.origin}#{document.location}" if document.location else source.origin,
-                    "content_hash": content_hash(document.text),
-                    "prompt_chars": document.prompt_chars,
-                }
-            )
+                declared = UNMAPPED if source.reader.gives_licenses else source.license
+                license = source.document_license or declared
+                write_failed({"id": id, "source": source.name, "license": license, "reason": document.reason})
+            elif isinstance(document, Unmapped | Refused):
+                refused[kind_of(document)] += 1
+                if isinstance(document, Unmapped):
+                    licenses.add_unmapped(document)
+                write_failed(refused_row(source.name, id, document))
+            else:
+                license, found = _license(source, document)
+                licenses.add(license, found, len(document.text.encode()))
+                size += len(document.text.encode())
+                write(_document_row(source, id, license, document))
     failures.require_few(selection.taken)
     skipped.require_few(len(selection.hashes) + skipped.count)
     selection.require_distinct()
     return {
         "files": digests,
-        "documents": selection.taken - failures.count,
+        "documents": selection.taken - failures.count - refused.total(),
         "documents_found": len(selection.hashes),
         "bytes": size,
         "skipped": skipped.facts(),
         "failures": failures.facts(),
+        "refused": refused,
+        "licenses": licenses.part_facts(),
     }
 
 
-def _documents(config: AcquireConfig, files: Files) -> Iterator[Document | Unreadable | Failed]:
+def _license(source: Source, document: Document) -> tuple[str, LicenseFound]:
+    """The license of a document, and how it was found."""
+    if document.license is not None:
+        return document.license, document.license_found
+    license = source.document_license or source.license
+    return license, "none" if license == UNKNOWN_WEB else ""
+
+
+def _document_row(source: Source, id: str, license: str, document: Document) -> DocumentRow:
+    place = f"{source.origin}#{document.location}" if document.location else source.origin
+    return {
+        "id": id,
+        "text": document.text,
+        "source": source.name,
+        "license": license,
+        "origin": document.url or place,
+        "content_hash": content_hash(document.text),
+        "prompt_chars": document.prompt_chars,
+    }
+
+
+def _documents(config: AcquireConfig, files: Files) -> Iterator[Read]:
     """The documents of the reader; one whose text has no UTF-8 form has failed."""
     for document in config.source.reader.documents(config.source.name, config.seed, files):
-        if isinstance(document, Document) and not is_unicode(document.text):
+        if isinstance(document, Document | Unmapped) and not is_unicode(document.text):
             yield Failed(document.name, "its text holds a lone surrogate, which is not Unicode")
         else:
             yield document

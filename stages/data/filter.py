@@ -27,6 +27,8 @@ from stages.data.curation.filtering import Removed, SourceFilter
 from stages.data.curation.settings import CurationSettings, MinHash
 from stages.data.estimates import Size
 from stages.data.kinds import Kind
+from stages.data.licenses.allow import Licenses
+from stages.data.readers.base import REFUSED_RULES
 from stages.data.seeds import seed_of
 from stages.data.steps import MAX_STEPS, AnyFilter
 from stages.data.table import (
@@ -57,6 +59,7 @@ class FilteredSource(Config):
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
     parts: PartCount = added(1, "parts of the source")
     expected: Size | None = operational(None, "expected size of the source; null: unknown")
+    license_allow: Licenses = added((), "licenses of the documents that are kept; empty: all")
 
 
 class FilterConfig(Config):
@@ -122,7 +125,7 @@ class _PartMaker:
     def _filter_part(self, source: FilteredSource, number: int, folder: Path) -> dict[str, Any]:
         """Writes the three tables of a part, and returns its counts."""
         acquired, file = self.inputs[source.name], part_file(number)
-        steps = SourceFilter(source.name, source.kind, source.steps, self._index)
+        steps = SourceFilter(source.name, source.kind, source.steps, self._index, source.license_allow)
         minhash = self._minhash(source)
         columns = hash_columns(0 if minhash is None else minhash.num_buckets)
         counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()
@@ -147,10 +150,10 @@ class _PartMaker:
                     write_hashes(dict(zip(columns, hashes, strict=True)))
                 counts.update(kept=len(kept))
             steps.failures.require_few(counts["documents"])
-            for row in _failed_documents(acquired / "failed" / file):
+            for row, rule in _failed_documents(acquired / "failed" / file):
                 counts.update(documents=1)
-                removed[FAILED_RULE] += 1
-                write_disposition(removed_disposition(row, Removed(FAILED_RULE, 0.0, 0.0)))
+                removed[rule] += 1
+                write_disposition(removed_disposition(row, Removed(rule, 0.0, 0.0)))
         facts = {"removed": removed, "edits": +steps.edits, "failures": steps.failures.facts()}
         return {**counts, **facts}
 
@@ -170,10 +173,10 @@ class _PartMaker:
             yield [*half, *([None] * len(values) if is_short else values)]
 
 
-def _failed_documents(path: Path) -> Iterator[DocumentRow]:
-    """The documents that could not be read, as documents with an empty text."""
+def _failed_documents(path: Path) -> Iterator[tuple[DocumentRow, str]]:
+    """The documents that could not be read or were refused, as documents with an empty text, and their rules."""
     for row in stream_rows(path, list(FAILED)):
-        yield {
+        document: DocumentRow = {
             "id": row["id"],
             "text": "",
             "source": row["source"],
@@ -182,6 +185,8 @@ def _failed_documents(path: Path) -> Iterator[DocumentRow]:
             "content_hash": content_hash(""),
             "prompt_chars": 0,
         }
+        kind, separator, _ = row["reason"].partition(": ")
+        yield document, REFUSED_RULES.get(kind, FAILED_RULE) if separator else FAILED_RULE
 
 
 def _report_source(name: str, parts: list[Part], report: Report) -> None:

@@ -14,13 +14,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import MOST_SOURCES, Key, Text
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, Renamed
+from pipeline.core.stage import Config, Renamed, added
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
-from pipeline.graph.recipe import explain, find
+from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
 from stages.data.curation.settings import CurationSettings
 from stages.data.estimates import Size
+from stages.data.licenses.allow import Licenses
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import HeldoutFraction
 from stages.data.steps import MAX_STEPS, AnyFilter
@@ -31,6 +32,10 @@ class SourceConfig(Source):
 
     heldout_fraction: Annotated[HeldoutFraction | None, Renamed("heldout")] = Field(
         None, description="held-out fraction of this source; null: that of the data recipe"
+    )
+    license_allow: Licenses = added(
+        (),
+        "SPDX licenses of documents that are kept; of `A OR B` one must be listed, of `A AND B` both; empty: all",
     )
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
 
@@ -71,7 +76,7 @@ class DataRecipe(Config):
                 digest = resolve_tree_digest(source)
             else:
                 keys = "; keys below are provisional" if digest == "auto" else ""
-                messages.append(f"{missing}; put it there before running{keys}")
+                messages.append(f"{missing}; {source.reader.remedy} before running{keys}")
             sources.append(source.model_copy(update={"tree_digest": digest}))
         return self.model_copy(update={"sources": tuple(sources)}), tuple(messages)
 
@@ -85,7 +90,7 @@ class DataRecipe(Config):
         sources = [
             {
                 "name": s.name, "kind": s.kind, "steps": [step.model_dump() for step in s.steps], "parts": s.parts,
-                "expected": s.expected,
+                "expected": s.expected, "license_allow": s.license_allow,
             }
             for s in self.sources
         ]  # fmt: skip
@@ -149,8 +154,10 @@ def loads(content: bytes, path: Path) -> DataRecipe:
         recipe = DataRecipe.model_validate(raw)
     except ValidationError as error:
         raise explain(error, DataRecipe, title, raw) from None
-    sources = tuple(s.model_copy(update={"reader": s.reader.absolute(path.parent)}) for s in recipe.sources)
-    return recipe.model_copy(update={"sources": sources})
+    lock = lock_of(path)
+    readers = (source.reader.absolute(path.parent).locked(lock) for source in recipe.sources)
+    sources = (s.model_copy(update={"reader": r}) for s, r in zip(recipe.sources, readers, strict=True))
+    return recipe.model_copy(update={"sources": tuple(sources)})
 
 
 def _title(path: Path) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator, model_validator
@@ -13,9 +11,10 @@ from pipeline.core.bounds import License, SourceName, Text, Words
 from pipeline.core.errors import RecipeError
 from pipeline.core.parts import PartCount, part_slice
 from pipeline.core.stage import Config, added, operational
-from pipeline.core.store import canonical, sha256_bytes, sha256_file
+from pipeline.core.store import canonical, sha256_bytes
 from stages.data.estimates import Size
 from stages.data.kinds import Kind
+from stages.data.licenses.maps import UNKNOWN_WEB
 from stages.data.readers import READERS
 from stages.data.readers.base import FileReader, Files, Reader
 from stages.data.registry import union
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 else:
     AnyReader = union(READERS, "READER", "reader")
 
+COLLECTION_LICENSES = ("ODC-By-1.0", "ODbL-1.0")
+"""Licenses that govern the rights over a database, and not its contents individually (preamble of each)."""
 TreeDigest = Annotated[str, Words(71, "digest: write auto, or sha256:<64 hex digits>", r"auto|sha256:[0-9a-f]{64}")]
 
 
@@ -33,13 +34,21 @@ class Source(Config):
 
     name: SourceName = Field(description="name of the source, as in the mix of a phase")
     kind: Kind = Field(description="kind of the documents; chat: conversations")
-    license: License = Field(description="SPDX license; with reader.license_field, that of the collection as a whole")
+    license: License = Field(
+        description="SPDX license of every document; of the collection alone where documents have their own, or "
+        "document_license is set"
+    )
     license_evidence: Text = Field(description="text or URL that shows the license")
     origin: Text = Field(description="URL or text that states where the source comes from")
     tree_digest: TreeDigest = Field(
         "auto", description="expected digest of the files; auto: computed from the files present"
     )
     reader: AnyReader = Field(description="reader of the documents")
+    document_license: License | None = added(
+        None,
+        "SPDX license of documents whose own is not known, where `license` covers the collection alone, such as "
+        "LicenseRef-unknown-web; null: `license`",
+    )
     parts: PartCount = added(
         1, "parts that the files of the source are dealt into, in their order; jobs process the parts one by one"
     )
@@ -59,6 +68,16 @@ class Source(Config):
             raise ValueError(
                 f"kind = {self.kind}, but reader {self.reader.reader} gives {'conversations' if chat else 'plain text'}"
                 f"; {'use kind: chat' if chat else 'conversations come from messages_field and the chat readers'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_collection_license(self) -> Source:
+        covers_texts = self.document_license is not None or self.reader.gives_licenses
+        if self.license in COLLECTION_LICENSES and not covers_texts:
+            raise ValueError(
+                f"license = {self.license} covers a collection, not the texts in it; set document_license (of web "
+                f"text: {UNKNOWN_WEB}), or reader.license_field"
             )
         return self
 
@@ -94,20 +113,10 @@ def resolve_tree_digest(source: Source) -> str:
     files = source.files()
     if source.tree_digest != "auto":
         return source.tree_digest
-    return tree_digest((name, digest_of_file(path)) for name, path in files)
+    names = [name for name, _ in files]
+    return tree_digest(zip(names, source.reader.digests(source.name, files), strict=True))
 
 
 def tree_digest(files: Iterable[tuple[str, str]]) -> str:
-    """`sha256:` over the (relative path, sha256) of the files, in their order."""
+    """`sha256:` over the (relative path, digest) of the files, in their order."""
     return f"sha256:{sha256_bytes(canonical([list(row) for row in files]))}"
-
-
-def digest_of_file(path: Path) -> str:
-    """The SHA-256 of a file, which this process computes once for each version of the file."""
-    entry = path.stat()
-    return _digest_of_version(path, entry.st_ino, entry.st_size, entry.st_mtime_ns)
-
-
-@cache
-def _digest_of_version(path: Path, inode: int, size: int, time: int) -> str:
-    return sha256_file(path)

@@ -167,19 +167,16 @@ def test_plan_without_the_data(name: str, tmp_path: Path) -> None:
     """Plan shows everything and says what is absent; run refuses, in one sentence."""
     plan = atom(tmp_path, "plan", name).stdout
     lines = plan.splitlines()
-    folder = ROOT / "corpora"
-    assert (
-        f"source web: no .parquet file at {folder}/web; put it there before running; keys below are provisional"
-        in lines
-    )
+    unpinned = "source web: common-pile/cccc_filtered is not pinned in open.lock.yaml; run `atom pin RECIPE`"
+    assert f"{unpinned} before running; keys below are provisional" in lines
     assert max(map(len, lines)) <= 160
     assert [line.split()[0] for line in lines if "Gi  " in line] == [phase for phase, _ in trained(name)]
     body = json.loads(atom(tmp_path, "plan", name, "--json").stdout)
-    assert len(body["absent"]) == 5 and body["absent"][0] in lines
+    assert len(body["absent"]) == 17 and body["absent"][0] in lines
     training = {stage["name"]: stage["training"] for stage in body["stages"] if stage["training"]}
     assert training["pretrain"]["gflop_per_token"] > 2 and training["longcontext-2"]["sequence_length"] == 131072
-    refused = atom(tmp_path, "run", name, code=2)
-    assert refused.stderr == f"atom: source web: no .parquet file at {folder}/web; check reader.path\n"
+    for command in ("run", name), ("submit", name, "--cluster", "h100-pyxis"):
+        assert atom(tmp_path, *command, code=2).stderr == f"atom: {unpinned}\n"
 
 
 def test_plan_of_a_cluster_recipe_is_light() -> None:
@@ -215,5 +212,5 @@ def test_absent_and_present_sources(tmp_path: Path) -> None:
     assert [s.tree_digest[:10] for s in resolved.sources][1:] == ["auto", pin[:10]]
     assert resolved.sources[0].tree_digest == Source.model_validate(resolved.sources[0].model_dump(
         include=set(Source.model_fields))).tree_digest != "auto"  # fmt: skip
-    where = f"no .jsonl or .jsonl.gz file at {tmp_path}/gone; put it there before running"
+    where = f"no .jsonl or .jsonl.gz or .jsonl.zst file at {tmp_path}/gone; put it there before running"
     assert absent == (f"source two: {where}; keys below are provisional", f"source three: {where}")

@@ -12,11 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
+from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
 from stages.data import acquire
 from stages.data.python_stdlib import read_docstrings, read_functions
+from stages.data.readers import jsonl
 from stages.data.readers.base import Document, Unreadable
 from stages.data.recipe import load
 from stages.data.seeds import seed_of
@@ -72,7 +75,7 @@ def test_documents_of_jsonl_and_parquet(tmp_path: Path, run_stage: Any) -> None:
 
 
 def test_a_document_may_bring_its_own_license(tmp_path: Path, run_stage: Any) -> None:
-    """A string or a list, in SPDX's spelling; a row without a license fails alone."""
+    """A string or a list, in SPDX's spelling; a row without a license is not used."""
     path = tmp_path / "code.parquet"
     rows = [{"text": f"x = {i}", "terms": terms} for i, terms in enumerate([["mit"], ["MIT", "apache-2.0"]])]
     pq.write_table(pa.Table.from_pylist(rows), path)
@@ -82,10 +85,117 @@ def test_a_document_may_bring_its_own_license(tmp_path: Path, run_stage: Any) ->
     write_lines(lines, [{"text": f"x = {n}", "terms": t} for n, t in enumerate(["bsd-3-clause", None, ["my own"]])])
     artifact = run_stage(acquire.STAGE, config(lines, license_field="terms"), {})
     assert [row["license"] for row in documents(artifact)] == ["BSD-3-Clause"]
-    assert [(row["id"], row["reason"]) for row in documents(artifact, "failed")] == [
-        (f"notes/code.jsonl:{n}", f"field 'terms' holds {terms!r}, which is no SPDX license or list of them (spdx.org/licenses)")
-        for n, terms in ((2, None), (3, ["my own"]))
+    assert [(row["id"], row["license"], row["reason"]) for row in documents(artifact, "failed")] == [
+        ("notes/code.jsonl:2", "LicenseRef-unmapped", "license: the document states none"),
+        ("notes/code.jsonl:3", "LicenseRef-unmapped", "license: no map knows '[\"my own\"]'"),
+    ]
+
+
+CC_BY = "Creative Commons - Attribution - https://creativecommons.org/licenses/by/4.0/"
+
+
+@pytest.mark.parametrize("reader", ["jsonl", "parquet"])
+def test_nested_fields_and_maps_of_license_strings(tmp_path: Path, run_stage: Any, reader: str) -> None:
+    """As the Common Pile has them; a string that no map knows is listed, and its text is no document."""
+    stated = [CC_BY, "Public Domain", "MIT,Apache-2.0", "A license of 2031", "", "House license"]
+    rows = [
+        {"text": f"Document {n}.", "metadata": {"license": license, "url": f"https://example.org/{n}", "spare": n}}
+        for n, license in enumerate(stated)
+    ]
+    path = tmp_path / f"pile.{reader}"
+    if reader == "jsonl":
+        write_lines(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    fields = {"license_field": "metadata.license", "url_field": "metadata.url", "license_map": "common-pile"}
+    settings = config(path, reader, **fields, license_strings={"House license": "MIT"})
+    artifact = run_stage(acquire.STAGE, settings, {})
+    expected = ["CC-BY-4.0", "LicenseRef-Public-Domain", "Apache-2.0 AND MIT", "MIT"]
+    assert [row["license"] for row in documents(artifact)] == expected
+    assert [row["origin"] for row in documents(artifact)] == [f"https://example.org/{n}" for n in (0, 1, 2, 5)]
+    source = artifact.json("source.json")
+    assert (source["documents"], source["documents_failed"], source["documents_unmapped"]) == (6, 0, 2)
+    size = len("Document 0.")
+    assert source["licenses"] == [
+        {"license": license, "found": found, "documents": 1, "bytes": size}
+        for license, found in sorted([*((name, "field") for name in expected), *UNMAPPED])
+    ]
+    assert source["licenses_unmapped"] == [
+        {"string": "", "documents": 1}, {"string": "A license of 2031", "documents": 1},
     ]  # fmt: skip
+
+
+UNMAPPED = [("LicenseRef-unmapped", "field"), ("LicenseRef-unmapped", "none")]
+
+
+def test_a_list_of_mappings_in_parquet_and_an_empty_list(tmp_path: Path, run_stage: Any) -> None:
+    """As The Stack has it: several licenses of a repository all apply, and an empty list states none."""
+    values = [[{"id": "MIT"}, {"id": "deprecated_LGPL-3.0+"}], []]
+    pq.write_table(pa.table({"text": ["a", "b"], "licenses": values}), tmp_path / "x.parquet")
+    settings = config(tmp_path / "x.parquet", "parquet", license_field="licenses.id", license_map="the-stack")
+    artifact = run_stage(acquire.STAGE, settings, {})
+    assert [row["license"] for row in documents(artifact)] == ["LGPL-3.0-or-later AND MIT"]
+    assert [row["reason"] for row in documents(artifact, "failed")] == ["license: the document states none"]
+    with pytest.raises(AtomError, match=r"no column 'licenses.name' \(columns: text, licenses\)"):
+        run_stage(acquire.STAGE, config(tmp_path / "x.parquet", "parquet", license_field="licenses.name"), {})
+
+
+def test_many_unknown_licenses_do_not_stop_the_stage(tmp_path: Path, run_stage: Any) -> None:
+    path = tmp_path / "x.jsonl"
+    write_lines(path, [{"text": f"Document {n}.", "license": f"unheard {n}"} for n in range(40)])
+    artifact = run_stage(acquire.STAGE, config(path, license_field="license"), {})
+    assert documents(artifact) == [] and len(documents(artifact, "failed")) == 40
+
+
+def test_a_license_of_a_collection_is_that_of_no_document(tmp_path: Path, run_stage: Any) -> None:
+    path = tmp_path / "x.jsonl"
+    write_lines(path, [{"text": "A page.", "url": "https://example.org/page"}, {"text": "Another.", "url": "ftp://x"}])
+    settings = config(path, url_field="url")
+    settings["source"] |= {"license": "ODC-By-1.0"}
+    with pytest.raises(
+        ValidationError, match="ODC-By-1.0 covers a collection, not the texts in it; set document_license"
+    ):
+        acquire.AcquireConfig.model_validate(settings)
+    settings["source"] |= {"document_license": "LicenseRef-unknown-web"}
+    artifact = run_stage(acquire.STAGE, settings, {})
+    assert {row["license"] for row in documents(artifact)} == {"LicenseRef-unknown-web"}
+    origins = ["https://example.org/page", "https://example.org#x.jsonl"]
+    assert [row["origin"] for row in documents(artifact)] == origins
+    assert [row["found"] for row in artifact.json("source.json")["licenses"]] == ["none"]
+
+
+def zstd_file(path: Path, lines: int = 3000) -> list[str]:
+    """A file of two frames; returns the texts in it."""
+    texts = [str(random.Random(n).random()) for n in range(lines)]
+    content = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    halves = (b"".join(content[: lines // 2]), b"".join(content[lines // 2 :]))
+    path.write_bytes(b"".join(zstandard.compress(half) for half in halves))
+    return texts
+
+
+def test_zstandard_files(tmp_path: Path, run_stage: Any) -> None:
+    """Of several frames; one that is cut short or damaged is named, although the library takes it for a whole one."""
+    path = tmp_path / "x.jsonl.zst"
+    texts = zstd_file(path)
+    assert [row["text"] for row in documents(run_stage(acquire.STAGE, config(path), {}))] == texts
+    whole = path.read_bytes()
+    for content, words in ((whole[:-100], "does not end"), (whole[:-9000] + b"\x00" * 9000, "")):
+        path.write_bytes(content)
+        with pytest.raises(
+            AtomError, match=rf"x\.jsonl\.zst cannot be read at line \d+ .*{words}.*cut short or corrupt"
+        ):
+            run_stage(acquire.STAGE, config(path), {})
+
+
+def test_a_line_without_end_fails_alone(tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line in a file of a megabyte may have a terabyte."""
+    monkeypatch.setattr(jsonl, "MAX_LINE", 2**20)
+    path = tmp_path / "x.jsonl.zst"
+    lines = [b'{"text": "first"}\n', b'{"text": "' + b"x" * 2**25 + b'"}\n', b'{"text": "last"}\n']
+    path.write_bytes(zstandard.compress(b"".join(lines)))
+    artifact = run_stage(acquire.STAGE, config(path), {})
+    assert [row["text"] for row in documents(artifact)] == ["first", "last"]
+    assert [row["reason"] for row in documents(artifact, "failed")] == [f"longer than {2**20} bytes"]
 
 
 BAD_LINES = [

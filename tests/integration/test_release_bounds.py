@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.core import text
 from pipeline.core.errors import CheckFailed, MachineError
 from release import scratch, tree, untrusted
 from release.audit.verify import kind_of
@@ -487,9 +488,9 @@ def test_a_confined_call_ends() -> None:
 
 
 def test_text_that_is_safe_to_print() -> None:
-    assert untrusted.printable("é 漢 a") == "é 漢 a"
-    assert untrusted.printable("a\x1b\n\u202e\udcff\u2028\x9b") == "a\\x1b\\n\\u202e\\udcff\\u2028\\x9b"
-    assert len(untrusted.printable("x" * 10_000_000)) < 1000
+    assert text.printable("é 漢 a") == "é 漢 a"
+    assert text.printable("a\x1b\n\u202e\udcff\u2028\x9b") == "a\\x1b\\n\\u202e\\udcff\\u2028\\x9b"
+    assert len(text.printable("x" * 10_000_000)) < 1000
     with pytest.raises(CheckFailed, match="is not a regular file"):
         untrusted.read(Path("/dev/zero"), 10, follow=True)
 

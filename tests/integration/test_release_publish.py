@@ -20,7 +20,7 @@ PRELUDE = """
 import json, sys, pathlib
 from release.hub.publish import publish
 from release.audit.verify import verify
-from release.hub.client import api
+from pipeline.hub.client import api
 from pipeline.core.errors import AtomError, CheckFailed
 release = pathlib.Path(sys.argv[1])
 def said(error, call, *a, **k):
@@ -295,8 +295,9 @@ for suffix, kind, file in (("", "model", "model.safetensors"), ("-evidence", "da
 
 
 MANY = """
-from release.hub import limits, upload
-from release.hub.remote import RemoteRepository
+from pipeline.hub import limits
+from release.hub import upload
+from pipeline.hub.remote import RemoteRepository
 from release.hub.upload import Destination, Difference, Journal
 from release.repositories import Repository
 folder = release.with_name("many")

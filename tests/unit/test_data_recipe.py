@@ -14,7 +14,7 @@ import yaml
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import identity
 from pipeline.core.store import sha256_file
-from stages.data import acquire, sources
+from stages.data import acquire, file_digests
 from stages.data.acquire import AcquireConfig
 from stages.data.recipe import load
 from stages.data.sources import resolve_tree_digest
@@ -105,7 +105,7 @@ def test_a_pinned_tree_that_changed_is_refused_with_both_digests(tmp_path: Path,
 
 def test_planning_reads_each_version_of_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
-    monkeypatch.setattr(sources, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    monkeypatch.setattr(file_digests, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
     recipe = load(write_recipe(tmp_path))
     first, second = recipe.resolved(), recipe.resolved()
     assert first == second and len(hashed) == 1

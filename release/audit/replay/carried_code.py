@@ -28,11 +28,11 @@ from pipeline.core.code_digests import code_digests
 from pipeline.core.code_snapshot import PACKAGES
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import canonical, sha256_bytes
+from pipeline.core.text import printable
 from pipeline.graph import registry
 from release import schema
 from release.audit.replay.retraining import Progress, Retrained
 from release.audit.replay.source import Source
-from release.untrusted import printable
 
 ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|TORCH)_[A-Z0-9_]+|CUDA_VISIBLE_DEVICES")
 """Settings that decide how numbers are added, which a replay inherits."""

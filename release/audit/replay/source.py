@@ -9,11 +9,11 @@ from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.provenance import Statement
+from pipeline.core.text import printable
 from release.assembly.published_tables import Manifest
 from release.checksums import compare, read_sums
 from release.layout import ALL_SUMS, SUMS
 from release.tree import is_foreign_link
-from release.untrusted import printable
 
 
 class Source:

@@ -12,6 +12,7 @@ from stages.data.chat import prompt_chars
 from stages.data.curation.failures import FAILED_RULE, Failures
 from stages.data.filters.base import Filter, Removal
 from stages.data.kinds import Kind
+from stages.data.licenses.allow import NOT_ALLOWED, AllowedLicenses
 from stages.data.table import DocumentRow, content_hash
 
 if TYPE_CHECKING:
@@ -29,12 +30,21 @@ class Removed:
 
 
 class SourceFilter:
-    """The steps of a source in order, and decontamination.
+    """The licenses and the steps of a source in order, and decontamination.
 
+    license_allow: the licenses of documents that are kept; empty: all.
     edits: documents that each step edited, by step; failures: documents on which a step raised an exception.
     """
 
-    def __init__(self, source: str, kind: Kind, steps: Sequence[Filter], index: ContaminationIndex) -> None:
+    def __init__(
+        self,
+        source: str,
+        kind: Kind,
+        steps: Sequence[Filter],
+        index: ContaminationIndex,
+        license_allow: Sequence[str] = (),
+    ) -> None:
+        self.allowed = AllowedLicenses(license_allow) if license_allow else None
         self.source, self.kind, self.index = source, kind, index
         self.functions = [(step.step, step.function()) for step in steps]
         self.edits = Counter[str]()
@@ -56,6 +66,8 @@ class SourceFilter:
             return Removed(FAILED_RULE, 0.0, 0.0)
 
     def _apply_steps(self, row: DocumentRow) -> str | Removed:
+        if self.allowed is not None and not self.allowed.allows(row["license"]):
+            return Removed(NOT_ALLOWED, 0.0, 0.0)
         text = row["text"]
         for step, function in self.functions:
             result = function(text)

@@ -7,9 +7,12 @@ READERS = {
     "stdlib-source": "stages.data.readers.stdlib_source",
     "jsonl": "stages.data.readers.jsonl",
     "parquet": "stages.data.readers.parquet",
+    "hub": "stages.data.readers.hub",
     "problems": "stages.data.readers.problems",
     "passkeys": "stages.data.readers.passkeys",
     "chat-problems": "stages.data.readers.chat_problems",
     "courtesies": "stages.data.readers.courtesies",
+    "warc": "stages.data.readers.warc",
+    "html": "stages.data.readers.html_pages",
 }
 """{reader: module whose READER is its class}. Importing one is cheap: no datatrove or pyarrow."""

@@ -11,13 +11,14 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.core.bounds import LongLine, Range
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, operational
+from stages.data.file_digests import file_digests
 
 MAX_ENTRIES = 100_000
 """The maximum number of files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two
@@ -31,12 +32,18 @@ Files = Sequence[tuple[str, Path]]
 """(path relative to the source, path) of every file that a reader reads, sorted."""
 
 
+LicenseFound = Literal["field", "file", "page", "none", ""]
+"""How the license of a document was found: in a field of its row, in a file beside it, on its page, or not at all.
+Empty: it is the declaration of the source."""
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """A document as a reader yields it.
 
     name: unique in the source; location: where the document is in the origin, such as a file; prompt_chars: leading
-    characters that carry no loss in training; license: the document's SPDX license, None for that of the source.
+    characters that carry no loss in training; license: the document's SPDX license, None for that of the source; url:
+    of a web document; license_found: how its license was found.
     """
 
     name: str
@@ -44,6 +51,8 @@ class Document:
     location: str = ""
     prompt_chars: int = 0
     license: str | None = None
+    url: str = ""
+    license_found: LicenseFound = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,38 @@ class Failed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Unmapped:
+    """A document whose license has no SPDX expression. Curation removes it with the rule `license/unmapped`.
+
+    license: what the document states, in its own words; empty if it states nothing. found: where it states it.
+    """
+
+    name: str
+    text: str
+    license: str
+    found: LicenseFound = "field"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A document that is not used, while its source is in order: many of them do not stop the stage.
+
+    kind: `opt_out`, of a page whose author does not want it in a training set, or `page`, of one that has no usable
+    text. Curation removes it with the rule of that kind (`REFUSED_RULES`).
+    """
+
+    name: str
+    kind: Literal["opt_out", "page"]
+    reason: str
+
+
+REFUSED_RULES = {"license": "license/unmapped", "opt_out": "opt_out/page", "page": "page/unusable"}
+"""{kind of refusal, with which the reason in the table of failed documents begins: rule of their dispositions}."""
+Read = Document | Unreadable | Failed | Unmapped | Refused
+"""What a reader yields."""
+
+
 def is_unicode(text: str) -> bool:
     """False for text with lone surrogates, which has no UTF-8 form."""
     try:
@@ -77,6 +118,9 @@ def is_unicode(text: str) -> bool:
 
 class Reader(Config):
     """Base of the settings of a reader."""
+
+    remedy: ClassVar[str] = "put it there"
+    """What to do where `missing` has a message."""
 
     reader: str = Field(description="selects this reader")
 
@@ -90,6 +134,11 @@ class Reader(Config):
         """Whether the name of every document contains that of its file, so that documents of two files differ."""
         return False
 
+    @property
+    def gives_licenses(self) -> bool:
+        """Whether every document has a license of its own, or the statement that it has none."""
+        return False
+
     def missing(self, source: str) -> str | None:
         """The start of an error message if the files of the source are missing; None if they exist or none are
         needed."""
@@ -99,12 +148,24 @@ class Reader(Config):
         """The files to read; their content is in the key of the source. Raises RecipeError if they are missing."""
         return []
 
+    def digests(self, source: str, files: Files) -> list[str]:
+        """The digest of each of these files, in the tree digest of the source: SHA-256, unless a reader states what
+        else. It may be known before `pull`."""
+        return file_digests([path for _, path in files])
+
+    def pull(self, source: str, files: Files) -> None:
+        """Brings the files of one part to this machine, if they are elsewhere, and compares them with `digests`."""
+
     def absolute(self, folder: Path) -> Reader:
         """The reader with paths relative to `folder` made absolute."""
         return self
 
+    def locked(self, lock: Path) -> Reader:
+        """The reader with the lock file of its data recipe, which may be missing."""
+        return self
+
     @abstractmethod
-    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable | Failed]:
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """The documents of `files`, in an order that depends only on the files, the settings and the seed. A call gets
         the files of one part of the source, and the documents of a file do not depend on the others.
 

@@ -23,20 +23,19 @@ class Parquet(RowReader):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        content_field = self.messages_field or self.text_field
-        columns = [content_field, *(field for field in (self.id_field, self.license_field) if field)]
         for relative, path in files:
             number = 0
             try:
                 parquet = pq.ParquetFile(path)
-                missing = sorted(set(columns) - set(parquet.schema_arrow.names))
+                columns = {name: _column_to_read(parquet.schema_arrow, name) for name in self.columns}
+                missing = sorted(name for name, column in columns.items() if column is None)
                 if missing:
                     available = ", ".join(parquet.schema_arrow.names)
                     raise AtomError(
-                        f"{path} has no column {missing[0]!r} (columns: {available}); set reader.text_field, id_field "
-                        "or license_field"
+                        f"{path} has no column {missing[0]!r} (columns: {available}); set reader.text_field, id_field, "
+                        "license_field or url_field"
                     )
-                for batch in parquet.iter_batches(batch_size=1000, columns=columns):
+                for batch in parquet.iter_batches(batch_size=1000, columns=list(columns.values())):
                     for fields in _rows_of(batch):
                         number += 1
                         name = f"{relative}:{number}"
@@ -45,6 +44,27 @@ class Parquet(RowReader):
                 reason = " ".join(str(error).split())
                 message = f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet"
                 raise AtomError(message) from None
+
+
+def _column_to_read(schema: Any, path: str) -> str | None:
+    """The column that has the field of a path, alone where it is nested in columns without lists. None if there is
+    none."""
+    import pyarrow.types as types
+
+    if path in schema.names:
+        return path
+    top, *names = path.split(".")
+    if top not in schema.names:
+        return None
+    kind, has_list = schema.field(top).type, False
+    for name in names:
+        while types.is_list(kind) or types.is_large_list(kind):
+            kind, has_list = kind.value_type, True
+        position = kind.get_field_index(name) if types.is_struct(kind) else -1
+        if position < 0:
+            return None
+        kind = kind.field(position).type
+    return top if has_list else path
 
 
 def _rows_of(batch: Any) -> Iterator[dict[str, Any] | str]:

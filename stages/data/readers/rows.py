@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Line, spdx
+from pipeline.core.bounds import License, Line, Words
 from pipeline.core.stage import added
 from stages.data import chat
-from stages.data.readers.base import Document, Failed, FileReader, Files, Unreadable, is_unicode
+from stages.data.licenses.maps import LicenseMap, MapName, load_map
+from stages.data.readers.base import Document, Failed, FileReader, Files, Read, Unmapped, Unreadable, is_unicode
 
 Column = Line
-"""The name of a field or column in a user's files."""
+"""The name of a field or column in a user's files, or the path of a nested one, such as metadata.license."""
+LicenseStrings = Annotated[dict[Annotated[str, Words(2000)], License], Field(max_length=1000)]
+"""SPDX expressions by the license strings of a source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,24 @@ class RowReader(FileReader):
         None, description="field with a unique id; null: the id is the file name and the number of the line or row"
     )
     license_field: Column | None = added(
-        None, "field with the SPDX license of a document, or a list of them; null: the source's"
+        None,
+        "field with the license of a document, or a list of licenses that all apply, such as metadata.license; null: "
+        "that of the source",
     )
+    license_map: MapName | None = added(
+        None, "shipped map from the strings of license_field to SPDX; null: they are SPDX"
+    )
+    license_strings: LicenseStrings = added(
+        {}, "SPDX expressions by strings of license_field, which come before those of license_map"
+    )
+    url_field: Column | None = added(None, "field with the URL of a document; null: documents have none")
+
+    @model_validator(mode="after")
+    def _check_licenses(self) -> RowReader:
+        if self.license_field is None and (self.license_map or self.license_strings):
+            setting = "license_map" if self.license_map else "license_strings"
+            raise ValueError(f"{setting} is set, but no license_field; name the field that has the strings")
+        return self
 
     @property
     def conversations(self) -> bool:
@@ -50,36 +69,60 @@ class RowReader(FileReader):
     def names_files(self) -> bool:
         return self.id_field is None
 
+    @property
+    def gives_licenses(self) -> bool:
+        return self.license_field is not None
+
+    @property
+    def columns(self) -> list[Column]:
+        """The fields that are read."""
+        names = (self.messages_field or self.text_field, self.id_field, self.license_field, self.url_field)
+        return [name for name in names if name]
+
     @abstractmethod
     def rows(self, files: Files) -> Iterator[Row | Failed]:
         """Every row of every file, in order. Raises AtomError naming the file that is corrupt."""
 
-    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable | Failed]:
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """One document for each row or, with messages_field, for each turn of the assistant; a row whose messages are
-        not a conversation is unreadable, and one without its fields has failed."""
+        not a conversation is unreadable, one without its fields has failed, and one whose license is unknown is
+        unmapped."""
+        licenses = load_map(self.license_map) if self.license_map else LicenseMap({})
+        licenses = licenses.extended(self.license_strings)
         for row in self.rows(files):
             if isinstance(row, Failed):
                 yield row
                 continue
             try:
                 content, name = self._content(row), self._name(row)
-                license = _license(row, self.license_field) if self.license_field else None
             except ValueError as error:
                 yield Failed(row.name, str(error))
                 continue
             if isinstance(content, str):
-                yield Document(name, content, row.file, license=license)
+                yield self._document(row, licenses, name, content)
                 continue
             try:
                 for number, (text, prompt_chars) in enumerate(chat.turns(content)):
-                    yield Document(f"{name}#{number}", text, row.file, prompt_chars, license)
+                    yield self._document(row, licenses, f"{name}#{number}", text, prompt_chars)
             except ValueError as error:
                 yield Unreadable(f"{name} ({error})")
+
+    def _document(
+        self, row: Row, licenses: LicenseMap, name: str, text: str, prompt_chars: int = 0
+    ) -> Document | Unmapped:
+        url = _url(field_at(row.fields, self.url_field)) if self.url_field else ""
+        if self.license_field is None:
+            return Document(name, text, row.file, prompt_chars, url=url)
+        stated = field_at(row.fields, self.license_field)
+        expression = licenses.expression(stated)
+        if expression is None:
+            return Unmapped(name, text, _in_words(stated))
+        return Document(name, text, row.file, prompt_chars, expression, url, "field")
 
     def _content(self, row: Row) -> str | list[Any]:
         """The text, or the list of messages. Raises ValueError in words."""
         field = self.messages_field or self.text_field
-        content = row.fields.get(field)
+        content = field_at(row.fields, field)
         if not isinstance(content, list if self.messages_field else str):
             available = ", ".join(sorted(map(str, row.fields)))
             kind, setting = ("list of messages", "messages_field") if self.messages_field else ("text", "text_field")
@@ -93,22 +136,37 @@ class RowReader(FileReader):
     def _name(self, row: Row) -> str:
         if self.id_field is None:
             return row.name
-        if row.fields.get(self.id_field) in (None, ""):
+        value = field_at(row.fields, self.id_field)
+        if value in (None, ""):
             raise ValueError(f"no id in field {self.id_field!r}; set reader.id_field to a field that every row has")
-        name = str(row.fields[self.id_field])
+        name = str(value)
         if not is_unicode(name):
             raise ValueError(f"the id in field {self.id_field!r} holds a lone surrogate, which is not Unicode")
         return name
 
 
-def _license(row: Row, field: str) -> str:
-    """The SPDX expression of a row's licenses, joined by AND. Raises ValueError in words if there is none, or if it is
-    not SPDX."""
-    value = row.fields.get(field)
-    names = value if isinstance(value, list) else [value]
-    try:
-        return spdx(" AND ".join(f"({name})" if " " in name else name for name in sorted(names, key=str.lower)))
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"field {field!r} holds {value!r}, which is no SPDX license or list of them (spdx.org/licenses)"
-        ) from None
+def field_at(fields: Mapping[str, Any], path: str) -> Any:
+    """The value of a field, or of a nested field whose names are joined by dots; of a list of mappings, the list of
+    their values. None if there is none."""
+    value: Any = fields
+    for name in (path,) if path in fields else path.split("."):
+        if isinstance(value, list):
+            value = [element.get(name) if isinstance(element, dict) else None for element in value]
+        else:
+            value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _in_words(stated: object) -> str:
+    """What a row states as its license; empty if it states nothing."""
+    if stated is None or stated == []:
+        return ""
+    text = stated if isinstance(stated, str) else json.dumps(stated, ensure_ascii=False, default=str)
+    return text.encode(errors="replace").decode()
+
+
+def _url(value: object) -> str:
+    """A web address, or an empty text for anything else."""
+    text = value.strip() if isinstance(value, str) else ""
+    is_address = text.startswith(("http://", "https://")) and len(text) <= 8192 and text.isprintable()
+    return text if is_address else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from release.hub.client import api, parsing
+from pipeline.hub.client import api, parsing
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class RemoteRepository:
         with parsing():
             return str(commits[-1].commit_id)
 
+    def commit(self, revision: str) -> str:
+        """The commit of a branch, a tag, or a commit."""
+        info = api().repo_info(self.id, repo_type=self.kind, revision=revision)
+        with parsing():
+            return str(info.sha)
+
     def snapshot(self, revision: str) -> Snapshot:
         info = api().repo_info(self.id, repo_type=self.kind, revision=revision)
         with parsing():
@@ -76,3 +82,9 @@ class RemoteRepository:
                 for entry in entries
                 if hasattr(entry, "blob_id")
             }
+
+
+def is_unsafe(path: str) -> bool:
+    """Whether a path leads outside its folder, or into the client's own files."""
+    parts = path.split("/")
+    return not path.isprintable() or "\\" in path or any(part in ("", ".", "..", ".cache", ".git") for part in parts)

@@ -18,10 +18,10 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from pipeline.core.errors import AtomError
-from release.hub import limits
-from release.hub.limits import PUBLIC_HUB, HubLimit
-from release.untrusted import printable
+from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.text import printable
+from pipeline.hub import limits
+from pipeline.hub.limits import PUBLIC_HUB, HubLimit
 
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
 """Status codes after which a call is repeated."""
@@ -158,13 +158,27 @@ def api() -> Any:
 
 
 @contextmanager
+def online() -> Iterator[None]:
+    """Lets the client use the network in a stage, whose environment turns downloads off."""
+    load()
+    from huggingface_hub import constants
+
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
 def translate_errors(action: str) -> Iterator[None]:
-    """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError."""
+    """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError: a MachineError if another
+    attempt may succeed."""
     errors, http = load().errors, _http()
     try:
         yield
     except HubLimit as error:
-        raise AtomError(f"{action}: {endpoint()} {printable(str(error))}") from None
+        raise MachineError(f"{action}: {endpoint()} {printable(str(error))}") from None
     except errors.RepositoryNotFoundError as error:
         status = _status(error)
         if status == 401 and os.environ.get("HF_TOKEN"):
@@ -172,7 +186,7 @@ def translate_errors(action: str) -> Iterator[None]:
                 f"{action}: {endpoint()} refuses the token in HF_TOKEN or hides this repository from it"
             ) from None
         raise AtomError(
-            f"{action}: {endpoint()} has no such repository, or it is private and HF_TOKEN may not read it"
+            f"{action}: {endpoint()} has no such repository, or it is private or gated and HF_TOKEN may not read it"
         ) from None
     except errors.RevisionNotFoundError:
         raise AtomError(f"{action}: the repository has no such revision") from None
@@ -186,23 +200,26 @@ def translate_errors(action: str) -> Iterator[None]:
             raise AtomError(
                 f"{action}: the token may not write there ({message}); use a namespace that is yours"
             ) from None
-        raise AtomError(f"{action}: {endpoint()} answers {status}: {message}") from None
+        kind = MachineError if status in RETRIED_STATUSES else AtomError
+        raise kind(f"{action}: {endpoint()} answers {status}: {message}") from None
     except errors.LocalEntryNotFoundError as error:
-        raise AtomError(f"{action}: {endpoint()} cannot be read: {_first_line(error)}; try again") from None
+        raise MachineError(f"{action}: {endpoint()} cannot be read: {_first_line(error)}; try again") from None
     except json.JSONDecodeError:
-        raise AtomError(f"{action}: {endpoint()} sends a malformed answer, perhaps from a proxy; try again") from None
+        raise MachineError(
+            f"{action}: {endpoint()} sends a malformed answer, perhaps from a proxy; try again"
+        ) from None
     except errors.LocalTokenNotFoundError:
         raise AtomError(f"{action}: no token; set HF_TOKEN to one with write access") from None
     except errors.HFValidationError as error:
         raise AtomError(f"{action}: {_first_line(error)}") from None
     except http.TimeoutException:
-        raise AtomError(f"{action}: {endpoint()} does not answer; try again later, or check HF_ENDPOINT") from None
+        raise MachineError(f"{action}: {endpoint()} does not answer; try again later, or check HF_ENDPOINT") from None
     except http.TooManyRedirects:
         raise AtomError(f"{action}: {endpoint()} redirects in a circle; check HF_ENDPOINT") from None
     except http.RemoteProtocolError as error:
-        raise AtomError(f"{action}: {endpoint()} interrupts or corrupts its answer: {_first_line(error)}") from None
+        raise MachineError(f"{action}: {endpoint()} interrupts or corrupts its answer: {_first_line(error)}") from None
     except (http.HTTPError, http.InvalidURL, ConnectionError, errors.OfflineModeIsEnabled) as error:
-        raise AtomError(
+        raise MachineError(
             f"{action}: {endpoint()} cannot be reached ({type(error).__name__}); check HF_ENDPOINT"
         ) from None
     except MalformedAnswer as error:
@@ -210,7 +227,9 @@ def translate_errors(action: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None:  # the disk's
             raise
-        raise AtomError(f"{action}: {endpoint()} sends other bytes than it announced: {_first_line(error)}") from None
+        raise MachineError(
+            f"{action}: {endpoint()} sends other bytes than it announced: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: object) -> str:

@@ -1,0 +1,61 @@
+"""The licenses that a source allows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.core.bounds import License, spdx
+
+Licenses = Annotated[tuple[License, ...], Field(max_length=1000)]
+NOT_ALLOWED = "license/not-allowed"
+"""The rule of the dispositions of documents under other licenses."""
+
+
+class AllowedLicenses:
+    """Decides whether a license is allowed.
+
+    allowed: SPDX identifiers and expressions. Of `A OR B`, which leaves the choice to the reader, one must be allowed;
+    of `A AND B` both; of `A WITH B` that, or A, because an exception only adds permissions. An expression in the list
+    allows itself as a whole.
+    """
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self._allowed = frozenset(map(spdx, allowed))
+        self.allows = lru_cache(maxsize=100_000)(self._allows)
+
+    def _allows(self, license: str) -> bool:
+        if license in self._allowed:
+            return True
+        tokens = re.findall(r"[()]|[^\s()]+", license)
+        verdict, position = self._alternatives(tokens, 0)
+        return verdict and position == len(tokens)
+
+    def _alternatives(self, tokens: list[str], position: int) -> tuple[bool, int]:
+        """The verdict on operands joined by OR from a position, and the position after them."""
+        verdict, position = self._conjunction(tokens, position)
+        while tokens[position : position + 1] == ["OR"]:
+            operand, position = self._conjunction(tokens, position + 1)
+            verdict = verdict or operand
+        return verdict, position
+
+    def _conjunction(self, tokens: list[str], position: int) -> tuple[bool, int]:
+        verdict, position = self._operand(tokens, position)
+        while tokens[position : position + 1] == ["AND"]:
+            operand, position = self._operand(tokens, position + 1)
+            verdict = verdict and operand
+        return verdict, position
+
+    def _operand(self, tokens: list[str], position: int) -> tuple[bool, int]:
+        if tokens[position] == "(":
+            verdict, position = self._alternatives(tokens, position + 1)
+            return verdict, position + 1
+        license, position = tokens[position], position + 1
+        if tokens[position : position + 1] == ["WITH"]:
+            with_exception, position = f"{license} WITH {tokens[position + 1]}", position + 2
+            return license in self._allowed or with_exception in self._allowed, position
+        return license in self._allowed, position

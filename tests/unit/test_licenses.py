@@ -1,0 +1,201 @@
+"""Licenses: the maps from a source's strings to SPDX, the grammar of DEP-5, and the licenses that a source allows."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.core.bounds import spdx
+from pipeline.core.stage import identity
+from stages.data import acquire
+from stages.data.curation.filtering import Removed, SourceFilter
+from stages.data.filter import FilteredSource
+from stages.data.licenses.allow import AllowedLicenses
+from stages.data.licenses.maps import LicenseMap, MapName, load_map
+from stages.data.readers.jsonl import Jsonl
+from stages.data.readers.rows import field_at
+from stages.data.table import content_hash
+from stages.data.web.license_links import expression_of
+from tests.fixtures import ROOT
+
+DIGESTS = {
+    "common-pile": "bb367339d",
+    "the-stack": "cf014e650",
+    "dep5": "a7f48ed5e",
+    "pep639": "1c2003c16",
+}
+"""The first digits of the SHA-256 of each map, and the version of acquire that reads them."""
+VERSION = 3
+
+
+def test_a_map_that_changes_raises_the_version_of_acquire() -> None:
+    """A map is named in a key, and not contained in it."""
+    digests = {name: load_map(name).digest.removeprefix("sha256:")[:9] for name in get_args(MapName)}
+    message = "raise VERSION of stages/data/acquire.py, then note both here"
+    assert (digests, acquire.VERSION) == (DIGESTS, VERSION), message
+
+
+@pytest.mark.parametrize("name", get_args(MapName))
+def test_every_string_of_a_map_has_an_spdx_expression_and_a_source(name: MapName) -> None:
+    licenses = load_map(name)
+    for string, expression in licenses.licenses.items():
+        assert licenses.expression(string) == spdx(expression), string
+    head = (ROOT / f"stages/data/licenses/{name}.yaml").read_text().split("\nsyntax:")[0]
+    assert "Read from https://" in head.replace("# ", "")
+
+
+def test_every_map_is_a_file_of_the_folder() -> None:
+    files = {path.stem for path in (ROOT / "stages/data/licenses").glob("*.yaml")}
+    assert files == set(get_args(MapName))
+
+
+DEP5 = {
+    "GPL-2+ or Artistic-2.0, and BSD-3-clause": "(GPL-2.0-or-later OR Artistic-2.0) AND BSD-3-Clause",
+    "GPL-2+ and BSD-3-clause or Expat": "GPL-2.0-or-later AND BSD-3-Clause OR MIT",
+    "MPL-1.1 or GPL-2 or LGPL-2.1": "MPL-1.1 OR GPL-2.0-only OR LGPL-2.1-only",
+    "gpl-2.0.0+": "GPL-2.0-or-later",
+    "GPL": "GPL-1.0-only",
+    "Perl and Zlib": "(GPL-1.0-or-later OR Artistic-1.0-Perl) AND Zlib",
+    "GPL-2+ with OpenSSL exception": "GPL-2.0-or-later",
+    "GPL-3 with Font exception": "GPL-3.0-only WITH Font-exception-2.0",
+    "GFDL-NIV-1.3+": "GFDL-1.3-no-invariants-or-later",
+    "Apache-2.0+": "Apache-2.0+",
+    "public-domain": "LicenseRef-Public-Domain",
+    "MIT": None,
+    "GFDL": None,
+    "public-domain+": None,
+    "Expat or": None,
+    "Expat or house-license": None,
+    "GPL-2+ with a promise": None,
+    "GPL-2+, LGPL-2.1+": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", DEP5)
+def test_the_license_field_of_debian_copyright_files(text: str) -> None:
+    assert load_map("dep5").expression(text) == DEP5[text]
+
+
+STRINGS: list[tuple[MapName, Any, str | None]] = [
+    ("the-stack", ["MIT", "Apache-2.0"], "Apache-2.0 AND MIT"),
+    ("the-stack", ["deprecated_LGPL-2.1+"], "LGPL-2.1-or-later"),
+    ("the-stack", [], None),
+    ("the-stack", None, None),
+    ("the-stack", ["MIT", None], None),
+    ("the-stack", ["MIT", "house license"], None),
+    ("common-pile", "BSD-3-Clause,MIT", "BSD-3-Clause AND MIT"),
+    ("common-pile", "MIT,,", None),
+    ("common-pile", "public domain", "LicenseRef-Public-Domain"),
+    ("pep639", "Apache-2.0 OR MIT", "Apache-2.0 OR MIT"),
+    ("pep639", "License :: OSI Approved :: BSD License", None),
+    ("pep639", ["License :: OSI Approved", "License :: OSI Approved :: MIT License"], "MIT"),
+    ("pep639", ["License :: Public Domain", "License :: OSI Approved :: MIT License"], None),
+    ("pep639", ["License :: OSI Approved"], None),
+    ("pep639", "(" * 1999, None),
+    ("pep639", "x" * 100_000, None),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), STRINGS)
+def test_strings_of_sources(name: MapName, value: Any, expected: str | None) -> None:
+    assert load_map(name).expression(value) == expected
+
+
+def test_the_strings_of_a_recipe_come_first() -> None:
+    licenses = load_map("the-stack").extended({"House license": "MIT OR ISC", "MIT": "MIT-0"})
+    assert licenses.expression(["house license", "Zlib"]) == "(MIT OR ISC) AND Zlib"
+    assert licenses.expression("MIT") == "MIT-0" and load_map("the-stack").expression("MIT") == "MIT"
+    assert LicenseMap({}).expression("mit") == "MIT"
+
+
+ALLOWED = ["mit", "Apache-2.0", "GPL-2.0-only AND ISC", "GPL-3.0-only WITH GCC-exception-3.1"]
+EXPRESSIONS = {
+    "MIT": True,
+    "Zlib": False,
+    "MIT OR Zlib": True,
+    "MIT AND Zlib": False,
+    "MIT AND Apache-2.0": True,
+    "(MIT OR Zlib) AND Apache-2.0 WITH LLVM-exception": True,
+    "MIT OR Zlib AND ISC": True,
+    "Zlib OR ISC AND MIT": False,
+    "GPL-2.0-only AND ISC": True,
+    "GPL-2.0-only": False,
+    "GPL-3.0-only WITH GCC-exception-3.1": True,
+    "GPL-3.0-only": False,
+    "GPL-2.0-only OR (ISC AND (Zlib OR (MIT AND Apache-2.0)))": False,
+}
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_allowed_licenses(expression: str) -> None:
+    assert AllowedLicenses(ALLOWED).allows(expression) is EXPRESSIONS[expression]
+
+
+def test_a_document_under_another_license_is_removed_before_the_steps() -> None:
+    class Nothing:
+        def find(self, text: str) -> None:
+            return None
+
+    row: Any = {
+        "id": "a/1",
+        "text": "x",
+        "license": "Zlib",
+        "source": "a",
+        "origin": "",
+        "content_hash": content_hash("x"),
+    }
+    steps = SourceFilter("a", "prose", (), Nothing(), ["MIT"])  # type: ignore[arg-type]
+    assert steps.apply(row) == Removed("license/not-allowed", 0.0, 0.0)
+    assert steps.apply({**row, "license": "MIT"})["text"] == "x"  # type: ignore[index]
+
+
+def test_settings_that_are_not_used_are_in_no_key() -> None:
+    """Artifacts from before the settings keep their keys."""
+    assert identity(Jsonl(reader="jsonl", path="x")) == {
+        "limit": None,
+        "reader": "jsonl",
+        "text_field": "text",
+        "id_field": None,
+    }
+    assert "license_allow" not in identity(FilteredSource(name="a", kind="prose"))
+    assert identity(FilteredSource(name="a", kind="prose", license_allow=("mit",)))["license_allow"] == ["MIT"]
+
+
+@pytest.mark.parametrize("setting", [{"license_map": "dep5"}, {"license_strings": {"x": "MIT"}}])
+def test_a_map_without_a_field_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"{next(iter(setting))} is set, but no license_field"):
+        Jsonl(reader="jsonl", path="x", **setting)
+
+
+def test_fields_in_fields() -> None:
+    row = {"a.b": 1, "a": {"b": 2, "c": {"d": [3]}}, "e": [{"f": 4}, {}, 5], "g": None}
+    paths = {"a.b": 1, "a.c.d": [3], "e.f": [4, None, None], "g.h": None, "x": None, "a.c.d.x": [None]}
+    assert {path: field_at(row, path) for path in paths} == paths
+
+
+LINKS = {
+    "https://creativecommons.org/licenses/by-nc-nd/3.0/igo/legalcode": "CC-BY-NC-ND-3.0-IGO",
+    "http://www.creativecommons.org/licenses/by-nd-nc/1.0": "CC-BY-NC-ND-1.0",
+    "//creativecommons.org/licenses/BY/4.0/deed.de": "CC-BY-4.0",
+    "https://creativecommons.org/licenses/by-sa/2.5/ca/": "LicenseRef-CC-BY-SA-2.5-CA",
+    "https://creativecommons.org/licenses/publicdomain/": "CC-PDDC",
+    "https://creativecommons.org/publicdomain/zero/1.0/legalcode.de": "CC0-1.0",
+    "https://creativecommons.org/licenses/by/5.0/": None,
+    "https://creativecommons.org/licenses/by-odd/4.0/": None,
+    "https://creativecommons.org/choose/": None,
+    "https://creativecommons.org.evil.example/licenses/by/4.0/": None,
+    "https://opensource.org/license/mit": "MIT",
+    "https://spdx.org/licenses/EUPL-1.2.html": "EUPL-1.2",
+    "https://www.apache.org/licenses/LICENSE-2.0.txt": "Apache-2.0",
+    "https://www.gnu.org/copyleft/fdl.html": "LicenseRef-GFDL",
+    "http://[broken": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("address", LINKS)
+def test_addresses_of_licenses(address: str) -> None:
+    assert expression_of(address) == LINKS[address]

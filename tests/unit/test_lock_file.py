@@ -1,0 +1,80 @@
+"""Lock files: what `atom pin` writes is read back, and a damaged one is refused in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import RecipeError
+from stages.data import lock_file
+from stages.data.lock_file import LockedFile, LockedSource
+
+SHA256, GIT = "sha256:" + "a" * 64, "git:" + "0" * 40
+SOURCE = {"repo": "a/b", "requested": "main", "revision": "1" * 40, "pattern": '*.jsonl "x"\\'}
+
+
+def locked(*lines: str) -> LockedSource:
+    return LockedSource(**SOURCE, files="".join(f"{line}\n" for line in lines))
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock.yaml"
+    sources = {
+        "web": locked(f"{SHA256} 5 b/c d.jsonl", f"{GIT} 0 a: {{é}} # .jsonl", f"{GIT} 1 - x"),
+        "null_1": locked(f"{SHA256} 9007199254740991 x"),
+    }
+    lock_file.write(path, sources)
+    assert lock_file.read(path) == sources
+    assert sources["web"].rows() == [
+        LockedFile("- x", 1, GIT),
+        LockedFile("a: {é} # .jsonl", 0, GIT),
+        LockedFile("b/c d.jsonl", 5, SHA256),
+    ]
+    lock_file.write(path, {"web": locked(f"{SHA256} 6 x")})
+    assert list(lock_file.read(path)) == ["web"] and [p.name for p in tmp_path.iterdir()] == ["x.lock.yaml"]
+    assert lock_file.read(tmp_path / "none.lock.yaml") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sources: [", "lock file x.lock.yaml: line 2 is not valid YAML"),
+        ("sources: {web: {repo: a/b}}", "requested"),
+        (
+            f"sources: {{web: {{repo: a/b, requested: main, revision: '{'1' * 39}', pattern: x, files: ''}}}}",
+            "40 hex digits",
+        ),
+        *(
+            (
+                f"sources: {{web: {{repo: a/b, requested: main, revision: '{'1' * 40}', pattern: x, files: '{line}'}}}}",
+                "is no line of digest, bytes and path",
+            )
+            for line in (
+                f"{SHA256} 5",
+                f"{SHA256} -5 x",
+                f"{SHA256} 5 ../x",
+                f"{SHA256[:-1]} 5 x",
+                f"md5:{'0' * 32} 5 x",
+            )
+        ),
+    ],
+)
+def test_a_damaged_lock_file(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.lock.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        lock_file.read(path)
+    message = str(caught.value)
+    assert words in message and "\n" not in message and message.endswith("; write it anew by `atom pin RECIPE`")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be written .*; copy the data recipe to a folder of yours"):
+        lock_file.write(tmp_path / "none" / "x.lock.yaml", {"web": locked(f"{SHA256} 6 x")})
+
+
+def test_digests_of_git(tmp_path: Path) -> None:
+    """The id of a blob is git's own: that of "hello\\n", from `git hash-object`."""
+    (tmp_path / "x").write_text("hello\n")
+    assert LockedFile("x", 6, GIT).digest_of(tmp_path / "x") == "git:ce013625030ba8dba906f756967f9e9ca394464a"
