@@ -116,6 +116,10 @@ PARTS = {
         test_steps(*(f"tests/integration/test_{name}.py" for name in ("layouts", "precision_simulation"))),
         ["tests", "result"], "Every feature in every layout, and a killed precision simulation.",
     ),
+    "packages": Part(
+        test_steps("tests/integration/test_packages.py"), ["tests", "result"],
+        "The data recipe `packages`, fetched from Debian and PyPI, to the order of pre-training.",
+    ),
     "benchmarks": Part(
         test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),

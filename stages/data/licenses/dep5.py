@@ -1,7 +1,8 @@
 """The license field of machine-readable debian/copyright files (DEP-5), as an SPDX expression.
 
 https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/, section 7.2: `and` binds more strongly than `or`,
-unless a comma stands before it; `with … exception` adds permissions to a license.
+unless a comma stands before it; `with … exception` adds permissions to a license. The specification does not know
+`and/or`, which leaves the choice to the reader, as `or` does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from collections.abc import Mapping
 EXCEPTIONS = {"font": "Font-exception-2.0"}
 """{keyword of an exception: its SPDX identifier}. An exception only adds permissions, so a license with one that has no
 identifier is stated without it."""
+OR_LATER = re.compile(
+    r"\+?[ -]or[ -](?:\(at your option\) )?(?:any[ -])?(?:later|newer)(?:[ -]versions?)?\b", re.IGNORECASE
+)
+"""Other spellings of `+`."""
 
 
 def normalized_name(name: str) -> str:
@@ -24,7 +29,9 @@ def expression(text: str, names: Mapping[str, str]) -> str | None:
 
     names: {normalized short name: SPDX expression}.
     """
-    parts = re.split(r",\s+(and|or)\s+", " ".join(text.split()), flags=re.IGNORECASE)
+    text = OR_LATER.sub("+", " ".join(text.split()))
+    text = re.sub(r" and/or ", " or ", text, flags=re.IGNORECASE)
+    parts = re.split(r",\s+(and|or)\s+", text, flags=re.IGNORECASE)
     result = _alternatives(parts[0], names)
     for conjunction, part in zip(parts[1::2], parts[2::2], strict=True):
         operand = _alternatives(part, names)

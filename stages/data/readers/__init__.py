@@ -7,6 +7,7 @@ READERS = {
     "stdlib-source": "stages.data.readers.stdlib_source",
     "jsonl": "stages.data.readers.jsonl",
     "parquet": "stages.data.readers.parquet",
+    "packages": "stages.data.readers.packages",
     "hub": "stages.data.readers.hub",
     "problems": "stages.data.readers.problems",
     "passkeys": "stages.data.readers.passkeys",

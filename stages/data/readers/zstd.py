@@ -15,13 +15,17 @@ CHUNK = 2**12
 
 def open_zstd(path: Path) -> IO[bytes]:
     """The decompressed bytes of a file. Reading raises EOFError if it is cut short, and OSError if it is corrupt."""
-    return cast(IO[bytes], io.BufferedReader(_Decompressed(path), 2**20))
+    return decompressed(open(path, "rb"))
+
+
+def decompressed(file: IO[bytes]) -> IO[bytes]:
+    """As `open_zstd`, of an open file, which is closed with the result."""
+    return cast(IO[bytes], io.BufferedReader(_Decompressed(file), 2**20))
 
 
 class _Decompressed(io.RawIOBase):
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
-        self._chunks, self._rest = _decompress(self._file), b""
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._chunks, self._rest = file, _decompress(file), b""
 
     def readable(self) -> bool:
         return True

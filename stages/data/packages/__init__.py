@@ -1,0 +1,1 @@
+"""Packages as sources of documents: Debian binary packages and source distributions of PyPI."""
