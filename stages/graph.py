@@ -29,6 +29,7 @@ RECIPE = ReleaseRecipe
 STAGES = {
     "acquire": "stages.data.acquire",
     "items": "stages.evaluation.eval_set",
+    "classifier": "stages.data.quality_classifier",
     "filter": "stages.data.filter",
     "duplicates": "stages.data.duplicate_search",
     "representatives": "stages.data.representative_copies",
@@ -124,7 +125,12 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> N
     evaluation = config.evaluation
     items = {"problems": evaluation.problems, "seed": config.seed, "chat": evaluation.chat_items}
     graph.add("items", "items", items)
-    graph.add("filter", "filter", data.filter_config(config.seed), **sources, items="items")
+    classifiers = {f"classifier-{classifier.name}": classifier for classifier in data.classifiers}
+    for node, classifier in classifiers.items():
+        examples = {name: sources[name] for name in (*classifier.positive, *classifier.negative)}
+        graph.add(node, "classifier", data.classifier_config(classifier.name, config.seed), **examples)
+    models = {node: node for node in classifiers}
+    graph.add("filter", "filter", data.filter_config(config.seed), **sources, **models, items="items")
     graph.add("duplicates", "duplicates", data.duplicates_config(), filter="filter")
     found = {"filter": "filter", "duplicates": "duplicates"}
     graph.add("representatives", "representatives", data.representatives_config(), **found)

@@ -78,7 +78,8 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     """Seal the documents that pass, by source and part, their hashes, a disposition for every acquired document, and
     the number of documents that each step edited.
 
-    inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items.
+    inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items;
+    inputs["classifier-<name>"]: each classifier that a step uses.
     Resumes after the last sealed part. Raises AtomError if no document of any source is left, or if many fail.
     """
     maker, parts = _PartMaker(config, inputs, work), dict[str, list[Part]]()
@@ -125,7 +126,8 @@ class _PartMaker:
     def _filter_part(self, source: FilteredSource, number: int, folder: Path) -> dict[str, Any]:
         """Writes the three tables of a part, and returns its counts."""
         acquired, file = self.inputs[source.name], part_file(number)
-        steps = SourceFilter(source.name, source.kind, source.steps, self._index, source.license_allow)
+        source_steps = [step.with_inputs(self.inputs) for step in source.steps]
+        steps = SourceFilter(source.name, source.kind, source_steps, self._index, source.license_allow)
         minhash = self._minhash(source)
         columns = hash_columns(0 if minhash is None else minhash.num_buckets)
         counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()

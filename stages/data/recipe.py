@@ -22,6 +22,7 @@ from stages.data import estimates
 from stages.data.curation.settings import CurationSettings
 from stages.data.estimates import Size
 from stages.data.licenses.allow import Licenses
+from stages.data.quality_classifier import ClassifierSettings
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import HeldoutFraction
 from stages.data.steps import MAX_STEPS, AnyFilter
@@ -48,6 +49,9 @@ class DataRecipe(Config):
     sources: tuple[SourceConfig, ...] = Field(
         min_length=1, max_length=MOST_SOURCES, description="sources of the corpus"
     )
+    classifiers: tuple[ClassifierSettings, ...] = added(
+        (), "quality classifiers, each trained on documents of some sources", max_length=MOST_SOURCES
+    )
     curation: CurationSettings = Field(CurationSettings(), description="curation of all sources together")
     heldout_fraction: Annotated[HeldoutFraction, Renamed("heldout")] = Field(
         0.05, description="share of documents, by content hash, held out from training; 0 for problems"
@@ -59,6 +63,23 @@ class DataRecipe(Config):
         duplicates = sorted(name for name, count in counts.items() if count > 1)
         if duplicates:
             raise ValueError(f"two sources are named {duplicates[0]}; names must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _check_classifiers(self) -> DataRecipe:
+        names = {classifier.name for classifier in self.classifiers}
+        used = {name for source in self.sources for step in source.steps for name in step.classifiers}
+        if missing := sorted(used - names):
+            raise ValueError(f"a step uses the classifier {missing[0]}, which `classifiers` does not have; add it")
+        if unused := sorted(names - used):
+            raise ValueError(f"classifier {unused[0]} is used by no step; remove it, or add a step classifier")
+        sources = {source.name for source in self.sources}
+        for classifier in self.classifiers:
+            examples = (*classifier.positive, *classifier.negative)
+            if unknown := sorted(set(examples) - sources):
+                raise ValueError(f"classifier {classifier.name} has examples of {unknown[0]}, which is no source")
+            if repeated := [name for name, count in Counter(examples).items() if count > 1]:
+                raise ValueError(f"classifier {classifier.name} names {repeated[0]} twice; a source is one label")
         return self
 
     def resolved(self) -> DataRecipe:
@@ -95,6 +116,11 @@ class DataRecipe(Config):
             for s in self.sources
         ]  # fmt: skip
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
+
+    def classifier_config(self, name: str, seed: int) -> dict[str, Any]:
+        """The config of stage classifier for one classifier."""
+        settings = next(classifier for classifier in self.classifiers if classifier.name == name)
+        return {"classifier": settings.model_dump(), "seed": seed}
 
     def duplicates_config(self) -> dict[str, Any]:
         """The config of stage duplicates for all sources."""

@@ -48,16 +48,17 @@ def _text_bytes(footer: Any) -> int:
 class Sample:
     """The documents of a split of a source with the least content hashes, an order that mixes the parts of a source.
 
-    hashes: their first 64 bits, ascending. lengths: bytes of the texts. Each has shape [documents].
+    split: None for documents before the split. hashes: their first 64 bits, ascending. lengths: bytes of the texts.
+    Each has shape [documents].
     """
 
     files: Sequence[Path]
-    split: str
+    split: str | None
     hashes: NDArray[np.uint64]
     lengths: NDArray[np.int64]
 
     @classmethod
-    def draw(cls, files: Sequence[Path], split: str, documents: int, size: int = 0) -> Sample:
+    def draw(cls, files: Sequence[Path], split: str | None, documents: int, size: int = 0) -> Sample:
         """At least so many documents and `size` bytes, or all documents if there are less."""
         import numpy as np
         import pyarrow as pa
@@ -76,8 +77,7 @@ class Sample:
             hashes, lengths = hashes[:count], lengths[:count]
 
         for path in files:
-            for batch in stream_batches(path, ["text", "split", "content_hash"], ROWS):
-                rows = batch.filter(pc.equal(batch["split"], split))
+            for rows in _rows_of(path, split):
                 pending.append((_hashes(rows), pc.binary_length(rows["text"].cast(pa.binary())).to_numpy(False)))
                 if len(pending) * ROWS > len(hashes) + PENDING:
                     merge()
@@ -87,14 +87,21 @@ class Sample:
     def texts(self, count: int) -> Iterator[list[str]]:
         """The texts of the first `count` documents, in the order of the files and a few at a time."""
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         if not count:
             return
         for path in self.files:
-            for batch in stream_batches(path, ["text", "split", "content_hash"], ROWS):
-                rows = batch.filter(pc.equal(batch["split"], self.split))
+            for rows in _rows_of(path, self.split):
                 yield rows.filter(pa.array(_hashes(rows) <= self.hashes[count - 1]))["text"].to_pylist()
+
+
+def _rows_of(path: Path, split: str | None) -> Iterator[pa.RecordBatch]:
+    """Texts and hashes of the documents of a split, some at a time."""
+    import pyarrow.compute as pc
+
+    columns = ["text", "content_hash"]
+    for batch in stream_batches(path, columns if split is None else [*columns, "split"], ROWS):
+        yield batch if split is None else batch.filter(pc.equal(batch["split"], split))
 
 
 def _hashes(rows: pa.RecordBatch) -> NDArray[np.uint64]:

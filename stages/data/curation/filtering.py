@@ -44,6 +44,7 @@ class SourceFilter:
         index: ContaminationIndex,
         license_allow: Sequence[str] = (),
     ) -> None:
+        """steps: with the inputs that they need."""
         self.allowed = AllowedLicenses(license_allow) if license_allow else None
         self.source, self.kind, self.index = source, kind, index
         self.functions = [(step.step, step.function()) for step in steps]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 FILTERS = {
     "language": "stages.data.filters.language",
+    "by_language": "stages.data.filters.by_language",
+    "classifier": "stages.data.filters.classifier",
     "gopher_repetition": "stages.data.filters.gopher_repetition",
     "gopher_quality": "stages.data.filters.gopher_quality",
     "c4": "stages.data.filters.c4",

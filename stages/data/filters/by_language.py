@@ -1,0 +1,62 @@
+"""Filter `by_language`: other steps for each language."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, TypeAdapter
+
+from pipeline.core.bounds import Share
+from pipeline.core.stage import Inputs
+from stages.data.filters.base import Filter, FilterFunction, Removal
+from stages.data.filters.language import LANGUAGES, Identified, identify
+
+MOST_STEPS = 100
+
+
+def _parse(steps: Any) -> Any:
+    """The steps of one language, which may be any but this one."""
+    from stages.data.steps import AnyFilter
+
+    return tuple(TypeAdapter(tuple[AnyFilter, ...]).validate_python(steps))
+
+
+class ByLanguage(Filter):
+    """Run the steps of the language that fastText identifies in a document."""
+
+    step: Literal["by_language"] = Field(description="selects this step")
+    rules: dict[Identified, Annotated[tuple[Any, ...], BeforeValidator(_parse)]] = Field(
+        min_length=1, max_length=len(LANGUAGES), description="steps by language; a language may have none"
+    )
+    language_threshold: Share = Field(0.65, description="score that the most probable language must exceed")
+    others: Literal["remove", "keep"] = Field("remove", description="what becomes of documents in other languages")
+
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        return tuple(name for steps in self.rules.values() for step in steps for name in step.classifiers)
+
+    def with_inputs(self, inputs: Inputs) -> Self:
+        rules = {language: tuple(s.with_inputs(inputs) for s in steps) for language, steps in self.rules.items()}
+        return self.model_copy(update={"rules": rules})
+
+    def function(self) -> FilterFunction:
+        """A removal is named by the language, the step and its reason."""
+        functions = {
+            language: [(step.step, step.function()) for step in steps] for language, steps in self.rules.items()
+        }
+
+        def function(text: str) -> str | Removal:
+            score, language = identify(text)
+            if language not in functions or score <= self.language_threshold:
+                return text if self.others == "keep" else Removal("other", score, self.language_threshold)
+            for step, apply in functions[language]:
+                result = apply(text)
+                if isinstance(result, Removal):
+                    return Removal(f"{language}/{step}/{result.reason}", result.value, result.threshold)
+                text = result
+            return text
+
+        return function
+
+
+FILTER = ByLanguage
