@@ -80,7 +80,7 @@ def _remove(texts: dict[str, str], minhash: Any) -> tuple[float, Clusters]:
         source = {"name": "prose", "kind": "prose", "heldout_fraction": 0.05}
         start = time.process_time()
         write_hashes(filtered, "prose", 0, minhash)
-        config = {"sources": [source], "minhash": minhash}
+        config = {"sources": [source], "minhash": minhash, "alarm_share": 1}
         kept = deduplicate(config, Artifact("filter", "", filtered, ()), Path(place))["dedup"]
         seconds = time.process_time() - start
         rows = pq.read_table(kept / "dispositions/prose", columns=["id", "duplicate_of"]).to_pylist()

@@ -37,6 +37,7 @@ EXIT_CODES = {
     0: "success",
     1: "a check failed: a release gate, a digest, a signature, a replay or a loss bound",
     2: "a mistake of the caller or a fault of the machine; one sentence on stderr states what to do",
+    3: "of `atom verify`: the published bytes, of which documents were taken back",
     130: "interrupted by Ctrl-C; the same command resumes",
     141: "the reader of a pipe went away",
 }

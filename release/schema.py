@@ -28,6 +28,8 @@ CARD_BYTES, RELEASE_BYTES = 4_000_000, 4_000_000
 DEPTH = 6
 """The maximum number of folders between a file and the root of its repository or release."""
 HEAD = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
+DATA_REPOSITORY = re.compile(r"^atom verify (\S+/\S+)-data$", re.MULTILINE)
+"""The line of the data card that names its repository."""
 LINE = re.compile(r"^atom_(release_format|card_schema): ([0-9]{1,9})\r?$", re.MULTILINE)
 
 

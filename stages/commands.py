@@ -72,7 +72,7 @@ def pin(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Pin the sources of a data recipe that lie on the Hugging Face Hub.
+    """Pin a data recipe's sources on the Hub.
 
     The Hub at HF_ENDPOINT is asked for the commit of each source's revision, and for the size and digest of each file
     that matches its pattern. They are written to NAME.lock.yaml beside the data recipe NAME.yaml. No file is pulled.

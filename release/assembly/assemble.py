@@ -22,6 +22,7 @@ from release.layout import (
     GATES,
     GATES_STATED,
     MODEL,
+    OPT_OUTS,
     REWARD_EXPORT,
     SUMS,
     WITHOUT_ORDER,
@@ -97,6 +98,8 @@ def placement(
         path, name = row.path, Path(row.path).name
         if kind == "acquire" and path == "source.json":
             yield path, f"dataset/sources/{suffix}.json"
+        elif node == "filter" and path == OPT_OUTS:
+            yield path, f"dataset/{path}"
         elif kind == "items":
             yield path, f"dataset/evaluation/{path}"
         elif kind == "tasks":

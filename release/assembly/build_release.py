@@ -20,6 +20,7 @@ from stages.recipe import ReleaseSection
 if TYPE_CHECKING:
     from release.checks.check import BuildContext
     from release.schema import ReleaseInfo
+    from stages.data.curation.deny_list import DenyList
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class BuildInput:
     earlier: by key, artifacts of earlier runs that training resumed from, and their inputs.
     statements: in-toto statement files, including those of failed attempts. metrics: metrics.jsonl by node.
     environment: versions. code_roots: folders with the packages. stale: nodes made by code that has changed since.
-    machine_paths: folders of this machine that no published file may name.
+    machine_paths: folders of this machine that no published file may name. deny_list: of the data recipe. previous: the
+    folder of an earlier release, in which receipts of opt-outs look for the documents.
     """
 
     name: str
@@ -47,6 +49,8 @@ class BuildInput:
     stale: list[str] = field(default_factory=list)
     earlier: dict[str, Artifact] = field(default_factory=dict)
     machine_paths: list[Path] = field(default_factory=list)
+    deny_list: DenyList | None = None
+    previous: Path | None = None
 
 
 def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lambda text: None) -> Path:
@@ -69,11 +73,11 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     draft.mkdir(parents=True)
     try:
         progress("copying artifacts, code and statements")
-        context = _assemble(draft, source)
+        context = _assemble(draft, source, progress)
         progress("checking the gates")
         results = gates.run_all(context)
         gates.write(draft, context.release.nodes, results)
-        _checksums(draft)
+        write_checksums(draft)
         failed = [gate for gate in results if not gate.ok]
         for gate in results:
             progress(f"gate {gate.name}: {'passed' if gate.ok else 'FAILED'}, {gate.detail}")
@@ -128,12 +132,13 @@ def describe(source: BuildInput) -> ReleaseInfo:
     )
 
 
-def _assemble(folder: Path, source: BuildInput) -> BuildContext:
+def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None]) -> BuildContext:
     """Writes everything except the result of the gates and the checksums; returns the context of the gates."""
     from release.assembly import assemble, attest, costs
     from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
     from release.assembly.data_facts import canary_of, read_data_facts
     from release.assembly.model_facts import read_model_facts
+    from release.assembly.receipts import receipt_path, write_receipts
     from release.audit import merkle
     from release.cards import croissant, plot, render, results, scaling_plots, tables
     from release.cards.card_tables import ReleaseFacts
@@ -160,6 +165,9 @@ def _assemble(folder: Path, source: BuildInput) -> BuildContext:
 
     assembly.json(f"dataset/{FILTER_AGREEMENT}", read_figures(), "stages.data.curation.agreement")
     data = read_data_facts(folder / "dataset")
+    receipts = write_receipts(folder / "dataset", release, data.opt_outs, source.previous, source.deny_list, progress)
+    for request, receipt in receipts:
+        assembly.json(receipt_path(request), receipt, "release.assembly.receipts")
     models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
     steps = read_checkpoints(folder / "checkpoints")
     changes = find_interventions(steps)
@@ -217,7 +225,7 @@ def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
     return EvaluationSection.model_validate(recipe["evaluation"]).model_dump()
 
 
-def _checksums(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Writes the file of each repository first, then the one over the whole release, then the root's, which covers that
     one too."""
     from release.checksums import write_sums

@@ -12,10 +12,15 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Store
 from pipeline.graph.dag import Graph, states
 from release.assembly.build_release import BuildInput
+from stages.data.curation.deny_list import DenyList, require_list
+from stages.data.filter import FilterConfig
 
 
-def build_input(graph: Graph, store: Store) -> BuildInput:
-    """Opens every artifact of the graph. Raises AtomError with the nodes that are not sealed or have no statement."""
+def build_input(graph: Graph, store: Store, previous: Path | None = None) -> BuildInput:
+    """Opens every artifact of the graph. previous: the folder of an earlier release.
+
+    Raises AtomError with the nodes that are not sealed or have no statement.
+    """
     missing = [name for name, node in graph.nodes.items() if not store.sealed(node.key)]
     if missing:
         remainder = f" and {len(missing) - 1} more stages are" if len(missing) > 1 else " is"
@@ -44,8 +49,16 @@ def build_input(graph: Graph, store: Store) -> BuildInput:
         commit=commit,
         dirty=dirty,
         stale=[s.name for s in states(graph, store).values() if s.text == "stale"],
+        deny_list=_deny_list(graph),
+        previous=previous,
         machine_paths=[store.home, root, Path.home(), Path(sys.prefix)],
     )
+
+
+def _deny_list(graph: Graph) -> DenyList | None:
+    data = graph.nodes["filter"].config
+    assert isinstance(data, FilterConfig)
+    return require_list(data.curation.deny_list, data.curation.deny_list_sha256)
 
 
 def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:

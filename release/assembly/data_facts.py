@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from release import data_layout, schema
 from release.assembly.distinct import Distinct
+from release.assembly.opt_outs import OptOut, read_opt_outs
 from release.assembly.published_tables import read_json, stream_batches
 from release.assembly.score_facts import ChatScores, compute_chat_scores, compute_scores
 from release.layout import FILTER_AGREEMENT, when
@@ -87,7 +88,8 @@ class OrderFacts:
 class DataFacts:
     """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
     chat: scores by benchmark and model, empty without a chat model. in_parts: whether the tables of documents are in
-    parts. filter_agreement: of the filters with their reference, empty in older releases. Phases and models are in the
+    parts. filter_agreement: of the filters with their reference, empty in older releases. opt_outs: of the deny-list.
+    Phases and models are in the
     order of training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class DataFacts:
     evaluation: dict[str, ModelScores] = field(default_factory=dict)
     in_parts: bool = False
     filter_agreement: dict[str, Any] = field(default_factory=dict)
+    opt_outs: list[OptOut] = field(default_factory=list)
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""
@@ -114,6 +117,7 @@ def read_data_facts(dataset: Path) -> DataFacts:
         {model: compute_scores(folder) for model, folder in scored},
         data_layout.in_parts(dataset),
         read_json(dataset / FILTER_AGREEMENT) if (dataset / FILTER_AGREEMENT).exists() else {},
+        read_opt_outs(dataset),
     )
 
 

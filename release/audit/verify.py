@@ -14,13 +14,14 @@ from pathlib import Path
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.text import printable
 from release import schema, scratch, signing
+from release.audit import old_copies
 from release.checks import formats, listing, registry
 from release.checks.check_runner import CheckRunner
 from release.checks.listing import Checksums, Contents, kind_of
 from release.checks.verdict import CheckResult, Problems, Verdict, answer
 from release.checksums import compare
 from release.hash_cache import Digests
-from release.layout import ALL_SUMS, PUBLIC_KEY, SIGNATURE, SUMS
+from release.layout import ALL_SUMS, PUBLIC_KEY, RETRACTED, SIGNATURE, SUMS
 from release.signing import ANYONE, Trust, TrustPolicy
 from release.tree import scan
 
@@ -34,17 +35,22 @@ def verify(
     deep: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     trust: Trust = ANYONE,
+    retracted: str | None = None,
+    ask_hub: bool = False,
 ) -> Verdict:
     """Checks a folder, or `namespace/name[@revision]`, which is first downloaded to a temporary folder.
 
-    Raises AtomError if nothing of that name can be checked; problems of the subject are in the verdict.
+    retracted: a repository with a tombstone, by folder or name, to recognize an old copy by. ask_hub: without it, to
+    ask the Hub for that of the release, if HF_ENDPOINT is set. Raises AtomError if nothing of that name can be checked;
+    problems of the subject are in the verdict.
     """
     policy = trust.policy()  # report errors of the caller before reading anything
     path = Path(subject)
     if path.exists():
         if not path.is_dir():
             raise AtomError(f"{printable(str(path))} is a file; give the folder of a release or of a pulled repository")
-        return _verify_folder(path, str(subject), deep, progress, policy)
+        verdict = _verify_folder(path, str(subject), deep, progress, policy)
+        return old_copies.recognize(verdict, path, policy, retracted, ask_hub, _verify_folder)
     if str(subject).split("@")[0].count("/") != 1 or str(subject).startswith((".", "/")):
         name = printable(str(subject))
         raise AtomError(f"there is no folder {name}; a repository on the Hub is written namespace/name[@revision]")
@@ -52,7 +58,14 @@ def verify(
 
     with scratch.folder() as folder:
         progress(f"downloading {subject}")
-        return _verify_folder(pull_named(str(subject), folder), str(subject), deep, progress, policy)
+        try:
+            pulled = pull_named(str(subject), folder)
+        except AtomError:
+            if (gone := old_copies.missing_revision(str(subject), deep)) is not None:
+                return gone
+            raise
+        verdict = _verify_folder(pulled, str(subject), deep, progress, policy)
+        return old_copies.recognize(verdict, pulled, policy, retracted, ask_hub, _verify_folder)
 
 
 def _verify_folder(
@@ -92,6 +105,10 @@ def _verify_folder(
         runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
     )
     bytes_hold = verdict.ok
+    if (folder / RETRACTED).exists():  # what is left need not agree any more with what was measured on the whole
+        verdict.checks.append(runner.run("tombstone", lambda: old_copies.check_tombstone(folder, kind)))
+        verdict.retracted = old_copies.sentence(folder) if verdict.ok else ""
+        return verdict
     if bytes_hold:
         verdict.checks += runner.check_tables()
     for check in registry.verifiers(folder, kind, deep):

@@ -13,7 +13,7 @@ from release.checks import confine
 from release.checks.confine import Budget
 from release.checks.verdict import CheckResult, Problems, answer
 from release.checksums import SUMS_BYTES, SUMS_LINES, read_sums
-from release.layout import ALL_SUMS, MODEL, ORIGINS, PARTS, SUMS
+from release.layout import ALL_SUMS, MODEL, ORIGINS, PARTS, RETRACTED, SUMS
 from release.repositories import MOST_ENTRIES, Repository, files_within, published, repositories
 from release.tree import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
 
@@ -186,7 +186,7 @@ def check(contents: Contents) -> CheckResult:
 
 def missing_parts(folder: Path, kind: str) -> Problems:
     """The parts that a folder of this kind requires and that are missing or exist too often."""
-    if kind == "repository" and not (folder / "index.json").is_file():
+    if kind == "repository" and not any((folder / name).is_file() for name in ("index.json", RETRACTED)):
         return [
             "nothing here tells what it is: no release, model, dataset, checkpoint or evidence is without its files"
         ]

@@ -24,6 +24,7 @@ from release.checks import (
     merkle_roots,
     order,
     post_training,
+    receipts,
     scores,
     secret_values,
     source_code,
@@ -32,7 +33,7 @@ from release.checks import (
     weights,
 )
 from release.checks.check import BuildCheck, Check, Reads, Scope
-from release.layout import EXPORTED, GATES_STATED, ROOTS
+from release.layout import EXPORTED, GATES_STATED, OPT_OUTS, ROOTS
 
 RELEASE = Scope(("release",))
 EVIDENCE = Scope(("release", "evidence"))
@@ -46,6 +47,7 @@ WEIGHTS = Reads(("",), weights=True)
 PROVENANCE = Reads(("evidence/", "code/"))
 STATEMENTS = Reads(("evidence/", "dataset/"))
 FATES = Reads(("dispositions", "kept/"))
+RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_out/"))
 SCORED = Reads(("evaluation/",))
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
@@ -74,6 +76,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("code", source_code.source_files, EVIDENCE, PROVENANCE, deep=True),
     Check("licenses", documents.licenses, DATASET, FATES, gate="licenses_known", remedy=LICENSE),
     Check("dispositions_balance", documents.dispositions, DATASET, FATES, gate="counts_balance", remedy=CURATION),
+    Check("receipts", receipts.receipts, RELEASE, RECEIPTS, needs=f"dataset/{OPT_OUTS}", gate="receipts"),
     Check("scores", scores.scores, DATASET, SCORED),
     Check("data_card", cards.data_card, DATASET, EVERYTHING),
     Check("merkle_roots", merkle_roots.merkle_roots, DATASET, EVERYTHING, needs=ROOTS, since_format=2),

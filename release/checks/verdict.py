@@ -45,12 +45,14 @@ def _printable_texts(texts: list[str]) -> list[str]:
 
 @dataclass
 class Verdict:
-    """All checks of one subject. kind: release, evidence, dataset, model, checkpoint or repository."""
+    """All checks of one subject. kind: release, evidence, dataset, model, checkpoint or repository. retracted: what was
+    taken back from it, or "": of an old copy since then, and of a rewritten one before."""
 
     subject: str
     kind: str
     deep: bool
     checks: list[CheckResult] = field(default_factory=list)
+    retracted: str = ""
 
     def __post_init__(self) -> None:
         self.subject = printable(self.subject)
@@ -60,9 +62,10 @@ class Verdict:
         return all(check.ok is not False for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """{schema, subject, kind, deep, ok, checks: [{name, ok, detail, wrong, skipped}]}; fields are only added."""
+        """{schema, subject, kind, deep, ok, retracted, checks: [{name, ok, detail, wrong, skipped}]}; fields are only
+        added."""
         body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
-        return {**body, "checks": [asdict(check) for check in self.checks]}
+        return {**body, "retracted": self.retracted, "checks": [asdict(check) for check in self.checks]}
 
     def require(self) -> None:
         """Raises CheckFailed with the first problem."""

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from release.checks.verdict import Verdict
 
 app = typer.Typer()
+RETRACTED_CODE = 3
+RETRACTION = "retraction"
+"""The check that recognizes an old copy."""
 
 
 @app.command()
@@ -45,6 +48,10 @@ def verify(
         str | None, typer.Option(metavar="URL", help="the OpenID provider that vouches for --identity")
     ] = None,
     trust_config: TrustConfigOption = None,
+    retracted: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_REPO", help="a repository with a tombstone, to recognize an old copy by"),
+    ] = None,
     proof: Annotated[
         Path | None,
         typer.Option(
@@ -55,7 +62,8 @@ def verify(
 ) -> None:
     """Check every byte of a release, and who signed it.
 
-    Exit code 1 says which file or claim is bad.
+    Exit code 1 says which file or claim is bad; 3 that the bytes are the published ones, and documents of them were
+    taken back since then.
 
     Example: atom verify runs/releases/atom-tiny-0.1.0
     """
@@ -65,10 +73,12 @@ def verify(
     from release.signing import Trust
 
     trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
-    verdict = verify_release(target, deep, print_progress, trust)
+    verdict = verify_release(target, deep, print_progress, trust, retracted, ask_hub=True)
     print(json.dumps(verdict.to_json(), indent=1) if as_json else _verdict_text(verdict))
     if not verdict.ok:
         raise typer.Exit(1)
+    if verdict.retracted:
+        raise typer.Exit(RETRACTED_CODE)
 
 
 def _check_proofs(proof: Path, roots: Path, as_json: bool) -> None:
@@ -193,8 +203,11 @@ def _verdict_text(verdict: Verdict) -> str:
     marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
     lines = []
     for check in verdict.checks:
-        lines.append(f"{marks[check.ok]} {check.name}: {check.detail}")
+        mark = "noted  " if check.name == RETRACTION and verdict.retracted else marks[check.ok]
+        lines.append(f"{mark} {check.name}: {check.detail}")
         lines += [f"          {text}" for text in check.wrong]
         lines += [f"{marks[None]} {check.name}: {text}" for text in check.skipped]
     outcome = "verified" if verdict.ok else "NOT what it claims to be"
+    if verdict.ok and verdict.retracted:
+        outcome = f"retracted: {verdict.retracted}"
     return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {outcome}"])

@@ -20,7 +20,13 @@ app = typer.Typer()
 
 
 @app.command()
-def build(recipe: RecipeArgument) -> None:
+def build(
+    recipe: RecipeArgument,
+    previous: Annotated[
+        Path | None,
+        typer.Option(metavar="RELEASE", help="an earlier release: receipts of opt-outs say what had reached it"),
+    ] = None,
+) -> None:
     """Make the release folder, with its gates.
 
     All its content comes from the sealed artifacts of the recipe; a failed gate stops the build.
@@ -31,7 +37,7 @@ def build(recipe: RecipeArgument) -> None:
     from release.assembly.collect import build_input
 
     store = open_store()
-    folder = build_release(build_input(graph_of(recipe), store), store.home, print)
+    folder = build_release(build_input(graph_of(recipe), store, previous), store.home, print)
     print(f"release built: {folder}; next: atom verify {folder}")
 
 
@@ -109,6 +115,51 @@ def publish(
     progress = print_progress if as_json else print_line
     report = publish_release(release, to, public, progress, acknowledge or ())
     print(json.dumps(report.to_json(), indent=1) if as_json else _published_text(report))
+
+
+@app.command()
+def retract(
+    release: ReleaseArgument,
+    documents: Annotated[
+        list[str],
+        typer.Option(help="a deny-list (docs/opt-out.md), or with --request the id of a document; repeatable"),
+    ],
+    request: Annotated[
+        str | None, typer.Option(metavar="REFERENCE", help="of the request for documents that are given by id")
+    ] = None,
+    date: Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="of that request; default: today")] = None,
+    models: Annotated[
+        bool, typer.Option("--models", help="also take back the models and checkpoints that were trained on them")
+    ] = False,
+    key: Annotated[
+        Path | None, typer.Option(help="the private key of a signed release; ATOM_KEY_PASSWORD opens it")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="change the folder only, and nothing on the Hub")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would change, and change nothing")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take documents of a published release back.
+
+    Their texts leave every file; the branches on the Hub are rewritten, their history is squashed, and the old LFS
+    objects are deleted. A tombstone stays. An interrupted run is finished by the same command. Without --models every
+    model stays, with a notice on its card.
+
+    Example: atom retract runs/releases/atom-tiny-0.1.0 --documents deny.jsonl --dry-run
+    """
+    from release import retraction, signing
+
+    require_release(release)
+    signing_key = None if key is None else signing.SigningKey(key, None, (), os.environ.get("ATOM_KEY_PASSWORD"))
+    result = retraction.retract(
+        release,
+        retraction.deny_list_of(documents, request, date),
+        models,
+        signing_key,
+        dry_run,
+        not local,
+        print_progress if as_json else print_line,
+    )
+    print(json.dumps(result.to_json(), indent=1) if as_json else retraction.text(result))
 
 
 def _published_text(report: PublishReport) -> str:

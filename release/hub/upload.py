@@ -124,9 +124,7 @@ class Destination:
                 self.journal.write("create_repo", repo=remote.id, kind=remote.kind, private=True)
             private = remote.is_private()
             branches = self._branches()
-        last_files = [path for path in SENT_LAST if (self.folder / path).exists()]
-        paths = [*files_of(self.release, self.repository), *last_files]
-        file_ids: FileIds = {path: _file_ids(self.folder / path) for path in paths}
+        file_ids = self._wanted()
         branch = self.branch
         difference = self._difference(file_ids, branch if branch in branches else None)
         if difference and not private:
@@ -142,6 +140,15 @@ class Destination:
             sent += len(chunk)
             progress(f"{remote.id}@{branch}: {sent} of {len(difference.missing)} files sent")
         return Published(remote.id, remote.kind, branch, self._branches()[branch], sent)
+
+    def differs(self, revision: str) -> bool:
+        """Whether a revision has other files than the folder."""
+        return bool(self._difference(self._wanted(), revision))
+
+    def replace_files(self) -> None:
+        """Makes the branch equal to the folder in one commit. Raises AtomError if the Hub refuses it."""
+        if difference := self._difference(self._wanted(), self.branch):
+            self._commit(self.branch, difference, "Retracted on request")
 
     def promote(self, staged: Published) -> Published:
         """Makes the branch equal to the verified staging branch; does nothing if the upload went to the branch itself.
@@ -183,6 +190,12 @@ class Destination:
             if branch in self._branches():
                 api().delete_branch(remote.id, repo_type=remote.kind, branch=branch)
                 self.journal.write("delete_branch", repo=remote.id, kind=remote.kind, branch=branch)
+
+    def _wanted(self) -> FileIds:
+        """The files of the folder, those that end an upload last."""
+        last_files = [path for path in SENT_LAST if (self.folder / path).exists()]
+        paths = [*files_of(self.release, self.repository), *last_files]
+        return {path: _file_ids(self.folder / path) for path in paths}
 
     def _version_conflict(self) -> AtomError:
         return AtomError(

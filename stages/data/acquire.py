@@ -2,7 +2,8 @@
 
 A document that is not used, because its license is unknown or it opts out, is a row of `failed` with the reason.
 
-Seals `documents/part-NNNNN.parquet`, `failed/part-NNNNN.parquet` and `source.json`. Each part reads its own files once.
+Seals `documents/part-NNNNN.parquet`, `failed/part-NNNNN.parquet` and `source.json`, and `derived/part-NNNNN.parquet`
+where the reader states which documents others were made from. Each part reads its own files once.
 Document ids and order depend only on the source and the seed.
 """
 
@@ -12,7 +13,8 @@ import hashlib
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ from stages.data.readers.base import (
 from stages.data.refusals import COUNTS, kind_of, refused_row, report_refusals
 from stages.data.seeds import seed_of
 from stages.data.sources import Source, tree_digest
-from stages.data.table import DOCUMENTS, FAILED, DocumentRow, content_hash, part_files, row_writer, write_json
+from stages.data.table import DERIVED, DOCUMENTS, FAILED, DocumentRow, content_hash, part_files, row_writer, write_json
 
 VERSION = 3
 MOST_SKIPPED_SHARE = 0.5
@@ -129,6 +131,7 @@ def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, An
     with (
         row_writer(folder / "documents" / part_file(number), DOCUMENTS) as write,
         row_writer(folder / "failed" / part_file(number), FAILED) as write_failed,
+        _parent_writer(config, folder / "derived" / part_file(number)) as write_parent,
     ):
         for document in _documents(config, files):
             if isinstance(document, Unreadable):
@@ -151,6 +154,8 @@ def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, An
                 license, found = _license(source, document)
                 licenses.add(license, found, len(document.text.encode()))
                 size += len(document.text.encode())
+                for parent in document.derived_from:
+                    write_parent({"id": id, "parent": parent})
                 write(_document_row(source, id, license, document))
     failures.require_few(selection.taken)
     skipped.require_few(len(selection.hashes) + skipped.count)
@@ -186,6 +191,16 @@ def _document_row(source: Source, id: str, license: str, document: Document) -> 
         "content_hash": content_hash(document.text),
         "prompt_chars": document.prompt_chars,
     }
+
+
+@contextmanager
+def _parent_writer(config: AcquireConfig, path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A context with a function that writes a row of DERIVED. No file is written for a reader without parents."""
+    if config.source.reader.states_parents:
+        with row_writer(path, DERIVED) as write:
+            yield write
+    else:
+        yield lambda row: None
 
 
 def _documents(config: AcquireConfig, files: Files) -> Iterator[Read]:

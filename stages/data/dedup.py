@@ -13,14 +13,13 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, PartCount, link_parts, seal_part, shards_of
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from stages.data import estimates
+from stages.data.curation.alarms import Acknowledged, AlarmShare, dedup_losses, require_acknowledged
 from stages.data.curation.settings import MinHash
 from stages.data.estimates import Size
 from stages.data.splits import HeldoutFraction
 from stages.data.table import write_json
 
 VERSION = 4
-ALARM = 0.9
-ALARM_DOCUMENTS = 100
 
 
 class DedupSource(Config):
@@ -29,12 +28,14 @@ class DedupSource(Config):
     name: SourceName = Field(description="name of the source")
     heldout_fraction: HeldoutFraction = Field(description="share of documents held out from training")
     parts: PartCount = added(1, "parts of the source")
+    acknowledged_removals: Acknowledged = operational({}, "by rule, the share of the source that it may remove")
 
 
 class DedupConfig(Config):
     sources: tuple[DedupSource, ...] = Field(min_length=1, max_length=MOST_SOURCES, description="sources of the corpus")
     minhash: MinHash | None = Field(description="near-duplicate removal; null: none")
     expected: Size | None = operational(None, "expected size of all sources; null: unknown")
+    alarm_share: AlarmShare = operational(0.5, "share of a source above which a removal must be acknowledged")
 
     def parts(self) -> list[tuple[int, int]]:
         """Number of the source, and part, of every part of all sources in order."""
@@ -46,7 +47,8 @@ def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
     inputs["filter"]: the filtered documents of each part; inputs["duplicates"]: those to remove;
     inputs["representatives"]: what is known of the documents that they duplicate. Resumes after the last
-    sealed part. Raises AtomError if counts do not balance.
+    sealed part. Raises AtomError if counts do not balance, or if a source loses so large a share that the recipe must
+    acknowledge it.
     """
     count, sealed = len(config.parts()), list[Part]()
     for number in range(count):
@@ -58,12 +60,13 @@ def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     for name, counts in summary["sources"].items():
         rules = ", ".join(f"{rule} {n}" for rule, n in counts["removed"].most_common())
         report.note(f"{name}: {counts['documents_in']} in, {counts['kept'].total()} kept; removed: {rules or 'none'}")
-        duplicates = sum(counts["removed"][rule] for rule in ("exact_duplicate", "near_duplicate"))
-        if (total := counts["kept"].total() + duplicates) > ALARM_DOCUMENTS and duplicates > ALARM * total:
-            report.note(
-                f"{name}: {duplicates} of {total} documents are duplicates; if that is unexpected, look at their "
-                f"`duplicate_of`, and set n_grams or the bands of minhash for such text"
-            )
+    losses = [
+        loss
+        for name, counts in summary["sources"].items()
+        for loss in dedup_losses(name, counts["documents_in"], counts["kept"].total(), counts["removed"])
+    ]
+    acknowledged = {source.name: source.acknowledged_removals for source in config.sources}
+    require_acknowledged(losses, config.alarm_share, acknowledged, report)
 
 
 def run_shard(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> None:
@@ -73,6 +76,7 @@ def run_shard(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> No
 
 def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> Part:
     from stages.data.curation import duplicates
+    from stages.data.curation.opt_out import OptOuts
     from stages.data.curation.removal import PartRemoval
     from stages.data.curation.representatives import Representatives
 
@@ -91,6 +95,7 @@ def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> P
                 near,
                 representatives,
                 config.minhash,
+                OptOuts(duplicates.removed_folder(found, "opt_out")).of(parts[shard]),
             )
             return removal.write(folder)
 

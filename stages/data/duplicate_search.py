@@ -80,7 +80,8 @@ class DuplicatesConfig(Config):
 
 
 def run(config: DuplicatesConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `removed/exact` and `removed/near`: the documents to remove, and which ones they duplicate.
+    """Seal `removed/exact` and `removed/near`: the documents to remove, and which ones they duplicate; with a
+    deny-list also `removed/opt_out`: those that requests reach through a denied document.
 
     inputs["filter"]: the hashes of each part. Uses all cores that the process may use. Resumes after the last finished
     partition.
@@ -89,9 +90,9 @@ def run(config: DuplicatesConfig, inputs: Inputs, work: Path, out: Path, report:
     with processes(count if shards(config) > 1 else 1) as for_each:
         for done in for_each(partial(_find_stars, config, inputs["filter"].path, work), count):
             report.progress(done, count, "partitions")
-    exact, near = _join_stars(config, work)
-    link_parts((exact, near), out)
-    report.note(f"{exact.facts['documents']} exact duplicates and {near.facts['documents']} near duplicates")
+    joined = _join_stars(config, inputs["filter"].path, work)
+    link_parts(joined.values(), out)
+    report.note(", ".join(f"{name}: {part.facts['documents']} documents" for name, part in joined.items()))
 
 
 def run_shard(config: DuplicatesConfig, inputs: Inputs, work: Path, shard: int) -> None:
@@ -106,9 +107,11 @@ def shards(config: DuplicatesConfig) -> int:
 
 def _find_stars(config: DuplicatesConfig, filtered: Path, work: Path, number: int) -> None:
     from stages.data.curation.duplicates import write_stars
+    from stages.data.curation.opt_out import denied_parts
 
     partition = config.partitions()[number]
     parts = [part for part in config.parts() if partition.column == "hash_high" or config.searched(part)]
+    parts += denied_parts(filtered, config.parts())
 
     def make(folder: Path) -> dict[str, Any]:
         return {"stars": write_stars(folder, filtered / "hashes", parts, partition)}
@@ -116,9 +119,10 @@ def _find_stars(config: DuplicatesConfig, filtered: Path, work: Path, number: in
     seal_part(work / "stars", partition.name, make)
 
 
-def _join_stars(config: DuplicatesConfig, work: Path) -> tuple[Part, Part]:
-    """The exact and the near duplicates, from the stars of all partitions."""
+def _join_stars(config: DuplicatesConfig, filtered: Path, work: Path) -> dict[str, Part]:
+    """The exact and the near duplicates, and what requests reach, from the stars of all partitions."""
     from stages.data.curation.duplicates import Removed, removed_folder, write_exact, write_near
+    from stages.data.curation.opt_out import OptOuts, denied_parts, write_opt_outs
 
     stars: dict[bool, list[Path]] = {True: [], False: []}
     for partition in config.partitions():
@@ -128,13 +132,22 @@ def _join_stars(config: DuplicatesConfig, work: Path) -> tuple[Part, Part]:
     def find_exact(folder: Path) -> dict[str, Any]:
         return {"documents": write_exact(removed_folder(folder, "exact"), work, stars[True])}
 
-    exact = seal_part(work, "exact", find_exact)
+    def find_opt_outs(folder: Path) -> dict[str, Any]:
+        target, parts = removed_folder(folder, "opt_out"), config.parts()
+        return {"documents": write_opt_outs(target, work, filtered, parts, stars[True], stars[False])}
+
+    joined = {"exact": seal_part(work, "exact", find_exact)}
+    if denied_parts(filtered, config.parts()):
+        joined["opt_out"] = seal_part(work, "opt_out", find_opt_outs)
 
     def find_near(folder: Path) -> dict[str, Any]:
-        removed = Removed(removed_folder(exact.folder, "exact"))
-        return {"documents": write_near(removed_folder(folder, "near"), work, stars[False], removed, searched)}
+        removed = Removed(removed_folder(joined["exact"].folder, "exact"))
+        opt_outs = OptOuts(removed_folder(work / "opt_out", "opt_out")).addresses
+        documents = write_near(removed_folder(folder, "near"), work, stars[False], removed, searched, opt_outs)
+        return {"documents": documents}
 
-    return exact, seal_part(work, "near", find_near)
+    joined["near"] = seal_part(work, "near", find_near)
+    return joined
 
 
 def estimate(config: DuplicatesConfig) -> Estimate:

@@ -9,7 +9,8 @@ datatrove's executor, some seconds for each step. Memory holds some thousand doc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, PartCount, link_parts, part_file, seal_part, shards_of
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from stages.data import estimates
+from stages.data.curation.alarms import Acknowledged, filter_losses, require_acknowledged
+from stages.data.curation.denied import DENIED, PARENTS, DeniedText, PartOptOut, Variants, denied_columns
+from stages.data.curation.deny_list import DenyList, require_list
 from stages.data.curation.dispositions import kept_disposition, removed_disposition
 from stages.data.curation.failures import FAILED_RULE, Failures
 from stages.data.curation.filtering import Removed, SourceFilter
@@ -60,6 +64,7 @@ class FilteredSource(Config):
     parts: PartCount = added(1, "parts of the source")
     expected: Size | None = operational(None, "expected size of the source; null: unknown")
     license_allow: Licenses = added((), "licenses of the documents that are kept; empty: all")
+    acknowledged_removals: Acknowledged = operational({}, "by rule, the share of the source that it may remove")
 
 
 class FilterConfig(Config):
@@ -79,8 +84,10 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     the number of documents that each step edited.
 
     inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items;
-    inputs["classifier-<name>"]: each classifier that a step uses.
-    Resumes after the last sealed part. Raises AtomError if no document of any source is left, or if many fail.
+    inputs["classifier-<name>"]: each classifier that a step uses. With a deny-list, also the hashes of denied documents
+    and the parents of kept ones by part, and the requests.
+    Resumes after the last sealed part. Raises AtomError if no document of any source is left, if many fail, or if a
+    rule removes so large a share of a source that the recipe must acknowledge it.
     """
     maker, parts = _PartMaker(config, inputs, work), dict[str, list[Part]]()
     jobs = config.parts()
@@ -90,8 +97,12 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     for name, source_parts in parts.items():
         link_parts(source_parts, out)
         _report_source(name, source_parts, report)
+    _require_acknowledged(config, parts, report)
     if not any(part.facts["kept"] for source_parts in parts.values() for part in source_parts):
         raise AtomError("curation removed every document of every source; loosen the steps of the data recipe")
+    if (deny_list := maker.deny_list) is not None:
+        requests = {"deny_list": config.curation.deny_list_sha256, "requests": deny_list.requests()}
+        write_json(out / "opt_out.json", requests)
     write_json(out / "edits.json", {name: _add_up(source_parts, "edits") for name, source_parts in parts.items()})
 
 
@@ -118,10 +129,20 @@ class _PartMaker:
         logger.disable("datatrove")  # it logs each of many small steps
         return ContaminationIndex(texts_of(self.inputs["items"]), self.config.curation.decontamination.ngram)
 
-    def _minhash(self, source: FilteredSource) -> MinHash | None:
-        """The MinHash settings for the source, or None if its kind is not deduplicated."""
+    @cached_property
+    def deny_list(self) -> DenyList | None:
+        curation = self.config.curation
+        return require_list(curation.deny_list, curation.deny_list_sha256)
+
+    @cached_property
+    def _variants(self) -> Variants:
+        return Variants([source.steps for source in self.config.sources])
+
+    def _minhash(self, *sources: FilteredSource) -> MinHash | None:
+        """The MinHash settings for sources, or None if the kind of none is deduplicated."""
         settings = self.config.curation.minhash
-        return settings if settings is not None and source.kind in settings.kinds else None
+        searched = settings is not None and any(source.kind in settings.kinds for source in sources)
+        return settings if searched else None
 
     def _filter_part(self, source: FilteredSource, number: int, folder: Path) -> dict[str, Any]:
         """Writes the three tables of a part, and returns its counts."""
@@ -129,17 +150,21 @@ class _PartMaker:
         source_steps = [step.with_inputs(self.inputs) for step in source.steps]
         steps = SourceFilter(source.name, source.kind, source_steps, self._index, source.license_allow)
         minhash = self._minhash(source)
-        columns = hash_columns(0 if minhash is None else minhash.num_buckets)
+        columns = hash_columns(_buckets(minhash))
         counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()
         with (
+            ExitStack() as stack,
             row_writer(folder / "kept" / source.name / file, DOCUMENTS) as write_kept,
             row_writer(folder / "hashes" / source.name / file, columns) as write_hashes,
             row_writer(folder / "dispositions" / source.name / file, DISPOSITIONS) as write_disposition,
         ):
+            opt_out = self._opt_out(stack, source, number, folder)
             for batch in stream_batches(acquired / "documents" / file, list(DOCUMENTS)):
                 kept: list[DocumentRow] = []
                 for row in batch.to_pylist():
-                    result = steps.apply(row)
+                    result = (opt_out and opt_out.find(row)) or steps.apply(row)
+                    if opt_out and not isinstance(result, Removed):
+                        result = opt_out.find_edited(row, result, counts["kept"] + len(kept)) or result
                     if isinstance(result, Removed):
                         removed[result.rule] += 1
                         write_disposition(removed_disposition(row, result))
@@ -148,31 +173,56 @@ class _PartMaker:
                         write_kept(result)
                         write_disposition(kept_disposition(row, result["content_hash"]))
                     counts.update(documents=1, bytes=len(row["text"].encode()))
-                for hashes in self._hashes(kept, minhash):
+                for hashes in self._hashes([(row["text"], row["content_hash"]) for row in kept], minhash):
                     write_hashes(dict(zip(columns, hashes, strict=True)))
+                if opt_out:
+                    self._write_denied(opt_out, list(opt_out.take_texts()))
                 counts.update(kept=len(kept))
             steps.failures.require_few(counts["documents"])
             for row, rule in _failed_documents(acquired / "failed" / file):
+                failed = (opt_out and opt_out.find_failed(row)) or Removed(rule, 0.0, 0.0)
                 counts.update(documents=1)
-                removed[rule] += 1
-                write_disposition(removed_disposition(row, Removed(rule, 0.0, 0.0)))
+                removed[failed.rule] += 1
+                write_disposition(removed_disposition(row, failed))
         facts = {"removed": removed, "edits": +steps.edits, "failures": steps.failures.facts()}
         return {**counts, **facts}
 
-    def _hashes(self, documents: list[DocumentRow], minhash: MinHash | None) -> Iterator[list[int | None]]:
-        """For each document the halves of 128 bits of its SHA-256, and with MinHash a hash of each bucket."""
+    def _opt_out(self, stack: ExitStack, source: FilteredSource, number: int, folder: Path) -> PartOptOut | None:
+        """Finds the denied documents of a part; None without a deny-list."""
+        if self.deny_list is None:
+            return None
+        file, acquired = part_file(number), self.inputs[source.name]
+        opt_out = PartOptOut(stack, self.deny_list, self._variants, acquired / "derived" / file)
+        columns = denied_columns(_buckets(self._minhash(*self.config.sources)))
+        opt_out.open(folder / DENIED / source.name / file, folder / PARENTS / source.name / file, columns)
+        return opt_out
+
+    def _write_denied(self, opt_out: PartOptOut, texts: Sequence[DeniedText]) -> None:
+        minhash = self._minhash(*self.config.sources)
+        columns = denied_columns(_buckets(minhash))
+        all_hashes = self._hashes([(denied.text, denied.content_hash) for denied in texts], minhash)
+        for denied, hashes in zip(texts, all_hashes, strict=True):
+            values = [denied.id, denied.requests, denied.url, *hashes]
+            opt_out.write_denied(dict(zip(columns, values, strict=True)))
+
+    def _hashes(self, documents: list[tuple[str, str]], minhash: MinHash | None) -> Iterator[list[int | None]]:
+        """For each (text, its SHA-256) the halves of 128 bits of that, and with MinHash a hash of each bucket."""
         halves: list[list[int | None]] = [
-            [int(row["content_hash"][start : start + 16], 16) for start in (0, 16)] for row in documents
+            [int(digest[start : start + 16], 16) for start in (0, 16)] for _, digest in documents
         ]
         if minhash is None:
             yield from halves
             return
         from stages.data.curation.near_duplicates import band_hashes
 
-        texts, seed = [row["text"] for row in documents], seed_of("minhash", self.config.seed)
+        texts, seed = [text for text, _ in documents], seed_of("minhash", self.config.seed)
         bands, short = band_hashes(texts, minhash, seed)
         for half, values, is_short in zip(halves, bands.tolist(), short.tolist(), strict=True):
             yield [*half, *([None] * len(values) if is_short else values)]
+
+
+def _buckets(minhash: MinHash | None) -> int:
+    return 0 if minhash is None else minhash.num_buckets
 
 
 def _failed_documents(path: Path) -> Iterator[tuple[DocumentRow, str]]:
@@ -189,6 +239,21 @@ def _failed_documents(path: Path) -> Iterator[tuple[DocumentRow, str]]:
         }
         kind, separator, _ = row["reason"].partition(": ")
         yield document, REFUSED_RULES.get(kind, FAILED_RULE) if separator else FAILED_RULE
+
+
+def _require_acknowledged(config: FilterConfig, parts: dict[str, list[Part]], report: Report) -> None:
+    losses = [
+        loss
+        for source in config.sources
+        for loss in filter_losses(
+            source.name,
+            [step.step for step in source.steps],
+            sum(part.facts["documents"] for part in parts[source.name]),
+            _add_up(parts[source.name], "removed"),
+        )
+    ]
+    acknowledged = {source.name: source.acknowledged_removals for source in config.sources}
+    require_acknowledged(losses, config.curation.alarm_share, acknowledged, report)
 
 
 def _report_source(name: str, parts: list[Part], report: Report) -> None:

@@ -14,11 +14,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import MOST_SOURCES, Key, Text
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, Renamed, added
+from pipeline.core.stage import Config, Renamed, added, operational
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
+from stages.data.curation import deny_list
+from stages.data.curation.alarms import RULES, Acknowledged
 from stages.data.curation.settings import CurationSettings
 from stages.data.estimates import Size
 from stages.data.licenses.allow import Licenses
@@ -39,6 +41,19 @@ class SourceConfig(Source):
         "SPDX licenses of documents that are kept; of `A OR B` one must be listed, of `A AND B` both; empty: all",
     )
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
+    acknowledged_removals: Acknowledged = operational(
+        {}, "by rule (the name of a step, opt_out, license, failed, decontamination, deduplication), the share of the "
+        "source that it may remove above curation.alarm_share"
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check_acknowledged(self) -> SourceConfig:
+        rules = [*dict.fromkeys(step.step for step in self.steps), *RULES]
+        if unknown := [rule for rule in self.acknowledged_removals if rule not in rules]:
+            raise ValueError(
+                f"acknowledged_removals: {unknown[0]} is no rule of this source; it has {', '.join(rules)}"
+            )
+        return self
 
 
 class DataRecipe(Config):
@@ -83,13 +98,14 @@ class DataRecipe(Config):
         return self
 
     def resolved(self) -> DataRecipe:
-        """The recipe with every tree digest computed from the files on disk. Raises RecipeError if a pin differs."""
+        """The recipe with the digest of every source tree and of the deny-list computed from the files on disk. Raises
+        RecipeError if a pin differs."""
         sources = tuple(s.model_copy(update={"tree_digest": resolve_tree_digest(s)}) for s in self.sources)
-        return self.model_copy(update={"sources": sources})
+        return self.model_copy(update={"sources": sources, "curation": self._resolved_curation()})
 
     def present(self) -> tuple[DataRecipe, tuple[str, ...]]:
-        """As `resolved`, but sources with missing files keep their digest: a pinned one, or `auto`. Also returns a
-        message for each of those."""
+        """As `resolved`, but sources with missing files keep their digest: a pinned one, or `auto`; and so does a
+        missing deny-list. Also returns a message for each of those."""
         sources, messages = [], []
         for source in self.sources:
             missing, digest = source.reader.missing(source.name), source.tree_digest
@@ -99,7 +115,13 @@ class DataRecipe(Config):
                 keys = "; keys below are provisional" if digest == "auto" else ""
                 messages.append(f"{missing}; {source.reader.remedy} before running{keys}")
             sources.append(source.model_copy(update={"tree_digest": digest}))
-        return self.model_copy(update={"sources": tuple(sources)}), tuple(messages)
+        curation = self.curation
+        if curation.deny_list is None or Path(curation.deny_list).is_file():
+            curation = self._resolved_curation()
+        else:
+            keys = "; keys below are provisional" if curation.deny_list_sha256 is None else ""
+            messages.append(f"no deny-list at {curation.deny_list}; put it there before running{keys}")
+        return self.model_copy(update={"sources": tuple(sources), "curation": curation}), tuple(messages)
 
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
         """The config of stage acquire for one source: without its curation steps, which must not re-acquire it."""
@@ -112,6 +134,7 @@ class DataRecipe(Config):
             {
                 "name": s.name, "kind": s.kind, "steps": [step.model_dump() for step in s.steps], "parts": s.parts,
                 "expected": s.expected, "license_allow": s.license_allow,
+                "acknowledged_removals": s.acknowledged_removals,
             }
             for s in self.sources
         ]  # fmt: skip
@@ -134,8 +157,15 @@ class DataRecipe(Config):
 
     def dedup_config(self) -> dict[str, Any]:
         """The config of stage dedup for all sources."""
-        sources = [{"name": s.name, "heldout_fraction": self._heldout(s), "parts": s.parts} for s in self.sources]
-        return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
+        sources = [
+            {
+                "name": s.name, "heldout_fraction": self._heldout(s), "parts": s.parts,
+                "acknowledged_removals": s.acknowledged_removals,
+            }
+            for s in self.sources
+        ]  # fmt: skip
+        minhash, alarm_share = self.curation.model_dump()["minhash"], self.curation.alarm_share
+        return {"sources": sources, "minhash": minhash, "expected": self.expected, "alarm_share": alarm_share}
 
     def tokenize_config(self) -> dict[str, Any]:
         """The config of stage tokenize for all sources."""
@@ -155,6 +185,18 @@ class DataRecipe(Config):
     def conversations(self) -> tuple[str, ...]:
         """The sources whose documents are turns of conversations."""
         return tuple(source.name for source in self.sources if source.kind == "chat")
+
+    def _resolved_curation(self) -> CurationSettings:
+        path, pin = self.curation.deny_list, self.curation.deny_list_sha256
+        if path is None:
+            return self.curation
+        digest = deny_list.digest_of(Path(path))
+        if pin not in (None, digest):
+            raise RecipeError(
+                f"curation.deny_list_sha256 is pinned to {pin}, but {path} has {digest}; restore the pinned file, or "
+                "change the pin"
+            )
+        return self.curation.model_copy(update={"deny_list_sha256": digest})
 
     def _heldout(self, source: SourceConfig) -> float:
         if source.heldout_fraction is not None:
@@ -182,8 +224,12 @@ def loads(content: bytes, path: Path) -> DataRecipe:
         raise explain(error, DataRecipe, title, raw) from None
     lock = lock_of(path)
     readers = (source.reader.absolute(path.parent).locked(lock) for source in recipe.sources)
-    sources = (s.model_copy(update={"reader": r}) for s, r in zip(recipe.sources, readers, strict=True))
-    return recipe.model_copy(update={"sources": tuple(sources)})
+    sources = tuple(s.model_copy(update={"reader": r}) for s, r in zip(recipe.sources, readers, strict=True))
+    curation = recipe.curation
+    if curation.deny_list is not None:
+        deny_path = str((path.parent / curation.deny_list).resolve())
+        curation = curation.model_copy(update={"deny_list": deny_path})
+    return recipe.model_copy(update={"sources": sources, "curation": curation})
 
 
 def _title(path: Path) -> str:

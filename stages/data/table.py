@@ -53,6 +53,13 @@ class FailedRow(TypedDict):
     reason: String
 
 
+class DerivedRow(TypedDict):
+    """A document, and the id or URL of one that it was made from."""
+
+    id: String
+    parent: String
+
+
 class KeptRow(DocumentRow):
     """A document after curation."""
 
@@ -124,6 +131,7 @@ def columns_of(row: type[Any]) -> dict[str, str]:
 
 DOCUMENTS = columns_of(DocumentRow)
 FAILED = columns_of(FailedRow)
+DERIVED = columns_of(DerivedRow)
 KEPT = columns_of(KeptRow)
 DISPOSITIONS = columns_of(DispositionRow)
 ITEMS = columns_of(ItemRow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -323,16 +324,31 @@ def test_no_source_is_searched_for_near_duplicates(tmp_path: Path) -> None:
         assert search.shards(search.config.model_validate(stage_configs(config)["duplicates"])) == 1
 
 
-def test_a_source_that_is_mostly_duplicates_raises_an_alarm(tmp_path: Path) -> None:
+def test_a_source_that_is_mostly_duplicates_stops_the_run_unless_acknowledged(tmp_path: Path) -> None:
     text = new_text()
     sources: dict[str, Parts] = {
         "prose": [{f"page {n}": near(text) for n in range(120)}],
-        "code": [{f"file {n}": text if n else new_text() for n in range(20)}],
+        "code": [{f"file {n}": text if n else new_text() for n in range(19)}],  # too few for an alarm
     }
-    report = RecordingReport()
-    deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path, report)
-    assert [note.partition(";")[0] for note in report.notes if "are duplicates" in note] == [
-        "prose: 119 of 120 documents are duplicates"
+    artifact, config = filtered(tmp_path / "filtered", sources), config_of(sources, {})
+
+    def run(name: str, **acknowledged: float) -> RecordingReport:
+        config["sources"][0]["acknowledged_removals"] = acknowledged
+        report = RecordingReport()
+        deduplicate(config, artifact, tmp_path / name, report)
+        return report
+
+    sentence = (
+        "source prose: deduplication removes 119 of 120 documents, a larger share than 0.5; look at what it removes and "
+        "change it, or acknowledge it in the data recipe by acknowledged_removals: {deduplication: 1} of that source"
+    )
+    with pytest.raises(AtomError, match=f"^{re.escape(sentence)}$"):
+        run("first")
+    with pytest.raises(AtomError, match="removes 119 of 120 documents, a larger share than 0.9; look"):
+        run("second", deduplication=0.9)
+    report = run("third", deduplication=1.0)
+    assert [note for note in report.notes if note.startswith("alarm")] == [
+        "alarm: prose: deduplication removes 119 of 120 documents, which the data recipe acknowledges up to 1"
     ]
     assert report.done == (2, 2), "progress is in parts"
 

@@ -57,7 +57,7 @@ def test_a_sound_release(built: Path) -> None:
     verdict = verify(built, deep=True)
     assert verdict.ok and verdict.kind == "release", verdict.to_json()
     body = json.loads(json.dumps(verdict.to_json()))
-    assert set(body) == {"schema", "subject", "kind", "deep", "ok", "checks"} and body["schema"] == 1
+    assert set(body) == {"schema", "subject", "kind", "deep", "ok", "retracted", "checks"} and body["schema"] == 1
     assert {c["name"] for c in body["checks"]} >= {
         "statements",
         "dispositions_balance",

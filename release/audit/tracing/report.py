@@ -42,7 +42,7 @@ def _document_text(document: Document) -> str:
         lines.append(f"  {fate_text}; {fate.license}; {fate.origin or fate.source} [{fate.table}]")
     lines += _uses_text(document.uses) or ["  not read by any step"]
     for task in document.asked:
-        steps = _ranges(task.steps) or "none"
+        steps = ranges(task.steps) or "none"
         counts = f"{task.answers} answers, {task.learnt} trained on"
         lines.append(f"  a task of {task.phase}, steps {steps}: {counts}")
     if document.checkpoints is not None:
@@ -80,7 +80,7 @@ def _uses_text(uses: Sequence[Use]) -> list[str]:
     for use in uses:
         steps_of_use.setdefault((use.phase, use.order, use.moved), []).append(use.step)
     return [
-        f"  read in {phase}, steps {_ranges(steps)} ({order}){_moved_text(moved)}"
+        f"  read in {phase}, steps {ranges(steps)} ({order}){_moved_text(moved)}"
         for (phase, order, moved), steps in steps_of_use.items()
     ]
 
@@ -93,7 +93,7 @@ def _unknown_lines(unknown: Sequence[str]) -> list[str]:
     return [f"  unknown here: {sentence}" for sentence in unknown]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """1, 2, 3, 7 as 1-3, 7."""
     parts: list[list[int]] = []
     for n in numbers:

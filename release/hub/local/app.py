@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from release.hub.local import access, hub_collections, repos, uploads
+from release.hub.local import access, history, hub_collections, repos, uploads
 from release.hub.local.store import HubError, HubStore
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def make_app(
         Route("/api/repos/delete", repos.delete, methods=["DELETE"]),
         Route("/api/validate-yaml", uploads.validate_yaml, methods=write),
         Route("/api/collections", hub_collections.create, methods=write),
+        Route("/api/collections", hub_collections.list_all),
         Route("/api/collections/{slug:path}/items", hub_collections.add_item, methods=write),
+        Route("/api/collections/{slug:path}/items/{item}", hub_collections.remove_item, methods=["DELETE"]),
         Route("/api/collections/{slug:path}", hub_collections.read),
         Route("/api/collections/{slug:path}", hub_collections.change, methods=["PATCH"]),
         Route("/api/collections/{slug:path}", hub_collections.remove, methods=["DELETE"]),
@@ -58,6 +60,9 @@ def make_app(
         Route(f"{api}/commits/{{rev}}", repos.commits),
         Route(f"{api}/preupload/{{rev}}", uploads.preupload, methods=write),
         Route(f"{api}/commit/{{rev}}", uploads.commit, methods=write),
+        Route(f"{api}/super-squash/{{rev}}", history.squash, methods=write),
+        Route(f"{api}/lfs-files", history.list_lfs),
+        Route(f"{api}/lfs-files/batch", history.delete_lfs, methods=write),
         Route(f"{api}/branch/{{rev}}", uploads.create_branch, methods=write),
         Route(f"{api}/tag/{{rev}}", uploads.create_tag, methods=write),
         Route(f"{api}/branch/{{rev}}", uploads.delete_ref, methods=["DELETE"]),

@@ -52,6 +52,15 @@ async def create(request: Request) -> Response:
     return JSONResponse(collection)
 
 
+async def list_all(request: Request) -> Response:
+    """The collections of an owner that the caller may read; the client numbers them itself."""
+    owner, user = request.query_params.get("owner"), access.caller(request)
+    bodies = [json.loads(path.read_text()) for path in sorted(access.store(request).collections.glob("*.json"))]
+    rows = [body for body in bodies if owner in (None, body["owner"]["name"])]
+    visible = [body for body in rows if not body["private"] or user == body["owner"]["name"]]
+    return JSONResponse([{key: body[key] for key in body if key != "position"} for body in visible])
+
+
 async def read(request: Request) -> Response:
     return JSONResponse(_load(request))
 
@@ -81,3 +90,13 @@ async def add_item(request: Request) -> Response:
     collection["items"].append({"_id": row_id, "position": len(collection["items"]), "note": note, **item})
     _save(request, collection)
     return JSONResponse(collection)
+
+
+async def remove_item(request: Request) -> Response:
+    collection = _load(request, write=True)
+    items = [item for item in collection["items"] if item["_id"] != request.path_params["item"]]
+    if len(items) == len(collection["items"]):
+        raise HubError(404, "no such item in the collection")
+    collection["items"] = items
+    _save(request, collection)
+    return JSONResponse({"success": True})

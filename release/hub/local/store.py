@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ class Commit:
 
 @dataclass
 class Repo:
-    """`kind` is model, dataset or space; `id` is namespace/name."""
+    """`kind` is model, dataset or space; `id` is namespace/name. `lfs`: {SHA-256: name, size and date} of every object
+    that was pushed and not deleted, whether a commit refers to it or not."""
 
     kind: str
     id: str
@@ -63,6 +65,7 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
+    lfs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def namespace(self) -> str:
@@ -82,7 +85,20 @@ class Repo:
         """Puts a commit on a branch and returns its id (40 hex digits, as the client insists)."""
         sha = hashlib.sha1(json.dumps([self.kind, self.id, asdict(commit)], sort_keys=True).encode()).hexdigest()
         self.commits[sha], self.branches[branch] = commit, sha
+        for path, file in commit.files.items():
+            if file.lfs:
+                self.lfs.setdefault(file.blob, {"filename": path, "size": file.size, "pushedAt": commit.date})
         return sha
+
+    def drop_unreachable(self) -> None:
+        """Drops the commits that no branch and no tag leads to."""
+        reachable: set[str] = set()
+        for head in (*self.branches.values(), *self.tags.values()):
+            sha: str | None = head
+            while sha and sha not in reachable:
+                reachable.add(sha)
+                sha = self.commits[sha].parent
+        self.commits = {sha: commit for sha, commit in self.commits.items() if sha in reachable}
 
 
 def current_time() -> str:
@@ -135,6 +151,16 @@ class HubStore:
 
     def blob(self, sha256: str) -> Path:
         return self.blobs / sha256
+
+    def drop_blobs(self, candidates: Iterable[str]) -> None:
+        """Deletes those of the blobs that no repository has any more: in a commit, or as an LFS object."""
+        used: set[str] = set()
+        for path in self.repos.glob("*/*.json"):
+            body = json.loads(path.read_text())
+            used |= {file["blob"] for commit in body["commits"].values() for file in commit["files"].values()}
+            used |= set(body.get("lfs", {}))
+        for blob in set(candidates) - used:
+            self.blob(blob).unlink(missing_ok=True)
 
     def put(self, data: bytes) -> str:
         digest = hashlib.sha256(data).hexdigest()

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import duckdb
 
 PART_BITS, ROW_BITS = 17, 36  # 100,000 parts; with 10 bits for the source below 2^63
+MOST_ADDRESS = 1000 << (PART_BITS + ROW_BITS)
+"""Above the addresses of the documents of 1,000 sources; denied texts have higher ones (`opt_out`)."""
 BUCKET_ROWS = 2**16
 MOST_ROWS = 2**20  # of a bucket in memory, where they take some 150 bytes each; a frequent hash gives a bucket more
 MAX_BUCKETS = 500  # files open at once
@@ -223,10 +225,13 @@ def removed_folder(folder: Path, kind: str) -> Path:
 
 def write_exact(folder: Path, work: Path, stars: Sequence[Path]) -> int:
     """Writes the exact duplicates (`Removed`) from the stars of all partitions; returns their number."""
+    stars_of_documents = (
+        f"FROM stars WHERE address < {MOST_ADDRESS}"  # above it are denied texts, which are no documents
+    )
     queries = (
-        "address FROM stars ORDER BY address",
-        "first FROM stars ORDER BY address",
-        "DISTINCT first FROM stars ORDER BY first",
+        f"address {stars_of_documents} ORDER BY address",
+        f"first {stars_of_documents} ORDER BY address",
+        f"DISTINCT first {stars_of_documents} ORDER BY first",
     )
     with connect(work) as database:
         _open_stars(database, stars)
@@ -236,14 +241,16 @@ def write_exact(folder: Path, work: Path, stars: Sequence[Path]) -> int:
         )
 
 
-def write_near(folder: Path, work: Path, stars: Sequence[Path], exact: Removed, searched: Sequence[int]) -> int:
+def write_near(
+    folder: Path, work: Path, stars: Sequence[Path], exact: Removed, searched: Sequence[int], opted_out: Ints
+) -> int:
     """Writes the near duplicates (`Removed`) from the stars of all bands and partitions; returns their number.
 
     Documents that share a band are joined transitively, as in datatrove; the first of each component is kept. Exact
     duplicates take no part: the stars have left out those of searched sources (their numbers), and here those go whose
-    first document is in another source.
+    first document is in another source. Nor do documents that are removed on request: opted_out, their addresses.
     """
-    gone = np.concatenate([np.empty(0, np.int64), *_exact_copies(exact, searched)])
+    gone = np.union1d(opted_out, np.concatenate([np.empty(0, np.int64), *_exact_copies(exact, searched)]))
     with connect(work) as database:
         _open_stars(database, stars)
         query = "address FROM stars UNION SELECT DISTINCT first FROM stars ORDER BY address"
@@ -275,7 +282,7 @@ def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
     with pq.ParquetFile(stars / STARS) as file:
         for batch in file.iter_batches(batch_size=BATCH):
             address, first = batch.column("address").to_numpy(), batch.column("first").to_numpy()
-            left = ~_contains(gone, address)
+            left = (address < MOST_ADDRESS) & ~_contains(gone, address)
             address, first = address[left], first[left]
             for place in np.flatnonzero(_contains(gone, first)).tolist():
                 first[place] = substitutes.setdefault(int(first[place]), int(address[place]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.core.errors import AtomError
+from stages.data.curation.deny_list import OPT_OUT_RULE
 from stages.data.curation.duplicates import Part, Removed
 from stages.data.curation.representatives import Representatives
 from stages.data.curation.settings import MinHash
@@ -27,7 +28,8 @@ Decisions = dict[str, list[Any]]
 class PartRemoval:
     """Removes the duplicates of one part.
 
-    filtered: the folder of the artifact of filter; minhash: None without a search for near duplicates.
+    filtered: the folder of the artifact of filter; minhash: None without a search for near duplicates; opted_out: by
+    row, of the documents that are removed on request, which goes before the other rules.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class PartRemoval:
         near: Removed,
         representatives: Representatives,
         minhash: MinHash | None,
+        opted_out: Mapping[int, tuple[str, str, float, float]],
     ) -> None:
+        self.opted_out = opted_out
         self.part, self.heldout_fraction, self.minhash = part, heldout_fraction, minhash
         self.representatives = representatives
         self.kept, self.dispositions, self.hashes = (
@@ -80,7 +84,7 @@ class PartRemoval:
     def _decide(self, rows: pa.Table, start: int) -> Decisions:
         """The decisions about rows of the part, of which the first has the number `start`."""
         count = len(rows)
-        decisions: Decisions = {name: [None] * count for name in ("rule", "value", "threshold", "duplicate_of")}
+        decisions: Decisions = {name: [None] * count for name in (*_RULE, "match")}
         for row, first in _slice(self.exact, start, count):
             self._remove(decisions, row, "exact_duplicate", 1.0, 1.0, self.representatives.read(first)[0])
         if self.minhash is not None and (near := _slice(self.near, start, count)):
@@ -88,6 +92,11 @@ class PartRemoval:
             for (row, first), own in zip(near, shingle_sets(texts, self.minhash.n_grams), strict=True):
                 id, other = self.representatives.read(first)
                 self._remove(decisions, row, "near_duplicate", jaccard(own, other), self.minhash.threshold, id)
+        for row in range(count) if self.opted_out else ():
+            if opt_out := self.opted_out.get(start + row):
+                duplicate_of, match, value, threshold = opt_out
+                self._remove(decisions, row, OPT_OUT_RULE, value, threshold, duplicate_of)
+                decisions["match"][row] = match
         kept = [rule is None for rule in decisions["rule"]]
         hashes = rows["content_hash"].to_pylist()
         splits = [
@@ -101,11 +110,13 @@ class PartRemoval:
 
     @staticmethod
     def _remove(decisions: Decisions, row: int, *values: Any) -> None:
-        for name, value in zip(("rule", "value", "threshold", "duplicate_of"), values, strict=True):
+        for name, value in zip(_RULE, values, strict=True):
             decisions[name][row] = value
 
 
 _AGAIN = "run filter again"
+_RULE = ("rule", "value", "threshold", "duplicate_of")
+"""The columns that state the rule of a removal."""
 
 
 class Counts:

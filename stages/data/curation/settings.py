@@ -6,8 +6,8 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Range
-from pipeline.core.stage import Config
+from pipeline.core.bounds import LongLine, Range, Sha256
+from pipeline.core.stage import Config, added, operational
 from stages.data.kinds import Kind
 
 Hashes = Annotated[int, Range(1, 1000, "FineWeb: 14 buckets of 8 hashes over 5 words")]
@@ -50,6 +50,23 @@ class CurationSettings(Config):
         default=Decontamination(), description="removal of documents that contain evaluation items"
     )
     minhash: MinHash | None = Field(default=MinHash(), description="near-duplicate removal; null: none")
+    deny_list: LongLine | None = operational(
+        None, "file of documents to remove on request (docs/opt-out.md); its digest, not the path, is part of the key"
+    )
+    deny_list_sha256: Sha256 | None = added(
+        None, "expected digest of the deny-list; null: computed from the file present"
+    )
+
+    alarm_share: Annotated[float, Range(0, 1)] = operational(
+        0.5,
+        "a rule that removes a larger share of a source stops the run, unless acknowledged_removals of it allow that",
+    )
+
+    @model_validator(mode="after")
+    def _check_deny_list(self) -> CurationSettings:
+        if self.deny_list_sha256 is not None and self.deny_list is None:
+            raise ValueError("deny_list_sha256 is the digest of a deny-list; name the file in deny_list")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -21,11 +21,14 @@ def _parse(steps: Any) -> Any:
     return tuple(TypeAdapter(tuple[AnyFilter, ...]).validate_python(steps))
 
 
+Steps = Annotated[tuple[Any, ...], Field(max_length=MOST_STEPS), BeforeValidator(_parse)]
+
+
 class ByLanguage(Filter):
     """Run the steps of the language that fastText identifies in a document."""
 
     step: Literal["by_language"] = Field(description="selects this step")
-    rules: dict[Identified, Annotated[tuple[Any, ...], BeforeValidator(_parse)]] = Field(
+    rules: dict[Identified, Steps] = Field(
         min_length=1, max_length=len(LANGUAGES), description="steps by language; a language may have none"
     )
     language_threshold: Share = Field(0.65, description="score that the most probable language must exceed")

@@ -43,7 +43,8 @@ class Document:
 
     name: unique in the source; location: where the document is in the origin, such as a file; prompt_chars: leading
     characters that carry no loss in training; license: the document's SPDX license, None for that of the source; url:
-    of a web document; license_found: how its license was found.
+    of a web document; license_found: how its license was found; derived_from: ids or URLs of the documents that it was
+    made from, for a reader that `states_parents`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Document:
     license: str | None = None
     url: str = ""
     license_found: LicenseFound = ""
+    derived_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,11 @@ class Reader(Config):
     @property
     def gives_licenses(self) -> bool:
         """Whether every document has a license of its own, or the statement that it has none."""
+        return False
+
+    @property
+    def states_parents(self) -> bool:
+        """Whether documents state which documents they were made from, so that an opt-out of one reaches the others."""
         return False
 
     def missing(self, source: str) -> str | None:

@@ -53,6 +53,9 @@ class RowReader(FileReader):
         {}, "SPDX expressions by strings of license_field, which come before those of license_map"
     )
     url_field: Column | None = added(None, "field with the URL of a document; null: documents have none")
+    derived_from_field: Column | None = added(
+        None, "field with the id or URL of the document that a rewritten one was made from, or a list; null: not stated"
+    )
 
     @model_validator(mode="after")
     def _check_licenses(self) -> RowReader:
@@ -76,8 +79,18 @@ class RowReader(FileReader):
     @property
     def columns(self) -> list[Column]:
         """The fields that are read."""
-        names = (self.messages_field or self.text_field, self.id_field, self.license_field, self.url_field)
+        names = (
+            self.messages_field or self.text_field,
+            self.id_field,
+            self.license_field,
+            self.url_field,
+            self.derived_from_field,
+        )
         return [name for name in names if name]
+
+    @property
+    def states_parents(self) -> bool:
+        return self.derived_from_field is not None
 
     @abstractmethod
     def rows(self, files: Files) -> Iterator[Row | Failed]:
@@ -95,29 +108,30 @@ class RowReader(FileReader):
                 continue
             try:
                 content, name = self._content(row), self._name(row)
+                parents = _parents(row, self.derived_from_field) if self.derived_from_field else ()
             except ValueError as error:
                 yield Failed(row.name, str(error))
                 continue
             if isinstance(content, str):
-                yield self._document(row, licenses, name, content)
+                yield self._document(row, licenses, name, content, parents)
                 continue
             try:
                 for number, (text, prompt_chars) in enumerate(chat.turns(content)):
-                    yield self._document(row, licenses, f"{name}#{number}", text, prompt_chars)
+                    yield self._document(row, licenses, f"{name}#{number}", text, parents, prompt_chars)
             except ValueError as error:
                 yield Unreadable(f"{name} ({error})")
 
     def _document(
-        self, row: Row, licenses: LicenseMap, name: str, text: str, prompt_chars: int = 0
+        self, row: Row, licenses: LicenseMap, name: str, text: str, parents: tuple[str, ...], prompt_chars: int = 0
     ) -> Document | Unmapped:
         url = _url(field_at(row.fields, self.url_field)) if self.url_field else ""
         if self.license_field is None:
-            return Document(name, text, row.file, prompt_chars, url=url)
+            return Document(name, text, row.file, prompt_chars, url=url, derived_from=parents)
         stated = field_at(row.fields, self.license_field)
         expression = licenses.expression(stated)
         if expression is None:
             return Unmapped(name, text, _in_words(stated))
-        return Document(name, text, row.file, prompt_chars, expression, url, "field")
+        return Document(name, text, row.file, prompt_chars, expression, url, "field", parents)
 
     def _content(self, row: Row) -> str | list[Any]:
         """The text, or the list of messages. Raises ValueError in words."""
@@ -170,3 +184,13 @@ def _url(value: object) -> str:
     text = value.strip() if isinstance(value, str) else ""
     is_address = text.startswith(("http://", "https://")) and len(text) <= 8192 and text.isprintable()
     return text if is_address else ""
+
+
+def _parents(row: Row, field: str) -> tuple[str, ...]:
+    """The ids or URLs of the documents that a row was made from. Raises ValueError in words if that is not
+    stated."""
+    value = row.fields.get(field, 0)  # without the field nothing is stated; null states that there is none
+    parents = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(parent, str) and parent and is_unicode(parent) for parent in parents):
+        raise ValueError(f"field {field!r} does not name what it was made from: an id, a URL, a list of them, or null")
+    return tuple(dict.fromkeys(parents))

@@ -1,0 +1,86 @@
+"""The documents of a release that a deny-list reaches, with their texts: named ones, copies and near duplicates.
+
+A release holds no provenance of rewrites, so a document that was made from a denied one is not found here unless its
+text is equal or it was recognized as a near duplicate; name it in the deny-list.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from release.assembly.published_tables import stream_rows
+from release.audit.tracing.documents import find_documents
+from release.audit.tracing.release_data import ReleaseData
+from stages.data.curation.deny_list import DenyList
+
+COLUMNS = ["id", "content_hash", "kept_hash", "duplicate_of", "disposition", "rule"]
+
+
+@dataclass
+class Reached:
+    """found: {id: how it was found}; requests: {id: SHA-256 of their references}; texts: of the kept documents."""
+
+    found: dict[str, str] = field(default_factory=dict)
+    requests: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    texts: set[str] = field(default_factory=set)
+    models: set[str] = field(default_factory=set)
+    checkpoints: set[str] = field(default_factory=set)
+
+    def add(self, id: str, found: str, requests: set[str] | tuple[str, ...]) -> bool:
+        """Whether that is new."""
+        is_new = id not in self.found or not set(requests) <= self.requests[id]
+        self.found.setdefault(id, found)
+        self.requests[id].update(requests)
+        return is_new
+
+
+def find_reached(release: Path, deny_list: DenyList) -> Reached:
+    """The kept documents that a deny-list reaches, and the models and checkpoints that were trained on them."""
+    data, reached = ReleaseData.locate(release), Reached()
+    _find_named(data, deny_list, reached)
+    while _find_related(data, reached):
+        pass
+    kept = {row["id"] for row in _rows(data) if row["disposition"] == "kept" and row["id"] in reached.found}
+    reached.found = {id: found for id, found in reached.found.items() if id in kept}
+    for row in stream_rows(data.kept(), ["id", "text"]):
+        if row["id"] in kept:
+            reached.texts.add(row["text"])
+    for document in find_documents(data, sorted(kept)).values():
+        reached.models |= set(document.models)
+        reached.checkpoints |= set(document.checkpoints or ())
+    return reached
+
+
+def _rows(data: ReleaseData) -> Iterator[dict[str, str]]:
+    return stream_rows(data.dispositions(), COLUMNS)
+
+
+def _find_named(data: ReleaseData, deny_list: DenyList, reached: Reached) -> None:
+    for row in _rows(data):
+        if denial := deny_list.find(row["id"], "", [row["content_hash"], row["kept_hash"] or ""]):
+            reached.add(row["id"], denial.found, denial.requests)
+    for row in stream_rows(data.kept(), ["id", "origin"]):
+        if denial := deny_list.find("", row["origin"], ()):
+            reached.add(row["id"], denial.found, denial.requests)
+
+
+def _find_related(data: ReleaseData, reached: Reached) -> bool:
+    """Adds the documents with the text of a reached one, and those that it duplicates. Whether there was one."""
+    by_hash: dict[str, set[str]] = defaultdict(set)
+    for row in _rows(data):
+        if row["id"] in reached.found:
+            for digest in (row["content_hash"], row["kept_hash"]):
+                if digest:
+                    by_hash[digest] |= reached.requests[row["id"]]
+    grew = False
+    for row in _rows(data):
+        for digest in (row["content_hash"], row["kept_hash"]):
+            if digest in by_hash:
+                grew |= reached.add(row["id"], "copy", by_hash[digest])
+        if row["id"] in reached.found and row["duplicate_of"] and row["rule"] != "opt_out":
+            kind = "copy" if row["rule"] == "exact_duplicate" else "near_duplicate"
+            grew |= reached.add(row["duplicate_of"], kind, reached.requests[row["id"]])
+    return grew

@@ -1,0 +1,137 @@
+"""The repositories of a retracted release on the Hub: new files, one commit of history, no LFS object that nothing
+refers to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from pipeline.hub.client import api, parsing, translate_errors
+from pipeline.hub.remote import RemoteRepository
+from release.hub.upload import Destination, Journal, Progress
+from release.repositories import repositories
+from release.retraction.tombstone import Tombstone
+from release.schema import ReleaseInfo
+
+DESCRIPTION = 150
+"""The maximum number of characters of a collection's description."""
+
+
+def preview(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> Iterator[str]:
+    """What `update` would change on the Hub."""
+    for destination in _destinations(release, info, tombstone):
+        remote, branch = destination.remote, destination.branch
+        with translate_errors(f"reading {remote.id}"):
+            if not remote.exists() or branch not in remote.refs().branches:
+                yield f"{remote.id}@{branch} is not published"
+                continue
+        yield f"{remote.id}@{branch} would be rewritten, its history squashed, and old LFS objects deleted"
+
+
+def update(release: Path, info: ReleaseInfo, tombstone: Tombstone, progress: Progress) -> Iterator[str]:
+    """Brings every changed branch to the state of the folder, and leaves no way to its old files. Yields a sentence for
+    each. Repeats nothing that is done already."""
+    published: dict[str, RemoteRepository] = {}
+    for destination in _destinations(release, info, tombstone):
+        remote, branch = destination.remote, destination.branch
+        with translate_errors(f"reading {remote.id}"):
+            if not remote.exists() or branch not in remote.refs().branches:
+                yield f"{remote.id}@{branch} is not published"
+                continue
+        published[remote.id] = remote
+        progress(f"rewriting {remote.id}@{branch}")
+        _drop_tag(destination)
+        destination.replace_files()
+        _squash(destination)
+        if branch == "main":
+            with translate_errors(f"tagging {remote.id}"):
+                destination.tag_main(remote.refs().branches[branch])
+        yield f"{remote.id}@{branch} is rewritten"
+    for remote in published.values():
+        yield from _delete_lfs(remote, _journal(release))
+    if published:
+        _update_collections(info, tombstone, _journal(release))
+
+
+def _journal(release: Path) -> Journal:
+    return Journal(release.with_name(f"{release.name}.publish.jsonl"))
+
+
+def _destinations(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> list[Destination]:
+    changed = {row.folder for row in tombstone.repositories}
+    return [
+        Destination(
+            release, place, RemoteRepository(place.id(info.namespace, info.name), place.kind), f"v{info.version}",
+            _journal(release),
+        )
+        for place in repositories(release)
+        if place.folder in changed
+    ]  # fmt: skip
+
+
+def _drop_tag(destination: Destination) -> None:
+    """Deletes the version's tag if it is at other files than those of the folder, which it would keep."""
+    remote, tag = destination.remote, destination.tag
+    with translate_errors(f"reading {remote.id}"):
+        if destination.branch != "main" or tag not in remote.refs().tags:
+            return
+    if not destination.differs(tag):
+        return
+    with translate_errors(f"deleting {remote.id}@{tag}"):
+        api().delete_tag(remote.id, tag=tag, repo_type=remote.kind)
+    destination.journal.write("delete_tag", repo=remote.id, kind=remote.kind, tag=tag)
+
+
+def _squash(destination: Destination) -> None:
+    """Leaves one commit of a branch. Raises CheckFailed if the branch then has other files than the folder."""
+    remote, branch = destination.remote, destination.branch
+    with translate_errors(f"squashing {remote.id}@{branch}"):
+        commits = api().list_repo_commits(remote.id, repo_type=remote.kind, revision=branch)
+        if len(commits) > 1:
+            api().super_squash_history(
+                remote.id, repo_type=remote.kind, branch=branch, commit_message="Retracted on request"
+            )
+            destination.journal.write("super_squash_history", repo=remote.id, kind=remote.kind, branch=branch)
+    if destination.differs(branch):
+        raise CheckFailed(f"{remote.id}@{branch} is not what was uploaded; run atom retract again")
+
+
+def _delete_lfs(remote: RemoteRepository, journal: Journal) -> Iterator[str]:
+    """Deletes the LFS objects of a repository that no branch and no tag has. Yields a sentence about other tags."""
+    with translate_errors(f"deleting LFS objects of {remote.id}"):
+        refs = remote.refs()
+        used = {
+            file.id for revision in (refs.branches | refs.tags).values() for file in remote.files(revision).values()
+        }
+        with parsing():
+            unused = [row for row in api().list_lfs_files(remote.id, repo_type=remote.kind) if row.file_oid not in used]
+        if unused:
+            api().permanently_delete_lfs_files(remote.id, unused, repo_type=remote.kind)
+            objects = sorted(row.file_oid for row in unused)
+            journal.write("permanently_delete_lfs_files", repo=remote.id, kind=remote.kind, objects=objects)
+            yield f"{remote.id}: {len(unused)} LFS objects are deleted"
+    heads = set(refs.branches.values())
+    for tag in sorted(tag for tag, commit in refs.tags.items() if commit not in heads):
+        yield f"{remote.id}@{tag} is of another release, and keeps its files; retract that release as well"
+
+
+def _update_collections(info: ReleaseInfo, tombstone: Tombstone, journal: Journal) -> None:
+    """Takes removed models out of the collection of the release, and says in its description what happened."""
+    client = api()
+    with translate_errors("updating the collection"):
+        title = f"{info.title} {info.version}"
+        found: list[Any] = [row for row in _collections(client, info.namespace) if row.title == title]
+        for collection in found:
+            for item in client.get_collection(collection.slug).items:
+                if item.item_id in tombstone.removed:
+                    client.delete_collection_item(collection.slug, item.item_object_id, missing_ok=True)
+            client.update_collection_metadata(
+                collection.slug, description=f"Retracted in part: {tombstone.sentence}"[:DESCRIPTION]
+            )
+            journal.write("update_collection_metadata", slug=collection.slug)
+
+
+def _collections(client: Any, namespace: str) -> Any:
+    return client.list_collections(owner=namespace)

@@ -1,0 +1,261 @@
+"""`atom retract`: documents leave a release folder, and then its repositories on the Hub.
+
+1. The folder is copied by links; every file that holds a text is written again without it; each changed repository gets
+   a tombstone, a notice on its card, new checksums and, if the release is signed, a new signature. Then the copy takes
+   the place of the folder, and the old one is deleted.
+2. Each changed branch on the Hub gets the new files, its history is squashed, the tag of the version is moved, and LFS
+   objects that no branch or tag has any more are deleted.
+
+Both parts go on where they were interrupted: the first is not repeated once the folder has the tombstone, and the
+second looks at what the Hub has.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from pipeline.core.store import sha256_file
+from release import schema
+from release.assembly.assemble import to_json
+from release.assembly.build_release import write_checksums
+from release.audit.tracing.release_data import ReleaseData
+from release.layout import PUBLIC_KEY, RETRACTED, SIGNATURE, SUMS, folders_of
+from release.repositories import Repository, files_below, files_of, repositories
+from release.retraction import rewrite
+from release.retraction.documents import Reached, find_reached
+from release.retraction.tombstone import (
+    MOST_LISTED,
+    ChangedFile,
+    ChangedRepository,
+    RetractedDocument,
+    Tombstone,
+    read_tombstones,
+    tombstones_json,
+)
+from release.schema import CARD, ReleaseInfo
+from release.signing import SigningKey, sign
+from stages.data.curation.deny_list import DenyList
+
+KEPT_OF_REMOVED = (CARD, "LICENSE", RETRACTED)
+"""The files of a model that is taken back as a whole which stay."""
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Retraction:
+    """What was, or would be, taken back. on_hub: a sentence for each branch that changed there."""
+
+    tombstone: Tombstone
+    dry_run: bool
+    on_hub: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def retract(
+    release: Path,
+    deny_list: DenyList,
+    remove_models: bool = False,
+    key: SigningKey | None = None,
+    dry_run: bool = False,
+    publish: bool = True,
+    progress: Progress = lambda text: None,
+) -> Retraction:
+    """Takes the documents of a deny-list back, from the folder and from the Hub at HF_ENDPOINT.
+
+    remove_models: takes the models and checkpoints that were trained on them back as well. Raises AtomError if no
+    document is in the release, if it is signed and there is no key, or if the Hub refuses.
+    """
+    from release.retraction import hub
+
+    release = release.resolve()
+    info, before = schema.read_release(release), read_tombstones(release)
+    reached = find_reached(release, deny_list)
+    if not reached.found:
+        if not (before and _is_of(before[-1], deny_list)):
+            raise AtomError(f"{release} holds none of these documents; atom trace finds documents by id and by text")
+        progress("the folder has its tombstone already")
+        tombstone = before[-1]
+        if dry_run:
+            return Retraction(tombstone, True)
+    else:
+        _require_key(release, key)
+        tombstone = _rewrite_folder(release, info, reached, deny_list, remove_models, key, dry_run, progress)
+        if dry_run:
+            return Retraction(tombstone, True, tuple(hub.preview(release, info, tombstone)) if publish else ())
+    return Retraction(tombstone, False, tuple(hub.update(release, info, tombstone, progress)) if publish else ())
+
+
+def _is_of(tombstone: Tombstone, deny_list: DenyList) -> bool:
+    return set(tombstone.dates) <= set(deny_list.dates)
+
+
+def _require_key(release: Path, key: SigningKey | None) -> None:
+    if (release / SIGNATURE).exists() and key is None:
+        raise AtomError(f"{release} is signed, and so must be its tombstone; give --key PEM")
+
+
+def _rewrite_folder(
+    release: Path,
+    info: ReleaseInfo,
+    reached: Reached,
+    deny_list: DenyList,
+    remove_models: bool,
+    key: SigningKey | None,
+    dry_run: bool,
+    progress: Progress,
+) -> Tombstone:
+    """Makes the folder without the documents, and puts it in place unless it is a dry run."""
+    draft = release.with_name(f".{release.name}.retracting")
+    shutil.rmtree(draft, ignore_errors=True)
+    progress(f"writing {release.name} without {len(reached.found)} documents")
+    shutil.copytree(release, draft, copy_function=_link)
+    try:
+        places = {place.folder: place for place in repositories(release)}
+        before = {path: sha256_file(release / path) for path in files_below(release)}
+        checksums = {folder: sha256_file(release / folder / SUMS) for folder in places}
+        rewrite.rewrite(draft, reached)
+        trained = _trained_folders(release, reached)
+        for folder in trained if remove_models else ():
+            _empty(draft / folder)
+        noticed = _add_notices(draft, reached, info, trained, remove_models)
+        tombstone = _tombstone(info, reached, deny_list, [places[f] for f in trained], remove_models)
+        repositories_changed = []
+        for folder, place in places.items():
+            files = _changed_files(draft, place, before)
+            if not files and folder not in ("", *noticed):
+                continue
+            name = place.id(info.namespace, info.name)
+            repositories_changed.append(ChangedRepository(name, place.branch, folder, checksums[folder], tuple(files)))
+        tombstone = Tombstone(**{**tombstone.__dict__, "repositories": tuple(repositories_changed)})
+        content = to_json(tombstones_json([*read_tombstones(release), tombstone]))
+        for changed in repositories_changed:
+            rewrite.replace_file(draft / changed.folder / RETRACTED, content)
+        _seal(draft, release, {changed.folder for changed in repositories_changed}, key, progress)
+        if not dry_run:
+            _swap(draft, release)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return tombstone
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # no links on this file system
+        shutil.copy2(source, target)
+
+
+def _trained_folders(release: Path, reached: Reached) -> list[str]:
+    """The folders of the models and checkpoints that were trained on a document."""
+    models = folders_of(ReleaseData.locate(release).models())
+    folders = [models[name] for name in models if name in reached.models]
+    return folders + [f"checkpoints/{name}" for name in sorted(reached.checkpoints)]
+
+
+def _empty(folder: Path) -> None:
+    """Leaves the card and the license of a model."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in KEPT_OF_REMOVED:
+            path.unlink()
+
+
+def _add_notices(
+    draft: Path, reached: Reached, info: ReleaseInfo, trained: list[str], remove_models: bool
+) -> list[str]:
+    """Puts a notice on the cards of the data, of the checkpoints and of the trained models. Returns their folders."""
+    count = len(reached.found)
+    documents = f"{count} {'document was' if count == 1 else 'documents were'} taken back on request"
+    data = f"**Retracted in part.** {documents}; `{RETRACTED}` names them by id, and the requests by hash."
+    weights = f"**Trained on retracted data.** After the training, {documents} from the data; see `{RETRACTED}`."
+    gone = (
+        f"**Retracted.** This was trained on data of which {documents}, and is taken back with it; see `{RETRACTED}`."
+    )
+    notices = {"dataset": data, "": data}
+    if any(folder.startswith("checkpoints/") for folder in trained):
+        notices["checkpoints"] = gone if remove_models else weights
+    for folder in trained:
+        if not folder.startswith("checkpoints/"):
+            notices[folder] = gone if remove_models else weights
+        elif remove_models:
+            rewrite.replace_file(draft / folder / CARD, f"# {info.name}: {folder.partition('/')[2]}\n".encode())
+            notices[folder] = gone
+    for folder, notice in notices.items():
+        rewrite.add_notice(draft / folder / CARD, notice)
+    return list(notices)
+
+
+def _tombstone(
+    info: ReleaseInfo, reached: Reached, deny_list: DenyList, trained: list[Repository], remove_models: bool
+) -> Tombstone:
+    names = tuple(
+        place.id(info.namespace, info.name) + ("" if place.branch == "main" else f"@{place.branch}")
+        for place in trained
+    )
+    requests = {request for id in reached.found for request in reached.requests[id]}
+    documents = tuple(
+        RetractedDocument(id, found, tuple(sorted(reached.requests[id]))) for id, found in sorted(reached.found.items())
+    )
+    dates = {request: deny_list.dates[request] for request in sorted(requests)}
+    removed = names if remove_models else ()
+    count, listed = len(documents), documents[:MOST_LISTED]
+    return Tombstone(f"{info.name} {info.version}", dates, count, listed, (), names, removed)
+
+
+def _changed_files(draft: Path, place: Repository, before: dict[str, str]) -> list[ChangedFile]:
+    """The files of a repository that are others than before, without its checksums."""
+    prefix = f"{place.folder}/" if place.folder else ""
+    after = {f"{prefix}{path}": sha256_file(draft / prefix / path) for path in files_of(draft, place)}
+    earlier = {path for path in before if _is_in(path, place) and not path.endswith(SUMS)}
+    paths = sorted(earlier | {path for path in after if not path.endswith(SUMS)})
+    return [
+        ChangedFile(path, before.get(path, ""), after.get(path))
+        for path in paths
+        if before.get(path) != after.get(path)
+    ]
+
+
+def _is_in(path: str, place: Repository) -> bool:
+    """Whether a path of a release is a file of a repository."""
+    top, _, rest = path.partition("/")
+    if place.folder == "":
+        return top in ("code", "evidence") or not rest
+    if place.folder == "checkpoints":
+        return top == "checkpoints" and "/" not in rest
+    return path.startswith(f"{place.folder}/")
+
+
+def _seal(draft: Path, release: Path, changed: set[str], key: SigningKey | None, progress: Progress) -> None:
+    """Writes checksums, and signs the changed repositories; the others keep their signatures."""
+    for path in [*draft.rglob(SUMS)]:
+        rewrite.replace_file(path, path.read_bytes())  # no link to the release that is replaced
+    write_checksums(draft)
+    if key is None:
+        return
+    signatures = [path for name in (SIGNATURE, PUBLIC_KEY) for path in draft.rglob(name)]
+    for path in signatures:
+        rewrite.replace_file(path, path.read_bytes())
+    sign(draft, key, progress)
+    for place in repositories(draft):
+        for name in (SIGNATURE, PUBLIC_KEY):
+            original = release / place.folder / name
+            if place.folder not in changed and original.exists():
+                shutil.copyfile(original, draft / place.folder / name)
+
+
+def _swap(draft: Path, release: Path) -> None:
+    """Puts the draft in the place of the release, which is deleted."""
+    old = release.with_name(f".{release.name}.retracted")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(release, old)
+    os.rename(draft, release)
+    shutil.rmtree(old)

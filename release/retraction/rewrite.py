@@ -1,0 +1,160 @@
+"""Rewrites the files of a release without some documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from release.audit import merkle
+from release.layout import ROOTS, SUMS
+from release.repositories import files_below
+from release.retraction.documents import Reached
+from release.schema import CARD
+from stages.data.curation.deny_list import OPT_OUT_RULE, match_text
+
+MIN_TEXT = 20
+"""A shorter text is looked for as the whole value of a column only: it occurs in others by chance."""
+BATCH = 4096
+HEAD = re.compile(r"\A---\r?\n.*?\r?\n---\s*?\n", re.DOTALL)
+
+
+def rewrite(release: Path, reached: Reached) -> None:
+    """Takes the texts of documents out of every file of a release folder.
+
+    Tables lose the rows that hold a text, logs the lines, cards the text; another file with a text is removed.
+    Dispositions state the removal.
+    """
+    for path in files_below(release):
+        file = release / path
+        if path.startswith("code/") or path.endswith(SUMS):
+            continue
+        if path.endswith(".parquet"):
+            _rewrite_table(file, _is_fates(path), reached)
+        elif path.endswith(".jsonl"):
+            _rewrite_lines(file, reached)
+        elif path.endswith((".json", ".txt", ".md")):
+            _rewrite_text(file, reached)
+    if (release / "dataset" / ROOTS).exists():
+        roots = merkle.roots(release / "dataset")
+        replace_file(release / "dataset" / ROOTS, (json.dumps(roots, indent=1, sort_keys=True) + "\n").encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a new file in the place of one that may be a link to another release's."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_bytes(content)
+    os.replace(draft, path)
+
+
+def add_notice(card: Path, notice: str) -> None:
+    """Puts a notice below the metadata of a card."""
+    text = card.read_text("utf-8")
+    head = HEAD.match(text)
+    place = head.end() if head else 0
+    replace_file(card, f"{text[:place]}\n> {notice}\n{text[place:]}".encode())
+
+
+def _is_fates(path: str) -> bool:
+    parts = path.split("/")
+    return "dispositions" in parts or parts[-1] == "dispositions.parquet"
+
+
+def _rewrite_table(path: Path, fates: bool, reached: Reached) -> None:
+    """Writes a table again if it holds a document. fates: whether it is of dispositions."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        if not any(_touches(batch, fates, reached) for batch in file.iter_batches(BATCH)):
+            return
+        draft = path.with_name(f".{path.name}.new")
+        schema = _with_strings(file.schema_arrow) if fates else file.schema_arrow
+        with pq.ParquetWriter(draft, schema, compression="zstd") as writer:
+            for batch in file.iter_batches(BATCH):
+                kept = _decide(batch, reached, schema) if fates else batch.filter(_without(batch, reached))
+                writer.write_batch(kept)
+    os.replace(draft, path)
+
+
+def _touches(batch: Any, fates: bool, reached: Reached) -> bool:
+    import pyarrow.compute as pc
+
+    if fates:
+        kept = pc.equal(batch.column("disposition"), "kept")
+        return bool(pc.any(pc.and_(kept, _has_id(batch, reached))).as_py())
+    return bool(pc.any(pc.invert(_without(batch, reached))).as_py())
+
+
+def _has_id(batch: Any, reached: Reached) -> Any:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pc.is_in(batch.column("id"), value_set=pa.array(sorted(reached.found), batch.column("id").type))
+
+
+def _without(batch: Any, reached: Reached) -> Any:
+    """Which rows hold no text of a document."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    holds = pa.array([False] * len(batch))
+    for field in batch.schema:
+        if field.type not in (pa.string(), pa.large_string()):
+            continue
+        column = batch.column(field.name)
+        whole = pc.is_in(column, value_set=pa.array(sorted(reached.texts), field.type))
+        holds = pc.or_(holds, pc.fill_null(whole, False))
+        for text in sorted(reached.texts):
+            if len(text) >= MIN_TEXT:
+                holds = pc.or_(holds, pc.fill_null(pc.match_substring(column, text), False))
+    return pc.invert(holds)
+
+
+def _with_strings(schema: Any) -> Any:
+    """A schema in which a column without any value is one of strings."""
+    import pyarrow as pa
+
+    return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema])
+
+
+def _decide(batch: Any, reached: Reached, schema: Any) -> Any:
+    """Dispositions in which the documents are removed on request."""
+    import pyarrow as pa
+
+    rows = batch.to_pylist()
+    for row in rows:
+        if row["id"] in reached.found and row["disposition"] == "kept":
+            match = match_text(reached.found[row["id"]], " ".join(sorted(reached.requests[row["id"]])))
+            row |= {"disposition": "removed", "split": None, "kept_hash": None, "rule": OPT_OUT_RULE}
+            row |= {"value": 1.0, "threshold": 1.0, "match": match}
+    return pa.RecordBatch.from_pylist(rows, schema=schema)
+
+
+def _rewrite_lines(path: Path, reached: Reached) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    needles = list(_encoded(reached))
+    left = [line for line in lines if not any(needle in line for needle in needles)]
+    if len(left) < len(lines):
+        replace_file(path, b"".join(left))
+
+
+def _rewrite_text(path: Path, reached: Reached) -> None:
+    content = path.read_bytes()
+    needles = [needle for needle in _encoded(reached) if needle in content]
+    if needles and path.name == CARD:
+        for needle in needles:
+            content = content.replace(needle, b"[taken back]")
+        replace_file(path, content)
+    elif needles:
+        path.unlink()
+
+
+def _encoded(reached: Reached) -> Iterator[bytes]:
+    """The texts as JSON and plain text have them."""
+    for text in sorted(reached.texts):
+        if len(text) >= MIN_TEXT:
+            yield text.encode()
+            yield from (json.dumps(text, ensure_ascii=ascii)[1:-1].encode() for ascii in (True, False))

@@ -1,0 +1,97 @@
+"""The tombstone of a retraction: `retracted.json` in each repository that was rewritten.
+
+It states which documents went, for which requests (by the SHA-256 of their references), which files changed, and the
+checksums of the repositories before, by which an old copy is recognized. The checksums and the signature of its
+repository cover it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.core.errors import CheckFailed
+from release import untrusted
+from release.layout import RETRACTED
+
+SCHEMA = 1
+TOMBSTONE_BYTES = 16 << 20
+MOST_LISTED = 10_000
+
+
+@dataclass(frozen=True)
+class ChangedFile:
+    """A file of a release: its SHA-256 before and after; after is None if it was removed."""
+
+    path: str
+    before: str
+    after: str | None
+
+
+@dataclass(frozen=True)
+class ChangedRepository:
+    """A branch of a repository that was rewritten. folder: its place in the release; checksums: SHA-256 of its
+    SHA256SUMS before."""
+
+    repository: str
+    branch: str
+    folder: str
+    checksums: str
+    files: tuple[ChangedFile, ...]
+
+
+@dataclass(frozen=True)
+class RetractedDocument:
+    """A document that was taken back. found: as in an opt-out; requests: SHA-256 of each reference."""
+
+    id: str
+    found: str
+    requests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tombstone:
+    """release: name and version. dates: of each request. count: of documents, of which `documents` lists the first
+    MOST_LISTED. trained: repositories of the models that were trained on a
+    document; removed: those of them that were taken back as well."""
+
+    release: str
+    dates: dict[str, str]
+    count: int
+    documents: tuple[RetractedDocument, ...]
+    repositories: tuple[ChangedRepository, ...]
+    trained: tuple[str, ...]
+    removed: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.count} {'document' if self.count == 1 else 'documents'} of {self.release} taken back on request"
+
+
+_TOMBSTONES: TypeAdapter[list[Tombstone]] = TypeAdapter(list[Tombstone])
+
+
+def read_tombstones(folder: Path) -> list[Tombstone]:
+    """The retractions of a repository or release, the first one first; none without a tombstone file. Raises
+    CheckFailed if it cannot be read."""
+    if not (folder / RETRACTED).exists():
+        return []
+    body = untrusted.read_json(folder / RETRACTED, TOMBSTONE_BYTES, follow=True)
+    try:
+        if body["schema"] != SCHEMA:
+            raise CheckFailed(
+                f"{RETRACTED} has schema {body['schema']}, and this atom knows {SCHEMA}; use a later atom"
+            )
+        return _TOMBSTONES.validate_python(body["retractions"])
+    except (KeyError, TypeError, ValidationError):
+        raise CheckFailed(f"{RETRACTED} is no tombstone of a retraction") from None
+
+
+def tombstones_json(tombstones: list[Tombstone]) -> dict[str, Any]:
+    return {"schema": SCHEMA, "retractions": [tombstone.to_json() for tombstone in tombstones]}

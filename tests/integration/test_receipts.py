@@ -1,0 +1,118 @@
+"""Receipts of opt-outs: one for each request, with what the documents had reached in the earlier release."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import AtomError
+from release.assembly.opt_outs import read_opt_outs
+from release.assembly.receipts import EarlierRelease, receipt_path, write_receipts
+from release.audit.verify import verify
+from release.checks.check import Subject
+from release.checks.receipts import receipts
+from tests.fixtures.opt_out_fixtures import hashed
+from tests.fixtures.opt_out_release_fixtures import MATCHES
+from tests.fixtures.release_fixtures import release_info
+
+
+def receipt(release: Path, request: str) -> Any:
+    return json.loads((release / receipt_path(hashed(request))).read_text())
+
+
+def test_a_receipt_names_what_the_documents_had_reached(earlier_release: Path, later_release: Path) -> None:
+    url = receipt(later_release, "r-url")
+    assert url["removed"] == {"near_duplicate": 1, "url": 1} and url["rule"] == "opt_out"
+    assert [(row["id"], row["found"], row["duplicate_of"]) for row in url["documents"]] == [
+        ("prose/003", "url", None), ("sums/003", "near_duplicate", "prose/003"),
+    ]  # fmt: skip
+    before = url["earlier"]
+    assert before["release"] == {"name": "tiny", "version": "0.1.0"} and before["documents"] == before["traced"] == 2
+    assert before["datasets"] == [
+        {"repository": "local/tiny-data", "source": source, "split": "train"} for source in ("prose", "sums")
+    ]
+    assert before["steps"] == {"pretrain": "2", "midtrain": "2"}
+    assert before["checkpoints"] == [
+        f"local/tiny-checkpoints@{name}" for name in ("midtrain-step-0", "midtrain-step-2", "pretrain-step-2")
+    ]
+    assert before["models"] == ["local/tiny-base", "local/tiny"]
+    by_id = {row["id"]: row for row in before["reached"]}
+    assert by_id["prose/003"]["found"] == "url" and by_id["sums/003"]["found"] == "near_duplicate"
+    assert by_id["sums/003"]["models"] == ["local/tiny-base", "local/tiny"]
+
+    other = receipt(later_release, "r-id")  # its document was removed by a filter of the earlier version
+    assert other["earlier"]["documents"] == 1
+    assert not any(other["earlier"][place] for place in ("datasets", "steps", "checkpoints", "models"))
+    nothing = receipt(later_release, "r-none")
+    assert (nothing["removed"], nothing["documents"], nothing["entries"]) == ({}, [], {"host": 1})
+    assert nothing["earlier"]["documents"] == 0
+    for path in (later_release / "evidence/opt_out").iterdir():
+        assert not {"r-url", "example.org", "nowhere"} & set(
+            path.read_text().replace('"', " ").replace("/", " ").split()
+        )
+
+
+def test_receipts_are_verified_and_on_the_data_card(later_release: Path) -> None:
+    verdict = verify(later_release)
+    assert verdict.ok, verdict.to_json()
+    details = {check.name: check.detail for check in verdict.checks}
+    assert details["receipts"] == "3 requests, 3 documents removed for them"
+    card = (later_release / "dataset/README.md").read_text()
+    assert "## Opt-outs" in card
+    assert f"| `{hashed('r-url')[:16]}` | 2026-11-03 | 1 | 0 | 1 | 0 |" in card
+    assert f"| `{hashed('r-none')[:16]}` | 2026-11-03 | 0 | 0 | 0 | 0 |" in card
+    assert not (later_release / "dataset/kept").joinpath("prose.parquet").read_bytes().count(b"prose/003")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def change(**values: Any) -> Callable[[Path], None]:
+    def alter(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (remove, "is missing"),
+        (change(removed={"url": 1}), "removed is not what the data says"),
+        (change(date="2026-11-04"), "date is not what the data says"),
+        (change(documents=[]), "documents are not those of the dispositions"),
+        (lambda path: shutil.copy(path, path.with_name("0" * 64 + ".json")), "is a receipt of a request that"),
+    ],
+)
+def test_a_receipt_that_says_something_else_is_found(
+    later_release: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    problem: str,
+) -> None:
+    for place in ("evidence", "dataset"):
+        shutil.copytree(later_release / place, tmp_path / place)
+    assert not receipts(Subject(tmp_path)).problems
+    damage(tmp_path / receipt_path(hashed("r-url")))
+    [text] = receipts(Subject(tmp_path)).problems
+    assert problem in text
+    (tmp_path / "dataset/opt_out.json").write_text(json.dumps({"deny_list": "", "requests": []}))
+    unnamed = [text for text in receipts(Subject(tmp_path)).problems if text.startswith("dispositions:")]
+    assert len(unnamed) == len(MATCHES) and "for a request that opt_out.json does not name" in unnamed[0]
+
+
+def test_an_earlier_release_is_a_release_and_needs_a_deny_list(tmp_path: Path, later_release: Path) -> None:
+    with pytest.raises(AtomError, match="is no release folder; --previous takes one"):
+        EarlierRelease(tmp_path)
+    with pytest.raises(AtomError, match="--previous is searched for the documents of the deny-list, and the data"):
+        list(
+            write_receipts(
+                later_release / "dataset", release_info(), read_opt_outs(later_release / "dataset"), later_release, None
+            )
+        )
