@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from release import data_layout, schema
 from release.assembly.distinct import Distinct
+from release.assembly.document_facts import DocumentFacts, read_document_facts
 from release.assembly.opt_outs import OptOut, read_opt_outs
 from release.assembly.published_tables import read_json, stream_batches
 from release.assembly.score_facts import ChatScores, compute_chat_scores, compute_scores
@@ -89,8 +90,7 @@ class DataFacts:
     """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
     chat: scores by benchmark and model, empty without a chat model. in_parts: whether the tables of documents are in
     parts. filter_agreement: of the filters with their reference, empty in older releases. opt_outs: of the deny-list.
-    Phases and models are in the
-    order of training."""
+    documents: licenses and lengths after curation. Phases and models are in the order of training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
@@ -99,6 +99,7 @@ class DataFacts:
     in_parts: bool = False
     filter_agreement: dict[str, Any] = field(default_factory=dict)
     opt_outs: list[OptOut] = field(default_factory=list)
+    documents: DocumentFacts = field(default_factory=DocumentFacts)
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""
@@ -118,6 +119,7 @@ def read_data_facts(dataset: Path) -> DataFacts:
         data_layout.in_parts(dataset),
         read_json(dataset / FILTER_AGREEMENT) if (dataset / FILTER_AGREEMENT).exists() else {},
         read_opt_outs(dataset),
+        read_document_facts(dataset),
     )
 
 

@@ -17,7 +17,7 @@ from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.score_facts import ChatScores
-from release.cards import caveats, chat_tables, filter_tables, opt_out_tables, tables, training_tables
+from release.cards import caveats, chat_tables, document_tables, filter_tables, opt_out_tables, tables, training_tables
 
 F = TypeVar("F")
 
@@ -93,6 +93,9 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("chat_fresh", lambda data: chat_tables.answers(data.chat.get("fresh", {})), added=2, changed=4),
     CardTable("preferences", lambda data: chat_tables.wins(_preferences(data)), added=2, changed=4),
     CardTable("reward_parts", lambda data: chat_tables.reward_parts(data.chat), added=3),
+    CardTable("document_licenses", document_tables.licenses, added=4, heading="Licenses of the documents"),
+    CardTable("attribution", document_tables.attribution, added=4, heading="Attribution"),
+    CardTable("lengths", document_tables.lengths, added=4, heading="Lengths of the documents"),
     CardTable("opt_outs", opt_out_tables.opt_outs, added=4, heading="Opt-outs"),
     CardTable("filter_agreement", filter_tables.agreement, added=4, heading="Agreement of the filters"),
 )

@@ -12,6 +12,8 @@ from release.assembly.model_facts import ModelFacts
 from release.layout import numbered
 from stages.evaluation.scores import Figure, ModelScores
 
+MOST_LICENSES = 8
+"""Licenses that a source's row lists."""
 TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training", "long": "long context"}
 
 
@@ -140,12 +142,18 @@ def sources(data: DataFacts) -> list[str]:
             row.bytes_kept,
             tokens,
         ]
-        body.append([name, ", ".join(row.licenses), *map(count, counts)])
+        body.append([name, few(row.licenses), *map(count, counts)])
     return table(["source", "license", "documents in", "kept", "train", "held out", "bytes kept", "tokens"], body)
 
 
+def few(licenses: list[str]) -> str:
+    """The first licenses, and the number of the others."""
+    shown, others = licenses[:MOST_LICENSES], licenses[MOST_LICENSES:]
+    return ", ".join([*shown, f"{len(others)} others"] if others else shown)
+
+
 def license_evidence(data: DataFacts) -> list[str]:
-    body = [[name, ", ".join(row.licenses), row.origin, row.license_evidence] for name, row in data.sources.items()]
+    body = [[name, few(row.licenses), row.origin, row.license_evidence] for name, row in data.sources.items()]
     return table(["source", "license", "origin", "evidence of the license"], body)
 
 

@@ -1,0 +1,95 @@
+"""The data card's tables about documents: their licenses, what these ask for, and their lengths."""
+
+from __future__ import annotations
+
+from pipeline.core.text import escaped
+from release.assembly.data_facts import DataFacts
+from release.assembly.document_facts import LENGTHS, LicenseFacts
+from release.cards.tables import count, few, table
+
+MOST_LICENSES = 30
+"""Licenses with a row of their own, those of most tokens; the others share one."""
+FOUND = {
+    "": "declared by the source", "field": "in a field of the document", "file": "in a file of its package",
+    "page": "on its page", "none": "none was found",
+}  # fmt: skip
+ATTRIBUTION = (
+    "CC-BY",
+    "GFDL",
+    "ODC-By",
+    "ODbL",
+    "MIT",
+    "BSD",
+    "Apache",
+    "ISC",
+    "Python",
+    "PSF",
+    "MPL",
+    "GPL",
+    "LGPL",
+    "AGPL",
+)
+"""How licenses begin that ask to name authors or to keep notices."""
+
+
+def licenses(data: DataFacts) -> list[str]:
+    """Documents and tokens after curation by license, and how the license was found."""
+    rows = list(data.documents.licenses.items())
+    total = sum(row.tokens for _, row in rows)
+    shown, others = rows[:MOST_LICENSES], [row for _, row in rows[MOST_LICENSES:]]
+    if others:
+        rest = LicenseFacts(sum(row.documents for row in others), sum(row.tokens for row in others))
+        for row in others:
+            rest.found.update(row.found)
+        shown.append((f"{count(len(others))} other expressions", rest))
+    body = [
+        [
+            escaped(name),
+            count(row.documents),
+            count(row.tokens),
+            f"{row.tokens / total:.1%}" if total else "",
+            _found(row),
+        ]
+        for name, row in shown
+    ]
+    return table(["license of the document", "documents", "tokens", "share of tokens", "found"], body)
+
+
+def _found(row: LicenseFacts) -> str:
+    """How the license was found, and of how many acquired documents where there are several ways."""
+    ways = [(FOUND.get(found, escaped(found)), number) for found, number in sorted(row.found.items())]
+    return "; ".join(way if len(ways) == 1 else f"{way}: {count(number)}" for way, number in ways)
+
+
+def attribution(data: DataFacts) -> list[str]:
+    """The sources whose licenses ask for attribution or for notices, with their origins; none if no source does."""
+    body = [
+        [name, few(kept), escaped(row.origin), escaped(row.license_evidence)]
+        for name, row in data.sources.items()
+        if (kept := [license for license in row.licenses if asks_for_attribution(license)])
+    ]
+    if not body:
+        return []
+    sentence = (
+        "Who uses texts of these sources must name their authors, or keep their notices, as the license of each "
+        "document asks. `kept/` has the license and the origin of each document: its address, or its place in the "
+        "source."
+    )
+    return [sentence, "", *table(["source", "licenses", "origin", "evidence of the license"], body)]
+
+
+def asks_for_attribution(expression: str) -> bool:
+    """Whether a license of an SPDX expression asks to name authors or to keep notices."""
+    names = expression.replace("(", " ").replace(")", " ").split()
+    return any(name.startswith(ATTRIBUTION) for name in names)
+
+
+def lengths(data: DataFacts) -> list[str]:
+    """The share of each source's tokens by the length of its documents."""
+    bounds = [f"to {count(bound)}" for bound in LENGTHS] + [f"above {count(LENGTHS[-1])}"]
+    body = []
+    for name, row in data.documents.lengths.items():
+        total, documents = sum(row.tokens), sum(row.documents)
+        mean = f"{total / documents:,.0f}" if documents else ""
+        body.append([name, mean, *(f"{tokens / total:.1%}" if total else "" for tokens in row.tokens)])
+    return table(["source", "tokens of a document, mean", *bounds], body)
