@@ -67,6 +67,7 @@ def write_opt_outs(
 
     exact, near: folders of the stars of all partitions. Memory: of one batch; the reduction spills to disk.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with connect(work) as database:
         _Search(database, filtered, parts, exact, near).run()
         query = f"SELECT {', '.join(REMOVED)} FROM removed ORDER BY address"
