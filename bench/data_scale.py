@@ -54,8 +54,8 @@ REAL_BYTES, REAL_FILE, TASKS = 4300, 1_200_000, 200
 SHORT, LONG = 45, 650
 """Words of a document: short ones for the growth with documents, those of `open.yaml` for the disk and for joins."""
 LONG_DOCUMENTS = 100_000
-NOISE = 0.5
-"""Seconds by which starts of a process differ. A join that takes longer on long documents reads their text."""
+TEXT_READ = 0.1
+"""A join that reads a larger share of the bytes of the text grows with it. Documents and ids are far less."""
 STAGES = (
     "acquire-web", "items", "filter", "duplicates", "representatives", "dedup", "tokenizer", "tokenize",
     "order-pretrain", "order-midtrain",
@@ -65,8 +65,8 @@ READER = "a rank's reader"
 
 @dataclass(frozen=True)
 class Measured:
-    """One process. peak: its largest resident memory; own: without pages of mapped files; work, out: bytes that it left
-    on disk."""
+    """One process. peak: its largest resident memory; own: without pages of mapped files; read: bytes that it read;
+    work, out: bytes that it left on disk."""
 
     stage: str
     mode: str
@@ -76,8 +76,9 @@ class Measured:
     seconds: float
     peak: int
     own: int
-    work: int = 0
-    out: int = 0
+    read: int
+    work: int
+    out: int
 
 
 # --- the corpus
@@ -203,7 +204,8 @@ def child(home: Path, recipe: Path, name: str, mode: str) -> None:
     ended.set()
     thread.join()
     peak = 1024 * max(int(re.search(r"VmHWM:\s+(\d+)", status)[1]), usages[1].ru_maxrss)
-    print(json.dumps({"seconds": seconds, "peak": peak, "own": own[0]}))
+    read = int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # of ended children too
+    print(json.dumps({"seconds": seconds, "peak": peak, "own": own[0], "read": read}))
 
 
 # --- all processes, and what follows from them
@@ -235,9 +237,7 @@ def measure(documents: int, place: Path, words: int = SHORT, file_size: int = FI
             work = bytes_below(home / "work")
             out = bytes_below(home / "artifacts") if (home / "artifacts").exists() else 0
             parts = -(-documents // file_size)
-            rows.append(
-                Measured(name, mode, documents, text, parts, usage["seconds"], usage["peak"], usage["own"], work, out)
-            )
+            rows.append(Measured(name, mode, documents, text, parts, **usage, work=work, out=out))
             figures = f"{usage['seconds']:9.1f} s {usage['peak'] / 1e6:7.0f} MB {usage['own'] / 1e6:7.0f} MB"
             disk = f"{work / text:6.2f}{out / text:6.2f}"
             print(f"{documents:>9,} {name:>16} {mode:>6}{figures}{disk}", flush=True)
@@ -271,8 +271,10 @@ def filled(rows: list[Measured]) -> list[Measured]:
 def join_seconds(rows: list[Measured], long: Measured) -> tuple[float, float]:
     """Seconds a document and a part of a join, on documents of the length of `open.yaml`'s. long: measured on these."""
     start, by_document, by_part = fit_join(rows)
-    excess = long.seconds - start - by_document * long.documents - by_part * long.parts
-    return by_document + (excess / long.documents if excess > NOISE else 0.0), by_part
+    if long.read > TEXT_READ * long.text:
+        excess = long.seconds - start - by_document * long.documents - by_part * long.parts
+        by_document += max(excess, 0.0) / long.documents
+    return by_document, by_part
 
 
 def summarize(rows: list[Measured], long: list[Measured]) -> dict[str, Any]:
