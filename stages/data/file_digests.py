@@ -82,6 +82,8 @@ def _path(folder: Path) -> Path:
 
 
 def _read(folder: Path) -> dict[str, tuple[Version, str]]:
+    if not home_folder().is_dir():
+        return {}
     path = _path(folder)
     try:
         record = json_files.read(path, _RECORD)

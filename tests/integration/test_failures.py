@@ -175,4 +175,4 @@ def test_cancel_stops_a_run_from_another_terminal(smoke_home: Path, tmp_path: Pa
     (folder,) = (home / "work").glob("pretrain-*")
     present = holder(folder)
     assert present and not present.alive
-    assert "all of 13 stages sealed" in atom(home, "retry").stdout
+    assert "all of 15 stages sealed" in atom(home, "retry").stdout

@@ -269,7 +269,9 @@ def test_packages_reach_the_order(folder: Path, tmp_path: Path) -> None:
     }
     (folder / "modules-1.0.tar.gz").write_bytes(sdist_of("modules-1.0", {"PKG-INFO": PLOT["PKG-INFO"], **code}))
     pages = config(folder)["source"] | {"name": "manuals", "parts": 2, "steps": [{"step": "pii"}]}
-    modules = config(folder, "code")["source"] | {"name": "modules", "steps": [{"step": "pii"}]}
+    modules = config(folder, "code")["source"] | {
+        "name": "modules", "steps": [{"step": "pii"}], "acknowledged_removals": {"deduplication": 1.0}
+    }  # fmt: skip
     recipe = with_sources(tmp_path, [pages, modules], {"manuals": 0.6, "modules": 0.3, "sums": 0.1})
     home = tmp_path / "home"
     atom(home, "run", recipe, "--until", "order-pretrain")

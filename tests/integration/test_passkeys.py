@@ -124,7 +124,7 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
     for kind in ("problems", "prose"):
         source, settings = {"name": "keys", "kind": kind}, CurationSettings().model_dump()
         filtered = run_stage(filter.STAGE, {"sources": [source], "curation": settings, "seed": 0}, inputs)
-        config = {"sources": [{**source, "heldout_fraction": 0.0}], "minhash": settings["minhash"]}
+        config = {"sources": [{**source, "heldout_fraction": 0.0}], "minhash": settings["minhash"], "alarm_share": 1.0}
         artifact = deduplicate(config, filtered, tmp_path / kind)["dedup"]
         rows_by_kind[kind] = pq.read_table(artifact / "kept/keys/part-00000.parquet").to_pylist()
     assert len(rows_by_kind["problems"]) == 40 and len(rows_by_kind["prose"]) < 20

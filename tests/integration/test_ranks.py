@@ -62,7 +62,7 @@ def undisturbed(smoke_home: Path, recipe: str, tmp_path_factory: pytest.TempPath
     before = home.parent / "before"
     shutil.copytree(home, before)
     output = atom(home, "run", recipe, "--until", "pretrain").stdout
-    assert "pretrain: started on 2 ranks" in output and "all of 13 stages sealed" in output
+    assert "pretrain: started on 2 ranks" in output and "all of 15 stages sealed" in output
     return home
 
 

@@ -43,7 +43,7 @@ def filtered(acquired: Artifact, folder: Path, run_stage: Any, allow: list[str],
     write_rows(folder / "items/items.parquet", ITEMS, [])
     items = write_manifest(folder / "items", "items")
     source = {"name": "web", "kind": "prose", "license_allow": allow, "parts": parts}
-    config = {"sources": [source], "curation": {"minhash": None}, "seed": 0}
+    config = {"sources": [source], "curation": {"minhash": None, "alarm_share": 1.0}, "seed": 0}
     result: Artifact = run_stage(filter.STAGE, config, {"web": acquired, "items": items})
     return result
 

@@ -58,7 +58,7 @@ def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_h
     uri = f"sqlite:///{smoke_home / 'mlflow.db'}"
     runs_by_name = runs(uri)
     (parent,) = [r for name, r in runs_by_name.items() if name.startswith("atom-smoke-")]
-    assert parent.info.status == "FINISHED" and len(runs_by_name) == 38
+    assert parent.info.status == "FINISHED" and len(runs_by_name) == 40
     child = runs_by_name["pretrain"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.params["phase.optimizer.lr"] == "0.003"

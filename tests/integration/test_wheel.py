@@ -56,4 +56,4 @@ def test_the_wheel_plans_and_runs_without_the_checkout(tmp_path: Path) -> None:
     ).stdout
     assert output.count(str(tmp_path / "site")) == 3, output
     assert {s["state"] for s in json.loads(atom("plan", "atom-tiny", "--json"))["stages"]} == {"to run"}
-    assert "all of 10 stages sealed" in atom("run", "atom-smoke", "--until", "tokenizer")
+    assert "all of 12 stages sealed" in atom("run", "atom-smoke", "--until", "tokenizer")
