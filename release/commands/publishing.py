@@ -148,6 +148,7 @@ def retract(
     """
     from release import retraction, signing
 
+    retraction.settle(release.resolve())
     require_release(release)
     signing_key = None if key is None else signing.SigningKey(key, None, (), os.environ.get("ATOM_KEY_PASSWORD"))
     result = retraction.retract(

@@ -93,6 +93,24 @@ def retract(
     return Retraction(tombstone, False, tuple(hub.update(release, info, tombstone, progress)) if publish else ())
 
 
+def settle(release: Path) -> None:
+    """Ends the replacement of a folder that was killed in its middle: puts the old folder back if there is no new one,
+    and deletes it, with the texts in it, if there is."""
+    draft, old = _draft(release), _old(release)
+    if old.is_dir() and not release.exists():
+        os.rename(old, release)
+    for path in (draft, old):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _draft(release: Path) -> Path:
+    return release.with_name(f".{release.name}.retracting")
+
+
+def _old(release: Path) -> Path:
+    return release.with_name(f".{release.name}.retracted")
+
+
 def _is_of(tombstone: Tombstone, deny_list: DenyList) -> bool:
     return set(tombstone.dates) <= set(deny_list.dates)
 
@@ -113,8 +131,7 @@ def _rewrite_folder(
     progress: Progress,
 ) -> Tombstone:
     """Makes the folder without the documents, and puts it in place unless it is a dry run."""
-    draft = release.with_name(f".{release.name}.retracting")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = _draft(release)
     progress(f"writing {release.name} without {len(reached.found)} documents")
     shutil.copytree(release, draft, copy_function=_link)
     try:
@@ -254,8 +271,6 @@ def _seal(draft: Path, release: Path, changed: set[str], key: SigningKey | None,
 
 def _swap(draft: Path, release: Path) -> None:
     """Puts the draft in the place of the release, which is deleted."""
-    old = release.with_name(f".{release.name}.retracted")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(release, old)
+    os.rename(release, _old(release))
     os.rename(draft, release)
-    shutil.rmtree(old)
+    settle(release)

@@ -172,6 +172,22 @@ def test_models_go_with_the_flag_alone(release: Path, deny_list: Path, tmp_path:
         assert "retracted: 2 documents" in atom(tmp_path, "verify", subject, code=3, **hub).stdout
 
 
+@pytest.mark.parametrize("moment", ["between the renames", "before the old one is deleted"])
+def test_a_replacement_that_is_killed_is_ended_by_the_same_command(release: Path, tmp_path: Path, moment: str) -> None:
+    old, draft = (tmp_path / f".{release.name}.{state}" for state in ("retracted", "retracting"))
+    arguments = ["retract", str(release), "--local", "--documents", "sums/003", "--request", "a"]
+    if moment == "between the renames":
+        shutil.copytree(release, draft)
+        os.rename(release, old)
+    else:
+        shutil.copytree(release, tmp_path / "before")
+        atom(tmp_path, *arguments)
+        os.rename(tmp_path / "before", old)
+    atom(tmp_path, *arguments)
+    assert not old.exists() and not draft.exists()
+    assert "sums/003" not in ids(release / "dataset/kept/sums.parquet")
+
+
 def test_what_is_refused_and_in_which_words(release: Path, tmp_path: Path) -> None:
     before = state(release)
 
