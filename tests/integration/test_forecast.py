@@ -109,7 +109,9 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
     )
     data = json.loads(atom(tmp_path, *command[:-1], "tokenize", *cluster, "--json").stdout)["cluster"]["stages"]
     hours = {stage["name"]: stage["hours"] for stage in data if "hours" in stage}
-    assert {"acquire-commons", "filter", "duplicates", "dedup", "tokenize"} <= set(hours), "its corpus has an expected size"
+    assert {"acquire-commons", "filter", "duplicates", "dedup", "tokenize"} <= set(hours), (
+        "its corpus has an expected size"
+    )
     assert all(0.1 < hours[name] < 24 for name in ("acquire-commons", "filter", "duplicates", "dedup", "tokenize"))
     assert beyond in with_cluster.splitlines() and section["assumed"][0] in with_cluster.splitlines()
 
