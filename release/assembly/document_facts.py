@@ -67,7 +67,7 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
             lengths.tokens = [a + int(b) for a, b in zip(lengths.tokens, sums, strict=True)]
     for path in sorted((dataset / "sources").glob("*.json")):
         declared = read_json(path)
-        everything = {"license": declared["license"], "found": "", "documents": declared["documents"]}
+        everything = {"license": declared.get("license"), "found": "", "documents": declared.get("documents", 0)}
         for row in declared.get("licenses", [everything]):
             if row["license"] in facts.licenses:
                 facts.licenses[row["license"]].found[row["found"]] += row["documents"]
