@@ -12,7 +12,7 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Store
 from pipeline.graph.dag import Graph, states
 from release.assembly.build_release import BuildInput
-from stages.data.curation.deny_list import DenyList, require_list
+from stages.data.curation.deny_list import DENY_LIST, DenyList
 from stages.data.filter import FilterConfig
 
 
@@ -58,7 +58,7 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
 def _deny_list(graph: Graph) -> DenyList | None:
     data = graph.nodes["filter"].config
     assert isinstance(data, FilterConfig)
-    return require_list(data.curation.deny_list, data.curation.deny_list_sha256)
+    return DENY_LIST.require(data.curation.deny_list, data.curation.deny_list_sha256)
 
 
 def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:

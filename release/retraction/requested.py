@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.core.errors import AtomError
-from stages.data.curation.deny_list import DenyList, read_lines
+from stages.data.curation.deny_list import DENY_LIST, DenyList
 
 
 def deny_list_of(documents: Sequence[str], request: str | None, date: str | None) -> DenyList:
@@ -19,7 +19,7 @@ def deny_list_of(documents: Sequence[str], request: str | None, date: str | None
 def _lines(documents: Sequence[str], request: str | None, date: str | None) -> Iterator[tuple[str, bytes]]:
     for document in documents:
         if Path(document).is_file():
-            yield from read_lines(Path(document))
+            yield from DENY_LIST.lines(Path(document))
         elif request is None:
             raise AtomError(
                 f"there is no deny-list {document}; if that is the id of a document, give --request with the reference "

@@ -1,4 +1,4 @@
-"""Filter: the steps of each source, then decontamination, part by part.
+"""Filter: the lists of the recipe, the steps of each source, then decontamination, part by part.
 
 The order matters. Personal data is replaced before deduplication, so copies that differ only in an address are
 duplicates. Contaminated documents are removed before duplicates, so the representative of a group of duplicates is
@@ -24,11 +24,12 @@ from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, 
 from stages.data import estimates
 from stages.data.curation.alarms import Acknowledged, filter_losses, require_acknowledged
 from stages.data.curation.denied import DENIED, PARENTS, DeniedText, PartOptOut, Variants, denied_columns
-from stages.data.curation.deny_list import DenyList, require_list
+from stages.data.curation.deny_list import DENY_LIST, DenyList
 from stages.data.curation.dispositions import kept_disposition, removed_disposition
 from stages.data.curation.failures import FAILED_RULE, Failures
 from stages.data.curation.filtering import Removed, SourceFilter
 from stages.data.curation.settings import CurationSettings, MinHash
+from stages.data.curation.url_blocklist import URL_BLOCKLIST, UrlBlocklist
 from stages.data.estimates import Size
 from stages.data.kinds import Kind
 from stages.data.licenses.allow import Licenses
@@ -132,7 +133,12 @@ class _PartMaker:
     @cached_property
     def deny_list(self) -> DenyList | None:
         curation = self.config.curation
-        return require_list(curation.deny_list, curation.deny_list_sha256)
+        return DENY_LIST.require(curation.deny_list, curation.deny_list_sha256)
+
+    @cached_property
+    def _blocklist(self) -> UrlBlocklist | None:
+        curation = self.config.curation
+        return URL_BLOCKLIST.require(curation.url_blocklist, curation.url_blocklist_sha256)
 
     @cached_property
     def _variants(self) -> Variants:
@@ -148,7 +154,7 @@ class _PartMaker:
         """Writes the three tables of a part, and returns its counts."""
         acquired, file = self.inputs[source.name], part_file(number)
         source_steps = [step.with_inputs(self.inputs) for step in source.steps]
-        steps = SourceFilter(source.name, source.kind, source_steps, self._index, source.license_allow)
+        steps = SourceFilter(source.name, source.kind, source_steps, self._index, source.license_allow, self._blocklist)
         minhash = self._minhash(source)
         columns = hash_columns(_buckets(minhash))
         counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()

@@ -7,6 +7,7 @@ here, because `atom plan` needs the recipe and the digests of the source trees b
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,15 +20,20 @@ from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
-from stages.data.curation import deny_list
 from stages.data.curation.alarms import RULES, Acknowledged
+from stages.data.curation.deny_list import DENY_LIST
+from stages.data.curation.list_file import ListFile
 from stages.data.curation.settings import CurationSettings
+from stages.data.curation.url_blocklist import URL_BLOCKLIST
 from stages.data.estimates import Size
 from stages.data.licenses.allow import Licenses
 from stages.data.quality_classifier import ClassifierSettings
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import HeldoutFraction
 from stages.data.steps import MAX_STEPS, AnyFilter
+
+LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)
+"""The files of curation: each is a setting with its path, and one with its digest."""
 
 
 class SourceConfig(Source):
@@ -42,8 +48,8 @@ class SourceConfig(Source):
     )
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
     acknowledged_removals: Acknowledged = operational(
-        {}, "by rule (the name of a step, opt_out, license, failed, decontamination, deduplication), the share of the "
-        "source that it may remove above curation.alarm_share"
+        {}, "by rule (the name of a step, opt_out, url_blocklist, license, failed, decontamination, deduplication), "
+        "the share of the source that it may remove above curation.alarm_share"
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -98,14 +104,14 @@ class DataRecipe(Config):
         return self
 
     def resolved(self) -> DataRecipe:
-        """The recipe with the digest of every source tree and of the deny-list computed from the files on disk. Raises
-        RecipeError if a pin differs."""
+        """The recipe with the digest of every source tree and of the lists of curation computed from the files on disk.
+        Raises RecipeError if a pin differs."""
         sources = tuple(s.model_copy(update={"tree_digest": resolve_tree_digest(s)}) for s in self.sources)
-        return self.model_copy(update={"sources": sources, "curation": self._resolved_curation()})
+        return self.model_copy(update={"sources": sources, "curation": self._resolved_curation(LISTS)})
 
     def present(self) -> tuple[DataRecipe, tuple[str, ...]]:
-        """As `resolved`, but sources with missing files keep their digest: a pinned one, or `auto`; and so does a
-        missing deny-list. Also returns a message for each of those."""
+        """As `resolved`, but sources with missing files keep their digest: a pinned one, or `auto`; and so do
+        missing lists. Also returns a message for each of those."""
         sources, messages = [], []
         for source in self.sources:
             missing, digest = source.reader.missing(source.name), source.tree_digest
@@ -115,12 +121,14 @@ class DataRecipe(Config):
                 keys = "; keys below are provisional" if digest == "auto" else ""
                 messages.append(f"{missing}; {source.reader.remedy} before running{keys}")
             sources.append(source.model_copy(update={"tree_digest": digest}))
-        curation = self.curation
-        if curation.deny_list is None or Path(curation.deny_list).is_file():
-            curation = self._resolved_curation()
-        else:
-            keys = "; keys below are provisional" if curation.deny_list_sha256 is None else ""
-            messages.append(f"no deny-list at {curation.deny_list}; put it there before running{keys}")
+        missing_lists = []
+        for file in LISTS:
+            path, pin = self._list(file)
+            if path is not None and not Path(path).is_file():
+                missing_lists.append(file)
+                keys = "; keys below are provisional" if pin is None else ""
+                messages.append(f"no {file.title} at {path}; put it there before running{keys}")
+        curation = self._resolved_curation([file for file in LISTS if file not in missing_lists])
         return self.model_copy(update={"sources": tuple(sources), "curation": curation}), tuple(messages)
 
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
@@ -186,17 +194,24 @@ class DataRecipe(Config):
         """The sources whose documents are turns of conversations."""
         return tuple(source.name for source in self.sources if source.kind == "chat")
 
-    def _resolved_curation(self) -> CurationSettings:
-        path, pin = self.curation.deny_list, self.curation.deny_list_sha256
-        if path is None:
-            return self.curation
-        digest = deny_list.digest_of(Path(path))
-        if pin not in (None, digest):
-            raise RecipeError(
-                f"curation.deny_list_sha256 is pinned to {pin}, but {path} has {digest}; restore the pinned file, or "
-                "change the pin"
-            )
-        return self.curation.model_copy(update={"deny_list_sha256": digest})
+    def _list(self, file: ListFile[Any]) -> tuple[str | None, str | None]:
+        """The path and the pinned digest of a list."""
+        return getattr(self.curation, file.setting), getattr(self.curation, f"{file.setting}_sha256")
+
+    def _resolved_curation(self, lists: Sequence[ListFile[Any]]) -> CurationSettings:
+        """Curation with the digests of these lists, if it has them."""
+        digests = {}
+        for file in lists:
+            path, pin = self._list(file)
+            if path is None:
+                continue
+            digest = digests[f"{file.setting}_sha256"] = file.digest_of(Path(path))
+            if pin not in (None, digest):
+                raise RecipeError(
+                    f"curation.{file.setting}_sha256 is pinned to {pin}, but {path} has {digest}; restore the pinned "
+                    "file, or change the pin"
+                )
+        return self.curation.model_copy(update=digests)
 
     def _heldout(self, source: SourceConfig) -> float:
         if source.heldout_fraction is not None:
@@ -225,10 +240,9 @@ def loads(content: bytes, path: Path) -> DataRecipe:
     lock = lock_of(path)
     readers = (source.reader.absolute(path.parent).locked(lock) for source in recipe.sources)
     sources = tuple(s.model_copy(update={"reader": r}) for s, r in zip(recipe.sources, readers, strict=True))
-    curation = recipe.curation
-    if curation.deny_list is not None:
-        deny_path = str((path.parent / curation.deny_list).resolve())
-        curation = curation.model_copy(update={"deny_list": deny_path})
+    stated = {file.setting: getattr(recipe.curation, file.setting) for file in LISTS}
+    absolute = {name: str((path.parent / file).resolve()) for name, file in stated.items() if file is not None}
+    curation = recipe.curation.model_copy(update=absolute)
     return recipe.model_copy(update={"sources": sources, "curation": curation})
 
 

@@ -18,13 +18,14 @@ from pipeline.core.bounds import Key, Range
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Report
 from stages.data.curation.deny_list import OPT_OUT_RULE
+from stages.data.curation.url_blocklist import BLOCKED_RULE
 
 AlarmShare = Annotated[float, Range(0, 1)]
 Acknowledged = Annotated[dict[Key, AlarmShare], Field(max_length=200)]
 """By rule, the share of a source that it may remove."""
 MIN_DOCUMENTS = 20
 """Of fewer documents, a large share is no news."""
-BEFORE_STEPS = (OPT_OUT_RULE, "license", "failed")
+BEFORE_STEPS = (OPT_OUT_RULE, BLOCKED_RULE, "license", "failed")
 DECONTAMINATION, DEDUPLICATION = "decontamination", "deduplication"
 RULES = (*BEFORE_STEPS, DECONTAMINATION, DEDUPLICATION)
 """The rules of every source beside its steps. Deduplication: exact and near duplicates."""

@@ -19,13 +19,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote, unquote, urlsplit
 
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import RecipeError
 from pipeline.core.store import sha256_bytes
 from pipeline.core.text import escaped
+from stages.data.curation.addresses import WEB, host_and_parents, listed_host, page_address, parse_url
+from stages.data.curation.list_file import Line, ListFile
 
 OPT_OUT_RULE = "opt_out"
 """The rule of the dispositions."""
@@ -34,10 +34,7 @@ KINDS: tuple[Kind, ...] = ("id", "content_hash", "url", "host")
 Found = Literal["id", "content_hash", "url", "host", "derived"]
 MOST_ENTRIES = 1_000_000
 """The maximum number of lines: each takes some 200 bytes of memory in every task. A host stands for all its pages."""
-MOST_LINE_BYTES = 20_000
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
-HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_-]{1,63})*")
-WEB = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,8 @@ def match_text(found: str, requests: str) -> str:
 class DenyList:
     """The entries of a deny-list, by what they name."""
 
-    def __init__(self, lines: Iterable[tuple[str, bytes]]) -> None:
-        """lines: (place for messages, line). Raises RecipeError for the first one that is no entry."""
+    def __init__(self, lines: Iterable[Line]) -> None:
+        """Raises RecipeError for the first line that is no entry."""
         self.entries: dict[Kind, dict[str, list[str]]] = {kind: defaultdict(list) for kind in KINDS}
         self.pages: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self.dates: dict[str, str] = {}
@@ -72,14 +69,6 @@ class DenyList:
             if number > MOST_ENTRIES:
                 raise RecipeError(f"{place}: more than {MOST_ENTRIES} entries; name hosts instead of their pages")
             self._add(place, line)
-
-    @classmethod
-    def read(cls, path: Path, sha256: str) -> DenyList:
-        """The deny-list of a file. Raises RecipeError if it cannot be read, or is not the one in the key."""
-        content = read_bytes(path)
-        if sha256 != f"sha256:{sha256_bytes(content)}":
-            raise RecipeError(f"deny-list {path} changed after the run was planned; plan and run again")
-        return cls(_lines(path, content))
 
     def requests(self) -> list[dict[str, Any]]:
         """Every request for the evidence: the SHA-256 of its reference, its date, and its entries by kind."""
@@ -114,20 +103,13 @@ class DenyList:
 
     def _by_address(self, origin: str) -> list[tuple[Found, str]]:
         """An entry of a page also names its parts, and one of a part the page that is stored as a whole."""
-        if not (origin.startswith(WEB) and (self.pages or self.entries["host"])):
+        if not (self.pages or self.entries["host"]) or (address := page_address(origin)) is None:
             return []
-        try:
-            page, fragment, host = normalized_url(origin)
-        except ValueError:
-            return []
-        hosts = self.entries["host"]
+        part, pages = address.fragment, self.pages.get(address.page, ())
         found: list[tuple[Found, str]] = []
-        found += [
-            ("url", r) for stated, r in self.pages.get(page, ()) if stated == fragment or not (stated and fragment)
-        ]
-        labels = host.split(".")
-        for start in range(len(labels)):
-            found += [("host", request) for request in hosts.get(".".join(labels[start:]), ())]
+        found += [("url", request) for stated, request in pages if stated == part or not (stated and part)]
+        for host in host_and_parents(address.host):
+            found += [("host", request) for request in self.entries["host"].get(host, ())]
         return found
 
     def _add(self, place: str, line: bytes) -> None:
@@ -162,36 +144,7 @@ class DenyList:
         self.counts[request][kind] += 1
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a deny-list. Raises RecipeError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or error
-        raise RecipeError(f"deny-list {path} cannot be read ({reason}); check curation.deny_list") from None
-
-
-def digest_of(path: Path) -> str:
-    """The digest of a deny-list, `sha256:…`, whose lines were all read. Raises RecipeError."""
-    content = read_bytes(path)
-    DenyList(_lines(path, content))
-    return f"sha256:{sha256_bytes(content)}"
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines of a deny-list, each with its place for messages. Raises RecipeError if it cannot be read."""
-    return _lines(path, read_bytes(path))
-
-
-def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            yield f"deny-list {path}, line {number}", line
-
-
 def _parse(place: str, line: bytes) -> dict[str, Any]:
-    if len(line) > MOST_LINE_BYTES:
-        raise RecipeError(f"{place}: has {len(line)} bytes; an entry has at most {MOST_LINE_BYTES}")
     try:
         entry = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
@@ -221,7 +174,7 @@ def _key(kind: Kind, value: str) -> str:
             raise ValueError("is no SHA-256 of a text, 64 hex digits")
         return value.lower()
     if kind == "host":
-        return _host(value).removeprefix("www.")
+        return listed_host(value)
     if not value.strip():
         raise ValueError("is empty")
     return value
@@ -231,42 +184,8 @@ def _page(value: str) -> tuple[str, str]:
     """(page, fragment) of a URL. Raises ValueError in words."""
     if not value.lower().startswith(WEB):
         raise ValueError("does not start with http:// or https://")
-    page, fragment, _ = normalized_url(value)
-    return page, fragment
+    address = parse_url(value)
+    return address.page, address.fragment
 
 
-def normalized_url(url: str) -> tuple[str, str, str]:
-    """(page, fragment, host) of a URL such that equal pages are equal texts: without the scheme, the port, `www.`, a
-    final slash, and differences of quoting. Raises ValueError in words."""
-    try:
-        parts = urlsplit(url)
-        host = _host(parts.hostname or "")
-    except ValueError:
-        raise ValueError("is no URL with a host") from None
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("holds a user name; leave it out")
-    path = quote(unquote(parts.path), safe="/:@!$&'()*+,;=~").rstrip("/")
-    query = f"?{quote(unquote(parts.query), safe='/:@!$&()*+,;=?~%')}" if parts.query else ""
-    return f"{host.removeprefix('www.')}{path}{query}", unquote(parts.fragment), host
-
-
-def _host(text: str) -> str:
-    """A host in lower case and in ASCII. Raises ValueError in words."""
-    name = text.strip().rstrip(".").lower()
-    try:
-        name = name.encode("idna").decode() if not name.isascii() else name
-    except UnicodeError:
-        name = ""
-    if not (HOST.fullmatch(name) or re.fullmatch(r"[0-9a-f:.]{2,45}", name)):
-        raise ValueError("is no host, such as example.org")
-    return name
-
-
-def require_list(path: str | None, sha256: str | None) -> DenyList | None:
-    """The deny-list of a config of filter, or None without one. Raises RecipeError, and AtomError for a config whose
-    digest is not resolved."""
-    if path is None:
-        return None
-    if sha256 is None:
-        raise AtomError(f"deny-list {path} has no digest; run through the recipe's resolved() form")
-    return DenyList.read(Path(path), sha256)
+DENY_LIST = ListFile("deny-list", "deny_list", DenyList)

@@ -1,4 +1,4 @@
-"""Filtering: the steps of a source, then decontamination, on one document after the other."""
+"""Filtering: the URL blocklist, licenses, the steps of a source, then decontamination, document by document."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.core.errors import AtomError
 from stages.data.chat import prompt_chars
 from stages.data.curation.failures import FAILED_RULE, Failures
+from stages.data.curation.url_blocklist import BLOCKED_RULE, UrlBlocklist
 from stages.data.filters.base import Filter, Removal
 from stages.data.kinds import Kind
 from stages.data.licenses.allow import NOT_ALLOWED, AllowedLicenses
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """The rule that removed a document. match: the evaluation item that occurs in it."""
+    """The rule that removed a document. match: the evaluation item that occurs in it, or the entry of
+    a list that names it."""
 
     rule: str
     value: float
@@ -43,8 +45,10 @@ class SourceFilter:
         steps: Sequence[Filter],
         index: ContaminationIndex,
         license_allow: Sequence[str] = (),
+        blocklist: UrlBlocklist | None = None,
     ) -> None:
         """steps: with the inputs that they need."""
+        self.blocklist = blocklist
         self.allowed = AllowedLicenses(license_allow) if license_allow else None
         self.source, self.kind, self.index = source, kind, index
         self.functions = [(step.step, step.function()) for step in steps]
@@ -67,6 +71,8 @@ class SourceFilter:
             return Removed(FAILED_RULE, 0.0, 0.0)
 
     def _apply_steps(self, row: DocumentRow) -> str | Removed:
+        if self.blocklist is not None and (entry := self.blocklist.find(row["origin"])) is not None:
+            return Removed(BLOCKED_RULE, 1.0, 1.0, entry)
         if self.allowed is not None and not self.allowed.allows(row["license"]):
             return Removed(NOT_ALLOWED, 0.0, 0.0)
         text = row["text"]
