@@ -4,9 +4,11 @@
     dispositions/<source>/part-*.parquet       dispositions.parquet
     tokens/documents/<source>/part-*.parquet   tokens/documents.parquet
     order/<phase>/part-*.parquet               order/<phase>/order.parquet
+    measures/<source>/part-*.parquet           none
 
-Part n of each table is about the documents of part n of the source. `stages.data.table.order_files` gives the files of
-an order. The folders of earlier runs, `earlier/<key>/`, have the same files.
+Part n of each table is about the documents of part n of the source; only sources whose steps measure have `measures`.
+`stages.data.table.order_files` gives the files of an order. The folders of earlier runs, `earlier/<key>/`, have the
+same files.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.parts import PART_NAME, part_file, part_number, part_tables
+from stages.data.table import MEASURES
 
 KEPT_TABLE = re.compile(rf"(earlier/[^/]+/)?kept/([^/]+/{PART_NAME}|[^/]+\.parquet)")
 """The paths of tables of kept documents in a dataset folder."""
@@ -71,6 +74,10 @@ def kept_beside(dispositions: Path, source: str) -> Path:
     if part_number(dispositions) is not None:
         return dispositions.parents[2] / "kept" / source / dispositions.name
     return dispositions.parent / "kept" / f"{source}.parquet"
+
+
+def measure_files(dataset: Path) -> Files:
+    return _parts(dataset / MEASURES)
 
 
 def document_parts(dataset: Path) -> Iterator[Part]:

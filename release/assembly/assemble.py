@@ -31,6 +31,7 @@ from release.layout import (
     phases_of,
     when,
 )
+from stages.data.table import MEASURES
 
 DISTRIBUTION = "atom-release"
 CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
@@ -98,7 +99,7 @@ def placement(
         path, name = row.path, Path(row.path).name
         if kind == "acquire" and path == "source.json":
             yield path, f"dataset/sources/{suffix}.json"
-        elif node == "filter" and path == OPT_OUTS:
+        elif node == "filter" and (path == OPT_OUTS or path.startswith(f"{MEASURES}/")):
             yield path, f"dataset/{path}"
         elif kind == "items":
             yield path, f"dataset/evaluation/{path}"

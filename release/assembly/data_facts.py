@@ -90,7 +90,7 @@ class DataFacts:
     """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
     chat: scores by benchmark and model, empty without a chat model. in_parts: whether the tables of documents are in
     parts. filter_agreement: of the filters with their reference, empty in older releases. opt_outs: of the deny-list.
-    documents: licenses and lengths after curation. Phases and models are in the order of training."""
+    documents: licenses, lengths and measures after curation. Phases and models are in the order of training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)

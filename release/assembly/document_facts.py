@@ -1,14 +1,19 @@
-"""Licenses and lengths of the tokenized documents, from the tables of the dataset repository."""
+"""Licenses, lengths, languages and quality scores of the tokenized documents, from the tables of the dataset
+repository."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.core.errors import CheckFailed
 from release import data_layout
 from release.assembly.published_tables import read_json, stream_batches
+from stages.data.splits import SPLITS
+from stages.data.table import MEASURES, SCORE, column_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
 BATCH = 65536
 LENGTHS = (256, 1024, 4096, 16384, 65536, 262144)
 """Upper bounds of the ranges of lengths, in tokens; a last range has no bound."""
+SCORE_BINS = 100
 
 
 @dataclass
@@ -39,11 +45,58 @@ class LengthFacts:
 
 
 @dataclass
+class LanguageFacts:
+    """The documents of a source in one language."""
+
+    documents: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class ScoreFacts:
+    """The scores of a source's documents by one classifier. bins: documents in each of SCORE_BINS equal ranges of 0 to
+    1; millionths: the sum of the scores, in whole numbers so that it does not depend on the order."""
+
+    bins: list[int] = field(default_factory=lambda: [0] * SCORE_BINS)
+    millionths: int = 0
+
+    @property
+    def documents(self) -> int:
+        return sum(self.bins)
+
+    @property
+    def mean(self) -> float:
+        return self.millionths / 1e6 / self.documents
+
+    def quantile(self, share: float) -> float:
+        """The score that this share of the documents does not exceed, interpolated in its bin."""
+        rank, below = share * self.documents, 0
+        for number, count in enumerate(self.bins):
+            if count and below + count >= rank:
+                return (number + (rank - below) / count) / SCORE_BINS
+            below += count
+        return 1.0
+
+    def add(self, scores: NDArray[np.float64]) -> None:
+        """scores: from 0 to 1, of further documents."""
+        import numpy as np
+
+        numbers = np.minimum((scores * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
+        counts = np.bincount(numbers, minlength=SCORE_BINS).tolist()
+        self.bins = [a + b for a, b in zip(self.bins, counts, strict=True)]
+        self.millionths += int(np.rint(scores * 1e6).astype(np.int64).sum())
+
+
+@dataclass
 class DocumentFacts:
-    """licenses: by SPDX expression, that of most tokens first; lengths: by source."""
+    """licenses: by SPDX expression, that of most tokens first; lengths: by source; languages: by source and code, that
+    of most tokens first; scores: by source and classifier. The latter two are of sources whose steps measured them;
+    a document without a measure has the language ""."""
 
     licenses: dict[str, LicenseFacts] = field(default_factory=dict)
     lengths: dict[str, LengthFacts] = field(default_factory=dict)
+    languages: dict[str, dict[str, LanguageFacts]] = field(default_factory=dict)
+    scores: dict[str, dict[str, ScoreFacts]] = field(default_factory=dict)
 
 
 def read_document_facts(dataset: Path) -> DocumentFacts:
@@ -73,7 +126,75 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
                 facts.licenses[row["license"]].found[row["found"]] += row["documents"]
     facts.licenses = dict(sorted(facts.licenses.items(), key=lambda item: (-item[1].tokens, item[0])))
     facts.lengths = dict(sorted(facts.lengths.items()))
+    token_files = data_layout.token_files(dataset)
+    for source, files in data_layout.measure_files(dataset).items():
+        by_name = {path.name: path for path in token_files.get(source, [])}
+        for path in files:
+            if path.name in by_name:
+                _add_measures(facts, source, by_name[path.name], path)
+    for source, by_language in facts.languages.items():
+        facts.languages[source] = dict(sorted(by_language.items(), key=lambda item: (-item[1].tokens, item[0])))
     return facts
+
+
+def _add_measures(facts: DocumentFacts, source: str, tokens_file: Path, measures_file: Path) -> None:
+    """Adds the languages and scores of a part. Raises CheckFailed for a score outside 0 to 1."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for tokens, measures in _join(tokens_file, measures_file):
+        for name in measures.schema.names:
+            if name == "language":
+                languages = facts.languages.setdefault(source, {})
+                for language, rows in _rows_by_value(pc.fill_null(measures[name], "")):
+                    row = languages.setdefault(language, LanguageFacts())
+                    row.documents += len(rows)
+                    row.tokens += int(tokens[rows].sum())
+            elif name.startswith(SCORE):
+                scores = measures[name].drop_null().cast(pa.float64()).to_numpy(zero_copy_only=False)
+                if not ((scores >= 0) & (scores <= 1)).all():
+                    raise CheckFailed(f"{MEASURES}/{source}/{measures_file.name} has a {name} not in 0 to 1")
+                by_classifier = facts.scores.setdefault(source, {})
+                by_classifier.setdefault(name.removeprefix(SCORE), ScoreFacts()).add(scores)
+
+
+def _join(tokens_file: Path, measures_file: Path) -> Iterator[tuple[NDArray[np.int64], pa.RecordBatch]]:
+    """(tokens, measures) of the tokenized documents of a part, some thousand rows at a time.
+
+    Both tables have the documents of each split in the order of the part, and that of measures also has those that
+    deduplication removed. Raises CheckFailed if it lacks one.
+    """
+    for split in SPLITS:
+        yield from _join_split(tokens_file, measures_file, split)
+
+
+def _join_split(
+    tokens_file: Path, measures_file: Path, split: str
+) -> Iterator[tuple[NDArray[np.int64], pa.RecordBatch]]:
+    import numpy as np
+    import pyarrow.compute as pc
+
+    rows_of_part = stream_batches(tokens_file, ["id", "split", "tokens"], BATCH)
+    batches = (batch.filter(pc.equal(batch["split"], split)) for batch in rows_of_part)
+    pending = next(batches, None)
+    names = [name for name in column_names(measures_file) if name == "language" or name.startswith(SCORE)]
+    for measures in stream_batches(measures_file, ["id", *names], BATCH):
+        while pending is not None:
+            rows = pc.index_in(pending["id"], value_set=measures["id"])
+            absent = np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))
+            count = int(absent[0]) if absent.size else len(rows)
+            yield pending["tokens"][:count].to_numpy().astype(np.int64), measures.take(rows[:count])
+            if count < len(rows):
+                pending = pending.slice(count)
+                break
+            pending = next(batches, None)
+    while pending is not None and not len(pending):
+        pending = next(batches, None)
+    if pending is not None:
+        raise CheckFailed(
+            f"{MEASURES}/{measures_file.parent.name}/{measures_file.name} does not have the document "
+            f"{pending['id'][0]} among those of the part, in their order"
+        )
 
 
 def _rows_by_value(column: pa.Array) -> list[tuple[str, NDArray[np.int64]]]:

@@ -96,6 +96,8 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("document_licenses", document_tables.licenses, added=4, heading="Licenses of the documents"),
     CardTable("attribution", document_tables.attribution, added=4, heading="Attribution"),
     CardTable("lengths", document_tables.lengths, added=4, heading="Lengths of the documents"),
+    CardTable("languages", document_tables.languages, added=4, heading="Languages of the documents"),
+    CardTable("quality_scores", document_tables.quality_scores, added=4, heading="Quality scores of the documents"),
     CardTable("opt_outs", opt_out_tables.opt_outs, added=4, heading="Opt-outs"),
     CardTable("filter_agreement", filter_tables.agreement, added=4, heading="Agreement of the filters"),
 )

@@ -1,14 +1,19 @@
-"""The data card's tables about documents: their licenses, what these ask for, and their lengths."""
+"""The data card's tables about documents: their licenses, what these ask for, lengths, languages and quality scores."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from pipeline.core.text import escaped
 from release.assembly.data_facts import DataFacts
-from release.assembly.document_facts import LENGTHS, LicenseFacts
+from release.assembly.document_facts import LENGTHS, LanguageFacts, LicenseFacts
 from release.cards.tables import count, few, table
 
 MOST_LICENSES = 30
 """Licenses with a row of their own, those of most tokens; the others share one."""
+MOST_LANGUAGES = 10
+"""Languages of a source with a row of their own, those of most tokens; the others share one."""
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 FOUND = {
     "": "declared by the source", "field": "in a field of the document", "file": "in a file of its package",
     "page": "on its page", "none": "none was found",
@@ -93,3 +98,57 @@ def lengths(data: DataFacts) -> list[str]:
         mean = f"{total / documents:,.0f}" if documents else ""
         body.append([name, mean, *(f"{tokens / total:.1%}" if total else "" for tokens in row.tokens)])
     return table(["source", "tokens of a document, mean", *bounds], body)
+
+
+def languages(data: DataFacts) -> list[str]:
+    """Documents and tokens by language, of the sources in which a step identified it; none without such a source."""
+    body = []
+    for source, by_language in data.documents.languages.items():
+        total = sum(row.tokens for row in by_language.values())
+        rows = [(escaped(language) or "not identified", row) for language, row in by_language.items()]
+        shown, others = rows[:MOST_LANGUAGES], [row for _, row in rows[MOST_LANGUAGES:]]
+        if others:
+            rest = LanguageFacts(sum(row.documents for row in others), sum(row.tokens for row in others))
+            shown.append((f"{count(len(others))} other languages", rest))
+        for name, row in shown:
+            share = f"{row.tokens / total:.1%}" if total else ""
+            body.append([source, name, count(row.documents), count(row.tokens), share])
+    if not body:
+        return []
+    sentence = "The language of a document is what fastText's lid.176 took it for when it was filtered."
+    head = ["source", "language", "documents", "tokens", "share of the source's tokens"]
+    return [
+        sentence + _not_measured(data, data.documents.languages, "No step identified it in"),
+        "",
+        *table(head, body),
+    ]
+
+
+def quality_scores(data: DataFacts) -> list[str]:
+    """Mean and quantiles of the scores of classifiers, of the sources with such a step; none without such a source."""
+    body = [
+        [
+            source,
+            escaped(classifier),
+            count(row.documents),
+            f"{row.mean:.3f}",
+            *(f"{row.quantile(share):.2f}" for share in QUANTILES),
+        ]
+        for source, by_classifier in data.documents.scores.items()
+        for classifier, row in by_classifier.items()
+        if row.documents
+    ]
+    if not body:
+        return []
+    sentence = (
+        "Scores from 0 to 1 of the documents after curation, by the quality classifiers of the data recipe. Columns "
+        "with a share are the score that this share of the documents does not exceed, to a hundredth."
+    )
+    head = ["source", "classifier", "documents", "mean", *(f"{share:.0%}" for share in QUANTILES)]
+    return [sentence + _not_measured(data, data.documents.scores, "No classifier scored"), "", *table(head, body)]
+
+
+def _not_measured(data: DataFacts, measured: Collection[str], start: str) -> str:
+    """A further sentence that names the sources without a measure, if there are some."""
+    names = [name for name in data.sources if name not in measured]
+    return f" {start} {', '.join(names)}." if names else ""

@@ -149,6 +149,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         prefix=release.repository,
         sources=list(data.sources),
         in_parts=data.in_parts,
+        measured=data.documents.languages or data.documents.scores,
         earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
         canary=canary and canary["canary"],
         t=texts,

@@ -19,11 +19,11 @@ from release.assembly.published_tables import TEXT_BATCH, read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.checks.rows import Rows, equals, repeated_ids, text_batches
+from stages.data.splits import SPLITS
 
 UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
 MOST_PROBLEMS = 10_000
 """The maximum number of problems that a check collects."""
-SPLITS = ("train", "heldout")
 
 
 def licenses(subject: Subject) -> Findings:

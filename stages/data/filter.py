@@ -40,6 +40,7 @@ from stages.data.table import (
     DISPOSITIONS,
     DOCUMENTS,
     FAILED,
+    MEASURES,
     DocumentRow,
     content_hash,
     hash_columns,
@@ -53,7 +54,7 @@ from stages.evaluation.eval_set import texts_of
 if TYPE_CHECKING:
     from stages.data.curation.decontamination import ContaminationIndex
 
-VERSION = 2
+VERSION = 3
 
 
 class FilteredSource(Config):
@@ -81,8 +82,8 @@ class FilterConfig(Config):
 
 
 def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal the documents that pass, by source and part, their hashes, a disposition for every acquired document, and
-    the number of documents that each step edited.
+    """Seal the documents that pass, by source and part, their hashes, what steps measured of them, a disposition for
+    every acquired document, and the number of documents that each step edited.
 
     inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items;
     inputs["classifier-<name>"]: each classifier that a step uses. With a deny-list, also the hashes of denied documents
@@ -151,7 +152,7 @@ class _PartMaker:
         return settings if searched else None
 
     def _filter_part(self, source: FilteredSource, number: int, folder: Path) -> dict[str, Any]:
-        """Writes the three tables of a part, and returns its counts."""
+        """Writes the tables of a part, and returns its counts."""
         acquired, file = self.inputs[source.name], part_file(number)
         source_steps = [step.with_inputs(self.inputs) for step in source.steps]
         steps = SourceFilter(source.name, source.kind, source_steps, self._index, source.license_allow, self._blocklist)
@@ -165,6 +166,9 @@ class _PartMaker:
             row_writer(folder / "dispositions" / source.name / file, DISPOSITIONS) as write_disposition,
         ):
             opt_out = self._opt_out(stack, source, number, folder)
+            if steps.measures:
+                path, measure_columns = folder / MEASURES / source.name / file, {"id": "string", **steps.measures}
+                write_measures = stack.enter_context(row_writer(path, measure_columns))
             for batch in stream_batches(acquired / "documents" / file, list(DOCUMENTS)):
                 kept: list[DocumentRow] = []
                 for row in batch.to_pylist():
@@ -177,6 +181,8 @@ class _PartMaker:
                     else:
                         kept.append(result)
                         write_kept(result)
+                        if steps.measures:
+                            write_measures({"id": row["id"], **steps.measured})
                         write_disposition(kept_disposition(row, result["content_hash"]))
                     counts.update(documents=1, bytes=len(row["text"].encode()))
                 for hashes in self._hashes([(row["text"], row["content_hash"]) for row in kept], minhash):

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pipeline.core.bounds import Range
 
+SPLITS = ("train", "heldout")
 HeldoutFraction = Annotated[float, Range(0, 1, below=True)]
 """Share of documents that are held out from training."""
 

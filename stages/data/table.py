@@ -19,6 +19,11 @@ from pipeline.core.parts import part_tables
 if TYPE_CHECKING:
     import pyarrow as pa
 
+MEASURES = "measures"
+"""The folder with what steps measured of documents that pass filtering, by part: a row for each row of its `kept`, with
+the id and the measures. Only sources with such steps have it."""
+SCORE = "score_"
+"""How the names of scores in it begin, before the name of the classifier."""
 ROWS_PER_GROUP = 50_000
 GROUP_BYTES = 2**25
 """Bytes of a table, or characters of text, after which a writer ends a row group early, to bound readers."""

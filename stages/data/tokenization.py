@@ -16,6 +16,7 @@ from stages.data import estimates
 from stages.data.encoder import Encoder
 from stages.data.estimates import Size
 from stages.data.shards import ShardWriter, check_shard
+from stages.data.splits import SPLITS
 from stages.data.table import TOKENIZED, part_files, sources_of, stream_batches, table_writer, write_json
 from stages.data.tokenizer import END, PAD, load_for_corpus
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int32]
 
 VERSION = 3
-SPLITS = ("train", "heldout")
 COLUMNS = ["id", "text", "license", "content_hash", "prompt_chars", "split"]
 ROWS = 256  # of text in memory at a time
 SAMPLED = 64  # one of so many documents, and the first of each part, is encoded by `tokenizers` as well

@@ -6,18 +6,20 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import quality_classifier
+from stages.data import filter, quality_classifier
 from stages.data.filters.by_language import ByLanguage
 from stages.data.filters.classifier import Classifier
 from stages.data.filters.language import identify
 from stages.data.quality_classifier import _auc, as_line
 from stages.data.recipe import load
-from stages.data.table import DOCUMENTS, content_hash, write_rows
+from stages.data.table import DOCUMENTS, content_hash, sources_of, write_rows
+from tests.fixtures.opt_out_fixtures import no_items
 
 GOOD = ["theorem", "proof", "lemma", "integral", "converges", "bounded", "function", "therefore", "continuous", "limit"]
 OTHER = ["buy", "cheap", "click", "sale", "offer", "free", "shipping", "discount", "today", "best", "price", "deal"]
@@ -129,6 +131,40 @@ def test_each_language_has_its_steps() -> None:
     assert not isinstance(removal, str) and removal.reason == "other" and removal.threshold == 0.3
     keep = ByLanguage.model_validate({"step": "by_language", "rules": {"de": []}, "others": "keep"})
     assert keep.function()(french) == french
+
+
+def test_filter_records_languages_and_scores_of_the_documents_that_pass(
+    tmp_path: Path, run_stage: Any, trained: Artifact
+) -> None:
+    texts = [
+        ENGLISH,
+        GERMAN,
+        "Le contrat a été conclu selon les règles du pays, et tous l'ont signé.",
+        *documents(GOOD, 1, 7),
+    ]
+    inputs = {name: acquired(tmp_path / "texts", name, texts, 1) for name in ("routed", "english", "plain")}
+    scored = {"step": "classifier", "classifier": "quality", "min_score": 0.0}
+    routed = {"step": "by_language", "rules": {"en": [scored], "de": []}, "language_threshold": 0.1}
+    steps = {"routed": [routed], "english": [{"step": "language", "language_threshold": 0.1}], "plain": []}
+    sources = [{"name": name, "kind": "prose", "steps": each} for name, each in steps.items()]
+    config = {"sources": sources, "curation": {"minhash": None, "decontamination": {}}, "seed": 0}
+    items = no_items(tmp_path)
+    artifact = run_stage(filter.STAGE, config, {**inputs, "items": items, "classifier-quality": trained})
+    tables = {
+        name: pq.read_table(artifact / f"measures/{name}/part-00000.parquet").to_pylist()
+        for name in sources_of(artifact / "measures")
+    }
+    assert list(tables) == ["english", "routed"], "no step of plain measures"
+    for name, rows in tables.items():
+        kept = pq.read_table(artifact / f"kept/{name}/part-00000.parquet")["id"].to_pylist()
+        assert [row["id"] for row in rows] == kept, "one row for each document that passes, in their order"
+    score = quality_classifier.scorer(trained / "model.bin")
+    by_id = {row["id"]: row for row in tables["routed"]}
+    assert by_id["routed/0/0"]["language"] == "en" and by_id["routed/0/1"]["language"] == "de"
+    assert by_id["routed/0/0"]["language_score"] == pytest.approx(identify(ENGLISH)[0])
+    assert by_id["routed/0/0"]["score_quality"] == pytest.approx(score(ENGLISH))
+    assert by_id["routed/0/1"]["score_quality"] is None, "no classifier reads German texts, nor is the last score left"
+    assert {row["language"] for row in tables["english"]} == {"en"} and tables["english"][0]["id"] == "english/0/0"
 
 
 def write_recipe(folder: Path, classifiers: list[dict[str, Any]], step: dict[str, Any]) -> Path:

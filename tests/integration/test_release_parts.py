@@ -48,6 +48,7 @@ def test_it_has_the_files_of_the_artifacts_and_verifies(in_parts: Path, tmp_path
     origins = json.loads((in_parts / "evidence/origins.json").read_text())
     for path, node, file in (
         ("kept/prose/part-00002.parquet", "dedup", None), ("dispositions/sums/part-00000.parquet", "dedup", None),
+        ("measures/prose/part-00001.parquet", "filter", None),
         ("tokens/documents/prose/part-00001.parquet", "tokenize", "documents/prose/part-00001.parquet"),
         ("order/midtrain/part-00001.parquet", "order-midtrain", "part-00001.parquet"),
     ):  # fmt: skip
@@ -63,7 +64,15 @@ def test_it_has_the_files_of_the_artifacts_and_verifies(in_parts: Path, tmp_path
 def test_its_facts_are_those_of_one_file_a_table(built: Path, in_parts: Path) -> None:
     facts, expected = read_data_facts(in_parts / "dataset"), read_data_facts(built / "dataset")
     assert facts.in_parts and not expected.in_parts
-    assert dataclasses.replace(facts, in_parts=False) == expected
+    measured = {
+        source: {language: row.documents for language, row in rows.items()}
+        for source, rows in facts.documents.languages.items()
+    }
+    assert measured == {"prose": {"en": 7, "de": 3}}, "of 12 documents without numbers 3 and 7, every third in German"
+    (scores,) = facts.documents.scores["prose"].values()
+    assert (scores.documents, scores.mean) == (10, 0.4)
+    documents = dataclasses.replace(facts.documents, languages={}, scores={})
+    assert dataclasses.replace(facts, in_parts=False, documents=documents) == expected
 
 
 def test_it_is_described_by_patterns(built: Path, in_parts: Path) -> None:
@@ -72,12 +81,14 @@ def test_it_is_described_by_patterns(built: Path, in_parts: Path) -> None:
     assert patterns == {
         "dispositions-parts": "dispositions/*/part-*.parquet", "kept-prose-parts": "kept/prose/part-*.parquet",
         "kept-sums-parts": "kept/sums/part-*.parquet", "tokens-parts": "tokens/documents/*/part-*.parquet",
-        "problems.parquet": "evaluation/items.parquet",
+        "problems.parquet": "evaluation/items.parquet", "measures-prose-parts": "measures/prose/part-*.parquet",
     }  # fmt: skip
     assert croissant.problems(in_parts / "dataset/croissant.json", records=30) == []
     card, other = ((folder / "dataset/README.md").read_text() for folder in (in_parts, built))
     assert "path: kept/prose/*.parquet" in card and "path: dispositions/*/*.parquet" in card
     assert "| `order/<phase>/*.parquet` |" in card and "| `dispositions/<source>/*.parquet` |" in card
+    assert "## Languages of the documents" in card and "| prose | quality | 10 | 0.400 |" in card
+    assert "| `measures/<source>/*.parquet` |" in card and "measures" not in other and "## Languages" not in other
     assert "path: kept/prose.parquet" in other and "| `order/<phase>/order.parquet` |" in other
 
 

@@ -47,11 +47,16 @@ class SourceFilter:
         license_allow: Sequence[str] = (),
         blocklist: UrlBlocklist | None = None,
     ) -> None:
-        """steps: with the inputs that they need."""
+        """steps: with the inputs that they need.
+
+        Attributes: measures, {name: Arrow type} of what the steps record; measured, its values for the last document.
+        """
         self.blocklist = blocklist
         self.allowed = AllowedLicenses(license_allow) if license_allow else None
         self.source, self.kind, self.index = source, kind, index
-        self.functions = [(step.step, step.function()) for step in steps]
+        self.measures = {name: kind for step in steps for name, kind in step.measures.items()}
+        self.measured: dict[str, str | float | None] = {}
+        self.functions = [(step.step, step.recorded(self.measured.__setitem__).function()) for step in steps]
         self.edits = Counter[str]()
         self.failures = Failures(f"source {source}", "fail in its steps; check the steps")
 
@@ -61,6 +66,7 @@ class SourceFilter:
         Raises AtomError if a step returns neither a text nor a removal. Another exception of a step removes the
         document, unless it is of the machine.
         """
+        self.measured.update(dict.fromkeys(self.measures))
         try:
             result = self._apply_steps(row)
             return result if isinstance(result, Removed) else self._edited(row, result)

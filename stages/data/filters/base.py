@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
@@ -39,12 +39,19 @@ FilterFunction = Callable[[str], str | Removal]
 """From the text of a document to the kept text, edited or not, or to a removal."""
 Score = Callable[[str], tuple[float, float]]
 """From the text of a removed document to the value that a rule compared and its threshold."""
+Record = Callable[[str, str | float], None]
+"""Takes the name of a measure and its value for the document that is filtered."""
+
+
+def _discard(name: str, value: str | float) -> None:
+    pass
 
 
 class Filter(Config):
     """Base of the settings of a filter."""
 
     step: str = Field(description="name of the step")
+    _record: Record = PrivateAttr(_discard)
 
     @property
     def classifiers(self) -> tuple[str, ...]:
@@ -54,6 +61,17 @@ class Filter(Config):
     def with_inputs(self, inputs: Inputs) -> Self:
         """This filter with what it takes from the inputs of stage `filter`, such as a model."""
         return self
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """{name: Arrow type} of what the function records of documents by `self._record`."""
+        return {}
+
+    def recorded(self, record: Record) -> Self:
+        """This filter with a function that gives its measures to `record`."""
+        copy = self.model_copy()
+        copy._record = record
+        return copy
 
     @abstractmethod
     def function(self) -> FilterFunction:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from pipeline.core.bounds import Share
 from pipeline.core.stage import Inputs
-from stages.data.filters.base import Filter, FilterFunction, Removal
-from stages.data.filters.language import LANGUAGES, Identified, identify
+from stages.data.filters.base import Filter, FilterFunction, Record, Removal
+from stages.data.filters.language import LANGUAGES, MEASURES, Identified, identify
 
 MOST_STEPS = 100
 
@@ -39,17 +40,31 @@ class ByLanguage(Filter):
         return tuple(name for steps in self.rules.values() for step in steps for name in step.classifiers)
 
     def with_inputs(self, inputs: Inputs) -> Self:
-        rules = {language: tuple(s.with_inputs(inputs) for s in steps) for language, steps in self.rules.items()}
+        return self._with_steps(lambda step: step.with_inputs(inputs))
+
+    @property
+    def measures(self) -> dict[str, str]:
+        nested = (step.measures for steps in self.rules.values() for step in steps)
+        return MEASURES | {name: kind for measures in nested for name, kind in measures.items()}
+
+    def recorded(self, record: Record) -> Self:
+        return super().recorded(record)._with_steps(lambda step: step.recorded(record))
+
+    def _with_steps(self, change: Callable[[Filter], Filter]) -> Self:
+        rules = {language: tuple(map(change, steps)) for language, steps in self.rules.items()}
         return self.model_copy(update={"rules": rules})
 
     def function(self) -> FilterFunction:
         """A removal is named by the language, the step and its reason."""
+        record = self._record
         functions = {
             language: [(step.step, step.function()) for step in steps] for language, steps in self.rules.items()
         }
 
         def function(text: str) -> str | Removal:
             score, language = identify(text)
+            record("language", language)
+            record("language_score", score)
             if language not in functions or score <= self.language_threshold:
                 return text if self.others == "keep" else Removal("other", score, self.language_threshold)
             for step, apply in functions[language]:

@@ -11,6 +11,7 @@ from pipeline.core.bounds import Share, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs
 from stages.data.filters.base import Filter, FilterFunction, Removal
+from stages.data.table import SCORE
 
 
 class Classifier(Filter):
@@ -30,16 +31,21 @@ class Classifier(Filter):
         copy._model = inputs[f"classifier-{self.classifier}"] / "model.bin"
         return copy
 
+    @property
+    def measures(self) -> dict[str, str]:
+        return {f"{SCORE}{self.classifier}": "float"}
+
     def function(self) -> FilterFunction:
         """Raises AtomError without the inputs of the stage, which hold the model."""
         from stages.data.quality_classifier import scorer
 
         if self._model is None:
             raise AtomError(f"step classifier: {self.classifier} is not among the inputs; filter with with_inputs")
-        score = scorer(self._model)
+        score, record, (measure,) = scorer(self._model), self._record, self.measures
 
         def function(text: str) -> str | Removal:
             value = score(text)
+            record(measure, value)
             return text if value > self.min_score else Removal(f"{self.classifier}/score", value, self.min_score)
 
         return function

@@ -19,6 +19,8 @@ so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa w
 """
 SHORT = 4000
 """Characters of a text up to which the scores of all languages are worth avoiding."""
+MEASURES = {"language": "string", "language_score": "float"}
+"""What filters record that identify languages: the code of the language, and its score."""
 LANGUAGES = frozenset(_LID176.split())
 """The languages that lid.176 identifies (fasttext.cc/docs/en/language-identification.html)."""
 
@@ -60,24 +62,32 @@ class Language(Filter):
     )
     language_threshold: Share = Field(0.65, description="score that a document must exceed")
 
+    @property
+    def measures(self) -> dict[str, str]:
+        return MEASURES
+
     def function(self) -> FilterFunction:
         """datatrove compares the scores of all languages. They take about as long as reading a short text, and the most
         probable language alone decides for most, so a short text is asked for that one first.
         """
-        predict = _model()
+        predict, record = _model(), self._record
         labels = {f"__label__{language}" for language in self.languages}
 
-        def best(line: str, count: int) -> float:
+        def best(line: str, count: int) -> tuple[float, str]:
             predictions = predict(line, count, 0.0, "strict")
-            return max((score for score, label in predictions if label in labels), default=0.0)
+            return max((row for row in predictions if row[1] in labels), default=(0.0, ""))
 
         def function(text: str) -> str | Removal:
             line = _line(text)
             short = len(line) < SHORT
-            score = best(line, 1 if short else -1)
+            score, label = best(line, 1 if short else -1)
             if short and score <= self.language_threshold:
-                score = best(line, -1)
-            return text if score > self.language_threshold else Removal("score", score, self.language_threshold)
+                score, label = best(line, -1)
+            if score <= self.language_threshold:
+                return Removal("score", score, self.language_threshold)
+            record("language", label.removeprefix("__label__"))
+            record("language_score", score)
+            return text
 
         return function
 
