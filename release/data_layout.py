@@ -5,8 +5,11 @@
     tokens/documents/<source>/part-*.parquet   tokens/documents.parquet
     order/<phase>/part-*.parquet               order/<phase>/order.parquet
     measures/<source>/part-*.parquet           none
+    attribution/<source>/part-*.parquet        attribution/<source>.parquet
+    notices/<source>/part-*.parquet            none
 
-Part n of each table is about the documents of part n of the source; only sources whose steps measure have `measures`.
+Part n of each table is about the documents of part n of the source; only sources whose steps measure have `measures`,
+and only those with documents whose licenses ask for it `attribution`, and those of packages `notices`.
 `stages.data.table.order_files` gives the files of an order. The folders of earlier runs, `earlier/<key>/`, have the
 same files.
 """
@@ -23,6 +26,10 @@ from stages.data.table import MEASURES
 
 KEPT_TABLE = re.compile(rf"(earlier/[^/]+/)?kept/([^/]+/{PART_NAME}|[^/]+\.parquet)")
 """The paths of tables of kept documents in a dataset folder."""
+ATTRIBUTION = "attribution"
+"""The folder of the tables of documents whose licenses ask for attribution."""
+NOTICES = "notices"
+"""The folder of the tables of the notices of packages that have such documents."""
 ALL = ""
 """Stands for the source of a table of all sources."""
 Files = dict[str, list[Path]]
@@ -51,8 +58,11 @@ def has_documents(dataset: Path) -> bool:
 
 
 def kept_files(dataset: Path) -> Files:
-    single_files = {path.stem: [path] for path in (dataset / "kept").glob("*.parquet")}
-    return dict(sorted((single_files | _parts(dataset / "kept")).items()))
+    return _files(dataset / "kept")
+
+
+def attribution_files(dataset: Path) -> Files:
+    return _files(dataset / ATTRIBUTION)
 
 
 def disposition_files(dataset: Path) -> Files:
@@ -74,6 +84,10 @@ def kept_beside(dispositions: Path, source: str) -> Path:
     if part_number(dispositions) is not None:
         return dispositions.parents[2] / "kept" / source / dispositions.name
     return dispositions.parent / "kept" / f"{source}.parquet"
+
+
+def notice_files(dataset: Path) -> Files:
+    return _parts(dataset / NOTICES)
 
 
 def measure_files(dataset: Path) -> Files:
@@ -114,6 +128,12 @@ def problems(dataset: Path) -> Iterator[str]:
         for source, files in parts.items():
             if [path.name for path in files] != [part_file(number) for number in range(len(files))]:
                 yield f"{folder}/{source} does not have the parts 0 to {len(files) - 1}"
+
+
+def _files(folder: Path) -> Files:
+    """{source: its table, as one file or in parts} of a folder."""
+    single_files = {path.stem: [path] for path in folder.glob("*.parquet")}
+    return dict(sorted((single_files | _parts(folder)).items()))
 
 
 def _parts(folder: Path) -> Files:

@@ -57,6 +57,10 @@ class Assembly:
         self._put(target, None, data)
         self.origins[target] = {"generated": reason}
 
+    def register(self, path: Path, reason: str) -> None:
+        """Records the origin of a file that was written into the folder."""
+        self.origins[path.relative_to(self.folder).as_posix()] = {"generated": reason}
+
     def json(self, target: str, value: Any, reason: str) -> None:
         self.write(target, to_json(value), reason)
 

@@ -135,6 +135,7 @@ def describe(source: BuildInput) -> ReleaseInfo:
 def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None]) -> BuildContext:
     """Writes everything except the result of the gates and the checksums; returns the context of the gates."""
     from release.assembly import assemble, attest, costs
+    from release.assembly.attribution import write_attribution
     from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
     from release.assembly.data_facts import canary_of, read_data_facts
     from release.assembly.model_facts import read_model_facts
@@ -164,6 +165,10 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
 
     assembly.json(f"dataset/{FILTER_AGREEMENT}", read_figures(), "stages.data.curation.agreement")
+    prefix = "acquire-"
+    acquired = {node.removeprefix(prefix): a.path for node, a in source.artifacts.items() if node.startswith(prefix)}
+    for table in write_attribution(folder / "dataset", acquired):
+        assembly.register(table, "release.assembly.attribution")
     data = read_data_facts(folder / "dataset")
     receipts = write_receipts(folder / "dataset", release, data.opt_outs, source.previous, source.deny_list, progress)
     for request, receipt in receipts:

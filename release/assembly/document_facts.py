@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.core.errors import CheckFailed
 from release import data_layout
-from release.assembly.published_tables import read_json, stream_batches
+from release.assembly.published_tables import TEXT_BATCH, read_json, stream_batches, stream_rows
+from stages.data.licenses.attribution import asks_for_attribution
 from stages.data.splits import SPLITS
-from stages.data.table import MEASURES, SCORE, column_names
+from stages.data.table import MEASURES, SCORE, column_names, content_hash, row_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,11 +90,15 @@ class ScoreFacts:
 
 @dataclass
 class DocumentFacts:
-    """licenses: by SPDX expression, that of most tokens first; lengths: by source; languages: by source and code, that
-    of most tokens first; scores: by source and classifier. The latter two are of sources whose steps measured them;
-    a document without a measure has the language ""."""
+    """licenses: by SPDX expression, that of most tokens first; attributed: documents in the attribution table of each
+    source, empty in older releases; notices: distinct texts of licenses and notices of packages; lengths: by source;
+    languages: by source and code, that of most tokens first; scores: by source and classifier. The latter two are of
+    sources whose steps measured them; a document without a measure has the language "".
+    """
 
     licenses: dict[str, LicenseFacts] = field(default_factory=dict)
+    attributed: dict[str, int] = field(default_factory=dict)
+    notices: int = 0
     lengths: dict[str, LengthFacts] = field(default_factory=dict)
     languages: dict[str, dict[str, LanguageFacts]] = field(default_factory=dict)
     scores: dict[str, dict[str, ScoreFacts]] = field(default_factory=dict)
@@ -103,16 +108,18 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
     """Reads the tables of documents once, some thousand rows at a time."""
     import numpy as np
 
-    facts = DocumentFacts()
+    facts, asking = DocumentFacts(), Counter[str]()
     files = data_layout.all_files(data_layout.token_files(dataset))
     for batch in stream_batches(files, ["source", "license", "tokens"], BATCH):
         tokens = batch["tokens"].to_numpy()
-        ranges = np.searchsorted(LENGTHS, tokens)
+        ranges, asks = np.searchsorted(LENGTHS, tokens), np.zeros(len(tokens), bool)
         for license, rows in _rows_by_value(batch["license"]):
             row = facts.licenses.setdefault(license, LicenseFacts())
             row.documents += len(rows)
             row.tokens += int(tokens[rows].sum())
+            asks[rows] = asks_for_attribution(license)
         for source, rows in _rows_by_value(batch["source"]):
+            asking[source] += int(asks[rows].sum())
             lengths = facts.lengths.setdefault(source, LengthFacts([0] * (len(LENGTHS) + 1), [0] * (len(LENGTHS) + 1)))
             counts = np.bincount(ranges[rows], minlength=len(LENGTHS) + 1)
             sums = np.bincount(ranges[rows], tokens[rows], minlength=len(LENGTHS) + 1)
@@ -126,6 +133,8 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
                 facts.licenses[row["license"]].found[row["found"]] += row["documents"]
     facts.licenses = dict(sorted(facts.licenses.items(), key=lambda item: (-item[1].tokens, item[0])))
     facts.lengths = dict(sorted(facts.lengths.items()))
+    facts.attributed = _count_attributed(dataset, asking)
+    facts.notices = _count_notices(dataset)
     token_files = data_layout.token_files(dataset)
     for source, files in data_layout.measure_files(dataset).items():
         by_name = {path.name: path for path in token_files.get(source, [])}
@@ -135,6 +144,35 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
     for source, by_language in facts.languages.items():
         facts.languages[source] = dict(sorted(by_language.items(), key=lambda item: (-item[1].tokens, item[0])))
     return facts
+
+
+def _count_attributed(dataset: Path, asking: Counter[str]) -> dict[str, int]:
+    """The rows of the attribution tables by source. asking: documents by source whose licenses ask for it. Raises
+    CheckFailed if the tables do not list as many."""
+    counts = {
+        source: sum(row_count(path) for path in files)
+        for source, files in data_layout.attribution_files(dataset).items()
+    }
+    for source in sorted(asking if counts else ()):
+        if counts.get(source, 0) != asking[source]:
+            raise CheckFailed(
+                f"{data_layout.ATTRIBUTION}/{source} lists {counts.get(source, 0)} documents, and the licenses of "
+                f"{asking[source]} ask for attribution"
+            )
+    return counts
+
+
+def _count_notices(dataset: Path) -> int:
+    """The number of distinct notices. Raises CheckFailed if a digest is not that of a text, or has none before it."""
+    digests = set[str]()
+    files = data_layout.all_files(data_layout.notice_files(dataset))
+    for row in stream_rows(files, ["sha256", "text"], TEXT_BATCH):
+        if row["sha256"] in digests:
+            continue
+        if content_hash(row["text"] or "") != row["sha256"]:
+            raise CheckFailed(f"{data_layout.NOTICES} has no text whose SHA-256 is {row['sha256']}")
+        digests.add(row["sha256"])
+    return len(digests)
 
 
 def _add_measures(facts: DocumentFacts, source: str, tokens_file: Path, measures_file: Path) -> None:

@@ -47,6 +47,8 @@ def describe_dataset(
     repo = f"https://huggingface.co/datasets/{release.repository}-data"
     tables = {"dispositions": all_files(data_layout.disposition_files(dataset))}
     tables |= {f"kept-{name}": files for name, files in data_layout.kept_files(dataset).items() if name in data.sources}
+    tables |= {f"attribution-{name}": files for name, files in data_layout.attribution_files(dataset).items()}
+    tables |= {f"notices-{name}": files for name, files in data_layout.notice_files(dataset).items()}
     tables |= {f"measures-{name}": files for name, files in data_layout.measure_files(dataset).items()}
     tables |= {
         "tokens": all_files(data_layout.token_files(dataset)),

@@ -8,6 +8,7 @@ from pipeline.core.text import escaped
 from release.assembly.data_facts import DataFacts
 from release.assembly.document_facts import LENGTHS, LanguageFacts, LicenseFacts
 from release.cards.tables import count, few, table
+from stages.data.licenses.attribution import asks_for_attribution
 
 MOST_LICENSES = 30
 """Licenses with a row of their own, those of most tokens; the others share one."""
@@ -18,23 +19,6 @@ FOUND = {
     "": "declared by the source", "field": "in a field of the document", "file": "in a file of its package",
     "page": "on its page", "none": "none was found",
 }  # fmt: skip
-ATTRIBUTION = (
-    "CC-BY",
-    "GFDL",
-    "ODC-By",
-    "ODbL",
-    "MIT",
-    "BSD",
-    "Apache",
-    "ISC",
-    "Python",
-    "PSF",
-    "MPL",
-    "GPL",
-    "LGPL",
-    "AGPL",
-)
-"""How licenses begin that ask to name authors or to keep notices."""
 
 
 def licenses(data: DataFacts) -> list[str]:
@@ -68,25 +52,35 @@ def _found(row: LicenseFacts) -> str:
 
 def attribution(data: DataFacts) -> list[str]:
     """The sources whose licenses ask for attribution or for notices, with their origins; none if no source does."""
+    listed = data.documents.attributed
     body = [
-        [name, few(kept), escaped(row.origin), escaped(row.license_evidence)]
+        [
+            name,
+            few(kept),
+            *([count(listed.get(name, 0))] if listed else []),
+            escaped(row.origin),
+            escaped(row.license_evidence),
+        ]
         for name, row in data.sources.items()
         if (kept := [license for license in row.licenses if asks_for_attribution(license)])
     ]
     if not body:
         return []
+    tables = (
+        "`attribution/` lists each of these documents with its license, its origin, and its title and authors where "
+        "the source states them."
+        if listed
+        else "`kept/` has the license and the origin of each document: its address, or its place in the source."
+    )
     sentence = (
         "Who uses texts of these sources must name their authors, or keep their notices, as the license of each "
-        "document asks. `kept/` has the license and the origin of each document: its address, or its place in the "
-        "source."
+        f"document asks. {tables}"
     )
-    return [sentence, "", *table(["source", "licenses", "origin", "evidence of the license"], body)]
-
-
-def asks_for_attribution(expression: str) -> bool:
-    """Whether a license of an SPDX expression asks to name authors or to keep notices."""
-    names = expression.replace("(", " ").replace(")", " ").split()
-    return any(name.startswith(ATTRIBUTION) for name in names)
+    if data.documents.notices:
+        number = count(data.documents.notices)
+        sentence += f" `notices/` has the {number} texts of licenses and notices of their packages, each once."
+    documents = ["documents"] if listed else []
+    return [sentence, "", *table(["source", "licenses", *documents, "origin", "evidence of the license"], body)]
 
 
 def lengths(data: DataFacts) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from release.audit import merkle
+from release.data_layout import ATTRIBUTION
 from release.layout import ROOTS, SUMS
 from release.repositories import files_below
 from release.retraction.documents import Reached
@@ -33,7 +34,7 @@ def rewrite(release: Path, reached: Reached) -> None:
         if path.startswith("code/") or path.endswith(SUMS):
             continue
         if path.endswith(".parquet"):
-            _rewrite_table(file, _is_fates(path), reached)
+            _rewrite_table(file, path, reached)
         elif path.endswith(".jsonl"):
             _rewrite_lines(file, reached)
         elif path.endswith((".json", ".txt", ".md")):
@@ -63,29 +64,31 @@ def _is_fates(path: str) -> bool:
     return "dispositions" in parts or parts[-1] == "dispositions.parquet"
 
 
-def _rewrite_table(path: Path, fates: bool, reached: Reached) -> None:
-    """Writes a table again if it holds a document. fates: whether it is of dispositions."""
+def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
+    """Writes a table again if it holds a document. name: its path in the release."""
     import pyarrow.parquet as pq
 
+    fates = _is_fates(name)
+    without = _without_ids if name.startswith(f"dataset/{ATTRIBUTION}/") else _without
     with pq.ParquetFile(path) as file:
-        if not any(_touches(batch, fates, reached) for batch in file.iter_batches(BATCH)):
+        if not any(_touches(batch, fates, reached, without) for batch in file.iter_batches(BATCH)):
             return
         draft = path.with_name(f".{path.name}.new")
         schema = _with_strings(file.schema_arrow) if fates else file.schema_arrow
         with pq.ParquetWriter(draft, schema, compression="zstd") as writer:
             for batch in file.iter_batches(BATCH):
-                kept = _decide(batch, reached, schema) if fates else batch.filter(_without(batch, reached))
+                kept = _decide(batch, reached, schema) if fates else batch.filter(without(batch, reached))
                 writer.write_batch(kept)
     os.replace(draft, path)
 
 
-def _touches(batch: Any, fates: bool, reached: Reached) -> bool:
+def _touches(batch: Any, fates: bool, reached: Reached, without: Callable[[Any, Reached], Any]) -> bool:
     import pyarrow.compute as pc
 
     if fates:
         kept = pc.equal(batch.column("disposition"), "kept")
         return bool(pc.any(pc.and_(kept, _has_id(batch, reached))).as_py())
-    return bool(pc.any(pc.invert(_without(batch, reached))).as_py())
+    return bool(pc.any(pc.invert(without(batch, reached))).as_py())
 
 
 def _has_id(batch: Any, reached: Reached) -> Any:
@@ -93,6 +96,13 @@ def _has_id(batch: Any, reached: Reached) -> Any:
     import pyarrow.compute as pc
 
     return pc.is_in(batch.column("id"), value_set=pa.array(sorted(reached.found), batch.column("id").type))
+
+
+def _without_ids(batch: Any, reached: Reached) -> Any:
+    """Which rows are about another document."""
+    import pyarrow.compute as pc
+
+    return pc.invert(_has_id(batch, reached))
 
 
 def _without(batch: Any, reached: Reached) -> Any:

@@ -3,8 +3,9 @@
 A document that is not used, because its license is unknown or it opts out, is a row of `failed` with the reason.
 
 Seals `documents/part-NNNNN.parquet`, `failed/part-NNNNN.parquet` and `source.json`, and `derived/part-NNNNN.parquet`
-where the reader states which documents others were made from. Each part reads its own files once.
-Document ids and order depend only on the source and the seed.
+where the reader states which documents others were made from, and `credits/part-NNNNN.parquet` where it states titles
+or authors, and `notices/part-NNNNN.parquet` where its documents are files of packages. Each part reads its own files
+alone. Document ids and order depend only on the source and the seed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,20 @@ from stages.data.readers.base import (
 from stages.data.refusals import COUNTS, kind_of, refused_row, report_refusals
 from stages.data.seeds import seed_of
 from stages.data.sources import Source, tree_digest
-from stages.data.table import DERIVED, DOCUMENTS, FAILED, DocumentRow, content_hash, part_files, row_writer, write_json
+from stages.data.table import (
+    CREDITS,
+    DERIVED,
+    DOCUMENTS,
+    FAILED,
+    NOTICES,
+    DocumentRow,
+    content_hash,
+    part_files,
+    row_writer,
+    write_json,
+)
 
-VERSION = 3
+VERSION = 4
 MOST_SKIPPED_SHARE = 0.5
 """If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong."""
 SKIPPED_NAMES = 20
@@ -131,8 +144,13 @@ def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, An
     with (
         row_writer(folder / "documents" / part_file(number), DOCUMENTS) as write,
         row_writer(folder / "failed" / part_file(number), FAILED) as write_failed,
-        _parent_writer(config, folder / "derived" / part_file(number)) as write_parent,
+        _writer(source.reader.states_parents, folder / "derived" / part_file(number), DERIVED) as write_parent,
+        _writer(source.reader.has_notices, folder / "notices" / part_file(number), NOTICES) as write_notice,
+        _writer(source.reader.states_credits, folder / "credits" / part_file(number), CREDITS) as write_credit,
     ):
+        for notice in source.reader.notices(files):
+            digest, row = content_hash(notice.text), asdict(notice)
+            write_notice({"sha256": digest, "source": source.name, **row})
         for document in _documents(config, files):
             if isinstance(document, Unreadable):
                 skipped.add(document.name)
@@ -156,6 +174,7 @@ def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, An
                 size += len(document.text.encode())
                 for parent in document.derived_from:
                     write_parent({"id": id, "parent": parent})
+                write_credit({"id": id, "title": document.title or None, "author": document.author or None})
                 write(_document_row(source, id, license, document))
     failures.require_few(selection.taken)
     skipped.require_few(len(selection.hashes) + skipped.count)
@@ -194,10 +213,11 @@ def _document_row(source: Source, id: str, license: str, document: Document) -> 
 
 
 @contextmanager
-def _parent_writer(config: AcquireConfig, path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A context with a function that writes a row of DERIVED. No file is written for a reader without parents."""
-    if config.source.reader.states_parents:
-        with row_writer(path, DERIVED) as write:
+def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A context with a function that writes a row of a table. No file is written for a reader that does not state
+    it."""
+    if is_stated:
+        with row_writer(path, columns) as write:
             yield write
     else:
         yield lambda row: None

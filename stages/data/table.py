@@ -65,6 +65,24 @@ class DerivedRow(TypedDict):
     parent: String
 
 
+class CreditRow(TypedDict):
+    """A document, with its title and its authors as its source states them."""
+
+    id: String
+    title: OptionalString
+    author: OptionalString
+
+
+class NoticeRow(TypedDict):
+    """A file of a package with the text of a license or a notice, and the SHA-256 of the text."""
+
+    sha256: String
+    source: String
+    package: String
+    path: String
+    text: String
+
+
 class KeptRow(DocumentRow):
     """A document after curation."""
 
@@ -137,6 +155,8 @@ def columns_of(row: type[Any]) -> dict[str, str]:
 DOCUMENTS = columns_of(DocumentRow)
 FAILED = columns_of(FailedRow)
 DERIVED = columns_of(DerivedRow)
+CREDITS = columns_of(CreditRow)
+NOTICES = columns_of(NoticeRow)
 KEPT = columns_of(KeptRow)
 DISPOSITIONS = columns_of(DispositionRow)
 ITEMS = columns_of(ItemRow)

@@ -14,13 +14,14 @@ import yaml
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
+from release.assembly.attribution import write_attribution
 from stages.data import acquire
 from stages.data.licenses.maps import UNMAPPED
 from stages.data.packages import fetch
 from stages.data.packages.lock import read_lock
 from stages.data.recipe import load
 from stages.data.sources import Source, resolve_tree_digest, tree_digest
-from stages.data.table import order_files, part_files
+from stages.data.table import KEPT, content_hash, order_files, part_files, write_rows
 from tests.fixtures import ROOT
 from tests.fixtures.package_fixtures import COPYRIGHT, Files, deb_of, lock_folder, member, sdist_of
 from tests.fixtures.run_fixtures import at_length, atom
@@ -100,6 +101,37 @@ def test_code_of_packages(folder: Path, run_stage: Any) -> None:
 def test_parts_give_the_same_documents(folder: Path, run_stage: Any) -> None:
     whole, parts = (rows(run_stage(acquire.STAGE, config(folder, parts=parts), {})) for parts in (1, 2))
     assert whole == parts
+
+
+def test_the_notices_of_packages_with_such_documents_reach_the_release_once(
+    folder: Path, tmp_path: Path, run_stage: Any
+) -> None:
+    license = {"LICENSE": "The terms.\n"}
+    (folder / "plot-1.0.tar.gz").write_bytes(sdist_of("plot-1.0", {**PLOT, **license, "NOTICE.txt": "By P.\n"}))
+    (folder / "spade-1.0.tar.gz").write_bytes(sdist_of("spade-1.0", {**PLOT, **license, "notice.py": "x = 1\n"}))
+    free = {"PKG-INFO": "License-Expression: CC0-1.0\n\n", "README.md": "# Free\n", "LICENSE": "No terms.\n"}
+    (folder / "free-1.0.tar.gz").write_bytes(sdist_of("free-1.0", free))
+    dataset, tables = tmp_path / "dataset", list[list[Path]]()
+    for parts in (1, 2):
+        artifact = run_stage(acquire.STAGE, config(folder, parts=parts), {})
+        for path in part_files(artifact.path, "documents"):
+            kept = [{**row, "split": "train"} for row in pq.read_table(path).to_pylist()]
+            write_rows(dataset / "kept/notes" / path.name, KEPT, kept)
+        tables.append(
+            [path for path in write_attribution(dataset, {"notes": artifact.path}) if "notices" in path.parts]
+        )
+    assert [len(paths) for paths in tables] == [1, 2], "by part"
+    assert {row["package"] for row in rows(artifact, "notices")} == {path.name for path in folder.iterdir()}
+    notices = [row for path in tables[1] for row in pq.read_table(path).to_pylist()]
+    assert [(row["package"], row["path"], row["text"]) for row in notices] == [
+        ("garden_1.0_all.deb", "usr/share/doc/garden/copyright", COPYRIGHT),
+        ("plot-1.0.tar.gz", "plot-1.0/src/vendor/LICENSE", "A license of others.\n"),
+        ("plot-1.0.tar.gz", "plot-1.0/LICENSE", "The terms.\n"),
+        ("plot-1.0.tar.gz", "plot-1.0/NOTICE.txt", "By P.\n"),
+        ("spade-1.0.tar.gz", "spade-1.0/src/vendor/LICENSE", ""),
+        ("spade-1.0.tar.gz", "spade-1.0/LICENSE", ""),
+    ]
+    assert notices[-1]["sha256"] == notices[2]["sha256"] == content_hash("The terms.\n")
 
 
 @pytest.mark.parametrize(

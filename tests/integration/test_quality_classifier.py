@@ -19,7 +19,8 @@ from stages.data.filters.language import identify
 from stages.data.quality_classifier import _auc, as_line
 from stages.data.recipe import load
 from stages.data.table import DOCUMENTS, content_hash, sources_of, write_rows
-from tests.fixtures.opt_out_fixtures import no_items
+from tests.fixtures.opt_out_fixtures import Text, no_items
+from tests.fixtures.opt_out_fixtures import acquired as acquire_texts
 
 GOOD = ["theorem", "proof", "lemma", "integral", "converges", "bounded", "function", "therefore", "continuous", "limit"]
 OTHER = ["buy", "cheap", "click", "sale", "offer", "free", "shipping", "discount", "today", "best", "price", "deal"]
@@ -142,7 +143,8 @@ def test_filter_records_languages_and_scores_of_the_documents_that_pass(
         "Le contrat a été conclu selon les règles du pays, et tous l'ont signé.",
         *documents(GOOD, 1, 7),
     ]
-    inputs = {name: acquired(tmp_path / "texts", name, texts, 1) for name in ("routed", "english", "plain")}
+    parts = [{str(number): Text(text) for number, text in enumerate(texts)}]
+    inputs = {name: acquire_texts(tmp_path / "texts", name, parts) for name in ("routed", "english", "plain")}
     scored = {"step": "classifier", "classifier": "quality", "min_score": 0.0}
     routed = {"step": "by_language", "rules": {"en": [scored], "de": []}, "language_threshold": 0.1}
     steps = {"routed": [routed], "english": [{"step": "language", "language_threshold": 0.1}], "plain": []}
@@ -160,11 +162,11 @@ def test_filter_records_languages_and_scores_of_the_documents_that_pass(
         assert [row["id"] for row in rows] == kept, "one row for each document that passes, in their order"
     score = quality_classifier.scorer(trained / "model.bin")
     by_id = {row["id"]: row for row in tables["routed"]}
-    assert by_id["routed/0/0"]["language"] == "en" and by_id["routed/0/1"]["language"] == "de"
-    assert by_id["routed/0/0"]["language_score"] == pytest.approx(identify(ENGLISH)[0])
-    assert by_id["routed/0/0"]["score_quality"] == pytest.approx(score(ENGLISH))
-    assert by_id["routed/0/1"]["score_quality"] is None, "no classifier reads German texts, nor is the last score left"
-    assert {row["language"] for row in tables["english"]} == {"en"} and tables["english"][0]["id"] == "english/0/0"
+    assert by_id["routed/0"]["language"] == "en" and by_id["routed/1"]["language"] == "de"
+    assert by_id["routed/0"]["language_score"] == pytest.approx(identify(ENGLISH)[0])
+    assert by_id["routed/0"]["score_quality"] == pytest.approx(score(ENGLISH))
+    assert by_id["routed/1"]["score_quality"] is None, "no classifier reads German texts, nor is the last score left"
+    assert {row["language"] for row in tables["english"]} == {"en"} and tables["english"][0]["id"] == "english/0"
 
 
 def write_recipe(folder: Path, classifiers: list[dict[str, Any]], step: dict[str, Any]) -> Path:

@@ -15,7 +15,8 @@ from release.assembly import document_facts
 from release.assembly.data_facts import DataFacts, SourceFacts
 from release.assembly.document_facts import read_document_facts
 from release.cards import document_tables
-from stages.data.table import TOKENIZED, stream_rows, write_rows
+from stages.data.licenses.attribution import asks_for_attribution
+from stages.data.table import NOTICES, TOKENIZED, content_hash, stream_rows, write_rows
 
 LICENSES = ("CC-BY-4.0", "CC0-1.0", "MIT OR Apache-2.0", "LicenseRef-unknown-web")
 
@@ -91,10 +92,11 @@ def test_many_licenses_share_the_last_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "expression, asks",
     [("CC-BY-SA-4.0", True), ("MIT OR (CC0-1.0 AND Zlib)", True), ("GPL-2.0-or-later WITH x", True),
-     ("CC0-1.0", False), ("LicenseRef-public-domain", False), ("Unlicense", False)],
+     ("MIT OR CC0-1.0", False), ("MIT AND CC0-1.0", True), ("Zlib", True), ("LicenseRef-CC-BY-2.0-FR", True),
+     ("MIT OR", True), ("(" * 5000, True), ("LicenseRef-unknown-web", False), ("CC0-1.0", False), ("LicenseRef-public-domain", False), ("Unlicense", False)],
 )  # fmt: skip
 def test_licenses_that_ask_for_attribution(expression: str, asks: bool) -> None:
-    assert document_tables.asks_for_attribution(expression) == asks
+    assert asks_for_attribution(expression) == asks
 
 
 def test_the_card_lists_sources_that_ask_for_attribution() -> None:
@@ -201,4 +203,41 @@ def test_measures_of_other_documents_are_refused(tmp_path: Path, damage: str, mo
     write_rows(path, COLUMNS, rows)
     sentence = "a score_quality not in 0 to 1" if damage == "score" else "does not have the document web/0/[78] among"
     with pytest.raises(CheckFailed, match=f"measures/web/{part_file(0)} .*{sentence}"):
+        read_document_facts(tmp_path)
+
+
+def test_the_card_says_how_many_documents_the_attribution_tables_list(tmp_path: Path) -> None:
+    rows = write_dataset(tmp_path)
+    asking = [row for row in rows if row["license"] in ("CC-BY-4.0", "MIT OR Apache-2.0")]
+    for source in ("web", "books"):
+        ids = [{"id": row["id"]} for row in asking if row["source"] == source]
+        write_rows(tmp_path / f"attribution/{source}" / part_file(0), {"id": "string"}, ids[:3])
+        write_rows(tmp_path / f"attribution/{source}" / part_file(1), {"id": "string"}, ids[3:])
+    facts = read_document_facts(tmp_path)
+    assert facts.attributed["web"] == sum(row["source"] == "web" for row in asking) > 10
+    web = SourceFacts(1, 1, {}, {}, 1, 1, ["CC-BY-4.0"], "https://example.org", "its card")
+    lines = document_tables.attribution(DataFacts(sources={"web": web}, documents=facts))
+    assert "`attribution/` lists each of these documents" in lines[0]
+    assert lines[-1] == f"| web | CC-BY-4.0 | {facts.attributed['web']} | https://example.org | its card |"
+    (tmp_path / "attribution/web" / part_file(1)).unlink()
+    with pytest.raises(CheckFailed, match="attribution/web lists 3 documents, and the licenses of [0-9]+ ask"):
+        read_document_facts(tmp_path)
+
+
+def test_each_notice_has_its_text_once(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    rows = [
+        {"sha256": content_hash(text), "source": "web", "package": f"{n}.deb", "path": "copyright", "text": text}
+        for n, text in enumerate(["one", "two", "one"])
+    ]
+    rows[2]["text"] = ""
+    for part in range(2):
+        write_rows(tmp_path / "notices/web" / part_file(part), NOTICES, rows[part * 2 : part * 2 + 2])
+    facts = read_document_facts(tmp_path)
+    assert facts.notices == 2
+    web = SourceFacts(1, 1, {}, {}, 1, 1, ["MIT"], "", "")
+    lines = document_tables.attribution(DataFacts(sources={"web": web}, documents=facts))
+    assert "`notices/` has the 2 texts of licenses and notices" in lines[0]
+    write_rows(tmp_path / "notices/web" / part_file(0), NOTICES, [{**rows[0], "text": "another"}])
+    with pytest.raises(CheckFailed, match=f"notices has no text whose SHA-256 is {rows[0]['sha256']}"):
         read_document_facts(tmp_path)

@@ -51,7 +51,7 @@ class Filter(Config):
     """Base of the settings of a filter."""
 
     step: str = Field(description="name of the step")
-    _record: Record = PrivateAttr(_discard)
+    _record: Record = PrivateAttr(default_factory=lambda: _discard)
 
     @property
     def classifiers(self) -> tuple[str, ...]:

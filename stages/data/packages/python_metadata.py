@@ -20,6 +20,7 @@ from stages.data.packages.debian_copyright import License
 from stages.data.packages.texts import CODE
 
 LICENSE_FILE = re.compile(r"(licen[cs]e|copying|unlicense)([-._].*)?", re.IGNORECASE)
+NOTICE_FILE = re.compile(r"notices?(\.(txt|md|rst))?", re.IGNORECASE)
 PAGES = (".md", ".rst")
 """Of manuals, which may have a page `license.rst` about their license."""
 TEXTS_FOLDER = re.compile(r"licen[cs]es?", re.IGNORECASE)
@@ -35,6 +36,12 @@ def is_metadata(path: str) -> bool:
         return False
     suffix = PurePosixPath(names[-1]).suffix
     return suffix.lower() not in CODE and not (suffix in PAGES and names[-1].islower())
+
+
+def is_notice(path: str) -> bool:
+    """Whether a path of a source distribution is that of a license file, or of a NOTICE of the Apache license."""
+    name = path.rpartition("/")[2]
+    return (is_metadata(path) and name != "PKG-INFO") or bool(NOTICE_FILE.fullmatch(name))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Document:
     name: unique in the source; location: where the document is in the origin, such as a file; prompt_chars: leading
     characters that carry no loss in training; license: the document's SPDX license, None for that of the source; url:
     of a web document; license_found: how its license was found; derived_from: ids or URLs of the documents that it was
-    made from, for a reader that `states_parents`.
+    made from, for a reader that `states_parents`; title, author: as stated, for a reader that `states_credits`.
     """
 
     name: str
@@ -55,6 +55,8 @@ class Document:
     url: str = ""
     license_found: LicenseFound = ""
     derived_from: tuple[str, ...] = ()
+    title: str = ""
+    author: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,18 @@ class Refused:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """The text of a license or a notice that stands in a file of a package.
+
+    package: the file of the package, with which the names of its documents begin, before a slash; path: in the package.
+    """
+
+    package: str
+    path: str
+    text: str
+
+
 REFUSED_RULES = {"license": "license/unmapped", "opt_out": "opt_out/page", "page": "page/unusable"}
 """{kind of refusal, with which the reason in the table of failed documents begins: rule of their dispositions}."""
 Read = Document | Unreadable | Failed | Unmapped | Refused
@@ -145,6 +159,20 @@ class Reader(Config):
     def states_parents(self) -> bool:
         """Whether documents state which documents they were made from, so that an opt-out of one reaches the others."""
         return False
+
+    @property
+    def states_credits(self) -> bool:
+        """Whether documents state their titles or authors."""
+        return False
+
+    @property
+    def has_notices(self) -> bool:
+        """Whether documents are files of packages with notices of their own."""
+        return False
+
+    def notices(self, files: Files) -> Iterator[Notice]:
+        """The notices of the packages that are `files`, in their order."""
+        return iter(())
 
     def missing(self, source: str) -> str | None:
         """The start of an error message if the files of the source are missing; None if they exist or none are

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -19,7 +20,7 @@ from stages.data.packages.archives import ArchiveError, Member, gunzip, members
 from stages.data.packages.debian_copyright import License
 from stages.data.packages.lock import LockedPackage, read_lock
 from stages.data.packages.texts import Content, NotText, content_of, decoded, plain_text, spdx_tag
-from stages.data.readers.base import Document, Failed, FileReader, Files, Read, Unmapped, Unreadable
+from stages.data.readers.base import Document, Failed, FileReader, Files, Notice, Read, Unmapped, Unreadable
 
 LicenseOf = Callable[[str], License]
 """The license of a file of a package, by its path."""
@@ -84,6 +85,21 @@ class Packages(FileReader):
         locked = {package.file: package for package in self._packages()}
         for name, path in files:
             yield from self._documents_of(locked[name], path)
+
+    @property
+    def has_notices(self) -> bool:
+        return True
+
+    def notices(self, files: Files) -> Iterator[Notice]:
+        """The copyright file of each Debian package, the license files and NOTICEs of each source distribution; of a
+        package that is corrupt, those before the damage, which `documents` reports."""
+        for name, path in files:
+            is_debian = path.name.endswith(".deb")
+            wanted = debian_copyright.is_copyright_file if is_debian else python_metadata.is_notice
+            with suppress(ArchiveError):
+                for member in members(path, wanted):
+                    if member.content is not None:
+                        yield Notice(name, member.path, _characters(member))
 
     def _packages(self) -> tuple[LockedPackage, ...]:
         return read_lock(Path(self.lock)).packages

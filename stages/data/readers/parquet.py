@@ -33,7 +33,7 @@ class Parquet(RowReader):
                     available = ", ".join(parquet.schema_arrow.names)
                     raise AtomError(
                         f"{path} has no column {missing[0]!r} (columns: {available}); set reader.text_field, id_field, "
-                        "license_field or url_field"
+                        "license_field, url_field, title_field or author_field"
                     )
                 for batch in parquet.iter_batches(batch_size=1000, columns=list(columns.values())):
                     for fields in _rows_of(batch):

@@ -18,6 +18,8 @@ from stages.data.readers.base import Document, Failed, FileReader, Files, Read, 
 
 Column = Line
 """The name of a field or column in a user's files, or the path of a nested one, such as metadata.license."""
+MOST_CHARACTERS = 4000
+"""Of a title, or of all authors of a document."""
 LicenseStrings = Annotated[dict[Annotated[str, Words(2000)], License], Field(max_length=1000)]
 """SPDX expressions by the license strings of a source."""
 
@@ -53,6 +55,10 @@ class RowReader(FileReader):
         {}, "SPDX expressions by strings of license_field, which come before those of license_map"
     )
     url_field: Column | None = added(None, "field with the URL of a document; null: documents have none")
+    title_field: Column | None = added(None, "field with the title of a document, for attribution; null: not stated")
+    author_field: Column | None = added(
+        None, "field with the author of a document, or a list of them, such as metadata.authors.name; null: not stated"
+    )
     derived_from_field: Column | None = added(
         None, "field with the id or URL of the document that a rewritten one was made from, or a list; null: not stated"
     )
@@ -84,6 +90,8 @@ class RowReader(FileReader):
             self.id_field,
             self.license_field,
             self.url_field,
+            self.title_field,
+            self.author_field,
             self.derived_from_field,
         )
         return [name for name in names if name]
@@ -91,6 +99,10 @@ class RowReader(FileReader):
     @property
     def states_parents(self) -> bool:
         return self.derived_from_field is not None
+
+    @property
+    def states_credits(self) -> bool:
+        return bool(self.title_field or self.author_field)
 
     @abstractmethod
     def rows(self, files: Files) -> Iterator[Row | Failed]:
@@ -124,14 +136,18 @@ class RowReader(FileReader):
     def _document(
         self, row: Row, licenses: LicenseMap, name: str, text: str, parents: tuple[str, ...], prompt_chars: int = 0
     ) -> Document | Unmapped:
-        url = _url(field_at(row.fields, self.url_field)) if self.url_field else ""
+        stated_url, title, author = (
+            field_at(row.fields, field) if field else None
+            for field in (self.url_field, self.title_field, self.author_field)
+        )
+        url, credit = _url(stated_url), (_names(title), _names(author))
         if self.license_field is None:
-            return Document(name, text, row.file, prompt_chars, url=url, derived_from=parents)
+            return Document(name, text, row.file, prompt_chars, None, url, "", parents, *credit)
         stated = field_at(row.fields, self.license_field)
         expression = licenses.expression(stated)
         if expression is None:
             return Unmapped(name, text, _in_words(stated))
-        return Document(name, text, row.file, prompt_chars, expression, url, "field", parents)
+        return Document(name, text, row.file, prompt_chars, expression, url, "field", parents, *credit)
 
     def _content(self, row: Row) -> str | list[Any]:
         """The text, or the list of messages. Raises ValueError in words."""
@@ -184,6 +200,13 @@ def _url(value: object) -> str:
     text = value.strip() if isinstance(value, str) else ""
     is_address = text.startswith(("http://", "https://")) and len(text) <= 8192 and text.isprintable()
     return text if is_address else ""
+
+
+def _names(value: object) -> str:
+    """A title or a name, or a list of them, in one line; an empty text for anything else."""
+    values = value if isinstance(value, list) else [value]
+    names = [" ".join(name.split()) for name in values if isinstance(name, str) and is_unicode(name)]
+    return "; ".join(filter(None, names))[:MOST_CHARACTERS]
 
 
 def _parents(row: Row, field: str) -> tuple[str, ...]:
