@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import AtomError
-from stages.mcore.layer_spec import has_transformer_engine
+from stages.mcore import gpu, megatron_compat
+from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import GPTModel, TransformerConfig, parallel_state
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.precision import keywords
 from stages.mcore.rope import frequencies, megatron_yarn
+from stages.mcore.row_tables import RowTables
 from stages.mcore.tensor_sharding import boxes, cut, is_cut
 from stages.models.base import ModelConfig, Precision
 
@@ -22,9 +24,11 @@ from stages.models.base import ModelConfig, Precision
 def transformer_config(model: ModelConfig, layout: Layout, precision: Precision = "fp32") -> TransformerConfig:
     """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
     the precision."""
-    on_gpu = torch.cuda.is_available()
+    words = keywords(precision)
+    engine = uses_transformer_engine(words["params_dtype"])
+    megatron_compat.multiply_routers_with_transformer_engine(engine)
     config = TransformerConfig(
-        **keywords(precision),
+        **words,
         **model.spec().megatron(model),
         num_layers=model.layers,
         hidden_size=model.hidden_size,
@@ -32,9 +36,9 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         hidden_dropout=0.0,
         attention_dropout=0.0,
         moe_token_dispatcher_type=layout.dispatcher,
-        moe_grouped_gemm=model.routing is not None and has_transformer_engine(),
+        moe_grouped_gemm=model.routing is not None and engine,
         perform_initialization=False,  # Engine.initialize does it
-        use_cpu_initialization=not on_gpu,
+        use_cpu_initialization=not torch.cuda.is_available(),
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
@@ -57,7 +61,8 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
-    config.rope = frequencies(model)  # for this project's attention; Megatron's own reads the following
+    # for this project's attention; Megatron's own reads the following
+    config.rows = RowTables(frequencies(model), layout.cp)
     for name, value in megatron_yarn(model).items():
         setattr(config, name, value)
     return config
@@ -98,6 +103,8 @@ def build(
         if vocab_size is not None and chunk.post_process:
             chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))
         chunks.append(chunk)
+        if (device := gpu.device()).type != "cpu":  # where PyTorch's own modules, such as the norms, are made
+            chunk.to(device)
     return chunks
 
 

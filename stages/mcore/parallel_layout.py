@@ -51,6 +51,11 @@ class Layout(Config):
     overlap_gradients: Flag = Field(
         default=False, description="overlap the reduction of gradients with the backward pass"
     )
+    deterministic: Flag = Field(
+        default=False,
+        description="only with GPUs, slower: kernels and collectives that add in one order, so that a repeated step "
+        "has the same bits (CPU ranks always have)",
+    )
 
     @property
     def data(self) -> int:

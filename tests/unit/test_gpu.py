@@ -1,0 +1,96 @@
+"""The GPU path as far as a CPU can show it: what a rank chooses, sets and refuses, and where its tensors are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.mcore import gpu, layer_spec
+from stages.mcore.megatron_imports import gpt_layer_specs
+from stages.mcore.model import build, transformer_config
+from stages.mcore.parallel_layout import Layout
+from stages.models.base import Precision
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.train import parallel
+from tests.fixtures import ROOT, train_fixtures
+
+pytestmark = pytest.mark.numeric
+
+TINY = Qwen3MoeConfig(**train_fixtures.MODEL)
+
+
+def test_a_task_that_sees_one_gpu_takes_it() -> None:
+    assert [gpu.number(rank, 1) for rank in range(8)] == [0] * 8
+    assert [gpu.number(rank, 8) for rank in range(8)] == list(range(8))
+
+
+def test_ranks_that_share_a_gpu_are_told_so() -> None:
+    assert gpu.sharing([("a", "0"), ("a", "1"), ("b", "0")]) is None
+    problem = gpu.sharing([("a", "0"), ("a", "1"), ("b", "0"), ("b", "0"), ("b", "1")])
+    assert problem is not None and problem.startswith("ranks 2 and 3 have the same GPU: node b runs 3 ranks on 2 GPUs;")
+
+
+def test_variables_of_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, cut = Layout(), Layout(ranks=8, tp=2, deterministic=True)
+    assert set(gpu.variables(one)) == {"PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"}
+    assert (gpu.variables(one) | gpu.variables(cut))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    before = {name: os.environ.get(name) for name in gpu.variables(cut)}
+    with gpu.settings(cut):
+        assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0" and os.environ["NCCL_ALGO"] == "Tree"
+        assert torch.are_deterministic_algorithms_enabled()
+    assert {name: os.environ.get(name) for name in before} == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_whole_model_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's meta device stands for a GPU: it is another device than the one where norms and routers are made."""
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("meta"))
+    with parallel.session(0):
+        (chunk,) = build(TINY, train_fixtures.VOCAB)
+        assert {t.device.type for t in (*chunk.parameters(), *chunk.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize(("precision", "engine"), [("fp32", False), ("bf16", True)])
+def test_fp32_never_takes_kernels_that_multiply_in_tf32(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, engine: bool
+) -> None:
+    monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", True)
+    with parallel.session(0):
+        config = transformer_config(TINY, Layout(), precision)
+        assert config.moe_grouped_gemm is engine
+        if not engine:
+            for spec in layer_spec.layer_spec(config).layer_specs:
+                assert not [p for p in _parts(spec) if "transformer_engine" in p.__module__ or "TE" in p.__name__]
+
+
+def _parts(spec: Any) -> list[type]:
+    """All classes in a specification of a layer."""
+    if isinstance(spec, type):
+        return [spec]
+    inner = [getattr(spec, "module", None), *vars(getattr(spec, "submodules", None) or spec).values()]
+    return [
+        part for x in inner if x is not None and (isinstance(x, type) or hasattr(x, "__dict__")) for part in _parts(x)
+    ]
+
+
+def test_what_an_image_for_gpus_sets_and_holds_changes_nothing_without_one(tmp_path: Path) -> None:
+    """NVIDIA's images make PyTorch multiply fp32 in TF32, and have Transformer Engine, which fails without a GPU."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise SystemExit('imported')\n")
+    code = (
+        "import torch; from stages.mcore import layer_spec; from stages.train import parallel\n"
+        "before = torch.get_float32_matmul_precision()\n"
+        "with parallel.session(0): inside = torch.get_float32_matmul_precision()\n"
+        "print(before, inside, torch.get_float32_matmul_precision(), layer_spec.has_transformer_engine())"
+    )
+    env = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert process.stdout.split() == ["high", "highest", "high", "False"], process.stderr
