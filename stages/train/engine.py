@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import RecipeError
-from stages.mcore import moe_metrics, precision
+from stages.mcore import gpu, moe_metrics, precision
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -26,7 +26,7 @@ from stages.mcore.megatron_imports import (
 )
 from stages.mcore.model import build, named_buffers, named_tensors
 from stages.mcore.moe_metrics import Experts, RouterWatch
-from stages.mcore.qkv import context_positions
+from stages.mcore.row_tables import context_positions
 from stages.mcore.tensor_sharding import Box, boxes, cut, is_cut, paste
 from stages.mcore.weight_init import full_tensor
 from stages.train.config import TrainerConfig
@@ -256,10 +256,10 @@ class Engine:
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
             assert not batch.extras or self.layout.cp == 1, "context ranks hold parts of rows"
-            ids, positions, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
-            starts = None if batch.starts is None else batch.starts.to(device)
-            losses = model(ids, positions, starts, labels=labels, padding_mask=padding)
-            device_batch = replace(batch, loss_mask=mask, extras={n: x.to(device) for n, x in batch.extras.items()})
+            ids, positions, labels, mask, padding = (gpu.upload(x, device) for x in self._inputs(batch, model))
+            losses = model(ids, positions, batch.starts, labels=labels, padding_mask=padding)
+            extras = {n: gpu.upload(x, device) for n, x in batch.extras.items()}
+            device_batch = replace(batch, loss_mask=mask, extras=extras)
 
             def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                 loss_sum, extras = objective(losses.float(), device_batch)
