@@ -30,7 +30,7 @@ from stages.mcore.megatron_imports import (
 )
 from stages.mcore.parallel_layout import Layout
 
-T = TypeVar("T")
+T, K = TypeVar("T"), TypeVar("K")
 BACKENDS = "cpu:gloo,cuda:nccl"
 """torch.distributed's backends with GPUs, by the device of a tensor."""
 
@@ -91,13 +91,19 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def to_first(self, value: T) -> list[T]:
-        """Every rank's value, on rank 0; nothing elsewhere."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.world if self.first else None
-        dist.gather_object(value, values)
-        return values or []
+    def to_first(self, tensors: dict[K, torch.Tensor]) -> Iterator[tuple[K, torch.Tensor]]:
+        """Every rank's tensors, on rank 0: on CPU and one at a time, so that no GPU and no second copy holds them."""
+        entries = [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
+        for rank, rank_entries in enumerate(self.gather(entries)):
+            for key, shape, dtype in rank_entries:
+                if rank == 0 and self.first:
+                    yield key, tensors[key].cpu()
+                elif self.first:
+                    tensor = torch.empty(shape, dtype=dtype)
+                    dist.recv(tensor, src=rank)
+                    yield key, tensor
+                elif rank == self.rank:
+                    dist.send(tensors[key].cpu().contiguous(), dst=0)
 
     def barrier(self) -> None:
         self.max(0)
