@@ -10,6 +10,9 @@ import torch
 
 from stages.mcore.parallel_layout import Layout
 
+BACKENDS = "cpu:gloo,cuda:nccl"
+"""torch.distributed's backends with GPUs, by the device of a tensor."""
+
 
 def device() -> torch.device:
     """The device of this process's tensors."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from pipeline.core.errors import AtomError
-from stages.mcore import gpu, megatron_compat
+from pipeline.core.errors import AtomError, RecipeError
+from stages.mcore import fusions, gpu, megatron_compat
 from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import GPTModel, TransformerConfig, parallel_state
 from stages.mcore.parallel_layout import Layout
@@ -35,7 +36,8 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         layernorm_epsilon=model.norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        moe_token_dispatcher_type=layout.dispatcher,
+        moe_token_dispatcher_type=_dispatcher(layout),
+        moe_enable_deepep=layout.dispatcher == "flex",
         moe_grouped_gemm=model.routing is not None and engine,
         perform_initialization=False,  # Engine.initialize does it
         use_cpu_initialization=not torch.cuda.is_available(),
@@ -53,19 +55,23 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         recompute_granularity="full" if layout.recompute == "layer" else None,
         recompute_method="uniform" if layout.recompute == "layer" else None,
         recompute_num_layers=1 if layout.recompute == "layer" else None,
-        # kernels of Apex and Transformer Engine
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        deterministic_mode=layout.deterministic and torch.cuda.is_available(),
+        **fusions.keywords(layout, engine, model.routing is not None),
     )
     # for this project's attention; Megatron's own reads the following
     config.rows = RowTables(frequencies(model), layout.cp)
     for name, value in megatron_yarn(model).items():
         setattr(config, name, value)
     return config
+
+
+def _dispatcher(layout: Layout) -> str:
+    """The layout's dispatcher. Raises RecipeError if its kernels are missing."""
+    if layout.dispatcher == "flex" and not (torch.cuda.is_available() and importlib.util.find_spec("deep_ep")):
+        raise RecipeError(
+            "parallelism.dispatcher = flex needs GPUs and the package deep_ep, which this machine lacks; use alltoall"
+        )
+    return layout.dispatcher
 
 
 def build(

@@ -106,13 +106,16 @@ class Engine:
         self.buffers = named_buffers(self.chunks)
         for name, buffer in self.buffers.items():
             buffer.data = torch.zeros(self.shapes[name], dtype=torch.float32, device=buffer.device)
+        overlap = self.layout.overlap_gradients
+        if overlap is None:
+            overlap = gpu.device().type == "cuda" and ranks.data_ranks > 1
         self.ddp = [
             DistributedDataParallel(
                 config=megatron,
                 ddp_config=DistributedDataParallelConfig(
                     grad_reduce_in_fp32=True,
                     use_distributed_optimizer=True,
-                    overlap_grad_reduce=self.layout.overlap_gradients,
+                    overlap_grad_reduce=overlap,
                 ),
                 module=chunk,
                 disable_bucketing=number > 0,
@@ -137,7 +140,7 @@ class Engine:
         )
         megatron.finalize_model_grads_func = finalize_model_grads
         megatron.grad_scale_func = _weak_method(self.optimizer.scale_loss)
-        if self.layout.overlap_gradients:  # reduce with the last micro-batch only
+        if overlap:  # reduce with the last micro-batch only
             no_sync = [_weak_method(chunk.no_sync) for chunk in self.ddp]
             megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 

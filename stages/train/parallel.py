@@ -31,8 +31,6 @@ from stages.mcore.megatron_imports import (
 from stages.mcore.parallel_layout import Layout
 
 T, K = TypeVar("T"), TypeVar("K")
-BACKENDS = "cpu:gloo,cuda:nccl"
-"""torch.distributed's backends with GPUs, by the device of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         failed = False
         # Objects and flags travel by gloo, tensors of a GPU by NCCL. Naming the device here (`device_id`) would build
         # NCCL's communicators of all of Megatron's groups at once, of which most layouts use a few.
-        dist.init_process_group(BACKENDS if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
+        dist.init_process_group(gpu.BACKENDS if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
         try:
             if on_gpu and world > 1:
                 _require_own_gpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from stages.mcore import gpu, layer_spec
-from stages.mcore.megatron_imports import gpt_layer_specs
+from pipeline.core.errors import RecipeError
+from stages.mcore import fusions, gpu, layer_spec
+from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
 from stages.mcore.model import build, transformer_config
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import Precision
@@ -78,6 +80,33 @@ def _parts(spec: Any) -> list[type]:
     return [
         part for x in inner if x is not None and (isinstance(x, type) or hasattr(x, "__dict__")) for part in _parts(x)
     ]
+
+
+@pytest.mark.parametrize(("precision", "engine"), [("fp32", False), ("bf16", True)])
+def test_fusions_are_those_that_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, engine: bool
+) -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    on_cpu = fusions.keywords(Layout(), engine, experts=True)
+    assert not [name for name, value in on_cpu.items() if value is True]
+    assert {f.name for f in dataclasses.fields(TransformerConfig)} >= set(on_cpu)
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(moe_utils, "fused_permute", print, raising=False)
+
+    def chosen(layout: Layout, experts: bool = True) -> list[str]:
+        return [name for name, value in fusions.keywords(layout, engine, experts).items() if value is True]
+
+    assert chosen(Layout()) == ["moe_permute_fusion", "bias_activation_fusion"][not engine :]
+    assert chosen(Layout(), experts=False) == ["bias_activation_fusion"] and chosen(Layout(fusions=())) == []
+    assert chosen(Layout(fusions=("bias_activation",))) == ["bias_activation_fusion"]
+    with pytest.raises(RecipeError, match="fusions = router needs Transformer Engine 2.7"):
+        fusions.keywords(Layout(fusions=("router",)), engine, experts=True)
+
+
+def test_a_dispatcher_without_its_kernels_is_one_sentence() -> None:
+    with parallel.session(0), pytest.raises(RecipeError, match="dispatcher = flex needs GPUs and the package deep_ep"):
+        build(TINY, train_fixtures.VOCAB, Layout(dispatcher="flex"))
 
 
 def test_what_an_image_for_gpus_sets_and_holds_changes_nothing_without_one(tmp_path: Path) -> None:

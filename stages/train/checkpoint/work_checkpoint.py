@@ -98,8 +98,7 @@ class Checkpoints:
             if flat.numel() and any(t.is_cuda for t in group.values()):
                 cuda: Any = torch.cuda.cudart()
                 torch.cuda.check_error(cuda.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
-                # it keeps the memory until then
-                weakref.finalize(self, lambda flat: cuda.cudaHostUnregister(flat.data_ptr()), flat)
+                weakref.finalize(self, _unlock, flat)  # which keeps the memory until then
             parts = flat.split([t.numel() for t in group.values()])
             copies |= {name: part.view_as(t) for (name, t), part in zip(group.items(), parts, strict=True)}
         return copies
@@ -303,6 +302,11 @@ class Checkpoints:
             and not (self.folder / "sealed" / release_checkpoint.name_of(marker["step"])).exists()
         ):
             self._seal(folder, marker["step"])
+
+
+def _unlock(memory: torch.Tensor) -> None:
+    cuda: Any = torch.cuda.cudart()
+    cuda.cudaHostUnregister(memory.data_ptr())
 
 
 def with_digest(marker: dict[str, Any]) -> dict[str, Any]:
