@@ -30,7 +30,8 @@ from stages.mcore.megatron_imports import (
 )
 from stages.mcore.parallel_layout import Layout
 
-T, K = TypeVar("T"), TypeVar("K")
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
