@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.core.errors import RecipeError
 from stages.mcore import fusions, gpu, layer_spec
@@ -18,6 +20,7 @@ from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
 from stages.mcore.model import build, transformer_config
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import Precision
+from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import ROOT, train_fixtures
@@ -57,6 +60,46 @@ def test_the_whole_model_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     with parallel.session(0):
         (chunk,) = build(TINY, train_fixtures.VOCAB)
         assert {t.device.type for t in (*chunk.parameters(), *chunk.buffers())} == {"meta"}
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the operations that read a number, or that bring a tensor to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+        if func._schema.name == "aten::_local_scalar_dense" or len({x.device for x in tensors}) > 1:
+            self.names.append(func._schema.name)
+        return out
+
+
+@pytest.mark.parametrize("starts", [None, torch.tensor([[0] * 10 + [10] * 22, [0] * 32])], ids=["plain", "packed"])
+def test_no_layer_leaves_the_device(monkeypatch: pytest.MonkeyPatch, starts: torch.Tensor | None) -> None:
+    """Forward and backward of a whole model on PyTorch's meta device, which refuses tensors of another one: as many
+    tensors are sent for four layers as for two."""
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(layer_spec.Attention, "takes_documents", lambda self, q: True)
+    sizes = {"hidden_size": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    ids, crossings = torch.zeros(2, 32, dtype=torch.long, device="meta"), []
+    for layers in (2, 4):
+        model = Qwen3Config(architecture="qwen3", layers=layers, context_length=32, **sizes)
+        with parallel.session(0):
+            (chunk,) = build(model, train_fixtures.VOCAB, precision="bf16", packed=True)
+            with Crossings() as counted:
+                out = chunk(ids, ids, starts)
+                out.float().sum().backward()
+            assert {p.grad.device.type for p in chunk.parameters()} == {out.device.type} == {"meta"}
+            crossings.append(counted.names)
+            if layers == 4:
+                norm = chunk.decoder.layers[3].input_layernorm
+                norm.weight = torch.nn.Parameter(torch.ones(32, dtype=torch.bfloat16))
+                with pytest.raises(RuntimeError, match="device"):
+                    chunk(ids, ids, starts)
+    assert crossings[0] == crossings[1] and "aten::_to_copy" in crossings[0]
 
 
 @pytest.mark.parametrize(("precision", "engine"), [("fp32", False), ("bf16", True)])
