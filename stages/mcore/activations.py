@@ -53,7 +53,8 @@ def activation_bytes(
     working = 0.0
     if layout.recompute == "layer":
         working, saved_bytes = max(saved_bytes) - input_bytes, [input_bytes] * len(layers)
-    total = tokens * (in_flight(layout, pipeline_rank, micro_batches) * sum(saved_bytes) + working)
+    tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
+    total = tokens * (in_flight(layout, pipeline_rank, micro_batches) * (sum(saved_bytes) + tables) + working)
     if pipeline_rank == layout.pp - 1:
         total += tokens * 2 * input_bytes
         total += tokens * padded_vocab_size * (4 if precision == "fp32" else 6)  # tensor ranks split the vocabulary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,22 +9,31 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from stages.mcore.megatron_imports import (
+    AttnMaskType,
     MegatronModule,
+    PackedSeqParams,
     TransformerBlockSubmodules,
     TransformerConfig,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
     get_num_layers_to_build,
     get_transformer_layer_offset,
+    gpt_layer_specs,
     parallel_state,
 )
-from stages.mcore.qkv import SelfAttention, context_positions
-from stages.models.grouped_query import SLICE
+from stages.mcore.qkv import SelfAttention
+from stages.mcore.row_tables import Documents, Tables
 
 
 def has_transformer_engine() -> bool:
-    """Whether layers use Transformer Engine's kernels: a GPU and the library are available."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine's kernels can be used: Megatron has imported them, which it cannot without a GPU."""
+    return bool(gpt_layer_specs.HAVE_TE)
+
+
+def uses_transformer_engine(params_dtype: torch.dtype) -> bool:
+    """Whether the layers of a model use Transformer Engine. In fp32 they never do: its products are then in TF32, which
+    keeps ten bits of each factor."""
+    return has_transformer_engine() and params_dtype != torch.float32
 
 
 def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
@@ -34,7 +42,7 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
     packed: attention must separate the documents of a row; this project's does, also between Transformer Engine's
     matrices.
     """
-    engine = has_transformer_engine()
+    engine = uses_transformer_engine(config.params_dtype)
     if not engine and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1:
         # no rank to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more
         config.moe_token_dispatcher_type = "allgather"
@@ -54,7 +62,8 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
         if packed or not engine:
             spec.submodules.self_attention.module = SelfAttention
-            spec.submodules.self_attention.submodules.core_attention = Attention
+            has_kernel = engine and config.context_parallel_size == 1
+            spec.submodules.self_attention.submodules.core_attention = EngineAttention if has_kernel else Attention
         return spec
 
     first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
@@ -84,12 +93,12 @@ class Attention(MegatronModule):  # type: ignore[misc]
     Rows are padded on the right, so causality alone masks padding for every real position. Under context parallelism a
     rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal attention; it gathers
     the keys and values of the others. In packed rows, Megatron's attention mask argument
-    holds the first position of the document of each position: int64 [batch, complete row].
+    holds the first position of the document of each position: int64 [batch, complete row], on the host.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
-        self.scale, self.context = softmax_scale, config.context_parallel_size
+        self.scale = softmax_scale
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None = None, *_: Any, **__: Any
@@ -98,41 +107,68 @@ class Attention(MegatronModule):  # type: ignore[misc]
 
         `sequence` is this rank's share of the row.
         """
-        if self.context > 1:
+        tables = self.config.rows.of(starts, q.shape[0], q.device)
+        if self.config.context_parallel_size > 1:
             k, v = GatherSlices.apply(k), GatherSlices.apply(v)
-            positions = context_positions(k.shape[0])
-        else:
-            positions = torch.arange(q.shape[0])
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = causal_attention(q, k, v, positions, self.scale, starts=None if starts is None else starts[:, positions])
-        return out.permute(2, 0, 1, 3).flatten(2)
+        if not self.takes_documents(q):
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+            return causal_attention(q, k, v, tables, self.scale).permute(2, 0, 1, 3).flatten(2)
+        batch = q.shape[1]
+        documents = tables.documents(batch)
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        if documents.gathered is not None:
+            k, v = (x.index_select(0, documents.gathered) for x in (k, v))
+        out = self.attend(q, k, v, documents)
+        return out.flatten(1).unflatten(0, (batch, -1)).transpose(0, 1).contiguous()
+
+    def takes_documents(self, q: torch.Tensor) -> bool:
+        """Whether `attend` has a kernel for these queries: flash attention's conditions, for both directions."""
+        return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """q, k, v: [tokens of all rows, heads, dim] -> as q."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(
+            q, k, v, documents.queries, documents.keys, documents.longest, documents.longest, scale=self.scale,
+            window_size=(-1, 0), enable_gqa=True,
+        )  # fmt: skip
+
+
+class EngineAttention(Attention):
+    """The same by Transformer Engine's kernels for rows of variable length, on one context rank."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **settings: Any) -> None:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        super().__init__(config, softmax_scale)
+        self.kernel = TEDotProductAttention(config=config, softmax_scale=softmax_scale, **settings)
+
+    def takes_documents(self, q: torch.Tensor) -> bool:
+        return True
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+        rows = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=documents.queries,
+            cu_seqlens_kv=documents.keys,
+            max_seqlen_q=documents.longest,
+            max_seqlen_kv=documents.longest,
+        )
+        out: torch.Tensor = self.kernel(q, k, v, None, AttnMaskType.padding_causal, packed_seq_params=rows)
+        return out.view_as(q)
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float | None,
-    slice_: int = SLICE, starts: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Attention of the queries at `positions` to the keys up to there; q: [batch, heads, len(positions), dim].
-
-    starts: [batch, len(positions)], the first key that each query sees; None: position 0.
-    A slice of queries sees no keys beyond its last position, and none before its first document. The CPU's kernel also
-    computes masked scores, so this saves almost half of the work of long rows.
-    """
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None
+) -> torch.Tensor:
+    """Attention by slices of queries; q: [batch, heads, this rank's share of a row, dim]; k, v: of complete rows."""
     out = []
-    slice_starts = starts.split(slice_, 1) if starts is not None else [None] * len(positions.split(slice_))
-    for queries, slice_positions, slice_start in zip(
-        q.split(slice_, 2), positions.split(slice_), slice_starts, strict=True
-    ):
-        first, keys = 0 if slice_start is None else int(slice_start.min()), int(slice_positions.max()) + 1
-        is_causal = slice_start is None and keys == len(slice_positions)
-        mask = None
-        if not is_causal:
-            key = torch.arange(first, keys)
-            mask = (slice_positions[:, None] >= key).to(q.device)
-            if slice_start is not None:
-                mask = (mask & (slice_start[:, :, None] <= key.to(q.device)))[:, None]
+    for number, queries in enumerate(q.split([count for count, _, _ in tables.slices], 2)):
+        _, first, end = tables.slices[number]
+        mask = tables.mask(number, q.dtype)
         out.append(F.scaled_dot_product_attention(
-            queries, k[:, :, first:keys], v[:, :, first:keys], attn_mask=mask, is_causal=is_causal, scale=scale,
+            queries, k[:, :, first:end], v[:, :, first:end], attn_mask=mask, is_causal=mask is None, scale=scale,
             enable_gqa=True,
         ))  # fmt: skip
     return out[0] if len(out) == 1 else torch.cat(out, 2)
@@ -158,4 +194,6 @@ class GatherSlices(torch.autograd.Function):  # type: ignore[misc]
         group = parallel_state.get_context_parallel_group()
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=group)
-        return gradient[context_positions(gradient.shape[0]).to(gradient.device)]
+        slices = gradient.chunk(2 * dist.get_world_size(group))
+        rank = dist.get_rank(group)
+        return torch.cat([slices[rank], slices[-1 - rank]])

@@ -15,8 +15,11 @@ import torch
 
 
 def before_import() -> None:
-    """Without CUDA, from 0.17 on: the schedules load a GPU kernel written in Triton, which CPU builds of PyTorch lack.
-    A stub replaces it, which can be imported but not called."""
+    """Without CUDA: hides Transformer Engine. From 0.17 on, the schedules also load a GPU kernel written in Triton,
+    which CPU builds of PyTorch lack: a stub replaces it, which can be imported but not called."""
+    # Transformer Engine would be chosen wherever it is installed, also on the nodes of the same image without a GPU,
+    # where its layers fail at their first kernel.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     kernel = "megatron.core.transformer.moe.ops.paged_stash"
     if importlib.util.find_spec("triton") is None:
         sys.modules.setdefault(kernel, _MissingKernels(kernel))
@@ -26,9 +29,20 @@ def after_import() -> None:
     """0.16: the router's matrix product looks up a kernel's name that is only defined where Transformer Engine is."""
     from megatron.core.transformer.moe import moe_utils
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    global _te_general_gemm
+    _te_general_gemm = moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     _count_without_padding()
+
+
+_te_general_gemm: Any = None
+
+
+def multiply_routers_with_transformer_engine(wanted: bool) -> None:
+    """Whether the next models' routers, which are fp32, multiply by Transformer Engine's kernel (in TF32, exact for
+    bf16 factors) or PyTorch's. It is a choice of the process."""
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = _te_general_gemm if wanted else None
 
 
 def _count_without_padding() -> None:

@@ -16,13 +16,16 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding  # noqa: E402
+from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
@@ -30,6 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
 __all__ = [
+    "AttnMaskType",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "Float16Module",
@@ -38,6 +42,7 @@ __all__ = [
     "IndexedDatasetBuilder",
     "MegatronModule",
     "OptimizerConfig",
+    "PackedSeqParams",
     "RotaryEmbedding",
     "TopKRouter",
     "TransformerBlockSubmodules",
@@ -50,6 +55,7 @@ __all__ = [
     "get_megatron_optimizer",
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
+    "gpt_layer_specs",
     "parallel_state",
     "tensor_parallel",
 ]

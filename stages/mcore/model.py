@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from pipeline.core.errors import AtomError
-from stages.mcore.layer_spec import has_transformer_engine
+from pipeline.core.errors import AtomError, RecipeError
+from stages.mcore import fusions, gpu, megatron_compat
+from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import GPTModel, TransformerConfig, parallel_state
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.precision import keywords
 from stages.mcore.rope import frequencies, megatron_yarn
+from stages.mcore.row_tables import RowTables
 from stages.mcore.tensor_sharding import boxes, cut, is_cut
 from stages.models.base import ModelConfig, Precision
 
@@ -22,19 +25,22 @@ from stages.models.base import ModelConfig, Precision
 def transformer_config(model: ModelConfig, layout: Layout, precision: Precision = "fp32") -> TransformerConfig:
     """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
     the precision."""
-    on_gpu = torch.cuda.is_available()
+    words = keywords(precision)
+    engine = uses_transformer_engine(words["params_dtype"])
+    megatron_compat.multiply_routers_with_transformer_engine(engine)
     config = TransformerConfig(
-        **keywords(precision),
+        **words,
         **model.spec().megatron(model),
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         layernorm_epsilon=model.norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        moe_token_dispatcher_type=layout.dispatcher,
-        moe_grouped_gemm=model.routing is not None and has_transformer_engine(),
+        moe_token_dispatcher_type=_dispatcher(layout),
+        moe_enable_deepep=layout.dispatcher == "flex",
+        moe_grouped_gemm=model.routing is not None and engine,
         perform_initialization=False,  # Engine.initialize does it
-        use_cpu_initialization=not on_gpu,
+        use_cpu_initialization=not torch.cuda.is_available(),
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
@@ -49,18 +55,23 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         recompute_granularity="full" if layout.recompute == "layer" else None,
         recompute_method="uniform" if layout.recompute == "layer" else None,
         recompute_num_layers=1 if layout.recompute == "layer" else None,
-        # kernels of Apex and Transformer Engine
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        deterministic_mode=layout.deterministic and torch.cuda.is_available(),
+        **fusions.keywords(layout, engine, model.routing is not None),
     )
-    config.rope = frequencies(model)  # for this project's attention; Megatron's own reads the following
+    # for this project's attention; Megatron's own reads the following
+    config.rows = RowTables(frequencies(model), layout.cp)
     for name, value in megatron_yarn(model).items():
         setattr(config, name, value)
     return config
+
+
+def _dispatcher(layout: Layout) -> str:
+    """The layout's dispatcher. Raises RecipeError if its kernels are missing."""
+    if layout.dispatcher == "flex" and not (torch.cuda.is_available() and importlib.util.find_spec("deep_ep")):
+        raise RecipeError(
+            "parallelism.dispatcher = flex needs GPUs and the package deep_ep, which this machine lacks; use alltoall"
+        )
+    return layout.dispatcher
 
 
 def build(
@@ -98,6 +109,8 @@ def build(
         if vocab_size is not None and chunk.post_process:
             chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))
         chunks.append(chunk)
+        if (device := gpu.device()).type != "cpu":  # where PyTorch's own modules, such as the norms, are made
+            chunk.to(device)
     return chunks
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from pipeline.core.bounds import Flag, Range
 from pipeline.core.stage import Config, Renamed
 
+Fusion = Literal["permute", "router", "cross_entropy", "bias_activation", "gradient_accumulation", "rope"]
 Split = Annotated[int, Range(1, 4096)]
 
 
@@ -41,15 +42,24 @@ class Layout(Config):
     etp: Annotated[Split | None, Renamed("expert_tensor")] = Field(
         default=None, description="tensor-parallel ranks of each expert; null: as tp"
     )
-    dispatcher: Literal["alltoall", "allgather"] = Field(
-        default="alltoall", description="how tokens are sent to their experts"
+    dispatcher: Literal["alltoall", "allgather", "flex"] = Field(
+        default="alltoall",
+        description="how tokens are sent to their experts; flex: by DeepEP's kernels, only with GPUs",
     )
     recompute: Literal["none", "layer"] = Field(
         default="none",
         description="layer: keep only the input of each layer, and recompute the rest in the backward pass",
     )
-    overlap_gradients: Flag = Field(
-        default=False, description="overlap the reduction of gradients with the backward pass"
+    overlap_gradients: Flag | None = Field(
+        default=None, description="overlap the reduction of gradients with the backward pass; null: if there are GPUs"
+    )
+    fusions: tuple[Fusion, ...] | None = Field(
+        default=None, max_length=6, description="fused kernels, only with GPUs; null: all that the machine has"
+    )
+    deterministic: Flag = Field(
+        default=False,
+        description="only with GPUs, slower: kernels and collectives that add in one order, so that a repeated step "
+        "has the same bits (CPU ranks always have)",
     )
 
     @property

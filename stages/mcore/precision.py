@@ -7,19 +7,20 @@ output head, router and attention's products stay in bf16 or fp32.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from typing import Any
 
 import torch
 
+from stages.mcore.layer_spec import has_transformer_engine
 from stages.models.base import Precision
 
-# The first GPU generation whose tensor cores support the format, as compute capability and by name.
-NEEDS: dict[Precision, tuple[tuple[int, int], str]] = {
-    "bf16": ((8, 0), "Ampere"),
-    "fp8-tensorwise": ((8, 9), "Ada or Hopper"),
-    "fp8-blockwise": ((9, 0), "Hopper"),
-    "mxfp8": ((10, 0), "Blackwell"),
+# Of each FP8 format: the first GPU generation whose tensor cores support it, and Transformer Engine's answer whether
+# this machine does, which also depends on the versions of CUDA and its libraries.
+FP8: dict[Precision, tuple[str, str]] = {
+    "fp8-tensorwise": ("Ada or Hopper", "is_fp8_available"),
+    "fp8-blockwise": ("Hopper", "is_fp8_block_scaling_available"),
+    "mxfp8": ("Blackwell", "is_mxfp8_available"),
 }
 _BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 _FP8: dict[Precision, dict[str, Any]] = {
@@ -44,17 +45,18 @@ def missing_requirement(precision: Precision) -> str | None:
     """The requirement of a precision that this machine lacks, in a sentence that begins with the recipe's field, or
     None."""
     requirement = f"precision = {precision} needs"
-    if precision not in NEEDS or (precision == "bf16" and not torch.cuda.is_available()):
+    if precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return f"{requirement} a GPU of the Ampere generation or newer, and this one is older; choose fp32"
+    if precision not in FP8:
         return None
-    (capability, generation), is_fp8 = NEEDS[precision], precision in _FP8
+    generation, question = FP8[precision]
     if not torch.cuda.is_available():
         return (f"{requirement} a GPU of the {generation} generation or newer and Transformer Engine, and this machine "
                 f"has no GPU; `atom simulate-precision` shows here what the format does to the loss")  # fmt: skip
-    if is_fp8 and importlib.util.find_spec("transformer_engine") is None:
-        return f"{requirement} Transformer Engine, which is not installed here; install transformer-engine[pytorch]"
-    device_capability = torch.cuda.get_device_capability()
-    if device_capability < capability:
-        return (f"{requirement} a GPU of the {generation} generation or newer (compute capability {capability[0]}."
-                f"{capability[1]}), and this one has {device_capability[0]}.{device_capability[1]}; "
-                "choose bf16")  # fmt: skip
+    if not has_transformer_engine():
+        return (f"{requirement} Transformer Engine, which cannot be imported here; install "
+                f"transformer-engine[pytorch]")  # fmt: skip
+    available, reason = getattr(importlib.import_module("transformer_engine.pytorch"), question)(return_reason=True)
+    if not available:
+        return f"{requirement} what this machine lacks, says Transformer Engine: {reason.strip(' .')}; choose bf16"
     return None

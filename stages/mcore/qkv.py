@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stages.mcore.megatron_imports import parallel_state
+from stages.mcore import megatron_imports  # noqa: F401 - before Megatron's own names
 
 # isort: split
 from megatron.core.transformer import attention
@@ -31,34 +31,13 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
         kv_heads, dim], of this tensor-parallel rank; each a view of [batch, heads, sequence, dim]."""
         mixed, _ = self.linear_qkv(hidden)
         mixed = mixed.unflatten(2, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
-        cos, sin = self._rotary(mixed.shape[0], mixed.device)
+        cos, sin = self.config.rows.of(self.starts, mixed.shape[0], mixed.device).rotary
         if not self.config.qk_layernorm:
             heads = rotated_heads(mixed, cos, sin)
         else:
             eps = self.config.layernorm_epsilon
             heads = Heads.apply(mixed, self.q_layernorm.weight, self.k_layernorm.weight, cos, sin, eps)
         return tuple(x.permute(2, 0, 1, 3) for x in heads)
-
-    def _rotary(self, sequence: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of this context-parallel rank's positions, fp32: [sequence, dim], or [batch, 1, 1,
-        sequence, dim] if rows hold several documents, each of which counts from 0."""
-        size = self.config.context_parallel_size
-        positions = context_positions(sequence * size) if size > 1 else torch.arange(sequence)
-        positions = positions.to(device)
-        if self.starts is not None:
-            positions = (positions - self.starts[:, positions])[:, None, None]
-        frequencies, factor = self.config.rope
-        angles = positions[..., None].float() * frequencies.to(device)
-        angles = torch.cat((angles, angles), -1)
-        cos, sin = angles.cos(), angles.sin()
-        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
-
-
-def context_positions(length: int) -> torch.Tensor:
-    """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them."""
-    rank = parallel_state.get_context_parallel_rank()
-    slices = torch.arange(length).chunk(2 * parallel_state.get_context_parallel_world_size())
-    return torch.cat([slices[rank], slices[-1 - rank]])
 
 
 class Heads(torch.autograd.Function):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from stages.models.costs import AttentionCost, MemoryShare, Rows
 
 Heads = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128")]
 SLICE = 128
-"""Queries in one call of attention if rows are packed (stages/mcore/layer_spec.py)."""
+"""Queries in one call of attention on CPU (stages/mcore/row_tables.py)."""
 
 
 class GroupedQueryConfig(ModelConfig):
@@ -133,10 +133,7 @@ class GroupedQueryConfig(ModelConfig):
             tensors |= {
                 "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + self.heads + self.kv_heads) * self.qk_norm,
                 "queries, keys (turned) and values": size * (q + 2 * kv * layout.cp),  # gathered over context ranks
-                "cosines and sines": 8 * self.head_dim * layout.tp,
-                "attention's output by slices of queries": size * q,
-                # of each slice of queries, up to its last one: on average half of the row, if one document fills it
-                "attention mask": size * (rows.length + SLICE) / 2 * layout.tp,
+                "attention's output by rows": size * q * (rows.rows > 1),
             }
         else:
             tensors |= {

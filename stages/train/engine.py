@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import RecipeError
-from stages.mcore import moe_metrics, precision
+from stages.mcore import gpu, moe_metrics, precision
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -26,7 +26,7 @@ from stages.mcore.megatron_imports import (
 )
 from stages.mcore.model import build, named_buffers, named_tensors
 from stages.mcore.moe_metrics import Experts, RouterWatch
-from stages.mcore.qkv import context_positions
+from stages.mcore.row_tables import context_positions
 from stages.mcore.tensor_sharding import Box, boxes, cut, is_cut, paste
 from stages.mcore.weight_init import full_tensor
 from stages.train.config import TrainerConfig
@@ -106,13 +106,16 @@ class Engine:
         self.buffers = named_buffers(self.chunks)
         for name, buffer in self.buffers.items():
             buffer.data = torch.zeros(self.shapes[name], dtype=torch.float32, device=buffer.device)
+        overlap = self.layout.overlap_gradients
+        if overlap is None:
+            overlap = gpu.device().type == "cuda" and ranks.data_ranks > 1
         self.ddp = [
             DistributedDataParallel(
                 config=megatron,
                 ddp_config=DistributedDataParallelConfig(
                     grad_reduce_in_fp32=True,
                     use_distributed_optimizer=True,
-                    overlap_grad_reduce=self.layout.overlap_gradients,
+                    overlap_grad_reduce=overlap,
                 ),
                 module=chunk,
                 disable_bucketing=number > 0,
@@ -137,7 +140,7 @@ class Engine:
         )
         megatron.finalize_model_grads_func = finalize_model_grads
         megatron.grad_scale_func = _weak_method(self.optimizer.scale_loss)
-        if self.layout.overlap_gradients:  # reduce with the last micro-batch only
+        if overlap:  # reduce with the last micro-batch only
             no_sync = [_weak_method(chunk.no_sync) for chunk in self.ddp]
             megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
@@ -201,19 +204,11 @@ class Engine:
 
     def _gradients(self) -> dict[str, float]:
         """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
-        first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-        tensor = parallel_state.get_tensor_model_parallel_rank()
         parts = sorted({part_of(name) for name in self.shapes})
         squares = torch.zeros(len(parts), dtype=torch.float64)
         for piece, _, main in self._pieces:
-            is_duplicate = tensor and not is_cut(piece.name)  # every tensor rank has these
-            is_duplicate = is_duplicate or (
-                self.config.model.tie_embeddings and piece.name.startswith("embedding") and not first
-            )
-            if not is_duplicate and main.grad is not None:
+            if not self._is_repeated(piece.name) and main.grad is not None:
                 squares[parts.index(part_of(piece.name))] += main.grad.double().square().sum().cpu()
-        if torch.cuda.is_available():
-            squares = squares.cuda()
         return dict(zip(parts, self.ranks.sum(squares).sqrt().tolist(), strict=True))
 
     def evaluate(self, rank_batch: RankBatch) -> float:
@@ -232,16 +227,32 @@ class Engine:
     def weights(self) -> dict[str, torch.Tensor]:
         """The full tensors that the model computes with, by global name, on rank 0; empty on other ranks. On CPU; with
         one process, the live ones."""
-        local_tensors = [(n, boxes(n, self.shapes[n]), t.data) for n, t in named_tensors(self.chunks)]
-        local_tensors += [(n, boxes(n, self.shapes[n]), t) for n, t in self.buffers.items()]
+        tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
         if self.ranks.world == 1:
-            return {name: tensor.cpu() for name, _, tensor in local_tensors}
+            return {name: tensor.cpu() for name, tensor in tensors.items()}
+        sent = {(n, boxes(n, self.shapes[n])): tensor for n, tensor in tensors.items() if self._speaks_for(n)}
         full: dict[str, torch.Tensor] = {}
-        for rank_tensors in self.ranks.to_first([(name, parts, tensor.cpu()) for name, parts, tensor in local_tensors]):
-            for name, parts, tensor in rank_tensors:
-                target = full.setdefault(name, torch.empty(self.shapes[name], dtype=tensor.dtype))
-                paste(target, parts, tensor)
+        for (name, parts), tensor in self.ranks.to_first(sent):
+            paste(full.setdefault(name, torch.empty(self.shapes[name], dtype=tensor.dtype)), parts, tensor)
         return full
+
+    def _is_repeated(self, name: str) -> bool:
+        """Whether an earlier tensor or pipeline rank has the same part of a tensor: what tensor ranks do not split, and
+        the last stage's copy of a tied table."""
+        if parallel_state.get_tensor_model_parallel_rank() and not is_cut(name):
+            return True
+        is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+        return self.config.model.tie_embeddings and name.startswith("embedding") and not is_first
+
+    def _speaks_for(self, name: str) -> bool:
+        """Whether this rank is the first of those with its part of a tensor; of equal data ranks, the first."""
+        experts = ".mlp.experts." in name
+        data_rank = (
+            parallel_state.get_expert_data_parallel_rank()
+            if experts
+            else parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        )
+        return not data_rank and not self._is_repeated(name)
 
     def _run(self, rank_batch: RankBatch, forward_only: bool, objective: Objective) -> tuple[float, dict[str, float]]:
         """Runs this rank's batch through Megatron's schedule; returns the mean of the objective over all ranks, and its
@@ -256,10 +267,10 @@ class Engine:
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
             assert not batch.extras or self.layout.cp == 1, "context ranks hold parts of rows"
-            ids, positions, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
-            starts = None if batch.starts is None else batch.starts.to(device)
-            losses = model(ids, positions, starts, labels=labels, padding_mask=padding)
-            device_batch = replace(batch, loss_mask=mask, extras={n: x.to(device) for n, x in batch.extras.items()})
+            ids, positions, labels, mask, padding = (gpu.upload(x, device) for x in self._inputs(batch, model))
+            losses = model(ids, positions, batch.starts, labels=labels, padding_mask=padding)
+            extras = {n: gpu.upload(x, device) for n, x in batch.extras.items()}
+            device_batch = replace(batch, loss_mask=mask, extras=extras)
 
             def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                 loss_sum, extras = objective(losses.float(), device_batch)

@@ -6,9 +6,9 @@ MASTER_ADDR and MASTER_PORT identify the ranks, as torchrun, the local launcher 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.errors import AtomError, PeerLost
-from stages.mcore import moe_metrics
+from stages.mcore import gpu, moe_metrics
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     RotaryEmbedding,
@@ -31,6 +31,7 @@ from stages.mcore.megatron_imports import (
 from stages.mcore.parallel_layout import Layout
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,16 @@ class Ranks:
         """Whether this process writes files and reports."""
         return self.rank == 0
 
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank's tensors."""
+        return gpu.device()
+
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all ranks, in place; the same bits on each of them."""
+        """The sum of a tensor over all ranks, on the rank's device; the same bits on each of them. The tensor itself
+        changes if it is there."""
         if self.world > 1:
+            value = value.to(self.device)  # a rank without any layer with experts starts from a zero on the CPU
             dist.all_reduce(value)
         return value
 
@@ -62,7 +70,7 @@ class Ranks:
         """The largest of the ranks' numbers."""
         if self.world == 1:
             return value
-        tensor = torch.tensor([value], device="cuda" if torch.cuda.is_available() else "cpu")
+        tensor = torch.tensor([value])  # on CPU, by gloo: it waits for no kernel of a GPU
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
@@ -82,17 +90,22 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def to_first(self, value: T) -> list[T]:
-        """Every rank's value, on rank 0; nothing elsewhere."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.world if self.first else None
-        dist.gather_object(value, values)
-        return values or []
+    def to_first(self, tensors: dict[K, torch.Tensor]) -> Iterator[tuple[K, torch.Tensor]]:
+        """Every rank's tensors, on rank 0: on CPU and one at a time, so that no GPU and no second copy holds them."""
+        entries = [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
+        for rank, rank_entries in enumerate(self.gather(entries)):
+            for key, shape, dtype in rank_entries:
+                if rank == 0 and self.first:
+                    yield key, tensors[key].cpu()
+                elif self.first:
+                    tensor = torch.empty(shape, dtype=dtype)
+                    dist.recv(tensor, src=rank)
+                    yield key, tensor
+                elif rank == self.rank:
+                    dist.send(tensors[key].cpu().contiguous(), dst=0)
 
     def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+        self.max(0)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -106,7 +119,8 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
 
     On CPU a rank computes on one thread with deterministic kernels: its sums have the same bits every time.
     timeout: seconds after which a collective that some rank did not join fails.
-    Raises AtomError if the number of processes is not the layout's, PeerLost when another rank is lost.
+    Raises AtomError if the number of processes is not the layout's or if ranks share a GPU, PeerLost when another rank
+    is lost.
     """
     layout = layout or Layout()
     rank, world = rank_and_world()
@@ -117,15 +131,20 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(gpu.number(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
     rendezvous: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(seconds=timeout)}
-    with warnings.catch_warnings(), contextlib.nullcontext() if on_gpu else _deterministic_cpu(), _peer_errors(rank):
+    kernels = gpu.settings(layout) if on_gpu else _deterministic_cpu()
+    with warnings.catch_warnings(), kernels, _no_tf32(), _peer_errors(rank):
         # deprecation warnings between Megatron and PyTorch, which are useless in this log
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         ranks: Ranks | None = None
         failed = False
-        dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
+        # Objects and flags travel by gloo, tensors of a GPU by NCCL. Naming the device here (`device_id`) would build
+        # NCCL's communicators of all of Megatron's groups at once, of which most layouts use a few.
+        dist.init_process_group(gpu.BACKENDS if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
         try:
+            if on_gpu and world > 1:
+                _require_own_gpu()
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
                 pipeline_model_parallel_size=layout.pp,
@@ -151,6 +170,26 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         finally:
             if not failed:  # else it is left to the end of the process: NCCL would wait for the lost rank
                 _destroy_groups(ranks)
+
+
+def _require_own_gpu() -> None:
+    """Raises AtomError on every rank if two of them have the same GPU."""
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, (socket.gethostname(), str(uuid)))
+    if problem := gpu.sharing(places):
+        raise AtomError(problem)
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """fp32 products in fp32: the default, unless TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as in NVIDIA's images."""
+    saved = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(saved)
 
 
 def _destroy_groups(ranks: Ranks | None) -> None:

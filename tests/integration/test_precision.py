@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
 from stages.export import hf
 from stages.mcore import precision
+from stages.mcore.megatron_imports import gpt_layer_specs
 from tests.fixtures import train_fixtures
 
 pytestmark = pytest.mark.numeric
@@ -46,23 +49,39 @@ def test_megatrons_words(kind: Any, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("kind", "gpu", "engine", "message"),
     [
-        ("fp8-tensorwise", None, False, "needs a GPU of the Ada or Hopper generation or newer and Transformer Engine"),
-        ("mxfp8", None, True, "this machine has no GPU; `atom simulate-precision`"),
-        ("fp8-blockwise", (9, 0), False, "needs Transformer Engine, which is not installed here"),
-        ("mxfp8", (9, 0), True, "Blackwell generation or newer (compute capability 10.0), and this one has 9.0"),
-        ("fp8-blockwise", (8, 9), True, "Hopper generation or newer (compute capability 9.0), and this one has 8.9"),
-        ("bf16", (7, 5), False, "Ampere generation or newer"),
-        ("fp8-tensorwise", (8, 9), True, None),
-        ("fp8-blockwise", (10, 0), True, None),
-        ("mxfp8", (10, 0), True, None),
-        ("bf16", None, False, None),
-        ("fp32", (7, 0), False, None),
+        ("fp8-tensorwise", None, None, "needs a GPU of the Ada or Hopper generation or newer and Transformer Engine"),
+        ("mxfp8", None, (True, ""), "this machine has no GPU; `atom simulate-precision`"),
+        ("fp8-blockwise", (9, 0), None, "needs Transformer Engine, which cannot be imported here"),
+        (
+            "mxfp8",
+            (9, 0),
+            (False, "Device compute capability 10.0 or higher required."),
+            "10.0 or higher required; cho",
+        ),
+        (
+            "fp8-blockwise",
+            (9, 0),
+            (False, "CUDA version 12.9 or higher required."),
+            "says Transformer Engine: CUDA ver",
+        ),
+        ("bf16", (7, 5), None, "Ampere generation or newer"),
+        ("fp8-tensorwise", (8, 9), (True, ""), None),
+        ("fp8-blockwise", (10, 0), (True, ""), None),
+        ("mxfp8", (10, 0), (True, ""), None),
+        ("bf16", None, None, None),
+        ("bf16", (8, 0), None, None),
+        ("fp32", (7, 0), None, None),
     ],
 )
-def test_what_a_machine_lacks(monkeypatch: Any, kind: Any, gpu: Any, engine: bool, message: str | None) -> None:
+def test_what_a_machine_lacks(
+    monkeypatch: Any, kind: Any, gpu: Any, engine: tuple[bool, str] | None, message: str | None
+) -> None:
+    """engine: what an installed Transformer Engine answers when asked for the format."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
-    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: object() if engine else None)
+    monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", engine is not None)
+    questions = {question: lambda return_reason: engine for _, question in precision.FP8.values()}
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.SimpleNamespace(**questions))
     problem = precision.missing_requirement(kind)
     assert (
         problem is None

@@ -27,6 +27,7 @@ from pipeline.launch import rendezvous
 from pipeline.launch.attempt import Task
 from pipeline.launch.local import visible_gpus
 from pipeline.launch.worker import _record_operation, attempt, work
+from stages.mcore import gpu
 from tests.fixtures.run_fixtures import atom, digests
 from tests.integration.test_run import start, wait_for
 from tests.unit.test_recipe import SMOKE
@@ -251,10 +252,13 @@ class Hanging(Config):
 
     path: str = operational("/somewhere/private/file", "")
     holding_the_lock: bool = False
+    failing_rank: int | None = None
 
 
 def hang(config: Hanging, inputs: Inputs, work: Path, out: Path, report: Any) -> None:
-    """Sleeps in C; another thread gives up after a moment."""
+    """Sleeps in C; another thread gives up after a moment. Or, of two ranks, one fails."""
+    if config.failing_rank is not None:
+        fail(config.failing_rank)
     (out / "half").touch()
 
     def give_up(report: Report) -> None:
@@ -265,6 +269,25 @@ def hang(config: Hanging, inputs: Inputs, work: Path, out: Path, report: Any) ->
         report._lock.acquire()
     threading.Thread(target=give_up, args=(report,)).start()
     ctypes.CDLL(None).sleep(600)
+
+
+def fail(rank: int) -> None:
+    """One of two ranks raises; the other one waits for it in a collective. The groups are those of ranks with GPUs, but
+    for NCCL."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend `fake`
+
+    backends, own = gpu.BACKENDS.replace("nccl", "fake"), int(os.environ["RANK"])
+    dist.init_process_group(backends, rank=own, world_size=2)
+    for group in (None, dist.new_group([0, 1])):
+        total, everyone = torch.ones(1), [None, None]
+        dist.all_reduce(total, group=group)
+        dist.all_gather_object(everyone, own, group=group)
+        assert total == 2 and everyone == [0, 1], "tensors and objects of the host go by gloo"
+    if own == rank:
+        raise ValueError("a bug")
+    dist.all_reduce(torch.ones(1))
 
 
 STAGE = Stage("hanging", 1, Hanging, hang)
@@ -292,7 +315,27 @@ def test_a_stage_that_hangs_in_c_is_abandoned_by_another_thread(tmp_path: Path, 
     assert present and not present.alive and not list(tmp_path.glob("work/*/out.*"))
 
 
+def test_no_rank_of_a_failed_stage_ends_well(tmp_path: Path) -> None:
+    """Else srun would not end the others, which wait in a collective."""
+    job = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "2", "LOCAL_JOB_NUM_NODES": "1"}
+    common = {**os.environ, **{f"SUBMITIT_{name}": value for name, value in job.items()}}
+    command = [sys.executable, "-m", "tests.integration.test_ranks", str(tmp_path), json.dumps({"failing_rank": 1})]
+    processes = [
+        subprocess.Popen(
+            command, env={**common, "SUBMITIT_LOCAL_GLOBALID": str(n), "SUBMITIT_LOCAL_LOCALID": str(n)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert "ValueError: a bug" in errors[1]
+    ((_, body),) = provenance.read(tmp_path / "ledger", "hanging-0")
+    assert "a bug" in provenance.outcome(body)
+
+
 if __name__ == "__main__":  # python -m tests.integration.test_ranks HOME CONFIG
     registry.stages()["hanging"] = "tests.integration.test_ranks"
-    task = Task(sys.argv[1], "run", "hanging", "hanging", json.loads(sys.argv[2]), {}, "hanging-0", 8.0, 1)
-    work(task)
+    config = json.loads(sys.argv[2])
+    ranks = 2 if "failing_rank" in config else 1
+    work(Task(sys.argv[1], "run", "hanging", "hanging", config, {}, "hanging-0", 8.0, ranks))

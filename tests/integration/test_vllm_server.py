@@ -293,3 +293,16 @@ def test_a_server_ends_when_the_stage_is_killed(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path), str(ROOT)], check=False)
     assert have_ended(pids(tmp_path / "server.log"))
+
+
+def test_a_server_beside_training_leaves_it_its_gpu_or_its_memory() -> None:
+    assert vllm_server.place({}, 2, 0.9) == ({"CUDA_VISIBLE_DEVICES": "1"}, [])
+    assert vllm_server.place({"CUDA_VISIBLE_DEVICES": "4,6,7", "WORLD_SIZE": "2"}, 3, 0.9)[0] == {
+        "CUDA_VISIBLE_DEVICES": "7"
+    }
+    assert vllm_server.place({"WORLD_SIZE": "16"}, 8, 0.6) == ({}, ["--gpu-memory-utilization=0.30"])
+
+
+def test_workarounds_for_the_cpu_are_only_for_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    assert not set(vllm_server.CPU_OPTIONS) & set(vllm_server.command("python", tmp_path, "127.0.0.1", 1))

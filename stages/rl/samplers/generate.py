@@ -88,7 +88,7 @@ class InProcess(Sampler):
                     self.decoder.select(kept.to(device))
                     active, next_tokens, unfinished = active[kept], next_tokens[kept], unfinished[kept]
             if step + 1 < max_tokens:
-                logits = self.decoder.step(next_tokens.to(device)).float().cpu()
+                logits = self.decoder.step(next_tokens.to(device)).float()
         completions = []
         for ids, logprobs in zip(tokens.T.tolist(), log_probs.T.tolist(), strict=True):
             end = next((n for n, token in enumerate(ids) if token in self.stops), max_tokens - 1) + 1
@@ -103,15 +103,16 @@ class InProcess(Sampler):
         return torch.stack(rows).double()
 
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [rows] and their log-probabilities, by inverting the distribution function at the random number."""
+        """Tokens [rows] and their log-probabilities, by inverting the distribution function at the random number. It
+        computes where the logits are, and brings only the tokens to the host."""
         probabilities = (logits if noise is None else logits / self.temperature).softmax(-1)
         if noise is None:
             tokens = probabilities.argmax(-1)
         else:
             cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-            thresholds = noise[:, None] * cumulative[:, -1:]
+            thresholds = noise[:, None].to(logits.device) * cumulative[:, -1:]
             tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
-        return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
+        return tokens.cpu(), probabilities.gather(1, tokens[:, None]).squeeze(1).log().cpu()
 
 
 def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:

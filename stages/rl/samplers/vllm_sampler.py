@@ -56,7 +56,11 @@ class VllmServer(Sampler):
             self.servers = [Server(url) for url in urls]
         else:
             log = self.folder / "server.log"
-            self.servers = [Server.start(interpreter(python), self.folder, log, options)]
+            gpus = None
+            if torch.cuda.is_available():
+                free, total = torch.cuda.mem_get_info()
+                gpus = torch.cuda.device_count(), free / total
+            self.servers = [Server.start(interpreter(python), self.folder, log, options, gpus)]
 
     @classmethod
     def create(cls, context: SamplerContext) -> Self:

@@ -37,6 +37,10 @@ ATTEMPTS = 4
 RETRY_SECONDS = 1.0
 IN_FLIGHT = 128
 """Sequences that a server decodes in parallel, and concurrent requests to it."""
+SHARE = 0.5
+"""Of the free memory of a GPU, what a server gets beside training, which needs the rest for its steps."""
+CPU_OPTIONS = ["--no-enable-chunked-prefill", "--enforce-eager"]
+"""On CPU, 0.32 dies when a seeded request's prompt is read in parts."""
 
 _WORKER = Path(__file__).parent / "vllm_worker"
 # The server leads a process group with a watch, which kills the group when this end of the pipe closes: also when the
@@ -83,8 +87,7 @@ def command(python: str, folder: Path, host: str, port: int, options: Sequence[s
         "hf-overrides": json.dumps({"tie_word_embeddings": False}), "worker-extension-cls": "atom_reload.Reload",
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    # on CPU, 0.32 dies when a seeded request's prompt is read in parts
-    flags += ["--no-enable-chunked-prefill", "--enforce-eager", "--tokens-only", "--disable-uvicorn-access-log"]
+    flags += ["--tokens-only", "--disable-uvicorn-access-log"]
     flags += options
     return [python, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
 
@@ -104,6 +107,20 @@ def environment() -> dict[str, str]:
     }
 
 
+def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[dict[str, str], list[str]]:
+    """Variables and options of a server on a machine with GPUs, beside the training that starts it.
+
+    visible: the GPUs that this process sees; free: the free share of its own one's memory. The server gets a GPU that
+    no rank uses, if there is one. Else it shares this one: vLLM by itself would take nine tenths of it, of which
+    training holds a part and needs more.
+    """
+    ranks = int(environment.get("WORLD_SIZE", "1"))
+    if visible > ranks:
+        names = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return {"CUDA_VISIBLE_DEVICES": names[ranks] if names else str(ranks)}, []
+    return {}, [f"--gpu-memory-utilization={SHARE * free:.2f}"]
+
+
 class Server:
     """One server, at a url. Thread-safe except for `close`."""
 
@@ -111,15 +128,19 @@ class Server:
         self.url, self.process, self.log = url.rstrip("/"), process, log
 
     @classmethod
-    def start(cls, python: str, folder: Path, log: Path, options: Sequence[str] = ()) -> Server:
-        """Starts a server on a free port of this machine; `wait` returns when it answers."""
+    def start(
+        cls, python: str, folder: Path, log: Path, options: Sequence[str] = (), gpus: tuple[int, float] | None = None
+    ) -> Server:
+        """Starts a server on a free port of this machine; `wait` returns when it answers. gpus: see `place`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        run = ["sh", "-c", _WATCHED, "sh", *command(python, folder, "127.0.0.1", port, options)]
+        variables, chosen = place(os.environ, *gpus) if gpus else ({}, CPU_OPTIONS)
+        run = ["sh", "-c", _WATCHED, "sh", *command(python, folder, "127.0.0.1", port, [*chosen, *options])]
         with open(log, "wb") as out:
             process = subprocess.Popen(
-                run, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=environment(),
+                run, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
+                env={**environment(), **variables},
                 start_new_session=True,
             )  # fmt: skip
         return cls(f"http://127.0.0.1:{port}", process, log)
@@ -192,6 +213,9 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 def main() -> None:
     folder, port, *options = sys.argv[1:]
+    import torch
+
+    options = options if torch.cuda.is_available() else [*CPU_OPTIONS, *options]
     run = command(interpreter(None), Path(folder).absolute(), "0.0.0.0", int(port), options)  # noqa: S104
     os.execvpe(run[0], run, environment())
 

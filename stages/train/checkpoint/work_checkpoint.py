@@ -19,6 +19,7 @@ import os
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,8 @@ class Checkpoints:
         owned = list(self.engine.state())
         tensors_by_name = {f"{kind}.{piece.name}": t for piece, tensors in owned for kind, t in tensors.items()}
         with torch.no_grad():
+            self.copies |= self._host_memory({n: t for n, t in tensors_by_name.items() if n not in self.copies})
             for name, tensor in tensors_by_name.items():
-                if name not in self.copies:
-                    self.copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
                 self.copies[name].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -85,6 +85,23 @@ class Checkpoints:
         self.thread = threading.Thread(target=self._write, args=job, name="checkpoint", daemon=True)
         self.thread.start()
         return time.monotonic() - started
+
+    def _host_memory(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Memory for copies of the tensors: one piece for each type, page-locked if they are on a GPU.
+
+        PyTorch's own page-locked memory comes in powers of two, up to twice of what is asked for.
+        """
+        copies: dict[str, torch.Tensor] = {}
+        for dtype in {t.dtype for t in tensors.values()}:
+            group = {name: t for name, t in tensors.items() if t.dtype == dtype}
+            flat = torch.empty(sum(t.numel() for t in group.values()), dtype=dtype)
+            if flat.numel() and any(t.is_cuda for t in group.values()):
+                cuda: Any = torch.cuda.cudart()
+                torch.cuda.check_error(cuda.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
+                weakref.finalize(self, _unlock, flat)  # which keeps the memory until then
+            parts = flat.split([t.numel() for t in group.values()])
+            copies |= {name: part.view_as(t) for (name, t), part in zip(group.items(), parts, strict=True)}
+        return copies
 
     def wait(self) -> None:
         """Waits until all ranks have finished writing. Raises the error of any rank, on all of them."""
@@ -285,6 +302,11 @@ class Checkpoints:
             and not (self.folder / "sealed" / release_checkpoint.name_of(marker["step"])).exists()
         ):
             self._seal(folder, marker["step"])
+
+
+def _unlock(memory: torch.Tensor) -> None:
+    cuda: Any = torch.cuda.cudart()
+    cuda.cudaHostUnregister(memory.data_ptr())
 
 
 def with_digest(marker: dict[str, Any]) -> dict[str, Any]:

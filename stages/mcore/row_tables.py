@@ -1,0 +1,145 @@
+"""What all layers of a forward pass share about its rows: positions, rotary tables, and the documents and masks of
+attention. It is made once for a forward pass, from numbers on the host: no layer waits for the GPU."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from stages.mcore import gpu
+from stages.mcore.megatron_imports import parallel_state
+from stages.models.grouped_query import SLICE
+
+
+class Documents(NamedTuple):
+    """The documents of a rank's rows side by side, as kernels for rows of variable length take them (`varlen`, `thd`).
+
+    Document n has the queries from queries[n] on and the keys from keys[n] on, both up to the next number; its last
+    query sees its last key. longest: an upper bound of both lengths. gathered: the keys of all documents as positions
+    in all rows side by side; None if these are all keys in order.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest: int
+    gathered: torch.Tensor | None
+
+
+class Tables:
+    """The tables of one batch of rows, each made when a layer first asks for it."""
+
+    def __init__(
+        self, starts: torch.Tensor | None, length: int, context: int, device: torch.device,
+        rope: tuple[torch.Tensor, float],
+    ) -> None:  # fmt: skip
+        """starts: the first position of the document of each position, int64 [batch, complete row], on any device; None
+        if each row is one document. length: of this context rank's share of a row. rope: frequencies and factor."""
+        self.starts, self.length, self.context, self.device, self.rope = starts, length, context, device, rope
+        self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
+        self.local_starts = None if starts is None else starts.cpu()[:, self.positions]
+        """[batch, length], on the host."""
+        self._masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self._documents: dict[int, Documents] = {}
+
+    @cached_property
+    def _on_device(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        starts = None if self.local_starts is None else gpu.upload(self.local_starts, self.device)
+        return gpu.upload(self.positions, self.device), starts
+
+    @cached_property
+    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, fp32: [length, dim], or [batch, 1, 1, length, dim] if rows hold several documents, each of
+        which counts from 0."""
+        positions, starts = self._on_device
+        if starts is not None:
+            positions = (positions - starts)[:, None, None]
+        frequencies, factor = self.rope
+        angles = positions[..., None].float() * gpu.upload(frequencies, self.device)
+        angles = torch.cat((angles, angles), -1)
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+    @cached_property
+    def slices(self) -> list[tuple[int, int, int]]:
+        """(queries, first key, end of keys) of each slice of queries. It sees no keys beyond its last position, and
+        none before its first document. The CPU's kernel also computes masked scores, so this saves almost half of the
+        work of long rows; a GPU's does not, and takes a row that is one document whole."""
+        whole = self.device.type != "cpu" and self.local_starts is None and self.context == 1
+        parts = self.positions.split(self.length if whole else SLICE)
+        starts = [None] * len(parts) if self.local_starts is None else self.local_starts.split(SLICE, 1)
+        return [
+            (len(part), 0 if start is None else int(start.min()), int(part.max()) + 1)
+            for part, start in zip(parts, starts, strict=True)
+        ]
+
+    def mask(self, number: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """What to add to the scores of a slice: 0 or minus infinity, [queries, keys] or [batch, 1, queries, keys]; None
+        if it is plainly causal. Autograd keeps masks: with it all layers share them."""
+        count, first, end = self.slices[number]
+        if self.local_starts is None and end == count:
+            return None
+        if (number, dtype) in self._masks:
+            return self._masks[number, dtype]
+        positions, starts = self._on_device
+        begin = sum(queries for queries, _, _ in self.slices[:number])
+        key = torch.arange(first, end, device=self.device)
+        seen = positions[begin : begin + count, None] >= key
+        if starts is not None:
+            seen = (seen & (starts[:, begin : begin + count, None] <= key))[:, None]
+        mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+        if torch.is_grad_enabled():
+            self._masks[number, dtype] = mask
+        return mask
+
+    def documents(self, batch: int) -> Documents:
+        """The documents of `batch` rows; parts of one in distant slices of a context rank are two."""
+        if batch not in self._documents:
+            self._documents[batch] = self._find_documents(batch)
+        return self._documents[batch]
+
+    def _find_documents(self, batch: int) -> Documents:
+        starts = torch.zeros(batch, self.length, dtype=torch.long) if self.local_starts is None else self.local_starts
+        begins = torch.ones_like(starts, dtype=torch.bool)
+        begins[:, 1:] = (starts[:, 1:] != starts[:, :-1]) | (self.positions[1:] != self.positions[:-1] + 1)
+        row, column = begins.nonzero(as_tuple=True)
+        bounds = torch.cat([row * self.length + column, torch.tensor([batch * self.length])])
+        first_key = starts[row, column]
+        sizes = self.positions[(bounds[1:] - 1) % self.length] + 1 - first_key
+        keys = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+        gathered = None
+        if self.context > 1:
+            shift = row * self.length * self.context + first_key - keys[:-1]
+            gathered = gpu.upload(torch.arange(int(keys[-1])) + shift.repeat_interleave(sizes), self.device)
+        # a power of two, as cuDNN builds a plan for each value
+        longest = min(1 << (int(sizes.max()) - 1).bit_length(), self.length * self.context)
+        queries, keys = (gpu.upload(x.int(), self.device) for x in (bounds, keys))
+        return Documents(queries, keys, longest, gathered)
+
+
+class RowTables:
+    """The tables of the latest rows. A layer finds them by the tensor of starts, of which it may get another view: the
+    recomputation of a layer unpacks it anew."""
+
+    def __init__(self, rope: tuple[torch.Tensor, float], context: int) -> None:
+        self.rope, self.context = rope, context
+        self.key: Any = None
+        self.tables: Tables | None = None
+
+    def of(self, starts: torch.Tensor | None, length: int, device: torch.device) -> Tables:
+        """length: of this context rank's share of a row. The tables keep `starts`, so its memory is not used again
+        while they are the latest."""
+        place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
+        key = place, length, device
+        if self.tables is None or key != self.key:
+            self.key, self.tables = key, Tables(starts, length, self.context, device, self.rope)
+        return self.tables
+
+
+def context_positions(length: int) -> torch.Tensor:
+    """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them: of
+    2C slices the one with its number, and the one as far from the end."""
+    rank = parallel_state.get_context_parallel_rank()
+    slices = torch.arange(length).chunk(2 * parallel_state.get_context_parallel_world_size())
+    return torch.cat([slices[rank], slices[-1 - rank]])

@@ -1,0 +1,168 @@
+"""The GPU path as far as a CPU can show it: what a rank chooses, sets and refuses, and where its tensors are."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.core.errors import RecipeError
+from stages.mcore import fusions, gpu, layer_spec
+from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
+from stages.mcore.model import build, transformer_config
+from stages.mcore.parallel_layout import Layout
+from stages.models.base import Precision
+from stages.models.qwen3.config import Qwen3Config
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.train import parallel
+from tests.fixtures import ROOT, train_fixtures
+
+pytestmark = pytest.mark.numeric
+
+TINY = Qwen3MoeConfig(**train_fixtures.MODEL)
+
+
+def test_a_task_that_sees_one_gpu_takes_it() -> None:
+    assert [gpu.number(rank, 1) for rank in range(8)] == [0] * 8
+    assert [gpu.number(rank, 8) for rank in range(8)] == list(range(8))
+
+
+def test_ranks_that_share_a_gpu_are_told_so() -> None:
+    assert gpu.sharing([("a", "0"), ("a", "1"), ("b", "0")]) is None
+    problem = gpu.sharing([("a", "0"), ("a", "1"), ("b", "0"), ("b", "0"), ("b", "1")])
+    assert problem is not None and problem.startswith("ranks 2 and 3 have the same GPU: node b runs 3 ranks on 2 GPUs;")
+
+
+def test_variables_of_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, cut = Layout(), Layout(ranks=8, tp=2, deterministic=True)
+    assert set(gpu.variables(one)) == {"PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"}
+    assert (gpu.variables(one) | gpu.variables(cut))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    before = {name: os.environ.get(name) for name in gpu.variables(cut)}
+    with gpu.settings(cut):
+        assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0" and os.environ["NCCL_ALGO"] == "Tree"
+        assert torch.are_deterministic_algorithms_enabled()
+    assert {name: os.environ.get(name) for name in before} == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_whole_model_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's meta device stands for a GPU: it is another device than the one where norms and routers are made."""
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("meta"))
+    with parallel.session(0):
+        (chunk,) = build(TINY, train_fixtures.VOCAB)
+        assert {t.device.type for t in (*chunk.parameters(), *chunk.buffers())} == {"meta"}
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the operations that read a number, or that bring a tensor to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+        if func._schema.name == "aten::_local_scalar_dense" or len({x.device for x in tensors}) > 1:
+            self.names.append(func._schema.name)
+        return out
+
+
+@pytest.mark.parametrize("starts", [None, torch.tensor([[0] * 10 + [10] * 22, [0] * 32])], ids=["plain", "packed"])
+def test_no_layer_leaves_the_device(monkeypatch: pytest.MonkeyPatch, starts: torch.Tensor | None) -> None:
+    """Forward and backward of a whole model on PyTorch's meta device, which refuses tensors of another one: as many
+    tensors are sent for four layers as for two."""
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(layer_spec.Attention, "takes_documents", lambda self, q: True)
+    sizes = {"hidden_size": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    ids, crossings = torch.zeros(2, 32, dtype=torch.long, device="meta"), []
+    for layers in (2, 4):
+        model = Qwen3Config(architecture="qwen3", layers=layers, context_length=32, **sizes)
+        with parallel.session(0):
+            (chunk,) = build(model, train_fixtures.VOCAB, precision="bf16", packed=True)
+            with Crossings() as counted:
+                out = chunk(ids, ids, starts)
+                out.float().sum().backward()
+            assert {p.grad.device.type for p in chunk.parameters()} == {out.device.type} == {"meta"}
+            crossings.append(counted.names)
+            if layers == 4:
+                norm = chunk.decoder.layers[3].input_layernorm
+                norm.weight = torch.nn.Parameter(torch.ones(32, dtype=torch.bfloat16))
+                with pytest.raises(RuntimeError, match="device"):
+                    chunk(ids, ids, starts)
+    assert crossings[0] == crossings[1] and "aten::_to_copy" in crossings[0]
+
+
+@pytest.mark.parametrize(("precision", "engine"), [("fp32", False), ("bf16", True)])
+def test_fp32_never_takes_kernels_that_multiply_in_tf32(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, engine: bool
+) -> None:
+    monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", True)
+    with parallel.session(0):
+        config = transformer_config(TINY, Layout(), precision)
+        assert config.moe_grouped_gemm is engine
+        if not engine:
+            for spec in layer_spec.layer_spec(config).layer_specs:
+                assert not [p for p in _parts(spec) if "transformer_engine" in p.__module__ or "TE" in p.__name__]
+
+
+def _parts(spec: Any) -> list[type]:
+    """All classes in a specification of a layer."""
+    if isinstance(spec, type):
+        return [spec]
+    inner = [getattr(spec, "module", None), *vars(getattr(spec, "submodules", None) or spec).values()]
+    return [
+        part for x in inner if x is not None and (isinstance(x, type) or hasattr(x, "__dict__")) for part in _parts(x)
+    ]
+
+
+@pytest.mark.parametrize(("precision", "engine"), [("fp32", False), ("bf16", True)])
+def test_fusions_are_those_that_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, engine: bool
+) -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    on_cpu = fusions.keywords(Layout(), engine, experts=True)
+    assert not [name for name, value in on_cpu.items() if value is True]
+    assert {f.name for f in dataclasses.fields(TransformerConfig)} >= set(on_cpu)
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(moe_utils, "fused_permute", print, raising=False)
+
+    def chosen(layout: Layout, experts: bool = True) -> list[str]:
+        return [name for name, value in fusions.keywords(layout, engine, experts).items() if value is True]
+
+    assert chosen(Layout()) == ["moe_permute_fusion", "bias_activation_fusion"][not engine :]
+    assert chosen(Layout(), experts=False) == ["bias_activation_fusion"] and chosen(Layout(fusions=())) == []
+    assert chosen(Layout(fusions=("bias_activation",))) == ["bias_activation_fusion"]
+    with pytest.raises(RecipeError, match="fusions = router needs Transformer Engine 2.7"):
+        fusions.keywords(Layout(fusions=("router",)), engine, experts=True)
+
+
+def test_a_dispatcher_without_its_kernels_is_one_sentence() -> None:
+    with parallel.session(0), pytest.raises(RecipeError, match="dispatcher = flex needs GPUs and the package deep_ep"):
+        build(TINY, train_fixtures.VOCAB, Layout(dispatcher="flex"))
+
+
+def test_what_an_image_for_gpus_sets_and_holds_changes_nothing_without_one(tmp_path: Path) -> None:
+    """NVIDIA's images make PyTorch multiply fp32 in TF32, and have Transformer Engine, which fails without a GPU."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise SystemExit('imported')\n")
+    code = (
+        "import torch; from stages.mcore import layer_spec; from stages.train import parallel\n"
+        "before = torch.get_float32_matmul_precision()\n"
+        "with parallel.session(0): inside = torch.get_float32_matmul_precision()\n"
+        "print(before, inside, torch.get_float32_matmul_precision(), layer_spec.has_transformer_engine())"
+    )
+    env = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert process.stdout.split() == ["high", "highest", "high", "False"], process.stderr
