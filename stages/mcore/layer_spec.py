@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from stages.mcore import megatron_cpu_patches
 from stages.mcore.megatron_imports import (
     MegatronModule,
     TransformerBlockSubmodules,
@@ -25,6 +26,8 @@ from stages.models.grouped_query import SLICE
 
 def has_transformer_engine() -> bool:
     """Whether layers use Transformer Engine's kernels: a GPU and the library are available."""
+    if megatron_cpu_patches.te_on_cpu():
+        return True
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from stages.mcore import megatron_cpu_patches
 from stages.models.base import Precision
 
 # The first GPU generation whose tensor cores support the format, as compute capability and by name.
@@ -45,6 +46,8 @@ def missing_requirement(precision: Precision) -> str | None:
     None."""
     requirement = f"precision = {precision} needs"
     if precision not in NEEDS or (precision == "bf16" and not torch.cuda.is_available()):
+        return None
+    if megatron_cpu_patches.te_on_cpu():
         return None
     (capability, generation), is_fp8 = NEEDS[precision], precision in _FP8
     if not torch.cuda.is_available():
