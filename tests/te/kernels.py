@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 import transformer_engine.pytorch as te
 from transformer_engine.pytorch.constants import DType
 from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
@@ -69,8 +70,6 @@ def quantizers() -> Iterator[tuple[str, float]]:
 
 def products() -> Iterator[tuple[str, float]]:
     """TE's linear layer, norm and linear layer with a norm, forward and backward, against autograd."""
-    from torch.nn import functional as F
-
     generator = torch.Generator().manual_seed(0)
     x, w, dy = (torch.randn(s, generator=generator) for s in ((6, 5, 32), (48, 32), (6, 5, 48)))
     gain = 1 + 0.1 * torch.randn(32, generator=generator)
@@ -94,6 +93,36 @@ def products() -> Iterator[tuple[str, float]]:
         yield f"{name}, input's gradient", difference(mine.grad, leaves[0].grad)
         for key, parameter in layer.named_parameters():
             yield f"{name}, {key}'s gradient", difference(parameter.grad, leaves[2 if parameter.ndim == 1 else 1].grad)
+
+
+def attention() -> Iterator[tuple[str, float]]:
+    """TE's attention of rows of one document, and of documents one after the other, with grouped queries."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [5, 1, 10]
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    q, k, v = (torch.randn(16, heads, 8, generator=generator) for heads in (4, 2, 2))
+    gradient = torch.randn(16, 32, generator=generator)
+    for name, documents in (("attention of a row", [16]), ("attention of documents", lengths)):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        parts = zip(*(t.transpose(0, 1).split(documents, 1) for t in leaves), strict=True)
+        expected = torch.cat(
+            [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts], 1
+        )
+        expected.transpose(0, 1).flatten(1).backward(gradient)
+        own = [t.clone().requires_grad_() for t in (q, k, v)]
+        if len(documents) == 1:
+            layer = te.DotProductAttention(4, 8, 2, 0.0, qkv_format="sbhd", attn_mask_type="causal")
+            actual = layer(*(t[:, None] for t in own))[:, 0]
+        else:
+            layer = te.DotProductAttention(4, 8, 2, 0.0, qkv_format="thd", attn_mask_type="padding_causal")
+            words = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_kv"), ends) | dict.fromkeys(
+                ("max_seqlen_q", "max_seqlen_kv"), 10
+            )
+            actual = layer(*own, **words)
+        actual.backward(gradient)
+        yield f"{name}, forward", difference(actual.detach(), expected.detach().transpose(0, 1).flatten(1))
+        for letter, a, b in zip("qkv", own, leaves, strict=True):
+            yield f"{name}, d{letter}", difference(a.grad, b.grad)
 
 
 def optimizer() -> Iterator[tuple[str, float]]:
@@ -130,5 +159,5 @@ def missing_copy() -> Iterator[tuple[str, float]]:
 
 
 if __name__ == "__main__":
-    checks = (quantizers, products, optimizer, padding, missing_copy)
+    checks = (quantizers, products, attention, optimizer, padding, missing_copy)
     print(json.dumps({name: value for check in checks for name, value in check()}))

@@ -13,6 +13,7 @@ called, what a checkpoint holds. Not shown: the kernels' own arithmetic, speed a
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import sys
@@ -380,6 +381,24 @@ def get_fused_attn_backend(parameters: Any) -> Any:
     import transformer_engine_torch as tex
 
     return tex.NVTE_Fused_Attn_Backend.NVTE_No_Backend, "no GPU"
+
+
+@kernel
+def convert_thd_to_bshd(tensor: torch.Tensor, cu_seqlens: torch.Tensor, b: int, max_seq_len: int) -> torch.Tensor:
+    """Documents one after the other, [tokens, ...] -> [documents, longest, ...] with zeros behind each."""
+    out = tensor.new_zeros(b, max_seq_len, *tensor.shape[1:])
+    for number, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        out[number, : end - start] = tensor[start:end]
+    return out
+
+
+@kernel
+def convert_bshd_to_thd(tensor: torch.Tensor, cu_seqlens: torch.Tensor, t: int) -> torch.Tensor:
+    """The way back, for `t` tokens; those that belong to no document are zeros."""
+    out = tensor.new_zeros(t, *tensor.shape[2:])
+    for number, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        out[start:end] = tensor[number, : end - start]
+    return out
 
 
 # --- Names of CUDA --------------------------------------------------------------------------------------------------
