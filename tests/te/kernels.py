@@ -2,7 +2,7 @@
 
     python -m tests.te hopper tests.te.kernels
 
-Names with "exact" must be equal.
+Names with "exact" must be equal; with "bf16" the unit is bf16's precision.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8Bloc
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 
+from stages.mcore import fake_fp8
 from stages.mcore.quantize import KINDS, RECIPES, Kind
 from tests.fixtures.quantize_fixtures import quantize_dequantize
 from tests.te import stand_ins
@@ -95,6 +96,49 @@ def products() -> Iterator[tuple[str, float]]:
             yield f"{name}, {key}'s gradient", difference(parameter.grad, leaves[2 if parameter.ndim == 1 else 1].grad)
 
 
+def rounded_products() -> Iterator[tuple[str, float]]:
+    """What TE's layers multiply under each FP8 recipe is what the project's simulation does: the three products of a
+    linear layer, and of two experts' layers, in bf16."""
+    from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling, Format, MXFP8BlockScaling
+
+    recipes = {"fp8-tensorwise": Float8CurrentScaling(fp8_format=Format.HYBRID)}
+    if te.is_mxfp8_available():
+        recipes["mxfp8"] = MXFP8BlockScaling(fp8_format=Format.E4M3)
+    else:
+        recipes["fp8-blockwise"] = Float8BlockScaling(fp8_format=Format.E4M3)
+    splits, words = [128, 256], {"bias": False, "params_dtype": torch.bfloat16, "device": "cpu"}
+    x, dy = matrix((384, 256), 0), matrix((384, 128), 1)
+    weights = [matrix((128, 256), seed) for seed in (2, 3)]
+    for recipe, te_recipe in recipes.items():
+        for name, layer, parts in (
+            ("linear", te.Linear(256, 128, **words), [384]),
+            ("experts", te.GroupedLinear(2, 256, 128, **words), splits),
+        ):
+            parameters = list(layer.parameters())
+            with torch.no_grad():
+                for parameter, weight in zip(parameters, weights, strict=False):
+                    parameter.copy_(weight)
+            mine = x.clone().requires_grad_()
+            with te.autocast(enabled=True, recipe=te_recipe):
+                actual = layer(mine, parts) if len(parts) > 1 else layer(mine)
+            actual.backward(dy)
+            theirs = x.clone().requires_grad_()
+            leaves = [w.clone().requires_grad_() for w in weights[: len(parts)]]
+            expected = torch.cat([
+                fake_fp8.Linear.apply(part, w, RECIPES[recipe], None, fake_fp8.LinearRecord(256, 128))
+                for part, w in zip(theirs.split(parts), leaves, strict=True)
+            ])  # fmt: skip
+            expected.backward(dy)
+            bf16 = 2.0**-8  # both are rounded to it once, from sums in another order
+            yield f"bf16 {recipe}, {name}, forward", difference(actual.detach(), expected.detach()) / bf16
+            yield f"bf16 {recipe}, {name}, input's gradient", difference(mine.grad, theirs.grad) / bf16
+            gradients = zip(parameters, leaves, strict=True)
+            yield (
+                f"bf16 {recipe}, {name}, weight's gradient",
+                max(difference(p.grad, w.grad) for p, w in gradients) / bf16,
+            )
+
+
 def attention() -> Iterator[tuple[str, float]]:
     """TE's attention of rows of one document, and of documents one after the other, with grouped queries."""
     generator = torch.Generator().manual_seed(0)
@@ -159,5 +203,5 @@ def missing_copy() -> Iterator[tuple[str, float]]:
 
 
 if __name__ == "__main__":
-    checks = (quantizers, products, attention, optimizer, padding, missing_copy)
+    checks = (quantizers, products, rounded_products, attention, optimizer, padding, missing_copy)
     print(json.dumps({name: value for check in checks for name, value in check()}))

@@ -457,11 +457,17 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
                     setattr(module, key, function)
 
     # TE asks tensors, too, whether they are on a GPU, and brings some there
-    is_cuda, cuda = torch.Tensor.is_cuda, torch.Tensor.cuda
+    is_cuda, cuda, to = torch.Tensor.is_cuda, torch.Tensor.cuda, torch.Tensor.to
 
     def called_by(*packages: str) -> bool:
         return str(sys._getframe(2).f_globals.get("__name__", "")).startswith(packages)
 
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda") and called_by("transformer_engine."):
+            kwargs["device"] = "cpu"
+        return to(self, *args, **kwargs)
+
+    torch.Tensor.to = to_cpu
     torch.Tensor.is_cuda = property(lambda self: called_by("transformer_engine.") or is_cuda.__get__(self))
     torch.Tensor.cuda = lambda self, *args, **kwargs: (
         self if called_by("transformer_engine.", "megatron.") else cuda(self, *args, **kwargs)
