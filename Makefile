@@ -13,10 +13,12 @@ VENV_LATEST   ?= .venv-latest
 VENV_VLLM     ?= .venv-vllm
 # NeMo Gym wants Python 3.12 or newer, and pins what we do not.
 VENV_NEMO     ?= .venv-nemo
+# Transformer Engine on the CPU, and Megatron-Bridge, which wants an older transformers.
+VENV_TE       ?= .venv-te
 LATEST_TESTS  := tests/integration/test_fake_fp8.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
 	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_layouts.py tests/integration/test_export.py
 
-.PHONY: help demo check test tests test-latest test-processors test-vllm test-nemo test-gpu slurm-up slurm-down soak lint lock docs clean
+.PHONY: help demo check test tests test-latest test-processors test-vllm test-nemo test-te test-gpu slurm-up slurm-down soak lint lock docs clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
@@ -26,6 +28,7 @@ help:
 	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, on $(PYTHON_LATEST) (1.4 GB on disk)"
+	@echo "make test-te       Transformer Engine's layers on CPU against ours, and Megatron-Bridge on our export, on $(PYTHON_LATEST) (6 GB on disk)"
 	@echo "make test-gpu      what only a GPU can show, with a figure and a criterion each; on CPU, that these tests work"
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
 	@echo "make soak PART=layouts   a part of the long tests (at most 90 minutes each, resumable); without PART: lists them"
@@ -84,6 +87,14 @@ $(VENV_NEMO)/.ready:
 test-nemo: $(READY) $(VENV_NEMO)/.ready
 	ATOM_NEMO_PYTHON=$(abspath $(VENV_NEMO))/bin/python $(BIN)/python -m pytest tests/integration/test_nemo_gym.py
 
+$(VENV_TE)/.ready: requirements/te.lock requirements/te-source.lock tests/te/install tests/te/build_extension.py
+	$(PYTHON_LATEST) -m venv $(VENV_TE)
+	tests/te/install $(VENV_TE)/bin/python
+	@touch $@
+
+test-te: $(VENV_TE)/.ready
+	$(VENV_TE)/bin/python -m pytest --durations 10 tests/te
+
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -s tests/gpu
 
@@ -111,4 +122,4 @@ lock:
 	rm -rf build/lock
 
 clean:
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_VLLM) $(VENV_NEMO) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_VLLM) $(VENV_NEMO) $(VENV_TE) runs build dist *.egg-info

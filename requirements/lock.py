@@ -7,6 +7,8 @@ index states for every file of a version. Two things are added to what uv writes
 
 - The CUDA libraries, which torch from the index needs and a CPU build does not, go into cuda.lock.
 - A CPU build of torch that pip finds in its own `find-links`, if any, gets an entry in torch-cpu.lock.
+
+The environment of `make test-te` has versions of its own, from te.in, in te.lock and te-source.lock.
 """
 
 from __future__ import annotations
@@ -23,16 +25,34 @@ ROOT = HERE.parent
 PYTHONS = ("3.11", "3.13")
 PLATFORM = "x86_64-manylinux_2_28"
 CUDA = ("cuda-", "nvidia-", "triton")
+TE_BRIDGE = "megatron-bridge==0.6.2"
+"""It says that it needs Python 3.12; it works on 3.13, but no resolver takes it there."""
+TE_SOURCE = "transformer-engine-torch==2.20.2"
+"""The index has its source only, which is compiled."""
+TE_WITHOUT = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
+"""Compilers of GPU kernels, of half a gigabyte, which nothing here imports."""
 HEAD = "# Written by `make lock`; docs/install.md explains it. Do not edit.\n"
 
 
 def compile_lock(python: str) -> list[str]:
     """One entry a package, `name==version \\` with its hashes, in alphabetical order."""
-    command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--generate-hashes"]
-    command += ["--extra", "test", "--constraint", "constraints.txt", "pyproject.toml"]
+    return compile_entries(python, "--extra", "test", "--constraint", "constraints.txt", "pyproject.toml")
+
+
+def compile_entries(python: str, *what: str, stdin: str | None = None) -> list[str]:
+    command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--generate-hashes", *what]
     command += ["--python-version", python, "--python-platform", PLATFORM]
-    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(command, cwd=ROOT, check=True, input=stdin, stdout=subprocess.PIPE, text=True).stdout
     return re.split(r"\n(?=\S)", text.rstrip("\n"))
+
+
+def write_te() -> None:
+    """te.lock and te-source.lock."""
+    entries = compile_entries("3.13", "--extra", "data", "--extra", "train", "pyproject.toml", "requirements/te.in")
+    entries = [entry for entry in entries if not entry.startswith(TE_WITHOUT)]
+    entries += compile_entries("3.12", "--no-deps", "-", stdin=TE_BRIDGE)
+    (HERE / "te.lock").write_text(HEAD + "\n".join(sorted(entries)) + "\n")
+    (HERE / "te-source.lock").write_text(HEAD + compile_entries("3.13", "--no-deps", "-", stdin=TE_SOURCE)[0] + "\n")
 
 
 def cpu_torch(torch: str, python: str) -> str:
@@ -64,6 +84,7 @@ def main() -> None:
     (HERE / "cuda.lock").write_text(HEAD + "\n".join(sorted(cuda)) + "\n")
     if cpu:
         (HERE / "torch-cpu.lock").write_text(HEAD + cpu)
+    write_te()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from stages.mcore import megatron_cpu_patches
 from stages.mcore.megatron_imports import (
     AttnMaskType,
     MegatronModule,
@@ -33,7 +34,7 @@ def has_transformer_engine() -> bool:
 def uses_transformer_engine(params_dtype: torch.dtype) -> bool:
     """Whether the layers of a model use Transformer Engine. In fp32 they never do: its products are then in TF32, which
     keeps ten bits of each factor."""
-    return has_transformer_engine() and params_dtype != torch.float32
+    return has_transformer_engine() and (params_dtype != torch.float32 or megatron_cpu_patches.te_on_cpu())
 
 
 def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:

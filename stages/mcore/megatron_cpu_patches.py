@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import types
 import warnings
@@ -42,6 +43,12 @@ FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "rand
              "zeros_like", "ones_like", "empty_like", "full_like")  # fmt: skip
 
 _enabled = False
+
+
+def te_on_cpu() -> bool:
+    """Whether layers use Transformer Engine without a GPU, in every precision. Only `tests/te` sets this variable: it
+    has replaced the kernels by PyTorch's."""
+    return os.environ.get("ATOM_TE_ON_CPU") == "1"
 
 
 def enable() -> None:

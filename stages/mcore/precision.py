@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from stages.mcore import megatron_cpu_patches
 from stages.mcore.layer_spec import has_transformer_engine
 from stages.models.base import Precision
 
@@ -48,6 +49,8 @@ def missing_requirement(precision: Precision) -> str | None:
     if precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return f"{requirement} a GPU of the Ampere generation or newer, and this one is older; choose fp32"
     if precision not in FP8:
+        return None
+    if megatron_cpu_patches.te_on_cpu():
         return None
     generation, question = FP8[precision]
     if not torch.cuda.is_available():

@@ -49,11 +49,15 @@ class Part:
 def run_tests(arguments: list[str], folder: Path) -> Cells:
     """Tests at length, by pytest. Raises SystemExit with what it printed if one fails."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tests", *arguments]
+    return run_at_length(command)
+
+
+def run_at_length(command: list[str]) -> Cells:
     process = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "ATOM_SOAK": "1"}, capture_output=True, text=True, check=False
     )
     if process.returncode:
-        raise SystemExit(f"soak: {' '.join(arguments)}\n{process.stdout[-5000:]}")
+        raise SystemExit(f"soak: {' '.join(command)}\n{process.stdout[-5000:]}\n{process.stderr[-1000:]}")
     return [process.stdout.strip().splitlines()[-1]]
 
 
@@ -115,6 +119,11 @@ PARTS = {
     "training": Part(
         test_steps(*(f"tests/integration/test_{name}.py" for name in ("layouts", "precision_simulation"))),
         ["tests", "result"], "Every feature in every layout, and a killed precision simulation.",
+    ),
+    "te": Part(
+        lambda: {"make test-te": lambda folder: run_at_length(["make", "test-te"])}, ["tests", "result"],
+        "Transformer Engine's layers on CPU against this project's, also in layouts of four, and Megatron-Bridge on an "
+        "export: to run before a change to the engine is called done. It makes an environment of its own.",
     ),
     "packages": Part(
         test_steps("tests/integration/test_packages.py"), ["tests", "result"],

@@ -1,0 +1,36 @@
+"""Megatron-Bridge loads what we export: the way of a model into NeMo (docs/training.md)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.fixtures import layout_fixtures, train_fixtures
+from tests.te.conftest import Spawn
+
+DENSE: dict[str, Any] = {
+    **{k: v for k, v in train_fixtures.MODEL.items() if "expert" not in k and k not in ("aux_loss", "moe_intermediate_size")},
+    "architecture": "qwen3", "intermediate_size": 48,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {}
+for architecture, section in (("qwen3_moe", train_fixtures.MODEL), ("qwen3", DENSE)):
+    untied = {**section, "layers": 3, "tie_embeddings": False, "rope_theta": 1e6}
+    MODELS[f"{architecture} tied"] = {**section, "tie_embeddings": True}
+    MODELS[f"{architecture} untied"] = untied
+    MODELS[f"{architecture} untied, YaRN"] = {**untied, "yarn": {"factor": 4.0, "original_length": 16}}
+
+
+def test_the_bridge_loads_every_architecture(tmp_path: Path, device: Spawn) -> None:
+    """Equal tensors, equal logits, and the same file when the bridge writes it again."""
+    device("hopper")
+    codes, logs = layout_fixtures.end(
+        layout_fixtures.spawn("tests.te.bridge", [json.dumps(MODELS), str(tmp_path)], 1), timeout=500
+    )
+    assert codes == [0], logs[0][-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == set(MODELS)
+    for name, found in report.items():
+        lists = ("different", "unexpected", "written back differently", "written back in addition")
+        assert not any(found[key] for key in lists), (name, found)
+        assert found["logits"] <= 1e-6 * found["largest"] and found["largest"] > 0.1, (name, found)
