@@ -207,11 +207,14 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
         for target, name, replacement in (
             (torch.nn.Module, "bfloat16", _to_bfloat16),
             (layer_spec.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.weight)),
-            (TopKRouter, "routing", _balanced(TopKRouter.routing)),
+            (TopKRouter, "routing", balanced(TopKRouter.routing)),
             (clip_grads, "l2_norm_impl", _norms),
             (fake_tensor, "CONSTANT_NUMEL_LIMIT", 4096),
             # Megatron's `torch` is not PyTorch's where there is no GPU
-            *((module, "all_gather_object", _repeat) for module in (dist, sys.modules["megatron.core.optimizer"].torch.distributed)),
+            *(
+                (module, "all_gather_object", _repeat)
+                for module in (dist, sys.modules["megatron.core.optimizer"].torch.distributed)
+            ),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -226,7 +229,7 @@ def _to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def _balanced(route: Callable[..., Any]) -> Callable[..., Any]:
+def balanced(route: Callable[..., Any]) -> Callable[..., Any]:
     """A router whose map has values: each expert gets as many tokens as any other."""
 
     def routing(router: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

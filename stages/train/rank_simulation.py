@@ -50,7 +50,7 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
         for count in counts:
             machine.calls.clear()
             machine.peak = machine.live
-            engine.step(_full_batch(config, count), 1e-3, lambda loss, norm: None, phase.spikes is not None)
+            engine.step(full_batch(config, count), 1e-3, lambda loss, norm: None, phase.spikes is not None)
             steps.append(list(machine.calls))
         state, peak = machine.live, machine.peak
     share, planned_state, planned_activations = rank_memory(config, place)
@@ -70,7 +70,7 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
     )
 
 
-def _full_batch(config: TrainConfig, micro_batches: int) -> RankBatch:
+def full_batch(config: TrainConfig, micro_batches: int) -> RankBatch:
     """Micro-batches without padding, all tokens of which carry loss."""
     phase = config.phase
     shape = (phase.micro_rows, padded_width(phase.sequence_length, phase.parallelism, phase.fp8))
