@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -32,6 +33,10 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option("--cluster", help="cluster profile to estimate hours, cost and energy with")
     ] = None,
+    simulate: Annotated[
+        int | None,
+        typer.Option("--simulate", metavar="RANK", help="simulate this rank of each training phase (minutes, 1 GB)"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the stages, keys and costs of a recipe.
@@ -39,9 +44,14 @@ def plan(
     Nothing is run. The tables show the key, state (sealed, stale, to run) and estimated cost of every stage, and the
     resources that every training phase needs for each rank. The command also works without the data.
 
+    With --simulate, the engine of that rank is built at full size and walks through training steps on this machine,
+    without the memory that they need: its parameters, peak memory and collectives are shown beside the estimate.
+
     Example: atom plan atom-tiny --cluster h100-pyxis
+
+    Example: atom plan atom-30b-a3b --only pretrain --simulate 0
     """
-    from pipeline.cli.tables import forecast_table, phases_table, plan_table
+    from pipeline.cli.tables import forecast_table, phases_table, plan_table, simulation_table
     from pipeline.graph import dag, plan
     from pipeline.graph.cost_estimate import forecast
     from pipeline.launch import cluster_profile
@@ -55,6 +65,7 @@ def plan(
         costs = forecast(rows, cluster_profile.load(cluster), plan.is_small(composed))
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
+    simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
     if as_json:
         body = {
             "recipe": identity.name,
@@ -62,6 +73,8 @@ def plan(
             "absent": list(composed.absent),
             "stages": [r.json() for r in rows],
         }
+        if simulations:
+            body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
         return
     for text in composed.absent:
@@ -75,6 +88,9 @@ def plan(
         console().print(forecast_table(costs))
         for text in (*costs.assumed, *beyond):
             print(text)
+    for name, result in simulations.items():
+        console().print()
+        console().print(simulation_table(name, result))
     for text in plan.remarks(rows):
         print(text)
 

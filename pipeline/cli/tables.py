@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from pipeline.core.progress import duration, figures_text, human
+from pipeline.core.stage import RankSimulation, Traffic
 from pipeline.graph.cost_estimate import Forecast
 from pipeline.graph.plan import StagePlan, timed
 from pipeline.graph.run import NodeStatus
@@ -81,6 +82,40 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
     )
     table.caption_justify = "left"
     return table
+
+
+def simulation_table(name: str, result: RankSimulation) -> Table:
+    """What a simulated rank sends in a step, by operation and group, under its memory beside the estimate."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1), title_justify="left")
+    activations = result.peak_bytes - result.state_bytes, result.planned_peak_bytes - result.planned_state_bytes
+    table.title = "\n".join([
+        f"{name}: rank {result.rank} of {result.ranks:,}, simulated",
+        f"parameters: {result.parameters:,}, planned: {result.planned_parameters:,}",
+        f"state: {_binary(result.state_bytes)}, planned: {_binary(result.planned_state_bytes)}",
+        f"activations: {_binary(activations[0])}, planned: {_binary(activations[1])}",
+        f"peak: {_binary(result.peak_bytes)}, planned: {_binary(result.planned_peak_bytes)} "
+        f"({result.planned_peak_bytes / result.peak_bytes - 1:+.1%})",
+    ])  # fmt: skip
+    table.add_column("collective", no_wrap=True)
+    for column in ("group", "ranks", "calls", "largest", "sum"):
+        table.add_column(column, justify="right", no_wrap=True)
+    together: dict[tuple[str, str, int], list[Traffic]] = {}
+    for row in result.traffic:
+        together.setdefault((row.operation, row.group, row.ranks), []).append(row)
+    for (operation, group, ranks), rows in sorted(together.items(), key=lambda x: -sum(_volume(r) for r in x[1])):
+        calls, largest = sum(row.calls for row in rows), max(row.bytes for row in rows)
+        volume = human(sum(map(_volume, rows))) + "B"
+        table.add_row(operation, group, str(ranks), f"{calls:,}", human(largest) + "B", volume)
+    table.caption = (
+        f"calls, sum: of a step of {result.micro_batches} micro-batches; bytes of a collective: of its larger side;\n"
+        f"memory and sequence (--json): of a simulated step of {result.simulated_micro_batches} micro-batches"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _volume(row: Traffic) -> int:
+    return row.bytes * row.calls
 
 
 def forecast_table(forecast: Forecast) -> Table:

@@ -164,6 +164,37 @@ class Estimate:
     training: TrainingEstimate | None = None
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Equal collectives of a rank in one step: operation, role and ranks of their group, bytes of one, and number."""
+
+    operation: str
+    group: str
+    ranks: int
+    bytes: int
+    calls: int
+
+
+@dataclass(frozen=True)
+class RankSimulation:
+    """One rank of a training phase, simulated at full size, beside what the estimate says of it. Bytes at the peak
+    include the state."""
+
+    rank: int
+    ranks: int
+    micro_batches: int  # of a step, on this rank
+    simulated_micro_batches: int  # of the step whose memory and sequence these are
+    parameters: int
+    planned_parameters: int
+    state_bytes: int
+    planned_state_bytes: int
+    peak_bytes: int
+    planned_peak_bytes: int
+    traffic: tuple[Traffic, ...]  # of a step with all micro-batches
+    sequence: tuple[tuple[str, str, int, int, int], ...]
+    """(operation, group, ranks, bytes, number in a row), in the order of the simulated step."""
+
+
 Promise = Literal["bitwise", "numeric"]
 """The guarantee for two attempts at one key: equal bytes, in one environment on CPU; or equal values within a
 tolerance."""
@@ -183,6 +214,7 @@ class Stage(Generic[C]):
     obstacle: the reason why a config can be planned but not run, in one sentence; checked before anything starts.
     trains: whether it updates weights and needs a GPU for each rank.
     reads: the input node for each role, for a stage that a recipe adds by its name alone.
+    simulate: walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
     shards: pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`. Each
     leaves complete files in `work`; `run` does the missing ones and produces the same bytes for any number of shards.
     """
@@ -196,6 +228,7 @@ class Stage(Generic[C]):
     obstacle: Callable[[C], str | None] = lambda config: None
     ranks: Callable[[C], int] = lambda config: 1
     trains: bool = False
+    simulate: Callable[[C, int], RankSimulation] | None = None
     reads: Mapping[str, str] = field(default_factory=dict)
     shards: Callable[[C], int] = lambda config: 1
     run_shard: Callable[[C, Inputs, Path, int], None] | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.core.stage import Estimate, operation
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Estimate, RankSimulation, operation
 from pipeline.graph.dag import Graph, State
 
 
@@ -72,6 +74,18 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
         )
         for node in (graph.nodes[name] for name in selected)
     ]
+
+
+def simulations(graph: Graph, rows: list[StagePlan], rank: int) -> dict[str, RankSimulation]:
+    """A rank of each training phase of a plan, simulated, by stage. Raises AtomError if none can be."""
+    results = {}
+    for node in (graph.nodes[row.state.name] for row in rows):
+        if node.stage.simulate is not None:
+            print(f"simulating rank {rank} of {node.name}", file=sys.stderr, flush=True)
+            results[node.name] = node.stage.simulate(node.config, rank)
+    if not results:
+        raise AtomError("no stage of this plan can be simulated; choose a training phase on text with --only")
+    return results
 
 
 def remarks(rows: list[StagePlan]) -> list[str]:

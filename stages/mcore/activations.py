@@ -5,8 +5,9 @@ The layers are those of this project: Megatron's with its unfused SwiGLU, betwee
 PyTorch. Assumed: routing is balanced (each rank's experts get their share of the tokens; real routing is less even, and
 the fullest rank needs more); the attention kernel saves queries, keys, values, output and log-sum-exp, but no scores;
 FP8's smaller
-copies of matrix inputs are counted as bf16. Left out: transient tensors within one operation, communication buffers,
-and the allocator's fragments. `tests/integration/test_costs.py` compares with what autograd saves.
+copies of matrix inputs are counted as bf16. Left out: communication buffers and the allocator's fragments.
+`tests/integration/test_costs.py` compares with what autograd saves, `tests/integration/test_rank_simulation.py` with
+every byte that a simulated rank allocates.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from stages.mcore.memory import layers_of
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import ModelConfig, Precision
 from stages.models.costs import Rows
+
+SOFTMAX = 4
+"""Bytes of a logit in the loss: fp32."""
 
 
 def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
@@ -30,6 +34,31 @@ def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
     return min(chunks, micro_batches * layout.vpp) / layout.vpp
 
 
+def saved_bytes(
+    model: ModelConfig,
+    padded_vocab_size: int,
+    layout: Layout,
+    precision: Precision,
+    rows: Rows,
+    micro_batches: int,
+    pipeline_rank: int,
+    fused: bool = False,
+) -> float:
+    """Bytes that the forward passes in flight keep on a rank at that position of the pipeline. micro_batches: of a
+    step, on one rank. With recompute = layer each layer keeps only its input. The last stage keeps the inputs of the
+    final norm and of the output head, and the fp32 softmax of the logits. The rotary tables of packed rows are made once
+    a forward pass."""
+    layers = layers_of(model, layout, pipeline_rank)
+    kept = 0.0
+    for layer in (layer for chunk in layers for layer in chunk):
+        kept += _layer(model, layout, precision, rows, layer, fused)[0]
+    tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
+    total = _tokens(layout, rows) * in_flight(layout, pipeline_rank, micro_batches) * (kept + tables)
+    if pipeline_rank == layout.pp - 1:
+        total += _tokens(layout, rows) * (2 * _size(precision) * model.hidden_size + SOFTMAX * padded_vocab_size)
+    return total
+
+
 def activation_bytes(
     model: ModelConfig,
     padded_vocab_size: int,
@@ -40,22 +69,37 @@ def activation_bytes(
     pipeline_rank: int,
     fused: bool = False,
 ) -> float:
-    """Bytes at the peak of a step on a rank at that position of the pipeline. micro_batches: of a step, on one rank.
-
-    With recompute = layer each layer keeps only its input, and the layer in its backward pass has all its tensors.
-    The last stage adds the final norm and the loss: logits, their fp32 softmax, and with bf16 a gradient of that size.
-    """
-    size = 4 if precision == "fp32" else 2
-    tokens = rows.rows * rows.length / (layout.cp * layout.tp)
+    """Bytes at the peak of a step on a rank at that position of the pipeline: what is saved, and the larger of two
+    working sets that are never there at the same time. One layer's: its temporary tensors, and, if it is computed
+    again, all that it saves. The loss's, on the last stage: with bf16 a gradient of the logits beside their softmax;
+    then a gradient of the output head beside that of the logits."""
+    saved = saved_bytes(model, padded_vocab_size, layout, precision, rows, micro_batches, pipeline_rank, fused)
+    tokens, size = _tokens(layout, rows), _size(precision)
     layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
-    saved_bytes = [sum(model.layer_activations(layout, precision, rows, layer, fused).values()) for layer in layers]
-    input_bytes = size * model.hidden_size
-    working = 0.0
-    if layout.recompute == "layer":
-        working, saved_bytes = max(saved_bytes) - input_bytes, [input_bytes] * len(layers)
-    tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
-    total = tokens * (in_flight(layout, pipeline_rank, micro_batches) * (sum(saved_bytes) + tables) + working)
-    if pipeline_rank == layout.pp - 1:
-        total += tokens * 2 * input_bytes
-        total += tokens * padded_vocab_size * (4 if precision == "fp32" else 6)  # tensor ranks split the vocabulary
-    return total
+    working = tokens * max(_layer(model, layout, precision, rows, layer, fused)[1] for layer in layers)
+    if pipeline_rank < layout.pp - 1:
+        return saved + working
+    logits = tokens * padded_vocab_size  # tensor ranks split the vocabulary
+    softmax, head = SOFTMAX * logits, size * model.hidden_size * padded_vocab_size / layout.tp
+    loss = max(softmax + (size * logits if size < SOFTMAX else 0), size * logits + head)
+    return saved - softmax + max(working, loss)
+
+
+def _layer(
+    model: ModelConfig, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
+) -> tuple[float, float]:
+    """Bytes of a layer for each of the rank's tokens: (kept for the backward pass, at work in it)."""
+    saved = sum(model.layer_activations(layout, precision, rows, layer, fused).values())
+    working = model.layer_working_set(layout, precision, layer)
+    if layout.recompute == "none":
+        return saved, working
+    layer_input = _size(precision) * model.hidden_size
+    return layer_input, saved - layer_input + working
+
+
+def _size(precision: Precision) -> int:
+    return 4 if precision == "fp32" else 2
+
+
+def _tokens(layout: Layout, rows: Rows) -> float:
+    return rows.rows * rows.length / (layout.cp * layout.tp)

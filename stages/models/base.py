@@ -143,6 +143,10 @@ class ModelConfig(Config, ABC):
         """Bytes by tensor that a layer keeps for the backward pass, for each of a rank's tokens. fused: SwiGLU as one
         kernel that keeps its input only."""
 
+    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+        """Bytes of temporary tensors that a layer has at one time, for each of a rank's tokens."""
+        return 0.0
+
     @abstractmethod
     def split_sizes(self) -> list[tuple[str, str, int]]:
         """(setting of the layout, name, size) of each dimension that a layout splits: the setting must divide it."""

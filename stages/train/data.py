@@ -33,6 +33,7 @@ from pipeline.core.store import Artifact
 from stages.data.shards import check_sizes, document_files, shard_name
 from stages.data.table import ORDER, arrow_schema, order_files, stream_batches
 from stages.mcore.megatron_imports import IndexedDataset
+from stages.mcore.parallel_layout import Layout
 from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks
 
@@ -142,6 +143,12 @@ class Shards:
         return Batch(*(torch.from_numpy(x) for x in arrays))
 
 
+def padded_width(slots: int, layout: Layout, fp8: bool = False) -> int:
+    """The width of rows of which the longest has that many slots."""
+    multiple = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
+    return -(-slots // multiple) * multiple
+
+
 @dataclass(frozen=True)
 class RankBatch:
     """One rank's part of a global batch: micro-batches of equal shape, and the targets of all ranks."""
@@ -161,8 +168,7 @@ class RankBatch:
         per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
         if layout.vpp > 1:  # the interleaved schedule needs groups of micro-batches
             per_rank = -(-per_rank // layout.pp) * layout.pp
-        multiple = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
-        width = -(-max(row.slots for row in rows) // multiple) * multiple
+        width = padded_width(max(row.slots for row in rows), layout, fp8)
         first = ranks.data_rank * per_rank * micro_rows
         rank_rows: list[Row | None] = list(rows[first : first + per_rank * micro_rows])
         rank_rows += [None] * (per_rank * micro_rows - len(rank_rows))

@@ -83,6 +83,20 @@ class Piece:
     stop: int
 
 
+class BucketedDDP(DistributedDataParallel):  # type: ignore[misc]
+    """Cuts gradients into buckets on every pipeline rank, so that `overlap_gradients` hides their reduction; Megatron
+    does on the first rank only, and reduces all of a later rank's at once, after its backward pass."""
+
+    @property
+    def bucket_size(self) -> int | None:
+        size: int | None = self.ddp_config.bucket_size
+        return size
+
+    @bucket_size.setter
+    def bucket_size(self, size: int | None) -> None:
+        """Leaves the size as configured."""
+
+
 class Engine:
     """Holds model and optimizer. Every method is collective: all ranks call it with the same arguments."""
 
@@ -110,7 +124,7 @@ class Engine:
         if overlap is None:
             overlap = gpu.device().type == "cuda" and ranks.data_ranks > 1
         self.ddp = [
-            DistributedDataParallel(
+            (DistributedDataParallel if number else BucketedDDP)(
                 config=megatron,
                 ddp_config=DistributedDataParallelConfig(
                     grad_reduce_in_fp32=True,
@@ -138,6 +152,8 @@ class Engine:
             ),
             self.ddp,
         )
+        for part in self._distributed_optimizers()[:-1]:
+            part.model_chunks = []  # each would gather all weights of its chunks: the last one does, after all updates
         megatron.finalize_model_grads_func = finalize_model_grads
         megatron.grad_scale_func = _weak_method(self.optimizer.scale_loss)
         if overlap:  # reduce with the last micro-batch only

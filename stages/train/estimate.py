@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.core.stage import Estimate, TrainingEstimate
+from pipeline.core.stage import Estimate, RankSimulation, TrainingEstimate
 from stages.mcore.activations import activation_bytes
 from stages.mcore.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.mcore.parallel_layout import Layout
-from stages.models.costs import Rows
+from stages.models.costs import MemoryShare, Rows
 from stages.train.config import PhaseConfig, TrainConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
@@ -25,18 +25,8 @@ def estimate(config: TrainConfig) -> Estimate:
     parameters = model.parameters(config.padded_vocab_size)
     steps, tokens = phase.steps - phase.first_step + 1, phase.tokens(phase.first_step)
     per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
-    rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
-    micro_batches = max(phase.micro_batch_counts) // layout.data
-    states, activations, owned = [], [], []
-    for pipeline_rank in range(layout.pp):
-        share = memory_share(model, config.padded_vocab_size, layout, pipeline_rank)
-        states.append(state_bytes(share, layout, phase.precision))
-        owned.append(owned_bytes(share, layout))
-        activations.append(
-            activation_bytes(
-                model, config.padded_vocab_size, layout, phase.precision, rows, micro_batches, pipeline_rank
-            )
-        )
+    shares, states, activations = zip(*(rank_memory(config, rank) for rank in range(layout.pp)), strict=True)
+    owned = [owned_bytes(share, layout) for share in shares]
     memory = round(max(state + activation for state, activation in zip(states, activations, strict=True)))
     checkpoint = (MASTER + MOMENTS) * parameters["total"]
     releases, first = release_checkpoints(phase), phase.first_step == 1
@@ -71,6 +61,23 @@ def estimate(config: TrainConfig) -> Estimate:
             data_bytes=tokens * (2 if config.padded_vocab_size <= TWO_BYTE_IDS else 4) + order_rows * ORDER_ROW,
         ),
     )
+
+
+def rank_memory(config: TrainConfig, pipeline_rank: int) -> tuple[MemoryShare, float, float]:
+    """(parameters, bytes of state, bytes of activations) of the ranks at that position of the pipeline."""
+    phase, model, layout, vocabulary = config.phase, config.model, config.phase.parallelism, config.padded_vocab_size
+    rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
+    micro_batches = max(phase.micro_batch_counts) // layout.data
+    share = memory_share(model, vocabulary, layout, pipeline_rank)
+    activations = activation_bytes(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank)
+    return share, state_bytes(share, layout, phase.precision), activations
+
+
+def simulate(config: TrainConfig, rank: int) -> RankSimulation:
+    """Simulates a rank of the phase (stages/train/rank_simulation.py), with torch."""
+    from stages.train import rank_simulation
+
+    return rank_simulation.simulate(config, rank)
 
 
 def release_checkpoints(phase: PhaseConfig) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Inputs, Report, Stage
 from stages.train.config import TrainConfig
-from stages.train.estimate import estimate
+from stages.train.estimate import estimate, simulate
 
 VERSION = 7
 
@@ -31,5 +31,6 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 STAGE = Stage(
-    "midtrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True
-)
+    "midtrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    simulate=simulate,
+)  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Inputs, Report, Stage
 from stages.train.config import TrainConfig
-from stages.train.estimate import estimate
+from stages.train.estimate import estimate, simulate
 
 VERSION = 7
 
@@ -27,5 +27,6 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 STAGE = Stage(
-    "pretrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True
-)
+    "pretrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    simulate=simulate,
+)  # fmt: skip

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.fixtures import ROOT
-from tests.soak import layouts
+from tests.soak import layouts, simulated_ranks
 from tests.soak.layouts import Cells, Step
 
 PAGE, RECORDS = ROOT / "docs/soak.md", ROOT / "runs/soak"
@@ -117,8 +117,14 @@ PARTS = {
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
     ),
     "training": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("layouts", "precision_simulation"))),
-        ["tests", "result"], "Every feature in every layout, and a killed precision simulation.",
+        test_steps(*(f"tests/integration/test_{n}.py" for n in ("layouts", "precision_simulation", "rank_simulation"))),
+        ["tests", "result"],
+        "Every feature in every layout, a killed precision simulation, and the memory of simulated layouts.",
+    ),
+    "simulated-ranks": Part(
+        simulated_ranks.steps, simulated_ranks.HEAD,
+        "Ranks of the cluster recipes at full size (`atom plan --simulate`), PyTorch's kernels; the bound is "
+        f"{simulated_ranks.TOLERANCE:.0%}. Sent: the larger side of every collective with other ranks.",
     ),
     "te": Part(
         lambda: {"make test-te": lambda folder: run_at_length(["make", "test-te"])}, ["tests", "result"],

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Renamed, added
 from stages.mcore.parallel_layout import Layout
-from stages.models.base import LossWeight, Routing, Width
+from stages.models.base import LossWeight, Precision, Routing, Width
 from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_shapes
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
@@ -141,6 +141,14 @@ class Qwen3MoeConfig(GroupedQueryConfig):
             "experts' SwiGLU, and weighted": (saved if fused else saved + 1) * size * ffn * copies,
             "shared expert": (2 + saved) * size * (self.shared_expert_intermediate_size or 0),
         }
+
+    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+        """The tokens on their way to experts and back: as sorted for the ranks that have them, as received, as the
+        experts return them and as sorted back. With all experts on one rank nothing is received."""
+        if layer < self.dense_layers:
+            return 0.0
+        sent = (4 if precision == "fp32" else 2) * self.hidden_size * self.num_experts_per_tok
+        return sent * (2 + 2 * layout.split_experts if layout.ep * layout.split_experts > 1 else 3)
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [

@@ -1,0 +1,90 @@
+"""A rank of a phase at its full size on this machine: `atom plan RECIPE --simulate RANK`.
+
+The engine of that rank is built and makes two steps as it does on a cluster, with tensors that have no memory
+(stages/mcore/simulated_rank.py). Its kernels are PyTorch's. The steps have as many micro-batches as the pipeline holds
+at once, so memory reaches its peak, and a few more; what the second step adds is what a micro-batch costs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import astuple
+from functools import partial
+from itertools import groupby
+from unittest import mock
+
+import torch
+
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import RankSimulation, Traffic
+from stages.mcore.megatron_imports import get_megatron_optimizer, parallel_state
+from stages.mcore.model import named_tensors
+from stages.mcore.simulated_rank import Collective, simulated
+from stages.train import engine as engines
+from stages.train.config import TrainConfig
+from stages.train.data import Batch, RankBatch, padded_width
+from stages.train.estimate import rank_memory
+from stages.train.parallel import Ranks
+
+
+def simulate(config: TrainConfig, rank: int) -> RankSimulation:
+    """Simulates two steps of a rank, every row of which is one document of full length. Raises RecipeError if the
+    layout has no such rank, or if the precision needs kernels that this machine lacks."""
+    phase, layout = config.phase, config.phase.parallelism
+    if not 0 <= rank < layout.ranks:
+        raise RecipeError(f"rank {rank} is not one of the phase's parallelism.ranks = {layout.ranks}, "
+                          f"which count from 0 to {layout.ranks - 1}")  # fmt: skip
+    micro_batches = max(phase.micro_batch_counts) // layout.data
+    unit = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule takes them in groups
+    counts = [min(micro_batches, layout.pp * layout.vpp + more) for more in (0, unit)]
+    # the engine wants Megatron's gloo groups for checkpoints in another format only
+    optimizer = partial(get_megatron_optimizer, use_gloo_process_groups=False)
+    with simulated(layout, rank) as machine, mock.patch.object(engines, "get_megatron_optimizer", optimizer):
+        place = parallel_state.get_pipeline_model_parallel_rank()
+        is_loss = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+        data_rank = parallel_state.get_data_parallel_rank()
+        ranks = Ranks(rank, layout.ranks, layout, data_rank, layout.data, is_loss)
+        engine = engines.Engine(config, ranks, config.padded_vocab_size)
+        parameters = sum(tensor.numel() for _, tensor in named_tensors(engine.chunks))
+        steps = []
+        for count in counts:
+            machine.calls.clear()
+            machine.peak = machine.live
+            engine.step(full_batch(config, count), 1e-3, lambda loss, norm: None, phase.spikes is not None)
+            steps.append(list(machine.calls))
+        state, peak = machine.live, machine.peak
+    share, planned_state, planned_activations = rank_memory(config, place)
+    return RankSimulation(
+        rank=rank,
+        ranks=layout.ranks,
+        micro_batches=micro_batches,
+        simulated_micro_batches=counts[1],
+        parameters=parameters,
+        planned_parameters=share.all,
+        state_bytes=state,
+        planned_state_bytes=round(planned_state),
+        peak_bytes=peak,
+        planned_peak_bytes=round(planned_state + planned_activations),
+        traffic=_traffic(*steps, micro_batches, counts),
+        sequence=tuple((*astuple(call), len(list(calls))) for call, calls in groupby(steps[1])),
+    )
+
+
+def full_batch(config: TrainConfig, micro_batches: int) -> RankBatch:
+    """Micro-batches without padding, all tokens of which carry loss."""
+    phase = config.phase
+    shape = (phase.micro_rows, padded_width(phase.sequence_length, phase.parallelism, phase.fp8))
+    ids = torch.zeros(shape, dtype=torch.int64)
+    no_padding = torch.zeros(shape, dtype=torch.bool)
+    batch = Batch(ids, ids, torch.ones(shape), no_padding, torch.zeros_like(ids) if phase.packed else None)
+    return RankBatch([batch] * micro_batches, shape[1], micro_batches * ids.numel() * phase.parallelism.data)
+
+
+def _traffic(
+    first: list[Collective], second: list[Collective], micro_batches: int, counts: list[int]
+) -> tuple[Traffic, ...]:
+    """The collectives of a step of that many micro-batches, from two steps of fewer."""
+    calls, added = Counter(second), Counter(second)
+    added.subtract(Counter(first))
+    more = (micro_batches - counts[1]) // max(1, counts[1] - counts[0])
+    return tuple(Traffic(*astuple(call), number + more * added[call]) for call, number in calls.items())

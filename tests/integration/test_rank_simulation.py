@@ -1,0 +1,175 @@
+"""Simulated ranks: what they send is what real ranks send, and what they allocate is what the plan says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import RankSimulation
+from pipeline.launch.rendezvous import free_port
+from stages.mcore.model import transformer_config
+from stages.train import rank_simulation
+from stages.train.config import TrainConfig
+from tests.fixtures import layout_fixtures, rank_simulation_fixtures, train_fixtures
+from tests.fixtures.run_fixtures import at_length, atom
+
+REAL: dict[str, dict[str, Any]] = {
+    "EP2": {"ep": 2},
+    "TP2+SP": {"tp": 2},
+    "PP2 overlap": {"pp": 2, "overlap_gradients": True},
+    "CP2 recompute": {"cp": 2, "recompute": "layer"},
+}
+MORE_REAL: dict[str, dict[str, Any]] = {
+    "DP2 overlap": {"overlap_gradients": True},
+    "EP2 allgather": {"ep": 2, "dispatcher": "allgather"},
+    "TP2 EP2 ETP1": {"tp": 2, "ep": 2, "etp": 1},
+    "PP2 interleaved": {"pp": 2, "vpp": 2},
+}
+VOCABULARY = 8192
+LARGE: dict[str, Any] = dict(
+    layers=2, hidden_size=1024, heads=16, kv_heads=4, head_dim=64, experts=8, num_experts_per_tok=4,
+    moe_intermediate_size=512, context_length=2048, tie_embeddings=False,
+)  # fmt: skip
+MEMORY: dict[str, dict[str, Any]] = {
+    "EP4": {"ranks": 4, "ep": 4},
+    "TP2 EP4 ETP1 PP2 overlap": {
+        "ranks": 16, "tp": 2, "pp": 2, "ep": 4, "etp": 1, "overlap_gradients": True,
+    },
+    "CP2 EP8 recompute": {"ranks": 8, "cp": 2, "ep": 8, "recompute": "layer"},
+}  # fmt: skip
+MORE_MEMORY: dict[str, dict[str, Any]] = {
+    "one": {},
+    "recompute": {"recompute": "layer"},
+    "TP2 EP2": {"ranks": 4, "tp": 2, "ep": 2},
+    "TP4": {"ranks": 4, "tp": 4},
+    "CP4 EP4": {"ranks": 4, "cp": 4, "ep": 4},
+    "PP2": {"ranks": 2, "pp": 2},
+    "PP4 EP2": {"ranks": 8, "pp": 4, "ep": 2},
+    "PP2 VPP2": {"ranks": 2, "pp": 2, "vpp": 2},
+    "PP2 recompute": {"ranks": 2, "pp": 2, "recompute": "layer"},
+    "EP4 allgather": {"ranks": 4, "ep": 4, "dispatcher": "allgather"},
+    "TP2 PP2 EP2": {"ranks": 8, "tp": 2, "pp": 2, "ep": 2},
+}  # fmt: skip
+
+
+def config(layout: dict[str, Any], model: dict[str, Any], vocabulary: int, row: int, **phase: Any) -> dict[str, Any]:
+    """Four micro-batches of one packed row on each data rank."""
+    data = layout.get("ranks", 1) // (layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1))
+    body = {**train_fixtures.PHASE, "sequence_length": row, "pack": True, "parallelism": layout, **phase}
+    body["batch"] = {"micro_tokens": row, "global_tokens": 4 * data * row}
+    return {"model": model, "phase": body, "padded_vocab_size": vocabulary, "seed": 0}
+
+
+def compare_with_real_ranks(layouts: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Two processes over gloo: the same operations of the same groups, ranks and bytes, in the same order."""
+    configs = [config({"ranks": 2, **x}, rank_simulation_fixtures.MODEL, 64, 32) for x in layouts.values()]
+    ports: set[int] = set()
+    while len(ports) < len(configs):  # a store that an earlier layout left behind would answer at its port
+        ports.add(free_port())
+    arguments = [json.dumps(configs), json.dumps(sorted(ports)), str(folder)]
+    codes, logs = layout_fixtures.end(layout_fixtures.spawn(rank_simulation_fixtures.MODULE, arguments, 2))
+    assert codes == [0, 0], [log[-2000:] for log in logs]
+    for rank in (0, 1):
+        real = json.loads((folder / f"{rank}.json").read_text())
+        for name, settings, step in zip(layouts, configs, real, strict=True):
+            if rank or "pp" in layouts[name]:  # other layouts' ranks do the same
+                result = rank_simulation.simulate(TrainConfig.model_validate(settings), rank)
+                assert [list(row) for row in result.sequence] == step["sequence"], f"{name}, rank {rank}"
+                assert result.parameters == result.planned_parameters == step["parameters"], f"{name}, rank {rank}"
+
+
+def test_collectives_are_those_of_real_ranks(tmp_path: Path) -> None:
+    compare_with_real_ranks(REAL, tmp_path)
+
+
+@at_length("training", 30)
+def test_collectives_of_more_layouts_are_those_of_real_ranks(tmp_path: Path) -> None:
+    compare_with_real_ranks(MORE_REAL, tmp_path)
+
+
+def simulate_large(layout: dict[str, Any], rank: int = 0, precision: str = "bf16", **model: Any) -> RankSimulation:
+    settings = config(layout, {**LARGE, **model}, VOCABULARY, 1024, precision=precision)
+    return rank_simulation.simulate(TrainConfig.model_validate(settings), rank)
+
+
+def require_planned_memory(result: RankSimulation) -> None:
+    assert result.parameters == result.planned_parameters
+    assert result.state_bytes == pytest.approx(result.planned_state_bytes, rel=0.05)
+    assert result.peak_bytes == pytest.approx(result.planned_peak_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_is_planned(name: str) -> None:
+    require_planned_memory(simulate_large(MEMORY[name]))
+
+
+@at_length("training", 400)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", MORE_MEMORY)
+def test_memory_of_more_layouts_is_planned(name: str, precision: str) -> None:
+    """The first and the last rank."""
+    layout = MORE_MEMORY[name]
+    for rank in {0, layout.get("ranks", 1) - 1}:
+        require_planned_memory(simulate_large(layout, rank, precision, layers=4))
+
+
+@at_length("training", 60)
+def test_memory_of_a_published_run() -> None:
+    """Qwen3-30B-A3B on 16 H100, EP16, rows of 4,096 tokens: 62.17 GiB at its peak (Megatron-Bridge's card), with one
+    kernel for SwiGLU. Memory grows by the layer, so two small models give that of 48."""
+    fused, model = transformer_config, dict(
+        hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, context_length=4096, tie_embeddings=False,
+    )  # fmt: skip
+
+    def configured(*arguments: Any) -> Any:
+        built = fused(*arguments)
+        built.bias_activation_fusion = True
+        return built
+
+    peaks = {}
+    for layers in (2, 6):
+        settings = config(
+            {"ranks": 16, "ep": 16}, {**model, "layers": layers}, 151936, 4096, precision="bf16", pack=False
+        )
+        with mock.patch("stages.mcore.model.transformer_config", configured):
+            peaks[layers] = rank_simulation.simulate(TrainConfig.model_validate(settings), 0).peak_bytes
+    peak = peaks[2] + (48 - 2) * (peaks[6] - peaks[2]) / (6 - 2)
+    assert peak / 2**30 == pytest.approx(62.17, rel=0.1)
+
+
+def test_weights_are_gathered_once_and_gradients_in_buckets() -> None:
+    """Experts have an optimizer of their own; a later pipeline rank reduces in as many buckets as the first."""
+    layout = {"ranks": 16, "pp": 2, "ep": 4, "overlap_gradients": True}
+    model = {**LARGE, "layers": 4, "hidden_size": 2048, "moe_intermediate_size": 4096}
+    config_ = TrainConfig.model_validate(config(layout, model, VOCABULARY, 64, precision="bf16"))
+    buckets = []
+    for rank in (0, 8):
+        traffic = rank_simulation.simulate(config_, rank).traffic
+        for group in ("dp_cp", "edp"):
+            gathered, reduced = (
+                sorted((x.bytes, x.calls) for x in traffic if (x.operation, x.group) == (operation, group))
+                for operation in ("allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced")
+            )
+            assert gathered == [(size // 2, calls) for size, calls in reduced], "bf16 weights, and fp32 gradients"
+        buckets.append(sum(calls for _, calls in reduced))
+    assert buckets[0] == buckets[1] > 1
+
+
+def test_a_rank_that_is_not_there() -> None:
+    with pytest.raises(RecipeError, match=r"rank 4 is not one of the phase's parallelism.ranks = 4"):
+        simulate_large({"ranks": 4, "ep": 4}, 4)
+
+
+def test_command(tmp_path: Path) -> None:
+    body = json.loads(atom(tmp_path, "plan", "atom-tiny", "--only", "pretrain", "--simulate", "0", "--json").stdout)
+    result = body["simulations"]["pretrain"]
+    assert result["parameters"] == result["planned_parameters"] == body["stages"][0]["parameters"]["total"]
+    assert result["peak_bytes"] > result["state_bytes"] > 0
+    refusal = atom(tmp_path, "plan", "atom-tiny", "--only", "order", "--simulate", "0", code=2).stderr
+    assert refusal == "atom: no stage of this plan can be simulated; choose a training phase on text with --only\n"
