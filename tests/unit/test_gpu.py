@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -17,13 +18,16 @@ from torch.utils._pytree import tree_leaves
 from pipeline.core.errors import RecipeError
 from stages.mcore import fusions, gpu, layer_spec
 from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
-from stages.mcore.model import build, transformer_config
+from stages.mcore.model import build, named_buffers, named_tensors, transformer_config
 from stages.mcore.parallel_layout import Layout
+from stages.mcore.tensor_sharding import Box, boxes
 from stages.models.base import Precision
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
-from tests.fixtures import ROOT, train_fixtures
+from stages.train.config import TrainConfig
+from stages.train.engine import Engine
+from tests.fixtures import ROOT, fake_rank_fixtures, layout_fixtures, train_fixtures
 
 pytestmark = pytest.mark.numeric
 
@@ -166,3 +170,23 @@ def test_what_an_image_for_gpus_sets_and_holds_changes_nothing_without_one(tmp_p
     command = [sys.executable, "-W", "ignore", "-c", code]
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert process.stdout.split() == ["high", "highest", "high", "False"], process.stderr
+
+
+@pytest.mark.parametrize("layout", layout_fixtures.FOUR.values(), ids=layout_fixtures.FOUR)
+def test_one_rank_speaks_for_each_part(layout: dict[str, Any]) -> None:
+    """The parts that the ranks of a layout send to rank 0 are each full tensor, once."""
+    model = Qwen3MoeConfig(**layout_fixtures.MODEL, router_bias_update_rate=0.01)
+    shapes, ranks = model.shapes(train_fixtures.VOCAB), Layout(ranks=4, **layout)
+    sent: dict[str, list[Box]] = {}
+    for rank in range(4):
+        with fake_rank_fixtures.as_rank(ranks, rank), torch.device("meta"):
+            engine = Engine.__new__(Engine)
+            engine.config = TrainConfig.model_validate({**train_fixtures.config(), "model": model.model_dump()})
+            chunks = build(model, train_fixtures.VOCAB, ranks)
+            for name in [*dict(named_tensors(chunks)), *named_buffers(chunks)]:
+                if engine._speaks_for(name):
+                    sent.setdefault(name, []).extend(boxes(name, shapes[name]))
+    assert sent.keys() == shapes.keys()
+    for name, parts in sent.items():
+        assert len(set(parts)) == len(parts), name
+        assert sum(math.prod(b - a for a, b in part) for part in parts) == math.prod(shapes[name]), name
