@@ -113,8 +113,8 @@ PARTS = {
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
     ),
     "training": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("layouts", "precision_simulation"))),
-        ["tests", "result"], "Every feature in every layout, and a killed precision simulation.",
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("layouts", "precision_simulation", "ranks", "run", "spikes"))),
+        ["tests", "result"], "Every feature in every layout, and runs that are killed, stopped and simulated.",
     ),
     "packages": Part(
         test_steps("tests/integration/test_packages.py"), ["tests", "result"],
@@ -124,7 +124,7 @@ PARTS = {
         test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*(f"tests/integration/test_release_{name}.py" for name in ("faults", "flips", "verify"))),
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("demo", "release_faults", "release_flips", "release_publish", "release_verify"))),
         ["tests", "result"], "Every request of a publication fails once, and a thousand bytes of a release are flipped.",
     ),
 }  # fmt: skip
