@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,31 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"minutes of the workers by folder: {', '.join(parts)}")
 
 
+LONGEST = ("ON_SLURM", "smoke_home")
+"""What names a group of files that one worker does, the group that takes longest first."""
+
+
+@cache
+def group(file: Path) -> str:
+    """All files of tests on Slurm, all that share a run of atom-smoke, else a file."""
+    text = file.read_text()
+    return next((name for name in LONGEST if name in text), file.name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several workers none is left with the longest group at the end: groups begin in this order."""
+    items.sort(key=lambda item: (*(group(item.path) != name for name in LONGEST), "unit" in item.path.parts))
+
+
 class Groups(LoadScopeScheduling):
-    """What one worker of several does: all files of tests on Slurm, all that share a run of atom-smoke, else a file."""
+    """What one worker of several does: a group of files."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = Path(__file__).parent.parent / nodeid.partition("::")[0]
-        text = file.read_text()
-        return next((name for name in ("ON_SLURM", "smoke_home") if name in text), file.name)
+        return group(Path(__file__).parent.parent / nodeid.partition("::")[0])
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
+    config.option.loadscopereorder = False  # not by the number of tests
     return Groups(config, log)
 
 

@@ -59,6 +59,7 @@ def test_sandbox_benchmark() -> None:
     assert [line.split()[0] for line in table if "/s" in line] == ["tests", "check"]
 
 
+@at_length("benchmarks", 4)
 def test_humaneval_benchmark(tmp_path: Path) -> None:
     """A model of random weights is asked and its answers are run; its long context holds two questions of these five."""
     release_fixtures.save_model(tmp_path, seed=0, context=512)
@@ -87,11 +88,13 @@ def test_ladder_benchmark() -> None:
     assert len(losses) == 4 and losses[-1] < losses[0]  # more compute, less loss
 
 
+@at_length("benchmarks", 5)
 def test_generation_benchmark() -> None:
     table = run_quick("generate")
     assert [line.split()[:2] for line in table[2:]] == [[n, side] for n in "14" for side in ("ours", "transformers")]
 
 
+@at_length("benchmarks", 7)
 def test_reinforcement_learning_benchmark() -> None:
     """That model, questions and numbers of tokens are the same is the benchmark's own check; both earn and learn."""
     rewards = {line.split()[0]: [float(x) for x in re.findall(r"\d\.\d{4}\b", line)] for line in run_quick("rl")}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import at_length, atom
 
 LOAD = """
 import sys
@@ -81,6 +81,7 @@ def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: 
         assert refused.stderr.count("\n") == 1 and "token" in refused.stderr
 
 
+@at_length("release", 30)
 def test_the_harness_gives_the_answers_that_the_release_states(demo_home: Path) -> None:
     from release.audit import harness
 

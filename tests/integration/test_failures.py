@@ -145,17 +145,17 @@ def test_a_home_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """A run whose home is a file system of 300 kB, then the same run with room."""
+    """A run whose home is a file system of 100 kB, then the same run with room."""
     home = tmp_path / "home"
     home.mkdir()
     space = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*space, "true"], capture_output=True).returncode:
         pytest.skip("this kernel lets nobody make a mount namespace, which the full disk is made with")
     script = (
-        f"mount -t tmpfs -o size=300k none {home} && export ATOM_HOME={home} && "
-        f"{sys.executable} -m pipeline.cli run atom-smoke --until dedup; echo code $?; "
+        f"mount -t tmpfs -o size=100k none {home} && export ATOM_HOME={home} MLFLOW_TRACKING_URI=none && "
+        f"{sys.executable} -m pipeline.cli run atom-smoke --until acquire-docstrings; echo code $?; "
         f"ls {home}/artifacts; mount -o remount,size=200m {home} && "
-        f"MLFLOW_TRACKING_URI=none {sys.executable} -m pipeline.cli run atom-smoke --until dedup > /dev/null; echo then $?"
+        f"{sys.executable} -m pipeline.cli run atom-smoke --until acquire-docstrings > /dev/null; echo then $?"
     )
     process = subprocess.run([*space, "sh", "-c", script], capture_output=True, text=True)
     assert "code 2" in process.stdout and "then 0" in process.stdout, process.stdout + process.stderr

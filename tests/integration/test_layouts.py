@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures import layout_fixtures, train_fixtures
-from tests.fixtures.run_fixtures import SOAK
+from tests.fixtures.run_fixtures import SOAK, at_length
 
 TOLERANCE = 1e-5
 
@@ -35,7 +35,9 @@ def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(
-    ("ranks", "chosen"), [(2, layout_fixtures.TWO), (4, layout_fixtures.FOUR)], ids=["two", "four"]
+    ("ranks", "chosen"),
+    [(2, layout_fixtures.TWO), (4, layout_fixtures.FOUR if SOAK else layout_fixtures.FOUR_IN_EVERY_RUN)],
+    ids=["two", "four"],
 )
 def test_every_layout_trains_like_one_process(
     corpus: Path, one: list[dict[str, float]], tmp_path: Path, ranks: int, chosen: dict
@@ -63,7 +65,7 @@ FOR_FEATURES = ("TP2+SP", "PP2 interleaved", "EP2 alltoall", "CP2")
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("feature", FEATURES if SOAK else ("dense and shared", "packed"))
+@pytest.mark.parametrize("feature", FEATURES if SOAK else ("packed",))
 def test_every_feature_trains_alike_in_every_layout(corpus: Path, tmp_path: Path, feature: str) -> None:
     model, phase, tolerance = FEATURES[feature]
     packed = phase.get("pack", False)
@@ -94,7 +96,7 @@ def test_every_feature_trains_alike_in_every_layout(corpus: Path, tmp_path: Path
             layout_fixtures.agree(steps, one, tolerance, name)
 
 
-PAIRS = [("EP2 alltoall", "one"), ("TP2+SP", "PP2")]
+PAIRS = [("EP2 alltoall", "one"), ("TP2+SP", "PP2")] if SOAK else [("TP2+SP", "PP2")]
 """Of all, which `make soak PART=checkpoints` runs."""
 
 
@@ -120,6 +122,7 @@ def test_a_work_checkpoint_goes_on_in_another_layout(
     )
 
 
+@at_length("training", 20)
 def test_a_killed_rank_changes_no_byte(corpus: Path, tmp_path: Path) -> None:
     """Same layout: bit for bit, whichever rank dies."""
     settings = layout_fixtures.settings_named("EP2 alltoall")
@@ -148,16 +151,12 @@ def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
-    """One rank sleeps in C: both tell where they stand, the attempt ends, and the next one goes on."""
+    """One rank sleeps in C: both say where they stand, and the attempt ends."""
     settings = layout_fixtures.settings_of({"ep": 2}, 2, watchdog_timeout_seconds=8.0)
     codes, logs = layout_fixtures.end(layout_fixtures.start(corpus, tmp_path, settings, TEST_DISTURB="1 7 sleep"))
     assert codes == [1, 1], logs
     assert "abandoned: pretrain: no step was finished for 8 s; the stacks of all ranks are in the log" in logs[0]
     assert "rank 1 stands here" in logs[0] and "in step_or_not" in logs[0] and "distributed_c10d.py" in logs[0]
-    assert re.search(
-        "going on after step [46]",
-        layout_fixtures.run(corpus, tmp_path, layout_fixtures.settings_named("EP2 alltoall"))[0],
-    )
 
 
 def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> None:

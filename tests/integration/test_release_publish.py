@@ -15,6 +15,7 @@ import pytest
 from release.assembly import build_release as builder
 from release.hub.local.server import LOCAL_TOKEN, free_port, running
 from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.run_fixtures import at_length
 
 PRELUDE = """
 import json, sys, pathlib
@@ -274,6 +275,7 @@ assert verify("local/tiny-checkpoints@pretrain-step-2").ok
         )
 
 
+@at_length("release", 17)
 def test_a_snapshot_in_the_clients_cache_is_verified_as_it_lies(client, release: Path, tmp_path: Path) -> None:
     with running(tmp_path / "hub") as endpoint:
         client(

@@ -16,7 +16,7 @@ import pytest
 from pipeline.core import provenance
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
-from tests.fixtures.run_fixtures import DATA, UNTRACKED, atom, copy_sealed, digests
+from tests.fixtures.run_fixtures import DATA, SOAK, UNTRACKED, atom, copy_sealed, digests
 
 
 def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -111,11 +111,12 @@ def test_a_product_without_a_number_is_stated_all_the_same(tmp_path: Path) -> No
     assert summary["annotations"] == {"heldout_loss": "NaN"} and canonical(summary)
 
 
-def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("last, kills", [("rlvr", 6)] if SOAK else [("pretrain", 2)])
+def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_path: Path, last: str, kills: int) -> None:
     """Ctrl-C in training, then kill -9 of the whole process group at random moments; each leaves sealed or nothing."""
     home = tmp_path / "home"
     copy_sealed(smoke_home, home, *DATA)
-    command = ("run", "atom-smoke", "--until", "rlvr")
+    command = ("run", "atom-smoke", "--until", last)
     first = start(home, *command)
     wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
     os.killpg(first.pid, signal.SIGINT)
@@ -128,21 +129,21 @@ def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_pat
     assert any((home / "work" / key / "state").iterdir()), "training saved a work checkpoint before it stopped"
 
     rng = random.Random(20261125)
-    for _ in range(4):
+    for _ in range(kills):
         run = start(home, *command)
-        time.sleep(rng.uniform(2, 12))
+        time.sleep(rng.uniform(2, 10))
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
         digests(home)
     atom(home, *command)
     sealed = digests(home)
-    assert sealed.items() <= digests(smoke_home).items() and any(key.startswith("rlvr-") for key in sealed)
+    assert sealed.items() <= digests(smoke_home).items() and any(key.startswith(f"{last}-") for key in sealed)
 
 
 def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    copy_sealed(smoke_home, home, "acquire-docstrings", "acquire-code")
-    both = [start(home, "run", "atom-smoke", "--until", "order-midtrain") for _ in range(2)]
+    copy_sealed(smoke_home, home, "acquire", "items", "tasks", "filter")
+    both = [start(home, "run", "atom-smoke", "--until", "tokenize") for _ in range(2)]
     for run in both:
         output = run.communicate(timeout=300)[0]
         assert run.returncode == 0, output

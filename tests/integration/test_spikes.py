@@ -22,6 +22,7 @@ from pipeline.core.store import Artifact, write_manifest
 from stages.train.config import Spikes
 from stages.train.spikes import SpikeDetector
 from tests.fixtures import layout_fixtures, train_fixtures
+from tests.fixtures.run_fixtures import at_length
 
 AT = 17
 PHASE: dict[str, Any] = {
@@ -276,6 +277,7 @@ class SecondTime(train_fixtures.Reporter):
             signal.raise_signal(signal.SIGTERM)
 
 
+@at_length("training", 20)
 def test_ranks_judge_together(poisoned: Path, tmp_path: Path) -> None:
     """Two tensor-parallel ranks find the spike, go back and go on as one process does."""
     rewind = {"action": "rewind", "rewind_steps": 4, **POLICY}
