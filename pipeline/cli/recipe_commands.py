@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,7 +67,7 @@ def plan(
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
     if as_json:
-        body = {
+        body: dict[str, Any] = {
             "recipe": identity.name,
             "version": identity.version,
             "absent": list(composed.absent),

@@ -105,7 +105,7 @@ class Collective:
     bytes: int
 
 
-class CollectiveLog(TorchDispatchMode):
+class CollectiveLog(TorchDispatchMode):  # type: ignore[misc]
     """Records the collectives of this process in the order in which it joins them."""
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class CollectiveLog(TorchDispatchMode):
 
 
 def _is_group(argument: torch.ScriptObject) -> bool:
-    return argument._type().qualified_name().endswith(".ProcessGroup")
+    return str(argument._type().qualified_name()).endswith(".ProcessGroup")
 
 
 class SimulatedRank(CollectiveLog):
@@ -189,12 +189,13 @@ class SimulatedRank(CollectiveLog):
 def _fits(func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> bool:
     """Whether an operator without fake tensors gives one that has values: of positions, indices, masks and counts."""
     if tensors:
-        return max(x.numel() for x in tensors) <= MOST_REAL
+        return all(x.numel() <= MOST_REAL for x in tensors)
     if func in FACTORIES:
         return True
     dtype = kwargs.get("dtype")
-    is_whole = dtype is not None and not dtype.is_floating_point and not dtype.is_complex
-    return is_whole and bool(args) and isinstance(args[0], (list, tuple)) and math.prod(args[0]) <= MOST_REAL
+    if dtype is None or dtype.is_floating_point or dtype.is_complex or not args:
+        return False
+    return isinstance(args[0], (list, tuple)) and math.prod(args[0]) <= MOST_REAL
 
 
 @contextmanager
@@ -251,7 +252,7 @@ def _norms(chunk_size: int, overflow: Any, tensor_lists: list[list[torch.Tensor]
     return torch.stack([x.norm() for x in tensor_lists[0]]).norm().view(1), None
 
 
-class _FusedNorm(torch.autograd.Function):
+class _FusedNorm(torch.autograd.Function):  # type: ignore[misc]
     """RMSNorm as one kernel, which keeps its input and 1/RMS."""
 
     @staticmethod

@@ -10,9 +10,10 @@ from unittest import mock
 import pytest
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import RankSimulation
+from pipeline.core.stage import RankSimulation, Traffic
 from pipeline.launch.rendezvous import free_port
 from stages.mcore.model import transformer_config
+from stages.mcore.simulated_rank import Collective
 from stages.train import rank_simulation
 from stages.train.config import TrainConfig
 from tests.fixtures import layout_fixtures, rank_simulation_fixtures, train_fixtures
@@ -159,6 +160,15 @@ def test_weights_are_gathered_once_and_gradients_in_buckets() -> None:
             assert gathered == [(size // 2, calls) for size, calls in reduced], "bf16 weights, and fp32 gradients"
         buckets.append(sum(calls for _, calls in reduced))
     assert buckets[0] == buckets[1] > 1
+
+
+def test_a_step_of_more_micro_batches() -> None:
+    """By hand: one and two micro-batches with an exchange each, and one reduction of gradients."""
+    exchange, reduction = Collective("alltoall_base", "ep", 8, 10), Collective("reduce_scatter_base", "edp", 4, 20)
+    steps = [[exchange, reduction], [exchange, exchange, reduction]]
+    expected = (Traffic("alltoall_base", "ep", 8, 10, 64), Traffic("reduce_scatter_base", "edp", 4, 20, 1))
+    assert rank_simulation._traffic(steps, [1, 2], 64) == expected
+    assert rank_simulation._traffic([steps[0]] * 2, [1, 1], 1)[0].calls == 1
 
 
 def test_a_rank_that_is_not_there() -> None:
