@@ -181,5 +181,5 @@ def test_command(tmp_path: Path) -> None:
     result = body["simulations"]["pretrain"]
     assert result["parameters"] == result["planned_parameters"] == body["stages"][0]["parameters"]["total"]
     assert result["peak_bytes"] > result["state_bytes"] > 0
-    refusal = atom(tmp_path, "plan", "atom-tiny", "--only", "order", "--simulate", "0", code=2).stderr
+    refusal = atom(tmp_path, "plan", "atom-tiny", "--only", "dedup", "--simulate", "0", code=2).stderr
     assert refusal == "atom: no stage of this plan can be simulated; choose a training phase on text with --only\n"
