@@ -48,8 +48,6 @@ def plan(
     without the memory that they need: its parameters, peak memory and collectives are shown beside the estimate.
 
     Example: atom plan atom-tiny --cluster h100-pyxis
-
-    Example: atom plan atom-30b-a3b --only pretrain --simulate 0
     """
     from pipeline.cli.tables import forecast_table, phases_table, plan_table, simulation_table
     from pipeline.graph import dag, plan
