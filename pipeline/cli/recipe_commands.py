@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,8 +48,6 @@ def plan(
     without the memory that they need: its parameters, peak memory and collectives are shown beside the estimate.
 
     Example: atom plan atom-tiny --cluster h100-pyxis
-
-    Example: atom plan atom-30b-a3b --only pretrain --simulate 0
     """
     from pipeline.cli.tables import forecast_table, phases_table, plan_table, simulation_table
     from pipeline.graph import dag, plan
@@ -67,7 +65,7 @@ def plan(
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
     if as_json:
-        body = {
+        body: dict[str, Any] = {
             "recipe": identity.name,
             "version": identity.version,
             "absent": list(composed.absent),

@@ -1,6 +1,6 @@
 """One process as any rank of a layout: collectives that do nothing, tensors without memory, and a count of both.
 
-Large tensors are PyTorch's fake ones, which have shape, type and device but no values. What Megatron decides by, is
+Large tensors are PyTorch's fake ones, which have shape, type and device but no values. What Megatron decides by is
 real: positions, masks, and the map of tokens to experts, which is balanced. So the code that computes shapes from
 values (split sizes, tokens of an expert, slices of attention) runs as it is.
 """
@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # registers the collectives' kernels for fake tensors
-from megatron.core.optimizer import clip_grads
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -85,6 +84,7 @@ def group_names() -> dict[str, str]:
         "etp_ep": parallel_state.get_expert_tensor_and_model_parallel_group(),
         "etp_ep_pp": parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
         "edp": parallel_state.get_expert_data_parallel_group(),
+        "dist_opt": parallel_state.get_intra_distributed_optimizer_instance_group(),
         "embedding": parallel_state.get_embedding_group(check_initialized=False),
     }
     names: dict[str, str] = {}
@@ -105,7 +105,7 @@ class Collective:
     bytes: int
 
 
-class CollectiveLog(TorchDispatchMode):
+class CollectiveLog(TorchDispatchMode):  # type: ignore[misc]
     """Records the collectives of this process in the order in which it joins them."""
 
     def __init__(self) -> None:
@@ -118,19 +118,17 @@ class CollectiveLog(TorchDispatchMode):
             self.record(func, args)
         return func(*args, **(kwargs or {}))
 
-    def record(self, func: Any, args: Any) -> dist.ProcessGroup:
+    def record(self, func: Any, args: Any) -> None:
         """Records a call of an operator of c10d."""
         group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject) and _is_group(x))
         sizes = [sum(x.numel() * x.element_size() for x in tree_leaves(arg) if torch.is_tensor(x)) for arg in args]
         operation = func._schema.name.split("::")[1].strip("_")
-        self.calls.append(
-            Collective(operation, self.names.get(group.group_name, "other"), group.size(), max(sizes, default=0))
-        )
-        return group
+        role = self.names.get(group.group_name, "other")
+        self.calls.append(Collective(operation, role, group.size(), max(sizes, default=0)))
 
 
 def _is_group(argument: torch.ScriptObject) -> bool:
-    return argument._type().qualified_name().endswith(".ProcessGroup")
+    return str(argument._type().qualified_name()).endswith(".ProcessGroup")
 
 
 class SimulatedRank(CollectiveLog):
@@ -191,18 +189,21 @@ class SimulatedRank(CollectiveLog):
 def _fits(func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> bool:
     """Whether an operator without fake tensors gives one that has values: of positions, indices, masks and counts."""
     if tensors:
-        return max(x.numel() for x in tensors) <= MOST_REAL
+        return all(x.numel() <= MOST_REAL for x in tensors)
     if func in FACTORIES:
         return True
     dtype = kwargs.get("dtype")
-    is_whole = dtype is not None and not dtype.is_floating_point and not dtype.is_complex
-    return is_whole and bool(args) and isinstance(args[0], (list, tuple)) and math.prod(args[0]) <= MOST_REAL
+    if dtype is None or dtype.is_floating_point or dtype.is_complex or not args:
+        return False
+    return isinstance(args[0], (list, tuple)) and math.prod(args[0]) <= MOST_REAL
 
 
 @contextmanager
 def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
     """This process as a rank of a layout, in which tensors have no memory; yields the count of its bytes and
     collectives. Norms are one kernel and keep their input, as on a GPU, and tokens are spread evenly over experts."""
+    from megatron.core.optimizer import clip_grads
+
     with fake_groups(layout, rank), contextlib.ExitStack() as stack:
         for target, name, replacement in (
             (torch.nn.Module, "bfloat16", _to_bfloat16),
@@ -222,7 +223,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
 
 
 def _to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
-    """`Module.bfloat16`, which cannot swap fake tensors."""
+    """`Module.bfloat16`, which fails on fake tensors: it swaps them, and they have weak references."""
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.bfloat16)
@@ -251,7 +252,7 @@ def _norms(chunk_size: int, overflow: Any, tensor_lists: list[list[torch.Tensor]
     return torch.stack([x.norm() for x in tensor_lists[0]]).norm().view(1), None
 
 
-class _FusedNorm(torch.autograd.Function):
+class _FusedNorm(torch.autograd.Function):  # type: ignore[misc]
     """RMSNorm as one kernel, which keeps its input and 1/RMS."""
 
     @staticmethod

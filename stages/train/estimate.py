@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.core.stage import Estimate, RankSimulation, TrainingEstimate
+from pipeline.core.stage import Estimate, TrainingEstimate
 from stages.mcore.activations import activation_bytes
 from stages.mcore.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.mcore.parallel_layout import Layout
@@ -71,13 +71,6 @@ def rank_memory(config: TrainConfig, pipeline_rank: int) -> tuple[MemoryShare, f
     share = memory_share(model, vocabulary, layout, pipeline_rank)
     activations = activation_bytes(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank)
     return share, state_bytes(share, layout, phase.precision), activations
-
-
-def simulate(config: TrainConfig, rank: int) -> RankSimulation:
-    """Simulates a rank of the phase (stages/train/rank_simulation.py), with torch."""
-    from stages.train import rank_simulation
-
-    return rank_simulation.simulate(config, rank)
 
 
 def release_checkpoints(phase: PhaseConfig) -> int:

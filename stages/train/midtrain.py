@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pipeline.core.stage import Inputs, Report, Stage
 from stages.train.config import TrainConfig
-from stages.train.estimate import estimate, simulate
+from stages.train.estimate import estimate
+from stages.train.pretrain import simulate
 
 VERSION = 7
 

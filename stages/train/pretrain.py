@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.core.stage import Inputs, Report, Stage
+from pipeline.core.stage import Inputs, RankSimulation, Report, Stage
 from stages.train.config import TrainConfig
-from stages.train.estimate import estimate, simulate
+from stages.train.estimate import estimate
 
 VERSION = 7
 
@@ -24,6 +24,13 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     from stages.train.trainer import train
 
     train(TextTrainer, "pretrain", config, inputs, work, out, report)
+
+
+def simulate(config: TrainConfig, rank: int) -> RankSimulation:
+    """Simulates a rank of a phase on text."""
+    from stages.train import rank_simulation
+
+    return rank_simulation.simulate(config, rank)
 
 
 STAGE = Stage(

@@ -65,7 +65,7 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
         planned_state_bytes=round(planned_state),
         peak_bytes=peak,
         planned_peak_bytes=round(planned_state + planned_activations),
-        traffic=_traffic(*steps, micro_batches, counts),
+        traffic=_traffic(steps, counts, micro_batches),
         sequence=tuple((*astuple(call), len(list(calls))) for call, calls in groupby(steps[1])),
     )
 
@@ -80,11 +80,12 @@ def full_batch(config: TrainConfig, micro_batches: int) -> RankBatch:
     return RankBatch([batch] * micro_batches, shape[1], micro_batches * ids.numel() * phase.parallelism.data)
 
 
-def _traffic(
-    first: list[Collective], second: list[Collective], micro_batches: int, counts: list[int]
-) -> tuple[Traffic, ...]:
-    """The collectives of a step of that many micro-batches, from two steps of fewer."""
-    calls, added = Counter(second), Counter(second)
-    added.subtract(Counter(first))
+def _traffic(steps: list[list[Collective]], counts: list[int], micro_batches: int) -> tuple[Traffic, ...]:
+    """The collectives of a step of that many micro-batches, from two steps of `counts` micro-batches."""
+    calls, added = Counter(steps[1]), Counter(steps[1])
+    added.subtract(Counter(steps[0]))
     more = (micro_batches - counts[1]) // max(1, counts[1] - counts[0])
-    return tuple(Traffic(*astuple(call), number + more * added[call]) for call, number in calls.items())
+    return tuple(
+        Traffic(call.operation, call.group, call.ranks, call.bytes, number + more * added[call])
+        for call, number in calls.items()
+    )

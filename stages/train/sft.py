@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from pipeline.core.stage import Stage
 from stages.train.config import TrainConfig
-from stages.train.estimate import estimate, simulate
+from stages.train.estimate import estimate
 from stages.train.midtrain import run
+from stages.train.pretrain import simulate
 
 VERSION = 2
 STAGE = Stage(

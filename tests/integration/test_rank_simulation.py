@@ -10,9 +10,10 @@ from unittest import mock
 import pytest
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import RankSimulation
+from pipeline.core.stage import RankSimulation, Traffic
 from pipeline.launch.rendezvous import free_port
 from stages.mcore.model import transformer_config
+from stages.mcore.simulated_rank import Collective
 from stages.train import rank_simulation
 from stages.train.config import TrainConfig
 from tests.fixtures import layout_fixtures, rank_simulation_fixtures, train_fixtures
@@ -20,12 +21,12 @@ from tests.fixtures.run_fixtures import at_length, atom
 
 REAL: dict[str, dict[str, Any]] = {
     "EP2": {"ep": 2},
-    "TP2+SP": {"tp": 2},
     "PP2 overlap": {"pp": 2, "overlap_gradients": True},
-    "CP2 recompute": {"cp": 2, "recompute": "layer"},
 }
 MORE_REAL: dict[str, dict[str, Any]] = {
     "DP2 overlap": {"overlap_gradients": True},
+    "TP2+SP": {"tp": 2},
+    "CP2 recompute": {"cp": 2, "recompute": "layer"},
     "EP2 allgather": {"ep": 2, "dispatcher": "allgather"},
     "TP2 EP2 ETP1": {"tp": 2, "ep": 2, "etp": 1},
     "PP2 interleaved": {"pp": 2, "vpp": 2},
@@ -65,9 +66,9 @@ def config(layout: dict[str, Any], model: dict[str, Any], vocabulary: int, row: 
     return {"model": model, "phase": body, "padded_vocab_size": vocabulary, "seed": 0}
 
 
-def compare_with_real_ranks(layouts: dict[str, dict[str, Any]], folder: Path) -> None:
+def compare_with_real_ranks(layouts: dict[str, dict[str, Any]], folder: Path, **model: Any) -> None:
     """Two processes over gloo: the same operations of the same groups, ranks and bytes, in the same order."""
-    configs = [config({"ranks": 2, **x}, rank_simulation_fixtures.MODEL, 64, 32) for x in layouts.values()]
+    configs = [config({"ranks": 2, **x}, {**rank_simulation_fixtures.MODEL, **model}, 64, 32) for x in layouts.values()]
     ports: set[int] = set()
     while len(ports) < len(configs):  # a store that an earlier layout left behind would answer at its port
         ports.add(free_port())
@@ -89,7 +90,7 @@ def test_collectives_are_those_of_real_ranks(tmp_path: Path) -> None:
 
 @at_length("training", 30)
 def test_collectives_of_more_layouts_are_those_of_real_ranks(tmp_path: Path) -> None:
-    compare_with_real_ranks(MORE_REAL, tmp_path)
+    compare_with_real_ranks(MORE_REAL, tmp_path, layers=4)
 
 
 def simulate_large(layout: dict[str, Any], rank: int = 0, precision: str = "bf16", **model: Any) -> RankSimulation:
@@ -161,6 +162,15 @@ def test_weights_are_gathered_once_and_gradients_in_buckets() -> None:
     assert buckets[0] == buckets[1] > 1
 
 
+def test_a_step_of_more_micro_batches() -> None:
+    """By hand: one and two micro-batches with an exchange each, and one reduction of gradients."""
+    exchange, reduction = Collective("alltoall_base", "ep", 8, 10), Collective("reduce_scatter_base", "edp", 4, 20)
+    steps = [[exchange, reduction], [exchange, exchange, reduction]]
+    expected = (Traffic("alltoall_base", "ep", 8, 10, 64), Traffic("reduce_scatter_base", "edp", 4, 20, 1))
+    assert rank_simulation._traffic(steps, [1, 2], 64) == expected
+    assert rank_simulation._traffic([steps[0]] * 2, [1, 1], 1)[0].calls == 1
+
+
 def test_a_rank_that_is_not_there() -> None:
     with pytest.raises(RecipeError, match=r"rank 4 is not one of the phase's parallelism.ranks = 4"):
         simulate_large({"ranks": 4, "ep": 4}, 4)
@@ -171,5 +181,5 @@ def test_command(tmp_path: Path) -> None:
     result = body["simulations"]["pretrain"]
     assert result["parameters"] == result["planned_parameters"] == body["stages"][0]["parameters"]["total"]
     assert result["peak_bytes"] > result["state_bytes"] > 0
-    refusal = atom(tmp_path, "plan", "atom-tiny", "--only", "order", "--simulate", "0", code=2).stderr
+    refusal = atom(tmp_path, "plan", "atom-tiny", "--only", "dedup", "--simulate", "0", code=2).stderr
     assert refusal == "atom: no stage of this plan can be simulated; choose a training phase on text with --only\n"
