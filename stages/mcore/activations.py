@@ -46,8 +46,8 @@ def saved_bytes(
 ) -> float:
     """Bytes that the forward passes in flight keep on a rank at that position of the pipeline. micro_batches: of a
     step, on one rank. With recompute = layer each layer keeps only its input. The last stage keeps the inputs of the
-    final norm and of the output head, and the fp32 softmax of the logits. The rotary tables of packed rows are made once
-    a forward pass."""
+    final norm and of the output head, and the fp32 softmax of the logits. Packed rows have one table of rotary values
+    for all layers."""
     layers = layers_of(model, layout, pipeline_rank)
     kept = 0.0
     for layer in (layer for chunk in layers for layer in chunk):

@@ -123,8 +123,8 @@ class Attention(MegatronModule):  # type: ignore[misc]
         return out.flatten(1).unflatten(0, (batch, -1)).transpose(0, 1).contiguous()
 
     def takes_documents(self, q: torch.Tensor) -> bool:
-        """Whether `attend` has a kernel for these queries: flash attention's conditions, for both directions."""
-        return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+        """Whether `attend` has a kernel for these queries, for both directions."""
+        return q.is_cuda and fits_flash_attention(q)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
         """q, k, v: [tokens of all rows, heads, dim] -> as q."""
@@ -134,6 +134,10 @@ class Attention(MegatronModule):  # type: ignore[misc]
             q, k, v, documents.queries, documents.keys, documents.longest, documents.longest, scale=self.scale,
             window_size=(-1, 0), enable_gqa=True,
         )  # fmt: skip
+
+
+def fits_flash_attention(q: torch.Tensor) -> bool:
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 class EngineAttention(Attention):

@@ -207,6 +207,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
     with fake_groups(layout, rank), contextlib.ExitStack() as stack:
         for target, name, replacement in (
             (torch.nn.Module, "bfloat16", _to_bfloat16),
+            (layer_spec.Attention, "takes_documents", lambda attention, q: layer_spec.fits_flash_attention(q)),
             (layer_spec.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.weight)),
             (TopKRouter, "routing", balanced(TopKRouter.routing)),
             (clip_grads, "l2_norm_impl", _norms),
