@@ -1,8 +1,8 @@
 """How the data stages grow: memory, processor time and disk at growing corpora, fitted and held against limits.
 
-    .venv/bin/python bench/data_scale.py               # 10,000 to 300,000 documents, about ten minutes
+    .venv/bin/python bench/data_scale.py               # 10,000 to 1,000,000 documents, about ten minutes
     .venv/bin/python bench/data_scale.py --quick       # 2,000 and 4,000 documents
-    .venv/bin/python bench/data_scale.py --full        # also 1,000,000 and 3,000,000, about 90 minutes
+    .venv/bin/python bench/data_scale.py --full        # also 3,000,000, about half an hour
 
 A corpus is short documents of pseudo-words in JSON Lines files of 10,000 documents, each file a part, once of 500; one
 document in a hundred is a copy of an earlier one and one in fifty differs from one in three words. Each stage runs as
@@ -42,10 +42,10 @@ from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 
-SIZES, QUICK, FULL = (10_000, 30_000, 100_000, 300_000), (2_000, 4_000), (1_000_000, 3_000_000)
+SIZES, QUICK, FULL = (10_000, 100_000, 300_000, 1_000_000), (2_000, 4_000), (3_000_000,)
 FILE, SMALL_FILE = 10_000, 500
 """Documents of a file, which is a part; of the smaller ones, which tell the cost of a part from that of a document."""
-FILLED = 100_000
+FILLED = 300_000
 """Documents from which memory is fitted: smaller corpora do not fill the buffers that all larger ones do."""
 PEAK, SLOPE, DISK, SERIAL_HOURS = 1.5e9, 16, 2.5, 4.0
 """Limits: bytes of a process, bytes a document, bytes on disk by those of the text, hours of serial work."""
@@ -53,7 +53,7 @@ REAL_BYTES, REAL_FILE, TASKS = 4300, 1_200_000, 200
 """Of `open.yaml`: bytes of a document, documents of a part; tasks of an array."""
 SHORT, LONG = 45, 650
 """Words of a document: short ones for the growth with documents, those of `open.yaml` for the disk and for joins."""
-LONG_DOCUMENTS = 100_000
+SMALL_DOCUMENTS, LONG_DOCUMENTS = 100_000, 30_000
 TEXT_READ = 0.1
 """A join that reads a larger share of the bytes of the text grows with it. Documents and ids are far less."""
 STAGES = (
@@ -322,7 +322,7 @@ def summarize(rows: list[Measured], long: list[Measured]) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2,000 and 4,000 documents")
-    parser.add_argument("--full", action="store_true", help="up to 3,000,000 documents: 90 minutes")
+    parser.add_argument("--full", action="store_true", help="up to 3,000,000 documents: half an hour")
     parser.add_argument("--sizes", type=int, nargs="+", help="documents of each corpus, instead")
     parser.add_argument("--child", nargs=4, metavar=("HOME", "RECIPE", "NAME", "MODE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -333,8 +333,8 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             measured = [row for size in sizes for row in measure(size, Path(folder) / str(size))]
             print(f"parts of {SMALL_FILE} documents")
-            small = min(LONG_DOCUMENTS, *sizes[-2:])
+            small = min(SMALL_DOCUMENTS, *sizes[-2:])
             measured += measure(small, Path(folder) / "small", file_size=SMALL_FILE)
             print("documents of the length of open.yaml's")
-            long = measure(small, Path(folder) / "long", LONG)
+            long = measure(min(LONG_DOCUMENTS, small), Path(folder) / "long", LONG)
         print(json.dumps(summarize(measured, long)))
