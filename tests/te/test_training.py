@@ -118,8 +118,8 @@ def test_layouts_in_fp8_train_like_one_process(
     corpora: dict[bool, Path], tmp_path: Path, device: Spawn, precision: str
 ) -> None:
     """A tensor rank scales its own part of a weight, and an expert's tokens come from several ranks: not the same
-    numbers are rounded together."""
-    names = ("DP2 overlap", "TP2+SP", "PP2 interleaved", "EP2 alltoall", "DP2, recomputed")
+    numbers are rounded together. Recomputation is left out: in FP8 it is TE's, which keeps CUDA's generators."""
+    names = ("DP2 overlap", "TP2+SP", "PP2 interleaved", "EP2 alltoall")
     compare_layouts(corpora[False], tmp_path, device, settings_of(precision), {n: LAYOUTS[n] for n in names}, 2, 0.1)
 
 
