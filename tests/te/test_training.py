@@ -118,9 +118,10 @@ def test_layouts_in_fp8_train_like_one_process(
     corpora: dict[bool, Path], tmp_path: Path, device: Spawn, precision: str
 ) -> None:
     """A tensor rank scales its own part of a weight, and an expert's tokens come from several ranks: not the same
-    numbers are rounded together."""
-    names = ("DP2 overlap", "TP2+SP", "PP2 interleaved", "EP2 alltoall", "DP2, recomputed")
-    compare_layouts(corpora[False], tmp_path, device, settings_of(precision), {n: LAYOUTS[n] for n in names}, 2, 0.1)
+    numbers are rounded together. Recomputation is left out: in FP8 it is TE's, which keeps CUDA's generators. So is TP
+    in MXFP8: TE gathers the sequence in a way that fails over gloo."""
+    names = ["DP2 overlap", "PP2 interleaved", "EP2 alltoall", *(["TP2+SP"] if precision != "mxfp8" else [])]
+    compare_layouts(corpora[False], tmp_path, device, settings_of(precision), {n: LAYOUTS[n] for n in names}, 2, 0.25)
 
 
 @at_length("te", 200)
