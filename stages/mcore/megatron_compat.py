@@ -19,7 +19,8 @@ def before_import() -> None:
     which CPU builds of PyTorch lack: a stub replaces it, which can be imported but not called."""
     # Transformer Engine would be chosen wherever it is installed, also on the nodes of the same image without a GPU,
     # where its layers fail at their first kernel.
-    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
+    for name in ("transformer_engine", "transformer_engine_torch"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     kernel = "megatron.core.transformer.moe.ops.paged_stash"
     if importlib.util.find_spec("triton") is None:
         sys.modules.setdefault(kernel, _MissingKernels(kernel))
