@@ -51,11 +51,12 @@ def test_variables_of_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (gpu.variables(one) | gpu.variables(cut))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     monkeypatch.setenv("NCCL_ALGO", "Tree")
     before = {name: os.environ.get(name) for name in gpu.variables(cut)}
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     with gpu.settings(cut):
         assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0" and os.environ["NCCL_ALGO"] == "Tree"
         assert torch.are_deterministic_algorithms_enabled()
     assert {name: os.environ.get(name) for name in before} == before
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.are_deterministic_algorithms_enabled() == was_deterministic
 
 
 def test_the_whole_model_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
