@@ -25,7 +25,7 @@ from pipeline.launch.checkpoint_artifacts import CheckpointArtifacts
 from pipeline.launch.rendezvous import Ranks
 from stages.data import order
 from stages.data.table import write_json
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import at_length, atom
 from tests.integration.test_order import config as order_config
 from tests.integration.test_order import tokens
 from tests.unit.test_recipe import SMOKE, write
@@ -235,13 +235,12 @@ def step_files(artifact: Artifact, step: int) -> dict[str, str]:
     return {r.path: r.sha256 for r in artifact.rows if r.path.startswith(f"step-{step:06d}/") and "state" not in r.path}
 
 
-def test_a_run_goes_on_from_an_earlier_one_and_its_release_states_it(smoke_home: Path, tmp_path: Path) -> None:
+def test_an_unchanged_run_goes_on_to_the_same_bytes(smoke_home: Path, tmp_path: Path) -> None:
+    """The same rows, the same moments, so the very bytes that the earlier run ended with."""
     home = tmp_path / "home"
     shutil.copytree(smoke_home, home)
     store = Store(home)
     first = dag.compose(recipes.load(str(SMOKE)), store)
-
-    # Nothing changed: the same rows, the same moments, so the very bytes that the earlier run ended with.
     same = write(tmp_path / "same.yaml", name="same", pretrain__continue_from="pretrain@30")
     planned = atom(home, "plan", same).stdout
     assert "\npretrain continues from pretrain@30 (key pretrain@30-" in planned
@@ -256,7 +255,14 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_states_it(smoke_home:
     assert "fits 2 checkpoints" in atom(home, "plan", write(
         tmp_path / "r.yaml", pretrain__continue_from="pretrain@60", pretrain__steps=90), code=2).stderr  # fmt: skip
 
-    # Another rate and another mix from step 76 of mid-training on.
+
+@at_length("release", 60)
+def test_a_release_states_the_earlier_run_that_its_own_went_on_from(smoke_home: Path, tmp_path: Path) -> None:
+    """Another rate and another mix from step 76 of mid-training on."""
+    home = tmp_path / "home"
+    shutil.copytree(smoke_home, home)
+    store = Store(home)
+    first = dag.compose(recipes.load(str(SMOKE)), store)
     mix = {"docstrings": 0.15, "code": 0.1, "worked": 0.75}
     changes = {"midtrain__continue_from": "midtrain@75", "midtrain__optimizer__lr": 2e-3, "midtrain__mix": mix}
     changed = write(tmp_path / "changed.yaml", name="changed", sft=None, rlvr=None, **changes)

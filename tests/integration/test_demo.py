@@ -102,6 +102,7 @@ def test_a_flipped_byte_is_named_and_exits_1(demo_home: Path) -> None:
     assert "model/model.safetensors" in stdout and "NOT what it claims to be" in stdout
 
 
+@at_length("release", 20)
 def test_building_again_in_a_terminal_without_utf_8_gives_the_same_bytes(demo_home: Path) -> None:
     old = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     sums = demo_home / "releases" / "atom-smoke-0.1.0" / "evidence" / "SHA256SUMS"

@@ -19,6 +19,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from tests.fixtures import ROOT
+from tests.fixtures.run_fixtures import SOAK
 
 SHA = "a" * 40
 TOKEN = "hf_" + "s" * 34
@@ -220,6 +221,16 @@ CASES: dict[str, tuple[dict[str, str], Callable[[Connection], None], str]] = {
     "an upload that is not answered": (UPLOAD, receiving(silent), "does not answer"),
     "an upload elsewhere": (UPLOAD, receiving(respond(b"{}"), href="http://127.0.0.9:1/x"), "redirects to another host, 127.0.0.9"),
 }  # fmt: skip
+
+
+REPEATED = {
+    "dripping", "redirect in circles", "other fields", "a cut answer", "no HTTP", "a closed connection", "a cut file",
+    "a file elsewhere", "a path into the cache", "a name that clears the screen", "a size that is none",
+    "an upload elsewhere",
+}  # fmt: skip
+"""What other cases resemble; `make soak PART=release` runs these, too. Each is a process that imports the client."""
+if not SOAK:
+    CASES = {name: case for name, case in CASES.items() if name not in REPEATED}
 
 
 def start_server(serve: Callable[[Connection], None]) -> tuple[socket.socket, str]:

@@ -159,6 +159,7 @@ def test_a_rank_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
     assert "rank 1 stands here" in logs[0] and "in step_or_not" in logs[0] and "distributed_c10d.py" in logs[0]
 
 
+@at_length("training", 20)
 def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> None:
     settings = layout_fixtures.settings_of({}, 2, watchdog_timeout_seconds=8.0)
     processes = layout_fixtures.start(corpus, tmp_path, settings, TEST_DISTURB="1 7 SIGSTOP")

@@ -144,6 +144,7 @@ def test_memory_of_a_published_run() -> None:
     assert peak / 2**30 == pytest.approx(62.17, rel=0.1)
 
 
+@at_length("training", 15)
 def test_weights_are_gathered_once_and_gradients_in_buckets() -> None:
     """Experts have an optimizer of their own; a later pipeline rank reduces in as many buckets as the first."""
     layout = {"ranks": 16, "pp": 2, "ep": 4, "overlap_gradients": True}

@@ -23,6 +23,7 @@ from release import checksums, layout, repositories
 from release.audit.replay import certificate, replay, retraining, text
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
+from tests.fixtures.run_fixtures import at_length
 
 END = "checkpoints/pretrain-step-60"
 ORDER = "dataset/order/pretrain/part-00000.parquet"
@@ -314,6 +315,7 @@ def test_spikes_are_judged_by_the_log_before_the_checkpoint(copy: Path, tmp_path
         replay(copy, "pretrain", 30, 60)
 
 
+@at_length("training", 10)
 def test_a_phase_of_two_ranks_comes_out_within_tolerance(release: Path, copy: Path, tmp_path: Path) -> None:
     from tests.fixtures.layout_fixtures import end, spawn
 

@@ -18,7 +18,7 @@ from pipeline.launch import cluster_profile, slurm
 from pipeline.launch.batch_script import batch_script
 from pipeline.launch.job import JobLimits
 from tests.fixtures import slurm_fixtures, verdict_fixtures
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import SOAK, atom
 
 pytestmark = slurm_fixtures.ON_SLURM
 
@@ -53,7 +53,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
     return store, run, job
 
 
-@pytest.mark.parametrize("name", VERDICTS)
+@pytest.mark.parametrize("name", VERDICTS if SOAK else ("preflight", "budget", "bug", "hang"))
 def test_a_verdict_ends_every_node_within_seconds_and_is_reported(name: str, tmp_path: Path) -> None:
     _, _, kind, sentence = VERDICTS[name]
     store, run, job = start(tmp_path, name, retried=3 if kind.final else 0)

@@ -117,7 +117,7 @@ PARTS = {
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
     ),
     "training": Part(
-        test_steps(*(f"tests/integration/test_{n}.py" for n in ("layouts", "precision_simulation", "rank_simulation", "ranks", "run", "spikes"))),
+        test_steps(*(f"tests/integration/test_{n}.py" for n in ("layouts", "precision_simulation", "rank_simulation", "ranks", "replay", "run", "spikes"))),
         ["tests", "result"],
         "Every feature in every layout, runs that are killed, stopped and simulated, and the memory of simulated layouts.",
     ),
@@ -139,7 +139,7 @@ PARTS = {
         test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("demo", "release_faults", "release_flips", "release_publish", "release_verify"))),
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("continue", "demo", "hub_limits", "release_faults", "release_flips", "release_publish", "release_verify"))),
         ["tests", "result"], "Every request of a publication fails once, and a thousand bytes of a release are flipped.",
     ),
 }  # fmt: skip
