@@ -55,7 +55,8 @@ SHORT, LONG = 45, 650
 """Words of a document: short ones for the growth with documents, those of `open.yaml` for the disk and for joins."""
 SMALL_DOCUMENTS, LONG_DOCUMENTS = 100_000, 30_000
 TEXT_READ = 0.1
-"""A join that reads a larger share of the bytes of the text grows with it. Documents and ids are far less."""
+"""A join that reads a larger share of the bytes of the text, beside what its start reads, grows with it. Documents and
+ids are far less."""
 STAGES = (
     "acquire-web", "items", "filter", "duplicates", "representatives", "dedup", "tokenizer", "tokenize",
     "order-pretrain", "order-midtrain",
@@ -271,7 +272,7 @@ def filled(rows: list[Measured]) -> list[Measured]:
 def join_seconds(rows: list[Measured], long: Measured) -> tuple[float, float]:
     """Seconds a document and a part of a join, on documents of the length of `open.yaml`'s. long: measured on these."""
     start, by_document, by_part = fit_join(rows)
-    if long.read > TEXT_READ * long.text:
+    if long.read - min(row.read for row in rows) > TEXT_READ * long.text:
         excess = long.seconds - start - by_document * long.documents - by_part * long.parts
         by_document += max(excess, 0.0) / long.documents
     return by_document, by_part
