@@ -1,6 +1,6 @@
 """How the data stages grow: memory, processor time and disk at growing corpora, fitted and held against limits.
 
-    .venv/bin/python bench/data_scale.py               # 10,000 to 1,000,000 documents, about ten minutes
+    .venv/bin/python bench/data_scale.py               # 10,000 to 1,000,000 documents, some twelve minutes
     .venv/bin/python bench/data_scale.py --quick       # 2,000 and 4,000 documents
     .venv/bin/python bench/data_scale.py --full        # also 3,000,000, about half an hour
 
@@ -53,7 +53,7 @@ REAL_BYTES, REAL_FILE, TASKS = 4300, 1_200_000, 200
 """Of `open.yaml`: bytes of a document, documents of a part; tasks of an array."""
 SHORT, LONG = 45, 650
 """Words of a document: short ones for the growth with documents, those of `open.yaml` for the disk and for joins."""
-SMALL_DOCUMENTS, LONG_DOCUMENTS = 100_000, 30_000
+LONG_DOCUMENTS = 100_000
 TEXT_READ = 0.1
 """A join that reads a larger share of the bytes of the text, beside what its start reads, grows with it. Documents and
 ids are far less."""
@@ -334,8 +334,8 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             measured = [row for size in sizes for row in measure(size, Path(folder) / str(size))]
             print(f"parts of {SMALL_FILE} documents")
-            small = min(SMALL_DOCUMENTS, *sizes[-2:])
+            small = min(LONG_DOCUMENTS, *sizes[-2:])
             measured += measure(small, Path(folder) / "small", file_size=SMALL_FILE)
             print("documents of the length of open.yaml's")
-            long = measure(min(LONG_DOCUMENTS, small), Path(folder) / "long", LONG)
+            long = measure(small, Path(folder) / "long", LONG)
         print(json.dumps(summarize(measured, long)))
