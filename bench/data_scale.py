@@ -55,8 +55,7 @@ SHORT, LONG = 45, 650
 """Words of a document: short ones for the growth with documents, those of `open.yaml` for the disk and for joins."""
 LONG_DOCUMENTS = 100_000
 TEXT_READ = 0.1
-"""A join that reads a larger share of the bytes of the text, beside what its start reads, grows with it. Documents and
-ids are far less."""
+"""A join that reads a larger share of the bytes of the text grows with it. Documents and ids are far less."""
 STAGES = (
     "acquire-web", "items", "filter", "duplicates", "representatives", "dedup", "tokenizer", "tokenize",
     "order-pretrain", "order-midtrain",
@@ -182,8 +181,15 @@ def read_as_a_rank(store: Store, graph: dag.Graph) -> None:
         shards.batch(order.rows(int(step)), phase.sequence_length, False)
 
 
+def used() -> tuple[float, int]:
+    """Processor seconds and bytes read by this process and its ended children."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    read = int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages), read
+
+
 def child(home: Path, recipe: Path, name: str, mode: str) -> None:
-    """Does the work of one process and prints its processor seconds and peak memory in bytes."""
+    """Does the work of one process and prints its processor seconds, the bytes that it read, and its peak memory."""
     own, ended = [0], threading.Event()
 
     def sample() -> None:
@@ -195,17 +201,17 @@ def child(home: Path, recipe: Path, name: str, mode: str) -> None:
     thread.start()
     store = Store(home)
     graph = dag.compose(recipes.load(str(recipe)), store)
+    before = used()  # planning hashes the source; the job of a stage gets its config from the plan
     if name == READER:
         read_as_a_rank(store, graph)
     else:
         run_stage(store, graph, name, mode)
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    seconds, read = (after - start for after, start in zip(used(), before, strict=True))
     status = Path("/proc/self/status").read_text()  # ru_maxrss of this process counts the parent that started it
     ended.set()
     thread.join()
-    peak = 1024 * max(int(re.search(r"VmHWM:\s+(\d+)", status)[1]), usages[1].ru_maxrss)
-    read = int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # of ended children too
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    peak = 1024 * max(int(re.search(r"VmHWM:\s+(\d+)", status)[1]), children)
     print(json.dumps({"seconds": seconds, "peak": peak, "own": own[0], "read": read}))
 
 
@@ -272,7 +278,7 @@ def filled(rows: list[Measured]) -> list[Measured]:
 def join_seconds(rows: list[Measured], long: Measured) -> tuple[float, float]:
     """Seconds a document and a part of a join, on documents of the length of `open.yaml`'s. long: measured on these."""
     start, by_document, by_part = fit_join(rows)
-    if long.read - min(row.read for row in rows) > TEXT_READ * long.text:
+    if long.read > TEXT_READ * long.text:
         excess = long.seconds - start - by_document * long.documents - by_part * long.parts
         by_document += max(excess, 0.0) / long.documents
     return by_document, by_part

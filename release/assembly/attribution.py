@@ -60,9 +60,9 @@ def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]
     for batch in stream_batches(path, ["id", "source", "license", "origin"]):
         asking = pa.array(_asking(batch), batch["license"].type)
         rows = pa.Table.from_batches([batch.filter(pc.is_in(batch["license"], value_set=asking))])
-        found = [_credit(credits, id, path) if credits else {} for id in rows["id"].to_pylist()]
+        stated = [_credit(credits, id, path) if credits else {} for id in rows["id"].to_pylist()]
         for name in ("title", "author"):
-            rows = rows.append_column(name, pa.array([row.get(name) for row in found], pa.string()))
+            rows = rows.append_column(name, pa.array([credit.get(name) for credit in stated], pa.string()))
         yield rows
 
 

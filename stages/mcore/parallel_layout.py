@@ -73,6 +73,18 @@ class Layout(Config):
         return self.etp or self.tp
 
     @property
+    def group_sizes(self) -> dict[str, int | None]:
+        """The sizes of the groups of ranks, as Megatron's `initialize_model_parallel` names them."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp if self.vpp > 1 else None,
+            "context_parallel_size": self.cp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.split_experts,
+        }
+
+    @property
     def width_unit(self) -> int:
         """Rows are padded to a multiple of this many tokens: two slices for each context rank (the zigzag that evens
         out causal attention), each cut again by sequence parallelism."""

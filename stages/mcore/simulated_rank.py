@@ -50,15 +50,7 @@ def fake_groups(layout: Layout, rank: int) -> Iterator[None]:
         warnings.simplefilter("ignore")
         dist.init_process_group("fake", rank=rank, world_size=layout.ranks, store=FakeStore())
         try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tp,
-                pipeline_model_parallel_size=layout.pp,
-                virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-                context_parallel_size=layout.cp,
-                expert_model_parallel_size=layout.ep,
-                expert_tensor_parallel_size=layout.split_experts,
-                create_gloo_process_groups=False,
-            )
+            parallel_state.initialize_model_parallel(**layout.group_sizes, create_gloo_process_groups=False)
             tensor_parallel.model_parallel_cuda_manual_seed(0)
             yield
         finally:

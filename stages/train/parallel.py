@@ -146,13 +146,7 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
             if on_gpu and world > 1:
                 _require_own_gpu()
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tp,
-                pipeline_model_parallel_size=layout.pp,
-                virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-                context_parallel_size=layout.cp,
-                expert_model_parallel_size=layout.ep,
-                expert_tensor_parallel_size=layout.split_experts,
-                distributed_timeout_minutes=math.ceil(timeout / 60),
+                **layout.group_sizes, distributed_timeout_minutes=math.ceil(timeout / 60)
             )
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
             ranks = Ranks(

@@ -84,8 +84,8 @@ def _traffic(steps: list[list[Collective]], counts: list[int], micro_batches: in
     """The collectives of a step of that many micro-batches, from two steps of `counts` micro-batches."""
     calls, added = Counter(steps[1]), Counter(steps[1])
     added.subtract(Counter(steps[0]))
-    more = (micro_batches - counts[1]) // max(1, counts[1] - counts[0])
+    repeats = (micro_batches - counts[1]) // max(1, counts[1] - counts[0])
     return tuple(
-        Traffic(call.operation, call.group, call.ranks, call.bytes, number + more * added[call])
+        Traffic(call.operation, call.group, call.ranks, call.bytes, number + repeats * added[call])
         for call, number in calls.items()
     )

@@ -131,6 +131,9 @@ def test_every_phase_fits(name: str) -> None:
         assert estimate.memory_bytes < FITS, f"{phase}: {estimate.memory_bytes / 2**30:.1f} GiB"
         assert 8 * estimate.training.host_bytes < 200 * 2**30
         assert config.phase.parallelism.tp <= 8 and config.phase.parallelism.ranks % 8 == 0
+    largest = max(composed(name).nodes[phase].stage.estimate(config).memory_bytes for phase, config in trained(name))
+    (row,) = [x for x in (ROOT / "docs/training.md").read_text().splitlines() if x.startswith(f"| `{name}` |")]
+    assert row.endswith(f" {largest / 2**30:.1f} GiB |"), f"docs/training.md states another figure than {largest}"
 
 
 @each
@@ -170,6 +173,9 @@ def test_plan_without_the_data(name: str, tmp_path: Path) -> None:
     unpinned = "source web: common-pile/cccc_filtered is not pinned in open.lock.yaml; run `atom pin RECIPE`"
     assert f"{unpinned} before running; keys below are provisional" in lines
     assert max(map(len, lines)) <= 160
+    if f"$ atom plan {name}\n" in (page := (ROOT / "docs/operators.md").read_text()):
+        shown = page.partition(f"$ atom plan {name}\n")[2].partition("```")[0].splitlines()
+        assert set(shown) <= {line.rstrip() for line in lines}, "docs/operators.md shows what the plan says"
     assert [line.split()[0] for line in lines if "Gi  " in line] == [phase for phase, _ in trained(name)]
     body = json.loads(atom(tmp_path, "plan", name, "--json").stdout)
     assert len(body["absent"]) == 17 and body["absent"][0] in lines

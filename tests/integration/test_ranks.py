@@ -279,14 +279,14 @@ def fail(rank: int) -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend `fake`
 
-    backends, own = gpu.BACKENDS.replace("nccl", "fake"), int(os.environ["RANK"])
-    dist.init_process_group(backends, rank=own, world_size=2)
+    backends, this_rank = gpu.BACKENDS.replace("nccl", "fake"), int(os.environ["RANK"])
+    dist.init_process_group(backends, rank=this_rank, world_size=2)
     for group in (None, dist.new_group([0, 1])):
         total, everyone = torch.ones(1), [None, None]
         dist.all_reduce(total, group=group)
-        dist.all_gather_object(everyone, own, group=group)
+        dist.all_gather_object(everyone, this_rank, group=group)
         assert total == 2 and everyone == [0, 1], "tensors and objects of the host go by gloo"
-    if own == rank:
+    if this_rank == rank:
         raise ValueError("a bug")
     dist.all_reduce(torch.ones(1))
 

@@ -153,19 +153,19 @@ def attention() -> Iterator[tuple[str, float]]:
             [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts], 1
         )
         expected.transpose(0, 1).flatten(1).backward(gradient)
-        own = [t.clone().requires_grad_() for t in (q, k, v)]
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
         if len(documents) == 1:
             layer = te.DotProductAttention(4, 8, 2, 0.0, qkv_format="sbhd", attn_mask_type="causal")
-            actual = layer(*(t[:, None] for t in own))[:, 0]
+            actual = layer(*(t[:, None] for t in inputs))[:, 0]
         else:
             layer = te.DotProductAttention(4, 8, 2, 0.0, qkv_format="thd", attn_mask_type="padding_causal")
             words = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_kv"), ends) | dict.fromkeys(
                 ("max_seqlen_q", "max_seqlen_kv"), 10
             )
-            actual = layer(*own, **words)
+            actual = layer(*inputs, **words)
         actual.backward(gradient)
         yield f"{name}, forward", difference(actual.detach(), expected.detach().transpose(0, 1).flatten(1))
-        for letter, a, b in zip("qkv", own, leaves, strict=True):
+        for letter, a, b in zip("qkv", inputs, leaves, strict=True):
             yield f"{name}, d{letter}", difference(a.grad, b.grad)
 
 

@@ -127,7 +127,7 @@ def test_no_layer_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             return func(*args, **(kwargs or {}))
 
     q, k, v = (torch.empty(12, 2, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
-    made = {"_to_copy", "_local_scalar_dense", "arange", "cos", "sin"}
+    table_operators = {"_to_copy", "_local_scalar_dense", "arange", "cos", "sin"}
     for rows in (PACKED, None):
         for layer in range(2):
             seen.clear()
@@ -136,4 +136,4 @@ def test_no_layer_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 out = attention(q, k, v, rows)
             assert cos.device.type == out.device.type == "meta" and out.shape == (12, 2, 32)
             assert "_varlen_attn" in seen
-            assert made & set(seen) == (made if layer == 0 else set())
+            assert table_operators & set(seen) == (table_operators if layer == 0 else set())
