@@ -55,7 +55,7 @@ SHORT, LONG = 45, 650
 """Words of a document: short ones for the growth with documents, those of `open.yaml` for the disk and for joins."""
 LONG_DOCUMENTS = 100_000
 TEXT_READ = 0.1
-"""A join that reads a larger share of the bytes of the text grows with it. Documents and ids are far less."""
+"""A join that reads a larger share of the bytes of further text grows with it. Documents and ids are far less."""
 STAGES = (
     "acquire-web", "items", "filter", "duplicates", "representatives", "dedup", "tokenizer", "tokenize",
     "order-pretrain", "order-midtrain",
@@ -275,12 +275,13 @@ def filled(rows: list[Measured]) -> list[Measured]:
     return large if len(large) > 1 else rows
 
 
-def join_seconds(rows: list[Measured], long: Measured) -> tuple[float, float]:
-    """Seconds a document and a part of a join, on documents of the length of `open.yaml`'s. long: measured on these."""
-    start, by_document, by_part = fit_join(rows)
-    if long.read > TEXT_READ * long.text:
-        excess = long.seconds - start - by_document * long.documents - by_part * long.parts
-        by_document += max(excess, 0.0) / long.documents
+def join_seconds(rows: list[Measured], long: list[Measured]) -> tuple[float, float]:
+    """Seconds a document and a part of a join, on documents of the length of `open.yaml`'s. long: measured on fewer and
+    on more of these."""
+    _, by_document, by_part = fit_join(rows)
+    small, large = long
+    if large.read - small.read > TEXT_READ * (large.text - small.text):
+        by_document = max(by_document, (large.seconds - small.seconds) / (large.documents - small.documents))
     return by_document, by_part
 
 
@@ -298,18 +299,19 @@ def summarize(rows: list[Measured], long: list[Measured]) -> dict[str, Any]:
             (_, by_text), by_document, by_part = fit(mine, "text", "seconds"), 0.0, 0.0
             print(f"{line}{by_text * 1e6:9.3f}")
         else:
-            real = next(row for row in long if (row.stage, row.mode) == (stage, mode))
-            by_document, by_part = join_seconds(mine, real)
+            by_document, by_part = join_seconds(mine, [row for row in long if (row.stage, row.mode) == (stage, mode)])
             print(f"{line}{'':9}{by_document * 1e6:13.2f}{by_part * 1e3:9.2f}")
         ratios[f"peak memory of {stage}, {mode}"] = PEAK / peak
         ratios[f"memory a document of {stage}, {mode}"] = SLOPE / max(slope, 1e-9)
         for documents in serial:
+            if stage == READER:
+                continue  # part of training: each rank reads its own rows
             if mode == "parts":
                 parallel[documents] += max(by_text, 0) * documents * REAL_BYTES / TASKS / 3600
             else:
                 serial[documents] += (by_document * documents + by_part * documents / REAL_FILE) / 3600
-    disk = max((row.work + row.out) / row.text for row in long)
-    size = long[0].text // long[0].documents
+    disk = max((row.work + row.out) / row.text for row in long if row.documents == long[-1].documents)
+    size = long[-1].text // long[-1].documents
     print(f"work and artifacts: {disk:.2f} bytes a byte of text, in documents of {size} bytes")
     ratios["disk"] = DISK / disk
     for documents in serial:
@@ -343,5 +345,5 @@ if __name__ == "__main__":
             small = min(LONG_DOCUMENTS, *sizes[-2:])
             measured += measure(small, Path(folder) / "small", file_size=SMALL_FILE)
             print("documents of the length of open.yaml's")
-            long = measure(small, Path(folder) / "long", LONG)
+            long = [row for size in (small // 10, small) for row in measure(size, Path(folder) / f"long-{size}", LONG)]
         print(json.dumps(summarize(measured, long)))
