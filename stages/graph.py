@@ -18,6 +18,7 @@ from pipeline.graph.dag import Graph, GraphBuilder, names_in_words, require_same
 from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe
 from stages.data.recipe import loads as load_data_recipe
+from stages.evaluation import estimates
 from stages.models.base import ModelConfig
 from stages.recipe import ReleaseRecipe
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
@@ -110,8 +111,8 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     _add_data(graph, config, data)
     trained, previous = _add_training(graph, recipe.title, config, store)
     trained |= _add_post_training(graph, config, trained[previous["init"]].model, previous)
-    _add_exports(graph, config, trained, data.conversations)
-    _add_chat_evaluation(graph, config, data.parts)
+    _add_exports(graph, config, trained, data)
+    _add_chat_evaluation(graph, config, trained, data)
     _add_extra_stages(graph, config)
     graph.check_sizes()
     return Graph(recipe, graph.nodes, absent)
@@ -215,9 +216,7 @@ def _add_post_training(
     return trained
 
 
-def _add_exports(
-    graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], conversations: Sequence[str]
-) -> None:
+def _add_exports(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], data: DataRecipe) -> None:
     """Adds each exported model, and its evaluation on held-out documents and problems."""
     for which, (name, step) in models(config).items():
         export: dict[str, Any] = {"model": trained[name].model, "dtype": trained[name].dtype, "step": step}
@@ -228,13 +227,16 @@ def _add_exports(
         graph.add(f"export-{which}", "export", export, tokenizer="tokenizer", **inputs)
         evaluation = config.evaluation
         measured = {name: getattr(evaluation, name) for name in ("heldout_documents", "max_new_tokens", "context")}
-        measured["conversations"] = conversations
+        measured["conversations"] = data.conversations
+        vocabulary, tokens = config.tokenizer.padded_vocab_size, evaluation.tokens(len(data.sources))
+        measured["expected"] = estimates.expected(trained[name].model, vocabulary, tokens)
         graph.add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", dedup="dedup", items="items")
 
 
-def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe, parts: Mapping[str, int]) -> None:
-    """Adds the evaluation of chat models: problems, the generated set, preferences, contamination. parts: of each
-    source."""
+def _add_chat_evaluation(
+    graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], data: DataRecipe
+) -> None:
+    """Adds the evaluation of chat models: problems, the generated set, preferences, contamination."""
     chat = config.evaluation.chat
     if chat is None or config.sft is None:
         return
@@ -245,22 +247,28 @@ def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe, parts: Mapp
     order_configs = [graph.nodes[name].config.model_dump() for name in orders]
     mixes = {order["phase"]: sorted(order["mix"]) for order in order_configs}
     inputs = {"model": f"export-{chat_models[-1]}", "dedup": "dedup", "items": "items"}
-    trained = {"parts": {source: parts[source] for source in sorted({name for mix in mixes.values() for name in mix})}}
-    fresh = {"problems": config.evaluation.problems, "phases": mixes} | trained
+    sources = sorted({name for mix in mixes.values() for name in mix})
+    corpus = {"parts": {source: data.parts[source] for source in sources}, "expected": data.expected}
+    fresh = {"problems": config.evaluation.problems, "phases": mixes} | corpus
     graph.add("fresh", "fresh", fresh, **inputs, **tasks)
     generation = {"max_new_tokens": chat.max_new_tokens, "seed": config.seed}
     for number, which in enumerate(chat_models):
-        solving = generation | {"num_samples": chat.num_samples}
+        answers = config.evaluation.chat_tokens()
+        one, several = (
+            {"expected": estimates.expected(trained[which].model, config.tokenizer.padded_vocab_size, tokens)}
+            for tokens in (answers, answers * chat.num_samples)
+        )
+        solving = generation | several | {"num_samples": chat.num_samples}
         for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):
             graph.add(name, "solve", solving, model=f"export-{which}", items=source)
         if number and chat.items.courtesies > 1:
             # each is compared with the previous one; a model trained on preferences, with the last one that was not
             before = chat_models[number - 1] if which != "online-rlhf" else chat_models[number - 2]
             pair = {"model": f"export-{which}", "before": f"export-{before}", "items": "items"}
-            graph.add(f"prefer-{which}", "prefer", generation | {"model": which, "before": before}, **pair)
+            graph.add(f"prefer-{which}", "prefer", generation | one | {"model": which, "before": before}, **pair)
     scored = {name: name for name, node in graph.nodes.items() if node.stage.name in ("evaluate", "solve")}
     inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
-    graph.add("contamination", "contamination", {"seed": config.seed} | trained, **inputs, **orders, **tasks, **scored)
+    graph.add("contamination", "contamination", {"seed": config.seed} | corpus, **inputs, **orders, **tasks, **scored)
 
 
 def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:

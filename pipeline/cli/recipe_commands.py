@@ -50,7 +50,7 @@ def plan(
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
     from pipeline.cli.tables import forecast_table, phases_table, plan_table, simulation_table
-    from pipeline.graph import dag, plan
+    from pipeline.graph import dag, fit, plan
     from pipeline.graph.cost_estimate import forecast
     from pipeline.launch import cluster_profile
     from pipeline.tracking import budget
@@ -58,9 +58,11 @@ def plan(
     composed, store = graph_of(recipe, without_data=True), open_store()
     warn_of_home(store)
     rows = plan.plan(composed, dag.states(composed, store), composed.select(until, only))
-    costs, beyond, identity = None, [], composed.recipe.config
+    costs, beyond, fitting, identity = None, [], [], composed.recipe.config
     if cluster is not None:
-        costs = forecast(rows, cluster_profile.load(cluster), plan.is_small(composed))
+        profile = cluster_profile.load(cluster)
+        costs = forecast(rows, profile, plan.is_small(composed))
+        fitting = fit.fits(rows, {use.name: use for use in costs.uses}, profile)
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
@@ -71,6 +73,8 @@ def plan(
             "absent": list(composed.absent),
             "stages": [r.json() for r in rows],
         }
+        for stage, stage_fit in zip(body["stages"], fitting, strict=bool(fitting)):
+            stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
             body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
@@ -84,8 +88,11 @@ def plan(
     if costs:
         console().print()
         console().print(forecast_table(costs))
-        for text in (*costs.assumed, *beyond):
+        for text in (*costs.assumed, *filter(None, [fit.unlimited(rows, profile)]), *beyond):
             print(text)
+        for stage_fit in fitting:
+            if stage_fit.reasons:
+                print(stage_fit.sentence)
     for name, result in simulations.items():
         console().print()
         console().print(simulation_table(name, result))
@@ -120,6 +127,9 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="write the jobs' scripts and let Slurm check each; submit nothing")
     ] = False,
+    ignore_fit: Annotated[
+        bool, typer.Option("--ignore-fit", help="submit even if a stage needs more than the profile states")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Submit a recipe to a Slurm cluster, and return.
@@ -128,15 +138,21 @@ def submit(
     job; this run waits for that one. The jobs run from a snapshot of the present code, and restart after time limits,
     preemption and dead nodes.
 
+    A stage that needs more memory, time or space than the cluster profile states is refused, as `atom plan --cluster`
+    shows it.
+
     Example: atom submit atom-tiny --cluster cluster.yaml
     """
     from pipeline.cli import execution
+    from pipeline.graph import fit
     from pipeline.launch import cluster_profile, slurm
     from pipeline.launch.local import damage_of
 
     composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
     warn_of_keys(store)
     selected = composed.select(until, only)
+    if not ignore_fit:
+        fit.require(composed, store, selected, settings)
     if dry_run:
         checked = slurm.dry_run(composed, store, selected, settings)
         if as_json:

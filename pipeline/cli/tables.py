@@ -71,7 +71,7 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
             _binary(t.state_bytes),
             _binary(t.activation_bytes),
             _binary(row.estimate.memory_bytes or 0),
-            _binary(t.host_bytes),
+            _binary(row.estimate.host_bytes),
             f"{t.release_checkpoints} x {human(t.checkpoint_bytes)}B",
             human(t.data_bytes) + "B",
             t.layout,

@@ -141,10 +141,10 @@ class TrainingEstimate:
     gflop_per_token: float  # training FLOPs of the model, without recomputation
     state_bytes: int  # weights, gradients and optimizer of a rank
     activation_bytes: int  # maximum that a rank keeps for the backward pass
-    host_bytes: int  # the copy of a rank's state that is written while training continues
     checkpoint_bytes: int  # of one checkpoint, all ranks together
     release_checkpoints: int  # number of sealed ones
     work_checkpoints: int  # number of kept ones
+    checkpoint_interval: int  # steps between work checkpoints
     order_rows: int
     data_bytes: int  # order, and token shards if each is read once
 
@@ -158,8 +158,12 @@ class Estimate:
     fixed: bool = False  # cpu_seconds is that of a small corpus, for a corpus of any size
     tokens: int | None = None
     flops: float | None = None
-    memory_bytes: int | None = None  # of one process; if several differ, of the fullest
-    disk_bytes: int | None = None
+    memory_bytes: int | None = None  # of one process, on its GPU if it has one; if several differ, of the fullest
+    host_bytes: int = 0  # of one process beside its GPU
+    disk_bytes: int | None = None  # of the artifact
+    work_bytes: int = 0  # at most, beside the artifact, while the stage runs
+    files: int | None = None  # of the artifact
+    published_bytes: int = 0  # of the artifact, which a release holds
     parameters: dict[str, int] = field(default_factory=dict)
     training: TrainingEstimate | None = None
 

@@ -28,6 +28,9 @@ class Local(Config):
     stop_grace_seconds: Annotated[float, Range(0, 86_400, above=True)] = Field(
         default=20, description="seconds that a stopped stage has to exit before it is killed"
     )
+    memory_gb: Annotated[float, Range(0, 1e6, above=True)] | None = Field(
+        default=None, description="memory in GiB that `atom plan` counts on; null: all of this machine"
+    )
 
 
 Watts = Annotated[float, Range(0, 1e5)]
@@ -66,9 +69,12 @@ class Rate(Config):
 
 
 class Gpu(Config):
-    """Speed of the GPUs, from which `atom plan --cluster` estimates training time; nothing else reads it."""
+    """Speed and memory of the GPUs, which `atom plan --cluster` uses; `atom submit` refuses what does not fit."""
 
     name: Line = Field(description="name of the GPU, shown in plans")
+    memory_gb: Annotated[float, Range(0, 1e5, "H100: 79.6, of which CUDA and NCCL take about 3", above=True)] | None = (
+        Field(None, description="memory of one GPU in GiB, without what CUDA and NCCL take; null: not limited")
+    )
     fp32: Rate | None = Field(None, description="training speed in fp32; null: no estimate")
     bf16: Rate | None = Field(None, description="training speed in bf16; null: no estimate")
     fp8: Rate | None = Field(None, description="training speed in all FP8 precisions; null: no estimate")
@@ -214,6 +220,20 @@ class Slurm(Config):
         return Allocation(jobs, ranks // ranks_per_node, ranks_per_node)
 
 
+class Storage(Config):
+    """Space, which `atom plan --cluster` compares with what the stages leave; nothing else reads it."""
+
+    home_gb: Annotated[float, Range(0, 1e9, above=True)] | None = Field(
+        default=None, description="GB that $ATOM_HOME may hold; null: not limited"
+    )
+    home_files: Annotated[int, Range(1, 1e12)] | None = Field(
+        default=None, description="files that $ATOM_HOME may hold (inodes); null: not limited"
+    )
+    hub_gb: Annotated[float, Range(0, 1e9, above=True)] | None = Field(
+        default=None, description="GB that the namespace on the Hub may hold; null: not limited"
+    )
+
+
 class Profile(Config):
     """A cluster profile: one file of `pipeline/clusters/`."""
 
@@ -222,6 +242,7 @@ class Profile(Config):
     power: Power = Field(description="power for the energy estimate")
     prices: Prices | None = Field(None, description="prices per hour; null: costs are not shown")
     gpu: Gpu | None = Field(None, description="speed of the GPUs; null: training time is not estimated")
+    storage: Storage = Field(Storage(), description="space of $ATOM_HOME and on the Hub")
     slurm: Slurm | None = Field(None, description="Slurm cluster, required by `atom submit`")
 
     def costs(self) -> RunPrices | None:

@@ -321,7 +321,8 @@ def _id_twice(source: Source, id: str) -> AtomError:
 def estimate(config: AcquireConfig) -> Estimate:
     """Without an expected size: seconds for a source from Python's library or from a seed, none for files."""
     if config.source.expected is None:
-        return Estimate(cpu_seconds=None if isinstance(config.source.reader, FileReader) else 5.0)
+        small = None if isinstance(config.source.reader, FileReader) else 5.0
+        return estimates.estimate("acquire", None, small)
     return estimates.estimate("acquire", config.source.expected)
 
 

@@ -33,12 +33,14 @@ class Law:
 
 
 LAWS = {
-    "acquire": Law(0.04, 0.5, 0.35e9, 0.0, 0.42),
-    "filter": Law(0.22, 0.5, 0.45e9, 0.0, 0.48),
-    "duplicates": Law(0.01, 5.0, 0.45e9, 8.0, 0.01),
-    "representatives": Law(0.006, 0.5, 0.35e9, 0.0, 0.02),
-    "dedup": Law(0.03, 0.5, 0.35e9, 0.0, 0.46),
-    "tokenize": Law(0.15, 0.5, 0.35e9, 0.0, 1.0),
+    "acquire": Law(0.012, 0.1, 0.4e9, 0.0, 0.42),
+    "filter": Law(0.19, 0.1, 0.45e9, 0.0, 0.48),
+    "duplicates": Law(0.003, 0.5, 0.3e9, 8.0, 0.01),
+    "representatives": Law(0.005, 0.1, 0.35e9, 0.0, 0.02),
+    "dedup": Law(0.01, 0.1, 0.5e9, 0.0, 0.46),
+    "tokenize": Law(0.06, 0.1, 0.3e9, 0.0, 1.0),
+    "contamination": Law(0.15, 0.5, 0.45e9, 0.0, 0.0),
+    "fresh": Law(0.15, 0.5, 0.45e9, 0.0, 0.0),
 }
 """`filter` has the step pii and MinHash here, and `disk` of `tokenize` assumes
 token ids of four bytes, as in a large vocabulary."""
@@ -56,20 +58,28 @@ def total(sizes: Iterable[Size | None]) -> Size | None:
     return Size(documents=documents, bytes=text)
 
 
+PUBLISHED = ("dedup",)
+"""Stages whose artifact a release holds."""
+WORK = 1.0
+"""Bytes on disk by those of the text, at most, beside the artifact of any stage here."""
+
+
 def estimate(stage: str, size: Size | None, small: float | None = None, step_seconds: float = 0.0) -> Estimate:
     """The resources of a data stage on text of that size.
 
     small: core seconds of a small corpus, for an unknown size; None: no estimate then. step_seconds: of curation steps,
     beside the law.
     """
-    if size is None:
-        return Estimate(cpu_seconds=small, fixed=small is not None)
     law = LAWS[stage]
+    if size is None:
+        return Estimate(cpu_seconds=small, fixed=small is not None, memory_bytes=int(law.memory))
     parallel = law.seconds_per_mb * size.bytes / 1e6 + step_seconds
     serial = law.serial_seconds_per_million * size.documents / 1e6
     return Estimate(
         cpu_seconds=parallel + serial,
         serial_seconds=serial,
         memory_bytes=int(law.memory + law.memory_per_document * size.documents),
-        disk_bytes=int(law.disk * size.bytes),
+        disk_bytes=(disk := int(law.disk * size.bytes)),
+        work_bytes=int(WORK * size.bytes),
+        published_bytes=disk if stage in PUBLISHED else 0,
     )

@@ -27,7 +27,7 @@ from pipeline.core.stage import Estimate, Inputs, Report, Stage, identity
 from pipeline.core.store import Artifact
 from stages.data.chunks import ChunkIndex
 from stages.data.computed_order import FUNCTION_VERSION, ComputedOrder, read_indexes
-from stages.data.order_config import OrderConfig
+from stages.data.order_config import MEMORY_BYTES, ROW_BYTES, OrderConfig
 from stages.data.row_draw import DataCursor
 from stages.data.streams import stream_name
 from stages.data.table import order_files, read_table, write_json, write_table
@@ -242,6 +242,9 @@ def estimate(config: OrderConfig) -> Estimate:
         cpu_seconds=2 + chunks * (3.7e-6 if config.pack else 2.6e-6),
         serial_seconds=2 + chunks * 0.2e-6,
         tokens=rows * config.sequence_length,
+        memory_bytes=MEMORY_BYTES,
+        disk_bytes=(table := ROW_BYTES * chunks),
+        published_bytes=table,
     )
 
 

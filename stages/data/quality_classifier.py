@@ -164,7 +164,7 @@ def _auc(positive: NDArray[Any], negative: NDArray[Any]) -> float:
 
 
 def estimate(config: ClassifierConfig) -> Estimate:
-    return Estimate(cpu_seconds=10.0, fixed=True)
+    return Estimate(cpu_seconds=10.0, fixed=True, memory_bytes=1_000_000_000, disk_bytes=1_000_000_000)
 
 
 STAGE = Stage("classifier", VERSION, ClassifierConfig, run, estimate=estimate)

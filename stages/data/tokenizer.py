@@ -198,7 +198,11 @@ def bpe_trainer(vocab_size: int) -> BpeTrainer:
 
 
 def estimate(config: TokenizerSection) -> Estimate:
-    return Estimate(cpu_seconds=5 + config.sample_bytes / 1.5e6)
+    return Estimate(
+        cpu_seconds=5 + config.sample_bytes / 1.5e6,
+        memory_bytes=int(300e6 + 241 * config.sample_bytes**0.75),  # distinct words, on 10 to 300 MB (docs/lab-log.md)
+        disk_bytes=100 * config.vocab_size,
+    )
 
 
 STAGE = Stage("tokenizer", VERSION, TokenizerSection, run, estimate=estimate)

@@ -24,6 +24,8 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES, PositiveShare, Range, Seed, SourceName
 from pipeline.core.parts import PartCount, shards_of
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from stages.data import estimates
+from stages.data.estimates import Size
 from stages.data.table import Double, Int32, String, columns_of, read_table, sources_of, write_json, write_rows
 from stages.evaluation.confidence import clustered
 from stages.evaluation.contamination_corpus import Corpus, CorpusSearch, Item
@@ -72,6 +74,7 @@ class ContaminationConfig(Config):
     parts: Annotated[dict[SourceName, PartCount], Field(max_length=MOST_SOURCES)] = operational(
         {}, "parts of each source that is trained on; empty: all sources that were kept"
     )
+    expected: Size | None = operational(None, "size of the corpus, for `atom plan` alone; null: unknown")
 
     def verdict(self, words: int, overlap: float, longest: int) -> str:
         if overlap >= self.contaminated_from:
@@ -221,6 +224,7 @@ STAGE = Stage(
     VERSION,
     ContaminationConfig,
     run,
+    estimate=lambda config: estimates.estimate("contamination", config.expected, small=10.0),
     shards=lambda config: shards_of(config.parts.values()),
     run_shard=run_shard,
 )

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipeline.core.bounds import Range, Seed, Words
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, Inputs, Report, Stage, added
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
 from stages.data.seeds import seed_of
 from stages.data.synthetic import courtesy_notes as courtesies
@@ -122,4 +122,7 @@ def texts_of(items: Artifact) -> list[tuple[str, str]]:
     return list({**{row["id"]: question(row) for row in chat_rows(items)}, **texts}.items())
 
 
-STAGE = Stage("items", VERSION, ItemsConfig, run)
+STAGE = Stage(
+    "items", VERSION, ItemsConfig, run,
+    estimate=lambda config: Estimate(cpu_seconds=2.0, memory_bytes=200_000_000, disk_bytes=1_000_000),
+)  # fmt: skip

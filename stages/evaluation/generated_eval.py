@@ -24,6 +24,8 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.parts import PartCount, seal_part, shards_of
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import once
+from stages.data import estimates
+from stages.data.estimates import Size
 from stages.data.seeds import seed_of
 from stages.data.synthetic.problems import draw_distinct
 from stages.data.table import part_files, stream_rows, write_json, write_jsonl
@@ -54,6 +56,7 @@ class FreshConfig(Config):
     parts: Annotated[dict[SourceName, PartCount], Field(max_length=MOST_SOURCES)] = operational(
         {}, "parts of each of these sources; empty: no job array"
     )
+    expected: Size | None = operational(None, "size of the corpus, for `atom plan` alone; null: unknown")
 
 
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -204,6 +207,7 @@ STAGE = Stage(
     VERSION,
     FreshConfig,
     run,
+    estimate=lambda config: estimates.estimate("fresh", config.expected, small=10.0),
     shards=lambda config: shards_of(config.parts.values()),
     run_shard=run_shard,
 )

@@ -22,10 +22,10 @@ from pydantic import Field
 
 from pipeline.core.bounds import MOST_SOURCES, Context, SourceName
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Inputs, Report, Stage, added
+from pipeline.core.stage import Config, Inputs, Report, Stage, added, operational
 from pipeline.core.store import once
 from stages.data.table import ItemRow, arrow_schema, read_table, write_rows
-from stages.evaluation import long_context
+from stages.evaluation import estimates, long_context
 from stages.evaluation.bits_per_byte import (
     DOCUMENT_SCORES,
     DocumentScore,
@@ -53,6 +53,9 @@ class EvaluateConfig(Config):
     context: ContextSection | None = added(None, "evaluation on long texts; null: none")
     conversations: tuple[SourceName, ...] = added(
         (), "sources whose documents contain special tokens", max_length=MOST_SOURCES
+    )
+    expected: estimates.Expected | None = operational(
+        None, "the model and tokens, for `atom plan` alone; null: unknown"
     )
 
 
@@ -166,4 +169,4 @@ def write_tables(out: Path, documents: Sequence[DocumentScore], items: Sequence[
     pq.write_table(pa.Table.from_pylist(items, items_schema), out / "items.parquet", compression="zstd")
 
 
-STAGE = Stage("evaluate", VERSION, EvaluateConfig, run)
+STAGE = Stage("evaluate", VERSION, EvaluateConfig, run, estimate=lambda config: estimates.estimate(config.expected))

@@ -27,10 +27,11 @@ from pydantic import Field
 
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Inputs, Report, Stage
+from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import once
 from stages.data.seeds import seed_of
 from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
+from stages.evaluation import estimates
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation.eval_set import chat_rows
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
@@ -76,6 +77,9 @@ class SolveConfig(Config):
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     split: Literal["test", "validation"] = Field("test", description="split of the items")
     seed: Seed = Field(description="seed of the recipe")
+    expected: estimates.Expected | None = operational(
+        None, "the model and tokens, for `atom plan` alone; null: unknown"
+    )
 
 
 def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -222,4 +226,4 @@ def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accurac
     return statistics
 
 
-STAGE = Stage("solve", VERSION, SolveConfig, run)
+STAGE = Stage("solve", VERSION, SolveConfig, run, estimate=lambda config: estimates.estimate(config.expected))

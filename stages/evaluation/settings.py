@@ -12,6 +12,7 @@ from pydantic import Field
 from pipeline.core.bounds import Context, Range, Share
 from pipeline.core.stage import Config, Renamed, added
 from stages.evaluation.bits_per_byte import HeldoutLimit
+from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS
 from stages.evaluation.eval_set import ChatItems, Problems
 from stages.evaluation.long_context import ContextSection
 from stages.evaluation.pass_at_k import NumSamples
@@ -51,6 +52,20 @@ class EvaluationSection(Config):
     )
     chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
     context: ContextSection | None = added(None, "evaluation on long texts: passkeys and loss by position; null: none")
+
+    def tokens(self, sources: int) -> int:
+        """Tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""
+        read = sources * self.heldout_documents * DOCUMENT_TOKENS
+        if (context := self.context) is not None:
+            read += len(context.depths) * context.per_cell * sum(context.lengths)
+            read += context.documents * context.lengths[-1]
+        return read + sum(self.problems.values()) * (QUESTION_TOKENS + self.max_new_tokens)
+
+    def chat_tokens(self) -> int:
+        """Tokens of one answer to each item in conversations, at most."""
+        chat = self.chat
+        items = 0 if chat is None else sum(self.problems.values()) + chat.items.courtesies
+        return items * (QUESTION_TOKENS + (0 if chat is None else chat.max_new_tokens))
 
     @property
     def chat_items(self) -> dict[str, Any] | None:

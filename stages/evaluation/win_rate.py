@@ -20,10 +20,11 @@ from pydantic import Field
 
 from pipeline.core.bounds import Context, Key, Seed
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Inputs, Report, Stage
+from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import once
 from stages.data.seeds import seed_of
 from stages.data.table import write_json, write_rows
+from stages.evaluation import estimates
 from stages.evaluation.confidence import clustered, wilson
 from stages.evaluation.eval_set import chat_rows
 from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, select_split
@@ -45,6 +46,9 @@ class PreferConfig(Config):
     before: Key = Field(description="name of the model that it is compared with")
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     seed: Seed = Field(description="seed of the recipe")
+    expected: estimates.Expected | None = operational(
+        None, "the model and tokens, for `atom plan` alone; null: unknown"
+    )
 
 
 def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -132,4 +136,6 @@ def _summarize_side(pairs: Sequence[dict[str, Any]], side: str) -> SideScores:
     }
 
 
-STAGE = Stage("prefer", VERSION, PreferConfig, run)
+STAGE = Stage(
+    "prefer", VERSION, PreferConfig, run, estimate=lambda config: estimates.estimate(config.expected, len(SIDES))
+)

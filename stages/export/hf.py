@@ -211,7 +211,9 @@ def estimate(config: ExportConfig) -> Estimate:
         cpu_seconds=10 + flops / 4e10,  # mostly the fresh interpreter's imports
         flops=flops,
         memory_bytes=4 * 4 * parameters["total"],
-        disk_bytes=(4 if config.dtype == "float32" else 2) * parameters["total"],
+        disk_bytes=(weights := (4 if config.dtype == "float32" else 2) * parameters["total"]),
+        published_bytes=weights,
+        files=8,
         parameters=parameters,
     )
 

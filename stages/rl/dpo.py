@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
+from stages.rl import estimates
 from stages.rl.config import DpoTrainConfig, obstacle
 
 VERSION = 4
@@ -31,11 +32,12 @@ def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: R
 
 def estimate(config: DpoTrainConfig) -> Estimate:
     phase = config.phase
-    answers = sum(a.count * a.num_generations for a in (phase.preferences, phase.sft_tasks) if a) * phase.steps
-    tokens = answers * phase.sampling.max_new_tokens
-    parameters = config.model.parameters(config.padded_vocab_size)
-    flops = 3 * 2.0 * parameters["active"] * tokens  # all are drawn, a third is trained on
-    return Estimate(tokens=tokens, flops=flops, cpu_seconds=10 + flops / 2e10, parameters=parameters)
+    answers = sum(a.count * a.num_generations for a in (phase.preferences, phase.sft_tasks) if a)
+    length = phase.sampling.max_new_tokens
+    tokens = phase.steps * answers * length
+    # all are drawn, a third is trained on
+    flops = 3 * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
+    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10)
 
 
 STAGE = Stage(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
+from stages.rl import estimates
 from stages.rl.config import RewardTrainConfig
 
 VERSION = 3
@@ -26,10 +27,10 @@ def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report
 
 
 def estimate(config: RewardTrainConfig) -> Estimate:
-    tokens = config.phase.steps * config.phase.pairs * 2 * 64  # answers of some sixty tokens with their questions
-    parameters = config.model.parameters(config.padded_vocab_size)
-    flops = 3 * 2.0 * parameters["active"] * tokens
-    return Estimate(tokens=tokens, flops=flops, cpu_seconds=10 + flops / 4e10, parameters=parameters)
+    answers, length = 2 * config.phase.pairs, 64  # answers of some sixty tokens with their questions
+    tokens = config.phase.steps * answers * length
+    flops = 3 * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
+    return estimates.estimate(config, answers, length, tokens, flops, 4e10)
 
 
 STAGE = Stage(

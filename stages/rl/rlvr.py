@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
+from stages.rl import estimates
 from stages.rl.config import RlTrainConfig, obstacle
 
 VERSION = 3
@@ -33,11 +34,11 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
 def estimate(config: RlTrainConfig) -> Estimate:
     phase = config.phase
-    tokens = phase.steps * phase.prompts_per_step * phase.num_generations * phase.sampling.max_new_tokens
-    parameters = config.model.parameters(config.padded_vocab_size)
+    answers, length = phase.prompts_per_step * phase.num_generations, phase.sampling.max_new_tokens
+    tokens = phase.steps * answers * length
     # an answer is drawn once (a forward pass) and trained on once (three)
-    flops = 4 * 2.0 * parameters["active"] * tokens
-    return Estimate(tokens=tokens, flops=flops, cpu_seconds=10 + flops / 2e10, parameters=parameters)
+    flops = 4 * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
+    return estimates.estimate(config, answers, length, tokens, flops, 2e10)
 
 
 STAGE = Stage(

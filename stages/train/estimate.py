@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pipeline.core.stage import Estimate, TrainingEstimate
+from stages.data.order_config import ROW_BYTES
 from stages.mcore.activations import activation_bytes
 from stages.mcore.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.mcore.parallel_layout import Layout
 from stages.models.costs import MemoryShare, Rows
-from stages.train.config import PhaseConfig, TrainConfig
+from stages.train.checkpoint import SHARD_BYTES
+from stages.train.config import PhaseConfig, TrainConfig, TrainerConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
 # 54 ms (docs/lab-log.md), that is 2.3e9 FLOPs a step.
 CPU_FLOPS = 4.3e10
-# A row of an order on disk, measured on 400,000 rows: 25 bytes where ids are random 128-bit numbers in hex, and up to 2
-# more for the part of a source of thousands of parts. A packed row of several documents has one for each.
-ORDER_ROW = 27
 # Ids up to here take two bytes in a token shard (stages/data/tokenization.py), larger ones four.
 TWO_BYTE_IDS = 65_536
 
@@ -25,9 +24,8 @@ def estimate(config: TrainConfig) -> Estimate:
     parameters = model.parameters(config.padded_vocab_size)
     steps, tokens = phase.steps - phase.first_step + 1, phase.tokens(phase.first_step)
     per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
-    shares, states, activations = zip(*(rank_memory(config, rank) for rank in range(layout.pp)), strict=True)
-    owned = [owned_bytes(share, layout) for share in shares]
-    memory = round(max(state + activation for state, activation in zip(states, activations, strict=True)))
+    rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
+    states, activations, owned, memory = fullest(config, rows)
     checkpoint = (MASTER + MOMENTS) * parameters["total"]
     releases, first = release_checkpoints(phase), phase.first_step == 1
     # step 0 has no moments yet; while a work checkpoint is written there is one more than is kept
@@ -41,7 +39,10 @@ def estimate(config: TrainConfig) -> Estimate:
         tokens=tokens,
         flops=tokens * per_token,
         memory_bytes=memory,
+        host_bytes=owned,
         disk_bytes=disk,
+        files=work * (2 * layout.ranks + 1) + releases * release_files(parameters["total"]),
+        published_bytes=checkpoint * (releases - first) + first * MASTER * parameters["total"],
         parameters=parameters,
         training=TrainingEstimate(
             steps=steps,
@@ -50,23 +51,34 @@ def estimate(config: TrainConfig) -> Estimate:
             precision=phase.precision,
             layout=layout_label(layout),
             gflop_per_token=per_token / 1e9,
-            state_bytes=round(max(states)),
-            activation_bytes=round(max(activations)),
+            state_bytes=states,
+            activation_bytes=activations,
             recomputes=layout.recompute == "layer",
-            host_bytes=round(max(owned)),
             checkpoint_bytes=checkpoint,
             release_checkpoints=releases,
             work_checkpoints=work - 1,
+            checkpoint_interval=phase.checkpoint_interval,
             order_rows=order_rows,
-            data_bytes=tokens * (2 if config.padded_vocab_size <= TWO_BYTE_IDS else 4) + order_rows * ORDER_ROW,
+            data_bytes=tokens * (2 if config.padded_vocab_size <= TWO_BYTE_IDS else 4) + order_rows * ROW_BYTES,
         ),
     )
 
 
-def rank_memory(config: TrainConfig, pipeline_rank: int) -> tuple[MemoryShare, float, float]:
-    """(parameters, bytes of state, bytes of activations) of the ranks at that position of the pipeline."""
+def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
+    """The largest bytes of state, of activations, of what the optimizer owns, and of state and activations together of
+    any rank. rows: a micro-batch."""
+    layout = config.phase.parallelism
+    shares, states, activations = zip(*(rank_memory(config, rows, rank) for rank in range(layout.pp)), strict=True)
+    sums = [state + activation for state, activation in zip(states, activations, strict=True)]
+    owned = [owned_bytes(share, layout) for share in shares]
+    state, activation, own, memory = (round(max(column)) for column in (states, activations, owned, sums))
+    return state, activation, own, memory
+
+
+def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[MemoryShare, float, float]:
+    """(parameters, bytes of state, bytes of activations) of the ranks at that position of the pipeline. rows: a
+    micro-batch."""
     phase, model, layout, vocabulary = config.phase, config.model, config.phase.parallelism, config.padded_vocab_size
-    rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
     activations = activation_bytes(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank)
@@ -77,6 +89,12 @@ def release_checkpoints(phase: PhaseConfig) -> int:
     """Checkpoints that a phase seals: step 0 unless it continues, every n-th and the last."""
     interval, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
     return (first == 1) + last // interval - (first - 1) // interval + (last % interval > 0)
+
+
+def release_files(parameters: int) -> int:
+    """Files of a release checkpoint: weights and moments in shards, their indices, state and manifest."""
+    shards = sum(-(-width * parameters // SHARD_BYTES) for width in (MASTER, MOMENTS))
+    return shards + 4
 
 
 def layout_label(layout: Layout) -> str:

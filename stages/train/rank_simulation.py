@@ -20,6 +20,7 @@ from pipeline.core.stage import RankSimulation, Traffic
 from stages.mcore.megatron_imports import get_megatron_optimizer, parallel_state
 from stages.mcore.model import named_tensors
 from stages.mcore.simulated_rank import Collective, simulated
+from stages.models.costs import Rows
 from stages.train import engine as engines
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, RankBatch, padded_width
@@ -53,7 +54,8 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
             engine.step(full_batch(config, count), 1e-3, lambda loss, norm: None, phase.spikes is not None)
             steps.append(list(machine.calls))
         state, peak = machine.live, machine.peak
-    share, planned_state, planned_activations = rank_memory(config, place)
+    rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
+    share, planned_state, planned_activations = rank_memory(config, rows, place)
     return RankSimulation(
         rank=rank,
         ranks=layout.ranks,

@@ -98,6 +98,7 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
     assert with_cluster.startswith(plain)
     body = json.loads(atom(tmp_path, *command, *cluster, "--json").stdout)
     section = body.pop("cluster")
+    assert all([stage.pop("fits"), stage.pop("reasons")] == [True, []] for stage in body["stages"])
     assert body == json.loads(atom(tmp_path, *command, "--json").stdout)
     pretrain = next(stage for stage in section["stages"] if stage["name"] == "pretrain")
     flops = next(stage for stage in body["stages"] if stage["name"] == "pretrain")["flops"]
@@ -112,7 +113,7 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
     assert {"acquire-commons", "filter", "duplicates", "dedup", "tokenize"} <= set(hours), (
         "its corpus has an expected size"
     )
-    assert all(0.1 < hours[name] < 24 for name in ("acquire-commons", "filter", "duplicates", "dedup", "tokenize"))
+    assert all(0.03 < hours[name] < 24 for name in ("acquire-commons", "filter", "duplicates", "dedup", "tokenize"))
     assert beyond in with_cluster.splitlines() and section["assumed"][0] in with_cluster.splitlines()
 
 

@@ -71,4 +71,10 @@ def read(artifact: Artifact) -> list[dict[str, Any]]:
     return read_jsonl(artifact / "tasks.jsonl")
 
 
-STAGE = Stage("tasks", VERSION, TasksConfig, run, estimate=lambda config: Estimate(cpu_seconds=3))
+STAGE = Stage(
+    "tasks",
+    VERSION,
+    TasksConfig,
+    run,
+    estimate=lambda config: Estimate(cpu_seconds=3, memory_bytes=300_000_000, disk_bytes=10_000_000),
+)

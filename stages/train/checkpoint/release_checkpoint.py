@@ -22,10 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import AtomError, MachineError
 from stages.mcore.param_names import BUFFERS
+from stages.train.checkpoint import SHARD_BYTES
 
 MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"
-SHARD_BYTES = 5 * 10**9
-"""Largest size of a file, which bounds the memory of readers and writers, and which the Hub accepts."""
 
 Shape = tuple[int, ...]
 Read = Callable[[str, str, Shape], torch.Tensor]

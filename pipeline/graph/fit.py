@@ -1,0 +1,141 @@
+"""Whether stages fit a cluster profile: memory of GPUs and nodes, time limits, disk, files, and the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.core.errors import RecipeError
+from pipeline.core.store import Store
+from pipeline.graph.cost_estimate import Use, forecast
+from pipeline.graph.dag import Graph, states
+from pipeline.graph.plan import StagePlan, is_small, plan
+from pipeline.launch.cluster_profile import Profile
+
+GIB, GB = 2**30, 10**9
+FILES_PER_SHARD, FILES = 4, 10
+"""Of an artifact without an estimate: of each shard, and beside them. atom-smoke's have at most 3 and 6."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One stage. reasons: a clause for each limit that it exceeds; none if it fits. Limits that the profile does not
+    state are not exceeded."""
+
+    name: str
+    reasons: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.name} does not fit: {'; '.join(self.reasons)}"
+
+
+def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> list[Fit]:
+    """For each stage. uses: the forecast, by stage. What earlier stages leave on disk counts for the later ones.
+
+    Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
+    """
+    disk = files = published = 0
+    results, storage = [], profile.storage
+    for row in rows:
+        estimate, name = row.estimate, row.state.name
+        reasons = []
+        disk += estimate.disk_bytes or 0
+        files += estimate.files or FILES + FILES_PER_SHARD * row.shards
+        published += estimate.published_bytes
+        if row.state.text == "to run":
+            reasons += _memory(row, profile)
+            if (use := uses.get(name)) is not None and use.why is None:
+                reasons += _time(row, use, profile)
+        at_most = disk + estimate.work_bytes
+        if storage.home_gb is not None and at_most > storage.home_gb * GB:
+            reasons.append(f"$ATOM_HOME then has {at_most / GB:,.0f} GB, of {storage.home_gb:,.0f} (storage.home_gb)")
+        if storage.home_files is not None and files > storage.home_files:
+            reasons.append(f"$ATOM_HOME then has {files:,} files, of {storage.home_files:,} (storage.home_files)")
+        if storage.hub_gb is not None and published > storage.hub_gb * GB and estimate.published_bytes:
+            reasons.append(
+                f"the release then has {published / GB:,.0f} GB, of {storage.hub_gb:,.0f} on the Hub (storage.hub_gb)"
+            )
+        results.append(Fit(name, tuple(reasons)))
+    return results
+
+
+def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -> None:
+    """Raises RecipeError if a selected stage does not fit."""
+    rows = plan(graph, states(graph, store), selected)
+    uses = {use.name: use for use in forecast(rows, profile, is_small(graph)).uses}
+    misfits = [result for result in fits(rows, uses, profile) if result.reasons]
+    if misfits:
+        others = f"; nor do {len(misfits) - 1} other stages" if len(misfits) > 1 else ""
+        raise RecipeError(
+            f"cluster profile {profile.name}: {misfits[0].sentence}{others}; change the profile or the recipe's "
+            "parallelism, or submit with --ignore-fit"
+        )
+
+
+def _memory(row: StagePlan, profile: Profile) -> list[str]:
+    """Of each GPU, and of the processes of a node together."""
+    estimate, slurm = row.estimate, profile.slurm
+    need = estimate.memory_bytes or 0
+    if slurm is None:
+        at_once, have, where = min(row.ranks, profile.local.jobs), _machine_bytes(profile), "this machine"
+        return [_lack(need * at_once, have, where)] if need * at_once > have else []
+    allocation = slurm.allocation(row.state.name, row.ranks, row.trains)
+    reasons, kind = [], "train" if row.trains else "cpu"
+    if allocation.gpus:
+        limit = profile.gpu.memory_gb if profile.gpu else None
+        if limit is not None and need > limit * GIB:
+            reasons.append(_lack(need, limit * GIB, "a GPU", "gpu.memory_gb"))
+        need = estimate.host_bytes
+    of_node = need * allocation.ranks_per_node
+    limit = allocation.jobs.memory_gb
+    if limit is not None and of_node > limit * GIB:
+        reasons.append(_lack(of_node, limit * GIB, "its job on a node", f"slurm.{kind}.memory_gb"))
+    return reasons
+
+
+def _lack(need: float, have: float, where: str, setting: str = "") -> str:
+    stated = f" ({setting})" if setting else ""
+    return f"it needs {need / GIB:,.1f} GiB of memory, and {where} has {have / GIB:,.1f}{stated}"
+
+
+def _machine_bytes(profile: Profile) -> float:
+    if profile.local.memory_gb is not None:
+        return profile.local.memory_gb * GIB
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _time(row: StagePlan, use: Use, profile: Profile) -> list[str]:
+    """The part of a stage that must end within one start: training to its next work checkpoint, a shard and the joining
+    of all, else the whole stage."""
+    slurm, estimate, hours, what = profile.slurm, row.estimate, use.hours, "it"
+    if slurm is None:
+        return []
+    minutes = (slurm.train if row.trains else slurm.cpu).minutes
+    if (training := estimate.training) is not None:
+        hours, what = use.hours * min(1.0, training.checkpoint_interval / training.steps), "to its next checkpoint it"
+    elif row.shards > 1 and estimate.cpu_seconds is not None and estimate.serial_seconds is not None:
+        shard = (estimate.cpu_seconds - estimate.serial_seconds) / row.shards
+        hours, what = max(shard, estimate.serial_seconds) / 3600, "a shard or the joining of all"
+    if hours * 60 <= minutes:
+        return []
+    kind = "train" if row.trains else "cpu"
+    return [f"{what} needs {hours:,.1f} hours in one start, and a job has {minutes / 60:,.1f} (slurm.{kind}.minutes)"]
+
+
+def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
+    """A sentence on the limits that the profile does not state; None if it states all that the plan needs."""
+    missing = []
+    if profile.slurm is not None:
+        jobs = [profile.slurm.allocation(row.state.name, row.ranks, row.trains) for row in rows]
+        if any(job.gpus for job in jobs) and (profile.gpu is None or profile.gpu.memory_gb is None):
+            missing.append("gpu.memory_gb")
+        kinds = {"train" if row.trains else "cpu" for row in rows}
+        missing += [
+            f"slurm.{kind}.memory_gb" for kind in sorted(kinds) if getattr(profile.slurm, kind).memory_gb is None
+        ]
+    missing += [
+        f"storage.{name}" for name in ("home_gb", "home_files", "hub_gb") if getattr(profile.storage, name) is None
+    ]
+    return f"not limited by profile {profile.name}: {', '.join(missing)}" if missing else None

@@ -1,0 +1,150 @@
+"""Whether a plan fits a profile: each limit by hand, and what the command and the packaged recipes say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.core.stage import Estimate, TrainingEstimate
+from pipeline.graph import fit, plan
+from pipeline.graph.cost_estimate import Use, forecast
+from pipeline.graph.dag import State
+from pipeline.launch import cluster_profile
+from pipeline.launch.cluster_profile import Profile
+from tests.fixtures import ROOT
+from tests.fixtures.run_fixtures import atom
+
+GIB = 2**30
+TRAINING = TrainingEstimate(
+    steps=1000, batch_tokens=(1,), sequence_length=1, precision="bf16", layout="", recomputes=False, gflop_per_token=1.0,
+    state_bytes=0, activation_bytes=0, checkpoint_bytes=0, release_checkpoints=1, work_checkpoints=1,
+    checkpoint_interval=100, order_rows=1, data_bytes=0,
+)  # fmt: skip
+BODY: dict[str, Any] = {
+    "name": "p", "power": {"watts_per_core": 8}, "storage": {"home_gb": 100, "home_files": 1000, "hub_gb": 50},
+    "gpu": {"name": "G", "memory_gb": 76, "bf16": {"peak_tflops": 1000, "utilization": 0.25}, "source": "a guess"},
+    "slurm": {
+        "cpu": {"partition": "cpu", "minutes": 60, "memory_gb": 64},
+        "train": {"partition": "gpu", "minutes": 60, "tasks_per_node": 8, "gpus_per_node": 8, "memory_gb": 100},
+    },
+}  # fmt: skip
+
+
+def row(estimate: Estimate, trains: bool = False, shards: int = 1, text: str = "to run") -> plan.StagePlan:
+    return plan.StagePlan(State("it", "it-0", text), estimate, {}, 8 if trains else 1, {}, None, trains, shards)
+
+
+def reasons(rows: list[plan.StagePlan], hours: float = 0.5, body: dict[str, Any] = BODY) -> list[tuple[str, ...]]:
+    uses = {"it": Use("it", hours)}
+    return [result.reasons for result in fit.fits(rows, uses, Profile.model_validate(body))]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "trains", "said"),
+    [
+        (Estimate(memory_bytes=64 * GIB), False, None),
+        (
+            Estimate(memory_bytes=65 * GIB), False,
+            "it needs 65.0 GiB of memory, and its job on a node has 64.0 (slurm.cpu.memory_gb)",
+        ),
+        (Estimate(memory_bytes=76 * GIB, host_bytes=12 * GIB), True, None),
+        (Estimate(memory_bytes=77 * GIB), True, "it needs 77.0 GiB of memory, and a GPU has 76.0 (gpu.memory_gb)"),
+        (
+            Estimate(memory_bytes=GIB, host_bytes=13 * GIB), True,
+            "it needs 104.0 GiB of memory, and its job on a node has 100.0 (slurm.train.memory_gb)",
+        ),
+        (Estimate(disk_bytes=60 * 10**9, work_bytes=40 * 10**9), False, None),
+        (
+            Estimate(disk_bytes=60 * 10**9, work_bytes=41 * 10**9), False,
+            "$ATOM_HOME then has 101 GB, of 100 (storage.home_gb)",
+        ),
+        (Estimate(files=1001), False, "$ATOM_HOME then has 1,001 files, of 1,000 (storage.home_files)"),
+        (
+            Estimate(disk_bytes=51 * 10**9, published_bytes=51 * 10**9), False,
+            "the release then has 51 GB, of 50 on the Hub (storage.hub_gb)",
+        ),
+    ],
+)  # fmt: skip
+def test_each_limit(estimate: Estimate, trains: bool, said: str | None) -> None:
+    assert reasons([row(estimate, trains)]) == [(said,) if said else ()]
+
+
+def test_what_earlier_stages_leave_counts_and_what_is_sealed_needs_no_memory() -> None:
+    sealed = row(Estimate(memory_bytes=999 * GIB, disk_bytes=60 * 10**9), text="sealed")
+    assert reasons([sealed, row(Estimate(disk_bytes=41 * 10**9))]) == [
+        (), ("$ATOM_HOME then has 101 GB, of 100 (storage.home_gb)",)
+    ]  # fmt: skip
+
+
+def test_what_must_end_within_a_start() -> None:
+    """A whole stage; training to its next checkpoint, here a tenth; a shard, here 9 of 90 hours, or the joining."""
+    assert reasons([row(Estimate())], hours=1) == [()]
+    (said,) = reasons([row(Estimate())], hours=2)
+    assert said == ("it needs 2.0 hours in one start, and a job has 1.0 (slurm.cpu.minutes)",)
+    assert reasons([row(Estimate(training=TRAINING), True)], hours=10) == [()]
+    (said,) = reasons([row(Estimate(training=TRAINING), True)], hours=20)
+    assert said == ("to its next checkpoint it needs 2.0 hours in one start, and a job has 1.0 (slurm.train.minutes)",)
+    for cpu_hours, serial_hours, longest in ((90.5, 0.5, 9.0), (5.5, 1.5, 1.5)):
+        estimate = Estimate(cpu_seconds=cpu_hours * 3600, serial_seconds=serial_hours * 3600)
+        (said,) = reasons([row(estimate, shards=10)])
+        assert f"a shard or the joining of all needs {longest} hours" in said[0]
+    assert reasons([row(Estimate(cpu_seconds=9 * 3600, serial_seconds=0), shards=10)], hours=5) == [()]
+
+
+def test_without_a_limit_nothing_is_exceeded_and_a_sentence_names_it() -> None:
+    jobs = {"partition": "p", "minutes": 60}
+    body = {"name": "p", "power": {"watts_per_core": 8}, "slurm": {"cpu": jobs, "train": jobs | {"gpus_per_node": 8}}}
+    rows = [row(Estimate(memory_bytes=999 * GIB, disk_bytes=10**15, files=10**9)), row(Estimate(10), True)]
+    body["slurm"]["train"]["tasks_per_node"] = 8
+    assert reasons(rows, body=body) == [(), ()]
+    assert fit.unlimited(rows, Profile.model_validate(body)) == (
+        "not limited by profile p: gpu.memory_gb, slurm.cpu.memory_gb, slurm.train.memory_gb, storage.home_gb, "
+        "storage.home_files, storage.hub_gb"
+    )
+    assert fit.unlimited(rows, Profile.model_validate(BODY)) is None
+
+
+def test_this_machine_holds_as_many_processes_as_run_at_once() -> None:
+    local = {"name": "here", "power": {"watts_per_core": 8}, "local": {"jobs": 2, "memory_gb": 20}}
+    assert reasons([row(Estimate(memory_bytes=10 * GIB), True)], hours=99, body=local) == [()]
+    (said,) = reasons([row(Estimate(memory_bytes=11 * GIB), True)], body=local)
+    assert said == ("it needs 22.0 GiB of memory, and this machine has 20.0",)
+
+
+def test_every_stage_of_a_packaged_recipe_is_judged(tmp_path: Path) -> None:
+    """Each stage has an estimate of memory; what trains, and all data stages, fit the profile of eight H100 a node."""
+    rows = json.loads(atom(tmp_path, "plan", "atom-30b-a3b", "--cluster", "h100-pyxis", "--json").stdout)["stages"]
+    assert all(isinstance(row["fits"], bool) and row["memory_bytes"] for row in rows)
+    assert all(row["fits"] == (not row["reasons"]) for row in rows)
+    misfits = {row["name"]: row["reasons"] for row in rows if not row["fits"]}
+    # one core evaluates a model of 30B in fp32
+    assert all(name.startswith("evaluate-") and "slurm.cpu.minutes" in reasons[0] for name, reasons in misfits.items())
+    files = sum(row["files"] or 0 for row in rows)
+    published = sum(row["published_bytes"] for row in rows)
+    assert files > 5000 and published > 7e12, "twenty checkpoints of 366 GB"
+
+
+def test_submit_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    body = yaml.safe_load((ROOT / "pipeline/clusters/dev.yaml").read_text())
+    body["slurm"]["cpu"]["memory_gb"] = 0.1
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(body))
+    profile = str(tmp_path / "small.yaml")
+    home = tmp_path / "home"
+    refused = atom(home, "submit", "atom-smoke", "--cluster", profile, "--until", "items", code=2)
+    assert (
+        "items does not fit: it needs 0.2 GiB of memory, and its job on a node has 0.1 (slurm.cpu.memory_gb)"
+        in refused.stderr
+    )
+    assert "--ignore-fit" in refused.stderr
+    assert not (home / "runs").exists()
+
+
+def test_the_forecast_has_what_fits_needs() -> None:
+    profile = cluster_profile.load("h100-pyxis")
+    rows = [row(Estimate(7200, 3600), shards=10)]
+    uses = {use.name: use for use in forecast(rows, profile, small=False).uses}
+    assert [result.reasons for result in fit.fits(rows, uses, profile)] == [()]
