@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.mcore import layer_spec, moe_metrics
+from stages.mcore import gpu, layer_spec, moe_metrics
 from stages.mcore.megatron_imports import TopKRouter, parallel_state, tensor_parallel
 from stages.mcore.parallel_layout import Layout
 
@@ -196,7 +196,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
     collectives. Norms are one kernel and keep their input, as on a GPU, and tokens are spread evenly over experts."""
     from megatron.core.optimizer import clip_grads
 
-    with fake_groups(layout, rank), contextlib.ExitStack() as stack:
+    with gpu.settings(layout), fake_groups(layout, rank), contextlib.ExitStack() as stack:
         for target, name, replacement in (
             (torch.nn.Module, "bfloat16", _to_bfloat16),
             (layer_spec.Attention, "takes_documents", lambda attention, q: layer_spec.fits_flash_attention(q)),

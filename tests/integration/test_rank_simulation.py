@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import RankSimulation, Traffic
@@ -107,6 +108,17 @@ def require_planned_memory(result: RankSimulation) -> None:
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_planned(name: str) -> None:
     require_planned_memory(simulate_large(MEMORY[name]))
+
+
+def test_settings_of_this_process_are_not_the_ranks() -> None:
+    """Deterministic kernels need more memory; a rank has them if its layout says so."""
+    before = torch.are_deterministic_algorithms_enabled()
+    peaks = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        peaks.append(simulate_large({"ranks": 2, "ep": 2}, layers=1).peak_bytes)
+    torch.use_deterministic_algorithms(before)
+    assert peaks[0] == peaks[1] < simulate_large({"ranks": 2, "ep": 2, "deterministic": True}, layers=1).peak_bytes
 
 
 @at_length("training", 400)
