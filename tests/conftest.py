@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,7 +25,7 @@ from pipeline.core.store import Artifact, write_manifest
 from release.assembly import build_release as builder
 from tests.fixtures import audit_fixtures, release_fixtures, slurm_fixtures, train_fixtures
 from tests.fixtures.opt_out_release_fixtures import earlier_release, later_release  # noqa: F401 - fixtures
-from tests.fixtures.run_fixtures import RecordingReport, atom
+from tests.fixtures.run_fixtures import RecordingReport, atom, copy_sealed
 from tests.fixtures.verifier_fixtures import gym, maths, serve  # noqa: F401 - fixtures
 
 
@@ -131,9 +132,22 @@ def run_stage(tmp_path: Path):
 
 
 @pytest.fixture(scope="session")
-def smoke_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home folder of one whole, undisturbed run of atom-smoke. Treat it as read-only."""
-    home = tmp_path_factory.mktemp("smoke") / "home"
+def smoke_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with the data stages of atom-smoke, which the workers share. Treat it as read-only."""
+    own = tmp_path_factory.getbasetemp()
+    home = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smoke-data/home"
+    home.parent.mkdir(exist_ok=True)
+    with FileLock(home.with_name("lock")):
+        if not (done := home.with_name("done")).exists():
+            atom(home, "run", "atom-smoke", "--until", "tokenize", timeout=1800)
+            done.touch()
+    return home
+
+
+@pytest.fixture(scope="session")
+def smoke_home(smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home folder of a whole, undisturbed run of atom-smoke. Treat it as read-only."""
+    home = shutil.copytree(smoke_data, tmp_path_factory.mktemp("smoke") / "home")
     # a minute on an idle machine; a loaded one decides no verdict
     atom(home, "run", "atom-smoke", timeout=1800, MLFLOW_TRACKING_URI="")
     return home
@@ -181,9 +195,10 @@ def slurm() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def upstream(smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder in which all is sealed that the pre-training of the tests on Slurm needs."""
     folder = tmp_path_factory.mktemp("upstream")
+    copy_sealed(smoke_data, folder / "home", "*")
     atom(folder / "home", "run", slurm_fixtures.write_recipe(folder), "--until", "order-pretrain")
     return folder / "home"
 

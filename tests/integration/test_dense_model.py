@@ -26,6 +26,7 @@ from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate
 from tests.fixtures import layout_fixtures, train_fixtures
+from tests.fixtures.run_fixtures import at_length
 
 MODEL = {k: v for k, v in train_fixtures.MODEL.items() if k not in ("experts", "num_experts_per_tok", "aux_loss")}
 MODEL = {name: value for name, value in MODEL.items() if name != "moe_intermediate_size"}
@@ -74,6 +75,7 @@ def test_a_layout_that_splits_experts_is_refused() -> None:
     assert sentence == "parallelism.ep = 2 splits experts, and the model has none; leave it out"
 
 
+@at_length("training", 15)
 def test_layouts_train_alike(corpus: Path, tmp_path: Path) -> None:
     config = {**settings(batch=layout_fixtures.BATCH), "model": {**MODEL, "layers": 4}}
     (one,) = layout_fixtures.compare(corpus, {"one": {}}, 1, config, tmp_path / "one.json").values()

@@ -16,6 +16,7 @@ from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import fp8_layout_fixtures, train_fixtures
 from tests.fixtures.quantize_fixtures import quantize_dequantize
+from tests.fixtures.run_fixtures import at_length
 
 pytestmark = pytest.mark.numeric
 
@@ -157,6 +158,7 @@ def test_counts_add_up() -> None:
     assert Counts(4, 3, 2, 1) + Counts(40, 30, 20, 10) == Counts(44, 33, 22, 11)
 
 
+@at_length("training", 14)
 def test_tensor_parallel_layouts_round_like_one_process(tmp_path: Path) -> None:
     """Bit for bit, layer by layer. Whole models cannot be held to each other so: where sums are taken in another order
     a value now and then rounds to the other side, and on one processor a router then chose another expert."""

@@ -36,8 +36,10 @@ def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
 @pytest.mark.numeric
 @pytest.mark.parametrize(
     ("ranks", "chosen"),
-    [(2, layout_fixtures.TWO), (4, layout_fixtures.FOUR if SOAK else layout_fixtures.FOUR_IN_EVERY_RUN)],
-    ids=["two", "four"],
+    [
+        pytest.param(2, layout_fixtures.TWO, id="two", marks=at_length("training", 21)),
+        pytest.param(4, layout_fixtures.FOUR if SOAK else layout_fixtures.FOUR_IN_EVERY_RUN, id="four"),
+    ],
 )
 def test_every_layout_trains_like_one_process(
     corpus: Path, one: list[dict[str, float]], tmp_path: Path, ranks: int, chosen: dict

@@ -22,6 +22,7 @@ from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.models.qwen3_moe.spec import from_hf, to_hf
 from stages.train import parallel
 from tests.fixtures import train_fixtures
+from tests.fixtures.run_fixtures import SOAK
 
 pytestmark = pytest.mark.numeric
 
@@ -83,7 +84,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("change", LONG)
+@pytest.mark.parametrize("change", LONG if SOAK else ["yarn"])
 def test_transformers_gives_the_logits_at_full_length(change: str, inputs: dict, tmp_path: Path) -> None:
     """The exported folder in a fresh interpreter, on a row of the whole context (stages/export/parity.py)."""
     model = PLAIN.model_copy(update=LONG[change])

@@ -104,6 +104,8 @@ def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
         folder = new.pop()
         file, text = ("metrics.jsonl", f'"step": {step},') if step else ("events.jsonl", '"start"')
         wait_for(home, str((folder.parent.parent / file).relative_to(home)), text, seconds=60)
+        if step > 5:  # the interval of checkpoints, which a thread writes
+            wait_for(home, "work/pretrain-*/state/attempt-*/checkpoints/*/complete.json", '"', seconds=60)
         for n in range(2):
             wait_for(home, str((folder / f"rank-{n}.json").relative_to(home)), '"pid"', seconds=60)
         pids = rendezvous.living_ranks(int(folder.name.split(".")[0]))

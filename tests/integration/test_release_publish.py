@@ -100,6 +100,7 @@ assert "neither a folder here nor a repository" in said(AtomError, verify, "loca
         )
 
 
+@at_length("release", 12)
 def test_plain_transformers_loads_the_pulled_model(client, release: Path, tmp_path: Path) -> None:
     with running(tmp_path / "hub") as endpoint:
         client("publish(release, 'local', public=True)", endpoint)

@@ -18,7 +18,7 @@ from release.layout import ALL_SUMS, SUMS
 from release.repositories import files_below, files_of, repositories
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
-from tests.fixtures.run_fixtures import SOAK
+from tests.fixtures.run_fixtures import SOAK, at_length
 
 
 def pulled(release: Path, target: Path) -> dict[str, Path]:
@@ -102,6 +102,7 @@ def test_one_flipped_byte_in_every_file_of_each_repository_alone(built: Path, tm
     }  # fmt: skip
 
 
+@at_length("release", 12)
 def test_deep_on_each_repository_alone(built: Path, tmp_path: Path) -> None:
     for folder in pulled(built, tmp_path).values():
         verdict = verify(folder, deep=True)

@@ -17,6 +17,7 @@ from stages.rl.rewards.instructions import Instructions
 from stages.rl.rollout import rollouts
 from stages.rl.samplers.generate import InProcess
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
+from tests.fixtures.run_fixtures import SOAK
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_a_question_that_leaves_no_room_is_refused_before_the_first_answer(place
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("layout", [{"data": 2}, {"ep": 2}, {"tp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"ep": 2}, *(({"data": 2}, {"tp": 2}, {"pp": 2}) if SOAK else ())], ids=str)
 def test_two_processes_learn_like_one(place: Path, tmp_path: Path, layout: dict[str, int]) -> None:
     """From the same weights and answers: the files that one process drew are given to two."""
     parallelism = {"ranks": 2, **{k: v for k, v in layout.items() if k != "data"}}
