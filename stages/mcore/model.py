@@ -86,7 +86,9 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         **inputs: Any,
     ) -> Any:  # fmt: skip
         is_sliced = (
-            self.post_process and labels is not None and self.layout.slices_loss(labels.numel(), self.vocab_size)
+            self.post_process
+            and labels is not None
+            and self.layout.slices_loss(labels.numel(), self.config.hidden_size, self.vocab_size)
         )
         if not is_sliced:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)

@@ -95,7 +95,9 @@ class Layout(Config):
         out causal attention), each cut again by sequence parallelism."""
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
-    def slices_loss(self, tokens: int, padded_vocab_size: int) -> bool:
-        """Whether the loss of a micro-batch is computed by slices of tokens. tokens: on one context rank."""
+    def slices_loss(self, tokens: float, hidden_size: int, padded_vocab_size: int) -> bool:
+        """Whether the loss of a micro-batch is computed by slices of tokens: if it has many logits, which take more
+        memory than a slice and the fp32 sum of the head's gradients. tokens: on one context rank."""
         by_engine = "cross_entropy" in (self.fusions or ())
-        return not by_engine and tokens > LOSS_SLICE and tokens * padded_vocab_size > MOST_LOGITS * self.tp
+        is_large = tokens * padded_vocab_size > MOST_LOGITS * self.tp
+        return not by_engine and is_large and tokens >= LOSS_SLICE + hidden_size

@@ -91,16 +91,16 @@ def _losses_and_gradients(
     losses = torch.empty_like(weights)
     of_hidden, of_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
     for part in _parts(len(labels)):
-        losses[part], probabilities, own, is_here = _slice(hidden[part], head, labels[part], vocab_size)
-        # from here on the gradient of the logits, in the same memory
-        probabilities *= weights[part, None]
-        probabilities[own] -= weights[part] * is_here
-        of_logits = probabilities.to(hidden.dtype)
+        losses[part], of_logits, own, is_here = _slice(hidden[part], head, labels[part], vocab_size)
+        of_logits *= weights[part, None]  # they were the probabilities
+        of_logits[own] -= weights[part] * is_here
+        of_logits = of_logits.to(hidden.dtype)  # no other name: the fp32 ones are gone before the products
         torch.mm(of_logits, head, out=of_hidden[part])
         if of_logits.dtype == of_head.dtype:
             of_head.addmm_(of_logits.t(), hidden[part])
         else:
             of_head += of_logits.t() @ hidden[part]
+        del of_logits
     return losses, of_hidden, of_head
 
 

@@ -13,11 +13,12 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import RankSimulation, Traffic
 from pipeline.launch.rendezvous import free_port
 from stages.mcore.model import transformer_config
+from stages.mcore.parallel_layout import Layout
 from stages.mcore.simulated_rank import Collective
 from stages.train import rank_simulation
 from stages.train.config import TrainConfig
 from tests.fixtures import layout_fixtures, rank_simulation_fixtures, train_fixtures
-from tests.fixtures.run_fixtures import at_length, atom
+from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
 REAL: dict[str, dict[str, Any]] = {
     "EP2": {"ep": 2},
@@ -93,8 +94,11 @@ def test_collectives_of_more_layouts_are_those_of_real_ranks(tmp_path: Path) -> 
     compare_with_real_ranks(MORE_REAL, tmp_path, layers=4)
 
 
-def simulate_large(layout: dict[str, Any], rank: int = 0, precision: str = "bf16", **model: Any) -> RankSimulation:
-    settings = config(layout, {**LARGE, **model}, VOCABULARY, 1024, precision=precision)
+def simulate_large(
+    layout: dict[str, Any], rank: int = 0, precision: str = "bf16", row: int = 1024, vocabulary: int = VOCABULARY,
+    **model: Any,
+) -> RankSimulation:  # fmt: skip
+    settings = config(layout, {**LARGE, **model}, vocabulary, row, precision=precision)
     return rank_simulation.simulate(TrainConfig.model_validate(settings), rank)
 
 
@@ -107,6 +111,25 @@ def require_planned_memory(result: RankSimulation) -> None:
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_planned(name: str) -> None:
     require_planned_memory(simulate_large(MEMORY[name]))
+
+
+SLICED: dict[str, dict[str, Any]] = {
+    "one": {},
+    "recompute": {"recompute": "layer"},
+    "CP2": {"ranks": 2, "cp": 2},
+    "TP2 EP2 PP2": {"ranks": 4, "tp": 2, "ep": 2, "pp": 2},
+}
+
+
+@pytest.mark.parametrize("name", SLICED if SOAK else ["TP2 EP2 PP2"])
+def test_memory_of_a_loss_by_slices_is_planned(name: str) -> None:
+    """On the last rank; with all logits it would need a fifth more at least."""
+    layout, row = SLICED[name], 6144
+    last, sizes = layout.get("ranks", 1) - 1, {"vocabulary": 32768, "context_length": row}
+    sliced = simulate_large(layout, last, row=row, **sizes)
+    require_planned_memory(sliced)
+    with mock.patch.object(Layout, "slices_loss", lambda *_: False):
+        assert simulate_large(layout, last, row=row, **sizes).peak_bytes > 1.2 * sliced.peak_bytes
 
 
 @at_length("training", 400)

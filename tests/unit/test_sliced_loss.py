@@ -22,7 +22,7 @@ from tests.fixtures import train_fixtures
 
 pytestmark = pytest.mark.numeric
 
-ROWS, WIDTH, VOCABULARY, PADDED = 4, 32, 90, 128
+ROWS, WIDTH, VOCABULARY, PADDED, SLICE = 4, 32, 90, 128, 48
 
 
 def squares(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -64,7 +64,7 @@ def slices(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it to have a micro-batch in slices of 48 tokens from then on."""
 
     def start() -> None:
-        monkeypatch.setattr(parallel_layout, "LOSS_SLICE", 48)
+        monkeypatch.setattr(parallel_layout, "LOSS_SLICE", SLICE)
         monkeypatch.setattr(parallel_layout, "MOST_LOGITS", 0)
 
     return start
@@ -124,7 +124,7 @@ def test_no_tensor_has_all_logits(
     slices()
     with Largest() as sliced:
         step(objective, settings_of(), batch_of(False))
-    assert sliced.elements == 48 * PADDED
+    assert sliced.elements == SLICE * PADDED
 
 
 def test_a_micro_batch_without_targets(slices: Callable[[], None]) -> None:
@@ -137,11 +137,11 @@ def test_a_micro_batch_without_targets(slices: Callable[[], None]) -> None:
 
 
 def test_when_the_loss_is_sliced() -> None:
-    """By the recipe's sizes: atom-tiny-long's longest micro-batch is not, those of the recipes for clusters are."""
-    assert not Layout().slices_loss(8192, 512)
-    assert Layout().slices_loss(8193, 512) and Layout().slices_loss(4096, 151936)
-    assert not Layout().slices_loss(1024, 151936), "one slice"
+    """By the recipe's sizes: atom-tiny-long's longest micro-batch is not; those of most recipes for clusters are."""
+    assert not Layout().slices_loss(8192, 96, 512) and Layout().slices_loss(8193, 96, 512)
+    assert Layout().slices_loss(4096, 2048, 151936)
+    assert not Layout().slices_loss(4096, 4096, 151936), "the gradient of the head would take as much as its logits"
     split = Layout(ranks=4, tp=4)
-    assert not split.slices_loss(8192, 2048) and split.slices_loss(8200, 2048)
-    assert not Layout(fusions=("cross_entropy",)).slices_loss(4096, 151936)
-    assert Layout(fusions=("rope",)).slices_loss(4096, 151936)
+    assert not split.slices_loss(8192, 1024, 2048) and split.slices_loss(8200, 1024, 2048)
+    assert not Layout(fusions=("cross_entropy",)).slices_loss(4096, 2048, 151936)
+    assert Layout(fusions=("rope",)).slices_loss(4096, 2048, 151936)
