@@ -17,6 +17,7 @@ from stages.mcore.parallel_layout import Layout
 from stages.mcore.simulated_rank import Collective
 from stages.train import rank_simulation
 from stages.train.config import TrainConfig
+from stages.train.estimate import rank_memory
 from tests.fixtures import layout_fixtures, rank_simulation_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
@@ -94,11 +95,8 @@ def test_collectives_of_more_layouts_are_those_of_real_ranks(tmp_path: Path) -> 
     compare_with_real_ranks(MORE_REAL, tmp_path, layers=4)
 
 
-def simulate_large(
-    layout: dict[str, Any], rank: int = 0, precision: str = "bf16", row: int = 1024, vocabulary: int = VOCABULARY,
-    **model: Any,
-) -> RankSimulation:  # fmt: skip
-    settings = config(layout, {**LARGE, **model}, vocabulary, row, precision=precision)
+def simulate_large(layout: dict[str, Any], rank: int = 0, precision: str = "bf16", **model: Any) -> RankSimulation:
+    settings = config(layout, {**LARGE, **model}, VOCABULARY, 1024, precision=precision)
     return rank_simulation.simulate(TrainConfig.model_validate(settings), rank)
 
 
@@ -117,19 +115,21 @@ SLICED: dict[str, dict[str, Any]] = {
     "one": {},
     "recompute": {"recompute": "layer"},
     "CP2": {"ranks": 2, "cp": 2},
-    "TP2 EP2 PP2": {"ranks": 4, "tp": 2, "ep": 2, "pp": 2},
+    "TP2 EP2 ETP1 PP2": {"ranks": 4, "tp": 2, "ep": 2, "etp": 1, "pp": 2},
 }
 
 
-@pytest.mark.parametrize("name", SLICED if SOAK else ["TP2 EP2 PP2"])
+@pytest.mark.parametrize("name", SLICED if SOAK else ["TP2 EP2 ETP1 PP2"])
 def test_memory_of_a_loss_by_slices_is_planned(name: str) -> None:
-    """On the last rank; with all logits it would need a fifth more at least."""
-    layout, row = SLICED[name], 6144
-    last, sizes = layout.get("ranks", 1) - 1, {"vocabulary": 32768, "context_length": row}
-    sliced = simulate_large(layout, last, row=row, **sizes)
-    require_planned_memory(sliced)
+    """On the last rank; with all logits it would need a tenth more at least."""
+    layout = SLICED[name]
+    phase = TrainConfig.model_validate(config(layout, {**LARGE, "context_length": 6144}, 32768, 6144, precision="bf16"))
+    sliced = rank_simulation.simulate(phase, layout.get("ranks", 1) - 1)
+    # not its parts: between steps Megatron keeps a buffer of gathered inputs, which counts as state and grows with rows
+    assert sliced.peak_bytes == pytest.approx(sliced.planned_peak_bytes, rel=0.05)
     with mock.patch.object(Layout, "slices_loss", lambda *_: False):
-        assert simulate_large(layout, last, row=row, **sizes).peak_bytes > 1.2 * sliced.peak_bytes
+        _, state, activations = rank_memory(phase, layout.get("pp", 1) - 1)
+    assert state + activations > 1.1 * sliced.peak_bytes
 
 
 @at_length("training", 400)
