@@ -128,7 +128,7 @@ def _half_digit(text: str) -> float:
 
 def memory() -> None:
     """Prints state and peak memory of Qwen3-30B-A3B on 16 H100, ours and published."""
-    layout, gib = Layout(ranks=16, ep=16), 2**30
+    layout, gib = Layout(ranks=16, ep=16, fusions=("cross_entropy",)), 2**30  # all logits at once
     part = memory_share(QWEN3_30B, QWEN3_VOCABULARY, layout, 0)
     state = state_bytes(part, layout, "bf16") / gib
     rows = Rows(1, 4096)

@@ -13,12 +13,12 @@ every byte that a simulated rank allocates.
 from __future__ import annotations
 
 from stages.mcore.memory import layers_of
-from stages.mcore.parallel_layout import Layout
+from stages.mcore.parallel_layout import LOSS_SLICE, Layout
 from stages.models.base import ModelConfig, Precision
 from stages.models.costs import Rows
 
 SOFTMAX = 4
-"""Bytes of a logit in the loss: fp32."""
+"""Bytes of a logit in the loss, and of an element of the head's gradient summed over slices: fp32."""
 
 
 def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
@@ -46,8 +46,8 @@ def saved_bytes(
 ) -> float:
     """Bytes that the forward passes in flight keep on a rank at that position of the pipeline. micro_batches: of a
     step, on one rank. With recompute = layer each layer keeps only its input. The last stage keeps the inputs of the
-    final norm and of the output head, and the fp32 softmax of the logits. Packed rows have one table of rotary values
-    for all layers."""
+    final norm and of the output head, and the fp32 softmax of the logits, or, of a loss by slices, the gradients of the
+    head and of its inputs. Packed rows have one table of rotary values for all layers."""
     layers = layers_of(model, layout, pipeline_rank)
     kept = 0.0
     for layer in (layer for chunk in layers for layer in chunk):
@@ -55,7 +55,8 @@ def saved_bytes(
     tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
     total = _tokens(layout, rows) * in_flight(layout, pipeline_rank, micro_batches) * (kept + tables)
     if pipeline_rank == layout.pp - 1:
-        total += _tokens(layout, rows) * (2 * _size(precision) * model.hidden_size + SOFTMAX * padded_vocab_size)
+        inputs = 2 * _tokens(layout, rows) * _size(precision) * model.hidden_size
+        total += inputs + _loss(model, padded_vocab_size, layout, precision, rows)[0]
     return total
 
 
@@ -71,18 +72,38 @@ def activation_bytes(
 ) -> float:
     """Bytes at the peak of a step on a rank at that position of the pipeline: what is saved, and the larger of two
     working sets that are never there at the same time. One layer's: its temporary tensors, and, if it is computed
-    again, all that it saves. The loss's, on the last stage: with bf16 a gradient of the logits beside their softmax;
-    then a gradient of the output head beside that of the logits."""
+    again, all that it saves. And the loss's, on the last stage."""
     saved = saved_bytes(model, padded_vocab_size, layout, precision, rows, micro_batches, pipeline_rank, fused)
-    tokens, size = _tokens(layout, rows), _size(precision)
+    tokens = _tokens(layout, rows)
     layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
     working = tokens * max(_layer(model, layout, precision, rows, layer, fused)[1] for layer in layers)
     if pipeline_rank < layout.pp - 1:
         return saved + working
-    logits = tokens * padded_vocab_size  # tensor ranks split the vocabulary
-    softmax, head = SOFTMAX * logits, size * model.hidden_size * padded_vocab_size / layout.tp
-    loss = max(softmax + (size * logits if size < SOFTMAX else 0), size * logits + head)
-    return saved - softmax + max(working, loss)
+    saved_by_loss, loss = _loss(model, padded_vocab_size, layout, precision, rows)
+    return saved - saved_by_loss + max(working, loss)
+
+
+def _loss(
+    model: ModelConfig, padded_vocab_size: int, layout: Layout, precision: Precision, rows: Rows
+) -> tuple[float, float]:
+    """Bytes of the loss: (kept for the backward pass, at the peak).
+
+    All at once: the softmax; with bf16 a gradient of the logits beside it, then a gradient of the head beside that of
+    the logits. By slices: the gradients of the head, in fp32, and of its inputs, which each tensor rank has for all
+    tokens; beside them a slice's logits and softmax, or its gradient and its part of the head's; in the backward pass
+    the scaled gradients.
+    """
+    size, hidden, vocab = _size(precision), model.hidden_size, padded_vocab_size / layout.tp
+    tokens = rows.rows * rows.length / layout.cp
+    inputs, head, converted = size * hidden * tokens, size * hidden * vocab, size if size < SOFTMAX else 0
+    if not layout.slices_loss(tokens, hidden, padded_vocab_size):
+        softmax, logits = SOFTMAX * vocab * tokens, size * vocab * tokens
+        return softmax, max(softmax + converted * vocab * tokens, logits + head)
+    kept = SOFTMAX * hidden * vocab + inputs
+    gathered = inputs if layout.tp > 1 else 0
+    products = size * vocab * LOSS_SLICE + (head if converted else 0)
+    forward = gathered + max((SOFTMAX + converted) * vocab * LOSS_SLICE, products)
+    return kept, kept + max(forward, head + inputs)
 
 
 def _layer(

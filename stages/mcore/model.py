@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch
 from pipeline.core.errors import AtomError, RecipeError
 from stages.mcore import fusions, gpu, megatron_compat
 from stages.mcore.layer_spec import uses_transformer_engine
-from stages.mcore.megatron_imports import GPTModel, TransformerConfig, parallel_state
+from stages.mcore.megatron_imports import GPTModel, TransformerConfig, parallel_state, tensor_parallel
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.precision import keywords
 from stages.mcore.rope import frequencies, megatron_yarn
 from stages.mcore.row_tables import RowTables
+from stages.mcore.sliced_loss import mask_padding, token_losses
 from stages.mcore.tensor_sharding import boxes, cut, is_cut
 from stages.models.base import ModelConfig, Precision
 
@@ -74,6 +74,31 @@ def _dispatcher(layout: Layout) -> str:
     return layout.dispatcher
 
 
+class LanguageModel(GPTModel):  # type: ignore[misc]
+    """Megatron's, with a loss by slices of tokens where the layout has one (`Layout.slices_loss`). Its argument
+    `loss_mask` then has the meaning of `weights` in `sliced_loss.token_losses`."""
+
+    layout: Layout
+    real_vocab_size: int
+
+    def _postprocess(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:  # fmt: skip
+        is_sliced = (
+            self.post_process
+            and labels is not None
+            and self.layout.slices_loss(labels.numel(), self.config.hidden_size, self.vocab_size)
+        )
+        if not is_sliced:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
+        shared = self.share_embeddings_and_output_weights
+        head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        if self.layout.tp > 1:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
+        return token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask)
+
+
 def build(
     model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
     packed: bool = False, vocab_size: int | None = None,
@@ -90,7 +115,7 @@ def build(
     chunks = []
     for number in range(layout.vpp):
         stage = number if layout.vpp > 1 else None
-        chunk = GPTModel(
+        chunk = LanguageModel(
             config=config,
             transformer_layer_spec=model.spec().layer_spec(config, stage, packed),
             vocab_size=padded_vocab_size,
@@ -106,6 +131,7 @@ def build(
             # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
             # gradient norm counts the parts of tensor rank 0 only.
             parameter.tensor_model_parallel = is_cut(name)
+        chunk.layout, chunk.real_vocab_size = layout, vocab_size or padded_vocab_size
         if vocab_size is not None and chunk.post_process:
             chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))
         chunks.append(chunk)
@@ -115,17 +141,15 @@ def build(
 
 
 def _mask_padding(vocab_size: int) -> Callable[..., None]:
-    """A hook that gives ids from `vocab_size` on a logit of minus infinity, as they do not exist in any runtime.
+    """A hook of the output layer that masks ids from `vocab_size` on.
 
     It writes in place and outside of autograd, which costs no copy of the logits: the gradient of a logit whose
     probability is zero is zero.
     """
 
     def mask(layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
-        logits = output[0]  # [sequence, batch, this tensor rank's part of the padded vocabulary]
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
         with torch.no_grad():
-            logits[..., max(0, vocab_size - first) :] = -math.inf
+            mask_padding(output[0], vocab_size)
 
     return mask
 

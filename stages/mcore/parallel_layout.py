@@ -17,6 +17,11 @@ from pipeline.core.stage import Config, Renamed
 Fusion = Literal["permute", "router", "cross_entropy", "bias_activation", "gradient_accumulation", "rope"]
 Split = Annotated[int, Range(1, 4096)]
 
+LOSS_SLICE = 1024
+"""Tokens of a slice of the loss: enough for matrix products at full speed on a GPU."""
+MOST_LOGITS = 2**22
+"""Logits of a micro-batch on a rank that are computed at once: 16 MiB in fp32."""
+
 
 class Layout(Config):
     """The ranks of a phase and their parallel layout. All layouts give the same loss within rounding."""
@@ -89,3 +94,10 @@ class Layout(Config):
         """Rows are padded to a multiple of this many tokens: two slices for each context rank (the zigzag that evens
         out causal attention), each cut again by sequence parallelism."""
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
+
+    def slices_loss(self, tokens: float, hidden_size: int, padded_vocab_size: int) -> bool:
+        """Whether the loss of a micro-batch is computed by slices of tokens: if it has many logits, which take more
+        memory than a slice and the fp32 sum of the head's gradients. tokens: on one context rank."""
+        by_engine = "cross_entropy" in (self.fusions or ())
+        is_large = tokens * padded_vocab_size > MOST_LOGITS * self.tp
+        return not by_engine and is_large and tokens >= LOSS_SLICE + hidden_size

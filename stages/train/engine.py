@@ -284,7 +284,8 @@ class Engine:
             batch: Batch = next(batches)
             assert not batch.extras or self.layout.cp == 1, "context ranks hold parts of rows"
             ids, positions, labels, mask, padding = (gpu.upload(x, device) for x in self._inputs(batch, model))
-            losses = model(ids, positions, batch.starts, labels=labels, padding_mask=padding)
+            weights = mask if objective is cross_entropy else None
+            losses = model(ids, positions, batch.starts, labels=labels, padding_mask=padding, loss_mask=weights)
             extras = {n: gpu.upload(x, device) for n, x in batch.extras.items()}
             device_batch = replace(batch, loss_mask=mask, extras=extras)
 
