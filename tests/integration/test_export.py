@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, write_manifest
-from stages.export import hf
+from stages.export import comparison, hf
 from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
@@ -90,36 +90,39 @@ def test_which_step(inputs: dict[str, Artifact], tmp_path: Path) -> None:
         hf._checkpoint(inputs["checkpoint"], 3)
 
 
-def test_a_broken_expert_is_refused(exported: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_broken_expert_is_refused(exported: Path, tmp_path: Path, by_layer: bool) -> None:
     """Both halves of the gate see it: the inverse map names the tensor, the logits say where they part."""
     folder = tmp_path / "model"
     folder.mkdir()
     for path in (exported / "model").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    written = load_file(folder / hf.WEIGHTS)
+    written = load_file(folder / "model.safetensors")
     written[EXPERT][3] *= 1.5
-    save_file(written, folder / hf.WEIGHTS, metadata={"format": "pt"})
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckFailed, match=r"tensor decoder.layers.1.mlp.experts.local_experts.2.linear_fc2.weight of"):
-        hf.check_tensors(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
+        comparison.compare_files(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
 
-    rows = hf.parity_rows(train_fixtures.VOCAB, 64)
-    logits = [x[:, : train_fixtures.VOCAB] for x in hf.megatron_logits(tensors(), CONFIG, rows)]
+    rows = comparison.parity_rows(train_fixtures.VOCAB, 64)
+    logits = list(comparison.megatron_logits(tensors(), CONFIG, rows, train_fixtures.VOCAB))
     with pytest.raises(
         CheckFailed, match=r"differ from Megatron's by 0\.\d+ at position \d+ of parity row \d, tolerance 0.0001"
     ):
-        hf.check_logits(folder, rows, logits, 1e-4, tmp_path)
-    assert hf.check_logits(exported / "model", rows, logits, 1e-4, tmp_path) == pytest.approx(0, abs=1e-5)
+        comparison.compare_logits(folder, rows, logits, 1e-4, tmp_path, by_layer)
+    assert comparison.compare_logits(exported / "model", rows, logits, 1e-4, tmp_path, by_layer) == pytest.approx(
+        0, abs=1e-5
+    )
 
     del written[EXPERT]
-    save_file(written, folder / hf.WEIGHTS, metadata={"format": "pt"})
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckFailed, match=r"cannot be mapped back to Megatron: .*experts.2.down_proj"):
-        hf.check_tensors(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
+        comparison.compare_files(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
     with pytest.raises(CheckFailed, match=r"transformers (finds missing|cannot load)"):
-        hf.check_logits(folder, rows, logits, 1e-4, tmp_path)
+        comparison.compare_logits(folder, rows, logits, 1e-4, tmp_path, by_layer)
 
 
 def test_one_changed_bit_is_refused(exported: Path) -> None:
     ours = tensors()
     ours["decoder.layers.0.mlp.router.weight"][0, 0].view(torch.int32).bitwise_xor_(1)
     with pytest.raises(CheckFailed, match=r"tensor decoder\.layers\.0\.mlp\.router\.weight"):
-        hf.check_tensors(exported / "model", ours, CONFIG.model, train_fixtures.VOCAB)
+        comparison.compare_files(exported / "model", ours, CONFIG.model, train_fixtures.VOCAB)

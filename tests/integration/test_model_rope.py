@@ -134,5 +134,5 @@ def test_what_qwen3_moe_cannot_express_is_refused(inputs: dict, tmp_path: Path) 
 def test_dense_layers_map_back() -> None:
     model = PLAIN.model_copy(update={"dense_layers": 1, "intermediate_size": 48})
     tensors = {n: full_tensor(n, s, model, 0) for n, s in model.shapes(train_fixtures.VOCAB).items()}
-    restored = from_hf(to_hf(tensors, model, train_fixtures.VOCAB), model)
+    restored = dict(from_hf(dict(to_hf(tensors, model, train_fixtures.VOCAB)), model))
     assert restored.keys() == tensors.keys() and all(torch.equal(restored[n], tensors[n]) for n in restored)
