@@ -13,11 +13,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pipeline.core.errors import AtomError, CheckFailed
+from stages.export.hf import SLICE_BYTES, ExportConfig
 from stages.mcore import gpu
 from stages.mcore.model import build, check_tensors
 from stages.mcore.param_names import BUFFERS, global_name
@@ -25,14 +26,7 @@ from stages.models.base import ModelConfig
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint
 
-if TYPE_CHECKING:
-    from stages.export.hf import ExportConfig
-
 TABLES = ("word_embeddings.weight", "output_layer.weight")
-SLICE_BYTES = 2**28
-"""Largest size of the fp32 logits that are compared at one time."""
-WHOLE_BYTES = 10**9
-"""Largest model, in bytes of fp32, that transformers loads as a whole; of a larger one it loads a layer at a time."""
 
 
 def compare_files(folder: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig, vocab_size: int) -> int:

@@ -24,8 +24,11 @@ from pipeline.core.bounds import Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
+from stages.mcore.parallel_layout import Layout
 from stages.models.base import PositiveInt
+from stages.models.costs import Rows
 from stages.models.registry import Model
+from stages.train.checkpoint import SHARD_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +37,12 @@ VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
+WHOLE_BYTES = 10**9
+"""Largest model, in bytes of fp32, that transformers loads as a whole; of a larger one it loads a layer at a time."""
+SLICE_BYTES = 2**28
+"""Largest size of the fp32 logits that are compared at one time."""
+BASE_BYTES = 700_000_000
+"""Of a process with Megatron or transformers (bench/export.py)."""
 
 
 class ExportConfig(Config):
@@ -80,7 +89,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     report.note(f"export of {files} files written; comparing it with Megatron")
     tensors_compared = comparison.compare_files(folder, tensors, config.model, vocab_size)
     rows = comparison.parity_rows(vocab_size, config.model.context_length)
-    by_layer = 4 * config.model.parameters(config.padded_vocab_size)["total"] > comparison.WHOLE_BYTES
+    by_layer = 4 * config.model.parameters(config.padded_vocab_size)["total"] > WHOLE_BYTES
     with contextlib.closing(comparison.megatron_logits(tensors, config, rows, vocab_size)) as logits:
         delta = comparison.compare_logits(folder, rows, logits, config.parity_tolerance, work, by_layer)
     _write(out / "parity.json", {
@@ -143,15 +152,36 @@ def write_tokenizer(tokenizer: Artifact, folder: Path) -> dict[str, int]:
 def estimate(config: ExportConfig) -> Estimate:
     parameters = config.model.parameters(config.padded_vocab_size)
     flops = 2.0 * 2 * parameters["active"] * 2 * config.model.context_length  # two models read twice the context
+    weights = (4 if config.dtype == "float32" else 2) * parameters["total"]
+    shards = -(-weights // SHARD_BYTES)
     return Estimate(
-        cpu_seconds=10 + flops / 4e10,  # mostly the fresh interpreter's imports
+        cpu_seconds=10 + flops / 4e10 + parameters["total"] / 1e8,  # imports, two forward passes, five of reading
         flops=flops,
-        memory_bytes=4 * 4 * parameters["total"],
-        disk_bytes=(weights := (4 if config.dtype == "float32" else 2) * parameters["total"]),
+        memory_bytes=memory(config),
+        disk_bytes=weights,
         published_bytes=weights,
-        files=8,
+        files=7 + shards + (shards > 1),
         parameters=parameters,
     )
+
+
+def memory(config: ExportConfig) -> int:
+    """Largest bytes of the stage's processes together: when a file is written, when Megatron's model computes, and when
+    transformers' does, beside the hidden states that wait for its logits."""
+    model, layout = config.model, Layout()
+    width = 4 if config.dtype == "float32" else 2
+    parameters = model.parameters(config.padded_vocab_size)
+    total, table = 4 * parameters["total"], 4 * parameters["embedding"]
+    layer = max(4 * model.layer_memory(layout, n).all for n in range(model.layers))
+    rows = Rows(1, model.context_length)
+    kept = max(sum(model.layer_activations(layout, "fp32", rows, n).values()) for n in range(model.layers))
+    hidden = 4 * model.hidden_size * 2 * model.context_length  # all rows are together less than twice the longest
+    computing = hidden + round(kept) * model.context_length + 2 * SLICE_BYTES
+    writing = min(SHARD_BYTES, width * parameters["total"]) + (4 + width) * table // 4
+    # a layer's tensors as they are in the file, in fp32, and experts a second time while they are stacked
+    loaded = 2 * total if total <= WHOLE_BYTES else 2 * table + (8 + width) * layer // 4
+    return max(BASE_BYTES + writing, BASE_BYTES + table + 2 * layer + computing,
+               2 * BASE_BYTES + hidden + table + loaded + computing)  # fmt: skip
 
 
 def _checkpoint(artifact: Artifact, step: int | None) -> Path:

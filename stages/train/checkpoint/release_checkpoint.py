@@ -118,16 +118,23 @@ class Tensors(Mapping[str, torch.Tensor]):
                 stated = json.loads(index.read_text())["weight_map"]
                 names = sorted(set(stated.values()))
             for name in names:
-                with _open(folder / name) as file:
-                    for key in file.keys():  # noqa: SIM118 (not a mapping)
-                        if stated is not None and stated.get(key) != name:
-                            raise ValueError(f"{index.name} does not list {key} of {name}")
-                        self.files[key] = folder / name
-                        self._shapes[key] = tuple(file.get_slice(key).get_shape())
+                self._read_header(folder / name)
+            for key, path in self.files.items():
+                if stated is not None and stated.get(key) != path.name:
+                    raise ValueError(f"{index.name} does not list {key} of {path.name}")
             if absent := sorted((stated or {}).keys() - self.files.keys()):
                 raise ValueError(f"{index.name} lists {absent[0]}, which {(stated or {})[absent[0]]} does not hold")
-        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise _unreadable(folder, error) from None
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    self.files[name] = path
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{path.name}: {error}") from None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self.files[name]
