@@ -7,7 +7,7 @@
 Each model is a mixture of experts in bf16 whose checkpoint (fp32, weights only) is made tensor by tensor from the
 seeded initializer, in its release form. The export stage runs on it with its whole parity gate. `stage` is the process
 that writes and runs Megatron's model, `transformers` the fresh interpreter; peaks are VmHWM, which counts the pages of
-mapped files too. Models above 2.5·10⁸ parameters are compared layer by layer.
+mapped files too. Models above 1.25·10⁸ parameters are compared layer by layer.
 
 The last line is one JSON object. Its ratio is the limit, 4 GB times the parameters of the largest model in 10⁹ or 2 GB
 if that is more, divided by the largest peak: 1 or more holds it.

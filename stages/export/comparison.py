@@ -6,6 +6,7 @@ results are those of the whole model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -158,9 +159,10 @@ def compare_logits(
                     if (following := next(slices, None)) is None:
                         break
                     part = following
-                process.stdin.close()
             except BrokenPipeError:
                 pass  # it has ended with a verdict of its own, which follows
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         out.seek(0)
         errors.seek(0)
         stdout, stderr = out.read().decode(), errors.read().decode(errors="replace")

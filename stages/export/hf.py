@@ -37,7 +37,7 @@ VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
-WHOLE_BYTES = 10**9
+WHOLE_BYTES = 5 * 10**8
 """Largest model, in bytes of fp32, that transformers loads as a whole; of a larger one it loads a layer at a time."""
 SLICE_BYTES = 2**28
 """Largest size of the fp32 logits that are compared at one time."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
@@ -37,13 +35,13 @@ class Whole:
         self.model, loading = loaded
         self.keys = [f"{kind.replace('_', ' ')} {key}" for kind in KINDS for key in sorted(map(str, loading[kind]))]
 
-    def load(self, module: torch.nn.Module, at: str) -> None: ...
+    def load(self, at: str) -> None: ...
 
     def drop(self, module: torch.nn.Module) -> None: ...
 
 
 class ByLayer:
-    """A model without weights, of which parts get theirs by the functions of `from_pretrained`."""
+    """A model without weights, of which parts get theirs by the method that `from_pretrained` calls for all of them."""
 
     def __init__(self, folder: str) -> None:
         config = AutoConfig.from_pretrained(folder)
@@ -60,10 +58,10 @@ class ByLayer:
             number = name.removeprefix(self.prefix).split(".")[0]
             layer = name.startswith(self.prefix) and number.isdigit() and int(number) < len(base.layers)
             self.parts[f"{self.prefix}{number}." if layer else ""][name] = path
-        self.load(self.model, "")
+        self.load("")
         self.model.tie_weights()
 
-    def load(self, module: torch.nn.Module, at: str) -> None:
+    def load(self, at: str) -> None:
         """Loads the tensors whose names start with `at`; "" stands for all that are in no layer."""
         opened: dict[Path, Any] = {}
         state = {}
@@ -71,9 +69,8 @@ class ByLayer:
             if path not in opened:
                 opened[path] = safe_open(path, framework="pt")
             state[name] = opened[path].get_slice(name)
-        loading, _ = convert_and_load_state_dict_in_model(
-            self.model, state, LoadStateDictConfig(dtype=torch.float32, weight_mapping=self.conversions)
-        )
+        settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self.conversions)
+        loading, _ = self.model._load_pretrained_model(self.model, state, None, settings)
         tied = self.model.all_tied_weights_keys
         own = [n for n, p in self.model.named_parameters() if n.startswith(at) and p.is_meta]
         missing = [n for n in own if n not in tied and (at or not n.startswith(self.prefix))]
@@ -102,35 +99,29 @@ def files(folder: Path) -> dict[str, Path]:
 def hidden_states(source: Whole | ByLayer, rows: list[list[int]]) -> list[torch.Tensor]:
     """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once."""
     base = source.model.base_model
-    layers = list(base.layers)
-    calls: list[list[dict[str, Any]]] = []
+    states: list[torch.Tensor] = []
+    calls: list[list[dict[str, Any]]] = []  # of each row, the keywords of each layer: masks, rotary tables
 
-    def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        assert not args, "a layer is called with its hidden states and keywords"
-        calls[-1].append({**kwargs, "hidden_states": hidden})
+    def record(hidden: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        if not calls[-1]:
+            states.append(hidden)
+        calls[-1].append(keywords)
         return hidden
 
-    for layer in layers:
-        layer.forward = partial(record)
-    for row in rows:  # what the model gives each layer: masks and rotary tables
+    for layer in base.layers:
+        layer.forward = record
+    for row in rows:
         calls.append([])
         base(input_ids=torch.tensor([row]), use_cache=False)
-    states = [call[0].pop("hidden_states") for call in calls]
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(base.layers):
         del layer.forward
-        source.load(layer, f"{base_prefix(source)}.layers.{number}.")
+        source.load(f"{source.model.base_model_prefix}.layers.{number}.")
         if source.keys:
             return []
         for row, call in enumerate(calls):
-            call[number].pop("hidden_states", None)
-            out = layer(states[row], **call[number])
-            states[row] = out[0] if isinstance(out, tuple) else out
+            states[row] = layer(states[row], **call[number])
         source.drop(layer)
     return [base.norm(state) for state in states]
-
-
-def base_prefix(source: Whole | ByLayer) -> str:
-    return str(source.model.base_model_prefix)
 
 
 @torch.no_grad()
