@@ -76,13 +76,21 @@ class Silent:
     def seal_checkpoint(self, step: int, folder: Path) -> None: ...
 
 
-def peak(process: int | str) -> int:
+def peak(process: str) -> int:
     """VmHWM of a process in bytes; 0 if it has ended."""
     try:
         found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
     except OSError:
         return 0
     return 1024 * int(found[1]) if found else 0
+
+
+def runs(process: str, script: str) -> bool:
+    """Whether a process executes that script; until then it has the memory of the one that started it."""
+    try:
+        return script.encode() in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def write_checkpoint(folder: Path, config: Qwen3MoeConfig) -> None:
@@ -115,7 +123,8 @@ def child(action: str, place: Path, config: Qwen3MoeConfig) -> None:
     def watch() -> None:
         task = Path(f"/proc/self/task/{os.getpid()}/children")
         while not ended.wait(0.02):
-            other[0] = max([other[0], *(peak(number) for number in task.read_text().split())])
+            children = [number for number in task.read_text().split() if runs(number, "export/parity.py")]
+            other[0] = max([other[0], *map(peak, children)])
 
     thread = threading.Thread(target=watch, daemon=True)
     for name in ("out", "work"):
