@@ -81,12 +81,12 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
                         f"{config.padded_vocab_size}; raise it in the recipe")  # fmt: skip
     tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype))
     mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
-    files = release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
+    release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
     stops = [ids[token] for token in STOPS]
     _write(folder / "config.json", hf_config(config.model, vocab_size, stops[0], ids[PAD], config.dtype))
     _write(folder / "generation_config.json", {"do_sample": False, "eos_token_id": stops, "pad_token_id": ids[PAD]})
 
-    report.note(f"export of {files} files written; comparing it with Megatron")
+    report.note("export written; comparing it with Megatron")
     tensors_compared = comparison.compare_files(folder, tensors, config.model, vocab_size)
     rows = comparison.parity_rows(vocab_size, config.model.context_length)
     by_layer = 4 * config.model.parameters(config.padded_vocab_size)["total"] > WHOLE_BYTES

@@ -62,9 +62,9 @@ def write(
     os.rename(partial, folder)
 
 
-def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-    """Writes `<stem>.safetensors`, or, above SHARD_BYTES, shards in the order of the tensors with an index. Holds the
-    tensors of one file at a time. Returns the number of files.
+def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Writes `<stem>.safetensors`, or, above SHARD_BYTES, shards in the order of the tensors with an index; nothing if
+    there are no tensors. Holds the tensors of one file at a time.
 
     Raises MachineError if a write fails.
     """
@@ -94,7 +94,6 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Ten
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / _index(stem)).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-    return len(shards)
 
 
 def _index(stem: str) -> str:
