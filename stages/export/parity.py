@@ -86,7 +86,7 @@ def files(folder: Path) -> dict[str, Path]:
     """The file of each tensor. Raises ValueError if an index does not add up with its files."""
     index = folder / "model.safetensors.index.json"
     stated = json.loads(index.read_text())["weight_map"] if index.exists() else None
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted({folder / name for name in stated.values()} if stated else [folder / "model.safetensors"]):
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
@@ -95,7 +95,7 @@ def files(folder: Path) -> dict[str, Path]:
     return found
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def hidden_states(source: Whole | ByLayer, rows: list[list[int]]) -> list[torch.Tensor]:
     """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once."""
     base = source.model.base_model
@@ -118,13 +118,13 @@ def hidden_states(source: Whole | ByLayer, rows: list[list[int]]) -> list[torch.
         source.load(f"{source.model.base_model_prefix}.layers.{number}.")
         if source.keys:
             return []
-        for row, call in enumerate(calls):
-            states[row] = layer(states[row], **call[number])
+        for place, call in enumerate(calls):
+            states[place] = layer(states[place], **call[number])
         source.drop(layer)
     return [base.norm(state) for state in states]
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def compare(model: Any, states: list[torch.Tensor], positions: int) -> dict[str, float | int]:
     """The largest difference to the logits on standard input."""
     worst: dict[str, float | int] = {"delta": 0.0, "row": 0, "position": 0}

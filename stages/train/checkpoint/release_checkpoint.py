@@ -155,7 +155,7 @@ class Tensors(Mapping[str, torch.Tensor]):
 
 
 def _open(path: Path) -> Any:
-    return safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+    return safe_open(path, framework="pt")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
