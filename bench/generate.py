@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from stages.mcore.weight_init import full_tensor
+from stages.mcore.weight_init import Initial
 from stages.models.hf import hf_config
 from stages.models.qwen3_moe import spec
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
@@ -71,7 +71,7 @@ class Sides:
         self.size = size
         config = hf_config(size.model, size.vocab, 1, 0, "float32")
         shapes = size.model.shapes(size.vocab)
-        tensors = spec.to_hf({n: full_tensor(n, s, size.model, 0) for n, s in shapes.items()}, size.model, size.vocab)
+        tensors = dict(spec.to_hf(Initial(shapes, size.model, 0), size.model, size.vocab))
         self.own, other = (InProcess(config, stops=(), max_new_tokens=size.new) for _ in range(2))
         for sampler in (self.own, other):
             sampler.load(tensors)

@@ -150,7 +150,7 @@ def peer_model(engine: Engine, config: Any, vocab: int, pad: int) -> Any:
     from transformers import Qwen3MoeForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        tensors = to_hf({k: v.detach() for k, v in named_tensors(engine.chunks)}, config.model, vocab)
+        tensors = dict(to_hf({k: v.detach() for k, v in named_tensors(engine.chunks)}, config.model, vocab))
         save_file({k: v.contiguous() for k, v in tensors.items()}, f"{folder}/model.safetensors", {"format": "pt"})
         # the stop token is one beyond the vocabulary: it is never drawn
         (Path(folder) / "config.json").write_text(json.dumps(hf_config(config.model, vocab, vocab, pad, "float32")))

@@ -133,7 +133,7 @@ def peer_model(engine: Engine, size: Size) -> Any:
     from transformers import Qwen3MoeForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        tensors = to_hf({k: v.detach() for k, v in named_tensors(engine.chunks)}, size.model, size.vocab)
+        tensors = dict(to_hf({k: v.detach() for k, v in named_tensors(engine.chunks)}, size.model, size.vocab))
         save_file({k: v.contiguous() for k, v in tensors.items()}, f"{folder}/model.safetensors", {"format": "pt"})
         config = hf_config(size.model, size.vocab, eos_token_id=1, pad_token_id=0, dtype="float32")
         (Path(folder) / "config.json").write_text(json.dumps(config))

@@ -11,22 +11,28 @@ from release.layout import models_of, when
 
 
 def tensors(subject: Subject) -> Findings:
-    """Checks that every tensor is readable and finite, and that an optimizer has the tensors of its model."""
+    """Checks that every tensor is readable and finite, that an index lists the tensors of its files, and that an
+    optimizer has the tensors of its model."""
     import torch
     from safetensors import safe_open
 
     folder, problems = subject.folder, []
-    names_by_file: dict[tuple[Path, str], set[str]] = {}  # by folder, of model and optimizer
+    files: dict[tuple[Path, str], dict[str, str]] = {}  # by folder, of model and optimizer: tensor -> its file
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
         with safe_open(path, framework="pt") as f:
             for key in f.keys():  # noqa: SIM118 (not a mapping)
                 if not torch.isfinite(f.get_tensor(key)).all():
                     problems.append(f"{name}: tensor {key} is not finite")
-                names_by_file.setdefault((path.parent, path.stem.split("-")[0]), set()).add(key)
-    for (model_folder, kind), names in names_by_file.items():
+                files.setdefault((path.parent, path.stem.split("-")[0]), {})[key] = path.name
+    for path in sorted(folder.rglob("*.safetensors.index.json")):
+        index = read_json(path)
+        stated = index.get("weight_map") if isinstance(index, dict) else None
+        if stated != files.get((path.parent, path.name.split(".")[0])):
+            problems.append(f"{path.relative_to(folder).as_posix()}: it does not list the tensors of its files")
+    for (model_folder, kind), names in files.items():
         tensor_names = {name.split(".", 1)[1] for name in names}
-        if kind == "optimizer" and tensor_names != names_by_file.get((model_folder, "model")):
+        if kind == "optimizer" and tensor_names != files.get((model_folder, "model"), {}).keys():
             name = model_folder.relative_to(folder).as_posix()
             problems.append(f"{name}: its optimizer has other tensors than the model beside it")
     return Findings(problems)

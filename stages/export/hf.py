@@ -2,40 +2,47 @@
 
     atom run atom-tiny --until export-base
 
-The parity gate has two halves, and a failure of either stops the release:
-- the written file is read back and mapped to Megatron's tensors; each must equal the checkpoint's, bit for bit;
+Tensors are mapped and written one after the other; no process holds more than one file, or one layer, of a large model.
+The parity gate (comparison.py) has two halves, and a failure of either stops the release:
+- the written files are read back and mapped to Megatron's tensors; each must equal the checkpoint's, bit for bit;
 - transformers loads the folder in a fresh interpreter without Megatron or the CPU patches, and its logits must agree
 with Megatron's on rows of random tokens, one of them as long as the context.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from pipeline.core.bounds import Range, Seed
-from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
-from stages.models.base import ModelConfig, PositiveInt
+from stages.mcore.parallel_layout import Layout
+from stages.models.base import PositiveInt
+from stages.models.costs import Rows
 from stages.models.registry import Model
+from stages.train.checkpoint import SHARD_BYTES
 
 if TYPE_CHECKING:
     import torch
 
 VERSION = 1
-WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
+WHOLE_BYTES = 5 * 10**8
+"""Largest model, in bytes of fp32, that transformers loads as a whole; of a larger one it loads a layer at a time."""
+SLICE_BYTES = 2**28
+"""Largest size of the fp32 logits that are compared at one time."""
+BASE_BYTES = 700_000_000
+"""Of a process with Megatron or transformers (bench/export.py)."""
 
 
 class ExportConfig(Config):
@@ -55,12 +62,13 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     """inputs["checkpoint"]: a pretrain or midtrain artifact, unless the config has a seed; inputs["tokenizer"]: the
     tokenizer artifact.
 
-    Fills `out` with model/ (config.json, model.safetensors, generation_config.json, the tokenizer's files) and
-    parity.json. Raises CheckFailed if the export is not the checkpoint's model, AtomError if the step is missing.
+    Fills `out` with model/ (config.json, generation_config.json, the tokenizer's files, and model.safetensors or, above
+    5 GB, shards with an index) and parity.json. Raises CheckFailed if the export is not the checkpoint's model,
+    AtomError if the step is missing.
     """
     import torch
 
-    from stages.mcore.weight_init import full_tensor
+    from stages.export import comparison
     from stages.models.hf import hf_config
     from stages.train.checkpoint import release_checkpoint
 
@@ -71,22 +79,19 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     if vocab_size > config.padded_vocab_size:
         raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
                         f"{config.padded_vocab_size}; raise it in the recipe")  # fmt: skip
-    if config.seed is None:
-        full_tensors = dict(release_checkpoint.Tensors(_checkpoint(inputs["checkpoint"], config.step)))
-    else:
-        shapes, seed = config.model.shapes(config.padded_vocab_size), config.seed
-        full_tensors = {name: full_tensor(name, shape, config.model, seed) for name, shape in shapes.items()}
-    tensors = {name: t.to(getattr(torch, config.dtype)) for name, t in full_tensors.items()}
-    release_checkpoint.save_tensors(folder / WEIGHTS, config.model.spec().to_hf(tensors, config.model, vocab_size))
+    tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype))
+    mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
+    release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
     stops = [ids[token] for token in STOPS]
     _write(folder / "config.json", hf_config(config.model, vocab_size, stops[0], ids[PAD], config.dtype))
     _write(folder / "generation_config.json", {"do_sample": False, "eos_token_id": stops, "pad_token_id": ids[PAD]})
 
     report.note("export written; comparing it with Megatron")
-    tensors_compared = check_tensors(folder, tensors, config.model, vocab_size)
-    rows = parity_rows(vocab_size, config.model.context_length)
-    logits = megatron_logits(tensors, config, rows)
-    delta = check_logits(folder, rows, [x[:, :vocab_size] for x in logits], config.parity_tolerance, work)
+    tensors_compared = comparison.compare_files(folder, tensors, config.model, vocab_size)
+    rows = comparison.parity_rows(vocab_size, config.model.context_length)
+    by_layer = 4 * config.model.parameters(config.padded_vocab_size)["total"] > WHOLE_BYTES
+    with contextlib.closing(comparison.megatron_logits(tensors, config, rows, vocab_size)) as logits:
+        delta = comparison.compare_logits(folder, rows, logits, config.parity_tolerance, work, by_layer)
     _write(out / "parity.json", {
         "max_abs_logit_delta": delta,
         "tolerance": config.parity_tolerance,
@@ -96,6 +101,39 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         "dtype": config.dtype,
     })  # fmt: skip
     report.metric(0, max_abs_logit_delta=delta)
+
+
+class Rounded(Mapping[str, "torch.Tensor"]):
+    """Tensors of another mapping in the data type of the export, each made on access."""
+
+    def __init__(self, full: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        self.full, self.dtype = full, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.full[name].to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.full)
+
+    def __len__(self) -> int:
+        return len(self.full)
+
+
+def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]:
+    """The fp32 tensors of the checkpoint, or the initial ones of the seed, each read or drawn on access.
+
+    Raises AtomError if the checkpoint is not of the model.
+    """
+    from stages.mcore.model import check_tensors
+    from stages.mcore.weight_init import Initial
+    from stages.train.checkpoint import release_checkpoint
+
+    shapes = config.model.shapes(config.padded_vocab_size)
+    if config.seed is not None:
+        return Initial(shapes, config.model, config.seed)
+    tensors = release_checkpoint.Tensors(_checkpoint(inputs["checkpoint"], config.step))
+    check_tensors(shapes, tensors.shapes(), "the checkpoint")
+    return tensors
 
 
 def write_tokenizer(tokenizer: Artifact, folder: Path) -> dict[str, int]:
@@ -111,111 +149,39 @@ def write_tokenizer(tokenizer: Artifact, folder: Path) -> dict[str, int]:
     return {**special, "vocab_size": max(max(content["model"]["vocab"].values()), *special.values()) + 1}
 
 
-def check_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig, vocab_size: int) -> int:
-    """Compares the exported file, mapped back, with the checkpoint. Returns the number of tensors compared.
-
-    Raises CheckFailed with the first tensor that differs.
-    """
-    import torch
-
-    from stages.train.checkpoint import release_checkpoint
-
-    try:
-        mapped = model.spec().from_hf(release_checkpoint.load_tensors(folder / WEIGHTS), model)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckFailed(f"export parity: {folder / WEIGHTS} cannot be mapped back to Megatron: {error}") from None
-    for name in sorted(tensors.keys() | mapped.keys()):
-        expected, actual = tensors.get(name), mapped.get(name)
-        if expected is not None and name.endswith(("word_embeddings.weight", "output_layer.weight")):
-            expected = expected[:vocab_size]
-        if expected is None or actual is None or expected.dtype != actual.dtype or not torch.equal(expected, actual):
-            raise CheckFailed(
-                f"export parity: tensor {name} of {folder / WEIGHTS} is not the checkpoint's; the export is refused"
-            )
-    return len(tensors)
-
-
-def parity_rows(vocab_size: int, context_length: int) -> list[list[int]]:
-    """Rows of random token ids: one of the full context and some short ones."""
-    import torch
-
-    lengths = [context_length, *(max(2, context_length // part) for part in (2, 5, 8, 16))]
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
-
-
-def megatron_logits(
-    tensors: Mapping[str, torch.Tensor], config: ExportConfig, rows: list[list[int]]
-) -> list[torch.Tensor]:
-    """fp32 logits of Megatron's model for each row, [len(row), padded_vocab_size]."""
-    import torch
-
-    from stages.mcore.model import build, load_tensors
-    from stages.train import parallel
-
-    with parallel.session(0), torch.no_grad():
-        (gpt,) = build(config.model, config.padded_vocab_size)
-        load_tensors([gpt], config.model, config.padded_vocab_size, tensors, "the checkpoint")
-        gpt.eval()
-        device = next(gpt.parameters()).device
-        logits = []
-        for row in rows:
-            ids = torch.tensor([row], device=device)
-            logits.append(gpt(ids, torch.arange(len(row), device=device).unsqueeze(0), None)[0].float().cpu())
-        return logits
-
-
-def check_logits(
-    folder: Path, rows: list[list[int]], logits: list[torch.Tensor], tolerance: float, work: Path
-) -> float:
-    """Loads the folder with transformers in a fresh interpreter. Returns the largest logit difference.
-
-    Raises CheckFailed if it does not load completely, or if a logit differs by the tolerance or more.
-    """
-    import torch
-
-    from stages.train.checkpoint import release_checkpoint
-
-    expected = work / "parity.safetensors"
-    pairs = {f"ids.{i}": torch.tensor(row) for i, row in enumerate(rows)}
-    release_checkpoint.save_tensors(expected, {**pairs, **{f"logits.{i}": x for i, x in enumerate(logits)}})
-    offline = {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    # -P keeps this package's folder off the module path, where its file names could hide the libraries'
-    command = [sys.executable, "-P", str(Path(__file__).with_name("parity.py")), str(folder), str(expected)]
-    process = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
-    expected.unlink()
-    if process.returncode:
-        message = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise CheckFailed(f"export parity: transformers cannot load {folder}: {message}")
-    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    if result["keys"]:
-        raise CheckFailed(f"export parity: transformers finds {result['keys'][0]} in {folder}; the export is refused")
-    delta, row, position = result["delta"], result["row"], result["position"]
-    if not delta < tolerance:  # NaN fails too
-        raise CheckFailed(
-            f"export parity: the logits of {folder} differ from Megatron's by {delta:.3g} at position {position} of "
-            f"parity row {row}, tolerance {tolerance:g}; the export is refused"
-        )
-    return float(delta)
-
-
 def estimate(config: ExportConfig) -> Estimate:
     parameters = config.model.parameters(config.padded_vocab_size)
     flops = 2.0 * 2 * parameters["active"] * 2 * config.model.context_length  # two models read twice the context
+    weights = (4 if config.dtype == "float32" else 2) * parameters["total"]
+    shards = -(-weights // SHARD_BYTES)
     return Estimate(
-        cpu_seconds=10 + flops / 4e10,  # mostly the fresh interpreter's imports
+        cpu_seconds=10 + flops / 4e10 + parameters["total"] / 1e8,  # imports, two forward passes, five of reading
         flops=flops,
-        memory_bytes=4 * 4 * parameters["total"],
-        disk_bytes=(weights := (4 if config.dtype == "float32" else 2) * parameters["total"]),
+        memory_bytes=memory(config),
+        disk_bytes=weights,
         published_bytes=weights,
-        files=8,
+        files=7 + shards + (shards > 1),
         parameters=parameters,
     )
+
+
+def memory(config: ExportConfig) -> int:
+    """Largest bytes of the stage's processes together: when a file is written, when Megatron's model computes, and when
+    transformers' does, beside the hidden states that wait for its logits."""
+    model, layout = config.model, Layout()
+    width = 4 if config.dtype == "float32" else 2
+    parameters = model.parameters(config.padded_vocab_size)
+    total, table = 4 * parameters["total"], 4 * parameters["embedding"]
+    layer = max(4 * model.layer_memory(layout, n).all for n in range(model.layers))
+    rows = Rows(1, model.context_length)
+    kept = max(sum(model.layer_activations(layout, "fp32", rows, n).values()) for n in range(model.layers))
+    hidden = 4 * model.hidden_size * 2 * model.context_length  # all rows are together less than twice the longest
+    computing = hidden + round(kept) * model.context_length + 2 * SLICE_BYTES
+    writing = min(SHARD_BYTES, width * parameters["total"]) + (4 + width) * table // 4
+    # a layer's tensors as they are in the file, in fp32, and experts a second time while they are stacked
+    loaded = 2 * total if total <= WHOLE_BYTES else 2 * table + (8 + width) * layer // 4
+    return max(BASE_BYTES + writing, BASE_BYTES + table + 2 * layer + computing,
+               2 * BASE_BYTES + hidden + table + loaded + computing)  # fmt: skip
 
 
 def _checkpoint(artifact: Artifact, step: int | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -101,32 +102,35 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
 
 def build(
     model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
-    packed: bool = False, vocab_size: int | None = None,
+    packed: bool = False, vocab_size: int | None = None, on_meta: bool = False,
 ) -> list[GPTModel]:  # fmt: skip
     """This rank's part of the model, one GPTModel for each virtual pipeline stage, without its initial weights.
 
     packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
     vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
+    on_meta: tensors take no memory until `to_empty` gives them some.
 
     Needs a `stages.train.parallel.session` of the same layout.
     """
     layout = layout or Layout()
     config = transformer_config(model, layout, precision)
+    config.use_cpu_initialization |= on_meta  # Megatron then names no device
     chunks = []
     for number in range(layout.vpp):
         stage = number if layout.vpp > 1 else None
-        chunk = LanguageModel(
-            config=config,
-            transformer_layer_spec=model.spec().layer_spec(config, stage, packed),
-            vocab_size=padded_vocab_size,
-            max_sequence_length=model.context_length,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-            share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type="yarn" if model.yarn else "rope",
-            rotary_base=model.rope_theta,
-            vp_stage=stage,
-        )
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
+            chunk = LanguageModel(
+                config=config,
+                transformer_layer_spec=model.spec().layer_spec(config, stage, packed),
+                vocab_size=padded_vocab_size,
+                max_sequence_length=model.context_length,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                share_embeddings_and_output_weights=model.tie_embeddings,
+                position_embedding_type="yarn" if model.yarn else "rope",
+                rotary_base=model.rope_theta,
+                vp_stage=stage,
+            )
         for name, parameter in named_tensors([chunk]):
             # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
             # gradient norm counts the parts of tensor rank 0 only.
@@ -135,7 +139,7 @@ def build(
         if vocab_size is not None and chunk.post_process:
             chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))
         chunks.append(chunk)
-        if (device := gpu.device()).type != "cpu":  # where PyTorch's own modules, such as the norms, are made
+        if not on_meta and (device := gpu.device()).type != "cpu":  # where PyTorch's own modules are, such as norms
             chunk.to(device)
     return chunks
 

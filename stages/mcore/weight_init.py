@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -33,3 +34,20 @@ def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+class Initial(Mapping[str, torch.Tensor]):
+    """The initial tensors of a model, each drawn on access."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, seed: int) -> None:
+        """shapes: by global name."""
+        self.shapes, self.model, self.seed = shapes, model, seed
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return full_tensor(name, self.shapes[name], self.model, self.seed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

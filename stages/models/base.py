@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -194,21 +194,22 @@ class ModelConfig(Config, ABC):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """An architecture for Megatron and for transformers. Tensors are dictionaries of full tensors by name.
+    """An architecture for Megatron and for transformers. Tensors are full tensors by name; a mapping of them may read
+    each on access, so a model of any size passes through these functions one tensor at a time.
 
     megatron: (model) -> keyword arguments of Megatron's TransformerConfig that are the architecture's own
     (stages/mcore/model.py adds those of size, layout and precision).
     layer_spec: (Megatron's TransformerConfig, virtual pipeline stage or None, whether rows are packed) -> the layers
     from which Megatron's GPTModel is built (stages/mcore/layer_spec.py for attention with our kernels).
-    to_hf: (Megatron's tensors by global name, model, vocabulary size) -> transformers' tensors; rows of the vocabulary
-    beyond that size are padding and left out. from_hf: its inverse; raises KeyError if a tensor is missing and
-    ValueError, naming them, if some are left over.
+    to_hf: (Megatron's tensors by global name, model, vocabulary size) -> transformers' names and tensors one after the
+    other, layer by layer; rows of the vocabulary beyond that size are padding and left out. from_hf: its inverse;
+    raises KeyError at a tensor that is missing and, at the end, ValueError, naming them, if some are left over.
     hf_config: (model) -> the architecture's own entries of config.json; `architectures` and `model_type` name its class
     in transformers (stages/export/hf.py adds the common ones).
     """
 
     megatron: Callable[[Any], dict[str, Any]]
     layer_spec: Callable[[Any, int | None, bool], Any]
-    to_hf: Callable[[Mapping[str, torch.Tensor], Any, int], dict[str, torch.Tensor]]
-    from_hf: Callable[[Mapping[str, torch.Tensor], Any], dict[str, torch.Tensor]]
+    to_hf: Callable[[Mapping[str, torch.Tensor], Any, int], Iterator[tuple[str, torch.Tensor]]]
+    from_hf: Callable[[Mapping[str, torch.Tensor], Any], Iterator[tuple[str, torch.Tensor]]]
     hf_config: Callable[[Any], dict[str, Any]]

@@ -4,7 +4,7 @@ names and shapes of tensors. Pure functions, exact in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,59 +61,62 @@ def hf_attention(model: GroupedQueryConfig) -> dict[str, Any]:
 
 def map_to_hf(
     tensors: Tensors, model: GroupedQueryConfig, vocab_size: int, same: Same, swiglus: Swiglus
-) -> dict[str, torch.Tensor]:
-    """transformers' tensors. Rows of the vocabulary beyond `vocab_size` are padding and left out.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers' tensors, layer by layer; each of Megatron's is read once. Rows of the vocabulary beyond
+    `vocab_size` are padding and left out.
 
     A head group of `linear_qkv` ([kv_heads, heads/kv_heads + 2, head_dim, hidden]) is its queries, its key, its value;
     a `linear_fc1` is gate above up.
     """
     groups, queries, dim, hidden = model.kv_heads, model.heads // model.kv_heads, model.head_dim, model.hidden_size
-    out = {
-        "model.embed_tokens.weight": tensors["embedding.word_embeddings.weight"][:vocab_size],
-        "model.norm.weight": tensors["decoder.final_layernorm.weight"],
-    }
+    yield "model.embed_tokens.weight", tensors["embedding.word_embeddings.weight"][:vocab_size]
+    yield "model.norm.weight", tensors["decoder.final_layernorm.weight"]
     if not model.tie_embeddings:
-        out["lm_head.weight"] = tensors["output_layer.weight"][:vocab_size]
+        yield "lm_head.weight", tensors["output_layer.weight"][:vocab_size]
     for layer in range(model.layers):
         a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for megatron_name, hf_name in {**SAME, **(QK_NORMS if model.qk_norm else {}), **same(layer)}.items():
-            out[b + hf_name] = tensors[a + megatron_name]
+            yield b + hf_name, tensors[a + megatron_name]
         qkv = tensors[a + "self_attention.linear_qkv.weight"].reshape(groups, queries + 2, dim, hidden)
-        out[b + "self_attn.q_proj.weight"] = qkv[:, :queries].reshape(-1, hidden)
-        out[b + "self_attn.k_proj.weight"] = qkv[:, queries].reshape(-1, hidden)
-        out[b + "self_attn.v_proj.weight"] = qkv[:, queries + 1].reshape(-1, hidden)
+        yield b + "self_attn.q_proj.weight", qkv[:, :queries].reshape(-1, hidden)
+        yield b + "self_attn.k_proj.weight", qkv[:, queries].reshape(-1, hidden)
+        yield b + "self_attn.v_proj.weight", qkv[:, queries + 1].reshape(-1, hidden)
         for e, f in swiglus(layer):
             gate, up = tensors[a + e + "linear_fc1.weight"].chunk(2, 0)
-            out[b + f + "gate_proj.weight"], out[b + f + "up_proj.weight"] = gate, up
-            out[b + f + "down_proj.weight"] = tensors[a + e + "linear_fc2.weight"]
-    return out
+            yield b + f + "gate_proj.weight", gate
+            yield b + f + "up_proj.weight", up
+            yield b + f + "down_proj.weight", tensors[a + e + "linear_fc2.weight"]
 
 
-def map_from_hf(tensors: Tensors, model: GroupedQueryConfig, same: Same, swiglus: Swiglus) -> dict[str, torch.Tensor]:
+def map_from_hf(
+    tensors: Tensors, model: GroupedQueryConfig, same: Same, swiglus: Swiglus
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The inverse of `map_to_hf`; the vocabulary has as many rows as transformers'.
 
-    Raises KeyError if a tensor is missing and ValueError, naming them, if some are left over.
+    Raises KeyError at a tensor that is missing, and at the end ValueError, naming them, if some are left over.
     """
     groups, queries, dim, hidden = model.kv_heads, model.heads // model.kv_heads, model.head_dim, model.hidden_size
-    remaining = dict(tensors)
-    out = {
-        "embedding.word_embeddings.weight": remaining.pop("model.embed_tokens.weight"),
-        "decoder.final_layernorm.weight": remaining.pop("model.norm.weight"),
-    }
+    remaining = set(tensors)
+
+    def take(name: str) -> torch.Tensor:
+        remaining.discard(name)
+        return tensors[name]
+
+    yield "embedding.word_embeddings.weight", take("model.embed_tokens.weight")
+    yield "decoder.final_layernorm.weight", take("model.norm.weight")
     if not model.tie_embeddings:
-        out["output_layer.weight"] = remaining.pop("lm_head.weight")
+        yield "output_layer.weight", take("lm_head.weight")
     for layer in range(model.layers):
         a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for megatron_name, hf_name in {**SAME, **(QK_NORMS if model.qk_norm else {}), **same(layer)}.items():
-            out[a + megatron_name] = remaining.pop(b + hf_name)
-        q = remaining.pop(b + "self_attn.q_proj.weight").reshape(groups, queries, dim, hidden)
-        k = remaining.pop(b + "self_attn.k_proj.weight").reshape(groups, 1, dim, hidden)
-        v = remaining.pop(b + "self_attn.v_proj.weight").reshape(groups, 1, dim, hidden)
-        out[a + "self_attention.linear_qkv.weight"] = torch.cat([q, k, v], 1).reshape(-1, hidden)
+            yield a + megatron_name, take(b + hf_name)
+        q = take(b + "self_attn.q_proj.weight").reshape(groups, queries, dim, hidden)
+        k = take(b + "self_attn.k_proj.weight").reshape(groups, 1, dim, hidden)
+        v = take(b + "self_attn.v_proj.weight").reshape(groups, 1, dim, hidden)
+        yield a + "self_attention.linear_qkv.weight", torch.cat([q, k, v], 1).reshape(-1, hidden)
         for e, f in swiglus(layer):
-            halves = [remaining.pop(b + f + "gate_proj.weight"), remaining.pop(b + f + "up_proj.weight")]
-            out[a + e + "linear_fc1.weight"] = torch.cat(halves, 0)
-            out[a + e + "linear_fc2.weight"] = remaining.pop(b + f + "down_proj.weight")
+            halves = [take(b + f + "gate_proj.weight"), take(b + f + "up_proj.weight")]
+            yield a + e + "linear_fc1.weight", torch.cat(halves, 0)
+            yield a + e + "linear_fc2.weight", take(b + f + "down_proj.weight")
     if remaining:
         raise ValueError(f"tensors that {model.architecture} does not have: {', '.join(sorted(remaining)[:3])}")
-    return out

@@ -60,7 +60,7 @@ class Policy:
         weights = self.engine.weights()
         if not self.engine.ranks.first:
             return ""
-        tensors = self.config.model.spec().to_hf(weights, self.config.model, self.chat.vocab_size)
+        tensors = dict(self.config.model.spec().to_hf(weights, self.config.model, self.chat.vocab_size))
         self._sampler.load(tensors)
         return rollouts.digest(tensors)
 

@@ -177,6 +177,14 @@ def test_data_scale_benchmark() -> None:
     assert any(line.split()[1:3] == ["dedup", "join"] for line in table)
 
 
+@at_length("benchmarks", 60)
+def test_export_benchmark() -> None:
+    head, small, large, *laws = run_quick("export")
+    assert head.split()[:3] == ["parameters", "time", "stage"] and "bytes a parameter" in laws[-1]
+    for line in (small, large):
+        assert float(line.split()[-1]) < 1e-4, "the export agrees with Megatron"
+
+
 def test_verify_benchmark() -> None:
     head, ours, theirs = run_quick("verify")
     assert "MB/s" in head and ours.startswith("atom verify") and theirs.startswith("sha256sum")

@@ -51,7 +51,7 @@ def test_counts_are_those_of_another_implementation(corpus: Path) -> None:
     _, (figures,), share = step(corpus, {})
     hf = Qwen3MoeForCausalLM(HfConfig(**hf_config(model, train_fixtures.VOCAB, 1, 0, "float32"))).eval()
     full = {n: full_tensor(n, s, model, 0) for n, s in model.shapes(train_fixtures.VOCAB).items()}
-    mapped = to_hf(full, model, train_fixtures.VOCAB)
+    mapped = dict(to_hf(full, model, train_fixtures.VOCAB))
     for layer in range(model.layers):  # transformers holds the experts of a layer as one tensor
         at = f"model.layers.{layer}.mlp.experts."
         parts = [[mapped.pop(f"{at}{e}.{p}.weight") for p in ("gate_proj", "up_proj", "down_proj")] for e in range(4)]

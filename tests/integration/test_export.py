@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, write_manifest
-from stages.export import hf
+from release.checks import weights
+from release.checks.check import Subject
+from stages.export import comparison, hf
 from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
@@ -24,6 +31,8 @@ pytestmark = pytest.mark.numeric
 MODEL = {**train_fixtures.MODEL, "tie_embeddings": False}
 PADDED = train_fixtures.VOCAB + 16  # so that padded rows must be dropped
 CONFIG = hf.ExportConfig(model=Qwen3MoeConfig(**MODEL), padded_vocab_size=PADDED)
+SHARD = 15_000
+"""Bytes of a file of an export in shards."""
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
 
 
@@ -96,30 +105,162 @@ def test_a_broken_expert_is_refused(exported: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for path in (exported / "model").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    written = load_file(folder / hf.WEIGHTS)
+    written = load_file(folder / "model.safetensors")
     written[EXPERT][3] *= 1.5
-    save_file(written, folder / hf.WEIGHTS, metadata={"format": "pt"})
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckFailed, match=r"tensor decoder.layers.1.mlp.experts.local_experts.2.linear_fc2.weight of"):
-        hf.check_tensors(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
+        comparison.compare_files(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
 
-    rows = hf.parity_rows(train_fixtures.VOCAB, 64)
-    logits = [x[:, : train_fixtures.VOCAB] for x in hf.megatron_logits(tensors(), CONFIG, rows)]
+    rows = comparison.parity_rows(train_fixtures.VOCAB, 64)
+    logits = list(comparison.megatron_logits(tensors(), CONFIG, rows, train_fixtures.VOCAB))
     with pytest.raises(
         CheckFailed, match=r"differ from Megatron's by 0\.\d+ at position \d+ of parity row \d, tolerance 0.0001"
     ):
-        hf.check_logits(folder, rows, logits, 1e-4, tmp_path)
-    assert hf.check_logits(exported / "model", rows, logits, 1e-4, tmp_path) == pytest.approx(0, abs=1e-5)
+        comparison.compare_logits(folder, rows, logits, 1e-4, tmp_path, False)
+    assert comparison.compare_logits(exported / "model", rows, logits, 1e-4, tmp_path, False) == pytest.approx(
+        0, abs=1e-5
+    )
 
     del written[EXPERT]
-    save_file(written, folder / hf.WEIGHTS, metadata={"format": "pt"})
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckFailed, match=r"cannot be mapped back to Megatron: .*experts.2.down_proj"):
-        hf.check_tensors(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
+        comparison.compare_files(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
     with pytest.raises(CheckFailed, match=r"transformers (finds missing|cannot load)"):
-        hf.check_logits(folder, rows, logits, 1e-4, tmp_path)
+        comparison.compare_logits(folder, rows, logits, 1e-4, tmp_path, False)
 
 
 def test_one_changed_bit_is_refused(exported: Path) -> None:
     ours = tensors()
     ours["decoder.layers.0.mlp.router.weight"][0, 0].view(torch.int32).bitwise_xor_(1)
     with pytest.raises(CheckFailed, match=r"tensor decoder\.layers\.0\.mlp\.router\.weight"):
-        hf.check_tensors(exported / "model", ours, CONFIG.model, train_fixtures.VOCAB)
+        comparison.compare_files(exported / "model", ours, CONFIG.model, train_fixtures.VOCAB)
+
+
+# -- a large model: in shards, and one layer at a time
+
+
+@pytest.fixture(scope="module")
+def sharded(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "out").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(release_checkpoint, "SHARD_BYTES", SHARD)
+        patch.setattr(hf, "WHOLE_BYTES", 0)
+        config = CONFIG.model_copy(update={"step": 0})
+        hf.run(config, inputs, folder, folder / "out", train_fixtures.Reporter())  # type: ignore[arg-type]
+    return folder / "out"
+
+
+@pytest.fixture
+def copied(sharded: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sharded / "model", tmp_path / "model")
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    index: dict[str, Any] = json.loads((folder / "model.safetensors.index.json").read_text())
+    return index
+
+
+def change(folder: Path, name: str, function: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the tensors of the file that holds that one."""
+    path = folder / index_of(folder)["weight_map"][name]
+    written = load_file(path)
+    function(written)
+    save_file(written, path, metadata={"format": "pt"})
+
+
+def compare(folder: Path) -> int:
+    return comparison.compare_files(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
+
+
+def test_shards_hold_what_one_file_does(sharded: Path, exported: Path) -> None:
+    """transformers finds every tensor by the index, and each half of the gate compared all of them."""
+    model, whole = sharded / "model", load_file(exported / "model" / "model.safetensors")
+    index, paths = index_of(model), sorted(model.glob("*.safetensors"))
+    names = [f"model-{n:05d}-of-{len(paths):05d}.safetensors" for n in range(1, len(paths) + 1)]
+    assert len(paths) > 3 and [p.name for p in paths] == names
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    for path in paths:
+        shard = load_file(path)
+        assert sum(t.nbytes for t in shard.values()) <= SHARD
+        assert all(index["weight_map"][n] == path.name and torch.equal(t, whole[n]) for n, t in shard.items())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    assert not any(loaded[1][kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    gate, other = (json.loads((folder / "parity.json").read_text()) for folder in (sharded, exported))
+    assert gate["max_abs_logit_delta"] == pytest.approx(0, abs=1e-5)
+    assert gate["tensors_compared"] == other["tensors_compared"] and gate["tokens_compared"] == other["tokens_compared"]
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (model / name).read_bytes() == (exported / "model" / name).read_bytes()
+
+
+def test_both_halves_find_a_broken_layer_in_a_shard(copied: Path, tmp_path: Path) -> None:
+    def scale(written: dict[str, torch.Tensor]) -> None:
+        written[EXPERT][3] *= 1.5
+
+    change(copied, EXPERT, scale)
+    with pytest.raises(CheckFailed, match=r"tensor decoder.layers.1.mlp.experts.local_experts.2.linear_fc2.weight of"):
+        compare(copied)
+    rows = comparison.parity_rows(train_fixtures.VOCAB, 64)
+    logits = list(comparison.megatron_logits(tensors(), CONFIG, rows, train_fixtures.VOCAB))
+    with pytest.raises(CheckFailed, match=r"differ from Megatron's by 0\.\d+ at position \d+ of parity row \d"):
+        comparison.compare_logits(copied, rows, logits, 1e-4, tmp_path, True)
+
+
+@pytest.mark.parametrize("lost", [EXPERT, "lm_head.weight"])
+def test_transformers_misses_a_tensor_of_a_layer(copied: Path, tmp_path: Path, lost: str) -> None:
+    index = index_of(copied)
+    change(copied, lost, lambda written: written.pop(lost))
+    del index["weight_map"][lost]
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckFailed, match=rf"cannot be mapped back to Megatron: .*{re.escape(lost)}"):
+        compare(copied)
+    logits = [torch.zeros(2, train_fixtures.VOCAB)]
+    with pytest.raises(CheckFailed, match=r"transformers (finds missing keys|cannot load)"):
+        comparison.compare_logits(copied, [[7, 8]], logits, 1e-4, tmp_path, True)
+
+
+def test_shards_that_do_not_add_up_are_refused(copied: Path) -> None:
+    assert compare(copied) == len(tensors())
+    index, text = index_of(copied), (copied / "model.safetensors.index.json").read_text()
+    file = index["weight_map"][EXPERT]
+    content = (copied / file).read_bytes()
+
+    def refused(problem: str) -> None:
+        with pytest.raises(
+            CheckFailed, match=rf"export parity: .*model cannot be mapped back to Megatron: .*{problem}"
+        ):
+            compare(copied)
+
+    (copied / file).write_bytes(content[:-1])
+    refused(f"{file}: .*")
+    (copied / file).unlink()
+    refused(file)
+    (copied / file).write_bytes(content)
+    other = next(name for name in index["weight_map"].values() if name != file)
+    for changed, problem in (
+        ({**index["weight_map"], EXPERT: other}, f"does not list {EXPERT} of {file}"),
+        ({n: f for n, f in index["weight_map"].items() if n != EXPERT}, f"does not list {EXPERT} of {file}"),
+        ({**index["weight_map"], "model.more": file}, f"lists model.more, which {file} does not hold"),
+    ):
+        (copied / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": changed}))
+        refused(re.escape(problem))
+        assert weights.tensors(Subject(copied, "model")).problems == [
+            "model.safetensors.index.json: it does not list the tensors of its files"
+        ]
+    (copied / "model.safetensors.index.json").write_text(text[: len(text) // 2])
+    refused("cannot be read")
+    (copied / "model.safetensors.index.json").write_text(text)
+    assert compare(copied) == len(tensors()) and not weights.tensors(Subject(copied, "model")).problems
+
+
+def test_the_stated_memory_is_that_of_a_layer_and_a_file() -> None:
+    sizes = {**MODEL, "hidden_size": 4096, "heads": 64, "head_dim": 128, "moe_intermediate_size": 1536, "experts": 128}
+    few, many = (
+        hf.STAGE.estimate(hf.ExportConfig(model={**sizes, "layers": n}, padded_vocab_size=150_000, dtype="bfloat16"))
+        for n in (10, 94)
+    )
+    layer = 4 * 128 * 3 * 1536 * 4096
+    assert few.memory_bytes == many.memory_bytes and 2 * layer < (many.memory_bytes or 0) < 5 * layer
+    assert (many.disk_bytes or 0) > 10 * (many.memory_bytes or 0)
+    assert few.files == 7 + 11 + 1 and many.files == 7 + 94 + 1  # shards and an index

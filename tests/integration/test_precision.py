@@ -153,8 +153,7 @@ def test_a_bf16_model_is_exported_as_it_computed(trained: Path, tmp_path: Path) 
     parity = json.loads((tmp_path / "out/parity.json").read_text())
     assert parity["dtype"] == "bfloat16" and parity["max_abs_logit_delta"] == pytest.approx(0, abs=1e-4)
     assert json.loads((tmp_path / "out/model/config.json").read_text())["dtype"] == "bfloat16"
-    restored = from_hf(
-        load_file(tmp_path / "out/model/model.safetensors"), hf.ExportConfig.model_validate(config).model
-    )
+    written = load_file(tmp_path / "out/model/model.safetensors")
+    restored = dict(from_hf(written, hf.ExportConfig.model_validate(config).model))
     last = load_file(trained / "step-000012/model.safetensors")
     assert all(torch.equal(restored[n], last[n].bfloat16()) for n in last)

@@ -50,7 +50,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     # no norm of a trained model is all ones
     noise = torch.Generator().manual_seed(seed)
     tensors |= {n: t * (1 + 0.2 * torch.randn(t.shape, generator=noise)) for n, t in tensors.items() if "norm" in n}
-    return spec.to_hf(tensors, model, rl_fixtures.PADDED)
+    return dict(spec.to_hf(tensors, model, rl_fixtures.PADDED))
 
 
 CONFIG = hf_config(Qwen3MoeConfig(**MODEL), rl_fixtures.PADDED, 1, 0, "float32")

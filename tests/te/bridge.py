@@ -16,7 +16,7 @@ import torch
 from megatron.bridge import AutoBridge
 from safetensors.torch import load_file
 
-from stages.export import hf
+from stages.export import comparison, hf
 from stages.mcore.param_names import global_name
 from stages.mcore.weight_init import full_tensor
 from stages.train import parallel
@@ -45,8 +45,8 @@ def load(folder: Path, config: hf.ExportConfig) -> dict[str, Any]:
     """What the bridge makes of the export, compared with this project's model."""
     model, vocab = config.model, config.padded_vocab_size
     expected = {name: full_tensor(name, shape, model, SEED) for name, shape in model.shapes(vocab).items()}
-    rows = hf.parity_rows(vocab, model.context_length)
-    ours = hf.megatron_logits(expected, config, rows)
+    rows = comparison.parity_rows(vocab, model.context_length)
+    ours = list(comparison.megatron_logits(expected, config, rows, vocab))
     bridge = AutoBridge.from_hf_pretrained(str(folder / "model"))
     provider = bridge.to_megatron_provider(load_weights=True)
     for name, value in CPU.items():
@@ -58,13 +58,13 @@ def load(folder: Path, config: hf.ExportConfig) -> dict[str, Any]:
         gpt.eval()
         logits = [gpt(torch.tensor([row]), torch.arange(len(row))[None], None)[0].float() for row in rows]
         written = dict(bridge.export_hf_weights([gpt], cpu=True, show_progress=False))
-    published = load_file(folder / "model" / hf.WEIGHTS)
+    published = load_file(folder / "model" / "model.safetensors")
     return {
         "provider": type(provider).__name__,
         "tensors": len(expected),
         "different": sorted(n for n in expected if n not in theirs or not _equal(theirs[n], expected[n], vocab)),
         "unexpected": sorted(theirs.keys() - expected.keys()),
-        "logits": max(float((a[:, :vocab] - b[:, :vocab]).abs().max()) for a, b in zip(logits, ours, strict=True)),
+        "logits": max(float((a[:, :vocab] - b).abs().max()) for a, b in zip(logits, ours, strict=True)),
         "largest": max(float(x.abs().max()) for x in ours),
         "written back differently": sorted(n for n in published if n not in written or not torch.equal(written[n], published[n])),
         "written back in addition": sorted(written.keys() - published.keys()),

@@ -32,7 +32,7 @@ def sampler(changes: dict[str, object], new: int = STEPS, seed: int = 0, **confi
     model = DENSE if changes.get("architecture") == "qwen3" else MODEL.model_copy(update=changes)
     engine = InProcess({**hf_config(model, VOCAB, 1, 0, "float32"), **config}, (), new)
     tensors = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
-    engine.load(model.spec().to_hf(tensors, model, VOCAB))
+    engine.load(dict(model.spec().to_hf(tensors, model, VOCAB)))
     return engine
 
 
@@ -85,7 +85,7 @@ def test_a_prompt_asked_several_times_is_read_once() -> None:
 def test_weights_that_are_loaded_later_are_used() -> None:
     engine, requests = sampler({}, new=12), prompts([9, 4])
     before, shapes = engine.generate(requests), MODEL.shapes(VOCAB).items()
-    engine.load(spec.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB))
+    engine.load(dict(spec.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB)))
     assert before != engine.generate(requests) == sampler({}, new=12, seed=5).generate(requests)
 
 

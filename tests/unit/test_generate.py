@@ -24,7 +24,7 @@ VOCAB, STOPS = rl_fixtures.PADDED, (1, 3)
 
 def tensors(seed: int = 0, model: Qwen3MoeConfig = MODEL) -> dict[str, torch.Tensor]:
     weights = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
-    return spec.to_hf(weights, model, VOCAB)
+    return dict(spec.to_hf(weights, model, VOCAB))
 
 
 def sampler(new: int = 12, temperature: float = 1.0, rows: int = 256, model: Qwen3MoeConfig = MODEL) -> InProcess:

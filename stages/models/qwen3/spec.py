@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ def megatron(model: Qwen3Config) -> dict[str, Any]:
     return megatron_attention(model) | {"ffn_hidden_size": model.intermediate_size}
 
 
-def to_hf(tensors: Mapping[str, torch.Tensor], model: Qwen3Config, vocab_size: int) -> dict[str, torch.Tensor]:
+def to_hf(
+    tensors: Mapping[str, torch.Tensor], model: Qwen3Config, vocab_size: int
+) -> Iterator[tuple[str, torch.Tensor]]:
     return map_to_hf(tensors, model, vocab_size, lambda layer: {}, lambda layer: SWIGLU)
 
 
-def from_hf(tensors: Mapping[str, torch.Tensor], model: Qwen3Config) -> dict[str, torch.Tensor]:
+def from_hf(tensors: Mapping[str, torch.Tensor], model: Qwen3Config) -> Iterator[tuple[str, torch.Tensor]]:
     return map_from_hf(tensors, model, lambda layer: {}, lambda layer: SWIGLU)
 
 

@@ -5,7 +5,7 @@ Experts are written one by one, as `save_pretrained` writes them; transformers 5
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,13 +48,15 @@ def _swiglus(model: Qwen3MoeConfig, layer: int) -> list[tuple[str, str]]:
     return [(f"mlp.experts.local_experts.{e}.", f"mlp.experts.{e}.") for e in range(model.experts)]
 
 
-def to_hf(tensors: Mapping[str, torch.Tensor], model: Qwen3MoeConfig, vocab_size: int) -> dict[str, torch.Tensor]:
+def to_hf(
+    tensors: Mapping[str, torch.Tensor], model: Qwen3MoeConfig, vocab_size: int
+) -> Iterator[tuple[str, torch.Tensor]]:
     return map_to_hf(
         tensors, model, vocab_size, lambda layer: _router(model, layer), lambda layer: _swiglus(model, layer)
     )
 
 
-def from_hf(tensors: Mapping[str, torch.Tensor], model: Qwen3MoeConfig) -> dict[str, torch.Tensor]:
+def from_hf(tensors: Mapping[str, torch.Tensor], model: Qwen3MoeConfig) -> Iterator[tuple[str, torch.Tensor]]:
     return map_from_hf(tensors, model, lambda layer: _router(model, layer), lambda layer: _swiglus(model, layer))
 
 

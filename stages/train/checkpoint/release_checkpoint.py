@@ -8,7 +8,6 @@ larger than SHARD_BYTES is split as on the Hub: `model-00001-of-00009.safetensor
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import stat
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pipeline.core.errors import AtomError, MachineError
 from stages.mcore.param_names import BUFFERS
@@ -57,33 +56,44 @@ def write(
             for name in shapes
             if kind == "weight" or not name.endswith(BUFFERS)
         }
-        shards = _shards({key: 4 * math.prod(shapes[name]) for key, (_, name) in entries.items()})
-        files: dict[str, str] = {}
-        for number, keys in enumerate(shards, start=1):
-            suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            tensors = {key: read(*entries[key], shapes[entries[key][1]]) for key in keys}
-            save_tensors(partial / f"{stem}{suffix}.safetensors", tensors)
-            files |= dict.fromkeys(keys, f"{stem}{suffix}.safetensors")
-        if len(shards) > 1:
-            size = sum(4 * math.prod(shapes[name]) for _, name in entries.values())
-            index = {"metadata": {"total_size": size}, "weight_map": files}
-            (partial / _index(stem)).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+        write_shards(partial, stem, ((key, read(*entry, shapes[entry[1]])) for key, entry in entries.items()))
     (partial / STATE).write_text(json.dumps(dict(state), indent=1, sort_keys=True) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
 
 
-def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Tensors by file: in their order, each file as full as it may be."""
+def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Writes `<stem>.safetensors`, or, above SHARD_BYTES, shards in the order of the tensors with an index; nothing if
+    there are no tensors. Holds the tensors of one file at a time.
+
+    Raises MachineError if a write fails.
+    """
     shards: list[list[str]] = []
-    remaining = 0
-    for key, size in sizes.items():
-        if not shards or size > remaining:
-            shards.append([])
-            remaining = SHARD_BYTES
-        shards[-1].append(key)
-        remaining -= size
-    return shards
+    held: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        shards.append(list(held))
+        save_tensors(folder / f"{stem}-{len(shards):05d}.partial", held)
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    if held:
+        flush()
+    files: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        os.rename(folder / f"{stem}-{number:05d}.partial", folder / f"{stem}{suffix}.safetensors")
+        files |= dict.fromkeys(names, f"{stem}{suffix}.safetensors")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / _index(stem)).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
 def _index(stem: str) -> str:
@@ -91,27 +101,48 @@ def _index(stem: str) -> str:
 
 
 class Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of a checkpoint's model or optimizer, each read on access.
+    """The tensors of a checkpoint's model or optimizer, or of an exported model, each read on access.
 
-    Raises AtomError if a file is missing or damaged.
+    A file is open only while it is read: pages that a reader has seen would otherwise count as its memory.
+    Raises AtomError if a file is missing or damaged, or if an index does not add up with its files.
     """
 
     def __init__(self, folder: Path, stem: str = MODEL) -> None:
-        self.files: dict[str, Any] = {}  # tensor -> the open file that holds it
+        self.files: dict[str, Path] = {}  # tensor -> the file that holds it
+        self._shapes: dict[str, Shape] = {}
         try:
-            index = folder / _index(stem)
-            names = {f"{stem}.safetensors"}
+            index, names = folder / _index(stem), [f"{stem}.safetensors"]
+            stated: dict[str, str] | None = None
             if index.exists():
-                names = set(json.loads(index.read_text())["weight_map"].values())
-            for name in sorted(names):
-                file = safe_open(folder / name, framework="pt")
-                self.files |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
-        except (OSError, SafetensorError) as error:
+                stated = json.loads(index.read_text())["weight_map"]
+                names = sorted(set(stated.values()))
+            for name in names:
+                self._read_header(folder / name)
+            for key, path in self.files.items():
+                if stated is not None and stated.get(key) != path.name:
+                    raise ValueError(f"{index.name} does not list {key} of {path.name}")
+            if absent := sorted((stated or {}).keys() - self.files.keys()):
+                raise ValueError(f"{index.name} lists {absent[0]}, which {(stated or {})[absent[0]]} does not hold")
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise _unreadable(folder, error) from None
 
+    def _read_header(self, path: Path) -> None:
+        try:
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    self.files[name] = path
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{path.name}: {error}") from None
+
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self.files[name].get_tensor(name)
-        return tensor
+        path = self.files[name]
+        try:
+            with _open(path) as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -120,7 +151,11 @@ class Tensors(Mapping[str, torch.Tensor]):
         return len(self.files)
 
     def shapes(self) -> dict[str, Shape]:
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
+        return dict(self._shapes)
+
+
+def _open(path: Path) -> Any:
+    return safe_open(path, framework="pt")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -136,15 +171,6 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         path.chmod(stat.S_IMODE(mode))
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{path} cannot be written ({error}); make room and run again to go on") from error
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one file. Raises AtomError if it is missing or damaged."""
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
-        return tensors
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> AtomError:

@@ -1,0 +1,181 @@
+"""The parity gate of an export: the written files are the checkpoint's tensors, and transformers computes its logits.
+
+Both halves hold one layer of the model at a time. The rows' hidden states pass through it, so the operations and their
+results are those of the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.core.errors import AtomError, CheckFailed
+from stages.export.hf import SLICE_BYTES, ExportConfig
+from stages.mcore import gpu
+from stages.mcore.model import build, check_tensors
+from stages.mcore.param_names import BUFFERS, global_name
+from stages.models.base import ModelConfig
+from stages.train import parallel
+from stages.train.checkpoint import release_checkpoint
+
+TABLES = ("word_embeddings.weight", "output_layer.weight")
+
+
+def compare_files(folder: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig, vocab_size: int) -> int:
+    """Compares the exported files, mapped back, with the checkpoint. Returns the number of tensors compared.
+
+    Raises CheckFailed with the first tensor that differs.
+    """
+    remaining = set(tensors)
+    try:
+        for name, actual in model.spec().from_hf(release_checkpoint.Tensors(folder), model):
+            expected = tensors[name][:vocab_size] if name.endswith(TABLES) else tensors[name]
+            if expected.dtype != actual.dtype or not torch.equal(expected, actual):
+                raise CheckFailed(
+                    f"export parity: tensor {name} of {folder} is not the checkpoint's; the export is refused"
+                )
+            remaining.discard(name)
+    except (KeyError, ValueError, RuntimeError, AtomError) as error:
+        if isinstance(error, CheckFailed):
+            raise
+        raise CheckFailed(f"export parity: {folder} cannot be mapped back to Megatron: {error}") from None
+    if remaining:
+        raise CheckFailed(f"export parity: tensor {min(remaining)} is not in {folder}; the export is refused")
+    return len(tensors)
+
+
+def parity_rows(vocab_size: int, context_length: int) -> list[list[int]]:
+    """Rows of random token ids: one of the full context and some short ones."""
+    lengths = [context_length, *(max(2, context_length // part) for part in (2, 5, 8, 16))]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def slice_positions(vocab_size: int) -> int:
+    """Positions whose logits are compared at one time."""
+    return max(1, SLICE_BYTES // (4 * vocab_size))
+
+
+class _FirstLayer(Exception):
+    """The arguments of the first layer."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def megatron_logits(
+    tensors: Mapping[str, torch.Tensor], config: ExportConfig, rows: list[list[int]], vocab_size: int
+) -> Iterator[torch.Tensor]:
+    """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other.
+
+    Raises AtomError if a tensor does not have the model's shape.
+    """
+    shapes = config.model.shapes(config.padded_vocab_size)
+    device = gpu.device()
+
+    def fill(module: torch.nn.Module, at: str) -> None:
+        """Gives a module of the model, which is `at` that place in it, its weights."""
+        module.to_empty(device=device)
+        for local, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            name = global_name(f"{at}.{local}")
+            if isinstance(tensor, torch.nn.Parameter) or name.endswith(BUFFERS):
+                full = tensors[name]
+                check_tensors({name: shapes[name]}, {name: full.shape}, "the checkpoint")
+                tensor.data.copy_(full)
+
+    with parallel.session(0):
+        (gpt,) = build(config.model, config.padded_vocab_size, on_meta=True)
+        gpt.eval()
+        fill(gpt.embedding, "embedding")
+        hook = gpt.decoder.layers[0].register_forward_pre_hook(_stop, with_kwargs=True)
+        calls = []
+        for row in rows:
+            try:
+                gpt(torch.tensor([row], device=device), torch.arange(len(row), device=device).unsqueeze(0), None)
+            except _FirstLayer as reached:
+                calls.append(reached.arguments)
+        hook.remove()
+        for number, layer in enumerate(gpt.decoder.layers):
+            fill(layer, f"decoder.layers.{number}")
+            for call in calls:
+                call["hidden_states"] = layer(**call)[0]
+            layer.to("meta")
+        fill(gpt.decoder.final_layernorm, "decoder.final_layernorm")
+        table = None
+        if config.model.tie_embeddings:
+            table = gpt.shared_embedding_or_output_weight()
+        else:
+            gpt.embedding.to("meta")
+            fill(gpt.output_layer, "output_layer")
+        while calls:
+            hidden = gpt.decoder.final_layernorm(calls.pop(0)["hidden_states"])
+            for part in hidden.split(slice_positions(vocab_size)):
+                yield gpt.output_layer(part, weight=table)[0][:, 0, :vocab_size].float().cpu()
+
+
+def _stop(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise _FirstLayer(kwargs)
+
+
+def compare_logits(
+    folder: Path, rows: list[list[int]], logits: Iterable[torch.Tensor], tolerance: float, work: Path, by_layer: bool
+) -> float:
+    """Loads the folder with transformers in a fresh interpreter. Returns the largest logit difference.
+
+    logits: slices as `megatron_logits` gives them. by_layer: the interpreter loads one layer at a time.
+    Raises CheckFailed if it does not load completely, or if a logit differs by the tolerance or more.
+    """
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    # -P keeps this package's folder off the module path, where its file names could hide the libraries'
+    command = [sys.executable, "-P", str(Path(__file__).with_name("parity.py")), str(folder)]
+    with tempfile.TemporaryFile(dir=work) as out, tempfile.TemporaryFile(dir=work) as errors:
+        slices = iter(logits)
+        part = next(slices)  # this process has dropped its layers before the other one loads its own
+        with subprocess.Popen(
+            command + ["--by-layer"] * by_layer, env={**os.environ, **offline}, stdin=subprocess.PIPE, stdout=out,
+            stderr=errors,
+        ) as process:  # fmt: skip
+            assert process.stdin is not None
+            try:
+                request = {"rows": rows, "positions": slice_positions(part.shape[-1])}
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                while True:
+                    process.stdin.write(part.contiguous().numpy().data)
+                    if (following := next(slices, None)) is None:
+                        break
+                    part = following
+            except BrokenPipeError:
+                pass  # it has ended with a verdict of its own, which follows
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        out.seek(0)
+        errors.seek(0)
+        stdout, stderr = out.read().decode(), errors.read().decode(errors="replace")
+    if process.returncode:
+        message = (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise CheckFailed(f"export parity: transformers cannot load {folder}: {message}")
+    result: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    if result["keys"]:
+        raise CheckFailed(f"export parity: transformers finds {result['keys'][0]} in {folder}; the export is refused")
+    delta, row, position = result["delta"], result["row"], result["position"]
+    if not delta < tolerance:  # NaN fails too
+        raise CheckFailed(
+            f"export parity: the logits of {folder} differ from Megatron's by {delta:.3g} at position {position} of "
+            f"parity row {row}, tolerance {tolerance:g}; the export is refused"
+        )
+    return float(delta)
