@@ -77,11 +77,9 @@ def test_attentions_memory_grows_with_the_row(attention: Attention, packed: bool
     for length in (LENGTH, 2 * LENGTH):
         leaves = leaves_of(attention, length, 1)
         starts = torch.arange(length)[None] // 256 * 256 if packed else None
-
-        def run(leaves: list[torch.Tensor] = leaves, starts: torch.Tensor | None = starts) -> None:
+        with gpu_fixtures.peak_bytes() as peak:
             torch.autograd.grad(attention(*leaves, starts).sum(), leaves)
-
-        peaks.append(gpu_fixtures.peak_bytes(run))
+        peaks += peak
     kind = f"{'varlen' if attention.takes_documents(leaves[0]) else 'SDPA'}, {attention.config.params_dtype}, {'packed' if packed else 'plain'}"  # fmt: skip
     growth = peaks[1] / peaks[0]
     report(f"attention's memory ({kind}), {LENGTH} to {2 * LENGTH} tokens", f"{growth:.2f} times", "< 3: the square is 4", growth < 3)  # fmt: skip

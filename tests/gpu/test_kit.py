@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures import gpu_fixtures
+from tests.fixtures import gpu_fixtures, layout_fixtures
 from tests.gpu import __main__ as kit
+from tests.gpu import pack
 
 HERE = {"machine": {"device": "a"}, "sources": "s"}
 LINE = {"point": 1, "name": "n", "figure": "f", "criterion": "c", "holds": True}
@@ -63,10 +64,36 @@ def test_a_figure_that_does_not_hold_fails(tmp_path: Path, monkeypatch: pytest.M
     assert json.loads((tmp_path / "lines.jsonl").read_text()) == {**LINE, "holds": False}
 
 
+def test_wheels_that_are_too_many_are_one_sentence(tmp_path: Path) -> None:
+    for name, size in (("small", 1), ("large", 3 * 2**20)):
+        (tmp_path / f"{name}.whl").write_bytes(b"0" * size)
+    assert pack.check_size(tmp_path) == "2 wheels, 3.0 MiB"
+    with pytest.raises(SystemExit, match=r"the wheels take 3.0 MiB, more than 2; the largest is large.whl"):
+        pack.check_size(tmp_path, 2 * 2**20)
+
+
 def test_peak_bytes() -> None:
     import torch
 
     from stages.mcore import gpu
 
     x = torch.ones(2**20, device=gpu.device())
-    assert gpu_fixtures.peak_bytes(lambda: (x + 1) + 1) == pytest.approx(2**23, rel=0.05), "two tensors of 4 MiB"
+    with gpu_fixtures.peak_bytes() as peak:
+        y = (x + 1) + 1
+    assert peak == [pytest.approx(2**23, rel=0.05)] and y.numel() == 2**20, "two tensors of 4 MiB"
+
+
+@gpu_fixtures.at_length(40)
+def test_the_measure_of_a_node(tmp_path: Path) -> None:
+    """Two ranks on the CPU train like one."""
+    wide = {"hidden_size": 256, "heads": 8, "kv_heads": 2, "head_dim": 32, "moe_intermediate_size": 128, "experts": 8}
+    sizes = ["--layers", "2", "--length", "256", "--micro-batches", "2", "--steps", "2", "--model", json.dumps(wide)]
+    common = ["atom-smoke", "--precision", "fp32", *sizes]
+    runs = {1: ["--losses", f"{tmp_path}/one.json"],
+            2: ["--layout", '{"ep": 2}', "--like", f"{tmp_path}/one.json", "--tolerance", "1e-5"]}  # fmt: skip
+    for ranks, more in runs.items():
+        processes = layout_fixtures.spawn("tests.gpu.node", [*common, *more], ranks, {"CUDA_VISIBLE_DEVICES": ""})
+        codes, logs = layout_fixtures.end(processes)
+        assert not any(codes), logs
+    assert "losses against" in logs[0] and "EP2" in logs[0] and "DOES NOT HOLD" not in logs[0]
+    assert "point node" not in logs[1], "rank 0 prints"

@@ -68,7 +68,7 @@ def counted_waits() -> Iterator[list[int]]:
 def waits(config: TrainConfig) -> int:
     """Of a forward and a backward pass over a step, after one to warm up."""
     with gpu_fixtures.engine(config) as engine:
-        batch = gpu_fixtures.random_batch(config)
+        batch = gpu_fixtures.random_batch(config, engine.ranks)
         for _ in range(2):
             with counted_waits() as counts:
                 engine._run(batch, forward_only=False, objective=cross_entropy)
@@ -100,7 +100,7 @@ def test_attention_is_a_small_part_of_a_step(report: Report) -> None:
     if gpu_fixtures.ON_GPU:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with gpu_fixtures.engine(config) as engine:
-        batch = gpu_fixtures.random_batch(config)
+        batch = gpu_fixtures.random_batch(config, engine.ranks)
         for _ in range(2):
             gpu_fixtures.train_step(engine, batch)
         with torch.profiler.profile(activities=activities) as profile:
@@ -131,14 +131,11 @@ def test_the_peak_of_memory_is_planned(report: Report) -> None:
     config = gpu_fixtures.phase()
     planned = estimate(config).memory_bytes
     assert planned is not None
-
-    def train() -> None:
-        with gpu_fixtures.engine(config) as engine:
-            batch = gpu_fixtures.random_batch(config)
-            for _ in range(2):
-                gpu_fixtures.train_step(engine, batch)
-
-    peak = gpu_fixtures.peak_bytes(train)
+    with gpu_fixtures.peak_bytes() as peaks, gpu_fixtures.engine(config) as engine:
+        batch = gpu_fixtures.random_batch(config, engine.ranks)
+        for _ in range(2):
+            gpu_fixtures.train_step(engine, batch)
+    (peak,) = peaks
     difference = peak / planned - 1
     report("peak of two steps", f"{peak / 2**20:,.0f} MiB, {difference:+.1%} of the plan", "within 10 % of `atom plan`", abs(difference) < 0.1)  # fmt: skip
 
@@ -153,7 +150,7 @@ def test_a_checkpoint_costs_what_is_planned(tmp_path: Path, report: Report) -> N
     assert training is not None
     planned = training.host_bytes
     with gpu_fixtures.engine(config) as engine:
-        gpu_fixtures.train_step(engine, gpu_fixtures.random_batch(config))
+        gpu_fixtures.train_step(engine, gpu_fixtures.random_batch(config, engine.ranks))
         checkpoints = Checkpoints(tmp_path, 1, engine, train_fixtures.Reporter())
         (checkpoints.folder / "training.jsonl").touch()
         before, stalls = gpu_fixtures.resident_bytes(), []

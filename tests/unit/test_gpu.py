@@ -107,6 +107,28 @@ def test_no_layer_leaves_the_device(monkeypatch: pytest.MonkeyPatch, starts: tor
     assert crossings[0] == crossings[1] and "aten::_to_copy" in crossings[0]
 
 
+def test_attention_for_documents_fits_every_version_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.13 wants to be told of grouped queries, 2.11 has no switch for it, and 2.10 no window."""
+    from torch.nn.attention import varlen
+
+    def of_211(query: Any, *args: Any, return_aux: Any = None, scale: Any = None, window_size: Any = None) -> Any:
+        return scale, window_size
+
+    def of_210(query: Any, *args: Any, is_causal: bool = False, return_aux: Any = None) -> Any: ...
+
+    def chosen() -> Any:
+        layer_spec.varlen_kernel.cache_clear()
+        return layer_spec.varlen_kernel()
+
+    assert chosen().keywords == {"enable_gqa": True} and chosen().func is varlen.varlen_attn
+    monkeypatch.setattr(varlen, "varlen_attn", of_211)
+    assert chosen()(None, scale=0.1, window_size=(-1, 0)) == (0.1, (-1, 0))
+    monkeypatch.setattr(varlen, "varlen_attn", of_210)
+    assert chosen() is None
+    monkeypatch.undo()
+    assert chosen() is not None
+
+
 @pytest.mark.parametrize(("precision", "engine"), [("fp32", False), ("bf16", True)])
 def test_fp32_never_takes_kernels_that_multiply_in_tf32(
     monkeypatch: pytest.MonkeyPatch, precision: Precision, engine: bool
