@@ -30,6 +30,8 @@ from tests.fixtures import ROOT, gpu_fixtures
 SECTIONS = ("device", "training", "fp8", "resume_export", "profile_memory", "sampler_failures")
 LIMIT = 8 * 60
 """Seconds of a section."""
+CELL = 115
+"""Characters of a cell of the report."""
 PAGE = ROOT / "docs/gpu-report.md"
 POINTS = {
     1: "imports, versions and groups of ranks",
@@ -46,7 +48,7 @@ POINTS = {
     12: "ranks that stop, memory that is full",
     13: "FP8 products",
 }
-ON_CPU = "**No GPU has run this kit.** These figures are a CPU's, on tiny models: they show that the kit works."
+ON_CPU = "**No GPU has run this kit.** These figures are a CPU's, on tiny models: they show that it works."
 Section = Mapping[str, Any]
 
 
@@ -107,7 +109,6 @@ def read_sections(out: Path, where: Mapping[str, Any]) -> dict[str, Section]:
 
 def page(results: Mapping[str, Section], where: Mapping[str, Any], on_gpu: bool) -> str:
     """The report: where and when, and each figure of each point."""
-    machine = ", ".join(f"{name} {value}" for name, value in where["machine"].items())
     ran = [f"{name} ({r['date']}, {r['seconds']} s{', ended' if r['ended'] else ''})" for name, r in results.items()]
     records = sorted((line for r in results.values() for line in r["lines"]), key=lambda line: line["point"])
     rows = [
@@ -121,8 +122,13 @@ def page(results: Mapping[str, Section], where: Mapping[str, Any], on_gpu: bool)
     ]
     head = ["# GPU report", "", "`make test-gpu` writes this page; [GPUs](gpu.md) explains the kit.", ""]
     head += [] if on_gpu else [ON_CPU, ""]
-    head += [f"- Machine: {machine}", f"- Code: {where['sources']}", f"- Sections: {', '.join(ran) or 'none'}", ""]
+    head += [f"- {name}: {value}" for name, value in where["machine"].items()]
+    head += [f"- code: {where['sources']}", *(f"- section {text}" for text in ran), ""]
     return "\n".join([*head, "| point | what | figure | criterion | holds |", "|---|---|---|---|---|", *table, ""])
+
+
+def shortened(cell: str) -> str:
+    return cell if len(cell) <= CELL else f"{cell[: CELL - 1]}…"
 
 
 def write_pages(text: str, out: Path, on_gpu: bool, public: Path = PAGE) -> None:

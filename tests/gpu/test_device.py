@@ -38,7 +38,9 @@ def test_tensors_of_host_and_device_are_summed(report: Report) -> None:
             dist.all_reduce(tensor)
         backends = dist.get_backend_config()
     devices = ", ".join(sorted({str(t.device) for t in sums}))
-    versions = ", ".join(f"{name} {value}" for name, value in gpu_fixtures.machine().items())
+    versions = ", ".join(
+        f"{name} {value}" for name, value in gpu_fixtures.machine().items() if name not in ("device", "driver")
+    )
     report("imports and versions", versions, "no error", True)
     report(f"sums in a world of one by {backends}", devices, "each is 1", all(bool((t == 1).all()) for t in sums))
 
@@ -47,13 +49,15 @@ def test_tensors_of_host_and_device_are_summed(report: Report) -> None:
 @pytest.mark.parametrize("precision", DTYPES)
 def test_backends_of_attention_are_named(precision: Precision, report: Report) -> None:
     """The choice of `scaled_dot_product_attention` for each kind of call."""
-    names = []
+    calls: dict[str, list[str]] = {}
     for groups, kind in product((8, 2), ("plain", "causal", "mask")):
-        q, k, v = (torch.zeros(1, heads, 256, 64, dtype=DTYPES[precision], device=gpu.device()) for heads in (8, groups, groups))  # fmt: skip
+        shapes = ((1, heads, 256, 64) for heads in (8, groups, groups))
+        q, k, v = (torch.zeros(shape, dtype=DTYPES[precision], device=gpu.device()) for shape in shapes)
         mask = torch.zeros(1, 1, 256, 256, dtype=q.dtype, device=q.device) if kind == "mask" else None
         choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, kind == "causal", enable_gqa=groups < 8)
-        names.append(f"{'GQA ' if groups < 8 else ''}{kind} {SDPBackend(choice).name}")
-    report(f"attention's backends in {precision}", ", ".join(names), "each is named", all("ERROR" not in n for n in names))  # fmt: skip
+        calls.setdefault(SDPBackend(choice).name, []).append(f"{'GQA ' if groups < 8 else ''}{kind}")
+    figure = "; ".join(f"{name} for {', '.join(kinds)}" for name, kinds in calls.items())
+    report(f"attention's backends in {precision}", figure, "each is named", "ERROR" not in calls)
 
 
 @pytest.fixture(params=DTYPES)
