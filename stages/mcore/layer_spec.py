@@ -189,11 +189,20 @@ def causal_attention(
     for number, queries in enumerate(q.split([count for count, _, _ in tables.slices], 2)):
         _, first, end = tables.slices[number]
         mask = tables.mask(number, q.dtype)
+        keys, values = (x[:, :, first:end] for x in (k, v))
+        if not (shares := shares_keys(queries, mask)):
+            keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
         out.append(F.scaled_dot_product_attention(
-            queries, k[:, :, first:end], v[:, :, first:end], attn_mask=mask, is_causal=mask is None, scale=scale,
-            enable_gqa=True,
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=shares,
         ))  # fmt: skip
     return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+
+def shares_keys(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether PyTorch's kernel for these queries takes fewer heads of keys: flash attention and the CPU's do. The one
+    of a GPU for fp32 and for masks does not, and PyTorch would store the scores of all heads instead."""
+    return not q.is_cuda or (mask is None and fits_flash_attention(q))
 
 
 class GatherSlices(torch.autograd.Function):  # type: ignore[misc]

@@ -86,6 +86,7 @@ def test_a_gpu_that_hangs_is_found(corpus: Path, tmp_path: Path, report: Report)
     report("a kernel that never ends", spoke[0] if spoke else log[-200:], "the watchdog shows where", is_found)
 
 
+@gpu_fixtures.at_length(5)
 @pytest.mark.point(12)
 def test_full_memory_is_one_sentence(corpus: Path, tmp_path: Path, report: Report) -> None:
     """A table of embeddings of 2 GiB under a limit of half of that."""

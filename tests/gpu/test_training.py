@@ -38,7 +38,7 @@ def corpora(corpus: Path) -> dict[bool, Path]:
 
 @pytest.fixture(scope="module")
 def on_cpu(corpora: dict[bool, Path]) -> dict[bool, Curve]:
-    """The figures of plain and of packed rows in fp32, of a process that sees no GPU; in `make test` of this one."""
+    """The figures of plain and of packed rows in fp32, of a process that sees no GPU; in `make test` of this process."""
     if not (gpu_fixtures.ON_GPU or SOAK):
         return {packed: layout_fixtures.train(folder, settings(packed), STEPS) for packed, folder in corpora.items()}
     tasks = json.dumps([(str(folder), settings(packed), STEPS) for packed, folder in corpora.items()])
@@ -56,6 +56,7 @@ def largest_difference(actual: Curve, expected: Curve) -> float:
     return max(abs(a - b) / b for a, b in pairs)
 
 
+@gpu_fixtures.at_length(10)
 @pytest.mark.point(4)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_losses_in_fp32_are_those_of_the_cpu(
