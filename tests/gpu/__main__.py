@@ -53,15 +53,13 @@ Section = Mapping[str, Any]
 
 
 def sources() -> str:
-    """The commit, if there is one here, and a digest of the files that the kit runs."""
+    """A digest of the files that the kit runs. (The report itself changes the checkout.)"""
     digest = hashlib.sha256()
     for folder in ("pipeline", "stages", "tests"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".yaml"):
                 digest.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    commit, dirty = git_commit(ROOT)
-    name = f"commit {commit[:12]}{' with changes' if dirty else ''}, " if commit else ""
-    return f"{name}sources {digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]
 
 
 def run_section(
@@ -109,7 +107,8 @@ def read_sections(out: Path, where: Mapping[str, Any]) -> dict[str, Section]:
 
 def page(results: Mapping[str, Section], where: Mapping[str, Any], on_gpu: bool) -> str:
     """The report: where and when, and each figure of each point."""
-    ran = [f"{name} ({r['date']}, {r['seconds']} s{', ended' if r['ended'] else ''})" for name, r in results.items()]
+    ends = {name: "passed" if r["passed"] else "ended" if r["ended"] else "failed" for name, r in results.items()}
+    ran = [f"{name}: {ends[name]}, {r['date']}, {r['seconds']} s" for name, r in results.items()]
     records = sorted((line for r in results.values() for line in r["lines"]), key=lambda line: line["point"])
     rows = [
         [str(line["point"]), line["name"], line["skipped"], "", "not run"] if "skipped" in line
@@ -123,7 +122,12 @@ def page(results: Mapping[str, Section], where: Mapping[str, Any], on_gpu: bool)
     head = ["# GPU report", "", "`make test-gpu` writes this page; [GPUs](gpu.md) explains the kit.", ""]
     head += [] if on_gpu else [ON_CPU, ""]
     head += [f"- {name}: {value}" for name, value in where["machine"].items()]
-    head += [f"- code: {where['sources']}", *(f"- section {text}" for text in ran), ""]
+    commit = git_commit(ROOT)[0]
+    head += [
+        f"- code: {f'commit {commit[:12]}, ' if commit else ''}sources {where['sources']}",
+        *(f"- section {text}" for text in ran),
+        "",
+    ]
     return "\n".join([*head, "| point | what | figure | criterion | holds |", "|---|---|---|---|---|", *table, ""])
 
 
