@@ -18,7 +18,7 @@ VENV_TE       ?= .venv-te
 LATEST_TESTS  := tests/integration/test_fake_fp8.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
 	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_layouts.py tests/integration/test_export.py
 
-.PHONY: help demo check test tests test-latest test-processors test-vllm test-nemo test-te test-gpu slurm-up slurm-down soak lint lock docs clean
+.PHONY: help demo check test tests test-latest test-processors test-vllm test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak lint lock docs clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
@@ -29,7 +29,8 @@ help:
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, on $(PYTHON_LATEST) (1.4 GB on disk)"
 	@echo "make test-te       Transformer Engine's layers on CPU against ours, and Megatron-Bridge on our export, on $(PYTHON_LATEST) (6 GB on disk)"
-	@echo "make test-gpu      what only a GPU can show, with a figure and a criterion each; on CPU, that these tests work"
+	@echo "make test-gpu      thirteen points that a GPU decides, with figures and criteria, into docs/gpu-report.md; on CPU, that they work"
+	@echo "make gpu-wheels    the packages that a machine with a GPU and no network lacks for that, into build/gpu-wheels (64 MiB at most)"
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
 	@echo "make soak PART=layouts   a part of the long tests (at most 90 minutes each, resumable); without PART: lists them"
 	@echo "make lint    linters and types only"
@@ -96,7 +97,10 @@ test-te: $(VENV_TE)/.ready
 	$(VENV_TE)/bin/python -m pytest --durations 10 tests/te
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -s tests/gpu
+	$(BIN)/python -m tests.gpu
+
+gpu-wheels: $(READY)
+	$(BIN)/python -m tests.gpu.pack build/gpu-wheels
 
 slurm-up:
 	tests/slurm/cluster up

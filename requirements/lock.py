@@ -8,7 +8,8 @@ index states for every file of a version. Two things are added to what uv writes
 - The CUDA libraries, which torch from the index needs and a CPU build does not, go into cuda.lock.
 - A CPU build of torch that pip finds in its own `find-links`, if any, gets an entry in torch-cpu.lock.
 
-The environment of `make test-te` has versions of its own, from te.in, in te.lock and te-source.lock.
+The environment of `make test-te` has versions of its own, from te.in, in te.lock and te-source.lock. What a machine for
+the kit for GPUs lacks is in gpu.in, and in gpu.lock.
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ def write_te() -> None:
     (HERE / "te-source.lock").write_text(HEAD + compile_entries("3.13", "--no-deps", "-", stdin=TE_SOURCE)[0] + "\n")
 
 
+def write_gpu() -> None:
+    """gpu.lock, in the versions of the other lock files."""
+    entries = compile_entries("3.12", "--no-deps", "--constraint", "constraints.txt", "requirements/gpu.in")
+    (HERE / "gpu.lock").write_text(HEAD + "\n".join(entries) + "\n")
+
+
 def cpu_torch(torch: str, python: str) -> str:
     """The entry of the CPU build of this torch that pip finds without an index; empty if there is none."""
     with tempfile.TemporaryDirectory() as folder:
@@ -85,6 +92,7 @@ def main() -> None:
     if cpu:
         (HERE / "torch-cpu.lock").write_text(HEAD + cpu)
     write_te()
+    write_gpu()
 
 
 if __name__ == "__main__":

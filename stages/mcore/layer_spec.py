@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -124,16 +127,30 @@ class Attention(MegatronModule):  # type: ignore[misc]
 
     def takes_documents(self, q: torch.Tensor) -> bool:
         """Whether `attend` has a kernel for these queries, for both directions."""
-        return q.is_cuda and fits_flash_attention(q)
+        return q.is_cuda and fits_flash_attention(q) and varlen_kernel() is not None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
         """q, k, v: [tokens of all rows, heads, dim] -> as q."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        return varlen_attn(
+        kernel = varlen_kernel()
+        assert kernel is not None
+        return kernel(
             q, k, v, documents.queries, documents.keys, documents.longest, documents.longest, scale=self.scale,
-            window_size=(-1, 0), enable_gqa=True,
+            window_size=(-1, 0),
         )  # fmt: skip
+
+
+@cache
+def varlen_kernel() -> Callable[..., torch.Tensor] | None:
+    """PyTorch's attention for rows of variable length, with grouped queries; None before PyTorch 2.11."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    parameters = signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= parameters.keys():
+        return None
+    # 2.11 takes fewer keys than queries as they come; later it wants to be told
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in parameters else varlen_attn
 
 
 def fits_flash_attention(q: torch.Tensor) -> bool:
@@ -172,11 +189,20 @@ def causal_attention(
     for number, queries in enumerate(q.split([count for count, _, _ in tables.slices], 2)):
         _, first, end = tables.slices[number]
         mask = tables.mask(number, q.dtype)
+        keys, values = (x[:, :, first:end] for x in (k, v))
+        if not (shares := shares_keys(queries, mask)):
+            keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
         out.append(F.scaled_dot_product_attention(
-            queries, k[:, :, first:end], v[:, :, first:end], attn_mask=mask, is_causal=mask is None, scale=scale,
-            enable_gqa=True,
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=shares,
         ))  # fmt: skip
     return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+
+def shares_keys(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether PyTorch's kernel for these queries takes fewer heads of keys: flash attention and the CPU's do. The one
+    of a GPU for fp32 and for masks does not, and PyTorch would store the scores of all heads instead."""
+    return not q.is_cuda or (mask is None and fits_flash_attention(q))
 
 
 class GatherSlices(torch.autograd.Function):  # type: ignore[misc]

@@ -123,13 +123,41 @@ def _is_group(argument: torch.ScriptObject) -> bool:
     return str(argument._type().qualified_name()).endswith(".ProcessGroup")
 
 
-class SimulatedRank(CollectiveLog):
-    """Runs operators on fake tensors and counts the bytes of all storages that live at the same time."""
+class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
+    """Counts the bytes of all storages that operators make and that live at the same time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._sizes: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count(out)
+        return out
+
+    def count(self, out: Any) -> None:
+        """Counts the storages of an operator's result."""
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor):
+                self._track(tensor.untyped_storage())
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._sizes:
+            return
+
+        def free(_: Any) -> None:
+            del self._sizes[address]
+            self.live -= size
+
+        self._sizes[address] = weakref.ref(storage, free)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+class SimulatedRank(CollectiveLog, LiveBytes):
+    """Runs operators on fake tensors, and counts their bytes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -149,9 +177,7 @@ class SimulatedRank(CollectiveLog):
                 out = func(*args, **kwargs)
             except DataDependentOutputException:  # a value of a fake tensor: a loss, a norm, a flag
                 return 1.0 if args[0].is_floating_point() else False if args[0].dtype is torch.bool else 1
-        for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor):
-                self._track(tensor.untyped_storage())
+        self.count(out)
         return out
 
     def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -163,19 +189,6 @@ class SimulatedRank(CollectiveLog):
             work = torch._C._distributed_c10d.FakeWork().boxed()
             return work if len(func._schema.returns) == 1 else (args[0], work)
         return func(*args, **kwargs)
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address in self._sizes:
-            return
-
-        def free(_: Any) -> None:
-            del self._sizes[address]
-            self.live -= size
-
-        self._sizes[address] = weakref.ref(storage, free)
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
 
 def _fits(func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
 
 from pipeline.core.errors import AtomError, Interrupted
 from pipeline.core.stage import Inputs, Report, identity
@@ -251,8 +254,8 @@ def train(
     """Runs a phase to its end and fills `out` with sealed checkpoints, training.jsonl, summary.json and the phase's own
     files.
 
-    Raises AtomError if the loss is not finite, if data and recipe do not match, if no work checkpoint is intact, or if
-    another rank is lost; Interrupted after a stop signal; and the errors of the trainer.
+    Raises AtomError if the loss is not finite, if data and recipe do not match, if no work checkpoint is intact, if
+    memory is full, or if another rank is lost; Interrupted after a stop signal; and the errors of the trainer.
     """
     timeout = config.phase.watchdog_timeout_seconds
     # the watchdog acts before a collective times out, so that its stacks are in the log
@@ -260,6 +263,7 @@ def train(
         Watchdog(name, timeout, work, report) as watchdog,
         parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
         stop_signals() as stop,
+        full_memory(name, ranks),
     ):
         engine = Engine(config, ranks, trainer.vocab_size(inputs))
         running = trainer(name, config, inputs, work, report, engine, report.lease)
@@ -267,6 +271,25 @@ def train(
             running.run(stop, watchdog, out)
         finally:
             running.close()
+
+
+@contextmanager
+def full_memory(name: str, ranks: parallel.Ranks) -> Iterator[None]:
+    """Raises AtomError in place of PyTorch's error that a tensor has no room on a GPU or on the host."""
+    try:
+        yield
+    except RuntimeError as error:
+        size = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", str(error))
+        is_host = "DefaultCPUAllocator" in str(error)
+        if size is None or not (is_host or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        wanted = float(size[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[size[2]] / 2**30
+        place = "CPU" if is_host else f"{ranks.device} of {torch.cuda.mem_get_info()[1] / 2**30:.1f} GiB"
+        raise AtomError(
+            f"{name}: rank {ranks.rank} has no memory left on {place} for {wanted:.3g} GiB more; `atom plan` says what "
+            f"it needs: lower {name}.batch.micro_tokens, set parallelism.recompute = layer, or split the model over "
+            f"more ranks"
+        ) from error
 
 
 @contextmanager

@@ -131,6 +131,10 @@ PARTS = {
         "Transformer Engine's layers on CPU against this project's, also in layouts of four, and Megatron-Bridge on an "
         "export: to run before a change to the engine is called done. It makes an environment of its own.",
     ),
+    "gpu-kit": Part(
+        test_steps("tests/gpu"), ["tests", "result"],
+        "The kit for GPUs, as far as a CPU can run it: also what it does in processes of its own.",
+    ),
     "packages": Part(
         test_steps("tests/integration/test_packages.py"), ["tests", "result"],
         "The data recipe `packages`, fetched from Debian and PyPI, to the order of pre-training.",

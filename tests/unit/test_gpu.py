@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import AtomError, RecipeError
 from stages.mcore import fusions, gpu, layer_spec
 from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
 from stages.mcore.model import build, named_buffers, named_tensors, transformer_config
@@ -27,6 +27,7 @@ from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine
+from stages.train.trainer import full_memory
 from tests.fixtures import ROOT, fake_rank_fixtures, layout_fixtures, train_fixtures
 
 pytestmark = pytest.mark.numeric
@@ -105,6 +106,37 @@ def test_no_layer_leaves_the_device(monkeypatch: pytest.MonkeyPatch, starts: tor
                 with pytest.raises(RuntimeError, match="device"):
                     chunk(ids, ids, starts)
     assert crossings[0] == crossings[1] and "aten::_to_copy" in crossings[0]
+
+
+def test_full_memory_is_one_sentence() -> None:
+    sentence = r"pretrain: rank 0 has no memory left on CPU for 1\.05e\+06 GiB more; `atom plan` says what it needs: lower pretrain\.batch"
+    with parallel.session(0) as ranks:
+        with pytest.raises(AtomError, match=sentence), full_memory("pretrain", ranks):
+            torch.empty(2**50, dtype=torch.uint8)
+        with pytest.raises(RuntimeError, match="another fault"), full_memory("pretrain", ranks):
+            raise RuntimeError("another fault")
+
+
+def test_attention_for_documents_fits_every_version_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.13 wants to be told of grouped queries, 2.11 has no switch for it, and 2.10 no window."""
+    from torch.nn.attention import varlen
+
+    def of_211(query: Any, *args: Any, return_aux: Any = None, scale: Any = None, window_size: Any = None) -> Any:
+        return scale, window_size
+
+    def of_210(query: Any, *args: Any, is_causal: bool = False, return_aux: Any = None) -> Any: ...
+
+    def chosen() -> Any:
+        layer_spec.varlen_kernel.cache_clear()
+        return layer_spec.varlen_kernel()
+
+    assert chosen().keywords == {"enable_gqa": True} and chosen().func is varlen.varlen_attn
+    monkeypatch.setattr(varlen, "varlen_attn", of_211)
+    assert chosen()(None, scale=0.1, window_size=(-1, 0)) == (0.1, (-1, 0))
+    monkeypatch.setattr(varlen, "varlen_attn", of_210)
+    assert chosen() is None
+    monkeypatch.undo()
+    assert chosen() is not None
 
 
 @pytest.mark.parametrize(("precision", "engine"), [("fp32", False), ("bf16", True)])

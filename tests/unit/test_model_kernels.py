@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.mcore import row_tables
+from stages.mcore import layer_spec, row_tables
 from stages.mcore.layer_spec import Attention, causal_attention
 from stages.mcore.qkv import Heads
 from stages.mcore.row_tables import Tables
@@ -70,10 +70,13 @@ PACKED = torch.tensor([[0, 0, 0, 0, 4, 5, 5, 5, 5, 5, 10, 10], [0] * 12])
 
 @pytest.mark.parametrize("positions", [ALL[:11], ENDS, MIDDLE])
 @pytest.mark.parametrize("starts", [None, PACKED])
+@pytest.mark.parametrize("shares", [True, False])
 def test_attention_by_slices(
-    positions: torch.Tensor, starts: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+    positions: torch.Tensor, starts: torch.Tensor | None, shares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All positions of a row, and those that one of two context-parallel ranks holds; of one document or of several."""
+    """All positions of a row, and those that one of two context-parallel ranks holds; of one document or of several;
+    with a kernel that takes fewer heads of keys, and with one that does not."""
+    monkeypatch.setattr(layer_spec, "shares_keys", lambda q, mask: shares)
     torch.manual_seed(0)
     batch, heads, kv_heads, dim, keys = 2, 4, 2, 4, 12
     q, k, v = (

@@ -39,3 +39,10 @@ def test_versions_are_those_of_the_constraints(python: str) -> None:
     assert {name: locked.get(name) for name in wanted} == wanted
     cpu = pins((ROOT / "requirements/torch-cpu.lock").read_text())
     assert cpu["torch"].removesuffix("+cpu") == locked["torch"]
+
+
+def test_the_kit_for_gpus_has_the_versions_of_the_other_locks() -> None:
+    packed = pins((ROOT / "requirements/gpu.lock").read_text())
+    assert packed.keys() == {canonicalize_name(n) for n in re.findall(r"^[a-z-]+$", (ROOT / "requirements/gpu.in").read_text(), re.M)}  # fmt: skip
+    locked = pins((ROOT / "requirements/py313.lock").read_text())
+    assert {name: locked.get(name) for name in packed} == packed
