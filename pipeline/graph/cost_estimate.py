@@ -65,19 +65,6 @@ def forecast(rows: list[StagePlan], profile: Profile, small: bool) -> Forecast:
     return Forecast(profile, uses, total, tuple(_assumed(rows, uses, profile)))
 
 
-def _peak(row: StagePlan, rate: Rate) -> str:
-    assert row.estimate.training is not None
-    return f"{rate.peak_tflops:g} TFLOP/s in {family(row.estimate.training.precision)}"
-
-
-def _reached(row: StagePlan, use: Use, profile: Profile) -> str:
-    """The share of the peak that the model gives a phase."""
-    assert row.estimate.training is not None and row.estimate.flops is not None and profile.gpu is not None
-    rate = profile.gpu.rate(row.estimate.training.precision)
-    assert rate is not None
-    return f"{row.estimate.flops / (use.gpu_hours * 3600) / rate.peak:.2f} of {_peak(row, rate)}"
-
-
 def _figures(use: Use) -> tuple[float, ...]:
     return use.hours, use.gpu_hours, use.core_hours, use.cost, use.energy_wh
 
@@ -115,11 +102,11 @@ def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
         return f"{name} has no rate for {training.precision} in its section gpu"
     if rate.utilization is not None:
         return rate
-    if (accelerator := profile.accelerator) is None or row.time is None or training.precision == "fp32":
-        return (
-            f"{name} has no utilization for {training.precision} in its section gpu, and a model of the time needs "
-            "bf16, memory_tb_s, nvlink_gb_s and network_gb_s"
-        )
+    without = f"{name} has no utilization for {training.precision} in its section gpu, and a model of the time"
+    if row.time is None or training.precision == "fp32":
+        return f"{without} is known of bf16 and FP8 alone"
+    if (accelerator := profile.accelerator) is None:
+        return f"{without} needs bf16, memory_tb_s, nvlink_gb_s and network_gb_s"
     return row.time(accelerator)
 
 
@@ -127,6 +114,19 @@ def _seconds(row: StagePlan, rate: Rate) -> float:
     """GPU seconds of a training phase at a measured rate."""
     assert row.estimate.flops is not None and rate.utilization is not None
     return row.estimate.flops * (RECOMPUTED if _recomputes(row) else 1) / (rate.peak * rate.utilization)
+
+
+def _peak(row: StagePlan, rate: Rate) -> str:
+    assert row.estimate.training is not None
+    return f"{rate.peak_tflops:g} TFLOP/s in {family(row.estimate.training.precision)}"
+
+
+def _reached(row: StagePlan, use: Use, profile: Profile) -> str:
+    """The share of the peak that the model gives a phase."""
+    assert row.estimate.training is not None and row.estimate.flops is not None and profile.gpu is not None
+    rate = profile.gpu.rate(row.estimate.training.precision)
+    assert rate is not None
+    return f"{row.estimate.flops / (use.gpu_hours * 3600) / rate.peak:.2f} of {_peak(row, rate)}"
 
 
 def _gpus(row: StagePlan, profile: Profile) -> int:
@@ -154,21 +154,22 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
     sentences, by_name = [], {use.name: use for use in uses if use.gpu_hours}
     used = [(row, _training(row, profile)) for row in rows if row.state.name in by_name]
     if profile.gpu and used:
-        measured = [(row, rate) for row, rate in used if isinstance(rate, Rate)]
-        modelled = [(row, time) for row, time in used if isinstance(time, TrainingTime)]
-        if measured:
+        gpu = profile.gpu
+        if measured := [(row, rate) for row, rate in used if isinstance(rate, Rate)]:
             rates = " and ".join(dict.fromkeys(f"{rate.utilization:g} of {_peak(row, rate)}" for row, rate in measured))
-            again = ", a third more FLOPs where layers are computed again"
-            again *= any(_recomputes(row) for row, _ in measured)
-            sentences.append(f"assumed: {profile.gpu.name} at {rates}{again}; {profile.gpu.source}")
-        if modelled:
-            reached = {row.state.name: _reached(row, by_name[row.state.name], profile) for row, _ in modelled}
+            recomputes = any(_recomputes(row) for row, _ in measured)
+            again = ", a third more FLOPs where layers are computed again" if recomputes else ""
+            sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
+        if modelled := [(row, time) for row, time in used if isinstance(time, TrainingTime)]:
+            phases: dict[str, list[str]] = {}
+            for row, _ in modelled:
+                phases.setdefault(_reached(row, by_name[row.state.name], profile), []).append(row.state.name)
+            shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
             time = modelled[0][1]
             sentences.append(
-                f"assumed: {profile.gpu.name} by a model of compute, memory and network, with even routing: "
-                f"{', '.join(f'{name} at {share}' for name, share in reached.items())}; error on published runs of "
-                f"models that it was not fitted to: median {time.median_error:.0%}, largest {time.largest_error:.0%}; "
-                f"{profile.gpu.source}"
+                f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
+                f"published runs of models that it was not fitted to: median {time.median_error:.0%}, largest "
+                f"{time.largest_error:.0%}; {gpu.source}"
             )
         sentences.append(
             "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "

@@ -190,27 +190,27 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: Run, c: Constants) -> Step
     scores = sum(a.layers * a.heads * max(a.qk + a.v, NARROWEST) * a.keys(run.rows.length) for a in shape.attention)
     moved = (total.saved + total.working) * c.passes + total.saved * quantized
     held = total.dense / layout.tp + total.experts / (layout.ep * layout.split_experts)
-    layers = StepTime(
-        products=FLOPS * tokens * met / rate,
-        attention=FLOPS * tokens * scores / scoring,
-        between=tokens * moved / gpu.memory,
+    # of each half of a layer that is split: three gathers and two scatters; of experts: there and back, twice
+    gather = collective(gpu, 2 * gathered * shape.hidden, layout.tp, 1) / c.link
+    send = dispatch(gpu, 2 * shape.hidden * tokens, shape.top_k, layout) / c.link
+    times = {
+        "products": FLOPS * tokens * met / rate,
+        "attention": FLOPS * tokens * scores / scoring,
+        "between": tokens * moved / gpu.memory,
         # read forward and backward; a gradient is read and written
-        weights=held * 2 * ((1 if fp8 else 2) + run.gradient) / gpu.memory,
-        launches=c.launch * _kernels(shape, run),
-        # of each half of a layer that is split: three gathers and two scatters
-        tensor=(2 * shape.depth - shape.sparse) * 5 / c.link
-        * collective(gpu, 2 * gathered * shape.hidden, layout.tp, 1),
-        experts=shape.sparse * 4 / c.link * dispatch(gpu, 2 * shape.hidden * tokens, shape.top_k, layout),
-    )  # fmt: skip
-    times = {field.name: getattr(layers, field.name) for field in fields(layers)}
-    again = (
-        {"weights": 1.0, "tensor": 1.4, "experts": 1.5} if layout.recompute == "layer" else dict.fromkeys(times, 1.0)
-    )
-    # the slowest stage has whole layers
-    part = -(-shape.depth // (layout.pp * layout.vpp)) * layout.vpp / shape.depth
-    times = {name: seconds * again.get(name, RECOMPUTED) * part for name, seconds in times.items()}
+        "weights": held * 2 * ((1 if fp8 else 2) + run.gradient) / gpu.memory,
+        "launches": c.launch * _kernels(shape, run),
+        "tensor": (2 * shape.depth - shape.sparse) * 5 * gather,
+        "experts": shape.sparse * 4 * send,
+    }
+    if layout.recompute == "layer":  # forward again: a gather and a scatter, there and back
+        again = {"weights": 1.0, "tensor": 7 / 5, "experts": 6 / 4}
+        times = {name: seconds * again.get(name, RECOMPUTED) for name, seconds in times.items()}
     if run.hides_experts:
         times["experts"] = max(0.0, times["experts"] - times["products"] - times["attention"] - times["between"])
+    # the slowest stage has whole layers, and the last one the head
+    part = -(-shape.depth // (layout.pp * layout.vpp)) * layout.vpp / shape.depth
+    times = {name: seconds * part for name, seconds in times.items()}
     head = 1 / layout.pp if run.balanced else 1.0
     times["products"] += head * FLOPS * tokens * shape.head / bf16
     times["between"] += head * tokens * LOGIT * shape.heads * shape.vocabulary / gpu.memory
@@ -230,7 +230,6 @@ def _update(shape: Shape, gpu: Accelerator, run: Run, c: Constants) -> tuple[flo
     """Seconds of a step's reduction of gradients and gathering of weights, and of its optimizer."""
     layout, total = run.layout, shape.total
     split, (dense_ranks, expert_ranks) = layout.ep * layout.split_experts, sharing(layout)
-    expert_ranks = max(1, expert_ranks)
     table = shape.vocabulary * shape.hidden
     dense = (total.dense / layout.pp + (shape.head + table) / (1 if layout.pp == 1 else 2)) / layout.tp
     experts = total.experts / layout.pp / split
@@ -255,9 +254,12 @@ def collective(gpu: Accelerator, size: float, ranks: int, stride: int) -> float:
 def dispatch(gpu: Accelerator, size: float, top_k: int, layout: Layout) -> float:
     """Seconds in which a rank sends its tokens of `size` bytes to their experts at full bandwidth.
 
-    flex: once to each NVLink domain that has one of a token's experts, and from there once to each rank (DeepSeek-AI,
-    2024, section 3.2.2). Others send a copy for each expert. Ranks that split an expert each need the tokens of all."""
+    alltoall: a copy for each expert. flex: once to each NVLink domain that has one of a token's experts, and from there
+    once to each rank (DeepSeek-AI, 2024, section 3.2.2). allgather: to every rank. Ranks that split an expert each need
+    the tokens of all."""
     split = layout.split_experts
+    if layout.dispatcher == "allgather":
+        return collective(gpu, size * layout.ep * split, layout.ep * split, 1)
     inside = min(layout.ep, max(1, gpu.nvlink_gpus // split))
     domains = layout.ep / inside
     if layout.dispatcher == "flex":
