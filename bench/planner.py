@@ -21,8 +21,12 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import throughput
 from bench.published import MODELS, QWEN3_30B, QWEN3_VOCABULARY, anchors, systems
