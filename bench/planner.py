@@ -93,6 +93,7 @@ RUNS = (
     ),
     (
         "SmolLM3 3B", 11.2e12, 384 * 24 * 24, "huggingface.co/blog/smollm3, 24 days of 384 H100",
+        # 576 rows a step, which 384 GPUs share only as groups; TP2 is taken
         Run(Layout(ranks=384, tp=2), "bf16", Rows(3, 4096), 1),
     ),
 )  # fmt: skip
