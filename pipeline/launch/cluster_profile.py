@@ -38,10 +38,12 @@ Price = Annotated[float, Range(0, 1e6)]
 
 
 class Power(Config):
-    """Power for the energy estimate."""
+    """Power for the estimates of energy and of training time."""
 
     watts_per_core: Watts = Field(description="power of one busy CPU core in watts")
-    watts_per_gpu: Watts = Field(0.0, description="power of one busy GPU in watts")
+    watts_per_gpu: Watts = Field(
+        0.0, description="power of one busy GPU in watts, which also decides its clock in estimates"
+    )
 
 
 class Prices(Config):
@@ -58,10 +60,8 @@ class Rate(Config):
     peak_tflops: Annotated[float, Range(1e-3, 1e6, "H100 in bf16: 989")] = Field(
         description="dense peak in TFLOP/s, as the manufacturer states it"
     )
-    utilization: Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6"), Renamed("utilisation")] | None = Field(
-        None,
-        description="measured model FLOPs utilization (MFU), as a share of the peak; null: estimated from the "
-        "bandwidths below",
+    utilization: Annotated[Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6")] | None, Renamed("utilisation")] = (
+        Field(None, description="measured model FLOPs utilization (MFU), as a share of the peak; null: estimated")
     )
 
     @property
@@ -70,7 +70,7 @@ class Rate(Config):
         return self.peak_tflops * 1e12
 
 
-Bandwidth = Annotated[float, Range(0, 1e6, above=True)]
+Bandwidth = Annotated[float, Range(1e-3, 1e6)]
 
 
 class Gpu(Config):
