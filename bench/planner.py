@@ -1,12 +1,15 @@
-"""The planner's formulas against published figures: FLOPs of a token, state and peak memory, GPU hours of whole runs.
+"""The planner's formulas against published figures: FLOPs of a token, state and peak memory, throughput, GPU hours of
+whole runs.
 
-    .venv/bin/python bench/planner.py            # under a second; nothing is run
+    .venv/bin/python bench/planner.py            # some ten seconds of arithmetic
 
-`anchors.csv` holds figures that NVIDIA published with Megatron-Bridge (github.com/NVIDIA-NeMo/Megatron-Bridge, in the
-files of its last column): TFLOP/s and tokens/s of one GPU, whose quotient is a constant of the model. We compute it
-from the dimensions that each model's authors published, by the function that `atom plan` uses; nothing is fitted. What
-is left is mostly the router, which we count and those tables do not. The last line is one JSON object, whose `ratio` is
-the largest error: below its target is good.
+FLOPs: `anchors.csv` holds TFLOP/s and tokens/s of one GPU that NVIDIA published (bench/published.py), whose quotient is
+a constant of the model. We compute it from the dimensions that each model's authors published, by the function that
+`atom plan` uses; nothing is fitted. What is left is mostly the router, which we count and those tables do not. The last
+line is one JSON object, whose `ratio` is the largest error: below its target is good.
+
+Throughput: bench/throughput.py fits the model of `atom plan --cluster` and prints its errors on runs that were fitted
+and on runs that were left out.
 
 Not compared: models whose layers these formulas do not describe (Mamba of the Nemotron 3 models, the compressed
 attention of DeepSeek-V4).
@@ -15,95 +18,25 @@ attention of DeepSeek-V4).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.launch import cluster_profile
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench import throughput
+from bench.published import MODELS, QWEN3_30B, QWEN3_VOCABULARY, anchors, systems
 from stages.mcore.activations import activation_bytes
 from stages.mcore.memory import memory_share, state_bytes
 from stages.mcore.parallel_layout import Layout
-from stages.models.costs import AttentionCost, Rows, training_flops
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.mcore.throughput import Run, step_time
+from stages.models.costs import Rows, training_flops
 
 TARGET = 0.01
-QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8, context_length=4096, tie_embeddings=False)
-QWEN3_30B = Qwen3MoeConfig(layers=48, hidden_size=2048, heads=32, moe_intermediate_size=768, **QWEN3)
-QWEN3_235B = Qwen3MoeConfig(layers=94, hidden_size=4096, heads=64, moe_intermediate_size=1536, **QWEN3)
-QWEN3_VOCABULARY = 151_936
-
-RUNS = (
-    ("DeepSeek-V3", "fp8", 14.8e12, 2_664_000, "arXiv:2412.19437, table 1, pre-training on H800"),
-    ("SmolLM3 3B", "bf16", 11.2e12, 384 * 24 * 24, "huggingface.co/blog/smollm3, 24 days of 384 H100"),
-)
-"""Whole runs on rows of 4,096: precision, tokens, GPU hours as published, and where."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the formula needs: matrix parameters that a token meets, output head included, and its attention."""
-
-    matrices: int
-    attention: tuple[AttentionCost, ...]
-
-
-def qwen3(model: Qwen3MoeConfig) -> Model:
-    return Model(
-        model.matrices(QWEN3_VOCABULARY), (AttentionCost(model.layers, model.heads, model.head_dim, model.head_dim),)
-    )
-
-
-def llama(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 8) -> Model:
-    """Llama 3 (arXiv:2407.21783, table 3), and SmolLM3, which is built alike: heads of 128, 128,256 tokens."""
-    layer = 2 * hidden * 128 * (heads + kv_heads) + 3 * hidden * ffn
-    return Model(layers * layer + 128_256 * hidden, (AttentionCost(layers, heads, 128, 128),))
-
-
-def deepseek(layers: int, dense: int, heads: int, experts: int, vocabulary: int, mtp: int = 0) -> Model:
-    """DeepSeek-V3 (arXiv:2412.19437, section 4.2) and Kimi K2 (arXiv:2507.20534), which share these widths:
-    latents of 1536 for queries and 512 for keys and values, heads of 128 and 64 rotary dimensions, 8 experts of 2048
-    and a shared one. Each module of multi-token prediction is a layer, the projection that joins two states, and the
-    head again."""
-    hidden, qk, v = 7168, 128 + 64, 128
-    attention = hidden * (1536 + 512 + 64) + 1536 * heads * qk + 512 * heads * (128 + v) + heads * v * hidden
-    sparse = attention + hidden * experts + (8 + 1) * 3 * hidden * 2048
-    matrices = layers * attention + dense * 3 * hidden * 18432 + (layers - dense) * (sparse - attention)
-    matrices += mtp * (sparse + 2 * hidden * hidden + vocabulary * hidden) + vocabulary * hidden
-    return Model(matrices, (AttentionCost(layers + mtp, heads, qk, v),))
-
-
-def gpt_oss(expert_matrices: int = 3, window: int | None = 128) -> Model:
-    """GPT-OSS 120B (arXiv:2508.10925): every other layer sees 128 tokens. Before release 26.06
-    the tables counted two of an expert's three matrices, and all layers as full ones."""
-    hidden, heads, layers = 2880, 64, 36
-    layer = hidden * 64 * (2 * heads + 2 * 8) + hidden * 128 + 4 * expert_matrices * hidden * 2880
-    full, local = AttentionCost(layers // 2, heads, 64, 64), AttentionCost(layers // 2, heads, 64, 64, window)
-    return Model(layers * layer + 201_088 * hidden, (full, local))
-
-
-MODELS = {
-    "SmolLM3 3B": llama(36, 2048, 16, 11008, kv_heads=4),
-    "Llama 3 8B": llama(32, 4096, 32, 14336),
-    "Llama 3 70B": llama(80, 8192, 64, 28672),
-    "Llama 3.1 405B": llama(126, 16384, 128, 53248),
-    "DeepSeek-V3 without MTP": deepseek(61, 3, 128, 256, 129_280),
-    "DeepSeek-V3": deepseek(61, 3, 128, 256, 129_280, mtp=1),
-    "Kimi K2": deepseek(61, 1, 64, 384, 163_840),
-    "Qwen3-30B-A3B": qwen3(QWEN3_30B),
-    "Qwen3-235B-A22B": qwen3(QWEN3_235B),
-    "GPT-OSS 120B": gpt_oss(),
-    "GPT-OSS 120B as counted before 26.06": gpt_oss(expert_matrices=2, window=None),
-}
-
-
-def anchors() -> Iterator[dict[str, str]]:
-    with open(Path(__file__).with_name("anchors.csv"), newline="") as file:
-        yield from csv.DictReader(file)
 
 
 def flops_errors() -> list[float]:
@@ -149,38 +82,66 @@ def memory() -> None:
         print(f"{name:62}{value:8.2f}{published:11.2f}{value / published - 1:9.1%}")
 
 
+RUNS = (
+    (
+        "DeepSeek-V3", 14.8e12, 2_664_000, "arXiv:2412.19437, table 1, pre-training on 2,048 H800",
+        # sections 3.2 and 4.2; DualPipe hides the experts' traffic and half of the bubble
+        Run(
+            Layout(ranks=2048, pp=16, vpp=2, ep=64, dispatcher="flex"), "fp8-blockwise", Rows(1, 4096), 120,
+            hides_experts=True,
+        ),
+    ),
+    (
+        "SmolLM3 3B", 11.2e12, 384 * 24 * 24, "huggingface.co/blog/smollm3, 24 days of 384 H100",
+        # 576 rows a step, which 384 GPUs share only as groups; TP2 is taken
+        Run(Layout(ranks=384, tp=2), "bf16", Rows(3, 4096), 1),
+    ),
+)  # fmt: skip
+"""Whole runs: tokens, GPU hours as published, where, and how a step was computed."""
+
+
 def hours_errors() -> list[float]:
-    """Prints GPU hours of whole runs, by the rates of the profile h100-pyxis and published; gives the errors."""
-    gpu = cluster_profile.load("h100-pyxis").gpu
-    assert gpu is not None
-    print(f"\n{'GPU hours of a whole run':38}{'ours':>12}{'published':>12}{'error':>9}{'of peak':>9}  of")
+    """Prints GPU hours of whole runs, by the model of `atom plan --cluster` and published; gives the errors."""
+    h100 = systems()["H100"]
+    machines = {"DeepSeek-V3": replace(h100, nvlink=200e9), "SmolLM3 3B": h100}  # H800: 400 GB/s in both directions
+    print(f"\n{'GPU hours of a whole run':38}{'ours':>12}{'published':>12}{'error':>9}  of")
     errors = []
-    for name, precision, tokens, published, where in RUNS:
-        rate, model = gpu.rate(precision), MODELS[name]
-        assert rate is not None
-        flops = tokens * training_flops(model.matrices, model.attention, 4096)
-        ours, reached = flops / rate.flops / 3600, flops / published / 3600 / rate.peak_tflops / 1e12
-        errors.append(ours / published - 1)
-        print(f"{name + ', ' + precision:38}{ours:12,.0f}{published:12,}{errors[-1]:9.0%}{reached:9.1%}  {where}")
+    for name, tokens, published, where, run in RUNS:
+        step = run.micro_batches * run.rows.rows * run.rows.length * run.layout.data
+        hours = tokens / step * step_time(MODELS[name], machines[name], run).total * run.layout.ranks / 3600
+        errors.append(hours / published - 1)
+        print(f"{name + ', ' + run.precision:38}{hours:12,.0f}{published:12,}{errors[-1]:9.0%}  {where}")
     return errors
 
 
 def fp8_on_h100() -> None:
-    """Prints whether FP8 has been seen to pay on H100, which is what the recipes go by."""
-    print(f"\n{'TFLOP/s of an H100':38}{'bf16':>8}{'fp8':>8}{'fp8 / bf16':>12}")
+    """Prints whether FP8 has been seen to pay on H100, which is what the recipes go by, and what the model gives for
+    the same layout in either, without CUDA graphs and hidden traffic."""
+    print(f"\n{'TFLOP/s of an H100':38}{'bf16':>8}{'fp8':>8}{'fp8 / bf16':>12}{'by the model':>14}")
     by_model: dict[str, dict[str, float]] = {}
     for row in anchors():
-        if row["system"] == "H100" and "before" not in row["model"]:
+        if row["system"] == "H100" and row["run"] == "tuned" and "before" not in row["model"]:
             by_model.setdefault(row["model"], {})[row["precision"]] = float(row["tflops"])
+    described = {run.row["model"]: run for run in throughput.runs() if run.row["system"] == "H100"}
     for model, figures in by_model.items():
         both = f"{figures['fp8'] / figures['bf16']:12.2f}" if len(figures) == 2 else f"{'unknown':>12}"
         cells = "".join(f"{figures[p]:8.0f}" if p in figures else f"{'-':>8}" for p in ("bf16", "fp8"))
-        print(f"{model:38}{cells}{both}")
+        ours = f"{_fp8_gain(described[model]):14.2f}" if model in described else f"{'-':>14}"
+        print(f"{model:38}{cells}{both}{ours}")
+
+
+def _fp8_gain(anchor: throughput.Anchor) -> float:
+    plain = replace(anchor.run, graphs="none", hides_experts=False)
+    seconds = [
+        step_time(anchor.shape, anchor.gpu, replace(plain, precision=p)).total for p in ("bf16", "fp8-tensorwise")
+    ]
+    return seconds[0] / seconds[1]
 
 
 def measure() -> dict[str, Any]:
     errors = [abs(error) for error in flops_errors()]
     memory()
+    throughput.report()
     hours_errors()
     fp8_on_h100()
     return {

@@ -168,6 +168,32 @@ class Estimate:
     training: TrainingEstimate | None = None
 
 
+RECOMPUTED = 4 / 3
+"""Compute of a step whose backward pass computes layers again, beside that without: one further forward pass beside
+three units."""
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What a GPU and its links can do, as their makers state it. Bandwidths in bytes/s; of links, in one direction."""
+
+    peaks: Mapping[str, float]  # FLOP/s of dense matrix products, by family of precisions: fp32, bf16, fp8
+    memory: float
+    nvlink: float
+    nvlink_gpus: int  # in one domain
+    network: float  # for each GPU
+    watts: float = 0.0  # 0: not stated
+
+
+@dataclass(frozen=True)
+class TrainingTime:
+    """Seconds of a training phase by a model, whose relative error on runs that it was not fitted to is known."""
+
+    seconds: float
+    median_error: float
+    largest_error: float
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Equal collectives of a rank in one step: operation, role and ranks of their group, bytes of one, and number."""
@@ -218,6 +244,7 @@ class Stage(Generic[C]):
     obstacle: the reason why a config can be planned but not run, in one sentence; checked before anything starts.
     trains: whether it updates weights and needs a GPU for each rank.
     reads: the input node for each role, for a stage that a recipe adds by its name alone.
+    time: the time of a training phase on GPUs; None: there is no model of it.
     simulate: walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
     shards: pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`. Each
     leaves complete files in `work`; `run` does the missing ones and produces the same bytes for any number of shards.
@@ -232,6 +259,7 @@ class Stage(Generic[C]):
     obstacle: Callable[[C], str | None] = lambda config: None
     ranks: Callable[[C], int] = lambda config: 1
     trains: bool = False
+    time: Callable[[C, Accelerator], TrainingTime] | None = None
     simulate: Callable[[C, int], RankSimulation] | None = None
     reads: Mapping[str, str] = field(default_factory=dict)
     shards: Callable[[C], int] = lambda config: 1

@@ -6,12 +6,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pipeline.core.stage import RECOMPUTED, TrainingTime
 from pipeline.graph.plan import StagePlan
-from pipeline.launch.cluster_profile import Profile
+from pipeline.launch.cluster_profile import Profile, Rate, family
 from pipeline.tracking.budget import Hours
-
-RECOMPUTED = 4 / 3
-"""One further forward pass beside the three units of a step."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +72,12 @@ def _figures(use: Use) -> tuple[float, ...]:
 def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
     name, estimate = row.state.name, row.estimate
     gpus = _gpus(row, profile)
-    if gpus and estimate.training is None:
-        return Use(name, why="on GPUs training phases alone are estimated")
     if gpus:
-        assert estimate.training is not None and estimate.flops is not None
-        precision = estimate.training.precision
-        if profile.gpu is None:
-            return Use(name, why=f"cluster profile {profile.name} has no section gpu, with peak and utilization")
-        if (rate := profile.gpu.rate(precision)) is None:
-            return Use(name, why=f"cluster profile {profile.name} has no rate for {precision} in its section gpu")
-        flops = estimate.flops * (RECOMPUTED if _recomputes(row) else 1)
-        used = flops / rate.flops / 3600
-        return Use(name, used / gpus, gpu_hours=used)
+        found = _training(row, profile)
+        if isinstance(found, str):
+            return Use(name, why=found)
+        seconds = found.seconds if isinstance(found, TrainingTime) else _seconds(row, found) / gpus
+        return Use(name, seconds / 3600, gpu_hours=seconds / 3600 * gpus)
     if estimate.cpu_seconds is None:
         return Use(name, why="no estimate")
     if estimate.fixed and not small:
@@ -97,6 +89,44 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
         tasks = min(row.shards, profile.slurm.array_size)
         seconds = estimate.serial_seconds + (estimate.cpu_seconds - estimate.serial_seconds) / tasks
     return Use(name, seconds / 3600, core_hours=core_hours)
+
+
+def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
+    """What the time of a training phase comes from: a measured rate, or the model; or the reason why it has none."""
+    training, gpu, name = row.estimate.training, profile.gpu, f"cluster profile {profile.name}"
+    if training is None:
+        return "on GPUs training phases alone are estimated"
+    if gpu is None:
+        return f"{name} has no section gpu, with peaks and bandwidths"
+    if (rate := gpu.rate(training.precision)) is None:
+        return f"{name} has no rate for {training.precision} in its section gpu"
+    if rate.utilization is not None:
+        return rate
+    without = f"{name} has no utilization for {training.precision} in its section gpu, and a model of the time"
+    if row.time is None or training.precision == "fp32":
+        return f"{without} is known of bf16 and FP8 alone"
+    if (accelerator := profile.accelerator) is None:
+        return f"{without} needs bf16, memory_tb_s, nvlink_gb_s and network_gb_s"
+    return row.time(accelerator)
+
+
+def _seconds(row: StagePlan, rate: Rate) -> float:
+    """GPU seconds of a training phase at a measured rate."""
+    assert row.estimate.flops is not None and rate.utilization is not None
+    return row.estimate.flops * (RECOMPUTED if _recomputes(row) else 1) / (rate.peak * rate.utilization)
+
+
+def _peak(row: StagePlan, rate: Rate) -> str:
+    assert row.estimate.training is not None
+    return f"{rate.peak_tflops:g} TFLOP/s in {family(row.estimate.training.precision)}"
+
+
+def _reached(row: StagePlan, use: Use, profile: Profile) -> str:
+    """The share of the peak that the model gives a phase."""
+    assert row.estimate.training is not None and row.estimate.flops is not None and profile.gpu is not None
+    rate = profile.gpu.rate(row.estimate.training.precision)
+    assert rate is not None
+    return f"{row.estimate.flops / (use.gpu_hours * 3600) / rate.peak:.2f} of {_peak(row, rate)}"
 
 
 def _gpus(row: StagePlan, profile: Profile) -> int:
@@ -121,13 +151,26 @@ def _priced(use: Use, profile: Profile) -> Use:
 
 def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
     """Sentences on the rates and their sources, on omitted costs, and on stages without an estimate."""
-    sentences, on_gpus = [], {use.name for use in uses if use.gpu_hours}
-    used = [row for row in rows if row.state.name in on_gpus]
+    sentences, by_name = [], {use.name: use for use in uses if use.gpu_hours}
+    used = [(row, _training(row, profile)) for row in rows if row.state.name in by_name]
     if profile.gpu and used:
-        precisions = dict.fromkeys(row.estimate.training.precision for row in used if row.estimate.training)
-        rates = " and ".join(dict.fromkeys(profile.gpu.describe(precision) for precision in precisions))
-        again = ", a third more FLOPs where layers are computed again" if any(map(_recomputes, used)) else ""
-        sentences.append(f"assumed: {profile.gpu.name} at {rates}{again}; {profile.gpu.source}")
+        gpu = profile.gpu
+        if measured := [(row, rate) for row, rate in used if isinstance(rate, Rate)]:
+            rates = " and ".join(dict.fromkeys(f"{rate.utilization:g} of {_peak(row, rate)}" for row, rate in measured))
+            recomputes = any(_recomputes(row) for row, _ in measured)
+            again = ", a third more FLOPs where layers are computed again" if recomputes else ""
+            sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
+        if modelled := [(row, time) for row, time in used if isinstance(time, TrainingTime)]:
+            phases: dict[str, list[str]] = {}
+            for row, _ in modelled:
+                phases.setdefault(_reached(row, by_name[row.state.name], profile), []).append(row.state.name)
+            shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
+            time = modelled[0][1]
+            sentences.append(
+                f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
+                f"published runs of models that it was not fitted to: median {time.median_error:.0%}, largest "
+                f"{time.largest_error:.0%}; {gpu.source}"
+            )
         sentences.append(
             "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
             "beside GPUs"

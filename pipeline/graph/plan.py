@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Estimate, RankSimulation, operation
+from pipeline.core.stage import Accelerator, Estimate, RankSimulation, TrainingTime, operation
 from pipeline.graph.dag import Graph, State
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """One stage of the plan: its state, its estimate, its input artifacts from earlier runs by role, its ranks, the
-    operational fields of its config, and its shards, which tasks of a job array may process."""
+    operational fields of its config, and its shards, which tasks of a job array may process. time: of a training phase
+    on GPUs, where there is a model of it."""
 
     state: State
     estimate: Estimate
@@ -25,6 +27,7 @@ class StagePlan:
     obstacle: str | None = None
     trains: bool = False
     shards: int = 1
+    time: Callable[[Accelerator], TrainingTime] | None = None
 
     def json(self) -> dict[str, Any]:
         e = self.estimate
@@ -75,6 +78,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
             node.stage.obstacle(node.config),
             node.stage.trains,
             node.stage.shards(node.config),
+            partial(node.stage.time, node.config) if node.stage.time else None,
         )
         for node in (graph.nodes[name] for name in selected)
     ]

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, Renamed
+from pipeline.core.stage import Accelerator, Config, Renamed
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
@@ -38,10 +38,12 @@ Price = Annotated[float, Range(0, 1e6)]
 
 
 class Power(Config):
-    """Power for the energy estimate."""
+    """Power for the estimates of energy and of training time."""
 
     watts_per_core: Watts = Field(description="power of one busy CPU core in watts")
-    watts_per_gpu: Watts = Field(0.0, description="power of one busy GPU in watts")
+    watts_per_gpu: Watts = Field(
+        0.0, description="power of one busy GPU in watts, which also decides its clock in estimates"
+    )
 
 
 class Prices(Config):
@@ -53,19 +55,22 @@ class Prices(Config):
 
 
 class Rate(Config):
-    """Training speed of a GPU in one precision."""
+    """Speed of a GPU in one precision."""
 
     peak_tflops: Annotated[float, Range(1e-3, 1e6, "H100 in bf16: 989")] = Field(
         description="dense peak in TFLOP/s, as the manufacturer states it"
     )
-    utilization: Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6"), Renamed("utilisation")] = Field(
-        description="assumed model FLOPs utilization (MFU), as a share of the peak"
+    utilization: Annotated[Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6")] | None, Renamed("utilisation")] = (
+        Field(None, description="measured model FLOPs utilization (MFU), as a share of the peak; null: estimated")
     )
 
     @property
-    def flops(self) -> float:
+    def peak(self) -> float:
         """FLOP/s of one GPU."""
-        return self.peak_tflops * 1e12 * self.utilization
+        return self.peak_tflops * 1e12
+
+
+Bandwidth = Annotated[float, Range(1e-3, 1e6)]
 
 
 class Gpu(Config):
@@ -75,23 +80,26 @@ class Gpu(Config):
     memory_gb: Annotated[float, Range(0, 1e5, "H100: 79.6, of which CUDA and NCCL take about 3", above=True)] | None = (
         Field(None, description="memory of one GPU in GiB, without what CUDA and NCCL take; null: not limited")
     )
-    fp32: Rate | None = Field(None, description="training speed in fp32; null: no estimate")
-    bf16: Rate | None = Field(None, description="training speed in bf16; null: no estimate")
-    fp8: Rate | None = Field(None, description="training speed in all FP8 precisions; null: no estimate")
+    fp32: Rate | None = Field(None, description="speed in fp32; null: no estimate")
+    bf16: Rate | None = Field(None, description="speed in bf16; null: no estimate")
+    fp8: Rate | None = Field(None, description="speed in all FP8 precisions; null: no estimate")
+    memory_tb_s: Bandwidth | None = Field(None, description="bandwidth of the memory in TB/s; H100: 3.35")
+    nvlink_gb_s: Bandwidth | None = Field(
+        None, description="bandwidth of NVLink per GPU in one direction in GB/s; H100: 450"
+    )
+    nvlink_gpus: Annotated[int, Range(1, 4096)] = Field(8, description="GPUs that NVLink connects, of one domain")
+    network_gb_s: Bandwidth | None = Field(
+        None, description="bandwidth of the network per GPU in one direction in GB/s; 400 Gb/s: 50"
+    )
     source: Text = Field(description="where the figures come from, shown in plans")
 
     def rate(self, precision: str) -> Rate | None:
-        rate: Rate | None = getattr(self, _family(precision), None)
+        rate: Rate | None = getattr(self, family(precision), None)
         return rate
 
-    def describe(self, precision: str) -> str:
-        """The rate in words. The rate must not be None."""
-        rate = self.rate(precision)
-        assert rate is not None
-        return f"{rate.utilization:g} of {rate.peak_tflops:g} TFLOP/s in {_family(precision)}"
 
-
-def _family(precision: str) -> str:
+def family(precision: str) -> str:
+    """The field of a profile that holds the rate of a precision."""
     return "fp8" if "fp8" in precision else precision
 
 
@@ -244,6 +252,22 @@ class Profile(Config):
     gpu: Gpu | None = Field(None, description="speed of the GPUs; null: training time is not estimated")
     storage: Storage = Field(Storage(), description="space of $ATOM_HOME and on the Hub")
     slurm: Slurm | None = Field(None, description="Slurm cluster, required by `atom submit`")
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """What a model of the time of a step needs; None if the profile does not say all of it."""
+        gpu = self.gpu
+        if gpu is None or gpu.bf16 is None or not (gpu.memory_tb_s and gpu.nvlink_gb_s and gpu.network_gb_s):
+            return None
+        rates = {"fp32": gpu.fp32, "bf16": gpu.bf16, "fp8": gpu.fp8}
+        return Accelerator(
+            peaks={name: rate.peak for name, rate in rates.items() if rate},
+            memory=gpu.memory_tb_s * 1e12,
+            nvlink=gpu.nvlink_gb_s * 1e9,
+            nvlink_gpus=gpu.nvlink_gpus,
+            network=gpu.network_gb_s * 1e9,
+            watts=self.power.watts_per_gpu,
+        )
 
     def costs(self) -> RunPrices | None:
         """The prices as plain values, for the files of a run."""

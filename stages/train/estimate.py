@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline.core.stage import Estimate, TrainingEstimate
+from pipeline.core.stage import Accelerator, Estimate, TrainingEstimate, TrainingTime
 from stages.data.order_config import ROW_BYTES
 from stages.mcore.activations import activation_bytes
 from stages.mcore.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.mcore.parallel_layout import Layout
+from stages.mcore.throughput import UNFITTED_ERRORS, Run, shape_of, step_time
 from stages.models.costs import MemoryShare, Rows
 from stages.train.checkpoint import SHARD_BYTES
 from stages.train.config import PhaseConfig, TrainConfig, TrainerConfig
@@ -62,6 +63,19 @@ def estimate(config: TrainConfig) -> Estimate:
             data_bytes=tokens * (2 if config.padded_vocab_size <= TWO_BYTE_IDS else 4) + order_rows * ROW_BYTES,
         ),
     )
+
+
+def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
+    """The time of the steps still to be trained, all batches of the ramp, by stages/mcore/throughput.py."""
+    phase, layout, shape = config.phase, config.phase.parallelism, shape_of(config.model, config.padded_vocab_size)
+    rows, first, seconds = Rows(phase.micro_rows, phase.sequence_length), phase.first_step, 0.0
+    for last, batch_rows in (*phase.row_ramp, (phase.steps, phase.rows_of(phase.steps))):
+        micro_batches = batch_rows // rows.rows // layout.data
+        if last >= first:
+            run = Run(layout, phase.precision, rows, micro_batches)
+            seconds += (last - first + 1) * step_time(shape, gpu, run).total
+            first = last + 1
+    return TrainingTime(seconds, *UNFITTED_ERRORS)
 
 
 def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:

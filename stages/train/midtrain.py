@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Inputs, Report, Stage
 from stages.train.config import TrainConfig
-from stages.train.estimate import estimate
+from stages.train.estimate import estimate, training_time
 from stages.train.pretrain import simulate
 
 VERSION = 7
@@ -32,6 +32,7 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 STAGE = Stage(
-    "midtrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    "midtrain", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
+    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     simulate=simulate,
 )  # fmt: skip

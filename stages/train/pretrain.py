@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Inputs, RankSimulation, Report, Stage
 from stages.train.config import TrainConfig
-from stages.train.estimate import estimate
+from stages.train.estimate import estimate, training_time
 
 VERSION = 7
 
@@ -34,6 +34,7 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
 
 
 STAGE = Stage(
-    "pretrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    "pretrain", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
+    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     simulate=simulate,
 )  # fmt: skip

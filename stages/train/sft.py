@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from pipeline.core.stage import Stage
 from stages.train.config import TrainConfig
-from stages.train.estimate import estimate
+from stages.train.estimate import estimate, training_time
 from stages.train.midtrain import run
 from stages.train.pretrain import simulate
 
 VERSION = 2
 STAGE = Stage(
-    "sft", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    "sft", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
+    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     simulate=simulate,
 )  # fmt: skip

@@ -152,7 +152,9 @@ def test_the_story_of_a_recipe(name: str) -> None:
 def fp8_is_faster(model: str) -> bool:
     """Whether published figures show FP8 to be faster than bf16 for a model on H100."""
     with open(ROOT / "bench" / "anchors.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["system"] == "H100" and row["model"] == model]
+        rows = [
+            row for row in csv.DictReader(file) if (row["system"], row["model"], row["run"]) == ("H100", model, "tuned")
+        ]
     best = {row["precision"]: float(row["tflops"]) for row in rows}
     return best.get("fp8", 0.0) > best.get("bf16", math.inf)
 

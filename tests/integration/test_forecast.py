@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from pipeline.graph import recipe as recipes
 from pipeline.graph.cost_estimate import Use, forecast
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
+from stages.mcore.throughput import Run, shape_of, step_time
+from stages.models.costs import Rows
+from stages.train.estimate import training_time
 from tests.fixtures import ROOT
 from tests.fixtures.run_fixtures import atom
 
@@ -35,7 +39,14 @@ def rows_by_hand() -> list[plan.StagePlan]:
         name: str, estimate: Estimate, ranks: int = 1, trains: bool = False, sealed: bool = False
     ) -> plan.StagePlan:
         return plan.StagePlan(
-            State(name, f"{name}-0", "sealed" if sealed else "to run"), estimate, {}, ranks, {}, None, trains
+            State(name, f"{name}-0", "sealed" if sealed else "to run"),
+            estimate,
+            {},
+            ranks,
+            {},
+            None,
+            trains,
+            time=partial(training_time, node.config),
         )
 
     return [
@@ -75,8 +86,13 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changed, why",
     [
-        ({"gpu": None}, "cluster profile h100-pyxis has no section gpu, with peak and utilization"),
+        ({"gpu": None}, "cluster profile h100-pyxis has no section gpu, with peaks and bandwidths"),
         ({"gpu": {"name": "G", "source": "s"}}, "cluster profile h100-pyxis has no rate for bf16 in its section gpu"),
+        (
+            {"gpu": {"name": "G", "source": "s", "bf16": {"peak_tflops": 1000}, "memory_tb_s": 3, "nvlink_gb_s": 450}},
+            "cluster profile h100-pyxis has no utilization for bf16 in its section gpu, and a model of the time needs bf16, "
+            "memory_tb_s, nvlink_gb_s and network_gb_s",
+        ),
     ],
 )
 def test_without_rates_one_sentence_says_why_there_is_no_time(tmp_path: Path, changed: Any, why: str) -> None:
@@ -118,8 +134,41 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
 
 
 def test_gpu_hours_of_published_runs() -> None:
-    """DeepSeek-V3 and SmolLM3 took less than the packaged rates say."""
-    assert bench.hours_errors() == pytest.approx([0.195, 0.029], abs=0.01)
+    """DeepSeek-V3 took less than the model says, SmolLM3 in nanotron more."""
+    assert bench.hours_errors() == pytest.approx([0.22, -0.32], abs=0.02)
+
+
+def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> None:
+    """Of every step still to be trained, at the batch of its part of the ramp; a measured rate of one precision wins."""
+    graph = dag.compose(recipes.load("atom-30b-a3b"), Store(Path("none")), without_data=True)
+    (pretrain,) = plan.plan(graph, {"pretrain": State("pretrain", "pretrain-0", "to run")}, ["pretrain"])
+    node = graph.nodes["pretrain"]
+    profile = cluster_profile.load("h100-pyxis")
+    estimate = forecast([pretrain], profile, small=False)
+    gpu, phase, shape = (
+        profile.accelerator,
+        node.config.phase,
+        shape_of(node.config.model, node.config.padded_vocab_size),
+    )
+    assert gpu is not None and phase.batch.ramp
+    seconds = 0.0
+    for first, last, tokens in ((1, 4000, 2 << 20), (4001, 14_000, 4 << 20), (14_001, 480_000, 8 << 20)):
+        run = Run(phase.parallelism, "bf16", Rows(1, 4096), tokens // 4096 // 256)
+        seconds += (last - first + 1) * step_time(shape, gpu, run).total
+    (use,) = estimate.uses
+    assert (use.hours, use.gpu_hours) == (pytest.approx(seconds / 3600), pytest.approx(256 * seconds / 3600))
+    share = f"{pretrain.estimate.flops / use.gpu_hours / 3600 / 989e12:.2f}"  # type: ignore[operator]
+    assert estimate.assumed[0] == (
+        f"assumed: H100 SXM by a model of compute, memory and network, with even routing: {share} of 989 TFLOP/s in "
+        "bf16 for pretrain; error on published runs of models that it was not fitted to: median 12%, largest 51%; NVIDIA's data sheets "
+        "of H100 SXM and DGX H100, peaks without sparsity"
+    )
+    assert profile.gpu is not None and profile.gpu.bf16 is not None
+    rate = profile.gpu.bf16.model_copy(update={"utilization": 0.25})
+    gpu_section = profile.gpu.model_copy(update={"bf16": rate, "source": "our run"})
+    measured = forecast([pretrain], profile.model_copy(update={"gpu": gpu_section}), small=False)
+    assert measured.total.gpu_hours == pytest.approx(pretrain.estimate.flops / 989e12 / 0.25 / 3600)  # type: ignore[operator]
+    assert measured.assumed[0] == "assumed: H100 SXM at 0.25 of 989 TFLOP/s in bf16; our run"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""Fits the constants of the model of a step's time (stages/mcore/throughput.py) to published runs, and measures its
+errors on runs that were left out.
+
+    .venv/bin/python bench/throughput.py         # ten seconds; nothing is run
+
+Fitted are the tuned runs of anchors.csv from release 26.06 on, each configuration once: software became faster with
+each release. Older ones, and runs on real data with natural routing, are shown apart. Rows in NVFP4 and with fully
+sharded data parallelism are not described by the model.
+
+Least squares on the logarithm of throughput, with a prior on each constant's logarithm: what few runs determine stays
+near what is known of it, so that leaving runs out does not let it go astray. `bench/planner.py` prints the tables.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.published import MODELS, anchors, systems
+from pipeline.core.stage import Accelerator
+from stages.mcore.parallel_layout import Layout
+from stages.mcore.throughput import CONSTANTS, Constants, Run, Shape, step_time
+from stages.models.costs import Rows
+
+PRECISIONS = {"bf16": "bf16", "fp8": "fp8-tensorwise", "mxfp8": "mxfp8"}
+"""FP8 in the tables has one scale for a tensor."""
+OLDER = ("25.", "26.04")
+PRIOR = {
+    "bf16": (0.7, 1.15),
+    "fp8": (0.65, 1.15),
+    "grouped": (0.7, 1.3),
+    "attention": (0.5, 1.3),
+    "passes": (7, 1.5),
+    "link": (0.7, 1.3),
+    "launch": (1e-6, 4),
+}
+"""The expected value of each constant, and the factor by which it may well be wrong."""
+NOISE = 0.1
+"""The expected relative error of a run."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A published run."""
+
+    row: dict[str, str]
+    shape: Shape
+    gpu: Accelerator
+    run: Run
+
+    @property
+    def fitted(self) -> bool:
+        return self.row["run"] == "tuned" and not self.row["release"].startswith(OLDER)
+
+    def tokens_per_s(self, constants: Constants) -> float:
+        """Of one GPU."""
+        tokens = int(self.row["global_batch"]) * int(self.row["sequence_length"])
+        return tokens / self.run.layout.ranks / step_time(self.shape, self.gpu, self.run, constants).total
+
+    def error(self, constants: Constants) -> float:
+        """Relative error of the throughput."""
+        return self.tokens_per_s(constants) / float(self.row["tokens_per_s"]) - 1
+
+    def label(self) -> str:
+        row = self.row
+        return f"{row['model'].split(' as counted')[0]:24}{row['system']:6}{row['gpus']:>5} {row['precision']:6}"
+
+
+def runs() -> list[Anchor]:
+    """The published runs that the model describes."""
+    machines, found = systems(), []
+    for row in anchors():
+        if not row["tp"] or row["precision"] not in PRECISIONS:
+            continue
+        sizes: dict[str, Any] = {name: int(row[name]) for name in ("tp", "pp", "cp", "ep")}
+        layout = Layout(
+            ranks=int(row["gpus"]), vpp=int(row["vp"]), etp=1, dispatcher=row["dispatcher"] or "alltoall", **sizes
+        )
+        rows = Rows(int(row["micro_batch"]), int(row["sequence_length"]))
+        micro_batches = int(row["global_batch"]) // rows.rows // layout.data
+        run = Run(layout, PRECISIONS[row["precision"]], rows, micro_batches, gradient=2, graphs=row["graphs"],
+                  hides_experts=row["overlap"] == "yes", balanced=True)  # fmt: skip
+        found.append(Anchor(row, MODELS[row["model"].split(" as counted")[0]], machines[row["system"]], run))
+    return found
+
+
+def fit(rows: Sequence[Anchor], steps: int = 40) -> Constants:
+    """The constants of least squares (Levenberg, 1944; Marquardt, 1963), fitted as logarithms."""
+    prior = np.log([PRIOR[name][0] for name in asdict(CONSTANTS)])
+    spread = np.log([PRIOR[name][1] for name in asdict(CONSTANTS)])
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        constants = Constants(*map(float, np.exp(logs)))
+        return np.array([math.log1p(row.error(constants)) / NOISE for row in rows] + list((logs - prior) / spread))
+
+    logs, damping = prior, 1.0
+    now = residuals(logs)
+    for _ in range(steps):
+        slopes = np.stack([(residuals(logs + d) - now) / 1e-6 for d in 1e-6 * np.eye(len(logs))], axis=1)
+        step = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(logs)), -slopes.T @ now)
+        after = residuals(logs + step)
+        gain = now @ now - after @ after
+        if gain > 0:
+            logs, now, damping = logs + step, after, damping / 4
+            if gain < 1e-6 * (now @ now):
+                break
+        else:
+            damping *= 4
+    return Constants(*map(float, np.exp(logs)))
+
+
+def left_out(rows: Sequence[Anchor], column: str) -> list[float]:
+    """The error of each row, the constants being fitted without all rows of its model, or of its system."""
+    values = dict.fromkeys(row.row[column] for row in rows)
+    fits = {value: fit([row for row in rows if row.row[column] != value]) for value in values}
+    return [row.error(fits[row.row[column]]) for row in rows]
+
+
+def report() -> tuple[Constants, dict[str, tuple[float, float]]]:
+    """Prints errors on published throughput; gives the fitted constants, and the median and the largest error on rows
+    that were fitted, whose model was left out, and whose system was left out."""
+    every = runs()
+    rows = [row for row in every if row.fitted]
+    constants = fit(rows)
+    columns = {
+        "fitted": [row.error(constants) for row in rows],
+        "model left out": left_out(rows, "model"),
+        "system left out": left_out(rows, "system"),
+    }
+    print(f"\n{'tokens/s of a GPU: error':42}{'published':>10}" + "".join(f"{name:>17}" for name in columns))
+    for row, *errors in zip(rows, *columns.values(), strict=True):
+        print(f"{row.label():42}{float(row.row['tokens_per_s']):10,.0f}" + "".join(f"{e:17.0%}" for e in errors))
+    summary = {}
+    for name, values in columns.items():
+        sizes = [abs(value) for value in values]
+        summary[name] = statistics.median(sizes), max(sizes)
+    for what, number in (("median", 0), ("largest", 1)):
+        print(f"{what:52}" + "".join(f"{figures[number]:17.1%}" for figures in summary.values()))
+    print(f"\n{'not fitted: older releases, real data':42}{'published':>10}{'error':>17}  of")
+    for row in every:
+        if not row.fitted:
+            print(f"{row.label():42}{float(row.row['tokens_per_s']):10,.0f}{row.error(constants):17.0%}"
+                  f"  {row.row['release']}, {row.row['run']}")  # fmt: skip
+    print("constants: " + ", ".join(f"{name} {value:.4g}" for name, value in asdict(constants).items()))
+    return constants, summary
+
+
+if __name__ == "__main__":
+    report()
