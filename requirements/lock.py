@@ -8,7 +8,8 @@ index states for every file of a version. Two things are added to what uv writes
 - The CUDA libraries, which torch from the index needs and a CPU build does not, go into cuda.lock.
 - A CPU build of torch that pip finds in its own `find-links`, if any, gets an entry in torch-cpu.lock.
 
-The environment of `make test-te` has versions of its own, from te.in, in te.lock and te-source.lock.
+The environment of `make test-te` has versions of its own, from te.in, in te.lock and te-source.lock. The images of
+containers/ have image.lock, which leaves out what their base brings, and vllm.lock for vLLM's own environment.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ TE_SOURCE = "transformer-engine-torch==2.20.2"
 """The index has its source only, which is compiled."""
 TE_WITHOUT = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
 """Compilers of GPU kernels, of half a gigabyte, which nothing here imports."""
+IMAGE_PYTHON = "3.12"
+"""That of NVIDIA's PyTorch image, on which the images of containers/ are built."""
+IMAGE_EXTRAS = ("data", "harness", "hub", "report", "rl", "track", "train")
+VLLM = "vllm==0.32.0"
 HEAD = "# Written by `make lock`; docs/install.md explains it. Do not edit.\n"
 
 
@@ -53,6 +58,15 @@ def write_te() -> None:
     entries += compile_entries("3.12", "--no-deps", "-", stdin=TE_BRIDGE)
     (HERE / "te.lock").write_text(HEAD + "\n".join(sorted(entries)) + "\n")
     (HERE / "te-source.lock").write_text(HEAD + compile_entries("3.13", "--no-deps", "-", stdin=TE_SOURCE)[0] + "\n")
+
+
+def write_image() -> None:
+    """image.lock and vllm.lock."""
+    extras = [argument for extra in IMAGE_EXTRAS for argument in ("--extra", extra)]
+    entries = compile_entries(IMAGE_PYTHON, *extras, "--constraint", "constraints.txt", "pyproject.toml")
+    entries = [entry for entry in entries if not entry.startswith(("torch==", *CUDA))]
+    (HERE / "image.lock").write_text(HEAD + "\n".join(entries) + "\n")
+    (HERE / "vllm.lock").write_text(HEAD + "\n".join(compile_entries(IMAGE_PYTHON, "-", stdin=VLLM)) + "\n")
 
 
 def cpu_torch(torch: str, python: str) -> str:
@@ -85,6 +99,7 @@ def main() -> None:
     if cpu:
         (HERE / "torch-cpu.lock").write_text(HEAD + cpu)
     write_te()
+    write_image()
 
 
 if __name__ == "__main__":
