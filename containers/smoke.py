@@ -63,11 +63,14 @@ def check_versions(python: Path, lock: Path) -> str:
 
 
 def check_requirements(distribution: str = "atom-release", extras: tuple[str, ...] = EXTRAS) -> str:
-    """Whatever a package asks for, and what that asks for, is there in a version that fits, also from the base image."""
+    """Whatever a package asks for, and what that asks for in turn, is there in a version that fits.
+
+    What PyTorch asks for is left to its base image.
+    """
     wrong, seen, queue = [], set(), [(distribution, frozenset(extras))]
     while queue:
         name, wanted = queue.pop()
-        if (name, wanted) in seen:
+        if (name, wanted) in seen or name == "torch":
             continue
         seen.add((name, wanted))
         for text in metadata.requires(name) or ():
@@ -97,33 +100,18 @@ def check_imports() -> str:
     return f"{', '.join(modules)}; {gpu or 'no GPU'}"
 
 
-def check_training() -> str:
+def check_training(atom: Path) -> str:
     """Trains the smallest recipe from its text, on the device that there is."""
     with tempfile.TemporaryDirectory() as home:
         environment = {"ATOM_HOME": home, "MLFLOW_TRACKING_URI": "none"}
-        run(sys.executable, "-m", "pipeline.cli", "run", "atom-smoke", "--until", "pretrain", **environment)
+        run(atom, "run", "atom-smoke", "--until", "pretrain", **environment)
         (events,) = Path(home).glob("logs/*/pretrain/events.jsonl")
         progress = [row for row in map(json.loads, events.read_text().splitlines()) if row["event"] == "progress"]
     return f"{progress[-1]['done']} of {progress[-1]['total']} steps of atom-smoke"
 
 
-def main() -> int:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "/opt/atom")
-    atom = (sys.executable, "-m", "pipeline.cli")
-    checks: list[tuple[str, Callable[[], str]]] = []
-    for line in (folder / "locks").read_text().splitlines():
-        environment, lock = line.split()
-        python = folder / environment / "bin/python"
-        checks.append((f"versions of {environment}", lambda p=python, name=lock: check_versions(p, SOURCE / name)))
-    checks += [
-        ("requirements", check_requirements),
-        ("imports", check_imports),
-        ("atom --version", lambda: run(*atom, "--version")),
-        ("atom plan", lambda: run(*atom, "plan", "atom-tiny", MLFLOW_TRACKING_URI="none")),
-        ("training", check_training),
-    ]
-    if (vllm := folder / "vllm/bin/vllm").exists():
-        checks.append(("vllm --version", lambda: run(vllm, "--version")))
+def report(checks: list[tuple[str, Callable[[], str]]]) -> int:
+    """Prints a line for each check; the exit code."""
     failed = 0
     for name, check in checks:
         try:
@@ -132,6 +120,26 @@ def main() -> int:
             failed += 1
             print(f"FAILED  {name}: {error}", flush=True)
     return 1 if failed else 0
+
+
+def main() -> int:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "/opt/atom")
+    atom = folder / "venv/bin/atom"
+    checks: list[tuple[str, Callable[[], str]]] = []
+    for line in (folder / "locks").read_text().splitlines():
+        environment, lock = line.split()
+        python = folder / environment / "bin/python"
+        checks.append((f"versions of {environment}", lambda p=python, name=lock: check_versions(p, SOURCE / name)))
+    checks += [
+        ("requirements", check_requirements),
+        ("imports", check_imports),
+        ("atom --version", lambda: run(atom, "--version")),
+        ("atom plan", lambda: run(atom, "plan", "atom-tiny", MLFLOW_TRACKING_URI="none")),
+        ("training", lambda: check_training(atom)),
+    ]
+    if (vllm := folder / "vllm/bin/vllm").exists():
+        checks.append(("vllm --version", lambda: run(vllm, "--version")))
+    return report(checks)
 
 
 if __name__ == "__main__":

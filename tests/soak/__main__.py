@@ -131,6 +131,10 @@ PARTS = {
         "Transformer Engine's layers on CPU against this project's, also in layouts of four, and Megatron-Bridge on an "
         "export: to run before a change to the engine is called done. It makes an environment of its own.",
     ),
+    "containers": Part(
+        test_steps("tests/slurm/test_slurm_containers.py"), ["tests", "result"],
+        "The CPU image, built from the Dockerfile on a Debian by debootstrap, and a stage in it on Slurm.",
+    ),
     "packages": Part(
         test_steps("tests/integration/test_packages.py"), ["tests", "result"],
         "The data recipe `packages`, fetched from Debian and PyPI, to the order of pre-training.",
