@@ -87,7 +87,7 @@ def check_requirements(distribution: str = "atom-release", extras: tuple[str, ..
                 wrong.append(f"{name} needs {requirement.name}{requirement.specifier}, not {version}")
             queue.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     if wrong:
-        raise CheckFailed("; ".join(wrong))
+        raise CheckFailed("; ".join(dict.fromkeys(wrong)))
     return f"of {len({name for name, _ in seen})} packages"
 
 
