@@ -9,7 +9,8 @@ index states for every file of a version. Two things are added to what uv writes
 - A CPU build of torch that pip finds in its own `find-links`, if any, gets an entry in torch-cpu.lock.
 
 The environment of `make test-te` has versions of its own, from te.in, in te.lock and te-source.lock. What a machine for
-the kit for GPUs lacks is in gpu.in, and in gpu.lock.
+the kit for GPUs lacks is in gpu.in, and in gpu.lock. The images of containers/ have image.lock, which leaves out what
+their base brings, and vllm.lock for vLLM's own environment.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ TE_SOURCE = "transformer-engine-torch==2.20.2"
 """The index has its source only, which is compiled."""
 TE_WITHOUT = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
 """Compilers of GPU kernels, of half a gigabyte, which nothing here imports."""
+IMAGE_PYTHON = "3.12"
+"""That of NVIDIA's PyTorch image, on which the images of containers/ are built."""
+IMAGE_EXTRAS = ("data", "harness", "hub", "report", "rl", "track", "train")
+VLLM = "vllm==0.32.0"
 HEAD = "# Written by `make lock`; docs/install.md explains it. Do not edit.\n"
 
 
@@ -60,6 +65,15 @@ def write_gpu() -> None:
     """gpu.lock, in the versions of the other lock files."""
     entries = compile_entries("3.12", "--no-deps", "--constraint", "constraints.txt", "requirements/gpu.in")
     (HERE / "gpu.lock").write_text(HEAD + "\n".join(entries) + "\n")
+
+
+def write_image() -> None:
+    """image.lock and vllm.lock."""
+    extras = [argument for extra in IMAGE_EXTRAS for argument in ("--extra", extra)]
+    entries = compile_entries(IMAGE_PYTHON, *extras, "--constraint", "constraints.txt", "pyproject.toml")
+    entries = [entry for entry in entries if not entry.startswith(("torch==", *CUDA))]
+    (HERE / "image.lock").write_text(HEAD + "\n".join(entries) + "\n")
+    (HERE / "vllm.lock").write_text(HEAD + "\n".join(compile_entries(IMAGE_PYTHON, "-", stdin=VLLM)) + "\n")
 
 
 def cpu_torch(torch: str, python: str) -> str:
@@ -93,6 +107,7 @@ def main() -> None:
         (HERE / "torch-cpu.lock").write_text(HEAD + cpu)
     write_te()
     write_gpu()
+    write_image()
 
 
 if __name__ == "__main__":

@@ -157,8 +157,30 @@ def _python(slurm: Slurm, store: Store) -> str:
         return shlex.quote(slurm.python or sys.executable)
     if container.kind == "pyxis":
         return shlex.quote(container.python)
-    binds = ",".join([f"{store.home}:{store.home}", *container.mounts])
-    return shlex.join(["apptainer", "exec", "--nv", "--bind", binds, container.image, container.python])
+    if container.kind == "apptainer":
+        places = ",".join(_mounts(slurm, store))
+        return shlex.join(["apptainer", "exec", "--nv", "--bind", places, container.image, container.python])
+    binds = [part for mount in (*_HOST_MOUNTS, *_mounts(slurm, store)) for part in _bubblewrap_bind(mount)]
+    return shlex.join([*_BUBBLEWRAP, "--overlay-src", container.image, "--tmp-overlay", "/", *binds, container.python])
+
+
+_BUBBLEWRAP = ("env", "--ignore-signal=TERM", "--ignore-signal=USR2", "bwrap")
+"""Slurm signals every process of a task: the one that waits for the stage must not end before it. The stage itself
+sets handlers."""
+_HOST_MOUNTS = ("/proc", "/sys", "/dev", "/tmp", "/etc/hosts", "/etc/resolv.conf")
+"""What Apptainer and enroot take from the host by themselves."""
+
+
+def _bubblewrap_bind(mount: str) -> list[str]:
+    source, _, target = mount.partition(":")
+    return ["--dev-bind", source, target or source]
+
+
+def _mounts(slurm: Slurm, store: Store) -> list[str]:
+    """What the container sees of the host, as from:to or one path."""
+    assert slurm.container is not None, "there is one"
+    places = [str(store.home), *([slurm.scratch] if slurm.scratch else [])]
+    return [*(f"{place}:{place}" for place in places), *slurm.container.mounts]
 
 
 def _container_options(slurm: Slurm, store: Store) -> list[str]:
@@ -166,5 +188,4 @@ def _container_options(slurm: Slurm, store: Store) -> list[str]:
     container = slurm.container
     if container is None or container.kind != "pyxis":
         return []
-    mounts = ",".join([f"{store.home}:{store.home}", *container.mounts])
-    return [f"--container-image={container.image}", f"--container-mounts={mounts}"]
+    return [f"--container-image={container.image}", f"--container-mounts={','.join(_mounts(slurm, store))}"]

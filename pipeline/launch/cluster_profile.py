@@ -106,10 +106,12 @@ def family(precision: str) -> str:
 class Container(Config):
     """Container of the stages, with Python and the packages. The code comes from a snapshot in $ATOM_HOME."""
 
-    kind: Literal["pyxis", "apptainer"] = Field(description="container runtime")
-    image: LongLine = Field(description="image or .sqsh file for pyxis, .sif file for apptainer")
+    kind: Literal["pyxis", "apptainer", "bubblewrap"] = Field(description="container runtime")
+    image: LongLine = Field(
+        description="image or .sqsh file for pyxis, .sif file for apptainer, unpacked folder for bubblewrap"
+    )
     mounts: tuple[LongLine, ...] = Field(
-        (), max_length=100, description="mounts as from:to, or one path for both; $ATOM_HOME is added"
+        (), max_length=100, description="mounts as from:to, or one path for both; $ATOM_HOME and scratch are added"
     )
     python: LongLine = Field("python3", description="Python interpreter in the container")
 

@@ -135,6 +135,10 @@ PARTS = {
         test_steps("tests/gpu"), ["tests", "result"],
         "The kit for GPUs, as far as a CPU can run it: also what it does in processes of its own.",
     ),
+    "containers": Part(
+        test_steps("tests/slurm/test_slurm_containers.py"), ["tests", "result"],
+        "The CPU image, built from the Dockerfile on a Debian by debootstrap, and a stage in it on Slurm.",
+    ),
     "packages": Part(
         test_steps("tests/integration/test_packages.py"), ["tests", "result"],
         "The data recipe `packages`, fetched from Debian and PyPI, to the order of pre-training.",

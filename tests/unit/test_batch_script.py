@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,15 @@ OF_PROFILES = {
         "#SBATCH --exclusive",
         "#SBATCH --account=llm",
         "--kill-on-bad-exit=1 --container-image=/shared/images/atom.sqsh "
-        "--container-mounts=/shared/atom:/shared/atom,/shared:/shared python3 -u -m submitit.core._submit",
+        "--container-mounts=/shared/atom:/shared/atom,/tmp:/tmp,/shared:/shared "
+        "/opt/atom/venv/bin/python -u -m submitit.core._submit",
+        "export ATOM_VLLM_PYTHON=/opt/atom/vllm/bin/python\n",
     ],
     "h100-apptainer": [
         "module load apptainer",
-        "--kill-on-bad-exit=1 apptainer exec --nv --bind /shared/atom:/shared/atom,/shared:/shared "
-        "/shared/images/atom.sif python3 -u -m submitit.core._submit",
+        "--kill-on-bad-exit=1 apptainer exec --nv --bind "
+        "/shared/atom:/shared/atom,/scratch/local:/scratch/local,/shared:/shared "
+        "/shared/images/atom.sif /opt/atom/venv/bin/python -u -m submitit.core._submit",
     ],
     "h100-modules": [
         "--kill-on-bad-exit=1 /shared/envs/atom/bin/python -u -m submitit.core._submit",
@@ -60,6 +64,18 @@ def script(settings: Slurm, home: str | Path = "/shared/atom", ranks: int = 2, *
     run = Run("tiny-1", store.logs / "tiny-1", {})
     return batch_script(
         store, run, node(ranks, options.pop("trains", True)), settings, Path("/code"), **{"dependencies": [], **options}
+    )
+
+
+def test_a_stage_in_an_unpacked_image_sees_the_places_of_the_profile() -> None:
+    container = {"kind": "bubblewrap", "image": "/images/atom", "mounts": ["/data", "/a:/b"], "python": "/venv/python"}
+    text = script(Slurm.model_validate({**SLURM, "container": container, "scratch": "/scratch"})).text()
+    (command,) = re.findall(r"--kill-on-bad-exit=1 (env .*) -u -m submitit", text)
+    words = command.split()
+    places = [(words[i + 1], words[i + 2]) for i, word in enumerate(words) if word == "--dev-bind"]
+    assert {("/shared/atom", "/shared/atom"), ("/scratch", "/scratch"), ("/data", "/data"), ("/a", "/b")} < set(places)
+    assert (
+        words[3:8] == ["bwrap", "--overlay-src", "/images/atom", "--tmp-overlay", "/"] and words[-1] == "/venv/python"
     )
 
 
