@@ -117,7 +117,8 @@ def page(results: Mapping[str, Section], where: Mapping[str, Any], on_gpu: bool)
     ]  # fmt: skip
     rows += [[str(p), POINTS[p], "", "", "not run"] for p in POINTS if p not in {line["point"] for line in records}]
     table = [
-        f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in sorted(rows, key=lambda row: int(row[0]))
+        f"| {' | '.join(shortened(cell.replace('|', '/')) for cell in row)} |"
+        for row in sorted(rows, key=lambda row: int(row[0]))
     ]
     head = ["# GPU report", "", "`make test-gpu` writes this page; [GPUs](gpu.md) explains the kit.", ""]
     head += [] if on_gpu else [ON_CPU, ""]

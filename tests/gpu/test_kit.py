@@ -45,6 +45,8 @@ def test_a_section_that_passed_is_not_run_again(tmp_path: Path) -> None:
 def test_a_section_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     result = kit.run_section("device", command({**LINE, "figure": "f"}, "print(flush=True); time.sleep(60)"), tmp_path, HERE, limit=1)  # fmt: skip
     assert not result["passed"] and result["ended"] and result["seconds"] < 30
+    long = {**result, "lines": [{**LINE, "figure": "x" * 200}]}
+    assert f"| {'x' * (kit.CELL - 1)}… |" in kit.page({"device": long}, HERE, on_gpu=True)
     assert "section device: ended" in kit.page({"device": result}, HERE, on_gpu=True)
 
 
