@@ -1,0 +1,2 @@
+SLICE_BYTES = 2**28
+"""Largest size of the fp32 logits that are compared at one time."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import AtomError, CheckFailed
-from stages.export.hf import SLICE_BYTES, ExportConfig
+from stages.export import SLICE_BYTES
 from stages.mcore import gpu
 from stages.mcore.model import build, check_tensors
 from stages.mcore.param_names import BUFFERS, global_name
@@ -74,13 +74,17 @@ class _FirstLayer(Exception):
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def megatron_logits(
-    tensors: Mapping[str, torch.Tensor], config: ExportConfig, rows: list[list[int]], vocab_size: int
+    tensors: Mapping[str, torch.Tensor],
+    model: ModelConfig,
+    padded_vocab_size: int,
+    rows: list[list[int]],
+    vocab_size: int,
 ) -> Iterator[torch.Tensor]:
     """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other.
 
     Raises AtomError if a tensor does not have the model's shape.
     """
-    shapes = config.model.shapes(config.padded_vocab_size)
+    shapes = model.shapes(padded_vocab_size)
     device = gpu.device()
 
     def fill(module: torch.nn.Module, at: str) -> None:
@@ -94,7 +98,7 @@ def megatron_logits(
                 tensor.data.copy_(full)
 
     with parallel.session(0):
-        (gpt,) = build(config.model, config.padded_vocab_size, on_meta=True)
+        (gpt,) = build(model, padded_vocab_size, on_meta=True)
         gpt.eval()
         fill(gpt.embedding, "embedding")
         hook = gpt.decoder.layers[0].register_forward_pre_hook(_stop, with_kwargs=True)
@@ -112,7 +116,7 @@ def megatron_logits(
             layer.to("meta")
         fill(gpt.decoder.final_layernorm, "decoder.final_layernorm")
         table = None
-        if config.model.tie_embeddings:
+        if model.tie_embeddings:
             table = gpt.shared_embedding_or_output_weight()
         else:
             gpt.embedding.to("meta")

@@ -24,6 +24,7 @@ from pipeline.core.bounds import Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
+from stages.export import SLICE_BYTES
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
@@ -39,8 +40,6 @@ STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
 WHOLE_BYTES = 5 * 10**8
 """Largest model, in bytes of fp32, that transformers loads as a whole; of a larger one it loads a layer at a time."""
-SLICE_BYTES = 2**28
-"""Largest size of the fp32 logits that are compared at one time."""
 BASE_BYTES = 700_000_000
 """Of a process with Megatron or transformers (bench/export.py)."""
 
@@ -90,7 +89,9 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     tensors_compared = comparison.compare_files(folder, tensors, config.model, vocab_size)
     rows = comparison.parity_rows(vocab_size, config.model.context_length)
     by_layer = 4 * config.model.parameters(config.padded_vocab_size)["total"] > WHOLE_BYTES
-    with contextlib.closing(comparison.megatron_logits(tensors, config, rows, vocab_size)) as logits:
+    with contextlib.closing(
+        comparison.megatron_logits(tensors, config.model, config.padded_vocab_size, rows, vocab_size)
+    ) as logits:
         delta = comparison.compare_logits(folder, rows, logits, config.parity_tolerance, work, by_layer)
     _write(out / "parity.json", {
         "max_abs_logit_delta": delta,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pipeline.core.errors import AtomError
 from stages.mcore.megatron_imports import parallel_state
+from stages.models.costs import Rows
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.engine import Engine
 from stages.train.estimate import layout_label, owned_bytes, rank_memory
@@ -84,7 +85,8 @@ def run(options: argparse.Namespace) -> bool:
         tokens = options.micro_batches * options.micro_rows * options.length
         rate = config.model.flops_per_token(vocabulary, options.length) * tokens / seconds / world / 1e12
         report(f"speed, {name}", f"{rate:.3g} TFLOP/s a rank, {tokens / seconds:,.0f} tokens/s", f"at least {options.tflops:g}", rate >= options.tflops)  # fmt: skip
-        share, state, activations = rank_memory(config, parallel_state.get_pipeline_model_parallel_rank())
+        rows = Rows(config.phase.micro_rows, config.phase.sequence_length, config.phase.pack)
+        share, state, activations = rank_memory(config, rows, parallel_state.get_pipeline_model_parallel_rank())
         worst = max(engine.ranks.gather(peak[0] / (state + activations)), key=lambda ratio: abs(ratio - 1))
         figure, is_near = f"{worst - 1:+.1%}", not gpu_fixtures.ON_GPU or abs(worst - 1) < 0.1
         report("peak memory, the rank furthest from its plan", figure, f"within 10 %{ASKED}", is_near)

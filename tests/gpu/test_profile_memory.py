@@ -146,9 +146,7 @@ def test_a_checkpoint_costs_what_is_planned(tmp_path: Path, report: Report) -> N
     config = gpu_fixtures.phase()
     if not gpu_fixtures.ON_GPU:  # large enough to be seen in the memory of this process
         config = config.model_copy(update={"padded_vocab_size": 32768})
-    training = estimate(config).training
-    assert training is not None
-    planned = training.host_bytes
+    planned = estimate(config).host_bytes
     with gpu_fixtures.engine(config) as engine:
         gpu_fixtures.train_step(engine, gpu_fixtures.random_batch(config, engine.ranks))
         checkpoints = Checkpoints(tmp_path, 1, engine, train_fixtures.Reporter())

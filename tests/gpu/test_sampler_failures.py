@@ -24,7 +24,7 @@ def sampler() -> InProcess:
     model = gpu_fixtures.cut_recipe()[0] if gpu_fixtures.ON_GPU else gpu_fixtures.SMALL
     engine = InProcess(hf_config(model, VOCABULARY, 1, 0, "float32"), (), NEW)
     weights = {name: full_tensor(name, shape, model, 0) for name, shape in model.shapes(VOCABULARY).items()}
-    engine.load(model.spec().to_hf(weights, model, VOCABULARY))
+    engine.load(dict(model.spec().to_hf(weights, model, VOCABULARY)))
     return engine
 
 

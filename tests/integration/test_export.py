@@ -112,7 +112,7 @@ def test_a_broken_expert_is_refused(exported: Path, tmp_path: Path) -> None:
         comparison.compare_files(folder, tensors(), CONFIG.model, train_fixtures.VOCAB)
 
     rows = comparison.parity_rows(train_fixtures.VOCAB, 64)
-    logits = list(comparison.megatron_logits(tensors(), CONFIG, rows, train_fixtures.VOCAB))
+    logits = list(comparison.megatron_logits(tensors(), CONFIG.model, PADDED, rows, train_fixtures.VOCAB))
     with pytest.raises(
         CheckFailed, match=r"differ from Megatron's by 0\.\d+ at position \d+ of parity row \d, tolerance 0.0001"
     ):
@@ -202,7 +202,7 @@ def test_both_halves_find_a_broken_layer_in_a_shard(copied: Path, tmp_path: Path
     with pytest.raises(CheckFailed, match=r"tensor decoder.layers.1.mlp.experts.local_experts.2.linear_fc2.weight of"):
         compare(copied)
     rows = comparison.parity_rows(train_fixtures.VOCAB, 64)
-    logits = list(comparison.megatron_logits(tensors(), CONFIG, rows, train_fixtures.VOCAB))
+    logits = list(comparison.megatron_logits(tensors(), CONFIG.model, PADDED, rows, train_fixtures.VOCAB))
     with pytest.raises(CheckFailed, match=r"differ from Megatron's by 0\.\d+ at position \d+ of parity row \d"):
         comparison.compare_logits(copied, rows, logits, 1e-4, tmp_path, True)
 

@@ -46,7 +46,7 @@ def load(folder: Path, config: hf.ExportConfig) -> dict[str, Any]:
     model, vocab = config.model, config.padded_vocab_size
     expected = {name: full_tensor(name, shape, model, SEED) for name, shape in model.shapes(vocab).items()}
     rows = comparison.parity_rows(vocab, model.context_length)
-    ours = list(comparison.megatron_logits(expected, config, rows, vocab))
+    ours = list(comparison.megatron_logits(expected, config.model, config.padded_vocab_size, rows, vocab))
     bridge = AutoBridge.from_hf_pretrained(str(folder / "model"))
     provider = bridge.to_megatron_provider(load_weights=True)
     for name, value in CPU.items():
