@@ -1,8 +1,8 @@
 """The memory of an export as the model grows: both of its processes, at models from 10⁷ to 10⁹ parameters.
 
-    .venv/bin/python bench/export.py               # 10⁷ to 3·10⁸ parameters, some three minutes
+    .venv/bin/python bench/export.py               # 10⁷ to 2·10⁸ parameters, about a minute
     .venv/bin/python bench/export.py --quick       # two tiny models
-    .venv/bin/python bench/export.py --full        # also 10⁹, about ten minutes
+    .venv/bin/python bench/export.py --full        # also 10⁹, about two minutes
 
 Each model is a mixture of experts in bf16 whose checkpoint (fp32, weights only) is made tensor by tensor from the
 seeded initializer, in its release form. The export stage runs on it with its whole parity gate. `stage` is the process
@@ -179,7 +179,7 @@ def summarize(rows: list[Measured]) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two tiny models")
-    parser.add_argument("--full", action="store_true", help="up to 10⁹ parameters: about ten minutes")
+    parser.add_argument("--full", action="store_true", help="up to 10⁹ parameters: about two minutes")
     parser.add_argument("--child", nargs=3, metavar=("ACTION", "FOLDER", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
