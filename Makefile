@@ -61,9 +61,9 @@ check: lint
 
 test: lint tests
 
-# Two workers: most tests use one core. Of the tests of Slurm, and of those that share a whole run, one worker does all.
+# Three workers on two cores: many tests wait. Of the tests of Slurm, and of those that share a whole run, one does all.
 tests: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 20
+	$(BIN)/python -m pytest -n 3 --dist loadscope --durations 20
 
 test-latest:
 	$(MAKE) VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) $(VENV_LATEST)/.ready
