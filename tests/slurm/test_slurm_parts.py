@@ -52,6 +52,7 @@ def test_an_array_gives_the_same_bytes_as_one_process(tmp_path: Path, parts: int
 
 
 @at_length("slurm-parts", 900)
+@pytest.mark.timeout(2700)
 def test_a_thousand_parts_two_kills_a_dead_node_and_a_poison_document(tmp_path: Path) -> None:
     """All tasks are killed twice, and the node of one dies; a document that no reader can parse is removed with its
     reason."""
