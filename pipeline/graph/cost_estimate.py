@@ -102,9 +102,9 @@ def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
         return f"{name} has no rate for {training.precision} in its section gpu"
     if rate.utilization is not None:
         return rate
-    without = f"{name} has no utilization for {training.precision} in its section gpu, and a model of the time"
+    without = f"{name} has no utilization for {training.precision} in its section gpu, and the model of training time"
     if row.time is None or training.precision == "fp32":
-        return f"{without} is known of bf16 and FP8 alone"
+        return f"{without} knows bf16 and FP8 alone"
     if (accelerator := profile.accelerator) is None:
         return f"{without} needs bf16, memory_tb_s, nvlink_gb_s and network_gb_s"
     return row.time(accelerator)

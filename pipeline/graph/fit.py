@@ -67,7 +67,8 @@ def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     uses = {use.name: use for use in forecast(rows, profile, is_small(graph)).uses}
     misfits = [result for result in fits(rows, uses, profile) if result.reasons]
     if misfits:
-        others = f"; nor do {len(misfits) - 1} other stages" if len(misfits) > 1 else ""
+        more = len(misfits) - 1
+        others = {0: "", 1: "; nor does one other stage"}.get(more, f"; nor do {more} other stages")
         raise RecipeError(
             f"cluster profile {profile.name}: {misfits[0].sentence}{others}; change the profile or the recipe's "
             "parallelism, or submit with --ignore-fit"
@@ -77,16 +78,16 @@ def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -
 def _memory(row: StagePlan, profile: Profile) -> list[str]:
     """Of each GPU, and of the processes of a node together."""
     estimate, slurm = row.estimate, profile.slurm
-    need = estimate.memory_bytes or 0
+    need = (estimate.memory_bytes or 0) + estimate.host_bytes
     if slurm is None:
         at_once, have, where = min(row.ranks, profile.local.jobs), _machine_bytes(profile), "this machine"
         return [_lack(need * at_once, have, where)] if need * at_once > have else []
     allocation = slurm.allocation(row.state.name, row.ranks, row.trains)
     reasons, kind = [], "train" if row.trains else "cpu"
     if allocation.gpus:
-        limit = profile.gpu.memory_gb if profile.gpu else None
-        if limit is not None and need > limit * GIB:
-            reasons.append(_lack(need, limit * GIB, "a GPU", "gpu.memory_gb"))
+        limit, on_gpu = profile.gpu.memory_gb if profile.gpu else None, estimate.memory_bytes or 0
+        if limit is not None and on_gpu > limit * GIB:
+            reasons.append(_lack(on_gpu, limit * GIB, "a GPU", "gpu.memory_gb"))
         need = estimate.host_bytes
     of_node = need * allocation.ranks_per_node
     limit = allocation.jobs.memory_gb

@@ -231,7 +231,8 @@ class Slurm(Config):
 
 
 class Storage(Config):
-    """Space, which `atom plan --cluster` compares with what the stages leave; nothing else reads it."""
+    """Space that the stages may take: `atom plan --cluster` compares it with what they leave, and `atom submit` refuses
+    what does not fit."""
 
     home_gb: Annotated[float, Range(0, 1e9, above=True)] | None = Field(
         default=None, description="GB that $ATOM_HOME may hold; null: not limited"
@@ -249,9 +250,12 @@ class Profile(Config):
 
     name: Key = Field(description="name of the profile")
     local: Local = Field(Local(), description="use of this machine by `atom run`")
-    power: Power = Field(description="power for the energy estimate")
+    power: Power = Field(description="power for the estimates of energy and of training time")
     prices: Prices | None = Field(None, description="prices per hour; null: costs are not shown")
-    gpu: Gpu | None = Field(None, description="speed of the GPUs; null: training time is not estimated")
+    gpu: Gpu | None = Field(
+        None,
+        description="speed and memory of the GPUs; null: no estimate of training time, and no limit of memory",
+    )
     storage: Storage = Field(Storage(), description="space of $ATOM_HOME and on the Hub")
     slurm: Slurm | None = Field(None, description="Slurm cluster, required by `atom submit`")
 

@@ -42,8 +42,8 @@ LAWS = {
     "contamination": Law(0.15, 0.5, 0.45e9, 0.0, 0.0),
     "fresh": Law(0.15, 0.5, 0.45e9, 0.0, 0.0),
 }
-"""`filter` has the step pii and MinHash here, and `disk` of `tokenize` assumes
-token ids of four bytes, as in a large vocabulary."""
+"""Measured by `bench/data_scale.py`; those of `contamination` and `fresh` are assumed. `filter` has the step pii and
+MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary."""
 STEP_SECONDS = {"language": 0.18, "gopher_repetition": 0.36, "gopher_quality": 0.09, "fineweb": 0.03, "c4": 0.01}
 """Core seconds a MB of curation steps, beside the law of `filter` (`bench/filters.py`)."""
 
@@ -61,7 +61,7 @@ def total(sizes: Iterable[Size | None]) -> Size | None:
 PUBLISHED = ("dedup",)
 """Stages whose artifact a release holds."""
 WORK = 1.0
-"""Bytes on disk by those of the text, at most, beside the artifact of any stage here."""
+"""Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured."""
 
 
 def estimate(stage: str, size: Size | None, small: float | None = None, step_seconds: float = 0.0) -> Estimate:

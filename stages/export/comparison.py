@@ -1,6 +1,7 @@
 """The parity gate of an export: the written files are the checkpoint's tensors, and transformers computes its logits.
 
-Both halves hold one layer of the model at a time. The rows' hidden states pass through it, so the operations and their
+The models of the second half have one layer in memory at a time, beside the tables; transformers loads a small one
+whole. The rows' hidden states pass through it, so the operations and their
 results are those of the whole model.
 """
 

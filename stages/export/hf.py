@@ -2,7 +2,8 @@
 
     atom run atom-tiny --until export-base
 
-Tensors are mapped and written one after the other; no process holds more than one file, or one layer, of a large model.
+Tensors are mapped and written one after the other; no process holds more of a large model than one file, or
+the tables and one layer.
 The parity gate (comparison.py) has two halves, and a failure of either stops the release:
 - the written files are read back and mapped to Megatron's tensors; each must equal the checkpoint's, bit for bit;
 - transformers loads the folder in a fresh interpreter without Megatron or the CPU patches, and its logits must agree

@@ -31,10 +31,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
     if point is not None and call.excinfo is not None:
         error = call.excinfo.value
         if result.skipped:
-            gpu_fixtures.record(point=point, name=item.name, skipped=str(error))
+            gpu_fixtures.record(point=point, name=item.name.removeprefix("test_").replace("_", " "), skipped=str(error))
         elif "DOES NOT HOLD" not in str(error):  # such a line is recorded already
             text = " ".join(str(error).split())[:300]
-            gpu_fixtures.record(point=point, name=item.name, figure=f"{call.excinfo.typename}: {text}",
+            gpu_fixtures.record(point=point, name=item.name.removeprefix("test_").replace("_", " "), figure=f"{call.excinfo.typename}: {text}",
                                 criterion="no error", holds=False)  # fmt: skip
     return result
 

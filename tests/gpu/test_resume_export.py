@@ -30,13 +30,16 @@ def test_a_killed_run_goes_on_here_and_on_a_cpu(corpus: Path, tmp_path: Path, re
     run(corpus, tmp_path / "here", at=9, number=int(signal.SIGKILL))  # after the release checkpoint of step 6
     shutil.copytree(tmp_path / "here", tmp_path / "cpu")
     calm = train_fixtures.losses(tmp_path / "calm" / "out")
-    for name, env, bound in (("here", {}, 1e-5), ("cpu", {"CUDA_VISIBLE_DEVICES": ""}, 1e-4)):
+    for name, place, env, bound in (
+        ("here", "here", {}, 1e-5),
+        ("cpu", "on a CPU", {"CUDA_VISIBLE_DEVICES": ""}, 1e-4),
+    ):
         folder = tmp_path / name
         (attempt,) = (folder / "work").glob("attempt-*")
         before = {path.name: digest_of(rows_of(path)) for path in (attempt / "sealed").iterdir()}
         output = run(corpus, folder, env=env)
         went_on = "going on after step" in output and "damaged" not in output
-        report(f"a run killed after step 9, resumed {name}", "goes on" if went_on else output[-300:], "goes on, no checkpoint is damaged", went_on)  # fmt: skip
+        report(f"a run killed after step 9, resumed {place}", "goes on" if went_on else output[-300:], "goes on, no checkpoint is damaged", went_on)  # fmt: skip
         losses = train_fixtures.losses(folder / "out")
         difference = max(abs(a - b) / b for a, b in zip(losses, calm, strict=True))
         report(f"its {len(losses)} losses", f"relative difference {difference:.1e} from an undisturbed run", f"< {bound:g}", difference < bound)  # fmt: skip

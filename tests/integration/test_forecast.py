@@ -90,7 +90,7 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
         ({"gpu": {"name": "G", "source": "s"}}, "cluster profile h100-pyxis has no rate for bf16 in its section gpu"),
         (
             {"gpu": {"name": "G", "source": "s", "bf16": {"peak_tflops": 1000}, "memory_tb_s": 3, "nvlink_gb_s": 450}},
-            "cluster profile h100-pyxis has no utilization for bf16 in its section gpu, and a model of the time needs bf16, "
+            "cluster profile h100-pyxis has no utilization for bf16 in its section gpu, and the model of training time needs bf16, "
             "memory_tb_s, nvlink_gb_s and network_gb_s",
         ),
     ],

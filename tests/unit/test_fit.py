@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Estimate, TrainingEstimate
-from pipeline.graph import fit, plan
+from pipeline.core.store import Store
+from pipeline.graph import dag, fit, plan
+from pipeline.graph import recipe as recipes
 from pipeline.graph.cost_estimate import Use, forecast
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
@@ -140,7 +144,19 @@ def test_submit_refuses_what_does_not_fit(tmp_path: Path) -> None:
         in refused.stderr
     )
     assert "--ignore-fit" in refused.stderr
-    assert not (home / "runs").exists()
+    assert not list((home / "logs").glob("*")) and not (home / "jobs").exists()
+    allowed = atom(home, "submit", "atom-smoke", "--cluster", profile, "--dry-run", "--ignore-fit", code=None)
+    assert "does not fit" not in allowed.stderr
+
+
+def test_the_stages_that_do_not_fit_are_counted(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    composed = dag.compose(recipes.load("atom-smoke"), store)
+    for until, said in (("items", "memory_gb); change"), (None, "memory_gb); nor do 34 other stages; change")):
+        body = BODY | {"slurm": {**BODY["slurm"], "cpu": BODY["slurm"]["cpu"] | {"memory_gb": 0.1}}}
+        body["slurm"]["train"] = BODY["slurm"]["train"] | {"gpus_per_node": 0, "memory_gb": 0.1}
+        with pytest.raises(RecipeError, match=re.escape(said)):
+            fit.require(composed, store, composed.select(until, None), Profile.model_validate(body))
 
 
 def test_the_forecast_has_what_fits_needs() -> None:
