@@ -60,7 +60,7 @@ STAGES = (
     "acquire-web", "items", "filter", "duplicates", "representatives", "dedup", "tokenizer", "tokenize",
     "order-pretrain", "order-midtrain",
 )  # fmt: skip
-READER = "a rank's reader"
+SEARCH, READER = "contamination", "a rank's reader"
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,24 @@ def run_stage(store: Store, graph: dag.Graph, name: str, mode: str) -> None:
             node.stage.run_shard(node.config, inputs, work, shard)
 
 
+def search_items(store: Store, graph: dag.Graph, mode: str) -> None:
+    """Searches the documents of both orders for the evaluation items, as the stage does; there are no scores."""
+    from stages.evaluation import contamination
+
+    roles = ("dedup", "items", "order-pretrain", "order-midtrain")
+    inputs = {role: store.open(graph.nodes[role].key) for role in roles}
+    parts = {source.name: source.parts for source in graph.nodes["dedup"].config.sources}
+    config = contamination.ContaminationConfig(seed=0, parts=parts)
+    work, out = store.home / "work" / SEARCH, store.home / "work" / f"{SEARCH}-out"
+    for path in (work, out):
+        path.mkdir(parents=True, exist_ok=True)
+    if mode == "join":
+        contamination.run(config, inputs, work, out, Silent())
+        return
+    for shard in range(contamination.STAGE.shards(config)):
+        contamination.run_shard(config, inputs, work, shard)
+
+
 def read_as_a_rank(store: Store, graph: dag.Graph) -> None:
     """Opens the order and the token shards as a rank does, and reads the rows of twenty steps."""
     from stages.train.data import Order, Shards
@@ -204,6 +222,8 @@ def child(home: Path, recipe: Path, name: str, mode: str) -> None:
     before = used()  # planning hashes the source; the job of a stage gets its config from the plan
     if name == READER:
         read_as_a_rank(store, graph)
+    elif name == SEARCH:
+        search_items(store, graph, mode)
     else:
         run_stage(store, graph, name, mode)
     seconds, read = (after - start for after, start in zip(used(), before, strict=True))
@@ -231,10 +251,9 @@ def measure(documents: int, place: Path, words: int = SHORT, file_size: int = FI
     recipe = write_recipe(place, documents, file_size)
     graph = dag.compose(recipes.load(str(recipe)), Store(home))
     rows: list[Measured] = []
-    for name in (*STAGES, READER):
-        for mode in ("parts", "join"):
-            if mode == "parts" and (name == READER or graph.nodes[name].stage.run_shard is None):
-                continue
+    for name in (*STAGES, SEARCH, READER):
+        in_parts = name == SEARCH or (name in STAGES and graph.nodes[name].stage.run_shard is not None)
+        for mode in ("parts", "join") if in_parts else ("join",):
             command = [sys.executable, "-P", __file__, "--child", str(home), str(recipe), name, mode]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -39,10 +39,10 @@ LAWS = {
     "representatives": Law(0.005, 0.1, 0.35e9, 0.0, 0.02),
     "dedup": Law(0.01, 0.1, 0.5e9, 0.0, 0.46),
     "tokenize": Law(0.06, 0.1, 0.3e9, 0.0, 1.0),
-    "contamination": Law(0.15, 0.5, 0.45e9, 0.0, 0.0),
-    "fresh": Law(0.15, 0.5, 0.45e9, 0.0, 0.0),
+    "contamination": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
+    "fresh": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
 }
-"""Measured by `bench/data_scale.py`; those of `contamination` and `fresh` are assumed. `filter` has the step pii and
+"""Measured by `bench/data_scale.py`; `fresh` is assumed to need what `contamination` does. `filter` has the step pii and
 MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary."""
 STEP_SECONDS = {"language": 0.18, "gopher_repetition": 0.36, "gopher_quality": 0.09, "fineweb": 0.03, "c4": 0.01}
 """Core seconds a MB of curation steps, beside the law of `filter` (`bench/filters.py`)."""
