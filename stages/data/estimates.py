@@ -42,8 +42,8 @@ LAWS = {
     "contamination": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
     "fresh": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
 }
-"""Measured by `bench/data_scale.py`; `fresh` is assumed to need what `contamination` does. `filter` has the step pii and
-MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary."""
+"""Measured by `bench/data_scale.py`; `fresh` is assumed to need what `contamination` does. `filter` has the step
+pii and MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary."""
 STEP_SECONDS = {"language": 0.18, "gopher_repetition": 0.36, "gopher_quality": 0.09, "fineweb": 0.03, "c4": 0.01}
 """Core seconds a MB of curation steps, beside the law of `filter` (`bench/filters.py`)."""
 
