@@ -6,7 +6,9 @@ import hashlib
 import heapq
 import random
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -29,6 +31,10 @@ Item = tuple[str, str, str]
 """split (test, validation or fresh), kind, text."""
 
 
+RANGES = 256
+"""Of hashes that are sorted one after the other."""
+
+
 class PartFacts(TypedDict):
     """Of a part. read: documents by phase; occurring: candidates whose characters occur; hosts: (draw, id) of the first
     documents of the lottery."""
@@ -49,21 +55,26 @@ class CorpusSearch:
         self.orders = sorted(role for role in inputs if role.startswith("order-"))
         lottery = sorted(items, key=lambda id: _draw_hash("item", id, seed))
         self.candidates = {id: _without_spaces(items[id][2]) for id in lottery[: 3 * canaries] if runs.words[id]}
-        index = seal_part(work, "orders", self._write_index).folder
-        self.trained = {role.removeprefix("order-"): _load(index / f"{role}.npy") for role in self.orders}
+        index = seal_part(work, "order-hashes", self._write_index).folder
+        self.trained = {role.removeprefix("order-"): _load(index / f"{role}.hashes") for role in self.orders}
 
     def _write_index(self, folder: Path) -> dict[str, Any]:
-        """Writes the short hashes of the documents of each order, sorted."""
+        """Writes the short hashes of the documents of each order, sorted by one range after the other, of which memory
+        holds one."""
         import numpy as np
 
+        bounds = np.arange(1, RANGES, dtype=np.uint64) << np.uint64(64 - RANGES.bit_length() + 1)
         for role in self.orders:
-            hashes, pending = np.empty(0, np.uint64), list[Any]()
-            for path in order_files(self.inputs[role].path):
-                ids = (id for batch in stream_batches(path, ["id"]) for id in batch["id"].unique().to_pylist())
-                pending.append(np.unique(np.fromiter(map(short_hash, ids), np.uint64)))
-                if sum(map(len, pending)) >= len(hashes):  # else each of thousands of files would sort all hashes
-                    hashes, pending = np.unique(np.concatenate([hashes, *pending])), []
-            np.save(folder / f"{role}.npy", np.unique(np.concatenate([hashes, *pending])))
+            with ExitStack() as stack, open(folder / f"{role}.hashes", "wb") as sorted_hashes:
+                ranges = [stack.enter_context(tempfile.TemporaryFile(dir=self.work)) for _ in range(RANGES)]
+                for path in order_files(self.inputs[role].path):
+                    ids = (id for batch in stream_batches(path, ["id"]) for id in batch["id"].unique().to_pylist())
+                    hashes = np.unique(np.fromiter(map(short_hash, ids), np.uint64))
+                    for file, piece in zip(ranges, np.split(hashes, np.searchsorted(hashes, bounds)), strict=True):
+                        file.write(piece.tobytes())
+                for file in ranges:
+                    file.seek(0)
+                    sorted_hashes.write(np.unique(np.frombuffer(file.read(), np.uint64)).tobytes())
         return {}
 
     def seal(self, source: str, number: int) -> Part:
@@ -114,6 +125,8 @@ class Corpus:
 
     def __init__(self, search: CorpusSearch, items: Mapping[str, Item], sources: Sequence[str], report: Report) -> None:
         """sources: those that are trained on. Raises AtomError if a document of an order is not among the kept ones."""
+        import numpy as np
+
         self.runs, self.items, self.canaries, self.seed = search.runs, items, search.canaries, search.seed
         self.matched: dict[str, set[int]] = {phase: set() for phase in search.trained}
         self.matched |= {role.replace("tasks-", "prompts of "): set() for role in task_roles(search.inputs)}
@@ -127,7 +140,7 @@ class Corpus:
             part = search.seal(source, number)
             for phase, count in part.facts["read"].items():
                 self.read[phase] += count
-                self.matched[phase].update(_load(part.folder / f"{phase}.npy").tolist())
+                self.matched[phase].update(np.load(part.folder / f"{phase}.npy").tolist())
             for id in part.facts["occurring"]:
                 self.unmatched.pop(id, None)
             hosts = heapq.nsmallest(self.canaries, [*hosts, *((draw, id, path) for draw, id in part.facts["hosts"])])
@@ -197,10 +210,10 @@ def _texts_of(hosts: Sequence[tuple[str, str, Path]]) -> dict[str, str]:
 
 
 def _load(path: Path) -> Any:
-    """A sorted array of a file, mapped into memory."""
+    """The sorted hashes of a file, mapped into memory."""
     import numpy as np
 
-    return np.load(path, mmap_mode="r")
+    return np.memmap(path, np.uint64, "r") if path.stat().st_size else np.empty(0, np.uint64)
 
 
 def _members(values: Any, sorted_values: Any) -> Any:
