@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.data_scale import Silent
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
 LIMIT, LEAST_LIMIT = 4e9, 2e9
@@ -65,24 +66,13 @@ class Measured:
     delta: float
 
 
-class Silent:
-    """A report that nobody reads."""
-
-    lease = None
-
-    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
-    def metric(self, step: int, **values: float) -> None: ...
-    def note(self, text: str) -> None: ...
-    def seal_checkpoint(self, step: int, folder: Path) -> None: ...
-
-
 def peak(process: str) -> int:
     """VmHWM of a process in bytes; 0 if it has ended."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
+        match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
     except OSError:
         return 0
-    return 1024 * int(found[1]) if found else 0
+    return 1024 * int(match[1]) if match else 0
 
 
 def runs(process: str, script: str) -> bool:

@@ -134,8 +134,8 @@ def run_stage(tmp_path: Path):
 @pytest.fixture(scope="session")
 def smoke_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder with the data stages of atom-smoke, which the workers share. Treat it as read-only."""
-    own = tmp_path_factory.getbasetemp()
-    home = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smoke-data/home"
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-data/home"
     home.parent.mkdir(exist_ok=True)
     with FileLock(home.with_name("lock")):
         if not (done := home.with_name("done")).exists():

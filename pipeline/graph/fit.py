@@ -67,8 +67,8 @@ def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     uses = {use.name: use for use in forecast(rows, profile, is_small(graph)).uses}
     misfits = [result for result in fits(rows, uses, profile) if result.reasons]
     if misfits:
-        more = len(misfits) - 1
-        others = {0: "", 1: "; nor does one other stage"}.get(more, f"; nor do {more} other stages")
+        count = len(misfits) - 1
+        others = {0: "", 1: "; nor does one other stage"}.get(count, f"; nor do {count} other stages")
         raise RecipeError(
             f"cluster profile {profile.name}: {misfits[0].sentence}{others}; change the profile or the recipe's "
             "parallelism, or submit with --ignore-fit"

@@ -87,15 +87,17 @@ def test_what_earlier_stages_leave_counts_and_what_is_sealed_needs_no_memory() -
 def test_what_must_end_within_a_start() -> None:
     """A whole stage; training to its next checkpoint, here a tenth; a shard, here 9 of 90 hours, or the joining."""
     assert reasons([row(Estimate())], hours=1) == [()]
-    (said,) = reasons([row(Estimate())], hours=2)
-    assert said == ("it needs 2.0 hours in one start, and a job has 1.0 (slurm.cpu.minutes)",)
+    (clauses,) = reasons([row(Estimate())], hours=2)
+    assert clauses == ("it needs 2.0 hours in one start, and a job has 1.0 (slurm.cpu.minutes)",)
     assert reasons([row(Estimate(training=TRAINING), True)], hours=10) == [()]
-    (said,) = reasons([row(Estimate(training=TRAINING), True)], hours=20)
-    assert said == ("to its next checkpoint it needs 2.0 hours in one start, and a job has 1.0 (slurm.train.minutes)",)
+    (clauses,) = reasons([row(Estimate(training=TRAINING), True)], hours=20)
+    assert clauses == (
+        "to its next checkpoint it needs 2.0 hours in one start, and a job has 1.0 (slurm.train.minutes)",
+    )
     for cpu_hours, serial_hours, longest in ((90.5, 0.5, 9.0), (5.5, 1.5, 1.5)):
         estimate = Estimate(cpu_seconds=cpu_hours * 3600, serial_seconds=serial_hours * 3600)
-        (said,) = reasons([row(estimate, shards=10)])
-        assert f"a shard or the joining of all needs {longest} hours" in said[0]
+        (clauses,) = reasons([row(estimate, shards=10)])
+        assert f"a shard or the joining of all needs {longest} hours" in clauses[0]
     assert reasons([row(Estimate(cpu_seconds=9 * 3600, serial_seconds=0), shards=10)], hours=5) == [()]
 
 
@@ -115,8 +117,8 @@ def test_without_a_limit_nothing_is_exceeded_and_a_sentence_names_it() -> None:
 def test_this_machine_holds_as_many_processes_as_run_at_once() -> None:
     local = {"name": "here", "power": {"watts_per_core": 8}, "local": {"jobs": 2, "memory_gb": 20}}
     assert reasons([row(Estimate(memory_bytes=10 * GIB), True)], hours=99, body=local) == [()]
-    (said,) = reasons([row(Estimate(memory_bytes=11 * GIB), True)], body=local)
-    assert said == ("it needs 22.0 GiB of memory, and this machine has 20.0",)
+    (clauses,) = reasons([row(Estimate(memory_bytes=11 * GIB), True)], body=local)
+    assert clauses == ("it needs 22.0 GiB of memory, and this machine has 20.0",)
 
 
 def test_every_stage_of_a_packaged_recipe_is_judged(tmp_path: Path) -> None:
