@@ -41,6 +41,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
+from pipeline.launch.local import JOB_ENVIRONMENT
 
 SIZES, QUICK, FULL = (10_000, 100_000, 300_000, 1_000_000), (2_000, 4_000), (3_000_000,)
 FILE, SMALL_FILE = 10_000, 500
@@ -255,7 +256,7 @@ def measure(documents: int, place: Path, words: int = SHORT, file_size: int = FI
         in_parts = name == SEARCH or (name in STAGES and graph.nodes[name].stage.run_shard is not None)
         for mode in ("parts", "join") if in_parts else ("join",):
             command = [sys.executable, "-P", __file__, "--child", str(home), str(recipe), name, mode]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, **JOB_ENVIRONMENT}
             process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if process.returncode:
                 raise SystemExit(f"{name} of {documents} documents, {mode}:\n{process.stderr[-3000:]}")
@@ -338,7 +339,7 @@ def summarize(rows: list[Measured], long: list[Measured]) -> dict[str, Any]:
             f"{documents / 1e9:.1f} billion documents on {TASKS} tasks: parts {parallel[documents]:.1f} h, "
             f"joins {serial[documents]:.1f} h"
         )
-    ratios["serial work at 1.2 billion documents"] = SERIAL_HOURS / serial[1.2e9]
+        ratios[f"serial work at {documents / 1e9:.1f} billion documents"] = SERIAL_HOURS / serial[documents]
     name = min(ratios, key=lambda key: ratios[key])
     return {
         "name": "data_scale", "ratio": round(ratios[name], 4), "low": round(ratios[name], 4),

@@ -243,6 +243,7 @@ class Stage(Generic[C]):
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
     obstacle: the reason why a config can be planned but not run, in one sentence; checked before anything starts.
     trains: whether it updates weights and needs a GPU for each rank.
+    imports: modules that `run` imports and that take seconds to load, for a process that waits for its inputs.
     reads: the input node for each role, for a stage that a recipe adds by its name alone.
     time: the time of a training phase on GPUs; None: there is no model of it.
     simulate: walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
@@ -259,6 +260,7 @@ class Stage(Generic[C]):
     obstacle: Callable[[C], str | None] = lambda config: None
     ranks: Callable[[C], int] = lambda config: 1
     trains: bool = False
+    imports: tuple[str, ...] = ()
     time: Callable[[C, Accelerator], TrainingTime] | None = None
     simulate: Callable[[C, int], RankSimulation] | None = None
     reads: Mapping[str, str] = field(default_factory=dict)

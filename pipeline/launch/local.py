@@ -25,6 +25,7 @@ from pipeline.graph.run import Run
 from pipeline.launch import clean_environment
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Profile
+from pipeline.launch.early_start import EarlyStart
 from pipeline.launch.failure_messages import disk_full_message
 from pipeline.launch.rendezvous import (
     announce,
@@ -46,8 +47,9 @@ FULL_DISK_BYTES = 1_000_000
 
 # One thread for each rank, so that sums have one order under any load of the machine. Seeds of str hashes are fixed, so
 # that no set order enters the bytes. Downloads are off: a stage uses only what is installed, and
-# pinned files of sources.
+# pinned files of sources. Of Arrow's allocators, jemalloc gives memory back between the parts of a corpus.
 JOB_ENVIRONMENT = {
+    "ARROW_DEFAULT_MEMORY_POOL": "jemalloc",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -121,13 +123,21 @@ class RunningJob:
     """Whether the lost ranks were announced to the others."""
     finished_since: float | None = None
     """The time since which the remaining ranks have no work."""
+    early_start: EarlyStart | None = None
+    """The gate at which its ranks wait for their inputs."""
+
+    def kill(self) -> None:
+        """Kills its processes: the ranks, and submitit's controller."""
+        controller = self.job._process.pid
+        kill_processes({*living_ranks(controller).values(), *filter(None, [self.pid]), controller})
 
 
 @dataclass
 class LocalLauncher:
     """Runs stages in up to `profile.local.jobs` slots until all of `selected` are sealed or one has failed.
 
-    A stage takes one slot for each of its ranks; a stage with more ranks than slots takes all of them.
+    A stage takes one slot for each of its ranks; a stage with more ranks than slots takes all of them. While a slot is
+    free, the next stage's process loads its modules; until its inputs are sealed, it takes no slot.
     """
 
     graph: Graph
@@ -137,6 +147,8 @@ class LocalLauncher:
     profile: Profile
     display: Display
     running: dict[str, RunningJob] = field(default_factory=dict)
+    early: RunningJob | None = None
+    """The job that waits for its inputs."""
 
     def go(self) -> None:
         """Runs to the end. Raises AtomError with the first failure; KeyboardInterrupt after a clean stop."""
@@ -152,7 +164,9 @@ class LocalLauncher:
                         self.display.sealed(name, elsewhere=True)
                     elif not failures and self._ready(node) and self._places(node) <= self._free_places():
                         waiting.remove(name)
-                        self.running[name] = self._submit(node)
+                        self.running[name] = self._admit_early(node) or self._submit(node)
+                if self.early is None and not failures:
+                    self._start_early(waiting)
                 for name, running_job in list(self.running.items()):
                     outcome = self._poll(running_job)
                     if outcome is None:
@@ -169,6 +183,8 @@ class LocalLauncher:
         except KeyboardInterrupt:
             self._stop()
             raise
+        finally:
+            self._end_early()
         if failures:
             name, failure = next(iter(failures.items()))
             raise of_kind(failure, f"stage {name} failed: {failure.text} (log: atom logs {name})")
@@ -177,7 +193,9 @@ class LocalLauncher:
         return min(node.stage.ranks(node.config), self.profile.local.jobs)
 
     def _free_places(self) -> int:
-        return self.profile.local.jobs - sum(self._places(running_job.node) for running_job in self.running.values())
+        """Slots without work. A job whose outcome is known only has to exit, which takes a second."""
+        working = [running_job.node for running_job in self.running.values() if running_job.outcome is None]
+        return self.profile.local.jobs - sum(self._places(node) for node in working)
 
     def _ready(self, node: Node) -> bool:
         if not all(self.store.sealed(key) for key in self.graph.materials(node).values()):
@@ -189,7 +207,33 @@ class LocalLauncher:
             return False
         return True
 
-    def _submit(self, node: Node) -> RunningJob:
+    def _start_early(self, waiting: list[str]) -> None:
+        """Starts the process of the first waiting stage whose missing inputs are all being made."""
+        for name in waiting if self._free_places() else ():
+            node = self.graph.nodes[name]
+            missing = {key for key in self.graph.materials(node).values() if not self.store.sealed(key)}
+            if node.stage.imports and missing and missing <= {job.node.key for job in self.running.values()}:
+                gate = self.run.node_folder(name) / "submitit" / "admitted"
+                gate.parent.mkdir(parents=True, exist_ok=True)
+                self.early = self._submit(node, EarlyStart.at(gate))
+                return
+
+    def _admit_early(self, node: Node) -> RunningJob | None:
+        """The job of this node if it has started early, now admitted."""
+        early = self.early
+        if early is None or early.node is not node or early.early_start is None:
+            return None
+        early.early_start.admit()
+        self.early = None
+        self.display.started(node.name, str(early.job.paths.stdout), early.ranks)
+        return early
+
+    def _end_early(self) -> None:
+        if self.early is not None:
+            self.early.kill()
+            self.early = None
+
+    def _submit(self, node: Node, early_start: EarlyStart | None = None) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
         task = Task(
             home=str(self.store.home),
@@ -216,11 +260,12 @@ class LocalLauncher:
         try:
             tail = EventTail(folder / "events.jsonl")
             tail.read()
-            job = executor.submit(work, task)
+            job = executor.submit(work, task, early_start)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
-        self.display.started(node.name, str(job.paths.stdout), number)
-        return RunningJob(node, job, tail, number)
+        if early_start is None:
+            self.display.started(node.name, str(job.paths.stdout), number)
+        return RunningJob(node, job, tail, number, early_start=early_start)
 
     def _poll(self, running_job: RunningJob) -> str | Failure | None:
         """The job's outcome, or None while it runs."""
@@ -289,8 +334,7 @@ class LocalLauncher:
             }
             time.sleep(POLL)
         for running_job in self.running.values():
-            controller = running_job.job._process.pid
-            kill_processes({*living_ranks(controller).values(), *filter(None, [running_job.pid]), controller})
+            running_job.kill()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -18,7 +18,7 @@ from pipeline.core.parts import Part, seal_part
 from pipeline.core.stage import Inputs, Report
 from stages.data.database import connect
 from stages.data.seeds import seed_of
-from stages.data.table import order_files, part_files, short_hash, sources_of, stream_batches, stream_parts
+from stages.data.table import order_files, part_files, short_hash, sources_of, stream_batches
 from stages.evaluation.confidence import wilson
 from stages.evaluation.generated_eval import prompts, task_roles
 from stages.evaluation.scores import Detector
@@ -36,12 +36,12 @@ RANGES = 256
 
 
 class PartFacts(TypedDict):
-    """Of a part. read: documents by phase; occurring: candidates whose characters occur; hosts: (draw, id) of the first
-    documents of the lottery."""
+    """Of a part. read: documents by phase; occurring: candidates whose characters occur; hosts: (draw, id, row) of the
+    first documents of the lottery."""
 
     read: dict[str, int]
     occurring: list[str]
-    hosts: list[tuple[str, str]]
+    hosts: list[tuple[str, str, int]]
 
 
 class CorpusSearch:
@@ -87,7 +87,8 @@ class CorpusSearch:
 
         matched: dict[str, set[int]] = {phase: set() for phase in self.trained}
         read, absent = dict.fromkeys(self.trained, 0), dict(self.candidates)
-        hosts: list[tuple[str, str]] = []
+        hosts: list[tuple[str, str, int]] = []
+        start = 0
         for batch in stream_batches(path, ["id", "text"]):
             ids = batch["id"].to_pylist()
             hashes = np.fromiter(map(short_hash, ids), np.uint64, len(ids))
@@ -100,8 +101,9 @@ class CorpusSearch:
                         matched[phase] |= nodes
                         read[phase] += 1
                 absent = {id: item_text for id, item_text in absent.items() if item_text not in squeezed}
-                hosts.append((_draw_hash("host", ids[n], self.seed), ids[n]))
+                hosts.append((_draw_hash("host", ids[n], self.seed), ids[n], start + n))
             hosts = heapq.nsmallest(self.canaries, hosts)
+            start += len(ids)
         for phase, nodes in matched.items():
             np.save(folder / f"{phase}.npy", np.array(sorted(nodes), np.uint32))
         facts: PartFacts = {"read": read, "occurring": sorted(self.candidates.keys() - absent), "hosts": hosts}
@@ -132,7 +134,7 @@ class Corpus:
         self.matched |= {role.replace("tasks-", "prompts of "): set() for role in task_roles(search.inputs)}
         self.read = dict.fromkeys(self.matched, 0)
         self.unmatched = dict(search.candidates)
-        hosts: list[tuple[str, str, Path]] = []
+        hosts: list[tuple[str, str, int, Path]] = []
         parts = [
             (source, number, path) for source in sources for number, path in enumerate(part_files(search.kept, source))
         ]
@@ -143,7 +145,8 @@ class Corpus:
                 self.matched[phase].update(np.load(part.folder / f"{phase}.npy").tolist())
             for id in part.facts["occurring"]:
                 self.unmatched.pop(id, None)
-            hosts = heapq.nsmallest(self.canaries, [*hosts, *((draw, id, path) for draw, id in part.facts["hosts"])])
+            part_hosts = ((draw, id, row, path) for draw, id, row in part.facts["hosts"])
+            hosts = heapq.nsmallest(self.canaries, [*hosts, *part_hosts])
             report.progress(done, len(parts), "parts")
         if any(self.read[phase] < len(trained) for phase, trained in search.trained.items()):
             raise AtomError(
@@ -202,11 +205,21 @@ def plant(item: str, host: str, form: str, seed: str) -> str:
     return head + forms[form] + tail
 
 
-def _texts_of(hosts: Sequence[tuple[str, str, Path]]) -> dict[str, str]:
-    """The text of each (draw, id, file) by id."""
-    ids = {id for _, id, _ in hosts}
-    files = sorted({path for _, _, path in hosts})
-    return {row["id"]: row["text"] for row in stream_parts(files, ["id", "text"]) if row["id"] in ids}
+def _texts_of(hosts: Sequence[tuple[str, str, int, Path]]) -> dict[str, str]:
+    """The text of each (draw, id, row, file) by id. Only the groups of rows that hold one are read."""
+    import pyarrow.parquet as pq
+
+    texts: dict[str, str] = {}
+    for path in sorted({host[3] for host in hosts}):
+        rows = [(row, id) for _, id, row, file in hosts if file == path]
+        with pq.ParquetFile(path) as table:
+            end = 0
+            for group in range(table.num_row_groups):
+                start, end = end, end + table.metadata.row_group(group).num_rows
+                if inside := [(row - start, id) for row, id in rows if start <= row < end]:
+                    column = table.read_row_group(group, ["text"])["text"]
+                    texts.update((id, column[row].as_py()) for row, id in inside)
+    return texts
 
 
 def _load(path: Path) -> Any:

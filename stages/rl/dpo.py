@@ -44,4 +44,5 @@ STAGE = Stage(
     "dpo", VERSION, DpoTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    imports=("stages.rl.algorithms.preferences",),
 )  # fmt: skip

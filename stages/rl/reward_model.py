@@ -36,4 +36,5 @@ def estimate(config: RewardTrainConfig) -> Estimate:
 STAGE = Stage(
     "reward", VERSION, RewardTrainConfig, run, estimate=estimate,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    imports=("stages.rl.algorithms.preferences",),
 )  # fmt: skip

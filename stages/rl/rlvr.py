@@ -45,4 +45,5 @@ STAGE = Stage(
     "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    imports=("stages.rl.algorithms.grpo",),
 )  # fmt: skip

@@ -33,6 +33,6 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 STAGE = Stage(
     "midtrain", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    ranks=lambda c: c.phase.parallelism.ranks, trains=True, imports=("stages.train.text_trainer",),
     simulate=simulate,
 )  # fmt: skip

@@ -35,6 +35,6 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
 
 STAGE = Stage(
     "pretrain", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    ranks=lambda c: c.phase.parallelism.ranks, trains=True, imports=("stages.train.text_trainer",),
     simulate=simulate,
 )  # fmt: skip

@@ -18,6 +18,6 @@ from stages.train.pretrain import simulate
 VERSION = 2
 STAGE = Stage(
     "sft", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    ranks=lambda c: c.phase.parallelism.ranks, trains=True, imports=("stages.train.text_trainer",),
     simulate=simulate,
 )  # fmt: skip

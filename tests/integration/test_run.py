@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,18 @@ def wait_for(home: Path, pattern: str, text: str, seconds: float = 200) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"no {text} in {pattern}")
+
+
+def processes_of(home: Path) -> list[int]:
+    """The living processes of stages of that home."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            variables = (path / "environ").read_bytes().split(b"\0")
+            is_zombie = b"\nState:\tZ" in (path / "status").read_bytes()
+            if f"ATOM_HOME={home}".encode() in variables and not is_zombie:
+                pids.append(int(path.name))
+    return pids
 
 
 def statements(home: Path, outcome: str) -> dict[str, int]:
@@ -117,11 +130,13 @@ def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_pat
     home = tmp_path / "home"
     copy_sealed(smoke_home, home, *DATA)
     command = ("run", "atom-smoke", "--until", last)
-    first = start(home, *command)
+    first = start(home, "run", "atom-smoke", "--until", "midtrain")
     wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
+    assert list(home.glob("logs/*/midtrain/submitit/*_submitted.pkl")), "midtrain loads its modules meanwhile"
     os.killpg(first.pid, signal.SIGINT)
     output = first.communicate(timeout=180)[0]
     assert first.returncode == 130 and "stopped; run the same command to go on from here" in output, output
+    assert not processes_of(home)
     key = next(p.name for p in (home / "work").iterdir() if p.name.startswith("pretrain-"))
     present = holder(home / "work" / key)
     assert present and not present.alive, "the lease is given back"
