@@ -111,8 +111,8 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure(size: Size, folders: list[Path]) -> dict[str, Any]:
-    own = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".txt", ".md", ".rst", ".py")]
-    texts = read(sorted({path for path in (own or files()) if path.is_file()}), size.megabytes)
+    given = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".txt", ".md", ".rst", ".py")]
+    texts = read(sorted({path for path in (given or files()) if path.is_file()}), size.megabytes)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     seconds: dict[str, list[float]] = {
         name: [] for name in ("ours", "tiktoken alone", "encode_batch", "encode_batch_fast")

@@ -77,7 +77,7 @@ class Anchor:
 
 def runs() -> list[Anchor]:
     """The published runs that the model describes."""
-    machines, found = systems(), []
+    machines, published = systems(), []
     for row in anchors():
         if not row["tp"] or row["precision"] not in PRECISIONS:
             continue
@@ -89,8 +89,8 @@ def runs() -> list[Anchor]:
         micro_batches = int(row["global_batch"]) // rows.rows // layout.data
         run = Run(layout, PRECISIONS[row["precision"]], rows, micro_batches, gradient=2, graphs=row["graphs"],
                   hides_experts=row["overlap"] == "yes", balanced=True)  # fmt: skip
-        found.append(Anchor(row, MODELS[row["model"].split(" as counted")[0]], machines[row["system"]], run))
-    return found
+        published.append(Anchor(row, MODELS[row["model"].split(" as counted")[0]], machines[row["system"]], run))
+    return published
 
 
 def fit(rows: Sequence[Anchor], steps: int = 40) -> Constants:

@@ -54,9 +54,9 @@ def check_versions(python: Path, lock: Path) -> str:
     installed = {canonicalize_name(n): v for n, v in json.loads(run(python, "-c", LISTING)).items()}
     wrong = []
     for name, version in pins(lock).items():
-        found = installed.get(canonicalize_name(name), "none")
-        if found == "none" or not SpecifierSet(f"=={version}").contains(found, prereleases=True):
-            wrong.append(f"{name} {found} instead of {version}")
+        present = installed.get(canonicalize_name(name), "none")
+        if present == "none" or not SpecifierSet(f"=={version}").contains(present, prereleases=True):
+            wrong.append(f"{name} {present} instead of {version}")
     if wrong:
         raise CheckFailed("; ".join(wrong))
     return f"{len(pins(lock))} packages of {lock.name}"

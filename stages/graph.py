@@ -133,9 +133,9 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> N
     models = {node: node for node in classifiers}
     graph.add("filter", "filter", data.filter_config(config.seed), **sources, **models, items="items")
     graph.add("duplicates", "duplicates", data.duplicates_config(), filter="filter")
-    found = {"filter": "filter", "duplicates": "duplicates"}
-    graph.add("representatives", "representatives", data.representatives_config(), **found)
-    graph.add("dedup", "dedup", data.dedup_config(), **found, representatives="representatives")
+    searched = {"filter": "filter", "duplicates": "duplicates"}
+    graph.add("representatives", "representatives", data.representatives_config(), **searched)
+    graph.add("dedup", "dedup", data.dedup_config(), **searched, representatives="representatives")
     tokenizer = config.tokenizer.model_dump()
     left_out = (*config.tokenizer.leave_out, *data.conversations)
     graph.add("tokenizer", "tokenizer", tokenizer | {"leave_out": left_out}, dedup="dedup")

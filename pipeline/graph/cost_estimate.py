@@ -73,10 +73,10 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
     name, estimate = row.state.name, row.estimate
     gpus = _gpus(row, profile)
     if gpus:
-        found = _training(row, profile)
-        if isinstance(found, str):
-            return Use(name, why=found)
-        seconds = found.seconds if isinstance(found, TrainingTime) else _seconds(row, found) / gpus
+        training = _training(row, profile)
+        if isinstance(training, str):
+            return Use(name, why=training)
+        seconds = training.seconds if isinstance(training, TrainingTime) else _seconds(row, training) / gpus
         return Use(name, seconds / 3600, gpu_hours=seconds / 3600 * gpus)
     if estimate.cpu_seconds is None:
         return Use(name, why="no estimate")

@@ -122,8 +122,8 @@ def _update_collections(info: ReleaseInfo, tombstone: Tombstone, journal: Journa
     client = api()
     with translate_errors("updating the collection"):
         title = f"{info.title} {info.version}"
-        found: list[Any] = [row for row in _collections(client, info.namespace) if row.title == title]
-        for collection in found:
+        collections: list[Any] = [row for row in _collections(client, info.namespace) if row.title == title]
+        for collection in collections:
             for item in client.get_collection(collection.slug).items:
                 if item.item_id in tombstone.removed:
                     client.delete_collection_item(collection.slug, item.item_object_id, missing_ok=True)

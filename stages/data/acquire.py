@@ -169,8 +169,8 @@ def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, An
                     licenses.add_unmapped(document)
                 write_failed(refused_row(source.name, id, document))
             else:
-                license, found = _license(source, document)
-                licenses.add(license, found, len(document.text.encode()))
+                license, stated_in = _license(source, document)
+                licenses.add(license, stated_in, len(document.text.encode()))
                 size += len(document.text.encode())
                 for parent in document.derived_from:
                     write_parent({"id": id, "parent": parent})

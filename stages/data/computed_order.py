@@ -143,12 +143,12 @@ class ComputedOrder:
     def steps_of(self, source: str, part: int, ordinal: int) -> list[int]:
         """The steps that read a document, in order. Raises AtomError if the source has no such training document."""
         chunks = self.indexes[source].chunks_of(part, ordinal)
-        found: set[int] = set()
+        steps: set[int] = set()
         for stream in self.streams:
             if stream.source == source:
                 for chunk in chunks[stream.pool]:
-                    found |= self._steps_of_chunk(stream, chunk, (part, ordinal))
-        return sorted(step for step in found if step >= self.config.first_step)
+                    steps |= self._steps_of_chunk(stream, chunk, (part, ordinal))
+        return sorted(step for step in steps if step >= self.config.first_step)
 
     def blocks_of(self, source: str, part: int, ordinal: int) -> dict[int, range]:
         """The blocks that read a document, with the first to the last step there that does. Of a packed phase, the

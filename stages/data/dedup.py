@@ -81,11 +81,11 @@ def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> P
     from stages.data.curation.representatives import Representatives
 
     number, part = config.parts()[shard]
-    source, found = config.sources[number], inputs["duplicates"].path
+    source, decisions = config.sources[number], inputs["duplicates"].path
     parts = [duplicates.Part(number, config.sources[number].name, part) for number, part in config.parts()]
 
     def make(folder: Path) -> dict[str, Any]:
-        exact, near = (duplicates.Removed(duplicates.removed_folder(found, name)) for name in ("exact", "near"))
+        exact, near = (duplicates.Removed(duplicates.removed_folder(decisions, name)) for name in ("exact", "near"))
         with Representatives(inputs["representatives"].path, parts) as representatives:
             removal = PartRemoval(
                 inputs["filter"].path,
@@ -95,7 +95,7 @@ def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> P
                 near,
                 representatives,
                 config.minhash,
-                OptOuts(duplicates.removed_folder(found, "opt_out")).of(parts[shard]),
+                OptOuts(duplicates.removed_folder(decisions, "opt_out")).of(parts[shard]),
             )
             return removal.write(folder)
 

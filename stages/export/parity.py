@@ -72,8 +72,8 @@ class ByLayer:
         settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self.conversions)
         loading, _ = self.model._load_pretrained_model(self.model, state, None, settings)
         tied = self.model.all_tied_weights_keys
-        own = [n for n, p in self.model.named_parameters() if n.startswith(at) and p.is_meta]
-        missing = [n for n in own if n not in tied and (at or not n.startswith(self.prefix))]
+        names = [n for n, p in self.model.named_parameters() if n.startswith(at) and p.is_meta]
+        missing = [n for n in names if n not in tied and (at or not n.startswith(self.prefix))]
         for kind, keys in zip(KINDS, (missing, loading.unexpected_keys, loading.mismatched_keys), strict=True):
             self.keys += [f"{kind.replace('_', ' ')} {key}" for key in sorted(map(str, keys))]
         self.keys += [f"{error} at {key}" for key, error in sorted(loading.conversion_errors.items())]
@@ -86,13 +86,13 @@ def files(folder: Path) -> dict[str, Path]:
     """The file of each tensor. Raises ValueError if an index does not add up with its files."""
     index = folder / "model.safetensors.index.json"
     stated = json.loads(index.read_text())["weight_map"] if index.exists() else None
-    found: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for path in sorted({folder / name for name in stated.values()} if stated else [folder / "model.safetensors"]):
         with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    if stated is not None and {name: path.name for name, path in found.items()} != stated:
+            file_of |= dict.fromkeys(file.keys(), path)
+    if stated is not None and {name: path.name for name, path in file_of.items()} != stated:
         raise ValueError(f"{index.name} does not list the tensors of its files")
-    return found
+    return file_of
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -91,9 +91,9 @@ def _losses_and_gradients(
     losses = torch.empty_like(weights)
     of_hidden, of_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
     for part in _parts(len(labels)):
-        losses[part], of_logits, own, is_here = _slice(hidden[part], head, labels[part], vocab_size)
+        losses[part], of_logits, at_labels, is_here = _slice(hidden[part], head, labels[part], vocab_size)
         of_logits *= weights[part, None]  # they were the probabilities
-        of_logits[own] -= weights[part] * is_here
+        of_logits[at_labels] -= weights[part] * is_here
         of_logits = of_logits.to(hidden.dtype)  # no other name: the fp32 ones are gone before the products
         torch.mm(of_logits, head, out=of_hidden[part])
         if of_logits.dtype == of_head.dtype:
@@ -119,11 +119,11 @@ def _slice(
     logits -= highest[:, None]
     ids = labels - rank * len(head)
     is_here = (ids >= 0) & (ids < len(head))
-    own = torch.arange(len(ids), device=ids.device), ids.where(is_here, 0)
-    chosen = logits[own].where(is_here, 0.0)
+    at_labels = torch.arange(len(ids), device=ids.device), ids.where(is_here, 0)
+    chosen = logits[at_labels].where(is_here, 0.0)
     exponentials = logits.exp_()
     sums = torch.stack([chosen, exponentials.sum(-1)])
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
     chosen, total = sums
-    return total.log() - chosen, exponentials.div_(total[:, None]), own, is_here
+    return total.log() - chosen, exponentials.div_(total[:, None]), at_labels, is_here

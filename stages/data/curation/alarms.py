@@ -88,9 +88,9 @@ def require_acknowledged(
     if open_losses:
         first, others = open_losses[0], ", ".join(map(str, open_losses[1:4]))
         limit = acknowledged.get(first.source, {}).get(first.rule, alarm_share)
-        more = f"; also {others}{', …' if len(open_losses) > 4 else ''}" if others else ""
+        further = f"; also {others}{', …' if len(open_losses) > 4 else ''}" if others else ""
         raise AtomError(
             f"source {first}, a larger share than {limit:g}; look at what it removes and change it, or acknowledge it "
             f"in the data recipe by acknowledged_removals: {{{first.rule}: {math.ceil(first.share * 100) / 100:g}}} of "
-            f"that source{more}"
+            f"that source{further}"
         )

@@ -83,16 +83,16 @@ class DenyList:
         origin: a URL if it starts with http; hashes: SHA-256 of its text, as acquired and as kept; parents: the ids or
         URLs of the documents that it was made from.
         """
-        found: list[tuple[Found, str]] = []
-        found += [("id", request) for request in self._by_id(id)]
-        found += [("content_hash", r) for hash in hashes for r in self.entries["content_hash"].get(hash, ())]
-        found += self._by_address(origin)
+        matches: list[tuple[Found, str]] = []
+        matches += [("id", request) for request in self._by_id(id)]
+        matches += [("content_hash", r) for hash in hashes for r in self.entries["content_hash"].get(hash, ())]
+        matches += self._by_address(origin)
         for parent in parents:
             by_address = [request for _, request in self._by_address(parent)]
-            found += [("derived", request) for request in [*self._by_id(parent), *by_address]]
-        if not found:
+            matches += [("derived", request) for request in [*self._by_id(parent), *by_address]]
+        if not matches:
             return None
-        return Denial(found[0][0], tuple(sorted({request for _, request in found})))
+        return Denial(matches[0][0], tuple(sorted({request for _, request in matches})))
 
     def _by_id(self, id: str) -> Iterator[str]:
         """An entry also names the parts of a document: `a/b` names the turn `a/b#0` of a conversation."""
@@ -106,11 +106,11 @@ class DenyList:
         if not (self.pages or self.entries["host"]) or (address := page_address(origin)) is None:
             return []
         part, pages = address.fragment, self.pages.get(address.page, ())
-        found: list[tuple[Found, str]] = []
-        found += [("url", request) for stated, request in pages if stated == part or not (stated and part)]
+        matches: list[tuple[Found, str]] = []
+        matches += [("url", request) for stated, request in pages if stated == part or not (stated and part)]
         for host in host_and_parents(address.host):
-            found += [("host", request) for request in self.entries["host"].get(host, ())]
-        return found
+            matches += [("host", request) for request in self.entries["host"].get(host, ())]
+        return matches
 
     def _add(self, place: str, line: bytes) -> None:
         entry = _parse(place, line)

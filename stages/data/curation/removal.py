@@ -89,9 +89,9 @@ class PartRemoval:
             self._remove(decisions, row, "exact_duplicate", 1.0, 1.0, self.representatives.read(first)[0])
         if self.minhash is not None and (near := _slice(self.near, start, count)):
             texts = rows["text"].take(pa.array([row for row, _ in near])).to_pylist()
-            for (row, first), own in zip(near, shingle_sets(texts, self.minhash.n_grams), strict=True):
+            for (row, first), shingles in zip(near, shingle_sets(texts, self.minhash.n_grams), strict=True):
                 id, other = self.representatives.read(first)
-                self._remove(decisions, row, "near_duplicate", jaccard(own, other), self.minhash.threshold, id)
+                self._remove(decisions, row, "near_duplicate", jaccard(shingles, other), self.minhash.threshold, id)
         for row in range(count) if self.opted_out else ():
             if opt_out := self.opted_out.get(start + row):
                 duplicate_of, match, value, threshold = opt_out
