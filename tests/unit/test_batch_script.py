@@ -110,6 +110,7 @@ def test_the_script_of_a_job_word_by_word(monkeypatch: pytest.MonkeyPatch) -> No
         == """export PATH=/usr/bin:/bin
 export SITE='north wing'
 
+export ARROW_DEFAULT_MEMORY_POOL=jemalloc
 export OMP_NUM_THREADS=1
 export MKL_NUM_THREADS=1
 export OPENBLAS_NUM_THREADS=1
