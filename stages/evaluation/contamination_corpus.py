@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 import random
 import re
 import tempfile
@@ -31,17 +32,18 @@ Item = tuple[str, str, str]
 """split (test, validation or fresh), kind, text."""
 
 
+HOSTS = "hosts.json"
 RANGES = 256
 """Of hashes that are sorted one after the other."""
 
 
 class PartFacts(TypedDict):
-    """Of a part. read: documents by phase; occurring: candidates whose characters occur; hosts: (draw, id, row) of the
-    first documents of the lottery."""
+    """Of a part. read: documents by phase; occurring: candidates whose characters occur; hosts: (draw, id) of the first
+    documents of the lottery, whose texts are in `hosts.json`."""
 
     read: dict[str, int]
     occurring: list[str]
-    hosts: list[tuple[str, str, int]]
+    hosts: list[tuple[str, str]]
 
 
 class CorpusSearch:
@@ -87,8 +89,7 @@ class CorpusSearch:
 
         matched: dict[str, set[int]] = {phase: set() for phase in self.trained}
         read, absent = dict.fromkeys(self.trained, 0), dict(self.candidates)
-        hosts: list[tuple[str, str, int]] = []
-        start = 0
+        hosts: list[tuple[str, str, str]] = []
         for batch in stream_batches(path, ["id", "text"]):
             ids = batch["id"].to_pylist()
             hashes = np.fromiter(map(short_hash, ids), np.uint64, len(ids))
@@ -101,12 +102,16 @@ class CorpusSearch:
                         matched[phase] |= nodes
                         read[phase] += 1
                 absent = {id: item_text for id, item_text in absent.items() if item_text not in squeezed}
-                hosts.append((_draw_hash("host", ids[n], self.seed), ids[n], start + n))
+                hosts.append((_draw_hash("host", ids[n], self.seed), ids[n], text))
             hosts = heapq.nsmallest(self.canaries, hosts)
-            start += len(ids)
         for phase, nodes in matched.items():
             np.save(folder / f"{phase}.npy", np.array(sorted(nodes), np.uint32))
-        facts: PartFacts = {"read": read, "occurring": sorted(self.candidates.keys() - absent), "hosts": hosts}
+        (folder / HOSTS).write_text(json.dumps({id: text for _, id, text in hosts}))
+        facts: PartFacts = {
+            "read": read,
+            "occurring": sorted(self.candidates.keys() - absent),
+            "hosts": [(draw, id) for draw, id, _ in hosts],
+        }
         return dict(facts)
 
     def missing(self) -> str | None:
@@ -134,18 +139,16 @@ class Corpus:
         self.matched |= {role.replace("tasks-", "prompts of "): set() for role in task_roles(search.inputs)}
         self.read = dict.fromkeys(self.matched, 0)
         self.unmatched = dict(search.candidates)
-        hosts: list[tuple[str, str, int, Path]] = []
-        parts = [
-            (source, number, path) for source in sources for number, path in enumerate(part_files(search.kept, source))
-        ]
-        for done, (source, number, path) in enumerate(parts, start=1):
+        hosts: list[tuple[str, str, Path]] = []
+        parts = [(source, number) for source in sources for number in range(len(part_files(search.kept, source)))]
+        for done, (source, number) in enumerate(parts, start=1):
             part = search.seal(source, number)
             for phase, count in part.facts["read"].items():
                 self.read[phase] += count
                 self.matched[phase].update(np.load(part.folder / f"{phase}.npy").tolist())
             for id in part.facts["occurring"]:
                 self.unmatched.pop(id, None)
-            part_hosts = ((draw, id, row, path) for draw, id, row in part.facts["hosts"])
+            part_hosts = ((draw, id, part.folder) for draw, id in part.facts["hosts"])
             hosts = heapq.nsmallest(self.canaries, [*hosts, *part_hosts])
             report.progress(done, len(parts), "parts")
         if any(self.read[phase] < len(trained) for phase, trained in search.trained.items()):
@@ -153,7 +156,7 @@ class Corpus:
                 f"contamination: document {search.missing()} was trained on but is not among the kept ones of "
                 f"{search.inputs['dedup'].key}; the artifacts are not of one run, run the recipe again"
             )
-        self.hosts = _texts_of(hosts)
+        self.hosts = {id: json.loads((folder / HOSTS).read_text())[id] for _, id, folder in hosts}
         for role in task_roles(search.inputs):
             phase = role.replace("tasks-", "prompts of ")
             for text in prompts(search.inputs, role):
@@ -203,23 +206,6 @@ def plant(item: str, host: str, form: str, seed: str) -> str:
         "embedded": f" (somebody asked: {item}, and so on) ",
     }
     return head + forms[form] + tail
-
-
-def _texts_of(hosts: Sequence[tuple[str, str, int, Path]]) -> dict[str, str]:
-    """The text of each (draw, id, row, file) by id. Only the groups of rows that hold one are read."""
-    import pyarrow.parquet as pq
-
-    texts: dict[str, str] = {}
-    for path in sorted({host[3] for host in hosts}):
-        rows = [(row, id) for _, id, row, file in hosts if file == path]
-        with pq.ParquetFile(path) as table:
-            end = 0
-            for group in range(table.num_row_groups):
-                start, end = end, end + table.metadata.row_group(group).num_rows
-                if inside := [(row - start, id) for row, id in rows if start <= row < end]:
-                    column = table.read_row_group(group, ["text"])["text"]
-                    texts.update((id, column[row].as_py()) for row, id in inside)
-    return texts
 
 
 def _load(path: Path) -> Any:
