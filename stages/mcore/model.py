@@ -114,7 +114,9 @@ def build(
     """
     layout = layout or Layout()
     config = transformer_config(model, layout, precision)
-    config.use_cpu_initialization |= on_meta  # Megatron then names no device
+    if on_meta:  # Megatron's layers then name no device; those of Transformer Engine name this one
+        config.init_model_with_meta_device = uses_transformer_engine(config.params_dtype)
+        config.use_cpu_initialization = not config.init_model_with_meta_device
     chunks = []
     for number in range(layout.vpp):
         stage = number if layout.vpp > 1 else None
