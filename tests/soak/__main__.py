@@ -48,7 +48,7 @@ class Part:
 
 def run_tests(arguments: list[str], folder: Path) -> Cells:
     """Tests at length, by pytest. Raises SystemExit with what it printed if one fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tests", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={folder}/tests", *arguments]
     return run_at_length(command)
 
 
