@@ -65,6 +65,14 @@ class Sampling(Config):
         (), "additional command-line options of the vLLM server that the stage starts", max_length=100
     )
 
+    @model_validator(mode="after")
+    def _effective(self) -> Sampling:
+        unused = [name for name in ("python", "url", "options") if getattr(self, name)]
+        if self.kind == "in-process" and unused:
+            raise ValueError(f"{unused[0]} has no effect with kind = in-process, which starts no server; leave it out, "
+                             "or set kind = vllm")  # fmt: skip
+        return self
+
     @property
     def promise(self) -> Promise:
         """The promise of a stage with this sampling."""
@@ -74,7 +82,7 @@ class Sampling(Config):
 class PostTrainingPhase(PhaseBase):
     """Common settings of all phases of post-training."""
 
-    steps: Steps = Field(description="draws of answers; rounds in dpo; updates of the reward model in reward_model")
+    steps: Steps = Field(description="draws of answers, each with its updates; rounds in dpo; updates in reward_model")
     micro_batches: Annotated[int, Range(1, 1e6)] = Field(
         description="micro-batches of one update, over all data-parallel ranks"
     )
@@ -115,8 +123,7 @@ class RlPhase(PostTrainingPhase):
     sampling: Sampling = Field(description="sampling of answers")
     algorithm: Annotated[AlgorithmName, Renamed("loss_type")] = added(
         policy_gradient.DEFAULT,
-        "advantages and loss (stages/rl/algorithms/policy_gradient); dapo-centered: DAPO without division by the "
-        "standard deviation of rewards",
+        "advantages and loss, by name (docs/post-training.md)",
     )
     updates: Updates = added(
         1, "optimizer updates per step, among which its prompts are divided; the clip acts from the second on"
@@ -236,6 +243,13 @@ class DpoPhase(PostTrainingPhase):
     validate_every: Steps = Field(description="rounds between evaluations on the validation items")
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
     retries: Retries = operational(2, "retries of a failed verifier before the phase stops")
+
+    @model_validator(mode="after")
+    def _effective(self) -> DpoPhase:
+        if self.sft_tasks is None and self.nll_coef != type(self).model_fields["nll_coef"].default:
+            raise ValueError(f"nll_coef = {self.nll_coef} has no effect without sft_tasks, whose answers it weighs; "
+                             "leave it out, or name tasks")  # fmt: skip
+        return self
 
     @property
     def all_updates(self) -> int:

@@ -236,6 +236,10 @@ def test_settings_that_were_added_are_in_no_key_by_default() -> None:
             {"updates": 3, "replay": {"mix": {"a": 1.0}, "rows": 2, "sequence_length": 8, "weight": 1.0}},
             "updates = 3 is more than replay.rows = 2",
         ),
+        (
+            {"sampling": {"max_new_tokens": 12, "url": ["http://node1:8000"]}},
+            "url has no effect with kind = in-process",
+        ),
         ({"algorithm": "ppo"}, "'dapo-centered', 'dapo', 'grpo'"),
         ({"algorithm": ["grpo"]}, "'dapo-centered', 'dapo', 'grpo'"),
     ],
