@@ -242,11 +242,12 @@ def test_several_updates_and_a_reference_come_back_after_a_stop(place: Path, tmp
         )
     rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "again", settings)
     assert train_fixtures.digest(tmp_path / "again") == train_fixtures.digest(tmp_path / "calm")
-    first, *_, last = [x for x in rl_fixtures.lines(tmp_path / "calm") if "kl" in x]
+    lines = [x for x in rl_fixtures.lines(tmp_path / "calm") if "kl" in x]
+    first, *_, last = lines
     assert first["kl"] < last["kl"], "the policy moves away from the reference"
-    assert first["clip_fraction"] > 0, "the second update of a step is clipped"
-    assert first["max_sampler_gap"] < 1e-4, "the gap is that before the first update"
-    assert last["lr"] == rl_fixtures.OPTIMIZER["lr"]
+    assert any(x["clip_fraction"] for x in lines), "the second update of a step is clipped"
+    assert not any(x["clip_fraction"] for x in lines if x["groups"] == 1), "the first update is not"
+    assert max(x["max_sampler_gap"] for x in lines) < 1e-4, "the gap is that before the first update"
 
 
 def test_reading_the_reference_leaves_no_trace_in_the_policy(place: Path, calm: Path, tmp_path: Path) -> None:

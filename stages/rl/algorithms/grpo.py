@@ -75,30 +75,15 @@ class GrpoTrainer(PolicyTrainer):
         wave_results = self.engine.ranks.from_first(self._draw(step, policy_digest) if self.first else ([], {}, {}))
         answers, metrics, state = wave_results
         self.restore_algorithm(state or self.algorithm_state())
-        phase, algorithm = self.phase, self.algorithm
-        groups = training_groups(answers, algorithm)
-        parts = [[x for group in groups[n :: phase.updates] for x in group] for n in range(phase.updates)]
-        lengths = [[len(x.ids) - x.start for x in part] for part in parts]
-        self.tokens += (targets := sum(map(sum, lengths)))
+        phase, groups = self.phase, training_groups(answers, self.algorithm)
+        self.tokens += (targets := sum(len(x.ids) - x.start for group in groups for x in group))
         if not targets:
             return metrics | {"idle": True}
-        divisors = [algorithm.mean.divisor(part, phase.sampling.max_new_tokens) for part in lengths]
-        batches = [
-            self._rank_batch([*part, *self._replay_examples(step, number, divisor)], divisor)
-            for number, (part, divisor) in enumerate(zip(parts, divisors, strict=True))
-            if part
-        ]
-        if phase.updates > 1:
-            batches = [with_logprobs(self.engine, batch, "old") for batch in batches]
-        if self.reference is not None:
-            with self.engine.computing_with(self.reference):
-                batches = [with_logprobs(self.engine, batch, "reference") for batch in batches]
-        numbers = [number for number, part in enumerate(parts, (step - 1) * phase.updates + 1) if part]
-        made, minimize = [], objective(phase)
-        for number, batch in zip(numbers, batches, strict=True):
-            lr = self.learning_rate(number)
+        batches, made, minimize = self._batches(step, groups), [], objective(phase)
+        for number, batch in batches.items():
+            lr = self.learning_rate((step - 1) * phase.updates + number + 1)
             made.append(self.engine.step(batch, lr, self.update_check(step), objective=minimize))
-        every = [(figures, figures.extras, batch.targets) for figures, batch in zip(made, batches, strict=True)]
+        every = [(f, f.extras, batch.targets) for f, batch in zip(made, batches.values(), strict=True)]
 
         def mean_of(name: str) -> float:
             return sum(extras[name] for _, extras, _ in every) / targets
@@ -118,9 +103,25 @@ class GrpoTrainer(PolicyTrainer):
         require_small_gap(self.name, step, gap, phase.max_logprob_diff)
         return metrics
 
-    def _rank_batch(self, examples: Sequence[Example], divisor: int) -> RankBatch:
-        units = [[example] for example in sorted(examples, key=lambda example: len(example.ids))]
-        return build_rank_batch(units, self.phase.micro_batches, self.engine.ranks, self.policy.chat.pad, divisor)
+    def _batches(self, step: int, groups: Sequence[Sequence[Example]]) -> dict[int, RankBatch]:
+        """{number of an update of the step: its batch}, for those that have answers to learn from."""
+        phase, batches = self.phase, {}
+        for number in range(phase.updates):
+            part = [example for group in groups[number :: phase.updates] for example in group]
+            if part:
+                lengths = [len(example.ids) - example.start for example in part]
+                divisor = self.algorithm.mean.divisor(lengths, phase.sampling.max_new_tokens)
+                part += self._replay_examples(step, number, divisor)
+                units = [[example] for example in sorted(part, key=lambda example: len(example.ids))]
+                batches[number] = build_rank_batch(
+                    units, phase.micro_batches, self.engine.ranks, self.policy.chat.pad, divisor
+                )
+        if phase.updates > 1:
+            batches = {number: with_logprobs(self.engine, batch, "old") for number, batch in batches.items()}
+        if self.reference is not None:
+            with self.engine.computing_with(self.reference):
+                batches = {number: with_logprobs(self.engine, batch, "reference") for number, batch in batches.items()}
+        return batches
 
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
         """The answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
