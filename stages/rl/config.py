@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, Renamed, added, operational
 from stages.models.base import ModelConfig
-from stages.rl.algorithms.policy_losses.registry import DEFAULT, POLICY_LOSSES
+from stages.rl.algorithms.policy_gradient import registry as policy_gradient
 from stages.rl.rewards import registry as reward_registry
 from stages.rl.rollout.curriculum import CurriculumConfig
 from stages.rl.rollout.tasks import Tasks
@@ -22,15 +22,19 @@ Answers = Annotated[int, Range(1, 4096, "DeepSeek-R1: 16")]
 """Answers to one prompt."""
 Gap = Annotated[float, Range(0, 100, "nats; usual: 0.001 in one process, 0.05 with vLLM in bf16", above=True)]
 Coefficient = Annotated[float, Range(0, 1000)]
+Updates = Annotated[int, Range(1, 1e6)]
+ClipLow = Annotated[float, Range(0, 1, "PPO and DAPO: 0.2, GSPO: 3e-4", above=True, below=True)]
+ClipHigh = Annotated[float, Range(0, 100, "PPO: 0.2, DAPO: 0.28, GSPO: 4e-4", above=True)]
+KlCoefficient = Annotated[float, Range(0, 1000, "DeepSeekMath: 0.04, DeepSeek-R1: 0.001", above=True)]
 Retries = Annotated[int, Range(0, 1000)]
 Url = Annotated[str, Words(2000, "address; write it as in http://node1:8000", r"https?://[^\s/]+(/\S*)?")]
 Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
 
 if TYPE_CHECKING:
     SamplerName = str
-    PolicyLossName = str
+    AlgorithmName = str
 else:
-    SamplerName, PolicyLossName = Literal[tuple(SAMPLERS)], Literal[tuple(POLICY_LOSSES)]
+    SamplerName, AlgorithmName = Literal[tuple(SAMPLERS)], Literal[tuple(policy_gradient.ALGORITHMS)]
 
 
 class Replay(Config):
@@ -61,6 +65,14 @@ class Sampling(Config):
         (), "additional command-line options of the vLLM server that the stage starts", max_length=100
     )
 
+    @model_validator(mode="after")
+    def _effective(self) -> Sampling:
+        unused = [name for name in ("python", "url", "options") if getattr(self, name)]
+        if self.kind == "in-process" and unused:
+            raise ValueError(f"{unused[0]} has no effect with kind = in-process, which starts no server; leave it out, "
+                             "or set kind = vllm")  # fmt: skip
+        return self
+
     @property
     def promise(self) -> Promise:
         """The promise of a stage with this sampling."""
@@ -70,7 +82,7 @@ class Sampling(Config):
 class PostTrainingPhase(PhaseBase):
     """Common settings of all phases of post-training."""
 
-    steps: Steps = Field(description="policy updates; rounds in dpo; updates of the reward model in reward_model")
+    steps: Steps = Field(description="draws of answers, each with its updates; rounds in dpo; updates in reward_model")
     micro_batches: Annotated[int, Range(1, 1e6)] = Field(
         description="micro-batches of one update, over all data-parallel ranks"
     )
@@ -98,8 +110,8 @@ class PostTrainingPhase(PhaseBase):
 
 
 class RlPhase(PostTrainingPhase):
-    """Group-relative policy optimization (GRPO) with rewards from verifiers: the advantages of Dr. GRPO without
-    division, by default the token-level loss and asymmetric clip of DAPO, and no KL penalty."""
+    """Policy gradients from groups of answers (GRPO and its relatives) with rewards from verifiers: by default the
+    advantages of Dr. GRPO without division, the token-level loss and asymmetric clip of DAPO, and no KL term."""
 
     tasks: Tasks = Field(description="sources of prompts, each with the verifier that scores the answers")
     prompts_per_step: Annotated[Prompts, Renamed("groups")] = Field(
@@ -109,14 +121,19 @@ class RlPhase(PostTrainingPhase):
         description="answers per prompt (the group size of GRPO)"
     )
     sampling: Sampling = Field(description="sampling of answers")
-    loss_type: PolicyLossName = added(
-        DEFAULT, "policy loss of stages/rl/algorithms/policy_losses; dapo: PPO's clip, summed over tokens"
+    algorithm: Annotated[AlgorithmName, Renamed("loss_type")] = added(
+        policy_gradient.DEFAULT,
+        "advantages and loss, by name (docs/post-training.md)",
     )
-    clip_low: Annotated[float, Range(0, 1, "PPO and DAPO: 0.2", above=True, below=True)] = Field(
-        0.2, description="lower clip range of PPO; inactive, since each step has one update"
+    updates: Updates = added(
+        1, "optimizer updates per step, among which its prompts are divided; the clip acts from the second on"
     )
-    clip_high: Annotated[float, Range(0, 100, "PPO: 0.2, DAPO: 0.28", above=True)] = Field(
-        0.28, description="upper clip range of PPO, wider in DAPO; inactive, as clip_low"
+    clip_low: ClipLow | None = Field(None, description="lower range of the clip; null: the algorithm's, if it has one")
+    clip_high: ClipHigh | None = Field(
+        None, description="upper range of the clip; null: the algorithm's, if it has one"
+    )
+    kl_coef: KlCoefficient | None = added(
+        None, "weight of the KL divergence from the policy with which the phase began (k3 estimator); null: none"
     )
     tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = Field(
         2.0, description="cap of a token's importance weight, trainer over sampler"
@@ -132,6 +149,52 @@ class RlPhase(PostTrainingPhase):
     )
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
     retries: Retries = operational(2, "retries of a failed verifier before the phase stops")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clip_of_the_algorithm(cls, data: Any) -> Any:
+        name = data.get("algorithm", policy_gradient.DEFAULT) if isinstance(data, dict) else None
+        if not isinstance(name, str) or name not in policy_gradient.ALGORITHMS:
+            return data  # refused as a field
+        algorithm = policy_gradient.load(name)
+        ranges = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+        return {**data, **{side: own for side, own in ranges.items() if data.get(side) is None}}
+
+    @model_validator(mode="after")
+    def _effective(self) -> RlPhase:
+        algorithm = policy_gradient.load(self.algorithm)
+        for side, value, own in (
+            ("clip_low", self.clip_low, algorithm.clip_low),
+            ("clip_high", self.clip_high, algorithm.clip_high),
+        ):
+            if value == own:
+                continue
+            if own is None:
+                raise ValueError(f"{side} = {value} has no effect, as algorithm {self.algorithm} has no such clip; "
+                                 "leave it out")  # fmt: skip
+            if self.updates == 1:
+                raise ValueError(f"{side} = {value} has no effect with updates = 1, since the policy that drew the "
+                                 "answers is the one that is updated; leave it out, or use more updates")  # fmt: skip
+        if self.updates > 1 and not algorithm.updates:
+            raise ValueError(
+                f"updates = {self.updates} is not possible with algorithm {self.algorithm}, whose loss does not "
+                "correct for earlier updates; use 1, or another algorithm"
+            )
+        if self.updates > self.prompts_per_step:
+            raise ValueError(
+                f"updates = {self.updates} is more than prompts_per_step = {self.prompts_per_step}, which are divided "
+                f"among them; use at most {self.prompts_per_step}"
+            )
+        if self.replay is not None and self.updates > self.replay.rows:
+            raise ValueError(
+                f"updates = {self.updates} is more than replay.rows = {self.replay.rows}, which are divided among "
+                f"them; use at least {self.updates} rows"
+            )
+        return self
+
+    @property
+    def all_updates(self) -> int:
+        return self.steps * self.updates
 
     def replay_rows(self) -> PhaseConfig:
         """The replayed rows in the form of a training phase, in which their order is made and read."""
@@ -164,9 +227,7 @@ class DpoPhase(PostTrainingPhase):
         None, description="verified tasks whose correct answers are trained on with an NLL loss; null: none"
     )
     sampling: Sampling = Field(description="sampling of answers")
-    updates: Annotated[int, Range(1, 1e6)] = Field(
-        description="optimizer updates per round, among which its pairs are divided"
-    )
+    updates: Updates = Field(description="optimizer updates per round, among which its pairs are divided")
     beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)] = Field(
         description="beta of DPO: scale of the log-probability margin of a pair"
     )
@@ -182,6 +243,13 @@ class DpoPhase(PostTrainingPhase):
     validate_every: Steps = Field(description="rounds between evaluations on the validation items")
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
     retries: Retries = operational(2, "retries of a failed verifier before the phase stops")
+
+    @model_validator(mode="after")
+    def _effective(self) -> DpoPhase:
+        if self.sft_tasks is None and self.nll_coef != type(self).model_fields["nll_coef"].default:
+            raise ValueError(f"nll_coef = {self.nll_coef} has no effect without sft_tasks, whose answers it weighs; "
+                             "leave it out, or name tasks")  # fmt: skip
+        return self
 
     @property
     def all_updates(self) -> int:

@@ -1,10 +1,11 @@
-"""Reinforcement learning against verifiers (GRPO) on top of supervised fine-tuning; as the node `online-rlhf`, against
-a trained reward model.
+"""Reinforcement learning against verifiers (GRPO and its relatives) on top of supervised fine-tuning; as the node
+`online-rlhf`, against a trained reward model.
 
     atom run atom-tiny --until rlvr
 
 In each step a curriculum chooses tasks, the policy draws several answers to each, verifiers score them, and the policy
-is updated once. The parts are in stages/rl; docs/post-training.md describes each setting.
+is updated by the recipe's algorithm, once by default. The parts are in stages/rl; docs/post-training.md describes each
+setting.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def estimate(config: RlTrainConfig) -> Estimate:
     phase = config.phase
     answers, length = phase.prompts_per_step * phase.num_generations, phase.sampling.max_new_tokens
     tokens = phase.steps * answers * length
-    # an answer is drawn once (a forward pass) and trained on once (three)
-    flops = 4 * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
-    return estimates.estimate(config, answers, length, tokens, flops, 2e10)
+    # an answer is drawn once (a forward pass) and trained on once (three); old and reference policy read it once more
+    passes = 4 + (phase.updates > 1) + (phase.kl_coef is not None)
+    flops = passes * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
+    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10)
 
 
 STAGE = Stage(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -251,6 +252,27 @@ class Engine:
         for (name, parts), tensor in self.ranks.to_first(sent):
             paste(full.setdefault(name, torch.empty(self.shapes[name], dtype=tensor.dtype)), parts, tensor)
         return full
+
+    def local_weights(self) -> list[torch.Tensor]:
+        """Copies on CPU of this rank's tensors that the model computes with, in the model's order. Not collective."""
+        return [tensor.to("cpu", copy=True) for tensor in self._computed_with()]
+
+    @contextmanager
+    def computing_with(self, weights: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within it, `figures` and `evaluate` compute with the `local_weights` of another time. Not collective."""
+        own = self.local_weights()
+        try:
+            self._compute_with(weights)
+            yield
+        finally:
+            self._compute_with(own)
+
+    def _compute_with(self, weights: Sequence[torch.Tensor]) -> None:
+        for tensor, value in zip(self._computed_with(), weights, strict=True):
+            tensor.copy_(value)
+
+    def _computed_with(self) -> list[torch.Tensor]:
+        return [*(tensor.data for _, tensor in named_tensors(self.chunks)), *self.buffers.values()]
 
     def _is_repeated(self, name: str) -> bool:
         """Whether an earlier tensor or pipeline rank has the same part of a tensor: what tensor ranks do not split, and

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError, Interrupted
 from pipeline.core.store import Artifact, write_manifest
@@ -53,6 +54,11 @@ REWARD = dict(
 
 def settings(phase: dict[str, Any], **changed: Any) -> dict[str, Any]:
     return {**rl_fixtures.config(), "phase": {**phase, **changed}}
+
+
+def test_a_weight_without_an_effect_is_refused() -> None:
+    with pytest.raises(ValidationError, match="nll_coef = 0.2 has no effect without sft_tasks"):
+        dpo.STAGE.config.model_validate(settings(PHASE, sft_tasks=None))
 
 
 @pytest.fixture(scope="module")

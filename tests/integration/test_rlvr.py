@@ -229,12 +229,48 @@ def test_a_question_that_leaves_no_room_is_refused_before_the_first_answer(place
         )
 
 
+OFF_POLICY = {"algorithm": "gspo", "updates": 2, "kl_coef": 0.1, "max_resample_rounds": 4}
+"""Each step has groups enough for both of its updates."""
+
+
+def test_several_updates_and_a_reference_come_back_after_a_stop(place: Path, tmp_path: Path) -> None:
+    """The reference is the beginning of the phase, also for an attempt that starts in its middle."""
+    settings = rl_fixtures.config(steps=4, **OFF_POLICY)
+    rl_fixtures.rlvr(place, tmp_path / "calm-work", tmp_path / "calm", settings)
+    with pytest.raises(Interrupted, match="stopped after step 2"):
+        rl_fixtures.rlvr(
+            place, tmp_path / "work", tmp_path / "out", settings, train_fixtures.Reporter(2, signal.SIGTERM)
+        )
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "again", settings)
+    assert train_fixtures.digest(tmp_path / "again") == train_fixtures.digest(tmp_path / "calm")
+    lines = [x for x in rl_fixtures.lines(tmp_path / "calm") if "kl" in x]
+    assert lines[0]["kl"] < lines[-1]["kl"], "the policy moves away from the reference"
+    assert all(0 < x["clip_fraction"] < 1 for x in lines), "the second update of a step is clipped, and not the first"
+    assert max(x["max_sampler_gap"] for x in lines) < 1e-4, "the gap is that before the first update"
+
+
+def test_reading_the_reference_leaves_no_trace_in_the_policy(place: Path, calm: Path, tmp_path: Path) -> None:
+    """A weight that is 0 in fp32 adds nothing: the policies are those of a run without a reference."""
+    settings = rl_fixtures.config(steps=3, kl_coef=1e-60)
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
+    with_reference, without = (
+        [x for x in rl_fixtures.lines(folder) if "loss" in x][:3] for folder in (tmp_path / "out", calm)
+    )
+    distances = [x.pop("kl") for x in with_reference]
+    assert with_reference == without
+    assert distances[0] == 0 < min(distances[1:]), "the policy of the first step is the reference"
+
+
 @pytest.mark.numeric
+@pytest.mark.parametrize("settings", [{}, *([OFF_POLICY] if SOAK else [])], ids=["default", "off-policy"][: 1 + SOAK])
 @pytest.mark.parametrize("layout", [{"ep": 2}, *(({"data": 2}, {"tp": 2}, {"pp": 2}) if SOAK else ())], ids=str)
-def test_two_processes_learn_like_one(place: Path, tmp_path: Path, layout: dict[str, int]) -> None:
+def test_two_processes_learn_like_one(
+    place: Path, tmp_path: Path, layout: dict[str, int], settings: dict[str, object]
+) -> None:
     """From the same weights and answers: the files that one process drew are given to two."""
     parallelism = {"ranks": 2, **{k: v for k, v in layout.items() if k != "data"}}
-    one, two = rl_fixtures.config(steps=2), rl_fixtures.config(steps=2, parallelism=parallelism)
+    one = rl_fixtures.config(steps=2, **settings)
+    two = rl_fixtures.config(steps=2, parallelism=parallelism, **settings)
     rl_fixtures.rlvr(place, tmp_path / "one-work", tmp_path / "one", one)
     (tmp_path / "config.json").write_text(json.dumps(two))
     places = [str(p) for p in (place, tmp_path / "work", tmp_path / "two", tmp_path / "config.json")]
@@ -242,6 +278,7 @@ def test_two_processes_learn_like_one(place: Path, tmp_path: Path, layout: dict[
     assert not any(codes), logs
     runs = [[x for x in rl_fixtures.lines(tmp_path / name) if "reward" in x] for name in ("one", "two")]
     names = ("loss", "grad_norm", "aux_loss", "reward", "tokens", "importance_ratio", "answers", "policy")
+    names += ("kl", "clip_fraction") if settings else ()
     first, second = ([{k: x[k] for k in names} for x in run] for run in runs)
     assert first[0]["policy"] == second[0]["policy"]
     for a, b in zip(first, second, strict=True):

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from stages.rl.algorithms.losses import advantages, dpo_loss, policy_loss, zero_variance
-from stages.rl.algorithms.policy_losses import registry as policy_losses
+from stages.rl.algorithms.losses import dpo_loss, policy_loss
+from stages.rl.algorithms.policy_gradient import registry
+from stages.rl.algorithms.policy_gradient.advantages import zero_variance
 from tests.fixtures.loss_fixtures import CLOSE, batch, with_gradient
 
 pytestmark = pytest.mark.numeric
@@ -38,25 +39,38 @@ def trl_fragment(method: Any, first: str, last: str, **names: Any) -> dict[str, 
     return scope
 
 
-# --- GRPO against TRL -----------------------------------------------------------------------------------------------
+# --- policy gradients against TRL -----------------------------------------------------------------------------------
+
+MAX_LENGTH = 200
+TRL = {
+    "dapo-centered": ("dapo", "token", "none"),
+    "dapo": ("dapo", "token", "group"),
+    "grpo": ("grpo", "token", "group"),
+    "dr-grpo": ("dr_grpo", "token", "none"),
+    "gspo": ("grpo", "sequence", "group"),
+    "cispo": ("cispo", "token", "group"),
+}
+"""{algorithm: TRL's loss_type, importance_sampling_level and scale_rewards}"""
 
 
 def trl_grpo(
-    b: dict[str, torch.Tensor], cap: float, low: float, high: float, first_update: bool, kind: str = "dapo"
+    b: dict[str, torch.Tensor], name: str, cap: float, low: float, high: float, first_update: bool, beta: float
 ) -> Any:
-    """A function of log-probabilities that is TRL's loss times its number of tokens; and the metrics that it logs."""
+    """TRL's loss as a function of log-probabilities; and the metrics that it logs."""
     from trl import GRPOTrainer
 
+    kind, level, _ = TRL[name]
     old = b["logprobs"] if first_update else b["old_logprobs"]
     trainer = SimpleNamespace(
         accelerator=ACCELERATOR,
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
         model=SimpleNamespace(training=True),
         loss_type=kind,
-        importance_sampling_level="token",
-        beta=0.0,
+        importance_sampling_level=level,
+        beta=beta,
         epsilon_low=low,
-        epsilon_high=high,
+        epsilon_high=1 + high if kind == "cispo" else high,  # there TRL's is the bound itself
+        max_completion_length=MAX_LENGTH,
         use_vllm=True,
         vllm_importance_sampling_correction=True,
         vllm_importance_sampling_mode="token_truncate",
@@ -79,99 +93,132 @@ def trl_grpo(
         old_per_token_logps=old,
         sampling_per_token_logps=b["sampler_logprobs"],
     )
-    rows, width = b["mask"].shape
     inputs = {
-        "prompt_ids": torch.zeros(rows, 1, dtype=torch.long),
-        "prompt_mask": torch.ones(rows, 1, dtype=torch.long),
-        "completion_ids": torch.zeros(rows, width, dtype=torch.long),
-        "completion_mask": b["mask"].int(),
-        "advantages": b["advantages"],
+        **without_tokens(b),
         "old_per_token_logps": None if first_update else old,
+        "ref_per_token_logps": b["reference_logprobs"],
         "importance_sampling_ratio": scope["vllm_importance_sampling_ratio"],
         "num_items_in_batch": b["mask"].sum(),
     }
 
     def loss(logprobs: torch.Tensor) -> torch.Tensor:
-        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, torch.zeros(rows, width), None)
-        return GRPOTrainer._compute_loss(trainer, None, inputs) * b["mask"].sum()
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None)
+        return GRPOTrainer._compute_loss(trainer, None, inputs)
 
     return loss, trainer._metrics["train"]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("first_update", [True, False])
-def test_cispo_is_trls(shape: tuple[int, int], first_update: bool) -> None:
-    b = batch(*shape, seed=sum(shape))
-    theirs, metrics = trl_grpo(b, 2.0, 0.2, 1.4, first_update, "cispo")  # TRL's upper clip is the bound itself
-    figures: dict[str, torch.Tensor] = {}
+def without_tokens(b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What TRL's trainers of groups are given, beside log-probabilities."""
+    rows, width = b["mask"].shape
+    return {
+        "prompt_ids": torch.zeros(rows, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(rows, 1, dtype=torch.long),
+        "completion_ids": torch.zeros(rows, width, dtype=torch.long),
+        "completion_mask": b["mask"].int(),
+        "advantages": b["advantages"],
+    }
 
-    def ours(logprobs: torch.Tensor) -> torch.Tensor:
-        loss, statistics = policy_loss(
-            logprobs, b["sampler_logprobs"], b["advantages"], b["mask"], token_loss=policy_losses.load("cispo"),
-            clip_high=0.4, old_logprobs=None if first_update else b["old_logprobs"],
+
+def our_loss(b: dict[str, torch.Tensor], name: str, figures: dict[str, torch.Tensor], **settings: Any) -> Any:
+    """Ours as a function of log-probabilities: the sum by the algorithm's weights and divisor."""
+    algorithm, lengths = registry.load(name), b["mask"].sum(1).tolist()
+
+    def loss(logprobs: torch.Tensor) -> torch.Tensor:
+        value, statistics = policy_loss(
+            logprobs, b["sampler_logprobs"], b["advantages"], b["mask"], token_loss=algorithm.token_loss,
+            weights=torch.tensor([algorithm.mean.weight(length) for length in lengths]), **settings,
         )  # fmt: skip
         figures.update(statistics)
-        return loss
+        return value / algorithm.mean.divisor(lengths, MAX_LENGTH)
 
-    for mine, other in zip(with_gradient(ours, b["logprobs"]), with_gradient(theirs, b["logprobs"]), strict=True):
-        torch.testing.assert_close(mine, other, **CLOSE)
-    share = figures["clip_fraction"].item() / figures["tokens"].item()
-    assert share == pytest.approx(metrics["cispo_clip_ratio"][-1], abs=1e-6)
+    return loss
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("first_update", [True, False])
-@pytest.mark.parametrize(("cap", "low", "high"), [(2.0, 0.2, 0.28), (1.1, 0.05, 0.4)])
-def test_policy_loss_is_trls(shape: tuple[int, int], first_update: bool, cap: float, low: float, high: float) -> None:
-    b = batch(*shape, seed=sum(shape))
-    theirs, metrics = trl_grpo(b, cap, low, high, first_update)
-    figures: dict[str, torch.Tensor] = {}
-
-    def ours(logprobs: torch.Tensor) -> torch.Tensor:
-        loss, statistics = policy_loss(
-            logprobs,
-            b["sampler_logprobs"],
-            b["advantages"],
-            b["mask"],
-            clip_low=low,
-            clip_high=high,
-            tis_cap=cap,
+@pytest.mark.parametrize(("beta", "cap"), [(0.0, 2.0), (0.3, 1.1)])
+@pytest.mark.parametrize("name", TRL)
+def test_the_loss_of_an_algorithm_is_trls(
+    name: str, shape: tuple[int, int], first_update: bool, beta: float, cap: float
+) -> None:
+    b, own = batch(*shape, seed=sum(shape)), registry.load(name)
+    for low, high in [(own.clip_low or 0.2, own.clip_high), (0.05, 0.4)]:
+        assert high is not None
+        theirs, metrics = trl_grpo(b, name, cap, low, high, first_update, beta)
+        figures: dict[str, torch.Tensor] = {}
+        ours = our_loss(
+            b, name, figures, clip_low=low, clip_high=high, tis_cap=cap,
             old_logprobs=None if first_update else b["old_logprobs"],
-        )
-        figures.update(statistics)
-        return loss
+            **({"reference_logprobs": b["reference_logprobs"], "kl_coef": beta} if beta else {}),
+        )  # fmt: skip
+        for mine, other in zip(with_gradient(ours, b["logprobs"]), with_gradient(theirs, b["logprobs"]), strict=True):
+            torch.testing.assert_close(mine, other, **CLOSE)
+        tokens = figures["tokens"].item()
+        assert tokens == b["mask"].sum()
+        if beta:
+            assert figures["kl"].item() / tokens == pytest.approx(metrics["kl"][-1], rel=1e-5)
+        if name != "gspo":  # TRL counts answers there, and this project tokens
+            clipped = metrics["cispo_clip_ratio" if name == "cispo" else "clip_ratio/region_mean"][-1]
+            assert figures["clip_fraction"].item() / tokens == pytest.approx(clipped, abs=1e-6)
 
-    (value, gradient), (expected, expected_gradient) = (
-        with_gradient(ours, b["logprobs"]),
-        with_gradient(theirs, b["logprobs"]),
-    )
-    torch.testing.assert_close(value, expected, **CLOSE)
-    torch.testing.assert_close(gradient, expected_gradient, **CLOSE)
-    tokens = figures["tokens"].item()
-    assert tokens == b["mask"].sum()
-    assert figures["clip_fraction"].item() / tokens == pytest.approx(metrics["clip_ratio/region_mean"][-1], abs=1e-6)
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_of_rloo_is_trls(shape: tuple[int, int]) -> None:
+    """At the first update, where TRL's ratio is 1. TRL has no correction for the sampler."""
+    from trl import RLOOTrainer
+
+    b = batch(*shape, seed=sum(shape))
+    trainer = SimpleNamespace(
+        accelerator=ACCELERATOR, model=SimpleNamespace(training=True), epsilon_low=0.2, epsilon_high=0.2,
+        aux_loss_enabled=False, _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (leaf, torch.zeros(shape), None),
+    )  # fmt: skip
+    leaf = b["logprobs"].clone().requires_grad_()
+    inputs = without_tokens(b) | {"old_logps": (b["logprobs"] * b["mask"]).sum(1)}
+    (expected,) = torch.autograd.grad(RLOOTrainer._compute_loss(trainer, None, inputs), leaf)
+    _, gradient = with_gradient(our_loss({**b, "sampler_logprobs": b["logprobs"]}, "rloo", {}), b["logprobs"])
+    torch.testing.assert_close(gradient, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 4), (8, 16)])
-def test_advantages_are_trls(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("name", TRL)
+def test_advantages_are_trls(name: str, shape: tuple[int, int]) -> None:
     from trl import GRPOTrainer
 
     rewards = torch.rand(shape, generator=torch.Generator().manual_seed(1))
-    rewards[0] = 0.1  # no signal, and a mean in fp32 that is not exactly it
+    if shape[0] > 1:
+        rewards[0] = 0.5  # no signal
     scope = trl_fragment(
         GRPOTrainer._generate_and_score_completions,
         "unscorable_mask = torch.isnan(rewards_per_func)",
         "# Slice to keep only the local part of the data",
         self=SimpleNamespace(
-            multi_objective_aggregation="sum_then_normalize", scale_rewards="none", reward_weights=torch.ones(1)
+            multi_objective_aggregation="sum_then_normalize", scale_rewards=TRL[name][2], reward_weights=torch.ones(1)
         ),
         rewards_per_func=rewards.reshape(-1, 1),
         num_generations=shape[1],
         device="cpu",
     )
+    advantages = registry.load(name).advantages
     torch.testing.assert_close(advantages(rewards), scope["advantages"].view(shape), **CLOSE)
     assert zero_variance(rewards).tolist() == scope["is_std_zero"].view(shape)[:, 0].tolist()
-    assert advantages(rewards)[0].tolist() == [0.0] * shape[1]
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 4), (8, 16)])
+def test_the_advantages_of_rloo_are_trls(shape: tuple[int, int]) -> None:
+    from trl import RLOOTrainer
+
+    rewards = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    scope = trl_fragment(
+        RLOOTrainer._generate_and_score_completions,
+        "scorable_counts = ",
+        "# Normalize advantages over the scorable subset only",
+        rewards=rewards.flatten(),
+        grouped_rewards=rewards,
+        num_generations=shape[1],
+    )
+    torch.testing.assert_close(registry.load("rloo").advantages(rewards).flatten(), scope["advantages"], **CLOSE)
 
 
 # --- DPO against TRL ------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_a_changed_field_changes_the_keys_of_what_depends_on_it_and_no_others(tm
     assert changed_keys(tmp_path, midtrain__steps=200) == {"order-midtrain", "midtrain"} | after_midtrain
     evaluated = {f"evaluate-{model}" for model in ("init", "base", *models)}
     assert changed_keys(tmp_path, evaluation__max_new_tokens=9) == evaluated | {"contamination"}
-    assert changed_keys(tmp_path, rlvr__clip_high=0.3) == {name for name in after_midtrain if "rlvr" in name} | {
+    assert changed_keys(tmp_path, rlvr__tis_cap=1.5) == {name for name in after_midtrain if "rlvr" in name} | {
         "fresh", "contamination", "fresh-solve-sft",
     }  # fmt: skip
     assert changed_keys(tmp_path, tokenizer__vocab_size=400) == {

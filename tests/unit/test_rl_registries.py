@@ -1,4 +1,4 @@
-"""The registries of verifiers, samplers, task sources and policy losses: each file is named, and each entry keeps its contract."""
+"""The registries of verifiers, samplers, task sources and algorithms: each file is named, and each entry keeps its contract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, RecipeError
-from stages.rl.algorithms.policy_losses.registry import POLICY_LOSSES
+from stages.rl.algorithms.policy_gradient.registry import ALGORITHMS
 from stages.rl.protocols import Verifier
 from stages.rl.rewards import pooled_verifier
 from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
@@ -24,7 +24,7 @@ FOLDERS = {
     "stages/rl/rewards": ("VERIFIER", list(VERIFIERS.values())),
     "stages/rl/samplers": ("SAMPLER", [entry.module for entry in SAMPLERS.values()]),
     "stages/rl/rollout/task_sources": ("SOURCE", list(TASK_SOURCES.values())),
-    "stages/rl/algorithms/policy_losses": ("def token_loss", list(POLICY_LOSSES.values())),
+    "stages/rl/algorithms/policy_gradient": ("ALGORITHM", list(ALGORITHMS.values())),
 }
 """{folder: (what a file defines, the modules that the registry names)}"""
 
@@ -135,6 +135,6 @@ def test_the_code_digest_of_a_stage_holds_what_its_registries_name(stage: str) -
     """So that `atom plan` shows a changed verifier as stale."""
     modules = set(VERIFIERS.values()) | set(TASK_SOURCES.values())
     if stage != "stages.rl.rollout.tasks":
-        modules |= {entry.module for entry in SAMPLERS.values()}
+        modules |= {entry.module for entry in SAMPLERS.values()} | set(ALGORITHMS.values())
     assert modules - set(code_digests(stage)) == set()
     assert "stages.graph" not in code_digests(stage)

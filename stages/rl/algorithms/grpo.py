@@ -1,21 +1,25 @@
-"""Group-relative policy optimization (GRPO): draws answers, verifies them, and makes one update per step, with the
-policy loss that the recipe names.
+"""Policy gradients from groups of answers: draws answers, verifies them, and makes the updates of a step by the
+algorithm that the recipe names (stages/rl/algorithms/policy_gradient).
 
 Groups whose answers all have the same reward are dropped and replaced.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from stages.data.seeds import seed_of
 from stages.rl.algorithms import losses
-from stages.rl.algorithms.policy_losses import registry as policy_losses
+from stages.rl.algorithms.policy_gradient import registry as policy_gradient
+from stages.rl.algorithms.policy_gradient.advantages import zero_variance
+from stages.rl.algorithms.policy_gradient.registry import Algorithm
 from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer, require_small_gap
 from stages.rl.rollout import rollouts
@@ -23,18 +27,27 @@ from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout
 from stages.seed_labels import seed_label
-from stages.train.data import Batch, Order, Shards
-from stages.train.engine import Objective
+from stages.train.data import Batch, Order, RankBatch, Shards
+from stages.train.engine import Engine, Objective
 
 
 class GrpoTrainer(PolicyTrainer):
-    """GRPO against verifiers."""
+    """GRPO and its relatives against verifiers.
+
+    The reference of the KL term is the policy with which the phase began: the artifact inputs["init"], which every
+    attempt reads again, so that no checkpoint holds it. Each rank keeps its part of those weights on CPU.
+    """
 
     config: RlTrainConfig
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         phase = self.config.phase
+        self.algorithm = policy_gradient.load(phase.algorithm)
+        self.reference: list[torch.Tensor] | None = None
+        if phase.kl_coef is not None:
+            self.load_previous_phase()
+            self.reference = self.engine.local_weights()
         self.curriculum = Curriculum(phase.curriculum, self.rows, seed_label(self.name), self.config.seed)
         self.generated = 0  # tokens of all answers
         self.replay: tuple[Order, Shards] | None = None
@@ -62,29 +75,53 @@ class GrpoTrainer(PolicyTrainer):
         wave_results = self.engine.ranks.from_first(self._draw(step, policy_digest) if self.first else ([], {}, {}))
         answers, metrics, state = wave_results
         self.restore_algorithm(state or self.algorithm_state())
-        examples, targets = training_examples(answers)
-        self.tokens += targets
+        phase, groups = self.phase, training_groups(answers, self.algorithm)
+        self.tokens += (targets := sum(len(x.ids) - x.start for group in groups for x in group))
         if not targets:
             return metrics | {"idle": True}
-        examples += self._replay_examples(step, targets)
-        lr = self.learning_rate(step)
-        units = [[example] for example in sorted(examples, key=lambda example: len(example.ids))]
-        rank_batch = build_rank_batch(units, self.phase.micro_batches, self.engine.ranks, self.policy.chat.pad, targets)
-        figures = self.engine.step(rank_batch, lr, self.update_check(step), objective=objective(self.phase))
-        extras = figures.extras
-        gap = extras["sampler_gap"] / targets
-        metrics |= figures.metrics(lr) | {
-            "loss": (figures.loss * targets - extras.get("replay", 0.0)) / targets,
-            "clip_fraction": extras["clip_fraction"] / targets,
-            "importance_ratio": extras["importance_ratio"] / targets,
+        batches, made, minimize = self._batches(step, groups), [], objective(phase)
+        for number, batch in batches.items():
+            lr = self.learning_rate((step - 1) * phase.updates + number + 1)
+            made.append(self.engine.step(batch, lr, self.update_check(step), objective=minimize))
+        every = [(f, f.extras, batch.targets) for f, batch in zip(made, batches.values(), strict=True)]
+
+        def mean_of(name: str) -> float:
+            return sum(extras[name] for _, extras, _ in every) / targets
+
+        gap = mean_of("sampler_gap")
+        metrics |= made[-1].metrics(lr) | {
+            "loss": fmean((f.loss * divisor - extras.get("replay", 0.0)) / divisor for f, extras, divisor in every),
+            "clip_fraction": mean_of("clip_fraction"),
+            "importance_ratio": mean_of("importance_ratio"),
             "sampler_gap": gap,
-            "max_sampler_gap": extras["max_sampler_gap"],
+            "max_sampler_gap": max(extras["max_sampler_gap"] for _, extras, _ in every),
         }
-        if "replay" in extras:
-            assert self.phase.replay is not None
-            metrics["replay_loss"] = extras["replay"] / targets / self.phase.replay.weight
-        require_small_gap(self.name, step, gap, self.phase.max_logprob_diff)
+        if phase.replay is not None:
+            metrics["replay_loss"] = fmean(x["replay"] / divisor / phase.replay.weight for _, x, divisor in every)
+        if phase.kl_coef is not None:
+            metrics["kl"] = mean_of("kl")
+        require_small_gap(self.name, step, gap, phase.max_logprob_diff)
         return metrics
+
+    def _batches(self, step: int, groups: Sequence[Sequence[Example]]) -> dict[int, RankBatch]:
+        """{number of an update of the step: its batch}, for those that have answers to learn from."""
+        phase, batches = self.phase, {}
+        for number in range(phase.updates):
+            part = [example for group in groups[number :: phase.updates] for example in group]
+            if part:
+                lengths = [len(example.ids) - example.start for example in part]
+                divisor = self.algorithm.mean.divisor(lengths, phase.sampling.max_new_tokens)
+                part += self._replay_examples(step, number, divisor)
+                units = [[example] for example in sorted(part, key=lambda example: len(example.ids))]
+                batches[number] = build_rank_batch(
+                    units, phase.micro_batches, self.engine.ranks, self.policy.chat.pad, divisor
+                )
+        if phase.updates > 1:
+            batches = {number: with_logprobs(self.engine, batch, "old") for number, batch in batches.items()}
+        if self.reference is not None:
+            with self.engine.computing_with(self.reference):
+                batches = {number: with_logprobs(self.engine, batch, "reference") for number, batch in batches.items()}
+        return batches
 
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
         """The answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
@@ -126,21 +163,22 @@ class GrpoTrainer(PolicyTrainer):
         }
         return answers, metrics, self.algorithm_state()
 
-    def _replay_examples(self, step: int, targets: int) -> list[Example]:
-        """Rows of earlier data, weighted so that their mean loss has the weight `replay.weight`."""
+    def _replay_examples(self, step: int, number: int, divisor: int) -> list[Example]:
+        """Rows of earlier data for an update of the step, weighted so that their mean loss has the weight
+        `replay.weight`."""
         if self.replay is None:
             return []
         assert self.phase.replay is not None
         order, shards = self.replay
-        rows = order.rows(step)
-        weight = self.phase.replay.weight * targets / sum(row.targets for row in rows)
+        rows = order.rows(step)[number :: self.phase.updates]
+        weight = self.phase.replay.weight * divisor / sum(row.targets for row in rows)
         examples = []
         for row in rows:
             (segment,) = row.segments
             ids = shards.read(segment).tolist()
             targets_of_row = len(ids) - 1 - segment.loss_from
             tokens = {"sampler": [0.0] * targets_of_row, "replay": [weight] * targets_of_row}
-            examples.append(Example(ids, segment.loss_from + 1, {"advantage": 0.0, "learnt": 0.0}, tokens))
+            examples.append(Example(ids, segment.loss_from + 1, {"advantage": 0.0, "weight": 0.0}, tokens))
         return examples
 
     def write_outputs(self, out: Path) -> dict[str, Any]:
@@ -161,34 +199,59 @@ class GrpoTrainer(PolicyTrainer):
 def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout], int]:
     """The answers with their group, sample and drop reason, and the number of groups that are kept."""
     rewards = torch.tensor([r.reward for r in answers], dtype=torch.float64).view(-1, samples)
-    zero_variance = losses.zero_variance(rewards).tolist()
+    equal = zero_variance(rewards).tolist()
     marked = []
     for i, r in enumerate(answers):
         group, sample = divmod(i, samples)
-        dropped = "variance" if zero_variance[group] else "" if r.finished else "truncated"
+        dropped = "variance" if equal[group] else "" if r.finished else "truncated"
         marked.append(replace(r, group=group, sample=sample, dropped=dropped))
-    return marked, zero_variance.count(False)
+    return marked, equal.count(False)
 
 
-def training_examples(answers: Sequence[Rollout]) -> tuple[list[Example], int]:
-    """The training rows of the answers that are not dropped, and their number of tokens."""
+def training_groups(answers: Sequence[Rollout], algorithm: Algorithm) -> list[list[Example]]:
+    """The training rows of the answers that are not dropped, by group. Advantages are of all answers of the groups that
+    differ in reward, truncated ones among them."""
     groups: dict[tuple[int, int], list[Rollout]] = {}
     for r in answers:
-        groups.setdefault((r.wave, r.group), []).append(r)
-    examples = []
-    for group_answers in groups.values():
-        advantages = losses.advantages(torch.tensor([[r.reward for r in group_answers]]))[0].tolist()
-        for r, advantage in zip(group_answers, advantages, strict=True):
-            if not r.dropped:
-                tokens = {"sampler": r.logprobs, "replay": [0.0] * len(r.ids)}
-                row = {"advantage": advantage, "learnt": 1.0}
-                examples.append(Example([*r.prompt_ids, *r.ids], len(r.prompt_ids), row, tokens))
-    return examples, sum(len(e.ids) - e.start for e in examples)
+        if r.dropped != "variance":
+            groups.setdefault((r.wave, r.group), []).append(r)
+    if not groups:
+        return []
+    gains = algorithm.advantages(torch.tensor([[r.reward for r in group] for group in groups.values()])).tolist()
+    return [
+        [_example(r, gain, algorithm) for r, gain in zip(group, group_gains, strict=True) if not r.dropped]
+        for group, group_gains in zip(groups.values(), gains, strict=True)
+    ]
+
+
+def _example(r: Rollout, advantage: float, algorithm: Algorithm) -> Example:
+    tokens = {"sampler": r.logprobs, "replay": [0.0] * len(r.ids)}
+    row = {"advantage": advantage, "weight": algorithm.mean.weight(len(r.ids))}
+    return Example([*r.prompt_ids, *r.ids], len(r.prompt_ids), row, tokens)
+
+
+def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch:
+    """The batch with the log-probabilities of its targets under the engine's present weights, among the `extras` of its
+    micro-batches where this rank computes the loss. Collective."""
+    recorded: list[torch.Tensor] = []
+
+    def record(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        recorded.append(-cross_entropy.cpu())
+        return cross_entropy.sum(), {}
+
+    engine.figures(rank_batch, record)
+    if not recorded:  # an earlier rank of the pipeline
+        return rank_batch
+    micro = [
+        replace(batch, extras={**batch.extras, name: logprobs})
+        for batch, logprobs in zip(rank_batch.micro, recorded, strict=True)
+    ]
+    return replace(rank_batch, micro=micro)
 
 
 def objective(phase: RlPhase) -> Objective:
     """The policy loss of the answers' tokens plus the weighted loss of replayed tokens."""
-    token_loss = policy_losses.load(phase.loss_type)
+    algorithm = policy_gradient.load(phase.algorithm)
 
     def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         extras: Mapping[str, torch.Tensor] = batch.extras
@@ -196,11 +259,15 @@ def objective(phase: RlPhase) -> Objective:
             -cross_entropy,
             extras["sampler"],
             extras["advantage"],
-            batch.loss_mask * extras["learnt"][:, None],
-            token_loss=token_loss,
-            clip_low=phase.clip_low,
-            clip_high=phase.clip_high,
+            batch.loss_mask * extras["weight"][:, None],
+            token_loss=algorithm.token_loss,
+            clip_low=math.inf if phase.clip_low is None else phase.clip_low,
+            clip_high=math.inf if phase.clip_high is None else phase.clip_high,
             tis_cap=phase.tis_cap,
+            old_logprobs=extras.get("old"),
+            weights=extras["weight"],
+            reference_logprobs=extras.get("reference"),
+            kl_coef=phase.kl_coef or 0.0,
         )
         if phase.replay is not None:
             replay_loss = (cross_entropy * extras["replay"]).sum()

@@ -13,25 +13,10 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
-from stages.rl.algorithms.policy_losses import dapo
-from stages.rl.algorithms.policy_losses.registry import TokenLoss, Tokens
+from stages.rl.algorithms.policy_gradient import clip
+from stages.rl.algorithms.policy_gradient.registry import TokenLoss, Tokens
 
 Figures = dict[str, torch.Tensor]
-
-
-def zero_variance(rewards: torch.Tensor) -> torch.Tensor:
-    """[groups]: whether all samples of a group have the same reward, so that it carries no signal. rewards: [groups,
-    samples]."""
-    return (rewards == rewards[:, :1]).all(1)
-
-
-def advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """Rewards [groups, samples] less the mean of their group; not divided by its standard deviation, which would favor
-    groups of nearly equal rewards (Dr. GRPO, arXiv 2503.20783)."""
-    rewards = rewards.float()
-    centered = rewards - rewards.mean(1, keepdim=True)
-    # The rounded mean of equal rewards can differ from that reward; a group without signal must keep advantage 0.
-    return centered.masked_fill(zero_variance(rewards)[:, None], 0.0)
 
 
 def policy_loss(
@@ -40,25 +25,30 @@ def policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
-    token_loss: TokenLoss = dapo.token_loss,
+    token_loss: TokenLoss = clip.token_loss,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     tis_cap: float = 2.0,
     old_logprobs: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    reference_logprobs: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
 ) -> tuple[torch.Tensor, Figures]:
-    """The sum of the tokens' losses, and figures.
+    """The sum of the tokens' losses, each by the weight of its row, and figures.
 
-    token_loss: the loss of a token (stages/rl/algorithms/policy_losses), by default DAPO's. The ratio is to
-    `old_logprobs`, the trainer's before the first update on this batch (None: this is the first update). As the
-    sampler's distribution is not quite the trainer's, each token is weighted by min(exp(old - sampler), tis_cap):
-    truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-    training").
+    token_loss: the loss of a token (stages/rl/algorithms/policy_gradient), by default PPO's with the ranges of DAPO.
+    The ratio is to `old_logprobs`, the trainer's before the first update on this batch (None: this is the first
+    update). As the sampler's distribution is not quite the trainer's, each token is weighted by
+    min(exp(old - sampler), tis_cap): truncated importance sampling (Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training").
+    With `reference_logprobs`, kl_coef times the k3 estimate (joschu.net/blog/kl-approx.html) of KL(policy || reference)
+    is added to each token's loss, as in GRPO (arXiv 2402.03300, eq. 4).
 
-    logprobs (with gradient), sampler_logprobs, old_logprobs, mask: [rows, width]. advantages: [rows], or [rows, width]
-    where they differ by token.
-    Figures: `tokens`; `clip_fraction`, tokens on which the clip acted; `ratio`; `importance_ratio` and
-    `truncated`, tokens at the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|; `sampler_kl`, the k3 estimate
-    (joschu.net/blog/kl-approx.html) of KL(sampler || old).
+    logprobs (with gradient), sampler_logprobs, old_logprobs, reference_logprobs, mask: [rows, width]. advantages:
+    [rows], or [rows, width] where they differ by token. weights: [rows], by default 1.
+    Figures, without the rows' weights: `tokens`; `clip_fraction`, tokens on which the clip acted; `ratio`;
+    `importance_ratio` and `truncated`, tokens at the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|;
+    `sampler_kl`, the k3 estimate of KL(sampler || old); with a reference, `kl`.
     """
     mask = mask.bool()
     current = _masked(logprobs, mask)
@@ -66,8 +56,10 @@ def policy_loss(
     gap = old - _masked(sampler_logprobs, mask).detach()
     weight = gap.exp().clamp(max=tis_cap)
     token_advantages = (advantages if advantages.dim() == 2 else advantages[:, None]).float()
-    ratio = (current - old).exp()
-    loss, clipped = token_loss(Tokens(current, ratio, token_advantages.expand_as(current), mask), clip_low, clip_high)
+    log_ratio = current - old
+    ratio = log_ratio.exp()
+    tokens = Tokens(current, log_ratio, ratio, token_advantages.expand_as(current), mask)
+    loss, clipped = token_loss(tokens, clip_low, clip_high)
     loss = loss * weight
     figures = {
         "tokens": mask,
@@ -78,6 +70,12 @@ def policy_loss(
         "sampler_gap": gap.abs(),
         "sampler_kl": gap.expm1() - gap,
     }
+    if reference_logprobs is not None:
+        distance = _masked(reference_logprobs, mask).detach() - current
+        figures["kl"] = distance.expm1() - distance
+        loss = loss + kl_coef * figures["kl"]
+    if weights is not None:
+        loss = loss * weights[:, None]
     sums = {name: (figure.detach().float() * mask).sum() for name, figure in figures.items()}
     sums["max_sampler_gap"] = (gap.abs() * mask).amax() if gap.numel() else gap.new_zeros(())
     return torch.where(mask, loss, 0.0).sum(), sums
