@@ -17,7 +17,7 @@ from stages.data.seeds import seed_of
 from stages.rl.algorithms import losses
 from stages.rl.algorithms.policy_losses import registry as policy_losses
 from stages.rl.config import RlPhase, RlTrainConfig
-from stages.rl.policy import PolicyTrainer, require_small_gap
+from stages.rl.policy import PolicyTrainer
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
@@ -83,7 +83,7 @@ class GrpoTrainer(PolicyTrainer):
         if "replay" in extras:
             assert self.phase.replay is not None
             metrics["replay_loss"] = extras["replay"] / targets / self.phase.replay.weight
-        require_small_gap(self.name, step, gap, self.phase.max_logprob_diff)
+        self.require_small_gap(step, gap, policy_digest, answers)
         return metrics
 
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
@@ -109,7 +109,7 @@ class GrpoTrainer(PolicyTrainer):
                 )
             groups += groups_kept
             answers += wave_answers
-        self.files.remove_waves(step, answers[-1].wave + 1)
+        self.files.finish_step(step, answers[-1].wave + 1)
         lengths = [len(r.ids) for r in answers]
         self.generated += sum(lengths)
         metrics = {
