@@ -158,7 +158,7 @@ def trace(
 @app.command()
 def replay(
     release: ReleaseArgument,
-    stage: Annotated[str, typer.Argument(help="a training phase with a data order, for example pretrain")],
+    stage: Annotated[str, typer.Argument(help="a training phase, for example pretrain or rlvr")],
     steps: Annotated[
         str | None, typer.Option(metavar="A:B", help="steps of two published checkpoints; default: the last two")
     ] = None,
@@ -170,7 +170,8 @@ def replay(
 ) -> None:
     """Retrain published steps and compare every tensor.
 
-    The steps are trained from their published checkpoint and data.
+    The steps are trained from their published checkpoint and data; phases of post-training read the published answers
+    and draw none.
     If the code here differs from the code that trained them, the code in the release runs instead, under bubblewrap.
     Exit code 0: every bit is the same, or all differences are within a stated tolerance; 1: it differs.
 

@@ -270,6 +270,17 @@ def read_table(path: Path, columns: list[str] | None = None, filters: Any = None
         return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
 
 
+def require_columns(path: Path, schema: pa.Schema) -> None:
+    """Raises AtomError if a table lacks a column, or has one of another type."""
+    import pyarrow.parquet as pq
+
+    with read_errors(path):
+        present = pq.read_schema(path)
+    for field in schema:
+        if field.name not in present.names or present.field(field.name).type != field.type:
+            raise AtomError(f"{path} has no column {field.name} of type {field.type}, which is needed here")
+
+
 def part_files(folder: Path, name: str) -> list[Path]:
     """The files of a table, in order: `<name>/part-*.parquet`, or the `<name>.parquet` of an earlier layout.
 

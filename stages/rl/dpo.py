@@ -19,7 +19,7 @@ VERSION = 4
 
 def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["init"]: the previous phase, whose last checkpoint's weights are loaded; inputs["tasks"], inputs["items"],
-    inputs["tokenizer"].
+    inputs["tokenizer"]. In a replay inputs["rollouts"] is as in stages.rl.rlvr.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json, rollouts.parquet and pairs.parquet.
     Raises what stages.train.trainer.train raises.

@@ -1,18 +1,23 @@
 """The policy in training on rank 0: draws answers, verifies them, and stores them on disk.
 
-The answers of a step are on disk before an update uses them, with the digest of the policy that drew them.
+The answers of a step are on disk before an update uses them, with the digest of the policy that drew them. A replay
+draws and scores nothing: it reads the published answers, in the order in which the phase consumed them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.stage import Inputs, Report
+from pipeline.core.store import Artifact
+from stages.data.table import require_columns
 from stages.evaluation.eval_set import chat_rows
 from stages.models.hf import hf_config
 from stages.rl.config import DpoTrainConfig, RlTrainConfig
@@ -27,7 +32,7 @@ from stages.train.engine import Engine
 
 class Policy:
     """A sampler with the engine's weights, its chat template and its verifiers. Only rank 0 calls methods other than
-    `load`."""
+    `load`. With inputs["rollouts"] there are no sampler and no verifiers."""
 
     def __init__(
         self, config: RlTrainConfig | DpoTrainConfig, inputs: Inputs, engine: Engine, report: Report, work: Path
@@ -37,7 +42,7 @@ class Policy:
         self.chat = generation.Chat(inputs["tokenizer"])
         self.sampler: Sampler | None = None
         self.verifiers: generation.Verifiers | None = None
-        if engine.ranks.first:
+        if engine.ranks.first and "rollouts" not in inputs:
             self.sampler = make_sampler(config, self.chat, work)
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
@@ -56,21 +61,18 @@ class Policy:
                 )
 
     def load(self) -> str:
-        """Copies the engine's weights to the sampler. Returns the policy's digest. Collective."""
-        weights = self.engine.weights()
-        if not self.engine.ranks.first:
-            return ""
-        tensors = dict(self.config.model.spec().to_hf(weights, self.config.model, self.chat.vocab_size))
-        self._sampler.load(tensors)
-        return rollouts.digest(tensors)
-
-    @property
-    def _sampler(self) -> Sampler:
-        assert self.sampler is not None, "rank 0 draws"
-        return self.sampler
+        """Copies the engine's weights to the sampler. Returns the policy's digest, on every rank. Collective."""
+        weights, digest = self.engine.weights(), ""
+        if self.engine.ranks.first:
+            tensors = dict(self.config.model.spec().to_hf(weights, self.config.model, self.chat.vocab_size))
+            if self.sampler is not None:
+                self.sampler.load(tensors)
+            digest = rollouts.digest(tensors)
+        return self.engine.ranks.from_first(digest)
 
     def draw(self, requests: Sequence[tuple[Row, int]], greedy: bool = False) -> list[Completion]:
-        return generation.draw(self._sampler, self.chat, requests, greedy)
+        assert self.sampler is not None, "rank 0 draws"
+        return generation.draw(self.sampler, self.chat, requests, greedy)
 
     def score(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Parts]:
         assert self.verifiers is not None, "rank 0 scores"
@@ -94,16 +96,6 @@ def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, 
     model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
     context = SamplerContext(model_config, chat.stops, work / "served", config.phase.sampling)
     return sampler_registry.make_sampler(config.phase.sampling.kind, context)
-
-
-def require_small_gap(name: str, step: int, gap: float, limit: float) -> None:
-    """Raises CheckFailed if the log-probabilities of sampler and trainer differ by more than `limit` for equal
-    weights."""
-    if not gap <= limit:
-        raise CheckFailed(
-            f"{name}: sampler and trainer differ by {gap:.3g} in a token's log-probability at step {step}, more than "
-            f"{name}.max_logprob_diff = {limit:g}; their weights or their arithmetic are not the same"
-        )
 
 
 class RolloutFiles:
@@ -131,14 +123,9 @@ class RolloutFiles:
         if answers is None:
             completions = policy.draw(requests)
             answers = [
-                Rollout(
-                    step=step, wave=wave, group=0, sample=0, task=row["id"], kind=row["kind"], level=int(row["level"]),
-                    policy=digest, seed=seed, prompt_ids=policy.chat.encode_prompt(row), ids=c.ids, logprobs=c.logprobs,
-                    text=policy.chat.response(c).text, finished=c.finished, reward=0.0, parts={},
-                    verifier=row["verifier"], verifier_version="", dropped="",
-                )
+                unscored(step, wave, digest, row, seed, policy.chat, c)
                 for (row, seed), c in zip(requests, completions, strict=True)
-            ]  # fmt: skip
+            ]
             rollouts.write(drawn_path, answers)
         completions = [Completion(tuple(r.ids), tuple(r.logprobs), r.finished) for r in answers]
         parts = policy.score([row for row, _ in requests], completions)
@@ -153,10 +140,10 @@ class RolloutFiles:
         rollouts.write(self.path(step, wave), answers)
         self.path(step, wave).with_suffix(".drawn").unlink(missing_ok=True)
 
-    def remove_waves(self, step: int, wave: int) -> None:
-        """Removes the waves of a step from `wave` on: an earlier attempt, with other arithmetic, needed more."""
+    def finish_step(self, step: int, waves: int) -> None:
+        """Removes the waves of a step beyond this number: an earlier attempt, with other arithmetic, needed more."""
         for path in self.folder.glob(f"{step:06d}-*"):
-            if int(path.name.split("-")[1].split(".")[0]) >= wave:
+            if int(path.name.split("-")[1].split(".")[0]) >= waves:
                 path.unlink()
 
     def _read(self, path: Path, digest: str, requests: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
@@ -174,29 +161,142 @@ class RolloutFiles:
         return answers
 
 
+def unscored(
+    step: int, wave: int, digest: str, row: Row, seed: int, chat: generation.Chat, completion: Completion
+) -> Rollout:
+    """An answer of a policy as it is drawn: without group, sample, reward and reason to drop it."""
+    return Rollout(
+        step=step, wave=wave, group=0, sample=0, task=row["id"], kind=row["kind"], level=int(row["level"]),
+        policy=digest, seed=seed, prompt_ids=list(chat.encode_prompt(row)), ids=completion.ids,
+        logprobs=completion.logprobs, text=chat.response(completion).text, finished=completion.finished, reward=0.0,
+        parts={}, verifier=row["verifier"], verifier_version="", dropped="",
+    )  # fmt: skip
+
+
+class RecordedRollouts(RolloutFiles):
+    """The rollouts.parquet of an earlier run, from which a replay reads the answers that a step consumed, with their
+    rewards and log-probabilities, in that order.
+
+    The file comes from others. An answer is used if the phase asked for it at this place (task and seed, which follow
+    from the recipe and from all rewards before), and if its other columns follow from its task, tokens and rewards.
+    """
+
+    def __init__(self, artifact: Artifact, report: Report) -> None:
+        """Raises AtomError if the file is damaged or has other columns than this version writes."""
+        super().__init__(artifact.path, report)
+        self.file, self.step = artifact / "rollouts.parquet", 0
+        self.answers: list[Rollout] = []
+        """The answers of `step`, the latest one that was asked for; step 0 has none."""
+        require_columns(self.file, rollouts.schema())
+
+    def load_or_draw(
+        self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
+    ) -> list[Rollout]:
+        """The wave's answers. Raises CheckFailed if they are not those that the phase asks for, or if another policy
+        than this one drew those of the first step."""
+        is_first = not self.step
+        if step != self.step:
+            self.step, self.answers = step, self._read_step(step)
+        recorded = self._wave(wave)
+        for number, (answer, request) in enumerate(zip_longest(recorded, requests)):
+            asked = "none" if request is None else f"one to {request[0]['id']} with seed {request[1]}"
+            found = "is missing" if answer is None else f"is one to {answer.task} with seed {answer.seed}"
+            if found != f"is {asked}":
+                raise self._altered(step, wave, number, f"{found}, and the phase asked for {asked}")
+            if not is_answer(answer, policy.chat.vocab_size):
+                raise self._altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
+            if is_first and answer.policy != digest:
+                raise self._altered(
+                    step, wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
+                )
+        return [
+            replace(
+                unscored(step, wave, r.policy, row, seed, policy.chat, Completion(tuple(r.ids), (), r.finished)),
+                ids=r.ids,
+                logprobs=r.logprobs,
+                reward=r.reward,
+                parts=r.parts,
+                verifier_version=r.verifier_version,
+            )
+            for (row, seed), r in zip(requests, recorded, strict=True)
+        ]
+
+    def write(self, step: int, wave: int, answers: Sequence[Rollout]) -> None:
+        """Compares the answers with the recorded ones. Raises CheckFailed with the first column that differs."""
+        for number, (answer, recorded) in enumerate(zip(answers, self._wave(wave), strict=True)):
+            for column in (name for name in vars(answer) if getattr(answer, name) != getattr(recorded, name)):
+                raise self._altered(
+                    step, wave, number, f"has another `{column}` than follows from its task, tokens and rewards"
+                )
+
+    def finish_step(self, step: int, waves: int) -> None:
+        """Raises CheckFailed if more waves of the step are recorded than were consumed."""
+        if unused := [r.wave for r in self.answers if r.wave not in range(waves)]:
+            raise self._altered(step, unused[0], 0, "was used by no update and dropped for no reason")
+
+    def _wave(self, wave: int) -> list[Rollout]:
+        return [r for r in self.answers if r.wave == wave]
+
+    def _read_step(self, step: int) -> list[Rollout]:
+        try:
+            return rollouts.read(self.file, step)
+        except (TypeError, ValueError) as error:  # of `parts`
+            raise CheckFailed(f"{self.file} has no answers of step {step} ({type(error).__name__}: {error})") from None
+
+    def _altered(self, step: int, wave: int, number: int, finding: str) -> CheckFailed:
+        return CheckFailed(
+            f"{self.file.name}: answer {number} in step {step}, wave {wave} {finding}; answers or the settings of the "
+            "phase were changed"
+        )
+
+
+def is_answer(r: Rollout, vocab_size: int) -> bool:
+    """Whether values from a file can be an answer: tokens of the vocabulary, a finite log-probability of each, and the
+    total of the reward's parts."""
+    try:
+        numbers = math.isfinite(r.reward) and all(map(math.isfinite, r.logprobs)) and r.parts["reward"] == r.reward
+        return numbers and len(r.logprobs) == len(r.ids) and all(0 <= token < vocab_size for token in r.ids)
+    except (TypeError, KeyError):  # a value is missing
+        return False
+
+
 class PolicyTrainer(PostTrainer):
     """The loop of a phase that samples its policy: the sampler and verifiers, the answers on disk, and the validation
-    items of the kinds in its tasks."""
+    items of the kinds in its tasks. With inputs["rollouts"], the answers of an earlier run, it samples nothing."""
 
     config: RlTrainConfig | DpoTrainConfig
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.policy = Policy(self.config, self.inputs, self.engine, self.report, self.work)
-        self.files = RolloutFiles(self.work / "rollouts", self.report)
         self.rows = tasks.read(self.inputs["tasks"])
-        kinds, items = {row["kind"] for row in self.rows}, chat_rows(self.inputs["items"])
+        kinds, items = {row["kind"] for row in self.rows}, []
+        if "rollouts" in self.inputs:
+            self.files: RolloutFiles = RecordedRollouts(self.inputs["rollouts"], self.report)
+        else:
+            self.files, items = RolloutFiles(self.work / "rollouts", self.report), chat_rows(self.inputs["items"])
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
 
     def measure(self, step: int) -> dict[str, Any] | None:
         phase = self.config.phase
-        if step % phase.validate_every and step != phase.steps:
+        if not self.validation or (step % phase.validate_every and step != phase.steps):
             return None
         self.policy.load()
-        accuracy = self.policy.validate(self.validation) if self.first and self.validation else {}
+        accuracy = self.policy.validate(self.validation) if self.first else {}
         if self.first:
             self.report.metric(step, **{f"validation_{kind}": value for kind, value in accuracy.items()})
         return {"validation": accuracy} if accuracy else None
+
+    def require_small_gap(self, step: int, gap: float, digest: str, answers: Sequence[Rollout]) -> None:
+        """Raises CheckFailed if the log-probabilities of sampler and trainer differ by more than the recipe allows for
+        equal weights. digest: of the trainer's, which on another machine a replay does not keep equal."""
+        limit = self.config.phase.max_logprob_diff
+        if not gap <= limit and all(r.policy == digest for r in answers):
+            raise CheckFailed(
+                f"{self.name}: sampler and trainer differ by {gap:.3g} in a token's log-probability at step {step}, "
+                f"more than {self.name}.max_logprob_diff = {limit:g}; their weights or their arithmetic are not the "
+                "same"
+            )
 
     def close(self) -> None:
         self.policy.close()

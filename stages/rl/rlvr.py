@@ -22,7 +22,8 @@ VERSION = 3
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["init"]: the previous phase, whose last checkpoint's weights are loaded; inputs["tasks"], inputs["items"],
     inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"]; if tasks name the verifier reward-model,
-    inputs["reward"], its training, and inputs["reward_model"], its export.
+    inputs["reward"], its training, and inputs["reward_model"], its export. In a replay inputs["rollouts"], the answers
+    of an earlier run, takes the place of items, verifiers and sampler.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     Raises what stages.train.trainer.train raises.

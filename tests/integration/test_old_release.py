@@ -128,6 +128,13 @@ def test_a_segment_is_replayed_by_the_code_that_it_carries(old_release: Path, tm
     assert notes["code"] == result.code
 
 
+@pytest.mark.parametrize("phase", ["rlvr", "rlhf", "reward", "online"])
+def test_post_training_is_not_replayed(old_release: Path, phase: str) -> None:
+    sentence = f"{phase} of a release before format 3 cannot be replayed, .* can be replayed: pretrain, midtrain, sft$"
+    with pytest.raises(AtomError, match=sentence):
+        replay(old_release, phase)
+
+
 def test_carried_code_that_is_not_the_code_that_trained_is_not_run(old_release: Path, tmp_path: Path) -> None:
     import shutil
 

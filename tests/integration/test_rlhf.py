@@ -158,6 +158,18 @@ def test_stopped_and_resumed_gives_the_same_bytes(
     assert train_fixtures.digest(tmp_path / "b") == train_fixtures.digest(calm)
 
 
+def test_recorded_answers_move_the_same_weights(
+    inputs: dict[str, Artifact], calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rounds of answers to two kinds of tasks, by a replay that draws and scores nothing."""
+    assert {r.wave for r in rollouts.read(calm / "rollouts.parquet")} == {0, 1}
+    recorded = {**inputs, "rollouts": rl_fixtures.record(calm, tmp_path / "recorded")}
+    del recorded["items"]  # measurements need a sampler
+    monkeypatch.setattr("stages.rl.policy.make_sampler", None)
+    run(dpo, settings(PHASE), recorded, tmp_path / "work", tmp_path / "out")
+    assert rl_fixtures.trained(tmp_path / "out") == rl_fixtures.trained(calm)
+
+
 @pytest.fixture(scope="module")
 def trained(inputs: dict[str, Artifact], calm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("reward")

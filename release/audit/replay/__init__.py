@@ -5,8 +5,8 @@
 `source` reads the files of a release, each only if it has the digest of `SHA256SUMS`. `plan` says what is replayed.
 `retraining` tokenizes the kept documents, writes the checkpoint after step A as a work checkpoint beside the log up to
 there, and lets the stage resume as after a kill, by the published order, until step B is sealed. Learning rate, spikes
-and data are then those of the whole phase. `comparison` compares the sealed checkpoint with the published one, and
-`report` states the result.
+and data are then those of the whole phase. `post_training` gives a phase that learns from answers the published ones.
+`comparison` compares the sealed checkpoint with the published one, and `report` states the result.
 
 No file of the release is unpickled: it is read as safetensors, JSON and Parquet. Its code is not executed, unless the
 present code differs from the code that trained the phase: then `carried_code` runs the code in the release.

@@ -31,6 +31,7 @@ from pipeline.core.store import canonical, sha256_bytes
 from pipeline.core.text import printable
 from pipeline.graph import registry
 from release import schema
+from release.audit.replay import post_training
 from release.audit.replay.retraining import Progress, Retrained
 from release.audit.replay.source import Source
 
@@ -76,12 +77,12 @@ class Code:
 
 def find(source: Source, phase: str, last: int) -> Code | None:
     """The carried code, if the present code differs from the code that trained the phase or tokenized its documents,
-    and the release carries that code. Raises CheckFailed if the release does not state that code."""
+    and the release carries that code, able to replay the phase. Raises CheckFailed if the release does not state it."""
     try:
         origin = source.origins[f"checkpoints/{phase}-step-{last}/state.json"]["artifact"]
         bodies = [source.statement(origin)[1]]
-        tokens = provenance.material_keys(bodies[0])["tokens"]
-        bodies.append(source.statement(source.manifests[tokens].node)[1])
+        if (tokens := provenance.material_keys(bodies[0]).get("tokens")) is not None:
+            bodies.append(source.statement(source.manifests[tokens].node)[1])
         stages = [provenance.parameters_of(body)["stage"] for body in bodies]
         recorded = {name: digest for body in bodies for name, digest in provenance.code_of(body).items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -89,6 +90,8 @@ def find(source: Source, phase: str, last: int) -> Code | None:
             f"{source.folder} does not state which code trained {phase} "
             f"({type(error).__name__}: {printable(str(error))}); verify it"
         ) from error
+    if stages[0] in post_training.STAGES and post_training.MODULE not in source.sums:
+        return None
     current: dict[str, str] = {}
     for stage in stages:
         current |= code_digests(registry.stages()[stage]) if stage in registry.stages() else {}

@@ -96,10 +96,10 @@ def first_divergence(plan: Plan, log: Path) -> int | None:
 
 
 def _lines_by_step(log: Iterable[Mapping[str, Any]], plan: Plan) -> dict[int, list[Mapping[str, Any]]]:
-    """{step: its lines} of the steps of a plan."""
+    """{step: its lines} of the steps of a plan, except what a phase of post-training sampled to measure itself."""
     lines: dict[int, list[Mapping[str, Any]]] = {}
     for line in log:
-        if plan.first < line["step"] <= plan.last:
+        if plan.first < line["step"] <= plan.last and "validation" not in line:
             lines.setdefault(line["step"], []).append(line)
     return lines
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import provenance
@@ -13,32 +14,41 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact
 from pipeline.graph import registry
 from release import schema
+from release.audit.replay import post_training
 from release.audit.replay.source import Source
 from release.layout import WITHOUT_ORDER, when
 
 if TYPE_CHECKING:
+    from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlTrainConfig
     from stages.train.config import TrainConfig
 
-STAGES = ("pretrain", "midtrain", "sft")
+STAGES = ("pretrain", "midtrain", "sft", *post_training.STAGES)
+POST_TRAINING_SINCE = 3
+"""The first format of a release with the present names of the settings of post-training."""
 WATCHDOG_SECONDS = 7 * 86_400.0
 """The watchdog timeout of a replay: one process may need long for a step of many ranks, and no rank waits for
 another."""
 
 
 def select_steps(source: Source, phase: str, first: int | None, last: int | None) -> tuple[int, int]:
-    """The steps of the two checkpoints to replay between. Raises AtomError with the published ones."""
+    """The steps of the two checkpoints to replay between. Step 0 of a phase of post-training is the last checkpoint of
+    the phase before. Raises AtomError with the published ones."""
     steps_by_phase: dict[str, list[int]] = {}
     for path in source.sums:
         if match := re.fullmatch(r"checkpoints/([a-z0-9-]+)-step-(0|[1-9]\d{0,11})/state\.json", path):
             steps_by_phase.setdefault(match[1], []).append(int(match[2]))
     phase_name = schema.reader(source.folder).phase
-    with_order = [name for name in steps_by_phase if phase_name(name) not in WITHOUT_ORDER]
-    phases = ", ".join(sorted(with_order, key=lambda name: when(phase_name(name))))
-    if phase_name(phase) in WITHOUT_ORDER:
-        raise AtomError(f"{phase} samples its own data; only phases with a data order can be replayed: {phases}")
+    refused = WITHOUT_ORDER if schema.stated(source.folder).format < POST_TRAINING_SINCE else ()
+    names = [name for name in steps_by_phase if phase_name(name) not in refused]
+    phases = ", ".join(sorted(names, key=lambda name: when(phase_name(name))))
+    if phase_name(phase) in refused:
+        raise AtomError(
+            f"{phase} of a release before format {POST_TRAINING_SINCE} cannot be replayed, since its settings have "
+            f"other names and the code that it carries cannot read answers; phases that can be replayed: {phases}"
+        )
     if phase not in steps_by_phase:
         raise AtomError(f"the release has no checkpoints of {phase}; phases that can be replayed: {phases}")
-    steps = sorted(steps_by_phase[phase])
+    steps = sorted({*steps_by_phase[phase], *([0] if phase_name(phase) in WITHOUT_ORDER else [])})
     end = steps[-1] if last is None else last
     start = max((step for step in steps if step < end), default=-1) if first is None else first
     if start not in steps or end not in steps or start >= end:
@@ -54,10 +64,12 @@ def select_steps(source: Source, phase: str, first: int | None, last: int | None
 class Plan:
     """The training of a phase from the checkpoint of step `first` to that of step `last`, from states and statements.
 
-    config: of the phase, with what a replay by one process needs. start_state, end_state: state.json of the two
-    checkpoints. materials: {role: key} of the phase's inputs. environment: {name: value} in which it was trained.
-    ranks: processes that trained it. order_files: paths in the release. log: lines of training.jsonl, none if it is
-    not published.
+    config: of the phase, with what a replay by one process needs. start: the folder of the checkpoint that the replay
+    begins with. start_state, end_state: state.json of the two checkpoints; start_state is None if the phase begins
+    there, with the weights of the phase before. reference: the folder of the checkpoint to whose policy a KL term
+    refers. materials: {role: key} of the phase's inputs. environment: {name:
+    value} in which it was trained. ranks: processes that trained it. order_files: paths in the release. files: {role:
+    path} of what a phase of post-training reads beside. log: lines of training.jsonl, none if it is not published.
     """
 
     source: Source
@@ -65,13 +77,16 @@ class Plan:
     first: int
     last: int
     stage: Any
-    config: TrainConfig
-    start_state: Mapping[str, Any]
+    config: TrainConfig | RlTrainConfig | DpoTrainConfig | RewardTrainConfig
+    start: str
+    start_state: Mapping[str, Any] | None
+    reference: str | None
     end_state: Mapping[str, Any]
     materials: Mapping[str, str]
     environment: Mapping[str, str]
     ranks: int
     order_files: tuple[str, ...]
+    files: Mapping[str, str]
     log: tuple[Mapping[str, Any], ...]
 
     @classmethod
@@ -80,16 +95,24 @@ class Plan:
         other, and KeyError, TypeError, ValueError or AttributeError if a file lacks a field."""
         from stages.data.table import column_names
         from stages.mcore.parallel_layout import Layout
-        from stages.train.config import TrainConfig
+        from stages.rl.config import RlTrainConfig
 
-        start_state, end_state = (_checked_state(source, phase, step) for step in (first, last))
-        (start_key, start_statement), (key, body) = (_statement_of(source, phase, step) for step in (first, last))
+        end_state = _checked_state(source, phase, last)
+        key, body = _statement_of(source, phase, last)
         materials, run = provenance.material_keys(body), provenance.phase_of(body) or key
-        if run != (provenance.phase_of(start_statement) or start_key) and start_key != materials.get("continue"):
-            raise AtomError(
-                f"steps {first}:{last} of {phase} were trained by two runs with different settings; replay up to the "
-                "step where the second run began, and then from there"
-            )
+        start, start_state = cls.checkpoint(phase, first), None
+        if f"{start}/state.json" in source.sums:
+            start_state = _checked_state(source, phase, first)
+            start_key, start_statement = _statement_of(source, phase, first)
+            if run != (provenance.phase_of(start_statement) or start_key) and start_key != materials.get("continue"):
+                raise AtomError(
+                    f"steps {first}:{last} of {phase} were trained by two runs with different settings; replay up to "
+                    "the step where the second run began, and then from there"
+                )
+        else:
+            start = post_training.previous_checkpoint(source, materials["init"])
+            for file in checkpoint_files(source, start):
+                source.file(file)
         parameters = provenance.parameters_of(body)
         if (
             parameters["stage"] not in STAGES
@@ -101,28 +124,43 @@ class Plan:
             )
         layouts = [operation["phase"]["parallelism"] for operation in provenance.operations_of(body)]
         ranks = max(layout["ranks"] for layout in layouts)
-        config = TrainConfig.model_validate(parameters["config"])
+        stage = registry.stage(parameters["stage"])
+        config: Any = stage.config.model_validate(parameters["config"])
+        reference = None
+        if isinstance(config, RlTrainConfig) and config.phase.kl_coef is not None:
+            reference = post_training.previous_checkpoint(source, materials["init"])
+            for file in checkpoint_files(source, reference):
+                source.file(file)
         overrides: dict[str, Any] = {"watchdog_timeout_seconds": WATCHDOG_SECONDS}
         overrides |= {"checkpoint_interval": config.phase.steps}
         overrides |= {"parallelism": Layout.model_validate(layouts[-1]) if ranks == 1 else Layout()}
-        order = [source.copy(materials["order"], file) for file in sorted(source.listed(materials["order"]))]
-        meta = source.copy(materials["order"], "meta.json")
-        for path in order:
-            if path.suffix == ".parquet":
-                column_names(path)
+        order: list[Path] = []
+        first_step = 1
+        if "order" in materials:
+            order = [source.copy(materials["order"], file) for file in sorted(source.listed(materials["order"]))]
+            meta = source.copy(materials["order"], "meta.json")
+            first_step = int(json.loads(meta.read_bytes()).get("first_step", 1))
+            for path in order:
+                if path.suffix == ".parquet":
+                    column_names(path)
+        is_text = stage.name not in post_training.STAGES
+        files = {} if is_text else post_training.published_files(source, key, stage.name, materials)
         log_path = source.place(key, "training.jsonl")
-        log = source.file(log_path).read_text().splitlines() if log_path else []
-        phase_start = int(json.loads(meta.read_bytes()).get("first_step", 1)) - 1
-        if log_path is None and first > phase_start:
-            raise AtomError(f"the log of {run} is not in the release; replay it from its first step, {phase_start}")
+        log = [json.loads(line) for line in source.file(log_path).read_text().splitlines()] if log_path else []
+        if "rollouts" in files:
+            post_training.require_same_policies(source, files["rollouts"], log)
+        if log_path is None and first >= first_step:
+            raise AtomError(f"the log of {run} is not in the release; replay it from its first step, {first_step - 1}")
         return cls(
             source=source,
             phase=phase,
             first=first,
             last=last,
-            stage=registry.stage(parameters["stage"]),
+            stage=stage,
             config=config.model_copy(update={"phase": config.phase.model_copy(update=overrides)}),
+            start=start,
             start_state=start_state,
+            reference=reference,
             end_state=end_state,
             materials=materials,
             environment=environment_values(
@@ -130,7 +168,8 @@ class Plan:
             ),
             ranks=ranks,
             order_files=tuple(path.relative_to(source.folder).as_posix() for path in order),
-            log=tuple(json.loads(line) for line in log),
+            files=files,
+            log=tuple(log),
         )
 
     @staticmethod
@@ -139,14 +178,25 @@ class Plan:
         return f"checkpoints/{phase}-step-{step}"
 
     @property
-    def start(self) -> str:
-        """The folder of the checkpoint that the replay begins with."""
-        return self.checkpoint(self.phase, self.first)
-
-    @property
     def end(self) -> str:
         """The folder of the checkpoint that the replay is compared with."""
         return self.checkpoint(self.phase, self.last)
+
+    @property
+    def mix(self) -> Mapping[str, float]:
+        """The shares of the sources whose documents the phase reads; none if it reads no documents."""
+        from stages.rl.config import RlPhase
+        from stages.train.config import PhaseConfig
+
+        phase = self.config.phase
+        if isinstance(phase, RlPhase):
+            return phase.replay.mix if phase.replay else {}
+        return phase.mix if isinstance(phase, PhaseConfig) else {}
+
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """The published data that the phase reads, as paths in the release."""
+        return (*self.order_files, *self.files.values())
 
     def order(self) -> Artifact:
         """The published order, in its folder of the release."""

@@ -17,6 +17,9 @@ from release.audit.replay.source import Source
 from release.layout import ALL_SUMS, RELEASE
 
 METHOD = "urn:atom-release:replay:v1"
+DATA = {"token_shards": "/train/", "answers": "dataset/rl/"}
+"""{test that a replay without an error has passed: a part of the paths that it read}: the documents give the token
+shards that were trained on, and the answers or pairs are those that the phase asks for, in their order."""
 SHOWN = 12
 """Differences of the environment that the text names."""
 
@@ -83,7 +86,8 @@ def certificate(replay: Replay, release: Path) -> dict[str, Any]:
         raise CheckFailed(
             f"step {replay.last} of {replay.phase} in {release} is not the one that was replayed; replay it"
         )
-    tests = {"token_shards": True, "state": not replay.state}
+    tests = {name: True for name, part in DATA.items() if any(part in path for path in replay.materials)}
+    tests["state"] = not replay.state
     tests |= {"tensors_within_tolerance": replay.largest <= replay.tolerance, "tensors_bitwise": not replay.different}
     if replay.ranks == 1:
         tests["log"] = replay.diverges is None
@@ -125,7 +129,10 @@ def _descriptors(digests: Mapping[str, str]) -> list[dict[str, Any]]:
 def text(replay: Replay) -> str:
     """The result for a terminal: the verdict, then one line for each finding."""
     steps = f"steps {replay.first + 1} to {replay.last}"
-    lines = [f"{replay.phase}, {steps}, retrained from the checkpoint of step {replay.first}: {replay.verdict}"]
+    start = next((path.split("/")[1] for path in replay.materials if path.startswith("checkpoints/")), "")
+    previous, _, step = start.rpartition("-step-")
+    origin = f"step {step}" if previous == replay.phase else f"step {step} of {previous}"
+    lines = [f"{replay.phase}, {steps}, retrained from the checkpoint of {origin}: {replay.verdict}"]
     if replay.different:
         lines += [
             f"{len(replay.different)} of {replay.tensors} tensors (weights and optimizer) differ, first "

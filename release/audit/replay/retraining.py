@@ -15,6 +15,7 @@ from pipeline.core import provenance
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, sha256_bytes, write_manifest
 from pipeline.graph import registry
+from release.audit.replay import post_training
 from release.audit.replay.comparison import changed_fields, compare_environments, first_divergence
 from release.audit.replay.plan import Plan, checkpoint_files
 from release.audit.replay.source import Source
@@ -51,8 +52,10 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
     """
     try:
         plan = Plan.read(source, phase, first, last)
-        progress("tokenizing the kept documents")
-        tokens = tokenize(plan, folder)
+        inputs = post_training.inputs(plan, folder)
+        if plan.mix:
+            progress("tokenizing the kept documents")
+            inputs |= {"tokens": tokenize(plan, folder), "order": plan.order()}
         write_work_checkpoint(plan, folder / "work")
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # the evidence is untrusted
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -60,9 +63,10 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
             f"{source.folder} does not state how {phase} was trained up to step {last} ({reason}); verify it"
         ) from error
     progress(f"training steps {first + 1} to {last}")
-    checkpoint = train(plan, {"tokens": tokens, "order": plan.order()}, folder, progress)
+    checkpoint = train(plan, inputs, folder, progress)
     environment, fingerprint = compare_environments(plan)
-    shards = {f"{tokens.key}/{row.path}": row.sha256 for row in tokens.rows}
+    tokens = inputs.get("tokens")
+    shards = {f"{tokens.key}/{row.path}": row.sha256 for row in tokens.rows} if tokens else {}
     return Retrained(
         checkpoint=checkpoint,
         state=changed_fields(plan, checkpoint),
@@ -70,7 +74,7 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
         ranks=plan.ranks,
         environment=environment,
         fingerprint=fingerprint,
-        materials=checkpoint_files(source, plan.start) | source.digests(*plan.order_files) | shards,
+        materials=checkpoint_files(source, plan.start) | source.digests(*plan.data_files) | shards,
         subject=checkpoint_files(source, plan.end),
     )
 
@@ -79,14 +83,9 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
     """The token shards of the sources that the phase reads, from the published documents and tokenizer, in
     `folder`/tokens. Raises CheckFailed if they differ from the manifest of the shards that were trained on."""
     source, key = plan.source, plan.materials["tokens"]
-    node, mix = source.manifests[key].node, plan.config.phase.mix
+    node, mix = source.manifests[key].node, plan.mix
     _, body = source.statement(node)
     materials = provenance.material_keys(body)
-    digest = source.listed(materials["tokenizer"])["tokenizer.json"]  # each model's repository has a copy
-    encoder = next(
-        (path for path, d in source.sums.items() if d == digest and path.endswith("/tokenizer.json")),
-        f"tokenizer.json of {node}",
-    )
     kept_folder, out, work = folder / "dedup" / "kept", folder / "tokens", folder / "shards"
     for directory in (kept_folder, out, work):
         directory.mkdir(parents=True)
@@ -95,7 +94,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
             link = kept_folder.parent / path
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(source.copy(materials["dedup"], path))
-    folders = {"dedup": kept_folder.parent, "tokenizer": source.file(encoder).parent}
+    folders = {"dedup": kept_folder.parent, "tokenizer": source.tokenizer(materials["tokenizer"]).parent}
     inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
     stage = registry.stage("tokenize")
     config = stage.config.model_validate(provenance.parameters_of(body)["config"])
@@ -134,8 +133,11 @@ def _present_path(path: str) -> str:
 
 
 def write_work_checkpoint(plan: Plan, work: Path) -> None:
-    """Writes the published checkpoint and the log up to it, like an attempt that was killed at that step. Raises
-    CheckFailed if tensors are missing or have other shapes than the config implies."""
+    """Writes the published checkpoint and the log up to it, like an attempt that was killed at that step; nothing if
+    the phase begins there with the weights of the phase before. Raises CheckFailed if tensors are missing or have other
+    shapes than the config implies."""
+    if (state := plan.start_state) is None:
+        return
     from stages.mcore.model import check_tensors
     from stages.mcore.param_names import BUFFERS
     from stages.train.checkpoint import release_checkpoint, sharded_state, work_checkpoint
@@ -145,7 +147,7 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
     shapes, tensors = plan.config.model.shapes(plan.config.padded_vocab_size), release_checkpoint.Tensors(published)
     check_tensors(shapes, tensors.shapes(), plan.start)
     flat = {f"weight.{name}": tensor.flatten() for name, tensor in tensors.items()}
-    if plan.start_state["optimizer_step"]:
+    if state["optimizer_step"]:
         moments = release_checkpoint.Tensors(published, release_checkpoint.OPTIMIZER)
         moment_shapes = {f"{k}.{n}": shape for k in MOMENTS for n, shape in shapes.items() if not n.endswith(BUFFERS)}
         check_tensors(moment_shapes, moments.shapes(), plan.start)
@@ -157,7 +159,7 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
     lines = [json.dumps(line, sort_keys=True) + "\n" for line in plan.log if line["step"] <= plan.first]
     log = "".join(lines).encode()
     (work / "attempt-0001" / "training.jsonl").write_bytes(log)
-    marker = {"step": plan.first, "state": plan.start_state, "files": sharded_state.receipts(folder, 1)}
+    marker = {"step": plan.first, "state": state, "files": sharded_state.receipts(folder, 1)}
     marker |= {"product": {"training.jsonl": [len(log), sha256_bytes(log)]}}
     (folder / work_checkpoint.MARKER).write_text(json.dumps(work_checkpoint.with_digest(marker)))
 

@@ -59,6 +59,13 @@ class Source:
         """The published copy of a file of an artifact. Raises CheckFailed if it is missing or altered."""
         return self.file(self.place(key, file) or f"{file} of {key}")
 
+    def tokenizer(self, key: str) -> Path:
+        """The published tokenizer.json of an artifact of the tokenizer: each model's repository has a copy. Raises
+        CheckFailed if it is missing or altered."""
+        digest = self.listed(key)["tokenizer.json"]
+        copies = (path for path, d in self.sums.items() if d == digest and path.endswith("/tokenizer.json"))
+        return self.file(next(copies, f"tokenizer.json of {key}"))
+
     def statement(self, node: str) -> tuple[str, Statement]:
         """(key, provenance statement) of the artifact of a node. Raises CheckFailed if no statement is about it."""
         manifest = self._manifest(f"evidence/manifests/{node}.json")

@@ -21,7 +21,7 @@ from stages.rl.algorithms.policy_gradient import registry as policy_gradient
 from stages.rl.algorithms.policy_gradient.advantages import zero_variance
 from stages.rl.algorithms.policy_gradient.registry import Algorithm
 from stages.rl.config import RlPhase, RlTrainConfig
-from stages.rl.policy import PolicyTrainer, require_small_gap
+from stages.rl.policy import PolicyTrainer
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
@@ -79,28 +79,28 @@ class GrpoTrainer(PolicyTrainer):
         self.tokens += (targets := sum(len(x.ids) - x.start for group in groups for x in group))
         if not targets:
             return metrics | {"idle": True}
-        batches, made, minimize = self._batches(step, groups), [], objective(phase)
+        batches, figures, minimize = self._batches(step, groups), [], objective(phase)
         for number, batch in batches.items():
             lr = self.learning_rate((step - 1) * phase.updates + number + 1)
-            made.append(self.engine.step(batch, lr, self.update_check(step), objective=minimize))
-        every = [(f, f.extras, batch.targets) for f, batch in zip(made, batches.values(), strict=True)]
+            figures.append(self.engine.step(batch, lr, self.update_check(step), objective=minimize))
+        results = [(f, f.extras, batch.targets) for f, batch in zip(figures, batches.values(), strict=True)]
 
         def mean_of(name: str) -> float:
-            return sum(extras[name] for _, extras, _ in every) / targets
+            return sum(extras[name] for _, extras, _ in results) / targets
 
         gap = mean_of("sampler_gap")
-        metrics |= made[-1].metrics(lr) | {
-            "loss": fmean((f.loss * divisor - extras.get("replay", 0.0)) / divisor for f, extras, divisor in every),
+        metrics |= figures[-1].metrics(lr) | {
+            "loss": fmean((f.loss * divisor - extras.get("replay", 0.0)) / divisor for f, extras, divisor in results),
             "clip_fraction": mean_of("clip_fraction"),
             "importance_ratio": mean_of("importance_ratio"),
             "sampler_gap": gap,
-            "max_sampler_gap": max(extras["max_sampler_gap"] for _, extras, _ in every),
+            "max_sampler_gap": max(extras["max_sampler_gap"] for _, extras, _ in results),
         }
         if phase.replay is not None:
-            metrics["replay_loss"] = fmean(x["replay"] / divisor / phase.replay.weight for _, x, divisor in every)
+            metrics["replay_loss"] = fmean(x["replay"] / divisor / phase.replay.weight for _, x, divisor in results)
         if phase.kl_coef is not None:
             metrics["kl"] = mean_of("kl")
-        require_small_gap(self.name, step, gap, phase.max_logprob_diff)
+        self.require_small_gap(step, gap, policy_digest, answers)
         return metrics
 
     def _batches(self, step: int, groups: Sequence[Sequence[Example]]) -> dict[int, RankBatch]:
@@ -146,7 +146,7 @@ class GrpoTrainer(PolicyTrainer):
                 )
             groups += groups_kept
             answers += wave_answers
-        self.files.remove_waves(step, answers[-1].wave + 1)
+        self.files.finish_step(step, answers[-1].wave + 1)
         lengths = [len(r.ids) for r in answers]
         self.generated += sum(lengths)
         metrics = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
 from stages.data.seeds import seed_of
-from stages.data.table import read_table, write_rows
+from stages.data.table import arrow_schema, read_table, require_columns, write_rows
 from stages.evaluation.confidence import wilson
 from stages.rl.algorithms import losses
 from stages.rl.config import DpoPhase, DpoTrainConfig, PromptPool, RewardPhase, RewardTrainConfig
-from stages.rl.policy import PolicyTrainer, require_small_gap
+from stages.rl.policy import PolicyTrainer
 from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Row, question
 from stages.rl.rewards.reward_model import reward_input
@@ -106,7 +106,7 @@ class Dpo(PolicyTrainer):
             figures, gap = self._update(step, number, update_pairs, correct[number :: self.phase.updates])
             metrics |= figures
             if number == 0:  # no update since the answers were drawn
-                require_small_gap(self.name, step, gap["sampler_gap"], self.phase.max_logprob_diff)
+                self.require_small_gap(step, gap["sampler_gap"], digest, answers)
                 metrics |= gap
         return metrics
 
@@ -149,6 +149,7 @@ class Dpo(PolicyTrainer):
             correct = [replace(r, dropped="" if r.reward == 1 and r.finished else "wrong") for r in correct]
             self.files.write(step, 1, correct)
             answers += correct
+        self.files.finish_step(step, answers[-1].wave + 1)
         return answers, self.algorithm_state()
 
     def _draw_wave(self, step: int, wave: int, digest: str, curriculum: Curriculum, pool: PromptPool) -> list[Rollout]:
@@ -166,12 +167,8 @@ class Dpo(PolicyTrainer):
 
     def write_outputs(self, out: Path) -> dict[str, Any]:
         count = rollouts.merge(self.files.all(), out / "rollouts.parquet")
-        rows = []
-        for path in self.files.all():
-            answers = [r for r in rollouts.read(path) if r.wave == 0]
-            for group_answers in group_by_task(answers):
-                for pair in all_pairs(group_answers, self.phase.min_margin):
-                    rows.append(pair_row(self.by_id[group_answers[0].task], *pair))
+        margin = self.phase.min_margin
+        rows = [row for path in self.files.all() for row in pair_rows(rollouts.read(path), self.by_id, margin)]
         write_rows(out / "pairs.parquet", PAIRS, rows)
         log_lines = self.log.lines()
         validations = [{"step": x["step"], **x["validation"]} for x in log_lines if "validation" in x]
@@ -202,6 +199,12 @@ def all_pairs(group_answers: Sequence[Rollout], min_margin: float) -> list[tuple
     """All pairs of answers to a task whose rewards differ by more than `min_margin`, the better first. DPO uses only
     the best and the worst; a reward model also needs the pairs between the extremes."""
     return [(a, b) for a in group_answers for b in group_answers if a.finished and a.reward - b.reward > min_margin]
+
+
+def pair_rows(answers: Sequence[Rollout], tasks: Mapping[str, Row], min_margin: float) -> list[dict[str, Any]]:
+    """The rows of pairs.parquet of the answers of a round. tasks: by id."""
+    groups = group_by_task([r for r in answers if r.wave == 0])
+    return [pair_row(tasks[better.task], better, r) for group in groups for better, r in all_pairs(group, min_margin)]
 
 
 def pair_row(row: Row, chosen: Rollout, rejected: Rollout) -> dict[str, Any]:
@@ -332,7 +335,12 @@ def bradley_terry(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tens
 
 
 def read_pairs(artifact: Artifact) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = read_table(artifact / "pairs.parquet").to_pylist()
+    """Raises AtomError if a column or a value is missing."""
+    path = artifact / "pairs.parquet"
+    require_columns(path, arrow_schema(PAIRS))
+    rows: list[dict[str, Any]] = read_table(path).to_pylist()
+    if any(None in row.values() for row in rows):
+        raise AtomError(f"{path} has a pair without one of its values; restore it from a copy")
     return rows
 
 

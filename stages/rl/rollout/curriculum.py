@@ -14,7 +14,7 @@ from typing import Annotated, TypedDict
 from pydantic import Field
 
 from pipeline.core.bounds import PositiveShare
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import Config, Renamed
 from stages.data.seeds import seed_of
 from stages.rl.protocols import Row, bin_of
@@ -59,6 +59,12 @@ class Curriculum:
         return {name: bin_state.copy() for name, bin_state in self.state.items()}
 
     def load(self, state: Mapping[str, BinState]) -> None:
+        """Raises AtomError for the state of other bins."""
+        if state.keys() != self.state.keys():
+            raise AtomError(
+                f"the state of the curriculum is of the bins {', '.join(sorted(state))}, and the tasks are of "
+                f"{', '.join(sorted(self.state))}; one of the two was changed"
+            )
         self.state = {name: bin_state.copy() for name, bin_state in state.items()}
 
     def open_bins(self) -> list[str]:

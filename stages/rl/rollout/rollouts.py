@@ -81,9 +81,9 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     os.rename(partial, path)
 
 
-def read(path: Path) -> list[Rollout]:
-    """Raises AtomError if the file is damaged."""
-    rows = read_table(path).to_pylist()
+def read(path: Path, step: int | None = None) -> list[Rollout]:
+    """The answers, or those of a step. Raises AtomError if the file is damaged."""
+    rows = read_table(path, filters=None if step is None else [("step", "=", step)]).to_pylist()
     return [Rollout(**{**row, "parts": json.loads(row["parts"])}) for row in rows]
 
 

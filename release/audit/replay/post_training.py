@@ -1,0 +1,107 @@
+"""What a replay of rlvr, dpo, reward or online-rlhf reads instead of an order of documents: the published answers or
+pairs, tasks and tokenizer, and before step 1 the last checkpoint of the phase before.
+
+Nothing is sampled or scored again. `stages.rl.policy.RecordedRollouts` reads the answers as the phase consumed them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core import provenance
+from pipeline.core.errors import CheckFailed
+from pipeline.core.store import Artifact, FileRow, rows_of
+from release.audit.replay.source import Source
+
+if TYPE_CHECKING:
+    from release.audit.replay.plan import Plan
+
+MODULE = "code/release/audit/replay/post_training.py"
+"""This file in a release whose code can replay these phases."""
+STAGES = ("rlvr", "dpo", "reward")
+STATE = re.compile(r"step-([0-9]{1,12})/state\.json")
+FILES = {"tasks": "tasks.jsonl", "pairs": "pairs.parquet"}
+"""{role of an input: its published file that training reads}"""
+
+
+def published_files(source: Source, key: str, stage: str, materials: Mapping[str, str]) -> dict[str, str]:
+    """{role: path in the release} of the files that a phase reads beside tokens and checkpoints. key: of its artifact;
+    materials: {role: key} of its inputs. Raises CheckFailed if one is missing or altered."""
+    files = {role: source.copy(materials[role], name) for role, name in FILES.items() if role in materials}
+    if "pairs" in files:
+        require_pairs_of_answers(source, materials["pairs"])
+    files["tokenizer"] = source.tokenizer(materials["tokenizer"])
+    if stage != "reward":
+        files["rollouts"] = source.copy(key, "rollouts.parquet")
+    return {role: path.relative_to(source.folder).as_posix() for role, path in files.items()}
+
+
+def require_pairs_of_answers(source: Source, key: str) -> None:
+    """Forms the pairs of a dpo phase from its published answers again. key: of its artifact. Raises CheckFailed with
+    the first round whose pairs differ from the published ones, AtomError if one of the files is damaged."""
+    from stages.data.table import read_jsonl, read_table, require_columns
+    from stages.rl.algorithms.preferences import pair_rows
+    from stages.rl.config import DpoTrainConfig
+    from stages.rl.rollout import rollouts
+
+    pairs, answers = (source.copy(key, name) for name in ("pairs.parquet", "rollouts.parquet"))
+    _, body = source.statement(source.manifests[key].node)
+    phase = DpoTrainConfig.model_validate(provenance.parameters_of(body)["config"]).phase
+    rows = read_jsonl(source.copy(provenance.material_keys(body)["tasks"], "tasks.jsonl"))
+    tasks = {row["id"]: row for row in rows}
+    require_columns(answers, rollouts.schema())
+    rounds = read_table(pairs, ["round"])["round"].to_pylist()
+    if rounds != sorted(rounds):
+        raise CheckFailed(f"{pairs.name}: the pairs are not in the order of their rounds; it was changed")
+    for number in sorted({*rounds, *range(1, phase.steps + 1)}):
+        published = read_table(pairs, filters=[("round", "=", number)]).to_pylist()
+        if published != pair_rows(rollouts.read(answers, number), tasks, phase.min_margin):
+            raise CheckFailed(
+                f"{pairs.name}: the pairs of round {number} are not those of the answers in {answers.name}; one of the "
+                "two was changed"
+            )
+
+
+def require_same_policies(source: Source, path: str, log: Iterable[Mapping[str, Any]]) -> None:
+    """Compares the policies that drew the answers of each step with those of the log, which a replay compares with its
+    own. path: of rollouts.parquet. Raises CheckFailed with the first step that differs."""
+    from stages.data.table import read_table
+
+    table = read_table(source.folder / path, ["step", "policy"]).group_by(["step", "policy"]).aggregate([])
+    drawn_by: dict[int, set[str]] = {}
+    for row in table.to_pylist():
+        drawn_by.setdefault(row["step"], set()).add(row["policy"])
+    for line in log:
+        policies = sorted(drawn_by.get(line["step"], ()))
+        if "policy" in line and policies != [line["policy"]]:
+            raise CheckFailed(
+                f"{path} says that the answers of step {line['step']} are of {', '.join(policies) or 'nobody'}, and "
+                f"the log says {line['policy']}; one of the two was changed"
+            )
+
+
+def previous_checkpoint(source: Source, key: str) -> str:
+    """The published folder of the last checkpoint of the phase before. key: of its artifact. Raises CheckFailed if it
+    is not published."""
+    steps = {int(match[1]): file for file in source.listed(key) if (match := STATE.fullmatch(file))}
+    if not steps:
+        raise CheckFailed(f"the manifest of {key} lists no checkpoint; it was changed")
+    return source.copy(key, steps[max(steps)]).parent.relative_to(source.folder).as_posix()
+
+
+def inputs(plan: Plan, folder: Path) -> dict[str, Artifact]:
+    """The inputs of a phase of post-training; none for other phases. The checkpoint of the phase before, if the replay
+    begins with it or has a KL term to it, is linked in `folder`/init."""
+    source = plan.source
+    artifacts = {role: Artifact("", "", (source.folder / path).parent, ()) for role, path in plan.files.items()}
+    init = plan.start if plan.start_state is None else plan.reference
+    if init is not None:
+        step = folder / "init" / "step-000000"
+        step.parent.mkdir()
+        step.symlink_to(source.folder / init)
+        rows = (FileRow(f"{step.name}/{row.path}", row.size, row.sha256) for row in rows_of(step))
+        artifacts["init"] = Artifact(init, "", step.parent, tuple(rows))
+    return artifacts
