@@ -169,9 +169,9 @@ def run(config: MemorizationConfig, inputs: Inputs, work: Path, out: Path, repor
         write_rows(out / "canaries.parquet", CANARIES, exposed)
     scores = summary(documents, exposed)
     write_json(out / "scores.json", scores)
-    for stratum, row in scores["by_times_seen"].items():
+    for seen, row in scores["by_times_seen"].items():
         share = row["identical"]
-        report.note(f"seen {stratum}: {share['value']:.1%} of {share['n']} documents are continued verbatim")
+        report.note(f"seen {seen} times: {share['value']:.1%} of {share['n']} documents are continued verbatim")
 
 
 def _draw(config: MemorizationConfig, inputs: Inputs) -> dict[str, Any]:
