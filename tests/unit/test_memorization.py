@@ -26,7 +26,7 @@ from stages.evaluation import memorization
 from tests.fixtures import chat_fixtures, release_fixtures
 from tests.unit.test_recipe import write
 
-STEPS = 100
+STEPS = 125
 PLANTED = {"reader": "canaries", "count": 2, "repetitions": [1]}
 CONFIG = {
     "documents": 10, "prefix_tokens": 16, "continuation_tokens": 16, "alternatives": 63,
