@@ -154,7 +154,7 @@ def test_submit_refuses_what_does_not_fit(tmp_path: Path) -> None:
 def test_the_stages_that_do_not_fit_are_counted(tmp_path: Path) -> None:
     store = Store(tmp_path)
     composed = dag.compose(recipes.load("atom-smoke"), store)
-    for until, said in (("items", "memory_gb); change"), (None, "memory_gb); nor do 34 other stages; change")):
+    for until, said in (("items", "memory_gb); change"), (None, "memory_gb); nor do 35 other stages; change")):
         body = BODY | {"slurm": {**BODY["slurm"], "cpu": BODY["slurm"]["cpu"] | {"memory_gb": 0.1}}}
         body["slurm"]["train"] = BODY["slurm"]["train"] | {"gpus_per_node": 0, "memory_gb": 0.1}
         with pytest.raises(RecipeError, match=re.escape(said)):
