@@ -51,6 +51,7 @@ STAGES = {
     "fresh": "stages.evaluation.generated_eval",
     "prefer": "stages.evaluation.win_rate",
     "contamination": "stages.evaluation.contamination",
+    "memorization": "stages.evaluation.memorization",
 }
 """{stage: its module}. Importing one is cheap: no torch, datatrove or MLflow."""
 
@@ -113,6 +114,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     trained |= _add_post_training(graph, config, trained[previous["init"]].model, previous)
     _add_exports(graph, config, trained, data)
     _add_chat_evaluation(graph, config, trained, data)
+    _add_memorization(graph, config, trained, data)
     _add_extra_stages(graph, config)
     graph.check_sizes()
     return Graph(recipe, graph.nodes, absent)
@@ -269,6 +271,33 @@ def _add_chat_evaluation(
     scored = {name: name for name, node in graph.nodes.items() if node.stage.name in ("evaluate", "solve")}
     inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
     graph.add("contamination", "contamination", {"seed": config.seed} | corpus, **inputs, **orders, **tasks, **scored)
+
+
+def _add_memorization(
+    graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], data: DataRecipe
+) -> None:
+    """Adds what models give away of the data that they were trained on. Raises RecipeError if no row is long enough."""
+    section = config.evaluation.memorization
+    if section is None:
+        return
+    length = section.prefix_tokens + section.continuation_tokens
+    longest = max(phase.config.sequence_length for phase in phases(config)) + 1
+    if length > longest:
+        raise RecipeError(
+            f"{graph.title}: evaluation.memorization compares {length} tokens of a document (prefix_tokens + "
+            f"continuation_tokens), and no row of training has more than {longest}; lower one of them"
+        )
+    exported = {which: node for which, (node, step) in models(config).items() if step is None}
+    tokens = section.tokens(len(data.sources), data.canaries.values())
+    for which in exported if section.every_model else list(exported)[-1:]:
+        measured = section.model_dump(exclude={"every_model"}) | {"canaries": data.canaries, "seed": config.seed}
+        vocabulary, model = config.tokenizer.padded_vocab_size, trained[exported[which]].model
+        measured["expected"] = estimates.expected(model, vocabulary, tokens)
+        nodes = list(trained)
+        orders = (f"order-{name}" for name in nodes[: nodes.index(exported[which]) + 1])
+        inputs = {"model": f"export-{which}", "tokens": "tokenize"}
+        inputs |= {order: order for order in orders if order in graph.nodes}
+        graph.add(f"memorization-{which}", "memorization", measured, **inputs)
 
 
 def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:

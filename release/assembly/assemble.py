@@ -17,6 +17,7 @@ from pipeline.core import code_snapshot
 from pipeline.core.code_snapshot import PACKAGES
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
+from release.assembly.score_facts import MEMORIZATION
 from release.layout import (
     ALL_SUMS,
     GATES,
@@ -148,12 +149,17 @@ def placement(
 
 
 def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(path of the artifact, path in the release) of the measurements of chat models."""
+    """(path of the artifact, path in the release) of measurements other than those of `evaluate`."""
     kind, _, suffix = node.partition("-")
     if kind == "contamination" or node == "fresh":
         yield path, f"dataset/evaluation/{node}/{path}"
         if path == "report.json":
             yield path, f"{MODEL}/evaluation/contamination/{path}"
+        return
+    if kind == MEMORIZATION:
+        yield path, f"dataset/evaluation/{kind}/{suffix}/{path}"
+        if path == "scores.json" and (folder := folders_of(models).get(suffix)):
+            yield path, f"{folder}/evaluation/{kind}/{path}"
         return
     benchmark = {"solve": "test", "fresh": "fresh", "prefer": "preferences"}.get(kind)
     if benchmark is not None:

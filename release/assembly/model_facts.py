@@ -11,11 +11,11 @@ from pipeline.core.errors import CheckFailed
 from release import schema
 from release.assembly import training
 from release.assembly.published_tables import read_json
-from release.assembly.score_facts import CHAT_BENCHMARKS, CONTAMINATION, ChatScores, read_scores
+from release.assembly.score_facts import CHAT_BENCHMARKS, CONTAMINATION, MEMORIZATION, ChatScores, read_scores
 from release.assembly.training import PhaseLog
 from release.layout import when
 from release.untrusted import tensor_header
-from stages.evaluation.scores import ContaminationReport, ModelScores
+from stages.evaluation.scores import ContaminationReport, MemorizationScores, ModelScores
 
 CONFIG_KEYS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
@@ -37,7 +37,7 @@ class Parameters:
 class ModelFacts:
     """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model; the last are those of the
     model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
-    report, None without one. training: by phase."""
+    report, None without one. training: by phase. memorization: of the model itself, None if it was not measured."""
 
     architecture: str
     config: dict[str, Any]
@@ -49,6 +49,7 @@ class ModelFacts:
     chat: dict[str, ChatScores] = field(default_factory=dict)
     contamination: ContaminationReport | None = None
     training: dict[str, PhaseLog] = field(default_factory=dict)
+    memorization: MemorizationScores | None = None
 
     def own_scores(self) -> ModelScores:
         """The scores of the model itself, the last ones, because a card compares only with earlier models."""
@@ -66,7 +67,7 @@ class ModelFacts:
 def read_model_facts(model: Path) -> ModelFacts:
     """Reads the facts from one model repository alone."""
     config, report, folder = read_json(model / "config.json"), model / CONTAMINATION, model / "evaluation"
-    logs = training.logs(model).items()
+    logs, memorization = training.logs(model).items(), folder / MEMORIZATION / "scores.json"
     return ModelFacts(
         architecture=config["architectures"][0],
         config={key: config[key] for key in _config_keys(config) if key in config},
@@ -78,6 +79,7 @@ def read_model_facts(model: Path) -> ModelFacts:
         chat={name: _scores_by_model(folder / name) for name in CHAT_BENCHMARKS if (folder / name).is_dir()},
         contamination=read_json(report) if report.exists() else None,
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
+        memorization=read_scores(memorization) if memorization.exists() else None,
     )
 
 

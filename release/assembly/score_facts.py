@@ -9,13 +9,16 @@ from typing import Any
 from release import schema
 from release.assembly.published_tables import read_json, read_rows
 from release.layout import when
-from stages.evaluation.scores import ModelScores
+from stages.evaluation.scores import MemorizationScores, ModelScores
 
 ChatScores = dict[str, Any]
 """The content of a scores.json by model: AnswerScores, or ComparisonScores of the benchmark `preferences`."""
 CHAT_BENCHMARKS = ("test", "fresh", "preferences")
 """The benchmarks of chat models, by the names of their folders."""
 CONTAMINATION = "evaluation/contamination/report.json"
+MEMORIZATION = "memorization"
+"""The folder with what models give away of their training data, in `evaluation/`: by model in a dataset repository, of
+the model itself in its own."""
 
 
 def read_scores(path: Path) -> Any:
@@ -48,6 +51,16 @@ def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
         if scored:
             facts[benchmark] = {name: scored[name] for name in sorted(scored, key=when)}
     return facts
+
+
+def compute_memorization(folder: Path) -> MemorizationScores:
+    """What one model gives away, recomputed from its tables."""
+    from stages.evaluation import memorization
+
+    canaries = folder / "canaries.parquet"
+    documents: list[Any] = read_rows(folder / "documents.parquet")
+    exposed: list[Any] = read_rows(canaries) if canaries.is_file() else []
+    return memorization.summary(documents, exposed)
 
 
 def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:

@@ -17,7 +17,16 @@ from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.score_facts import ChatScores
-from release.cards import caveats, chat_tables, document_tables, filter_tables, opt_out_tables, tables, training_tables
+from release.cards import (
+    caveats,
+    chat_tables,
+    document_tables,
+    filter_tables,
+    memorization_tables,
+    opt_out_tables,
+    tables,
+    training_tables,
+)
 
 F = TypeVar("F")
 
@@ -76,6 +85,12 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination), added=2, changed=4),
     CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination), added=2, changed=4),
     CardTable("detector", lambda model: chat_tables.detector(model.contamination), added=2, changed=4),
+    CardTable(
+        "given_away",
+        lambda model: memorization_tables.given_away(model.memorization),
+        added=4,
+        heading="What it gives away",
+    ),
 )
 """Tables of model.md.jinja that a model repository alone can prove."""
 

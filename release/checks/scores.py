@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from release import schema
-from release.assembly.score_facts import chat_tables_of, compute_chat_scores, compute_scores, read_scores
+from release.assembly.score_facts import (
+    MEMORIZATION,
+    chat_tables_of,
+    compute_chat_scores,
+    compute_memorization,
+    compute_scores,
+    read_scores,
+)
 from release.cards import versions
 from release.checks.check import Subject
 from release.checks.findings import Findings
 
 
 def scores(subject: Subject) -> Findings:
-    """Checks that each scores.json follows from its tables, including those of chat models."""
+    """Checks that each scores.json follows from its tables, of every measurement."""
     return Findings(score_problems(subject.folder / "evaluation"))
 
 
@@ -32,6 +39,10 @@ def score_problems(evaluation: Path) -> list[str]:
             path, measured = table.with_name("scores.json"), models[schema.model(table.parent)]
             if not path.exists() or not _equals_measured(path, measured):
                 problems.append(f"evaluation/{benchmark}/{table.parent.name}/scores.json is not what its table gives")
+    for path in sorted((evaluation / MEMORIZATION).glob("*/documents.parquet")):
+        stated = path.with_name("scores.json")
+        if not stated.exists() or not _equals_measured(stated, compute_memorization(path.parent)):
+            problems.append(f"evaluation/{MEMORIZATION}/{path.parent.name}/scores.json is not what its tables give")
     return problems
 
 

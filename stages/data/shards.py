@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,23 @@ class ShardWriter:
         self.buffer.clear()
 
 
+def first_tokens(folder: Path, name: str, ordinals: Sequence[int], count: int) -> NDArray[Any]:
+    """The first `count` tokens of some sequences of a shard, [len(ordinals), count]. Raises AtomError if the shard is
+    damaged, or has no such sequence."""
+    import numpy as np
+
+    shard, rows = _Shard(folder, name), []
+    for ordinal in ordinals:
+        length, start = 0, 0
+        if ordinal < shard.sequences:
+            length = int(np.fromfile(shard.index, "<i4", 1, offset=shard.lengths + 4 * ordinal)[0])
+            start = int(np.fromfile(shard.index, "<i8", 1, offset=shard.pointers + 8 * ordinal)[0])
+        if length < count:
+            raise AtomError(f"{shard.tokens} has no {count} tokens of sequence {ordinal}; {shard.advice}")
+        rows.append(np.fromfile(shard.tokens, "<u2" if shard.width == 2 else "<i4", count, offset=start))
+    return np.array(rows, np.int64).reshape(len(rows), count)
+
+
 def check_sizes(folder: Path, name: str) -> int:
     """The number of sequences of the shard `name` in a folder of token shards.
 
@@ -122,9 +140,9 @@ class _Shard:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.sequences: int
-        self.index, tokens = (_with_suffix(folder / name, suffix) for suffix in (".idx", ".bin"))
+        self.index, self.tokens = (_with_suffix(folder / name, suffix) for suffix in (".idx", ".bin"))
         self.advice = f"remove {folder} and run again to rebuild it"
-        for path in (self.index, tokens):
+        for path in (self.index, self.tokens):
             if not path.is_file():
                 raise AtomError(f"token shard {path} is missing; {self.advice}")
         size = self.index.stat().st_size
@@ -154,9 +172,9 @@ class _Shard:
                 raise AtomError(
                     f"token index {self.index} does not end its last document with its last sequence; {self.advice}"
                 )
-        if tokens.stat().st_size != needed:
+        if self.tokens.stat().st_size != needed:
             raise AtomError(
-                f"token shard {tokens} has {tokens.stat().st_size} bytes instead of {needed}; {self.advice}"
+                f"token shard {self.tokens} has {self.tokens.stat().st_size} bytes instead of {needed}; {self.advice}"
             )
 
 

@@ -1,5 +1,5 @@
 """The fields of the JSON files of evaluation, which cards, gates and checks of a release read: `scores.json` of the
-stages evaluate, solve, fresh and prefer, and `report.json` of the stage contamination.
+stages evaluate, solve, fresh, prefer and memorization, and `report.json` of the stage contamination.
 
 docs/formats.md explains the fields. A name in these files is published and never changes its meaning.
 """
@@ -88,8 +88,8 @@ def pass_at_1(scores: Mapping[str, AnswerScores]) -> dict[str, Mean]:
     return {name: total["samples"]["accuracy"] for name, total in totals.items() if total}
 
 
-class WinRate(Mean):
-    """low, high: Wilson's 95 % interval."""
+class Proportion(Mean):
+    """A share, with Wilson's 95 % interval from `low` to `high`."""
 
     low: float
     high: float
@@ -115,7 +115,7 @@ class SideScores(TypedDict):
 class PairScores(TypedDict):
     """Of the stage prefer, without the models' names. sides: `model` and `before`. examples: some of the pairs."""
 
-    win_rate: WinRate
+    win_rate: Proportion
     without_ties: DecidedWins | None
     wins: int
     ties: int
@@ -177,3 +177,30 @@ class ContaminationReport(VerdictCounts):
     read: dict[str, int]
     detector: Detector
     scores: dict[str, dict[str, ScoresByVerdict]]
+
+
+class Regurgitation(TypedDict):
+    """Documents of one stratum. identical: the share that the model continues verbatim. matching: tokens before the
+    first other one; None for fewer than two documents."""
+
+    identical: Proportion
+    matching: Mean | None
+
+
+class Exposure(TypedDict):
+    """Canaries of one kind with equally many copies. exposure: in bits. times_seen: mean number of readings."""
+
+    exposure: Mean
+    times_seen: float
+
+
+class MemorizationScores(TypedDict):
+    """Of the stage memorization. by_times_seen: by range of times seen, `0` for held-out documents. by_source: the same
+    by source. exposure: by kind and copies; without canaries in the data there is none. max_exposure: its upper end."""
+
+    prefix_tokens: int
+    continuation_tokens: int
+    by_times_seen: dict[str, Regurgitation]
+    by_source: dict[str, dict[str, Regurgitation]]
+    exposure: NotRequired[dict[str, dict[str, Exposure]]]
+    max_exposure: NotRequired[float]

@@ -15,6 +15,7 @@ from stages.evaluation.bits_per_byte import HeldoutLimit
 from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS
 from stages.evaluation.eval_set import ChatItems, Problems
 from stages.evaluation.long_context import ContextSection
+from stages.evaluation.memorization import MemorizationSection
 from stages.evaluation.pass_at_k import NumSamples
 
 SURE = 1.645
@@ -52,6 +53,9 @@ class EvaluationSection(Config):
     )
     chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
     context: ContextSection | None = added(None, "evaluation on long texts: passkeys and loss by position; null: none")
+    memorization: MemorizationSection | None = added(
+        None, "what models give away of their training data: verbatim continuations and canaries; null: not measured"
+    )
 
     def tokens(self, sources: int) -> int:
         """Tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""

@@ -1,0 +1,55 @@
+"""The card's section on what a model gives away of its training data: verbatim text, planted secrets, toxicity."""
+
+from __future__ import annotations
+
+from release.cards.tables import count, table, with_error
+from stages.evaluation.scores import MemorizationScores, Regurgitation
+
+NOT_MEASURED = "Verbatim regurgitation, planted personal data and toxicity: not measured."
+TOXICITY = "Toxicity: not measured, for want of a prompt set and a classifier that are open, small and run offline."
+
+
+def given_away(scores: MemorizationScores | None) -> list[str]:
+    """scores: of the model; None if its recipe does not measure it."""
+    if scores is None:
+        return [NOT_MEASURED]
+    return [*_regurgitation(scores), "", *_exposure(scores), "", TOXICITY]
+
+
+def _regurgitation(scores: MemorizationScores) -> list[str]:
+    body = [
+        [source, "0 (held out)" if seen == "0" else seen.replace("-", " to "), *_cells(row)]
+        for source, strata in {"all": scores["by_times_seen"], **scores["by_source"]}.items()
+        for seen, row in sorted(strata.items(), key=lambda pair: int(pair[0].split("-")[0]))
+    ]
+    return [
+        f"Verbatim regurgitation: the first {count(scores['prefix_tokens'])} tokens of a document, continued greedily "
+        f"by {count(scores['continuation_tokens'])}. Identical: share of documents whose own text comes out, with "
+        "Wilson's 95 % interval. Matching: tokens before the first other one, ± standard error. Held-out documents, "
+        "which no phase trained on, are the baseline:",
+        "",
+        *table(["source", "times seen", "documents", "identical", "matching tokens"], body),
+    ]
+
+
+def _cells(row: Regurgitation) -> list[str]:
+    share, matching = row["identical"], row["matching"]
+    interval = f"{share['value']:.3f} ({share['low']:.3f} to {share['high']:.3f})"
+    return [count(share["n"]), interval, "one document" if matching is None else with_error(matching, 2)]
+
+
+def _exposure(scores: MemorizationScores) -> list[str]:
+    if "exposure" not in scores:
+        return ["Planted personal data: not measured, because the training data holds no canaries."]
+    body = [
+        [kind, "0 (not planted)" if copies == "0" else count(int(copies)), count(row["exposure"]["n"]),
+         f"{row['times_seen']:.1f}", with_error(row["exposure"], 2)]
+        for kind, by_copies in scores["exposure"].items()
+        for copies, row in sorted(by_copies.items(), key=lambda pair: int(pair[0]))
+    ]  # fmt: skip
+    return [
+        "Planted personal data: exposure of made-up secrets in bits, ± standard error; "
+        f"{scores['max_exposure']:.2f} is the most. The canaries that were not planted are the baseline:",
+        "",
+        *table(["kind", "documents", "canaries", "mean times seen", "exposure"], body),
+    ]

@@ -1,0 +1,315 @@
+"""Stage `memorization`: what one exported model gives away of the data that it was trained on.
+
+    atom run atom-tiny --only memorization-online-rlhf
+
+- **Verbatim regurgitation** (Carlini et al. 2023, arXiv 2202.07646): a document's first tokens are the prefix, and the
+  model continues them greedily. Measured is the share of documents whose next tokens come out verbatim, and the number
+  of matching tokens before the first other one, by source and by times seen. Held-out documents are the baseline.
+- **Planted personal data** (Carlini et al. 2019, arXiv 1802.08232): the exposure of the canaries of a source with the
+  reader `canaries`, beside canaries that were not planted (stages/evaluation/canary_exposure.py).
+
+A document is seen once for each row of an order that holds its prefix and continuation, in all phases up to the model.
+The prompts of reinforcement learning are not counted, nor is the order of an earlier run that a phase continues from.
+A prefix ends where all later tokens carry loss.
+
+A greedy continuation equals the document up to its first other token, so one forward pass over the document shows both
+measures: the continuation matches as long as each next token is the most probable one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+from pydantic import Field
+
+from pipeline.core.bounds import MOST_SOURCES, Context, Flag, Range, Seed, SourceName
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from pipeline.core.store import once
+from stages.data.readers.canaries import Canaries
+from stages.data.seeds import seed_of
+from stages.data.shards import document_files, first_tokens, shard_name
+from stages.data.synthetic import canaries
+from stages.data.table import Int32, Int64, String, columns_of, order_files, stream_part_batches, write_json, write_rows
+from stages.evaluation import canary_exposure, estimates
+from stages.evaluation.canary_exposure import CANARIES, CanaryRow
+from stages.evaluation.confidence import binomial, clustered, wilson
+from stages.evaluation.scores import MemorizationScores, Regurgitation
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+VERSION = 1
+CANDIDATES = 1 << 18
+"""Training documents, drawn by their ids, whose readings are counted; about as many are in memory."""
+STRATA = 12
+"""Assumed strata of a source, for `atom plan` alone."""
+
+
+class DocumentRow(TypedDict):
+    """A drawn document. matching: tokens of the continuation before the first that the model does not predict."""
+
+    id: String
+    source: String
+    split: String
+    times_seen: Int64
+    prefix: Int32
+    continuation: Int32
+    matching: Int32
+
+
+DOCUMENTS = columns_of(DocumentRow)
+
+
+class Place(TypedDict):
+    """A document and its place in the token shards."""
+
+    id: str
+    source: str
+    split: str
+    part: int
+    ordinal: int
+    times_seen: int
+
+
+class Measures(Config):
+    """The settings that change the measured numbers."""
+
+    documents: Annotated[int, Range(2, 1e5)] = Field(
+        50, description="maximum number of documents per source and range of times seen"
+    )
+    prefix_tokens: Context = Field(50, description="tokens of a document that the model is given")
+    continuation_tokens: Context = Field(50, description="tokens after them that it is compared in")
+    alternatives: Annotated[int, Range(1, 1e6)] = Field(
+        1023, description="random secrets that the secret of a canary is ranked among"
+    )
+
+
+class MemorizationSection(Measures):
+    """Memorization of the training data: verbatim continuations, and the exposure of canaries."""
+
+    every_model: Flag = Field(False, description="measure every trained model, not the final one alone")
+
+    def tokens(self, sources: int, planted: Iterable[Canaries]) -> int:
+        """Tokens that the evaluation of one model reads, at most."""
+        documents = sources * STRATA * self.documents * (self.prefix_tokens + self.continuation_tokens)
+        count = sum(len(canaries.CARRIERS) * p.count * (1 + len(p.repetitions)) for p in planted)
+        return documents + count * (self.alternatives + 1) * canary_exposure.SENTENCE_TOKENS
+
+
+class MemorizationConfig(Measures):
+    """The settings, and the canaries of the data recipe."""
+
+    canaries: Annotated[dict[SourceName, Canaries], Field(max_length=MOST_SOURCES)] = Field(
+        {}, description="canaries that were planted, by source"
+    )
+    seed: Seed = Field(description="seed of the recipe")
+    expected: estimates.Expected | None = operational(
+        None, "the model and tokens, for `atom plan` alone; null: unknown"
+    )
+
+    @property
+    def length(self) -> int:
+        return self.prefix_tokens + self.continuation_tokens
+
+    @cached_property
+    def salt(self) -> int:
+        return seed_of("memorization/documents", self.seed)
+
+    def ticket(self, id: str) -> float:
+        """A document's number in the lottery, from 0 to 1; the least are drawn."""
+        return int.from_bytes(hashlib.blake2b(f"{self.salt}/{id}".encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def run(config: MemorizationConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["model"]: an export; inputs["tokens"]: token shards; order-<phase> of every phase that trained the model.
+
+    Seals `documents.parquet`, with canaries in the data also `canaries.parquet`, and `scores.json`, which follows from
+    the two (`summary`). Resumes from `work`, which keeps the lottery, every finished source and every canary.
+    Raises AtomError if the orders read no document that is long enough, or a shard is damaged.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    drawn = once(work / "drawn.json", partial(_draw, config, inputs))
+    places: list[Place] = drawn["documents"]
+    planted = [(source, canary) for source, reader in sorted(config.canaries.items())
+               for canary in canaries.draw(source, reader.count, reader.repetitions, config.seed)]  # fmt: skip
+    total, completed = len(places) + len(planted), 0
+    folder = inputs["model"] / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    documents: list[DocumentRow] = []
+    for source, group in groupby(places, key=lambda place: place["source"]):
+        chosen = list(group)
+        documents += once(work / f"documents-{source}.json", partial(_continue, config, inputs, model, chosen))
+        completed += len(chosen)
+        report.progress(completed, total, "documents and canaries")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    expose = partial(canary_exposure.expose, model, tokenizer, config.alternatives, config.seed)
+    exposed: list[CanaryRow] = []
+    for source, canary in planted:
+        name = f"canary-{source}-{canary.name.replace('/', '-')}.json"
+        times_seen = drawn["canaries"].get(f"{source}/{canary.name}", 0)
+        exposed.append(once(work / name, partial(expose, source, canary, times_seen)))
+        completed += 1
+        report.progress(completed, total, "documents and canaries")
+    write_rows(out / "documents.parquet", DOCUMENTS, documents)
+    if exposed:
+        write_rows(out / "canaries.parquet", CANARIES, exposed)
+    scores = summary(documents, exposed)
+    write_json(out / "scores.json", scores)
+    for seen, row in scores["by_times_seen"].items():
+        share = row["identical"]
+        report.note(f"seen {seen} times: {share['value']:.1%} of {share['n']} documents are continued verbatim")
+
+
+def _draw(config: MemorizationConfig, inputs: Inputs) -> dict[str, Any]:
+    """`documents`: the places of those that the lottery draws, by source; `canaries`: readings of each by its id."""
+    candidates, canary_readings = _count_readings(config, inputs)
+    strata: dict[tuple[str, str], list[Place]] = defaultdict(list)
+    for place in candidates:
+        strata[place["source"], stratum(place["times_seen"])].append(place)
+    if not strata:
+        raise AtomError(
+            f"memorization: the orders read no document of {config.length} tokens whose first {config.prefix_tokens} "
+            "are all that carries no loss; lower evaluation.memorization.prefix_tokens or continuation_tokens"
+        )
+    drawn = [place for group in strata.values() for place in _first(config, group)]
+    for source, files in document_files(inputs["tokens"].path).items():
+        drawn += _first(config, _heldout(config, source, files))
+    drawn.sort(key=lambda place: (place["source"], place["split"], place["part"], place["ordinal"]))
+    return {"documents": drawn, "canaries": canary_readings}
+
+
+def _first(config: MemorizationConfig, places: Iterable[Place]) -> list[Place]:
+    return heapq.nsmallest(config.documents, places, key=lambda place: (config.ticket(place["id"]), place["id"]))
+
+
+def _count_readings(config: MemorizationConfig, inputs: Inputs) -> tuple[list[Place], Counter[str]]:
+    """The candidates with their readings, and the readings of each canary. Streams the orders once."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    share = CANDIDATES / max(sum(inputs["tokens"].json("meta.json")["documents"]["train"].values()), 1)
+    candidates: dict[str, Place] = {}
+    canary_readings: Counter[str] = Counter()
+    planted = pa.array(sorted(config.canaries), pa.string())
+    whole = (pc.field("length") >= config.length) & (pc.field("loss_from") < config.prefix_tokens)
+    place_columns = ["id", "source", "part", "ordinal"]
+    columns = [*place_columns, "offset", "length", "loss_from"]
+    for role in sorted(role for role in inputs if role.startswith("order-")):
+        for batch in stream_part_batches(order_files(inputs[role].path), columns):
+            beginnings = pa.Table.from_batches([batch]).filter(pc.field("offset") == 0)
+            for row in _counted(beginnings.filter(pc.field("source").isin(planted)), ["id"]):
+                canary_readings[row["id"].rpartition("/")[0]] += row["count_all"]
+            for row in _counted(beginnings.filter(whole), place_columns):
+                if config.ticket(row["id"]) < share:
+                    place = _place(row, "train", row["part"])
+                    candidates.setdefault(row["id"], place)["times_seen"] += row["count_all"]
+    return list(candidates.values()), canary_readings
+
+
+def _counted(table: pa.Table, columns: list[str]) -> Any:
+    """The distinct values of some columns, each with `count_all`, its number of rows."""
+    return table.group_by(columns).aggregate([([], "count_all")]).to_pylist()
+
+
+def _heldout(config: MemorizationConfig, source: str, files: Sequence[tuple[int, Path]]) -> Iterator[Place]:
+    """The held-out documents of a source that are long enough."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    eligible = (pc.field("source") == source) & (pc.field("split") == "heldout")
+    eligible &= (pc.field("tokens") >= config.length) & (pc.field("loss_from") <= config.prefix_tokens)
+    for part, file in files:
+        for batch in stream_part_batches([file], ["id", "source", "split", "ordinal", "tokens", "loss_from"]):
+            rows = pa.Table.from_batches([batch]).filter(eligible)
+            yield from (_place(row, "heldout", part) for row in rows.to_pylist())
+
+
+def _place(row: Mapping[str, Any], split: str, part: int) -> Place:
+    return Place(id=row["id"], source=row["source"], split=split, part=part, ordinal=row["ordinal"], times_seen=0)
+
+
+def _continue(config: MemorizationConfig, inputs: Inputs, model: Any, places: Sequence[Place]) -> list[DocumentRow]:
+    """The rows of the drawn documents of one source, which are sorted by shard."""
+    tokens, rows = inputs["tokens"].path, []
+    for (source, split, part), group in groupby(places, key=lambda row: (row["source"], row["split"], row["part"])):
+        chosen = list(group)
+        name = shard_name(tokens, split, source, part)
+        ids = first_tokens(tokens, name, [place["ordinal"] for place in chosen], config.length)
+        for place, matching in zip(chosen, matching_tokens(model, ids, config.prefix_tokens), strict=True):
+            rows.append(
+                DocumentRow(
+                    id=place["id"], source=source, split=split, times_seen=place["times_seen"],
+                    prefix=config.prefix_tokens, continuation=config.continuation_tokens, matching=matching,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def matching_tokens(model: Any, ids: NDArray[Any], prefix: int) -> list[int]:
+    """How many tokens after the prefix a greedy continuation has in common with each row of ids [n, length]."""
+    import torch
+
+    size = max(1, canary_exposure.LOGITS // ((ids.shape[1] - prefix + 1) * model.config.vocab_size))
+    counts: list[int] = []
+    for batch in torch.from_numpy(ids).split(size):
+        with torch.inference_mode():
+            logits = model(batch, logits_to_keep=ids.shape[1] - prefix + 1).logits[:, :-1]
+        counts += (logits.argmax(-1) == batch[:, prefix:]).long().cumprod(1).sum(1).tolist()
+    return counts
+
+
+def stratum(times_seen: int) -> str:
+    """The range of times seen of a document: `0`, `1`, `2-3`, `4-7`, …"""
+    low = 1 << times_seen.bit_length() >> 1
+    return str(times_seen) if low < 2 else f"{low}-{2 * low - 1}"
+
+
+def summary(documents: Sequence[DocumentRow], exposed: Sequence[CanaryRow] = ()) -> MemorizationScores:
+    """`scores.json` from the tables alone, so that it can be recomputed. Errors are over documents, or canaries."""
+    strata: dict[str, list[DocumentRow]] = defaultdict(list)
+    by_source: dict[str, dict[str, list[DocumentRow]]] = defaultdict(lambda: defaultdict(list))
+    for row in documents:
+        strata[stratum(row["times_seen"])].append(row)
+        by_source[row["source"]][stratum(row["times_seen"])].append(row)
+    scores: MemorizationScores = {
+        "prefix_tokens": documents[0]["prefix"],
+        "continuation_tokens": documents[0]["continuation"],
+        "by_times_seen": _by_stratum(strata),
+        "by_source": {source: _by_stratum(parts) for source, parts in sorted(by_source.items())},
+    }
+    if exposed:
+        scores["exposure"] = canary_exposure.summary(exposed)
+        scores["max_exposure"] = math.log2(exposed[0]["alternatives"] + 1)
+    return scores
+
+
+def _by_stratum(strata: Mapping[str, Sequence[DocumentRow]]) -> dict[str, Regurgitation]:
+    return {name: _summarize(strata[name]) for name in sorted(strata, key=lambda name: int(name.split("-")[0]))}
+
+
+def _summarize(rows: Sequence[DocumentRow]) -> Regurgitation:
+    identical = [int(row["matching"] == row["continuation"]) for row in rows]
+    low, high = wilson(sum(identical), len(rows))
+    return {
+        "identical": {**binomial(identical), "low": low, "high": high},
+        "matching": clustered([row["matching"] for row in rows]) if len(rows) > 1 else None,
+    }
+
+
+STAGE = Stage(
+    "memorization", VERSION, MemorizationConfig, run, estimate=lambda config: estimates.estimate(config.expected)
+)
