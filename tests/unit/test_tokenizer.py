@@ -432,7 +432,7 @@ class PublishedTokens:
         self.manifests = {"tokenize-1": SimpleNamespace(node="tokenize")}
         self.sums = {"model/tokenizer.json": self.listed("tokenizer-1")["tokenizer.json"]}
         self.source, self.materials = self, keys
-        self.config = SimpleNamespace(phase=SimpleNamespace(mix={"prose": 0.5, "sums": 0.5}))
+        self.mix = {"prose": 0.5, "sums": 0.5}
 
     def statement(self, node: str) -> tuple[str, Any]:
         return "tokenize-1", {}
@@ -443,8 +443,8 @@ class PublishedTokens:
     def copy(self, key: str, file: str) -> Path:
         return self.files[key][file][0]
 
-    def file(self, path: str) -> Path:
-        return self.files["tokenizer-1"]["tokenizer.json"][0]
+    def tokenizer(self, key: str) -> Path:
+        return self.files[key]["tokenizer.json"][0]
 
 
 @pytest.mark.parametrize("layout", ["parts", "one part", "earlier"])

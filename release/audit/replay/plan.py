@@ -183,6 +183,11 @@ class Plan:
         return self.checkpoint(self.phase, self.last)
 
     @property
+    def init(self) -> str | None:
+        """The folder of the checkpoint of the phase before, if the replay begins with it or has a KL term to it."""
+        return self.start if self.start_state is None else self.reference
+
+    @property
     def mix(self) -> Mapping[str, float]:
         """The shares of the sources whose documents the phase reads; none if it reads no documents."""
         from stages.rl.config import RlPhase

@@ -9,15 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.core import provenance
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, FileRow, rows_of
 from release.audit.replay.source import Source
-
-if TYPE_CHECKING:
-    from release.audit.replay.plan import Plan
 
 MODULE = "code/release/audit/replay/post_training.py"
 """This file in a release whose code can replay these phases."""
@@ -92,12 +89,10 @@ def previous_checkpoint(source: Source, key: str) -> str:
     return source.copy(key, steps[max(steps)]).parent.relative_to(source.folder).as_posix()
 
 
-def inputs(plan: Plan, folder: Path) -> dict[str, Artifact]:
-    """The inputs of a phase of post-training; none for other phases. The checkpoint of the phase before, if the replay
-    begins with it or has a KL term to it, is linked in `folder`/init."""
-    source = plan.source
-    artifacts = {role: Artifact("", "", (source.folder / path).parent, ()) for role, path in plan.files.items()}
-    init = plan.start if plan.start_state is None else plan.reference
+def inputs(source: Source, files: Mapping[str, str], init: str | None, folder: Path) -> dict[str, Artifact]:
+    """The inputs of a phase of post-training. files: {role: path in the release}; init: the folder of the checkpoint of
+    the phase before, which is linked in `folder`/init, if the replay reads it."""
+    artifacts = {role: Artifact("", "", (source.folder / path).parent, ()) for role, path in files.items()}
     if init is not None:
         step = folder / "init" / "step-000000"
         step.parent.mkdir()

@@ -52,7 +52,7 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
     """
     try:
         plan = Plan.read(source, phase, first, last)
-        inputs = post_training.inputs(plan, folder)
+        inputs = post_training.inputs(plan.source, plan.files, plan.init, folder)
         if plan.mix:
             progress("tokenizing the kept documents")
             inputs |= {"tokens": tokenize(plan, folder), "order": plan.order()}
@@ -65,6 +65,7 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
     progress(f"training steps {first + 1} to {last}")
     checkpoint = train(plan, inputs, folder, progress)
     environment, fingerprint = compare_environments(plan)
+    checkpoints = checkpoint_files(source, plan.start) | (checkpoint_files(source, plan.init) if plan.init else {})
     tokens = inputs.get("tokens")
     shards = {f"{tokens.key}/{row.path}": row.sha256 for row in tokens.rows} if tokens else {}
     return Retrained(
@@ -74,7 +75,7 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
         ranks=plan.ranks,
         environment=environment,
         fingerprint=fingerprint,
-        materials=checkpoint_files(source, plan.start) | source.digests(*plan.data_files) | shards,
+        materials=checkpoints | source.digests(*plan.data_files) | shards,
         subject=checkpoint_files(source, plan.end),
     )
 
