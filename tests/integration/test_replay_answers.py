@@ -164,7 +164,9 @@ def test_all_of_post_training_comes_out_bit_for_bit(smoke_home: Path, tmp_path: 
             replay(copy, "reward")
 
     later = Tree(tmp_path / "later")  # other code than that which trained
-    later.replace("stages/rl/algorithms/grpo.py", '"""GRPO and its relatives against', '"""GRPO, as it will be, against')
+    later.replace(
+        "stages/rl/algorithms/grpo.py", '"""GRPO and its relatives against', '"""GRPO, as it will be, against'
+    )
     later.replace("stages/rl/algorithms/preferences.py", 'extras["anchor"]) / len', 'extras["anchor"]) / 2 / len')
     for phase in ("dpo", "online-rlhf"):
         process = later.atom("replay", str(release), phase)
