@@ -216,7 +216,7 @@ def test_plan_reports_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -
         (("status",), "there is no run under"),
         (
             ("build", "atom-smoke"),
-            "acquire-docstrings and 38 more stages are not sealed yet; run `atom run atom-smoke` first",
+            "acquire-docstrings and 39 more stages are not sealed yet; run `atom run atom-smoke` first",
         ),
     ],
 )
