@@ -9,6 +9,7 @@ import importlib
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,13 @@ class EarlyStart:
         Path(self.gate).touch()
 
     def wait(self, modules: Iterable[str]) -> bool:
-        """Loads the modules and waits. Returns whether the process is admitted; False if the launcher has ended."""
-        for module in modules:
-            importlib.import_module(module)
+        """Loads the modules and waits. Returns whether the process is admitted; False if the launcher has ended.
+
+        A module that cannot be loaded is left to the stage, which reports that as its failure.
+        """
+        with suppress(Exception):
+            for module in modules:
+                importlib.import_module(module)
         while not os.path.exists(self.gate):
             try:
                 os.kill(self.launcher, 0)

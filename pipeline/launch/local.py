@@ -219,9 +219,12 @@ class LocalLauncher:
                 return
 
     def _admit_early(self, node: Node) -> RunningJob | None:
-        """The job of this node if it has started early, now admitted."""
+        """The job of this node if it has started early and still waits, now admitted."""
         early = self.early
         if early is None or early.node is not node or early.early_start is None:
+            return None
+        if early.job.done():  # killed, perhaps for memory; it has done nothing yet
+            self.early = None
             return None
         early.early_start.admit()
         self.early = None

@@ -15,19 +15,24 @@ def seed_of(label: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{label}\0{seed}".encode()).digest()[:8], "big")
 
 
+def split_mix(numbers: NDArray[np.uint64], label: str, seed: int) -> NDArray[np.uint64]:
+    """The hash of each number by SplitMix64 (Steele et al. 2014), in the same shape."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed_of(label, seed)) + numbers * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
 def permutation(n: int, label: str, seed: int) -> NDArray[np.int64]:
     """A permutation of 0..n-1, shape [n].
 
-    Indices are sorted by their SplitMix64 hash (Steele et al. 2014), so that the result is fixed by arithmetic; the
-    streams of numpy's generators may change between its releases.
+    Indices are sorted by their hash, so that the result is fixed by arithmetic; the streams of numpy's generators may
+    change between its releases.
     """
     import numpy as np
 
-    mask = (1 << 64) - 1
-    start = np.uint64(seed_of(label, seed))
-    with np.errstate(over="ignore"):
-        z = start + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15 & mask)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return np.argsort(z, kind="stable").astype(np.int64)
+    hashes = split_mix(np.arange(1, n + 1, dtype=np.uint64), label, seed)
+    return np.argsort(hashes, kind="stable").astype(np.int64)

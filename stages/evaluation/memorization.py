@@ -35,7 +35,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import once
 from stages.data.readers.canaries import Canaries
-from stages.data.seeds import seed_of
+from stages.data.seeds import seed_of, split_mix
 from stages.data.shards import document_files, first_tokens, shard_name
 from stages.data.synthetic import canaries
 from stages.data.table import Int32, Int64, String, columns_of, order_files, stream_part_batches, write_json, write_rows
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CANDIDATES = 1 << 18
-"""Training documents, drawn by their ids, whose readings are counted; about as many are in memory."""
+"""Training documents, drawn by their places, whose readings are counted; about as many are in memory."""
 STRATA = 12
 """Assumed strata of a source, for `atom plan` alone."""
 
@@ -142,7 +142,7 @@ def run(config: MemorizationConfig, inputs: Inputs, work: Path, out: Path, repor
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    drawn = once(work / "drawn.json", partial(_draw, config, inputs))
+    drawn = once(work / "drawn.json", partial(draw, config, inputs))
     places: list[Place] = drawn["documents"]
     planted = [(source, canary) for source, reader in sorted(config.canaries.items())
                for canary in canaries.draw(source, reader.count, reader.repetitions, config.seed)]  # fmt: skip
@@ -174,7 +174,7 @@ def run(config: MemorizationConfig, inputs: Inputs, work: Path, out: Path, repor
         report.note(f"seen {seen} times: {share['value']:.1%} of {share['n']} documents are continued verbatim")
 
 
-def _draw(config: MemorizationConfig, inputs: Inputs) -> dict[str, Any]:
+def draw(config: MemorizationConfig, inputs: Inputs) -> dict[str, Any]:
     """`documents`: the places of those that the lottery draws, by source; `canaries`: readings of each by its id."""
     candidates, canary_readings = _count_readings(config, inputs)
     strata: dict[tuple[str, str], list[Place]] = defaultdict(list)
@@ -213,11 +213,22 @@ def _count_readings(config: MemorizationConfig, inputs: Inputs) -> tuple[list[Pl
             beginnings = pa.Table.from_batches([batch]).filter(pc.field("offset") == 0)
             for row in _counted(beginnings.filter(pc.field("source").isin(planted)), ["id"]):
                 canary_readings[row["id"].rpartition("/")[0]] += row["count_all"]
-            for row in _counted(beginnings.filter(whole), place_columns):
-                if config.ticket(row["id"]) < share:
-                    place = _place(row, "train", row["part"])
-                    candidates.setdefault(row["id"], place)["times_seen"] += row["count_all"]
+            for row in _counted(_sampled(config, beginnings.filter(whole), share), place_columns):
+                place = _place(row, "train", row["part"])
+                candidates.setdefault(row["id"], place)["times_seen"] += row["count_all"]
     return list(candidates.values()), canary_readings
+
+
+def _sampled(config: MemorizationConfig, rows: pa.Table, share: float) -> pa.Table:
+    """The rows of a share of all documents, chosen by a hash of their places in the corpus."""
+    import numpy as np
+    import pyarrow as pa
+
+    if share >= 1:
+        return rows
+    part, ordinal = (rows[name].to_numpy().astype(np.uint64) for name in ("part", "ordinal"))
+    hashes = split_mix(part << np.uint64(40) | ordinal, "memorization/candidates", config.seed)
+    return rows.filter(pa.array(hashes < np.uint64(share * 2**64)))
 
 
 def _counted(table: pa.Table, columns: list[str]) -> Any:

@@ -158,18 +158,18 @@ class RlPhase(PostTrainingPhase):
             return data  # refused as a field
         algorithm = policy_gradient.load(name)
         ranges = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
-        return {**data, **{side: own for side, own in ranges.items() if data.get(side) is None}}
+        return {**data, **{side: default for side, default in ranges.items() if data.get(side) is None}}
 
     @model_validator(mode="after")
     def _effective(self) -> RlPhase:
         algorithm = policy_gradient.load(self.algorithm)
-        for side, value, own in (
+        for side, value, default in (
             ("clip_low", self.clip_low, algorithm.clip_low),
             ("clip_high", self.clip_high, algorithm.clip_high),
         ):
-            if value == own:
+            if value == default:
                 continue
-            if own is None:
+            if default is None:
                 raise ValueError(f"{side} = {value} has no effect, as algorithm {self.algorithm} has no such clip; "
                                  "leave it out")  # fmt: skip
             if self.updates == 1:

@@ -199,10 +199,10 @@ class RecordedRollouts(RolloutFiles):
             self.step, self.answers = step, self._read_step(step)
         recorded = self._wave(wave)
         for number, (answer, request) in enumerate(zip_longest(recorded, requests)):
-            asked = "none" if request is None else f"one to {request[0]['id']} with seed {request[1]}"
-            found = "is missing" if answer is None else f"is one to {answer.task} with seed {answer.seed}"
-            if found != f"is {asked}":
-                raise self._altered(step, wave, number, f"{found}, and the phase asked for {asked}")
+            requested = "none" if request is None else f"one to {request[0]['id']} with seed {request[1]}"
+            recorded_answer = "is missing" if answer is None else f"is one to {answer.task} with seed {answer.seed}"
+            if recorded_answer != f"is {requested}":
+                raise self._altered(step, wave, number, f"{recorded_answer}, and the phase asked for {requested}")
             if not is_answer(answer, policy.chat.vocab_size):
                 raise self._altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
             if is_first and answer.policy != digest:

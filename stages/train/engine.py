@@ -260,12 +260,12 @@ class Engine:
     @contextmanager
     def computing_with(self, weights: Sequence[torch.Tensor]) -> Iterator[None]:
         """Within it, `figures` and `evaluate` compute with the `local_weights` of another time. Not collective."""
-        own = self.local_weights()
+        present = self.local_weights()
         try:
             self._compute_with(weights)
             yield
         finally:
-            self._compute_with(own)
+            self._compute_with(present)
 
     def _compute_with(self, weights: Sequence[torch.Tensor]) -> None:
         for tensor, value in zip(self._computed_with(), weights, strict=True):

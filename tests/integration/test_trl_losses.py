@@ -142,8 +142,8 @@ def our_loss(b: dict[str, torch.Tensor], name: str, figures: dict[str, torch.Ten
 def test_the_loss_of_an_algorithm_is_trls(
     name: str, shape: tuple[int, int], first_update: bool, beta: float, cap: float
 ) -> None:
-    b, own = batch(*shape, seed=sum(shape)), registry.load(name)
-    for low, high in [(own.clip_low or 0.2, own.clip_high), (0.05, 0.4)]:
+    b, algorithm = batch(*shape, seed=sum(shape)), registry.load(name)
+    for low, high in [(algorithm.clip_low or 0.2, algorithm.clip_high), (0.05, 0.4)]:
         assert high is not None
         theirs, metrics = trl_grpo(b, name, cap, low, high, first_update, beta)
         figures: dict[str, torch.Tensor] = {}

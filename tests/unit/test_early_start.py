@@ -11,7 +11,7 @@ from pipeline.launch.early_start import EarlyStart
 WAIT = """
 import sys
 from pipeline.launch.early_start import EarlyStart
-print(EarlyStart(sys.argv[1], int(sys.argv[2])).wait(["graphlib"]), "graphlib" in sys.modules)
+print(EarlyStart(sys.argv[1], int(sys.argv[2])).wait(["graphlib", "no_such_module"]), "graphlib" in sys.modules)
 """
 
 
@@ -21,6 +21,7 @@ def waiting(gate: Path, launcher: subprocess.Popen[bytes]) -> subprocess.Popen[s
 
 
 def test_it_waits_until_it_is_admitted(tmp_path: Path) -> None:
+    """A module that cannot be loaded does not end it: the stage reports that."""
     gate = EarlyStart.at(tmp_path / "gate")
     with subprocess.Popen(["sleep", "60"]) as launcher:
         process = waiting(tmp_path / "gate", launcher)

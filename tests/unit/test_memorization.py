@@ -169,6 +169,15 @@ def test_the_lottery_draws_some_of_each_stratum_by_the_seed(run_stage, inputs) -
     assert ids[0] != ids[1]
 
 
+def test_a_sample_of_the_documents_is_counted_as_among_all(inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = memorization.MemorizationConfig.model_validate(CONFIG)
+    everything, readings = memorization._count_readings(config, inputs)
+    monkeypatch.setattr(memorization, "CANDIDATES", 5)  # of sixteen documents
+    sample, sample_readings = memorization._count_readings(config, inputs)
+    assert sample and len(sample) < len(everything) and sample_readings == readings
+    assert all(place in everything for place in sample)
+
+
 def test_matching_tokens_are_those_of_a_greedy_continuation(inputs) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -198,8 +198,8 @@ def test_an_algorithm_is_its_papers(name: str, first_update: bool, kl: float | N
         leaf, row, mask = t["gradient"]
         gradient = leaves[leaf].grad
         assert gradient is not None and not gradient[row][~mask].any()
-        own = [0.0 if n.grad is None else n.grad.item() for n in t["new"]]
-        torch.testing.assert_close(gradient[row][mask].tolist(), own, rtol=1e-5, atol=1e-6)
+        expected_gradient = [0.0 if n.grad is None else n.grad.item() for n in t["new"]]
+        torch.testing.assert_close(gradient[row][mask].tolist(), expected_gradient, rtol=1e-5, atol=1e-6)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -207,14 +207,14 @@ def test_an_algorithm_is_its_papers(name: str, first_update: bool, kl: float | N
 
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
 def test_the_clip_is_the_algorithms_unless_the_recipe_has_one(name: str) -> None:
-    own = registry.load(name)
+    algorithm = registry.load(name)
     phase = RlTrainConfig.model_validate(rl_fixtures.config(algorithm=name)).phase
-    assert (phase.clip_low, phase.clip_high) == (own.clip_low, own.clip_high)
+    assert (phase.clip_low, phase.clip_high) == (algorithm.clip_low, algorithm.clip_high)
     again = RlTrainConfig.model_validate(rl_fixtures.config(**phase.model_dump(mode="json"))).phase
     assert again == phase, "a written recipe is read as the same"
-    if own.clip_high is not None:
+    if algorithm.clip_high is not None:
         wider = RlTrainConfig.model_validate(rl_fixtures.config(algorithm=name, updates=2, clip_high=0.5)).phase
-        assert (wider.clip_low, wider.clip_high) == (own.clip_low, 0.5)
+        assert (wider.clip_low, wider.clip_high) == (algorithm.clip_low, 0.5)
 
 
 def test_settings_that_were_added_are_in_no_key_by_default() -> None:
