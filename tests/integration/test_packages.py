@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -313,7 +314,8 @@ def test_packages_reach_the_order(folder: Path, tmp_path: Path) -> None:
 @at_length("packages", 5000)
 @pytest.mark.timeout(5400)
 def test_the_packaged_recipe_reaches_the_order(tmp_path: Path) -> None:
-    """What the lock files pin, or where the archives have newer versions only, those; fetched once, in runs/packages."""
+    """What the lock files pin, or where the archives have newer versions only, those; fetched once, in runs/packages.
+    What a run has sealed stays there until one passes."""
     sources = yaml.safe_load((ROOT / "data_recipes/packages.yaml").read_text())["sources"]
     for kind in ("debian", "pypi"):
         folder, lock = ROOT / "runs/packages" / kind, ROOT / f"data_recipes/{kind}.lock.yaml"
@@ -329,12 +331,13 @@ def test_the_packaged_recipe_reaches_the_order(tmp_path: Path) -> None:
                 source["reader"] |= {"path": str(folder), "lock": str(lock)}
                 source["tree_digest"] = "auto"
     mix = {"manuals": 0.5, "programs": 0.3, "python_manuals": 0.1, "python_programs": 0.1}
-    home = tmp_path / "home"
+    home = ROOT / "runs/packages/home"
     atom(home, "run", with_sources(tmp_path, sources, mix), "--until", "order-pretrain", timeout=5000)
     counts = {source["name"]: licenses_of(home, source["name"]) for source in sources}
     assert sum(counts.values(), Counter())["documents"] >= 100_000, counts
     assert all(count["unmapped"] < count["documents"] for count in counts.values()), counts
     assert set(order_of(home)) == set(mix)
+    shutil.rmtree(home)
 
 
 def licenses_of(home: Path, source: str) -> Counter[str]:
