@@ -47,17 +47,19 @@ def saved_bytes(
     """Bytes that the forward passes in flight keep on a rank at that position of the pipeline. micro_batches: of a
     step, on one rank. With recompute = layer each layer keeps only its input. The last stage keeps the inputs of the
     final norm and of the output head, and the fp32 softmax of the logits, or, of a loss by slices, the gradients of the
-    head and of its inputs. Packed rows have one table of rotary values for all layers."""
+    head and of its inputs; an earlier stage keeps its outputs. Packed rows have one table of rotary values for all
+    layers."""
     layers = layers_of(model, layout, pipeline_rank)
     kept = 0.0
     for layer in (layer for chunk in layers for layer in chunk):
         kept += _layer(model, layout, precision, rows, layer, fused)[0]
     tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
-    total = _tokens(layout, rows) * in_flight(layout, pipeline_rank, micro_batches) * (kept + tables)
-    if pipeline_rank == layout.pp - 1:
-        inputs = 2 * _tokens(layout, rows) * _size(precision) * model.hidden_size
-        total += inputs + _loss(model, padded_vocab_size, layout, precision, rows)[0]
-    return total
+    hidden = _tokens(layout, rows) * _size(precision) * model.hidden_size
+    batches = in_flight(layout, pipeline_rank, micro_batches)
+    total = _tokens(layout, rows) * batches * (kept + tables)
+    if pipeline_rank < layout.pp - 1:
+        return total + batches * layout.vpp * hidden
+    return total + 2 * hidden + _loss(model, padded_vocab_size, layout, precision, rows)[0]
 
 
 def activation_bytes(
@@ -77,6 +79,11 @@ def activation_bytes(
     tokens = _tokens(layout, rows)
     layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
     working = tokens * max(_layer(model, layout, precision, rows, layer, fused)[1] for layer in layers)
+    hidden = tokens * _size(precision) * model.hidden_size
+    if layout.tp > 1:
+        saved += layout.tp * hidden  # the inputs of a matrix of all tensor ranks, in a buffer that stays
+    if layout.pp > 1:
+        saved += hidden  # what the next or previous stage has sent
     if pipeline_rank < layout.pp - 1:
         return saved + working
     saved_by_loss, loss = _loss(model, padded_vocab_size, layout, precision, rows)

@@ -181,9 +181,9 @@ def test_parallel_ranks_share_activations() -> None:
     assert unsplit / 2 < bytes_of(ranks=2, tp=2, ep=2) < 0.6 * unsplit
     assert bytes_of(ranks=2, tp=2, ep=2, etp=1) == pytest.approx(unsplit / 2)
     first, last = (bytes_of(rank, ranks=2, pp=2) for rank in (0, 1))
-    ends = 512 * (VOCAB * 4 + 2 * 2 * 64)
-    assert first == pytest.approx(unsplit - ends) and last == pytest.approx((unsplit - ends) / 2 + ends)
-    assert bytes_of(0, micro=1, ranks=2, pp=2) == pytest.approx((unsplit - ends) / 2)
+    ends, output = 512 * (VOCAB * 4 + 2 * 2 * 64), 512 * 2 * 64  # of the last stage; of the first, which it keeps
+    assert first == pytest.approx(unsplit - ends + 2 * output) and last == pytest.approx((unsplit - ends) / 2 + ends)
+    assert bytes_of(0, micro=1, ranks=2, pp=2) == pytest.approx((unsplit - ends) / 2 + output)
 
 
 def test_a_layer_and_the_loss_do_not_work_at_the_same_time() -> None:
@@ -194,13 +194,13 @@ def test_a_layer_and_the_loss_do_not_work_at_the_same_time() -> None:
         arguments = (model, vocabulary, Layout(**layout), precision, rows, 8, rank)
         return activation_bytes(*arguments) - saved_bytes(*arguments)
 
-    sent = 2 * 64 * 2  # bytes of a token's copies
-    assert working(0, VOCAB, ranks=2, pp=2) == 512 * 3 * sent
-    assert working(0, VOCAB, ranks=4, pp=2, ep=2) == 512 * 4 * sent
+    sent, received = 2 * 64 * 2, 2 * 64  # bytes of a token's copies; of what the next stage has sent
+    assert working(0, VOCAB, ranks=2, pp=2) == 512 * (3 * sent + received)
+    assert working(0, VOCAB, ranks=4, pp=2, ep=2) == 512 * (4 * sent + received)
     assert working(0, 10_000) == 512 * 10_000 * 2  # a bf16 gradient of the logits
     assert working(0, 10_000, "fp32") == 4 * 64 * 10_000  # fp32: in place; then the head's own
     one_layer = sum(model.layer_activations(Layout(), "bf16", rows, 0).values())
-    assert working(0, VOCAB, ranks=2, pp=2, recompute="layer") == 512 * (one_layer - 2 * 64 + 3 * sent)
+    assert working(0, VOCAB, ranks=2, pp=2, recompute="layer") == 512 * (one_layer - 2 * 64 + 3 * sent + received)
 
 
 def test_estimate_of_a_phase() -> None:
