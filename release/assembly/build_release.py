@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,14 @@ from pipeline.core.store import Artifact
 from stages.recipe import ReleaseSection
 
 if TYPE_CHECKING:
+    from release.assembly.assemble import Assembly
+    from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
+    from release.checks.load_report import LoadReport
     from release.schema import ReleaseInfo
     from stages.data.curation.deny_list import DenyList
+
+CARD_ORIGIN = "card from the published files"
 
 
 @dataclass(frozen=True)
@@ -141,11 +147,10 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.assembly.model_facts import read_model_facts
     from release.assembly.receipts import receipt_path, write_receipts
     from release.audit import merkle
-    from release.cards import croissant, plot, render, results, scaling_plots, tables
+    from release.cards import croissant, render, tables
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
-    from release.checks.load_report import load_models
-    from release.layout import CANARY, FILTER_AGREEMENT, GOLDENS, ORIGINS, RELEASE, ROOTS
+    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, RELEASE, ROOTS
     from release.repositories import model_folders, repositories
     from stages.data.curation.agreement import read_figures
 
@@ -176,33 +181,20 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
     steps = read_checkpoints(folder / "checkpoints")
     changes = find_interventions(steps)
-    licenses, card_origin = release.license, "card from the published files"
-    data_id = render.data_id(release)
-    load_reports = dict(zip(models, load_models([folder / name for name in models]), strict=True))
-    for name, report in load_reports.items():
-        assembly.json(f"{name}/{GOLDENS}", report.goldens, "what plain transformers makes of fixed inputs")
+    licenses = release.license
     run_costs = costs.usage_by_stage(folder)
-    for name, model in models.items():
-        card = render.model_card(name, release, ReleaseFacts(model, data, changes, run_costs))
-        assembly.write(f"{name}/README.md", card.encode(), card_origin)
-        measured = results.text(model, data_id, release.version)
-        assembly.write(
-            f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"
-        )
-        if model.has_experts:
-            assembly.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
-        for plot_name, image in scaling_plots.model_plots(folder / name, model).items():
-            assembly.write(f"{name}/{plot_name}", image, "plot of the scores in evaluation/ and the logs in training/")
+    facts = {name: ReleaseFacts(model, data, changes, run_costs) for name, model in models.items()}
+    load_reports = _write_models(assembly, release, facts)
     canary = canary_of(source.artifacts["items"].digest)
     assembly.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
     assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
     description = croissant.describe_dataset(release, folder / "dataset", data)
     assembly.json(f"dataset/{croissant.NAME}", description, "description of the tables")
-    assembly.write("dataset/README.md", render.data_card(release, data, canary).encode(), card_origin)
+    assembly.write("dataset/README.md", render.data_card(release, data, canary).encode(), CARD_ORIGIN)
     for target, statement in attest.evaluations(folder, release.nodes).items():
         assembly.json(target, statement, "in-toto statement of what was measured")
     card = render.plain_card("checkpoints", release, licenses.weights, checkpoints=tables.checkpoints(steps))
-    assembly.write("checkpoints/README.md", card.encode(), card_origin)
+    assembly.write("checkpoints/README.md", card.encode(), CARD_ORIGIN)
     assembly.json("checkpoints/index.json", index_rows(steps), "states of the checkpoints")
     repos = repositories(folder)
     rows = [[r.id(release.namespace, release.name), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in repos]
@@ -210,7 +202,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     assembly.write(
         "README.md",
         render.plain_card("evidence", release, licenses.code, repositories=repository_table).encode(),
-        card_origin,
+        CARD_ORIGIN,
     )
     for repository in repos:
         spdx = {"dataset": licenses.data_compilation, "": licenses.code}.get(repository.folder, licenses.weights)
@@ -222,6 +214,34 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     return BuildContext(
         folder, release, evaluation, data, models, source.machine_paths, changes, run_costs, canary, load_reports
     )
+
+
+def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, ReleaseFacts]) -> dict[str, LoadReport]:
+    """Writes the card, scores, plots and goldens of each model. Returns what plain transformers makes of each: a
+    process of its own loads them while the plots are drawn."""
+    from release.cards import plot, render, results, scaling_plots
+    from release.checks.load_report import load_models
+    from release.layout import GOLDENS
+
+    folder, data_id = assembly.folder, render.data_id(release)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load_models, [folder / name for name in facts])
+        for name, model_facts in facts.items():
+            model = model_facts.model
+            assembly.write(f"{name}/README.md", render.model_card(name, release, model_facts).encode(), CARD_ORIGIN)
+            measured = results.text(model, data_id, release.version)
+            assembly.write(
+                f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"
+            )
+            if model.has_experts:
+                assembly.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
+            for plot_name, image in scaling_plots.model_plots(folder / name, model).items():
+                origin = "plot of the scores in evaluation/ and the logs in training/"
+                assembly.write(f"{name}/{plot_name}", image, origin)
+        reports = dict(zip(facts, loading.result(), strict=True))
+    for name, report in reports.items():
+        assembly.json(f"{name}/{GOLDENS}", report.goldens, "what plain transformers makes of fixed inputs")
+    return reports
 
 
 def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -11,21 +11,38 @@ from pathlib import Path
 from release.assembly.published_tables import TEXT_BATCH
 from release.hub.local.server import LOCAL_TOKEN
 
+
+class Pattern:
+    """A secret's bytes: a regular expression, and literals of which every match has one. These are searched first:
+    that is ten times as fast as an expression that begins with a boundary."""
+
+    def __init__(self, expression: bytes, *literals: bytes) -> None:
+        self.expression, self.literals = re.compile(expression), literals
+
+    def is_in(self, data: bytes) -> bool:
+        return any(literal in data for literal in self.literals) and self.expression.search(data) is not None
+
+
 PATTERNS = {
-    "a Hugging Face token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
-    "an AWS access key": re.compile(rb"\b(?:AKIA|ASIA)(?!IOSFODNN7)[A-Z0-9]{16}\b"),
-    "a GitHub token": re.compile(rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})"),
-    "a Slack token": re.compile(rb"\bxox[abprs]-[A-Za-z0-9-]{20,}"),
+    "a Hugging Face token": Pattern(rb"\bhf_[A-Za-z0-9]{30,}", b"hf_"),
+    "an AWS access key": Pattern(rb"\b(?:AKIA|ASIA)(?!IOSFODNN7)[A-Z0-9]{16}\b", b"AKIA", b"ASIA"),
+    "a GitHub token": Pattern(
+        rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})",
+        b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_",
+    ),
+    "a Slack token": Pattern(rb"\bxox[abprs]-[A-Za-z0-9-]{20,}", b"xox"),
     # The header alone occurs in much documentation; a secret has a body of base64 after it.
-    "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*(?:[A-Za-z0-9+/=]{40,}\s*){2}"),
-}
+    "a private key": Pattern(
+        rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*(?:[A-Za-z0-9+/=]{40,}\s*){2}", b"PRIVATE KEY-----"
+    ),
+}  # fmt: skip
 SECRET_VARIABLES = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
 # Folders that every machine has: with a Python under /usr, `#!/usr/bin/env` is no secret.
 COMMON_PATHS = frozenset({"/", "/usr", "/usr/local", "/opt", "/tmp", "/var", "/home", "/mnt", "/srv", "/data"})
 TEXT_COLUMNS = frozenset({"text", "prompt", "output", "match"})
 
 
-def machine_patterns(paths: list[Path]) -> dict[str, re.Pattern[bytes]]:
+def machine_patterns(paths: list[Path]) -> dict[str, Pattern]:
     """Patterns that identify this machine: its host name, the user's home, and the folders of the run.
 
     A host name that is a common word or very short would match everywhere and is left out.
@@ -33,23 +50,26 @@ def machine_patterns(paths: list[Path]) -> dict[str, re.Pattern[bytes]]:
     patterns = {}
     host = socket.gethostname()
     if len(host) >= 6 and host not in ("localhost", "debian", "ubuntu"):
-        patterns["the host name"] = re.compile(rb"(?<![A-Za-z0-9])" + re.escape(host.encode()) + rb"(?![A-Za-z0-9])")
+        name = host.encode()
+        patterns["the host name"] = Pattern(rb"(?<![A-Za-z0-9])" + re.escape(name) + rb"(?![A-Za-z0-9])", name)
     for path in [Path.home(), *paths]:
         if str(path) not in COMMON_PATHS:
             # Only as the start of a longer path: a URL that contains it, or the bare name of a common home, reveals
             # nothing.
-            patterns[f"the machine's path {path}"] = re.compile(
-                rb"(?<![A-Za-z0-9.\-/])" + re.escape(str(path).encode()) + rb"/\w"
-            )
+            start = str(path).encode()
+            expression = rb"(?<![A-Za-z0-9.\-/])" + re.escape(start) + rb"/\w"
+            patterns[f"the machine's path {path}"] = Pattern(expression, start)
     return patterns
 
 
-def secret_values() -> dict[str, re.Pattern[bytes]]:
+def secret_values() -> dict[str, Pattern]:
     """The secrets in the environment of this process. The token of the local Hub is in the code of atom: it is not a
     secret."""
     values = {name: os.environ.get(name, "") for name in SECRET_VARIABLES}
     secret = {name: value for name, value in values.items() if len(value) >= 8 and value != LOCAL_TOKEN}
-    return {f"the value of {name}": re.compile(re.escape(value.encode())) for name, value in secret.items()}
+    return {
+        f"the value of {name}": Pattern(re.escape(value.encode()), value.encode()) for name, value in secret.items()
+    }
 
 
 def scan(folder: Path, paths: list[str], machine: list[Path]) -> list[str]:
@@ -63,7 +83,7 @@ def scan(folder: Path, paths: list[str], machine: list[Path]) -> list[str]:
     for name in paths:
         for kind, data in _contents(folder / name):
             patterns = secret if kind == "document" else secrets_and_machine
-            hits += [f"{name} holds {finding}" for finding, pattern in patterns.items() if pattern.search(data)]
+            hits += [f"{name} holds {finding}" for finding, pattern in patterns.items() if pattern.is_in(data)]
     return sorted(set(hits))
 
 

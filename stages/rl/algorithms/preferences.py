@@ -262,6 +262,7 @@ class Reward(PostTrainer):
             : phase.heldout_pairs
         ]
         self.pairs = [row for row in rows if _hash_fraction(row["question"]) >= phase.heldout_fraction]
+        self._epoch, self._shuffled = -1, list[int]()
         if not self.pairs or not self.heldout:
             raise AtomError(
                 f"{self.name}: {len(self.pairs)} pairs to learn from and {len(self.heldout)} held out are too few; "
@@ -277,14 +278,20 @@ class Reward(PostTrainer):
         pairs = []
         for number in range((step - 1) * count, step * count):
             epoch, position = divmod(number, len(self.pairs))
-            order = list(range(len(self.pairs)))
-            random.Random(seed_of(f"{seed_label(self.name)}/epoch {epoch}", self.config.seed)).shuffle(order)
-            pairs.append(self.pairs[order[position]])
+            pairs.append(self.pairs[self._order(epoch)[position]])
         units = self._units(pairs)
         self.tokens += sum(len(example.ids) for unit in units for example in unit)
         lr = self.learning_rate(step)
         figures = self.engine.step(self._rank_batch(units), lr, self.update_check(step), objective=bradley_terry)
         return figures.metrics(lr) | {"pair_accuracy": figures.extras["accuracy"] / count}
+
+    def _order(self, epoch: int) -> list[int]:
+        """The pairs' numbers in the order of an epoch; the last one is kept, since a step needs it for each pair."""
+        if self._epoch != epoch:
+            self._shuffled = list(range(len(self.pairs)))
+            random.Random(seed_of(f"{seed_label(self.name)}/epoch {epoch}", self.config.seed)).shuffle(self._shuffled)
+            self._epoch = epoch
+        return self._shuffled
 
     def measure(self, step: int) -> dict[str, Any] | None:
         if step % self.phase.validate_every and step != self.phase.steps:
