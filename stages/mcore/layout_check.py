@@ -42,6 +42,9 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
     if layout.vpp > 1 and layout.pp == 1:
         return (f"parallelism.vpp = {layout.vpp} interleaves pipeline ranks, "
                 f"and pp = 1 has none; leave it out")  # fmt: skip
+    if layout.overlap_weights and layout.overlap_gradients is False:
+        return ("parallelism.overlap_weights = true needs the buckets of overlap_gradients, which is false; "
+                "leave one of them out")  # fmt: skip
     for count in micro_batches:
         if count % layout.data:
             return (f"parallelism.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share "

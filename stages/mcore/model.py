@@ -93,6 +93,8 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         )
         if not is_sliced:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
+        for hook in self.output_layer._forward_pre_hooks.values():  # it would wait for its weights (`overlap_weights`)
+            hook(self.output_layer, ())
         shared = self.share_embeddings_and_output_weights
         head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
         if self.layout.tp > 1:

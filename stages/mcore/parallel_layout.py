@@ -58,6 +58,10 @@ class Layout(Config):
     overlap_gradients: Flag | None = Field(
         default=None, description="overlap the reduction of gradients with the backward pass; null: if there are GPUs"
     )
+    overlap_weights: Flag = Field(
+        default=False,
+        description="overlap the gathering of updated weights with the next step's forward pass, and gradients",
+    )
     fusions: tuple[Fusion, ...] | None = Field(
         default=None, max_length=6, description="fused kernels, only with GPUs; null: all that the machine has"
     )

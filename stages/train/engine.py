@@ -105,6 +105,8 @@ class Engine:
         """vocab_size: of the tokenizer; ids beyond it only pad the model's table."""
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
+        self._is_stale = False
+        """Whether this rank lacks the updated weights of others, which the next step's forward pass gathers."""
         kind, model = config.phase.precision, config.model
         if reason := precision.missing_requirement(kind):
             raise RecipeError(reason)
@@ -123,7 +125,7 @@ class Engine:
             buffer.data = torch.zeros(self.shapes[name], dtype=torch.float32, device=buffer.device)
         overlap = self.layout.overlap_gradients
         if overlap is None:
-            overlap = gpu.device().type == "cuda" and ranks.data_ranks > 1
+            overlap = self.layout.overlap_weights or (gpu.device().type == "cuda" and ranks.data_ranks > 1)
         self.ddp = [
             (DistributedDataParallel if number else BucketedDDP)(
                 config=megatron,
@@ -131,6 +133,7 @@ class Engine:
                     grad_reduce_in_fp32=True,
                     use_distributed_optimizer=True,
                     overlap_grad_reduce=overlap,
+                    overlap_param_gather=self.layout.overlap_weights,
                 ),
                 module=chunk,
                 disable_bucketing=number > 0,
@@ -148,6 +151,7 @@ class Engine:
                 adam_beta2=settings.beta2,
                 clip_grad=settings.clip,
                 use_distributed_optimizer=True,
+                overlap_param_gather=self.layout.overlap_weights,
                 bf16=kind != "fp32",
                 params_dtype=megatron.params_dtype,
             ),
@@ -190,6 +194,7 @@ class Engine:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
+        self._is_stale = False
         saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
         router = self._router_figures(len(rank_batch.micro))
@@ -203,6 +208,7 @@ class Engine:
                 buffer.copy_(saved_buffers[name])
             return StepFigures(loss, norm, router, reason, self._gradients(), extras)
         _, norm, _ = self.optimizer.step()
+        self._is_stale = self.layout.overlap_weights
         self.step_done += 1
         if not norm_first:
             check_update(loss, float(norm))
@@ -234,6 +240,7 @@ class Engine:
 
     def figures(self, rank_batch: RankBatch, objective: Objective) -> tuple[float, dict[str, float]]:
         """An objective's mean and figures over any rows, without an update."""
+        self._gather_weights()
         for chunk in self.ddp:
             chunk.eval()
         with torch.no_grad():
@@ -244,6 +251,7 @@ class Engine:
     def weights(self) -> dict[str, torch.Tensor]:
         """The full tensors that the model computes with, by global name, on rank 0; empty on other ranks. On CPU; with
         one process, the live ones."""
+        self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
         if self.ranks.world == 1:
             return {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -254,12 +262,12 @@ class Engine:
         return full
 
     def local_weights(self) -> list[torch.Tensor]:
-        """Copies on CPU of this rank's tensors that the model computes with, in the model's order. Not collective."""
+        """Copies on CPU of this rank's tensors that the model computes with, in the model's order."""
         return [tensor.to("cpu", copy=True) for tensor in self._computed_with()]
 
     @contextmanager
     def computing_with(self, weights: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within it, `figures` and `evaluate` compute with the `local_weights` of another time. Not collective."""
+        """Within it, `figures` and `evaluate` compute with the `local_weights` of another time."""
         present = self.local_weights()
         try:
             self._compute_with(weights)
@@ -271,7 +279,15 @@ class Engine:
         for tensor, value in zip(self._computed_with(), weights, strict=True):
             tensor.copy_(value)
 
+    def _gather_weights(self) -> None:
+        """Gathers the weights that the last step has updated, if its successor has not."""
+        if self._is_stale:
+            for chunk in self.ddp:
+                chunk.start_param_sync(force_sync=True)
+            self._is_stale = False
+
     def _computed_with(self) -> list[torch.Tensor]:
+        self._gather_weights()
         return [*(tensor.data for _, tensor in named_tensors(self.chunks)), *self.buffers.values()]
 
     def _is_repeated(self, name: str) -> bool:
