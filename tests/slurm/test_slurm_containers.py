@@ -32,7 +32,7 @@ def test_a_stage_in_an_image_is_stopped_and_has_the_bytes_of_one_outside(image: 
     submit(home, container={"kind": "bubblewrap", "image": str(image), "python": "/opt/atom/venv/bin/python"})
     slurm_fixtures.until(lambda: slurm_fixtures.reached(home, "pretrain", 6), "a checkpoint")
     for node in slurm_fixtures.nodes_of(home, "pretrain"):
-        roots = [Path(f"/proc/{pid}/root") for pid in slurm_fixtures.processes(node, b"submitit._submit")]
+        roots = [Path(f"/proc/{pid}/root") for pid in slurm_fixtures.processes(node, b"submitit.core._submit")]
         assert any((root / "opt/atom/packages.txt").exists() for root in roots), node
     signalled_to_save(home)
     assert finish(home) == calm
