@@ -142,10 +142,22 @@ def build(
         chunk.layout, chunk.real_vocab_size = layout, vocab_size or padded_vocab_size
         if vocab_size is not None and chunk.post_process:
             chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))
+        for module in chunk.modules():
+            if hasattr(module, "token_dispatcher"):
+                module.register_forward_hook(_release_tokens)
         chunks.append(chunk)
         if not on_meta and (device := gpu.device()).type != "cpu":  # where PyTorch's own modules are, such as norms
             chunk.to(device)
     return chunks
+
+
+def _release_tokens(layer: Any, inputs: Any, output: Any) -> None:
+    """A hook of a layer of experts: its dispatcher keeps the tokens' probabilities until the next forward pass. With
+    recompute, their graph would hold each layer's input and its gradient as long."""
+    for holder in (layer.token_dispatcher, getattr(layer.token_dispatcher, "_comm_manager", None)):
+        for name, value in vars(holder).items() if holder else ():
+            if torch.is_tensor(value) and value.requires_grad:
+                setattr(holder, name, None)
 
 
 def _mask_padding(vocab_size: int) -> Callable[..., None]:
