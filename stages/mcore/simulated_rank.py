@@ -208,6 +208,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
     """This process as a rank of a layout, in which tensors have no memory; yields the count of its bytes and
     collectives. Norms are one kernel and keep their input, as on a GPU, and tokens are spread evenly over experts."""
     from megatron.core.optimizer import clip_grads
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     with gpu.settings(layout), fake_groups(layout, rank), contextlib.ExitStack() as stack:
         for target, name, replacement in (
@@ -216,6 +217,8 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
             (layer_spec.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.weight)),
             (TopKRouter, "routing", balanced(TopKRouter.routing)),
             (clip_grads, "l2_norm_impl", _norms),
+            # a tensor of the process: a fake one would give the balance loss of a later real step any weight
+            (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
             (fake_tensor, "CONSTANT_NUMEL_LIMIT", 4096),
             # Megatron's `torch` is not PyTorch's where there is no GPU
             *(

@@ -111,7 +111,12 @@ def require_planned_memory(result: RankSimulation) -> None:
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_planned(name: str) -> None:
-    require_planned_memory(simulate_large(MEMORY[name]))
+    """And no fake tensor stays in the process, where the next training would compute with it."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    with mock.patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
+        require_planned_memory(simulate_large(MEMORY[name]))
+        assert MoEAuxLossAutoScaler.main_loss_backward_scale is None
 
 
 def test_settings_of_this_process_are_not_the_ranks() -> None:
@@ -122,7 +127,10 @@ def test_settings_of_this_process_are_not_the_ranks() -> None:
         torch.use_deterministic_algorithms(deterministic)
         peaks.append(simulate_large({"ranks": 2, "ep": 2}, layers=1).peak_bytes)
     torch.use_deterministic_algorithms(before)
-    assert peaks[0] == peaks[1] < simulate_large({"ranks": 2, "ep": 2, "deterministic": True}, layers=1).peak_bytes
+    assert (
+        peaks[0] == pytest.approx(peaks[1], abs=64)
+        and peaks[0] < simulate_large({"ranks": 2, "ep": 2, "deterministic": True}, layers=1).peak_bytes
+    )
 
 
 SLICED: dict[str, dict[str, Any]] = {
