@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,7 +297,9 @@ def estimate(config: FilterConfig) -> Estimate:
         for step in source.steps
     )
     size = estimates.total(source.expected for source in config.sources)
-    return estimates.estimate("filter", size, small=30.0, step_seconds=step_seconds)
+    measured = {s.name: s.parts for s in config.sources if any(step.measures for step in s.steps)}
+    estimated = estimates.estimate("filter", size, small=30.0, step_seconds=step_seconds)
+    return replace(estimated, published=estimates.published(MEASURES, measured))
 
 
 STAGE = Stage(

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from pipeline.core.bounds import Range, Seed
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
+from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from pipeline.core.store import Artifact
 from stages.export import SLICE_BYTES
 from stages.mcore.parallel_layout import Layout
@@ -156,13 +156,14 @@ def estimate(config: ExportConfig) -> Estimate:
     flops = 2.0 * 2 * parameters["active"] * 2 * config.model.context_length  # two models read twice the context
     weights = (4 if config.dtype == "float32" else 2) * parameters["total"]
     shards = -(-weights // SHARD_BYTES)
+    files = 7 + shards + (shards > 1)
     return Estimate(
         cpu_seconds=10 + flops / 4e10 + parameters["total"] / 1e8,  # imports, two forward passes, five of reading
         flops=flops,
         memory_bytes=memory(config),
         disk_bytes=weights,
-        published_bytes=weights,
-        files=7 + shards + (shards > 1),
+        published=(Published("model", "", files, weights),),
+        files=files,
         parameters=parameters,
     )
 
