@@ -25,7 +25,7 @@ from pipeline.core.bounds import Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from pipeline.core.store import Artifact
-from stages.export import SLICE_BYTES
+from stages.export import SLICE_BYTES, WHOLE_BYTES
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
@@ -39,8 +39,6 @@ VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
-WHOLE_BYTES = 5 * 10**8
-"""Largest model, in bytes of fp32, that transformers loads as a whole; of a larger one it loads a layer at a time."""
 BASE_BYTES = 700_000_000
 """Of a process with Megatron or transformers (bench/export.py)."""
 
