@@ -230,8 +230,9 @@ def _add_exports(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[st
         evaluation = config.evaluation
         measured = {name: getattr(evaluation, name) for name in ("heldout_documents", "max_new_tokens", "context")}
         measured["conversations"] = data.conversations
-        vocabulary, tokens = config.tokenizer.padded_vocab_size, evaluation.tokens(len(data.sources))
-        measured["expected"] = estimates.expected(trained[name].model, vocabulary, tokens)
+        vocabulary, sources = config.tokenizer.padded_vocab_size, len(data.sources)
+        work = evaluation.tokens(sources), evaluation.pieces(sources)
+        measured["expected"] = estimates.expected(trained[name].model, vocabulary, *work)
         graph.add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", dedup="dedup", items="items")
 
 
@@ -257,8 +258,8 @@ def _add_chat_evaluation(
     for number, which in enumerate(chat_models):
         answers = config.evaluation.chat_tokens()
         one, several = (
-            {"expected": estimates.expected(trained[which].model, config.tokenizer.padded_vocab_size, tokens)}
-            for tokens in (answers, answers * chat.num_samples)
+            {"expected": estimates.expected(trained[which].model, config.tokenizer.padded_vocab_size, *work)}
+            for work in ((answers,), (answers * chat.num_samples, config.evaluation.chat_pieces()))
         )
         solving = generation | several | {"num_samples": chat.num_samples}
         for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):

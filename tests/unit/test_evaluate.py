@@ -46,6 +46,21 @@ def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> 
     assert model_evaluation.summary(tables(first, "documents.parquet"), tables(first, "items.parquet")) == scores
 
 
+def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(model_evaluation, "ROWS_PER_BATCH", 6)
+    whole = run_stage(model_evaluation.STAGE, CONFIG, inputs)
+    for shards in (2, 3):
+        expected = {"parameters": 1, "active": 10**9, "tokens": 10**9, "pieces": shards}
+        config = model_evaluation.STAGE.config.model_validate({**CONFIG, "expected": expected})
+        assert model_evaluation.STAGE.shards(config) == shards
+        (work := tmp_path / str(shards)).mkdir()
+        for shard in reversed(range(shards)):
+            model_evaluation.run_shard(config, inputs, work, shard)
+        with monkeypatch.context() as patch:
+            patch.setattr(model_evaluation, "_Loaded", None)  # nothing is left to do
+            assert run_stage(model_evaluation.STAGE, config, inputs, work).digest == whole.digest
+
+
 def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:
     """Each token scored alone in its whole context gives the same bits; a random model pays about log2(V)."""
     import torch

@@ -102,6 +102,21 @@ def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> 
     assert math.isfinite(scores["judged"]["courtesy"]["reward"]["value"])
 
 
+def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pass_at_k, "ITEMS_PER_BATCH", 8)
+    whole = run_stage(pass_at_k.STAGE, CONFIG, inputs)
+    for shards in (2, 3):
+        expected = {"parameters": 1, "active": 10**9, "tokens": 10**9, "pieces": shards}
+        config = pass_at_k.STAGE.config.model_validate({**CONFIG, "expected": expected})
+        assert pass_at_k.STAGE.shards(config) == shards
+        (work := tmp_path / str(shards)).mkdir()
+        for shard in reversed(range(shards)):
+            pass_at_k.run_shard(config, inputs, work, shard)
+        with monkeypatch.context() as patch:
+            patch.setattr(pass_at_k, "ChatModel", None)  # nothing is left to do
+            assert run_stage(pass_at_k.STAGE, config, inputs, work).digest == whole.digest
+
+
 def test_another_split_and_a_kind_with_one_item(run_stage, inputs, tmp_path: Path) -> None:
     rows = chat_fixtures.table(run_stage(pass_at_k.STAGE, {**CONFIG, "split": "validation"}, inputs), "answers.parquet")
     assert {row["id"].split("/")[0] for row in rows} == {"validation"}
