@@ -50,6 +50,7 @@ from stages.data.table import (
     stream_rows,
     write_json,
 )
+from stages.evaluation import benchmarks
 from stages.evaluation.eval_set import texts_of
 
 if TYPE_CHECKING:
@@ -130,7 +131,10 @@ class _PartMaker:
         from stages.data.curation.decontamination import ContaminationIndex
 
         logger.disable("datatrove")  # it logs each of many small steps
-        return ContaminationIndex(texts_of(self.inputs["items"]), self.config.curation.decontamination.ngram)
+        texts = texts_of(self.inputs["items"])
+        if "benchmarks" in self.inputs:
+            texts += benchmarks.texts_of(self.inputs["benchmarks"])
+        return ContaminationIndex(texts, self.config.curation.decontamination.ngram)
 
     @cached_property
     def deny_list(self) -> DenyList | None:

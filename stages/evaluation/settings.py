@@ -19,6 +19,7 @@ from stages.evaluation.memorization import MemorizationSection
 from stages.evaluation.model_evaluation import ROWS_PER_BATCH
 from stages.evaluation.pass_at_k import ITEMS_PER_BATCH, NumSamples
 from stages.evaluation.pieces import count
+from stages.evaluation.task_sets import HarnessSection
 
 SURE = 1.645
 """Standard errors beyond which a difference is significant in one direction, at 95 %."""
@@ -58,6 +59,7 @@ class EvaluationSection(Config):
     memorization: MemorizationSection | None = added(
         None, "what models give away of their training data: verbatim continuations and canaries; null: not measured"
     )
+    harness: HarnessSection | None = added(None, "task sets of lm-evaluation-harness; null: none")
 
     def tokens(self, sources: int) -> int:
         """Tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""
