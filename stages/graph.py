@@ -287,6 +287,8 @@ def _add_chat_evaluation(
             graph.add(f"prefer-{which}", "prefer", generation | one | {"model": which, "before": before}, **pair)
     scored = {name: name for name, node in graph.nodes.items() if node.stage.name in ("evaluate", "solve")}
     inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
+    if "benchmarks" in graph.nodes:
+        inputs["benchmarks"] = "benchmarks"
     graph.add("contamination", "contamination", {"seed": config.seed} | corpus, **inputs, **orders, **tasks, **scored)
 
 

@@ -190,6 +190,7 @@ def test_a_recipe_with_task_sets_decontaminates_for_them(own_tasks: Path, tmp_pa
     graph = dag.compose(recipes.load(str(tmp_path / "recipe.yaml")), Store(tmp_path / "home"))
     assert graph.nodes.keys() - without.nodes.keys() == {"benchmarks", "harness-rlvr"}
     assert graph.nodes["filter"].inputs["benchmarks"] == "benchmarks"
+    assert graph.nodes["contamination"].inputs["benchmarks"] == "benchmarks"
     assert graph.nodes["items"].key == without.nodes["items"].key
     key = graph.nodes["benchmarks"].key
     shutil.move(own_tasks, tmp_path / "moved")
