@@ -15,6 +15,8 @@ CPU_FLOPS = 2e10
 """FLOP/s of a core that draws answers or reads documents in fp32, as in `stages/rl`."""
 START_SECONDS = 10.0
 SHARD_SECONDS = 3600.0
+FILES = 8
+"""Of an artifact, at most: tables, scores and the manifest. Shards leave none in it."""
 BASE_BYTES = 700_000_000
 """Memory of PyTorch and transformers, and of a batch of a small model."""
 QUESTION_TOKENS, DOCUMENT_TOKENS = 100, 1000
@@ -60,4 +62,5 @@ def estimate(expected: Expected | None, models: int = 1) -> Estimate:
         tokens=expected.tokens * models,
         memory_bytes=BASE_BYTES + 4 * expected.parameters,
         disk_bytes=8 * expected.tokens,
+        files=FILES,
     )
