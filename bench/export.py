@@ -8,7 +8,7 @@ Each model is a mixture of experts in bf16 whose checkpoint (fp32, weights only)
 seeded initializer, in its release form. The export stage runs on it with its whole parity gate, and then the load check
 of a release. `stage` is the process that writes and runs Megatron's model, `transformers` the fresh interpreter beside
 it, `load` that of the load check; peaks are VmHWM, which counts the pages of mapped files too. Models above 1.25·10⁸
-parameters are compared layer by layer, those with files above 0.5 GB loaded so by the load check.
+parameters are loaded layer by layer by both.
 
 The last line is one JSON object. Its ratio is the limit, 4 GB times the parameters of the largest model in 10⁹ or 2 GB
 if that is more, divided by the largest peak: 1 or more holds it.

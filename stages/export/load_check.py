@@ -5,9 +5,9 @@
 Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of [part, sentence] (empty without problems)
 whose part is `model` or `chat_template`, the number of `parameters`, and `goldens`, the outputs of tokenizer, template
 and model for fixed inputs: token ids, text, last row of logits in fp32, a greedy continuation. Any runtime can be
-compared with these. The weights of a model above --whole are in memory a layer at a time. --memory and --seconds limit
-the use beyond the libraries themselves. Neither this file nor the one beside it, which it loads by its path, imports a
-module of this project, on purpose.
+compared with these. A model above --whole, in bytes of fp32, is in memory a layer at a time. --memory and --seconds
+limit the use beyond the libraries themselves. Neither this file nor the one beside it, which it loads by its path,
+imports a module of this project, on purpose.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ MOST_BYTES, MOST_TEXTS, MOST_CHARACTERS = 100_000_000, 16, 2_000
 def check_model(folder: str, whole_bytes: int) -> dict[str, object]:
     source = open_model(folder, whole_bytes)
     model, tokenizer = source.model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    problems = [("model", text) for text in source.keys]
-    problems += [("chat_template", text) for text in check_tokenizer(tokenizer, model)]
+    problems = [("chat_template", text) for text in check_tokenizer(tokenizer, model)]
     problems += [("model", text) for text in check_stops(tokenizer, model)]
-    outputs = {} if problems else goldens(tokenizer, model, *recorded_inputs(folder))
+    outputs = {} if problems or source.keys else goldens(tokenizer, source, *recorded_inputs(folder))
     rows: Any = outputs.get("rows", ())
+    if rows and source.in_memory:  # of another one each token would read all files
+        model.generate(torch.tensor([rows[0]["ids"]]), do_sample=False, max_new_tokens=1)
     if not all(math.isfinite(value) for row in rows for value in row["logits"]):
-        problems, outputs = [("model", "the model's logits are not finite")], {}
-    return {"problems": problems, "parameters": sum(p.numel() for p in model.parameters()), "goldens": outputs}
+        problems.append(("model", "the model's logits are not finite"))
+    problems += [("model", text) for text in source.keys]  # of layers, these are known after a pass
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"problems": problems, "parameters": parameters, "goldens": {} if problems else outputs}
 
 
 def open_model(folder: str, whole_bytes: int):  # type: ignore[no-untyped-def]
-    """The model in fp32. Of a model whose files have more than `whole_bytes`, a layer is in memory at a time: the
-    operations and their results are those of the whole model, and each forward pass reads all files."""
-    if sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) <= whole_bytes:
-        return streamed_model.Whole(folder)
-    source = streamed_model.ByLayer(folder)
-    source.stream()
-    return source
+    """The model in fp32. If it has more than `whole_bytes`, a layer is in memory at a time: the operations and their
+    results are those of the whole model, and each of NEW_TOKENS passes reads all files."""
+    kind = "Whole" if streamed_model.fp32_bytes(Path(folder)) <= whole_bytes else "ByLayer"
+    return getattr(streamed_model, kind)(folder)
 
 
 def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]]]:
@@ -73,17 +73,23 @@ def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]]]:
     return texts, content["messages"]
 
 
-def goldens(tokenizer, model, texts, messages) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    """For each text, {text, ids, logits, greedy}; the last text is a conversation rendered with the template."""
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def goldens(tokenizer, source, texts, messages) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    """For each text, {text, ids, logits, greedy}; the last text is a conversation rendered with the template. Nothing
+    if layers of the model lack tensors."""
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    rows = []
-    for text in [*texts, chat]:
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-        with torch.inference_mode():
-            logits = model(**inputs).logits[0, -1].float().tolist()
-        ids = inputs["input_ids"][0].tolist()
-        greedy = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :].tolist()
-        rows.append({"text": text, "ids": ids, "logits": [round(x, 6) for x in logits], "greedy": greedy})
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in [*texts, chat]]
+    stops, head = stop_ids(source.model), source.model.get_output_embeddings()
+    rows = [{"text": text, "ids": ids, "greedy": []} for text, ids in zip([*texts, chat], prompts, strict=True)]
+    for _ in range(NEW_TOKENS):
+        unfinished = [row for row in rows if not stops.intersection(row["greedy"])]
+        states = streamed_model.hidden_states(source, [row["ids"] + row["greedy"] for row in unfinished])
+        if source.keys:
+            return {}
+        for row, state in zip(unfinished, states, strict=True):
+            logits = head(state)[0, -1].float()
+            row.setdefault("logits", [round(x, 6) for x in logits.tolist()])
+            row["greedy"].append(int(logits.argmax()))
     return {"messages": messages, "rows": rows}
 
 
@@ -115,11 +121,14 @@ def check_tokenizer(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-d
 
 def check_stops(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]
     """Checks that the generation config names the stop token."""
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    if tokenizer.convert_tokens_to_ids("<|endoftext|>") not in stops:
+    if tokenizer.convert_tokens_to_ids("<|endoftext|>") not in stop_ids(model):
         return ["the generation config does not stop at <|endoftext|>"]
     return []
+
+
+def stop_ids(model) -> set[int]:  # type: ignore[no-untyped-def]
+    stops = model.generation_config.eos_token_id
+    return set(stops if isinstance(stops, list) else [stops])
 
 
 def limit(memory: int, seconds: int) -> None:

@@ -26,36 +26,6 @@ spec.loader.exec_module(streamed_model)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def hidden_states(source: Any, rows: list[list[int]]) -> list[torch.Tensor]:
-    """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once. source: a `Whole` or
-    a `ByLayer`."""
-    base = source.model.base_model
-    states: list[torch.Tensor] = []
-    calls: list[list[dict[str, Any]]] = []  # of each row, the keywords of each layer: masks, rotary tables
-
-    def record(hidden: torch.Tensor, **keywords: Any) -> torch.Tensor:
-        if not calls[-1]:
-            states.append(hidden)
-        calls[-1].append(keywords)
-        return hidden
-
-    for layer in base.layers:
-        layer.forward = record
-    for row in rows:
-        calls.append([])
-        base(input_ids=torch.tensor([row]), use_cache=False)
-    for number, layer in enumerate(base.layers):
-        del layer.forward
-        source.load(f"{source.model.base_model_prefix}.layers.{number}.")
-        if source.keys:
-            return []
-        for place, call in enumerate(calls):
-            states[place] = layer(states[place], **call[number])
-        source.drop(layer)
-    return [base.norm(state) for state in states]
-
-
-@torch.no_grad()  # type: ignore[untyped-decorator]
 def compare(model: Any, states: list[torch.Tensor], positions: int) -> dict[str, float | int]:
     """The largest difference to the logits on standard input."""
     worst: dict[str, float | int] = {"delta": 0.0, "row": 0, "position": 0}
@@ -75,7 +45,7 @@ def main(folder: str, by_layer: bool) -> None:
     logging.disable_progress_bar()
     request = json.loads(sys.stdin.buffer.readline())
     source = (streamed_model.ByLayer if by_layer else streamed_model.Whole)(folder)
-    states = [] if source.keys else hidden_states(source, request["rows"])
+    states = [] if source.keys else streamed_model.hidden_states(source, request["rows"])
     print(json.dumps({"keys": source.keys, **compare(source.model, states, request["positions"])}))
 
 

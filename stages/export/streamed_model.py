@@ -7,6 +7,7 @@ This file imports no module of this project, on purpose. The scripts load it by 
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class Whole:
     """A model that `from_pretrained` has loaded, in fp32. keys: sentences on tensors that are missing, left over or of
     another shape."""
 
+    in_memory = True
+
     def __init__(self, folder: str) -> None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **SAFE
@@ -41,6 +44,8 @@ class Whole:
 class ByLayer:
     """A model in fp32 without weights, of which parts get theirs by the method that `from_pretrained` calls for all of
     them. keys: as those of `Whole`, of the parts that were loaded."""
+
+    in_memory = False
 
     def __init__(self, folder: str) -> None:
         config = AutoConfig.from_pretrained(folder, **SAFE)
@@ -82,19 +87,15 @@ class ByLayer:
     def drop(self, module: torch.nn.Module) -> None:
         module.to("meta")
 
-    def stream(self) -> None:
-        """From now on each layer loads its weights whenever it is called, and drops them after it: the model, and its
-        `generate`, run as one that was loaded whole. A call raises ValueError if a layer lacks tensors."""
 
-        def load(at: str) -> None:
-            self.load(at)
-            if self.keys:
-                raise ValueError(self.keys[0])
-
-        for number, layer in enumerate(self.model.base_model.layers):
-            at = f"{self.prefix}{number}."
-            layer.register_forward_pre_hook(lambda module, inputs, at=at: load(at))
-            layer.register_forward_hook(lambda module, inputs, outputs: self.drop(module))
+def fp32_bytes(folder: Path) -> int:
+    """Bytes of the tensors of all files in fp32."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return 4 * count
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -110,3 +111,33 @@ def files(folder: Path) -> dict[str, Path]:
     if stated is not None and {name: path.name for name, path in file_of.items()} != stated:
         raise ValueError(f"{index.name} does not list the tensors of its files")
     return file_of
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def hidden_states(source: Whole | ByLayer, rows: list[list[int]]) -> list[torch.Tensor]:
+    """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once. None if layers lack
+    tensors, which `source.keys` then names."""
+    base = source.model.base_model
+    states: list[torch.Tensor] = []
+    calls: list[list[dict[str, Any]]] = []  # of each row, the keywords of each layer: masks, rotary tables
+
+    def record(hidden: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        if not calls[-1]:
+            states.append(hidden)
+        calls[-1].append(keywords)
+        return hidden
+
+    for layer in base.layers:
+        layer.forward = record
+    for row in rows:
+        calls.append([])
+        base(input_ids=torch.tensor([row]), use_cache=False)
+    for number, layer in enumerate(base.layers):
+        del layer.forward
+        source.load(f"{source.model.base_model_prefix}.layers.{number}.")
+        if source.keys:
+            return []
+        for place, call in enumerate(calls):
+            states[place] = layer(states[place], **call[number])
+        source.drop(layer)
+    return [base.norm(state) for state in states]
