@@ -26,6 +26,7 @@ from stages.evaluation import harness as harness_stage
 from stages.evaluation.harness import language_model
 from stages.evaluation.task_sets import HarnessSection
 from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.run_fixtures import evaluate_in_shards
 
 TASK = """
 task: next_words
@@ -167,11 +168,7 @@ def test_the_stage_seals_the_results_of_every_item(
     assert [(row["task"], row["number"]) for row in rows] == [(task, n) for task in OWN_TASKS for n in (0, 1)]
     scores = scored.json("scores.json")
     assert scores == harness_stage.summary(rows) and scores["own"]["own_sums"]["exact_match,none"]["n"] == 2
-    expected = {"parameters": 1, "active": 10**9, "tokens": 10**9, "pieces": 2}
-    in_shards = harness_stage.HarnessConfig.model_validate({**config, "expected": expected})
-    (work := tmp_path / "shards").mkdir()
-    for shard in reversed(range(harness_stage.STAGE.shards(in_shards))):
-        harness_stage.run_shard(in_shards, inputs, work, shard)
+    in_shards = evaluate_in_shards(harness_stage.STAGE, config, inputs, work := tmp_path / "shards", 2)
     assert len(list(work.iterdir())) == 2
     assert run_stage(harness_stage.STAGE, in_shards, inputs, work).digest == scored.digest
 

@@ -14,6 +14,7 @@ from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry
 from stages.evaluation import bits_per_byte, confidence, exact_match, model_evaluation
 from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.run_fixtures import evaluate_in_shards
 
 pytestmark = pytest.mark.numeric
 
@@ -50,12 +51,8 @@ def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path: 
     monkeypatch.setattr(model_evaluation, "ROWS_PER_BATCH", 6)
     whole = run_stage(model_evaluation.STAGE, CONFIG, inputs)
     for shards in (2, 3):
-        expected = {"parameters": 1, "active": 10**9, "tokens": 10**9, "pieces": shards}
-        config = model_evaluation.STAGE.config.model_validate({**CONFIG, "expected": expected})
-        assert model_evaluation.STAGE.shards(config) == shards
-        (work := tmp_path / str(shards)).mkdir()
-        for shard in reversed(range(shards)):
-            model_evaluation.run_shard(config, inputs, work, shard)
+        work = tmp_path / str(shards)
+        config = evaluate_in_shards(model_evaluation.STAGE, CONFIG, inputs, work, shards)
         with monkeypatch.context() as patch:
             patch.setattr(model_evaluation, "_Loaded", None)  # nothing is left to do
             assert run_stage(model_evaluation.STAGE, config, inputs, work).digest == whole.digest

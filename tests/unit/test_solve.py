@@ -14,6 +14,7 @@ from pipeline.core.store import Artifact
 from stages.evaluation import pass_at_k
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two, wilson
 from tests.fixtures import chat_fixtures
+from tests.fixtures.run_fixtures import evaluate_in_shards
 
 CONFIG = {"num_samples": 3, "max_new_tokens": 6, "seed": 0}
 
@@ -106,12 +107,8 @@ def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path: 
     monkeypatch.setattr(pass_at_k, "ITEMS_PER_BATCH", 8)
     whole = run_stage(pass_at_k.STAGE, CONFIG, inputs)
     for shards in (2, 3):
-        expected = {"parameters": 1, "active": 10**9, "tokens": 10**9, "pieces": shards}
-        config = pass_at_k.STAGE.config.model_validate({**CONFIG, "expected": expected})
-        assert pass_at_k.STAGE.shards(config) == shards
-        (work := tmp_path / str(shards)).mkdir()
-        for shard in reversed(range(shards)):
-            pass_at_k.run_shard(config, inputs, work, shard)
+        work = tmp_path / str(shards)
+        config = evaluate_in_shards(pass_at_k.STAGE, CONFIG, inputs, work, shards)
         with monkeypatch.context() as patch:
             patch.setattr(pass_at_k, "ChatModel", None)  # nothing is left to do
             assert run_stage(pass_at_k.STAGE, config, inputs, work).digest == whole.digest
