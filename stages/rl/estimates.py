@@ -10,7 +10,8 @@ from stages.train.estimate import checkpoints, fullest, release_files
 
 START_SECONDS = 10.0
 ANSWER_BYTES = 8
-"""Of a drawn token on disk, assumed: its id, its log-probability in fp32, which does not compress, and its text."""
+"""Of a drawn token on disk: its id, its log-probability in fp32, which does not compress, and its text. 6.8 on answers
+of a thousand ids by Zipf's law with prose of four characters a token."""
 
 
 def reference_bytes(config: RlTrainConfig | DpoTrainConfig | RewardTrainConfig) -> int:
