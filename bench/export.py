@@ -5,9 +5,10 @@
     .venv/bin/python bench/export.py --full        # also 10⁹, about two minutes
 
 Each model is a mixture of experts in bf16 whose checkpoint (fp32, weights only) is made tensor by tensor from the
-seeded initializer, in its release form. The export stage runs on it with its whole parity gate. `stage` is the process
-that writes and runs Megatron's model, `transformers` the fresh interpreter; peaks are VmHWM, which counts the pages of
-mapped files too. Models above 1.25·10⁸ parameters are compared layer by layer.
+seeded initializer, in its release form. The export stage runs on it with its whole parity gate, and then the load check
+of a release. `stage` is the process that writes and runs Megatron's model, `transformers` the fresh interpreter beside
+it, `load` that of the load check; peaks are VmHWM, which counts the pages of mapped files too. Models above 1.25·10⁸
+parameters are loaded layer by layer by both.
 
 The last line is one JSON object. Its ratio is the limit, 4 GB times the parameters of the largest model in 10⁹ or 2 GB
 if that is more, divided by the largest peak: 1 or more holds it.
@@ -55,12 +56,15 @@ FULL = (model(24, 1024, 24),)
 
 @dataclass(frozen=True)
 class Measured:
-    """One export. stage, transformers: peaks in bytes of its two processes; largest: of a layer and of a file."""
+    """One export. stage, transformers, load: peaks in bytes of its two processes and of the load check; largest: of a
+    layer and of a file. load_seconds: of the load check."""
 
     parameters: int
     seconds: float
     stage: int
     transformers: int
+    load: int
+    load_seconds: float
     layer: int
     file: int
     delta: float
@@ -101,20 +105,22 @@ def child(action: str, place: Path, config: Qwen3MoeConfig) -> None:
     if action == "checkpoint":
         return write_checkpoint(place / "checkpoint", config)
     from pipeline.core.store import write_manifest
+    from release.checks.load_report import load_models
     from stages.export import hf
-    from tests.fixtures import train_fixtures
+    from tests.fixtures import release_fixtures, train_fixtures
 
     inputs = {
         "checkpoint": write_manifest(place / "checkpoint", "pretrain-bench"),
         "tokenizer": train_fixtures.tokenizer(place / "tokenizer", PADDED),
     }
-    other, ended = [0], threading.Event()
+    others, ended = {"export/parity.py": 0, "export/load_check.py": 0}, threading.Event()
 
     def watch() -> None:
         task = Path(f"/proc/self/task/{os.getpid()}/children")
         while not ended.wait(0.02):
-            children = [number for number in task.read_text().split() if runs(number, "export/parity.py")]
-            other[0] = max([other[0], *map(peak, children)])
+            for number in task.read_text().split():
+                for script in (script for script in others if runs(number, script)):
+                    others[script] = max(others[script], peak(number))
 
     thread = threading.Thread(target=watch, daemon=True)
     for name in ("out", "work"):
@@ -123,11 +129,18 @@ def child(action: str, place: Path, config: Qwen3MoeConfig) -> None:
     thread.start()
     export = hf.ExportConfig(model=config, padded_vocab_size=PADDED, dtype="bfloat16")
     hf.run(export, inputs, place / "work", place / "out", Silent())  # type: ignore[arg-type]
+    seconds = time.monotonic() - start
+    release_fixtures.save_tokenizer(place / "out/model")  # with a chat template
+    (report,) = load_models([place / "out/model"])
+    load_seconds = time.monotonic() - start - seconds
+    if report.problems:
+        raise SystemExit(f"the load check says: {report.problems[0].text}")
     ended.set()
     thread.join()
     delta = json.loads((place / "out/parity.json").read_text())["max_abs_logit_delta"]
     print(json.dumps({
-        "seconds": time.monotonic() - start, "stage": peak("self"), "transformers": other[0], "delta": delta,
+        "seconds": seconds, "stage": peak("self"), "transformers": others["export/parity.py"], "delta": delta,
+        "load": others["export/load_check.py"], "load_seconds": load_seconds,
         "file": max(path.stat().st_size for path in (place / "out/model").glob("*.safetensors")),
     }))  # fmt: skip
 
@@ -146,6 +159,7 @@ def measure(config: Qwen3MoeConfig) -> Measured:
     layer = max(4 * config.layer_memory(Layout(), n).all for n in range(config.layers))
     row = Measured(config.parameters(PADDED)["total"], **figures, layer=layer)
     print(f"{row.parameters:>13,}{row.seconds:9.1f} s{row.stage / 1e6:8.0f} MB{row.transformers / 1e6:8.0f} MB"
+          f"{row.load / 1e6:8.0f} MB{row.load_seconds:9.1f} s"
           f"{row.layer / 1e6:8.0f} MB{row.file / 1e6:8.0f} MB{row.delta:10.1e}", flush=True)  # fmt: skip
     return row
 
@@ -154,10 +168,10 @@ def summarize(rows: list[Measured]) -> dict[str, Any]:
     """Prints how the peaks grow between the largest two models; returns the last line."""
     before, last = rows[-2:]
     grown = last.parameters - before.parameters
-    for name in ("stage", "transformers"):
+    for name in ("stage", "transformers", "load"):
         slope = (getattr(last, name) - getattr(before, name)) / grown
         print(f"{name}: {slope:.2f} bytes a parameter from {before.parameters:,} to {last.parameters:,}")
-    largest = max(last.stage, last.transformers)
+    largest = max(last.stage, last.transformers, last.load)
     ratio = round(max(LEAST_LIMIT, LIMIT * last.parameters / 1e9) / largest, 4)
     return {
         "name": "export", "ratio": ratio, "low": ratio, "high": ratio, "target": 1.0,
@@ -175,6 +189,7 @@ if __name__ == "__main__":
     if arguments.child:
         child(arguments.child[0], Path(arguments.child[1]), Qwen3MoeConfig.model_validate_json(arguments.child[2]))
     else:
-        print(f"{'parameters':>13}{'time':>11}{'stage':>11}{'transf.':>11}{'layer':>11}{'file':>11}{'delta':>10}")
+        columns = ("time", "stage", "transf.", "load", "time", "layer", "file")
+        print(f"{'parameters':>13}{''.join(f'{name:>11}' for name in columns)}{'delta':>10}")
         chosen = QUICK if arguments.quick else SIZES + FULL * arguments.full
         print(json.dumps(summarize([measure(size) for size in chosen])))

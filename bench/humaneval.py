@@ -13,14 +13,10 @@ import argparse
 import json
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-
-class Quiet:
-    def note(self, text: str) -> None:
-        print(text, file=sys.stderr)
 
 
 def main() -> None:
@@ -37,7 +33,7 @@ def main() -> None:
     if problem := sandbox.missing():
         sys.exit(problem)
     rows = list(problems())[: arguments.limit]
-    chat_model = ChatModel(arguments.model, arguments.max_new_tokens, rows, {}, Quiet())
+    chat_model = ChatModel(arguments.model, arguments.max_new_tokens, rows, {}, partial(print, file=sys.stderr))
     room = chat_model.sampler.model.config.max_position_embeddings - arguments.max_new_tokens
     fitting = [row for row in rows if len(chat_model.chat.encode_prompt(row)) <= room]
     answers = chat_model.answer([(row, 0, 0) for row in fitting], greedy=True) if fitting else []

@@ -30,6 +30,7 @@ RECIPE = ReleaseRecipe
 STAGES = {
     "acquire": "stages.data.acquire",
     "items": "stages.evaluation.eval_set",
+    "benchmarks": "stages.evaluation.benchmarks",
     "classifier": "stages.data.quality_classifier",
     "filter": "stages.data.filter",
     "duplicates": "stages.data.duplicate_search",
@@ -52,6 +53,7 @@ STAGES = {
     "prefer": "stages.evaluation.win_rate",
     "contamination": "stages.evaluation.contamination",
     "memorization": "stages.evaluation.memorization",
+    "harness": "stages.evaluation.harness",
 }
 """{stage: its module}. Importing one is cheap: no torch, datatrove or MLflow."""
 
@@ -109,18 +111,28 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     _check_lengths(recipe.title, config)
     graph = GraphBuilder(recipe.title)
     data, absent = data_recipe.present() if without_data else (data_recipe.resolved(), ())
-    _add_data(graph, config, data)
+    benchmarks = _benchmarks(recipe, config)
+    _add_data(graph, config, data, benchmarks)
     trained, previous = _add_training(graph, recipe.title, config, store)
     trained |= _add_post_training(graph, config, trained[previous["init"]].model, previous)
     _add_exports(graph, config, trained, data)
     _add_chat_evaluation(graph, config, trained, data)
     _add_memorization(graph, config, trained, data)
+    _add_harness(graph, config, trained, benchmarks)
     _add_extra_stages(graph, config)
     graph.check_sizes()
     return Graph(recipe, graph.nodes, absent)
 
 
-def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> None:
+def _benchmarks(recipe: Recipe, config: ReleaseRecipe) -> dict[str, Any]:
+    """The config of stage `benchmarks`; empty without task sets. Raises RecipeError."""
+    section = config.evaluation.harness
+    if section is None:
+        return {}
+    return {"sets": section.task_sets(recipe.path.parent, recipe.title), "limit": section.limit}
+
+
+def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe, benchmarks: Mapping[str, Any]) -> None:
     """Adds the stages from sources to token shards."""
     sources = {source.name: f"acquire-{source.name}" for source in data.sources}
     for source, name in sources.items():
@@ -128,12 +140,16 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> N
     evaluation = config.evaluation
     items = {"problems": evaluation.problems, "seed": config.seed, "chat": evaluation.chat_items}
     graph.add("items", "items", items)
+    evaluated = {"items": "items"}
+    if benchmarks:
+        graph.add("benchmarks", "benchmarks", benchmarks)
+        evaluated["benchmarks"] = "benchmarks"
     classifiers = {f"classifier-{classifier.name}": classifier for classifier in data.classifiers}
     for node, classifier in classifiers.items():
         examples = {name: sources[name] for name in (*classifier.positive, *classifier.negative)}
         graph.add(node, "classifier", data.classifier_config(classifier.name, config.seed), **examples)
     models = {node: node for node in classifiers}
-    graph.add("filter", "filter", data.filter_config(config.seed), **sources, **models, items="items")
+    graph.add("filter", "filter", data.filter_config(config.seed), **sources, **models, **evaluated)
     graph.add("duplicates", "duplicates", data.duplicates_config(), filter="filter")
     searched = {"filter": "filter", "duplicates": "duplicates"}
     graph.add("representatives", "representatives", data.representatives_config(), **searched)
@@ -230,8 +246,9 @@ def _add_exports(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[st
         evaluation = config.evaluation
         measured = {name: getattr(evaluation, name) for name in ("heldout_documents", "max_new_tokens", "context")}
         measured["conversations"] = data.conversations
-        vocabulary, tokens = config.tokenizer.padded_vocab_size, evaluation.tokens(len(data.sources))
-        measured["expected"] = estimates.expected(trained[name].model, vocabulary, tokens)
+        vocabulary, sources = config.tokenizer.padded_vocab_size, len(data.sources)
+        work = evaluation.tokens(sources), evaluation.pieces(sources)
+        measured["expected"] = estimates.expected(trained[name].model, vocabulary, *work)
         graph.add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", dedup="dedup", items="items")
 
 
@@ -257,8 +274,8 @@ def _add_chat_evaluation(
     for number, which in enumerate(chat_models):
         answers = config.evaluation.chat_tokens()
         one, several = (
-            {"expected": estimates.expected(trained[which].model, config.tokenizer.padded_vocab_size, tokens)}
-            for tokens in (answers, answers * chat.num_samples)
+            {"expected": estimates.expected(trained[which].model, config.tokenizer.padded_vocab_size, *work)}
+            for work in ((answers,), (answers * chat.num_samples, config.evaluation.chat_pieces()))
         )
         solving = generation | several | {"num_samples": chat.num_samples}
         for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):
@@ -270,6 +287,8 @@ def _add_chat_evaluation(
             graph.add(f"prefer-{which}", "prefer", generation | one | {"model": which, "before": before}, **pair)
     scored = {name: name for name, node in graph.nodes.items() if node.stage.name in ("evaluate", "solve")}
     inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
+    if "benchmarks" in graph.nodes:
+        inputs["benchmarks"] = "benchmarks"
     graph.add("contamination", "contamination", {"seed": config.seed} | corpus, **inputs, **orders, **tasks, **scored)
 
 
@@ -298,6 +317,21 @@ def _add_memorization(
         inputs = {"model": f"export-{which}", "tokens": "tokenize"}
         inputs |= {order: order for order in orders if order in graph.nodes}
         graph.add(f"memorization-{which}", "memorization", measured, **inputs)
+
+
+def _add_harness(
+    graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], benchmarks: Mapping[str, Any]
+) -> None:
+    """Adds the task sets of lm-evaluation-harness, on the final model or on every one."""
+    section = config.evaluation.harness
+    if section is None:
+        return
+    exported = {which: node for which, (node, step) in models(config).items() if step is None}
+    for which in exported if section.every_model else list(exported)[-1:]:
+        model, vocabulary = trained[exported[which]].model, config.tokenizer.padded_vocab_size
+        expected = estimates.expected(model, vocabulary, section.tokens(), section.tasks())
+        inputs = {"model": f"export-{which}", "benchmarks": "benchmarks"}
+        graph.add(f"harness-{which}", "harness", {**benchmarks, "expected": expected}, **inputs)
 
 
 def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:

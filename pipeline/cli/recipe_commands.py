@@ -47,6 +47,8 @@ def plan(
     With --simulate, the engine of that rank is built at full size and walks through training steps on this machine,
     without the memory that they need: its parameters, peak memory and collectives are shown beside the estimate.
 
+    Exit code 2 says that the Hub would not take a file or a folder of the release.
+
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
     from pipeline.cli.tables import forecast_table, phases_table, plan_table, simulation_table
@@ -77,7 +79,9 @@ def plan(
             stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
             body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
+        body["unpublishable"] = fit.unpublishable(rows)
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
+        fit.require_publishable(rows)
         return
     for text in composed.absent:
         print(text)
@@ -98,6 +102,7 @@ def plan(
         console().print(simulation_table(name, result))
     for text in plan.remarks(rows):
         print(text)
+    fit.require_publishable(rows)
 
 
 @app.command()

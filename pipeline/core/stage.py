@@ -150,6 +150,21 @@ class TrainingEstimate:
 
 
 @dataclass(frozen=True)
+class Published:
+    """Files of about one size that a release holds in one folder of a repository.
+
+    repository: `dataset`, which the stages of a recipe share, or one of the stage alone. remedy: what to set if a file
+    is too large; `{files}` stands for the number of files that would do. Files that cannot be too large need none.
+    """
+
+    repository: Literal["dataset", "model", "checkpoint"]
+    folder: str
+    files: int
+    bytes: int  # of all of them
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """The resources that a stage needs. None means: not estimated."""
 
@@ -163,9 +178,13 @@ class Estimate:
     disk_bytes: int | None = None  # of the artifact
     work_bytes: int = 0  # at most, beside the artifact, while the stage runs
     files: int | None = None  # of the artifact
-    published_bytes: int = 0  # of the artifact, which a release holds
+    published: tuple[Published, ...] = ()  # of the artifact, what a release holds
     parameters: dict[str, int] = field(default_factory=dict)
     training: TrainingEstimate | None = None
+
+    @property
+    def published_bytes(self) -> int:
+        return sum(files.bytes for files in self.published)
 
 
 RECOMPUTED = 4 / 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from pipeline.core.store import Store
 from pipeline.graph.cost_estimate import Use, forecast
 from pipeline.graph.dag import Graph, states
 from pipeline.graph.plan import StagePlan, is_small, plan
+from pipeline.hub.repository_limits import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
 from pipeline.launch.cluster_profile import Profile
 
 GIB, GB = 2**30, 10**9
@@ -62,8 +64,9 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
 
 
 def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -> None:
-    """Raises RecipeError if a selected stage does not fit."""
+    """Raises RecipeError if a selected stage does not fit, or if the Hub would not take what it publishes."""
     rows = plan(graph, states(graph, store), selected)
+    require_publishable(rows)
     uses = {use.name: use for use in forecast(rows, profile, is_small(graph)).uses}
     misfits = [result for result in fits(rows, uses, profile) if result.reasons]
     if misfits:
@@ -73,6 +76,43 @@ def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -
             f"cluster profile {profile.name}: {misfits[0].sentence}{others}; change the profile or the recipe's "
             "parallelism, or submit with --ignore-fit"
         )
+
+
+def require_publishable(rows: list[StagePlan]) -> None:
+    """Raises RecipeError if the Hub would not take what the stages of a plan publish."""
+    if refused := unpublishable(rows):
+        others = f"; and {len(refused) - 1} more" if len(refused) > 1 else ""
+        raise RecipeError(f"the release could not be published: {refused[0]}{others}")
+
+
+def unpublishable(rows: list[StagePlan]) -> list[str]:
+    """A sentence for each limit of the Hub that the published files exceed: bytes of a file, files of a folder, and
+    files of a repository. Sizes are those of the estimates, with equal parts."""
+    refused: list[str] = []
+    shared: Counter[str] = Counter()
+    for row in rows:
+        for files in row.estimate.published:
+            where = f"{files.folder} of {row.state.name}" if files.folder else row.state.name
+            if files.bytes > FILE_BYTES * files.files:
+                remedy = files.remedy.format(files=-(-files.bytes // FILE_BYTES))
+                refused.append(
+                    f"{where} has files of about {files.bytes / files.files / GB:,.0f} GB, and on the Hub a file has "
+                    f"at most {FILE_BYTES / GB:.0f}; {remedy}"
+                )
+            if files.files > FOLDER_FILES:
+                refused.append(
+                    f"{where} has {files.files:,} files, and a folder on the Hub has at most {FOLDER_FILES:,}; divide "
+                    "it into fewer parts, or into several sources"
+                )
+            if files.repository == "dataset":
+                shared[where] += files.files
+    if shared.total() > REPOSITORY_FILES:
+        largest = ", ".join(f"{where} ({count:,})" for where, count in shared.most_common(3))
+        refused.append(
+            f"the data repository has {shared.total():,} files, and one on the Hub should have at most "
+            f"{REPOSITORY_FILES:,}; lower the parts of the sources; the most are in {largest}"
+        )
+    return refused
 
 
 def _memory(row: StagePlan, profile: Profile) -> list[str]:

@@ -46,6 +46,7 @@ class StagePlan:
             "work_bytes": e.work_bytes,
             "files": e.files,
             "published_bytes": e.published_bytes,
+            "published": [asdict(files) for files in e.published],
             "parameters": e.parameters,
             "training": asdict(e.training) if e.training else None,
             "external": dict(self.external),

@@ -17,7 +17,7 @@ from pipeline.core import code_snapshot
 from pipeline.core.code_snapshot import PACKAGES
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
-from release.assembly.score_facts import MEMORIZATION
+from release.assembly.score_facts import HARNESS, MEMORIZATION
 from release.layout import (
     ALL_SUMS,
     GATES,
@@ -156,9 +156,9 @@ def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str,
         if path == "report.json":
             yield path, f"{MODEL}/evaluation/contamination/{path}"
         return
-    if kind == MEMORIZATION:
+    if kind in (MEMORIZATION, HARNESS):
         yield path, f"dataset/evaluation/{kind}/{suffix}/{path}"
-        if path == "scores.json" and (folder := folders_of(models).get(suffix)):
+        if path in ("scores.json", "tasks.json") and (folder := folders_of(models).get(suffix)):
             yield path, f"{folder}/evaluation/{kind}/{path}"
         return
     benchmark = {"solve": "test", "fresh": "fresh", "prefer": "preferences"}.get(kind)

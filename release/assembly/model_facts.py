@@ -11,7 +11,16 @@ from pipeline.core.errors import CheckFailed
 from release import schema
 from release.assembly import training
 from release.assembly.published_tables import read_json
-from release.assembly.score_facts import CHAT_BENCHMARKS, CONTAMINATION, MEMORIZATION, ChatScores, read_scores
+from release.assembly.score_facts import (
+    CHAT_BENCHMARKS,
+    CONTAMINATION,
+    HARNESS,
+    MEMORIZATION,
+    ChatScores,
+    HarnessFacts,
+    read_harness,
+    read_scores,
+)
 from release.assembly.training import PhaseLog
 from release.layout import when
 from release.untrusted import tensor_header
@@ -37,7 +46,8 @@ class Parameters:
 class ModelFacts:
     """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model; the last are those of the
     model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
-    report, None without one. training: by phase. memorization: of the model itself, None if it was not measured."""
+    report, None without one. training: by phase. memorization: of the model itself, None if it was not measured.
+    harness: the same of task sets."""
 
     architecture: str
     config: dict[str, Any]
@@ -50,6 +60,7 @@ class ModelFacts:
     contamination: ContaminationReport | None = None
     training: dict[str, PhaseLog] = field(default_factory=dict)
     memorization: MemorizationScores | None = None
+    harness: HarnessFacts | None = None
 
     def own_scores(self) -> ModelScores:
         """The scores of the model itself, the last ones, because a card compares only with earlier models."""
@@ -80,6 +91,7 @@ def read_model_facts(model: Path) -> ModelFacts:
         contamination=read_json(report) if report.exists() else None,
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
         memorization=read_scores(memorization) if memorization.exists() else None,
+        harness=read_harness(folder / HARNESS),
     )
 
 

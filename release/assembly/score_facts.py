@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from release import schema
 from release.assembly.published_tables import read_json, read_rows
 from release.layout import when
-from stages.evaluation.scores import MemorizationScores, ModelScores
+from stages.evaluation.scores import HarnessScores, MemorizationScores, ModelScores
 
 ChatScores = dict[str, Any]
 """The content of a scores.json by model: AnswerScores, or ComparisonScores of the benchmark `preferences`."""
@@ -19,6 +20,10 @@ CONTAMINATION = "evaluation/contamination/report.json"
 MEMORIZATION = "memorization"
 """The folder with what models give away of their training data, in `evaluation/`: by model in a dataset repository, of
 the model itself in its own."""
+
+
+HARNESS = "harness"
+"""The folder with the results of lm-evaluation-harness, in the same places."""
 
 
 def read_scores(path: Path) -> Any:
@@ -51,6 +56,29 @@ def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
         if scored:
             facts[benchmark] = {name: scored[name] for name in sorted(scored, key=when)}
     return facts
+
+
+@dataclass(frozen=True)
+class HarnessFacts:
+    """task_sets: by name the tasks, the license of the data and its evidence, and the revision."""
+
+    scores: HarnessScores
+    task_sets: dict[str, Any]
+
+
+def read_harness(folder: Path) -> HarnessFacts | None:
+    """The published results of a model; None if it was not measured."""
+    if not (folder / "scores.json").exists():
+        return None
+    return HarnessFacts(read_scores(folder / "scores.json"), read_json(folder / "tasks.json"))
+
+
+def compute_harness(folder: Path) -> HarnessScores:
+    """The scores of one model's task sets, recomputed from the table of its items."""
+    from stages.evaluation import harness
+
+    rows: Any = read_rows(folder / "items.parquet")
+    return harness.summary(rows)
 
 
 def compute_memorization(folder: Path) -> MemorizationScores:

@@ -19,36 +19,9 @@ from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
 from release.layout import MODEL, model_name, models_of
+from stages.evaluation import harness
 
 PROBLEMS = "release_problems"
-BATCH = 32
-
-
-def language_model(folder: Path) -> Any:
-    """The harness's model of one model folder. Raises AtomError if the model or the harness is missing."""
-    if not (folder / "config.json").is_file():
-        raise AtomError(f"{folder} contains no model; give a release folder made by `atom build`")
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise AtomError(f"the harness is not installed ({error}); run pip install 'atom-release[harness]'") from None
-    import torch
-
-    from stages.data.tokenizer import END
-
-    class Published(HFLM):  # type: ignore[misc, unused-ignore]
-        """Ends an answer like the release's evaluation: at the end of a document, with all tokens in the text."""
-
-        def tok_decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
-            text: str = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            return text
-
-        def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
-            end_token = self.tokenizer.convert_tokens_to_ids(END)
-            return super()._model_generate(context, max_length, stop, eos_token_id=end_token, **settings)
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Published(str(folder.resolve()), dtype="float32", device=device, batch_size=BATCH)
 
 
 def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
@@ -92,18 +65,14 @@ def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int
     return read_rows(stated), EvaluationSection.model_validate(read_json(recipe)["evaluation"]).max_new_tokens
 
 
-def evaluate(model: Any, tasks: list[Any], include: Path | None = None, limit: int | None = None) -> dict[str, Any]:
-    """The harness's result: `results` by task, and `samples`. Raises AtomError for an unknown task."""
-    import lm_eval
+def evaluate(model: Any, tasks: list[str], include: Path | None = None, limit: int | None = None) -> dict[str, Any]:
+    """The harness's result on tasks by name: `results` by task, and `samples`. Raises AtomError for an unknown task."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include is None else str(include))
-    if unknown := [name for name in tasks if isinstance(name, str) and not manager.match_tasks([name])]:
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise AtomError(f"the harness has no task {unknown[0]}; `lm_eval ls tasks` lists them")
-    results: dict[str, Any] = lm_eval.simple_evaluate(
-        model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
-    )
-    return results
+    return harness.evaluate(model, tasks, manager, limit)
 
 
 def compare_answers(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
@@ -112,7 +81,7 @@ def compare_answers(release: Path, folder: str, limit: int | None = None) -> dic
     stated, max_new_tokens = read_problems(release, folder)
     stated = sorted(stated, key=lambda row: row["id"])[:limit]
     rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]
-    results = evaluate(language_model(release / folder), [problems(rows, max_new_tokens)])
+    results = harness.evaluate(harness.language_model(release / folder), [problems(rows, max_new_tokens)], None)
     answers = {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in results["samples"][PROBLEMS]}
     return {
         "model": folder,
@@ -137,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
             comparison = f"{len(report['other_answers'])} of {report['problems']} answers differ"
             print(f"exact match {report['exact_match']:.3f}, stated {report['stated']:.3f}; {comparison}")
         else:
-            model = language_model(options.release / options.model)
+            model = harness.language_model(options.release / options.model)
             result = evaluate(model, options.tasks.split(","), options.include_path, options.limit)
             report = {"model": options.model, "results": result["results"], "n-samples": result["n-samples"]}
         print(json.dumps(report, default=str))

@@ -22,6 +22,7 @@ from release.cards import (
     chat_tables,
     document_tables,
     filter_tables,
+    harness_tables,
     memorization_tables,
     opt_out_tables,
     tables,
@@ -90,6 +91,12 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
         lambda model: memorization_tables.given_away(model.memorization),
         added=4,
         heading="What it gives away",
+    ),
+    CardTable(
+        "harness",
+        lambda model: harness_tables.results(model.harness),
+        added=4,
+        heading="Task sets of lm-evaluation-harness",
     ),
 )
 """Tables of model.md.jinja that a model repository alone can prove."""

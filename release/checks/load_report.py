@@ -13,7 +13,8 @@ from release.checks.confine import Budget
 from stages import export
 
 MODEL, CHAT_TEMPLATE = "model", "chat_template"
-LOADING_SECONDS = 3600.0
+LOADING_SECONDS, BYTES_PER_SECOND = 3600, 5_000_000
+"""The limit for loading models: so many seconds, and one for so many bytes of their weights."""
 
 
 class LoadProblem(NamedTuple):
@@ -42,14 +43,16 @@ def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadR
     budget: the limits for untrusted models after the libraries are loaded.
     """
     command = [sys.executable, "-P", str(Path(export.__file__).with_name("load_check.py"))]
+    command += [f"--whole={export.WHOLE_BYTES}"]
     command += [] if budget is None else [f"--memory={budget.memory}", f"--seconds={budget.seconds:.0f}"]
     command += [str(folder.resolve()) for folder in folders]
+    wall_seconds = LOADING_SECONDS + weight_bytes(folders) // BYTES_PER_SECOND
     try:
         process = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=LOADING_SECONDS
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=wall_seconds
         )
     except subprocess.TimeoutExpired:
-        return _failed(folders, f"loading did not end within {LOADING_SECONDS:.0f} s")
+        return _failed(folders, f"loading did not end within {wall_seconds} s")
     lines = [line.removeprefix("RELOAD ") for line in process.stdout.splitlines() if line.startswith("RELOAD ")]
     if len(lines) == len(folders):
         return [_report(json.loads(line)) for line in lines]
@@ -58,6 +61,10 @@ def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadR
         memory, seconds = budget.memory >> 20, budget.seconds
         last_line = f"it takes more than {memory} MB of memory or {seconds:.0f} s of processor time"
     return _failed(folders, f"transformers cannot load it: {last_line}")
+
+
+def weight_bytes(folders: list[Path]) -> int:
+    return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
 
 
 def _report(body: dict[str, Any]) -> LoadReport:

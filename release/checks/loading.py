@@ -9,12 +9,19 @@ from release.assembly.published_tables import read_json
 from release.checks.check import BuildContext, Subject
 from release.checks.confine import Budget
 from release.checks.findings import Absent, Findings, require_file
-from release.checks.load_report import CHAT_TEMPLATE, MODEL, LoadReport, load_models
+from release.checks.load_report import (
+    BYTES_PER_SECOND,
+    CHAT_TEMPLATE,
+    MODEL,
+    LoadReport,
+    load_models,
+    weight_bytes,
+)
 from release.layout import GOLDENS
 
 GOLDEN_BOUND = 1e-3
 """The tolerance for logits in fp32, which another processor adds up in another order."""
-MEMORY, SECONDS, BYTES_PER_SECOND = 400 << 20, 10, 5_000_000
+MEMORY, SECONDS = 400 << 20, 10
 """The limits for loading a model in transformers, beyond the needs of its weights."""
 
 
@@ -25,7 +32,7 @@ def loads_with_goldens(subject: Subject) -> Findings:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     models = subject.models
-    size = sum(path.stat().st_size for model in models for path in model.glob("*.safetensors"))
+    size = weight_bytes(models)
     budget = Budget(MEMORY + 8 * size, SECONDS * len(models) + size // BYTES_PER_SECOND)
     findings = Findings()
     for model, report in zip(models, load_models(models, budget), strict=True):

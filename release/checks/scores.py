@@ -9,9 +9,11 @@ from typing import Any
 
 from release import schema
 from release.assembly.score_facts import (
+    HARNESS,
     MEMORIZATION,
     chat_tables_of,
     compute_chat_scores,
+    compute_harness,
     compute_memorization,
     compute_scores,
     read_scores,
@@ -39,10 +41,13 @@ def score_problems(evaluation: Path) -> list[str]:
             path, measured = table.with_name("scores.json"), models[schema.model(table.parent)]
             if not path.exists() or not _equals_measured(path, measured):
                 problems.append(f"evaluation/{benchmark}/{table.parent.name}/scores.json is not what its table gives")
-    for path in sorted((evaluation / MEMORIZATION).glob("*/documents.parquet")):
-        stated = path.with_name("scores.json")
-        if not stated.exists() or not _equals_measured(stated, compute_memorization(path.parent)):
-            problems.append(f"evaluation/{MEMORIZATION}/{path.parent.name}/scores.json is not what its tables give")
+    for kind, name, compute in (
+        (MEMORIZATION, "documents", compute_memorization), (HARNESS, "items", compute_harness)
+    ):  # fmt: skip
+        for path in sorted((evaluation / kind).glob(f"*/{name}.parquet")):
+            stated = path.with_name("scores.json")
+            if not stated.exists() or not _equals_measured(stated, compute(path.parent)):
+                problems.append(f"evaluation/{kind}/{path.parent.name}/scores.json is not what its tables give")
     return problems
 
 

@@ -76,7 +76,7 @@ def publish(
         remote = RemoteRepository(repository.id(namespace, release_info.name), repository.kind)
         destinations.append(Destination(release, repository, remote, tag, journal))
     for destination in destinations:
-        destination.refuse_full_folders()
+        destination.refuse_beyond_limits()
         destination.refuse_changed_version()
     staged = [destination.upload(progress) for destination in destinations]
     _verify_published(release, f"{endpoint()}/{namespace}", destinations, staged, progress)

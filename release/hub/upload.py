@@ -21,12 +21,12 @@ from pipeline.core.store import sha256_file
 from pipeline.hub import limits
 from pipeline.hub.client import api, endpoint, load, parsing, translate_errors
 from pipeline.hub.remote import RemoteFile, RemoteRepository
+from pipeline.hub.repository_limits import FILE_BYTES, FOLDER_FILES
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import Repository, files_of
 
 FILES_PER_COMMIT = 50
-FILES_PER_FOLDER = 10_000
-"""The Hub recommends less than a hundred files in a commit, and refuses folders of more than this."""
+"""The Hub recommends less than a hundred."""
 SENT_LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
 Progress = Callable[[str], None]
 FileIds = dict[str, tuple[str, ...]]
@@ -104,14 +104,20 @@ class Destination:
         if published is None or published.id not in _file_ids(self.folder / SUMS):
             raise self._version_conflict()
 
-    def refuse_full_folders(self) -> None:
-        """Raises AtomError if a folder has more files than the Hub takes. Changes nothing."""
-        counts = Counter(path.rpartition("/")[0] for path in files_of(self.release, self.repository))
-        for folder, count in counts.items():
-            if count > FILES_PER_FOLDER:
+    def refuse_beyond_limits(self) -> None:
+        """Raises AtomError if a folder has more files, or a file more bytes, than the Hub takes. Changes nothing."""
+        paths = files_of(self.release, self.repository)
+        for folder, count in Counter(path.rpartition("/")[0] for path in paths).items():
+            if count > FOLDER_FILES:
                 raise AtomError(
-                    f"{self.folder / folder} has {count} files, and a folder on the Hub has at most "
-                    f"{FILES_PER_FOLDER}; divide the source into fewer parts, or into several sources"
+                    f"{self.folder / folder} has {count} files, and a folder on the Hub has at most {FOLDER_FILES}; "
+                    "divide the source into fewer parts, or into several sources"
+                )
+        for file in (self.folder / path for path in paths):
+            if (size := file.stat().st_size) > FILE_BYTES:
+                raise AtomError(
+                    f"{file} has {size} bytes, and a file on the Hub has at most {FILE_BYTES}; `atom plan` says what "
+                    "to set for smaller ones"
                 )
 
     def upload(self, progress: Progress) -> Published:

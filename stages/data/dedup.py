@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ class DedupSource(Config):
     heldout_fraction: HeldoutFraction = Field(description="share of documents held out from training")
     parts: PartCount = added(1, "parts of the source")
     acknowledged_removals: Acknowledged = operational({}, "by rule, the share of the source that it may remove")
+    expected: Size | None = operational(None, "expected size of the source; null: unknown")
 
 
 class DedupConfig(Config):
     sources: tuple[DedupSource, ...] = Field(min_length=1, max_length=MOST_SOURCES, description="sources of the corpus")
     minhash: MinHash | None = Field(description="near-duplicate removal; null: none")
-    expected: Size | None = operational(None, "expected size of all sources; null: unknown")
     alarm_share: AlarmShare = operational(0.5, "share of a source above which a removal must be acknowledged")
 
     def parts(self) -> list[tuple[int, int]]:
@@ -133,7 +134,12 @@ def _empty() -> dict[str, Any]:
 
 
 def estimate(config: DedupConfig) -> Estimate:
-    return estimates.estimate("dedup", config.expected, small=10.0)
+    """The bytes of the dispositions count as those of the kept documents."""
+    parts = {source.name: source.parts for source in config.sources}
+    sizes = {s.name: int(estimates.LAWS["dedup"].disk * s.expected.bytes) for s in config.sources if s.expected}
+    tables = *estimates.published("kept", parts, sizes), *estimates.published("dispositions", parts)
+    size = estimates.total(source.expected for source in config.sources)
+    return replace(estimates.estimate("dedup", size, small=10.0), published=tables)
 
 
 STAGE = Stage(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
 from pipeline.core.bounds import Range
-from pipeline.core.stage import Config, Estimate
+from pipeline.core.stage import Config, Estimate, Published
 
 
 class Size(Config):
@@ -58,8 +58,6 @@ def total(sizes: Iterable[Size | None]) -> Size | None:
     return Size(documents=documents, bytes=text)
 
 
-PUBLISHED = ("dedup",)
-"""Stages whose artifact a release holds."""
 WORK = 1.0
 """Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured."""
 
@@ -79,7 +77,18 @@ def estimate(stage: str, size: Size | None, small: float | None = None, step_sec
         cpu_seconds=parallel + serial,
         serial_seconds=serial,
         memory_bytes=int(law.memory + law.memory_per_document * size.documents),
-        disk_bytes=(disk := int(law.disk * size.bytes)),
+        disk_bytes=int(law.disk * size.bytes),
         work_bytes=int(WORK * size.bytes),
-        published_bytes=disk if stage in PUBLISHED else 0,
     )
+
+
+def published(folder: str, parts: Mapping[str, int], sizes: Mapping[str, int] | None = None) -> tuple[Published, ...]:
+    """The files of a published table that has a file for each part of each source. sizes: bytes of the table by source;
+    without one they count as none."""
+    return tuple(
+        Published(
+            "dataset", f"{folder}/{source}", count, (sizes or {}).get(source, 0),
+            f"raise sources.{source}.parts of the data recipe from {count} to at least {{files}}",
+        )
+        for source, count in parts.items()
+    )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ from stages.data.table import (
     stream_rows,
     write_json,
 )
+from stages.evaluation import benchmarks
 from stages.evaluation.eval_set import texts_of
 
 if TYPE_CHECKING:
@@ -129,7 +131,10 @@ class _PartMaker:
         from stages.data.curation.decontamination import ContaminationIndex
 
         logger.disable("datatrove")  # it logs each of many small steps
-        return ContaminationIndex(texts_of(self.inputs["items"]), self.config.curation.decontamination.ngram)
+        texts = texts_of(self.inputs["items"])
+        if "benchmarks" in self.inputs:
+            texts += benchmarks.texts_of(self.inputs["benchmarks"])
+        return ContaminationIndex(texts, self.config.curation.decontamination.ngram)
 
     @cached_property
     def deny_list(self) -> DenyList | None:
@@ -296,7 +301,9 @@ def estimate(config: FilterConfig) -> Estimate:
         for step in source.steps
     )
     size = estimates.total(source.expected for source in config.sources)
-    return estimates.estimate("filter", size, small=30.0, step_seconds=step_seconds)
+    measured = {s.name: s.parts for s in config.sources if any(step.measures for step in s.steps)}
+    estimated = estimates.estimate("filter", size, small=30.0, step_seconds=step_seconds)
+    return replace(estimated, published=estimates.published(MEASURES, measured))
 
 
 STAGE = Stage(

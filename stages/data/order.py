@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.errors import AtomError
 from pipeline.core.merkle_tree import Tree
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
-from pipeline.core.stage import Estimate, Inputs, Report, Stage, identity
+from pipeline.core.stage import Estimate, Inputs, Published, Report, Stage, identity
 from pipeline.core.store import Artifact
 from stages.data.chunks import ChunkIndex
 from stages.data.computed_order import FUNCTION_VERSION, ComputedOrder, read_indexes
@@ -244,7 +244,7 @@ def estimate(config: OrderConfig) -> Estimate:
         tokens=rows * config.sequence_length,
         memory_bytes=MEMORY_BYTES,
         disk_bytes=(table := ROW_BYTES * chunks),
-        published_bytes=table,
+        published=(Published("dataset", f"order/{config.phase}", config.blocks, table),),
     )
 
 

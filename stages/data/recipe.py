@@ -174,12 +174,12 @@ class DataRecipe(Config):
         sources = [
             {
                 "name": s.name, "heldout_fraction": self._heldout(s), "parts": s.parts,
-                "acknowledged_removals": s.acknowledged_removals,
+                "acknowledged_removals": s.acknowledged_removals, "expected": s.expected,
             }
             for s in self.sources
         ]  # fmt: skip
         minhash, alarm_share = self.curation.model_dump()["minhash"], self.curation.alarm_share
-        return {"sources": sources, "minhash": minhash, "expected": self.expected, "alarm_share": alarm_share}
+        return {"sources": sources, "minhash": minhash, "alarm_share": alarm_share}
 
     def tokenize_config(self) -> dict[str, Any]:
         """The config of stage tokenize for all sources."""

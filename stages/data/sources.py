@@ -57,8 +57,8 @@ class Source(Config):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if name == "items":
-            raise ValueError("`items` is the role of the evaluation items; choose another name")
+        if name in ("items", "benchmarks"):
+            raise ValueError(f"`{name}` is the role of evaluation items; choose another name")
         return name
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,7 +219,8 @@ def _table(
 
 
 def estimate(config: TokenizeConfig) -> Estimate:
-    return estimates.estimate("tokenize", config.expected, small=10.0)
+    tables = estimates.published("tokens/documents", config.parts)
+    return replace(estimates.estimate("tokenize", config.expected, small=10.0), published=tables)
 
 
 STAGE = Stage(

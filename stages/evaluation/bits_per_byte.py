@@ -7,6 +7,7 @@ problem, is only context here as well.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
@@ -45,14 +46,13 @@ def first_token_bits_of(model: Any, tokenizer: Any) -> torch.Tensor:
     return -torch.log_softmax(logits.double(), -1) / math.log(2)
 
 
-def score_documents(
-    model: Any, tokenizer: Any, first_token_bits: torch.Tensor, rows: Sequence[HeldoutDocument], chat: bool
-) -> list[DocumentScore]:
-    scored = [
-        row for row in (document_bits(model, tokenizer, first_token_bits, row, chat) for row in rows) if row["bytes"]
-    ]
-    if len(scored) < 2:  # all others are questions as long as the model's context
-        raise AtomError(f"evaluate: source {rows[0]['source']} has fewer than two documents to score; hold out more")
+def scored_documents(documents: Sequence[DocumentScore]) -> list[DocumentScore]:
+    """The documents of which something was scored; all others are questions as long as the model's context. Raises
+    AtomError if a source has fewer than two."""
+    scored = [row for row in documents if row["bytes"]]
+    counts = Counter(row["source"] for row in scored)
+    if few := next((row["source"] for row in documents if counts[row["source"]] < 2), None):
+        raise AtomError(f"evaluate: source {few} has fewer than two documents to score; hold out more")
     return scored
 
 

@@ -83,8 +83,8 @@ class ContaminationConfig(Config):
 
 
 def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs: dedup, items; order-<phase> and tasks-<phase> of every phase; fresh, if the recipe has it; and of each
-    model the tables evaluate-<model>, solve-<model>, fresh-solve-<model>.
+    """inputs: dedup, items; order-<phase> and tasks-<phase> of every phase; fresh and benchmarks, if the recipe has
+    them; and of each model the tables evaluate-<model>, solve-<model>, fresh-solve-<model>.
 
     Seals `items.parquet`, one row for each item and phase, and `report.json`. Resumes after the last searched part.
     Raises AtomError if a document in an order is not among the kept ones.
@@ -155,6 +155,9 @@ def items_of(inputs: Inputs) -> dict[str, Item]:
     items = {id: (split, kind, texts[id]) for id, (split, kind, _) in items.items()}
     for row in chat_rows(inputs["fresh"]) if "fresh" in inputs else []:
         items[row["id"]] = ("fresh", row["kind"], question(row))
+    if "benchmarks" in inputs:
+        for row in read_table(inputs["benchmarks"] / "items.parquet", ["id", "task", "text"]).to_pylist():
+            items[row["id"]] = ("task sets", row["task"], row["text"])
     return items
 
 

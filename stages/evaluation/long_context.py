@@ -18,9 +18,8 @@ import math
 import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from pydantic import Field, model_validator
@@ -28,13 +27,13 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Context, Range, Share
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Report
-from pipeline.core.store import once
 from pipeline.core.text import shown
 from stages.data.seeds import seed_of
 from stages.data.synthetic import passkeys
 from stages.data.table import Double, Int32, String, columns_of
 from stages.evaluation.confidence import binomial, ratio
 from stages.evaluation.heldout import HeldoutDocument
+from stages.evaluation.pieces import Piece
 from stages.evaluation.scores import LongContextScores
 
 if TYPE_CHECKING:
@@ -101,32 +100,40 @@ class ContextSection(Config):
         return self
 
 
-def measure(
-    section: ContextSection,
-    model: Any,
-    tokenizer: Any,
-    encode: Encode,
-    documents: Sequence[HeldoutDocument],
-    work: Path,
-    report: Report,
-) -> tuple[list[PasskeyRow], list[PositionRow]]:
-    """The rows of `passkey.parquet` and of `positions.parquet`. Resumes from `work`, length by length.
+def pieces(
+    section: ContextSection, tokenizer: Any, encode: Encode, read: Callable[[], Sequence[HeldoutDocument]]
+) -> list[Piece[Any]]:
+    """The pieces of a model's evaluation: the rows of `passkey.parquet` of each length, then those of
+    `positions.parquet`.
 
-    documents: in the order of a fixed lottery. encode: text to token ids, as in training.
-    Raises AtomError if a length leaves no room for a key, or if the documents are too few or too short.
+    read: the documents in the order of a fixed lottery. encode: text to token ids, as in training. A piece raises
+    AtomError if a length leaves no room for a key, or if the documents are too few or too short.
     """
-    filler = array("i", (token for row in documents for token in encode(f"{row['text']}\n\n")))
-    passkeys_scored: list[PasskeyRow] = []
-    for length in section.lengths:
-        cells = partial(_score_cells, section, length, model, tokenizer, encode, filler)
-        passkeys_scored += once(work / f"passkey-{length}.json", cells)
-        scores = [row["score"] for row in passkeys_scored if row["length"] == length]
+
+    @cache
+    def documents() -> Sequence[HeldoutDocument]:
+        return read()
+
+    @cache
+    def filler() -> Sequence[int]:
+        return array("i", (token for row in documents() for token in encode(f"{row['text']}\n\n")))
+
+    def cells(model: Any, length: int) -> list[PasskeyRow]:
+        return _score_cells(section, length, model, tokenizer, encode, filler())
+
+    def positions(model: Any) -> list[PositionRow]:
+        return _loss_by_position(model, encode, documents(), section.lengths[-1], section.documents)
+
+    return [
+        *(Piece(f"passkey-{length}", partial(cells, length=length)) for length in section.lengths),
+        Piece("positions", positions),
+    ]
+
+
+def report_passkeys(rows: Sequence[PasskeyRow], report: Report) -> None:
+    for length in dict.fromkeys(row["length"] for row in rows):
+        scores = [row["score"] for row in rows if row["length"] == length]
         report.note(f"passkey in {length} tokens: {sum(scores)} of {len(scores)} found")
-    by_position = once(
-        work / "positions.json",
-        partial(_loss_by_position, model, encode, documents, section.lengths[-1], section.documents),
-    )
-    return passkeys_scored, by_position
 
 
 def items(section: ContextSection, length: int, encode: Encode, filler: Sequence[int]) -> Iterator[tuple[Any, ...]]:

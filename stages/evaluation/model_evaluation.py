@@ -14,31 +14,39 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
 from pipeline.core.bounds import MOST_SOURCES, Context, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, added, operational
-from pipeline.core.store import once
 from stages.data.table import ItemRow, arrow_schema, read_table, write_rows
 from stages.evaluation import estimates, long_context
 from stages.evaluation.bits_per_byte import (
     DOCUMENT_SCORES,
     DocumentScore,
     HeldoutLimit,
+    document_bits,
     first_token_bits_of,
-    score_documents,
+    scored_documents,
     token_ids,
 )
 from stages.evaluation.confidence import binomial, ratio
 from stages.evaluation.exact_match import PROBLEM_ANSWERS, ProblemAnswer, answer_batch
-from stages.evaluation.heldout import heldout_documents, heldout_texts
+from stages.evaluation.heldout import HeldoutDocument, heldout_documents, heldout_texts
 from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
+from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import ModelScores, Ratio
+
+if TYPE_CHECKING:
+    import torch
+
+R = TypeVar("R")
 
 VERSION = 3
 ROWS_PER_BATCH = 32
@@ -67,50 +75,17 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     Resumes from `work`, which keeps every finished batch.
     Raises AtomError if there is no held-out document or no problem.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    folder = inputs["model"] / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
-
-    documents = heldout_documents(inputs["dedup"] / "kept", config.heldout_documents)
-    problems: list[ItemRow] = read_table(inputs["items"] / "items.parquet", PROBLEM_COLUMNS).to_pylist()
-    if not problems:
-        raise AtomError("evaluate: the items artifact holds no problem; give `evaluation.problems` at least one task")
-    problems.sort(key=lambda row: (len(row["prompt"]), row["id"]))
-    batches = [problems[i : i + ROWS_PER_BATCH] for i in range(0, len(problems), ROWS_PER_BATCH)]
-    total, completed = len(documents) + len(problems), 0
-
-    scored: list[DocumentScore] = []
-    first_token_bits = first_token_bits_of(model, tokenizer)
-    for source in sorted({row["source"] for row in documents}):
-        rows = [row for row in documents if row["source"] == source]
-        chat = source in config.conversations
-        scored += once(
-            work / f"documents-{source}.json", partial(score_documents, model, tokenizer, first_token_bits, rows, chat)
-        )
-        completed += len(rows)
+    measured: dict[str, list[Any]] = {kind: [] for kind in ("documents", "items", "passkey", "positions")}
+    pieces = _pieces(config, inputs)
+    total, completed = sum(piece.size for piece in pieces), 0
+    for piece, rows in zip(pieces, compute(pieces, work, partial(_load, inputs)), strict=True):
+        measured[piece.name.partition("-")[0]] += rows
+        completed += piece.size
         report.progress(completed, total, "documents and problems")
-
-    answered: list[ProblemAnswer] = []
-    for number, batch in enumerate(batches):
-        answered += once(
-            work / f"items-{number:05d}.json",
-            partial(answer_batch, model, tokenizer, batch, config.max_new_tokens),
-        )
-        completed += len(batch)
-        report.progress(completed, total, "documents and problems")
-
-    answered.sort(key=lambda row: row["id"])
-    passkeys: list[PasskeyRow] = []
-    positions: list[PositionRow] = []
+    scored, answered = scored_documents(measured["documents"]), sorted(measured["items"], key=lambda row: row["id"])
+    passkeys, positions = measured["passkey"], measured["positions"]
     if config.context is not None:
-        texts = heldout_texts(inputs["dedup"] / "kept")
-        encode = partial(token_ids, tokenizer)
-        passkeys, positions = long_context.measure(config.context, model, tokenizer, encode, texts, work, report)
+        long_context.report_passkeys(passkeys, report)
         write_rows(out / "passkey.parquet", long_context.PASSKEY, passkeys)
         write_rows(out / "positions.parquet", long_context.POSITIONS, positions)
     scores = summary(scored, answered, passkeys, positions)
@@ -120,6 +95,79 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         report.note(f"{task}: {row['value']:.3f} ± {row['se']:.3f} exact match on {row['n']} problems")
     for source, bits in scores["bits_per_byte"].items():
         report.note(f"{source}: {bits['value']:.4f} ± {bits['se']:.4f} bits per byte on {bits['documents']} documents")
+
+
+def run_shard(config: EvaluateConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Measures the documents and problems of one shard."""
+    pieces, shards = _pieces(config, inputs), estimates.shards(config.expected)
+    compute_shard(pieces, work, partial(_load, inputs), shard, shards)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The model, and the bits of the first token of a document."""
+
+    model: Any
+    first_token_bits: torch.Tensor
+
+
+def _load(inputs: Inputs) -> _Loaded:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    folder = inputs["model"] / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return _Loaded(model, first_token_bits_of(model, _tokenizer(inputs)))
+
+
+def _tokenizer(inputs: Inputs) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(inputs["model"] / "model", local_files_only=True, padding_side="left")
+
+
+def _pieces(config: EvaluateConfig, inputs: Inputs) -> list[Piece[_Loaded]]:
+    """The pieces, whose names begin with the table that their rows are for: documents by source, problems by length,
+    long texts."""
+    tokenizer, kept = _tokenizer(inputs), inputs["dedup"] / "kept"
+    problems: list[ItemRow] = read_table(inputs["items"] / "items.parquet", PROBLEM_COLUMNS).to_pylist()
+    if not problems:
+        raise AtomError("evaluate: the items artifact holds no problem; give `evaluation.problems` at least one task")
+    problems.sort(key=lambda row: (len(row["prompt"]), row["id"]))
+
+    def score(loaded: _Loaded, rows: Sequence[HeldoutDocument]) -> list[DocumentScore]:
+        return [
+            document_bits(loaded.model, tokenizer, loaded.first_token_bits, row, row["source"] in config.conversations)
+            for row in rows
+        ]
+
+    def answer(loaded: _Loaded, batch: Sequence[ItemRow]) -> list[ProblemAnswer]:
+        return answer_batch(loaded.model, tokenizer, batch, config.max_new_tokens)
+
+    documents = sorted(heldout_documents(kept, config.heldout_documents), key=lambda row: row["source"])
+    pieces = [
+        Piece(f"documents-{number:05d}", partial(score, rows=rows), len(rows))
+        for number, rows in enumerate(_batches(documents))
+    ]
+    pieces += [
+        Piece(f"items-{number:05d}", partial(answer, batch=batch), len(batch))
+        for number, batch in enumerate(_batches(problems))
+    ]
+    if config.context is not None:
+        encode, read = partial(token_ids, tokenizer), partial(heldout_texts, kept)
+        long = long_context.pieces(config.context, tokenizer, encode, read)
+        pieces += [replace(piece, make=partial(_of_model, piece.make)) for piece in long]
+    return pieces
+
+
+def _batches(rows: Sequence[R]) -> list[Sequence[R]]:
+    return [rows[start : start + ROWS_PER_BATCH] for start in range(0, len(rows), ROWS_PER_BATCH)]
+
+
+def _of_model(make: Callable[[Any], Any], loaded: _Loaded) -> Any:
+    return make(loaded.model)
 
 
 def summary(
@@ -169,4 +217,8 @@ def write_tables(out: Path, documents: Sequence[DocumentScore], items: Sequence[
     pq.write_table(pa.Table.from_pylist(items, items_schema), out / "items.parquet", compression="zstd")
 
 
-STAGE = Stage("evaluate", VERSION, EvaluateConfig, run, estimate=lambda config: estimates.estimate(config.expected))
+STAGE = Stage(
+    "evaluate", VERSION, EvaluateConfig, run,
+    estimate=lambda config: estimates.estimate(config.expected),
+    shards=lambda config: estimates.shards(config.expected), run_shard=run_shard,
+)  # fmt: skip

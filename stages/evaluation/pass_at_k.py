@@ -18,7 +18,8 @@ recipe draw with the same random numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
@@ -28,12 +29,12 @@ from pydantic import Field
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
-from pipeline.core.store import once
 from stages.data.seeds import seed_of
 from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.evaluation import estimates
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation.eval_set import chat_rows
+from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
 
 if TYPE_CHECKING:
@@ -89,15 +90,14 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     Resumes from `work`, which keeps every finished batch. Raises AtomError if a kind has fewer than two items, and the
     errors of the verifiers.
     """
-    rows = select_split(chat_rows(inputs["items"]), config.split)
-    chat_model = ChatModel(inputs["model"] / "model", config.max_new_tokens, rows, inputs, report)
-    answered: list[Answer] = []
-    for start in range(0, len(rows), ITEMS_PER_BATCH):
-        batch = rows[start : start + ITEMS_PER_BATCH]
-        name = f"answers-{start // ITEMS_PER_BATCH:05d}.json"
-        answered += once(work / name, partial(_answer_batch, chat_model, batch, config))
-        report.progress(start + len(batch), len(rows), "items")
-    chat_model.close()
+    rows, answered, completed = _rows(config, inputs), list[Answer](), 0
+    with ExitStack() as stack:
+        pieces = _pieces(rows, config)
+        values = compute(pieces, work, partial(_load, stack, rows, config, inputs, report.note))
+        for piece, answers in zip(pieces, values, strict=True):
+            answered += answers
+            completed += piece.size
+            report.progress(completed, len(rows), "items")
     answered.sort(key=lambda row: (row["id"], row["sample"]))
     write_rows(out / "answers.parquet", ANSWERS, answered)
     scores = summary(answered)
@@ -111,6 +111,34 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         report.note(f"{kind}: " + ", ".join(f"{x} {y['value']:.3f} ± {y['se']:.3f}" for x, y in headline.items()))
     for kind, judged in scores["judged"].items():
         report.note(f"{kind}: mean reward {judged['reward']['value']:.3f} ± {judged['reward']['se']:.3f}")
+
+
+def run_shard(config: SolveConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Answers the items of one shard."""
+    rows = _rows(config, inputs)
+    with ExitStack() as stack:
+        load = partial(_load, stack, rows, config, inputs, partial(print, flush=True))
+        compute_shard(_pieces(rows, config), work, load, shard, estimates.shards(config.expected))
+
+
+def _rows(config: SolveConfig, inputs: Inputs) -> list[dict[str, Any]]:
+    return select_split(chat_rows(inputs["items"]), config.split)
+
+
+def _load(
+    stack: ExitStack, rows: Sequence[Row], config: SolveConfig, inputs: Inputs, note: Callable[[str], object]
+) -> ChatModel:
+    """The model, which the stack closes."""
+    chat_model = ChatModel(inputs["model"] / "model", config.max_new_tokens, rows, inputs, note)
+    return stack.enter_context(closing(chat_model))
+
+
+def _pieces(rows: Sequence[Row], config: SolveConfig) -> list[Piece[ChatModel]]:
+    batches = [rows[start : start + ITEMS_PER_BATCH] for start in range(0, len(rows), ITEMS_PER_BATCH)]
+    return [
+        Piece(f"answers-{number:05d}", partial(_answer_batch, batch=batch, config=config), len(batch))
+        for number, batch in enumerate(batches)
+    ]
 
 
 def select_split(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
@@ -127,7 +155,10 @@ def select_split(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, A
 class ChatModel:
     """An exported model with its chat template, and the verifiers of its items."""
 
-    def __init__(self, folder: Path, max_new_tokens: int, rows: Sequence[Row], inputs: Inputs, report: Report) -> None:
+    def __init__(
+        self, folder: Path, max_new_tokens: int, rows: Sequence[Row], inputs: Inputs, note: Callable[[str], object]
+    ) -> None:
+        """note: prints a line to the log."""
         import torch
 
         from stages.rl.rewards.registry import make_verifiers
@@ -138,7 +169,7 @@ class ChatModel:
         torch.use_deterministic_algorithms(True)
         self.chat = generation.Chat(folder)
         self.sampler = InProcess(folder, self.chat.stops, max_new_tokens)
-        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), 2, report)
+        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), 2, note)
 
     def answer(self, requests: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
         """The scored answers to requests, each (row, sample, seed)."""
@@ -226,4 +257,8 @@ def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accurac
     return statistics
 
 
-STAGE = Stage("solve", VERSION, SolveConfig, run, estimate=lambda config: estimates.estimate(config.expected))
+STAGE = Stage(
+    "solve", VERSION, SolveConfig, run,
+    estimate=lambda config: estimates.estimate(config.expected),
+    shards=lambda config: estimates.shards(config.expected), run_shard=run_shard,
+)  # fmt: skip

@@ -1,5 +1,5 @@
 """The fields of the JSON files of evaluation, which cards, gates and checks of a release read: `scores.json` of the
-stages evaluate, solve, fresh, prefer and memorization, and `report.json` of the stage contamination.
+stages evaluate, solve, fresh, prefer, memorization and harness, and `report.json` of the stage contamination.
 
 docs/formats.md explains the fields. A name in these files is published and never changes its meaning.
 """
@@ -21,6 +21,10 @@ class Mean(Figure):
     """A mean over `n` items."""
 
     n: int
+
+
+HarnessScores = dict[str, dict[str, dict[str, Mean]]]
+"""Of the stage harness: by task set, task, and `metric,filter`."""
 
 
 class Ratio(Figure):

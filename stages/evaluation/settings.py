@@ -16,7 +16,10 @@ from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS
 from stages.evaluation.eval_set import ChatItems, Problems
 from stages.evaluation.long_context import ContextSection
 from stages.evaluation.memorization import MemorizationSection
-from stages.evaluation.pass_at_k import NumSamples
+from stages.evaluation.model_evaluation import ROWS_PER_BATCH
+from stages.evaluation.pass_at_k import ITEMS_PER_BATCH, NumSamples
+from stages.evaluation.pieces import count
+from stages.evaluation.task_sets import HarnessSection
 
 SURE = 1.645
 """Standard errors beyond which a difference is significant in one direction, at 95 %."""
@@ -56,6 +59,7 @@ class EvaluationSection(Config):
     memorization: MemorizationSection | None = added(
         None, "what models give away of their training data: verbatim continuations and canaries; null: not measured"
     )
+    harness: HarnessSection | None = added(None, "task sets of lm-evaluation-harness; null: none")
 
     def tokens(self, sources: int) -> int:
         """Tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""
@@ -65,11 +69,22 @@ class EvaluationSection(Config):
             read += context.documents * context.lengths[-1]
         return read + sum(self.problems.values()) * (QUESTION_TOKENS + self.max_new_tokens)
 
+    def pieces(self, sources: int) -> int:
+        """Pieces of the evaluation of one model, at most, on documents of so many sources."""
+        long = 0 if self.context is None else len(self.context.lengths) + 1
+        problems = count(sum(self.problems.values()), ROWS_PER_BATCH)
+        return count(sources * self.heldout_documents, ROWS_PER_BATCH) + problems + long
+
     def chat_tokens(self) -> int:
         """Tokens of one answer to each item in conversations, at most."""
-        chat = self.chat
-        items = 0 if chat is None else sum(self.problems.values()) + chat.items.courtesies
-        return items * (QUESTION_TOKENS + (0 if chat is None else chat.max_new_tokens))
+        return self._chat_count() * (QUESTION_TOKENS + (0 if self.chat is None else self.chat.max_new_tokens))
+
+    def chat_pieces(self) -> int:
+        """Pieces of the answers of one model to the items in conversations, at most."""
+        return count(self._chat_count(), ITEMS_PER_BATCH)
+
+    def _chat_count(self) -> int:
+        return 0 if self.chat is None else sum(self.problems.values()) + self.chat.items.courtesies
 
     @property
     def chat_items(self) -> dict[str, Any] | None:

@@ -66,7 +66,7 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     requests = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
     sides: dict[str, list[Answer]] = {}
     for number, side in enumerate(SIDES):
-        chat_model = ChatModel(inputs[side] / "model", config.max_new_tokens, rows, inputs, report)
+        chat_model = ChatModel(inputs[side] / "model", config.max_new_tokens, rows, inputs, report.note)
         sides[side] = []
         for start in range(0, len(requests), ITEMS_PER_BATCH):
             batch = requests[start : start + ITEMS_PER_BATCH]

@@ -23,9 +23,9 @@ from pydantic import Field
 
 from pipeline.core.bounds import Range, Seed
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
+from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from pipeline.core.store import Artifact
-from stages.export import SLICE_BYTES
+from stages.export import SLICE_BYTES, WHOLE_BYTES
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
@@ -39,8 +39,6 @@ VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
-WHOLE_BYTES = 5 * 10**8
-"""Largest model, in bytes of fp32, that transformers loads as a whole; of a larger one it loads a layer at a time."""
 BASE_BYTES = 700_000_000
 """Of a process with Megatron or transformers (bench/export.py)."""
 
@@ -156,13 +154,14 @@ def estimate(config: ExportConfig) -> Estimate:
     flops = 2.0 * 2 * parameters["active"] * 2 * config.model.context_length  # two models read twice the context
     weights = (4 if config.dtype == "float32" else 2) * parameters["total"]
     shards = -(-weights // SHARD_BYTES)
+    files = 7 + shards + (shards > 1)
     return Estimate(
         cpu_seconds=10 + flops / 4e10 + parameters["total"] / 1e8,  # imports, two forward passes, five of reading
         flops=flops,
         memory_bytes=memory(config),
         disk_bytes=weights,
-        published_bytes=weights,
-        files=7 + shards + (shards > 1),
+        published=(Published("model", "", files, weights),),
+        files=files,
         parameters=parameters,
     )
 

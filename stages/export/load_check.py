@@ -1,24 +1,32 @@
 """Loads an exported model without this project's code: plain transformers in an interpreter of its own.
 
-    python -P load_check.py [--memory=BYTES --seconds=N] MODEL_FOLDER...
+    python -P load_check.py --whole=BYTES [--memory=BYTES --seconds=N] MODEL_FOLDER...
 
 Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of [part, sentence] (empty without problems)
 whose part is `model` or `chat_template`, the number of `parameters`, and `goldens`, the outputs of tokenizer, template
 and model for fixed inputs: token ids, text, last row of logits in fp32, a greedy continuation. Any runtime can be
-compared with these. The limits apply to the use beyond the libraries themselves. This file imports no module of this
-project, on purpose.
+compared with these. A model above --whole, in bytes of fp32, is in memory a layer at a time. --memory and --seconds
+limit the use beyond the libraries themselves. Neither this file nor the one beside it, which it loads by its path,
+imports a module of this project, on purpose.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+spec: Any = spec_from_file_location("streamed_model", Path(__file__).with_name("streamed_model.py"))
+streamed_model: Any = module_from_spec(spec)
+spec.loader.exec_module(streamed_model)
 
 MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4, «vier»\n"}]
 
@@ -26,23 +34,29 @@ TEXTS = ["def main(): 2+2", "Ünïcode, «quotes»\n\n\tand 3 lines.", "347+586=
 NEW_TOKENS = 8
 MOST_BYTES, MOST_TEXTS, MOST_CHARACTERS = 100_000_000, 16, 2_000
 """Limits for the goldens.json of an untrusted folder."""
-LOADING = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-"""Options that run or unpickle nothing of an untrusted folder, without a prompt."""
 
 
-def check_model(folder: str) -> dict[str, object]:
-    loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **LOADING)
-    model, loading = loaded[0], loaded[1]
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    problems = [
-        ("model", f"{kind}: {name}")
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        for name in sorted(loading[kind])
-    ]
-    problems += [("chat_template", text) for text in check_tokenizer(tokenizer, model)]
-    problems += [("model", text) for text in check_generation(tokenizer, model)]
-    outputs = {} if problems else goldens(tokenizer, model.float(), *recorded_inputs(folder))
-    return {"problems": problems, "parameters": sum(p.numel() for p in model.parameters()), "goldens": outputs}
+def check_model(folder: str, whole_bytes: int) -> dict[str, object]:
+    source = open_model(folder, whole_bytes)
+    model, tokenizer = source.model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    problems = [("chat_template", text) for text in check_tokenizer(tokenizer, model)]
+    problems += [("model", text) for text in check_stops(tokenizer, model)]
+    outputs = {} if problems or source.keys else goldens(tokenizer, source, *recorded_inputs(folder))
+    rows: Any = outputs.get("rows", ())
+    if rows and source.in_memory:  # of another one each token would read all files
+        model.generate(torch.tensor([rows[0]["ids"]]), do_sample=False, max_new_tokens=1)
+    if not all(math.isfinite(value) for row in rows for value in row["logits"]):
+        problems.append(("model", "the model's logits are not finite"))
+    problems += [("model", text) for text in source.keys]  # of layers, these are known after a pass
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"problems": problems, "parameters": parameters, "goldens": {} if problems else outputs}
+
+
+def open_model(folder: str, whole_bytes: int):  # type: ignore[no-untyped-def]
+    """The model in fp32. If it has more than `whole_bytes`, a layer is in memory at a time: the operations and their
+    results are those of the whole model, and each of NEW_TOKENS passes reads all files."""
+    kind = "Whole" if streamed_model.fp32_bytes(Path(folder)) <= whole_bytes else "ByLayer"
+    return getattr(streamed_model, kind)(folder)
 
 
 def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]]]:
@@ -59,19 +73,23 @@ def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]]]:
     return texts, content["messages"]
 
 
-def goldens(tokenizer, model, texts, messages) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    """For each text, {text, ids, logits, greedy}; the last text is a conversation rendered with the template."""
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def goldens(tokenizer, source, texts, messages) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    """For each text, {text, ids, logits, greedy}; the last text is a conversation rendered with the template. Nothing
+    if layers of the model lack tensors."""
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    rows = []
-    for text in [*texts, chat]:
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-        with torch.inference_mode():
-            logits = model(**inputs).logits[0, -1].float()
-        generated = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[
-            0, inputs["input_ids"].shape[1] :
-        ]
-        ids, greedy = inputs["input_ids"][0].tolist(), generated.tolist()
-        rows.append({"text": text, "ids": ids, "logits": [round(x, 6) for x in logits.tolist()], "greedy": greedy})
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in [*texts, chat]]
+    stops, head = stop_ids(source.model), source.model.get_output_embeddings()
+    rows = [{"text": text, "ids": ids, "greedy": []} for text, ids in zip([*texts, chat], prompts, strict=True)]
+    for _ in range(NEW_TOKENS):
+        unfinished = [row for row in rows if not stops.intersection(row["greedy"])]
+        states = streamed_model.hidden_states(source, [row["ids"] + row["greedy"] for row in unfinished])
+        if source.keys:
+            return {}
+        for row, state in zip(unfinished, states, strict=True):
+            logits = head(state)[0, -1].float()
+            row.setdefault("logits", [round(x, 6) for x in logits.tolist()])
+            row["greedy"].append(int(logits.argmax()))
     return {"messages": messages, "rows": rows}
 
 
@@ -101,19 +119,16 @@ def check_tokenizer(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-d
     return problems
 
 
-def check_generation(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]
-    """Checks that logits are finite, and that the generation config names the stop tokens."""
-    inputs = tokenizer("def main(): 2+2", return_tensors="pt", add_special_tokens=False)
-    with torch.inference_mode():
-        logits = model(**inputs).logits
-    if not torch.isfinite(logits).all():
-        return ["the model's logits are not finite"]
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    if tokenizer.convert_tokens_to_ids("<|endoftext|>") not in stops:
+def check_stops(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]
+    """Checks that the generation config names the stop token."""
+    if tokenizer.convert_tokens_to_ids("<|endoftext|>") not in stop_ids(model):
         return ["the generation config does not stop at <|endoftext|>"]
-    generated = model.generate(**inputs, do_sample=False, max_new_tokens=4)
-    return [] if generated.shape[1] > inputs["input_ids"].shape[1] else ["the model generates nothing"]
+    return []
+
+
+def stop_ids(model) -> set[int]:  # type: ignore[no-untyped-def]
+    stops = model.generation_config.eos_token_id
+    return set(stops if isinstance(stops, list) else [stops])
 
 
 def limit(memory: int, seconds: int) -> None:
@@ -130,11 +145,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folders = [name for name in sys.argv[1:] if not name.startswith("--")]
     options = dict(name[2:].split("=") for name in sys.argv[1:] if name.startswith("--"))
-    if options:
+    if "memory" in options:
         limit(int(options["memory"]), int(options["seconds"]))
     for name in folders:
         try:
-            result = check_model(name)
+            result = check_model(name, int(options["whole"]))
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, MemoryError) as error:
             message = f"transformers cannot load it: {type(error).__name__}: {error}"
             result = {"problems": [("model", message)], "parameters": None, "goldens": {}}

@@ -37,7 +37,8 @@ def estimate(config: DpoTrainConfig) -> Estimate:
     tokens = phase.steps * answers * length
     # all are drawn, a third is trained on
     flops = 3 * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
-    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10)
+    rollouts = estimates.rollouts("dpo", tokens)
+    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10, rollouts)
 
 
 STAGE = Stage(

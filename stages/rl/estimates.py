@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pipeline.core.stage import Estimate
+from pipeline.core.stage import Estimate, Published
 from stages.mcore.memory import MASTER, MOMENTS, memory_share
 from stages.models.costs import Rows
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlTrainConfig
-from stages.train.estimate import fullest, release_files
+from stages.train.estimate import checkpoints, fullest, release_files
 
 START_SECONDS = 10.0
+ANSWER_BYTES = 8
+"""Of a drawn token on disk: its id, its log-probability in fp32, which does not compress, and its text. 6.8 on answers
+of a thousand ids by Zipf's law with prose of four characters a token."""
 
 
 def reference_bytes(config: RlTrainConfig | DpoTrainConfig | RewardTrainConfig) -> int:
@@ -21,6 +24,12 @@ def reference_bytes(config: RlTrainConfig | DpoTrainConfig | RewardTrainConfig) 
     return 2 * width * max(share.all for share in shares)
 
 
+def rollouts(phase: str, tokens: int) -> tuple[Published, ...]:
+    """The published answers of a phase, of at most so many tokens together."""
+    remedy = "the answers of a phase are one file: lower its steps, its answers of a step, or sampling.max_new_tokens"
+    return (Published("dataset", f"rl/{phase}", 1, ANSWER_BYTES * tokens, remedy),)
+
+
 def estimate(
     config: RlTrainConfig | DpoTrainConfig | RewardTrainConfig,
     answers: int,
@@ -28,9 +37,10 @@ def estimate(
     tokens: int,
     flops: float,
     rate: float,
+    rollouts: tuple[Published, ...] = (),
 ) -> Estimate:
     """answers: trained on in one update; length: tokens of the longest one; tokens, flops: of the phase; rate: FLOP/s
-    of a core. Rank 0 holds the weights that go to the sampler beside its own state."""
+    of a core; rollouts: the published answers. Rank 0 holds the weights that go to the sampler beside its own state."""
     parameters, phase = config.model.parameters(config.padded_vocab_size), config.phase
     rows = Rows(-(-answers // phase.micro_batches), length)
     *_, owned, memory = fullest(config, rows)
@@ -44,6 +54,6 @@ def estimate(
         host_bytes=owned + MASTER * parameters["total"] + reference_bytes(config),
         disk_bytes=checkpoint * (releases + work),
         files=work * (2 * phase.parallelism.ranks + 1) + releases * release_files(parameters["total"]),
-        published_bytes=checkpoint * releases,
+        published=(*checkpoints(parameters["total"], releases), *rollouts),
         parameters=parameters,
     )

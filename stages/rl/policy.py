@@ -47,7 +47,7 @@ class Policy:
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
             verifiers = make_verifiers(rows, inputs, self.chat, config.phase.verifiers)
-            self.verifiers = generation.Verifiers(verifiers, config.phase.retries, report)
+            self.verifiers = generation.Verifiers(verifiers, config.phase.retries, report.note)
 
     def _require_context(self, rows: Sequence[Row]) -> None:
         """Raises RecipeError for a question that leaves no room for an answer in the model's context."""

@@ -41,7 +41,8 @@ def estimate(config: RlTrainConfig) -> Estimate:
     # an answer is drawn once (a forward pass) and trained on once (three); old and reference policy read it once more
     passes = 4 + (phase.updates > 1) + (phase.kl_coef is not None)
     flops = passes * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
-    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10)
+    rollouts = estimates.rollouts(config.name, tokens)
+    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10, rollouts)
 
 
 STAGE = Stage(

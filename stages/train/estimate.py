@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.core.stage import Accelerator, Estimate, TrainingEstimate, TrainingTime
+from collections.abc import Sequence
+
+from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order_config import ROW_BYTES
 from stages.mcore.activations import activation_bytes
 from stages.mcore.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
@@ -43,7 +45,7 @@ def estimate(config: TrainConfig) -> Estimate:
         host_bytes=owned,
         disk_bytes=disk,
         files=work * (2 * layout.ranks + 1) + releases * release_files(parameters["total"]),
-        published_bytes=checkpoint * (releases - first) + first * MASTER * parameters["total"],
+        published=checkpoints(parameters["total"], releases - first, first),
         parameters=parameters,
         training=TrainingEstimate(
             steps=steps,
@@ -105,10 +107,18 @@ def release_checkpoints(phase: PhaseConfig) -> int:
     return (first == 1) + last // interval - (first - 1) // interval + (last % interval > 0)
 
 
-def release_files(parameters: int) -> int:
-    """Files of a release checkpoint: weights and moments in shards, their indices, state and manifest."""
-    shards = sum(-(-width * parameters // SHARD_BYTES) for width in (MASTER, MOMENTS))
+def release_files(parameters: int, widths: Sequence[int] = (MASTER, MOMENTS)) -> int:
+    """Files of a release checkpoint: weights and moments in shards, their indices, state and manifest. widths: bytes of
+    a parameter in each of them."""
+    shards = sum(-(-width * parameters // SHARD_BYTES) for width in widths)
     return shards + 4
+
+
+def checkpoints(parameters: int, count: int, first: bool = False) -> tuple[Published, ...]:
+    """The published files of `count` checkpoints, each a branch of its own; first: and of step 0, without moments."""
+    whole = Published("checkpoint", "", release_files(parameters), (MASTER + MOMENTS) * parameters)
+    weights = Published("checkpoint", "", release_files(parameters, (MASTER,)), MASTER * parameters)
+    return (weights,) * first + (whole,) * count
 
 
 def layout_label(layout: Layout) -> str:

@@ -17,6 +17,7 @@ from release.assembly.score_facts import compute_scores
 from stages.data.synthetic import passkeys
 from stages.evaluation import bits_per_byte, long_context, model_evaluation
 from stages.evaluation.long_context import ContextSection
+from stages.evaluation.pieces import compute
 from tests.fixtures import release_fixtures
 
 pytestmark = pytest.mark.numeric
@@ -138,7 +139,10 @@ def test_a_reader_of_known_reach_earns_what_it_should(loaded: Any, tmp_path: Pat
     from tests.fixtures.run_fixtures import RecordingReport
 
     report = RecordingReport()
-    keys, positions = long_context.measure(section, model, loaded.tokenizer, loaded.encode, documents, tmp_path, report)
+    made = long_context.pieces(section, loaded.tokenizer, loaded.encode, lambda: documents)
+    *by_length, positions = compute(made, tmp_path, lambda: model)
+    keys = [row for rows in by_length for row in rows]
+    long_context.report_passkeys(keys, report)
     assert {n: row["value"] for n, row in long_context.summary(keys, positions)["passkey"].items()} == {
         "60": 1.0, "150": 2 / 3, "300": 1 / 3,
     }  # fmt: skip
@@ -198,13 +202,10 @@ def test_buckets_double_and_cover_each_position_once() -> None:
 
 
 def test_what_cannot_be_measured_is_one_sentence(loaded: Any, tmp_path: Path) -> None:
-    from tests.fixtures.run_fixtures import RecordingReport
-
     def measure(documents: list[dict[str, Any]], **changes: Any) -> None:
         section = ContextSection(**{**SECTION, **changes})
-        long_context.measure(
-            section, loaded.model, loaded.tokenizer, loaded.encode, documents, tmp_path, RecordingReport()
-        )
+        made = long_context.pieces(section, loaded.tokenizer, loaded.encode, lambda: documents)
+        list(compute(made, tmp_path, lambda: loaded.model))
 
     with pytest.raises(AtomError, match="names 20 tokens, but key and question alone take 44"):
         measure(long_documents(), lengths=[20])

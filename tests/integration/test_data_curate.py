@@ -24,7 +24,7 @@ from stages.data.curation.settings import CurationSettings
 from stages.data.filters.pii import Pii
 from stages.data.recipe import load
 from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, part_files, sources_of, write_rows
-from stages.evaluation import eval_set
+from stages.evaluation import benchmarks, eval_set
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.run_fixtures import RecordingReport
 
@@ -463,6 +463,21 @@ def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Pa
     sources = [{"name": name, "kind": name, "heldout_fraction": 0.0, "steps": []} for name in ("prose", "code")]
     rows = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
     assert sorted(str(row["rule"]) for row in rows.values()) == ["None", "near_duplicate"]
+
+
+def test_documents_with_items_of_task_sets_are_removed(tmp_path: Path, run_stage: Any) -> None:
+    item = {"id": "own/words/000000", "set": "own", "task": "words", "number": 0, "text": GOOD}
+    (tmp_path / "benchmarks").mkdir()
+    write_rows(tmp_path / "benchmarks/items.parquet", benchmarks.ITEMS, [item])
+    inputs = {
+        "prose": acquired(tmp_path, "prose", {"good": GOOD, "long": LONG}),
+        "items": evaluation_items(tmp_path),
+        "benchmarks": write_manifest(tmp_path / "benchmarks", "benchmarks"),
+    }
+    sources = [{"name": "prose", "kind": "prose", "heldout_fraction": 0.0, "steps": []}]
+    artifact = curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs)
+    rows = {id: (row["rule"], row["match"]) for id, row in dispositions(artifact).items()}
+    assert rows == {"prose/good": ("decontamination", "own/words/000000"), "prose/long": (None, None)}
 
 
 def test_no_source_is_searched_for_near_duplicates(tmp_path: Path, run_stage: Any) -> None:

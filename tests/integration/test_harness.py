@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from pydantic import ValidationError
 
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Artifact, Store, write_manifest
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+from release.assembly.assemble import measured
+from release.assembly.score_facts import read_harness
 from release.audit import harness
-from tests.fixtures import release_fixtures
+from release.cards import harness_tables
+from release.checks.scores import score_problems
+from stages.data.table import read_table, write_json, write_rows
+from stages.evaluation import benchmarks
+from stages.evaluation import harness as harness_stage
+from stages.evaluation.harness import language_model
+from stages.evaluation.task_sets import HarnessSection
+from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.run_fixtures import evaluate_in_shards
 
 TASK = """
 task: next_words
@@ -57,7 +75,7 @@ def test_a_task_from_a_yaml_file_runs_offline_and_scores_as_transformers_does(
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/next_words.yaml").write_text(TASK.format(data=data))
 
-    results = harness.evaluate(harness.language_model(release / "model"), ["next_words"], tmp_path / "tasks")
+    results = harness.evaluate(language_model(release / "model"), ["next_words"], tmp_path / "tasks")
 
     right = 0
     for row, sample in zip(rows, sorted(results["samples"]["next_words"], key=lambda s: s["doc_id"]), strict=True):
@@ -81,3 +99,157 @@ def test_what_is_missing_is_reported_in_a_sentence(
         and "contains no model" in messages[1]
         and "no task no_such_task" in messages[2]
     )
+
+
+OWN_TASKS = {
+    "next_words": TASK.format(data="rows.jsonl").replace(
+        "task: next_words", "task: next_words\nmetadata: {version: 1}"
+    ),
+    "own_sums": """
+task: own_sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: sums.jsonl, train: sums.jsonl}}
+test_split: test
+fewshot_split: train
+num_fewshot: 1
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+CHOICES = [
+    {"question": "the quick brown:", "choices": ["fox", "dog", "sum"], "label": 0},
+    {"question": "2+2=", "choices": ["4", "5"], "label": 1},
+    {"question": "never asked:", "choices": ["a", "b"], "label": 1},
+]
+SUMS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(4)]
+
+
+@pytest.fixture
+def own_tasks(tmp_path: Path) -> Path:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name, text in OWN_TASKS.items():
+        (folder / f"{name}.yaml").write_text(text)
+    for name, rows in (("rows", CHOICES), ("sums", SUMS)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def section_of(folder: Path, **settings: object) -> HarnessSection:
+    own = {"name": "own", "path": folder.name, "tasks": list(OWN_TASKS), "license": "CC0-1.0"}
+    return HarnessSection.model_validate({"folders": [{**own, "license_evidence": "this test"}], **settings})
+
+
+def test_the_stage_seals_the_results_of_every_item(
+    release: Path, own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_stage: Any
+) -> None:
+    """The sealed tasks are enough: neither the folder nor the network is read again, and any number
+    of shards gives the same bytes."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    section = section_of(own_tasks, limit=2)
+    config = {"sets": section.task_sets(tmp_path, "recipe"), "limit": section.limit}
+    sealed = run_stage(benchmarks.STAGE, config, {})
+    assert dict(benchmarks.texts_of(sealed)) == {
+        "own/next_words/000000": "the quick brown:", "own/next_words/000001": "2+2=",
+        "own/own_sums/000000": "0+0=", "own/own_sums/000001": "1+1=",
+    }  # fmt: skip
+    assert sealed.json("tasks.json")["own"]["license"] == "CC0-1.0"
+    shutil.rmtree(own_tasks)
+    inputs = {"model": write_model(release / "model", tmp_path), "benchmarks": sealed}
+    scored = run_stage(harness_stage.STAGE, config, inputs)
+    rows = read_table(scored / "items.parquet").to_pylist()
+    for row, item in zip([row for row in rows if row["metric"] == "acc"], CHOICES, strict=False):
+        expected = [log_probability(release / "model", str(item["question"]), choice) for choice in item["choices"]]
+        assert [pair[0] for pair in json.loads(row["response"])] == pytest.approx(expected, abs=1e-4)
+        assert row["value"] == (expected.index(max(expected)) == item["label"])
+    assert [(row["task"], row["number"]) for row in rows] == [(task, n) for task in OWN_TASKS for n in (0, 1)]
+    scores = scored.json("scores.json")
+    assert scores == harness_stage.summary(rows) and scores["own"]["own_sums"]["exact_match,none"]["n"] == 2
+    in_shards = evaluate_in_shards(harness_stage.STAGE, config, inputs, work := tmp_path / "shards", 2)
+    assert len(list(work.iterdir())) == 2
+    assert run_stage(harness_stage.STAGE, in_shards, inputs, work).digest == scored.digest
+
+
+def write_model(folder: Path, tmp_path: Path) -> Artifact:
+    shutil.copytree(folder, tmp_path / "export/model")
+    return write_manifest(tmp_path / "export", "export-test")
+
+
+def test_a_recipe_with_task_sets_decontaminates_for_them(own_tasks: Path, tmp_path: Path) -> None:
+    text = (ROOT / "pipeline/recipes/atom-smoke.yaml").read_text()
+    without = dag.compose(recipes.load("atom-smoke"), Store(tmp_path / "home"))
+    body = yaml.safe_load(text)
+    body["evaluation"]["harness"] = section_of(own_tasks, sets=["arc"]).model_dump(mode="json")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(body))
+    graph = dag.compose(recipes.load(str(tmp_path / "recipe.yaml")), Store(tmp_path / "home"))
+    assert graph.nodes.keys() - without.nodes.keys() == {"benchmarks", "harness-rlvr"}
+    assert graph.nodes["filter"].inputs["benchmarks"] == "benchmarks"
+    assert graph.nodes["contamination"].inputs["benchmarks"] == "benchmarks"
+    assert graph.nodes["items"].key == without.nodes["items"].key
+    key = graph.nodes["benchmarks"].key
+    shutil.move(own_tasks, tmp_path / "moved")
+    body["evaluation"]["harness"]["folders"][0]["path"] = "moved"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(body))
+    moved = dag.compose(recipes.load(str(tmp_path / "recipe.yaml")), Store(tmp_path / "home"))
+    assert moved.nodes["benchmarks"].key == key, "the place of a folder is not part of the key"
+    (tmp_path / "moved/rows.jsonl").write_text("{}\n")
+    changed = dag.compose(recipes.load(str(tmp_path / "recipe.yaml")), Store(tmp_path / "home"))
+    assert changed.nodes["benchmarks"].key != key
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"sets": ["arcs"]}, "unknown task set; known are arc"),
+        ({}, "names no task set"),
+        ({"sets": ["arc", "arc"]}, "has the task set arc twice"),
+    ],
+)
+def test_a_faulty_section_is_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        HarnessSection.model_validate(settings)
+
+
+def test_what_the_stage_lacks_is_reported_in_a_sentence(own_tasks: Path, tmp_path: Path, run_stage: Any) -> None:
+    section = section_of(own_tasks)
+    with pytest.raises(RecipeError, match="task set own needs a folder of at most 10,000 files with a YAML file"):
+        section.task_sets(tmp_path / "elsewhere", "recipe r")
+    pinned = section_of(own_tasks)
+    pinned = pinned.model_copy(
+        update={"folders": (pinned.folders[0].model_copy(update={"digest": f"sha256:{'0' * 64}"}),)}
+    )
+    with pytest.raises(RecipeError, match="recipe r: task set own is pinned to sha256:0000"):
+        pinned.task_sets(tmp_path, "recipe r")
+    (unknown,) = section.task_sets(tmp_path, "recipe r")
+    with pytest.raises(AtomError, match="task set own: the harness has no task no_such"):
+        run_stage(benchmarks.STAGE, {"sets": [unknown.model_copy(update={"tasks": ("no_such",)})]}, {})
+
+
+def test_a_release_holds_the_results_and_verifies_them(tmp_path: Path) -> None:
+    assert not list(measured("benchmarks", "items.parquet", ["mid"])), "the items belong to their sources"
+    for name in ("scores.json", "tasks.json"):
+        assert list(measured("harness-mid", name, ["base", "mid"])) == [
+            (name, f"dataset/evaluation/harness/mid/{name}"), (name, f"model/evaluation/harness/{name}")
+        ]  # fmt: skip
+    folder = tmp_path / "evaluation/harness/mid"
+    folder.mkdir(parents=True)
+    rows: list[Any] = [
+        {"set": "own", "task": "sums", "number": n, "filter": "none", "metric": "acc", "value": n % 2, "target": "1",
+         "response": "1"}
+        for n in range(4)
+    ]  # fmt: skip
+    write_rows(folder / "items.parquet", harness_stage.RESULTS, rows)
+    write_json(folder / "scores.json", harness_stage.summary(rows))
+    assert score_problems(tmp_path / "evaluation") == []
+    stated = {"license": "CC0-1.0", "license_evidence": "this test", "revision": None}
+    write_json(folder / "tasks.json", {"own": stated})
+    lines = harness_tables.results(read_harness(folder))
+    assert "| own | sums | acc | 4 | 0.500 ± 0.289 |" in lines
+    assert lines[-1] == "Licenses of the data: own: CC0-1.0 (this test)."
+    assert harness_tables.results(read_harness(tmp_path)) == []
+    rows[0]["value"] = 1.0
+    write_json(folder / "scores.json", harness_stage.summary(rows))
+    assert score_problems(tmp_path / "evaluation") == ["evaluation/harness/mid/scores.json is not what its tables give"]

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, sha256_file, write_manifest
+from pipeline.hub.repository_limits import FOLDER_FILES
 from release.checks.check import Subject
 from release.checks.order import segments
-from release.hub.upload import FILES_PER_FOLDER
 from stages.data import order
 from stages.data.chunks import ALL, ChunkIndex, Cut, chunk, seal_index
 from stages.data.computed_order import ComputedOrder, read_indexes
@@ -219,7 +219,7 @@ def test_rows_of_sources_in_both_directions(shares: list[int], rows: int, cuts: 
 def test_the_parts_of_a_long_phase_fit_in_a_folder_of_the_hub(steps: int) -> None:
     parsed = OrderConfig.model_validate(config(rows=4096, sequence_length=4096, steps=steps))
     last = parsed.steps_of_block(parsed.blocks - 1)
-    assert parsed.blocks < FILES_PER_FOLDER and len(last) and last.stop == steps + 1
+    assert parsed.blocks < FOLDER_FILES and len(last) and last.stop == steps + 1
 
 
 PACKED = {"pack": True, "sequence_length": 16, "rows": 4, "block_rows": 20}

@@ -230,7 +230,7 @@ def test_lost_tensor_is_refused(source, tmp_path: Path) -> None:
         replace_artifact(source, "export-mid", tmp_path, lose),
         tmp_path,
         "reload_in_transformers",
-        "missing_keys: model.norm.weight",
+        "missing keys model.norm.weight",
     )
 
 

@@ -313,8 +313,11 @@ remote = RemoteRepository("local/many", "dataset")
 many = Destination(folder, Repository("", "-many", "dataset"), remote, "v1", Journal(folder / "j"))
 many._commit("main", Difference(names, []), "a whole release in one commit")
 assert set(names) <= set(remote.files("main"))
-upload.FILES_PER_FOLDER = 3399
-assert "has 3400 files, and a folder on the Hub has at most 3399" in said(AtomError, many.refuse_full_folders)
+many.refuse_beyond_limits()
+upload.FILE_BYTES = 1
+assert "bytes, and a file on the Hub has at most 1;" in said(AtomError, many.refuse_beyond_limits)
+upload.FOLDER_FILES = 3399
+assert "has 3400 files, and a folder on the Hub has at most 3399" in said(AtomError, many.refuse_beyond_limits)
 limits.REQUESTS = 0
 assert "times without success" in said(AtomError, many._commit, "main", Difference(names, []), "again")
 """

@@ -13,7 +13,7 @@ from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.curation.overlap import ItemRuns
 from stages.data.table import KEPT, ORDER, read_jsonl, write_jsonl, write_rows, write_table
-from stages.evaluation import contamination, generated_eval, pass_at_k
+from stages.evaluation import benchmarks, contamination, generated_eval, pass_at_k
 from stages.evaluation.contamination_corpus import FORMS, CorpusSearch
 from stages.evaluation.eval_set import chat_rows
 from stages.rl.protocols import question
@@ -61,6 +61,20 @@ def test_planted_items_are_found_and_no_others(run_stage, inputs) -> None:
     assert report["items"]["test"]["contaminated"] == 2 and report["items"]["fresh"]["contaminated"] == 0
     assert report["phases"]["pretrain"]["test"]["contaminated"] == 1 and report["read"]["pretrain"] == 13
     assert {name: report[name] for name in ("items", "phases")} == contamination.summary(rows)
+
+
+def test_items_of_task_sets_are_searched_for(run_stage, inputs, tmp_path: Path) -> None:
+    texts = {"read": f"3. {chat_fixtures.TEXT}", "absent": "no document and no prompt has these eight words in it"}
+    (tmp_path / "benchmarks").mkdir()
+    write_rows(
+        tmp_path / "benchmarks/items.parquet",
+        benchmarks.ITEMS,
+        [{"id": f"own/t/{name}", "set": "own", "task": "t", "number": n, "text": text}
+         for n, (name, text) in enumerate(texts.items())],
+    )  # fmt: skip
+    sealed = write_manifest(tmp_path / "benchmarks", "benchmarks")
+    report = run_stage(contamination.STAGE, CONFIG, {**inputs, "benchmarks": sealed}).json("report.json")
+    assert report["phases"]["pretrain"]["task sets"] == {"clean": 1, "overlap": 0, "contaminated": 1}
 
 
 def test_the_detector_is_tried(run_stage, inputs) -> None:

@@ -14,6 +14,7 @@ from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry
 from stages.evaluation import bits_per_byte, confidence, exact_match, model_evaluation
 from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.run_fixtures import evaluate_in_shards
 
 pytestmark = pytest.mark.numeric
 
@@ -44,6 +45,17 @@ def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> 
     scores = first.json("scores.json")
     assert set(scores["bits_per_byte"]) == set(release_fixtures.SOURCES) and scores["accuracy"]["add"]["n"] == 20
     assert model_evaluation.summary(tables(first, "documents.parquet"), tables(first, "items.parquet")) == scores
+
+
+def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(model_evaluation, "ROWS_PER_BATCH", 6)
+    whole = run_stage(model_evaluation.STAGE, CONFIG, inputs)
+    for shards in (2, 3):
+        work = tmp_path / str(shards)
+        config = evaluate_in_shards(model_evaluation.STAGE, CONFIG, inputs, work, shards)
+        with monkeypatch.context() as patch:
+            patch.setattr(model_evaluation, "_Loaded", None)  # nothing is left to do
+            assert run_stage(model_evaluation.STAGE, config, inputs, work).digest == whole.digest
 
 
 def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Estimate, TrainingEstimate
+from pipeline.core.stage import Estimate, Published, TrainingEstimate
 from pipeline.core.store import Store
 from pipeline.graph import dag, fit, plan
 from pipeline.graph import recipe as recipes
@@ -67,7 +67,7 @@ def reasons(rows: list[plan.StagePlan], hours: float = 0.5, body: dict[str, Any]
         ),
         (Estimate(files=1001), False, "$ATOM_HOME then has 1,001 files, of 1,000 (storage.home_files)"),
         (
-            Estimate(disk_bytes=51 * 10**9, published_bytes=51 * 10**9), False,
+            Estimate(disk_bytes=51 * 10**9, published=(Published("dataset", "f", 2, 51 * 10**9),)), False,
             "the release then has 51 GB, of 50 on the Hub (storage.hub_gb)",
         ),
     ],
@@ -125,14 +125,64 @@ def test_every_stage_of_a_packaged_recipe_is_judged(tmp_path: Path) -> None:
     rows = json.loads(atom(tmp_path, "plan", "atom-30b-a3b", "--cluster", "h100-pyxis", "--json").stdout)["stages"]
     assert all(isinstance(row["fits"], bool) and row["memory_bytes"] for row in rows)
     assert all(row["fits"] == (not row["reasons"]) for row in rows)
-    misfits = {row["name"]: row["reasons"] for row in rows if not row["fits"]}
-    # one core evaluates a model of 30B in fp32
-    assert all(name.startswith("evaluate-") and "slurm.cpu.minutes" in reasons[0] for name, reasons in misfits.items())
+    assert all(row["fits"] for row in rows)
+    larger = json.loads(atom(tmp_path, "plan", "atom-235b-a22b", "--cluster", "h100-pyxis", "--json").stdout)["stages"]
+    misfits = {row["name"]: row["reasons"] for row in larger if not row["fits"]}
+    # a process evaluates a model of 235B in fp32
+    assert {name: reasons for name, reasons in misfits.items() if "slurm.cpu.memory_gb" in reasons[0]}.keys() == {
+        row["name"] for row in larger if row["name"].startswith("evaluate-")
+    }
     example = f"evaluate-base does not fit: {misfits['evaluate-base'][0]}"
     assert example in (ROOT / "docs/operators.md").read_text()
     files = sum(row["files"] or 0 for row in rows)
     published = sum(row["published_bytes"] for row in rows)
     assert files > 5000 and published > 7e12, "twenty checkpoints of 366 GB"
+
+
+def published(folder: str, files: int, gigabytes: float) -> plan.StagePlan:
+    remedy = "raise the parts to at least {files}"
+    return row(Estimate(published=(Published("dataset", folder, files, int(gigabytes * 10**9), remedy),)))
+
+
+def test_what_the_hub_does_not_take() -> None:
+    at_most = [published(f"folder-{number}", 10_000, 500_000) for number in range(10)]
+    assert fit.unpublishable(at_most) == []
+    fit.require_publishable(at_most)
+    assert fit.unpublishable([published("kept/web", 3, 151)]) == [
+        "kept/web of it has files of about 50 GB, and on the Hub a file has at most 50; raise the parts to at least 4"
+    ]
+    assert (
+        "f of it has 10,001 files, and a folder on the Hub has at most 10,000"
+        in fit.unpublishable([published("f", 10_001, 1)])[0]
+    )
+    with pytest.raises(
+        RecipeError, match=r"data repository has 100,001 files.*the most are in folder-0 of it \(10,000"
+    ):
+        fit.require_publishable([*at_most, published("one", 1, 1)])
+    models = Estimate(published=(Published("model", "", 9_000, 10**12),))
+    assert fit.unpublishable([row(models)] * 20) == []
+
+
+def test_plan_and_submit_refuse_files_that_the_hub_does_not_take(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "pipeline/recipes/atom-smoke.yaml").read_text())
+    data = yaml.safe_load((ROOT / f"data_recipes/{recipe['data']}.yaml").read_text())
+    for source in data["sources"]:
+        source["expected"] = {"documents": 10**8, "bytes": 10**12}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    (tmp_path / "large.yaml").write_text(yaml.safe_dump(recipe | {"data": str(tmp_path / "data.yaml")}))
+    name = data["sources"][0]["name"]
+    said = (
+        f"the release could not be published: kept/{name} of dedup has files of about 460 GB, and on the Hub a file has "
+        f"at most 50; raise sources.{name}.parts of the data recipe from 1 to at least 10"
+    )
+    planned = atom(tmp_path / "home", "plan", str(tmp_path / "large.yaml"), "--json", code=2)
+    assert said in planned.stderr and said.partition(": ")[2] in json.loads(planned.stdout)["unpublishable"]
+    assert (
+        said
+        in atom(
+            tmp_path / "home", "submit", str(tmp_path / "large.yaml"), "--cluster", "dev", "--dry-run", code=2
+        ).stderr
+    )
 
 
 def test_submit_refuses_what_does_not_fit(tmp_path: Path) -> None:

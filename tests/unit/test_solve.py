@@ -14,6 +14,7 @@ from pipeline.core.store import Artifact
 from stages.evaluation import pass_at_k
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two, wilson
 from tests.fixtures import chat_fixtures
+from tests.fixtures.run_fixtures import evaluate_in_shards
 
 CONFIG = {"num_samples": 3, "max_new_tokens": 6, "seed": 0}
 
@@ -100,6 +101,17 @@ def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> 
         list(scores["problems"]["add"]["at"]) == ["1", "2", "3"] and scores["judged"]["courtesy"]["reward"]["n"] == 12
     )
     assert math.isfinite(scores["judged"]["courtesy"]["reward"]["value"])
+
+
+def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pass_at_k, "ITEMS_PER_BATCH", 8)
+    whole = run_stage(pass_at_k.STAGE, CONFIG, inputs)
+    for shards in (2, 3):
+        work = tmp_path / str(shards)
+        config = evaluate_in_shards(pass_at_k.STAGE, CONFIG, inputs, work, shards)
+        with monkeypatch.context() as patch:
+            patch.setattr(pass_at_k, "ChatModel", None)  # nothing is left to do
+            assert run_stage(pass_at_k.STAGE, config, inputs, work).digest == whole.digest
 
 
 def test_another_split_and_a_kind_with_one_item(run_stage, inputs, tmp_path: Path) -> None:

@@ -6,11 +6,10 @@ One process (rank 0) draws and scores, and sends the results to the other ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Report
 from pipeline.core.store import Artifact
 from stages.data import chat
 from stages.data.tokenizer import END, PAD, TURN_END
@@ -50,8 +49,9 @@ class Chat:
 class Verifiers:
     """The verifiers of a phase by name, with retries."""
 
-    def __init__(self, verifiers: Mapping[str, Verifier], retries: int, report: Report) -> None:
-        self.by_name, self.retries, self.report = dict(verifiers), retries, report
+    def __init__(self, verifiers: Mapping[str, Verifier], retries: int, note: Callable[[str], object]) -> None:
+        """note: prints a line to the log."""
+        self.by_name, self.retries, self.note = dict(verifiers), retries, note
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """The parts of each answer's reward. A failing verifier is retried; then VerifierFailed stops the step without
@@ -71,7 +71,7 @@ class Verifiers:
             except VerifierFailed as error:
                 if attempt == self.retries:
                     raise
-                self.report.note(f"{error}; retrying")
+                self.note(f"{error}; retrying")
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -80,7 +80,7 @@ class Verifiers:
         this."""
         killed = [str(row["id"]) for (row, _), parts in zip(answers, scored, strict=True) if parts.get("killed")]
         if killed:
-            self.report.note(
+            self.note(
                 f"verifier {name}: {len(killed)} of {len(answers)} answers were killed, or ended the process "
                 f"that scores them; their reward is 0; the first is to task {killed[0]}"
             )

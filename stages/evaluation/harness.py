@@ -1,0 +1,196 @@
+"""Stage `harness`: lm-evaluation-harness (arXiv 2405.14782) on one exported model, with results of every item.
+
+    atom run my-recipe --only harness-online-rlhf
+
+The tasks and their items come from stage `benchmarks`; nothing is read from the network. The model runs in plain
+transformers and fp32. Needs the extra `harness`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Inputs, Report, Stage, operational
+from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
+from stages.evaluation import estimates
+from stages.evaluation.benchmarks import BenchmarksConfig, data_folder, in_folder, load_task, task_manager
+from stages.evaluation.confidence import clustered
+from stages.evaluation.pieces import Piece, compute, compute_shard
+from stages.evaluation.scores import HarnessScores
+
+VERSION = 1
+BATCH = 32
+EQUAL = 1e-9
+"""Two means of the same values, added up in other orders."""
+
+
+class ItemResult(TypedDict):
+    """A value of one metric on one item. response: what the model answered, or, as JSON, the log-probabilities of the
+    choices; filter: the harness's name of how the answer was taken from it."""
+
+    set: String
+    task: String
+    number: Int32
+    filter: String
+    metric: String
+    value: Double
+    target: String
+    response: String
+
+
+RESULTS = columns_of(ItemResult)
+
+
+class HarnessConfig(BenchmarksConfig):
+    """The task sets, as in stage `benchmarks`."""
+
+    expected: estimates.Expected | None = operational(
+        None, "the model and tokens, for `atom plan` alone; null: unknown"
+    )
+
+
+def run(config: HarnessConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["model"]: an export; inputs["benchmarks"]: the tasks.
+
+    Seals `items.parquet`, one row for each item, filter and metric, `scores.json`, which follows from it alone
+    (`summary`), and a copy of the tasks. Resumes from `work`, which keeps every finished task. Only metrics that are
+    means over items are sealed; the others are named in the log. Raises AtomError if the harness or a task is missing.
+    """
+    pieces, rows = _pieces(config, inputs), list[ItemResult]()
+    for done, measured in enumerate(compute(pieces, work, partial(_load, inputs)), start=1):
+        rows += measured["rows"]
+        if measured["left_out"]:
+            report.note(f"{measured['task']}: not means over items, and left out: {', '.join(measured['left_out'])}")
+        report.progress(done, len(pieces), "tasks")
+    write_rows(out / "items.parquet", RESULTS, rows)
+    scores = summary(rows)
+    write_json(out / "scores.json", scores)
+    write_json(out / "tasks.json", inputs["benchmarks"].json("tasks.json"))
+    for task_set, tasks in scores.items():
+        for task, metrics in tasks.items():
+            figures = (f"{name} {figure['value']:.3f} ± {figure['se']:.3f}" for name, figure in metrics.items())
+            report.note(f"{task} of {task_set}: {', '.join(figures)}")
+
+
+def run_shard(config: HarnessConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Measures the tasks of one shard."""
+    load, shards = partial(_load, inputs), estimates.shards(config.expected)
+    compute_shard(_pieces(config, inputs), work, load, shard, shards)
+
+
+def _load(inputs: Inputs) -> Any:
+    import torch
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    return language_model(inputs["model"] / "model")
+
+
+def _pieces(config: HarnessConfig, inputs: Inputs) -> list[Piece[Any]]:
+    """A piece for each task."""
+    benchmarks = inputs["benchmarks"]
+    return [
+        Piece(f"{task_set}-{number:04d}", partial(_measure, task_set=task_set, name=name, folder=folder,
+                                                  data=benchmarks / data_folder(name), limit=config.limit))
+        for task_set, stated in benchmarks.json("tasks.json").items()
+        for folder in [benchmarks / "folders" / task_set if stated["folder"] else None]
+        for number, name in enumerate(stated["tasks"])
+    ]  # fmt: skip
+
+
+def summary(rows: Sequence[ItemResult]) -> HarnessScores:
+    """`scores.json` from the table alone: of each metric, with the harness's name of its filter, the mean over items
+    and its standard error."""
+    values: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in rows:
+        by_metric = values.setdefault(row["set"], {}).setdefault(row["task"], {})
+        by_metric.setdefault(f"{row['metric']},{row['filter']}", []).append(row["value"])
+    return {
+        task_set: {task: {name: clustered(found) for name, found in metrics.items()} for task, metrics in tasks.items()}
+        for task_set, tasks in values.items()
+    }
+
+
+def language_model(folder: Path) -> Any:
+    """The harness's model of one model folder. Raises AtomError if the model or the harness is missing."""
+    if not (folder / "config.json").is_file():
+        raise AtomError(f"{folder} contains no model; give a release folder made by `atom build`")
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise AtomError(f"the harness is not installed ({error}); run pip install 'atom-release[harness]'") from None
+    import torch
+
+    from stages.data.tokenizer import END
+
+    class Published(HFLM):  # type: ignore[misc, unused-ignore]
+        """Ends an answer like the release's evaluation: at the end of a document, with all tokens in the text."""
+
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
+            text: str = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            return text
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
+            end_token = self.tokenizer.convert_tokens_to_ids(END)
+            return super()._model_generate(context, max_length, stop, eos_token_id=end_token, **settings)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Published(str(folder.resolve()), dtype="float32", device=device, batch_size=BATCH)
+
+
+def evaluate(model: Any, tasks: list[Any], manager: Any, limit: int | None = None) -> dict[str, Any]:
+    """The harness's result: `results` by task, and `samples`. manager: its index of tasks."""
+    import lm_eval
+
+    results: dict[str, Any] = lm_eval.simple_evaluate(
+        model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
+    )
+    return results
+
+
+def _measure(
+    model: Any, task_set: str, name: str, folder: Path | None, data: Path, limit: int | None
+) -> dict[str, Any]:
+    """`rows` of one task, and the metrics that are `left_out`."""
+    import datasets
+
+    splits = {path.stem: datasets.Dataset.from_parquet(str(path)) for path in sorted(data.glob("*.parquet"))}
+    manager = task_manager(folder)
+    with in_folder(folder):
+        task = load_task(manager, name, {"custom_dataset": lambda **_: splits})
+        result = evaluate(model, [task], manager, limit)
+    stated, samples = result["results"][name], sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+    rows: list[ItemResult] = []
+    left_out = []
+    for metric, kind in sorted({(metric, sample["filter"]) for sample in samples for metric in sample["metrics"]}):
+        found = [sample for sample in samples if sample["filter"] == kind and metric in sample["metrics"]]
+        values = [sample[metric] for sample in found]
+        numbers = all(isinstance(value, (int, float)) for value in values)
+        if not numbers or abs(sum(values) / len(values) - stated[f"{metric},{kind}"]) > EQUAL:
+            left_out.append(metric)
+            continue
+        rows += [
+            ItemResult(
+                set=task_set, task=name, number=sample["doc_id"], filter=kind, metric=metric, value=float(value),
+                target=str(sample["target"]), response=_response(sample),
+            )
+            for sample, value in zip(found, values, strict=True)
+        ]  # fmt: skip
+    return {"task": name, "rows": rows, "left_out": left_out}
+
+
+def _response(sample: dict[str, Any]) -> str:
+    responses = sample["filtered_resps"]
+    return responses[0] if isinstance(responses[0], str) else json.dumps(responses, default=float)
+
+
+STAGE = Stage(
+    "harness", VERSION, HarnessConfig, run,
+    estimate=lambda config: estimates.estimate(config.expected),
+    shards=lambda config: estimates.shards(config.expected), run_shard=run_shard,
+)  # fmt: skip

@@ -1,0 +1,114 @@
+"""Task sets of lm-evaluation-harness by name: their tasks, and the data that these read with its license.
+
+A further set is one entry of `TASK_SETS`. Each license and revision was read from the page that `license_evidence`
+names. A recipe may also bring its own tasks, in a folder of the harness's YAML files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import Flag, Key, License, Range, SourceName, Text, Words
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, operational
+from pipeline.core.store import sha256_file
+from stages.data.sources import TreeDigest, tree_digest
+
+MOST_FILES = 10_000
+"""Of a folder of tasks."""
+TASK_ITEMS, ITEM_TOKENS = 2000, 500
+"""Assumed items of a task, and tokens of an item with all its choices."""
+
+
+class TaskSet(Config):
+    """Tasks of the harness that read the same data. revision: of the dataset on the Hub; null with a folder of YAML
+    files. folder_digest: of that folder."""
+
+    name: SourceName = Field(description="name of the set")
+    tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)] = Field(description="tasks of the harness")
+    license: License = Field(description="SPDX license of the data")
+    license_evidence: Text = Field(description="text or URL that shows the license")
+    revision: Text | None = Field(None, description="revision of the dataset on the Hub; null: data of a folder")
+    folder: Text | None = operational(None, "folder of the YAML files; null: the harness has the tasks")
+    folder_digest: TreeDigest | None = Field(None, description="digest of the files of the folder; null: no folder")
+
+
+TASK_SETS = {
+    task_set.name: task_set
+    for task_set in (
+        TaskSet(
+            name="arc", tasks=("arc_easy", "arc_challenge"), license="CC-BY-SA-4.0",
+            license_evidence="https://huggingface.co/datasets/allenai/ai2_arc/tree/210d026faf9955653af8916fad021475a3f00453",
+            revision="210d026faf9955653af8916fad021475a3f00453", folder_digest=None,
+        ),
+    )
+}  # fmt: skip
+
+
+def _set_error(name: str) -> str | None:
+    return None if name in TASK_SETS else f"is an unknown task set; known are {', '.join(sorted(TASK_SETS))}"
+
+
+class TaskFolder(Config):
+    """Tasks of one's own: YAML files as the harness reads them, and data files beside them."""
+
+    name: SourceName = Field(description="name of the set")
+    path: Text = Field(description="folder of the YAML files, from that of the recipe; data files are named from it")
+    tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)] = Field(description="tasks in the folder")
+    license: License = Field(description="SPDX license of the data")
+    license_evidence: Text = Field(description="text or URL that shows the license")
+    digest: TreeDigest = Field("auto", description="expected digest of the files; auto: computed from the files")
+
+
+class HarnessSection(Config):
+    """Task sets of lm-evaluation-harness; needs the extra `harness`."""
+
+    sets: Annotated[tuple[Annotated[str, Words(40, test=_set_error)], ...], Field(max_length=100)] = Field(
+        (), description="task sets by name"
+    )
+    folders: Annotated[tuple[TaskFolder, ...], Field(max_length=100)] = Field((), description="task sets of your own")
+    limit: Annotated[int, Range(2, 1e6)] | None = Field(None, description="first items of a task; null: all")
+    every_model: Flag = Field(False, description="measure every trained model, not the final one alone")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> HarnessSection:
+        names = [*self.sets, *(folder.name for folder in self.folders)]
+        if not names:
+            raise ValueError("evaluation.harness names no task set; give `sets` or `folders`, or leave it out")
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"evaluation.harness has the task set {repeated} twice; names must differ")
+        return self
+
+    def tokens(self) -> int:
+        """Tokens that the evaluation of one model reads, as assumed for `atom plan`."""
+        return self.tasks() * (self.limit or TASK_ITEMS) * ITEM_TOKENS
+
+    def tasks(self) -> int:
+        """The number of all tasks."""
+        return sum(len(TASK_SETS[name].tasks) for name in self.sets) + sum(len(own.tasks) for own in self.folders)
+
+    def task_sets(self, base: Path, where: str) -> tuple[TaskSet, ...]:
+        """The sets with the digests of their folders. base: the folder of the recipe. Raises RecipeError if a folder is
+        missing, has no YAML file, or differs from its pin."""
+        return (*(TASK_SETS[name] for name in self.sets), *(_of_folder(own, base, where) for own in self.folders))
+
+
+def _of_folder(own: TaskFolder, base: Path, where: str) -> TaskSet:
+    folder = (base / own.path).resolve()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    if not any(path.suffix == ".yaml" for path in files) or len(files) > MOST_FILES:
+        raise RecipeError(
+            f"{where}: task set {own.name} needs a folder of at most {MOST_FILES:,} files with a YAML file for each "
+            f"task, and {folder} is none; correct its path"
+        )
+    digest = tree_digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
+    if own.digest not in ("auto", digest):
+        raise RecipeError(
+            f"{where}: task set {own.name} is pinned to {own.digest}, but {folder} has {digest}; restore the files, or "
+            "change the pin"
+        )
+    fields = own.model_dump(include={"name", "tasks", "license", "license_evidence"})
+    return TaskSet(**fields, folder=str(folder), folder_digest=digest)

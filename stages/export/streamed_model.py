@@ -1,0 +1,143 @@
+"""A model in plain transformers, whole or a layer at a time, for the scripts of this folder that run without this
+project's code.
+
+This file imports no module of this project, on purpose. The scripts load it by its path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.modeling_utils import LoadStateDictConfig
+
+KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+SAFE = {"trust_remote_code": False, "local_files_only": True}
+"""Options that run nothing of an untrusted folder, without a prompt."""
+
+
+class Whole:
+    """A model that `from_pretrained` has loaded, in fp32. keys: sentences on tensors that are missing, left over or of
+    another shape."""
+
+    in_memory = True
+
+    def __init__(self, folder: str) -> None:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **SAFE
+        )
+        self.model, loading = loaded
+        self.keys = [f"{kind.replace('_', ' ')} {key}" for kind in KINDS for key in sorted(map(str, loading[kind]))]
+
+    def load(self, at: str) -> None: ...
+
+    def drop(self, module: torch.nn.Module) -> None: ...
+
+
+class ByLayer:
+    """A model in fp32 without weights, of which parts get theirs by the method that `from_pretrained` calls for all of
+    them. keys: as those of `Whole`, of the parts that were loaded."""
+
+    in_memory = False
+
+    def __init__(self, folder: str) -> None:
+        config = AutoConfig.from_pretrained(folder, **SAFE)
+        with torch.device("meta"):
+            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        self.model.eval()
+        if Path(folder, "generation_config.json").exists():
+            self.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        base = self.model.base_model
+        base.rotary_emb = type(base.rotary_emb)(config)  # its tables are computed, not loaded
+        self.prefix = f"{self.model.base_model_prefix}.layers."
+        self.conversions = get_model_conversion_mapping(self.model)
+        self.keys: list[str] = []
+        self.parts: dict[str, dict[str, Path]] = defaultdict(dict)  # layer's prefix, or "" -> tensor -> its file
+        for name, path in files(Path(folder)).items():
+            number = name.removeprefix(self.prefix).split(".")[0]
+            layer = name.startswith(self.prefix) and number.isdigit() and int(number) < len(base.layers)
+            self.parts[f"{self.prefix}{number}." if layer else ""][name] = path
+        self.load("")
+        self.model.tie_weights()
+
+    def load(self, at: str) -> None:
+        """Loads the tensors whose names start with `at`; "" stands for all that are in no layer."""
+        opened: dict[Path, Any] = {}
+        state = {}
+        for name, path in self.parts[at].items():
+            if path not in opened:
+                opened[path] = safe_open(path, framework="pt")
+            state[name] = opened[path].get_slice(name)
+        settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self.conversions)
+        loading, _ = self.model._load_pretrained_model(self.model, state, None, settings)
+        tied = self.model.all_tied_weights_keys
+        names = [n for n, p in self.model.named_parameters() if n.startswith(at) and p.is_meta]
+        missing = [n for n in names if n not in tied and (at or not n.startswith(self.prefix))]
+        for kind, keys in zip(KINDS, (missing, loading.unexpected_keys, loading.mismatched_keys), strict=True):
+            self.keys += [f"{kind.replace('_', ' ')} {key}" for key in sorted(map(str, keys))]
+        self.keys += [f"{error} at {key}" for key, error in sorted(loading.conversion_errors.items())]
+
+    def drop(self, module: torch.nn.Module) -> None:
+        module.to("meta")
+
+
+def fp32_bytes(folder: Path) -> int:
+    """Bytes of the tensors of all files in fp32."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return 4 * count
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor. Raises ValueError if an index does not add up with its files."""
+    index = folder / "model.safetensors.index.json"
+    stated = json.loads(index.read_text())["weight_map"] if index.exists() else None
+    if outside := [name for name in set(stated.values()) if Path(name).name != name] if stated else []:
+        raise ValueError(f"{index.name} names the file {outside[0]}, which is not in its folder")
+    file_of: dict[str, Path] = {}
+    for path in sorted({folder / name for name in stated.values()} if stated else [folder / "model.safetensors"]):
+        with safe_open(path, framework="pt") as file:
+            file_of |= dict.fromkeys(file.keys(), path)
+    if stated is not None and {name: path.name for name, path in file_of.items()} != stated:
+        raise ValueError(f"{index.name} does not list the tensors of its files")
+    return file_of
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def hidden_states(source: Whole | ByLayer, rows: list[list[int]]) -> list[torch.Tensor]:
+    """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once. None if layers lack
+    tensors, which `source.keys` then names."""
+    base = source.model.base_model
+    states: list[torch.Tensor] = []
+    calls: list[list[dict[str, Any]]] = []  # of each row, the keywords of each layer: masks, rotary tables
+
+    def record(hidden: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        if not calls[-1]:
+            states.append(hidden)
+        calls[-1].append(keywords)
+        return hidden
+
+    for layer in base.layers:
+        layer.forward = record
+    for row in rows:
+        calls.append([])
+        base(input_ids=torch.tensor([row]), use_cache=False)
+    for number, layer in enumerate(base.layers):
+        del layer.forward
+        source.load(f"{source.model.base_model_prefix}.layers.{number}.")
+        if source.keys:
+            return []
+        for place, call in enumerate(calls):
+            states[place] = layer(states[place], **call[number])
+        source.drop(layer)
+    return [base.norm(state) for state in states]
