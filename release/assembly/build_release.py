@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact
-from stages.recipe import ReleaseSection
 
 if TYPE_CHECKING:
     from release.assembly.assemble import Assembly
@@ -118,6 +117,7 @@ def describe(source: BuildInput) -> ReleaseInfo:
     from release.cards.versions import SCHEMA as CARDS
     from release.layout import FORMAT
     from release.schema import NodeArtifact, PublishedLicenses, ReleaseInfo
+    from stages.recipe import ReleaseSection
 
     section = ReleaseSection.model_validate(source.recipe["release"])
     return ReleaseInfo(

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage, operational
 from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
-from stages.evaluation import estimates
+from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.benchmarks import BenchmarksConfig, data_folder, in_folder, load_task, task_manager
 from stages.evaluation.confidence import clustered
 from stages.evaluation.pieces import Piece, compute, compute_shard
@@ -192,5 +192,5 @@ def _response(sample: dict[str, Any]) -> str:
 STAGE = Stage(
     "harness", VERSION, HarnessConfig, run,
     estimate=lambda config: estimates.estimate(config.expected),
-    shards=lambda config: estimates.shards(config.expected), run_shard=run_shard,
+    shards=lambda config: estimates.shards(config.expected), run_shard=run_shard, imports=MODEL_LIBRARIES,
 )  # fmt: skip

@@ -39,7 +39,7 @@ from stages.data.seeds import seed_of, split_mix
 from stages.data.shards import document_files, first_tokens, shard_name
 from stages.data.synthetic import canaries
 from stages.data.table import Int32, Int64, String, columns_of, order_files, stream_part_batches, write_json, write_rows
-from stages.evaluation import canary_exposure, estimates
+from stages.evaluation import MODEL_LIBRARIES, canary_exposure, estimates
 from stages.evaluation.canary_exposure import CANARIES, CanaryRow
 from stages.evaluation.confidence import binomial, clustered, wilson
 from stages.evaluation.scores import MemorizationScores, Regurgitation
@@ -322,5 +322,6 @@ def _summarize(rows: Sequence[DocumentRow]) -> Regurgitation:
 
 
 STAGE = Stage(
-    "memorization", VERSION, MemorizationConfig, run, estimate=lambda config: estimates.estimate(config.expected)
-)
+    "memorization", VERSION, MemorizationConfig, run,
+    estimate=lambda config: estimates.estimate(config.expected), imports=MODEL_LIBRARIES,
+)  # fmt: skip

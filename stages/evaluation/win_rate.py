@@ -24,7 +24,7 @@ from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import once
 from stages.data.seeds import seed_of
 from stages.data.table import write_json, write_rows
-from stages.evaluation import estimates
+from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.confidence import clustered, wilson
 from stages.evaluation.eval_set import chat_rows
 from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, select_split
@@ -137,5 +137,6 @@ def _summarize_side(pairs: Sequence[dict[str, Any]], side: str) -> SideScores:
 
 
 STAGE = Stage(
-    "prefer", VERSION, PreferConfig, run, estimate=lambda config: estimates.estimate(config.expected, len(SIDES))
-)
+    "prefer", VERSION, PreferConfig, run,
+    estimate=lambda config: estimates.estimate(config.expected, len(SIDES)), imports=MODEL_LIBRARIES,
+)  # fmt: skip

@@ -200,5 +200,5 @@ def _write(path: Path, value: Any) -> None:
 
 STAGE = Stage(
     "export", VERSION, ExportConfig, run, estimate=estimate,
-    obstacle=lambda config: config.model.export_obstacle(),
+    obstacle=lambda config: config.model.export_obstacle(), imports=("stages.export.comparison",),
 )  # fmt: skip
