@@ -77,27 +77,45 @@ def _dispatcher(layout: Layout) -> str:
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
     """Megatron's, with a loss by slices of tokens where the layout has one (`Layout.slices_loss`). Its argument
-    `loss_mask` then has the meaning of `weights` in `sliced_loss.token_losses`."""
+    `loss_mask` then has the meaning of `weights` in `sliced_loss.token_losses`.
+
+    Its argument `targets` (`stages.train.data.Batch`) computes the logits of these alone; the losses have the shape of
+    `labels`, and are 0 elsewhere.
+    """
 
     layout: Layout
     real_vocab_size: int
+    targets: torch.Tensor | None = None
+
+    def forward(self, *inputs: Any, targets: torch.Tensor | None = None, **keywords: Any) -> Any:
+        self.targets = targets
+        return super().forward(*inputs, **keywords)
 
     def _postprocess(
         self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_mask: torch.Tensor | None = None,
         **inputs: Any,
     ) -> Any:  # fmt: skip
-        is_sliced = (
-            self.post_process
-            and labels is not None
-            and self.layout.slices_loss(labels.numel(), self.config.hidden_size, self.vocab_size)
-        )
-        if not is_sliced:
+        targets, grid = self.targets, labels
+        if not self.post_process or labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
-        shared = self.share_embeddings_and_output_weights
-        head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-        if self.layout.tp > 1:
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
-        return token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask)
+        is_sliced = self.layout.slices_loss(
+            labels.numel() if targets is None else targets.shape[1], self.config.hidden_size, self.vocab_size
+        )
+        if self.layout.tp > 1 and (is_sliced or targets is not None):
+            hidden_states, is_sliced = tensor_parallel.gather_from_sequence_parallel_region(hidden_states), True
+        if targets is not None:
+            hidden_states = hidden_states[:, 0].index_select(0, targets[0])[:, None]
+            labels = labels.flatten().index_select(0, targets[1])[None]
+            loss_mask = None if loss_mask is None else loss_mask.flatten().index_select(0, targets[1])[None]
+        if is_sliced:
+            shared = self.share_embeddings_and_output_weights
+            head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+            losses = token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask)
+        else:
+            losses = super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
+        if targets is None:
+            return losses
+        return losses.new_zeros(grid.numel()).index_copy(0, targets[1], losses.flatten()).view(grid.shape)
 
 
 def build(

@@ -91,6 +91,10 @@ class PostTrainingPhase(PhaseBase):
     )
 
     @property
+    def packed(self) -> bool:
+        return True
+
+    @property
     def micro_batch_counts(self) -> list[int]:
         return [self.micro_batches]
 

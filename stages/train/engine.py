@@ -304,10 +304,12 @@ class Engine:
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
-            assert not batch.extras or self.layout.cp == 1, "context ranks hold parts of rows"
+            assert (batch.targets is None and not batch.extras) or self.layout.cp == 1, "context ranks hold parts of rows"
             ids, positions, labels, mask, padding = (gpu.upload(x, device) for x in self._inputs(batch, model))
             weights = mask if objective is cross_entropy else None
-            losses = model(ids, positions, batch.starts, labels=labels, padding_mask=padding, loss_mask=weights)
+            targets = None if batch.targets is None else gpu.upload(batch.targets, device)
+            losses = model(ids, positions, batch.segments, labels=labels, padding_mask=padding, loss_mask=weights,
+                           targets=targets)  # fmt: skip
             extras = {n: gpu.upload(x, device) for n, x in batch.extras.items()}
             device_batch = replace(batch, loss_mask=mask, extras=extras)
 

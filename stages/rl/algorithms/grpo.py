@@ -112,9 +112,8 @@ class GrpoTrainer(PolicyTrainer):
                 lengths = [len(example.ids) - example.start for example in part]
                 divisor = self.algorithm.mean.divisor(lengths, phase.sampling.max_new_tokens)
                 part += self._replay_examples(step, number, divisor)
-                units = [[example] for example in sorted(part, key=lambda example: len(example.ids))]
                 batches[number] = build_rank_batch(
-                    units, phase.micro_batches, self.engine.ranks, self.policy.chat.pad, divisor
+                    [[example] for example in part], phase.micro_batches, self.engine.ranks, self.policy.chat.pad, divisor
                 )
         if phase.updates > 1:
             batches = {number: with_logprobs(self.engine, batch, "old") for number, batch in batches.items()}

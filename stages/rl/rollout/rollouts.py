@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{**asdict(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
+    rows = [{**vars(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema())
