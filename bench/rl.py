@@ -11,11 +11,11 @@ weights and ask the same questions in every step, at temperature 1, with the sam
 and advantages.
 
 The same work, measured with two distributions of lengths. Real ones: answers end at the lengths of atom-tiny's
-answers, as many of each on both sides, where the token that ends them is set and nowhere else possible. Equal ones: the
-token that ends an answer is, on both sides, one beyond the vocabulary, which the model has no logit for, so every answer
-has exactly as many tokens as allowed. Ours are set to count as finished, since a stage learns nothing from answers that
-were cut off. The reward is the share of letters among an answer's characters, which differs within every group, so no
-group is left out.
+answers, as many of each on both sides; the token that ends them is set there, and possible nowhere else. Equal ones:
+the token that ends an answer is, on both sides, one beyond the vocabulary, which the model has no logit for, so every
+answer has exactly as many tokens as allowed. Ours are set to count as finished, since a stage learns nothing from
+answers that were cut off. The reward is the share of letters among an answer's characters, which differs within every
+group, so no group is left out.
 
 The two take steps in turn in one process; a round's ratio is TRL's seconds by ours. Seconds are CPU seconds of the
 process. The last line is one JSON object: `ratio`, `low` and `high` with real lengths, `equal` with equal ones.
@@ -295,7 +295,10 @@ def quickest(size: Size, model: Any, make: Callable[[Any, int, int], Any]) -> tu
 
 
 def measure(size: Size) -> dict[str, float]:
-    """Runs the rounds and prints the table; gives the ratio and its quartiles. Raises SystemExit if the work is not the same."""
+    """Runs the rounds and prints the table; gives the ratio and its quartiles.
+
+    Raises SystemExit if the work is not the same.
+    """
     optimizer = dict(
         lr=RATE, final_lr=RATE, warmup_steps=0, weight_decay=0.0, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP
     )
@@ -331,10 +334,10 @@ def measure(size: Size) -> dict[str, float]:
         if not apart < 1e-4:
             raise SystemExit(f"not the same model: logits differ by {apart}")
         lengths = size.draw_lengths()
-        shown = f"{min(lengths)} to {max(lengths)}, on average {statistics.fmean(lengths):.1f}"
+        shown = f"{min(lengths)} to {max(lengths)} (on average {statistics.fmean(lengths):.1f})"
         print(f"{config.model.parameters(size.vocab)['total']:,} parameters; {size.groups} questions, {size.samples} "
-              f"answers of {shown if size.lengths else size.new} tokens to each; fp32, one thread; TRL: {experts} "
-              f"experts, update in {pieces} (tried: {comparison})")  # fmt: skip
+              f"answers of {shown} tokens to each; fp32, one thread; TRL: {experts} experts, update in {pieces} "
+              f"(tried: {comparison})")  # fmt: skip
 
         timings: dict[str, list[Seconds]] = {"ours": [], "trl": []}
         lines: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}

@@ -161,8 +161,8 @@ def fits_flash_attention(q: torch.Tensor) -> bool:
 
 
 class EngineAttention(Attention):
-    """The same by Transformer Engine's kernels for rows of variable length, on one context rank. Documents with a prefix
-    have fewer queries than keys, and go by PyTorch's."""
+    """The same by Transformer Engine's kernels for rows of variable length, on one context rank. Documents with a
+    prefix have fewer queries than keys, and go by PyTorch's."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **settings: Any) -> None:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention

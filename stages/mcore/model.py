@@ -23,9 +23,11 @@ from stages.mcore.tensor_sharding import boxes, cut, is_cut
 from stages.models.base import ModelConfig, Precision
 
 
-def transformer_config(model: ModelConfig, layout: Layout, precision: Precision = "fp32") -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, layout: Layout, precision: Precision = "fp32", routing_replay: bool = False
+) -> TransformerConfig:
     """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
-    the precision."""
+    the precision. routing_replay: routers can be given the experts of their tokens."""
     words = keywords(precision)
     engine = uses_transformer_engine(words["params_dtype"])
     megatron_compat.multiply_routers_with_transformer_engine(engine)
@@ -59,6 +61,9 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         deterministic_mode=layout.deterministic and torch.cuda.is_available(),
         **fusions.keywords(layout, engine, model.routing is not None),
     )
+    if routing_replay:
+        config.moe_enable_routing_replay = True
+        config.moe_router_fusion = False  # that kernel would choose experts of its own, without a word
     # for this project's attention; Megatron's own reads the following
     config.rows = RowTables(frequencies(model), layout.cp)
     for name, value in megatron_yarn(model).items():
@@ -120,18 +125,19 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
 
 def build(
     model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
-    packed: bool = False, vocab_size: int | None = None, on_meta: bool = False,
+    packed: bool = False, vocab_size: int | None = None, on_meta: bool = False, routing_replay: bool = False,
 ) -> list[GPTModel]:  # fmt: skip
     """This rank's part of the model, one GPTModel for each virtual pipeline stage, without its initial weights.
 
     packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
     vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
     on_meta: tensors take no memory until `to_empty` gives them some.
+    routing_replay: for `routing_replay.RoutingReplay`.
 
     Needs a `stages.train.parallel.session` of the same layout.
     """
     layout = layout or Layout()
-    config = transformer_config(model, layout, precision)
+    config = transformer_config(model, layout, precision, routing_replay)
     if on_meta:  # Megatron's layers then name no device; those of Transformer Engine name this one
         config.init_model_with_meta_device = uses_transformer_engine(config.params_dtype)
         config.use_cpu_initialization = not config.init_model_with_meta_device

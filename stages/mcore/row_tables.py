@@ -139,7 +139,6 @@ class Tables:
         queries, keys = (gpu.upload(x.int(), self.device) for x in (bounds, keys))
         return Documents(queries, keys, longest, gathered)
 
-
     def buckets(self, batch: int, dtype: torch.dtype) -> tuple[list[Bucket], torch.Tensor]:
         """The documents of `batch` rows by length, for kernels that take rows of one length; and the place of each
         position in the queries of all buckets side by side."""
@@ -155,7 +154,8 @@ class Tables:
         for n, (before, length) in enumerate(zip(prefix.tolist(), count.tolist(), strict=True)):
             kinds.setdefault((before > 0, (length - 1).bit_length()), []).append(n)
         first, first_key = documents.queries.cpu().long(), documents.keys.cpu().long()
-        gathered, buckets, place, offset = documents.gathered.cpu(), [], torch.empty(int(first[-1]), dtype=torch.long), 0
+        gathered, buckets, offset = documents.gathered.cpu(), [], 0
+        place = torch.empty(int(first[-1]), dtype=torch.long)
         for members in kinds.values():
             n = torch.tensor(members)
             longest, before = int(count[n].max()), int(prefix[n].max())
@@ -188,8 +188,8 @@ class RowTables:
         self.tables: Tables | None = None
 
     def of(self, starts: torch.Tensor | None, length: int, device: torch.device) -> Tables:
-        """starts: as in `Tables`. length: of this context rank's share of a row. The tables keep `starts`, so its memory is not used again
-        while they are the latest."""
+        """starts: as in `Tables`. length: of this context rank's share of a row. The tables keep `starts`, so its
+        memory is not used again while they are the latest."""
         place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
         key = place, length, device
         if self.tables is None or key != self.key:

@@ -19,12 +19,13 @@ from pipeline.core.stage import Inputs, Report
 from pipeline.core.store import Artifact
 from stages.data.table import require_columns
 from stages.evaluation.eval_set import chat_rows
+from stages.models.base import Routing
 from stages.models.hf import hf_config
 from stages.rl.config import DpoTrainConfig, RlTrainConfig
 from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Completion, Parts, Row, Sampler, SamplerContext
 from stages.rl.rewards.registry import make_verifiers
-from stages.rl.rollout import generation, rollouts, tasks
+from stages.rl.rollout import generation, rollouts, routes, tasks
 from stages.rl.rollout.rollouts import Rollout
 from stages.rl.samplers import registry as sampler_registry
 from stages.train.engine import Engine
@@ -94,7 +95,9 @@ def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, 
     """The sampler that the recipe names."""
     dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
     model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
-    context = SamplerContext(model_config, chat.stops, work / "served", config.phase.sampling)
+    context = SamplerContext(
+        model_config, chat.stops, work / "served", config.phase.sampling, config.phase.replays_routing
+    )
     return sampler_registry.make_sampler(config.phase.sampling.kind, context)
 
 
@@ -127,7 +130,7 @@ class RolloutFiles:
                 for (row, seed), c in zip(requests, completions, strict=True)
             ]
             rollouts.write(drawn_path, answers)
-        completions = [Completion(tuple(r.ids), tuple(r.logprobs), r.finished) for r in answers]
+        completions = [Completion(tuple(r.ids), tuple(r.logprobs), r.finished, r.routes) for r in answers]
         parts = policy.score([row for row, _ in requests], completions)
         versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}
         answers = [
@@ -170,6 +173,7 @@ def unscored(
         policy=digest, seed=seed, prompt_ids=list(chat.encode_prompt(row)), ids=completion.ids,
         logprobs=completion.logprobs, text=chat.response(completion).text, finished=completion.finished, reward=0.0,
         parts={}, verifier=row["verifier"], verifier_version="", dropped="",
+        routes=completion.routes,
     )  # fmt: skip
 
 
@@ -181,13 +185,15 @@ class RecordedRollouts(RolloutFiles):
     from the recipe and from all rewards before), and if its other columns follow from its task, tokens and rewards.
     """
 
-    def __init__(self, artifact: Artifact, report: Report) -> None:
-        """Raises AtomError if the file is damaged or has other columns than this version writes."""
+    def __init__(self, artifact: Artifact, report: Report, routing: Routing | None = None) -> None:
+        """routing: of a phase with routing replay. Raises AtomError if the file is damaged or has other columns than
+        this version writes."""
         super().__init__(artifact.path, report)
+        self.routing = routing
         self.file, self.step = artifact / "rollouts.parquet", 0
         self.answers: list[Rollout] = []
         """The answers of `step`, the latest one that was asked for; step 0 has none."""
-        require_columns(self.file, rollouts.schema())
+        require_columns(self.file, rollouts.schema(routing is not None))
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
@@ -203,8 +209,10 @@ class RecordedRollouts(RolloutFiles):
             recorded_answer = "is missing" if answer is None else f"is one to {answer.task} with seed {answer.seed}"
             if recorded_answer != f"is {requested}":
                 raise self._altered(step, wave, number, f"{recorded_answer}, and the phase asked for {requested}")
-            if not is_answer(answer, policy.chat.vocab_size):
-                raise self._altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
+            if not is_answer(answer, policy.chat.vocab_size, self.routing):
+                raise self._altered(
+                    step, wave, number, "has tokens, log-probabilities, experts or a reward that no answer has"
+                )
             if is_first and answer.policy != digest:
                 raise self._altered(
                     step, wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
@@ -217,6 +225,7 @@ class RecordedRollouts(RolloutFiles):
                 reward=r.reward,
                 parts=r.parts,
                 verifier_version=r.verifier_version,
+                routes=r.routes,
             )
             for (row, seed), r in zip(requests, recorded, strict=True)
         ]
@@ -250,13 +259,17 @@ class RecordedRollouts(RolloutFiles):
         )
 
 
-def is_answer(r: Rollout, vocab_size: int) -> bool:
-    """Whether values from a file can be an answer: tokens of the vocabulary, a finite log-probability of each, and the
-    total of the reward's parts."""
+def is_answer(r: Rollout, vocab_size: int, routing: Routing | None = None) -> bool:
+    """Whether values from a file can be an answer: tokens of the vocabulary, a finite log-probability of each, the
+    total of the reward's parts, and experts of each token if routing is replayed."""
     try:
+        if routing is not None and r.routes is not None:
+            routes.decode(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
+        elif (routing is None) != (r.routes is None):
+            return False
         numbers = math.isfinite(r.reward) and all(map(math.isfinite, r.logprobs)) and r.parts["reward"] == r.reward
         return numbers and len(r.logprobs) == len(r.ids) and all(0 <= token < vocab_size for token in r.ids)
-    except (TypeError, KeyError):  # a value is missing
+    except (TypeError, KeyError, ValueError):  # a value is missing, or no record of experts
         return False
 
 
@@ -272,7 +285,8 @@ class PolicyTrainer(PostTrainer):
         self.rows = tasks.read(self.inputs["tasks"])
         kinds, items = {row["kind"] for row in self.rows}, []
         if "rollouts" in self.inputs:
-            self.files: RolloutFiles = RecordedRollouts(self.inputs["rollouts"], self.report)
+            routing = self.config.model.routing if self.config.phase.replays_routing else None
+            self.files: RolloutFiles = RecordedRollouts(self.inputs["rollouts"], self.report, routing)
         else:
             self.files, items = RolloutFiles(self.work / "rollouts", self.report), chat_rows(self.inputs["items"])
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]

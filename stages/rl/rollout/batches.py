@@ -16,6 +16,7 @@ from itertools import accumulate
 
 import torch
 
+from stages.mcore.routing_replay import OWN
 from stages.train.data import ALIGN, Batch, RankBatch
 from stages.train.parallel import Ranks
 
@@ -23,12 +24,14 @@ from stages.train.parallel import Ranks
 @dataclass(frozen=True)
 class Example:
     """A question and its answer. ids: of both; start: index of the answer's first token. row: numbers of the example by
-    name; tokens: numbers of each token of the answer by name."""
+    name; tokens: numbers of each token of the answer by name. routes: the experts of all tokens but the last,
+    int16 [tokens, layers with experts, experts of a token]; None: those that the routers choose."""
 
     ids: Sequence[int]
     start: int
     row: Mapping[str, float] = field(default_factory=dict)
     tokens: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    routes: torch.Tensor | None = None
 
     def continues(self, other: Example | None) -> bool:
         """Whether its question is the other's."""
@@ -70,10 +73,13 @@ def _tokens(examples: Sequence[Example]) -> int:
     return sum(end - begin for begin, end, *_ in _segments(examples))
 
 
-def _segments(examples: Sequence[Example]) -> list[tuple[int, int, int, int, Sequence[int]]]:
+Segment = tuple[int, int, int, int, Sequence[int]]
+
+
+def _segments(examples: Sequence[Example]) -> list[Segment]:
     """A row's segments from left to right: first position, end, both of the question that it continues, tokens. A
     question has one segment, or none if the example before has it; then comes the answer without its last token."""
-    segments: list[tuple[int, int, int, int, Sequence[int]]] = []
+    segments: list[Segment] = []
     before, question, end = None, (0, 0), 0
     for example in examples:
         if not example.continues(before):
@@ -115,4 +121,16 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int) -> Batch:
     targets = torch.stack((torch.cat(inputs), torch.cat(cells)))
     if not targets.numel():  # the first input predicts a token that the loss mask leaves out
         targets = torch.zeros(2, 1, dtype=torch.long)
-    return Batch(ids, labels, mask, padding, starts, prefixes, targets, extras)
+    return Batch(ids, labels, mask, padding, starts, prefixes, targets, _routes(examples, answers, width), extras)
+
+
+def _routes(examples: Sequence[Example], answers: Sequence[Segment], width: int) -> torch.Tensor | None:
+    """The experts of a row's tokens, for `Batch.routes`. answers: the segment of each example's answer."""
+    recorded = next((example.routes for example in examples if example.routes is not None), None)
+    if recorded is None:
+        return None
+    routes = recorded.new_full((width, *recorded.shape[1:]), OWN)
+    for example, (begin, end, first, last, _) in zip(examples, answers, strict=True):
+        if example.routes is not None:
+            routes[first:last], routes[begin:end] = example.routes.split((example.start, end - begin))
+    return routes
