@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,27 +49,64 @@ def test_every_answer_names_the_experts_of_its_tokens(replayed: Path) -> None:
 
 
 @pytest.mark.numeric
-def test_in_fp32_the_gap_is_that_of_rounding(replayed: Path) -> None:
-    gaps = [x["sampler_gap"] for x in rl_fixtures.lines(replayed) if "sampler_gap" in x]
-    assert len(gaps) == 2 and max(gaps) <= 1e-6
+def test_the_log_has_the_gap_with_and_without_replay(replayed: Path) -> None:
+    lines = [x for x in rl_fixtures.lines(replayed) if "sampler_gap" in x]
+    assert len(lines) == 2 and max(x["sampler_gap"] for x in lines) <= 1e-6
+    assert all(math.isfinite(x["sampler_gap_own_routing"]) for x in lines)
+
+
+def gaps(precision: str, seed: int) -> tuple[float, float]:
+    """Mean difference of a token's log-probability between a sampler in fp32 and a trainer: with routing replay, and
+    with routers that choose."""
+    from stages.models.hf import hf_config
+    from stages.rl.algorithms.grpo import without_routes
+    from stages.rl.protocols import Prompt
+    from stages.rl.rollout.batches import Example, build_rank_batch
+    from stages.rl.samplers.generate import InProcess
+    from stages.train import parallel
+    from stages.train.data import Batch
+    from stages.train.engine import Engine
+
+    sizes = {"layers": 3, "experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "init_std": 0.2}
+    settings = rl_fixtures.config(routing_replay=True, precision=precision)
+    settings |= {"seed": seed, "model": {**rl_fixtures.MODEL, **sizes}}
+    config, padded = RlTrainConfig.model_validate(settings), rl_fixtures.PADDED
+    assert config.model.routing is not None
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [
+        Prompt(tuple(torch.randint(6, padded, (9,), generator=generator).tolist()), seed=n // 2) for n in range(32)
+    ]
+    sampler = InProcess(hf_config(config.model, padded, 1, 0, "float32"), (padded,), 16, routes=True)
+    with parallel.session(seed) as ranks:
+        engine = Engine(config, ranks, padded)
+        engine.initialize()
+        sampler.load(dict(config.model.spec().to_hf(engine.weights(), config.model, padded)))
+        examples = []
+        for prompt, drawn in zip(prompts, sampler.generate(prompts), strict=True):
+            assert drawn.routes is not None
+            recorded = routes.decode(drawn.routes, 24, config.model.routing)
+            examples.append(Example([*prompt.ids, *drawn.ids], 9, {}, {"sampler": drawn.logprobs}, recorded))
+        batch = build_rank_batch([[x] for x in examples], 2, ranks, 0, 32 * 16)
+
+        def gap(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return ((-cross_entropy - batch.extras["sampler"]).abs() * batch.loss_mask).sum(), {}
+
+        return engine.figures(batch, gap)[0], engine.figures(without_routes(batch), gap)[0]
 
 
 @pytest.mark.numeric
-def test_replay_narrows_the_gap_of_a_trainer_in_bf16(place: Path, tmp_path: Path) -> None:
-    """Its routers see rounded activations and choose other experts now and then; the sampler computes in fp32."""
-    settings = rl_fixtures.config(**REPLAYED, precision="bf16", max_logprob_diff=1.0)
-    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
-    for x in rl_fixtures.lines(tmp_path / "out"):
-        if "sampler_gap" in x:
-            assert x["sampler_gap"] < x["sampler_gap_own_routing"]
+def test_replay_narrows_the_gap_of_a_trainer_in_bf16() -> None:
+    """Its routers see rounded activations, and choose other experts now and then."""
+    replayed, own = gaps("bf16", 0)
+    assert replayed < 0.7 * own  # 0.27 to 0.47 of it over three seeds
 
 
 def test_with_several_updates_it_resumes_and_replays_bit_by_bit(place: Path, tmp_path: Path) -> None:
     more = {"updates": 2, "kl_coef": 0.1, "max_resample_rounds": 4, "parallelism": {"recompute": "layer"}}
-    settings = rl_fixtures.config(**{**REPLAYED, "steps": 3, "checkpoint_interval": 1}, **more)
+    settings = rl_fixtures.config(**REPLAYED, **more, checkpoint_interval=1)
     rl_fixtures.rlvr(place, tmp_path / "calm-work", tmp_path / "calm", settings)
     with pytest.raises(Interrupted):
-        rl_fixtures.rlvr(place, tmp_path / "w", tmp_path / "o", settings, train_fixtures.Reporter(2, 15))
+        rl_fixtures.rlvr(place, tmp_path / "w", tmp_path / "o", settings, train_fixtures.Reporter(1, 15))
     rl_fixtures.rlvr(place, tmp_path / "w", tmp_path / "again", settings)
     assert train_fixtures.digest(tmp_path / "again") == train_fixtures.digest(tmp_path / "calm")
     answers = rl_fixtures.record(tmp_path / "calm", tmp_path / "answers")
@@ -82,13 +119,10 @@ def test_recorded_experts_that_no_router_chose_are_refused(place: Path, replayed
     path = answers.path / "rollouts.parquet"
     edited = rollouts.read(path)
     assert edited[0].routes is not None
-    shutil.copyfile(path, tmp_path / "before.parquet")
     vars(edited[0])["routes"] = bytes([0, 0]) + edited[0].routes[2:]
     rollouts.write(path, edited)
     with pytest.raises(CheckFailed, match="answer 0 in step 1, wave 0 has tokens, log-probabilities, experts or a re"):
-        rl_fixtures.rlvr(
-            place, tmp_path / "work", tmp_path / "out", rl_fixtures.config(**REPLAYED), rollouts=answers
-        )
+        rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", rl_fixtures.config(**REPLAYED), rollouts=answers)
 
 
 def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() -> None:
@@ -134,7 +168,11 @@ def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() 
 @pytest.mark.parametrize(
     ("model", "phase", "message"),
     [
-        ({}, {"sampling": {"kind": "vllm", "max_new_tokens": 12}}, "vLLM records its experts only by a kernel in Triton"),
+        (
+            {},
+            {"sampling": {"kind": "vllm", "max_new_tokens": 12}},
+            "vLLM records its experts only by a kernel in Triton",
+        ),
         ({}, {"parallelism": {"fusions": ["router"]}}, "whose kernel chooses the experts by itself"),
         ({"kind": "qwen3"}, {}, "has no effect on a dense model"),
     ],
