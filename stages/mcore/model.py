@@ -100,9 +100,9 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_mask: torch.Tensor | None = None,
         **inputs: Any,
     ) -> Any:  # fmt: skip
-        targets, grid = self.targets, labels
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
+        targets, grid = self.targets, labels
         is_sliced = self.layout.slices_loss(
             labels.numel() if targets is None else targets.shape[1], self.config.hidden_size, self.vocab_size
         )

@@ -61,11 +61,14 @@ class RoutingReplay:
         """Within it a chunk computes with these experts: [tokens, layers with experts, experts of a token], or `OWN`;
         None: with those that its routers choose. A layer that is computed again in the backward pass takes them in the
         order of the forward passes."""
-        for layer, switch in self.of_chunks[chunk] if routes is not None else ():
+        if routes is None:
+            yield
+            return
+        for layer, switch in self.of_chunks[chunk]:
             switch.set_target_indices(routes[:, layer].long())
             switch.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
         yield
-        for _, switch in self.of_chunks[chunk] if routes is not None else ():
+        for _, switch in self.of_chunks[chunk]:
             switch.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
 
     def clear(self) -> None:

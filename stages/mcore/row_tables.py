@@ -49,8 +49,10 @@ class Tables:
         factor."""
         self.starts, self.length, self.context, self.device, self.rope = starts, length, context, device, rope
         self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
-        self.local_starts, self.prefixes = None if starts is None else starts.cpu()[..., self.positions], None
-        """[batch, length] and, with prefixes, [2, batch, length], on the host."""
+        self.local_starts = None if starts is None else starts.cpu()[..., self.positions]
+        """[batch, length], on the host."""
+        self.prefixes: torch.Tensor | None = None
+        """[2, batch, length], on the host; None if no document continues another."""
         if self.local_starts is not None and self.local_starts.dim() == 3:
             assert context == 1, "context ranks hold parts of rows"
             self.local_starts, self.prefixes = self.local_starts[0], self.local_starts[1:]

@@ -119,7 +119,7 @@ class Engine:
             model, config.padded_vocab_size, self.layout, kind, config.phase.packed, vocab_size,
             routing_replay=config.phase.replays_routing,
         )  # fmt: skip
-        self.replay = None
+        self.replay: RoutingReplay | None = None
         if config.phase.replays_routing:
             assert model.routing is not None, "the recipe's check"
             self.replay = RoutingReplay(self.chunks, model.routing)

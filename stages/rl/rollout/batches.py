@@ -80,7 +80,8 @@ def _segments(examples: Sequence[Example]) -> list[Segment]:
     """A row's segments from left to right: first position, end, both of the question that it continues, tokens. A
     question has one segment, or none if the example before has it; then comes the answer without its last token."""
     segments: list[Segment] = []
-    before, question, end = None, (0, 0), 0
+    before: Example | None = None
+    question, end = (0, 0), 0
     for example in examples:
         if not example.continues(before):
             question = end, end + example.start

@@ -44,13 +44,16 @@ class InProcess(Sampler):
         if torch.cuda.is_available():
             self.model.cuda()
         self.model.requires_grad_(False)
-        has_decoder = isinstance(self.model, CLASSES)
-        if routes and not has_decoder:
+        self.decoder: Decoder | LibraryDecoder
+        if isinstance(self.model, CLASSES):
+            self.decoder = Decoder(self.model, routes)
+        elif routes:
             raise AtomError(
                 f"routing_replay needs this project's decoder, which draws from {NAMES} models and not from "
                 f"{type(self.model).__name__}; leave it out"
             )
-        self.decoder = Decoder(self.model, routes) if has_decoder else LibraryDecoder(self.model)
+        else:
+            self.decoder = LibraryDecoder(self.model)
         self.routes = routes
         self.stops, self.max_new_tokens = frozenset(stops), max_new_tokens
         self.temperature, self.rows = temperature, rows
@@ -101,20 +104,23 @@ class InProcess(Sampler):
                     active, next_tokens, unfinished = active[kept], next_tokens[kept], unfinished[kept]
             if step + 1 < max_tokens:
                 logits = self.decoder.step(next_tokens.to(device)).float()
-                if self.routes:
+                if self.routes and isinstance(self.decoder, Decoder):
                     of_steps.append((active, self.decoder.step_routes()))
         completions = []
         for ids, logprobs in zip(tokens.T.tolist(), log_probs.T.tolist(), strict=True):
             end = next((n for n, token in enumerate(ids) if token in self.stops), max_tokens - 1) + 1
             completions.append(Completion(tuple(ids[:end]), tuple(logprobs[:end]), ids[end - 1] in self.stops))
-        return self._with_routes(prompts, completions, of_steps) if self.routes else completions
+        if self.routes and isinstance(self.decoder, Decoder):
+            return self._with_routes(prompts, completions, self.decoder.prompt_routes, of_steps)
+        return completions
 
     def _with_routes(
-        self, prompts: list[Prompt], completions: list[Completion], of_steps: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> list[Completion]:
-        """The completions with the experts of question and answer, without the last token. of_steps: rows and their
-        experts, of each step."""
-        experts, of_prompts = self.model.config.num_experts, self.decoder.prompt_routes
+        self, prompts: list[Prompt], completions: list[Completion],
+        of_prompts: Mapping[tuple[int, ...], torch.Tensor], of_steps: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> list[Completion]:  # fmt: skip
+        """The completions with the experts of question and answer, without the last token. of_prompts: by prompt;
+        of_steps: rows and their experts, of each step."""
+        experts = self.model.config.num_experts
         answers: list[list[torch.Tensor]] = [[] for _ in prompts]
         for rows, chosen in of_steps:
             for row, of_token in zip(rows.tolist(), chosen, strict=True):

@@ -40,7 +40,8 @@ class Decoder:
         self.qkv = [_fuse_qkv(layer.self_attn) for layer in self.model.layers]
         self.device = model.device
         self.expert_ids = torch.arange(getattr(self.config, "num_experts", 0), device=model.device)
-        self.chosen: list[torch.Tensor] | None = [] if records_routes else None
+        self.records_routes = records_routes
+        self.chosen: list[torch.Tensor] = []
         """The experts of the latest tokens, [tokens, experts of a token], layer by layer."""
         self.prompt_routes: dict[tuple[int, ...], torch.Tensor] = {}
         """By prompt: [tokens, layers with experts, experts of a token]."""
@@ -76,7 +77,7 @@ class Decoder:
                 logits_to_keep=1,
             )
             logits.append(output.logits[:, -1].float().cpu())
-            if self.chosen is not None:
+            if self.records_routes:
                 of_batch = self.step_routes().unflatten(0, positions.shape)
                 self.prompt_routes |= {ids: x[longest - len(ids) :] for ids, x in zip(batch, of_batch, strict=True)}
             for layer_cache, layer in zip(prompt_cache, cache.layers, strict=True):
@@ -110,7 +111,6 @@ class Decoder:
 
     def step_routes(self) -> torch.Tensor:
         """The experts of the latest tokens, [tokens, layers with experts, experts of a token], on the host."""
-        assert self.chosen is not None, "they are recorded"
         routes = torch.stack(self.chosen, 1).cpu()
         self.chosen.clear()
         return routes
@@ -161,7 +161,7 @@ class Decoder:
     def _experts(self, moe: Any, h: torch.Tensor) -> torch.Tensor:
         """Tokens sorted by expert, so that each expert's are one product. h: [rows, hidden]."""
         probabilities, selected = F.linear(h, moe.gate.weight).softmax(-1).topk(self.config.num_experts_per_tok, -1)
-        if self.chosen is not None:
+        if self.records_routes:
             self.chosen.append(selected)
         if self.config.norm_topk_prob:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
