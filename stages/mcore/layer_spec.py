@@ -115,9 +115,9 @@ class Attention(MegatronModule):  # type: ignore[misc]
         tables = self.config.rows.of(starts, q.shape[0], q.device)
         if self.config.context_parallel_size > 1:
             k, v = GatherSlices.apply(k), GatherSlices.apply(v)
-        if not self.takes_documents(q, tables):
-            if tables.prefixes is not None:
-                return bucketed_attention(q, k, v, tables, self.scale)
+        if tables.prefixes is not None and not Attention.takes_documents(self, q):
+            return bucketed_attention(q, k, v, tables, self.scale)
+        if not self.takes_documents(q):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
             return causal_attention(q, k, v, tables, self.scale).permute(2, 0, 1, 3).flatten(2)
         batch = q.shape[1]
@@ -128,7 +128,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
         out = self.attend(q, k, v, documents)
         return out.flatten(1).unflatten(0, (batch, -1)).transpose(0, 1).contiguous()
 
-    def takes_documents(self, q: torch.Tensor, tables: Tables) -> bool:
+    def takes_documents(self, q: torch.Tensor) -> bool:
         """Whether `attend` has a kernel for these queries, for both directions."""
         return q.is_cuda and fits_flash_attention(q) and varlen_kernel() is not None
 
@@ -170,8 +170,8 @@ class EngineAttention(Attention):
         super().__init__(config, softmax_scale)
         self.kernel = TEDotProductAttention(config=config, softmax_scale=softmax_scale, **settings)
 
-    def takes_documents(self, q: torch.Tensor, tables: Tables) -> bool:
-        return tables.prefixes is None or super().takes_documents(q, tables)
+    def takes_documents(self, q: torch.Tensor) -> bool:
+        return True
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
         if documents.gathered is not None:

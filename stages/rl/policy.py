@@ -130,7 +130,7 @@ class RolloutFiles:
                 for (row, seed), c in zip(requests, completions, strict=True)
             ]
             rollouts.write(drawn_path, answers)
-        completions = [Completion(tuple(r.ids), tuple(r.logprobs), r.finished, r.routes) for r in answers]
+        completions = [Completion(tuple(r.ids), tuple(r.logprobs), r.finished) for r in answers]
         parts = policy.score([row for row, _ in requests], completions)
         versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}
         answers = [
@@ -209,10 +209,10 @@ class RecordedRollouts(RolloutFiles):
             recorded_answer = "is missing" if answer is None else f"is one to {answer.task} with seed {answer.seed}"
             if recorded_answer != f"is {requested}":
                 raise self._altered(step, wave, number, f"{recorded_answer}, and the phase asked for {requested}")
-            if not is_answer(answer, policy.chat.vocab_size, self.routing):
-                raise self._altered(
-                    step, wave, number, "has tokens, log-probabilities, experts or a reward that no answer has"
-                )
+            if not is_answer(answer, policy.chat.vocab_size):
+                raise self._altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
+            if not has_routes(answer, self.routing):
+                raise self._altered(step, wave, number, "has experts that its tokens cannot have visited")
             if is_first and answer.policy != digest:
                 raise self._altered(
                     step, wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
@@ -259,18 +259,25 @@ class RecordedRollouts(RolloutFiles):
         )
 
 
-def is_answer(r: Rollout, vocab_size: int, routing: Routing | None = None) -> bool:
-    """Whether values from a file can be an answer: tokens of the vocabulary, a finite log-probability of each, the
-    total of the reward's parts, and experts of each token if routing is replayed."""
+def is_answer(r: Rollout, vocab_size: int) -> bool:
+    """Whether values from a file can be an answer: tokens of the vocabulary, a finite log-probability of each, and the
+    total of the reward's parts."""
     try:
-        if routing is not None and r.routes is not None:
-            routes.decode(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
-        elif (routing is None) != (r.routes is None):
-            return False
         numbers = math.isfinite(r.reward) and all(map(math.isfinite, r.logprobs)) and r.parts["reward"] == r.reward
         return numbers and len(r.logprobs) == len(r.ids) and all(0 <= token < vocab_size for token in r.ids)
-    except (TypeError, KeyError, ValueError):  # a value is missing, or no record of experts
+    except (TypeError, KeyError):  # a value is missing
         return False
+
+
+def has_routes(r: Rollout, routing: Routing | None) -> bool:
+    """Whether an answer from a file has a record of experts if routing is replayed, and none otherwise."""
+    if routing is None or r.routes is None:
+        return routing is None and r.routes is None
+    try:
+        routes.decode(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
+    except ValueError:
+        return False
+    return True
 
 
 class PolicyTrainer(PostTrainer):
