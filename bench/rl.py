@@ -7,11 +7,11 @@ A step draws a group of answers to each of 32 questions, scores them, and update
 is `stages.rl.algorithms.grpo.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy;
 without max_resample_rounds, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step,
 without logging and checkpoints, with the fastest of transformers' expert implementations here. Both start from the same
-weights and ask the same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip
-and advantages.
+weights and ask the same questions in every step, at temperature 1, with the same load-balancing loss (ours counts a
+question once), optimizer, clip and advantages.
 
-The same work, measured with two distributions of lengths. Real ones: answers end at the lengths of atom-tiny's
-answers, as many of each on both sides; the token that ends them is set there, and possible nowhere else. Equal ones:
+The same work, measured with two distributions of lengths. Real ones: answers end at the lengths of those of a small
+release, as many of each on both sides; the token that ends them is set there, and possible nowhere else. Equal ones:
 the token that ends an answer is, on both sides, one beyond the vocabulary, which the model has no logit for, so every
 answer has exactly as many tokens as allowed. Ours are set to count as finished, since a stage learns nothing from
 answers that were cut off. The reward is the share of letters among an answer's characters, which differs within every
@@ -84,7 +84,7 @@ class Size:
         return lengths
 
 
-# 20 quantiles of the 200 answers of two rounds of atom-tiny's preference phase, which allows 72 tokens
+# 20 quantiles of the 200 answers in dataset/rl/rlhf of tests/data/atom-kept-0.1.0.tar.xz, which allows 72 tokens
 LENGTHS = (6, 10, 13, 16, 18, 21, 24, 25, 29, 31, 34, 37, 42, 45, 52, 56, 63, 72, 72, 72)
 FULL = Size(
     dict(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, num_experts_per_tok=2,
