@@ -24,6 +24,9 @@ OWN = -1
 class Replay(RouterReplay):  # type: ignore[misc]
     """Megatron's, with tokens for which the router chooses."""
 
+    target_topk_idx: torch.Tensor
+    replay_backward_list: list[torch.Tensor]
+
     def get_replay_topk(
         self, scores: torch.Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None,
         default_compute_topk: Any = None,

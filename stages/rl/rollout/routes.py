@@ -15,7 +15,8 @@ BYTE = 256
 
 def encode(routes: torch.Tensor, experts: int) -> bytes:
     """routes: [tokens, layers, experts of a token]; experts: of a layer."""
-    return routes.numpy().astype(_type(experts)).tobytes()
+    record: bytes = routes.numpy().astype(_type(experts)).tobytes()
+    return record
 
 
 def decode(record: bytes, tokens: int, routing: Routing) -> torch.Tensor:
