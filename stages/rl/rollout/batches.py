@@ -54,7 +54,8 @@ def build_rank_batch(
         widths = [max(widths)] * len(widths)
     per_rank = micro_batches // ranks.data_ranks
     mine = slice(ranks.data_rank * per_rank, (ranks.data_rank + 1) * per_rank)
-    batches = [_batch(part, width, pad_id) for part, width in zip(parts[mine], widths[mine], strict=True)]
+    recorded = next((x.routes for unit in units for x in unit if x.routes is not None), None)
+    batches = [_batch(part, width, pad_id, recorded) for part, width in zip(parts[mine], widths[mine], strict=True)]
     return RankBatch(batches, max(widths), targets)
 
 
@@ -93,9 +94,9 @@ def _segments(examples: Sequence[Example]) -> list[Segment]:
     return segments
 
 
-def _batch(examples: Sequence[Example], width: int, pad_id: int) -> Batch:
+def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch.Tensor | None) -> Batch:
     """One row of `width` tokens. Labels, loss mask and extras have a row for each example, a column for each token of
-    its answer."""
+    its answer. recorded: the routes of some example of the update, if any has some."""
     segments = _segments(examples)
     ids, padding = torch.full((1, width), pad_id), torch.ones(1, width, dtype=torch.bool)
     length = segments[-1][1]
@@ -122,12 +123,16 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int) -> Batch:
     targets = torch.stack((torch.cat(inputs), torch.cat(cells)))
     if not targets.numel():  # the first input predicts a token that the loss mask leaves out
         targets = torch.zeros(2, 1, dtype=torch.long)
-    return Batch(ids, labels, mask, padding, starts, prefixes, targets, _routes(examples, answers, width), extras)
+    return Batch(
+        ids, labels, mask, padding, starts, prefixes, targets, _routes(examples, answers, width, recorded), extras
+    )
 
 
-def _routes(examples: Sequence[Example], answers: Sequence[Segment], width: int) -> torch.Tensor | None:
-    """The experts of a row's tokens, for `Batch.routes`. answers: the segment of each example's answer."""
-    recorded = next((example.routes for example in examples if example.routes is not None), None)
+def _routes(
+    examples: Sequence[Example], answers: Sequence[Segment], width: int, recorded: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The experts of a row's tokens, for `Batch.routes`: all micro-batches of an update have them, or none. answers:
+    the segment of each example's answer."""
     if recorded is None:
         return None
     routes = recorded.new_full((width, *recorded.shape[1:]), OWN)
