@@ -10,11 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.core.errors import CheckFailed, Interrupted
+from pipeline.core.errors import CheckFailed
 from stages.models.base import Routing
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout import rollouts, routes
-from tests.fixtures import rl_fixtures, train_fixtures
+from tests.fixtures import rl_fixtures
 
 ROUTING = Routing(experts=4, top_k=2, layers=range(2), z_loss=False)
 REPLAYED: dict[str, Any] = {"routing_replay": True, "steps": 2, "validate_every": 1}
@@ -101,14 +101,10 @@ def test_replay_narrows_the_gap_of_a_trainer_in_bf16() -> None:
     assert replayed < 0.7 * own  # 0.27 to 0.47 of it over three seeds
 
 
-def test_with_several_updates_it_resumes_and_replays_bit_by_bit(place: Path, tmp_path: Path) -> None:
+def test_with_several_updates_it_replays_bit_by_bit(place: Path, tmp_path: Path) -> None:
     more = {"updates": 2, "kl_coef": 0.1, "max_resample_rounds": 4, "parallelism": {"recompute": "layer"}}
-    settings = rl_fixtures.config(**REPLAYED, **more, checkpoint_interval=1)
+    settings = rl_fixtures.config(**REPLAYED, **more)
     rl_fixtures.rlvr(place, tmp_path / "calm-work", tmp_path / "calm", settings)
-    with pytest.raises(Interrupted):
-        rl_fixtures.rlvr(place, tmp_path / "w", tmp_path / "o", settings, train_fixtures.Reporter(1, 15))
-    rl_fixtures.rlvr(place, tmp_path / "w", tmp_path / "again", settings)
-    assert train_fixtures.digest(tmp_path / "again") == train_fixtures.digest(tmp_path / "calm")
     answers = rl_fixtures.record(tmp_path / "calm", tmp_path / "answers")
     rl_fixtures.rlvr(place, tmp_path / "replay-work", tmp_path / "replay", settings, rollouts=answers)
     assert rl_fixtures.trained(tmp_path / "replay") == rl_fixtures.trained(tmp_path / "calm")
