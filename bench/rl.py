@@ -1,22 +1,24 @@
 """Speed of a step of reinforcement learning on one CPU core: ours against TRL's GRPOTrainer, same model and questions.
 
-    .venv/bin/python bench/rl.py            # one to five minutes
+    .venv/bin/python bench/rl.py            # two to ten minutes
     .venv/bin/python bench/rl.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
 A step draws a group of answers to each of 32 questions, scores them, and updates the weights once by DAPO's loss. Ours
 is `stages.rl.algorithms.grpo.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy;
 without max_resample_rounds, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step,
 without logging and checkpoints, with the fastest of transformers' expert implementations here. Both start from the same
-weights and ask the same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip
-and advantages.
+weights and ask the same questions in every step, at temperature 1, with the same load-balancing loss (ours counts a
+question once), optimizer, clip and advantages.
 
-The same work: the token that ends an answer is, on both sides, one beyond the vocabulary, which the model has no logit
-for. So every answer has exactly as many tokens as allowed, and ours are set to count as finished, since a stage learns
-nothing from answers that were cut off. The reward is the share of letters among an answer's characters, which differs
-within every group, so no group is left out.
+The same work, measured with two distributions of lengths. Real ones: answers end at the lengths of those of a small
+release, as many of each on both sides; the token that ends them is set there, and possible nowhere else. Equal ones:
+the token that ends an answer is, on both sides, one beyond the vocabulary, which the model has no logit for, so every
+answer has exactly as many tokens as allowed. Ours are set to count as finished, since a stage learns nothing from
+answers that were cut off. The reward is the share of letters among an answer's characters, which differs within every
+group, so no group is left out.
 
 The two take steps in turn in one process; a round's ratio is TRL's seconds by ours. Seconds are CPU seconds of the
-process. The last line is one JSON object.
+process. The last line is one JSON object: `ratio`, `low` and `high` with real lengths, `equal` with equal ones.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import copy
 import json
 import logging
 import platform
+import random
 import statistics
 import tempfile
 import time
@@ -41,7 +44,7 @@ from peer_kernels import plain_kernels
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.chat import render
 from stages.data.table import ITEMS, write_jsonl, write_rows
-from stages.data.tokenizer import PAD, bpe_trainer, untrained
+from stages.data.tokenizer import END, PAD, bpe_trainer, untrained
 from stages.mcore.model import named_tensors
 from stages.models.hf import hf_config
 from stages.models.qwen3_moe.spec import to_hf
@@ -60,7 +63,8 @@ RATE, BETAS, CLIP = 2e-4, (0.9, 0.99), 1.0
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: `groups` questions a step, `samples` answers of `new` tokens to each."""
+    """What is measured: `groups` questions a step, `samples` answers of `new` tokens to each, or of at most that many
+    if `lengths` names how many they have: as often each number, in random order."""
 
     model: Mapping[str, Any]
     vocab: int
@@ -70,18 +74,30 @@ class Size:
     micro_batches: int  # of an update, ours
     pieces: tuple[int, ...]  # of an update, the peer's; the quicker number of them is taken
     rounds: int
+    lengths: tuple[int, ...] = ()
+
+    def draw_lengths(self) -> list[int]:
+        """The tokens of each answer of a step."""
+        count, numbers = self.groups * self.samples, self.lengths or (self.new,)
+        lengths = [numbers[n % len(numbers)] for n in range(count)]
+        random.Random(0).shuffle(lengths)
+        return lengths
 
 
+# 20 quantiles of the 200 answers in dataset/rl/rlhf of tests/data/atom-kept-0.1.0.tar.xz, which allows 72 tokens
+LENGTHS = (6, 10, 13, 16, 18, 21, 24, 25, 29, 31, 34, 37, 42, 45, 52, 56, 63, 72, 72, 72)
 FULL = Size(
     dict(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, num_experts_per_tok=2,
          moe_intermediate_size=96, context_length=512, tie_embeddings=True, aux_loss=6.67e-3, init_std=0.08),
     vocab=512, groups=32, samples=8, new=48, micro_batches=4, pieces=(1, 4), rounds=12,
 )  # fmt: skip
+REAL = replace(FULL, new=72, lengths=LENGTHS)
 QUICK = Size(
     dict(layers=1, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, num_experts_per_tok=2,
          moe_intermediate_size=16, context_length=128, tie_embeddings=True, aux_loss=6.67e-3, init_std=0.08),
     vocab=300, groups=2, samples=4, new=8, micro_batches=1, pieces=(1,), rounds=3,
 )  # fmt: skip
+QUICK_REAL = replace(QUICK, lengths=(2, 3, 5, 8))
 
 
 def reward(text: str) -> float:
@@ -101,11 +117,51 @@ class Letters:
         """Holds nothing."""
 
 
-class FullLength(InProcess):
-    """Our sampler, whose answers count as finished when they are as long as allowed."""
+class SetLengths(InProcess):
+    """Our sampler, whose answers have the lengths that a size says, and count as finished."""
+
+    lengths: Sequence[int]
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
+        self.length_of = {prompt.seed: length for prompt, length in zip(prompts, self.lengths, strict=True)}
         return [replace(completion, finished=True) for completion in super().generate(prompts, greedy)]
+
+    def _noise(self, prompts: list[Prompt]) -> torch.Tensor:
+        """A number above 1 where an answer ends."""
+        noise = super()._noise(prompts)
+        for row, prompt in zip(noise, prompts, strict=True):
+            if max(self.stops) < self.model.config.vocab_size:
+                row[self.length_of[prompt.seed] - 1] = 2.0
+        return noise
+
+    def _choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        assert noise is not None
+        (end,), ended = self.stops, noise > 1
+        if end >= logits.shape[1]:
+            return super()._choose(logits, noise)
+        possible = logits.clone()
+        possible[:, end] = -torch.inf
+        tokens = super()._choose(possible, noise.masked_fill(ended, 0.5))[0].masked_fill(ended, end)
+        return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def end_at(lengths: Sequence[int], end: int) -> Any:
+    """The same for transformers' `generate`, whose rows are the answers in order."""
+    from transformers import LogitsProcessor
+
+    class EndAt(LogitsProcessor):
+        def __init__(self) -> None:
+            self.lengths, self.question = torch.tensor(lengths), 0
+
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.question = self.question or ids.shape[1]
+            scores[:, end] = -torch.inf
+            ended = self.lengths == ids.shape[1] - self.question + 1
+            scores[ended] = -torch.inf
+            scores[ended, end] = 0.0
+            return scores
+
+    return EndAt()
 
 
 class Quiet:
@@ -139,7 +195,8 @@ def ours(size: Size, inputs: Mapping[str, Artifact], work: Path, engine: Engine,
     policy = trainer.policy
     policy.sampler.close()
     model_config = hf_config(config.model, size.vocab, size.vocab, policy.chat.pad, "float32")
-    policy.sampler = FullLength(model_config, (size.vocab,), size.new)
+    policy.sampler = SetLengths(model_config, (policy.chat.end if size.lengths else size.vocab,), size.new)
+    policy.sampler.lengths = size.draw_lengths()
     policy.verifiers.by_name = {name: Letters() for name in policy.verifiers.by_name}
     return trainer
 
@@ -163,14 +220,18 @@ def peer_model(engine: Engine, config: Any, vocab: int, pad: int) -> Any:
 def peer(size: Size, model: Any, tokenizer: Path, prompts: list[str], work: Path, pieces: int, steps: int) -> Any:
     """TRL's trainer, which takes `steps` steps when asked to train."""
     from datasets import Dataset, disable_progress_bars
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LogitsProcessorList, PreTrainedTokenizerFast
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import GRPOConfig, GRPOTrainer
 
     disable_progress_bars()
     fast_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), pad_token=PAD, padding_side="left")
-    fast_tokenizer.add_special_tokens({"eos_token": "<|never|>"})
-    assert fast_tokenizer.eos_token_id == size.vocab
+    fast_tokenizer.add_special_tokens({"eos_token": END if size.lengths else "<|never|>"})
+    if size.lengths:
+        generate, lengths, end = model.generate, size.draw_lengths(), fast_tokenizer.eos_token_id
+        model.generate = lambda **words: generate(**words, logits_processor=LogitsProcessorList([end_at(lengths, end)]))
+    else:
+        assert fast_tokenizer.eos_token_id == size.vocab
 
     def rewards(completions: list[str], **kwargs: Any) -> list[float]:
         return [reward(text) for text in completions]
@@ -233,8 +294,11 @@ def quickest(size: Size, model: Any, make: Callable[[Any, int, int], Any]) -> tu
     return *best, ", ".join(f"{experts} in {pieces} {elapsed:.2f} s" for (experts, pieces), elapsed in timings.items())
 
 
-def measure(size: Size) -> dict[str, Any]:
-    """Runs the rounds and prints the table; gives the JSON object. Raises SystemExit if the work is not the same."""
+def measure(size: Size) -> dict[str, float]:
+    """Runs the rounds and prints the table; gives the ratio and its quartiles.
+
+    Raises SystemExit if the work is not the same.
+    """
     optimizer = dict(
         lr=RATE, final_lr=RATE, warmup_steps=0, weight_decay=0.0, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP
     )
@@ -269,8 +333,10 @@ def measure(size: Size) -> dict[str, Any]:
             apart = (trainer.policy.sampler.model(ids).logits - model(ids).logits).abs().max().item()
         if not apart < 1e-4:
             raise SystemExit(f"not the same model: logits differ by {apart}")
+        lengths = size.draw_lengths()
+        shown = f"{min(lengths)} to {max(lengths)} (on average {statistics.fmean(lengths):.1f})"
         print(f"{config.model.parameters(size.vocab)['total']:,} parameters; {size.groups} questions, {size.samples} "
-              f"answers of {size.new} tokens to each; fp32, one thread; TRL: {experts} experts, update in {pieces} "
+              f"answers of {shown} tokens to each; fp32, one thread; TRL: {experts} experts, update in {pieces} "
               f"(tried: {comparison})")  # fmt: skip
 
         timings: dict[str, list[Seconds]] = {"ours": [], "trl": []}
@@ -286,7 +352,8 @@ def measure(size: Size) -> dict[str, Any]:
             timings["trl"].append(seconds)
             torch.use_deterministic_algorithms(False)
             lines["ours"].append({"tokens": line["completion_length"], "reward": line["reward"]})
-            if line["groups"] != size.groups or any(each[-1]["tokens"] != size.new for each in lines.values()):
+            apart = max(abs(each[-1]["tokens"] - statistics.fmean(lengths)) for each in lines.values())
+            if line["groups"] != size.groups or apart > 1e-3:
                 raise SystemExit(f"not the same work: {line['groups']} groups, {lines}")
 
         drive(theirs, turn)
@@ -307,8 +374,15 @@ def measure(size: Size) -> dict[str, Any]:
     low, ratio, high = statistics.quantiles(ratios, n=4)
     print(f"ratio by round: median {ratio:.3f}, quartiles {low:.3f} to {high:.3f}, lowest {min(ratios):.3f}, "
           f"highest {max(ratios):.3f} ({size.rounds} rounds of a step); median by the clock {clock:.3f}")  # fmt: skip
+    return {"ratio": round(ratio, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def measure_both(quick: bool) -> dict[str, Any]:
+    """The measurements with equal and with real lengths."""
+    equal, real = (measure(size) for size in ((QUICK, QUICK_REAL) if quick else (FULL, REAL)))
     return {
-        "name": "rl", "ratio": round(ratio, 4), "low": round(low, 4), "high": round(high, 4), "target": TARGET,
+        "name": "rl", **real, "equal": equal["ratio"], "equal_low": equal["low"], "equal_high": equal["high"],
+        "target": TARGET,
         "unit": "TRL's CPU seconds a step by ours, one thread each; low and high: quartiles over rounds",
         "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}, fp32",
     }  # fmt: skip
@@ -319,4 +393,4 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="a tiny model, for tests")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    print(json.dumps(measure(QUICK if parser.parse_args().quick else FULL)))
+    print(json.dumps(measure_both(parser.parse_args().quick)))

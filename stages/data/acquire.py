@@ -47,7 +47,7 @@ from stages.data.readers.base import (
 )
 from stages.data.refusals import COUNTS, kind_of, refused_row, report_refusals
 from stages.data.seeds import seed_of
-from stages.data.sources import Source, tree_digest
+from stages.data.sources import Source
 from stages.data.table import (
     CREDITS,
     DERIVED,
@@ -60,6 +60,7 @@ from stages.data.table import (
     row_writer,
     write_json,
 )
+from stages.data.tree_digest import tree_digest
 
 VERSION = 4
 MOST_SKIPPED_SHARE = 0.5

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core.bounds import License, SourceName, Text, Words
+from pipeline.core.bounds import License, SourceName, Text
 from pipeline.core.errors import RecipeError
 from pipeline.core.parts import PartCount, part_slice
 from pipeline.core.stage import Config, added, operational
-from pipeline.core.store import canonical, sha256_bytes
 from stages.data.estimates import Size
 from stages.data.kinds import Kind
 from stages.data.licenses.maps import UNKNOWN_WEB
 from stages.data.readers import READERS
 from stages.data.readers.base import FileReader, Files, Reader
 from stages.data.registry import union
+from stages.data.tree_digest import TreeDigest, tree_digest
 
 if TYPE_CHECKING:
     AnyReader = Reader
@@ -26,7 +25,6 @@ else:
 
 COLLECTION_LICENSES = ("ODC-By-1.0", "ODbL-1.0")
 """Licenses that govern the rights over a database, and not its contents individually (preamble of each)."""
-TreeDigest = Annotated[str, Words(71, "digest: write auto, or sha256:<64 hex digits>", r"auto|sha256:[0-9a-f]{64}")]
 
 
 class Source(Config):
@@ -115,8 +113,3 @@ def resolve_tree_digest(source: Source) -> str:
         return source.tree_digest
     names = [name for name, _ in files]
     return tree_digest(zip(names, source.reader.digests(source.name, files), strict=True))
-
-
-def tree_digest(files: Iterable[tuple[str, str]]) -> str:
-    """`sha256:` over the (relative path, digest) of the files, in their order."""
-    return f"sha256:{sha256_bytes(canonical([list(row) for row in files]))}"

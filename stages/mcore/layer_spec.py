@@ -97,7 +97,8 @@ class Attention(MegatronModule):  # type: ignore[misc]
     Rows are padded on the right, so causality alone masks padding for every real position. Under context parallelism a
     rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal attention; it gathers
     the keys and values of the others. In packed rows, Megatron's attention mask argument
-    holds the first position of the document of each position: int64 [batch, complete row], on the host.
+    holds the first position of the document of each position: int64 [batch, complete row], on the host; or
+    [3, batch, complete row] with the ends of its prefix, which several documents of a row may share.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
@@ -114,6 +115,8 @@ class Attention(MegatronModule):  # type: ignore[misc]
         tables = self.config.rows.of(starts, q.shape[0], q.device)
         if self.config.context_parallel_size > 1:
             k, v = GatherSlices.apply(k), GatherSlices.apply(v)
+        if tables.prefixes is not None and not Attention.takes_documents(self, q):
+            return bucketed_attention(q, k, v, tables, self.scale)
         if not self.takes_documents(q):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
             return causal_attention(q, k, v, tables, self.scale).permute(2, 0, 1, 3).flatten(2)
@@ -158,7 +161,8 @@ def fits_flash_attention(q: torch.Tensor) -> bool:
 
 
 class EngineAttention(Attention):
-    """The same by Transformer Engine's kernels for rows of variable length, on one context rank."""
+    """The same by Transformer Engine's kernels for rows of variable length, on one context rank. Documents with a
+    prefix have fewer queries than keys, and go by PyTorch's."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **settings: Any) -> None:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -170,6 +174,8 @@ class EngineAttention(Attention):
         return True
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+        if documents.gathered is not None:
+            return super().attend(q, k, v, documents)
         rows = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=documents.queries,
@@ -197,6 +203,29 @@ def causal_attention(
             enable_gqa=shares,
         ))  # fmt: skip
     return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+
+def bucketed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None
+) -> torch.Tensor:
+    """Attention of documents that share prefixes, by batches of like length; arguments and result as those of
+    `Attention.forward`."""
+    length, batch = q.shape[:2]
+    q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [tokens of all rows, heads, dim]
+    buckets, place = tables.buckets(batch, q.dtype)
+    out = []
+    for bucket in buckets:
+        queries, keys, values = (
+            x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+            for x, index in ((q, bucket.queries), (k, bucket.keys), (v, bucket.keys))
+        )
+        if not (shares := shares_keys(queries, bucket.mask)):
+            keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scale, enable_gqa=shares
+        )
+        out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+    return torch.cat(out).index_select(0, place).unflatten(0, (batch, length)).transpose(0, 1).contiguous()
 
 
 def shares_keys(q: torch.Tensor, mask: torch.Tensor | None) -> bool:

@@ -28,6 +28,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
@@ -44,6 +45,8 @@ __all__ = [
     "OptimizerConfig",
     "PackedSeqParams",
     "RotaryEmbedding",
+    "RouterReplay",
+    "RouterReplayAction",
     "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",

@@ -23,9 +23,11 @@ from stages.mcore.tensor_sharding import boxes, cut, is_cut
 from stages.models.base import ModelConfig, Precision
 
 
-def transformer_config(model: ModelConfig, layout: Layout, precision: Precision = "fp32") -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, layout: Layout, precision: Precision = "fp32", routing_replay: bool = False
+) -> TransformerConfig:
     """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
-    the precision."""
+    the precision. routing_replay: routers can be given the experts of their tokens."""
     words = keywords(precision)
     engine = uses_transformer_engine(words["params_dtype"])
     megatron_compat.multiply_routers_with_transformer_engine(engine)
@@ -59,6 +61,9 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         deterministic_mode=layout.deterministic and torch.cuda.is_available(),
         **fusions.keywords(layout, engine, model.routing is not None),
     )
+    if routing_replay:
+        config.moe_enable_routing_replay = True
+        config.moe_router_fusion = False  # that kernel would choose experts of its own, without a word
     # for this project's attention; Megatron's own reads the following
     config.rows = RowTables(frequencies(model), layout.cp)
     for name, value in megatron_yarn(model).items():
@@ -77,45 +82,64 @@ def _dispatcher(layout: Layout) -> str:
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
     """Megatron's, with a loss by slices of tokens where the layout has one (`Layout.slices_loss`). Its argument
-    `loss_mask` then has the meaning of `weights` in `sliced_loss.token_losses`."""
+    `loss_mask` then has the meaning of `weights` in `sliced_loss.token_losses`.
+
+    Its argument `targets` (`stages.train.data.Batch`) computes the logits of these alone; the losses have the shape of
+    `labels`, and are 0 elsewhere.
+    """
 
     layout: Layout
     real_vocab_size: int
+    targets: torch.Tensor | None = None
+
+    def forward(self, *inputs: Any, targets: torch.Tensor | None = None, **keywords: Any) -> Any:
+        self.targets = targets
+        return super().forward(*inputs, **keywords)
 
     def _postprocess(
         self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_mask: torch.Tensor | None = None,
         **inputs: Any,
     ) -> Any:  # fmt: skip
-        is_sliced = (
-            self.post_process
-            and labels is not None
-            and self.layout.slices_loss(labels.numel(), self.config.hidden_size, self.vocab_size)
-        )
-        if not is_sliced:
+        if not self.post_process or labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
-        for hook in self.output_layer._forward_pre_hooks.values():  # it would wait for its weights (`overlap_weights`)
-            hook(self.output_layer, ())
-        shared = self.share_embeddings_and_output_weights
-        head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-        if self.layout.tp > 1:
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
-        return token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask)
+        targets, grid = self.targets, labels
+        is_sliced = self.layout.slices_loss(
+            labels.numel() if targets is None else targets.shape[1], self.config.hidden_size, self.vocab_size
+        )
+        if self.layout.tp > 1 and (is_sliced or targets is not None):
+            hidden_states, is_sliced = tensor_parallel.gather_from_sequence_parallel_region(hidden_states), True
+        if targets is not None:
+            hidden_states = hidden_states[:, 0].index_select(0, targets[0])[:, None]
+            labels = labels.flatten().index_select(0, targets[1])[None]
+            loss_mask = None if loss_mask is None else loss_mask.flatten().index_select(0, targets[1])[None]
+        if is_sliced:
+            for hook in self.output_layer._forward_pre_hooks.values():  # it would wait for weights (`overlap_weights`)
+                hook(self.output_layer, ())
+            shared = self.share_embeddings_and_output_weights
+            head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+            losses = token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask)
+        else:
+            losses = super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
+        if targets is None:
+            return losses
+        return losses.new_zeros(grid.numel()).index_copy(0, targets[1], losses.flatten()).view(grid.shape)
 
 
 def build(
     model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
-    packed: bool = False, vocab_size: int | None = None, on_meta: bool = False,
+    packed: bool = False, vocab_size: int | None = None, on_meta: bool = False, routing_replay: bool = False,
 ) -> list[GPTModel]:  # fmt: skip
     """This rank's part of the model, one GPTModel for each virtual pipeline stage, without its initial weights.
 
     packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
     vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
     on_meta: tensors take no memory until `to_empty` gives them some.
+    routing_replay: for `routing_replay.RoutingReplay`.
 
     Needs a `stages.train.parallel.session` of the same layout.
     """
     layout = layout or Layout()
-    config = transformer_config(model, layout, precision)
+    config = transformer_config(model, layout, precision, routing_replay)
     if on_meta:  # Megatron's layers then name no device; those of Transformer Engine name this one
         config.init_model_with_meta_device = uses_transformer_engine(config.params_dtype)
         config.use_cpu_initialization = not config.init_model_with_meta_device

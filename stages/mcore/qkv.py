@@ -19,8 +19,7 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
     """
 
     def forward(self, hidden: torch.Tensor, attention_mask: Any, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
-        """attention_mask: the first position of the document of each position, int64 [batch, complete row], or None if
-        each row is one document."""
+        """attention_mask: `starts` of `row_tables.Tables`."""
         if kwargs.get("inference_context") is not None or kwargs.get("packed_seq_params") is not None:
             raise NotImplementedError("a cache of keys and values, or Megatron's own kind of packed rows")
         self.starts = attention_mask

@@ -18,13 +18,22 @@ class Documents(NamedTuple):
 
     Document n has the queries from queries[n] on and the keys from keys[n] on, both up to the next number; its last
     query sees its last key. longest: an upper bound of both lengths. gathered: the keys of all documents as positions
-    in all rows side by side; None if these are all keys in order.
+    in all rows side by side, a prefix of several documents with each of them; None if these are all keys in order.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
     longest: int
     gathered: torch.Tensor | None
+
+
+class Bucket(NamedTuple):
+    """Documents of like length as a batch, padded. queries, keys: positions in all rows side by side, [documents,
+    longest]; mask: what to add to the scores, [documents or 1, 1, queries, keys], or None if it is plainly causal."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None
 
 
 class Tables:
@@ -34,14 +43,22 @@ class Tables:
         self, starts: torch.Tensor | None, length: int, context: int, device: torch.device,
         rope: tuple[torch.Tensor, float],
     ) -> None:  # fmt: skip
-        """starts: the first position of the document of each position, int64 [batch, complete row], on any device; None
-        if each row is one document. length: of this context rank's share of a row. rope: frequencies and factor."""
+        """starts: the first position of the document of each position, int64 [batch, complete row], on any device; or
+        [3, batch, complete row] with the first position and the end of what the document continues, its prefix in the
+        same row; None if each row is one document. length: of this context rank's share of a row. rope: frequencies and
+        factor."""
         self.starts, self.length, self.context, self.device, self.rope = starts, length, context, device, rope
         self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
-        self.local_starts = None if starts is None else starts.cpu()[:, self.positions]
+        self.local_starts = None if starts is None else starts.cpu()[..., self.positions]
         """[batch, length], on the host."""
+        self.prefixes: torch.Tensor | None = None
+        """[2, batch, length], on the host; None if no document continues another."""
+        if self.local_starts is not None and self.local_starts.dim() == 3:
+            assert context == 1, "context ranks hold parts of rows"
+            self.local_starts, self.prefixes = self.local_starts[0], self.local_starts[1:]
         self._masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._documents: dict[int, Documents] = {}
+        self._buckets: dict[torch.dtype, tuple[list[Bucket], torch.Tensor]] = {}
 
     @cached_property
     def _on_device(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -54,6 +71,8 @@ class Tables:
         which counts from 0."""
         positions, starts = self._on_device
         if starts is not None:
+            if self.prefixes is not None:  # a document counts on from its prefix
+                starts = starts - gpu.upload(self.prefixes[1] - self.prefixes[0], self.device)
             positions = (positions - starts)[:, None, None]
         frequencies, factor = self.rope
         angles = positions[..., None].float() * gpu.upload(frequencies, self.device)
@@ -107,8 +126,13 @@ class Tables:
         bounds = torch.cat([row * self.length + column, torch.tensor([batch * self.length])])
         first_key = starts[row, column]
         sizes = self.positions[(bounds[1:] - 1) % self.length] + 1 - first_key
-        keys = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
         gathered = None
+        if self.prefixes is not None:
+            shared = [torch.arange(*ends) for ends in (self.prefixes[:, row, column] + row * self.length).T.tolist()]
+            own = torch.arange(batch * self.length).split(sizes.tolist())
+            gathered = gpu.upload(torch.cat([x for pair in zip(shared, own, strict=True) for x in pair]), self.device)
+            sizes = sizes + self.prefixes[1, row, column] - self.prefixes[0, row, column]
+        keys = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
         if self.context > 1:
             shift = row * self.length * self.context + first_key - keys[:-1]
             gathered = gpu.upload(torch.arange(int(keys[-1])) + shift.repeat_interleave(sizes), self.device)
@@ -116,6 +140,44 @@ class Tables:
         longest = min(1 << (int(sizes.max()) - 1).bit_length(), self.length * self.context)
         queries, keys = (gpu.upload(x.int(), self.device) for x in (bounds, keys))
         return Documents(queries, keys, longest, gathered)
+
+    def buckets(self, batch: int, dtype: torch.dtype) -> tuple[list[Bucket], torch.Tensor]:
+        """The documents of `batch` rows by length, for kernels that take rows of one length; and the place of each
+        position in the queries of all buckets side by side."""
+        if dtype not in self._buckets:
+            self._buckets[dtype] = self._make_buckets(self.documents(batch), dtype)
+        return self._buckets[dtype]
+
+    def _make_buckets(self, documents: Documents, dtype: torch.dtype) -> tuple[list[Bucket], torch.Tensor]:
+        assert documents.gathered is not None, "the documents have prefixes"
+        count, total = (x.cpu().long().diff() for x in (documents.queries, documents.keys))
+        prefix = total - count
+        kinds: dict[tuple[bool, int], list[int]] = {}
+        for n, (before, length) in enumerate(zip(prefix.tolist(), count.tolist(), strict=True)):
+            kinds.setdefault((before > 0, (length - 1).bit_length()), []).append(n)
+        first, first_key = documents.queries.cpu().long(), documents.keys.cpu().long()
+        gathered, buckets, offset = documents.gathered.cpu(), [], 0
+        place = torch.empty(int(first[-1]), dtype=torch.long)
+        for members in kinds.values():
+            n = torch.tensor(members)
+            longest, before = int(count[n].max()), int(prefix[n].max())
+            query, key = torch.arange(longest), torch.arange(before + longest)
+            # keys: padding, the prefix, the document, padding. The causal order hides what is behind the document.
+            ahead = (before - prefix[n])[:, None]
+            queries = first[n, None] + query.clamp(max=(count[n] - 1)[:, None])
+            keys = gathered[first_key[n, None] + (key - ahead).clamp(min=0).clamp(max=(total[n] - 1)[:, None])]
+            real = query < count[n, None]
+            place[queries[real]] = (offset + torch.arange(real.numel()).view(real.shape))[real]
+            offset += real.numel()
+            mask = None
+            if before:
+                if bool((ahead == ahead[0]).all()):
+                    ahead = ahead[:1]
+                seen = (key <= before + query[:, None]) & (key >= ahead[:, :, None])
+                mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
+                mask = gpu.upload(mask, self.device)
+            buckets.append(Bucket(gpu.upload(queries, self.device), gpu.upload(keys, self.device), mask))
+        return buckets, gpu.upload(place, self.device)
 
 
 class RowTables:
@@ -128,8 +190,8 @@ class RowTables:
         self.tables: Tables | None = None
 
     def of(self, starts: torch.Tensor | None, length: int, device: torch.device) -> Tables:
-        """length: of this context rank's share of a row. The tables keep `starts`, so its memory is not used again
-        while they are the latest."""
+        """starts: as in `Tables`. length: of this context rank's share of a row. The tables keep `starts`, so its
+        memory is not used again while they are the latest."""
         place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
         key = place, length, device
         if self.tables is None or key != self.key:

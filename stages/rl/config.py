@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
+from pipeline.core.bounds import Context, Flag, Key, LongLine, Mix, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, Renamed, added, operational
 from stages.models.base import ModelConfig
 from stages.rl.algorithms.policy_gradient import registry as policy_gradient
@@ -91,6 +91,10 @@ class PostTrainingPhase(PhaseBase):
     )
 
     @property
+    def packed(self) -> bool:
+        return True
+
+    @property
     def micro_batch_counts(self) -> list[int]:
         return [self.micro_batches]
 
@@ -138,6 +142,9 @@ class RlPhase(PostTrainingPhase):
     tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = Field(
         2.0, description="cap of a token's importance weight, trainer over sampler"
     )
+    routing_replay: Flag = added(
+        False, "train each token with the experts that the sampler chose for it (R3); only for mixtures of experts"
+    )
     max_resample_rounds: Annotated[Retries, Renamed("refills")] = Field(
         2, description="extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"
     )
@@ -180,6 +187,16 @@ class RlPhase(PostTrainingPhase):
                 f"updates = {self.updates} is not possible with algorithm {self.algorithm}, whose loss does not "
                 "correct for earlier updates; use 1, or another algorithm"
             )
+        if self.routing_replay and self.sampling.kind != "in-process":
+            raise ValueError(
+                f"routing_replay = true is not possible with sampling.kind = {self.sampling.kind}: vLLM records its "
+                "experts only by a kernel in Triton, which needs a GPU, and they are not read here; use in-process"
+            )
+        if self.routing_replay and "router" in (self.parallelism.fusions or ()):
+            raise ValueError(
+                "routing_replay = true has no effect on parallelism.fusions = router, whose kernel chooses the experts "
+                "by itself; leave one of them out"
+            )
         if self.updates > self.prompts_per_step:
             raise ValueError(
                 f"updates = {self.updates} is more than prompts_per_step = {self.prompts_per_step}, which are divided "
@@ -191,6 +208,10 @@ class RlPhase(PostTrainingPhase):
                 f"them; use at least {self.updates} rows"
             )
         return self
+
+    @property
+    def replays_routing(self) -> bool:
+        return self.routing_replay
 
     @property
     def all_updates(self) -> int:
@@ -285,6 +306,8 @@ class RlTrainConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> RlTrainConfig:
+        if self.phase.routing_replay and self.model.routing is None:
+            raise ValueError("routing_replay = true has no effect on a dense model, which has no experts; leave it out")
         require_room(self.phase.sampling, self.model)
         return self
 

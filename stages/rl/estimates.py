@@ -42,7 +42,7 @@ def estimate(
     """answers: trained on in one update; length: tokens of the longest one; tokens, flops: of the phase; rate: FLOP/s
     of a core; rollouts: the published answers. Rank 0 holds the weights that go to the sampler beside its own state."""
     parameters, phase = config.model.parameters(config.padded_vocab_size), config.phase
-    rows = Rows(-(-answers // phase.micro_batches), length)
+    rows = Rows(-(-answers // phase.micro_batches), length, phase.packed)
     *_, owned, memory = fullest(config, rows)
     releases = phase.steps // phase.release_checkpoint_interval + 1
     checkpoint, work = (MASTER + MOMENTS) * parameters["total"], phase.work_checkpoints_kept + 1

@@ -19,12 +19,13 @@ from pipeline.core.stage import Inputs, Report
 from pipeline.core.store import Artifact
 from stages.data.table import require_columns
 from stages.evaluation.eval_set import chat_rows
+from stages.models.base import Routing
 from stages.models.hf import hf_config
 from stages.rl.config import DpoTrainConfig, RlTrainConfig
 from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Completion, Parts, Row, Sampler, SamplerContext
 from stages.rl.rewards.registry import make_verifiers
-from stages.rl.rollout import generation, rollouts, tasks
+from stages.rl.rollout import generation, rollouts, routes, tasks
 from stages.rl.rollout.rollouts import Rollout
 from stages.rl.samplers import registry as sampler_registry
 from stages.train.engine import Engine
@@ -94,7 +95,9 @@ def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, 
     """The sampler that the recipe names."""
     dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
     model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
-    context = SamplerContext(model_config, chat.stops, work / "served", config.phase.sampling)
+    context = SamplerContext(
+        model_config, chat.stops, work / "served", config.phase.sampling, config.phase.replays_routing
+    )
     return sampler_registry.make_sampler(config.phase.sampling.kind, context)
 
 
@@ -170,6 +173,7 @@ def unscored(
         policy=digest, seed=seed, prompt_ids=list(chat.encode_prompt(row)), ids=completion.ids,
         logprobs=completion.logprobs, text=chat.response(completion).text, finished=completion.finished, reward=0.0,
         parts={}, verifier=row["verifier"], verifier_version="", dropped="",
+        routes=completion.routes,
     )  # fmt: skip
 
 
@@ -181,13 +185,15 @@ class RecordedRollouts(RolloutFiles):
     from the recipe and from all rewards before), and if its other columns follow from its task, tokens and rewards.
     """
 
-    def __init__(self, artifact: Artifact, report: Report) -> None:
-        """Raises AtomError if the file is damaged or has other columns than this version writes."""
+    def __init__(self, artifact: Artifact, report: Report, routing: Routing | None = None) -> None:
+        """routing: of a phase with routing replay. Raises AtomError if the file is damaged or has other columns than
+        this version writes."""
         super().__init__(artifact.path, report)
+        self.routing = routing
         self.file, self.step = artifact / "rollouts.parquet", 0
         self.answers: list[Rollout] = []
         """The answers of `step`, the latest one that was asked for; step 0 has none."""
-        require_columns(self.file, rollouts.schema())
+        require_columns(self.file, rollouts.schema(routing is not None))
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
@@ -205,6 +211,8 @@ class RecordedRollouts(RolloutFiles):
                 raise self._altered(step, wave, number, f"{recorded_answer}, and the phase asked for {requested}")
             if not is_answer(answer, policy.chat.vocab_size):
                 raise self._altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
+            if not has_routes(answer, self.routing):
+                raise self._altered(step, wave, number, "has experts that its tokens cannot have visited")
             if is_first and answer.policy != digest:
                 raise self._altered(
                     step, wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
@@ -217,6 +225,7 @@ class RecordedRollouts(RolloutFiles):
                 reward=r.reward,
                 parts=r.parts,
                 verifier_version=r.verifier_version,
+                routes=r.routes,
             )
             for (row, seed), r in zip(requests, recorded, strict=True)
         ]
@@ -260,6 +269,17 @@ def is_answer(r: Rollout, vocab_size: int) -> bool:
         return False
 
 
+def has_routes(r: Rollout, routing: Routing | None) -> bool:
+    """Whether an answer from a file has a record of experts if routing is replayed, and none otherwise."""
+    if routing is None or r.routes is None:
+        return routing is None and r.routes is None
+    try:
+        routes.decode(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
+    except ValueError:
+        return False
+    return True
+
+
 class PolicyTrainer(PostTrainer):
     """The loop of a phase that samples its policy: the sampler and verifiers, the answers on disk, and the validation
     items of the kinds in its tasks. With inputs["rollouts"], the answers of an earlier run, it samples nothing."""
@@ -272,7 +292,8 @@ class PolicyTrainer(PostTrainer):
         self.rows = tasks.read(self.inputs["tasks"])
         kinds, items = {row["kind"] for row in self.rows}, []
         if "rollouts" in self.inputs:
-            self.files: RolloutFiles = RecordedRollouts(self.inputs["rollouts"], self.report)
+            routing = self.config.model.routing if self.config.phase.replays_routing else None
+            self.files: RolloutFiles = RecordedRollouts(self.inputs["rollouts"], self.report, routing)
         else:
             self.files, items = RolloutFiles(self.work / "rollouts", self.report), chat_rows(self.inputs["items"])
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]

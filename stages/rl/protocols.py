@@ -56,11 +56,13 @@ class Prompt:
 @dataclass(frozen=True)
 class Completion:
     """A sampler's output: token ids with the stop token, if one came, and the log-probability of each under the
-    distribution that it was drawn from (temperature applied, nothing cut off)."""
+    distribution that it was drawn from (temperature applied, nothing cut off). routes: the experts of its tokens, as
+    stages/rl/rollout/routes.py records them, if the sampler was asked for them."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
+    routes: bytes | None = None
 
 
 class SamplingSettings(Protocol):
@@ -77,13 +79,14 @@ class SamplerContext:
     """The arguments for constructing a sampler.
 
     config: the content of config.json; its `dtype` is the trainer's. stops: ids of the tokens that end an answer.
-    folder: for files of the sampler, in the stage's work folder.
+    folder: for files of the sampler, in the stage's work folder. routes: whether completions are to have routes.
     """
 
     config: Mapping[str, Any]
     stops: Sequence[int]
     folder: Path
     settings: SamplingSettings
+    routes: bool = False
 
 
 class Sampler(ABC):

@@ -159,6 +159,11 @@ class PhaseBase(Config):
         return False
 
     @property
+    def replays_routing(self) -> bool:
+        """Whether batches say which experts tokens visit."""
+        return False
+
+    @property
     def all_updates(self) -> int:
         """Updates of the weights, which the optimizer's schedule counts."""
         return self.steps

@@ -81,14 +81,32 @@ class Batch:
     """Rows of one micro-batch, each [rows, width]; `loss_mask` is 1 where a target carries loss, `padding` is True
     where an input is padding (Megatron's router leaves those out of its balance). `starts`, where rows are packed: the
     position at which the segment of each position begins; padding is a segment of its own. `extras`: what an objective
-    other than the plain loss needs, each [rows] or [rows, width]."""
+    other than the plain loss needs, each [rows] or [rows, width].
+
+    `prefixes`, where segments continue others: first position and end of what stands before the segment of each
+    position, int64 [2, rows, width]; equal numbers stand for nothing.
+    `targets`, where not each input has one target: of each target the input in the one row, and the place in `labels`,
+    `loss_mask` and `extras`, which then have a shape of their own, flat; int64 [2, targets].
+    `routes`, with routing replay: the experts of each position of the one row, int16 [width, layers with experts,
+    experts of a token], or `routing_replay.OWN`; None: those that the routers choose.
+    """
 
     ids: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     padding: torch.Tensor
     starts: torch.Tensor | None = None
+    prefixes: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    routes: torch.Tensor | None = None
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def segments(self) -> torch.Tensor | None:
+        """`starts`, and below them `prefixes` where there are some, as the model's attention takes them."""
+        if self.starts is None or self.prefixes is None:
+            return self.starts
+        return torch.cat((self.starts[None], self.prefixes))
 
 
 class Shards:

@@ -6,7 +6,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from stages.mcore.megatron_imports import (
 )
 from stages.mcore.model import build, named_buffers, named_tensors
 from stages.mcore.moe_metrics import Experts, RouterWatch
+from stages.mcore.routing_replay import RoutingReplay
 from stages.mcore.row_tables import context_positions
 from stages.mcore.tensor_sharding import Box, boxes, cut, is_cut, paste
 from stages.mcore.weight_init import full_tensor
@@ -116,7 +117,14 @@ class Engine:
                 f"tokenizer.padded_vocab_size = {config.padded_vocab_size} is less than the {vocab_size} tokens of the "
                 "tokenizer; raise it"
             )
-        self.chunks = build(model, config.padded_vocab_size, self.layout, kind, config.phase.packed, vocab_size)
+        self.chunks = build(
+            model, config.padded_vocab_size, self.layout, kind, config.phase.packed, vocab_size,
+            routing_replay=config.phase.replays_routing,
+        )  # fmt: skip
+        self.replay: RoutingReplay | None = None
+        if config.phase.replays_routing:
+            assert model.routing is not None, "the recipe's check"
+            self.replay = RoutingReplay(self.chunks, model.routing)
         self.routers = RouterWatch(self.chunks, model.routing) if model.routing else None
         megatron = self.chunks[0].config
         modules = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
@@ -320,10 +328,14 @@ class Engine:
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
-            assert not batch.extras or self.layout.cp == 1, "context ranks hold parts of rows"
+            is_plain = batch.targets is None and not batch.extras
+            assert is_plain or self.layout.cp == 1, "context ranks hold parts of rows"
             ids, positions, labels, mask, padding = (gpu.upload(x, device) for x in self._inputs(batch, model))
             weights = mask if objective is cross_entropy else None
-            losses = model(ids, positions, batch.starts, labels=labels, padding_mask=padding, loss_mask=weights)
+            targets = None if batch.targets is None else gpu.upload(batch.targets, device)
+            with self._routing(batch, model, device):
+                losses = model(ids, positions, batch.segments, labels=labels, padding_mask=padding, loss_mask=weights,
+                               targets=targets)  # fmt: skip
             extras = {n: gpu.upload(x, device) for n, x in batch.extras.items()}
             device_batch = replace(batch, loss_mask=mask, extras=extras)
 
@@ -347,6 +359,8 @@ class Engine:
             micro_batch_size=rank_batch.micro[0].ids.shape[0],
             forward_only=forward_only,
         )
+        if self.replay is not None:
+            self.replay.clear()
         has_loss = self.ranks.counts_loss and outputs
         loss_sum = torch.stack([x["sum"] for x in outputs]).sum() if has_loss else torch.zeros((), device=device)
         local_extras = [{n: float(v) for n, v in x.items() if n != "sum"} for x in outputs] if has_loss else []
@@ -372,6 +386,16 @@ class Engine:
             # Megatron cuts the router's padding for sequence parallelism where the embedding is, and nowhere else
             parts[-1] = parts[-1].chunk(self.layout.tp, 1)[parallel_state.get_tensor_model_parallel_rank()]
         yield from parts
+
+    def _routing(self, batch: Batch, model: Any, device: torch.device) -> AbstractContextManager[None]:
+        """The experts of a micro-batch, of this tensor rank's share of the row."""
+        if self.replay is None:
+            return nullcontext()
+        routes = batch.routes
+        if routes is not None:
+            share = routes.chunk(self.layout.tp)[parallel_state.get_tensor_model_parallel_rank()]
+            routes = gpu.upload(share, device)
+        return self.replay.forward(self.ddp.index(model), routes)
 
     def _set_rates(self, lr: float) -> None:
         """Megatron marks groups that are not to be decayed (norms) with `wd_mult` 0 and leaves it to its scheduler to

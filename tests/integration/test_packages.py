@@ -21,8 +21,9 @@ from stages.data.licenses.maps import UNMAPPED
 from stages.data.packages import fetch
 from stages.data.packages.lock import read_lock
 from stages.data.recipe import load
-from stages.data.sources import Source, resolve_tree_digest, tree_digest
+from stages.data.sources import Source, resolve_tree_digest
 from stages.data.table import KEPT, content_hash, order_files, part_files, write_rows
+from stages.data.tree_digest import tree_digest
 from tests.fixtures import ROOT
 from tests.fixtures.package_fixtures import COPYRIGHT, Files, deb_of, lock_folder, member, sdist_of
 from tests.fixtures.run_fixtures import at_length, atom

@@ -170,7 +170,8 @@ def test_an_algorithm_is_its_papers(name: str, first_update: bool, kl: float | N
         for row, mask in enumerate(micro.loss_mask.bool()):
             places = mask.nonzero().flatten().tolist()
             new = [torch.tensor(leaf[row, i].item(), dtype=torch.float64, requires_grad=True) for i in places]
-            tokens[int(micro.ids[row, 0])] = {
+            first_input = int(micro.targets[0, micro.targets[1] == row * mask.numel()])
+            tokens[int(micro.ids[0, micro.starts[0, first_input]])] = {
                 "new": new, "old": before[row, mask].double(), "reference": reference[row, mask].double(),
                 "gradient": (len(leaves) - 1, row, mask),
             }  # fmt: skip

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from stages.data.seeds import seed_of
+from stages.models.base import Routing
 from stages.rl.algorithms import losses
 from stages.rl.algorithms.policy_gradient import registry as policy_gradient
 from stages.rl.algorithms.policy_gradient.advantages import zero_variance
 from stages.rl.algorithms.policy_gradient.registry import Algorithm
 from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer
-from stages.rl.rollout import rollouts
+from stages.rl.rollout import rollouts, routes
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout
@@ -75,11 +76,16 @@ class GrpoTrainer(PolicyTrainer):
         wave_results = self.engine.ranks.from_first(self._draw(step, policy_digest) if self.first else ([], {}, {}))
         answers, metrics, state = wave_results
         self.restore_algorithm(state or self.algorithm_state())
-        phase, groups = self.phase, training_groups(answers, self.algorithm)
+        phase = self.phase
+        routing = self.config.model.routing if phase.routing_replay else None
+        groups = training_groups(answers, self.algorithm, routing)
         self.tokens += (targets := sum(len(x.ids) - x.start for group in groups for x in group))
         if not targets:
             return metrics | {"idle": True}
         batches, figures, minimize = self._batches(step, groups), [], objective(phase)
+        if routing is not None and (step == 1 or step % phase.validate_every == 0):
+            gap_of_own = self._gap_of_own_routing(batches)
+            metrics["sampler_gap_own_routing"] = gap_of_own / targets
         for number, batch in batches.items():
             lr = self.learning_rate((step - 1) * phase.updates + number + 1)
             figures.append(self.engine.step(batch, lr, self.update_check(step), objective=minimize))
@@ -112,7 +118,7 @@ class GrpoTrainer(PolicyTrainer):
                 lengths = [len(example.ids) - example.start for example in part]
                 divisor = self.algorithm.mean.divisor(lengths, phase.sampling.max_new_tokens)
                 part += self._replay_examples(step, number, divisor)
-                units = [[example] for example in sorted(part, key=lambda example: len(example.ids))]
+                units = [[example] for example in part]
                 batches[number] = build_rank_batch(
                     units, phase.micro_batches, self.engine.ranks, self.policy.chat.pad, divisor
                 )
@@ -122,6 +128,17 @@ class GrpoTrainer(PolicyTrainer):
             with self.engine.computing_with(self.reference):
                 batches = {number: with_logprobs(self.engine, batch, "reference") for number, batch in batches.items()}
         return batches
+
+    def _gap_of_own_routing(self, batches: Mapping[int, RankBatch]) -> float:
+        """The sum over tokens of the difference in log-probability between trainer and sampler, if the trainer's
+        routers choose. Collective."""
+
+        def gap(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            present = batch.extras["weight"][:, None] * batch.loss_mask > 0
+            total = (-cross_entropy - batch.extras["sampler"]).abs().masked_fill(~present, 0.0).sum()
+            return total, {"gap": total}
+
+        return sum(self.engine.figures(without_routes(batch), gap)[1]["gap"] for batch in batches.values())
 
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
         """The answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
@@ -182,7 +199,7 @@ class GrpoTrainer(PolicyTrainer):
         return examples
 
     def write_outputs(self, out: Path) -> dict[str, Any]:
-        count = rollouts.merge(self.files.all(), out / "rollouts.parquet")
+        count = rollouts.merge(self.files.all(), out / "rollouts.parquet", self.phase.routing_replay)
         lines = self.log.lines()
         validations = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
         rewards = [x["reward"] for x in lines if "reward" in x]
@@ -208,9 +225,11 @@ def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout
     return marked, equal.count(False)
 
 
-def training_groups(answers: Sequence[Rollout], algorithm: Algorithm) -> list[list[Example]]:
+def training_groups(
+    answers: Sequence[Rollout], algorithm: Algorithm, routing: Routing | None = None
+) -> list[list[Example]]:
     """The training rows of the answers that are not dropped, by group. Advantages are of all answers of the groups that
-    differ in reward, truncated ones among them."""
+    differ in reward, truncated ones among them. routing: of a model whose routing is replayed."""
     groups: dict[tuple[int, int], list[Rollout]] = {}
     for r in answers:
         if r.dropped != "variance":
@@ -219,27 +238,37 @@ def training_groups(answers: Sequence[Rollout], algorithm: Algorithm) -> list[li
         return []
     gains = algorithm.advantages(torch.tensor([[r.reward for r in group] for group in groups.values()])).tolist()
     return [
-        [_example(r, gain, algorithm) for r, gain in zip(group, group_gains, strict=True) if not r.dropped]
+        [_example(r, gain, algorithm, routing) for r, gain in zip(group, group_gains, strict=True) if not r.dropped]
         for group, group_gains in zip(groups.values(), gains, strict=True)
     ]
 
 
-def _example(r: Rollout, advantage: float, algorithm: Algorithm) -> Example:
+def _example(r: Rollout, advantage: float, algorithm: Algorithm, routing: Routing | None) -> Example:
     tokens = {"sampler": r.logprobs, "replay": [0.0] * len(r.ids)}
     row = {"advantage": advantage, "weight": algorithm.mean.weight(len(r.ids))}
-    return Example([*r.prompt_ids, *r.ids], len(r.prompt_ids), row, tokens)
+    ids, recorded = [*r.prompt_ids, *r.ids], None
+    if routing is not None:
+        assert r.routes is not None, "the sampler records them"
+        recorded = routes.decode(r.routes, len(ids) - 1, routing)
+    return Example(ids, len(r.prompt_ids), row, tokens, recorded)
+
+
+def without_routes(rank_batch: RankBatch) -> RankBatch:
+    """The batch for routers that choose."""
+    return replace(rank_batch, micro=[replace(batch, routes=None) for batch in rank_batch.micro])
 
 
 def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch:
     """The batch with the log-probabilities of its targets under the engine's present weights, among the `extras` of its
-    micro-batches where this rank computes the loss. Collective."""
+    micro-batches where this rank computes the loss. The reference is another policy, whose routers choose. Collective.
+    """
     recorded: list[torch.Tensor] = []
 
     def record(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         recorded.append(-cross_entropy.cpu())
         return cross_entropy.sum(), {}
 
-    engine.figures(rank_batch, record)
+    engine.figures(without_routes(rank_batch) if name == "reference" else rank_batch, record)
     if not recorded:  # an earlier rank of the pipeline
         return rank_batch
     micro = [

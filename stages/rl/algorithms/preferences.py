@@ -119,7 +119,6 @@ class Dpo(PolicyTrainer):
         weight = self.phase.nll_coef * len(pairs) / tokens if tokens else 0.0
         units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
         units += [[_example(r, pair=0.0, anchor=weight)] for r in correct]
-        units.sort(key=lambda unit: max(len(example.ids) for example in unit))
         self.tokens += sum(len(example.ids) - example.start for unit in units for example in unit)
         rank_batch = build_rank_batch(
             units, self.phase.micro_batches, self.engine.ranks, self.policy.chat.pad, len(pairs)
@@ -329,7 +328,7 @@ class Reward(PostTrainer):
                 for side in ("chosen", "rejected")
             ]
             units.append([Example(ids, len(ids) - 1) for ids in input_ids])
-        return sorted(units, key=lambda unit: max(len(example.ids) for example in unit))
+        return units
 
     def _rank_batch(self, units: list[list[Example]]) -> RankBatch:
         return build_rank_batch(units, self.phase.micro_batches, self.engine.ranks, self.chat.pad, len(units))

@@ -1,74 +1,142 @@
-"""Answers as rows of a training batch: a question and its answer side by side, padded on the right.
+"""Answers as packed training rows: questions and answers side by side, without padding between them.
 
-The recipe sets the number of micro-batches of an update. Rows are spread evenly over them, and a layout deals complete
-micro-batches to its data-parallel ranks. So every layout computes the same sums.
+A question that consecutive examples share is computed once: their answers continue the same tokens. Logits are computed
+for answers alone.
+
+The recipe sets the number of micro-batches of an update. Examples are spread evenly over them, and a layout deals
+complete micro-batches to its data-parallel ranks. So every layout computes the same sums.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 
+from stages.mcore.routing_replay import OWN
 from stages.train.data import ALIGN, Batch, RankBatch
 from stages.train.parallel import Ranks
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row. ids: question and answer; start: index of the answer's first token. row: numbers of the row by name;
-    tokens: numbers of each token of the answer by name."""
+    """A question and its answer. ids: of both; start: index of the answer's first token. row: numbers of the example by
+    name; tokens: numbers of each token of the answer by name. routes: the experts of all tokens but the last,
+    int16 [tokens, layers with experts, experts of a token]; None: those that the routers choose."""
 
     ids: Sequence[int]
     start: int
     row: Mapping[str, float] = field(default_factory=dict)
     tokens: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    routes: torch.Tensor | None = None
+
+    def continues(self, other: Example | None) -> bool:
+        """Whether its question is the other's."""
+        return other is not None and self.start == other.start and self.ids[: self.start] == other.ids[: other.start]
 
 
 def build_rank_batch(
     units: Sequence[Sequence[Example]], micro_batches: int, ranks: Ranks, pad_id: int, targets: int
 ) -> RankBatch:
-    """This rank's part of an update. units: rows that must stay together, such as the two of a pair, in the order of
-    their assignment; sorted by length they need the least padding. targets: the divisor of the objective's sum."""
+    """This rank's part of an update. units: examples that must stay together, such as the two of a pair, those of one
+    question in succession. targets: the divisor of the objective's sum."""
     assert micro_batches % ranks.data_ranks == 0, "the recipe's check"
-    cuts = [len(units) * n // micro_batches for n in range(micro_batches + 1)]
-    micro_batch_rows = [[row for unit in units[a:b] for row in unit] for a, b in pairwise(cuts)]
-    max_width = max(len(row.ids) for part in micro_batch_rows for row in part) - 1
-    max_rows = max(map(len, micro_batch_rows))
-    uniform = ranks.layout.pp > 1  # its schedule sends tensors of one shape
+    sizes = [sum(len(example.ids) for example in unit) for unit in units]
+    parts: list[list[Example]] = [[] for _ in range(micro_batches)]
+    for unit, size, end in zip(units, sizes, accumulate(sizes), strict=True):
+        parts[(2 * end - size) * micro_batches // (2 * sum(sizes))] += unit  # where its middle is
+    parts = [part or [_masked_example(units[0][0])] for part in parts]  # Megatron's balance loss of no token is NaN
+    widths = [_round_up(_tokens(part), ranks) for part in parts]
+    if ranks.layout.pp > 1:  # its schedule sends tensors of one shape
+        widths = [max(widths)] * len(widths)
     per_rank = micro_batches // ranks.data_ranks
-    batches = []
-    for part in micro_batch_rows[ranks.data_rank * per_rank : (ranks.data_rank + 1) * per_rank]:
-        rows = part or [_masked_example(units[0][0])]  # Megatron's balance loss without any token is NaN
-        width = max_width if uniform else max(len(row.ids) for row in rows) - 1
-        batches.append(_batch(rows, max_rows if uniform else len(rows), _round_up(width, ranks), pad_id))
-    return RankBatch(batches, _round_up(max_width, ranks), targets)
+    mine = slice(ranks.data_rank * per_rank, (ranks.data_rank + 1) * per_rank)
+    recorded = next((x.routes for unit in units for x in unit if x.routes is not None), None)
+    batches = [_batch(part, width, pad_id, recorded) for part, width in zip(parts[mine], widths[mine], strict=True)]
+    return RankBatch(batches, max(widths), targets)
 
 
-def _masked_example(row: Example) -> Example:
-    """A row without a loss."""
-    return Example(row.ids[:2], 2, dict.fromkeys(row.row, 0.0), dict.fromkeys(row.tokens, ()))
+def _masked_example(example: Example) -> Example:
+    """An example without a loss."""
+    return Example(example.ids[:2], 2, dict.fromkeys(example.row, 0.0), dict.fromkeys(example.tokens, ()))
 
 
 def _round_up(width: int, ranks: Ranks) -> int:
-    multiple = max(ALIGN, ranks.layout.width_unit)
+    multiple = math.lcm(ALIGN, ranks.layout.width_unit)
     return -(-width // multiple) * multiple
 
 
-def _batch(rows: Sequence[Example], count: int, width: int, pad_id: int) -> Batch:
-    shape = (count, width)
-    ids = torch.full(shape, pad_id)
-    labels = torch.full(shape, pad_id)
-    mask, padding = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
-    extras = {name: torch.zeros(count) for name in rows[0].row} | {name: torch.zeros(shape) for name in rows[0].tokens}
-    for i, example in enumerate(rows):
-        length, start = len(example.ids) - 1, example.start - 1
-        ids[i, :length], labels[i, :length] = torch.tensor(example.ids[:-1]), torch.tensor(example.ids[1:])
-        mask[i, start:length], padding[i, :length] = 1, False
+def _tokens(examples: Sequence[Example]) -> int:
+    """The width of a row with the examples."""
+    return sum(end - begin for begin, end, *_ in _segments(examples))
+
+
+Segment = tuple[int, int, int, int, Sequence[int]]
+
+
+def _segments(examples: Sequence[Example]) -> list[Segment]:
+    """A row's segments from left to right: first position, end, both of the question that it continues, tokens. A
+    question has one segment, or none if the example before has it; then comes the answer without its last token."""
+    segments: list[Segment] = []
+    before: Example | None = None
+    question, end = (0, 0), 0
+    for example in examples:
+        if not example.continues(before):
+            question = end, end + example.start
+            segments.append((*question, 0, 0, example.ids[: example.start]))
+            end += example.start
+        ids = example.ids[example.start : -1]
+        segments.append((end, end + len(ids), *question, ids))
+        before, end = example, end + len(ids)
+    return segments
+
+
+def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch.Tensor | None) -> Batch:
+    """One row of `width` tokens. Labels, loss mask and extras have a row for each example, a column for each token of
+    its answer. recorded: the routes of some example of the update, if any has some."""
+    segments = _segments(examples)
+    ids, padding = torch.full((1, width), pad_id), torch.ones(1, width, dtype=torch.bool)
+    length = segments[-1][1]
+    starts, prefixes = torch.full((1, width), length), torch.zeros(2, 1, width, dtype=torch.long)
+    for begin, end, first, last, tokens in segments:
+        ids[0, begin:end], padding[0, begin:end], starts[0, begin:end] = torch.tensor(tokens), False, begin
+        prefixes[0, 0, begin:end], prefixes[1, 0, begin:end] = first, last
+
+    shape = len(examples), max(1, *(len(example.ids) - example.start for example in examples))
+    labels, mask = torch.full(shape, pad_id), torch.zeros(shape)
+    extras = {name: torch.zeros(shape[0]) for name in examples[0].row}
+    extras |= {name: torch.zeros(shape) for name in examples[0].tokens}
+    inputs, cells = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.long)]
+    answers = [segment for segment in segments if segment[3]]
+    for i, (example, (begin, end, _, question_end, _)) in enumerate(zip(examples, answers, strict=True)):
+        if count := len(example.ids) - example.start:
+            labels[i, :count], mask[i, :count] = torch.tensor(example.ids[example.start :]), 1
+            inputs += [torch.tensor([question_end - 1]), torch.arange(begin, end)]
+            cells.append(i * shape[1] + torch.arange(count))
         for name, value in example.row.items():
             extras[name][i] = value
         for name, values in example.tokens.items():
-            extras[name][i, start:length] = torch.tensor(values)
-    return Batch(ids, labels, mask, padding, extras=extras)
+            extras[name][i, :count] = torch.tensor(values)
+    targets = torch.stack((torch.cat(inputs), torch.cat(cells)))
+    if not targets.numel():  # the first input predicts a token that the loss mask leaves out
+        targets = torch.zeros(2, 1, dtype=torch.long)
+    return Batch(
+        ids, labels, mask, padding, starts, prefixes, targets, _routes(examples, answers, width, recorded), extras
+    )
+
+
+def _routes(
+    examples: Sequence[Example], answers: Sequence[Segment], width: int, recorded: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The experts of a row's tokens, for `Batch.routes`: all micro-batches of an update have them, or none. answers:
+    the segment of each example's answer."""
+    if recorded is None:
+        return None
+    routes = recorded.new_full((width, *recorded.shape[1:]), OWN)
+    for example, (begin, end, first, last, _) in zip(examples, answers, strict=True):
+        if example.routes is not None:
+            routes[first:last], routes[begin:end] = example.routes.split((example.start, end - begin))
+    return routes

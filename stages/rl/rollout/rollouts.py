@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,8 @@ DROPPED = {
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer. `dropped`: the reason why no update used it, a key of DROPPED."""
+    """One answer. `dropped`: the reason why no update used it, a key of DROPPED. `routes`: the experts of its tokens
+    (stages/rl/rollout/routes.py), with routing replay."""
 
     step: int
     wave: int
@@ -54,16 +55,19 @@ class Rollout:
     verifier: str
     verifier_version: str
     dropped: str
+    routes: bytes | None = None
 
 
-def schema() -> pa.Schema:
+def schema(routes: bool = False) -> pa.Schema:
+    """routes: of a phase with routing replay, whose answers have a column more."""
     import pyarrow as pa
 
     ids, text = pa.list_(pa.int32()), pa.string()
     types = {name: pa.int32() for name in ("step", "wave", "group", "sample", "level")}
     types |= {"seed": pa.uint64(), "prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
-    types |= {"finished": pa.bool_(), "reward": pa.float64()}
-    return pa.schema([(name, types.get(name, text)) for name in Rollout.__dataclass_fields__])
+    types |= {"finished": pa.bool_(), "reward": pa.float64(), "routes": pa.binary()}
+    names = [name for name in Rollout.__dataclass_fields__ if routes or name != "routes"]
+    return pa.schema([(name, types.get(name, text)) for name in names])
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:
@@ -71,10 +75,10 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{**asdict(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
+    rows = [{**vars(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema())
+    table = pa.Table.from_pylist(rows, schema(any(r.routes is not None for r in rollouts)))
     pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
@@ -87,15 +91,16 @@ def read(path: Path, step: int | None = None) -> list[Rollout]:
     return [Rollout(**{**row, "parts": json.loads(row["parts"])}) for row in rows]
 
 
-def merge(parts: Sequence[Path], target: Path) -> int:
-    """Merges all answers of a phase into one file, one row group per step. Returns their number."""
+def merge(parts: Sequence[Path], target: Path, routes: bool = False) -> int:
+    """Merges all answers of a phase into one file, one row group per step. Returns their number. routes: as for
+    `schema`."""
     import pyarrow.parquet as pq
 
     count = 0
-    with pq.ParquetWriter(target, schema(), compression="zstd") as out:
+    with pq.ParquetWriter(target, schema(routes), compression="zstd") as out:
         for part in parts:
             table = read_table(part)
-            if table.schema != schema():
+            if table.schema != schema(routes):
                 raise AtomError(f"{part} is not a file of this version's answers; remove it and run again")
             out.write_table(table)
             count += table.num_rows

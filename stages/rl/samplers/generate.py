@@ -8,15 +8,18 @@ of its own, so it does not depend on the other prompts of a batch, up to the rou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.core.errors import AtomError
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
+from stages.rl.rollout import routes as records
 from stages.rl.samplers.library_decode import LibraryDecoder
-from stages.rl.samplers.sampler_decode import CLASSES, Decoder
+from stages.rl.samplers.sampler_decode import CLASSES, NAMES, Decoder
 
 ROWS = 256
 """Answers that are drawn in parallel, which bounds the cache."""
@@ -29,9 +32,10 @@ class InProcess(Sampler):
 
     def __init__(
         self, config: Mapping[str, Any] | Path, stops: Sequence[int], max_new_tokens: int, temperature: float = 1.0,
-        rows: int = ROWS,
+        rows: int = ROWS, routes: bool = False,
     ) -> None:  # fmt: skip
-        """config: the content of config.json, or the folder of an exported model, whose weights are then loaded."""
+        """config: the content of config.json, or the folder of an exported model, whose weights are then loaded.
+        routes: record the experts of each token. Raises AtomError if the decoder cannot."""
         if isinstance(config, Path):
             self.model = AutoModelForCausalLM.from_pretrained(config, dtype=torch.float32, local_files_only=True).eval()
         else:
@@ -40,14 +44,24 @@ class InProcess(Sampler):
         if torch.cuda.is_available():
             self.model.cuda()
         self.model.requires_grad_(False)
-        self.decoder = Decoder(self.model) if isinstance(self.model, CLASSES) else LibraryDecoder(self.model)
+        self.decoder: Decoder | LibraryDecoder
+        if isinstance(self.model, CLASSES):
+            self.decoder = Decoder(self.model, routes)
+        elif routes:
+            raise AtomError(
+                f"routing_replay needs this project's decoder, which draws from {NAMES} models and not from "
+                f"{type(self.model).__name__}; leave it out"
+            )
+        else:
+            self.decoder = LibraryDecoder(self.model)
+        self.routes = routes
         self.stops, self.max_new_tokens = frozenset(stops), max_new_tokens
         self.temperature, self.rows = temperature, rows
 
     @classmethod
     def create(cls, context: SamplerContext) -> Self:
         config = {**context.config, "dtype": "float32", "torch_dtype": "float32"}
-        return cls(config, context.stops, context.settings.max_new_tokens)
+        return cls(config, context.stops, context.settings.max_new_tokens, routes=context.routes)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         load_weights(self.model, tensors)
@@ -73,6 +87,7 @@ class InProcess(Sampler):
         logits = self.decoder.read([prompt.ids for prompt in prompts], max_tokens)
         tokens, log_probs = torch.zeros(max_tokens, count, dtype=torch.long), torch.zeros(max_tokens, count)
         active, unfinished = torch.arange(count), torch.ones(count, dtype=torch.bool)
+        of_steps: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows that were decoded, and their experts
         for step in range(max_tokens):
             next_tokens, log_probs[step, active] = self._choose(
                 logits, noise[active, step] if noise is not None else None
@@ -89,11 +104,32 @@ class InProcess(Sampler):
                     active, next_tokens, unfinished = active[kept], next_tokens[kept], unfinished[kept]
             if step + 1 < max_tokens:
                 logits = self.decoder.step(next_tokens.to(device)).float()
+                if self.routes and isinstance(self.decoder, Decoder):
+                    of_steps.append((active, self.decoder.step_routes()))
         completions = []
         for ids, logprobs in zip(tokens.T.tolist(), log_probs.T.tolist(), strict=True):
             end = next((n for n, token in enumerate(ids) if token in self.stops), max_tokens - 1) + 1
             completions.append(Completion(tuple(ids[:end]), tuple(logprobs[:end]), ids[end - 1] in self.stops))
+        if self.routes and isinstance(self.decoder, Decoder):
+            return self._with_routes(prompts, completions, self.decoder.prompt_routes, of_steps)
         return completions
+
+    def _with_routes(
+        self, prompts: list[Prompt], completions: list[Completion],
+        of_prompts: Mapping[tuple[int, ...], torch.Tensor], of_steps: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> list[Completion]:  # fmt: skip
+        """The completions with the experts of question and answer, without the last token. of_prompts: by prompt;
+        of_steps: rows and their experts, of each step."""
+        experts = self.model.config.num_experts
+        answers: list[list[torch.Tensor]] = [[] for _ in prompts]
+        for rows, chosen in of_steps:
+            for row, of_token in zip(rows.tolist(), chosen, strict=True):
+                answers[row].append(of_token)
+        recorded = []
+        for prompt, completion, steps in zip(prompts, completions, answers, strict=True):
+            both = torch.cat([of_prompts[prompt.ids], *(x[None] for x in steps[: len(completion.ids) - 1])])
+            recorded.append(replace(completion, routes=records.encode(both, experts)))
+        return recorded
 
     def _noise(self, prompts: list[Prompt]) -> torch.Tensor:
         """Uniform numbers in (0, 1), [rows, steps]: one for each token that may be drawn."""

@@ -29,7 +29,8 @@ ROOM = 64
 class Decoder:
     """Decodes rows with the parameters of a model, which it reads in place, so that they may be overwritten."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, records_routes: bool = False) -> None:
+        """records_routes: keep the experts of each token, those of prompts in `prompt_routes`."""
         if not isinstance(model, CLASSES):
             raise TypeError(f"the decoder draws from {NAMES} models, not from {type(model).__name__}")
         self.reader, self.model = model, model.model
@@ -39,6 +40,15 @@ class Decoder:
         self.qkv = [_fuse_qkv(layer.self_attn) for layer in self.model.layers]
         self.device = model.device
         self.expert_ids = torch.arange(getattr(self.config, "num_experts", 0), device=model.device)
+        self.records_routes = records_routes
+        self.chosen: list[torch.Tensor] = []
+        """The experts of the latest tokens, [tokens, experts of a token], layer by layer."""
+        self.prompt_routes: dict[tuple[int, ...], torch.Tensor] = {}
+        """By prompt: [tokens, layers with experts, experts of a token]."""
+        if records_routes:
+            for layer in self.model.layers:
+                if hasattr(layer.mlp, "experts"):
+                    layer.mlp.gate.register_forward_hook(lambda gate, inputs, output: self.chosen.append(output[2]))
 
     def read(self, prompts: Sequence[tuple[int, ...]], room: int) -> torch.Tensor:
         """Fills the cache with prompts, the shortest first, with room for more tokens. Returns the logits after each,
@@ -47,6 +57,7 @@ class Decoder:
         unique_prompts = list(dict.fromkeys(prompts))
         prompt_cache = self.allocate_cache(len(unique_prompts), width)
         logits, start = [], 0
+        self.prompt_routes.clear()
         while start < len(unique_prompts):
             batch = [unique_prompts[start]]
             while (
@@ -66,6 +77,9 @@ class Decoder:
                 logits_to_keep=1,
             )
             logits.append(output.logits[:, -1].float().cpu())
+            if self.records_routes:
+                of_batch = self.step_routes().unflatten(0, positions.shape)
+                self.prompt_routes |= {ids: x[longest - len(ids) :] for ids, x in zip(batch, of_batch, strict=True)}
             for layer_cache, layer in zip(prompt_cache, cache.layers, strict=True):
                 layer_cache[:, start : start + len(batch), :, width - longest :] = torch.stack(
                     (layer.keys, layer.values)
@@ -94,6 +108,12 @@ class Decoder:
         self.bias = torch.zeros(len(pads), longest, device=pads.device).masked_fill_(
             positions < pads[:, None], -torch.inf
         )
+
+    def step_routes(self) -> torch.Tensor:
+        """The experts of the latest tokens, [tokens, layers with experts, experts of a token], on the host."""
+        routes = torch.stack(self.chosen, 1).cpu()
+        self.chosen.clear()
+        return routes
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only some rows."""
@@ -141,6 +161,8 @@ class Decoder:
     def _experts(self, moe: Any, h: torch.Tensor) -> torch.Tensor:
         """Tokens sorted by expert, so that each expert's are one product. h: [rows, hidden]."""
         probabilities, selected = F.linear(h, moe.gate.weight).softmax(-1).topk(self.config.num_experts_per_tok, -1)
+        if self.records_routes:
+            self.chosen.append(selected)
         if self.config.norm_topk_prob:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         experts, order = selected.flatten().sort(stable=True)
