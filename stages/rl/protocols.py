@@ -18,7 +18,7 @@ from pipeline.core.stage import Config, Inputs
 from stages.scorers import answer_of
 
 if TYPE_CHECKING:
-    import torch
+    from stages.rl.weights import Weights
 
 Row = Mapping[str, Any]
 """A task in its stored and published form, NeMo Gym's row format: `responses_create_params` with the messages of
@@ -95,8 +95,9 @@ class Sampler(ABC):
         """Creates the sampler of a phase. Raises AtomError if a requirement is missing."""
 
     @abstractmethod
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Loads weights by their Hugging Face names."""
+    def load(self, weights: Weights) -> None:
+        """Loads a policy's weights: a mapping by their Hugging Face names, with the policy's digest and, if they are in
+        files, the folder."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:

@@ -7,9 +7,8 @@ drawn. A reload that keeps old weights would bias training without an error of v
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +16,11 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.core.errors import AtomError, CheckFailed, MachineError
+from pipeline.core.errors import AtomError, MachineError
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
-from stages.rl.rollout import rollouts
-from stages.rl.samplers.generate import load_weights
 from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, interpreter
-from stages.train.checkpoint.release_checkpoint import save_tensors
-
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Largest mean difference of a token's log-probability from transformers' in fp32, by the served type."""
+from stages.rl.weights import Weights
 
 T = TypeVar("T")
 
@@ -70,37 +63,27 @@ class VllmServer(Sampler):
             settings.python, settings.url, settings.options,
         )  # fmt: skip
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Loads the weights into every server and verifies that they took effect.
+    def load(self, weights: Weights) -> None:
+        """Loads the weights, which are in a folder, into every server, under the policy's digest as their version.
 
-        Every worker holds norms unchanged, so their digests must be those of the new weights; the digests of all
-        parameters must have changed; and every later answer states the weights that drew it. The first time, when the
-        servers started from random weights, their log-probabilities are compared with transformers', which detects a
-        kind of layer that this vLLM does not reload. Raises AtomError.
+        Each server first checks its shards: those of the index, with their digests, from which that of the policy
+        follows. Only when all servers have them does one change its weights, so a refusal leaves all of them as they
+        were. A server that fails while it loads stays paused. Every later answer states the weights that drew it, and
+        each step compares its log-probabilities with the trainer's. Raises AtomError.
         """
-        digest = rollouts.digest(tensors)
-        if digest == self.loaded:
+        if weights.digest == self.loaded:
             return
-        served = {name: t.detach().to(self.dtype) for name, t in tensors.items()}
-        served.setdefault("lm_head.weight", served["model.embed_tokens.weight"])
-        folder = self.folder / digest[7:23]
-        folder.mkdir(exist_ok=True)
-        # tied weights are two tensors in the file
-        contiguous = {name: t.clone() if name == "lm_head.weight" else t for name, t in served.items()}
-        save_tensors(folder / "partial", contiguous)
-        os.rename(folder / "partial", folder / "model.safetensors")
-        norms = {name: _sha256(t) for name, t in served.items() if name.endswith("norm.weight")}
-        self._map([(s, s) for s in self.servers], lambda server, _: self._renew(server, folder, digest, norms))
-        is_first, self.loaded = self.loaded is None, digest
-        if is_first:
-            try:
-                self._prove(served)
-            except AtomError:
-                self.loaded = None
-                raise
-        for old in self.folder.iterdir():
-            if old.is_dir() and old != folder:
-                shutil.rmtree(old)
+        update = {"folder": str(weights.folder), "digest": weights.digest}
+        try:
+            self._map([(s, update) for s in self.servers], self._check)
+        except BaseException:
+            for server in self.servers:
+                with contextlib.suppress(AtomError):  # ends the update on the workers that did not refuse it
+                    server.post("/finish_weight_update", attempts=1)
+            raise
+        self.loaded = None
+        self._map([(s, update) for s in self.servers], self._take)
+        self.loaded = weights.digest
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         if self.loaded is None:
@@ -150,54 +133,20 @@ class VllmServer(Sampler):
             )
         return Completion(ids, tuple(float(x["logprob"]) for x in content), ids[-1] in self.stops)
 
-    def _renew(self, server: Server, folder: Path, digest: str, norms: Mapping[str, str]) -> None:
-        server.wait()
-        digests_before = self._digests(server)
-        server.post("/collective_rpc", {"method": "renew", "args": [str(folder)]})
-        if not server.post("/reset_prefix_cache")["success"]:
-            raise MachineError(f"the vLLM server at {server.url} keeps its cache of prompts while somebody else uses "
-                               "it; give it to this run alone")  # fmt: skip
-        server.post("/update_weight_version", {"new_version": digest})
-        digests_after = self._digests(server)
-        renewed = {(name, sha) for key, sha in digests_after.items() if (name := key.rsplit(":", 1)[-1]) in norms}
-        if renewed != set(norms.items()) or (digests_after == digests_before and self.loaded is not None):
-            raise MachineError(f"the vLLM server at {server.url} did not take over the weights in {folder}; "
-                            "have it see this folder and run again")  # fmt: skip
+    def _check(self, server: Server, update: Mapping[str, Any]) -> None:
+        if self.loaded is None:
+            server.wait()
+            sizes = {name: value for name, value in self.config.items() if type(value) in (int, float)}
+            server.post("/init_weight_transfer_engine", {"init_info": {"sizes": sizes}})
+        server.post("/start_weight_update", attempts=1)
+        server.post("/update_weights", {"update_info": {**update, "load": False}}, attempts=1)
 
-    @staticmethod
-    def _digests(server: Server) -> dict[str, str]:
-        """SHA-256 of each parameter's bytes as a worker holds it, by `<worker>:<name>`."""
-        checksums: dict[str, str] = server.post("/weight_checker", {"action": "checksum"})["checksums"]
-        return checksums
-
-    def _prove(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Compares the log-probabilities of a few answers with those of transformers, in fp32 on CPU."""
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.config), dtype=torch.float32).eval()
-        load_weights(model, tensors)
-        vocab = model.config.vocab_size
-        prompts = [Prompt(tuple((5 * n + i) % vocab for i in range(4)), n) for n in range(4 * len(self.servers))]
-        gaps = []
-        for prompt, completion in zip(prompts, self.generate(prompts), strict=True):
-            log_probs = logprobs(model, prompt, completion, self.temperature)
-            gaps.append((log_probs - torch.tensor(completion.logprobs)).abs())
-        gap = torch.cat(gaps).mean().item()
-        if not gap <= TOLERANCE[self.config["dtype"]]:
-            raise CheckFailed(
-                f"vLLM's log-probabilities differ by {gap:.3g} from those of the weights that it was given, so it does "
-                "not renew all of them, or computes otherwise; use another version of it, or sampling.kind = in-process"
-            )
-
-
-def logprobs(model: torch.nn.Module, prompt: Prompt, completion: Completion, temperature: float) -> torch.Tensor:
-    """A transformers model's log-probabilities, [tokens], of an answer's tokens at a temperature."""
-    ids = torch.tensor([[*prompt.ids, *completion.ids]])
-    with torch.inference_mode():
-        logits = model(ids).logits[0, len(prompt.ids) - 1 : -1].float() / temperature
-    return torch.log_softmax(logits, -1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    def _take(self, server: Server, update: Mapping[str, Any]) -> None:
+        """Running answers wait, and go on with the new weights, which read their tokens again."""
+        server.post("/pause?mode=keep")
+        server.post("/update_weights", {"update_info": {**update, "load": True}}, attempts=1)
+        server.post("/finish_weight_update", {"weight_version": update["digest"]}, attempts=1)
+        server.post("/resume")
 
 
 SAMPLER = VllmServer

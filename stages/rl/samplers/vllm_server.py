@@ -16,6 +16,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -41,6 +42,8 @@ SHARE = 0.5
 """Of the free memory of a GPU, what a server gets beside training, which needs the rest for its steps."""
 CPU_OPTIONS = ["--no-enable-chunked-prefill", "--enforce-eager"]
 """On CPU, 0.32 dies when a seeded request's prompt is read in parts."""
+REFUSAL = re.compile(r"\[\[(.*?)\]\]")
+"""A sentence of vllm_worker/atom_index.py within vLLM's."""
 
 _WORKER = Path(__file__).parent / "vllm_worker"
 # The server leads a process group with a watch, which kills the group when this end of the pipe closes: also when the
@@ -84,7 +87,8 @@ def command(python: str, folder: Path, host: str, port: int, options: Sequence[s
         "model": str(folder), "host": host, "port": port, "dtype": dtype, "load-format": "dummy",
         "max-num-seqs": IN_FLIGHT, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
         # on CPU the output layer is a packed copy, which a reload of tied weights would not change
-        "hf-overrides": json.dumps({"tie_word_embeddings": False}), "worker-extension-cls": "atom_reload.Reload",
+        "hf-overrides": json.dumps({"tie_word_embeddings": False}),
+        "weight-transfer-config": json.dumps({"backend": "atom-folder"}),  # of vllm_worker/atom_engine.py
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--tokens-only", "--disable-uvicorn-access-log"]
@@ -158,21 +162,24 @@ class Server:
                     raise self._failure(f"no answer within {seconds:.0f} s: {error}") from None
             time.sleep(0.25)
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None) -> Any:
-        """The JSON of its response. The request must be idempotent: it is repeated after a lost connection. Raises
-        AtomError if the server is gone or refuses."""
+    def post(self, path: str, body: Mapping[str, Any] | None = None, attempts: int = ATTEMPTS) -> Any:
+        """The JSON of its response. A request that is not idempotent has one attempt. Raises AtomError if the server is
+        gone or refuses."""
         data = json.dumps(body or {}).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         reason = ""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             if attempt:
                 time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             self._require_alive()
             try:
-                with DIRECT.open(request, timeout=seconds or REQUEST_SECONDS) as answer:
+                with DIRECT.open(request, timeout=REQUEST_SECONDS) as answer:
                     return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
-                reason = f"{path}: {error.code} {_message(error)}"
+                message = _message(error)
+                if refusal := REFUSAL.search(message):
+                    raise AtomError(f"the vLLM server at {self.url} refuses the weights: {refusal[1]}") from None
+                reason = f"{path}: {error.code} {message}"
                 if error.code < 500:
                     raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -208,7 +215,7 @@ def _message(error: urllib.error.HTTPError) -> str:
     text = error.read().decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
-    return " ".join(text.split())[:500]
+    return " ".join(text.split())[:1000]
 
 
 def main() -> None:
