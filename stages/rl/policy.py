@@ -51,7 +51,7 @@ class Policy:
         self.sampler: Sampler | None = None
         self.verifiers: generation.Verifiers | None = None
         if engine.ranks.first and "rollouts" not in inputs:
-            self.sampler = make_sampler(config, self.chat, work)
+            self.sampler = make_sampler(config, self.chat, work, report)
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
             verifiers = make_verifiers(rows, inputs, self.chat, config.phase.verifiers)
@@ -106,11 +106,11 @@ class Policy:
                 resource.close()
 
 
-def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path) -> Sampler:
+def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path, report: Report) -> Sampler:
     """The sampler that the recipe names."""
     dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
     model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
-    context = SamplerContext(model_config, chat.stops, work / "served", config.phase.sampling)
+    context = SamplerContext(model_config, chat.stops, work / "served", config.phase.sampling, report.note)
     return sampler_registry.make_sampler(config.phase.sampling.kind, context)
 
 

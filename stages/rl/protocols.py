@@ -8,7 +8,7 @@ and stages/rl/rewards/registry.py. Nothing heavy is imported here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -77,13 +77,14 @@ class SamplerContext:
     """The arguments for constructing a sampler.
 
     config: the content of config.json; its `dtype` is the trainer's. stops: ids of the tokens that end an answer.
-    folder: for files of the sampler, in the stage's work folder.
+    folder: for files of the sampler, in the stage's work folder. note: writes a line of the stage's log.
     """
 
     config: Mapping[str, Any]
     stops: Sequence[int]
     folder: Path
     settings: SamplingSettings
+    note: Callable[[str], None] = print
 
 
 class Sampler(ABC):

@@ -24,6 +24,7 @@ from stages.rl.protocols import Completion, Prompt, SamplerContext
 from stages.rl.samplers import vllm_server
 from stages.rl.samplers.registry import make_sampler
 from stages.rl.samplers.vllm_sampler import VllmServer
+from stages.rl.samplers.vllm_server import ServerLost
 from stages.rl.samplers.vllm_worker import atom_index
 from stages.train.checkpoint.release_checkpoint import save_tensors
 from tests.fixtures import ROOT, rl_fixtures, weights_fixtures
@@ -157,7 +158,7 @@ def test_a_server_takes_the_weights_once_all_servers_have_checked_them(fakes: An
 
 
 def test_a_new_server_is_asked_for_its_sizes(fakes: Any, sampler: VllmServer) -> None:
-    sampler.loaded = None
+    sampler.serving.clear()
     sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
     assert ("/init_weight_transfer_engine", {"init_info": {"sizes": {"hidden_size": 2}}}) in fakes[0][1].requests
 
@@ -201,7 +202,7 @@ def drop(folder: Path) -> None:
 def test_weights_that_do_not_add_up_are_refused_and_the_old_ones_stay(
     fakes: Any, sampler: VllmServer, fault: Callable[[Path], None], sentence: str
 ) -> None:
-    before, good = sampler.loaded, weights_fixtures.written(sampler.folder, CHANGED)
+    before, good = fakes[0][0].version, weights_fixtures.written(sampler.folder, CHANGED)
     assert good.folder is not None
     fault(good.folder)
     with pytest.raises(AtomError, match=r"^the vLLM server at http://\S+ refuses the weights: .*" + sentence):
@@ -210,7 +211,7 @@ def test_weights_that_do_not_add_up_are_refused_and_the_old_ones_stay(
         paths = [path for path, _ in kind.requests]
         assert "/pause?mode=keep" not in paths and paths[-1] == "/finish_weight_update"
         assert kind.version == before
-    assert sampler.generate([PROMPT])[0].ids == (4, 5, 1)
+    assert sampler.weights is None, "the run goes on with weights that it does not have"
 
 
 def test_a_server_that_fails_while_it_loads_stays_paused(fakes: Any, sampler: VllmServer) -> None:
@@ -218,13 +219,17 @@ def test_a_server_that_fails_while_it_loads_stays_paused(fakes: Any, sampler: Vl
     fakes[0][1].trouble["/update_weights"] = [None, (500, refused)]
     with pytest.raises(AtomError, match=r"refuses the weights: no tensor of it is a\.weight of its model$"):
         sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
-    assert fakes[0][1].requests[-1][0] == "/update_weights" and sampler.loaded is None
+    assert fakes[0][1].requests[-1][0] == "/update_weights" and sampler.weights is None
 
 
-def test_a_server_that_started_anew_is_noticed(fakes: Any, sampler: VllmServer) -> None:
-    fakes[0][0].version = "default"
-    with pytest.raises(AtomError, match="answered with the weights default instead of tensors-sha256:"):
-        sampler.generate([PROMPT])
+def test_a_server_that_started_anew_gets_the_weights_again(fakes: Any, sampler: VllmServer) -> None:
+    """With the next weights, or at once if no other server is left."""
+    for kind in fakes[0]:
+        kind.version = "default"
+    assert sampler.generate([PROMPT])[0].ids == (4, 5, 1)
+    (first, _), (second, _) = (next(iter(kind.requests)) for kind in fakes[0])
+    assert first == "/inference/v1/generate" and second == "/inference/v1/generate"
+    assert len(sampler.serving) == 2 and not sampler.lost
 
 
 def test_shares_that_are_missing_or_come_twice_are_refused() -> None:
@@ -235,20 +240,38 @@ def test_shares_that_are_missing_or_come_twice_are_refused() -> None:
         weights.merge(["a"], [{"a": row}, {"a": row}])
 
 
-def test_lost_connections_are_tried_again_and_then_reported(fakes: Any, sampler: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_lost_connections_are_tried_again(fakes: Any, sampler: VllmServer) -> None:  # fmt: skip
     fakes[0][0].trouble["/inference/v1/generate"] = ["drop", 500, "drop"]
     assert sampler.generate([PROMPT])[0].ids == (4, 5, 1)
-    fakes[0][0].trouble["/inference/v1/generate"] = [500] * 4
-    with pytest.raises(
-        AtomError, match=r"is gone \(/inference/v1/generate: 500 no such thing\); see to it and run again"
-    ):
-        sampler.generate([PROMPT])
     fakes[0][0].trouble["/inference/v1/generate"] = [400]
     with pytest.raises(AtomError, match="refuses /inference/v1/generate: 400 no such thing"):
         sampler.generate([PROMPT])
-    monkeypatch.setattr(vllm_server, "REQUEST_SECONDS", 0.1)
-    fakes[0][0].trouble["/inference/v1/generate"] = [1.0] * 4
-    with pytest.raises(AtomError, match="is gone .*timed out"):
+
+
+@pytest.mark.parametrize("fault", [500, "drop", 1.0])
+def test_a_lost_server_is_left_out_until_it_is_back(
+    fakes: Any, sampler: VllmServer, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(sampler, "note", notes.append)
+    monkeypatch.setattr(vllm_server, "REQUEST_SECONDS", 0.3)
+    fakes[0][0].trouble["/inference/v1/generate"] = [fault] * 40
+    prompts = [Prompt((4, n), n) for n in range(10)]
+    assert [c.ids for c in sampler.generate(prompts)] == [(4, n, 1) for n in range(10)]
+    (note,) = notes
+    assert note.startswith(
+        f"left out until it is back: the vLLM server at {sampler.servers[0].url} is gone (/inference"
+    )
+    assert sampler.serving == [sampler.servers[1]]
+    fakes[0][0].trouble.clear()
+    sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
+    assert sampler.serving == sampler.servers and fakes[0][0].version == fakes[0][1].version
+
+
+def test_servers_that_are_all_lost_again_and_again_end_the_stage(fakes: Any, sampler: VllmServer) -> None:
+    for kind in fakes[0]:
+        kind.trouble["/inference/v1/generate"] = [500] * 100
+    with pytest.raises(ServerLost, match=r"is gone \(/inference/v1/generate: 500 no such thing\); see to it and run"):
         sampler.generate([PROMPT])
 
 
@@ -264,7 +287,7 @@ def test_lost_connections_are_tried_again_and_then_reported(fakes: Any, sampler:
     ],
 )
 def test_an_answer_that_is_not_whole_is_an_error(fakes: Any, sampler: VllmServer, wrong: Any) -> None:
-    reply = json.loads(json.dumps(wrong).replace('"V"', json.dumps(sampler.loaded)))
+    reply = json.loads(json.dumps(wrong).replace('"V"', json.dumps(sampler.weights.digest if sampler.weights else "")))
     fakes[0][0].trouble["/inference/v1/generate"] = [reply or {"nothing": 1}]
     with pytest.raises(AtomError, match="gave no whole answer"):
         sampler.generate([PROMPT])

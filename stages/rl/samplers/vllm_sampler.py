@@ -19,8 +19,11 @@ import torch
 
 from pipeline.core.errors import AtomError, MachineError
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
-from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, interpreter
+from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
 from stages.rl.weights import Weights
+
+REVIVALS = 3
+"""How often the servers of a step may all be lost before the stage ends."""
 
 T = TypeVar("T")
 
@@ -35,13 +38,17 @@ class VllmServer(Sampler):
     def __init__(
         self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
         python: str | None = None, urls: Sequence[str] = (), options: Sequence[str] = (),
+        note: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers.
-        Raises AtomError without a vLLM to start."""
+        """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers. note:
+        is told which server is lost. Raises AtomError without a vLLM to start."""
         self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.dtype: torch.dtype = getattr(torch, config["dtype"])
-        self.loaded: str | None = None
+        self.note = note
+        self.weights: Weights | None = None
+        self.serving: list[Server] = []
+        """The servers that have the weights; the others are new or lost."""
+        self.lost: dict[Server, ServerLost] = {}
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(self.config))
@@ -60,7 +67,7 @@ class VllmServer(Sampler):
         settings = context.settings
         return cls(
             context.config, context.stops, settings.max_new_tokens, 1.0, context.folder,
-            settings.python, settings.url, settings.options,
+            settings.python, settings.url, settings.options, context.note,
         )  # fmt: skip
 
     def load(self, weights: Weights) -> None:
@@ -69,28 +76,43 @@ class VllmServer(Sampler):
         Each server first checks its shards: those of the index, with their digests, from which that of the policy
         follows. Only when all servers have them does one change its weights, so a refusal leaves all of them as they
         were. A server that fails while it loads stays paused. Every later answer states the weights that drew it, and
-        each step compares its log-probabilities with the trainer's. Raises AtomError.
+        each step compares its log-probabilities with the trainer's.
+
+        A lost server is started anew, or taken back if it answers again. Raises AtomError if one refuses, ServerLost if
+        all are lost.
         """
-        if weights.digest == self.loaded:
+        if self.weights is not None and weights.digest == self.weights.digest:
             return
-        update = {"folder": str(weights.folder), "digest": weights.digest}
+        self.weights = weights
         try:
-            self._map([(s, update) for s in self.servers], self._check)
+            self._renew()
         except BaseException:
-            for server in self.servers:
-                with contextlib.suppress(AtomError):  # ends the update on the workers that did not refuse it
-                    server.post("/finish_weight_update", attempts=1)
+            self.weights = None
             raise
-        self.loaded = None
-        self._map([(s, update) for s in self.servers], self._take)
-        self.loaded = weights.digest
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        if self.loaded is None:
+        """What a lost server did not answer is drawn by the others, or by itself once it is back: each answer has a
+        seed of its own. Raises ServerLost if all servers are lost again and again."""
+        if self.weights is None:
             raise ValueError("weights are loaded before anything is drawn")
-        # neighbors are often answers to one question, so that one server keeps its cache
-        dealt = [(self.servers[i * len(self.servers) // len(prompts)], p) for i, p in enumerate(prompts)]
-        return self._map(dealt, lambda server, prompt: self._draw(server, prompt, greedy))
+        answers: dict[int, Completion] = {}
+        revivals = 0
+        while missing := [number for number in range(len(prompts)) if number not in answers]:
+            if not self.serving:
+                revivals += 1
+                if revivals > REVIVALS:
+                    raise next(iter(self.lost.values()))
+                self._renew()
+            # neighbors are often answers to one question, so that one server keeps its cache
+            servers = list(self.serving)
+            dealt = [(servers[n * len(servers) // len(missing)], number) for n, number in enumerate(missing)]
+
+            def draw(server: Server, number: int) -> Completion | None:
+                return self._draw(server, prompts[number], greedy) if server in self.serving else None
+
+            drawn = self._map([(server, number) for server, number in dealt], self._unless_lost(draw))
+            answers |= {number: answer for (_, number), answer in zip(dealt, drawn, strict=True) if answer}
+        return [answers[number] for number in range(len(prompts))]
 
     def close(self) -> None:
         for server in self.servers:
@@ -125,17 +147,67 @@ class VllmServer(Sampler):
         if not ids or not is_complete:
             raise MachineError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
                             "see its log and run again to go on")  # fmt: skip
-        if versions != {self.loaded}:
+        assert self.weights is not None
+        if versions != {self.weights.digest}:
             served = ", ".join(sorted(map(str, versions)))
-            raise MachineError(
-                f"the vLLM server at {server.url} answered with the weights {served} instead of {self.loaded}; it "
-                "started anew, or somebody else uses it: run again"
+            raise ServerLost(
+                f"the vLLM server at {server.url} answered with the weights {served} instead of {self.weights.digest}; "
+                "it started anew, or somebody else uses it: run again"
             )
         return Completion(ids, tuple(float(x["logprob"]) for x in content), ids[-1] in self.stops)
 
-    def _check(self, server: Server, update: Mapping[str, Any]) -> None:
-        if self.loaded is None:
-            server.wait()
+    def _renew(self) -> None:
+        """Gives the weights to all servers that are there."""
+        assert self.weights is not None
+        update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
+        is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
+
+        def check(server: Server, _: None) -> bool:
+            self._check(server, update, is_alone)
+            return True
+
+        def take(server: Server, _: None) -> bool:
+            self._take(server, update)
+            return True
+
+        try:
+            checked = self._map([(server, None) for server in self.servers], self._unless_lost(check))
+        except BaseException:
+            for server in self.servers:
+                with contextlib.suppress(AtomError):  # ends the update on the workers that did not refuse it
+                    server.post("/finish_weight_update", attempts=1)
+            raise
+        present, self.serving = [s for s, done in zip(self.servers, checked, strict=True) if done], []
+        taken = self._map([(server, None) for server in present], self._unless_lost(take))
+        self.serving = [server for server, done in zip(present, taken, strict=True) if done]
+        for server in self.serving:
+            self.lost.pop(server, None)
+        if not self.serving:
+            raise next(iter(self.lost.values()))
+
+    def _unless_lost(self, request: Callable[[Server, Any], T]) -> Callable[[Server, Any], T | None]:
+        """The request, with None for an answer of a server that is lost by it."""
+
+        def attempt(server: Server, item: Any) -> T | None:
+            try:
+                return request(server, item)
+            except ServerLost as error:
+                if server not in self.lost:
+                    self.lost[server] = error
+                    self.note(f"left out until it is back: {error}")
+                with contextlib.suppress(ValueError):
+                    self.serving.remove(server)
+                return None
+
+        return attempt
+
+    def _check(self, server: Server, update: Mapping[str, Any], is_alone: bool) -> None:
+        if server not in self.serving:
+            if server in self.lost:
+                server.launch()
+            server.wait(None if is_alone or server.run else 0)
+            with contextlib.suppress(AtomError):  # ends an update that was not finished
+                server.post("/finish_weight_update", attempts=1)
             sizes = {name: value for name, value in self.config.items() if type(value) in (int, float)}
             server.post("/init_weight_transfer_engine", {"init_info": {"sizes": sizes}})
         server.post("/start_weight_update", attempts=1)
