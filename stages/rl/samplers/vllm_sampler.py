@@ -206,8 +206,9 @@ class VllmServer(Sampler):
             if server in self.lost:
                 server.launch()
             server.wait(None if is_alone or server.run else 0)
-            with contextlib.suppress(AtomError):  # ends an update that was not finished
-                server.post("/finish_weight_update", attempts=1)
+            if server.run is None:  # an earlier user may have left an update open
+                with contextlib.suppress(AtomError):
+                    server.post("/finish_weight_update", attempts=1)
             sizes = {name: value for name, value in self.config.items() if type(value) in (int, float)}
             server.post("/init_weight_transfer_engine", {"init_info": {"sizes": sizes}})
         server.post("/start_weight_update", attempts=1)
