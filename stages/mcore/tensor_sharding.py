@@ -16,8 +16,9 @@ Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dimension of the full tensor."""
 
 
-def boxes(name: str, shape: tuple[int, ...]) -> tuple[Box, ...]:
-    """The boxes of this rank for the tensor of that global name and full shape."""
+def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> tuple[Box, ...]:
+    """The boxes of this rank, or of another tensor rank of its group, for the tensor of that global name and full
+    shape."""
     expert = ".experts." in name
     if expert:
         rank, size = parallel_state.get_expert_tensor_parallel_rank(), _expert_tensor_size()
@@ -26,6 +27,7 @@ def boxes(name: str, shape: tuple[int, ...]) -> tuple[Box, ...]:
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_world_size(),
         )
+    rank = rank if tensor_rank is None else tensor_rank
     full_box = tuple((0, n) for n in shape)
     if size == 1 or not is_cut(name):
         return (full_box,)

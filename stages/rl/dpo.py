@@ -14,7 +14,7 @@ from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
 from stages.rl.config import DpoTrainConfig, obstacle
 
-VERSION = 4
+VERSION = 5
 
 
 def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

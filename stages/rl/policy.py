@@ -21,6 +21,7 @@ from stages.data.table import require_columns
 from stages.evaluation.eval_set import chat_rows
 from stages.models.base import Routing
 from stages.models.hf import hf_config
+from stages.rl import weights
 from stages.rl.config import DpoTrainConfig, RlTrainConfig
 from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Completion, Parts, Row, Sampler, SamplerContext
@@ -28,6 +29,7 @@ from stages.rl.rewards.registry import make_verifiers
 from stages.rl.rollout import generation, rollouts, routes, tasks
 from stages.rl.rollout.rollouts import Rollout
 from stages.rl.samplers import registry as sampler_registry
+from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Engine
 
 
@@ -40,11 +42,17 @@ class Policy:
     ) -> None:
         """work: the stage's work folder, for the files of a sampler."""
         self.config, self.engine, self.report = config, engine, report
+        self.names_whole = "rollouts" in inputs and rollouts.is_of_earlier_version(
+            inputs["rollouts"] / "rollouts.parquet"
+        )
+        is_apart = sampler_registry.SAMPLERS[config.phase.sampling.kind].apart or engine.ranks.world > 1
+        needs_files = self.names_whole or (is_apart and "rollouts" not in inputs)
+        self.folder = work / "served" if needs_files else None
         self.chat = generation.Chat(inputs["tokenizer"])
         self.sampler: Sampler | None = None
         self.verifiers: generation.Verifiers | None = None
         if engine.ranks.first and "rollouts" not in inputs:
-            self.sampler = make_sampler(config, self.chat, work)
+            self.sampler = make_sampler(config, self.chat, work, report)
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
             verifiers = make_verifiers(rows, inputs, self.chat, config.phase.verifiers)
@@ -62,14 +70,22 @@ class Policy:
                 )
 
     def load(self) -> str:
-        """Copies the engine's weights to the sampler. Returns the policy's digest, on every rank. Collective."""
-        weights, digest = self.engine.weights(), ""
-        if self.engine.ranks.first:
-            tensors = dict(self.config.model.spec().to_hf(weights, self.config.model, self.chat.vocab_size))
+        """Hands the engine's weights to the sampler. Returns the policy's digest, on every rank. Collective."""
+        if self.folder is None:
+            digest = weights.digest_of(self._tensors(), self.engine.ranks)
             if self.sampler is not None:
-                self.sampler.load(tensors)
-            digest = rollouts.digest(tensors)
-        return self.engine.ranks.from_first(digest)
+                self.sampler.load(weights.Weights(digest, dict(self._tensors())))
+        else:
+            digest, place = weights.write(self._tensors(), self.engine.ranks, self.folder)
+            if self.sampler is not None:
+                self.sampler.load(weights.Weights(digest, release_checkpoint.Tensors(place), place))
+            if self.names_whole:
+                whole = rollouts.digest(release_checkpoint.Tensors(place)) if self.engine.ranks.first else ""
+                digest = self.engine.ranks.from_first(whole)
+        return digest
+
+    def _tensors(self) -> weights.Tensors:
+        return weights.hf_tensors(self.engine.full_tensors(), self.config.model, self.chat.vocab_size)
 
     def draw(self, requests: Sequence[tuple[Row, int]], greedy: bool = False) -> list[Completion]:
         assert self.sampler is not None, "rank 0 draws"
@@ -91,12 +107,12 @@ class Policy:
                 resource.close()
 
 
-def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path) -> Sampler:
+def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path, report: Report) -> Sampler:
     """The sampler that the recipe names."""
     dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
     model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
     context = SamplerContext(
-        model_config, chat.stops, work / "served", config.phase.sampling, config.phase.replays_routing
+        model_config, chat.stops, work / "served", config.phase.sampling, config.phase.replays_routing, report.note
     )
     return sampler_registry.make_sampler(config.phase.sampling.kind, context)
 

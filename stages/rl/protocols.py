@@ -8,7 +8,7 @@ and stages/rl/rewards/registry.py. Nothing heavy is imported here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -18,7 +18,7 @@ from pipeline.core.stage import Config, Inputs
 from stages.scorers import answer_of
 
 if TYPE_CHECKING:
-    import torch
+    from stages.rl.weights import Weights
 
 Row = Mapping[str, Any]
 """A task in its stored and published form, NeMo Gym's row format: `responses_create_params` with the messages of
@@ -79,7 +79,8 @@ class SamplerContext:
     """The arguments for constructing a sampler.
 
     config: the content of config.json; its `dtype` is the trainer's. stops: ids of the tokens that end an answer.
-    folder: for files of the sampler, in the stage's work folder. routes: whether completions are to have routes.
+    folder: for files of the sampler, in the stage's work folder. routes: whether completions are to have routes. note:
+    writes a line of the stage's log.
     """
 
     config: Mapping[str, Any]
@@ -87,6 +88,7 @@ class SamplerContext:
     folder: Path
     settings: SamplingSettings
     routes: bool = False
+    note: Callable[[str], None] = print
 
 
 class Sampler(ABC):
@@ -98,8 +100,9 @@ class Sampler(ABC):
         """Creates the sampler of a phase. Raises AtomError if a requirement is missing."""
 
     @abstractmethod
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Loads weights by their Hugging Face names."""
+    def load(self, weights: Weights) -> None:
+        """Loads a policy's weights: a mapping by their Hugging Face names, with the policy's digest and, if they are in
+        files, the folder."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:

@@ -16,7 +16,7 @@ from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
 from stages.rl.config import RlTrainConfig, obstacle
 
-VERSION = 3
+VERSION = 4
 
 
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

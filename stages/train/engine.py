@@ -29,10 +29,11 @@ from stages.mcore.model import build, named_buffers, named_tensors
 from stages.mcore.moe_metrics import Experts, RouterWatch
 from stages.mcore.routing_replay import RoutingReplay
 from stages.mcore.row_tables import context_positions
-from stages.mcore.tensor_sharding import Box, boxes, cut, is_cut, paste
+from stages.mcore.tensor_sharding import Box, boxes, cut
 from stages.mcore.weight_init import full_tensor
 from stages.train.config import TrainerConfig
 from stages.train.data import Batch, RankBatch
+from stages.train.full_tensors import FullTensors, is_repeated
 from stages.train.parallel import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -236,9 +237,9 @@ class Engine:
     def _gradients(self) -> dict[str, float]:
         """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
         parts = sorted({part_of(name) for name in self.shapes})
-        squares = torch.zeros(len(parts), dtype=torch.float64)
+        squares, tied = torch.zeros(len(parts), dtype=torch.float64), self.config.model.tie_embeddings
         for piece, _, main in self._pieces:
-            if not self._is_repeated(piece.name) and main.grad is not None:
+            if not is_repeated(piece.name, tied) and main.grad is not None:
                 squares[parts.index(part_of(piece.name))] += main.grad.double().square().sum().cpu()
         return dict(zip(parts, self.ranks.sum(squares).sqrt().tolist(), strict=True))
 
@@ -256,18 +257,11 @@ class Engine:
         moe_metrics.collect_losses()
         return result
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The full tensors that the model computes with, by global name, on rank 0; empty on other ranks. On CPU; with
-        one process, the live ones."""
+    def full_tensors(self) -> FullTensors:
+        """The full tensors that the model computes with, by global name, each put together when it is read."""
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
-        if self.ranks.world == 1:
-            return {name: tensor.cpu() for name, tensor in tensors.items()}
-        sent = {(n, boxes(n, self.shapes[n])): tensor for n, tensor in tensors.items() if self._speaks_for(n)}
-        full: dict[str, torch.Tensor] = {}
-        for (name, parts), tensor in self.ranks.to_first(sent):
-            paste(full.setdefault(name, torch.empty(self.shapes[name], dtype=tensor.dtype)), parts, tensor)
-        return full
+        return FullTensors(tensors, self.shapes, self.config.model.tie_embeddings)
 
     def local_weights(self) -> list[torch.Tensor]:
         """Copies on CPU of this rank's tensors that the model computes with, in the model's order."""
@@ -297,24 +291,6 @@ class Engine:
     def _computed_with(self) -> list[torch.Tensor]:
         self._gather_weights()
         return [*(tensor.data for _, tensor in named_tensors(self.chunks)), *self.buffers.values()]
-
-    def _is_repeated(self, name: str) -> bool:
-        """Whether an earlier tensor or pipeline rank has the same part of a tensor: what tensor ranks do not split, and
-        the last stage's copy of a tied table."""
-        if parallel_state.get_tensor_model_parallel_rank() and not is_cut(name):
-            return True
-        is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-        return self.config.model.tie_embeddings and name.startswith("embedding") and not is_first
-
-    def _speaks_for(self, name: str) -> bool:
-        """Whether this rank is the first of those with its part of a tensor; of equal data ranks, the first."""
-        experts = ".mlp.experts." in name
-        data_rank = (
-            parallel_state.get_expert_data_parallel_rank()
-            if experts
-            else parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        )
-        return not data_rank and not self._is_repeated(name)
 
     def _run(self, rank_batch: RankBatch, forward_only: bool, objective: Objective) -> tuple[float, dict[str, float]]:
         """Runs this rank's batch through Megatron's schedule; returns the mean of the objective over all ranks, and its

@@ -31,7 +31,6 @@ from stages.mcore.megatron_imports import (
 from stages.mcore.parallel_layout import Layout
 
 T = TypeVar("T")
-K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -89,20 +88,6 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
-
-    def to_first(self, tensors: dict[K, torch.Tensor]) -> Iterator[tuple[K, torch.Tensor]]:
-        """Every rank's tensors, on rank 0: on CPU and one at a time, so that no GPU and no second copy holds them."""
-        entries = [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
-        for rank, rank_entries in enumerate(self.gather(entries)):
-            for key, shape, dtype in rank_entries:
-                if rank == 0 and self.first:
-                    yield key, tensors[key].cpu()
-                elif self.first:
-                    tensor = torch.empty(shape, dtype=dtype)
-                    dist.recv(tensor, src=rank)
-                    yield key, tensor
-                elif rank == self.rank:
-                    dist.send(tensors[key].cpu().contiguous(), dst=0)
 
     def barrier(self) -> None:
         self.max(0)

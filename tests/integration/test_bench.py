@@ -198,6 +198,13 @@ def test_export_benchmark() -> None:
         assert float(line.split()[-1]) < 1e-4, "the export agrees with Megatron"
 
 
+@at_length("benchmarks", 30)
+def test_transfer_benchmark() -> None:
+    head, small, large, *_, computed = run_quick("transfer")
+    assert head.split()[:3] == ["parameters", "write", "check"] and computed.startswith("235B: 470 GB; 512 ranks write")
+    assert int(small.split()[0].replace(",", "")) < int(large.split()[0].replace(",", ""))
+
+
 def test_verify_benchmark() -> None:
     head, ours, theirs = run_quick("verify")
     assert "MB/s" in head and ours.startswith("atom verify") and theirs.startswith("sha256sum")

@@ -13,7 +13,12 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 
+from stages.mcore.weight_init import Initial
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.rl.samplers.vllm_worker import atom_index
+from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length
 
@@ -46,9 +51,18 @@ def test_every_layout_trains_like_one_process(
 ) -> None:
     curves = layout_fixtures.compare(corpus, chosen, ranks, layout_fixtures.settings_of({}, 1), tmp_path / "out.json")
     assert set(curves) == set(chosen)
+    model = Qwen3MoeConfig(**layout_fixtures.MODEL)
+    initial = Initial(model.shapes(train_fixtures.VOCAB), model, 0)
+    exported = dict(model.spec().to_hf(initial, model, train_fixtures.VOCAB))
     for name, steps in curves.items():
         assert len(steps) == 6
         layout_fixtures.agree(steps, one, TOLERANCE, name)
+        # each rank wrote some of a sampler's weights, which are together those of the export
+        (folder,) = (tmp_path / f"weights of {name}").iterdir()
+        atom_index.check(folder, steps[-1]["policy"], 0, 1)
+        assert len({path.name[:10] for path in folder.glob("rank-*")}) == ranks, name
+        given = release_checkpoint.Tensors(folder)
+        assert given.keys() == exported.keys() and all(torch.equal(given[n], t) for n, t in exported.items()), name
 
 
 FEATURES: dict[str, tuple[dict, dict, float]] = {

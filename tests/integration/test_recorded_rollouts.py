@@ -15,6 +15,9 @@ import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed, Interrupted
 from pipeline.core.store import Artifact
+from stages.mcore.weight_init import Initial
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.rl.rollout import rollouts
 from tests.fixtures import rl_fixtures, train_fixtures
 
 STEPS = rl_fixtures.config(steps=4, release_checkpoint_interval=2, checkpoint_interval=1)
@@ -68,6 +71,21 @@ def rewrite(recorded: Artifact, change: Callable[[list[dict[str, Any]]], Any]) -
     rows = table.to_pylist()
     change(rows)
     pq.write_table(pa.Table.from_pylist(rows, table.schema), recorded / "rollouts.parquet")
+
+
+def test_answers_of_an_earlier_version_name_policies_as_it_did(
+    place: Path, calm: Path, tmp_path: Path, without_sampler: None
+) -> None:
+    model = Qwen3MoeConfig.model_validate(rl_fixtures.MODEL)
+    initial = Initial(model.shapes(rl_fixtures.PADDED), model, 0)
+    drew = rollouts.digest(dict(model.spec().to_hf(initial, model, rl_fixtures.PADDED)))
+    recorded = rl_fixtures.record(calm, tmp_path / "recorded")
+    rewrite(recorded, lambda rows: [row.update(policy=drew) for row in rows])
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", STEPS, rollouts=recorded)
+    given, again = (rl_fixtures.trained(out) for out in (calm, tmp_path / "out"))
+    given_log, log = given.pop("log"), again.pop("log")
+    assert again == given and log[0]["policy"] == drew
+    assert [{**a, "policy": ""} for a in log] == [{**b, "policy": ""} for b in given_log]
 
 
 def first(rows: list[dict[str, Any]], step: int, **columns: Any) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def test_answers_of_another_policy_than_the_log_says_are_named(copy: Path) -> No
     pq.write_table(pa.Table.from_pylist(rows, table.schema), copy / ROLLOUTS)
     resum(copy)
     with pytest.raises(
-        CheckFailed, match=r"the answers of step 3 are of sha256:0, sha256:\w+, and the log says sha256:"
+        CheckFailed,
+        match=r"the answers of step 3 are of sha256:0, tensors-sha256:\w+, and the log says tensors-sha256:",
     ):
         replay(copy, "rlvr")
 

@@ -80,7 +80,7 @@ def gaps(precision: str, seed: int) -> tuple[float, float]:
     with parallel.session(seed) as ranks:
         engine = Engine(config, ranks, padded)
         engine.initialize()
-        sampler.load(dict(config.model.spec().to_hf(engine.weights(), config.model, padded)))
+        sampler.load(dict(config.model.spec().to_hf(engine.full_tensors(), config.model, padded)))
         examples = []
         for prompt, drawn in zip(prompts, sampler.generate(prompts), strict=True):
             assert drawn.routes is not None

@@ -6,6 +6,7 @@ vLLM wants an environment of its own: `make test-vllm` makes one and names its i
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,11 +23,12 @@ from stages.mcore.weight_init import full_tensor
 from stages.models.hf import hf_config
 from stages.models.qwen3_moe import spec
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.rl.direct_requests import DIRECT
 from stages.rl.protocols import Completion, Prompt
-from stages.rl.samplers import vllm_server
 from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.vllm_sampler import VllmServer, logprobs
-from tests.fixtures import rl_fixtures
+from stages.rl.samplers.vllm_sampler import VllmServer
+from stages.rl.weights import Weights
+from tests.fixtures import rl_fixtures, weights_fixtures
 
 pytestmark = pytest.mark.skipif(
     "ATOM_VLLM_PYTHON" not in os.environ, reason="vLLM needs an environment of its own; see `make test-vllm`"
@@ -77,12 +79,24 @@ def gap(
     return float(torch.stack(gaps).max())
 
 
+def logprobs(model: torch.nn.Module, prompt: Prompt, completion: Completion, temperature: float) -> torch.Tensor:
+    """A transformers model's log-probabilities, [tokens], of an answer's tokens at a temperature."""
+    ids = torch.tensor([[*prompt.ids, *completion.ids]])
+    with torch.inference_mode():
+        logits = model(ids).logits[0, len(prompt.ids) - 1 : -1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+
+
+def load(sampler: VllmServer, tensors: dict[str, torch.Tensor]) -> None:
+    sampler.load(weights_fixtures.written(sampler.folder, tensors))
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path_factory.mktemp("vllm") / "served")
     began = time.monotonic()
-    sampler.load(FIRST)
-    print(f"\nserver started, weights loaded and proved in {time.monotonic() - began:.1f} s")
+    load(sampler, FIRST)
+    print(f"\nserver started and weights loaded in {time.monotonic() - began:.1f} s")
     yield sampler
     sampler.close()
 
@@ -98,7 +112,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_in_process_sampler(served
     requests = prompts(128)
     for tensors in (FIRST, SECOND, FIRST):  # and after reloads, of weights that were served before too
         began = time.monotonic()
-        served.load(tensors)
+        load(served, tensors)
         reload = time.monotonic() - began
         ours.load(tensors)
         theirs, mine = served.generate(requests, greedy=True), ours.generate(requests, greedy=True)
@@ -125,7 +139,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_in_process_sampler(served
 
 
 def test_frequencies_are_those_of_the_distribution(served: VllmServer, ours: InProcess) -> None:
-    served.load(FIRST)
+    load(served, FIRST)
     prompt = prompts(1)[0].ids
     drawn = served.generate([Prompt(prompt, seed) for seed in range(2000)])
     counts = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=48) / 2000
@@ -134,49 +148,53 @@ def test_frequencies_are_those_of_the_distribution(served: VllmServer, ours: InP
     assert 0.5 * (counts - probabilities).abs().sum() < 0.08
 
 
-def test_other_servers_may_be_used(served: VllmServer, ours: InProcess, tmp_path: Path) -> None:
-    """As those on nodes of their own: each draws its part."""
-    urls = [served.servers[0].url, served.servers[0].url + "/"]
-    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path / "served", urls=urls)
-    ours.load(SECOND)
+def test_a_server_that_others_started_may_be_used(served: VllmServer, ours: InProcess, tmp_path: Path) -> None:
+    """As one on a node of its own. Who used it before notices the other weights, and gives it its own again."""
+    load(served, FIRST)
+    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path / "served", urls=[served.servers[0].url])
     requests = prompts(20)
-    try:
-        sampler.load(SECOND)
-        assert gap(sampler.generate(requests), requests, ours) < 1e-4
-        with pytest.raises(AtomError, match="it started anew, or somebody else uses it: run again"):
-            served.generate(requests)
-    finally:
-        sampler.close()
-        served.loaded = None
-    served.load(FIRST)
-    ours.load(FIRST)
-    assert gap(served.generate(requests), requests, ours) < 1e-4, "close() ended a server that is not its own"
+    for user, tensors in ((sampler, SECOND), (served, FIRST)):
+        ours.load(tensors)
+        if user is sampler:
+            load(sampler, tensors)
+        assert gap(user.generate(requests), requests, ours) < 1e-4
+        sampler.close()  # ends no server that is not its own
 
 
-@pytest.mark.parametrize("fault", ["nothing", "part"])
-def test_a_reload_of_nothing_or_of_a_part_is_noticed(
-    served: VllmServer, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    post = vllm_server.Server.post
-
-    def other(self: Any, path: str, body: Any = None, seconds: float | None = None) -> Any:
-        if path == "/collective_rpc":
-            if fault == "nothing":
-                return None
-            # vLLM's own, which on CPU leaves the experts unpacked
-            body = {"method": "reload_weights", "kwargs": {"weights_path": body["args"][0]}}
-        return post(self, path, body, seconds)
-
-    served.load(FIRST)
-    with monkeypatch.context() as patch:
-        patch.setattr(vllm_server.Server, "post", other)
-        served.loaded = None
-        message = "did not take over" if fault == "nothing" else "differ by .* does not renew"
-        with pytest.raises(AtomError, match=message) as raised:
-            served.load(SECOND)
+def test_weights_that_do_not_add_up_leave_the_old_ones(served: VllmServer, tmp_path: Path) -> None:
+    load(served, FIRST)
+    first, requests = served.weights, prompts(8)
+    assert first is not None
+    before = served.generate(requests, greedy=True)
+    second = weights_fixtures.written(served.folder, SECOND)
+    assert second.folder is not None
+    path = second.folder / "rank-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    hidden = Weights(second.digest, second.tensors, tmp_path / "elsewhere")
+    for given, sentence in ((second, "is not the tensor of the index"), (hidden, "it does not see .*elsewhere")):
+        with pytest.raises(AtomError, match=f"refuses the weights: .*{sentence}") as raised:
+            served.load(given)
         print(f"\n{raised.value}")
-    served.loaded = None
-    served.load(FIRST)
+        with DIRECT.open(f"{served.servers[0].url}/weight_info", timeout=10) as answer:
+            assert json.loads(answer.read()) == {"weight_version": first.digest}
+        served.weights = first  # as if it had never been asked
+        assert served.generate(requests, greedy=True) == before
+    load(served, SECOND)
+    assert served.generate(requests, greedy=True) != before
+
+
+def test_a_server_of_another_model_is_refused(served: VllmServer, tmp_path: Path) -> None:
+    config = {**CONFIG, "num_hidden_layers": CONFIG["num_hidden_layers"] + 1}
+    sampler = VllmServer(config, *ARGUMENTS, tmp_path / "served", urls=[served.servers[0].url])
+    with pytest.raises(AtomError, match=r"its model has num_hidden_layers = 2, and the trainer's has 3"):
+        load(sampler, FIRST)
+    # a folder that is whole in itself, and lacks a tensor of the model: the server draws nothing from the mixture
+    part = {name: t for name, t in SECOND.items() if name != "model.layers.1.mlp.gate.weight"}
+    with pytest.raises(AtomError, match=r"no tensor of .* is model\.layers\.1\.mlp\.gate\.weight of its model"):
+        load(served, part)
+    with DIRECT.open(f"{served.servers[0].url}/is_paused", timeout=10) as answer:
+        assert json.loads(answer.read()) == {"is_paused": True}
+    load(served, FIRST)
 
 
 def test_a_step_of_reinforcement_learning(served: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,18 +220,23 @@ def test_a_step_of_reinforcement_learning(served: VllmServer, tmp_path: Path, mo
     assert theirs == mine
 
 
-def test_a_killed_server_is_an_error_and_no_answer(served: VllmServer) -> None:
+def test_a_killed_server_is_started_anew_and_ends_with_its_children(served: VllmServer) -> None:
     """The last test: it ends the server."""
-    process = served.servers[0].process
-    assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    with pytest.raises(AtomError, match=r"is gone \(exit code -9\).*see to it and run again to go on$"):
-        served.generate(prompts(200))
+    load(served, FIRST)
+    requests = prompts(200)
+    before = served.generate(requests, greedy=True)
+    killed = served.servers[0].process
+    assert killed is not None
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert served.generate(requests, greedy=True) == before
+    present = served.servers[0].process
+    assert present is not None and present.pid != killed.pid
     served.close()
     for _ in range(100):
         listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
-        remaining = [line for line in listed.splitlines() if line.split()[0] == str(process.pid) and "Z" not in line]
+        groups = {str(killed.pid), str(present.pid)}
+        remaining = [line for line in listed.splitlines() if line.split()[0] in groups and "Z" not in line]
         if not remaining:
             return
         time.sleep(0.1)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pipeline.core.errors import AtomError
+from stages.rl import weights
 from stages.rl.config import Sampling
 from stages.rl.protocols import Completion, Prompt, SamplerContext
 from stages.rl.samplers import vllm_server
 from stages.rl.samplers.registry import make_sampler
 from stages.rl.samplers.vllm_sampler import VllmServer
-from tests.fixtures import ROOT, rl_fixtures
+from stages.rl.samplers.vllm_server import ServerLost
+from stages.rl.samplers.vllm_worker import atom_index
+from stages.train.checkpoint.release_checkpoint import save_tensors
+from tests.fixtures import ROOT, rl_fixtures, weights_fixtures
 
 TENSORS = {"model.embed_tokens.weight": torch.arange(6.0).view(3, 2), "model.norm.weight": torch.ones(2)}
+CHANGED = {**TENSORS, "model.norm.weight": torch.full((2,), 2.0)}
 PROMPT = Prompt((4, 5), 2**63 + 7)
 
 
@@ -34,7 +39,6 @@ class Fake(BaseHTTPRequestHandler):
 
     requests: list[tuple[str, Any]]
     trouble: dict[str, list[Any]]
-    checksums: dict[str, str]
     version = "default"
 
     def do_GET(self) -> None:
@@ -46,26 +50,31 @@ class Fake(BaseHTTPRequestHandler):
         trouble = self.trouble.get(self.path)
         if trouble:
             fault = trouble.pop(0)
-            if fault == "drop":
+            if fault is None:
+                pass
+            elif isinstance(fault, tuple):
+                return self.reply(fault[1], fault[0])
+            elif fault == "drop":
                 self.close_connection = True
                 return self.connection.close()
-            if isinstance(fault, float):
+            elif isinstance(fault, float):
                 time.sleep(fault)
             elif isinstance(fault, int):
                 return self.reply({"error": {"message": "no such\nthing"}}, fault)
             else:
                 return self.reply(fault)
-        if self.path == "/collective_rpc":
-            tensors = load_file(Path(body["args"][0]) / "model.safetensors")
-            type(self).checksums = {
-                f"dp0:{n}": hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()
-            }
-        if self.path == "/update_weight_version":
-            type(self).version = body["new_version"]
+        if self.path == "/update_weights" and not body["update_info"]["load"]:
+            try:
+                atom_index.check(Path(body["update_info"]["folder"]), body["update_info"]["digest"], 0, 1)
+            except atom_index.Refused as error:
+                message = f"Call to collective_rpc method failed: Worker failed with error '{error}', please check"
+                return self.reply({"error": {"message": message}}, 500)
+        if self.path == "/finish_weight_update" and "weight_version" in body:
+            type(self).version = body["weight_version"]
         if self.path == "/inference/v1/generate":
             ids = [*body["token_ids"], 1]
             return self.reply(answer(ids, self.version))
-        self.reply({"success": True, "checksums": self.checksums})
+        self.reply({"message": "done"})
 
     def reply(self, body: Any, code: int = 200) -> None:
         data = json.dumps(body).encode()
@@ -91,7 +100,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two fake servers: (their classes, their urls)."""
     monkeypatch.setattr(vllm_server, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(vllm_server, "START_SECONDS", 5.0)
-    kinds = [type("One", (Fake,), {"requests": [], "trouble": {}, "checksums": {}}) for _ in range(2)]
+    kinds = [type("One", (Fake,), {"requests": [], "trouble": {}}) for _ in range(2)]
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in kinds]
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -102,10 +111,10 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def sampler(fakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmServer:
-    monkeypatch.setattr(VllmServer, "_prove", lambda self, tensors: None)
-    server = VllmServer({"dtype": "float32"}, (1, 3), 7, 0.5, tmp_path / "served", urls=fakes[1])
-    server.load(TENSORS)
+def sampler(fakes: Any, tmp_path: Path) -> VllmServer:
+    config = {"dtype": "float32", "hidden_size": 2, "use_cache": True}
+    server = VllmServer(config, (1, 3), 7, 0.5, tmp_path / "served", urls=fakes[1])
+    server.load(weights_fixtures.written(server.folder, TENSORS))
     for kind in fakes[0]:
         kind.requests.clear()
     return server
@@ -133,55 +142,136 @@ def test_requests_are_dealt_and_say_all_that_the_contract_needs(fakes: Any, samp
     assert sampler.generate([]) == []
 
 
-def test_weights_are_taken_over_once_and_old_files_go(fakes: Any, sampler: VllmServer) -> None:
-    sampler.load(TENSORS)
+def test_a_server_takes_the_weights_once_all_servers_have_checked_them(fakes: Any, sampler: VllmServer) -> None:
+    sampler.load(weights_fixtures.written(sampler.folder, TENSORS))
     assert not fakes[0][0].requests, "the same weights were loaded again"
-    changed = {**TENSORS, "model.norm.weight": torch.full((2,), 2.0)}
+    changed = weights_fixtures.written(sampler.folder, CHANGED)
     sampler.load(changed)
+    assert changed.folder is not None and [p for p in sampler.folder.iterdir() if p.is_dir()] == [changed.folder]
+    for kind in fakes[0]:
+        loads = [body["update_info"]["load"] for path, body in kind.requests if path == "/update_weights"]
+        assert kind.version == changed.digest and loads == [False, True]
+        assert [path for path, _ in kind.requests] == [
+            "/start_weight_update", "/update_weights",
+            "/pause?mode=keep", "/update_weights", "/finish_weight_update", "/resume",
+        ]  # fmt: skip
+
+
+def test_a_new_server_is_asked_for_its_sizes(fakes: Any, sampler: VllmServer) -> None:
+    sampler.serving.clear()
+    sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
+    assert ("/init_weight_transfer_engine", {"init_info": {"sizes": {"hidden_size": 2}}}) in fakes[0][1].requests
+
+
+def cut(folder: Path) -> None:
+    (folder / "rank-00001.safetensors").unlink()
+
+
+def flip(folder: Path) -> None:
+    path = folder / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+
+def exchange(folder: Path) -> None:
+    save_tensors(folder / "rank-00001.safetensors", {"model.other.weight": torch.ones(2)})
+
+
+def restate(folder: Path) -> None:
+    index = json.loads((folder / atom_index.INDEX).read_text())
+    index["tensors"]["model.norm.weight"]["sha256"] = "0" * 64
+    (folder / atom_index.INDEX).write_text(json.dumps(index))
+
+
+def drop(folder: Path) -> None:
+    index = json.loads((folder / atom_index.INDEX).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (folder / atom_index.INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (shutil.rmtree, r"it does not see .*model\.safetensors\.index\.json; mount the run's work folder there$"),
+        (cut, r"it cannot read .*rank-00001\.safetensors \(.*No such file"),
+        (flip, r"model\.embed_tokens\.weight in .*rank-00000\.safetensors is not the tensor of the index$"),
+        (exchange, r"rank-00001\.safetensors and the index do not have the same tensors: model\.norm\.weight$"),
+        (restate, r"holds the policy tensors-sha256:\w+, not tensors-sha256:\w+$"),
+        (drop, r"the index of .* names other tensors than it describes$"),
+    ],
+)
+def test_weights_that_do_not_add_up_are_refused_and_the_old_ones_stay(
+    fakes: Any, sampler: VllmServer, fault: Callable[[Path], None], sentence: str
+) -> None:
+    before, good = fakes[0][0].version, weights_fixtures.written(sampler.folder, CHANGED)
+    assert good.folder is not None
+    fault(good.folder)
+    with pytest.raises(AtomError, match=r"^the vLLM server at http://\S+ refuses the weights: .*" + sentence):
+        sampler.load(good)
     for kind in fakes[0]:
         paths = [path for path, _ in kind.requests]
-        assert (
-            paths.index("/collective_rpc") < paths.index("/reset_prefix_cache") < paths.index("/update_weight_version")
-        )
-    (folder,) = [p for p in sampler.folder.iterdir() if p.is_dir()]
-    saved = load_file(folder / "model.safetensors")
-    assert torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
-    assert torch.equal(saved["model.norm.weight"], changed["model.norm.weight"])
+        assert "/pause?mode=keep" not in paths and paths[-1] == "/finish_weight_update"
+        assert kind.version == before
+    assert sampler.weights is None, "the run goes on with weights that it does not have"
 
 
-def test_a_reload_that_did_nothing_is_noticed(fakes: Any, sampler: VllmServer) -> None:
-    fakes[0][1].trouble["/collective_rpc"] = [{}]
-    with pytest.raises(AtomError, match=r"did not take over the weights in .*; have it see this folder and run again$"):
-        sampler.load({**TENSORS, "model.norm.weight": torch.full((2,), 3.0)})
-    # even where norms are the same
-    fakes[0][1].trouble["/collective_rpc"] = [{}]
-    with pytest.raises(AtomError, match="did not take over the weights"):
-        sampler.load({**TENSORS, "model.embed_tokens.weight": torch.ones(3, 2)})
+def test_a_server_that_fails_while_it_loads_stays_paused(fakes: Any, sampler: VllmServer) -> None:
+    refused = {"error": {"message": "failed: '[[no tensor of it is a.weight of its model]]'"}}
+    fakes[0][1].trouble["/update_weights"] = [None, (500, refused)]
+    with pytest.raises(AtomError, match=r"refuses the weights: no tensor of it is a\.weight of its model$"):
+        sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
+    assert fakes[0][1].requests[-1][0] == "/update_weights" and sampler.weights is None
 
 
-def test_a_cache_in_use_and_a_restarted_server_are_noticed(fakes: Any, sampler: VllmServer) -> None:
-    fakes[0][0].version = "default"
-    with pytest.raises(AtomError, match="answered with the weights default instead of sha256:"):
-        sampler.generate([PROMPT])
-    fakes[0][0].trouble["/reset_prefix_cache"] = [{"success": False}]
-    with pytest.raises(AtomError, match="give it to this run alone"):
-        sampler.load({**TENSORS, "model.norm.weight": torch.full((2,), 3.0)})
+def test_a_server_that_started_anew_gets_the_weights_again(fakes: Any, sampler: VllmServer) -> None:
+    """With the next weights, or at once if no other server is left."""
+    for kind in fakes[0]:
+        kind.version = "default"
+    assert sampler.generate([PROMPT])[0].ids == (4, 5, 1)
+    (first, _), (second, _) = (next(iter(kind.requests)) for kind in fakes[0])
+    assert first == "/inference/v1/generate" and second == "/inference/v1/generate"
+    assert len(sampler.serving) == 2 and not sampler.lost
 
 
-def test_lost_connections_are_tried_again_and_then_reported(fakes: Any, sampler: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_shares_that_are_missing_or_come_twice_are_refused() -> None:
+    row = atom_index.row_of(torch.ones(2))
+    with pytest.raises(AtomError, match="shards do not add up: no rank hands over b$"):
+        weights.merge(["a", "b"], [{"a": row}, {}])
+    with pytest.raises(AtomError, match="shards do not add up: rank 1 hands over a a second time$"):
+        weights.merge(["a"], [{"a": row}, {"a": row}])
+
+
+def test_lost_connections_are_tried_again(fakes: Any, sampler: VllmServer) -> None:  # fmt: skip
     fakes[0][0].trouble["/inference/v1/generate"] = ["drop", 500, "drop"]
     assert sampler.generate([PROMPT])[0].ids == (4, 5, 1)
-    fakes[0][0].trouble["/inference/v1/generate"] = [500] * 4
-    with pytest.raises(
-        AtomError, match=r"is gone \(/inference/v1/generate: 500 no such thing\); see to it and run again"
-    ):
-        sampler.generate([PROMPT])
     fakes[0][0].trouble["/inference/v1/generate"] = [400]
     with pytest.raises(AtomError, match="refuses /inference/v1/generate: 400 no such thing"):
         sampler.generate([PROMPT])
-    monkeypatch.setattr(vllm_server, "REQUEST_SECONDS", 0.1)
-    fakes[0][0].trouble["/inference/v1/generate"] = [1.0] * 4
-    with pytest.raises(AtomError, match="is gone .*timed out"):
+
+
+@pytest.mark.parametrize("fault", [500, "drop", 1.0])
+def test_a_lost_server_is_left_out_until_it_is_back(
+    fakes: Any, sampler: VllmServer, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(sampler, "note", notes.append)
+    monkeypatch.setattr(vllm_server, "REQUEST_SECONDS", 0.3)
+    fakes[0][0].trouble["/inference/v1/generate"] = [fault] * 40
+    prompts = [Prompt((4, n), n) for n in range(10)]
+    assert [c.ids for c in sampler.generate(prompts)] == [(4, n, 1) for n in range(10)]
+    (note,) = notes
+    assert note.startswith(
+        f"left out until it is back: the vLLM server at {sampler.servers[0].url} is gone (/inference"
+    )
+    assert sampler.serving == [sampler.servers[1]]
+    fakes[0][0].trouble.clear()
+    sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
+    assert sampler.serving == sampler.servers and fakes[0][0].version == fakes[0][1].version
+
+
+def test_servers_that_are_all_lost_again_and_again_end_the_stage(fakes: Any, sampler: VllmServer) -> None:
+    for kind in fakes[0]:
+        kind.trouble["/inference/v1/generate"] = [500] * 100
+    with pytest.raises(ServerLost, match=r"is gone \(/inference/v1/generate: 500 no such thing\); see to it and run"):
         sampler.generate([PROMPT])
 
 
@@ -197,7 +287,7 @@ def test_lost_connections_are_tried_again_and_then_reported(fakes: Any, sampler:
     ],
 )
 def test_an_answer_that_is_not_whole_is_an_error(fakes: Any, sampler: VllmServer, wrong: Any) -> None:
-    reply = json.loads(json.dumps(wrong).replace('"V"', json.dumps(sampler.loaded)))
+    reply = json.loads(json.dumps(wrong).replace('"V"', json.dumps(sampler.weights.digest if sampler.weights else "")))
     fakes[0][0].trouble["/inference/v1/generate"] = [reply or {"nothing": 1}]
     with pytest.raises(AtomError, match="gave no whole answer"):
         sampler.generate([PROMPT])

@@ -68,7 +68,7 @@ def compare_layouts(model: dict[str, Any], seed: int, folder: Path) -> Cells:
 
 
 def largest_difference(steps: list[dict[str, float]], one: list[dict[str, float]]) -> float:
-    values = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b if key != "share"]
+    values = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b if key not in ("share", "policy")]
     return worst(*map(list, zip(*values, strict=True)))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import AtomError
-from stages.data.table import ROWS_PER_GROUP, read_table
+from stages.data.table import ROWS_PER_GROUP, read_errors, read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,6 +91,16 @@ def read(path: Path, step: int | None = None) -> list[Rollout]:
     return [Rollout(**{**row, "parts": json.loads(row["parts"])}) for row in rows]
 
 
+def is_of_earlier_version(path: Path) -> bool:
+    """Whether the file names policies by `digest`, and not by the digest of their tensors' digests. Raises AtomError if
+    it cannot be read."""
+    import pyarrow.parquet as pq
+
+    with read_errors(path), pq.ParquetFile(path) as file:
+        first = next(file.iter_batches(1, columns=["policy"]), None)
+    return first is not None and first.num_columns == 1 and str(first["policy"][0]).startswith("sha256:")
+
+
 def merge(parts: Sequence[Path], target: Path, routes: bool = False) -> int:
     """Merges all answers of a phase into one file, one row group per step. Returns their number. routes: as for
     `schema`."""
@@ -116,7 +126,8 @@ def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a policy's tensors, by name."""
+    """SHA-256 over the names, types, shapes and bytes of all tensors, by name, one after the other. Files of earlier
+    versions name a policy by it (`is_of_earlier_version`)."""
     import torch
 
     hasher = hashlib.sha256()

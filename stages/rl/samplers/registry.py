@@ -17,18 +17,22 @@ from stages.rl.samplers import vllm_server
 
 @dataclass(frozen=True)
 class SamplerEntry:
-    """module: the module with `SAMPLER`. promise: of a stage that draws with it. obstacle: the reason why it cannot
-    work here with the recipe's settings, if any; called before anything starts, without torch."""
+    """module: the module with `SAMPLER`. promise: of a stage that draws with it. apart: whether it draws in processes
+    of its own, which read the weights from files. obstacle: the reason why it cannot work here with the recipe's
+    settings, if any; called before anything starts, without torch."""
 
     module: str
     promise: Promise
+    apart: bool = False
     obstacle: Callable[[SamplingSettings], str | None] = lambda settings: None
 
 
 SAMPLERS = {
     "in-process": SamplerEntry("stages.rl.samplers.generate", promise="bitwise"),
     # vLLM adds in an order of its own.
-    "vllm": SamplerEntry("stages.rl.samplers.vllm_sampler", promise="numeric", obstacle=vllm_server.obstacle),
+    "vllm": SamplerEntry(
+        "stages.rl.samplers.vllm_sampler", promise="numeric", apart=True, obstacle=vllm_server.obstacle
+    ),
 }
 
 

@@ -7,9 +7,8 @@ drawn. A reload that keeps old weights would bias training without an error of v
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +16,14 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.core.errors import AtomError, CheckFailed, MachineError
+from pipeline.core.errors import AtomError, MachineError
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
-from stages.rl.rollout import rollouts
-from stages.rl.samplers.generate import load_weights
-from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, interpreter
-from stages.train.checkpoint.release_checkpoint import save_tensors
+from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
+from stages.rl.weights import Weights
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Largest mean difference of a token's log-probability from transformers' in fp32, by the served type."""
+REVIVALS = 3
+"""How often the servers of a step may all be lost before the stage ends."""
 
 T = TypeVar("T")
 
@@ -42,13 +38,17 @@ class VllmServer(Sampler):
     def __init__(
         self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
         python: str | None = None, urls: Sequence[str] = (), options: Sequence[str] = (),
+        note: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers.
-        Raises AtomError without a vLLM to start."""
+        """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers. note:
+        is told which server is lost. Raises AtomError without a vLLM to start."""
         self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.dtype: torch.dtype = getattr(torch, config["dtype"])
-        self.loaded: str | None = None
+        self.note = note
+        self.weights: Weights | None = None
+        self.serving: list[Server] = []
+        """The servers that have the weights; the others are new or lost."""
+        self.lost: dict[Server, ServerLost] = {}
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(self.config))
@@ -67,47 +67,52 @@ class VllmServer(Sampler):
         settings = context.settings
         return cls(
             context.config, context.stops, settings.max_new_tokens, 1.0, context.folder,
-            settings.python, settings.url, settings.options,
+            settings.python, settings.url, settings.options, context.note,
         )  # fmt: skip
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Loads the weights into every server and verifies that they took effect.
+    def load(self, weights: Weights) -> None:
+        """Loads the weights, which are in a folder, into every server, under the policy's digest as their version.
 
-        Every worker holds norms unchanged, so their digests must be those of the new weights; the digests of all
-        parameters must have changed; and every later answer states the weights that drew it. The first time, when the
-        servers started from random weights, their log-probabilities are compared with transformers', which detects a
-        kind of layer that this vLLM does not reload. Raises AtomError.
+        Each server first checks its shards: those of the index, with their digests, from which that of the policy
+        follows. Only when all servers have them does one change its weights, so a refusal leaves all of them as they
+        were. A server that fails while it loads stays paused. Every later answer states the weights that drew it, and
+        each step compares its log-probabilities with the trainer's.
+
+        A lost server is started anew, or taken back if it answers again. Raises AtomError if one refuses, ServerLost if
+        all are lost.
         """
-        digest = rollouts.digest(tensors)
-        if digest == self.loaded:
+        if self.weights is not None and weights.digest == self.weights.digest:
             return
-        served = {name: t.detach().to(self.dtype) for name, t in tensors.items()}
-        served.setdefault("lm_head.weight", served["model.embed_tokens.weight"])
-        folder = self.folder / digest[7:23]
-        folder.mkdir(exist_ok=True)
-        # tied weights are two tensors in the file
-        contiguous = {name: t.clone() if name == "lm_head.weight" else t for name, t in served.items()}
-        save_tensors(folder / "partial", contiguous)
-        os.rename(folder / "partial", folder / "model.safetensors")
-        norms = {name: _sha256(t) for name, t in served.items() if name.endswith("norm.weight")}
-        self._map([(s, s) for s in self.servers], lambda server, _: self._renew(server, folder, digest, norms))
-        is_first, self.loaded = self.loaded is None, digest
-        if is_first:
-            try:
-                self._prove(served)
-            except AtomError:
-                self.loaded = None
-                raise
-        for old in self.folder.iterdir():
-            if old.is_dir() and old != folder:
-                shutil.rmtree(old)
+        self.weights = weights
+        try:
+            self._renew()
+        except BaseException:
+            self.weights = None
+            raise
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        if self.loaded is None:
+        """What a lost server did not answer is drawn by the others, or by itself once it is back: each answer has a
+        seed of its own. Raises ServerLost if all servers are lost again and again."""
+        if self.weights is None:
             raise ValueError("weights are loaded before anything is drawn")
-        # neighbors are often answers to one question, so that one server keeps its cache
-        dealt = [(self.servers[i * len(self.servers) // len(prompts)], p) for i, p in enumerate(prompts)]
-        return self._map(dealt, lambda server, prompt: self._draw(server, prompt, greedy))
+        answers: dict[int, Completion] = {}
+        revivals = 0
+        while missing := [number for number in range(len(prompts)) if number not in answers]:
+            if not self.serving:
+                revivals += 1
+                if revivals > REVIVALS:
+                    raise next(iter(self.lost.values()))
+                self._renew()
+            # neighbors are often answers to one question, so that one server keeps its cache
+            servers = list(self.serving)
+            dealt = [(servers[n * len(servers) // len(missing)], number) for n, number in enumerate(missing)]
+
+            def draw(server: Server, number: int) -> Completion | None:
+                return self._draw(server, prompts[number], greedy) if server in self.serving else None
+
+            drawn = self._map([(server, number) for server, number in dealt], self._unless_lost(draw))
+            answers |= {number: answer for (_, number), answer in zip(dealt, drawn, strict=True) if answer}
+        return [answers[number] for number in range(len(prompts))]
 
     def close(self) -> None:
         for server in self.servers:
@@ -142,62 +147,79 @@ class VllmServer(Sampler):
         if not ids or not is_complete:
             raise MachineError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
                             "see its log and run again to go on")  # fmt: skip
-        if versions != {self.loaded}:
+        assert self.weights is not None
+        if versions != {self.weights.digest}:
             served = ", ".join(sorted(map(str, versions)))
-            raise MachineError(
-                f"the vLLM server at {server.url} answered with the weights {served} instead of {self.loaded}; it "
-                "started anew, or somebody else uses it: run again"
+            raise ServerLost(
+                f"the vLLM server at {server.url} answered with the weights {served} instead of {self.weights.digest}; "
+                "it started anew, or somebody else uses it: run again"
             )
         return Completion(ids, tuple(float(x["logprob"]) for x in content), ids[-1] in self.stops)
 
-    def _renew(self, server: Server, folder: Path, digest: str, norms: Mapping[str, str]) -> None:
-        server.wait()
-        digests_before = self._digests(server)
-        server.post("/collective_rpc", {"method": "renew", "args": [str(folder)]})
-        if not server.post("/reset_prefix_cache")["success"]:
-            raise MachineError(f"the vLLM server at {server.url} keeps its cache of prompts while somebody else uses "
-                               "it; give it to this run alone")  # fmt: skip
-        server.post("/update_weight_version", {"new_version": digest})
-        digests_after = self._digests(server)
-        renewed = {(name, sha) for key, sha in digests_after.items() if (name := key.rsplit(":", 1)[-1]) in norms}
-        if renewed != set(norms.items()) or (digests_after == digests_before and self.loaded is not None):
-            raise MachineError(f"the vLLM server at {server.url} did not take over the weights in {folder}; "
-                            "have it see this folder and run again")  # fmt: skip
+    def _renew(self) -> None:
+        """Gives the weights to all servers that are there."""
+        assert self.weights is not None
+        update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
+        is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
 
-    @staticmethod
-    def _digests(server: Server) -> dict[str, str]:
-        """SHA-256 of each parameter's bytes as a worker holds it, by `<worker>:<name>`."""
-        checksums: dict[str, str] = server.post("/weight_checker", {"action": "checksum"})["checksums"]
-        return checksums
+        def check(server: Server, _: None) -> bool:
+            self._check(server, update, is_alone)
+            return True
 
-    def _prove(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Compares the log-probabilities of a few answers with those of transformers, in fp32 on CPU."""
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.config), dtype=torch.float32).eval()
-        load_weights(model, tensors)
-        vocab = model.config.vocab_size
-        prompts = [Prompt(tuple((5 * n + i) % vocab for i in range(4)), n) for n in range(4 * len(self.servers))]
-        gaps = []
-        for prompt, completion in zip(prompts, self.generate(prompts), strict=True):
-            log_probs = logprobs(model, prompt, completion, self.temperature)
-            gaps.append((log_probs - torch.tensor(completion.logprobs)).abs())
-        gap = torch.cat(gaps).mean().item()
-        if not gap <= TOLERANCE[self.config["dtype"]]:
-            raise CheckFailed(
-                f"vLLM's log-probabilities differ by {gap:.3g} from those of the weights that it was given, so it does "
-                "not renew all of them, or computes otherwise; use another version of it, or sampling.kind = in-process"
-            )
+        def take(server: Server, _: None) -> bool:
+            self._take(server, update)
+            return True
 
+        try:
+            checked = self._map([(server, None) for server in self.servers], self._unless_lost(check))
+        except BaseException:
+            for server in self.servers:
+                with contextlib.suppress(AtomError):  # ends the update on the workers that did not refuse it
+                    server.post("/finish_weight_update", attempts=1)
+            raise
+        present, self.serving = [s for s, done in zip(self.servers, checked, strict=True) if done], []
+        taken = self._map([(server, None) for server in present], self._unless_lost(take))
+        self.serving = [server for server, done in zip(present, taken, strict=True) if done]
+        for server in self.serving:
+            self.lost.pop(server, None)
+        if not self.serving:
+            raise next(iter(self.lost.values()))
 
-def logprobs(model: torch.nn.Module, prompt: Prompt, completion: Completion, temperature: float) -> torch.Tensor:
-    """A transformers model's log-probabilities, [tokens], of an answer's tokens at a temperature."""
-    ids = torch.tensor([[*prompt.ids, *completion.ids]])
-    with torch.inference_mode():
-        logits = model(ids).logits[0, len(prompt.ids) - 1 : -1].float() / temperature
-    return torch.log_softmax(logits, -1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+    def _unless_lost(self, request: Callable[[Server, Any], T]) -> Callable[[Server, Any], T | None]:
+        """The request, with None for an answer of a server that is lost by it."""
 
+        def attempt(server: Server, item: Any) -> T | None:
+            try:
+                return request(server, item)
+            except ServerLost as error:
+                if server not in self.lost:
+                    self.lost[server] = error
+                    self.note(f"left out until it is back: {error}")
+                with contextlib.suppress(ValueError):
+                    self.serving.remove(server)
+                return None
 
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        return attempt
+
+    def _check(self, server: Server, update: Mapping[str, Any], is_alone: bool) -> None:
+        if server not in self.serving:
+            if server in self.lost:
+                server.launch()
+            server.wait(None if is_alone or server.run else 0)
+            if server.run is None:  # an earlier user may have left an update open
+                with contextlib.suppress(AtomError):
+                    server.post("/finish_weight_update", attempts=1)
+            sizes = {name: value for name, value in self.config.items() if type(value) in (int, float)}
+            server.post("/init_weight_transfer_engine", {"init_info": {"sizes": sizes}})
+        server.post("/start_weight_update", attempts=1)
+        server.post("/update_weights", {"update_info": {**update, "load": False}}, attempts=1)
+
+    def _take(self, server: Server, update: Mapping[str, Any]) -> None:
+        """Running answers wait, and go on with the new weights, which read their tokens again."""
+        server.post("/pause?mode=keep")
+        server.post("/update_weights", {"update_info": {**update, "load": True}}, attempts=1)
+        server.post("/finish_weight_update", {"weight_version": update["digest"]}, attempts=1)
+        server.post("/resume")
 
 
 SAMPLER = VllmServer

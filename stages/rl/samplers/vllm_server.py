@@ -16,6 +16,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ SHARE = 0.5
 """Of the free memory of a GPU, what a server gets beside training, which needs the rest for its steps."""
 CPU_OPTIONS = ["--no-enable-chunked-prefill", "--enforce-eager"]
 """On CPU, 0.32 dies when a seeded request's prompt is read in parts."""
+REFUSAL = re.compile(r"\[\[(.*?)\]\]")
+"""A sentence of vllm_worker/atom_index.py within vLLM's."""
 
 _WORKER = Path(__file__).parent / "vllm_worker"
 # The server leads a process group with a watch, which kills the group when this end of the pipe closes: also when the
@@ -84,7 +87,8 @@ def command(python: str, folder: Path, host: str, port: int, options: Sequence[s
         "model": str(folder), "host": host, "port": port, "dtype": dtype, "load-format": "dummy",
         "max-num-seqs": IN_FLIGHT, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
         # on CPU the output layer is a packed copy, which a reload of tied weights would not change
-        "hf-overrides": json.dumps({"tie_word_embeddings": False}), "worker-extension-cls": "atom_reload.Reload",
+        "hf-overrides": json.dumps({"tie_word_embeddings": False}),
+        "weight-transfer-config": json.dumps({"backend": "atom-folder"}),  # of vllm_worker/atom_engine.py
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--tokens-only", "--disable-uvicorn-access-log"]
@@ -121,11 +125,17 @@ def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[di
     return {}, [f"--gpu-memory-utilization={SHARE * free:.2f}"]
 
 
-class Server:
-    """One server, at a url. Thread-safe except for `close`."""
+class ServerLost(MachineError):
+    """A server died, does not answer, or no longer has the weights that it was given."""
 
-    def __init__(self, url: str, process: subprocess.Popen[bytes] | None = None, log: Path | None = None) -> None:
-        self.url, self.process, self.log = url.rstrip("/"), process, log
+
+class Server:
+    """One server, at a url. Thread-safe except for `launch` and `close`."""
+
+    def __init__(self, url: str, log: Path | None = None, run: Callable[[], subprocess.Popen[bytes]] | None = None):
+        """run: starts its process, for a server of this process."""
+        self.url, self.log, self.run = url.rstrip("/"), log, run
+        self.process: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def start(
@@ -136,17 +146,29 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         variables, chosen = place(os.environ, *gpus) if gpus else ({}, CPU_OPTIONS)
-        run = ["sh", "-c", _WATCHED, "sh", *command(python, folder, "127.0.0.1", port, [*chosen, *options])]
-        with open(log, "wb") as out:
-            process = subprocess.Popen(
-                run, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
-                env={**environment(), **variables},
-                start_new_session=True,
-            )  # fmt: skip
-        return cls(f"http://127.0.0.1:{port}", process, log)
+        arguments = ["sh", "-c", _WATCHED, "sh", *command(python, folder, "127.0.0.1", port, [*chosen, *options])]
 
-    def wait(self, seconds: float = START_SECONDS) -> None:
-        """Waits until the server answers. Raises AtomError if it dies before or takes longer."""
+        def run() -> subprocess.Popen[bytes]:
+            with open(log, "ab") as out:
+                return subprocess.Popen(
+                    arguments, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
+                    env={**environment(), **variables},
+                    start_new_session=True,
+                )  # fmt: skip
+
+        server = cls(f"http://127.0.0.1:{port}", log, run)
+        server.launch()
+        return server
+
+    def launch(self) -> None:
+        """Starts its process, anew if there was one; nothing for a server that others start."""
+        if self.run is not None:
+            self.close()
+            self.process = self.run()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits until the server answers. Raises ServerLost if it dies before or takes longer."""
+        seconds = START_SECONDS if seconds is None else seconds
         end = time.monotonic() + seconds
         while True:
             self._require_alive()
@@ -158,21 +180,24 @@ class Server:
                     raise self._failure(f"no answer within {seconds:.0f} s: {error}") from None
             time.sleep(0.25)
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None) -> Any:
-        """The JSON of its response. The request must be idempotent: it is repeated after a lost connection. Raises
-        AtomError if the server is gone or refuses."""
+    def post(self, path: str, body: Mapping[str, Any] | None = None, attempts: int = ATTEMPTS) -> Any:
+        """The JSON of its response. A request that is not idempotent has one attempt. Raises ServerLost, or AtomError
+        if the server refuses."""
         data = json.dumps(body or {}).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         reason = ""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             if attempt:
                 time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             self._require_alive()
             try:
-                with DIRECT.open(request, timeout=seconds or REQUEST_SECONDS) as answer:
+                with DIRECT.open(request, timeout=REQUEST_SECONDS) as answer:
                     return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
-                reason = f"{path}: {error.code} {_message(error)}"
+                message = _message(error)
+                if refusal := REFUSAL.search(message):
+                    raise AtomError(f"the vLLM server at {self.url} refuses the weights: {refusal[1]}") from None
+                reason = f"{path}: {error.code} {message}"
                 if error.code < 500:
                     raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -194,12 +219,12 @@ class Server:
         if self.process is not None and (code := self.process.poll()) is not None:
             raise self._failure(f"exit code {code}")
 
-    def _failure(self, reason: str) -> MachineError:
+    def _failure(self, reason: str) -> ServerLost:
         log_tail = ""
         if self.log is not None and self.log.exists():
             lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             log_tail = f"; its log {self.log} ends: {' | '.join(lines[-5:])[-1000:]}"
-        return MachineError(
+        return ServerLost(
             f"the vLLM server at {self.url} is gone ({reason}){log_tail}; see to it and run again to go on"
         )
 
@@ -208,7 +233,7 @@ def _message(error: urllib.error.HTTPError) -> str:
     text = error.read().decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
-    return " ".join(text.split())[:500]
+    return " ".join(text.split())[:1000]
 
 
 def main() -> None:

@@ -68,9 +68,29 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Ten
 
     Raises MachineError if a write fails.
     """
+    sizes: dict[str, int] = {}
+
+    def measured() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            sizes[name] = tensor.nbytes
+            yield name, tensor
+
+    files = write_files(folder, stem, measured(), SHARD_BYTES)
+    if len(set(files.values())) > 1:
+        write_index(folder, stem, files, {"total_size": sum(sizes.values())})
+
+
+def write_files(
+    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], most_bytes: int
+) -> dict[str, str]:
+    """Writes tensors in their order to `<stem>.safetensors`, or to shards of at most so many bytes (or one tensor).
+    Returns the file of each tensor. Holds the tensors of one file at a time.
+
+    Raises MachineError if a write fails.
+    """
     shards: list[list[str]] = []
     held: dict[str, torch.Tensor] = {}
-    total = size = 0
+    size = 0
 
     def flush() -> None:
         shards.append(list(held))
@@ -78,12 +98,11 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Ten
         held.clear()
 
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > SHARD_BYTES:
+        if held and size + tensor.nbytes > most_bytes:
             flush()
             size = 0
         held[name] = tensor
         size += tensor.nbytes
-        total += tensor.nbytes
     if held:
         flush()
     files: dict[str, str] = {}
@@ -91,9 +110,17 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Ten
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         os.rename(folder / f"{stem}-{number:05d}.partial", folder / f"{stem}{suffix}.safetensors")
         files |= dict.fromkeys(names, f"{stem}{suffix}.safetensors")
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        (folder / _index(stem)).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    return files
+
+
+def write_index(
+    folder: Path, stem: str, files: Mapping[str, str], metadata: Mapping[str, Any], **entries: Mapping[str, Any]
+) -> None:
+    """Writes the index of shards, atomically. files: {tensor: its file}; entries: further ones."""
+    index = {"metadata": dict(metadata), "weight_map": dict(files), **entries}
+    partial = folder / f"{_index(stem)}.partial"
+    partial.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    os.rename(partial, folder / _index(stem))
 
 
 def _index(stem: str) -> str:

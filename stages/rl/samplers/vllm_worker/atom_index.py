@@ -1,0 +1,96 @@
+"""The index of a policy's weights in a shared folder, for those who write the folder and for vLLM's workers, who read
+it. No module of this project: the workers have none.
+
+The folder has the form of a sharded model on the Hub: safetensors files, and `model.safetensors.index.json`, which is
+written last. Its entry `tensors` states type, shape and SHA-256 of each tensor, from which the policy's digest follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Refused(ValueError):
+    """The sentence stands between brackets, since vLLM quotes it within its own."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(f"[[{sentence}]]")
+
+
+def row_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """The entry of a tensor."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": kind, "shape": list(tensor.shape), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def policy_digest(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """`tensors-sha256:…`, over a line `<name> <type> <shape> <SHA-256 of its bytes>` for each tensor, by name."""
+    hasher = hashlib.sha256()
+    for name, row in sorted(rows.items()):
+        hasher.update(f"{name} {row['dtype']} {list(row['shape'])} {row['sha256']}\n".encode())
+    return f"tensors-sha256:{hasher.hexdigest()}"
+
+
+def check(folder: Path, digest: str, part: int, parts: int) -> None:
+    """Raises Refused if the folder does not hold the policy of that digest, complete. Files are divided into `parts`;
+    this process reads the bytes of those of `part`, and the headers of all."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        rows, files = index["tensors"], index["weight_map"]
+    except FileNotFoundError:
+        raise Refused(f"it does not see {folder / INDEX}; mount the run's work folder there") from None
+    if rows.keys() != files.keys():
+        raise Refused(f"the index of {folder} names other tensors than it describes")
+    if policy_digest(rows) != digest:
+        raise Refused(f"{folder} holds the policy {policy_digest(rows)}, not {digest}")
+    listed_in: dict[str, set[str]] = {}
+    for tensor, name in files.items():
+        listed_in.setdefault(name, set()).add(tensor)
+    for number, (name, listed) in enumerate(sorted(listed_in.items())):
+        try:
+            with safe_open(folder / name, "pt") as file:
+                if other := sorted(listed ^ set(file.keys())):
+                    raise Refused(f"{folder / name} and the index do not have the same tensors: {other[0]}")
+                for tensor in sorted(listed) if number % parts == part else ():
+                    if row_of(file.get_tensor(tensor)) != rows[tensor]:
+                        raise Refused(f"{tensor} in {folder / name} is not the tensor of the index")
+        except (OSError, SafetensorError) as error:
+            raise Refused(f"it cannot read {folder / name} ({error})") from None
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, layer by layer. A file is open from its first to its last one: the pages that were read of an open
+    file count as memory. A model with tied embeddings has its table twice, since a server keeps two copies."""
+    files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    sources = {name: (name, file) for name, file in files.items()}
+    if HEAD not in files:
+        sources[HEAD] = (TABLE, files[TABLE])
+    remaining = Counter(file for _, file in sources.values())
+    opened: dict[str, tuple[ExitStack, Any]] = {}
+    for name in sorted(sources, key=_by_layer):
+        source, file = sources[name]
+        if file not in opened:
+            stack = ExitStack()
+            opened[file] = stack, stack.enter_context(safe_open(folder / file, "pt"))
+        yield name, opened[file][1].get_tensor(source)
+        remaining[file] -= 1
+        if not remaining[file]:
+            opened.pop(file)[0].close()
+
+
+def _by_layer(name: str) -> list[tuple[bool, int, str]]:
+    """A key that orders numbers in names by their value."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

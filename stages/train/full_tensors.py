@@ -1,0 +1,87 @@
+"""A model's full tensors, each put together on one of the ranks that hold its parts, and only while it is read."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+
+from stages.mcore.megatron_imports import parallel_state
+from stages.mcore.tensor_sharding import boxes, is_cut, paste
+
+EXPERTS = ".mlp.experts."
+"""In the names of the tensors that expert ranks share out."""
+
+
+class FullTensors(Mapping[str, torch.Tensor]):
+    """Full tensors by global name.
+
+    Reading is collective: all ranks read the same names in the same order. One rank, which holds a part, gets the
+    tensor on its own device (an uncut one is the live one); the other ranks get one without memory, on `meta`, of which
+    only the shape counts. Tensor ranks take turns, and data ranks, which hold the same, do too.
+    """
+
+    def __init__(self, local: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+        """local: this rank's tensors by global name. shapes: the full ones. tied: whether the model ties its
+        embeddings."""
+        self.local, self.shapes, self.tied = local, shapes, tied
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self.shapes[name]
+        absent = torch.empty(shape, device="meta")
+        if name not in self.local or not speaks_for(name, self.tied):
+            return absent
+        part = self.local[name]
+        group = (
+            parallel_state.get_expert_tensor_parallel_group()
+            if EXPERTS in name
+            else parallel_state.get_tensor_model_parallel_group()
+        )
+        size = group.size()
+        if size == 1 or not is_cut(name):
+            return part
+        owner = (_turn(name) >> 8) % size  # other bits than those by which data ranks take turns
+        is_owner = group.rank() == owner
+        # as bytes: gloo does not gather every type
+        sent = part.contiguous().flatten().view(torch.uint8)
+        parts = [torch.empty_like(sent) for _ in range(size)] if is_owner else None
+        dist.gather(sent, parts, dst=dist.get_global_rank(group, owner), group=group)
+        if parts is None:
+            return absent
+        full = torch.empty(shape, dtype=part.dtype, device=part.device)
+        for rank, received in enumerate(parts):
+            paste(full, boxes(name, shape, rank), received.view(part.dtype).view_as(part))
+        return full
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def speaks_for(name: str, tied: bool) -> bool:
+    """Whether this rank is the one of those with its part of a tensor that hands it over: the first of those that
+    repeat it, and of equal data ranks the one whose turn it is. tied: whether the model ties its embeddings."""
+    if EXPERTS in name:
+        rank = parallel_state.get_expert_data_parallel_rank()
+        size = parallel_state.get_expert_data_parallel_world_size()
+    else:
+        rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return bool(_turn(name) % size == rank) and not is_repeated(name, tied)
+
+
+def is_repeated(name: str, tied: bool) -> bool:
+    """Whether an earlier tensor or pipeline rank has the same part of a tensor: what tensor ranks do not split, and the
+    last stage's copy of a tied table."""
+    if parallel_state.get_tensor_model_parallel_rank() and not is_cut(name):
+        return True
+    return tied and name.startswith("embedding") and not parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def _turn(name: str) -> int:
+    """A number by which ranks that could all hand a tensor over take turns: the same on each of them."""
+    return zlib.crc32(name.encode())
