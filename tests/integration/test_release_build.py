@@ -17,6 +17,7 @@ from release.assembly import build_release as builder
 from release.layout import ALL_SUMS, SUMS
 from release.repositories import files_below
 from release.schema import read_release
+from stages.recipe import ReleaseSection
 from tests.fixtures import release_fixtures
 
 
@@ -355,7 +356,7 @@ def test_section_says_what_is_wrong() -> None:
     from pydantic import ValidationError
 
     with pytest.raises(ValidationError):
-        builder.ReleaseSection.model_validate({"license": {"weights": "", "data_compilation": "MIT", "code": "MIT"}})
+        ReleaseSection.model_validate({"license": {"weights": "", "data_compilation": "MIT", "code": "MIT"}})
 
 
 def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(tmp_path: Path) -> None:
