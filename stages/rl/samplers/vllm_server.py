@@ -42,6 +42,8 @@ SHARE = 0.5
 """Of the free memory of a GPU, what a server gets beside training, which needs the rest for its steps."""
 CPU_OPTIONS = ["--no-enable-chunked-prefill", "--enforce-eager"]
 """On CPU, 0.32 dies when a seeded request's prompt is read in parts."""
+HIDDEN = "<path>"
+"""What vLLM writes in its messages instead of a path."""
 REFUSAL = re.compile(r"\[\[(.*?)\]\]")
 """A sentence of vllm_worker/atom_index.py within vLLM's."""
 
@@ -196,7 +198,9 @@ class Server:
             except urllib.error.HTTPError as error:
                 message = _message(error)
                 if refusal := REFUSAL.search(message):
-                    raise AtomError(f"the vLLM server at {self.url} refuses the weights: {refusal[1]}") from None
+                    folder = (body or {}).get("update_info", {}).get("folder", HIDDEN)
+                    sentence = refusal[1].replace(HIDDEN, folder)
+                    raise AtomError(f"the vLLM server at {self.url} refuses the weights: {sentence}") from None
                 reason = f"{path}: {error.code} {message}"
                 if error.code < 500:
                     raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe") from None
