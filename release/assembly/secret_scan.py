@@ -13,8 +13,8 @@ from release.hub.local.server import LOCAL_TOKEN
 
 
 class Pattern:
-    """A secret's bytes: a regular expression, and literals of which every match has one. These are searched first:
-    that is ten times as fast as an expression that begins with a boundary."""
+    """A secret's bytes: a regular expression, and literals of which every match has one. These are searched first,
+    since an expression that begins with a boundary is slow."""
 
     def __init__(self, expression: bytes, *literals: bytes) -> None:
         self.expression, self.literals = re.compile(expression), literals

@@ -168,8 +168,8 @@ def _measure(
     rows: list[ItemResult] = []
     left_out = []
     for metric, kind in sorted({(metric, sample["filter"]) for sample in samples for metric in sample["metrics"]}):
-        found = [sample for sample in samples if sample["filter"] == kind and metric in sample["metrics"]]
-        values = [sample[metric] for sample in found]
+        scored = [sample for sample in samples if sample["filter"] == kind and metric in sample["metrics"]]
+        values = [sample[metric] for sample in scored]
         numbers = all(isinstance(value, (int, float)) for value in values)
         if not numbers or abs(sum(values) / len(values) - stated[f"{metric},{kind}"]) > EQUAL:
             left_out.append(metric)
@@ -179,7 +179,7 @@ def _measure(
                 set=task_set, task=name, number=sample["doc_id"], filter=kind, metric=metric, value=float(value),
                 target=str(sample["target"]), response=_response(sample),
             )
-            for sample, value in zip(found, values, strict=True)
+            for sample, value in zip(scored, values, strict=True)
         ]  # fmt: skip
     return {"task": name, "rows": rows, "left_out": left_out}
 

@@ -88,27 +88,27 @@ class HarnessSection(Config):
 
     def tasks(self) -> int:
         """The number of all tasks."""
-        return sum(len(TASK_SETS[name].tasks) for name in self.sets) + sum(len(own.tasks) for own in self.folders)
+        return sum(len(TASK_SETS[name].tasks) for name in self.sets) + sum(len(folder.tasks) for folder in self.folders)
 
     def task_sets(self, base: Path, where: str) -> tuple[TaskSet, ...]:
         """The sets with the digests of their folders. base: the folder of the recipe. Raises RecipeError if a folder is
         missing, has no YAML file, or differs from its pin."""
-        return (*(TASK_SETS[name] for name in self.sets), *(_of_folder(own, base, where) for own in self.folders))
+        return (*(TASK_SETS[name] for name in self.sets), *(_of_folder(tasks, base, where) for tasks in self.folders))
 
 
-def _of_folder(own: TaskFolder, base: Path, where: str) -> TaskSet:
-    folder = (base / own.path).resolve()
+def _of_folder(tasks: TaskFolder, base: Path, where: str) -> TaskSet:
+    folder = (base / tasks.path).resolve()
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     if not any(path.suffix == ".yaml" for path in files) or len(files) > MOST_FILES:
         raise RecipeError(
-            f"{where}: task set {own.name} needs a folder of at most {MOST_FILES:,} files with a YAML file for each "
+            f"{where}: task set {tasks.name} needs a folder of at most {MOST_FILES:,} files with a YAML file for each "
             f"task, and {folder} is none; correct its path"
         )
     digest = tree_digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
-    if own.digest not in ("auto", digest):
+    if tasks.digest not in ("auto", digest):
         raise RecipeError(
-            f"{where}: task set {own.name} is pinned to {own.digest}, but {folder} has {digest}; restore the files, or "
-            "change the pin"
+            f"{where}: task set {tasks.name} is pinned to {tasks.digest}, but {folder} has {digest}; restore the "
+            "files, or change the pin"
         )
-    fields = own.model_dump(include={"name", "tasks", "license", "license_evidence"})
+    fields = tasks.model_dump(include={"name", "tasks", "license", "license_evidence"})
     return TaskSet(**fields, folder=str(folder), folder_digest=digest)

@@ -129,8 +129,8 @@ class Tables:
         gathered = None
         if self.prefixes is not None:
             shared = [torch.arange(*ends) for ends in (self.prefixes[:, row, column] + row * self.length).T.tolist()]
-            own = torch.arange(batch * self.length).split(sizes.tolist())
-            gathered = gpu.upload(torch.cat([x for pair in zip(shared, own, strict=True) for x in pair]), self.device)
+            rest = torch.arange(batch * self.length).split(sizes.tolist())
+            gathered = gpu.upload(torch.cat([x for pair in zip(shared, rest, strict=True) for x in pair]), self.device)
             sizes = sizes + self.prefixes[1, row, column] - self.prefixes[0, row, column]
         keys = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
         if self.context > 1:

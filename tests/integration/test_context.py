@@ -139,8 +139,8 @@ def test_a_reader_of_known_reach_earns_what_it_should(loaded: Any, tmp_path: Pat
     from tests.fixtures.run_fixtures import RecordingReport
 
     report = RecordingReport()
-    made = long_context.pieces(section, loaded.tokenizer, loaded.encode, lambda: documents)
-    *by_length, positions = compute(made, tmp_path, lambda: model)
+    pieces = long_context.pieces(section, loaded.tokenizer, loaded.encode, lambda: documents)
+    *by_length, positions = compute(pieces, tmp_path, lambda: model)
     keys = [row for rows in by_length for row in rows]
     long_context.report_passkeys(keys, report)
     assert {n: row["value"] for n, row in long_context.summary(keys, positions)["passkey"].items()} == {
@@ -204,8 +204,8 @@ def test_buckets_double_and_cover_each_position_once() -> None:
 def test_what_cannot_be_measured_is_one_sentence(loaded: Any, tmp_path: Path) -> None:
     def measure(documents: list[dict[str, Any]], **changes: Any) -> None:
         section = ContextSection(**{**SECTION, **changes})
-        made = long_context.pieces(section, loaded.tokenizer, loaded.encode, lambda: documents)
-        list(compute(made, tmp_path, lambda: loaded.model))
+        pieces = long_context.pieces(section, loaded.tokenizer, loaded.encode, lambda: documents)
+        list(compute(pieces, tmp_path, lambda: loaded.model))
 
     with pytest.raises(AtomError, match="names 20 tokens, but key and question alone take 44"):
         measure(long_documents(), lengths=[20])

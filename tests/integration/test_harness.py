@@ -139,8 +139,8 @@ def own_tasks(tmp_path: Path) -> Path:
 
 
 def section_of(folder: Path, **settings: object) -> HarnessSection:
-    own = {"name": "own", "path": folder.name, "tasks": list(OWN_TASKS), "license": "CC0-1.0"}
-    return HarnessSection.model_validate({"folders": [{**own, "license_evidence": "this test"}], **settings})
+    task_folder = {"name": "own", "path": folder.name, "tasks": list(OWN_TASKS), "license": "CC0-1.0"}
+    return HarnessSection.model_validate({"folders": [{**task_folder, "license_evidence": "this test"}], **settings})
 
 
 def test_the_stage_seals_the_results_of_every_item(

@@ -97,13 +97,13 @@ def gaps(precision: str, seed: int) -> tuple[float, float]:
 @pytest.mark.numeric
 def test_replay_narrows_the_gap_of_a_trainer_in_bf16() -> None:
     """Its routers see rounded activations, and choose other experts now and then."""
-    replayed, own = gaps("bf16", 0)
-    assert replayed < 0.7 * own  # 0.27 to 0.47 of it over three seeds
+    with_replay, without = gaps("bf16", 0)
+    assert with_replay < 0.7 * without  # 0.27 to 0.47 of it over three seeds
 
 
 def test_with_several_updates_it_replays_bit_by_bit(place: Path, tmp_path: Path) -> None:
-    more = {"updates": 2, "kl_coef": 0.1, "max_resample_rounds": 4, "parallelism": {"recompute": "layer"}}
-    settings = rl_fixtures.config(**REPLAYED, **more)
+    changes = {"updates": 2, "kl_coef": 0.1, "max_resample_rounds": 4, "parallelism": {"recompute": "layer"}}
+    settings = rl_fixtures.config(**REPLAYED, **changes)
     rl_fixtures.rlvr(place, tmp_path / "calm-work", tmp_path / "calm", settings)
     answers = rl_fixtures.record(tmp_path / "calm", tmp_path / "answers")
     rl_fixtures.rlvr(place, tmp_path / "replay-work", tmp_path / "replay", settings, rollouts=answers)
@@ -150,15 +150,15 @@ def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() 
             assert all(layer.mlp.router.weight.grad.any() for layer in gpt.decoder.layers)
             return torch.stack(maps, 1), logits
 
-        own, plain = run(None)
+        routed, logits = run(None)
         again, same = run(torch.full((24, 2, 2), OWN, dtype=torch.int16))
-        assert torch.equal(own, again) and torch.equal(plain, same)
-        other = (~own).int().topk(2).indices.short()  # the two that it did not choose
+        assert torch.equal(routed, again) and torch.equal(logits, same)
+        other = (~routed).int().topk(2).indices.short()  # the two that it did not choose
         mixed = other.clone()
         mixed[::2] = OWN
         chosen, _ = run(mixed)
-        assert torch.equal(chosen[1::2], ~own[1::2])
-        assert torch.equal(chosen[::2, 0], own[::2, 0])
+        assert torch.equal(chosen[1::2], ~routed[1::2])
+        assert torch.equal(chosen[::2, 0], routed[::2, 0])
 
 
 @pytest.mark.parametrize(

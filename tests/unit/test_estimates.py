@@ -71,13 +71,15 @@ def test_steps_take_their_time_beside_the_law(tmp_path: Path) -> None:
 
 
 def test_published_files_are_those_of_the_parts(tmp_path: Path) -> None:
-    found = estimates_of(tmp_path, SIZE, SIZE, steps=("language",))
+    stages = estimates_of(tmp_path, SIZE, SIZE, steps=("language",))
     size = int(estimates.LAWS["dedup"].disk * SIZE["bytes"])
-    published = {name: {files.folder: (files.files, files.bytes) for files in found[name].published} for name in found}
+    published = {
+        name: {files.folder: (files.files, files.bytes) for files in stages[name].published} for name in stages
+    }
     assert published["dedup"] == {
         "kept/s0": (50, size), "kept/s1": (50, size), "dispositions/s0": (50, 0), "dispositions/s1": (50, 0)
     }  # fmt: skip
-    assert found["dedup"].published_bytes == 2 * size
+    assert stages["dedup"].published_bytes == 2 * size
     assert published["tokenize"] == {"tokens/documents/s0": (50, 0), "tokens/documents/s1": (50, 0)}
     assert published["filter"] == {"measures/s0": (50, 0), "measures/s1": (50, 0)}
     assert estimates_of(tmp_path, SIZE)["filter"].published == (), "no step measures"

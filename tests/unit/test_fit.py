@@ -171,14 +171,14 @@ def test_plan_and_submit_refuse_files_that_the_hub_does_not_take(tmp_path: Path)
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
     (tmp_path / "large.yaml").write_text(yaml.safe_dump(recipe | {"data": str(tmp_path / "data.yaml")}))
     name = data["sources"][0]["name"]
-    said = (
+    sentence = (
         f"the release could not be published: kept/{name} of dedup has files of about 460 GB, and on the Hub a file has "
         f"at most 50; raise sources.{name}.parts of the data recipe from 1 to at least 10"
     )
     planned = atom(tmp_path / "home", "plan", str(tmp_path / "large.yaml"), "--json", code=2)
-    assert said in planned.stderr and said.partition(": ")[2] in json.loads(planned.stdout)["unpublishable"]
+    assert sentence in planned.stderr and sentence.partition(": ")[2] in json.loads(planned.stdout)["unpublishable"]
     assert (
-        said
+        sentence
         in atom(
             tmp_path / "home", "submit", str(tmp_path / "large.yaml"), "--cluster", "dev", "--dry-run", code=2
         ).stderr
