@@ -3,6 +3,7 @@ environment at import)."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from release.hub.local.server import running
+from release.hub.local.store import HubError, HubStore
 
 PRELUDE = """
 import os, sys, pathlib, tempfile
@@ -150,3 +152,18 @@ assert hub.ModelCard.load("local/carded").data.license == "mit"
 bad = b"---\\na: [\\n---\\n"
 refused(Exception, api.upload_file, path_or_fileobj=bad, path_in_repo="README.md", repo_id="local/carded")
 """)
+
+
+def test_parts_joined_by_the_upload_of_an_equal_file_are_not_missing(tmp_path: Path) -> None:
+    store = HubStore(tmp_path)
+    data = os.urandom(300)
+    sha256 = hashlib.sha256(data).hexdigest()
+    parts = [store.blobs / f"{sha256}.part{number}" for number in (1, 2)]
+    parts[0].write_bytes(data[:200])
+    with pytest.raises(HubError, match=r"part2 was never uploaded"):
+        store.join(parts, sha256)
+    parts[1].write_bytes(data[200:])
+    store.join(parts, sha256)
+    store.join(parts, sha256)  # another client completes the same object a moment later
+    assert [path.name for path in store.blobs.iterdir()] == [sha256]
+    assert store.blob(sha256).read_bytes() == data

@@ -181,12 +181,18 @@ class HubStore:
         os.replace(upload, self.blob(sha256))
 
     def join(self, parts: list[Path], sha256: str) -> None:
-        """Joins the parts of a multipart upload, in order, into the blob."""
+        """Joins the parts of a multipart upload, in order, into the blob. Raises HubError 400 if a part is missing."""
         joined = self.blobs / f"{sha256}.{uuid.uuid4().hex}.joined"
-        with open(joined, "wb") as target:
-            for part in parts:
-                with open(part, "rb") as f:
-                    shutil.copyfileobj(f, target, 1 << 20)
+        try:
+            with open(joined, "wb") as target:
+                for part in parts:
+                    with open(part, "rb") as f:
+                        shutil.copyfileobj(f, target, 1 << 20)
+        except FileNotFoundError:
+            joined.unlink()
+            if self.blob(sha256).exists():  # the upload of an equal file was faster, and deleted the parts
+                return
+            raise HubError(400, f"{part.name} was never uploaded") from None
         self.accept(joined, sha256)
         for part in parts:
             part.unlink(missing_ok=True)

@@ -78,11 +78,8 @@ async def lfs_put(request: Request) -> Response:
 async def lfs_complete(request: Request) -> Response:
     oid, count = _oid(request), int(request.query_params["parts"])
     parts = [access.store(request).blobs / f"{oid}.part{n}" for n in range(1, count + 1)]
-    if access.store(request).blob(oid).exists():  # the upload of an equal file was faster
-        return JSONResponse({"success": True})
-    if missing := [part.name for part in parts if not part.exists()]:
-        raise HubError(400, f"{missing[0]} was never uploaded")
-    await run_in_threadpool(access.store(request).join, parts, oid)
+    if not access.store(request).blob(oid).exists():
+        await run_in_threadpool(access.store(request).join, parts, oid)
     return JSONResponse({"success": True})
 
 
