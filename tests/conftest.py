@@ -68,14 +68,21 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Prints what each folder of tests took, of all workers together: what grows shows here first."""
-    seconds: Counter[str] = Counter()
+    """Prints the minutes of all workers together by folder, and the files that take most: what grows shows here first."""
+    seconds: Counter[Path] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
-    parts = [f"{folder} {duration / 60:.1f}" for folder, duration in sorted(seconds.items())]
-    terminalreporter.write_line(f"minutes of the workers by folder: {', '.join(parts)}")
+                seconds[Path(report.nodeid.partition("::")[0])] += report.duration
+    folders: Counter[str] = Counter()
+    for path, duration in seconds.items():
+        folders["/".join(path.parts[:2])] += duration
+    for title, table in (
+        ("folder", sorted(folders.items())),
+        ("file, the first 25", [(path.stem, duration) for path, duration in seconds.most_common(25)]),
+    ):
+        parts = ", ".join(f"{name} {duration / 60:.1f}" for name, duration in table)
+        terminalreporter.write_line(f"minutes of the workers by {title}: {parts}")
 
 
 LONGEST = ("ON_SLURM", "smoke_home")
