@@ -149,14 +149,15 @@ def compare_logits(
     # -P keeps this package's folder off the module path, where its file names could hide the libraries'
     command = [sys.executable, "-P", str(Path(__file__).with_name("parity.py")), str(folder)]
     with tempfile.TemporaryFile(dir=work) as out, tempfile.TemporaryFile(dir=work) as errors:
-        slices = iter(logits)
-        part = next(slices)  # this process has dropped its layers before the other one loads its own
+        # It imports its libraries while Megatron's model computes, and loads its own when that one's layers are gone.
         with subprocess.Popen(
             command + ["--by-layer"] * by_layer, env={**os.environ, **offline}, stdin=subprocess.PIPE, stdout=out,
             stderr=errors,
         ) as process:  # fmt: skip
             assert process.stdin is not None
+            slices = iter(logits)
             try:
+                part = next(slices)
                 request = {"rows": rows, "positions": slice_positions(part.shape[-1])}
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 while True:

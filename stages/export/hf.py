@@ -30,6 +30,7 @@ from stages.mcore.parallel_layout import Layout
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
 from stages.models.registry import Model
+from stages.train import TRAINING_LIBRARIES
 from stages.train.checkpoint import SHARD_BYTES
 
 if TYPE_CHECKING:
@@ -167,8 +168,8 @@ def estimate(config: ExportConfig) -> Estimate:
 
 
 def memory(config: ExportConfig) -> int:
-    """Largest bytes of the stage's processes together: when a file is written, when Megatron's model computes, and when
-    transformers' does, beside the hidden states that wait for its logits."""
+    """Largest bytes of the stage's processes together: when a file is written, when Megatron's model computes beside an
+    interpreter with transformers, and when that one's does, beside the hidden states that wait for its logits."""
     model, layout = config.model, Layout()
     width = 4 if config.dtype == "float32" else 2
     parameters = model.parameters(config.padded_vocab_size)
@@ -181,7 +182,7 @@ def memory(config: ExportConfig) -> int:
     writing = min(SHARD_BYTES, width * parameters["total"]) + (4 + width) * table // 4
     # a layer's tensors as they are in the file, in fp32, and experts a second time while they are stacked
     loaded = 2 * total if total <= WHOLE_BYTES else 2 * table + (8 + width) * layer // 4
-    return max(BASE_BYTES + writing, BASE_BYTES + table + 2 * layer + computing,
+    return max(BASE_BYTES + writing, 2 * BASE_BYTES + table + 2 * layer + computing,
                2 * BASE_BYTES + hidden + table + loaded + computing)  # fmt: skip
 
 
@@ -200,5 +201,5 @@ def _write(path: Path, value: Any) -> None:
 
 STAGE = Stage(
     "export", VERSION, ExportConfig, run, estimate=estimate,
-    obstacle=lambda config: config.model.export_obstacle(), imports=("stages.export.comparison",),
+    obstacle=lambda config: config.model.export_obstacle(), imports=("stages.export.comparison", *TRAINING_LIBRARIES),
 )  # fmt: skip

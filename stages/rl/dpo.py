@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
 from stages.rl.config import DpoTrainConfig, obstacle
+from stages.train import TRAINING_LIBRARIES
 
 VERSION = 5
 
@@ -45,5 +46,5 @@ STAGE = Stage(
     "dpo", VERSION, DpoTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    imports=("stages.rl.algorithms.preferences",),
+    imports=("stages.rl.algorithms.preferences", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
 )  # fmt: skip

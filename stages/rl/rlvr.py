@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
 from stages.rl.config import RlTrainConfig, obstacle
+from stages.train import TRAINING_LIBRARIES
 
 VERSION = 4
 
@@ -49,5 +50,5 @@ STAGE = Stage(
     "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    imports=("stages.rl.algorithms.grpo",),
+    imports=("stages.rl.algorithms.grpo", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Inputs, RankSimulation, Report, Stage
+from stages.train import TRAINING_LIBRARIES
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 
@@ -35,6 +36,6 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
 
 STAGE = Stage(
     "pretrain", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True, imports=("stages.train.text_trainer",),
+    ranks=lambda c: c.phase.parallelism.ranks, trains=True, imports=("stages.train.text_trainer", *TRAINING_LIBRARIES),
     simulate=simulate,
 )  # fmt: skip
