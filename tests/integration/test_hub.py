@@ -167,3 +167,16 @@ def test_parts_joined_by_the_upload_of_an_equal_file_are_not_missing(tmp_path: P
     store.join(parts, sha256)  # another client completes the same object a moment later
     assert [path.name for path in store.blobs.iterdir()] == [sha256]
     assert store.blob(sha256).read_bytes() == data
+
+
+def test_a_view_of_a_repository_follows_its_file(tmp_path: Path) -> None:
+    store = HubStore(tmp_path)
+    assert store.view("model", "local/m") is None
+    repo = store.create("model", "local/m", private=False, author="local")
+    view = store.view("model", "local/m")
+    assert view == repo and store.view("model", "local/m") is view
+    repo.private = True
+    store.save(repo)
+    assert store.view("model", "local/m") == repo != view
+    store.delete(repo)
+    assert store.view("model", "local/m") is None

@@ -48,9 +48,10 @@ def kind_of(request: Request) -> str:
 
 
 def readable(request: Request) -> Repo:
-    """The repository of the path. Raises HubError 401 (anonymous) or 404 (known caller), as the Hub does."""
+    """The repository of the path, which the caller may not change. Raises HubError 401 (anonymous) or 404 (known
+    caller), as the Hub does."""
     user = caller(request)
-    repo = store(request).load(kind_of(request), f"{request.path_params['ns']}/{request.path_params['name']}")
+    repo = store(request).view(kind_of(request), _repo_id(request))
     if repo is None or (repo.private and user != repo.namespace):
         if user is None:
             raise HubError(401, "Invalid username or password.", "RepoNotFound")
@@ -60,8 +61,14 @@ def readable(request: Request) -> Repo:
 
 def writable(request: Request) -> tuple[Repo, str]:
     """The repository of the path and the user, if the caller may write to it."""
-    repo = readable(request)
-    return repo, writer(request, repo.namespace)
+    user = writer(request, readable(request).namespace)
+    repo = store(request).load(kind_of(request), _repo_id(request))
+    assert repo is not None, "it is readable"
+    return repo, user
+
+
+def _repo_id(request: Request) -> str:
+    return f"{request.path_params['ns']}/{request.path_params['name']}"
 
 
 def revision(request: Request) -> str:

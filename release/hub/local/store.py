@@ -114,6 +114,7 @@ class HubStore:
 
     def __init__(self, root: Path) -> None:
         self.blobs, self.repos, self.collections = root / "blobs", root / "repos", root / "collections"
+        self._views: dict[Path, tuple[tuple[int, int, int], Repo | None]] = {}
         for folder in (self.blobs, self.repos, self.collections):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -132,6 +133,19 @@ class HubStore:
             for sha, commit in data["commits"].items()
         }
         return Repo(**data)
+
+    def view(self, kind: str, repo_id: str) -> Repo | None:
+        """The same, for a caller that changes nothing: it is parsed once for each version of the file. A download asks
+        for it twice, and it has all paths of all commits."""
+        path = self._file(kind, repo_id)
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return None
+        version = status.st_ino, status.st_mtime_ns, status.st_size
+        if self._views.get(path, (None, None))[0] != version:
+            self._views[path] = version, self.load(kind, repo_id)
+        return self._views[path][1]
 
     def save(self, repo: Repo) -> None:
         write_json(self._file(repo.kind, repo.id), asdict(repo))
