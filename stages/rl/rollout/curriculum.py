@@ -53,6 +53,7 @@ class Curriculum:
         for row in tasks:
             self.bins.setdefault(bin_of(row), []).append(row)
         self.state: dict[str, BinState] = {name: {"drawn": 0, "rate": None} for name in sorted(self.bins)}
+        self._orders: dict[str, tuple[int, list[int]]] = {}  # {bin: the latest epoch, and its order}
 
     def copy(self) -> dict[str, BinState]:
         """A copy of the state: a checkpoint is written while the next step already changes the state."""
@@ -99,11 +100,16 @@ class Curriculum:
         for name in names:
             rows, draws = self.bins[name], self.state[name]["drawn"]
             epoch, position = divmod(draws, len(rows))
-            order = list(range(len(rows)))
-            random.Random(seed_of(f"{self.label}/{name}/epoch {epoch}", self.seed)).shuffle(order)
-            drawn.append(rows[order[position]])
+            drawn.append(rows[self._order(name, epoch)[position]])
             self.state[name]["drawn"] = draws + 1
         return drawn
+
+    def _order(self, name: str, epoch: int) -> list[int]:
+        if self._orders.get(name, (None, []))[0] != epoch:
+            order = list(range(len(self.bins[name])))
+            random.Random(seed_of(f"{self.label}/{name}/epoch {epoch}", self.seed)).shuffle(order)
+            self._orders[name] = epoch, order
+        return self._orders[name][1]
 
     def update(self, row: Row, pass_rate: float) -> None:
         """Updates the pass rate of a task's bin with that of one group."""

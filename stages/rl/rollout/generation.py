@@ -29,10 +29,16 @@ class Chat:
         self.pad, self.end, self.turn_end = special[PAD], special[END], special[TURN_END]
         self.stops = (self.end, self.turn_end)
         self.vocab_size = self.tokenizer.get_vocab_size()
+        self._latest: tuple[Row, tuple[int, ...]] | None = None
 
     def encode_prompt(self, row: Row) -> tuple[int, ...]:
         """The token ids of a task's question up to the assistant's turn. Raises AtomError if the question contains the
         name of a special token."""
+        if self._latest is None or self._latest[0] is not row:  # the answers of a group come one after another
+            self._latest = row, self._encode_prompt(row)
+        return self._latest[1]
+
+    def _encode_prompt(self, row: Row) -> tuple[int, ...]:
         messages = row["responses_create_params"]["input"]
         try:
             chat.check(messages)
