@@ -43,6 +43,7 @@ def test_checkpoint_benchmark() -> None:
     assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in run_quick("checkpoint")}
 
 
+@at_length("benchmarks", 20)
 def test_training_benchmark() -> None:
     table = run_quick("train")
     # the same model from the same weights on the same rows, and after some steps still so

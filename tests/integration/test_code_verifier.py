@@ -359,6 +359,7 @@ def test_an_answer_that_kills_its_sandbox_each_time_has_a_reward_and_a_reason(mo
 @pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
 def test_no_reward_by_what_an_earlier_answer_left(row: dict[str, Any]) -> None:
     """Answers that leave a state behind, and then one that is right only if it finds some; one worker, so one sandbox."""
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)  # which the sandbox inherits
     leave = (
         "import fcntl, os, socket\nkept = []\n"
         "def attempt(*calls):\n    for one in calls:\n        try: kept.append(one())\n        except OSError: pass\n"
@@ -372,7 +373,7 @@ def test_no_reward_by_what_an_earlier_answer_left(row: dict[str, Any]) -> None:
         "import fcntl, os, socket\n"
         "def state():\n"
         "    yield any(os.stat('/dev/' + p).st_mtime < 2 for p in os.listdir('/dev'))\n"
-        "    yield os.listdir('/tmp') or os.getpriority(0, 0) or os.getpriority(1, 0)\n"
+        f"    yield os.listdir('/tmp') or {{os.getpriority(0, 0), os.getpriority(1, 0)}} != {{{niceness}}}\n"
         "    for kind, name in ((2, ('127.0.0.1', 4242)), (1, chr(0) + 'x')):\n"
         "        try: socket.socket(kind).bind(name)\n"
         "        except OSError: yield True\n"

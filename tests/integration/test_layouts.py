@@ -171,6 +171,7 @@ def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
         assert {rank: len(rows) for rank, rows in by_rank.items()} == {0: 4, 1: 4}
 
 
+@at_length("training", 30)
 def test_a_rank_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
     """One rank sleeps in C: both say where they stand, and the attempt ends."""
     settings = layout_fixtures.settings_of({"ep": 2}, 2, watchdog_timeout_seconds=8.0)

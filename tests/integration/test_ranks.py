@@ -28,7 +28,7 @@ from pipeline.launch.attempt import Task
 from pipeline.launch.local import visible_gpus
 from pipeline.launch.worker import _record_operation, attempt, work
 from stages.mcore import gpu
-from tests.fixtures.run_fixtures import SOAK, atom, digests
+from tests.fixtures.run_fixtures import SOAK, at_length, atom, digests
 from tests.integration.test_run import start, wait_for
 from tests.unit.test_recipe import SMOKE
 
@@ -86,6 +86,7 @@ def test_two_ranks_seal_one_artifact_whose_statement_says_how(undisturbed: Path,
     assert "ran as one rank, 0" in atom(undisturbed, "logs", "order-pretrain", "--rank", "1", code=2).stderr
 
 
+@at_length("training", 50)
 def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
     undisturbed: Path, recipe: str, tmp_path: Path
 ) -> None:
