@@ -114,7 +114,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     benchmarks = _benchmarks(recipe, config)
     _add_data(graph, config, data, benchmarks)
     trained, previous = _add_training(graph, recipe.title, config, store)
-    trained |= _add_post_training(graph, config, trained[previous["init"]].model, previous)
+    trained |= _add_post_training(graph, config, data, trained[previous["init"]].model, previous)
     _add_exports(graph, config, trained, data)
     _add_chat_evaluation(graph, config, trained, data)
     _add_memorization(graph, config, trained, data)
@@ -192,11 +192,15 @@ def _add_training(
 
 
 def _add_post_training(
-    graph: GraphBuilder, config: ReleaseRecipe, model: ModelConfig, previous: dict[str, str]
+    graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe, model: ModelConfig, previous: dict[str, str]
 ) -> dict[str, Trained]:
     """Adds the phases that learn from answers. previous: the role and node of the previous phase. Returns the result of
     each, by node."""
     trained: dict[str, Trained] = {}
+    questions: dict[str, Any] = {"seed": config.seed}
+    evaluated = {"items": "items"}
+    if "benchmarks" in graph.nodes:
+        questions["ngram"], evaluated["benchmarks"] = data.curation.decontamination.ngram, "benchmarks"
 
     def train(
         name: str,
@@ -210,7 +214,7 @@ def _add_post_training(
         """Adds a phase with its tasks and the order of its replayed data."""
         trained[name] = Trained(model, _dtype(section))
         if tasks:
-            graph.add(f"tasks-{name}", "tasks", {"sources": tasks, "seed": config.seed}, items="items")
+            graph.add(f"tasks-{name}", "tasks", {"sources": tasks, **questions}, **evaluated)
             inputs |= {"tasks": f"tasks-{name}", "items": "items"}
         if isinstance(section, RlPhase) and (replay := section.replay):
             order = {"phase": name, "mix": replay.mix, "sequence_length": replay.sequence_length, "seed": config.seed}

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.store import Artifact, Store, write_manifest
+from pipeline.core.store import Artifact, Store, sha256_file, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from release.assembly.assemble import measured
@@ -21,10 +21,12 @@ from release.audit import harness
 from release.cards import harness_tables
 from release.checks.scores import score_problems
 from stages.data.table import read_table, write_json, write_rows
-from stages.evaluation import benchmarks
+from stages.evaluation import benchmarks, eval_set
 from stages.evaluation import harness as harness_stage
 from stages.evaluation.harness import language_model
 from stages.evaluation.task_sets import HarnessSection
+from stages.rl.protocols import to_row
+from stages.rl.rollout import tasks
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
 
@@ -173,6 +175,23 @@ def test_the_stage_seals_the_results_of_every_item(
     assert run_stage(harness_stage.STAGE, in_shards, inputs, work).digest == scored.digest
 
 
+def test_no_task_shares_words_with_an_item_of_a_task_set(own_tasks: Path, tmp_path: Path, run_stage: Any) -> None:
+    sets = section_of(own_tasks, limit=2).task_sets(tmp_path, "recipe")
+    inputs = {
+        "items": run_stage(eval_set.STAGE, {"problems": {"add": 3}, "seed": 3}, {}),
+        "benchmarks": run_stage(benchmarks.STAGE, {"sets": sets, "limit": 2}, {}),
+    }
+    questions = ("After The quick,  BROWN what?", "The quick red fox?", "Which is brown: the quick?")
+    rows = [to_row(str(n), text, verifier="exact", kind="word", level=1) for n, text in enumerate(questions)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"source": "rows", "path": str(tmp_path / "rows.jsonl"), "verifier": "exact", "kind": "word"}
+    source |= {"digest": f"sha256:{sha256_file(tmp_path / 'rows.jsonl')}", "license": "CC0-1.0", "origin": "this test"}
+    everything = run_stage(tasks.STAGE, {"sources": [source], "seed": 0}, inputs)
+    assert [row["id"] for row in tasks.read(everything)] == ["word/000001", "word/000002", "word/000003"]
+    sealed = run_stage(tasks.STAGE, {"sources": [source], "seed": 0, "ngram": 13}, inputs)
+    assert [row["id"] for row in tasks.read(sealed)] == ["word/000002", "word/000003"]
+
+
 def write_model(folder: Path, tmp_path: Path) -> Artifact:
     shutil.copytree(folder, tmp_path / "export/model")
     return write_manifest(tmp_path / "export", "export-test")
@@ -188,6 +207,8 @@ def test_a_recipe_with_task_sets_decontaminates_for_them(own_tasks: Path, tmp_pa
     assert graph.nodes.keys() - without.nodes.keys() == {"benchmarks", "harness-rlvr"}
     assert graph.nodes["filter"].inputs["benchmarks"] == "benchmarks"
     assert graph.nodes["contamination"].inputs["benchmarks"] == "benchmarks"
+    assert graph.nodes["tasks-rlvr"].inputs["benchmarks"] == "benchmarks"
+    assert graph.nodes["tasks-rlvr"].config.ngram == 13 and without.nodes["tasks-rlvr"].config.ngram is None
     assert graph.nodes["items"].key == without.nodes["items"].key
     key = graph.nodes["benchmarks"].key
     shutil.move(own_tasks, tmp_path / "moved")

@@ -35,12 +35,14 @@ class MinHash(Config):
         return float((1 / self.num_buckets) ** (1 / self.hashes_per_bucket))
 
 
+Ngram = Annotated[int, Range(1, 1000, "GPT-3: 13")]
+"""Consecutive words that make a match."""
+
+
 class Decontamination(Config):
     """Removal of documents that contain `ngram` consecutive words of an evaluation item, or all of a shorter one."""
 
-    ngram: Annotated[int, Range(1, 1000, "GPT-3: 13")] = Field(
-        default=13, description="consecutive words of an item that make a match"
-    )
+    ngram: Ngram = Field(default=13, description="consecutive words of an item that make a match")
 
 
 class CurationSettings(Config):

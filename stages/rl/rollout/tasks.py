@@ -3,7 +3,7 @@
     atom run atom-tiny --until tasks-rlvr
 
 Tasks are grouped in bins of one kind and level, from which the phase's curriculum draws. No task has the question of an
-evaluation item. The sources of tasks are in task_sources/.
+evaluation item, or n consecutive words of an item of a task set. The sources of tasks are in task_sources/.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Seed
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
+from stages.data.curation.settings import Ngram
 from stages.data.table import read_jsonl, write_jsonl
+from stages.evaluation.benchmarks import texts_of as item_texts
 from stages.evaluation.eval_set import chat_rows, texts_of
-from stages.rl.protocols import TaskSource, bin_of, question
+from stages.rl.protocols import Row, TaskSource, bin_of, question
 from stages.rl.rollout.task_sources.registry import source_classes
 
 VERSION = 2
@@ -39,6 +41,9 @@ class TasksConfig(Config):
         description="sources of the tasks"
     )
     seed: Seed = Field(description="seed of the recipe")
+    ngram: Ngram | None = added(
+        None, "number of words that no question may share with an item of a task set; null: there are no task sets"
+    )
 
     @model_validator(mode="after")
     def _check_distinct(self) -> TasksConfig:
@@ -55,16 +60,33 @@ def kinds_of(sources: Iterable[TaskSource]) -> set[str]:
 
 
 def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seals `tasks.jsonl`. inputs["items"]: the evaluation items, whose questions no task may have. Raises RecipeError
-    for a source without tasks."""
+    """Seals `tasks.jsonl`. inputs["items"]: the evaluation items, whose questions no task may have;
+    inputs["benchmarks"], if there are task sets: their items. Raises RecipeError for a source without tasks."""
     excluded = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
     rows = [row for source in config.sources for row in source.rows(config.seed, excluded)]
     tasks = [row for row in rows if question(row) not in excluded]
     if len(rows) > len(tasks):
         report.note(f"{len(rows) - len(tasks)} tasks ask what an evaluation item asks and were left out")
+    if config.ngram is not None:
+        tasks = _without_shared_words(tasks, inputs["benchmarks"], config.ngram, report)
     write_jsonl(out / "tasks.jsonl", tasks)
     for name, count in sorted(Counter(bin_of(row) for row in tasks).items()):
         report.note(f"{name}: {count} tasks")
+
+
+def _without_shared_words(tasks: list[Row], benchmarks: Artifact, ngram: int, report: Report) -> list[Row]:
+    """The tasks whose question shares no `ngram` words with an item of a task set, nor all words of a shorter item."""
+    from stages.data.curation.decontamination import ContaminationIndex
+
+    index = ContaminationIndex(item_texts(benchmarks), ngram)
+    matches = {row["id"]: match[0] for row in tasks if (match := index.find(question(row)))}
+    if matches:
+        first = next(iter(matches))
+        report.note(
+            f"{len(matches)} tasks share words with an item of a task set and were left out; the first is {first}, "
+            f"with item {matches[first]}"
+        )
+    return [row for row in tasks if row["id"] not in matches]
 
 
 def read(artifact: Artifact) -> list[dict[str, Any]]:
