@@ -18,7 +18,7 @@ from pipeline.graph import recipe as recipes
 from release.audit.replay import certificate, replay, text
 from tests.fixtures.home_fixtures import SMOKE
 from tests.fixtures.old_release_fixtures import Tree
-from tests.fixtures.run_fixtures import at_length, atom
+from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
 from tests.integration.test_replay import resum, validated
 
 ROLLOUTS = "dataset/rl/rlvr/rollouts.parquet"
@@ -173,3 +173,21 @@ def test_all_of_post_training_comes_out_bit_for_bit(smoke_home: Path, tmp_path: 
         process = later.atom("replay", str(release), phase)
         assert process.returncode == 0, process.stdout + process.stderr
         assert ": bitwise\n" in process.stdout and "trained by the code that the release carries" in process.stdout
+
+
+@at_length("training", 100)
+def test_a_phase_of_two_ranks_comes_out_within_tolerance(smoke_home: Path, tmp_path: Path) -> None:
+    """Rank 0 of two draws; one process trains again from the recorded answers, which adds in another order."""
+    home, recipe = tmp_path / "home", tmp_path / "atom-smoke-ranks.yaml"
+    exported = [
+        f"{stage}-{model}" for stage in ("export", "evaluate", "solve") for model in ("init", "base", "mid", "sft")
+    ]
+    copy_sealed(smoke_home, home, *DATA, "pretrain", "midtrain", "sft", *exported)
+    named = SMOKE.read_text().replace("name: atom-smoke", "name: atom-smoke-ranks")
+    learning = "  replay: {mix: {courtesies: 0.5, worked: 0.5}, rows: 4"
+    assert learning in named
+    recipe.write_text(named.replace(learning, f"  parallelism: {{ranks: 2, ep: 2}}\n{learning}"))
+    atom(home, "run", str(recipe), timeout=1800)
+    result = replay(build(home, str(recipe), tmp_path), "rlvr")
+    assert (result.verdict, result.ok, result.ranks, result.state) == ("within tolerance", True, 2, ())
+    assert "2 ranks trained the phase and one replayed it" in text(result)
