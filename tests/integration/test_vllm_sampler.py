@@ -234,7 +234,7 @@ def test_an_asynchronous_phase(served: VllmServer, tmp_path: Path, monkeypatch: 
     answers = rollouts.read(tmp_path / "out" / "rollouts.parquet")
     print(f"\n{sum(len(r.versions or ()) > 1 for r in answers)} of {len(answers)} answers are of several policies")
     assert {span["version"] for r in answers for span in r.versions or ()} >= {0, 1, 2}
-    first_step = [x for x in rl_fixtures.lines(tmp_path / "out") if "sampler_gap" in x][0]
+    first_step = next(x for x in rl_fixtures.lines(tmp_path / "out") if "sampler_gap" in x)
     assert first_step["max_sampler_gap"] < 1e-4
 
 
