@@ -188,15 +188,16 @@ class LiveGroups:
         """Raises the error of the sampler or a verifier, and MachineError if no group is finished in time."""
         while True:
             before = self.taken_before.get(step)
-            answers = before.pop(0) if before else self._wait(step)
+            answers = before[0] if before else self._wait(step)
             group = self.groups.get(answers[0].group)
             if group is not None and is_of(group, answers) and all(p in history for p in policies_of(answers)):
                 del self.groups[group.number]
+                if before:
+                    before.pop(0)
                 return group, [replace(r, dropped="") for r in answers]
             self.note(f"group {answers[0].group} of step {step} was drawn by a policy that an earlier attempt had, and "
                       "is drawn again")  # fmt: skip
-            if before is not None:
-                before.insert(0, answers)
+            if before:
                 self._forget_from(step)
             elif group is not None:
                 self._draw_again(group)
