@@ -27,6 +27,8 @@ ClipLow = Annotated[float, Range(0, 1, "PPO and DAPO: 0.2, GSPO: 3e-4", above=Tr
 ClipHigh = Annotated[float, Range(0, 100, "PPO: 0.2, DAPO: 0.28, GSPO: 4e-4", above=True)]
 KlCoefficient = Annotated[float, Range(0, 1000, "DeepSeekMath: 0.04, DeepSeek-R1: 0.001", above=True)]
 Retries = Annotated[int, Range(0, 1000)]
+Staleness = Annotated[int, Range(1, 1000, "usual: 1 to 8")]
+Patience = Annotated[float, Range(0, 1e7, above=True)]
 Url = Annotated[str, Words(2000, "address; write it as in http://node1:8000", r"https?://[^\s/]+(/\S*)?")]
 Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
 
@@ -48,11 +50,26 @@ class Replay(Config):
     )
 
 
+class Asynchronous(Config):
+    """Drawing of answers while the policy is updated: groups wait in a bounded queue, and a step takes those that are
+    finished."""
+
+    max_staleness: Staleness = Field(
+        1, description="maximum age, in steps, of the policy that drew a token when a step takes it"
+    )
+    queue_groups: Prompts | None = Field(
+        None, description="maximum number of groups drawn or in flight; null: max_staleness times prompts_per_step"
+    )
+    starvation_timeout_seconds: Patience = operational(
+        1500.0, "seconds without a finished group after which a step that waits for one stops the phase"
+    )
+
+
 class Sampling(Config):
     """Sampling of answers at temperature 1 without top-k or top-p: from the distribution that is trained."""
 
     kind: SamplerName = Field(
-        "in-process", description="sampler of stages/rl/samplers; in-process is bitwise reproducible"
+        "in-process", description="sampler of stages/rl/samplers; vllm alone is not bitwise reproducible"
     )
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     python: LongLine | None = operational(
@@ -68,9 +85,9 @@ class Sampling(Config):
     @model_validator(mode="after")
     def _effective(self) -> Sampling:
         unused = [name for name in ("python", "url", "options") if getattr(self, name)]
-        if self.kind == "in-process" and unused:
-            raise ValueError(f"{unused[0]} has no effect with kind = in-process, which starts no server; leave it out, "
-                             "or set kind = vllm")  # fmt: skip
+        if self.kind != "vllm" and unused:
+            raise ValueError(f"{unused[0]} has no effect with kind = {self.kind}, which starts no server; leave it "
+                             "out, or set kind = vllm")  # fmt: skip
         return self
 
     @property
@@ -93,6 +110,11 @@ class PostTrainingPhase(PhaseBase):
     @property
     def packed(self) -> bool:
         return True
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether answers are drawn while the policy is updated."""
+        return False
 
     @property
     def micro_batch_counts(self) -> list[int]:
@@ -148,6 +170,9 @@ class RlPhase(PostTrainingPhase):
     max_resample_rounds: Annotated[Retries, Renamed("refills")] = Field(
         2, description="extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"
     )
+    asynchronous: Asynchronous | None = added(
+        None, "drawing of answers while the policy is updated; null: the steps draw and update in turn"
+    )
     curriculum: CurriculumConfig = Field(CurriculumConfig(), description="selection of tasks by difficulty")
     replay: Replay | None = Field(None, description="replay of earlier training data; null: none")
     validate_every: Steps = Field(description="steps between evaluations on the validation items")
@@ -187,10 +212,22 @@ class RlPhase(PostTrainingPhase):
                 f"updates = {self.updates} is not possible with algorithm {self.algorithm}, whose loss does not "
                 "correct for earlier updates; use 1, or another algorithm"
             )
-        if self.routing_replay and self.sampling.kind != "in-process":
+        if self.asynchronous is not None and not SAMPLERS[self.sampling.kind].apart:
+            kinds = " or ".join(name for name, entry in SAMPLERS.items() if entry.apart)
+            raise ValueError(f"asynchronous needs a sampler in a process of its own, and sampling.kind = "
+                             f"{self.sampling.kind} has none; use {kinds}")  # fmt: skip
+        if self.asynchronous is not None and self.queue_groups > (most := self.prompts_per_step * (
+            self.asynchronous.max_staleness + 1
+        )):  # fmt: skip
+            raise ValueError(
+                f"asynchronous.queue_groups = {self.queue_groups} keeps answers in the queue for more than "
+                f"max_staleness = {self.asynchronous.max_staleness} steps of {self.prompts_per_step} prompts, so that "
+                f"they are dropped; use at most {most}"
+            )
+        if self.routing_replay and self.sampling.kind == "vllm":
             raise ValueError(
                 f"routing_replay = true is not possible with sampling.kind = {self.sampling.kind}: vLLM records its "
-                "experts only by a kernel in Triton, which needs a GPU, and they are not read here; use in-process"
+                "experts only by a kernel in Triton, which needs a GPU, and they are not read here; use another kind"
             )
         if self.routing_replay and "router" in (self.parallelism.fusions or ()):
             raise ValueError(
@@ -212,6 +249,22 @@ class RlPhase(PostTrainingPhase):
     @property
     def replays_routing(self) -> bool:
         return self.routing_replay
+
+    @property
+    def promise(self) -> Promise:
+        """The promise of the stage: an asynchronous phase draws other answers in another time, so only training from
+        the recorded ones repeats bit for bit."""
+        return self.sampling.promise if self.asynchronous is None else "numeric"
+
+    @property
+    def is_asynchronous(self) -> bool:
+        return self.asynchronous is not None
+
+    @property
+    def queue_groups(self) -> int:
+        """The maximum number of groups drawn or in flight, of an asynchronous phase."""
+        assert self.asynchronous is not None
+        return self.asynchronous.queue_groups or self.asynchronous.max_staleness * self.prompts_per_step
 
     @property
     def all_updates(self) -> int:

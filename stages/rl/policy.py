@@ -79,6 +79,8 @@ class Policy:
             digest, place = weights.write(self._tensors(), self.engine.ranks, self.folder)
             if self.sampler is not None:
                 self.sampler.load(weights.Weights(digest, release_checkpoint.Tensors(place), place))
+            if self.engine.ranks.first:
+                weights.remove_earlier(place)
             if self.names_whole:
                 whole = rollouts.digest(release_checkpoint.Tensors(place)) if self.engine.ranks.first else ""
                 digest = self.engine.ranks.from_first(whole)
@@ -146,14 +148,7 @@ class RolloutFiles:
                 for (row, seed), c in zip(requests, completions, strict=True)
             ]
             rollouts.write(drawn_path, answers)
-        completions = [Completion(tuple(r.ids), tuple(r.logprobs), r.finished) for r in answers]
-        parts = policy.score([row for row, _ in requests], completions)
-        versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}
-        answers = [
-            replace(r, reward=p["reward"], parts=p, verifier_version=versions[r.verifier])
-            for r, p in zip(answers, parts, strict=True)
-        ]
-        return answers
+        return scored([row for row, _ in requests], answers, policy)
 
     def write(self, step: int, wave: int, answers: Sequence[Rollout]) -> None:
         rollouts.write(self.path(step, wave), answers)
@@ -165,13 +160,18 @@ class RolloutFiles:
             if int(path.name.split("-")[1].split(".")[0]) >= waves:
                 path.unlink()
 
-    def _read(self, path: Path, digest: str, requests: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
+    def read(self, path: Path) -> list[Rollout] | None:
+        """The answers; None if the file is missing or damaged."""
         if not path.exists():
             return None
         try:
-            answers = rollouts.read(path)
+            return rollouts.read(path)
         except (AtomError, TypeError, ValueError) as error:
             self.report.note(f"{path.name} is damaged ({error}); its answers are drawn again")
+            return None
+
+    def _read(self, path: Path, digest: str, requests: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
+        if (answers := self.read(path)) is None:
             return None
         requests_match = [(r.task, r.seed) for r in answers] == [(row["id"], seed) for row, seed in requests]
         if not requests_match or any(r.policy != digest for r in answers):
@@ -193,6 +193,17 @@ def unscored(
     )  # fmt: skip
 
 
+def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> list[Rollout]:
+    """The answers with their rewards. rows: the task of each."""
+    completions = [Completion(tuple(r.ids), tuple(r.logprobs), r.finished) for r in answers]
+    parts = policy.score(rows, completions)
+    versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}
+    return [
+        replace(r, reward=p["reward"], parts=p, verifier_version=versions[r.verifier])
+        for r, p in zip(answers, parts, strict=True)
+    ]
+
+
 class RecordedRollouts(RolloutFiles):
     """The rollouts.parquet of an earlier run, from which a replay reads the answers that a step consumed, with their
     rewards and log-probabilities, in that order.
@@ -201,15 +212,17 @@ class RecordedRollouts(RolloutFiles):
     from the recipe and from all rewards before), and if its other columns follow from its task, tokens and rewards.
     """
 
-    def __init__(self, artifact: Artifact, report: Report, routing: Routing | None = None) -> None:
-        """routing: of a phase with routing replay. Raises AtomError if the file is damaged or has other columns than
-        this version writes."""
+    def __init__(
+        self, artifact: Artifact, report: Report, routing: Routing | None = None, asynchronous: bool = False
+    ) -> None:
+        """routing: of a phase with routing replay; asynchronous: of such a phase. Raises AtomError if the file is
+        damaged or has other columns than this version writes."""
         super().__init__(artifact.path, report)
         self.routing = routing
         self.file, self.step = artifact / "rollouts.parquet", 0
         self.answers: list[Rollout] = []
         """The answers of `step`, the latest one that was asked for; step 0 has none."""
-        require_columns(self.file, rollouts.schema(routing is not None))
+        require_columns(self.file, rollouts.schema(routing is not None, asynchronous))
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
@@ -217,22 +230,41 @@ class RecordedRollouts(RolloutFiles):
         """The wave's answers. Raises CheckFailed if they are not those that the phase asks for, or if another policy
         than this one drew those of the first step."""
         is_first = not self.step
+        self.open(step)
+        recorded = self._wave(wave)
+        self.check(step, wave, recorded, requests, policy)
+        for number, answer in enumerate(recorded):
+            if is_first and answer.policy != digest:
+                raise self.altered(
+                    step, wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
+                )
+        return self.restore(step, wave, recorded, requests, policy)
+
+    def open(self, step: int) -> None:
+        """Reads the answers of a step."""
         if step != self.step:
             self.step, self.answers = step, self._read_step(step)
-        recorded = self._wave(wave)
-        for number, (answer, request) in enumerate(zip_longest(recorded, requests)):
+
+    def check(
+        self, step: int, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy,
+        start: int = 0,
+    ) -> None:  # fmt: skip
+        """Raises CheckFailed if the recorded answers are not those that the phase asks for. start: the number of the
+        first one in its wave."""
+        for number, (answer, request) in enumerate(zip_longest(recorded, requests), start):
             requested = "none" if request is None else f"one to {request[0]['id']} with seed {request[1]}"
             recorded_answer = "is missing" if answer is None else f"is one to {answer.task} with seed {answer.seed}"
             if recorded_answer != f"is {requested}":
-                raise self._altered(step, wave, number, f"{recorded_answer}, and the phase asked for {requested}")
+                raise self.altered(step, wave, number, f"{recorded_answer}, and the phase asked for {requested}")
             if not is_answer(answer, policy.chat.vocab_size):
-                raise self._altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
+                raise self.altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
             if not has_routes(answer, self.routing):
-                raise self._altered(step, wave, number, "has experts that its tokens cannot have visited")
-            if is_first and answer.policy != digest:
-                raise self._altered(
-                    step, wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
-                )
+                raise self.altered(step, wave, number, "has experts that its tokens cannot have visited")
+
+    def restore(
+        self, step: int, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy
+    ) -> list[Rollout]:
+        """The recorded answers, of whose columns those are computed anew that follow from others."""
         return [
             replace(
                 unscored(step, wave, r.policy, row, seed, policy.chat, Completion(tuple(r.ids), (), r.finished)),
@@ -250,14 +282,14 @@ class RecordedRollouts(RolloutFiles):
         """Compares the answers with the recorded ones. Raises CheckFailed with the first column that differs."""
         for number, (answer, recorded) in enumerate(zip(answers, self._wave(wave), strict=True)):
             for column in (name for name in vars(answer) if getattr(answer, name) != getattr(recorded, name)):
-                raise self._altered(
+                raise self.altered(
                     step, wave, number, f"has another `{column}` than follows from its task, tokens and rewards"
                 )
 
     def finish_step(self, step: int, waves: int) -> None:
         """Raises CheckFailed if more waves of the step are recorded than were consumed."""
         if unused := [r.wave for r in self.answers if r.wave not in range(waves)]:
-            raise self._altered(step, unused[0], 0, "was used by no update and dropped for no reason")
+            raise self.altered(step, unused[0], 0, "was used by no update and dropped for no reason")
 
     def _wave(self, wave: int) -> list[Rollout]:
         return [r for r in self.answers if r.wave == wave]
@@ -268,7 +300,7 @@ class RecordedRollouts(RolloutFiles):
         except (TypeError, ValueError) as error:  # of `parts`
             raise CheckFailed(f"{self.file} has no answers of step {step} ({type(error).__name__}: {error})") from None
 
-    def _altered(self, step: int, wave: int, number: int, finding: str) -> CheckFailed:
+    def altered(self, step: int, wave: int, number: int, finding: str) -> CheckFailed:
         return CheckFailed(
             f"{self.file.name}: answer {number} in step {step}, wave {wave} {finding}; answers or the settings of the "
             "phase were changed"
@@ -309,7 +341,9 @@ class PolicyTrainer(PostTrainer):
         kinds, items = {row["kind"] for row in self.rows}, []
         if "rollouts" in self.inputs:
             routing = self.config.model.routing if self.config.phase.replays_routing else None
-            self.files: RolloutFiles = RecordedRollouts(self.inputs["rollouts"], self.report, routing)
+            self.files: RolloutFiles = RecordedRollouts(
+                self.inputs["rollouts"], self.report, routing, self.config.phase.is_asynchronous
+            )
         else:
             self.files, items = RolloutFiles(self.work / "rollouts", self.report), chat_rows(self.inputs["items"])
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
@@ -328,7 +362,8 @@ class PolicyTrainer(PostTrainer):
         """Raises CheckFailed if the log-probabilities of sampler and trainer differ by more than the recipe allows for
         equal weights. digest: of the trainer's, which on another machine a replay does not keep equal."""
         limit = self.config.phase.max_logprob_diff
-        if not gap <= limit and all(r.policy == digest for r in answers):
+        drew = {span["policy"] for r in answers for span in r.versions or ()} | {r.policy for r in answers}
+        if not gap <= limit and drew == {digest}:
             raise CheckFailed(
                 f"{self.name}: sampler and trainer differ by {gap:.3g} in a token's log-probability at step {step}, "
                 f"more than {self.name}.max_logprob_diff = {limit:g}; their weights or their arithmetic are not the "

@@ -57,12 +57,14 @@ class Prompt:
 class Completion:
     """A sampler's output: token ids with the stop token, if one came, and the log-probability of each under the
     distribution that it was drawn from (temperature applied, nothing cut off). routes: the experts of its tokens, as
-    stages/rl/rollout/routes.py records them, if the sampler was asked for them."""
+    stages/rl/rollout/routes.py records them, if the sampler was asked for them. versions: the digest of the policy and
+    the number of tokens that it drew, in their order, from a sampler in processes of its own."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
     routes: bytes | None = None
+    versions: tuple[tuple[str, int], ...] = ()
 
 
 class SamplingSettings(Protocol):
@@ -92,7 +94,13 @@ class SamplerContext:
 
 
 class Sampler(ABC):
-    """Draws completions at temperature 1. Not collective: one process holds it."""
+    """Draws completions at temperature 1. Not collective: one process holds it.
+
+    A sampler in processes of its own takes calls from several threads. Weights may change while it draws: the tokens
+    after the change are of the new policy, given all tokens before."""
+
+    serves_many: ClassVar[bool] = False
+    """Whether calls that overlap are drawn together, and not one after the other."""
 
     @classmethod
     @abstractmethod

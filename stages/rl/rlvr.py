@@ -48,7 +48,7 @@ def estimate(config: RlTrainConfig) -> Estimate:
 
 STAGE = Stage(
     "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
-    promise=lambda c: c.phase.sampling.promise,
+    promise=lambda c: c.phase.promise,
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.grpo", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
 )  # fmt: skip

@@ -63,8 +63,8 @@ def digest_of(tensors: Tensors, ranks: Ranks) -> str:
 
 
 def write(tensors: Tensors, ranks: Ranks, folder: Path) -> tuple[str, Path]:
-    """Writes the `hf_tensors` of a policy to a subfolder and removes those of earlier policies. Returns the policy's
-    digest and, once it is there, the subfolder, on every rank. folder: which all ranks see. Collective.
+    """Writes the `hf_tensors` of a policy to a subfolder. Returns the policy's digest and, once it is there, the
+    subfolder, on every rank. folder: which all ranks see. Collective.
 
     Raises AtomError if the tensors of the ranks do not add up to the model, MachineError if a write fails.
     """
@@ -98,9 +98,16 @@ def seal(folder: Path, names: Sequence[str], shares: Sequence[Share]) -> tuple[s
     release_checkpoint.write_index(
         folder / PARTIAL, release_checkpoint.MODEL, files, {"policy": digest}, tensors=tensors
     )
-    for old in folder.glob("weights-*"):
-        shutil.rmtree(old)
-    return digest, (folder / PARTIAL).rename(folder / f"weights-{digest.rpartition(':')[2][:16]}")
+    place = folder / f"weights-{digest.rpartition(':')[2][:16]}"
+    shutil.rmtree(place, ignore_errors=True)
+    return digest, (folder / PARTIAL).rename(place)
+
+
+def remove_earlier(place: Path) -> None:
+    """Removes the subfolders of other policies than that of `place`."""
+    for folder in place.parent.glob("weights-*"):
+        if folder != place:
+            shutil.rmtree(folder)
 
 
 def _own(tensors: Tensors, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

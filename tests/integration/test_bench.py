@@ -185,6 +185,12 @@ def test_post_states_the_smallest_gain() -> None:
     assert "+0.350 ± 0.050" in second and len(head) == len(first) and rest[-1].endswith("0.500, 0.500")
 
 
+@at_length("benchmarks", 60)
+def test_asynchronous_benchmark() -> None:
+    """That both train on all groups of a step is the benchmark's own check."""
+    assert [line.split()[0] for line in run_quick("rl_async")[2:4]] == ["synchronous", "asynchronous"]
+
+
 @at_length("benchmarks", 80)
 def test_data_scale_benchmark() -> None:
     table = run_quick("data_scale")

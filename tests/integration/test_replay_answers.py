@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -53,14 +54,15 @@ online_rlhf:
   updates: 2
   kl_coef: 0.05
   steps: 4
-  sampling: {max_new_tokens: 48}
+  asynchronous: {max_staleness: 1}
+  sampling: {kind: subprocess, max_new_tokens: 48}
   micro_batches: 2
   optimizer: {lr: 1.0e-4, final_lr: 1.0e-4, warmup_steps: 1, weight_decay: 0.0, beta1: 0.9, beta2: 0.99, clip: 1.0}
   validate_every: 2
   release_checkpoint_interval: 2
 
 evaluation:"""
-"""Every phase of post-training on next to no work, for the recipe of atom-smoke."""
+"""Every phase of post-training on next to no work, for the recipe of atom-smoke; the last one is asynchronous."""
 
 
 def build(home: Path, recipe: str, folder: Path) -> Path:
@@ -163,6 +165,20 @@ def test_all_of_post_training_comes_out_bit_for_bit(smoke_home: Path, tmp_path: 
         resum(copy)
         with pytest.raises(CheckFailed, match="the pairs of round 1 are not those of the answers in rollouts.parquet"):
             replay(copy, "reward")
+
+    online = copy / "dataset/rl/online-rlhf/rollouts.parquet"
+    answers = pq.read_table(online)
+    in_last_step = answers.filter(pc.field("step") == 4).num_rows
+    start = len(answers) - in_last_step
+    pq.write_table(
+        answers.take(
+            [*range(start), *range(start + 4, start + 8), *range(start, start + 4), *range(start + 8, len(answers))]
+        ),
+        online,
+    )
+    resum(copy)
+    with pytest.raises(CheckFailed, match="answers of step 4 are not those that the log says were taken, or stand in"):
+        replay(copy, "online-rlhf")
 
     later = Tree(tmp_path / "later")  # other code than that which trained
     later.replace(

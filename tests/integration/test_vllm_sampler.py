@@ -25,6 +25,7 @@ from stages.models.qwen3_moe import spec
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.direct_requests import DIRECT
 from stages.rl.protocols import Completion, Prompt
+from stages.rl.rollout import rollouts
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.vllm_sampler import VllmServer
 from stages.rl.weights import Weights
@@ -218,6 +219,23 @@ def test_a_step_of_reinforcement_learning(served: VllmServer, tmp_path: Path, mo
     )  # fmt: skip
     theirs, mine = (rl_fixtures.lines(tmp_path / out)[0]["validation"] for out in ("out", "out2"))
     assert theirs == mine
+
+
+def test_an_asynchronous_phase(served: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights change while the server draws, and training from the recorded answers moves the same weights."""
+    monkeypatch.setattr(rl_fixtures, "MODEL", {**MODEL, "init_std": rl_fixtures.MODEL["init_std"]})
+    rl_fixtures.make(tmp_path / "given")
+    phase = {"steps": 6, "validate_every": 3, "release_checkpoint_interval": 3, "asynchronous": {"max_staleness": 2}}
+    settings = rl_fixtures.config(sampling={"kind": "vllm", "max_new_tokens": 40}, **phase)
+    rl_fixtures.rlvr(tmp_path / "given", tmp_path / "work", tmp_path / "out", settings)
+    recorded = rl_fixtures.record(tmp_path / "out", tmp_path / "recorded")
+    rl_fixtures.rlvr(tmp_path / "given", tmp_path / "work2", tmp_path / "out2", settings, rollouts=recorded)
+    assert rl_fixtures.trained(tmp_path / "out2") == rl_fixtures.trained(tmp_path / "out")
+    answers = rollouts.read(tmp_path / "out" / "rollouts.parquet")
+    print(f"\n{sum(len(r.versions or ()) > 1 for r in answers)} of {len(answers)} answers are of several policies")
+    assert {span["version"] for r in answers for span in r.versions or ()} >= {0, 1, 2}
+    first_step = next(x for x in rl_fixtures.lines(tmp_path / "out") if "sampler_gap" in x)
+    assert first_step["max_sampler_gap"] < 1e-4
 
 
 def test_a_killed_server_is_started_anew_and_ends_with_its_children(served: VllmServer) -> None:

@@ -147,7 +147,9 @@ class Plan:
         files = {} if is_text else post_training.published_files(source, key, stage.name, materials)
         log_path = source.place(key, "training.jsonl")
         log = [json.loads(line) for line in source.file(log_path).read_text().splitlines()] if log_path else []
-        if "rollouts" in files:
+        if "rollouts" in files and config.phase.is_asynchronous:
+            post_training.require_same_consumption(source.folder / files["rollouts"], log)
+        elif "rollouts" in files:
             post_training.require_same_policies(source, files["rollouts"], log)
         if log_path is None and first >= first_step:
             raise AtomError(f"the log of {run} is not in the release; replay it from its first step, {first_step - 1}")

@@ -80,6 +80,28 @@ def require_same_policies(source: Source, path: str, log: Iterable[Mapping[str, 
             )
 
 
+def require_same_consumption(path: Path, log: Iterable[Mapping[str, Any]]) -> None:
+    """Compares the answers that each step of an asynchronous phase took, their order, and the policies that drew them
+    with those that the log seals. path: of rollouts.parquet. Raises CheckFailed with the first step that differs."""
+    from stages.rl.rollout import rollouts
+
+    lines = [line for line in log if "policy" in line]
+    policies = {line["step"] - 1: line["policy"] for line in lines}
+    for line in lines:
+        answers = rollouts.read(path, line["step"])
+        if rollouts.consumption_digest(answers) != line["consumed"]:
+            raise CheckFailed(
+                f"{path.name}: the answers of step {line['step']} are not those that the log says were taken, or stand "
+                "in another order; one of the two was changed"
+            )
+        for span in (span for r in answers for span in r.versions or ()):
+            if policies.get(span["version"]) != span["policy"]:
+                raise CheckFailed(
+                    f"{path.name}: an answer of step {line['step']} is of the policy {span['policy']} after step "
+                    f"{span['version']}, and the log says {policies.get(span['version'])}; one of the two was changed"
+                )
+
+
 def previous_checkpoint(source: Source, key: str) -> str:
     """The published folder of the last checkpoint of the phase before. key: of its artifact. Raises CheckFailed if it
     is not published."""

@@ -7,6 +7,7 @@ Groups whose answers all have the same reward are dropped and replaced.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +23,12 @@ from stages.rl.algorithms.policy_gradient import registry as policy_gradient
 from stages.rl.algorithms.policy_gradient.advantages import zero_variance
 from stages.rl.algorithms.policy_gradient.registry import Algorithm
 from stages.rl.config import RlPhase, RlTrainConfig
-from stages.rl.policy import PolicyTrainer
+from stages.rl.policy import PolicyTrainer, RecordedRollouts
 from stages.rl.rollout import rollouts, routes
+from stages.rl.rollout.asynchronous import Intake, LiveGroups, RecordedGroups, Source
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
-from stages.rl.rollout.rollouts import Rollout
+from stages.rl.rollout.rollouts import Rollout, pass_rate
 from stages.seed_labels import seed_label
 from stages.train.data import Batch, Order, RankBatch, Shards
 from stages.train.engine import Engine, Objective
@@ -51,6 +53,10 @@ class GrpoTrainer(PolicyTrainer):
             self.reference = self.engine.local_weights()
         self.curriculum = Curriculum(phase.curriculum, self.rows, seed_label(self.name), self.config.seed)
         self.generated = 0  # tokens of all answers
+        self.intake: Intake | None = None
+        self.live: LiveGroups | None = None
+        if phase.asynchronous is not None:
+            self.intake = Intake(phase, self.curriculum, seed_label(self.name), self.config.seed)
         self.replay: tuple[Order, Shards] | None = None
         if phase.replay is not None:
             order = Order(self.inputs["order"], phase.replay_rows())
@@ -61,11 +67,33 @@ class GrpoTrainer(PolicyTrainer):
         return self.config.phase
 
     def algorithm_state(self) -> dict[str, Any]:
-        return {"curriculum": self.curriculum.copy(), "generated": self.generated}
+        state = {"curriculum": self.curriculum.copy(), "generated": self.generated}
+        return state if self.intake is None else state | {"queue": self.intake.state()}
 
     def restore_algorithm(self, state: dict[str, Any]) -> None:
         self.curriculum.load(state["curriculum"])
         self.generated = state["generated"]
+        if self.intake is not None:
+            self.intake.load(state["queue"])
+
+    def begin(self, step: int) -> None:
+        if self.intake is None or not self.first:
+            return
+        if isinstance(self.files, RecordedRollouts):
+            source: Source = RecordedGroups(self.files, self.policy, self.phase.num_generations, step)
+        else:
+            source = self.live = LiveGroups(self.files, self.policy, self.phase, step)
+        self.intake.begin(source, self.log.lines())
+
+    def waits(self) -> dict[str, float]:
+        return super().waits() | ({} if self.live is None else {"answers": self.live.all_waited})
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.close()
+        super().close()
+        if self.live is not None:
+            self.live.join()
 
     def measure(self, step: int) -> dict[str, Any] | None:
         metrics = super().measure(step)
@@ -142,6 +170,35 @@ class GrpoTrainer(PolicyTrainer):
 
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
         """The answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
+        if self.intake is None:
+            answers = self._draw_waves(step, policy_digest)
+        else:
+            answers = self.intake.take(step, policy_digest, self._mark_group)
+        lengths = [len(r.ids) for r in answers]
+        self.generated += sum(lengths)
+        metrics = {
+            "reward": sum(r.reward for r in answers) / len(answers),
+            "rewards": rollouts.mean_rewards(answers),
+            "answers": len(answers),
+            "groups": len({(r.wave, r.group) for r in answers if r.dropped not in rollouts.WHOLE_GROUPS}),
+            "completion_length": sum(lengths) / len(answers),
+            "truncated": sum(not r.finished for r in answers) / len(answers),
+            "thinking": sum("</think>" in r.text for r in answers) / len(answers),
+            "generated": self.generated,
+            "rates": {name: part["rate"] for name, part in self.curriculum.state.items()},
+            "policy": policy_digest,
+        }
+        if self.intake is not None:
+            metrics |= asynchronous_metrics(step - 1, answers)
+        return answers, metrics, self.algorithm_state()
+
+    def _mark_group(self, answers: list[Rollout]) -> list[Rollout]:
+        marked, _ = mark_dropped(answers, self.phase.num_generations)
+        return [replace(r, group=answers[0].group) for r in marked]
+
+    def _draw_waves(self, step: int, policy_digest: str) -> list[Rollout]:
+        """The answers of a step that draws until it has `prompts_per_step` groups that differ in reward, or may draw no
+        more."""
         phase, groups, answers = self.phase, 0, []
         for wave in range(phase.max_resample_rounds + 1):
             if groups == phase.prompts_per_step:
@@ -157,28 +214,13 @@ class GrpoTrainer(PolicyTrainer):
             wave_answers, groups_kept = mark_dropped(wave_answers, phase.num_generations)
             self.files.write(step, wave, wave_answers)
             for group, row in enumerate(tasks):
-                group_answers = wave_answers[group * phase.num_generations : (group + 1) * phase.num_generations]
                 self.curriculum.update(
-                    row, sum(min(max(r.reward, 0.0), 1.0) for r in group_answers) / len(group_answers)
+                    row, pass_rate(wave_answers[group * phase.num_generations :][: phase.num_generations])
                 )
             groups += groups_kept
             answers += wave_answers
         self.files.finish_step(step, answers[-1].wave + 1)
-        lengths = [len(r.ids) for r in answers]
-        self.generated += sum(lengths)
-        metrics = {
-            "reward": sum(r.reward for r in answers) / len(answers),
-            "rewards": rollouts.mean_rewards(answers),
-            "answers": len(answers),
-            "groups": groups,
-            "completion_length": sum(lengths) / len(answers),
-            "truncated": sum(not r.finished for r in answers) / len(answers),
-            "thinking": sum("</think>" in r.text for r in answers) / len(answers),
-            "generated": self.generated,
-            "rates": {name: part["rate"] for name, part in self.curriculum.state.items()},
-            "policy": policy_digest,
-        }
-        return answers, metrics, self.algorithm_state()
+        return answers
 
     def _replay_examples(self, step: int, number: int, divisor: int) -> list[Example]:
         """Rows of earlier data for an update of the step, weighted so that their mean loss has the weight
@@ -199,7 +241,11 @@ class GrpoTrainer(PolicyTrainer):
         return examples
 
     def write_outputs(self, out: Path) -> dict[str, Any]:
-        count = rollouts.merge(self.files.all(), out / "rollouts.parquet", self.phase.routing_replay)
+        count = rollouts.merge(
+            self.files.all(),
+            out / "rollouts.parquet",
+            rollouts.schema(self.phase.routing_replay, self.phase.is_asynchronous),
+        )
         lines = self.log.lines()
         validations = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
         rewards = [x["reward"] for x in lines if "reward" in x]
@@ -211,6 +257,20 @@ class GrpoTrainer(PolicyTrainer):
             "largest_sampler_gap": max((x["max_sampler_gap"] for x in lines if "max_sampler_gap" in x), default=None),
             "curriculum": self.curriculum.state,
         }
+
+
+def asynchronous_metrics(version: int, answers: Sequence[Rollout]) -> dict[str, Any]:
+    """version: of the policy that is updated. Staleness is the mean over tokens of the answers that are kept, in steps;
+    `dropped` counts answers by reason; `consumed` seals the answers in their order."""
+    spans = [span for r in answers if not r.dropped for span in r.versions or ()]
+    ages = [(version - (span["version"] or 0), span["tokens"]) for span in spans]
+    tokens = sum(count for _, count in ages)
+    return {
+        "staleness": sum(age * count for age, count in ages) / tokens if tokens else 0.0,
+        "max_staleness": max((age for age, _ in ages), default=0),
+        "dropped": dict(sorted(Counter(r.dropped for r in answers if r.dropped).items())),
+        "consumed": rollouts.consumption_digest(answers),
+    }
 
 
 def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout], int]:
@@ -232,7 +292,7 @@ def training_groups(
     differ in reward, truncated ones among them. routing: of a model whose routing is replayed."""
     groups: dict[tuple[int, int], list[Rollout]] = {}
     for r in answers:
-        if r.dropped != "variance":
+        if r.dropped not in rollouts.WHOLE_GROUPS:
             groups.setdefault((r.wave, r.group), []).append(r)
     if not groups:
         return []

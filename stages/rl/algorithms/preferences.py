@@ -165,7 +165,7 @@ class Dpo(PolicyTrainer):
         ]
 
     def write_outputs(self, out: Path) -> dict[str, Any]:
-        count = rollouts.merge(self.files.all(), out / "rollouts.parquet")
+        count = rollouts.merge(self.files.all(), out / "rollouts.parquet", rollouts.schema())
         margin = self.phase.min_margin
         rows = [row for path in self.files.all() for row in pair_rows(rollouts.read(path), self.by_id, margin)]
         write_rows(out / "pairs.parquet", PAIRS, rows)

@@ -5,6 +5,8 @@ One process (rank 0) draws and scores, and sends the results to the other ranks.
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,16 +60,24 @@ class Verifiers:
     def __init__(self, verifiers: Mapping[str, Verifier], retries: int, note: Callable[[str], object]) -> None:
         """note: prints a line to the log."""
         self.by_name, self.retries, self.note = dict(verifiers), retries, note
+        self.lock = threading.Lock()
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """The parts of each answer's reward. A failing verifier is retried; then VerifierFailed stops the step without
-        loss: a failed verifier never gives a reward of 0."""
+        loss: a failed verifier never gives a reward of 0, and neither does one that is no number. Calls of several
+        threads take turns."""
         parts: dict[int, Parts] = {}
         for name in sorted({str(row["verifier"]) for row, _ in answers}):
             indices = [i for i, (row, _) in enumerate(answers) if row["verifier"] == name]
-            parts |= zip(
-                indices, self._score_with_retries(self.by_name[name], [answers[i] for i in indices]), strict=True
-            )
+            with self.lock:
+                scored = self._score_with_retries(self.by_name[name], [answers[i] for i in indices])
+            for i, part in zip(indices, scored, strict=True):
+                if not math.isfinite(part["reward"]):
+                    raise VerifierFailed(
+                        f"verifier {name}: the reward {part['reward']} of an answer to task {answers[i][0]['id']} is "
+                        "no number; correct the verifier"
+                    )
+                parts[i] = part
         return [parts[i] for i in range(len(answers))]
 
     def _score_with_retries(self, verifier: Verifier, answers: list[Answer]) -> list[Parts]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from pipeline.core.errors import AtomError
 from stages.data.table import ROWS_PER_GROUP, read_errors, read_table
@@ -28,13 +29,30 @@ DROPPED = {
     "idle": "the round had too few pairs to learn from",
     "wrong": "it is no right answer, and only those are an anchor",
     "truncated": "it did not end within max_new_tokens",
+    "stale": "a token of the group is of a policy that is older than max_staleness",
 }
+
+WHOLE_GROUPS = ("variance", "stale")
+"""The reasons that hold for all answers of a group, which then is replaced."""
+
+
+class Span(TypedDict):
+    """Successive tokens of an answer that one policy drew. policy: its digest; version: the number of the last step
+    after which the trainer had this policy, None before a step takes the answer."""
+
+    version: int | None
+    policy: str
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One answer. `dropped`: the reason why no update used it, a key of DROPPED. `routes`: the experts of its tokens
-    (stages/rl/rollout/routes.py), with routing replay."""
+    (stages/rl/rollout/routes.py), with routing replay.
+
+    Of an asynchronous phase `group` is the number in which the group was issued and `step` the one that took it, in the
+    order of the rows; `policy` drew the first token. `issued`: the version of the policy when the group was issued;
+    `versions`: the policies of its tokens."""
 
     step: int
     wave: int
@@ -56,17 +74,23 @@ class Rollout:
     verifier_version: str
     dropped: str
     routes: bytes | None = None
+    issued: int | None = None
+    versions: Sequence[Span] | None = None
 
 
-def schema(routes: bool = False) -> pa.Schema:
-    """routes: of a phase with routing replay, whose answers have a column more."""
+def schema(routes: bool = False, asynchronous: bool = False) -> pa.Schema:
+    """routes: of a phase with routing replay, whose answers have a column more; asynchronous: of a phase whose answers
+    have two columns more."""
     import pyarrow as pa
 
     ids, text = pa.list_(pa.int32()), pa.string()
     types = {name: pa.int32() for name in ("step", "wave", "group", "sample", "level")}
     types |= {"seed": pa.uint64(), "prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
-    types |= {"finished": pa.bool_(), "reward": pa.float64(), "routes": pa.binary()}
-    names = [name for name in Rollout.__dataclass_fields__ if routes or name != "routes"]
+    types |= {"finished": pa.bool_(), "reward": pa.float64(), "routes": pa.binary(), "issued": pa.int32()}
+    span = {"version": pa.int32(), "policy": text, "tokens": pa.int32()}
+    types |= {"versions": pa.list_(pa.struct(list(span.items())))}
+    present = {"routes": routes, "issued": asynchronous, "versions": asynchronous}
+    names = [name for name in Rollout.__dataclass_fields__ if present.get(name, True)]
     return pa.schema([(name, types.get(name, text)) for name in names])
 
 
@@ -78,7 +102,8 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     rows = [{**vars(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema(any(r.routes is not None for r in rollouts)))
+    present = (any(getattr(r, name) is not None for r in rollouts) for name in ("routes", "versions"))
+    table = pa.Table.from_pylist(rows, schema(*present))
     pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
@@ -101,20 +126,25 @@ def is_of_earlier_version(path: Path) -> bool:
     return first is not None and first.num_columns == 1 and str(first["policy"][0]).startswith("sha256:")
 
 
-def merge(parts: Sequence[Path], target: Path, routes: bool = False) -> int:
-    """Merges all answers of a phase into one file, one row group per step. Returns their number. routes: as for
+def merge(parts: Sequence[Path], target: Path, columns: pa.Schema) -> int:
+    """Merges all answers of a phase into one file, one row group per step. Returns their number. columns: a
     `schema`."""
     import pyarrow.parquet as pq
 
     count = 0
-    with pq.ParquetWriter(target, schema(routes), compression="zstd") as out:
+    with pq.ParquetWriter(target, columns, compression="zstd") as out:
         for part in parts:
             table = read_table(part)
-            if table.schema != schema(routes):
+            if table.schema != columns:
                 raise AtomError(f"{part} is not a file of this version's answers; remove it and run again")
             out.write_table(table)
             count += table.num_rows
     return count
+
+
+def pass_rate(group: Sequence[Rollout]) -> float:
+    """Mean reward of a group, each between 0 and 1."""
+    return sum(min(max(r.reward, 0.0), 1.0) for r in group) / len(group)
 
 
 def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -123,6 +153,17 @@ def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
     for r in rollouts:
         kinds.setdefault(r.kind, []).append(r.reward)
     return {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())}
+
+
+def consumption_digest(rollouts: Sequence[Rollout]) -> str:
+    """SHA-256 over the answers in their order. Of each: a line of JSON (sorted keys, no spaces) with all columns but
+    `logprobs` and `routes`, the log-probabilities as little-endian fp32, and the bytes of `routes`, if any."""
+    hasher = hashlib.sha256()
+    for r in rollouts:
+        columns = {name: value for name, value in vars(r).items() if name not in ("logprobs", "routes")}
+        hasher.update(json.dumps(columns, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+        hasher.update(struct.pack(f"<{len(r.logprobs)}f", *r.logprobs) + (r.routes or b""))
+    return f"sha256:{hasher.hexdigest()}"
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

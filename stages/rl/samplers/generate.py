@@ -102,7 +102,12 @@ class InProcess(Sampler):
                     kept = unfinished.nonzero()[:, 0]
                     self.decoder.select(kept.to(device))
                     active, next_tokens, unfinished = active[kept], next_tokens[kept], unfinished[kept]
-            if step + 1 < max_tokens:
+            if step + 1 == max_tokens:
+                break
+            if self._renew(step + 1):  # keys and values of all tokens so far are those of other weights
+                so_far = zip(active.tolist(), tokens[: step + 1, active].T.tolist(), strict=True)
+                logits = self.decoder.read([(*prompts[row].ids, *ids) for row, ids in so_far], max_tokens - step - 1)
+            else:
                 logits = self.decoder.step(next_tokens.to(device)).float()
                 if self.routes and isinstance(self.decoder, Decoder):
                     of_steps.append((active, self.decoder.step_routes()))
@@ -113,6 +118,10 @@ class InProcess(Sampler):
         if self.routes and isinstance(self.decoder, Decoder):
             return self._with_routes(prompts, completions, self.decoder.prompt_routes, of_steps)
         return completions
+
+    def _renew(self, drawn: int) -> bool:
+        """Loads weights that came while answers were drawn, and says whether some did. drawn: tokens of each answer."""
+        return False
 
     def _with_routes(
         self, prompts: list[Prompt], completions: list[Completion],

@@ -29,6 +29,7 @@ class SamplerEntry:
 
 SAMPLERS = {
     "in-process": SamplerEntry("stages.rl.samplers.generate", promise="bitwise"),
+    "subprocess": SamplerEntry("stages.rl.samplers.subprocess_sampler", promise="bitwise", apart=True),
     # vLLM adds in an order of its own.
     "vllm": SamplerEntry(
         "stages.rl.samplers.vllm_sampler", promise="numeric", apart=True, obstacle=vllm_server.obstacle

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,11 +30,14 @@ T = TypeVar("T")
 
 
 class VllmServer(Sampler):
-    """Draws with one server of its own on this machine, or with those at `urls`.
+    """Draws with one server of its own on this machine, or with those at `urls`. Several threads may draw and another
+    one load weights: a server finishes running answers with the new ones.
 
     With equal seeds it draws equal tokens only up to the rounding of a batched matrix product: the batches of requests
     depend on time. Drawn answers are kept, so this only matters for a repetition from scratch.
     """
+
+    serves_many = True
 
     def __init__(
         self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
@@ -49,6 +53,9 @@ class VllmServer(Sampler):
         self.serving: list[Server] = []
         """The servers that have the weights; the others are new or lost."""
         self.lost: dict[Server, ServerLost] = {}
+        self.handed_over: list[str] = []
+        """The digests of all policies that were loaded, in order."""
+        self.renewing = threading.RLock()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(self.config))
@@ -81,14 +88,17 @@ class VllmServer(Sampler):
         A lost server is started anew, or taken back if it answers again. Raises AtomError if one refuses, ServerLost if
         all are lost.
         """
-        if self.weights is not None and weights.digest == self.weights.digest:
-            return
-        self.weights = weights
-        try:
-            self._renew()
-        except BaseException:
-            self.weights = None
-            raise
+        with self.renewing:
+            if self.weights is not None and weights.digest == self.weights.digest:
+                return
+            self.weights = weights
+            self.handed_over.append(weights.digest)
+            try:
+                self._renew()
+            except BaseException:
+                self.weights = None
+                self.handed_over.pop()
+                raise
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         """What a lost server did not answer is drawn by the others, or by itself once it is back: each answer has a
@@ -98,11 +108,12 @@ class VllmServer(Sampler):
         answers: dict[int, Completion] = {}
         revivals = 0
         while missing := [number for number in range(len(prompts)) if number not in answers]:
-            if not self.serving:
-                revivals += 1
-                if revivals > REVIVALS:
-                    raise next(iter(self.lost.values()))
-                self._renew()
+            with self.renewing:  # another thread may renew them
+                if not self.serving:
+                    revivals += 1
+                    if revivals > REVIVALS:
+                        raise next(iter(self.lost.values()))
+                    self._renew()
             # neighbors are often answers to one question, so that one server keeps its cache
             servers = list(self.serving)
             dealt = [(servers[n * len(servers) // len(missing)], number) for n, number in enumerate(missing)]
@@ -133,28 +144,30 @@ class VllmServer(Sampler):
             "max_tokens": self.max_new_tokens, "stop_token_ids": sorted(self.stops), "logprobs": 0, "detokenize": False,
         }  # fmt: skip
         body = {"token_ids": list(prompt.ids), "sampling_params": sampling}
+        before = len(self.handed_over) - 1
         answer = server.post("/inference/v1/generate", body)
         try:
             (choice,) = answer["choices"]
             ids = tuple(choice["token_ids"])
             content = choice["logprobs"]["content"]
-            versions = {span["version"] for span in choice["weight_versions"]}
+            lengths = ((span["version"], span["end"] - span["start"]) for span in choice["weight_versions"])
+            versions = tuple((version, tokens) for version, tokens in lengths if tokens)
             is_complete = choice["finish_reason"] in ("stop", "length") and [x["token_id"] for x in content] == list(
                 ids
             )
         except (KeyError, TypeError, ValueError):
-            ids, is_complete, versions = (), False, set()
+            ids, is_complete, versions = (), False, ()
         if not ids or not is_complete:
             raise MachineError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
                             "see its log and run again to go on")  # fmt: skip
-        assert self.weights is not None
-        if versions != {self.weights.digest}:
-            served = ", ".join(sorted(map(str, versions)))
+        served, given = {digest for digest, _ in versions}, self.handed_over[before:]
+        if not served or not served <= set(given) or sum(tokens for _, tokens in versions) != len(ids):
             raise ServerLost(
-                f"the vLLM server at {server.url} answered with the weights {served} instead of {self.weights.digest}; "
-                "it started anew, or somebody else uses it: run again"
+                f"the vLLM server at {server.url} answered with the weights {', '.join(sorted(map(str, served)))} "
+                f"instead of {' or '.join(given)}; it started anew, or somebody else uses it: run again"
             )
-        return Completion(ids, tuple(float(x["logprob"]) for x in content), ids[-1] in self.stops)
+        logprobs = tuple(float(x["logprob"]) for x in content)
+        return Completion(ids, logprobs, ids[-1] in self.stops, versions=versions)
 
     def _renew(self) -> None:
         """Gives the weights to all servers that are there."""

@@ -1,0 +1,445 @@
+"""The groups of answers of an asynchronous phase: issued in numbered order, drawn while the policy is updated, and
+taken by the steps in the order in which they are finished.
+
+Timing decides that order, and nothing else: group n is issued when n + 1 - `queue_groups` groups have been taken, its
+task comes from the curriculum as it is then, and its seeds from its number. So the order in which groups were taken,
+with their answers, determines all tasks and updates, and a replay from `rollouts.parquet` is exact.
+
+A kill loses no finished group. The order of each step is on disk before its update, and an attempt that resumes before
+that step takes the same groups again. Groups in flight are issued again, with their numbers and seeds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.core.errors import MachineError
+from stages.data.seeds import seed_of
+from stages.rl.config import RlPhase
+from stages.rl.policy import Policy, RecordedRollouts, RolloutFiles, scored, unscored
+from stages.rl.protocols import Row
+from stages.rl.rollout import rollouts
+from stages.rl.rollout.curriculum import Curriculum
+from stages.rl.rollout.rollouts import Rollout, Span
+
+JOIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group that is issued and not yet taken. version: of the policy at that time; requests: (task, seed) of each
+    answer."""
+
+    number: int
+    row: Row
+    version: int
+    requests: Sequence[tuple[Row, int]]
+
+
+class Source(Protocol):
+    """Where the answers of issued groups come from."""
+
+    def issue(self, groups: Iterable[Group]) -> None:
+        """Groups to draw."""
+
+    def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
+        """The group that the step takes next, at this place among its answers, as it was drawn and scored. history:
+        {digest of a policy: its version} of all policies so far."""
+
+    def finish(self, step: int, answers: Sequence[Rollout]) -> None:
+        """The answers that the step took."""
+
+    def close(self) -> None: ...
+
+
+class Intake:
+    """What the steps take. Only rank 0 calls `take`; every rank holds the state."""
+
+    def __init__(self, phase: RlPhase, curriculum: Curriculum, label: str, seed: int) -> None:
+        """label: of the phase's seeds."""
+        assert phase.asynchronous is not None
+        self.phase, self.curriculum, self.label, self.seed = phase, curriculum, label, seed
+        self.max_staleness = phase.asynchronous.max_staleness
+        self.issued = 0
+        self.open: dict[int, Group] = {}
+        """By number: the groups that are issued and not taken."""
+        self.history: dict[str, int] = {}
+        """{digest of a policy: the last step after which it was the trainer's}"""
+        self.source: Source | None = None
+
+    def state(self) -> dict[str, Any]:
+        """The groups that are issued, as JSON."""
+        groups = [{"number": g.number, "task": g.row["id"], "version": g.version} for g in self.open.values()]
+        return {"issued": self.issued, "open": groups}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores `state`."""
+        rows = {row["id"]: row for group in self.curriculum.bins.values() for row in group}
+        self.issued = state["issued"]
+        groups = [self._group(g["number"], rows[g["task"]], g["version"]) for g in state["open"]]
+        self.open = {group.number: group for group in groups}
+
+    def begin(self, source: Source, log: Iterable[Mapping[str, Any]]) -> None:
+        """log: lines of the steps so far, with their policies. Rank 0 only."""
+        self.source = source
+        self.history = {line["policy"]: line["step"] - 1 for line in log if "policy" in line}
+        source.issue(self.open.values())
+
+    def take(self, step: int, digest: str, mark: Callable[[list[Rollout]], list[Rollout]]) -> list[Rollout]:
+        """The answers of the groups that the step takes, in their order: until `prompts_per_step` can be used, or no
+        more may be replaced. digest: of the trainer's policy. mark: gives the answers of a group the reason why no
+        update uses them.
+
+        Rank 0 only. Raises what the source raises.
+        """
+        assert self.source is not None
+        self.history[digest] = step - 1
+        self._issue(step - 1)
+        answers: list[Rollout] = []
+        usable, fresh = 0, 0
+        prompts = self.phase.prompts_per_step
+        while usable < prompts and fresh < prompts * (self.phase.max_resample_rounds + 1):
+            group, drawn = self.source.next(step, len(answers), self.history)
+            del self.open[group.number]
+            drawn = [replace(r, step=step, versions=self._spans(r)) for r in drawn]
+            is_stale = oldest_version(drawn) < step - 1 - self.max_staleness
+            taken = [replace(r, dropped="stale") for r in drawn] if is_stale else mark(drawn)
+            fresh += not is_stale
+            usable += taken[0].dropped not in rollouts.WHOLE_GROUPS
+            self.curriculum.update(group.row, rollouts.pass_rate(taken))
+            self._issue(step - 1)
+            answers += taken
+        self.source.finish(step, answers)
+        return answers
+
+    def close(self) -> None:
+        if self.source is not None:
+            self.source.close()
+
+    def _spans(self, answer: Rollout) -> list[Span]:
+        """The policies of an answer's tokens, with their versions. A policy that another machine recorded, whose
+        arithmetic gives other digests, keeps the version that is stated there."""
+        return [
+            {**span, "version": self.history.get(span["policy"], span["version"])} for span in answer.versions or ()
+        ]
+
+    def _issue(self, version: int) -> None:
+        assert self.source is not None
+        groups = []
+        while len(self.open) < self.phase.queue_groups:
+            (row,) = self.curriculum.draw(1, self.issued, 0)
+            groups.append(self._group(self.issued, row, version))
+            self.open[self.issued] = groups[-1]
+            self.issued += 1
+        self.source.issue(groups)
+
+    def _group(self, number: int, row: Row, version: int) -> Group:
+        labels = (f"{self.label}/answer/group {number}/{sample}" for sample in range(self.phase.num_generations))
+        return Group(number, row, version, [(row, seed_of(label, self.seed)) for label in labels])
+
+
+def oldest_version(answers: Sequence[Rollout]) -> int:
+    """The version of the oldest token."""
+    return min(span["version"] or 0 for r in answers for span in r.versions or ())
+
+
+class LiveGroups:
+    """Draws and scores groups in threads, and keeps those that are finished and not taken in files:
+    `group-<number>.parquet`, before they are scored `.drawn`."""
+
+    def __init__(self, files: RolloutFiles, policy: Policy, phase: RlPhase, step: int) -> None:
+        """step: the last finished one. Later ones of an earlier attempt are taken again as they were."""
+        assert phase.asynchronous is not None and policy.sampler is not None
+        self.files, self.policy, self.note = files, policy, files.report.note
+        self.samples = phase.num_generations
+        self.timeout = phase.asynchronous.starvation_timeout_seconds
+        self.groups: dict[int, Group] = {}
+        """Those that are issued and not taken."""
+        self.taken_before = self._read_steps(step)
+        """{step: the groups that it took in an earlier attempt}"""
+        self.pending: list[Group] = []
+        self.finished: list[tuple[int, list[Rollout]]] = []
+        self.error: BaseException | None = None
+        self.released = 0
+        """How many of `pending` may be drawn."""
+        self.closed = False
+        self.changed = threading.Condition()
+        self.since, self.drawing, self.idle, self.waited, self.all_waited = time.monotonic(), 0, 0.0, 0.0, 0.0
+        self.idle_since: float | None = self.since
+        self.serves_many = policy.sampler.serves_many
+        threads = phase.queue_groups if self.serves_many else 1
+        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def issue(self, groups: Iterable[Group]) -> None:
+        taken = {answers[0].group for step in self.taken_before.values() for answers in step}
+        for group in groups:
+            self.groups[group.number] = group
+            if group.number not in taken:
+                self._restore_or_draw(group)
+
+    def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
+        """Raises the error of the sampler or a verifier, and MachineError if no group is finished in time."""
+        while True:
+            before = self.taken_before.get(step)
+            answers = before[0] if before else self._wait(step)
+            group = self.groups.get(answers[0].group)
+            if group is not None and is_of(group, answers) and all(p in history for p in policies_of(answers)):
+                del self.groups[group.number]
+                if before:
+                    before.pop(0)
+                return group, [replace(r, dropped="") for r in answers]
+            self.note(f"group {answers[0].group} of step {step} was drawn by a policy that an earlier attempt had, and "
+                      "is drawn again")  # fmt: skip
+            if before:
+                self._forget_from(step)
+            elif group is not None:
+                self._draw_again(group)
+
+    def finish(self, step: int, answers: Sequence[Rollout]) -> None:
+        with self.changed:
+            queued = len(self.finished)
+        if self.taken_before.get(step):  # an earlier attempt took more
+            self._forget_from(step)
+        self.taken_before.pop(step, None)
+        self.files.write(step, 0, answers)
+        for number in {r.group for r in answers}:
+            self._path(number).unlink(missing_ok=True)
+        self._release()
+        self._report(step, queued)
+
+    def close(self) -> None:
+        """Ends the threads, once the sampler is closed too: see `join`."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(JOIN_SECONDS)
+
+    # -- the trainer's thread -----------------------------------------------------------------------------------------
+
+    def _wait(self, step: int) -> list[Rollout]:
+        """The group that was finished first."""
+        start = time.monotonic()
+        with self.changed:
+            if not self.finished:
+                self.released = len(self.pending)
+                self.changed.notify_all()
+            while not self.finished:
+                if self.error is not None:
+                    raise self.error
+                if not self.changed.wait(max(0.0, start + self.timeout - time.monotonic())) and not self.finished:
+                    raise MachineError(
+                        f"step {step} waited {self.timeout:g} s for a group of answers and the sampler finished none "
+                        f"of {len(self.groups)}; see its log, or raise asynchronous.starvation_timeout_seconds, and "
+                        "run again to go on"
+                    )
+            self.waited += time.monotonic() - start
+            return self.finished.pop(0)[1]
+
+    def _release(self) -> None:
+        """Lets the threads draw all that is issued, unless steps of an earlier attempt come first: the answers would be
+        stale by then."""
+        if not self.taken_before:
+            with self.changed:
+                self.released = len(self.pending)
+                self.changed.notify_all()
+
+    def _restore_or_draw(self, group: Group) -> None:
+        answers = self.files.read(self._path(group.number))
+        if answers is not None and is_of(group, answers):
+            with self.changed:
+                self.finished.append((group.number, answers))
+        else:
+            with self.changed:
+                self.pending.append(group)
+
+    def _draw_again(self, group: Group) -> None:
+        for suffix in (".parquet", ".drawn"):
+            self._path(group.number).with_suffix(suffix).unlink(missing_ok=True)
+        with self.changed:
+            self.pending.append(group)
+
+    def _read_steps(self, last: int) -> dict[int, list[list[Rollout]]]:
+        """The groups of the steps after the last one, as far as they are on disk one by one."""
+        steps: dict[int, list[list[Rollout]]] = {}
+        step = last + 1
+        while (answers := self.files.read(self.files.path(step, 0))) is not None:
+            steps[step] = [answers[n : n + self.samples] for n in range(0, len(answers), self.samples)]
+            step += 1
+        self._remove_from(step)
+        return steps
+
+    def _forget_from(self, step: int) -> None:
+        """Forgets what an earlier attempt took in this step and later ones: its groups are drawn again."""
+        numbers = {answers[0].group for s, groups in self.taken_before.items() if s >= step for answers in groups}
+        self.taken_before = {s: groups for s, groups in self.taken_before.items() if s < step}
+        self._remove_from(step)
+        with self.changed:
+            waiting = {group.number for group in self.pending} | {number for number, _ in self.finished}
+            self.pending += [g for n, g in self.groups.items() if n in numbers - waiting]
+
+    def _remove_from(self, step: int) -> None:
+        for path in self.files.all():
+            if int(path.name.split("-")[0]) >= step:
+                path.unlink()
+
+    def _path(self, number: int) -> Path:
+        return self.files.folder / f"group-{number:09d}.parquet"
+
+    def _report(self, step: int, queued: int) -> None:
+        """The metrics of the time since the last step took its groups."""
+        with self.changed:
+            now = time.monotonic()
+            if self.idle_since is not None:
+                self.idle, self.idle_since = self.idle + now - self.idle_since, now
+            seconds = max(now - self.since, 1e-9)
+            self.files.report.metric(
+                step, queued_groups=queued, trainer_idle_seconds=self.waited, trainer_idle_share=self.waited / seconds,
+                sampler_idle_seconds=self.idle, sampler_idle_share=self.idle / seconds,
+            )  # fmt: skip
+            self.all_waited += self.waited
+            self.since, self.idle, self.waited = now, 0.0, 0.0
+
+    # -- the threads that draw ----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while groups := self._to_draw():
+            try:
+                self._draw(groups)
+            except BaseException as error:
+                with self.changed:
+                    self.error = error
+                    self.changed.notify_all()
+                return
+
+    def _to_draw(self) -> list[Group]:
+        """Groups to draw at once; none if the phase ends."""
+        with self.changed:
+            while not self.released and not self.closed:
+                self.changed.wait()
+            if self.closed:
+                return []
+            count = 1 if self.serves_many else self.released
+            groups, self.pending = self.pending[:count], self.pending[count:]
+            self.released -= count
+            if not self.drawing and self.idle_since is not None:
+                self.idle, self.idle_since = self.idle + time.monotonic() - self.idle_since, None
+            self.drawing += 1
+            return groups
+
+    def _draw(self, groups: Sequence[Group]) -> None:
+        unread = [group for group in groups if not self._path(group.number).with_suffix(".drawn").exists()]
+        completions = iter(self.policy.draw([request for group in unread for request in group.requests]))
+        for group in unread:
+            answers = []
+            for sample, (row, seed) in enumerate(group.requests):
+                completion = next(completions)
+                spans: list[Span] = [{"version": None, "policy": p, "tokens": n} for p, n in completion.versions]
+                answer = unscored(0, 0, spans[0]["policy"], row, seed, self.policy.chat, completion)
+                answers.append(replace(answer, group=group.number, sample=sample, issued=group.version, versions=spans))
+            rollouts.write(self._path(group.number).with_suffix(".drawn"), answers)
+        with self.changed:
+            self.drawing -= 1
+            if not self.drawing:
+                self.idle_since = time.monotonic()
+        for group in groups:
+            self._score(group)
+
+    def _score(self, group: Group) -> None:
+        drawn_path = self._path(group.number).with_suffix(".drawn")
+        answers = self.files.read(drawn_path)
+        if answers is None or not is_of(group, answers):  # of an earlier attempt
+            self._draw_again(group)
+            self._release()
+            return
+        answers = scored([row for row, _ in group.requests], answers, self.policy)
+        rollouts.write(self._path(group.number), answers)
+        drawn_path.unlink()
+        with self.changed:
+            self.finished.append((group.number, answers))
+            self.changed.notify_all()
+
+
+def is_of(group: Group, answers: Sequence[Rollout]) -> bool:
+    """Whether the answers are to the tasks of the group, by their seeds."""
+    asked = [(row["id"], seed, group.number, group.version) for row, seed in group.requests]
+    return asked == [(r.task, r.seed, r.group, r.issued) for r in answers]
+
+
+def policies_of(answers: Sequence[Rollout]) -> set[str]:
+    """The digests of the policies that drew the answers."""
+    return {span["policy"] for r in answers for span in r.versions or ()}
+
+
+class RecordedGroups:
+    """The groups of the rollouts.parquet of an earlier run, in their order."""
+
+    def __init__(self, files: RecordedRollouts, policy: Policy, samples: int, step: int) -> None:
+        """step: the last finished one."""
+        self.files, self.policy, self.samples, self.start = files, policy, samples, step
+        self.groups: dict[int, Group] = {}
+
+    def issue(self, groups: Iterable[Group]) -> None:
+        self.groups |= {group.number: group for group in groups}
+
+    def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
+        """Raises CheckFailed if the answers are not those of a group that is issued, or if policies drew them that did
+        not exist then."""
+        self.files.open(step)
+        recorded = self.files.answers[place : place + self.samples]
+        if not recorded:
+            raise self.files.altered(step, 0, place, "is missing, and the phase asked for another group")
+        group = self.groups.pop(recorded[0].group, None)
+        if group is None:
+            raise self.files.altered(
+                step, 0, place, f"is of group {recorded[0].group}, which is not issued then or was taken before"
+            )
+        self.files.check(step, 0, recorded, group.requests, self.policy, place)
+        for number, r in enumerate(recorded, place):
+            if not has_versions(r, group.version, step - 1):
+                raise self.files.altered(step, 0, number, "states policies that cannot have drawn its tokens")
+            for span in r.versions or ():
+                if span["version"] == self.start and history.get(span["policy"]) != self.start:
+                    raise self.files.altered(
+                        step, 0, number,
+                        f"states the policy {span['policy']} after step {self.start}, which is not the checkpoint's",
+                    )  # fmt: skip
+        answers = self.files.restore(step, 0, recorded, group.requests, self.policy)
+        return group, [
+            replace(answer, group=group.number, sample=n, issued=group.version, versions=r.versions)
+            for n, (answer, r) in enumerate(zip(answers, recorded, strict=True))
+        ]
+
+    def finish(self, step: int, answers: Sequence[Rollout]) -> None:
+        """Raises CheckFailed if the step took more, or if a column is another than follows."""
+        if len(self.files.answers) > len(answers):
+            raise self.files.altered(step, 0, len(answers), "was used by no update and dropped for no reason")
+        self.files.write(step, 0, answers)
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def has_versions(r: Rollout, issued: int, version: int) -> bool:
+    """Whether an answer from a file can be of the policies that it states: all its tokens, none before it was issued,
+    later ones after earlier ones, up to the present version."""
+    spans = r.versions or ()
+    try:
+        versions = [issued, *(span["version"] for span in spans), version]
+        return (
+            sum(span["tokens"] for span in spans) == len(r.ids)
+            and all(span["tokens"] > 0 for span in spans)
+            and versions == sorted(versions)  # type: ignore[type-var]
+            and spans[0]["policy"] == r.policy
+        )
+    except (TypeError, IndexError):  # a value is missing
+        return False

@@ -1,0 +1,364 @@
+"""An asynchronous phase: answers are drawn while the policy is updated, in a process of its own that may die. Its
+recorded answers, taken in their order, move the same weights; another order is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import AtomError, CheckFailed, Interrupted
+from release.audit.replay.post_training import require_same_consumption
+from stages.rl.config import RlPhase
+from stages.rl.protocols import Response, VerifierFailed
+from stages.rl.rollout import generation, rollouts
+from stages.rl.rollout.asynchronous import LiveGroups
+from tests.fixtures import ROOT, rl_fixtures, train_fixtures
+from tests.fixtures.run_fixtures import at_length
+from tests.integration.test_recorded_rollouts import first, rewrite
+
+SUBPROCESS = {"kind": "subprocess", "max_new_tokens": 12}
+
+
+def settings(**phase: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = dict(steps=6, release_checkpoint_interval=2, checkpoint_interval=1, sampling=SUBPROCESS)
+    defaults |= {"asynchronous": {"queue_groups": 8}}
+    return rl_fixtures.config(**{**defaults, **phase})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rl")
+    rl_fixtures.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def live(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The product of a run whose sampler draws all groups in the queue during an update, so that some become stale. Its
+    process is killed after step 3."""
+    folder, report = tmp_path_factory.mktemp("live"), train_fixtures.Reporter()
+    finish = LiveGroups.finish
+
+    def fill_queue(self: LiveGroups, step: int, answers: Any) -> None:
+        if step == 3:
+            os.kill(self.policy.sampler.process.process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        finish(self, step, answers)
+        deadline = time.monotonic() + 120
+        while len(self.finished) < len(self.groups) and self.error is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveGroups, "finish", fill_queue)
+        rl_fixtures.rlvr(place, folder / "work", folder / "out", settings(), report)
+    assert sum("the sampler's process died (exit code -9)" in note for note in report.notes) == 1
+    return folder / "out"
+
+
+@pytest.fixture
+def without_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a replay draws and scores nothing")
+
+    monkeypatch.setattr("stages.rl.policy.make_sampler", refuse)
+    monkeypatch.setattr("stages.rl.policy.make_verifiers", refuse)
+
+
+def require_all_counted(out: Path, queue_groups: int = 8) -> None:
+    """Every group that was issued was taken once, or waits."""
+    groups: dict[int, set[int]] = {}
+    for r in rollouts.read(out / "rollouts.parquet"):
+        groups.setdefault(r.group, set()).add(r.step)
+    assert all(len(steps) == 1 for steps in groups.values()), "a group was taken twice"
+    queue = json.loads((out / "step-000006/state.json").read_text())["rl"]["queue"]
+    waiting = {group["number"] for group in queue["open"]}
+    assert len(waiting) == queue_groups and {*groups, *waiting} == set(range(queue["issued"]))
+    assert not waiting & groups.keys()
+
+
+def require_equal_replay(place: Path, out: Path, folder: Path, **phase: Any) -> None:
+    recorded = rl_fixtures.record(out, folder / "recorded")
+    rl_fixtures.rlvr(place, folder / "replay-work", folder / "replay", settings(**phase), rollouts=recorded)
+    assert rl_fixtures.trained(folder / "replay") == rl_fixtures.trained(out)
+
+
+def test_recorded_answers_move_the_same_weights(place: Path, live: Path, tmp_path: Path, without_sampler: None) -> None:
+    require_equal_replay(place, live, tmp_path)
+    require_all_counted(live)
+
+
+def test_so_they_do_from_a_checkpoint_on(place: Path, live: Path, tmp_path: Path, without_sampler: None) -> None:
+    recorded = rl_fixtures.record(live, tmp_path / "recorded")
+    with pytest.raises(Interrupted):
+        reporter = train_fixtures.Reporter(3, signal.SIGTERM)
+        rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "a", settings(), reporter, rollouts=recorded)
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "b", settings(), rollouts=recorded)
+    assert rl_fixtures.trained(tmp_path / "b") == rl_fixtures.trained(live)
+
+
+def test_answers_say_who_drew_them_and_the_log_counts(live: Path) -> None:
+    answers = rollouts.read(live / "rollouts.parquet")
+    lines = {line["step"]: line for line in rl_fixtures.lines(live) if "policy" in line}
+    assert len({r.seed for r in answers}) == len(answers) and len({(r.group, r.sample) for r in answers}) == len(
+        answers
+    )
+    reasons: dict[str, set[int]] = {}
+    for r in answers:
+        assert r.issued is not None and r.versions
+        assert sum(span["tokens"] for span in r.versions) == len(r.ids) == len(r.logprobs)
+        assert r.policy == r.versions[0]["policy"] and r.wave == 0
+        for span in r.versions:
+            assert r.issued <= span["version"] < r.step and lines[span["version"] + 1]["policy"] == span["policy"]
+        reasons.setdefault(r.dropped, set()).add(r.step - 1 - r.versions[0]["version"])
+    assert reasons["stale"] == {2} and reasons[""] == {0, 1}, "max_staleness is 1"
+    for step, line in lines.items():
+        taken = [r for r in answers if r.step == step]
+        assert line["consumed"] == rollouts.consumption_digest(taken) and line["answers"] == len(taken)
+        kept = [r for r in taken if not r.dropped]
+        ages = [(step - 1 - s["version"], s["tokens"]) for r in kept for s in r.versions or ()]
+        assert line["staleness"] == pytest.approx(sum(a * n for a, n in ages) / sum(n for _, n in ages))
+        assert line["max_staleness"] == max(a for a, _ in ages) <= 1
+        assert sum(line["dropped"].values()) == len(taken) - len(kept)
+    assert lines[1]["staleness"] == 0 and lines[2]["staleness"] == 1
+    # the weight of a token is by the policy that drew it: off-policy tokens differ from the trainer's
+    assert lines[1]["max_sampler_gap"] < 1e-4 < lines[2]["max_sampler_gap"]
+
+
+def move_to_step(rows: list[dict[str, Any]], step: int, other: int) -> None:
+    group = first(rows, step, dropped="")["group"]
+    moved = [row for row in rows if row["group"] == group]
+    for row in moved:
+        rows.remove(row)
+        row.update(step=other)
+    start = next(n for n, row in enumerate(rows) if row["step"] == other)
+    rows[start:start] = moved
+
+
+def swap_groups(rows: list[dict[str, Any]], step: int) -> None:
+    """The first two groups of a step that differ in their mean reward change places."""
+    numbers = list(dict.fromkeys(row["group"] for row in rows if row["step"] == step))
+    means = {n: sum(row["reward"] for row in rows if row["group"] == n) for n in numbers}
+    a = numbers[0]
+    b = next(n for n in numbers if means[n] != means[a])
+    start = {n: next(i for i, row in enumerate(rows) if row["group"] == n) for n in (a, b)}
+    for i in range(8):
+        rows[start[a] + i], rows[start[b] + i] = rows[start[b] + i], rows[start[a] + i]
+
+
+FORGERIES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
+    "a group moved to an earlier step": (
+        lambda rows: move_to_step(rows, 4, 1),
+        r"answer 0 in step 1, wave 0 is of group \d+, which is not issued then or was taken before",
+    ),
+    "a group moved to a later step": (
+        lambda rows: move_to_step(rows, 2, 3),
+        r"in step 2, wave 0 (is missing, and the phase asked for another|has another|is of group \d+, which is not issued)",
+    ),
+    "a stale group taken": (
+        lambda rows: [row.update(dropped="") for row in rows if row["dropped"] == "stale"],
+        r"in step 3, wave 0 has another `dropped` than follows",
+    ),
+    "a usable group called stale": (
+        lambda rows: [
+            row.update(dropped="stale") for row in rows if row["group"] == first(rows, 2, dropped="")["group"]
+        ],
+        r"in step 2, wave 0 has another `dropped` than follows",
+    ),
+    "stale answers that claim a newer version": (
+        lambda rows: first(rows, 3, dropped="stale")["versions"][0].update(version=1),
+        r"in step 3, wave 0 has another `\w+` than follows",
+    ),
+    "a version before the group was issued": (
+        lambda rows: first(rows, 6)["versions"][0].update(version=0),
+        r"answer \d+ in step 6, wave 0 states policies that cannot have drawn its tokens",
+    ),
+    "a version to come": (
+        lambda rows: first(rows, 4)["versions"][0].update(version=4),
+        r"answer \d+ in step 4, wave 0 states policies that cannot have drawn its tokens",
+    ),
+    "another policy of the checkpoint": (
+        lambda rows: first(rows, 1).update(
+            policy="tensors-sha256:0", versions=[{**first(rows, 1)["versions"][0], "policy": "tensors-sha256:0"}]
+        ),
+        r"answer 0 in step 1, wave 0 states the policy tensors-sha256:0 after step 0, which is not the checkpoint's",
+    ),
+    "tokens of nobody": (
+        lambda rows: first(rows, 2)["versions"][0].update(tokens=1000),
+        r"in step 2, wave 0 states policies that cannot have drawn its tokens",
+    ),
+    "no versions": (
+        lambda rows: first(rows, 2).update(versions=None),
+        r"in step 2, wave 0 states policies that cannot have drawn its tokens",
+    ),
+    "a group twice": (
+        lambda rows: rows.extend([{**row, "step": 6} for row in rows if row["group"] == first(rows, 5)["group"]]),
+        r"in step 6, wave 0 was used by no update and dropped for no reason",
+    ),
+    "another number": (
+        lambda rows: [row.update(group=77) for row in rows if row["group"] == first(rows, 2)["group"]],
+        r"answer 0 in step 2, wave 0 is of group 77, which is not issued then or was taken before",
+    ),
+    "an answer less": (
+        lambda rows: rows.pop(),
+        r"answer \d+ in step 6, wave 0 is missing, and the phase asked for one",
+    ),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_changed_records_are_named(place: Path, live: Path, tmp_path: Path, forgery: str) -> None:
+    change, sentence = FORGERIES[forgery]
+    recorded = rl_fixtures.record(live, tmp_path / "recorded")
+    rewrite(recorded, change)
+    with pytest.raises(CheckFailed, match=sentence) as error:
+        rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings(), rollouts=recorded)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_the_log_seals_the_order(live: Path, tmp_path: Path, step: int) -> None:
+    """Also where no task depends on the order, such as in the last step."""
+    recorded = rl_fixtures.record(live, tmp_path / "recorded")
+    log = rl_fixtures.lines(live)
+    require_same_consumption(recorded / "rollouts.parquet", log)
+    rewrite(recorded, lambda rows: swap_groups(rows, step))
+    with pytest.raises(CheckFailed, match=f"the answers of step {step} are not those that the log says were taken"):
+        require_same_consumption(recorded / "rollouts.parquet", log)
+
+
+def test_an_update_while_answers_are_drawn_gives_each_token_its_policy(place: Path, tmp_path: Path) -> None:
+    """No step waits here for the queue to fill, so that the order depends on time."""
+    phase: dict[str, Any] = {"asynchronous": {}, "steps": 4, "release_checkpoint_interval": 4, "validate_every": 2}
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings(**phase))
+    require_equal_replay(place, tmp_path / "out", tmp_path, **phase)
+
+
+def test_a_sampler_that_gives_nothing_stops_the_phase(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issue = LiveGroups.issue
+
+    def stop_sampler(self: LiveGroups, groups: Any) -> None:
+        process = self.policy.sampler.process  # type: ignore[union-attr]
+        os.kill(process.process.pid, signal.SIGSTOP)
+        issue(self, groups)
+
+    monkeypatch.setattr(LiveGroups, "issue", stop_sampler)
+    patience = {"asynchronous": {"starvation_timeout_seconds": 0.5}}
+    with pytest.raises(
+        AtomError, match=r"step 1 waited 0.5 s for a group of answers and the sampler finished none of 4"
+    ):
+        rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings(**patience))
+
+
+class NoNumber:
+    """A verifier whose rewards are no numbers."""
+
+    name, version = "no-number", "1"
+
+    def score(self, answers: Any) -> list[dict[str, float]]:
+        return [{"reward": float("nan")} for _ in answers]
+
+    def close(self) -> None: ...
+
+
+def test_a_reward_that_is_no_number_is_named() -> None:
+    verifiers = generation.Verifiers({"no-number": NoNumber()}, 0, print)  # type: ignore[dict-item]
+    row = {"id": "task/1", "verifier": "no-number"}
+    with pytest.raises(
+        VerifierFailed, match="verifier no-number: the reward nan of an answer to task task/1 is no number"
+    ):
+        verifiers.score([(row, Response("", "", True))])
+
+
+@pytest.mark.parametrize(
+    ("phase", "sentence"),
+    [
+        (
+            {"sampling": {"max_new_tokens": 12}},
+            "asynchronous needs a sampler in a process of its own, and sampling.kind = in-process has none; use subprocess",
+        ),
+        (
+            {"asynchronous": {"queue_groups": 9}},
+            "queue_groups = 9 keeps answers in the queue for more than max_staleness",
+        ),
+        ({"asynchronous": {"max_staleness": 0}}, "max_staleness"),
+        ({"sampling": {**SUBPROCESS, "python": "python3"}}, "python has no effect with kind = subprocess"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(phase: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        RlPhase.model_validate(settings(**phase)["phase"])
+
+
+def start(place: Path, folder: Path) -> subprocess.Popen[str]:
+    arguments = [str(p) for p in (place, folder / "work", folder / "out", folder / "config.json")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.fixtures.rl_fixtures", *arguments], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def samplers_of(trainer: int) -> Iterator[int]:
+    """The processes of the sampler that a trainer started."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            command = stat.with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == trainer and b"decode_process" in command:
+            yield int(stat.parent.name)
+
+
+def ends(pid: int) -> bool:
+    """Whether a process ends within ten seconds."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@at_length("training", 300)
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_lose_nothing_and_count_nothing_twice(place: Path, tmp_path: Path, seed: int) -> None:
+    """The trainer, its sampler, or both are killed at random points, until the phase ends by itself."""
+    (tmp_path / "config.json").write_text(json.dumps(settings()))
+    rng, kills = random.Random(seed), 0
+    while True:
+        trainer = start(place, tmp_path)
+        until = time.monotonic() + rng.uniform(6, 25) if kills < 4 else float("inf")
+        victim = rng.choice(["trainer", "sampler", "both"])
+        while trainer.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        if trainer.poll() is not None:
+            log = trainer.communicate()[0]
+            assert trainer.returncode == 0, log
+            break
+        kills += 1
+        samplers = list(samplers_of(trainer.pid))
+        if victim != "trainer":
+            for pid in samplers:
+                os.kill(pid, signal.SIGKILL)
+        if victim == "sampler":
+            log = trainer.communicate()[0]
+            assert trainer.returncode == 0, log
+            break
+        trainer.kill()
+        trainer.communicate()
+        assert all(ends(pid) for pid in samplers), "a sampler outlived its trainer"
+    require_all_counted(tmp_path / "out")
+    require_equal_replay(place, tmp_path / "out", tmp_path)
