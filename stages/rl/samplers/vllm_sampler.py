@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Any, Self, TypeVar
 import torch
 
 from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.stage import ServerSearch
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
+from stages.rl.samplers import server_files, vllm_server
+from stages.rl.samplers.server_files import Announced
 from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
 from stages.rl.weights import Weights
 
@@ -29,7 +33,7 @@ T = TypeVar("T")
 
 
 class VllmServer(Sampler):
-    """Draws with one server of its own on this machine, or with those at `urls`.
+    """Draws with one server of its own on this machine, with those at `urls`, or with those that announce themselves.
 
     With equal seeds it draws equal tokens only up to the rounding of a batched matrix product: the batches of requests
     depend on time. Drawn answers are kept, so this only matters for a repetition from scratch.
@@ -38,13 +42,14 @@ class VllmServer(Sampler):
     def __init__(
         self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
         python: str | None = None, urls: Sequence[str] = (), options: Sequence[str] = (),
-        note: Callable[[str], None] = print,
+        note: Callable[[str], None] = print, search: ServerSearch | None = None,
     ) -> None:  # fmt: skip
         """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers. note:
-        is told which server is lost. Raises AtomError without a vLLM to start."""
+        is told which server is lost. search: where servers in jobs of their own announce themselves. Raises AtomError
+        without a vLLM to start."""
         self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.note = note
+        self.note, self.search = note, None if urls else search
         self.weights: Weights | None = None
         self.serving: list[Server] = []
         """The servers that have the weights; the others are new or lost."""
@@ -52,8 +57,14 @@ class VllmServer(Sampler):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(self.config))
+        self.servers: list[Server] = []
+        self.announced: dict[Announced, Server] = {}
         if urls:
             self.servers = [Server(url) for url in urls]
+        elif self.search is not None:
+            place = Path(self.search.folder)
+            place.mkdir(parents=True, exist_ok=True)
+            server_files.replace_file(place / "config.json", json.dumps(self.config))  # which the servers wait for
         else:
             log = self.folder / "server.log"
             gpus = None
@@ -67,7 +78,7 @@ class VllmServer(Sampler):
         settings = context.settings
         return cls(
             context.config, context.stops, settings.max_new_tokens, 1.0, context.folder,
-            settings.python, settings.url, settings.options, context.note,
+            settings.python, settings.url, settings.options, context.note, ServerSearch.of_environment(),
         )  # fmt: skip
 
     def load(self, weights: Weights) -> None:
@@ -161,6 +172,7 @@ class VllmServer(Sampler):
         assert self.weights is not None
         update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
         is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
+        self._find(is_alone)
 
         def check(server: Server, _: None) -> bool:
             self._check(server, update, is_alone)
@@ -201,11 +213,38 @@ class VllmServer(Sampler):
 
         return attempt
 
+    def _find(self, is_alone: bool) -> None:
+        """Makes `servers` those that are announced now, and those that serve. is_alone: waits for one that answers.
+        Raises ServerLost if none comes within the time of the search."""
+        if self.search is None:
+            return
+        end, is_noted = time.monotonic() + self.search.seconds, False
+        while True:
+            found = server_files.read(Path(self.search.folder), self.search.run)
+            # one that was started again is another server, at the same address or not
+            self.announced = {server: self.announced.get(server) or Server(server.url) for server in found}
+            present = list(self.announced.values())
+            self.servers = [*present, *(server for server in self.serving if server not in present)]
+            self.lost = {server: error for server, error in self.lost.items() if server in self.servers}
+            if not is_alone or any(server.problem() is None for server in present):
+                return
+            if time.monotonic() > end:
+                raise ServerLost(
+                    f"no vLLM server in a job of its own answers after {self.search.seconds / 60:.0f} min "
+                    f"(slurm.servers.wait_minutes); {len(present)} have announced themselves in {self.search.folder}; "
+                    "see their jobs' logs beside it, and run again to go on"
+                )
+            if not is_noted:
+                self.note(f"waits for a vLLM server, at most {self.search.seconds / 60:.0f} min")
+                is_noted = True
+            time.sleep(vllm_server.POLL_SECONDS)
+
     def _check(self, server: Server, update: Mapping[str, Any], is_alone: bool) -> None:
         if server not in self.serving:
             if server in self.lost:
                 server.launch()
-            server.wait(None if is_alone or server.run else 0)
+            is_waited_for = server.run or (is_alone and self.search is None)
+            server.wait(None if is_waited_for else 0)
             if server.run is None:  # an earlier user may have left an update open
                 with contextlib.suppress(AtomError):
                     server.post("/finish_weight_update", attempts=1)
