@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -18,15 +19,19 @@ import pytest
 import torch
 
 from pipeline.core.errors import AtomError
-from stages.rl import weights
+from stages.mcore.parallel_layout import Layout
+from stages.rl import broadcast, weights
+from stages.rl.broadcast import Broadcast
 from stages.rl.config import Sampling
 from stages.rl.protocols import Completion, Prompt, SamplerContext
 from stages.rl.samplers import vllm_server
 from stages.rl.samplers.registry import make_sampler
 from stages.rl.samplers.vllm_sampler import VllmServer
 from stages.rl.samplers.vllm_server import ServerLost
-from stages.rl.samplers.vllm_worker import atom_index
+from stages.rl.samplers.vllm_worker import atom_group, atom_index
+from stages.rl.samplers.vllm_worker.atom_group import Group, connect, packets, view
 from stages.train.checkpoint.release_checkpoint import save_tensors
+from stages.train.parallel import Ranks
 from tests.fixtures import ROOT, rl_fixtures, weights_fixtures
 
 TENSORS = {"model.embed_tokens.weight": torch.arange(6.0).view(3, 2), "model.norm.weight": torch.ones(2)}
@@ -35,11 +40,14 @@ PROMPT = Prompt((4, 5), 2**63 + 7)
 
 
 class Fake(BaseHTTPRequestHandler):
-    """Answers with the prompt's ids and the stop token. `trouble` has the path fail that often, and how."""
+    """Answers with the prompt's ids and the stop token. `trouble` has the path fail that often, and how. It joins the
+    trainer's group as a server of one worker, and has what was broadcast in `received`."""
 
     requests: list[tuple[str, Any]]
     trouble: dict[str, list[Any]]
     version = "default"
+    group: Group | None = None
+    received: dict[str, torch.Tensor]
 
     def do_GET(self) -> None:
         self.reply({})
@@ -63,18 +71,39 @@ class Fake(BaseHTTPRequestHandler):
                 return self.reply({"error": {"message": "no such\nthing"}}, fault)
             else:
                 return self.reply(fault)
-        if self.path == "/update_weights" and not body["update_info"]["load"]:
+        if self.path == "/update_weights" and not body["update_info"].get("load", True):
             try:
                 atom_index.check(Path(body["update_info"]["folder"]), body["update_info"]["digest"], 0, 1)
             except atom_index.Refused as error:
                 message = f"Call to collective_rpc method failed: Worker failed with error '{error}', please check"
                 return self.reply({"error": {"message": message}}, 500)
+        try:
+            self.take_part(body)
+        except RuntimeError as error:
+            return self.reply({"error": {"message": str(error)}}, 500)
         if self.path == "/finish_weight_update" and "weight_version" in body:
             type(self).version = body["weight_version"]
         if self.path == "/inference/v1/generate":
             ids = [*body["token_ids"], 1]
             return self.reply(answer(ids, self.version))
         self.reply({"message": "done"})
+
+    def take_part(self, body: dict[str, Any]) -> None:
+        """What the workers of a server do, by the functions that they use."""
+        if self.path == "/init_weight_transfer_engine" and "store" in (info := body["init_info"]):
+            store = connect(info["store"], info["seconds"])
+            store.set("workers", "1")
+            type(self).group = Group(store, info["ranks"], info["ranks"] + 1, info["seconds"], torch.device("cpu"))
+        elif self.path == "/update_weights" and "rows" in (info := body["update_info"]):
+            type(self).received = {}
+            assert self.group is not None
+            for packet in itertools.chain.from_iterable(packets(info["rows"], info["roots"])):
+                buffer = torch.empty(packet.size, dtype=torch.uint8)
+                self.group.end(self.group.start(buffer, packet.root))
+                for number, offset in zip(packet.numbers, packet.offsets, strict=True):
+                    tensor = view(buffer, offset, info["rows"][number])
+                    assert atom_index.row_of(tensor) == info["rows"][number]
+                    self.received[info["names"][number]] = tensor
 
     def reply(self, body: Any, code: int = 200) -> None:
         data = json.dumps(body).encode()
@@ -396,3 +425,99 @@ def test_a_server_beside_training_leaves_it_its_gpu_or_its_memory() -> None:
 def test_workarounds_for_the_cpu_are_only_for_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"dtype": "float32"}')
     assert not set(vllm_server.CPU_OPTIONS) & set(vllm_server.command("python", tmp_path, "127.0.0.1", 1))
+
+
+@pytest.fixture
+def sending(sampler: VllmServer, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """send(tensors): hands them over by broadcast; returns their digest. Both servers have received the first ones."""
+    monkeypatch.setattr(broadcast, "SECONDS", 2.0)
+    monkeypatch.setattr(atom_group, "PACKET_BYTES", 20)  # of the two tensors, one is a packet
+    held: dict[str, torch.Tensor] = {}
+    sender = Broadcast(lambda: iter(held.items()), Ranks(0, 1, Layout(), 0, 1, True))
+
+    def send(tensors: dict[str, torch.Tensor]) -> str:
+        held.update(tensors)
+        return sender.load(sampler)
+
+    send(TENSORS | {"model.norm.weight": torch.zeros(2)})
+    yield send
+    sender.close()
+
+
+def assert_received(kind: Any, tensors: dict[str, torch.Tensor], digest: str) -> None:
+    assert kind.version == digest and kind.received.keys() == tensors.keys()
+    assert all(torch.equal(kind.received[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_broadcast_reaches_all_servers_in_groups_that_last(fakes: Any, sampler: VllmServer, sending: Any) -> None:
+    tensors = {
+        **CHANGED,
+        "model.layers.0.weight": torch.arange(7, dtype=torch.bfloat16),
+        "model.scalar": torch.tensor(3),
+    }
+    for kind in fakes[0]:
+        kind.requests.clear()
+    digest = sending(tensors)
+    assert digest == weights_fixtures.written(sampler.folder, tensors).digest
+    for kind in fakes[0]:
+        assert_received(kind, tensors, digest)
+        paths = [path for path, _ in kind.requests]
+        assert paths == [
+            "/start_weight_update", "/pause?mode=keep", "/update_weights", "/finish_weight_update", "/resume"
+        ]  # fmt: skip
+    assert sampler.generate([PROMPT])[0].ids == (4, 5, 1)
+    sending(tensors)
+    assert len(fakes[0][0].requests) == 6, "the same weights were sent again"
+
+
+def test_a_server_that_is_lost_while_it_receives_breaks_nothing_else(
+    fakes: Any, sampler: VllmServer, sending: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(sampler, "note", notes.append)
+    one, two = fakes[0]
+    for trouble in ("drop", 4.0):  # it dies, or does not receive in time
+        one.trouble["/update_weights"] = [trouble]
+        began = time.monotonic()
+        digest = sending({"model.norm.weight": torch.full((2,), began)})
+        assert time.monotonic() - began < 10 and sampler.serving == [sampler.servers[1]]
+        assert_received(two, {**TENSORS, "model.norm.weight": torch.full((2,), began)}, digest)
+        digest = sending(CHANGED)  # it is back, in a new group
+        assert sampler.serving == sampler.servers
+        assert_received(one, CHANGED, digest)
+    assert len(notes) == 2 and all(note.startswith("left out until it is back: the vLLM server at") for note in notes)
+
+
+def test_a_server_that_does_not_join_is_left_out(fakes: Any, sampler: VllmServer, sending: Any) -> None:
+    sampler.serving.clear()
+    fakes[0][0].trouble["/init_weight_transfer_engine"] = [3.0]
+    digest = sending(CHANGED)
+    assert sampler.serving == [sampler.servers[1]]
+    assert_received(fakes[0][1], CHANGED, digest)
+    assert "did not come through in time; see whether it and the ranks" in str(sampler.lost[sampler.servers[0]])
+    sampler.serving.clear()
+    fakes[0][1].trouble["/init_weight_transfer_engine"] = [(500, {"error": {"message": "'[[its model has 3]]'"}})]
+    with pytest.raises(AtomError, match="refuses the weights: its model has 3$"):
+        sending(TENSORS)
+
+
+def test_without_a_server_that_has_the_weights_a_broadcast_is_not_made_up(
+    fakes: Any, sampler: VllmServer, sending: Any
+) -> None:
+    for kind in fakes[0]:
+        kind.trouble["/inference/v1/generate"] = [500] * 8
+    with pytest.raises(ServerLost, match="is gone"):
+        sampler.generate([PROMPT])
+
+
+def test_packets_are_the_same_on_every_side_and_hold_each_tensor_once() -> None:
+    rows = [{"dtype": "bfloat16", "shape": [n, 3], "sha256": ""} for n in (1, 5, 0, 9, 2, 2, 10_000)]
+    roots = [0, 1, 1, 0, 2, 0, 1]
+    together = list(packets(rows, roots))
+    assert [[packet.root for packet in group] for group in together] == [[0, 1, 2]]
+    numbers = [number for group in together for packet in group for number in packet.numbers]
+    assert sorted(numbers) == list(range(7)) and all(roots[n] == p.root for g in together for p in g for n in p.numbers)
+    for packet in itertools.chain.from_iterable(together):
+        ends = [o + atom_group.bytes_of(rows[n]) for n, o in zip(packet.numbers, packet.offsets, strict=True)]
+        assert all(offset % 16 == 0 for offset in packet.offsets) and max(ends) <= packet.size
+        assert all(end <= offset for end, offset in zip(ends, packet.offsets[1:], strict=False))

@@ -12,9 +12,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
@@ -25,6 +25,9 @@ from stages.rl.samplers import server_files, vllm_server
 from stages.rl.samplers.server_files import Announced
 from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
 from stages.rl.weights import Weights
+
+if TYPE_CHECKING:
+    from stages.rl.broadcast import Broadcast
 
 REVIVALS = 3
 """How often the servers of a step may all be lost before the stage ends."""
@@ -59,6 +62,7 @@ class VllmServer(Sampler):
         (self.folder / "config.json").write_text(json.dumps(self.config))
         self.servers: list[Server] = []
         self.announced: dict[Announced, Server] = {}
+        self.invited: dict[Server, dict[str, Any]] = {}
         if urls:
             self.servers = [Server(url) for url in urls]
         elif self.search is not None:
@@ -111,7 +115,7 @@ class VllmServer(Sampler):
         while missing := [number for number in range(len(prompts)) if number not in answers]:
             if not self.serving:
                 revivals += 1
-                if revivals > REVIVALS:
+                if revivals > REVIVALS or self.weights.broadcast is not None:  # the other ranks do not send now
                     raise next(iter(self.lost.values()))
                 self._renew()
             # neighbors are often answers to one question, so that one server keeps its cache
@@ -173,6 +177,8 @@ class VllmServer(Sampler):
         update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
         is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
         self._find(is_alone)
+        if self.weights.broadcast is not None:
+            return self._receive(self.weights.broadcast, is_alone)
 
         def check(server: Server, _: None) -> bool:
             self._check(server, update, is_alone)
@@ -241,17 +247,99 @@ class VllmServer(Sampler):
 
     def _check(self, server: Server, update: Mapping[str, Any], is_alone: bool) -> None:
         if server not in self.serving:
-            if server in self.lost:
-                server.launch()
-            is_waited_for = server.run or (is_alone and self.search is None)
-            server.wait(None if is_waited_for else 0)
-            if server.run is None:  # an earlier user may have left an update open
-                with contextlib.suppress(AtomError):
-                    server.post("/finish_weight_update", attempts=1)
-            sizes = {name: value for name, value in self.config.items() if type(value) in (int, float)}
-            server.post("/init_weight_transfer_engine", {"init_info": {"sizes": sizes}})
+            self._greet(server, is_alone)
+            server.post("/init_weight_transfer_engine", {"init_info": self._model()})
         server.post("/start_weight_update", attempts=1)
         server.post("/update_weights", {"update_info": {**update, "load": False}}, attempts=1)
+
+    def _greet(self, server: Server, is_alone: bool) -> None:
+        """Makes a server that does not serve ready for an update."""
+        if server in self.lost:
+            server.launch()
+        is_waited_for = server.run or (is_alone and self.search is None)
+        server.wait(None if is_waited_for else 0)
+        if server.run is None:  # an earlier user may have left an update open
+            with contextlib.suppress(AtomError):
+                server.post("/finish_weight_update", attempts=1)
+
+    def _model(self) -> dict[str, Any]:
+        """What a server is told of the trainer's model."""
+        return {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
+
+    def _receive(self, broadcast: Broadcast, is_alone: bool) -> None:
+        """Has all servers that are there receive the weights. One that fails is left out, and breaks nothing else."""
+        assert self.weights is not None
+        digest = self.weights.digest
+
+        def greet(server: Server, _: None) -> bool:
+            if server not in self.serving:
+                self._greet(server, is_alone)
+                self.invited[server] = {}
+                try:
+                    self.invited[server] = broadcast.invite(server.url)
+                except OSError as error:
+                    raise server.lost(str(error)) from None
+            return True
+
+        greeted = self._map([(server, None) for server in self.servers], self._unless_lost(greet))
+        present = [server for server, done in zip(self.servers, greeted, strict=True) if done]
+
+        def enter(server: Server, invitation: Mapping[str, Any]) -> bool:
+            try:
+                server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
+            except BaseException:
+                broadcast.give_up(invitation)
+                raise
+            return True
+
+        def update(server: Server, _: None) -> bool:
+            server.post("/start_weight_update", attempts=1)
+            server.post("/pause?mode=keep")
+            server.post("/update_weights", {"update_info": {"digest": digest, **broadcast.content}}, attempts=1)
+            return True
+
+        def finish(server: Server, _: None) -> bool:
+            server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
+            server.post("/resume")
+            return True
+
+        invitations = {server: self.invited.pop(server) for server in present if server in self.invited}
+        if invitations:
+            joined = self._beside(enter, list(invitations.items()), lambda: broadcast.join(
+                {server.url: invitation for server, invitation in invitations.items()}
+            ))  # fmt: skip
+            present = [server for server in present if server not in invitations or server in joined]
+        taken = self._beside(update, [(server, None) for server in present], lambda: broadcast.send(
+            [server.url for server in present]
+        ))  # fmt: skip
+        self.serving = []
+        finished = self._map([(server, None) for server in taken], self._unless_lost(finish))
+        self.serving = [server for server, done in zip(taken, finished, strict=True) if done]
+        for server in self.serving:
+            self.lost.pop(server, None)
+        if not self.serving:
+            raise next(iter(self.lost.values()))
+
+    def _beside(
+        self, request: Callable[[Server, Any], bool], items: Sequence[tuple[Server, Any]], act: Callable[[], set[str]]
+    ) -> list[Server]:
+        """The servers whose request is answered, and with which the trainer's ranks succeed meanwhile in `act`."""
+
+        def confirmed(server: Server, result: Future[bool | None]) -> bool:
+            if not result.result():
+                return False
+            if server.url not in succeeded:
+                raise server.lost("its weights did not come through in time; see whether it and the ranks reach each "
+                                  "other, and what NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names")  # fmt: skip
+            return True
+
+        with ThreadPoolExecutor(max(1, len(items))) as pool:
+            results = [pool.submit(self._unless_lost(request), server, item) for server, item in items]
+            succeeded = act()
+            answered = [
+                self._unless_lost(confirmed)(server, result) for (server, _), result in zip(items, results, strict=True)
+            ]
+        return [server for (server, _), done in zip(items, answered, strict=True) if done]
 
     def _take(self, server: Server, update: Mapping[str, Any]) -> None:
         """Running answers wait, and go on with the new weights, which read their tokens again."""
