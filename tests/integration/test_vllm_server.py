@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,14 +20,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.stage import ServerSearch
 from stages.mcore.parallel_layout import Layout
 from stages.rl import broadcast, weights
 from stages.rl.broadcast import Broadcast
 from stages.rl.config import Sampling
 from stages.rl.protocols import Completion, Prompt, SamplerContext
-from stages.rl.samplers import vllm_server
+from stages.rl.samplers import server_files, vllm_server
 from stages.rl.samplers.registry import make_sampler
+from stages.rl.samplers.server_files import Announced
 from stages.rl.samplers.vllm_sampler import VllmServer
 from stages.rl.samplers.vllm_server import ServerLost
 from stages.rl.samplers.vllm_worker import atom_group, atom_index
@@ -521,3 +525,113 @@ def test_packets_are_the_same_on_every_side_and_hold_each_tensor_once() -> None:
         ends = [o + atom_group.bytes_of(rows[n]) for n, o in zip(packet.numbers, packet.offsets, strict=True)]
         assert all(offset % 16 == 0 for offset in packet.offsets) and max(ends) <= packet.size
         assert all(end <= offset for end, offset in zip(ends, packet.offsets[1:], strict=False))
+
+
+def test_servers_in_jobs_of_their_own_come_and_go(fakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by their files: one is enough, a dead one is left out, and one that was started again is a new one."""
+    monkeypatch.setattr(vllm_server, "POLL_SECONDS", 0.01)
+    notes: list[str] = []
+    (one, two), urls = fakes
+    place, config = tmp_path / "announced", {"dtype": "float32", "hidden_size": 2}
+    search = ServerSearch(str(place), "run-1", 0.1)
+    sampler = VllmServer(config, (1, 3), 7, 0.5, tmp_path / "served", note=notes.append, search=search)
+    assert json.loads((place / "config.json").read_text()) == config, "which the servers wait for"
+    first = weights_fixtures.written(sampler.folder, TENSORS)
+    with pytest.raises(ServerLost, match=r"answers after 0 min \(slurm.servers.wait_minutes\); 0 have announced them"):
+        sampler.load(first)
+    assert notes == ["waits for a vLLM server, at most 0 min"]
+
+    def announced(number: int, url: str, start: int = 0) -> Any:
+        return server_files.announced(place, number, Announced("run-1", url, "n1", "7", start))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(announced(0, "http://127.0.0.1:9"))  # nobody answers there
+        stack.enter_context(announced(1, urls[0]))
+        sampler.load(first)
+        assert [server.url for server in sampler.serving] == [urls[0]]
+        with announced(2, urls[1]):
+            sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
+            assert {server.url for server in sampler.serving} == set(urls)
+        with announced(2, urls[1], start=1):  # it started again, at the same address
+            two.requests.clear()
+            sampler.load(weights_fixtures.written(sampler.folder, TENSORS))
+            assert "/init_weight_transfer_engine" in [path for path, _ in two.requests]
+            assert {server.url for server in sampler.serving} == set(urls)
+        one.trouble["/inference/v1/generate"] = [500] * 100
+        assert len(sampler.generate([Prompt((4, n), n) for n in range(4)])) == 4
+        assert [server.url for server in sampler.serving] == [urls[1]]
+        one.trouble.clear()
+        sampler.load(weights_fixtures.written(sampler.folder, CHANGED))  # it ended, and serves while it answers
+        assert {server.url for server in sampler.serving} == set(urls)
+    with pytest.raises(MachineError, match="cannot be used"):
+        shutil.rmtree(place)
+        sampler.load(weights_fixtures.written(sampler.folder, TENSORS))
+
+
+class Place:
+    """Where a server runs: until `is_over`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log, self.run, self.number = folder, folder / "server.log", "run-1", 3
+        self.is_over = self.is_ready = False
+
+    def ended(self) -> bool:
+        return self.is_over
+
+    def ready(self) -> None:
+        self.is_ready = True
+
+
+ANSWERING = (
+    "import http.server as h, os, sys\n"
+    "class Health(h.BaseHTTPRequestHandler):\n"
+    "    def do_GET(self): self.send_response(200); self.send_header('Content-Length', '0'); self.end_headers()\n"
+    "print(os.getpid(), flush=True)\n"
+    "h.HTTPServer(('127.0.0.1', int(sys.argv[1])), Health).serve_forever()\n"
+)
+
+
+def test_a_server_in_a_job_is_announced_while_it_answers_and_ends_with_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(vllm_server, "interpreter", lambda python: "python")
+    monkeypatch.setattr(
+        vllm_server, "command", lambda python, folder, host, port, options: [sys.executable, "-c", ANSWERING, str(port)]
+    )
+    monkeypatch.setenv("SLURMD_NODENAME", "127.0.0.1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    place, outcomes = Place(tmp_path), []
+    settings = Sampling(kind="vllm", max_new_tokens=7)
+
+    def run() -> None:
+        try:
+            outcomes.append(vllm_server.serve(settings, place))
+        except ServerLost as error:
+            outcomes.append(error)
+
+    def announcements(count: int) -> list[Announced]:
+        for _ in range(1000):
+            if len(found := server_files.read(tmp_path, "run-1")) == count:
+                return found
+            time.sleep(0.02)
+        raise AssertionError(f"{found} were announced, not {count}; {outcomes}")
+
+    for is_killed in (True, False):
+        thread = threading.Thread(target=run)
+        thread.start()
+        if is_killed:
+            time.sleep(0.1)
+            assert not place.log.exists(), "it started without a model"
+            (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+        (announced,) = announcements(1)
+        assert place.is_ready and (announced.run, announced.job, announced.host) == ("run-1", "7", "127.0.0.1")
+        pid = pids(place.log)[-1]
+        if is_killed:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            place.is_over = True
+        thread.join(60)
+        assert not announcements(0) and have_ended([pid])
+        assert ("is gone (exit code" in str(outcomes[-1])) == is_killed
+    assert outcomes[-1] is None

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline.core import json_files
@@ -33,6 +33,8 @@ LIMIT = 100_000
 
 
 class _Body(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
     run: str
     url: Annotated[str, Field(pattern=r"^http://[^\s/]+$")]
     host: str
