@@ -5,14 +5,16 @@
     .venv/bin/python bench/transfer.py --full        # also 10⁹, about three minutes
 
 Each model is a mixture of experts in bf16 on two expert-parallel ranks, with initial weights and no optimizer. `write`
-is the transfer up to the sealed index, with all digests; `growth` the most that a rank's memory grew meanwhile; `check`
-what one server reads before it loads, in one process. Peaks are VmHWM, which counts the pages of mapped files too.
+is the transfer by the folder up to the sealed index, with all digests; `growth` the most that a rank's memory grew
+meanwhile; `check` what one server reads before it loads, in one process. `send` is the broadcast by gloo to one process
+that receives and checks as a server's only worker does, with all digests on both sides and in a group that exists;
+`of send` is the growth of a rank in it. Peaks are VmHWM, which counts the pages of mapped files too.
 
 Beneath the table stand transfers at two larger sizes, computed from the measured rate of a rank or server, and from a
-stated bandwidth of the shared folder; a server's own loading is not in them.
+stated bandwidth of the shared folder, or of the network of a server's rank; a server's own loading is not in them.
 
 The last line is one JSON object. Its ratio is the limit, twice the bytes of a file and of the largest tensor, divided
-by the largest growth: 1 or more holds it.
+by the largest growth, by folder or by broadcast: 1 or more holds it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import json
 import os
 import platform
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,22 +41,25 @@ from pipeline.launch.rendezvous import free_port
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
 RANKS = 2
-FOLDER_BANDWIDTH = 20e9
-"""Bytes a second of a shared file system, for the computed sizes."""
+FOLDER_BANDWIDTH, NETWORK_BANDWIDTH = 20e9, 50e9
+"""Bytes a second of a shared file system, and of the network of one GPU, for the computed sizes."""
 COMPUTED = (("30B", 30.5e9, 64, 8, 4), ("235B", 235e9, 512, 16, 8))
 """(name, parameters, ranks of the trainer, servers, tensor ranks of a server)."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One transfer. growth: the most that a rank's memory grew; read_growth: a server's while it checks."""
+    """One transfer by the folder, and one by broadcast. growth: the most that a rank's memory grew; read_growth: a
+    server's while it checks."""
 
     parameters: int
     bytes: int
     write: float
     check: float
+    send: float
     held: int
     growth: int
+    send_growth: int
     read_growth: int
     tensor: int
 
@@ -78,6 +84,48 @@ class Growth:
         self.bytes = memory("VmHWM") - self.before
 
 
+class Receiver:
+    """What a broadcast takes for a sampler: it has one server, a process that receives as a worker of vLLM does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.join_seconds = folder / "broadcast.json", 0.0
+
+    def load(self, weights: Any) -> None:
+        broadcast, start = weights.broadcast, time.monotonic()
+        with socket.create_server(("127.0.0.1", 0)) as listener:  # a server's address, of which none but this is asked
+            server = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            invitation = broadcast.invite(server)
+        self.path.write_text(json.dumps({**invitation, **broadcast.content, "digest": weights.digest}))
+        with subprocess.Popen([sys.executable, "-P", __file__, "--receiver", str(self.path)]) as process:
+            joined = broadcast.join({server: invitation})
+            self.join_seconds = time.monotonic() - start
+            sent = broadcast.send([server]) if joined else set()
+            if process.wait(600) or not sent:
+                raise SystemExit("the broadcast did not arrive")
+
+
+def receive(path: Path) -> None:
+    """Receives a broadcast as the only worker of a server does, without loading it into a model."""
+    import torch
+
+    from stages.rl.samplers.vllm_worker.atom_group import WORKERS, Group, connect, packets, view
+    from stages.rl.samplers.vllm_worker.atom_index import row_of
+
+    told = json.loads(path.read_text())
+    store = connect(told["store"], told["seconds"])
+    store.set(WORKERS, "1")
+    group = Group(store, told["ranks"], told["ranks"] + 1, told["seconds"], torch.device("cpu"))
+    for together in packets(told["rows"], told["roots"]):
+        buffers = [torch.empty(packet.size, dtype=torch.uint8) for packet in together]
+        works = [group.start(buffer, packet.root) for packet, buffer in zip(together, buffers, strict=True)]
+        for packet, buffer, work in zip(together, buffers, works, strict=True):
+            group.end(work)
+            for number, offset in zip(packet.numbers, packet.offsets, strict=True):
+                row = told["rows"][number]
+                if row_of(view(buffer, offset, row)) != row:
+                    raise SystemExit(f"{told['names'][number]} arrived as another tensor")
+
+
 def child(folder: Path, config: Qwen3MoeConfig) -> None:
     """A rank: makes its part of the model, hands it over; rank 0 reads as a server and prints."""
     import torch
@@ -87,6 +135,7 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
     from stages.mcore.tensor_sharding import boxes, cut
     from stages.mcore.weight_init import Initial
     from stages.rl import weights
+    from stages.rl.broadcast import Broadcast
     from stages.rl.samplers.vllm_worker import atom_index
     from stages.train import parallel
     from stages.train.full_tensors import FullTensors
@@ -104,15 +153,25 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
             full = FullTensors(local, shapes, config.tie_embeddings)
             digest, place = weights.write(weights.hf_tensors(full, config, PADDED), ranks, folder)
         seconds = time.monotonic() - start
-        growth, held = (max(ranks.gather(n)) for n in (written.bytes, sum(tensor.nbytes for tensor in local.values())))
+        sender = Broadcast(lambda: weights.hf_tensors(full, config, PADDED), ranks)
+        receiver: Any = Receiver(folder) if ranks.first else None
+        ranks.barrier()
+        start = time.monotonic()
+        with Growth() as sent:
+            assert sender.load(receiver) == digest
+        send = time.monotonic() - start
+        held = sum(tensor.nbytes for tensor in local.values())
+        growth, send_growth, held = (max(ranks.gather(n)) for n in (written.bytes, sent.bytes, held))
+        sender.close()
         if ranks.first:
             start = time.monotonic()
             with Growth() as read:
                 atom_index.check(place, digest, 0, 1)
             tensor = max(2 * int(torch.Size(shape).numel()) for shape in shapes.values())
             total = sum(path.stat().st_size for path in place.iterdir())
-            row = Measured(config.parameters(PADDED)["total"], total, seconds, time.monotonic() - start, held, growth,
-                           read.bytes, tensor)  # fmt: skip
+            check = time.monotonic() - start
+            row = Measured(config.parameters(PADDED)["total"], total, seconds, check, send - receiver.join_seconds,
+                           held, growth, send_growth, read.bytes, tensor)  # fmt: skip
             print(json.dumps(asdict(row)))
 
 
@@ -132,8 +191,8 @@ def measure(config: Qwen3MoeConfig) -> Measured:
             if process.returncode:
                 raise SystemExit(f"{config.describe()}:\n{errors[-3000:]}")
     row = Measured(**json.loads(outputs[0][0].splitlines()[-1]))
-    sizes = (row.bytes, row.held, row.growth, row.read_growth, row.tensor)
-    print(f"{row.parameters:>13,}{row.write:8.2f} s{row.check:8.2f} s"
+    sizes = (row.bytes, row.held, row.growth, row.send_growth, row.read_growth, row.tensor)
+    print(f"{row.parameters:>13,}{row.write:8.2f} s{row.check:8.2f} s{row.send:8.2f} s"
           + "".join(f"{size / 1e6:9.0f} MB" for size in sizes), flush=True)  # fmt: skip
     return row
 
@@ -150,9 +209,12 @@ def summarize(rows: list[Measured]) -> dict[str, Any]:
         total = 2 * parameters
         write = max(total / ranks / wrote, total / FOLDER_BANDWIDTH)
         check = max(total / tensor_ranks / checked, servers * total / FOLDER_BANDWIDTH)
+        # each rank hashes what it sends, each of a server's ranks its share, and each receives all
+        send = total / ranks / checked + max(total / tensor_ranks / checked, total / NETWORK_BANDWIDTH)
         print(f"{name}: {total / 1e9:.0f} GB; {ranks} ranks write for {write:.1f} s, {servers} servers of "
-              f"{tensor_ranks} ranks check for {check:.1f} s")  # fmt: skip
-    ratio = round(min(2 * (FILE_BYTES + row.tensor) / row.growth for row in rows), 4)
+              f"{tensor_ranks} ranks check for {check:.1f} s; by broadcast at {NETWORK_BANDWIDTH / 1e9:.0f} GB/s for "
+              f"each rank {send:.1f} s together")  # fmt: skip
+    ratio = round(min(2 * (FILE_BYTES + row.tensor) / max(row.growth, row.send_growth) for row in rows), 4)
     return {
         "name": "transfer", "ratio": ratio, "low": ratio, "high": ratio, "target": 1.0,
         "unit": f"limit / growth of a rank, up to {last.parameters / 1e9:.2g} billion parameters",
@@ -164,12 +226,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two tiny models")
     parser.add_argument("--full", action="store_true", help="up to 10⁹ parameters: about three minutes")
+    parser.add_argument("--receiver", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(Path(arguments.child[0]), Qwen3MoeConfig.model_validate_json(arguments.child[1]))
+    elif arguments.receiver:
+        receive(arguments.receiver)
     else:
-        heads = ("bytes", "held", "growth", "reader", "tensor")
-        print(f"{'parameters':>13}{'write':>10}{'check':>10}" + "".join(f"{head:>12}" for head in heads))
+        heads = ("bytes", "held", "growth", "of send", "reader", "tensor")
+        print(f"{'parameters':>13}{'write':>10}{'check':>10}{'send':>10}" + "".join(f"{head:>12}" for head in heads))
         chosen = QUICK if arguments.quick else SIZES + FULL * arguments.full
         print(json.dumps(summarize([measure(size) for size in chosen])))

@@ -6,10 +6,12 @@ the command line, and writes nothing but `work` (its resumable state), `out` (it
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, Generic, Literal, NoReturn, Protocol
+from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -249,6 +251,44 @@ Promise = Literal["bitwise", "numeric"]
 tolerance."""
 
 
+class ServerPlace(Protocol):
+    """One of the servers of a stage, in a job of its own. A job that is started again has the same number.
+
+    folder: which all servers of the stage and the stage itself see; log: this server's; run: its run.
+    """
+
+    folder: Path
+    log: Path
+    run: str
+    number: int
+
+    def ended(self) -> bool:
+        """Whether the stage has ended, so that nobody will ask for more. Cheap: call it freely."""
+
+    def ready(self) -> None:
+        """Reports that the server answers: a job that got this far is started again however often it dies."""
+
+
+@dataclass(frozen=True)
+class ServerSearch:
+    """What a stage with servers in jobs of their own finds in its environment, as JSON. folder, run: as the servers
+    have them; seconds: how long the stage waits while no server is there."""
+
+    folder: str
+    run: str
+    seconds: float
+    VARIABLE: ClassVar = "ATOM_SERVERS"
+
+    def variable(self) -> dict[str, str]:
+        return {self.VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def of_environment(cls) -> ServerSearch | None:
+        """None for a stage without such servers."""
+        text = os.environ.get(cls.VARIABLE)
+        return cls(**json.loads(text)) if text else None
+
+
 C = TypeVar("C", bound=Config, default=Any)
 
 
@@ -268,6 +308,7 @@ class Stage(Generic[C]):
     simulate: walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
     shards: pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`. Each
     leaves complete files in `work`; `run` does the missing ones and produces the same bytes for any number of shards.
+    takes_servers: whether servers in jobs of their own can work for it. serve: runs one until the stage has ended.
     """
 
     name: str
@@ -285,3 +326,5 @@ class Stage(Generic[C]):
     reads: Mapping[str, str] = field(default_factory=dict)
     shards: Callable[[C], int] = lambda config: 1
     run_shard: Callable[[C, Inputs, Path, int], None] | None = None
+    takes_servers: Callable[[C], bool] = lambda config: False
+    serve: Callable[[C, ServerPlace], None] | None = None

@@ -175,6 +175,13 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
             "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
             "beside GPUs"
         )
+    servers = profile.slurm.servers if profile.slurm else None
+    served = [row.state.name for row in rows if row.takes_servers and row.state.text == "to run"]
+    if servers is not None and served:
+        each = f"{servers.gpus_per_node} GPUs" if servers.gpus_per_node else f"{servers.cpus_per_task} cores"
+        sentences.append(
+            f"beside {' and '.join(served)}, while it runs: {servers.count} jobs of a server with {each}, in no figure"
+        )
     reasons: dict[str, list[str]] = {}
     for use in uses:
         if use.why:

@@ -17,7 +17,7 @@ from pipeline.graph.dag import Graph, State
 class StagePlan:
     """One stage of the plan: its state, its estimate, its input artifacts from earlier runs by role, its ranks, the
     operational fields of its config, and its shards, which tasks of a job array may process. time: of a training phase
-    on GPUs, where there is a model of it."""
+    on GPUs, where there is a model of it. takes_servers: whether servers in jobs of their own can work for it."""
 
     state: State
     estimate: Estimate
@@ -28,6 +28,7 @@ class StagePlan:
     trains: bool = False
     shards: int = 1
     time: Callable[[Accelerator], TrainingTime] | None = None
+    takes_servers: bool = False
 
     def json(self) -> dict[str, Any]:
         e = self.estimate
@@ -80,6 +81,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
             node.stage.trains,
             node.stage.shards(node.config),
             partial(node.stage.time, node.config) if node.stage.time else None,
+            node.stage.takes_servers(node.config),
         )
         for node in (graph.nodes[name] for name in selected)
     ]

@@ -70,6 +70,7 @@ class JobRow(TypedDict):
     attached: bool
     array: NotRequired[str | None]
     shards: NotRequired[int]
+    servers: NotRequired[str | None]
 
 
 BODY = TypeAdapter(Body)
@@ -93,10 +94,14 @@ class Run(RunFolder):
 
     body: Body
 
-    def note_job(self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1) -> None:
+    def note_job(
+        self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1, servers: str | None = None
+    ) -> None:
         """Records the Slurm job of a node. attached: another run submitted it; array: the job array for its shards,
-        with the number of its tasks."""
+        with the number of its tasks; servers: the job array of its servers."""
         row: JobRow = {"node": node, "job": job, "attached": attached, "array": array, "shards": shards}
+        if servers is not None:
+            row["servers"] = servers
         with open(self.folder / "jobs.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -176,7 +181,7 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
 def _has_begun(folder: Path) -> bool:
     """Whether a run has files that are written after its run.json, which is then lost: files of a launcher or a stage,
     or a link to them. Without such files, the run was killed before it began."""
-    later = ("driver", "jobs.jsonl", "*/events.jsonl", "*/submitit", "*/shards/submitit")
+    later = ("driver", "jobs.jsonl", "*/events.jsonl", "*/submitit", "*/shards/submitit", "*/servers/submitit")
     if not folder.is_dir():
         return False
     return any(any(folder.glob(pattern)) for pattern in later) or any(path.is_symlink() for path in folder.iterdir())
@@ -234,6 +239,7 @@ class NodeStatus:
     elapsed: str | None = None
     restarts: int | None = None
     reason: str | None = None
+    servers: str | None = None  # how many of its servers run, and how many wait
     message: str = ""
     kind: str | None = None  # of the failure in `message`
 

@@ -9,18 +9,19 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import jinja2
 
 from pipeline.core.errors import Kind
+from pipeline.core.stage import ServerSearch
 from pipeline.core.store import Store
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
 from pipeline.launch import clean_environment
-from pipeline.launch.cluster_profile import Allocation, Slurm
+from pipeline.launch.cluster_profile import Resources, Servers, Slurm
 from pipeline.launch.decision import Decision
 from pipeline.launch.local import JOB_ENVIRONMENT
 from pipeline.launch.slurm_client import Owner
@@ -35,6 +36,7 @@ class BatchScript:
     setup: lines of shell. python: the shell command for Python, perhaps in a container.
     submitit_folder: folder of the job's pickle and logs. launches_folder: folder of the launches.
     restarts: number of restarts of a job whose attempts are not counted otherwise.
+    served_job, served_comment: the job of the stage with which a job of servers ends, and that job's comment.
     notify: a shell command, on failure and at the end of the run; in an array, the one task that creates
     notified_folder runs it.
     """
@@ -54,6 +56,8 @@ class BatchScript:
     restarts: int
     notify: str | None
     notified_folder: Path
+    served_job: str | None = None
+    served_comment: str = ""
 
     def text(self) -> str:
         """The script, as sbatch takes it."""
@@ -90,22 +94,60 @@ def batch_script(
     fill nodes equally, or if a variable to forward looks like a secret.
     """
     folder = run.node_folder(node.name) / ("shards" if tasks else "")
-    variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
-    if slurm.scratch:
-        variables["TMPDIR"] = slurm.scratch
-    log = folder / "submitit" / ("%A_%a_%t_log.out" if tasks else "%j_%t_log.out")
-    srun_command = ["srun", "--unbuffered", "--output", str(log), "--export=ALL", "--kill-on-bad-exit=1"]
-    options = _sbatch_options(slurm, slurm.allocation(node.name, node.stage.ranks(node.config), node.stage.trains))
-    options |= {
-        "job-name": f"atom-{node.name}",
-        "comment": Owner(run.id, node.name, node.key).comment,
-        "output": str(log).replace("%t", "0"),
-        "chdir": str(store.home),
-    }
+    allocation = slurm.allocation(node.name, node.stage.ranks(node.config), node.stage.trains)
+    options = _sbatch_options(slurm, allocation.jobs, allocation.nodes, allocation.ranks_per_node,
+                              allocation.gpus_per_node)  # fmt: skip
+    comment = Owner(run.id, node.name, node.key).comment
     if dependencies:
         options["dependency"] = f"afterok:{':'.join(dependencies)}"
     if tasks:
         options["array"] = f"0-{tasks - 1}%{min(tasks, slurm.array_tasks)}"
+    script = _script(store, run, node, slurm, code, folder, options, comment, is_array=tasks > 0)
+    if not tasks and (servers := servers_of(slurm, node)):
+        search = ServerSearch(str(servers_folder(run, node) / "announced"), run.id, 60.0 * servers.wait_minutes)
+        script = replace(script, variables={**script.variables, **search.variable()})
+    return script
+
+
+def servers_of(slurm: Slurm, node: Node) -> Servers | None:
+    """The servers that are submitted with a node; None without any."""
+    return slurm.servers if node.stage.serve is not None and node.stage.takes_servers(node.config) else None
+
+
+def servers_folder(run: RunFolder, node: Node) -> Path:
+    """The folder of a node's servers, within that of the node."""
+    return run.node_folder(node.name) / "servers"
+
+
+def servers_script(
+    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, servers: Servers, job: str
+) -> BatchScript:
+    """The script of the array of a node's servers, which start once the stage's job has started and end with it."""
+    folder = servers_folder(run, node)
+    options = _sbatch_options(slurm, servers, 1, 1, servers.gpus_per_node)
+    options |= {"array": f"0-{servers.count - 1}", "dependency": f"after:{job}"}
+    served = Owner(run.id, node.name, node.key)
+    comment = replace(served, key=f"{node.key}.servers").comment  # no job of the key itself
+    script = _script(store, run, node, slurm, code, folder, options, comment, is_array=True)
+    return replace(script, served_job=job, served_comment=served.comment)
+
+
+def _script(
+    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, folder: Path,
+    options: dict[str, str | int | bool], comment: str, is_array: bool,
+) -> BatchScript:  # fmt: skip
+    """folder: of the job's files. options: of sbatch, beside those that each job has."""
+    variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
+    if slurm.scratch:
+        variables["TMPDIR"] = slurm.scratch
+    log = folder / "submitit" / ("%A_%a_%t_log.out" if is_array else "%j_%t_log.out")
+    srun_command = ["srun", "--unbuffered", "--output", str(log), "--export=ALL", "--kill-on-bad-exit=1"]
+    options |= {
+        "job-name": f"atom-{node.name}",
+        "comment": comment,
+        "output": str(log).replace("%t", "0"),
+        "chdir": str(store.home),
+    }
     return BatchScript(
         run=run.id,
         stage=node.name,
@@ -118,23 +160,24 @@ def batch_script(
         python=_python(slurm, store),
         submitit_folder=folder / "submitit",
         launches_folder=folder / "ranks",
-        is_array=tasks > 0,
+        is_array=is_array,
         restarts=slurm.restarts,
         notify=slurm.notify,
         notified_folder=folder / "notified",
     )
 
 
-def _sbatch_options(slurm: Slurm, allocation: Allocation) -> dict[str, str | int | bool]:
+def _sbatch_options(
+    slurm: Slurm, jobs: Resources, nodes: int, tasks_per_node: int, gpus_per_node: int
+) -> dict[str, str | int | bool]:
     """The sbatch options of every job of the profile."""
-    jobs = allocation.jobs
     options: dict[str, str | int | bool | None] = {
         "partition": jobs.partition,
         "time": jobs.minutes,
-        "nodes": allocation.nodes,
-        "ntasks-per-node": allocation.ranks_per_node,
+        "nodes": nodes,
+        "ntasks-per-node": tasks_per_node,
         "cpus-per-task": jobs.cpus_per_task,
-        "gpus-per-node": allocation.gpus_per_node or None,
+        "gpus-per-node": gpus_per_node or None,
         "mem": None if jobs.memory_gb is None else f"{round(jobs.memory_gb * 1024)}M",
         "exclusive": jobs.exclusive or None,
         "account": jobs.account,

@@ -124,18 +124,15 @@ SlurmExpression = Annotated[
 ]
 
 
-class Jobs(Config):
+class Resources(Config):
     """Resources that jobs of one kind request from Slurm."""
 
     partition: SlurmName = Field(description="Slurm partition, or several")
     minutes: Annotated[int, Range(1, 525_600, "525600 are a year")] = Field(
         description="time limit of one start in minutes; a stage that needs more is restarted"
     )
-    tasks_per_node: Annotated[int, Range(1, 1024)] = Field(
-        1, description="maximum number of ranks per node; on GPU nodes, one per GPU"
-    )
     gpus_per_node: Annotated[int, Range(0, 1024)] = Field(0, description="GPUs per node; 0: none")
-    cpus_per_task: Annotated[int, Range(1, 4096)] = Field(1, description="CPU cores per rank")
+    cpus_per_task: Annotated[int, Range(1, 4096)] = Field(1, description="CPU cores per rank or server")
     memory_gb: Annotated[float, Range(0, 1e6, above=True)] | None = Field(
         None, description="memory per node in GiB; null: the default of the partition"
     )
@@ -144,6 +141,23 @@ class Jobs(Config):
     constraint: SlurmExpression | None = Field(None, description="required node features, as for sbatch --constraint")
     exclude: SlurmExpression | None = Field(None, description="nodes to avoid, as for sbatch --exclude")
     exclusive: Flag = Field(False, description="do not share nodes with other jobs")
+
+
+class Jobs(Resources):
+    """Resources that the jobs of stages request from Slurm."""
+
+    tasks_per_node: Annotated[int, Range(1, 1024)] = Field(
+        1, description="maximum number of ranks per node; on GPU nodes, one per GPU"
+    )
+
+
+class Servers(Resources):
+    """Servers for the stages that sample with them, such as vLLM's: a job on one node each, beside the stage's job."""
+
+    count: Annotated[int, Range(1, 10_000)] = Field(description="number of servers")
+    wait_minutes: Annotated[int, Range(1, 525_600)] = Field(
+        15, description="minutes that the stage waits while no server is there; it goes on with any number"
+    )
 
 
 @dataclass(frozen=True)
@@ -175,6 +189,9 @@ class Slurm(Config):
 
     cpu: Jobs = Field(description="jobs of data, export and evaluation stages")
     train: Jobs = Field(description="jobs of training and reinforcement-learning stages, one rank per GPU")
+    servers: Servers | None = Field(
+        None, description="jobs of servers for stages that sample with vLLM; null: such a stage starts one itself"
+    )
     container: Container | None = Field(None, description="container of the stages; null: none")
     python: LongLine | None = Field(
         None, description="Python interpreter without a container; null: that of `atom submit`"

@@ -20,7 +20,7 @@ from typing import Any
 import submitit
 
 from pipeline.core import input_integrity
-from pipeline.core.errors import Failure, Kind
+from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
 from pipeline.core.store import Store
 from pipeline.graph import registry
@@ -29,7 +29,7 @@ from pipeline.launch.attempt import Task
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, node_name, read, write
-from pipeline.launch.worker import STOP, attempt
+from pipeline.launch.worker import STOP, attempt, stop_signals
 from pipeline.tracking import budget, mlflow_sync
 
 MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
@@ -159,6 +159,62 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
             return _decide(launch, restart, Failure(f"{location}: {failure.text}", failure.kind))
     write(launch / "usage.json", Usage.now().since(usage_at_start).__dict__)
     Verdict(Decision.SEALED, f"{len(own_shards)} shards are done").write(launch)
+    return Decision.SEALED
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The place of a server, of this task of a job array."""
+
+    task: Task
+    store: Store
+    launch: Path
+    number: int
+
+    @property
+    def run(self) -> str:
+        return self.task.run
+
+    @property
+    def folder(self) -> Path:
+        return self.launch.parent.parent / "announced"
+
+    @property
+    def log(self) -> Path:
+        return self.launch / "server.log"
+
+    def ended(self) -> bool:
+        # the job's script creates the file
+        return self.store.sealed(self.task.key) or (self.launch / "ended").exists()
+
+    def ready(self) -> None:
+        (self.launch / "further").touch()
+
+
+def run_server(task: Task, limits: JobLimits) -> str:
+    """Runs a server for a node, in this task of a job array, until the stage has ended. Returns the decision: a server
+    that dies is started again as long as it has answered before, and otherwise as often as the profile allows."""
+    clean_environment.require(limits.variables)
+    slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
+    launch = launch_folder(store.logs / task.run / task.node / "servers", slurm_job.raw_job_id)
+    launch.mkdir(parents=True, exist_ok=True)
+    (launch / "started-0").touch()
+    place = _Place(task, store, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
+    if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
+        return _decide(launch, restart_count() < limits.restarts, Failure(problem))
+    stage = registry.stage(task.stage)
+    assert stage.serve is not None, "only such stages are submitted so"
+    try:
+        with stop_signals():
+            place.folder.mkdir(exist_ok=True)
+            stage.serve(stage.config.model_validate(task.config), place)
+    except Interrupted:
+        return _decide(launch, True, Failure("interrupted", Kind.STOPPED))
+    except Exception as error:
+        failure = report_failure(error, task.node, task.stage, store)
+        restart = not failure.kind.final and ((launch / "further").exists() or restart_count() < limits.restarts)
+        return _decide(launch, restart, failure)
+    Verdict(Decision.SEALED, "the stage has ended").write(launch)
     return Decision.SEALED
 
 

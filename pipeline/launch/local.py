@@ -262,7 +262,7 @@ class LocalLauncher:
         gpus = visible_gpus()
         executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides all GPUs
         # A Ctrl-C of the terminal goes to the whole process group. The job's controller never sees it (so that it waits
-        # for the stage to stop); the stage itself unblocks it, see worker._stop_signals. This process gets it
+        # for the stage to stop); the stage itself unblocks it, see worker.stop_signals. This process gets it
         # afterwards.
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -26,7 +26,7 @@ from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import LauncherFields, Run, RunFolder
 from pipeline.launch import job, slurm_client, submission_lock
 from pipeline.launch.attempt import Task
-from pipeline.launch.batch_script import BatchScript, batch_script
+from pipeline.launch.batch_script import BatchScript, batch_script, servers_of, servers_script
 from pipeline.launch.cluster_profile import Allocation, Profile, Slurm
 from pipeline.launch.job import JobLimits
 from pipeline.launch.local import damage_of, require_inputs
@@ -50,6 +50,8 @@ class Submission:
     """The attached stages whose jobs Slurm held back after a failed launch."""
     arrays: dict[str, str] = field(default_factory=dict)
     """The job arrays for the shards of submitted stages."""
+    servers: dict[str, str] = field(default_factory=dict)
+    """The job arrays of the servers of submitted stages."""
     damaged: dict[str, str] = field(default_factory=dict)
     """The skipped stages, each with a sentence on the damaged file."""
     lack: str | None = None
@@ -106,13 +108,18 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                         submission.arrays[name] = dependencies[0]
                     script = batch_script(store, run, node, slurm, code, dependencies)
                     jobs[name] = submission.submitted[name] = start(script, task, limits)
+                    if servers := servers_of(slurm, node):
+                        script = servers_script(store, run, node, slurm, code, servers, jobs[name])
+                        submission.servers[name] = start_servers(script, task, limits, servers.count)
                     submission_lock.write(store, Claim(node.key, jobs[name], run.id, name))
                 if name in jobs:
                     array, shards = submission.arrays.get(name), node.stage.shards(node.config)
-                    run.note_job(name, jobs[name], name in submission.attached, array, shards)
+                    servers_job = submission.servers.get(name)
+                    run.note_job(name, jobs[name], name in submission.attached, array, shards, servers_job)
         except BaseException:
             if submission.submitted or submission.arrays:
-                slurm_client.run_command("scancel", *submission.submitted.values(), *submission.arrays.values())
+                jobs_and_arrays = (submission.submitted, submission.arrays, submission.servers)
+                slurm_client.run_command("scancel", *(id for ids in jobs_and_arrays for id in ids.values()))
                 for name in submission.submitted:
                     submission_lock.remove(store, graph.nodes[name].key)
             raise
@@ -148,8 +155,17 @@ def start(script: BatchScript, task: Task, limits: JobLimits) -> str:
 
 def start_array(script: BatchScript, task: Task, limits: JobLimits, tasks: int) -> str:
     """Submits the array with that many tasks for a node's shards; returns its id. Raises AtomError as `start` does."""
-    id, pickled = _submit(script, job.run_shards, task, tasks, limits)
-    for number in range(tasks):  # submitit expects one file for each task; here all are equal
+    return _link_tasks(*_submit(script, job.run_shards, task, tasks, limits), tasks)
+
+
+def start_servers(script: BatchScript, task: Task, limits: JobLimits, count: int) -> str:
+    """Submits the array of so many servers of a node; returns its id. Raises AtomError as `start` does."""
+    return _link_tasks(*_submit(script, job.run_server, task, limits), count)
+
+
+def _link_tasks(id: str, pickled: Path, tasks: int) -> str:
+    """Links the file of each task of an array, which submitit expects; here all are equal. Returns the id."""
+    for number in range(tasks):
         os.link(pickled, pickled.with_name(pickled.name.replace(id, f"{id}_{number}", 1)))
     return id
 
@@ -242,6 +258,11 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
             dependencies = ["its shards"]
         script = batch_script(store, run, node, slurm, code, [])
         checks.append(_check_script(script, run.folder / f"{name}.sh", dependencies))
+        if servers := servers_of(slurm, node):
+            script = servers_script(store, run, node, slurm, code, servers, "")
+            options = {option: value for option, value in script.sbatch_options.items() if option != "dependency"}
+            script = replace(script, sbatch_options=options)
+            checks.append(_check_script(script, run.folder / f"{name}.servers.sh", [f"the start of {name}"]))
     return checks
 
 

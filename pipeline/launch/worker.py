@@ -69,7 +69,7 @@ def attempt(
             ranks.finish()
 
     try:
-        with _stop_signals():
+        with stop_signals():
             outcome = _run_attempt(task, store, report, ranks, end)
     except Interrupted:
         outcome = Failure("interrupted", Kind.STOPPED)
@@ -85,7 +85,7 @@ def attempt(
 
 
 @contextmanager
-def _stop_signals() -> Iterator[None]:
+def stop_signals() -> Iterator[None]:
     """Raises Interrupted in the main thread on the first signal to stop: a second signal must not interrupt the
     cleanup."""
 
@@ -113,7 +113,7 @@ def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
 
     with ranks.watch_failures(lambda failure: ranks.exit_on_peer_failure(failure, usage())):
         try:
-            with _stop_signals():
+            with stop_signals():
                 rendezvous = ranks.join_rendezvous()
                 if rendezvous is not None:
                     stage = registry.stage(task.stage)

@@ -30,7 +30,8 @@ def cancel_jobs(run: Run, store: Store) -> list[str]:
             and is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
             and slurm_jobs[row["job"]].alive
         }
-        arrays = [array for name, row in run.jobs().items() if name in own_jobs and (array := row.get("array"))]
+        rows = [row for name, row in run.jobs().items() if name in own_jobs]
+        arrays = [array for row in rows for array in (row.get("array"), row.get("servers")) if array]
         if own_jobs:
             slurm_client.run_command("scancel", *own_jobs.values(), *arrays)
     return list(own_jobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
         if not is_submitted_job(slurm_job, run, row, node.name):
             slurm_job = finished_jobs.get(row["job"])
         with_job = _add_job_state(node, row["job"], slurm_job, restarts(run, node.name))
+        with_job = replace(with_job, servers=_servers(row, slurm_jobs))
         rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
 
@@ -92,6 +94,23 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: in
     if job.state == "CANCELLED":
         return replace(node, state="cancelled", reason=job.reason or None, message="", kind=None)
     return replace(node, state="failed", message=message)
+
+
+def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
+    """How many servers of a stage run, and how many wait or have ended; None if Slurm has none of them."""
+    states = Counter(
+        task_job.state
+        for id, task_job in slurm_jobs.items()
+        if row.get("servers") and id.startswith(f"{row['servers']}_")
+        for _ in range(_tasks(id))
+    )
+    return ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items())) or None
+
+
+def _tasks(id: str) -> int:
+    """The number of tasks that a line of squeue stands for: `7_2`, or `7_[0-3,5]` for those that wait."""
+    ranges = [part.split("-") for part in id.rpartition("_")[2].partition("%")[0].strip("[]").split(",")]
+    return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
 
 
 def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[str, Job]) -> NodeStatus:

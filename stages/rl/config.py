@@ -78,13 +78,17 @@ class Sampling(Config):
     url: tuple[Url, ...] = operational(
         (), "URLs of vLLM servers on other nodes; empty: the stage starts one", max_length=1000
     )
+    transfer: Literal["folder", "broadcast"] = operational(
+        "folder", "how vLLM servers get the weights: by files in the work folder, or by NCCL (on CPU gloo)"
+    )
     options: tuple[LongLine, ...] = operational(
         (), "additional command-line options of the vLLM server that the stage starts", max_length=100
     )
 
     @model_validator(mode="after")
     def _effective(self) -> Sampling:
-        unused = [name for name in ("python", "url", "options") if getattr(self, name)]
+        defaults = {name: type(self).model_fields[name].default for name in ("python", "url", "options", "transfer")}
+        unused = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.kind != "vllm" and unused:
             raise ValueError(f"{unused[0]} has no effect with kind = {self.kind}, which starts no server; leave it "
                              "out, or set kind = vllm")  # fmt: skip

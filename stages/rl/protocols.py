@@ -70,6 +70,7 @@ class Completion:
 class SamplingSettings(Protocol):
     """The recipe's section `sampling`."""
 
+    kind: str
     max_new_tokens: int
     python: str | None
     url: tuple[str, ...]

@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
 from stages.rl.config import RlTrainConfig, obstacle
+from stages.rl.samplers.registry import serve, takes_servers
 from stages.train import TRAINING_LIBRARIES
 
 VERSION = 4
@@ -51,4 +52,5 @@ STAGE = Stage(
     promise=lambda c: c.phase.promise,
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.grpo", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
+    takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from stages.rl.samplers.vllm_worker.atom_index import policy_digest, row_of
 from stages.train.checkpoint import release_checkpoint
 from stages.train.full_tensors import FullTensors
 from stages.train.parallel import Ranks
+
+if TYPE_CHECKING:
+    from stages.rl.broadcast import Broadcast
 
 FILE_BYTES = 250_000_000
 """Largest file, unless one tensor is larger."""
@@ -35,10 +38,14 @@ Share = tuple[Rows, dict[str, str]]
 
 class Weights(Mapping[str, torch.Tensor]):
     """A policy's tensors by transformers' names. digest: of the policy; folder: of the files with them, of which each
-    tensor is then read on access, or None for the trainer's live tensors."""
+    tensor is then read on access, or None for the trainer's live tensors. broadcast: sends them instead; there are then
+    no tensors here."""
 
-    def __init__(self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None) -> None:
-        self.digest, self.tensors, self.folder = digest, tensors, folder
+    def __init__(
+        self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None,
+        broadcast: Broadcast | None = None,
+    ) -> None:  # fmt: skip
+        self.digest, self.tensors, self.folder, self.broadcast = digest, tensors, folder, broadcast
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -57,9 +64,14 @@ def hf_tensors(full: FullTensors, model: ModelConfig, vocab_size: int) -> Tensor
 
 def digest_of(tensors: Tensors, ranks: Ranks) -> str:
     """The digest of the policy with these `hf_tensors`, on every rank. Collective."""
+    return policy_digest(merge(*describe(tensors, ranks)))
+
+
+def describe(tensors: Tensors, ranks: Ranks) -> tuple[list[str], list[Rows]]:
+    """The names of all of a policy's `hf_tensors`, in order, and the entries of those of each rank. Collective."""
     names: list[str] = []
     rows = {name: row_of(tensor) for name, tensor in _own(tensors, names)}
-    return policy_digest(merge(names, ranks.gather(rows)))
+    return names, ranks.gather(rows)
 
 
 def write(tensors: Tensors, ranks: Ranks, folder: Path) -> tuple[str, Path]:

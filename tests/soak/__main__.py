@@ -112,6 +112,10 @@ PARTS = {
         test_steps(*(f"tests/integration/test_{name}.py" for name in ("planted", "large_release"))), ["tests", "result"],
         "Planted duplicates and leaks in a thousand parts; traces and checks of a million documents by brute force.",
     ),
+    "slurm-servers": Part(
+        test_steps("tests/slurm/test_slurm_servers.py"), ["tests", "result"],
+        "Real vLLM servers in Slurm jobs beside RL: canceled, started again, orphaned; ATOM_VLLM_PYTHON names their Python.",
+    ),
     "slurm-recipe": Part(
         test_steps("tests/slurm/test_slurm_soak.py"), ["tests", "result"],
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from pipeline.core.stage import Promise
+from pipeline.core.stage import Promise, ServerPlace
 from stages.rl.protocols import Sampler, SamplerContext, SamplingSettings
 from stages.rl.samplers import vllm_server
 
@@ -19,12 +19,13 @@ from stages.rl.samplers import vllm_server
 class SamplerEntry:
     """module: the module with `SAMPLER`. promise: of a stage that draws with it. apart: whether it draws in processes
     of its own, which read the weights from files. obstacle: the reason why it cannot work here with the recipe's
-    settings, if any; called before anything starts, without torch."""
+    settings, if any; called before anything starts, without torch. serve: runs a server in a job of its own."""
 
     module: str
     promise: Promise
     apart: bool = False
     obstacle: Callable[[SamplingSettings], str | None] = lambda settings: None
+    serve: Callable[[SamplingSettings, ServerPlace], None] | None = None
 
 
 SAMPLERS = {
@@ -32,9 +33,26 @@ SAMPLERS = {
     "subprocess": SamplerEntry("stages.rl.samplers.subprocess_sampler", promise="bitwise", apart=True),
     # vLLM adds in an order of its own.
     "vllm": SamplerEntry(
-        "stages.rl.samplers.vllm_sampler", promise="numeric", apart=True, obstacle=vllm_server.obstacle
+        "stages.rl.samplers.vllm_sampler",
+        promise="numeric",
+        apart=True,
+        obstacle=vllm_server.obstacle,
+        serve=vllm_server.serve,
     ),
 }
+
+
+def takes_servers(settings: SamplingSettings) -> bool:
+    """Whether servers in jobs of their own can draw: not if the recipe names some that others started."""
+    return SAMPLERS[settings.kind].serve is not None and not settings.url
+
+
+def serve(settings: SamplingSettings, place: ServerPlace) -> None:
+    """Runs a server until the stage has ended. Raises MachineError if it dies, AtomError where a requirement is
+    missing."""
+    function = SAMPLERS[settings.kind].serve
+    assert function is not None, "only for samplers that take servers"
+    function(settings, place)
 
 
 def make_sampler(name: str, context: SamplerContext) -> Sampler:

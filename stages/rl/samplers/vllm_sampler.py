@@ -11,17 +11,24 @@ import contextlib
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
 from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.stage import ServerSearch
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
+from stages.rl.samplers import server_files, vllm_server
+from stages.rl.samplers.server_files import Announced
 from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
 from stages.rl.weights import Weights
+
+if TYPE_CHECKING:
+    from stages.rl.broadcast import Broadcast
 
 REVIVALS = 3
 """How often the servers of a step may all be lost before the stage ends."""
@@ -30,8 +37,8 @@ T = TypeVar("T")
 
 
 class VllmServer(Sampler):
-    """Draws with one server of its own on this machine, or with those at `urls`. Several threads may draw and another
-    one load weights: a server finishes running answers with the new ones.
+    """Draws with one server of its own on this machine, with those at `urls`, or with those that announce themselves.
+    Several threads may draw and another one load weights: a server finishes running answers with the new ones.
 
     With equal seeds it draws equal tokens only up to the rounding of a batched matrix product: the batches of requests
     depend on time. Drawn answers are kept, so this only matters for a repetition from scratch.
@@ -42,13 +49,14 @@ class VllmServer(Sampler):
     def __init__(
         self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
         python: str | None = None, urls: Sequence[str] = (), options: Sequence[str] = (),
-        note: Callable[[str], None] = print,
+        note: Callable[[str], None] = print, search: ServerSearch | None = None,
     ) -> None:  # fmt: skip
         """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers. note:
-        is told which server is lost. Raises AtomError without a vLLM to start."""
+        is told which server is lost. search: where servers in jobs of their own announce themselves. Raises AtomError
+        without a vLLM to start."""
         self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.note = note
+        self.note, self.search = note, None if urls else search
         self.weights: Weights | None = None
         self.serving: list[Server] = []
         """The servers that have the weights; the others are new or lost."""
@@ -59,8 +67,15 @@ class VllmServer(Sampler):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(self.config))
+        self.servers: list[Server] = []
+        self.announced: dict[Announced, Server] = {}
+        self.invited: dict[Server, dict[str, Any]] = {}
         if urls:
             self.servers = [Server(url) for url in urls]
+        elif self.search is not None:
+            place = Path(self.search.folder)
+            place.mkdir(parents=True, exist_ok=True)
+            server_files.replace_file(place / "config.json", json.dumps(self.config))  # which the servers wait for
         else:
             log = self.folder / "server.log"
             gpus = None
@@ -74,7 +89,7 @@ class VllmServer(Sampler):
         settings = context.settings
         return cls(
             context.config, context.stops, settings.max_new_tokens, 1.0, context.folder,
-            settings.python, settings.url, settings.options, context.note,
+            settings.python, settings.url, settings.options, context.note, ServerSearch.of_environment(),
         )  # fmt: skip
 
     def load(self, weights: Weights) -> None:
@@ -111,7 +126,7 @@ class VllmServer(Sampler):
             with self.renewing:  # another thread may renew them
                 if not self.serving:
                     revivals += 1
-                    if revivals > REVIVALS:
+                    if revivals > REVIVALS or self.weights.broadcast is not None:  # the other ranks do not send now
                         raise next(iter(self.lost.values()))
                     self._renew()
             # neighbors are often answers to one question, so that one server keeps its cache
@@ -174,6 +189,9 @@ class VllmServer(Sampler):
         assert self.weights is not None
         update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
         is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
+        self._find(is_alone)
+        if self.weights.broadcast is not None:
+            return self._receive(self.weights.broadcast, is_alone)
 
         def check(server: Server, _: None) -> bool:
             self._check(server, update, is_alone)
@@ -214,18 +232,129 @@ class VllmServer(Sampler):
 
         return attempt
 
+    def _find(self, is_alone: bool) -> None:
+        """Makes `servers` those that are announced now, and those that serve. is_alone: waits for one that answers.
+        Raises ServerLost if none comes within the time of the search."""
+        if self.search is None:
+            return
+        end, is_noted = time.monotonic() + self.search.seconds, False
+        while True:
+            found = server_files.read(Path(self.search.folder), self.search.run)
+            # one that was started again is another server, at the same address or not
+            self.announced = {server: self.announced.get(server) or Server(server.url) for server in found}
+            present = list(self.announced.values())
+            urls = {server.url for server in present}
+            self.serving = [server for server in self.serving if server in present or server.url not in urls]
+            self.servers = [*present, *(server for server in self.serving if server not in present)]
+            self.lost = {server: error for server, error in self.lost.items() if server in self.servers}
+            if not is_alone or any(server.problem() is None for server in present):
+                return
+            if time.monotonic() > end:
+                raise ServerLost(
+                    f"no vLLM server in a job of its own answers after {self.search.seconds / 60:.0f} min "
+                    f"(slurm.servers.wait_minutes); {len(present)} have announced themselves in {self.search.folder}; "
+                    "see their jobs' logs beside it, and run again to go on"
+                )
+            if not is_noted:
+                self.note(f"waits for a vLLM server, at most {self.search.seconds / 60:.0f} min")
+                is_noted = True
+            time.sleep(vllm_server.POLL_SECONDS)
+
     def _check(self, server: Server, update: Mapping[str, Any], is_alone: bool) -> None:
         if server not in self.serving:
-            if server in self.lost:
-                server.launch()
-            server.wait(None if is_alone or server.run else 0)
-            if server.run is None:  # an earlier user may have left an update open
-                with contextlib.suppress(AtomError):
-                    server.post("/finish_weight_update", attempts=1)
-            sizes = {name: value for name, value in self.config.items() if type(value) in (int, float)}
-            server.post("/init_weight_transfer_engine", {"init_info": {"sizes": sizes}})
+            self._greet(server, is_alone)
+            server.post("/init_weight_transfer_engine", {"init_info": self._model()})
         server.post("/start_weight_update", attempts=1)
         server.post("/update_weights", {"update_info": {**update, "load": False}}, attempts=1)
+
+    def _greet(self, server: Server, is_alone: bool) -> None:
+        """Makes a server that does not serve ready for an update."""
+        if server in self.lost:
+            server.launch()
+        is_waited_for = server.run or (is_alone and self.search is None)
+        server.wait(None if is_waited_for else 0)
+        if server.run is None:  # an earlier user may have left an update open
+            with contextlib.suppress(AtomError):
+                server.post("/finish_weight_update", attempts=1)
+
+    def _model(self) -> dict[str, Any]:
+        """What a server is told of the trainer's model."""
+        return {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
+
+    def _receive(self, broadcast: Broadcast, is_alone: bool) -> None:
+        """Has all servers that are there receive the weights. One that fails is left out, and breaks nothing else."""
+        assert self.weights is not None
+        digest = self.weights.digest
+
+        def greet(server: Server, _: None) -> bool:
+            if server not in self.serving or server.url not in broadcast.groups:
+                self._greet(server, is_alone)
+                self.invited[server] = {}
+                try:
+                    self.invited[server] = broadcast.invite(server.url)
+                except OSError as error:
+                    raise server.lost(str(error)) from None
+            return True
+
+        greeted = self._map([(server, None) for server in self.servers], self._unless_lost(greet))
+        present = [server for server, done in zip(self.servers, greeted, strict=True) if done]
+
+        def enter(server: Server, invitation: Mapping[str, Any]) -> bool:
+            try:
+                server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
+            except BaseException:
+                broadcast.give_up(invitation)
+                raise
+            return True
+
+        def update(server: Server, _: None) -> bool:
+            server.post("/start_weight_update", attempts=1)
+            server.post("/pause?mode=keep")
+            server.post("/update_weights", {"update_info": {"digest": digest, **broadcast.content}}, attempts=1)
+            return True
+
+        def finish(server: Server, _: None) -> bool:
+            server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
+            server.post("/resume")
+            return True
+
+        invitations = {server: self.invited.pop(server) for server in present if server in self.invited}
+        if invitations:
+            joined = self._beside(enter, list(invitations.items()), lambda: broadcast.join(
+                {server.url: invitation for server, invitation in invitations.items()}
+            ))  # fmt: skip
+            present = [server for server in present if server not in invitations or server in joined]
+        taken = self._beside(update, [(server, None) for server in present], lambda: broadcast.send(
+            [server.url for server in present]
+        ))  # fmt: skip
+        self.serving = []
+        finished = self._map([(server, None) for server in taken], self._unless_lost(finish))
+        self.serving = [server for server, done in zip(taken, finished, strict=True) if done]
+        for server in self.serving:
+            self.lost.pop(server, None)
+        if not self.serving:
+            raise next(iter(self.lost.values()))
+
+    def _beside(
+        self, request: Callable[[Server, Any], bool], items: Sequence[tuple[Server, Any]], act: Callable[[], set[str]]
+    ) -> list[Server]:
+        """The servers whose request is answered, and with which the trainer's ranks succeed meanwhile in `act`."""
+
+        def confirmed(server: Server, result: Future[bool | None]) -> bool:
+            if not result.result():
+                return False
+            if server.url not in succeeded:
+                raise server.lost("its weights did not come through in time; see whether it and the ranks reach each "
+                                  "other, and what NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names")  # fmt: skip
+            return True
+
+        with ThreadPoolExecutor(max(1, len(items))) as pool:
+            results = [pool.submit(self._unless_lost(request), server, item) for server, item in items]
+            succeeded = act()
+            answered = [
+                self._unless_lost(confirmed)(server, result) for (server, _), result in zip(items, results, strict=True)
+            ]
+        return [server for (server, _), done in zip(items, answered, strict=True) if done]
 
     def _take(self, server: Server, update: Mapping[str, Any]) -> None:
         """Running answers wait, and go on with the new weights, which read their tokens again."""

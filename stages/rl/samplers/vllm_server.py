@@ -1,13 +1,14 @@
 """A vLLM server: its process, and requests to it with retries and clear errors. No torch.
 
-The stage starts a server by itself. Servers on nodes of their own are started beforehand, each by
+The stage starts a server by itself, unless the cluster profile has servers in jobs of their own, which run `serve`.
+Other servers on nodes of their own are started beforehand, each by
 
     python -m stages.rl.samplers.vllm_server FOLDER PORT [OPTION ...]
 
 with ATOM_VLLM_PYTHON set, where FOLDER has the config.json of a model of the same shape (any earlier export) and
-options are vLLM's; the recipe then lists them in `sampling.url`. The weights reach them through the stage's work
-folder, which they must see under the same path. Their development endpoints accept commands from anyone who reaches the
-port: keep it inside the cluster.
+options are vLLM's; the recipe then lists them in `sampling.url`. The weights reach them by broadcast, or through the
+stage's work folder, which they must then see under the same path. Their development endpoints accept commands from
+anyone who reaches the port: keep it inside the cluster.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.stage import ServerPlace, ServerSearch
 from stages.rl.direct_requests import DIRECT
 from stages.rl.protocols import SamplingSettings
+from stages.rl.samplers import server_files
+from stages.rl.samplers.server_files import Announced
 
 START_SECONDS = 900.0  # to import, and to warm up on a machine that is busy
 REQUEST_SECONDS = 900.0
@@ -42,6 +46,10 @@ SHARE = 0.5
 """Of the free memory of a GPU, what a server gets beside training, which needs the rest for its steps."""
 CPU_OPTIONS = ["--no-enable-chunked-prefill", "--enforce-eager"]
 """On CPU, 0.32 dies when a seeded request's prompt is read in parts."""
+SILENCE_SECONDS = 120.0
+"""How long a server in a job of its own may give no answer before it is started again."""
+POLL_SECONDS = 1.0
+"""How often a server in a job of its own looks whether its stage has ended, and asks the server whether it answers."""
 HIDDEN = "<path>"
 """What vLLM writes in its messages instead of a path."""
 REFUSAL = re.compile(r"\[\[(.*?)\]\]")
@@ -72,7 +80,7 @@ def interpreter(python: str | None) -> str:
 
 def obstacle(settings: SamplingSettings) -> str | None:
     """The reason why no server can start here, if one is required."""
-    if settings.url:
+    if settings.url or ServerSearch.of_environment():
         return None
     try:
         interpreter(settings.python)
@@ -90,7 +98,7 @@ def command(python: str, folder: Path, host: str, port: int, options: Sequence[s
         "max-num-seqs": IN_FLIGHT, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
         # on CPU the output layer is a packed copy, which a reload of tied weights would not change
         "hf-overrides": json.dumps({"tie_word_embeddings": False}),
-        "weight-transfer-config": json.dumps({"backend": "atom-folder"}),  # of vllm_worker/atom_engine.py
+        "weight-transfer-config": json.dumps({"backend": "atom"}),  # of vllm_worker/atom_engine.py
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--tokens-only", "--disable-uvicorn-access-log"]
@@ -141,14 +149,23 @@ class Server:
 
     @classmethod
     def start(
-        cls, python: str, folder: Path, log: Path, options: Sequence[str] = (), gpus: tuple[int, float] | None = None
-    ) -> Server:
-        """Starts a server on a free port of this machine; `wait` returns when it answers. gpus: see `place`."""
+        cls, python: str, folder: Path, log: Path, options: Sequence[str] = (), gpus: tuple[int, float] | None = None,
+        host: str | None = None,
+    ) -> Server:  # fmt: skip
+        """Starts a server on a free port of this machine; `wait` returns when it answers.
+
+        gpus: see `place`, for a server beside training; host: the name by which others reach this machine, for a server
+        without training beside it, on all its GPUs."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        variables, chosen = place(os.environ, *gpus) if gpus else ({}, CPU_OPTIONS)
-        arguments = ["sh", "-c", _WATCHED, "sh", *command(python, folder, "127.0.0.1", port, [*chosen, *options])]
+        variables, chosen = place(os.environ, *gpus) if gpus and not host else ({}, [])
+        if gpus is None:
+            chosen = CPU_OPTIONS
+        elif host and gpus[0] > 1:
+            chosen = [f"--tensor-parallel-size={gpus[0]}"]
+        listen = "0.0.0.0" if host else "127.0.0.1"  # noqa: S104
+        arguments = ["sh", "-c", _WATCHED, "sh", *command(python, folder, listen, port, [*chosen, *options])]
 
         def run() -> subprocess.Popen[bytes]:
             with open(log, "ab") as out:
@@ -158,7 +175,7 @@ class Server:
                     start_new_session=True,
                 )  # fmt: skip
 
-        server = cls(f"http://127.0.0.1:{port}", log, run)
+        server = cls(f"http://{host or '127.0.0.1'}:{port}", log, run)
         server.launch()
         return server
 
@@ -172,15 +189,19 @@ class Server:
         """Waits until the server answers. Raises ServerLost if it dies before or takes longer."""
         seconds = START_SECONDS if seconds is None else seconds
         end = time.monotonic() + seconds
-        while True:
-            self._require_alive()
-            try:
-                with DIRECT.open(f"{self.url}/health", timeout=10):
-                    return
-            except (OSError, http.client.HTTPException) as error:
-                if time.monotonic() > end:
-                    raise self._failure(f"no answer within {seconds:.0f} s: {error}") from None
+        while (problem := self.problem()) is not None:
+            if time.monotonic() > end:
+                raise self.lost(f"no answer within {seconds:.0f} s: {problem}") from None
             time.sleep(0.25)
+
+    def problem(self) -> str | None:
+        """Why the server does not answer; None if it does. Raises ServerLost if it has died."""
+        self._require_alive()
+        try:
+            with DIRECT.open(f"{self.url}/health", timeout=10):
+                return None
+        except (OSError, http.client.HTTPException) as error:
+            return str(error)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, attempts: int = ATTEMPTS) -> Any:
         """The JSON of its response. A request that is not idempotent has one attempt. Raises ServerLost, or AtomError
@@ -206,7 +227,7 @@ class Server:
                     raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = f"{path}: {error}"
-        raise self._failure(reason)
+        raise self.lost(reason)
 
     def close(self) -> None:
         """Ends a server that this process started, with all its children."""
@@ -221,9 +242,10 @@ class Server:
 
     def _require_alive(self) -> None:
         if self.process is not None and (code := self.process.poll()) is not None:
-            raise self._failure(f"exit code {code}")
+            raise self.lost(f"exit code {code}")
 
-    def _failure(self, reason: str) -> ServerLost:
+    def lost(self, reason: str) -> ServerLost:
+        """The error that the server is gone, with the end of its log."""
         log_tail = ""
         if self.log is not None and self.log.exists():
             lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
@@ -238,6 +260,45 @@ def _message(error: urllib.error.HTTPError) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
     return " ".join(text.split())[:1000]
+
+
+def serve(settings: SamplingSettings, place: ServerPlace) -> None:
+    """Runs a server for a stage and announces it until the stage has ended. Raises MachineError if it dies or no longer
+    answers, AtomError without vLLM."""
+    python, config = interpreter(settings.python), place.folder / "config.json"
+    while not config.exists():  # the stage writes it
+        if place.ended():
+            return
+        time.sleep(POLL_SECONDS)
+    import torch
+
+    from pipeline.launch.rendezvous import node_name
+
+    gpus = (torch.cuda.device_count(), 1.0) if torch.cuda.is_available() else None
+    server = Server.start(python, place.folder, place.log, settings.options, gpus, node_name())
+    try:
+        if not _await(server, place, START_SECONDS):
+            return
+        place.ready()
+        job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        announcement = Announced(place.run, server.url, node_name(), job, start)
+        with server_files.announced(place.folder, place.number, announcement):
+            while _await(server, place, SILENCE_SECONDS):
+                time.sleep(POLL_SECONDS)
+    finally:
+        server.close()
+
+
+def _await(server: Server, place: ServerPlace, seconds: float) -> bool:
+    """Waits until the server answers; False if the stage ends before. Raises ServerLost as `Server.wait` does."""
+    end = time.monotonic() + seconds
+    while not place.ended():
+        if (problem := server.problem()) is None:
+            return True
+        if time.monotonic() > end:
+            raise server.lost(f"no answer within {seconds:.0f} s: {problem}")
+        time.sleep(POLL_SECONDS)
+    return False
 
 
 def main() -> None:

@@ -1,0 +1,122 @@
+"""How a stage finds servers in jobs of their own: each writes a file into a folder that all see, and keeps it fresh.
+
+    server-<number>.json    url, host, Slurm job and start of a server that answers
+    config.json             of the stage: the model to serve
+
+Files are written atomically, and only the server that a file is of writes or removes it. A server lives while the time
+of its file is younger than EXPIRY by the clock of the file system, so that no clocks of hosts are compared. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files
+from pipeline.core.errors import MachineError
+from pipeline.core.json_files import Damaged
+from pipeline.core.lease import EXPIRY, HEARTBEAT, file_system_time
+
+LIMIT = 100_000
+"""Bytes of the largest file that is read."""
+
+
+class _Body(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    run: str
+    url: Annotated[str, Field(pattern=r"^http://[^\s/]+$")]
+    host: str
+    job: str
+    start: int
+
+
+_BODY = TypeAdapter(_Body)
+
+
+@dataclass(frozen=True)
+class Announced:
+    """A server. run: the run that it is of; job, start: its Slurm job, and how often that was started again."""
+
+    run: str
+    url: str
+    host: str
+    job: str
+    start: int
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file atomically. Raises OSError."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        draft.write_text(text)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def announced(folder: Path, number: int, server: Announced) -> Iterator[None]:
+    """Announces a server in a block, as number `number` of its stage."""
+    path, stop = folder / f"server-{number}.json", threading.Event()
+    replace_file(path, json.dumps(asdict(server)))
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT):
+            with suppress(OSError):  # the file system is away for a moment, or the file for good: it is then stale
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="announcement", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        with suppress(OSError):  # else it becomes stale
+            path.unlink()
+
+
+def read(folder: Path, run: str) -> list[Announced]:
+    """The servers of a run that live, by URL. A damaged file, and one of another run, is reported once. Of two files
+    with one URL the fresher one counts: its server took the port of one that died.
+
+    Raises MachineError if the folder is not there."""
+    try:
+        now = file_system_time(folder)
+    except OSError as error:
+        raise MachineError(
+            f"{folder} cannot be used ({error.strerror}), in which servers announce themselves; see whether this node "
+            "mounts the file system"
+        ) from None
+    fresh: dict[str, tuple[float, Announced]] = {}
+    for name in json_files.names(folder):
+        if not re.fullmatch(r"server-[0-9]{1,9}\.json", name):
+            continue
+        path = folder / name
+        try:
+            server = Announced(**json_files.read(path, _BODY, LIMIT))
+            time = path.stat().st_mtime
+        except FileNotFoundError:  # its server has just ended
+            continue
+        except Damaged as error:
+            json_files.report(error, "its server is left out")
+            continue
+        if server.run != run:
+            json_files.note(
+                f"{json_files.printable(path)} is of run {server.run}, not of {run}; its server is left out"
+            )
+        elif now - time < EXPIRY and time > fresh.get(server.url, (0.0,))[0]:
+            fresh[server.url] = time, server
+    return [server for _, (_, server) in sorted(fresh.items())]

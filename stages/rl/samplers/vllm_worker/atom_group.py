@@ -1,0 +1,102 @@
+"""The group in which the trainer's ranks broadcast a policy's weights to the workers of one vLLM server, for both
+sides. No module of this project: the workers have none.
+
+The trainer's ranks come first. A broadcast moves a packet: tensors of one rank as bytes, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WORKERS = "workers"
+"""The store's entry with the number of the server's workers, which they set; 0 if they refuse or are given up."""
+PACKET_BYTES = 64_000_000
+"""Bytes of the tensors, of all ranks together, that are under way at once, unless one is larger."""
+ALIGNMENT = 16
+
+
+class Group:
+    """A process's end of a group. device: of its tensors, on which the backend depends. Raises what torch raises if it
+    does not form within `seconds`, in which each broadcast must also end."""
+
+    def __init__(self, store: dist.TCPStore, rank: int, size: int, seconds: float, device: torch.device) -> None:
+        self.store, self.device, self.timeout = store, device, timedelta(seconds=seconds)  # a group needs its store
+        place = dist.PrefixStore("group", store)
+        self.group: Any
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self.timeout
+            self.group = dist.ProcessGroupNCCL(place, rank, size, options)
+        else:
+            self.group = dist.ProcessGroupGloo(place, rank, size, self.timeout)
+
+    def start(self, buffer: torch.Tensor, root: int) -> Any:
+        """Starts a broadcast of bytes; returns what `end` takes."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.timeout = root, 0, self.timeout
+        return self.group.broadcast([buffer], options)
+
+    def end(self, work: Any) -> None:
+        """Waits for a broadcast. Raises RuntimeError if it fails or takes too long."""
+        work.wait(self.timeout)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def close(self) -> None:
+        """Leaves the group at once; who waits for this process there fails."""
+        self.group.abort()
+        self.group = None  # without which gloo keeps its connections
+
+
+def connect(address: str, seconds: float) -> dist.TCPStore:
+    """The store at host:port."""
+    host, port = address.rsplit(":", 1)
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=seconds))
+
+
+@dataclass(frozen=True)
+class Packet:
+    """Tensors of one rank: their numbers in the list of all, and their offsets among the packet's `size` bytes."""
+
+    root: int
+    numbers: tuple[int, ...]
+    offsets: tuple[int, ...]
+    size: int
+
+
+def bytes_of(row: Mapping[str, Any]) -> int:
+    """Bytes of a tensor by its entry of the index."""
+    return prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
+
+
+def packets(rows: Sequence[Mapping[str, Any]], roots: Sequence[int]) -> Iterator[tuple[Packet, ...]]:
+    """All tensors, in order: what is under way at once. rows: their entries of the index; roots: the rank of each."""
+    first = 0
+    while first < len(rows):
+        last, total = first, 0
+        while last < len(rows) and (last == first or total + bytes_of(rows[last]) <= PACKET_BYTES):
+            total += bytes_of(rows[last])
+            last += 1
+        yield tuple(_packet(rows, roots, root, range(first, last)) for root in sorted(set(roots[first:last])))
+        first = last
+
+
+def _packet(rows: Sequence[Mapping[str, Any]], roots: Sequence[int], root: int, numbers: range) -> Packet:
+    own, offsets, size = tuple(number for number in numbers if roots[number] == root), [], 0
+    for number in own:
+        offsets.append(size)
+        size += -(-bytes_of(rows[number]) // ALIGNMENT) * ALIGNMENT
+    return Packet(root, own, tuple(offsets), size)
+
+
+def view(buffer: torch.Tensor, offset: int, row: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor at an offset of a packet's bytes."""
+    part = buffer[offset : offset + bytes_of(row)]
+    return part.view(getattr(torch, row["dtype"])).view(row["shape"])
