@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Accelerator, Estimate, RankSimulation, TrainingTime, operation
+from pipeline.core.stage import Accelerator, Estimate, Needs, RankSimulation, TrainingTime, operation
 from pipeline.graph.dag import Graph, State
 
 
@@ -17,7 +17,7 @@ from pipeline.graph.dag import Graph, State
 class StagePlan:
     """One stage of the plan: its state, its estimate, its input artifacts from earlier runs by role, its ranks, the
     operational fields of its config, and its shards, which tasks of a job array may process. time: of a training phase
-    on GPUs, where there is a model of it."""
+    on GPUs, where there is a model of it. gpus: of a rank that does not train."""
 
     state: State
     estimate: Estimate
@@ -28,6 +28,11 @@ class StagePlan:
     trains: bool = False
     shards: int = 1
     time: Callable[[Accelerator], TrainingTime] | None = None
+    gpus: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(self.ranks, self.gpus, self.trains)
 
     def json(self) -> dict[str, Any]:
         e = self.estimate
@@ -38,6 +43,7 @@ class StagePlan:
             "changed_code": list(self.state.changed),
             "cpu_seconds": e.cpu_seconds,
             "serial_seconds": e.serial_seconds,
+            "gpu_seconds": e.gpu_seconds,
             "tokens": e.tokens,
             "flops": e.flops,
             "memory_bytes": e.memory_bytes,
@@ -51,6 +57,7 @@ class StagePlan:
             "training": asdict(e.training) if e.training else None,
             "external": dict(self.external),
             "ranks": self.ranks,
+            "gpus": self.gpus,
             "shards": self.shards,
             "operation": dict(self.operation),
             "obstacle": self.obstacle,
@@ -80,6 +87,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
             node.stage.trains,
             node.stage.shards(node.config),
             partial(node.stage.time, node.config) if node.stage.time else None,
+            node.stage.gpus(node.config),
         )
         for node in (graph.nodes[name] for name in selected)
     ]

@@ -95,7 +95,7 @@ def batch_script(
         variables["TMPDIR"] = slurm.scratch
     log = folder / "submitit" / ("%A_%a_%t_log.out" if tasks else "%j_%t_log.out")
     srun_command = ["srun", "--unbuffered", "--output", str(log), "--export=ALL", "--kill-on-bad-exit=1"]
-    options = _sbatch_options(slurm, slurm.allocation(node.name, node.stage.ranks(node.config), node.stage.trains))
+    options = _sbatch_options(slurm, slurm.allocation(node.name, node.stage.needs(node.config)))
     options |= {
         "job-name": f"atom-{node.name}",
         "comment": Owner(run.id, node.name, node.key).comment,
@@ -133,7 +133,7 @@ def _sbatch_options(slurm: Slurm, allocation: Allocation) -> dict[str, str | int
         "time": jobs.minutes,
         "nodes": allocation.nodes,
         "ntasks-per-node": allocation.ranks_per_node,
-        "cpus-per-task": jobs.cpus_per_task,
+        "cpus-per-task": allocation.cpus_per_task,
         "gpus-per-node": allocation.gpus_per_node or None,
         "mem": None if jobs.memory_gb is None else f"{round(jobs.memory_gb * 1024)}M",
         "exclusive": jobs.exclusive or None,
