@@ -81,13 +81,15 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from stages.evaluation.transformers_model import TransformersModel
+
     folder = inputs["model"] / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    first = bits_per_byte.first_token_bits_of(model, tokenizer)
+    oracle = TransformersModel(model, tokenizer)
 
     def bits(text: str, prompt_chars: int) -> dict:
         row = {"id": "a", "source": "s", "text": text, "prompt_chars": prompt_chars}
-        return bits_per_byte.document_bits(model, tokenizer, first, row)
+        return bits_per_byte.score_documents(oracle, tokenizer, [row])[0]
 
     answer = bits("12+30=42", 6)
     assert (answer["bytes"], answer["tokens"]) == (2, 2)
@@ -95,16 +97,18 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
         bits("12+30=42", 0)["nll_bits"] - bits("12+30=", 0)["nll_bits"], rel=1e-5
     )
     assert bits("x" * 200, 100) == {"source": "s", "id": "a", "bytes": 0, "tokens": 0, "nll_bits": 0.0}
-    assert torch.exp2(-first).sum() == pytest.approx(1)
+    assert torch.exp2(-oracle.first_token_bits).sum() == pytest.approx(1)
 
 
 def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from stages.evaluation.transformers_model import TransformersModel
+
     folder = inputs["model"] / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = TransformersModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
     rows = [{"id": str(n), "task": "add", "prompt": "1" * n + ":", "answer": "2"} for n in (1, 9, 20)]
     together = exact_match.answer_batch(model, tokenizer, rows, 8)
     alone = [exact_match.answer_batch(model, tokenizer, [row], 8)[0] for row in rows]

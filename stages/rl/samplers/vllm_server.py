@@ -54,28 +54,32 @@ _WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/nu
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 
 
-def interpreter(python: str | None) -> str:
-    """The interpreter of vLLM's environment: `python`, else ATOM_VLLM_PYTHON. Raises AtomError if it has no vLLM."""
+def interpreter(python: str | None, section: str = "sampling") -> str:
+    """The interpreter of vLLM's environment: `python`, else ATOM_VLLM_PYTHON. section: of the recipe, which names it.
+    Raises AtomError if it has no vLLM."""
     executable = python or os.environ.get("ATOM_VLLM_PYTHON")
-    hint = "make one by `make .venv-vllm/.ready` and name it in sampling.python or ATOM_VLLM_PYTHON"
+    hint = f"make one by `make .venv-vllm/.ready` and name it in {section}.python or ATOM_VLLM_PYTHON"
     if not executable:
-        raise AtomError(f"sampling.kind = vllm needs the interpreter of an environment with vLLM; {hint}")
+        raise AtomError(f"{section}.kind = vllm needs the interpreter of an environment with vLLM; {hint}")
     code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
     try:
         missing = subprocess.run([executable, "-P", "-c", code], capture_output=True, timeout=60).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise AtomError(f"sampling.kind = vllm: {executable} is no interpreter that runs ({error}); {hint}") from None
+        raise AtomError(f"{section}.kind = vllm: {executable} is no interpreter that runs ({error}); {hint}") from None
     if missing:
-        raise AtomError(f"sampling.kind = vllm: {executable} has no vLLM; {hint}")
+        raise AtomError(f"{section}.kind = vllm: {executable} has no vLLM; {hint}")
     return executable
 
 
 def obstacle(settings: SamplingSettings) -> str | None:
     """The reason why no server can start here, if one is required."""
-    if settings.url:
-        return None
+    return None if settings.url else missing(settings.python)
+
+
+def missing(python: str | None, section: str = "sampling") -> str | None:
+    """The reason why `interpreter` finds no vLLM, if it finds none."""
     try:
-        interpreter(settings.python)
+        interpreter(python, section)
     except AtomError as error:
         return str(error)
     return None
@@ -144,11 +148,19 @@ class Server:
         cls, python: str, folder: Path, log: Path, options: Sequence[str] = (), gpus: tuple[int, float] | None = None
     ) -> Server:
         """Starts a server on a free port of this machine; `wait` returns when it answers. gpus: see `place`."""
+        variables, chosen = place(os.environ, *gpus) if gpus else ({}, CPU_OPTIONS)
+        options = [*chosen, *options]
+        return cls.local(lambda port: command(python, folder, "127.0.0.1", port, options), folder, log, variables)
+
+    @classmethod
+    def local(
+        cls, command: Callable[[int], Sequence[str]], folder: Path, log: Path, variables: Mapping[str, str]
+    ) -> Server:
+        """Starts a server by a command, given a free port of this machine, in a folder."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        variables, chosen = place(os.environ, *gpus) if gpus else ({}, CPU_OPTIONS)
-        arguments = ["sh", "-c", _WATCHED, "sh", *command(python, folder, "127.0.0.1", port, [*chosen, *options])]
+        arguments = ["sh", "-c", _WATCHED, "sh", *command(port)]
 
         def run() -> subprocess.Popen[bytes]:
             with open(log, "ab") as out:
