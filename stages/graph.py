@@ -110,6 +110,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     assert isinstance(config, ReleaseRecipe) and isinstance(data_recipe, DataRecipe)
     _check_mixes(recipe.title, config, data_recipe)
     _check_lengths(recipe.title, config)
+    _check_engine(recipe.title, config)
     graph = GraphBuilder(recipe.title)
     data, absent = data_recipe.present() if without_data else (data_recipe.resolved(), ())
     benchmarks = _benchmarks(recipe, config)
@@ -382,6 +383,17 @@ def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:
                 )
         if abs(sum(mix.values()) - 1) > 1e-6:
             raise RecipeError(f"{title}: {where}.mix sums to {sum(mix.values()):g}; the shares must sum to 1")
+
+
+def _check_engine(title: str, config: ReleaseRecipe) -> None:
+    gpus = config.evaluation.engine.gpus
+    for heads in (attention.heads for attention in config.model.attention()):
+        if gpus and heads % gpus:
+            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise RecipeError(
+                f"{title}: evaluation.engine.gpus = {gpus} does not divide the {heads} heads of the model, which vLLM "
+                f"spreads over them; use one of {divisors}"
+            )
 
 
 def _check_lengths(title: str, config: ReleaseRecipe) -> None:

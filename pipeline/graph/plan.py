@@ -106,8 +106,9 @@ def simulations(graph: Graph, rows: list[StagePlan], rank: int) -> dict[str, Ran
 
 
 def remarks(rows: list[StagePlan]) -> list[str]:
-    """Sentences on the checkpoints that a plan's stages continue from, and on damaged, stale or impossible stages."""
-    sentences = []
+    """Sentences on the checkpoints that a plan's stages continue from, on damaged and stale stages, and on those that
+    this machine cannot run."""
+    sentences, obstacles = [], dict[str, list[str]]()
     for row in rows:
         name = row.state.name
         for key in row.external.values() if row.trains else ():
@@ -115,7 +116,7 @@ def remarks(rows: list[StagePlan]) -> list[str]:
         if row.state.damage:
             sentences.append(f"{name}: {row.state.damage}")
         if row.obstacle:
-            sentences.append(f"{name} cannot be run: {row.obstacle}")
+            obstacles.setdefault(row.obstacle, []).append(name)
         if row.state.changed:
             sentences.append(f"{name} was sealed by other code than today's: {', '.join(row.state.changed)} changed")
-    return sentences
+    return sentences + [f"{', '.join(names)} cannot be run here: {text}" for text, names in obstacles.items()]

@@ -99,9 +99,9 @@ def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest
     """The model of an exported folder. work: for the log of a server. longest: tokens of the longest row that will be
     read, if that is more than the model's context. Raises AtomError if a server cannot start."""
     if engine.kind == "vllm":
-        from stages.evaluation.vllm_model import ServedModel
+        from stages.evaluation.vllm_model import Client, ServedModel
 
-        return ServedModel(engine, folder, tokenizer, work, longest)
+        return ServedModel(Client(engine, folder, work, longest), tokenizer)
     from stages.evaluation.transformers_model import TransformersModel
 
     return TransformersModel.load(folder, tokenizer)
@@ -112,9 +112,9 @@ def open_sampler(
 ) -> AnswerGenerator:
     """What draws answers of an exported model at temperature 1. work: for the log of a server."""
     if engine.kind == "vllm":
-        from stages.evaluation.vllm_model import ServedSampler
+        from stages.evaluation.vllm_model import Client, ServedSampler
 
-        return ServedSampler(engine, folder, stops, max_new_tokens, work)
+        return ServedSampler(Client(engine, folder, work), stops, max_new_tokens)
     from stages.rl.samplers.generate import InProcess
 
     return InProcess(folder, stops, max_new_tokens)

@@ -15,7 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from pipeline.core.errors import AtomError
 from stages.data.tokenizer import END
 from stages.evaluation.engine import Engine
-from stages.evaluation.vllm_model import Client
+from stages.evaluation.vllm_model import Client, context_of, has_scaled_rope
 
 MAX_NEW_TOKENS = 256
 """Of a task that states no number, as the harness has it for transformers."""
@@ -27,18 +27,21 @@ def served_model(stack: ExitStack, engine: Engine, folder: Path, work: Path) -> 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return Served(stack.enter_context(closing(Client(engine, folder, work))), tokenizer)
+    longest = 0 if has_scaled_rope(folder) else context_of(folder) + 1
+    return Served(stack.enter_context(closing(Client(engine, folder, work, longest))), tokenizer)
 
 
 class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
     """Tokenizes and truncates as the harness's model in transformers does (`HFLM`), but for one token less of a row
-    that is cut; and ends answers like the release's evaluation: at the end of a document, with all tokens in the
-    text."""
+    that is cut where the rotary embedding is scaled; and ends answers like the release's evaluation: at the end of a
+    document, with all tokens in the text."""
 
     def __init__(self, client: Client, tokenizer: Any) -> None:
         super().__init__()
         self.client, self.tokenizer = client, tokenizer
         self.end = int(tokenizer.convert_tokens_to_ids(END))
+        self.longest = min(client.context + 1, client.longest)
+        """Tokens of a row with its last token, after which nothing is asked."""
 
     @property
     def eot_token_id(self) -> int:
@@ -59,7 +62,7 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
     ) -> list[tuple[float, bool]]:
         def score(request: tuple[Any, list[int], list[int]]) -> tuple[float, bool]:
             _, context, continuation = request
-            reads = self.client.read([*context, *continuation][-self.client.longest :])[-len(continuation) :]
+            reads = self.client.read([*context, *continuation][-self.longest :])[-len(continuation) :]
             return sum(read.logprob for read in reads), all(read.rank == 1 for read in reads)
 
         return self.client.map(score, requests)
@@ -67,7 +70,7 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         def windows(text: str) -> list[tuple[None, list[int], list[int]]]:
             ids = self.tok_encode(text)
-            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.client.longest - 1, 1)
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.longest - 1, 1)
             return [(None, *make_disjoint_window(window)) for window in rolling]
 
         return [sum(value for value, _ in self._loglikelihood_tokens(windows(*request.args))) for request in requests]

@@ -32,6 +32,17 @@ class Read(NamedTuple):
     likeliest: int
 
 
+def context_of(folder: Path) -> int:
+    """Tokens of the longest row that the model in a folder was made for."""
+    return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
+
+
+def has_scaled_rope(folder: Path) -> bool:
+    """Whether the rotary embedding of the model in a folder is scaled, and so ends with its context."""
+    rope = json.loads((folder / "config.json").read_text()).get("rope_parameters") or {}
+    return bool(rope.get("rope_type", "default") != "default")
+
+
 class Client:
     """A server of one exported model."""
 
@@ -39,13 +50,12 @@ class Client:
         """longest: tokens of the longest row, if that is more than the model's context; the rotary embedding then
         extrapolates, as in transformers. Raises AtomError if vLLM is missing, or if a scaled embedding ends before."""
         config = json.loads((folder / "config.json").read_text())
-        self.context: int = config["max_position_embeddings"]
+        self.context = context_of(folder)
         settings: dict[str, Any] = {
             "model": folder.absolute(), "dtype": config["dtype"], "max-num-seqs": IN_FLIGHT,
             "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
         }  # fmt: skip
-        scaled = config.get("rope_parameters", {}).get("rope_type", "default") != "default"
-        if longest > self.context and scaled:
+        if longest > self.context and has_scaled_rope(folder):
             raise AtomError(
                 f"{SETTING}.kind = vllm cannot read {longest} tokens with the scaled rotary embedding of {folder}, "
                 f"which ends at {self.context}; ask for shorter texts, or use kind = in-process"
@@ -137,12 +147,11 @@ class Client:
 class ServedModel(LanguageModel):
     """The model of a server."""
 
-    def __init__(self, engine: Engine, folder: Path, tokenizer: Any, work: Path, longest: int = 0) -> None:
+    def __init__(self, client: Client, tokenizer: Any) -> None:
+        self.client, self.context = client, client.context
         self.end = tokenizer.convert_tokens_to_ids(END)
         self.first: dict[int, float] = {}
         """Bits of a document's first token, by token."""
-        self.client = Client(engine, folder, work, longest)
-        self.context = self.client.context
 
     def bits(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
         firsts = {ids[0] for ids, start in rows if ids and start == 0} - self.first.keys()
@@ -180,9 +189,8 @@ class ServedSampler:
     """Draws answers with a server. With equal seeds it draws equal tokens only up to rounding: the batches of requests
     depend on time."""
 
-    def __init__(self, engine: Engine, folder: Path, stops: Sequence[int], max_new_tokens: int, work: Path) -> None:
-        self.stops, self.max_new_tokens = frozenset(stops), max_new_tokens
-        self.client = Client(engine, folder, work)
+    def __init__(self, client: Client, stops: Sequence[int], max_new_tokens: int) -> None:
+        self.client, self.stops, self.max_new_tokens = client, frozenset(stops), max_new_tokens
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         def draw(prompt: Prompt) -> Completion:

@@ -54,7 +54,7 @@ def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path: 
         work = tmp_path / str(shards)
         config = evaluate_in_shards(model_evaluation.STAGE, CONFIG, inputs, work, shards)
         with monkeypatch.context() as patch:
-            patch.setattr(model_evaluation, "_Loaded", None)  # nothing is left to do
+            patch.setattr(model_evaluation, "open_model", None)  # nothing is left to do
             assert run_stage(model_evaluation.STAGE, config, inputs, work).digest == whole.digest
 
 
