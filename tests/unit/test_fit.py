@@ -160,7 +160,8 @@ def test_what_made_the_largest_recipe_fit_is_what_the_formulas_count(tmp_path: P
     graph = dag.compose(recipes.load("atom-235b-a22b"), store, without_data=True)
     node = graph.nodes["export-long-2"]
     whole = node.config.model_copy(update={"parity_tokens": None})
-    assert node.stage.estimate(whole).cpu_seconds > 30 * 24 * 3600 > 100 * node.stage.estimate(node.config).cpu_seconds
+    days = [(node.stage.estimate(config).cpu_seconds or 0) / 86_400 for config in (whole, node.config)]
+    assert days[0] > 25 and days[1] < 0.25
 
 
 def test_gpus_of_a_stage_that_does_not_train() -> None:
