@@ -47,7 +47,7 @@ human_aging human_sexuality international_law jurisprudence logical_fallacies ma
 medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory
 professional_accounting professional_law professional_medicine professional_psychology public_relations
 security_studies sociology us_foreign_policy virology world_religions
-""".split()
+"""
 TASK_SETS = {
     task_set.name: task_set
     for task_set in (
@@ -62,7 +62,7 @@ TASK_SETS = {
             revision="740312add88f781978c0658806c59bc2815b9866", folder_digest=None,
         ),
         TaskSet(
-            name="mmlu", tasks=tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS), license="MIT",
+            name="mmlu", tasks=tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS.split()), license="MIT",
             license_evidence="https://github.com/hendrycks/test/blob/0aff600098ffa002d8e9f1ffe4d6e05475edd28e/LICENSE",
             revision="c30699e8356da336a370243923dbaf21066bb9fe", folder_digest=None,
         ),

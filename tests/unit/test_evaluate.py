@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError
+from pipeline.core.stage import Needs, identity
 from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry
 from stages.evaluation import bits_per_byte, confidence, exact_match, model_evaluation
@@ -98,6 +100,23 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
     )
     assert bits("x" * 200, 100) == {"source": "s", "id": "a", "bytes": 0, "tokens": 0, "nll_bits": 0.0}
     assert torch.exp2(-oracle.first_token_bits).sum() == pytest.approx(1)
+
+
+def test_the_engine_changes_a_key_by_its_kind_alone() -> None:
+    """Where and on how many GPUs a server runs is no part of what is measured; a default engine is in no key."""
+    config = model_evaluation.EvaluateConfig.model_validate
+    plain, served = config(CONFIG), config({**CONFIG, "engine": {"kind": "vllm"}})
+    assert identity(config({**CONFIG, "engine": {"kind": "in-process"}})) == identity(plain) == CONFIG
+    wide = config({**CONFIG, "engine": {"kind": "vllm", "gpus": 8, "options": ["--enforce-eager"], "python": "/p"}})
+    assert identity(wide) == identity(served) == {**CONFIG, "engine": {"kind": "vllm"}}
+    stage = model_evaluation.STAGE
+    assert [(stage.promise(c), stage.needs(c)) for c in (plain, wide)] == [
+        ("bitwise", Needs()), ("numeric", Needs(gpus=8))
+    ]  # fmt: skip
+    assert stage.obstacle(plain) is None
+    assert stage.obstacle(wide) is not None and "evaluation.engine.kind = vllm: /p is no" in str(stage.obstacle(wide))
+    with pytest.raises(ValidationError, match="gpus has no effect with kind = in-process"):
+        config({**CONFIG, "engine": {"gpus": 2}})
 
 
 def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
