@@ -1,7 +1,8 @@
 """Task sets of lm-evaluation-harness by name: their tasks, and the data that these read with its license.
 
 A further set is one entry of `TASK_SETS`. Each license was read from the page that `license_evidence` names, each
-revision from that page or from public code that pins the dataset. A recipe may also bring its own tasks, in a folder of the harness's YAML files.
+revision from that page or from public code that pins the dataset. A recipe may also bring its own tasks, in a folder of
+the harness's YAML files.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Client:
 
     def read(self, ids: Sequence[int]) -> list[Read]:
         """What the model makes of every token but the first."""
-        answer = self._request(ids, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1})
+        answer = self._request(ids, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "detokenize": False})
         try:
             _, *positions = answer["prompt_logprobs"]
             reads = []
