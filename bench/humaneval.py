@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 def main() -> None:
     from stages.evaluation.confidence import wilson
+    from stages.evaluation.engine import Engine
     from stages.evaluation.pass_at_k import ChatModel
     from stages.rl import sandbox
     from stages.rl.rewards.humaneval import problems
@@ -33,8 +34,10 @@ def main() -> None:
     if problem := sandbox.missing():
         sys.exit(problem)
     rows = list(problems())[: arguments.limit]
-    chat_model = ChatModel(arguments.model, arguments.max_new_tokens, rows, {}, partial(print, file=sys.stderr))
-    room = chat_model.sampler.model.config.max_position_embeddings - arguments.max_new_tokens
+    context = json.loads((arguments.model / "config.json").read_text())["max_position_embeddings"]
+    room, note = context - arguments.max_new_tokens, partial(print, file=sys.stderr)
+    # the engine in this process writes no log
+    chat_model = ChatModel(Engine(), arguments.model, arguments.max_new_tokens, rows, {}, Path(), note)
     fitting = [row for row in rows if len(chat_model.chat.encode_prompt(row)) <= room]
     answers = chat_model.answer([(row, 0, 0) for row in fitting], greedy=True) if fitting else []
     chat_model.close()

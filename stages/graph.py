@@ -19,6 +19,7 @@ from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe
 from stages.data.recipe import loads as load_data_recipe
 from stages.evaluation import estimates
+from stages.export import parity_tokens
 from stages.models.base import ModelConfig
 from stages.recipe import ReleaseRecipe
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
@@ -109,6 +110,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     assert isinstance(config, ReleaseRecipe) and isinstance(data_recipe, DataRecipe)
     _check_mixes(recipe.title, config, data_recipe)
     _check_lengths(recipe.title, config)
+    _check_engine(recipe.title, config)
     graph = GraphBuilder(recipe.title)
     data, absent = data_recipe.present() if without_data else (data_recipe.resolved(), ())
     benchmarks = _benchmarks(recipe, config)
@@ -231,7 +233,7 @@ def _add_post_training(
     if config.reward_model and config.online_rlhf:
         train("reward", "reward", config.reward_model, pairs="dpo", **previous)
         export = {"model": model, "padded_vocab_size": config.tokenizer.padded_vocab_size}
-        export |= {"dtype": trained["reward"].dtype}
+        export |= {"dtype": trained["reward"].dtype, "parity_tokens": parity_tokens(model.context_length)}
         graph.add("export-reward", "export", export, tokenizer="tokenizer", checkpoint="reward")
         online, scorer = config.online_rlhf, {"reward": "reward", "reward_model": "export-reward"}
         train("online-rlhf", "rlvr", online, online.tasks, {"name": "online-rlhf"}, init="dpo", **scorer)
@@ -243,16 +245,19 @@ def _add_exports(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[st
     for which, (name, step) in models(config).items():
         export: dict[str, Any] = {"model": trained[name].model, "dtype": trained[name].dtype, "step": step}
         export["padded_vocab_size"] = config.tokenizer.padded_vocab_size
+        export["parity_tokens"] = parity_tokens(trained[name].model.context_length)
         inputs = {"checkpoint": name}
         if step == 0 and graph.nodes[name].external:  # a phase that continues has no step 0
             export, inputs = {**export, "seed": config.seed}, {}
         graph.add(f"export-{which}", "export", export, tokenizer="tokenizer", **inputs)
         evaluation = config.evaluation
-        measured = {name: getattr(evaluation, name) for name in ("heldout_documents", "max_new_tokens", "context")}
+        names = ("heldout_documents", "max_new_tokens", "context", "engine")
+        measured = {name: getattr(evaluation, name) for name in names}
         measured["conversations"] = data.conversations
         vocabulary, sources = config.tokenizer.padded_vocab_size, len(data.sources)
         work = evaluation.tokens(sources), evaluation.pieces(sources)
-        measured["expected"] = estimates.expected(trained[name].model, vocabulary, *work)
+        served = trained[name].dtype, evaluation.engine
+        measured["expected"] = estimates.expected(trained[name].model, vocabulary, *work, *served)
         graph.add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", dedup="dedup", items="items")
 
 
@@ -263,7 +268,7 @@ def _add_chat_evaluation(
     chat = config.evaluation.chat
     if chat is None or config.sft is None:
         return
-    names = list(models(config))
+    names, vocabulary = list(models(config)), config.tokenizer.padded_vocab_size
     chat_models = names[names.index("sft") :]
     tasks = {name: name for name, node in graph.nodes.items() if node.stage.name == "tasks"}
     orders = {name: name for name, node in graph.nodes.items() if node.stage.name == "order"}
@@ -274,12 +279,16 @@ def _add_chat_evaluation(
     corpus = {"parts": {source: data.parts[source] for source in sources}, "expected": data.expected}
     fresh = {"problems": config.evaluation.problems, "phases": mixes} | corpus
     graph.add("fresh", "fresh", fresh, **inputs, **tasks)
-    generation = {"max_new_tokens": chat.max_new_tokens, "seed": config.seed}
+    engine = config.evaluation.engine
+    generation = {"max_new_tokens": chat.max_new_tokens, "seed": config.seed, "engine": engine}
     for number, which in enumerate(chat_models):
-        answers = config.evaluation.chat_tokens()
+        answers, model = config.evaluation.chat_tokens(), trained[which].model
         one, several = (
-            {"expected": estimates.expected(trained[which].model, config.tokenizer.padded_vocab_size, *work)}
-            for work in ((answers,), (answers * chat.num_samples, config.evaluation.chat_pieces()))
+            {"expected": estimates.expected(model, vocabulary, *work, trained[which].dtype, engine)}
+            for work in (
+                (answers, config.evaluation.preference_pieces()),
+                (answers * chat.num_samples, config.evaluation.chat_pieces()),
+            )
         )
         solving = generation | several | {"num_samples": chat.num_samples}
         for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):
@@ -333,9 +342,11 @@ def _add_harness(
     exported = {which: node for which, (node, step) in models(config).items() if step is None}
     for which in exported if section.every_model else list(exported)[-1:]:
         model, vocabulary = trained[exported[which]].model, config.tokenizer.padded_vocab_size
-        expected = estimates.expected(model, vocabulary, section.tokens(), section.tasks())
+        served = trained[exported[which]].dtype, config.evaluation.engine
+        expected = estimates.expected(model, vocabulary, section.tokens(), section.tasks(), *served)
         inputs = {"model": f"export-{which}", "benchmarks": "benchmarks"}
-        graph.add(f"harness-{which}", "harness", {**benchmarks, "expected": expected}, **inputs)
+        measured = {**benchmarks, "expected": expected, "engine": config.evaluation.engine}
+        graph.add(f"harness-{which}", "harness", measured, **inputs)
 
 
 def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:
@@ -376,6 +387,17 @@ def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:
                 )
         if abs(sum(mix.values()) - 1) > 1e-6:
             raise RecipeError(f"{title}: {where}.mix sums to {sum(mix.values()):g}; the shares must sum to 1")
+
+
+def _check_engine(title: str, config: ReleaseRecipe) -> None:
+    gpus = config.evaluation.engine.gpus
+    for heads in (attention.heads for attention in config.model.attention()):
+        if gpus and heads % gpus:
+            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise RecipeError(
+                f"{title}: evaluation.engine.gpus = {gpus} does not divide the {heads} heads of the model, which vLLM "
+                f"spreads over them; use one of {divisors}"
+            )
 
 
 def _check_lengths(title: str, config: ReleaseRecipe) -> None:

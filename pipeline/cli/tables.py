@@ -16,12 +16,22 @@ def _cell(value: float | None, unit: str = "") -> str:
 
 
 def plan_table(rows: list[StagePlan]) -> Table:
-    """One line for each stage. CPU time is shown if every training phase has an estimate of it."""
-    has_cpu_time = timed(row.estimate for row in rows)
+    """One line for each stage. CPU time is shown if every training phase has an estimate of it; GPUs of
+    a rank that does not train, if there are any."""
+    has_cpu_time, has_gpus = timed(row.estimate for row in rows), any(row.gpus for row in rows)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in ("stage", "key", "state"):
         table.add_column(column, no_wrap=True)
-    for column in ("params/active", "tokens", "FLOP", "memory", "disk", *(["CPU"] if has_cpu_time else []), "ranks"):
+    for column in (
+        "params/active",
+        "tokens",
+        "FLOP",
+        "memory",
+        "disk",
+        *(["CPU"] if has_cpu_time else []),
+        "ranks",
+        *(["GPUs"] if has_gpus else []),
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         e = row.estimate
@@ -37,6 +47,7 @@ def plan_table(rows: list[StagePlan]) -> Table:
             _cell(e.disk_bytes, "B"),
             *([cpu] if has_cpu_time else []),
             str(row.ranks),
+            *([str(row.gpus or "")] if has_gpus else []),
         )
     to_run = [r for r in rows if r.state.text == "to run"]
     seconds = sum(r.estimate.cpu_seconds or 0 for r in to_run)

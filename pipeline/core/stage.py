@@ -172,6 +172,8 @@ class Estimate:
 
     cpu_seconds: float | None = None
     serial_seconds: float | None = None  # of cpu_seconds, in one process; None: all, the stage has no shards
+    gpu_seconds: float | None = None  # of all GPUs together, of a stage that asks for some without training
+    assumed: str = ""  # what gpu_seconds rest on, as a clause
     fixed: bool = False  # cpu_seconds is that of a small corpus, for a corpus of any size
     tokens: int | None = None
     flops: float | None = None
@@ -246,6 +248,16 @@ class RankSimulation:
     """(operation, group, ranks, bytes, number in a row), in the order of the simulated step."""
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a stage asks of a cluster profile. ranks: processes; gpus: of each rank, on one node, of a stage that does
+    not train. A rank that trains has one where the profile has any."""
+
+    ranks: int = 1
+    gpus: int = 0
+    trains: bool = False
+
+
 Promise = Literal["bitwise", "numeric"]
 """The guarantee for two attempts at one key: equal bytes, in one environment on CPU; or equal values within a
 tolerance."""
@@ -302,6 +314,7 @@ class Stage(Generic[C]):
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
     obstacle: the reason why a config can be planned but not run, in one sentence; checked before anything starts.
     trains: whether it updates weights and needs a GPU for each rank.
+    gpus: the GPUs that a rank of a stage that does not train needs on its node, such as those of a server it starts.
     imports: modules that `run` imports and that take seconds to load, for a process that waits for its inputs.
     reads: the input node for each role, for a stage that a recipe adds by its name alone.
     time: the time of a training phase on GPUs; None: there is no model of it.
@@ -320,6 +333,7 @@ class Stage(Generic[C]):
     obstacle: Callable[[C], str | None] = lambda config: None
     ranks: Callable[[C], int] = lambda config: 1
     trains: bool = False
+    gpus: Callable[[C], int] = lambda config: 0
     imports: tuple[str, ...] = ()
     time: Callable[[C, Accelerator], TrainingTime] | None = None
     simulate: Callable[[C, int], RankSimulation] | None = None
@@ -328,3 +342,7 @@ class Stage(Generic[C]):
     run_shard: Callable[[C, Inputs, Path, int], None] | None = None
     takes_servers: Callable[[C], bool] = lambda config: False
     serve: Callable[[C, ServerPlace], None] | None = None
+
+    def needs(self, config: C) -> Needs:
+        """What a stage of this config asks of a cluster profile."""
+        return Needs(self.ranks(config), self.gpus(config), self.trains)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.core.stage import RECOMPUTED, TrainingTime
 from pipeline.graph.plan import StagePlan
-from pipeline.launch.cluster_profile import Profile, Rate, family
+from pipeline.launch.cluster_profile import Profile, Rate, Slurm, family
 from pipeline.tracking.budget import Hours
 
 
@@ -71,7 +71,10 @@ def _figures(use: Use) -> tuple[float, ...]:
 
 def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
     name, estimate = row.state.name, row.estimate
-    gpus = _gpus(row, profile)
+    gpus, slurm = _gpus(row, profile), profile.slurm
+    if gpus and row.gpus and estimate.gpu_seconds is not None:
+        seconds = _in_shards(row, estimate.gpu_seconds / gpus, slurm)
+        return Use(name, seconds / 3600, gpu_hours=estimate.gpu_seconds / 3600)
     if gpus:
         training = _training(row, profile)
         if isinstance(training, str):
@@ -83,12 +86,17 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
     if estimate.fixed and not small:
         return Use(name, why="known of small corpora only")
     # each rank computes with one thread, for any number of cores of its job
-    places = row.ranks if profile.slurm else min(row.ranks, profile.local.jobs)
-    seconds, core_hours = estimate.cpu_seconds / places, estimate.cpu_seconds / 3600
-    if profile.slurm and row.shards > 1 and estimate.serial_seconds is not None:
-        tasks = min(row.shards, profile.slurm.array_size)
-        seconds = estimate.serial_seconds + (estimate.cpu_seconds - estimate.serial_seconds) / tasks
-    return Use(name, seconds / 3600, core_hours=core_hours)
+    places = row.ranks if slurm else min(row.ranks, profile.local.jobs)
+    seconds = _in_shards(row, estimate.cpu_seconds / places, slurm)
+    return Use(name, seconds / 3600, core_hours=estimate.cpu_seconds / 3600)
+
+
+def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
+    """The time on the clock of a stage of so many seconds, whose shards an array may process."""
+    serial = row.estimate.serial_seconds
+    if slurm is None or row.shards == 1 or serial is None:
+        return seconds
+    return serial + (seconds - serial) / min(row.shards, slurm.array_size)
 
 
 def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
@@ -133,7 +141,7 @@ def _gpus(row: StagePlan, profile: Profile) -> int:
     """The total number of GPUs of a stage's job."""
     if profile.slurm is None:
         return 0
-    return profile.slurm.allocation(row.state.name, row.ranks, row.trains).gpus
+    return profile.slurm.allocation(row.state.name, row.needs).gpus
 
 
 def _recomputes(row: StagePlan) -> bool:
@@ -182,6 +190,8 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
         sentences.append(
             f"beside {' and '.join(served)}, while it runs: {servers.count} jobs of a server with {each}, in no figure"
         )
+    own = (row.estimate.assumed for row in rows if row.state.name in by_name and row.gpus)
+    sentences += [f"assumed: {sentence}" for sentence in dict.fromkeys(own) if sentence]
     reasons: dict[str, list[str]] = {}
     for use in uses:
         if use.why:

@@ -118,12 +118,11 @@ def unpublishable(rows: list[StagePlan]) -> list[str]:
 def _memory(row: StagePlan, profile: Profile) -> list[str]:
     """Of each GPU, and of the processes of a node together."""
     estimate, slurm = row.estimate, profile.slurm
-    need = (estimate.memory_bytes or 0) + estimate.host_bytes
+    need = (estimate.memory_bytes or 0) * (row.gpus or 1) + estimate.host_bytes  # without GPUs
     if slurm is None:
         at_once, have, where = min(row.ranks, profile.local.jobs), _machine_bytes(profile), "this machine"
         return [_lack(need * at_once, have, where)] if need * at_once > have else []
-    allocation = slurm.allocation(row.state.name, row.ranks, row.trains)
-    reasons, kind = [], "train" if row.trains else "cpu"
+    allocation, reasons = slurm.allocation(row.state.name, row.needs), []
     if allocation.gpus:
         limit, on_gpu = profile.gpu.memory_gb if profile.gpu else None, estimate.memory_bytes or 0
         if limit is not None and on_gpu > limit * GIB:
@@ -132,7 +131,7 @@ def _memory(row: StagePlan, profile: Profile) -> list[str]:
     of_node = need * allocation.ranks_per_node
     limit = allocation.jobs.memory_gb
     if limit is not None and of_node > limit * GIB:
-        reasons.append(_lack(of_node, limit * GIB, "its job on a node", f"slurm.{kind}.memory_gb"))
+        reasons.append(_lack(of_node, limit * GIB, "its job on a node", f"slurm.{allocation.section}.memory_gb"))
     return reasons
 
 
@@ -153,29 +152,28 @@ def _time(row: StagePlan, use: Use, profile: Profile) -> list[str]:
     slurm, estimate, hours, what = profile.slurm, row.estimate, use.hours, "it"
     if slurm is None:
         return []
-    minutes = (slurm.train if row.trains else slurm.cpu).minutes
+    allocation = slurm.allocation(row.state.name, row.needs)
+    minutes, whole, serial = allocation.jobs.minutes, estimate.cpu_seconds, estimate.serial_seconds
+    if row.gpus and allocation.gpus and estimate.gpu_seconds is not None:
+        whole = estimate.gpu_seconds / row.gpus
     if (training := estimate.training) is not None:
         hours, what = use.hours * min(1.0, training.checkpoint_interval / training.steps), "to its next checkpoint it"
-    elif row.shards > 1 and estimate.cpu_seconds is not None and estimate.serial_seconds is not None:
-        shard = (estimate.cpu_seconds - estimate.serial_seconds) / row.shards
-        hours, what = max(shard, estimate.serial_seconds) / 3600, "a shard or the joining of all"
+    elif row.shards > 1 and whole is not None and serial is not None:
+        hours, what = max((whole - serial) / row.shards, serial) / 3600, "a shard or the joining of all"
     if hours * 60 <= minutes:
         return []
-    kind = "train" if row.trains else "cpu"
-    return [f"{what} needs {hours:,.1f} hours in one start, and a job has {minutes / 60:,.1f} (slurm.{kind}.minutes)"]
+    stated = f"slurm.{allocation.section}.minutes"
+    return [f"{what} needs {hours:,.1f} hours in one start, and a job has {minutes / 60:,.1f} ({stated})"]
 
 
 def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
     """A sentence on the limits that the profile does not state; None if it states all that the plan needs."""
     missing = []
     if profile.slurm is not None:
-        jobs = [profile.slurm.allocation(row.state.name, row.ranks, row.trains) for row in rows]
+        jobs = [profile.slurm.allocation(row.state.name, row.needs) for row in rows]
         if any(job.gpus for job in jobs) and (profile.gpu is None or profile.gpu.memory_gb is None):
             missing.append("gpu.memory_gb")
-        kinds = {"train" if row.trains else "cpu" for row in rows}
-        missing += [
-            f"slurm.{kind}.memory_gb" for kind in sorted(kinds) if getattr(profile.slurm, kind).memory_gb is None
-        ]
+        missing += sorted({f"slurm.{job.section}.memory_gb" for job in jobs if job.jobs.memory_gb is None})
     missing += [
         f"storage.{name}" for name in ("home_gb", "home_files", "hub_gb") if getattr(profile.storage, name) is None
     ]

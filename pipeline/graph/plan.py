@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Accelerator, Estimate, RankSimulation, TrainingTime, operation
+from pipeline.core.stage import Accelerator, Estimate, Needs, RankSimulation, TrainingTime, operation
 from pipeline.graph.dag import Graph, State
 
 
@@ -17,7 +17,8 @@ from pipeline.graph.dag import Graph, State
 class StagePlan:
     """One stage of the plan: its state, its estimate, its input artifacts from earlier runs by role, its ranks, the
     operational fields of its config, and its shards, which tasks of a job array may process. time: of a training phase
-    on GPUs, where there is a model of it. takes_servers: whether servers in jobs of their own can work for it."""
+    on GPUs, where there is a model of it. takes_servers: whether servers in jobs of their own can work for it. gpus: of
+    a rank that does not train."""
 
     state: State
     estimate: Estimate
@@ -29,6 +30,11 @@ class StagePlan:
     shards: int = 1
     time: Callable[[Accelerator], TrainingTime] | None = None
     takes_servers: bool = False
+    gpus: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(self.ranks, self.gpus, self.trains)
 
     def json(self) -> dict[str, Any]:
         e = self.estimate
@@ -39,6 +45,7 @@ class StagePlan:
             "changed_code": list(self.state.changed),
             "cpu_seconds": e.cpu_seconds,
             "serial_seconds": e.serial_seconds,
+            "gpu_seconds": e.gpu_seconds,
             "tokens": e.tokens,
             "flops": e.flops,
             "memory_bytes": e.memory_bytes,
@@ -52,6 +59,7 @@ class StagePlan:
             "training": asdict(e.training) if e.training else None,
             "external": dict(self.external),
             "ranks": self.ranks,
+            "gpus": self.gpus,
             "shards": self.shards,
             "operation": dict(self.operation),
             "obstacle": self.obstacle,
@@ -82,6 +90,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
             node.stage.shards(node.config),
             partial(node.stage.time, node.config) if node.stage.time else None,
             node.stage.takes_servers(node.config),
+            node.stage.gpus(node.config),
         )
         for node in (graph.nodes[name] for name in selected)
     ]
@@ -100,8 +109,9 @@ def simulations(graph: Graph, rows: list[StagePlan], rank: int) -> dict[str, Ran
 
 
 def remarks(rows: list[StagePlan]) -> list[str]:
-    """Sentences on the checkpoints that a plan's stages continue from, and on damaged, stale or impossible stages."""
-    sentences = []
+    """Sentences on the checkpoints that a plan's stages continue from, on damaged and stale stages, and on those that
+    this machine cannot run."""
+    sentences, obstacles = [], dict[str, list[str]]()
     for row in rows:
         name = row.state.name
         for key in row.external.values() if row.trains else ():
@@ -109,7 +119,7 @@ def remarks(rows: list[StagePlan]) -> list[str]:
         if row.state.damage:
             sentences.append(f"{name}: {row.state.damage}")
         if row.obstacle:
-            sentences.append(f"{name} cannot be run: {row.obstacle}")
+            obstacles.setdefault(row.obstacle, []).append(name)
         if row.state.changed:
             sentences.append(f"{name} was sealed by other code than today's: {', '.join(row.state.changed)} changed")
-    return sentences
+    return sentences + [f"{', '.join(names)} cannot be run here: {text}" for text, names in obstacles.items()]

@@ -94,9 +94,9 @@ def batch_script(
     fill nodes equally, or if a variable to forward looks like a secret.
     """
     folder = run.node_folder(node.name) / ("shards" if tasks else "")
-    allocation = slurm.allocation(node.name, node.stage.ranks(node.config), node.stage.trains)
+    allocation = slurm.allocation(node.name, node.stage.needs(node.config))
     options = _sbatch_options(slurm, allocation.jobs, allocation.nodes, allocation.ranks_per_node,
-                              allocation.gpus_per_node)  # fmt: skip
+                              allocation.cpus_per_task, allocation.gpus_per_node)  # fmt: skip
     comment = Owner(run.id, node.name, node.key).comment
     if dependencies:
         options["dependency"] = f"afterok:{':'.join(dependencies)}"
@@ -124,7 +124,7 @@ def servers_script(
 ) -> BatchScript:
     """The script of the array of a node's servers, which start once the stage's job has started and end with it."""
     folder = servers_folder(run, node)
-    options = _sbatch_options(slurm, servers, 1, 1, servers.gpus_per_node)
+    options = _sbatch_options(slurm, servers, 1, 1, servers.cpus_per_task, servers.gpus_per_node)
     options |= {"array": f"0-{servers.count - 1}", "dependency": f"after:{job}"}
     served = Owner(run.id, node.name, node.key)
     comment = replace(served, key=f"{node.key}.servers").comment  # no job of the key itself
@@ -168,7 +168,7 @@ def _script(
 
 
 def _sbatch_options(
-    slurm: Slurm, jobs: Resources, nodes: int, tasks_per_node: int, gpus_per_node: int
+    slurm: Slurm, jobs: Resources, nodes: int, tasks_per_node: int, cpus_per_task: int, gpus_per_node: int
 ) -> dict[str, str | int | bool]:
     """The sbatch options of every job of the profile."""
     options: dict[str, str | int | bool | None] = {
@@ -176,7 +176,7 @@ def _sbatch_options(
         "time": jobs.minutes,
         "nodes": nodes,
         "ntasks-per-node": tasks_per_node,
-        "cpus-per-task": jobs.cpus_per_task,
+        "cpus-per-task": cpus_per_task,
         "gpus-per-node": gpus_per_node or None,
         "mem": None if jobs.memory_gb is None else f"{round(jobs.memory_gb * 1024)}M",
         "exclusive": jobs.exclusive or None,

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Accelerator, Config, Renamed
+from pipeline.core.stage import Accelerator, Config, Needs, Renamed
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
@@ -162,15 +162,22 @@ class Servers(Resources):
 
 @dataclass(frozen=True)
 class Allocation:
-    """The nodes of one job, and the ranks on each of them."""
+    """The nodes of one job, and the ranks on each of them. section: of the profile, in which `jobs` stands."""
 
+    section: str
     jobs: Jobs
     nodes: int
     ranks_per_node: int
+    gpus_per_rank: int = 1
 
     @property
     def gpus_per_node(self) -> int:
-        return min(self.ranks_per_node, self.jobs.gpus_per_node)
+        return min(self.ranks_per_node * self.gpus_per_rank, self.jobs.gpus_per_node)
+
+    @property
+    def cpus_per_task(self) -> int:
+        """A rank with several GPUs has the cores of as many."""
+        return self.jobs.cpus_per_task * self.gpus_per_rank
 
     @property
     def gpus(self) -> int:
@@ -191,6 +198,9 @@ class Slurm(Config):
     train: Jobs = Field(description="jobs of training and reinforcement-learning stages, one rank per GPU")
     servers: Servers | None = Field(
         None, description="jobs of servers for stages that sample with vLLM; null: such a stage starts one itself"
+    )
+    gpu: Jobs | None = Field(
+        None, description="jobs of other stages that ask for GPUs, such as evaluation by vLLM; null: those of `train`"
     )
     container: Container | None = Field(None, description="container of the stages; null: none")
     python: LongLine | None = Field(
@@ -235,16 +245,25 @@ class Slurm(Config):
                 )
         return self
 
-    def allocation(self, stage: str, ranks: int, trains: bool) -> Allocation:
-        """The allocation of a stage's job. Raises RecipeError if the ranks do not fill nodes equally."""
-        jobs = self.train if trains else self.cpu
-        ranks_per_node = min(ranks, jobs.tasks_per_node)
+    def allocation(self, stage: str, needs: Needs) -> Allocation:
+        """The allocation of a stage's job. On jobs without GPUs a stage that asks for some runs on cores.
+
+        Raises RecipeError if the ranks do not fill nodes equally, or if a node has too few GPUs.
+        """
+        section = "train" if needs.trains or (needs.gpus and self.gpu is None) else "gpu" if needs.gpus else "cpu"
+        jobs: Jobs = getattr(self, section)
+        ranks, ranks_per_node = needs.ranks, min(needs.ranks, jobs.tasks_per_node)
         if ranks % ranks_per_node:
             raise RecipeError(
                 f"stage {stage} has {ranks} ranks, which do not fill nodes of {ranks_per_node} alike; change its "
                 "parallelism.ranks, or tasks_per_node of the cluster profile"
             )
-        return Allocation(jobs, ranks // ranks_per_node, ranks_per_node)
+        if 0 < jobs.gpus_per_node < needs.gpus * ranks_per_node:
+            raise RecipeError(
+                f"stage {stage} asks for {needs.gpus * ranks_per_node} GPUs of one node, and slurm.{section}."
+                f"gpus_per_node is {jobs.gpus_per_node}; ask for fewer in the recipe, or correct the cluster profile"
+            )
+        return Allocation(section, jobs, ranks // ranks_per_node, ranks_per_node, needs.gpus or 1)
 
 
 class Storage(Config):

@@ -193,7 +193,9 @@ class LocalLauncher:
             raise of_kind(failure, f"stage {name} failed: {failure.text} (log: atom logs {name})")
 
     def _places(self, node: Node) -> int:
-        return min(node.stage.ranks(node.config), self.profile.local.jobs)
+        """Slots that a stage takes: one for each rank, or all if it would share this machine's GPUs with another."""
+        needs, jobs = node.stage.needs(node.config), self.profile.local.jobs
+        return jobs if needs.gpus else min(needs.ranks, jobs)
 
     def _free_places(self) -> int:
         """Slots without work. A job whose outcome is known only has to exit, which takes a second."""

@@ -213,8 +213,8 @@ def array_of(slurm: Slurm, node: Node) -> int:
 
 
 def allocation_of(slurm: Slurm, node: Node) -> Allocation:
-    """The allocation of a node's job. Raises RecipeError if the ranks do not fill nodes equally."""
-    return slurm.allocation(node.name, node.stage.ranks(node.config), node.stage.trains)
+    """The allocation of a node's job. Raises RecipeError as `Slurm.allocation` does."""
+    return slurm.allocation(node.name, node.stage.needs(node.config))
 
 
 def require_image(profile: Profile) -> None:

@@ -6,19 +6,15 @@ problem, is only context here as well.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
 from stages.data.table import Double, Int32, Int64, String, columns_of
-from stages.data.tokenizer import END
+from stages.evaluation.engine import LanguageModel
 from stages.evaluation.heldout import HeldoutDocument
-
-if TYPE_CHECKING:
-    import torch
 
 HeldoutLimit = Annotated[int, Range(2, 1e6)]
 """Maximum number of held-out documents of a source; two are needed for a standard error."""
@@ -37,15 +33,6 @@ class DocumentScore(TypedDict):
 DOCUMENT_SCORES = columns_of(DocumentScore)
 
 
-def first_token_bits_of(model: Any, tokenizer: Any) -> torch.Tensor:
-    """(vocab) bits of every token after a lone end-of-document token: the context of a document's first token."""
-    import torch
-
-    with torch.inference_mode():
-        logits = model(torch.tensor([[tokenizer.convert_tokens_to_ids(END)]])).logits[0, -1]
-    return -torch.log_softmax(logits.double(), -1) / math.log(2)
-
-
 def scored_documents(documents: Sequence[DocumentScore]) -> list[DocumentScore]:
     """The documents of which something was scored; all others are questions as long as the model's context. Raises
     AtomError if a source has fewer than two."""
@@ -56,38 +43,33 @@ def scored_documents(documents: Sequence[DocumentScore]) -> list[DocumentScore]:
     return scored
 
 
-def document_bits(
-    model: Any, tokenizer: Any, first_token_bits: torch.Tensor, row: HeldoutDocument, chat: bool = False
-) -> DocumentScore:
-    """Bits and bytes of one document, cut to the model's context.
+def score_documents(
+    model: LanguageModel, tokenizer: Any, documents: Sequence[HeldoutDocument], conversations: Sequence[str] = ()
+) -> list[DocumentScore]:
+    """Bits and bytes of each document, cut to the model's context. conversations: sources whose documents contain
+    special tokens.
 
     A question, the first `prompt_chars` characters, is context and is not scored, because it carries no loss in
     training; it is tokenized separately, as in training. Documents start a row in training, without a preceding token,
     so the first token of a document without a question is scored after a lone end-of-document token, and all others in
     the context of training. By the chain rule this is a proper probability of the text that covers every byte.
     """
-    import torch
-
-    prompt = token_ids(tokenizer, row["text"][: row["prompt_chars"]], chat)
-    ids = (prompt + token_ids(tokenizer, row["text"][row["prompt_chars"] :], chat))[
-        : model.config.max_position_embeddings
+    rows = []
+    for row in documents:
+        chat = row["source"] in conversations
+        prompt = token_ids(tokenizer, row["text"][: row["prompt_chars"]], chat)
+        ids = prompt + token_ids(tokenizer, row["text"][row["prompt_chars"] :], chat)
+        rows.append((ids[: model.context], len(prompt)))
+    return [
+        {
+            "source": row["source"],
+            "id": row["id"],
+            "bytes": token_bytes(tokenizer, ids[start:]),
+            "tokens": len(ids[start:]),
+            "nll_bits": bits,
+        }
+        for row, (ids, start), bits in zip(documents, rows, model.bits(rows), strict=True)
     ]
-    scored = ids[len(prompt) :]
-    bits = float(first_token_bits[ids[0]]) if scored and not prompt else 0.0
-    start = max(len(prompt), 1)
-    if len(ids) > start:
-        tokens = torch.tensor([ids])
-        with torch.inference_mode():
-            logits = model(tokens).logits[0, start - 1 : -1]
-        log_probs = torch.log_softmax(logits.double(), -1).gather(1, tokens[0, start:, None])
-        bits -= float(log_probs.sum()) / math.log(2)
-    return {
-        "source": row["source"],
-        "id": row["id"],
-        "bytes": token_bytes(tokenizer, scored),
-        "tokens": len(scored),
-        "nll_bits": bits,
-    }
 
 
 def token_ids(tokenizer: Any, text: str, chat: bool = False) -> list[int]:

@@ -1,24 +1,39 @@
-"""What the stages need that run an exported model in one process. No torch: `atom plan` imports this file."""
+"""What the stages need that run an exported model, in their process or by a vLLM server. No torch: `atom plan` imports
+this file."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Estimate
+from stages.evaluation.engine import Engine
 from stages.models.base import ModelConfig
 
 CPU_FLOPS = 2e10
 """FLOP/s of a core that draws answers or reads documents in fp32, as in `stages/rl`."""
-START_SECONDS = 10.0
+GPU_FLOPS = 1e14
+"""FLOP/s of a GPU of a vLLM server, a tenth of an H100's peak in bf16: assumed, as no GPU has run an evaluation yet."""
+READ_BYTES = 1e9
+"""Bytes of weights that a server reads in a second from the shared file system."""
+START_SECONDS, SERVER_SECONDS = 10.0, 120.0
+"""Of a stage's process, and of a vLLM server without its weights."""
 SHARD_SECONDS = 3600.0
 FILES = 8
 """Of an artifact, at most: tables, scores and the manifest. Shards leave none in it."""
 BASE_BYTES = 700_000_000
 """Memory of PyTorch and transformers, and of a batch of a small model."""
+SERVER_BYTES = 3_000_000_000
+"""Of a server's process on a core without weights; on a GPU of its context, graphs and activations; and of the host's
+memory for each GPU and the server itself."""
+TOKENS_AT_ONCE = 2048
+"""Tokens that a server on GPUs reads in one step."""
+LOGITS = 3
+"""Copies of their logits in fp32 that a GPU holds at a time: as computed, converted, and as log-probabilities."""
 QUESTION_TOKENS, DOCUMENT_TOKENS = 100, 1000
 """Assumed length of a question, and of a held-out document."""
 
@@ -30,32 +45,55 @@ class Expected(Config):
     active: Annotated[int, Range(1, 1e15)] = Field(description="parameters that a token uses")
     tokens: Annotated[int, Range(0, 1e15)] = Field(description="tokens that are read or drawn")
     pieces: Annotated[int, Range(1, 1e9)] = Field(1, description="pieces of work that tasks may share")
+    weight_bytes: Annotated[int, Range(0, 1e16)] = Field(0, description="bytes of the exported weights")
+    served_bytes: Annotated[int, Range(0, 1e16)] = Field(
+        0, description="memory of a vLLM server's process beside its weights, on each GPU if it has some"
+    )
 
 
-def expected(model: ModelConfig, padded_vocab_size: int, tokens: int, pieces: int = 1) -> Expected:
-    parameters = model.parameters(padded_vocab_size)
-    return Expected(parameters=parameters["total"], active=parameters["active"], tokens=tokens, pieces=pieces)
+def expected(
+    model: ModelConfig, padded_vocab_size: int, tokens: int, pieces: int = 1, dtype: str = "float32",
+    engine: Engine | None = None,
+) -> Expected:  # fmt: skip
+    """engine: what computes; None: the stage's process."""
+    parameters, width = model.parameters(padded_vocab_size), 4 if dtype == "float32" else 2
+    served = 0
+    if engine is not None and engine.kind == "vllm":
+        row = model.context_length * model.cache_bytes(width, max(1, engine.gpus))
+        served = SERVER_BYTES + row + (LOGITS * 4 * TOKENS_AT_ONCE * padded_vocab_size if engine.gpus else 0)
+    return Expected(
+        parameters=parameters["total"], active=parameters["active"], tokens=tokens, pieces=pieces,
+        weight_bytes=width * parameters["total"], served_bytes=served,
+    )  # fmt: skip
 
 
-def shards(expected: Expected | None) -> int:
+def shards(expected: Expected | None, models: int = 1, engine: Engine | None = None) -> int:
     """Shards of about an hour, but none without a piece of its own. The pieces are the same for any number of shards,
     so this estimate has no part in the bytes."""
     if expected is None:
         return 1
-    return max(1, min(expected.pieces, math.ceil(_flops(expected) / CPU_FLOPS / SHARD_SECONDS)))
+    return max(1, min(expected.pieces, math.ceil(models * _flops(expected) / _rate(engine) / SHARD_SECONDS)))
 
 
 def _flops(expected: Expected) -> float:
     return 2.0 * expected.active * expected.tokens
 
 
-def estimate(expected: Expected | None, models: int = 1) -> Estimate:
-    """The resources of a stage that holds `models` such models in fp32, one after the other. Weights are read from a
-    mapped file, converted a tensor at a time."""
+def _rate(engine: Engine | None) -> float:
+    return CPU_FLOPS if engine is None or not engine.gpus else engine.gpus * GPU_FLOPS
+
+
+def estimate(expected: Expected | None, models: int = 1, engine: Engine | None = None) -> Estimate:
+    """The resources of a stage that holds `models` such models, one after the other: in its process in fp32, whose
+    weights are read from a mapped file and converted a tensor at a time; or on a vLLM server as they were exported.
+
+    memory_bytes is that of one GPU if the engine has some.
+    """
     if expected is None:
         return Estimate(memory_bytes=BASE_BYTES, disk_bytes=0)
-    flops, starts = _flops(expected) * models, shards(expected) + (shards(expected) > 1)
-    return Estimate(
+    count = shards(expected, models, engine)
+    flops, starts = _flops(expected) * models, count + (count > 1)
+    estimate = Estimate(
         cpu_seconds=START_SECONDS * starts + flops / CPU_FLOPS,
         serial_seconds=START_SECONDS if starts > 1 else None,
         flops=flops,
@@ -64,3 +102,31 @@ def estimate(expected: Expected | None, models: int = 1) -> Estimate:
         disk_bytes=8 * expected.tokens,
         files=FILES,
     )
+    if engine is None or engine.kind == "in-process":
+        return estimate
+    loads = models * count * (SERVER_SECONDS + expected.weight_bytes / READ_BYTES)
+    if not engine.gpus:  # vLLM packs matrices anew, so that both are there
+        memory = BASE_BYTES + 2 * expected.weight_bytes + expected.served_bytes
+        return replace(estimate, cpu_seconds=(estimate.cpu_seconds or 0) + loads, memory_bytes=memory)
+    on_clock = START_SECONDS * starts + loads + flops / _rate(engine)
+    return replace(
+        estimate, gpu_seconds=engine.gpus * on_clock, assumed=ASSUMED, host_bytes=(engine.gpus + 1) * SERVER_BYTES,
+        memory_bytes=expected.weight_bytes // engine.gpus + expected.served_bytes,
+    )  # fmt: skip
+
+
+ASSUMED = (
+    f"evaluation by vLLM at {GPU_FLOPS / 1e12:.0f} TFLOP/s a GPU, reading weights at {READ_BYTES / 1e9:.0f} GB/s; "
+    "not measured"
+)
+
+
+def of_engine(models: int = 1) -> dict[str, Any]:
+    """The functions of a Stage whose config has `engine` and `expected`. models: as for `estimate`."""
+    return {
+        "estimate": lambda config: estimate(config.expected, models, config.engine),
+        "shards": lambda config: shards(config.expected, models, config.engine),
+        "gpus": lambda config: config.engine.gpus,
+        "promise": lambda config: config.engine.promise,
+        "obstacle": lambda config: config.engine.obstacle,
+    }

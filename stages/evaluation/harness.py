@@ -3,13 +3,14 @@
     atom run my-recipe --only harness-online-rlhf
 
 The tasks and their items come from stage `benchmarks`; nothing is read from the network. The model runs in plain
-transformers and fp32. Needs the extra `harness`.
+transformers and fp32, or by `evaluation.engine`. Needs the extra `harness`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +21,7 @@ from stages.data.table import Double, Int32, String, columns_of, write_json, wri
 from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.benchmarks import BenchmarksConfig, data_folder, in_folder, load_task, task_manager
 from stages.evaluation.confidence import clustered
+from stages.evaluation.engine import Engine, engine_field
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import HarnessScores
 
@@ -49,6 +51,7 @@ RESULTS = columns_of(ItemResult)
 class HarnessConfig(BenchmarksConfig):
     """The task sets, as in stage `benchmarks`."""
 
+    engine: Engine = engine_field()
     expected: estimates.Expected | None = operational(
         None, "the model and tokens, for `atom plan` alone; null: unknown"
     )
@@ -62,11 +65,13 @@ def run(config: HarnessConfig, inputs: Inputs, work: Path, out: Path, report: Re
     means over items are sealed; the others are named in the log. Raises AtomError if the harness or a task is missing.
     """
     pieces, rows = _pieces(config, inputs), list[ItemResult]()
-    for done, measured in enumerate(compute(pieces, work, partial(_load, inputs)), start=1):
-        rows += measured["rows"]
-        if measured["left_out"]:
-            report.note(f"{measured['task']}: not means over items, and left out: {', '.join(measured['left_out'])}")
-        report.progress(done, len(pieces), "tasks")
+    with ExitStack() as stack:
+        values = compute(pieces, work, partial(_load, stack, config, inputs, work))
+        for done, measured in enumerate(values, start=1):
+            rows += measured["rows"]
+            if left_out := measured["left_out"]:
+                report.note(f"{measured['task']}: not means over items, and left out: {', '.join(left_out)}")
+            report.progress(done, len(pieces), "tasks")
     write_rows(out / "items.parquet", RESULTS, rows)
     scores = summary(rows)
     write_json(out / "scores.json", scores)
@@ -79,13 +84,19 @@ def run(config: HarnessConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
 def run_shard(config: HarnessConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Measures the tasks of one shard."""
-    load, shards = partial(_load, inputs), estimates.shards(config.expected)
-    compute_shard(_pieces(config, inputs), work, load, shard, shards)
+    shards = estimates.shards(config.expected, engine=config.engine)
+    with ExitStack() as stack:
+        compute_shard(_pieces(config, inputs), work, partial(_load, stack, config, inputs, work), shard, shards)
 
 
-def _load(inputs: Inputs) -> Any:
+def _load(stack: ExitStack, config: HarnessConfig, inputs: Inputs, work: Path) -> Any:
+    """The harness's model; the stack ends its server, if it has one."""
     import torch
 
+    if config.engine.kind == "vllm":
+        from stages.evaluation.harness_vllm import served_model
+
+        return served_model(stack, config.engine, inputs["model"] / "model", work)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     return language_model(inputs["model"] / "model")
@@ -191,6 +202,5 @@ def _response(sample: dict[str, Any]) -> str:
 
 STAGE = Stage(
     "harness", VERSION, HarnessConfig, run,
-    estimate=lambda config: estimates.estimate(config.expected),
-    shards=lambda config: estimates.shards(config.expected), run_shard=run_shard, imports=MODEL_LIBRARIES,
+    **estimates.of_engine(), run_shard=run_shard, imports=MODEL_LIBRARIES,
 )  # fmt: skip

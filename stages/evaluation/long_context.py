@@ -14,13 +14,12 @@ before context extension.
 
 from __future__ import annotations
 
-import math
 import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from pydantic import Field, model_validator
 
@@ -32,17 +31,12 @@ from stages.data.seeds import seed_of
 from stages.data.synthetic import passkeys
 from stages.data.table import Double, Int32, String, columns_of
 from stages.evaluation.confidence import binomial, ratio
+from stages.evaluation.engine import LanguageModel
 from stages.evaluation.heldout import HeldoutDocument
 from stages.evaluation.pieces import Piece
 from stages.evaluation.scores import LongContextScores
 
-if TYPE_CHECKING:
-    import torch
-
 FIRST_BUCKET = 64
-SLICE = 512
-"""Positions whose logits are in memory together: all logits of a long document over a large vocabulary would not
-fit."""
 
 Encode = Callable[[str], list[int]]
 
@@ -102,7 +96,7 @@ class ContextSection(Config):
 
 def pieces(
     section: ContextSection, tokenizer: Any, encode: Encode, read: Callable[[], Sequence[HeldoutDocument]]
-) -> list[Piece[Any]]:
+) -> list[Piece[LanguageModel]]:
     """The pieces of a model's evaluation: the rows of `passkey.parquet` of each length, then those of
     `positions.parquet`.
 
@@ -118,10 +112,10 @@ def pieces(
     def filler() -> Sequence[int]:
         return array("i", (token for row in documents() for token in encode(f"{row['text']}\n\n")))
 
-    def cells(model: Any, length: int) -> list[PasskeyRow]:
+    def cells(model: LanguageModel, length: int) -> list[PasskeyRow]:
         return _score_cells(section, length, model, tokenizer, encode, filler())
 
-    def positions(model: Any) -> list[PositionRow]:
+    def positions(model: LanguageModel) -> list[PositionRow]:
         return _loss_by_position(model, encode, documents(), section.lengths[-1], section.documents)
 
     return [
@@ -166,15 +160,11 @@ def items(section: ContextSection, length: int, encode: Encode, filler: Sequence
 
 
 def _score_cells(
-    section: ContextSection, length: int, model: Any, tokenizer: Any, encode: Encode, filler: Sequence[int]
+    section: ContextSection, length: int, model: LanguageModel, tokenizer: Any, encode: Encode, filler: Sequence[int]
 ) -> list[PasskeyRow]:
-    import torch
-
     rows: list[PasskeyRow] = []
     for name, depth, key, ids, answer in items(section, length, encode, filler):
-        with torch.inference_mode():
-            logits = model(torch.tensor([ids]), logits_to_keep=len(answer) + 1).logits[0, :-1]
-        predicted = logits.argmax(-1).tolist()
+        predicted = model.likeliest(ids, len(answer))
         output = tokenizer.decode(predicted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         score = int(predicted == answer)
         rows.append({"id": name, "length": length, "depth": depth, "expected": key, "output": output, "score": score})
@@ -182,7 +172,7 @@ def _score_cells(
 
 
 def _loss_by_position(
-    model: Any, encode: Encode, documents: Sequence[HeldoutDocument], length: int, limit: int
+    model: LanguageModel, encode: Encode, documents: Sequence[HeldoutDocument], length: int, limit: int
 ) -> list[PositionRow]:
     """One row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""
     rows: list[PositionRow] = []
@@ -193,7 +183,7 @@ def _loss_by_position(
         if len(ids) < length:
             continue
         count += 1
-        bits = token_bits(model, ids)
+        bits = model.token_bits(ids)
         for first, last in buckets(length):
             bucket_bits = bits[max(first, 1) - 1 : last]
             rows.append(
@@ -222,20 +212,6 @@ def buckets(length: int) -> list[tuple[int, int]]:
     while edges[-1] < length:
         edges.append(2 * edges[-1])
     return [(a, min(b, length) - 1) for a, b in pairwise(edges) if a < length]
-
-
-def token_bits(model: Any, ids: list[int]) -> torch.Tensor:
-    """(len(ids) - 1) bits of every token but the first, in the context of those before it."""
-    import torch
-
-    tokens = torch.tensor([ids])
-    parts = []
-    with torch.inference_mode():
-        hidden = model.get_decoder()(tokens).last_hidden_state[0, :-1]
-        for states, targets in zip(hidden.split(SLICE), tokens[0, 1:].split(SLICE), strict=True):
-            logits = model.get_output_embeddings()(states).double()
-            parts.append(-torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0] / math.log(2))
-    return torch.cat(parts)
 
 
 def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> LongContextScores:

@@ -1,6 +1,6 @@
-"""Stage `evaluate`: bits per byte and accuracy of one exported model, measured with plain transformers.
+"""Stage `evaluate`: bits per byte and accuracy of one exported model, measured with plain transformers or vLLM.
 
-Two measurements, bitwise reproducible on one thread:
+Two measurements, by `evaluation.engine`; in the stage's process they are bitwise reproducible on one thread:
 
 - **bits per byte** of every source on held-out documents (never trained on), with the standard error of the ratio over
   documents (stages/evaluation/bits_per_byte.py);
@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field
 
@@ -31,20 +31,17 @@ from stages.evaluation.bits_per_byte import (
     DOCUMENT_SCORES,
     DocumentScore,
     HeldoutLimit,
-    document_bits,
-    first_token_bits_of,
+    score_documents,
     scored_documents,
     token_ids,
 )
 from stages.evaluation.confidence import binomial, ratio
+from stages.evaluation.engine import Engine, LanguageModel, engine_field, open_model
 from stages.evaluation.exact_match import PROBLEM_ANSWERS, ProblemAnswer, answer_batch
 from stages.evaluation.heldout import HeldoutDocument, heldout_documents, heldout_texts
 from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import ModelScores, Ratio
-
-if TYPE_CHECKING:
-    import torch
 
 R = TypeVar("R")
 
@@ -62,6 +59,7 @@ class EvaluateConfig(Config):
     conversations: tuple[SourceName, ...] = added(
         (), "sources whose documents contain special tokens", max_length=MOST_SOURCES
     )
+    engine: Engine = engine_field()
     expected: estimates.Expected | None = operational(
         None, "the model and tokens, for `atom plan` alone; null: unknown"
     )
@@ -78,10 +76,12 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     measured: dict[str, list[Any]] = {kind: [] for kind in ("documents", "items", "passkey", "positions")}
     pieces = _pieces(config, inputs)
     total, completed = sum(piece.size for piece in pieces), 0
-    for piece, rows in zip(pieces, compute(pieces, work, partial(_load, inputs)), strict=True):
-        measured[piece.name.partition("-")[0]] += rows
-        completed += piece.size
-        report.progress(completed, total, "documents and problems")
+    with ExitStack() as stack:
+        values = compute(pieces, work, partial(_load, stack, config, inputs, work))
+        for piece, rows in zip(pieces, values, strict=True):
+            measured[piece.name.partition("-")[0]] += rows
+            completed += piece.size
+            report.progress(completed, total, "documents and problems")
     scored, answered = scored_documents(measured["documents"]), sorted(measured["items"], key=lambda row: row["id"])
     passkeys, positions = measured["passkey"], measured["positions"]
     if config.context is not None:
@@ -99,27 +99,16 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
 
 def run_shard(config: EvaluateConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Measures the documents and problems of one shard."""
-    pieces, shards = _pieces(config, inputs), estimates.shards(config.expected)
-    compute_shard(pieces, work, partial(_load, inputs), shard, shards)
+    pieces, shards = _pieces(config, inputs), estimates.shards(config.expected, engine=config.engine)
+    with ExitStack() as stack:
+        compute_shard(pieces, work, partial(_load, stack, config, inputs, work), shard, shards)
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """The model, and the bits of the first token of a document."""
-
-    model: Any
-    first_token_bits: torch.Tensor
-
-
-def _load(inputs: Inputs) -> _Loaded:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    folder = inputs["model"] / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    return _Loaded(model, first_token_bits_of(model, _tokenizer(inputs)))
+def _load(stack: ExitStack, config: EvaluateConfig, inputs: Inputs, work: Path) -> LanguageModel:
+    """The model, which the stack closes."""
+    longest = max(config.context.lengths) if config.context else 0
+    model = open_model(config.engine, inputs["model"] / "model", _tokenizer(inputs), work, longest)
+    return stack.enter_context(closing(model))
 
 
 def _tokenizer(inputs: Inputs) -> Any:
@@ -128,7 +117,7 @@ def _tokenizer(inputs: Inputs) -> Any:
     return AutoTokenizer.from_pretrained(inputs["model"] / "model", local_files_only=True, padding_side="left")
 
 
-def _pieces(config: EvaluateConfig, inputs: Inputs) -> list[Piece[_Loaded]]:
+def _pieces(config: EvaluateConfig, inputs: Inputs) -> list[Piece[LanguageModel]]:
     """The pieces, whose names begin with the table that their rows are for: documents by source, problems by length,
     long texts."""
     tokenizer, kept = _tokenizer(inputs), inputs["dedup"] / "kept"
@@ -137,14 +126,11 @@ def _pieces(config: EvaluateConfig, inputs: Inputs) -> list[Piece[_Loaded]]:
         raise AtomError("evaluate: the items artifact holds no problem; give `evaluation.problems` at least one task")
     problems.sort(key=lambda row: (len(row["prompt"]), row["id"]))
 
-    def score(loaded: _Loaded, rows: Sequence[HeldoutDocument]) -> list[DocumentScore]:
-        return [
-            document_bits(loaded.model, tokenizer, loaded.first_token_bits, row, row["source"] in config.conversations)
-            for row in rows
-        ]
+    def score(model: LanguageModel, rows: Sequence[HeldoutDocument]) -> list[DocumentScore]:
+        return score_documents(model, tokenizer, rows, config.conversations)
 
-    def answer(loaded: _Loaded, batch: Sequence[ItemRow]) -> list[ProblemAnswer]:
-        return answer_batch(loaded.model, tokenizer, batch, config.max_new_tokens)
+    def answer(model: LanguageModel, batch: Sequence[ItemRow]) -> list[ProblemAnswer]:
+        return answer_batch(model, tokenizer, batch, config.max_new_tokens)
 
     documents = sorted(heldout_documents(kept, config.heldout_documents), key=lambda row: row["source"])
     pieces = [
@@ -157,17 +143,12 @@ def _pieces(config: EvaluateConfig, inputs: Inputs) -> list[Piece[_Loaded]]:
     ]
     if config.context is not None:
         encode, read = partial(token_ids, tokenizer), partial(heldout_texts, kept)
-        long = long_context.pieces(config.context, tokenizer, encode, read)
-        pieces += [replace(piece, make=partial(_of_model, piece.make)) for piece in long]
+        pieces += long_context.pieces(config.context, tokenizer, encode, read)
     return pieces
 
 
 def _batches(rows: Sequence[R]) -> list[Sequence[R]]:
     return [rows[start : start + ROWS_PER_BATCH] for start in range(0, len(rows), ROWS_PER_BATCH)]
-
-
-def _of_model(make: Callable[[Any], Any], loaded: _Loaded) -> Any:
-    return make(loaded.model)
 
 
 def summary(
@@ -219,6 +200,5 @@ def write_tables(out: Path, documents: Sequence[DocumentScore], items: Sequence[
 
 STAGE = Stage(
     "evaluate", VERSION, EvaluateConfig, run,
-    estimate=lambda config: estimates.estimate(config.expected),
-    shards=lambda config: estimates.shards(config.expected), run_shard=run_shard, imports=MODEL_LIBRARIES,
+    **estimates.of_engine(), run_shard=run_shard, imports=MODEL_LIBRARIES,
 )  # fmt: skip

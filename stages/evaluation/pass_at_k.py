@@ -33,6 +33,7 @@ from stages.data.seeds import seed_of
 from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
+from stages.evaluation.engine import Engine, engine_field, open_sampler
 from stages.evaluation.eval_set import chat_rows
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
@@ -78,6 +79,7 @@ class SolveConfig(Config):
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     split: Literal["test", "validation"] = Field("test", description="split of the items")
     seed: Seed = Field(description="seed of the recipe")
+    engine: Engine = engine_field()
     expected: estimates.Expected | None = operational(
         None, "the model and tokens, for `atom plan` alone; null: unknown"
     )
@@ -93,7 +95,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     rows, answered, completed = _rows(config, inputs), list[Answer](), 0
     with ExitStack() as stack:
         pieces = _pieces(rows, config)
-        values = compute(pieces, work, partial(_load, stack, rows, config, inputs, report.note))
+        values = compute(pieces, work, partial(_load, stack, rows, config, inputs, work, report.note))
         for piece, answers in zip(pieces, values, strict=True):
             answered += answers
             completed += piece.size
@@ -117,8 +119,8 @@ def run_shard(config: SolveConfig, inputs: Inputs, work: Path, shard: int) -> No
     """Answers the items of one shard."""
     rows = _rows(config, inputs)
     with ExitStack() as stack:
-        load = partial(_load, stack, rows, config, inputs, partial(print, flush=True))
-        compute_shard(_pieces(rows, config), work, load, shard, estimates.shards(config.expected))
+        load = partial(_load, stack, rows, config, inputs, work, partial(print, flush=True))
+        compute_shard(_pieces(rows, config), work, load, shard, estimates.shards(config.expected, engine=config.engine))
 
 
 def _rows(config: SolveConfig, inputs: Inputs) -> list[dict[str, Any]]:
@@ -126,10 +128,11 @@ def _rows(config: SolveConfig, inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def _load(
-    stack: ExitStack, rows: Sequence[Row], config: SolveConfig, inputs: Inputs, note: Callable[[str], object]
-) -> ChatModel:
+    stack: ExitStack, rows: Sequence[Row], config: SolveConfig, inputs: Inputs, work: Path,
+    note: Callable[[str], object],
+) -> ChatModel:  # fmt: skip
     """The model, which the stack closes."""
-    chat_model = ChatModel(inputs["model"] / "model", config.max_new_tokens, rows, inputs, note)
+    chat_model = ChatModel(config.engine, inputs["model"] / "model", config.max_new_tokens, rows, inputs, work, note)
     return stack.enter_context(closing(chat_model))
 
 
@@ -156,19 +159,19 @@ class ChatModel:
     """An exported model with its chat template, and the verifiers of its items."""
 
     def __init__(
-        self, folder: Path, max_new_tokens: int, rows: Sequence[Row], inputs: Inputs, note: Callable[[str], object]
-    ) -> None:
-        """note: prints a line to the log."""
+        self, engine: Engine, folder: Path, max_new_tokens: int, rows: Sequence[Row], inputs: Inputs, work: Path,
+        note: Callable[[str], object],
+    ) -> None:  # fmt: skip
+        """work: for the log of a server; note: prints a line to the log."""
         import torch
 
         from stages.rl.rewards.registry import make_verifiers
         from stages.rl.rollout import generation
-        from stages.rl.samplers.generate import InProcess
 
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         self.chat = generation.Chat(folder)
-        self.sampler = InProcess(folder, self.chat.stops, max_new_tokens)
+        self.sampler = open_sampler(engine, folder, self.chat.stops, max_new_tokens, work)
         self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), 2, note)
 
     def answer(self, requests: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
@@ -259,6 +262,5 @@ def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accurac
 
 STAGE = Stage(
     "solve", VERSION, SolveConfig, run,
-    estimate=lambda config: estimates.estimate(config.expected),
-    shards=lambda config: estimates.shards(config.expected), run_shard=run_shard, imports=MODEL_LIBRARIES,
+    **estimates.of_engine(), run_shard=run_shard, imports=MODEL_LIBRARIES,
 )  # fmt: skip

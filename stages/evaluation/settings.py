@@ -12,6 +12,7 @@ from pydantic import Field
 from pipeline.core.bounds import Context, Range, Share
 from pipeline.core.stage import Config, Renamed, added
 from stages.evaluation.bits_per_byte import HeldoutLimit
+from stages.evaluation.engine import Engine
 from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS
 from stages.evaluation.eval_set import ChatItems, Problems
 from stages.evaluation.long_context import ContextSection
@@ -20,6 +21,8 @@ from stages.evaluation.model_evaluation import ROWS_PER_BATCH
 from stages.evaluation.pass_at_k import ITEMS_PER_BATCH, NumSamples
 from stages.evaluation.pieces import count
 from stages.evaluation.task_sets import HarnessSection
+from stages.evaluation.win_rate import ITEMS_PER_BATCH as REQUESTS_PER_BATCH
+from stages.evaluation.win_rate import SIDES
 
 SURE = 1.645
 """Standard errors beyond which a difference is significant in one direction, at 95 %."""
@@ -60,6 +63,9 @@ class EvaluationSection(Config):
         None, "what models give away of their training data: verbatim continuations and canaries; null: not measured"
     )
     harness: HarnessSection | None = added(None, "task sets of lm-evaluation-harness; null: none")
+    engine: Engine = Field(
+        Engine(), description="what computes evaluations, except for memorization: the stages' processes, or vLLM"
+    )
 
     def tokens(self, sources: int) -> int:
         """Tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""
@@ -82,6 +88,11 @@ class EvaluationSection(Config):
     def chat_pieces(self) -> int:
         """Pieces of the answers of one model to the items in conversations, at most."""
         return count(self._chat_count(), ITEMS_PER_BATCH)
+
+    def preference_pieces(self) -> int:
+        """Pieces of a comparison of two models on requests, at most."""
+        courtesies = 0 if self.chat is None else self.chat.items.courtesies
+        return max(1, len(SIDES) * count(courtesies, REQUESTS_PER_BATCH))
 
     def _chat_count(self) -> int:
         return 0 if self.chat is None else sum(self.problems.values()) + self.chat.items.courtesies

@@ -1,7 +1,8 @@
 """Task sets of lm-evaluation-harness by name: their tasks, and the data that these read with its license.
 
-A further set is one entry of `TASK_SETS`. Each license and revision was read from the page that `license_evidence`
-names. A recipe may also bring its own tasks, in a folder of the harness's YAML files.
+A further set is one entry of `TASK_SETS`. Each license was read from the page that `license_evidence` names, each
+revision from that page or from public code that pins the dataset. A recipe may also bring its own tasks, in a folder of
+the harness's YAML files.
 """
 
 from __future__ import annotations
@@ -36,6 +37,18 @@ class TaskSet(Config):
     folder_digest: TreeDigest | None = Field(None, description="digest of the files of the folder; null: no folder")
 
 
+MMLU_SUBJECTS = """
+abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
+econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
+high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
+high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics
+high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history
+human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
+medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory
+professional_accounting professional_law professional_medicine professional_psychology public_relations
+security_studies sociology us_foreign_policy virology world_religions
+"""
 TASK_SETS = {
     task_set.name: task_set
     for task_set in (
@@ -43,6 +56,21 @@ TASK_SETS = {
             name="arc", tasks=("arc_easy", "arc_challenge"), license="CC-BY-SA-4.0",
             license_evidence="https://huggingface.co/datasets/allenai/ai2_arc/tree/210d026faf9955653af8916fad021475a3f00453",
             revision="210d026faf9955653af8916fad021475a3f00453", folder_digest=None,
+        ),
+        TaskSet(
+            name="gsm8k", tasks=("gsm8k",), license="MIT",
+            license_evidence="https://huggingface.co/datasets/openai/gsm8k/blame/main/README.md",
+            revision="740312add88f781978c0658806c59bc2815b9866", folder_digest=None,
+        ),
+        TaskSet(
+            name="mmlu", tasks=tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS.split()), license="MIT",
+            license_evidence="https://github.com/hendrycks/test/blob/0aff600098ffa002d8e9f1ffe4d6e05475edd28e/LICENSE",
+            revision="c30699e8356da336a370243923dbaf21066bb9fe", folder_digest=None,
+        ),
+        TaskSet(
+            name="truthfulqa", tasks=("truthfulqa_mc1", "truthfulqa_mc2"), license="Apache-2.0",
+            license_evidence="https://huggingface.co/datasets/truthful_qa/resolve/main/README.md",
+            revision="741b8276f2d1982aa3d5b832d3ee81ed3b896490", folder_digest=None,
         ),
     )
 }  # fmt: skip

@@ -11,24 +11,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from pipeline.core.bounds import Context, Key, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
-from pipeline.core.store import once
 from stages.data.seeds import seed_of
 from stages.data.table import write_json, write_rows
 from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.confidence import clustered, wilson
+from stages.evaluation.engine import Engine, engine_field
 from stages.evaluation.eval_set import chat_rows
 from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, select_split
+from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import ComparisonScores, PairScores, SideScores
+
+if TYPE_CHECKING:
+    from stages.rl.protocols import Row
 
 VERSION = 3
 ITEMS_PER_BATCH = 256
@@ -46,6 +51,7 @@ class PreferConfig(Config):
     before: Key = Field(description="name of the model that it is compared with")
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     seed: Seed = Field(description="seed of the recipe")
+    engine: Engine = engine_field()
     expected: estimates.Expected | None = operational(
         None, "the model and tokens, for `atom plan` alone; null: unknown"
     )
@@ -59,21 +65,14 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     """
     from stages.rl.protocols import question
 
-    rows = [row for row in chat_rows(inputs["items"]) if row["kind"] in JUDGED]
-    if not rows:
-        raise AtomError("prefer: the items have no request for a courteous note; set evaluation.chat.items.courtesies")
-    rows = select_split(rows, "test")
-    requests = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
-    sides: dict[str, list[Answer]] = {}
-    for number, side in enumerate(SIDES):
-        chat_model = ChatModel(inputs[side] / "model", config.max_new_tokens, rows, inputs, report.note)
-        sides[side] = []
-        for start in range(0, len(requests), ITEMS_PER_BATCH):
-            batch = requests[start : start + ITEMS_PER_BATCH]
-            name = f"{side}-{start // ITEMS_PER_BATCH:05d}.json"
-            sides[side] += once(work / name, partial(chat_model.answer, batch))
-            report.progress(number * len(requests) + start + len(batch), len(SIDES) * len(requests), "answers")
-        chat_model.close()
+    rows = _rows(inputs)
+    sides: dict[str, list[Answer]] = {side: [] for side in SIDES}
+    completed, pieces = 0, _pieces(rows, config)
+    with closing(_Models(rows, config, inputs, work, report.note)) as models:
+        for piece, answers in zip(pieces, compute(pieces, work, lambda: models), strict=True):
+            sides[piece.name.partition("-")[0]] += answers
+            completed += piece.size
+            report.progress(completed, len(SIDES) * len(rows), "answers")
     pairs = []
     for row, *answers in zip(rows, *(sides[side] for side in SIDES), strict=True):
         columns: dict[str, Mapping[str, Any]] = dict(zip(SIDES, answers, strict=True))
@@ -89,6 +88,60 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         f"{config.model} is preferred to {config.before} on {rate['value']:.1%} ± {rate['se']:.1%} of {rate['n']} "
         f"requests; {scores['wins']} wins, {scores['ties']} ties, {scores['losses']} losses"
     )
+
+
+def run_shard(config: PreferConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Answers the requests of one shard."""
+    rows = _rows(inputs)
+    shards = estimates.shards(config.expected, len(SIDES), config.engine)
+    with closing(_Models(rows, config, inputs, work, partial(print, flush=True))) as models:
+        compute_shard(_pieces(rows, config), work, lambda: models, shard, shards)
+
+
+def _rows(inputs: Inputs) -> list[dict[str, Any]]:
+    rows = [row for row in chat_rows(inputs["items"]) if row["kind"] in JUDGED]
+    if not rows:
+        raise AtomError("prefer: the items have no request for a courteous note; set evaluation.chat.items.courtesies")
+    return select_split(rows, "test")
+
+
+class _Models:
+    """The models of both sides, of which one is open at a time."""
+
+    def __init__(
+        self, rows: Sequence[Row], config: PreferConfig, inputs: Inputs, work: Path, note: Callable[[str], object]
+    ) -> None:
+        self.arguments = config.engine, config.max_new_tokens, rows, inputs, work, note
+        self.side = ""
+        self.model: ChatModel | None = None
+
+    def of(self, side: str) -> ChatModel:
+        if self.model is None or side != self.side:
+            self.close()
+            engine, max_new_tokens, rows, inputs, work, note = self.arguments
+            self.side = side
+            self.model = ChatModel(engine, inputs[side] / "model", max_new_tokens, rows, inputs, work, note)
+        return self.model
+
+    def close(self) -> None:
+        if self.model is not None:
+            self.model.close()
+            self.model = None
+
+
+def _pieces(rows: Sequence[Row], config: PreferConfig) -> list[Piece[_Models]]:
+    """Batches of requests, all of one side before those of the other."""
+    requests = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
+
+    def answer(models: _Models, side: str, batch: Sequence[tuple[Row, int, int]]) -> list[Answer]:
+        return models.of(side).answer(batch)
+
+    batches = [requests[start : start + ITEMS_PER_BATCH] for start in range(0, len(requests), ITEMS_PER_BATCH)]
+    return [
+        Piece(f"{side}-{number:05d}", partial(answer, side=side, batch=batch), len(batch))
+        for side in SIDES
+        for number, batch in enumerate(batches)
+    ]
 
 
 def summary(pairs: Sequence[dict[str, Any]]) -> PairScores:
@@ -138,5 +191,5 @@ def _summarize_side(pairs: Sequence[dict[str, Any]], side: str) -> SideScores:
 
 STAGE = Stage(
     "prefer", VERSION, PreferConfig, run,
-    estimate=lambda config: estimates.estimate(config.expected, len(SIDES)), imports=MODEL_LIBRARIES,
+    **estimates.of_engine(len(SIDES)), run_shard=run_shard, imports=MODEL_LIBRARIES,
 )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import AtomError, CheckFailed
-from stages.export import SLICE_BYTES
+from stages.export import SLICE_BYTES, parity_lengths
 from stages.mcore import gpu
 from stages.mcore.model import build, check_tensors
 from stages.mcore.param_names import BUFFERS, global_name
@@ -54,9 +54,9 @@ def compare_files(folder: Path, tensors: Mapping[str, torch.Tensor], model: Mode
     return len(tensors)
 
 
-def parity_rows(vocab_size: int, context_length: int) -> list[list[int]]:
-    """Rows of random token ids: one of the full context and some short ones."""
-    lengths = [context_length, *(max(2, context_length // part) for part in (2, 5, 8, 16))]
+def parity_rows(vocab_size: int, longest: int) -> list[list[int]]:
+    """Rows of random token ids: one of so many, and some shorter ones."""
+    lengths = parity_lengths(longest)
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
@@ -80,8 +80,10 @@ def megatron_logits(
     padded_vocab_size: int,
     rows: list[list[int]],
     vocab_size: int,
+    steps: Mapping[int, int] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other.
+    """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other. steps: the
+    distance of neighbors' positions in rows of that length, if it is not 1.
 
     Raises AtomError if a tensor does not have the model's shape.
     """
@@ -101,6 +103,7 @@ def megatron_logits(
     with parallel.session(0):
         (gpt,) = build(model, padded_vocab_size, on_meta=True)
         gpt.eval()
+        gpt.config.rows.steps = dict(steps or {})
         fill(gpt.embedding, "embedding")
         hook = gpt.decoder.layers[0].register_forward_pre_hook(_stop, with_kwargs=True)
         calls = []
@@ -133,11 +136,12 @@ def _stop(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def compare_logits(
-    folder: Path, rows: list[list[int]], logits: Iterable[torch.Tensor], tolerance: float, work: Path, by_layer: bool
-) -> float:
+    folder: Path, rows: list[list[int]], logits: Iterable[torch.Tensor], tolerance: float, work: Path, by_layer: bool,
+    steps: Mapping[int, int] | None = None,
+) -> float:  # fmt: skip
     """Loads the folder with transformers in a fresh interpreter. Returns the largest logit difference.
 
-    logits: slices as `megatron_logits` gives them. by_layer: the interpreter loads one layer at a time.
+    logits, steps: slices as `megatron_logits` gives them. by_layer: the interpreter loads one layer at a time.
     Raises CheckFailed if it does not load completely, or if a logit differs by the tolerance or more.
     """
     offline = {
@@ -158,7 +162,8 @@ def compare_logits(
             slices = iter(logits)
             try:
                 part = next(slices)
-                request = {"rows": rows, "positions": slice_positions(part.shape[-1])}
+                row_steps = [(steps or {}).get(len(row), 1) for row in rows]
+                request = {"rows": rows, "steps": row_steps, "positions": slice_positions(part.shape[-1])}
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 while True:
                     process.stdin.write(part.contiguous().numpy().data)

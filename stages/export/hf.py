@@ -7,7 +7,8 @@ the tables and one layer.
 The parity gate (comparison.py) has two halves, and a failure of either stops the release:
 - the written files are read back and mapped to Megatron's tensors; each must equal the checkpoint's, bit for bit;
 - transformers loads the folder in a fresh interpreter without Megatron or the CPU patches, and its logits must agree
-with Megatron's on rows of random tokens, one of them as long as the context.
+with Megatron's on rows of random tokens. One of them is as long as the context; above 8,192 tokens it has 4,096 whose
+positions are spread evenly over the context, so that the rotary embedding is compared at all distances.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.core.bounds import Range, Seed
+from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from pipeline.core.store import Artifact
-from stages.export import SLICE_BYTES, WHOLE_BYTES
+from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
@@ -55,6 +57,19 @@ class ExportConfig(Config):
         1e-4, description="maximum difference of any fp32 logit"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of the exported weights")
+    parity_tokens: Context | None = added(
+        None, "tokens of the longest compared row, spread over the context; null: as many as the context"
+    )
+
+    @property
+    def longest_row(self) -> int:
+        return min(self.parity_tokens or self.model.context_length, self.model.context_length)
+
+    @property
+    def position_steps(self) -> dict[int, int]:
+        """{tokens of a row: distance of its neighbors' positions}, of the row that is spread over the context."""
+        step = self.model.context_length // self.longest_row
+        return {self.longest_row: step} if step > 1 else {}
 
 
 def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -87,20 +102,23 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
     report.note("export written; comparing it with Megatron")
     tensors_compared = comparison.compare_files(folder, tensors, config.model, vocab_size)
-    rows = comparison.parity_rows(vocab_size, config.model.context_length)
+    rows, steps = comparison.parity_rows(vocab_size, config.longest_row), config.position_steps
     by_layer = 4 * config.model.parameters(config.padded_vocab_size)["total"] > WHOLE_BYTES
     with contextlib.closing(
-        comparison.megatron_logits(tensors, config.model, config.padded_vocab_size, rows, vocab_size)
+        comparison.megatron_logits(tensors, config.model, config.padded_vocab_size, rows, vocab_size, steps)
     ) as logits:
-        delta = comparison.compare_logits(folder, rows, logits, config.parity_tolerance, work, by_layer)
-    _write(out / "parity.json", {
+        delta = comparison.compare_logits(folder, rows, logits, config.parity_tolerance, work, by_layer, steps)
+    parity: dict[str, Any] = {
         "max_abs_logit_delta": delta,
         "tolerance": config.parity_tolerance,
         "tokens_compared": sum(len(row) for row in rows),
         "longest_row": max(len(row) for row in rows),
         "tensors_compared": tensors_compared,
         "dtype": config.dtype,
-    })  # fmt: skip
+    }  # fmt: skip
+    for tokens, step in steps.items():
+        parity["spread_over"] = (tokens - 1) * step + 1
+    _write(out / "parity.json", parity)
     report.metric(0, max_abs_logit_delta=delta)
 
 
@@ -152,7 +170,8 @@ def write_tokenizer(tokenizer: Artifact, folder: Path) -> dict[str, int]:
 
 def estimate(config: ExportConfig) -> Estimate:
     parameters = config.model.parameters(config.padded_vocab_size)
-    flops = 2.0 * 2 * parameters["active"] * 2 * config.model.context_length  # two models read twice the context
+    per_token = partial(config.model.flops_per_token, config.padded_vocab_size)  # of a step, three times a forward pass
+    flops = 2 * sum(n * per_token(n) / 3 for n in parity_lengths(config.longest_row))  # two models read the rows
     weights = (4 if config.dtype == "float32" else 2) * parameters["total"]
     shards = -(-weights // SHARD_BYTES)
     files = 7 + shards + (shards > 1)
@@ -175,10 +194,10 @@ def memory(config: ExportConfig) -> int:
     parameters = model.parameters(config.padded_vocab_size)
     total, table = 4 * parameters["total"], 4 * parameters["embedding"]
     layer = max(4 * model.layer_memory(layout, n).all for n in range(model.layers))
-    rows = Rows(1, model.context_length)
+    rows = Rows(1, config.longest_row)
     kept = max(sum(model.layer_activations(layout, "fp32", rows, n).values()) for n in range(model.layers))
-    hidden = 4 * model.hidden_size * 2 * model.context_length  # all rows are together less than twice the longest
-    computing = hidden + round(kept) * model.context_length + 2 * SLICE_BYTES
+    hidden = 4 * model.hidden_size * 2 * config.longest_row  # all rows are together less than twice the longest
+    computing = hidden + round(kept) * config.longest_row + 2 * SLICE_BYTES
     writing = min(SHARD_BYTES, width * parameters["total"]) + (4 + width) * table // 4
     # a layer's tensors as they are in the file, in fp32, and experts a second time while they are stacked
     loaded = 2 * total if total <= WHOLE_BYTES else 2 * table + (8 + width) * layer // 4

@@ -2,8 +2,9 @@
 
     python -P parity.py MODEL_FOLDER [--by-layer] < EXPECTED
 
-EXPECTED is a line of JSON, `rows` (token ids) and `positions` (of a slice), and then Megatron's logits: for each row,
-slices of so many positions, fp32 [positions, vocabulary]. The last printed line is one JSON object: keys that were
+EXPECTED is a line of JSON, `rows` (token ids), `steps` (of each row, the distance of its neighbors' positions) and
+`positions` (of a slice), and then Megatron's logits: for each row, slices of so many positions, fp32 [positions,
+vocabulary]. The last printed line is one JSON object: keys that were
 missing, left over or of another shape, the largest logit difference and its location. With --by-layer, one layer of the
 model is in memory at a time. Neither this file nor the one beside it, which it loads by its path, imports a module of
 this project, on purpose: the CPU patches of Megatron must not affect the compared model.
@@ -45,7 +46,7 @@ def main(folder: str, by_layer: bool) -> None:
     logging.disable_progress_bar()
     request = json.loads(sys.stdin.buffer.readline())
     source = (streamed_model.ByLayer if by_layer else streamed_model.Whole)(folder)
-    states = [] if source.keys else streamed_model.hidden_states(source, request["rows"])
+    states = [] if source.keys else streamed_model.hidden_states(source, request["rows"], request["steps"])
     print(json.dumps({"keys": source.keys, **compare(source.model, states, request["positions"])}))
 
 

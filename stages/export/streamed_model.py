@@ -114,9 +114,9 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def hidden_states(source: Whole | ByLayer, rows: list[list[int]]) -> list[torch.Tensor]:
+def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[int] | None = None) -> list[torch.Tensor]:
     """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once. None if layers lack
-    tensors, which `source.keys` then names."""
+    tensors, which `source.keys` then names. steps: of each row, the distance of its neighbors' positions; None: 1."""
     base = source.model.base_model
     states: list[torch.Tensor] = []
     calls: list[list[dict[str, Any]]] = []  # of each row, the keywords of each layer: masks, rotary tables
@@ -129,9 +129,13 @@ def hidden_states(source: Whole | ByLayer, rows: list[list[int]]) -> list[torch.
 
     for layer in base.layers:
         layer.forward = record
-    for row in rows:
+    for row, step in zip(rows, steps or [1] * len(rows), strict=True):
         calls.append([])
-        base(input_ids=torch.tensor([row]), use_cache=False)
+        spread: dict[str, Any] = {}
+        if step > 1:  # without a mask, positions with gaps would be those of several documents
+            positions = torch.arange(len(row))[None] * step
+            spread = {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
+        base(input_ids=torch.tensor([row]), use_cache=False, **spread)
     for number, layer in enumerate(base.layers):
         del layer.forward
         source.load(f"{source.model.base_model_prefix}.layers.{number}.")

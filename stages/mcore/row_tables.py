@@ -41,13 +41,14 @@ class Tables:
 
     def __init__(
         self, starts: torch.Tensor | None, length: int, context: int, device: torch.device,
-        rope: tuple[torch.Tensor, float],
+        rope: tuple[torch.Tensor, float], step: int = 1,
     ) -> None:  # fmt: skip
         """starts: the first position of the document of each position, int64 [batch, complete row], on any device; or
         [3, batch, complete row] with the first position and the end of what the document continues, its prefix in the
         same row; None if each row is one document. length: of this context rank's share of a row. rope: frequencies and
-        factor."""
+        factor. step: the distance of neighbors' positions for the rotary embedding."""
         self.starts, self.length, self.context, self.device, self.rope = starts, length, context, device, rope
+        self.step = step
         self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
         self.local_starts = None if starts is None else starts.cpu()[..., self.positions]
         """[batch, length], on the host."""
@@ -75,7 +76,7 @@ class Tables:
                 starts = starts - gpu.upload(self.prefixes[1] - self.prefixes[0], self.device)
             positions = (positions - starts)[:, None, None]
         frequencies, factor = self.rope
-        angles = positions[..., None].float() * gpu.upload(frequencies, self.device)
+        angles = (positions * self.step)[..., None].float() * gpu.upload(frequencies, self.device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
@@ -186,6 +187,8 @@ class RowTables:
 
     def __init__(self, rope: tuple[torch.Tensor, float], context: int) -> None:
         self.rope, self.context = rope, context
+        self.steps: dict[int, int] = {}
+        """{tokens of a row: distance of its neighbors' positions}, where it is not 1: to compute at far positions."""
         self.key: Any = None
         self.tables: Tables | None = None
 
@@ -195,7 +198,8 @@ class RowTables:
         place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
         key = place, length, device
         if self.tables is None or key != self.key:
-            self.key, self.tables = key, Tables(starts, length, self.context, device, self.rope)
+            step = self.steps.get(length, 1)
+            self.key, self.tables = key, Tables(starts, length, self.context, device, self.rope, step)
         return self.tables
 
 

@@ -164,6 +164,11 @@ class ModelConfig(Config, ABC):
     def describe(self) -> str:
         """The sizes in words."""
 
+    def cache_bytes(self, size: int, ranks: int) -> int:
+        """Bytes of keys and values that a token leaves on each of so many tensor ranks while a model generates, at
+        most. size: bytes of a number."""
+        return sum(a.layers * -(-a.heads // ranks) * (a.qk + a.v) for a in self.attention()) * size
+
     def inner_widths(self) -> dict[str, int]:
         """The widths inside of a layer, by name."""
         return {}

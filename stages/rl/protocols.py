@@ -94,6 +94,16 @@ class SamplerContext:
     note: Callable[[str], None] = print
 
 
+class AnswerGenerator(Protocol):
+    """A model that answers prompts: a sampler, or an exported model that is evaluated."""
+
+    def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
+        """As `Sampler.generate`."""
+
+    def close(self) -> None:
+        """As `Sampler.close`."""
+
+
 class Sampler(ABC):
     """Draws completions at temperature 1. Not collective: one process holds it.
 

@@ -57,10 +57,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 def loaded(inputs: dict[str, Artifact]) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from stages.evaluation.transformers_model import TransformersModel
+
     folder = inputs["model"] / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     return SimpleNamespace(
-        model=AutoModelForCausalLM.from_pretrained(folder).eval(),
+        model=model,
+        oracle=TransformersModel(model, tokenizer),
         tokenizer=tokenizer,
         encode=lambda text: bits_per_byte.token_ids(tokenizer, text),
     )
@@ -112,6 +116,8 @@ def test_items_have_the_length_and_the_depth_that_they_say(loaded: Any) -> None:
 class Reader:
     """A reader of known reach: repeats the last number stated within so many tokens before the answer, else zeros."""
 
+    config: Any
+
     def __init__(self, tokenizer: Any, reach: int) -> None:
         self.tokenizer, self.reach = tokenizer, reach
 
@@ -135,12 +141,14 @@ def test_a_reader_of_known_reach_earns_what_it_should(loaded: Any, tmp_path: Pat
     section = ContextSection(**{**SECTION, "depths": [0, 0.5, 1], "per_cell": 3})
     documents = long_documents()
     model = Reader(loaded.tokenizer, reach=110)
+    model.config = loaded.model.config
     model.get_decoder, model.get_output_embeddings = loaded.model.get_decoder, loaded.model.get_output_embeddings
+    from stages.evaluation.transformers_model import TransformersModel
     from tests.fixtures.run_fixtures import RecordingReport
 
     report = RecordingReport()
     pieces = long_context.pieces(section, loaded.tokenizer, loaded.encode, lambda: documents)
-    *by_length, positions = compute(pieces, tmp_path, lambda: model)
+    *by_length, positions = compute(pieces, tmp_path, lambda: TransformersModel(model, loaded.tokenizer))
     keys = [row for rows in by_length for row in rows]
     long_context.report_passkeys(keys, report)
     assert {n: row["value"] for n, row in long_context.summary(keys, positions)["passkey"].items()} == {
@@ -176,7 +184,7 @@ def test_losses_beyond_the_context_are_the_models_own(loaded: Any) -> None:
 
     ids = loaded.encode(long_documents()[1]["text"])[: 3 * release_fixtures.CONTEXT]
     assert loaded.model.config.max_position_embeddings == release_fixtures.CONTEXT < len(ids)
-    bits = long_context.token_bits(loaded.model, ids)
+    bits = loaded.oracle.token_bits(ids)
     assert bits.shape == (len(ids) - 1,) and bool(torch.isfinite(bits).all())
     for n in (1, 63, 64, 150, len(ids) - 1):
         with torch.inference_mode():
@@ -188,10 +196,12 @@ def test_losses_beyond_the_context_are_the_models_own(loaded: Any) -> None:
 def test_logits_are_held_by_slices(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    from stages.evaluation import transformers_model
+
     ids = loaded.encode(long_documents()[1]["text"])[:200]
-    unsliced = long_context.token_bits(loaded.model, ids)
-    monkeypatch.setattr(long_context, "SLICE", 7)
-    assert torch.allclose(long_context.token_bits(loaded.model, ids), unsliced, rtol=1e-5)
+    unsliced = loaded.oracle.token_bits(ids)
+    monkeypatch.setattr(transformers_model, "SLICE", 7)
+    assert torch.allclose(loaded.oracle.token_bits(ids), unsliced, rtol=1e-5)
 
 
 def test_buckets_double_and_cover_each_position_once() -> None:
@@ -205,7 +215,7 @@ def test_what_cannot_be_measured_is_one_sentence(loaded: Any, tmp_path: Path) ->
     def measure(documents: list[dict[str, Any]], **changes: Any) -> None:
         section = ContextSection(**{**SECTION, **changes})
         pieces = long_context.pieces(section, loaded.tokenizer, loaded.encode, lambda: documents)
-        list(compute(pieces, tmp_path, lambda: loaded.model))
+        list(compute(pieces, tmp_path, lambda: loaded.oracle))
 
     with pytest.raises(AtomError, match="names 20 tokens, but key and question alone take 44"):
         measure(long_documents(), lengths=[20])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from stages.data.table import read_table, write_json, write_rows
 from stages.evaluation import benchmarks, eval_set
 from stages.evaluation import harness as harness_stage
 from stages.evaluation.harness import language_model
-from stages.evaluation.task_sets import HarnessSection
+from stages.evaluation.task_sets import TASK_SETS, HarnessSection
 from stages.rl.protocols import to_row
 from stages.rl.rollout import tasks
 from tests.fixtures import ROOT, release_fixtures
@@ -190,6 +191,29 @@ def test_no_task_shares_words_with_an_item_of_a_task_set(own_tasks: Path, tmp_pa
     assert [row["id"] for row in tasks.read(everything)] == ["word/000001", "word/000002", "word/000003"]
     sealed = run_stage(tasks.STAGE, {"sources": [source], "seed": 0, "ngram": 13}, inputs)
     assert [row["id"] for row in tasks.read(sealed)] == ["word/000002", "word/000003"]
+
+
+def test_each_task_set_names_tasks_of_the_harness_that_read_one_dataset() -> None:
+    """By the YAML files alone: the harness's own index takes seconds. A revision is of one dataset."""
+    from lm_eval import tasks as harness_tasks
+
+    found: dict[str, str] = {}
+    for folder in ("arc", "gsm8k", "mmlu/default", "truthfulqa"):
+        for path in sorted((Path(harness_tasks.__file__).parent / folder).glob("*.yaml")):
+            loader = yaml.SafeLoader(path.read_text())
+            loader.yaml_constructors = {**loader.yaml_constructors, "!function": lambda *_: None}
+            body = loader.get_single_data()
+            while isinstance(body.get("task"), str) and (base := body.pop("include", None)):
+                body = {**yaml.safe_load((path.parent / base).read_text()), **body}
+            if isinstance(body.get("task"), str):
+                found[body["task"]] = body["dataset_path"]
+    datasets = {"arc": "allenai/ai2_arc", "gsm8k": "openai/gsm8k", "mmlu": "cais/mmlu"}
+    datasets["truthfulqa"] = "truthfulqa/truthful_qa"
+    assert TASK_SETS.keys() == datasets.keys()
+    for name, task_set in TASK_SETS.items():
+        assert {found[task] for task in task_set.tasks} == {datasets[name]}
+        assert re.fullmatch("[0-9a-f]{40}", str(task_set.revision))
+    assert sum(task.startswith("mmlu_") for task in found) == len(TASK_SETS["mmlu"].tasks) == 57
 
 
 def write_model(folder: Path, tmp_path: Path) -> Artifact:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.core.errors import AtomError
-from stages.export import hf
+from stages.export import comparison, hf, streamed_model
 from stages.mcore.model import transformer_config
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.rope import frequencies
@@ -82,6 +82,27 @@ LONG = {
     "base": {"context_length": 1024, "rope_theta": 1e6},
     "dense first layer": {"dense_layers": 1, "intermediate_size": 48},
 }
+
+
+def test_a_row_spread_over_the_context_shows_its_rotary_embedding(inputs: dict, tmp_path: Path) -> None:
+    """A short row stands for one of the whole context: it agrees, and a wrong scaling of far positions shows in it."""
+    model = PLAIN.model_copy(update=LONG["yarn"])
+    config = hf.ExportConfig(model=model, padded_vocab_size=train_fixtures.VOCAB, seed=3, parity_tokens=64)
+    (tmp_path / "out").mkdir()
+    hf.run(config, inputs, tmp_path, tmp_path / "out", train_fixtures.Reporter())  # type: ignore[arg-type]
+    parity = json.loads((tmp_path / "out/parity.json").read_text())
+    assert (parity["longest_row"], parity["spread_over"], parity["tokens_compared"]) == (64, 1009, 64 + 32 + 12 + 8 + 4)
+    assert parity["max_abs_logit_delta"] == pytest.approx(0, abs=1e-4)
+    assert hf.estimate(config).flops < hf.estimate(config.model_copy(update={"parity_tokens": None})).flops / 16
+
+    folder = tmp_path / "out/model"
+    rows = comparison.parity_rows(train_fixtures.VOCAB, config.longest_row)[:1]
+    stated, states = json.loads((folder / "config.json").read_text()), []
+    for factor in (16.0, 12.0):
+        stated["rope_parameters"]["factor"] = factor
+        (folder / "config.json").write_text(json.dumps({**stated, "rope_scaling": None}))
+        states += streamed_model.hidden_states(streamed_model.Whole(str(folder)), rows, [config.position_steps[64]])
+    assert (states[0] - states[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("change", LONG if SOAK else ["yarn"])

@@ -55,8 +55,10 @@ OF_PROFILES = {
 }
 
 
-def node(ranks: int, trains: bool = True) -> Node:
-    stage = Stage("phase", 1, Config, lambda *_: None, ranks=lambda config: ranks, trains=trains)
+def node(ranks: int, trains: bool = True, gpus: int = 0) -> Node:
+    stage = Stage(
+        "phase", 1, Config, lambda *_: None, ranks=lambda config: ranks, trains=trains, gpus=lambda config: gpus
+    )
     return Node("pretrain", stage, Config(), {}, "pretrain-0123456789ab")
 
 
@@ -64,8 +66,23 @@ def script(settings: Slurm, home: str | Path = "/shared/atom", ranks: int = 2, *
     store = Store(Path(home))
     run = Run("tiny-1", store.logs / "tiny-1", {})
     return batch_script(
-        store, run, node(ranks, options.pop("trains", True)), settings, Path("/code"), **{"dependencies": [], **options}
+        store,
+        run,
+        node(ranks, options.pop("trains", True), options.pop("gpus", 0)),
+        settings,
+        Path("/code"),
+        **{"dependencies": [], **options},
     )
+
+
+def test_a_stage_that_asks_for_gpus_gets_them_and_their_cores() -> None:
+    jobs = {"partition": "eval", "minutes": 30, "gpus_per_node": 8, "cpus_per_task": 12, "memory_gb": 256}
+    options = script(Slurm.model_validate({**SLURM, "gpu": jobs}), ranks=1, trains=False, gpus=4).sbatch_options
+    names = ("partition", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "mem", "time")
+    assert [options[name] for name in names] == ["eval", 4, 1, 48, "262144M", 30]
+    train = SLURM["train"] | {"gpus_per_node": 8}
+    options = script(Slurm.model_validate({**SLURM, "train": train}), ranks=1, trains=False, gpus=4).sbatch_options
+    assert (options["partition"], options["gpus-per-node"]) == ("gpu", 4), "without a section of their own"
 
 
 def test_a_stage_in_an_unpacked_image_sees_the_places_of_the_profile() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, Stage
+from pipeline.core.stage import Config, Needs, Stage
 from pipeline.core.store import Store
 from pipeline.graph import recipe
 from pipeline.graph.dag import Node
@@ -52,7 +52,7 @@ def test_a_new_file_is_found_without_further_registration(tmp_path: Path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(recipe.resources, "files", lambda package: packaged)
         found = cluster_profile.load("site")
-    assert found.cluster().allocation("pretrain", 8, trains=True).gpus == 8
+    assert found.cluster().allocation("pretrain", Needs(8, trains=True)).gpus == 8
     with pytest.raises(RecipeError, match="there is no cluster profile site, neither packaged nor a file"):
         cluster_profile.load("site")
 

@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError
+from pipeline.core.stage import Needs, identity
 from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry
 from stages.evaluation import bits_per_byte, confidence, exact_match, model_evaluation
@@ -54,7 +56,7 @@ def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path: 
         work = tmp_path / str(shards)
         config = evaluate_in_shards(model_evaluation.STAGE, CONFIG, inputs, work, shards)
         with monkeypatch.context() as patch:
-            patch.setattr(model_evaluation, "_Loaded", None)  # nothing is left to do
+            patch.setattr(model_evaluation, "open_model", None)  # nothing is left to do
             assert run_stage(model_evaluation.STAGE, config, inputs, work).digest == whole.digest
 
 
@@ -81,13 +83,15 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from stages.evaluation.transformers_model import TransformersModel
+
     folder = inputs["model"] / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    first = bits_per_byte.first_token_bits_of(model, tokenizer)
+    oracle = TransformersModel(model, tokenizer)
 
     def bits(text: str, prompt_chars: int) -> dict:
         row = {"id": "a", "source": "s", "text": text, "prompt_chars": prompt_chars}
-        return bits_per_byte.document_bits(model, tokenizer, first, row)
+        return bits_per_byte.score_documents(oracle, tokenizer, [row])[0]
 
     answer = bits("12+30=42", 6)
     assert (answer["bytes"], answer["tokens"]) == (2, 2)
@@ -95,16 +99,35 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
         bits("12+30=42", 0)["nll_bits"] - bits("12+30=", 0)["nll_bits"], rel=1e-5
     )
     assert bits("x" * 200, 100) == {"source": "s", "id": "a", "bytes": 0, "tokens": 0, "nll_bits": 0.0}
-    assert torch.exp2(-first).sum() == pytest.approx(1)
+    assert torch.exp2(-oracle.first_token_bits).sum() == pytest.approx(1)
+
+
+def test_the_engine_changes_a_key_by_its_kind_alone() -> None:
+    """Where and on how many GPUs a server runs is no part of what is measured; a default engine is in no key."""
+    config = model_evaluation.EvaluateConfig.model_validate
+    plain, served = config(CONFIG), config({**CONFIG, "engine": {"kind": "vllm"}})
+    assert identity(config({**CONFIG, "engine": {"kind": "in-process"}})) == identity(plain) == CONFIG
+    wide = config({**CONFIG, "engine": {"kind": "vllm", "gpus": 8, "options": ["--enforce-eager"], "python": "/p"}})
+    assert identity(wide) == identity(served) == {**CONFIG, "engine": {"kind": "vllm"}}
+    stage = model_evaluation.STAGE
+    assert [(stage.promise(c), stage.needs(c)) for c in (plain, wide)] == [
+        ("bitwise", Needs()), ("numeric", Needs(gpus=8))
+    ]  # fmt: skip
+    assert stage.obstacle(plain) is None
+    assert stage.obstacle(wide) is not None and "evaluation.engine.kind = vllm: /p is no" in str(stage.obstacle(wide))
+    with pytest.raises(ValidationError, match="gpus has no effect with kind = in-process"):
+        config({**CONFIG, "engine": {"gpus": 2}})
 
 
 def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from stages.evaluation.transformers_model import TransformersModel
+
     folder = inputs["model"] / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = TransformersModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
     rows = [{"id": str(n), "task": "add", "prompt": "1" * n + ":", "answer": "2"} for n in (1, 9, 20)]
     together = exact_match.answer_batch(model, tokenizer, rows, 8)
     alone = [exact_match.answer_batch(model, tokenizer, [row], 8)[0] for row in rows]

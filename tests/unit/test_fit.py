@@ -120,20 +120,78 @@ def test_this_machine_holds_as_many_processes_as_run_at_once() -> None:
     assert clauses == ("it needs 22.0 GiB of memory, and this machine has 20.0",)
 
 
+def planned(recipe: str, tmp_path: Path, **engine: Any) -> list[plan.StagePlan]:
+    """The plan of a packaged recipe, with another engine if one is given."""
+    body = yaml.safe_load((ROOT / f"pipeline/recipes/{recipe}.yaml").read_text())
+    body["evaluation"] |= {"engine": engine} if engine else {}
+    (tmp_path / f"{recipe}.yaml").write_text(yaml.safe_dump(body))
+    store = Store(tmp_path / "home")
+    graph = dag.compose(recipes.load(str(tmp_path / f"{recipe}.yaml")), store, without_data=True)
+    return plan.plan(graph, dag.states(graph, store), list(graph.nodes))
+
+
+def misfits(rows: list[plan.StagePlan], profile: Profile) -> dict[str, tuple[str, ...]]:
+    uses = {use.name: use for use in forecast(rows, profile, small=False).uses}
+    return {result.name: result.reasons for result in fit.fits(rows, uses, profile) if result.reasons}
+
+
+@pytest.mark.parametrize("recipe", ["atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b"])
+def test_every_stage_of_a_packaged_recipe_fits_each_packaged_cluster(recipe: str, tmp_path: Path) -> None:
+    rows = planned(recipe, tmp_path)
+    for name in ("h100-pyxis", "h100-apptainer", "h100-modules"):
+        assert misfits(rows, cluster_profile.load(name)) == {}
+    assert all(row.estimate.memory_bytes for row in rows)
+    assert {row.gpus > 0 for row in rows if row.state.name.startswith("evaluate-")} == {True}
+
+
+def test_what_made_the_largest_recipe_fit_is_what_the_formulas_count(tmp_path: Path) -> None:
+    """A process holds 235B in fp32, and four GPUs hold too much of it; a parity row of the whole context takes weeks."""
+    profile = cluster_profile.load("h100-pyxis")
+    in_process = misfits(planned("atom-235b-a22b", tmp_path, kind="in-process"), profile)
+    assert set(in_process) == {f"evaluate-{name}" for name in ("init", "base", "mid", "long-1", "long-2")}
+    assert all("of memory, and its job on a node has 512.0" in reasons[0] for reasons in in_process.values())
+    assert f"evaluate-base does not fit: {in_process['evaluate-base'][0]}" in (ROOT / "docs/operators.md").read_text()
+    on_four = misfits(planned("atom-235b-a22b", tmp_path, kind="vllm", gpus=4), profile)
+    assert on_four.keys() == in_process.keys()
+    assert all("and a GPU has 76.0 (gpu.memory_gb)" in reasons[0] for reasons in on_four.values())
+    with pytest.raises(RecipeError, match="evaluation.engine.gpus = 3 does not divide the 64 heads"):
+        planned("atom-235b-a22b", tmp_path, kind="vllm", gpus=3)
+    store = Store(tmp_path / "home")
+    graph = dag.compose(recipes.load("atom-235b-a22b"), store, without_data=True)
+    node = graph.nodes["export-long-2"]
+    whole = node.config.model_copy(update={"parity_tokens": None})
+    days = [(node.stage.estimate(config).cpu_seconds or 0) / 86_400 for config in (whole, node.config)]
+    assert days[0] > 25 and days[1] < 0.25
+
+
+def test_gpus_of_a_stage_that_does_not_train() -> None:
+    """They come from a section of their own, or from that of training; time and memory are those of the GPUs."""
+    estimate = Estimate(
+        cpu_seconds=1e9, serial_seconds=3600, gpu_seconds=4 * 9 * 3600, memory_bytes=76 * GIB, host_bytes=100 * GIB
+    )
+    asks = plan.StagePlan(State("it", "it-0", "to run"), estimate, {}, 1, {}, None, shards=2, gpus=4)
+    gpu = {"partition": "g", "minutes": 240, "gpus_per_node": 4, "memory_gb": 100}
+    own = BODY | {"slurm": {**BODY["slurm"], "gpu": gpu}}
+    assert misfits([asks], Profile.model_validate(own)) == {}
+    (use,) = forecast([asks], Profile.model_validate(own), small=False).uses
+    assert (use.gpu_hours, use.hours, use.core_hours) == (36, 1 + (9 - 1) / 2, 0)
+    reasons = misfits([asks], Profile.model_validate(BODY))["it"]
+    assert reasons == (
+        "a shard or the joining of all needs 4.0 hours in one start, and a job has 1.0 (slurm.train.minutes)",
+    )
+    with pytest.raises(RecipeError, match=r"it asks for 4 GPUs of one node, and slurm.gpu.gpus_per_node is 2"):
+        misfits([asks], Profile.model_validate(BODY | {"slurm": {**BODY["slurm"], "gpu": {**gpu, "gpus_per_node": 2}}}))
+    on_cores = BODY | {"slurm": {**BODY["slurm"], "gpu": {**gpu, "gpus_per_node": 0, "memory_gb": 404}}}
+    assert not any("memory" in reason for reason in misfits([asks], Profile.model_validate(on_cores))["it"])
+    assert fit.unlimited([asks], Profile.model_validate(own)) is None
+
+
 def test_every_stage_of_a_packaged_recipe_is_judged(tmp_path: Path) -> None:
-    """Each stage has an estimate of memory; what trains, and all data stages, fit the profile of eight H100 a node."""
+    """In the output of the command: each stage has an estimate of memory, and fits."""
     rows = json.loads(atom(tmp_path, "plan", "atom-30b-a3b", "--cluster", "h100-pyxis", "--json").stdout)["stages"]
     assert all(isinstance(row["fits"], bool) and row["memory_bytes"] for row in rows)
     assert all(row["fits"] == (not row["reasons"]) for row in rows)
     assert all(row["fits"] for row in rows)
-    larger = json.loads(atom(tmp_path, "plan", "atom-235b-a22b", "--cluster", "h100-pyxis", "--json").stdout)["stages"]
-    misfits = {row["name"]: row["reasons"] for row in larger if not row["fits"]}
-    # a process evaluates a model of 235B in fp32
-    assert {name: reasons for name, reasons in misfits.items() if "slurm.cpu.memory_gb" in reasons[0]}.keys() == {
-        row["name"] for row in larger if row["name"].startswith("evaluate-")
-    }
-    example = f"evaluate-base does not fit: {misfits['evaluate-base'][0]}"
-    assert example in (ROOT / "docs/operators.md").read_text()
     files = sum(row["files"] or 0 for row in rows)
     published = sum(row["published_bytes"] for row in rows)
     assert files > 5000 and published > 7e12, "twenty checkpoints of 366 GB"

@@ -11,6 +11,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
 from stages.evaluation import win_rate
 from tests.fixtures import chat_fixtures
+from tests.fixtures.run_fixtures import evaluate_in_shards
 
 CONFIG = {"model": "dpo", "before": "rlvr", "max_new_tokens": 6, "seed": 0}
 
@@ -59,6 +60,20 @@ def test_two_models_and_the_same_bytes_twice(run_stage, inputs, tmp_path) -> Non
     assert any(row["model_text"] != row["before_text"] for row in rows)
     same = run_stage(win_rate.STAGE, CONFIG, {**inputs, "before": inputs["model"]}).json("scores.json")
     assert same["ties"] == 12 and same["win_rate"]["value"] == 0.5
+
+
+def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(win_rate, "ITEMS_PER_BATCH", 5)  # three batches of each side
+    whole = run_stage(win_rate.STAGE, CONFIG, inputs, tmp_path / "whole")
+    assert sorted(path.stem for path in (tmp_path / "whole").glob("*-0000?.json")) == [
+        f"{side}-0000{number}" for side in ("before", "model") for number in range(3)
+    ]
+    for shards in (2, 3):
+        work = tmp_path / str(shards)
+        config = evaluate_in_shards(win_rate.STAGE, CONFIG, inputs, work, shards)
+        with monkeypatch.context() as patch:
+            patch.setattr(win_rate, "ChatModel", None)  # nothing is left to do
+            assert run_stage(win_rate.STAGE, config, inputs, work).digest == whole.digest
 
 
 def test_no_requests_is_one_sentence(run_stage, inputs, tmp_path) -> None:

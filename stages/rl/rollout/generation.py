@@ -15,7 +15,17 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
 from stages.data import chat
 from stages.data.tokenizer import END, PAD, TURN_END
-from stages.rl.protocols import Answer, Completion, Parts, Prompt, Response, Row, Sampler, Verifier, VerifierFailed
+from stages.rl.protocols import (
+    Answer,
+    AnswerGenerator,
+    Completion,
+    Parts,
+    Prompt,
+    Response,
+    Row,
+    Verifier,
+    VerifierFailed,
+)
 
 RETRY_SECONDS = 2.0
 
@@ -107,7 +117,9 @@ class Verifiers:
             verifier.close()
 
 
-def draw(sampler: Sampler, chat: Chat, requests: Sequence[tuple[Row, int]], greedy: bool = False) -> list[Completion]:
+def draw(
+    sampler: AnswerGenerator, chat: Chat, requests: Sequence[tuple[Row, int]], greedy: bool = False
+) -> list[Completion]:
     """One completion for each (task, seed)."""
     ids = {str(row["id"]): chat.encode_prompt(row) for row, _ in requests}
     return sampler.generate([Prompt(ids[str(row["id"])], seed) for row, seed in requests], greedy)

@@ -62,28 +62,32 @@ _WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/nu
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 
 
-def interpreter(python: str | None) -> str:
-    """The interpreter of vLLM's environment: `python`, else ATOM_VLLM_PYTHON. Raises AtomError if it has no vLLM."""
+def interpreter(python: str | None, section: str = "sampling") -> str:
+    """The interpreter of vLLM's environment: `python`, else ATOM_VLLM_PYTHON. section: of the recipe, which names it.
+    Raises AtomError if it has no vLLM."""
     executable = python or os.environ.get("ATOM_VLLM_PYTHON")
-    hint = "make one by `make .venv-vllm/.ready` and name it in sampling.python or ATOM_VLLM_PYTHON"
+    hint = f"make one by `make .venv-vllm/.ready` and name it in {section}.python or ATOM_VLLM_PYTHON"
     if not executable:
-        raise AtomError(f"sampling.kind = vllm needs the interpreter of an environment with vLLM; {hint}")
+        raise AtomError(f"{section}.kind = vllm needs the interpreter of an environment with vLLM; {hint}")
     code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
     try:
         missing = subprocess.run([executable, "-P", "-c", code], capture_output=True, timeout=60).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise AtomError(f"sampling.kind = vllm: {executable} is no interpreter that runs ({error}); {hint}") from None
+        raise AtomError(f"{section}.kind = vllm: {executable} is no interpreter that runs ({error}); {hint}") from None
     if missing:
-        raise AtomError(f"sampling.kind = vllm: {executable} has no vLLM; {hint}")
+        raise AtomError(f"{section}.kind = vllm: {executable} has no vLLM; {hint}")
     return executable
 
 
 def obstacle(settings: SamplingSettings) -> str | None:
     """The reason why no server can start here, if one is required."""
-    if settings.url or ServerSearch.of_environment():
-        return None
+    return None if settings.url or ServerSearch.of_environment() else missing(settings.python)
+
+
+def missing(python: str | None, section: str = "sampling") -> str | None:
+    """The reason why `interpreter` finds no vLLM, if it finds none."""
     try:
-        interpreter(settings.python)
+        interpreter(python, section)
     except AtomError as error:
         return str(error)
     return None
@@ -156,16 +160,25 @@ class Server:
 
         gpus: see `place`, for a server beside training; host: the name by which others reach this machine, for a server
         without training beside it, on all its GPUs."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         variables, chosen = place(os.environ, *gpus) if gpus and not host else ({}, [])
         if gpus is None:
             chosen = CPU_OPTIONS
         elif host and gpus[0] > 1:
             chosen = [f"--tensor-parallel-size={gpus[0]}"]
         listen = "0.0.0.0" if host else "127.0.0.1"  # noqa: S104
-        arguments = ["sh", "-c", _WATCHED, "sh", *command(python, folder, listen, port, [*chosen, *options])]
+        given = [*chosen, *options]
+        return cls.local(lambda port: command(python, folder, listen, port, given), folder, log, variables, host)
+
+    @classmethod
+    def local(
+        cls, command: Callable[[int], Sequence[str]], folder: Path, log: Path, variables: Mapping[str, str],
+        host: str | None = None,
+    ) -> Server:  # fmt: skip
+        """Starts a server by a command, given a free port of this machine, in a folder. host: as for `start`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = ["sh", "-c", _WATCHED, "sh", *command(port)]
 
         def run() -> subprocess.Popen[bytes]:
             with open(log, "ab") as out:

@@ -1,0 +1,94 @@
+"""The model of a vLLM server for lm-evaluation-harness. Log-probabilities are those of the given tokens; answers are
+cut at the harness's stop strings after they were drawn, because the server knows tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from pipeline.core.errors import AtomError
+from stages.data.tokenizer import END
+from stages.evaluation.engine import Engine
+from stages.evaluation.vllm_model import Client, context_of, has_scaled_rope
+
+MAX_NEW_TOKENS = 256
+"""Of a task that states no number, as the harness has it for transformers."""
+SAMPLING = ("temperature", "top_p", "top_k")
+
+
+def served_model(stack: ExitStack, engine: Engine, folder: Path, work: Path) -> Served:
+    """The harness's model of a server, which the stack ends."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    longest = 0 if has_scaled_rope(folder) else context_of(folder) + 1
+    return Served(stack.enter_context(closing(Client(engine, folder, work, longest))), tokenizer)
+
+
+class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
+    """Tokenizes and truncates as the harness's model in transformers does (`HFLM`), but for one token less of a row
+    that is cut where the rotary embedding is scaled; and ends answers like the release's evaluation: at the end of a
+    document, with all tokens in the text."""
+
+    def __init__(self, client: Client, tokenizer: Any) -> None:
+        super().__init__()
+        self.client, self.tokenizer = client, tokenizer
+        self.end = int(tokenizer.convert_tokens_to_ids(END))
+        self.longest = min(client.context + 1, client.longest)
+        """Tokens of a row with its last token, after which nothing is asked."""
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else int(first)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        settings = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.tokenizer.encode(string, **settings)
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        def score(request: tuple[Any, list[int], list[int]]) -> tuple[float, bool]:
+            _, context, continuation = request
+            reads = self.client.read([*context, *continuation][-self.longest :])[-len(continuation) :]
+            return sum(read.logprob for read in reads), all(read.rank == 1 for read in reads)
+
+        return self.client.map(score, requests)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        def windows(text: str) -> list[tuple[None, list[int], list[int]]]:
+            ids = self.tok_encode(text)
+            rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.longest - 1, 1)
+            return [(None, *make_disjoint_window(window)) for window in rolling]
+
+        return [sum(value for value, _ in self._loglikelihood_tokens(windows(*request.args))) for request in requests]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        def answer(request: tuple[int, Any]) -> str:
+            number, (text, given) = request[0], request[1].args
+            settings = normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS)
+            until = handle_stop_sequences(settings.get("until"), eos=self.tokenizer.decode([self.eot_token_id]))
+            room = int(settings["max_gen_toks"])
+            if room >= self.client.context:
+                raise AtomError(f"a task asks for answers of {room} tokens, and the model's context has "
+                                f"{self.client.context}; leave the task out of evaluation.harness")  # fmt: skip
+            ids = self.tok_encode(text)[-(self.client.context - room) :]
+            seed = number if settings["do_sample"] else None
+            sampling = {name: settings[name] for name in SAMPLING if seed is not None and name in settings}
+            drawn = self.client.draw(ids, room, [self.end], seed, **sampling).ids
+            output = self.tokenizer.decode(drawn, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            return str(postprocess_generated_text(generation=output, stop=until, think_end_token=None))
+
+        return self.client.map(answer, list(enumerate(requests)))

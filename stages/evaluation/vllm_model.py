@@ -1,0 +1,202 @@
+"""A language model of a vLLM server, which the stage starts on its own node: for log-probabilities of given tokens
+(vLLM's `prompt_logprobs`), for greedy continuations, and for drawn answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from pipeline.core.errors import AtomError, MachineError
+from stages.data.tokenizer import END
+from stages.evaluation.engine import SETTING, Engine, LanguageModel
+from stages.evaluation.estimates import TOKENS_AT_ONCE
+from stages.rl.protocols import Completion, Prompt
+from stages.rl.samplers.vllm_server import CPU_OPTIONS, IN_FLIGHT, Server, interpreter
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Read(NamedTuple):
+    """A given token: its log-probability (natural) after those before it, its rank from 1, and the likeliest token."""
+
+    logprob: float
+    rank: int
+    likeliest: int
+
+
+def context_of(folder: Path) -> int:
+    """Tokens of the longest row that the model in a folder was made for."""
+    return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
+
+
+def has_scaled_rope(folder: Path) -> bool:
+    """Whether the rotary embedding of the model in a folder is scaled, and so ends with its context."""
+    rope = json.loads((folder / "config.json").read_text()).get("rope_parameters") or {}
+    return bool(rope.get("rope_type", "default") != "default")
+
+
+class Client:
+    """A server of one exported model."""
+
+    def __init__(self, engine: Engine, folder: Path, work: Path, longest: int = 0) -> None:
+        """longest: tokens of the longest row, if that is more than the model's context; the rotary embedding then
+        extrapolates, as in transformers. Raises AtomError if vLLM is missing, or if a scaled embedding ends before."""
+        config = json.loads((folder / "config.json").read_text())
+        self.context = context_of(folder)
+        settings: dict[str, Any] = {
+            "model": folder.absolute(), "dtype": config["dtype"], "max-num-seqs": IN_FLIGHT,
+            "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
+        }  # fmt: skip
+        if longest > self.context and has_scaled_rope(folder):
+            raise AtomError(
+                f"{SETTING}.kind = vllm cannot read {longest} tokens with the scaled rotary embedding of {folder}, "
+                f"which ends at {self.context}; ask for shorter texts, or use kind = in-process"
+            )
+        self.longest = max(longest, self.context)
+        # a row of the whole context, and the token that vLLM always draws
+        settings["max-model-len"] = self.longest + 1
+        if longest > self.context:
+            settings["hf-overrides"] = json.dumps({"max_position_embeddings": self.longest + 1})
+        if torch.cuda.is_available():
+            settings |= {"tensor-parallel-size": max(1, engine.gpus), "max-num-batched-tokens": TOKENS_AT_ONCE}
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        flags += ["--tokens-only", "--disable-uvicorn-access-log"]
+        flags += [*([] if torch.cuda.is_available() else CPU_OPTIONS), *engine.options]
+        run = [interpreter(engine.python, SETTING), "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
+        with tempfile.NamedTemporaryFile("wb", prefix="vllm-", suffix=".log", dir=work, delete=False) as log:
+            self.log = Path(log.name)
+        self.server = Server.local(
+            lambda port: [*run, "--host=127.0.0.1", f"--port={port}"], folder, self.log,
+            {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
+        )  # fmt: skip
+        try:
+            self.server.wait()
+        except BaseException:
+            self.server.close()
+            raise
+
+    def close(self) -> None:
+        self.server.close()
+        self.log.unlink(missing_ok=True)
+
+    def map(self, request: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """The results in order, of requests at the same time; the first error ends all."""
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            try:
+                return list(pool.map(request, items))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def read(self, ids: Sequence[int]) -> list[Read]:
+        """What the model makes of every token but the first."""
+        answer = self._request(ids, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "detokenize": False})
+        try:
+            _, *positions = answer["prompt_logprobs"]
+            reads = []
+            for token, entries in zip(ids[1:], positions, strict=True):
+                stated = entries[str(token)]
+                best = next(int(name) for name, entry in entries.items() if entry["rank"] == 1)
+                reads.append(Read(float(stated["logprob"]), int(stated["rank"]), best))
+        except (KeyError, TypeError, ValueError, StopIteration):
+            raise self._incomplete(answer) from None
+        return reads
+
+    def draw(
+        self, ids: Sequence[int], max_tokens: int, stops: Iterable[int], seed: int | None = None, **settings: float
+    ) -> Completion:
+        """An answer at temperature 1 or by other settings, or greedily without a seed. It ends before the model's
+        longest row does."""
+        sampling = {
+            "temperature": 0.0 if seed is None else 1.0, "max_tokens": min(max_tokens, self.longest + 1 - len(ids)),
+            "stop_token_ids": sorted(stops), "logprobs": 0, "detokenize": False,
+        }  # fmt: skip
+        answer = self._request(ids, sampling if seed is None else {**sampling, "seed": seed % 2**63, **settings})
+        try:
+            (choice,) = answer["choices"]
+            drawn = tuple(int(token) for token in choice["token_ids"])
+            logprobs = tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"])
+        except (KeyError, TypeError, ValueError):
+            raise self._incomplete(answer) from None
+        if not drawn or len(logprobs) != len(drawn) or choice["finish_reason"] not in ("stop", "length"):
+            raise self._incomplete(answer)
+        return Completion(drawn, logprobs, drawn[-1] in set(stops))
+
+    def _request(self, ids: Sequence[int], sampling: dict[str, Any]) -> Any:
+        if len(ids) > self.longest:
+            raise AtomError(f"a row has {len(ids)} tokens, and the vLLM server reads at most {self.longest}; "
+                            "shorten the texts, or use evaluation.engine.kind = in-process")  # fmt: skip
+        body = {"token_ids": list(ids), "sampling_params": sampling}
+        return self.server.post("/inference/v1/generate", body)
+
+    def _incomplete(self, answer: Any) -> MachineError:
+        return MachineError(
+            f"the vLLM server at {self.server.url} gave no whole answer ({str(answer)[:300]}); see {self.log} and run "
+            "again to go on"
+        )
+
+
+class ServedModel(LanguageModel):
+    """The model of a server."""
+
+    def __init__(self, client: Client, tokenizer: Any) -> None:
+        self.client, self.context = client, client.context
+        self.end = tokenizer.convert_tokens_to_ids(END)
+        self.first: dict[int, float] = {}
+        """Bits of a document's first token, by token."""
+
+    def bits(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
+        firsts = {ids[0] for ids, start in rows if ids and start == 0} - self.first.keys()
+        ordered = sorted(firsts)
+        for token, reads in zip(
+            ordered, self.client.map(lambda t: self.client.read([self.end, t]), ordered), strict=True
+        ):
+            self.first[token] = _bits(reads)
+        return self.client.map(lambda row: self._bits(*row), rows)
+
+    def _bits(self, ids: Sequence[int], start: int) -> float:
+        bits = self.first[ids[0]] if ids and start == 0 else 0.0
+        start = max(start, 1)
+        return bits + _bits(self.client.read(ids)[start - 1 :]) if len(ids) > start else bits
+
+    def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        answers = self.client.map(lambda ids: self.client.draw(ids, max_new_tokens, [self.end]).ids, prompts)
+        return [[*ids[: ids.index(self.end)]] if self.end in ids else [*ids] for ids in answers]
+
+    def likeliest(self, ids: Sequence[int], count: int) -> list[int]:
+        return [read.likeliest for read in self.client.read(ids)[-count:]]
+
+    def token_bits(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([-read.logprob for read in self.client.read(ids)], dtype=torch.float64) / math.log(2)
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def _bits(reads: Iterable[Read]) -> float:
+    return -math.fsum(read.logprob for read in reads) / math.log(2)
+
+
+class ServedSampler:
+    """Draws answers with a server. With equal seeds it draws equal tokens only up to rounding: the batches of requests
+    depend on time."""
+
+    def __init__(self, client: Client, stops: Sequence[int], max_new_tokens: int) -> None:
+        self.client, self.stops, self.max_new_tokens = client, frozenset(stops), max_new_tokens
+
+    def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
+        def draw(prompt: Prompt) -> Completion:
+            return self.client.draw(prompt.ids, self.max_new_tokens, self.stops, None if greedy else prompt.seed)
+
+        return self.client.map(draw, prompts)
+
+    def close(self) -> None:
+        self.client.close()
