@@ -38,12 +38,12 @@ def estimate(config: DpoTrainConfig) -> Estimate:
     # all are drawn, a third is trained on
     flops = 3 * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
     rollouts = estimates.rollouts("dpo", tokens)
-    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10, rollouts)
+    return estimates.estimate(config, tokens, flops, 2e10, rollouts)
 
 
 STAGE = Stage(
     "dpo", VERSION, DpoTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    imports=("stages.rl.algorithms.preferences",),
+    imports=("stages.rl.algorithms.preferences",), simulate=estimates.simulate,
 )  # fmt: skip

@@ -42,12 +42,12 @@ def estimate(config: RlTrainConfig) -> Estimate:
     passes = 4 + (phase.updates > 1) + (phase.kl_coef is not None)
     flops = passes * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
     rollouts = estimates.rollouts(config.name, tokens)
-    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10, rollouts)
+    return estimates.estimate(config, tokens, flops, 2e10, rollouts)
 
 
 STAGE = Stage(
     "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    imports=("stages.rl.algorithms.grpo",),
+    imports=("stages.rl.algorithms.grpo",), simulate=estimates.simulate,
 )  # fmt: skip
