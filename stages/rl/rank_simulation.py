@@ -71,7 +71,9 @@ def full_batch(engine: Engine, config: AnyConfig, kind: Examples, number: int, m
         return build_rank_batch(units, micro_batches * ranks.data_ranks, ranks, 0, len(units))
 
 
-def _example(phase: RlPhase | DpoPhase | RewardPhase, kind: Examples, place: int, routes: torch.Tensor | None) -> Example:
+def _example(
+    phase: RlPhase | DpoPhase | RewardPhase, kind: Examples, place: int, routes: torch.Tensor | None
+) -> Example:
     """The example at a place in its micro-batch. Every other question is another one."""
     first = place // kind.shared % 2
     ids = range(first, first + kind.question + kind.answer)

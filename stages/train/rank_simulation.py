@@ -28,7 +28,6 @@ from stages.train.data import Batch, RankBatch, padded_width
 from stages.train.estimate import rank_memory
 from stages.train.parallel import Ranks
 
-
 Update = Callable[[engines.Engine, LiveBytes, int], object]
 """(engine, count of memory, micro-batches) -> makes an update of so many micro-batches, and what else a step does."""
 
