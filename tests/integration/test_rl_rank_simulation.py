@@ -11,26 +11,10 @@ from stages.rl import estimates, rank_simulation
 from stages.train import parallel
 from stages.train.engine import Engine
 from tests.fixtures import rank_simulation_fixtures
+from tests.fixtures.rank_simulation_fixtures import POST_TRAINING, post_training
 from tests.fixtures.run_fixtures import at_length
 from tests.integration import test_rank_simulation as text
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "rlvr": {
-        "tasks": [{"source": "courtesies", "count": 8}],
-        "prompts_per_step": 8,
-        "num_generations": 8,
-        "sampling": {"max_new_tokens": 256},
-    },
-    "dpo": {
-        "preferences": {"tasks": [{"source": "courtesies", "count": 8}], "count": 32, "num_generations": 4},
-        "sampling": {"max_new_tokens": 256},
-        "updates": 2,
-        "beta": 5.0,
-    },
-    "reward": {"pairs": 64},
-}
-"""Of one data rank; updates of four micro-batches."""
-OPTIMIZER = {"lr": 1e-5, "final_lr": 1e-5, "warmup_steps": 0}
 REPLAY = {"mix": {"code": 1.0}, "rows": 64, "sequence_length": 1024, "weight": 0.1}
 MEMORY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "reward, one": ("reward", {}, {}),
@@ -39,7 +23,7 @@ MEMORY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 MORE_MEMORY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{
         f"{kind}, {name}": (kind, layout, {})
-        for kind in SETTINGS
+        for kind in POST_TRAINING
         for name, layout in {
             "EP4": {"ranks": 4, "ep": 4},
             "TP4": {"ranks": 4, "tp": 4},
@@ -49,25 +33,16 @@ MORE_MEMORY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     },
     "rlvr, updates": ("rlvr", {"ranks": 4, "ep": 4}, {"updates": 2}),
     "rlvr, replay": ("rlvr", {"ranks": 4, "ep": 4}, {"replay": REPLAY}),
-    "dpo, skills": ("dpo", {}, {"sft_tasks": {**SETTINGS["dpo"]["preferences"], "count": 64, "num_generations": 2}}),
+    "dpo, skills": (
+        "dpo",
+        {},
+        {"sft_tasks": {**POST_TRAINING["dpo"]["preferences"], "count": 64, "num_generations": 2}},
+    ),
 }
 
 
-def settings(kind: str, layout: dict[str, Any], model: dict[str, Any], vocabulary: int, **phase: Any) -> dict[str, Any]:
-    """Each data rank has as many answers as one rank alone."""
-    data = layout.get("ranks", 1) // (layout.get("tp", 1) * layout.get("pp", 1))
-    body = {**SETTINGS[kind], "steps": 4, "optimizer": OPTIMIZER, "release_checkpoint_interval": 4, "validate_every": 4}
-    body |= {"micro_batches": 4 * data, "parallelism": layout, **phase}
-    for size in ("prompts_per_step", "pairs"):
-        if size in body:
-            body[size] *= data
-    if "preferences" in body:
-        body["preferences"] = {**body["preferences"], "count": body["preferences"]["count"] * data}
-    return {"model": model, "phase": body, "padded_vocab_size": vocabulary, "seed": 0}
-
-
 def configured(kind: str, layout: dict[str, Any], **phase: Any) -> Any:
-    body = settings(kind, layout, text.LARGE, text.VOCABULARY, **{"precision": "bf16", **phase})
+    body = post_training(kind, layout, text.LARGE, text.VOCABULARY, **{"precision": "bf16", **phase})
     return rank_simulation_fixtures.CONFIGS[kind].model_validate(body)
 
 
@@ -114,11 +89,11 @@ def test_the_fullest_row_is_that_of_real_batches(kind: str, phase: dict[str, Any
 
 
 @at_length("training", 60)
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", POST_TRAINING)
 def test_collectives_are_those_of_real_ranks(kind: str, tmp_path: Path) -> None:
     layouts = {"EP2": {"ep": 2}, "PP2": {"pp": 2}, "TP2+SP": {"tp": 2}}
     phase: dict[str, Any] = {"sampling": {"max_new_tokens": 8}} if kind != "reward" else {"pairs": 4}
     phase |= {"kl_coef": 0.1, "updates": 2, "routing_replay": True} if kind == "rlvr" else {}
     model = {**rank_simulation_fixtures.MODEL, "context_length": 16}
-    phases = {name: settings(kind, {"ranks": 2, **x}, model, 64, **phase) for name, x in layouts.items()}
+    phases = {name: post_training(kind, {"ranks": 2, **x}, model, 64, **phase) for name, x in layouts.items()}
     text.compare_phases_with_real_ranks(kind, phases, tmp_path)
