@@ -29,7 +29,7 @@ help:
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, on $(PYTHON_LATEST) (1.4 GB on disk)"
 	@echo "make test-te       Transformer Engine's layers on CPU against ours, and Megatron-Bridge on our export, on $(PYTHON_LATEST) (6 GB on disk)"
-	@echo "make test-gpu      thirteen points that a GPU decides, with figures and criteria, into docs/gpu-report.md; on CPU, that they work"
+	@echo "make test-gpu      fourteen points that a GPU decides, with figures and criteria, into docs/gpu-report.md; on CPU, that they work"
 	@echo "make gpu-wheels    the packages that a machine with a GPU and no network lacks for that, into build/gpu-wheels (64 MiB at most)"
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
 	@echo "make soak PART=layouts   a part of the long tests (at most 90 minutes each, resumable); without PART: lists them"

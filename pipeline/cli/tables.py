@@ -106,6 +106,8 @@ def simulation_table(name: str, result: RankSimulation) -> Table:
         f"activations: {_binary(activations[0])}, planned: {_binary(activations[1])}",
         f"peak: {_binary(result.peak_bytes)}, planned: {_binary(result.planned_peak_bytes)} "
         f"({result.planned_peak_bytes / result.peak_bytes - 1:+.1%})",
+        *([f"copies on the host: {_binary(result.copies_bytes)}, planned: {_binary(result.planned_copies_bytes)}"]
+          if result.copies_bytes else []),
     ])  # fmt: skip
     table.add_column("collective", no_wrap=True)
     for column in ("group", "ranks", "calls", "largest", "sum"):

@@ -243,6 +243,8 @@ class RankSimulation:
     planned_state_bytes: int
     peak_bytes: int
     planned_peak_bytes: int
+    copies_bytes: int  # of weights on the host at the peak: the reference of a KL term
+    planned_copies_bytes: int
     traffic: tuple[Traffic, ...]  # of a step with all micro-batches
     sequence: tuple[tuple[str, str, int, int, int], ...]
     """(operation, group, ranks, bytes, number in a row), in the order of the simulated step."""

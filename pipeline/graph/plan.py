@@ -104,7 +104,7 @@ def simulations(graph: Graph, rows: list[StagePlan], rank: int) -> dict[str, Ran
             print(f"simulating rank {rank} of {node.name}", file=sys.stderr, flush=True)
             results[node.name] = node.stage.simulate(node.config, rank)
     if not results:
-        raise AtomError("no stage of this plan can be simulated; choose a training phase on text with --only")
+        raise AtomError("no stage of this plan can be simulated; choose a training phase with --only")
     return results
 
 

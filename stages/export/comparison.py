@@ -113,8 +113,8 @@ def megatron_logits(
             except _FirstLayer as reached:
                 calls.append(reached.arguments)
         hook.remove()
-        for number, layer in enumerate(gpt.decoder.layers):
-            fill(layer, f"decoder.layers.{number}")
+        for layer in gpt.decoder.layers:
+            fill(layer, f"decoder.layers.{layer.model_layer}")
             for call in calls:
                 call["hidden_states"] = layer(**call)[0]
             layer.to("meta")

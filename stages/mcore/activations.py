@@ -59,7 +59,8 @@ def saved_bytes(
     total = _tokens(layout, rows) * batches * (kept + tables)
     if pipeline_rank < layout.pp - 1:
         return total + batches * layout.vpp * hidden
-    return total + 2 * hidden + _loss(model, padded_vocab_size, layout, precision, rows)[0]
+    inputs = hidden if rows.targets is None else rows.targets * _size(precision) * model.hidden_size
+    return total + hidden + inputs + _loss(model, padded_vocab_size, layout, precision, rows)[0]
 
 
 def activation_bytes(
@@ -98,19 +99,25 @@ def _loss(
     All at once: the softmax; with bf16 a gradient of the logits beside it, then a gradient of the head beside that of
     the logits. By slices: the gradients of the head, in fp32, and of its inputs, which each tensor rank has for all
     tokens; beside them a slice's logits and softmax, or its gradient and its part of the head's; in the backward pass
-    the scaled gradients.
+    the scaled gradients. With targets, only these have logits, and an objective of their own, so that the backward pass
+    computes the logits of the slices again.
     """
     size, hidden, vocab = _size(precision), model.hidden_size, padded_vocab_size / layout.tp
-    tokens = rows.rows * rows.length / layout.cp
+    has_targets = rows.targets is not None
+    tokens = rows.rows * rows.length / layout.cp if rows.targets is None else rows.targets
     inputs, head, converted = size * hidden * tokens, size * hidden * vocab, size if size < SOFTMAX else 0
-    if not layout.slices_loss(tokens, hidden, padded_vocab_size):
+    is_sliced = layout.slices_loss(tokens, hidden, padded_vocab_size) or (has_targets and layout.tp > 1)
+    if not is_sliced:
         softmax, logits = SOFTMAX * vocab * tokens, size * vocab * tokens
         return softmax, max(softmax + converted * vocab * tokens, logits + head)
     kept = SOFTMAX * hidden * vocab + inputs
+    width = min(tokens, LOSS_SLICE)
+    products = size * vocab * width + (head if converted else 0)
+    working = max((SOFTMAX + converted) * vocab * width, products)
+    if has_targets:
+        return 0, kept + max(working, head)
     gathered = inputs if layout.tp > 1 else 0
-    products = size * vocab * LOSS_SLICE + (head if converted else 0)
-    forward = gathered + max((SOFTMAX + converted) * vocab * LOSS_SLICE, products)
-    return kept, kept + max(forward, head + inputs)
+    return kept, kept + max(gathered + working, head + inputs)
 
 
 def _layer(

@@ -62,13 +62,12 @@ def attach(chunks: Sequence[GPTModel], recipe: Fp8Recipe) -> Record:
     """
     record: Record = {}
     for gpt in chunks:
-        first = gpt.decoder.layers[0].layer_number - 1 if len(gpt.decoder.layers) else 0
         for path, module in gpt.decoder.named_modules():
             if not isinstance(module, tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear):
                 continue
             match = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
             assert match, path
-            key = first + int(match[1]), re.sub(r"\.local_experts\.\d+", "", match[2])
+            key = gpt.decoder.layers[int(match[1])].model_layer, re.sub(r"\.local_experts\.\d+", "", match[2])
             rows, columns = module.weight.shape
             linear = record.setdefault(key, LinearRecord(columns, rows))
             module._forward_impl = _product(recipe, module.tp_group, linear)

@@ -1,4 +1,4 @@
-"""The fused kernels of a layout: Megatron's words for each, and whether this machine has it."""
+"""The fused kernels and CUDA graphs of a layout: Megatron's words for each, and whether this machine has it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def keywords(layout: Layout, engine: bool, experts: bool) -> dict[str, Any]:
 
     Raises RecipeError if the layout names a kernel that is missing here; without names it takes those that are there.
     """
-    chosen: dict[str, Any] = {"bias_dropout_fusion": False, "masked_softmax_fusion": False, "persist_layer_norm": False}
+    if layout.cuda_graphs and gpu.device().type != "cuda":
+        raise RecipeError("parallelism.cuda_graphs = true needs a GPU, which this phase lacks here; leave it out")
+    chosen: dict[str, Any] = {"cuda_graph_impl": "local" if layout.cuda_graphs else "none"}  # of complete layers
+    chosen |= {"bias_dropout_fusion": False, "masked_softmax_fusion": False, "persist_layer_norm": False}
     for fusion, (settings, place, needs) in FUSIONS.items():
         has_kernel = gpu.device().type == "cuda" and (engine or fusion == "bias_activation") and _is_there(place)
         if layout.fusions and fusion in layout.fusions and not has_kernel:

@@ -25,6 +25,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.cuda_graphs import delete_cuda_graphs  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
@@ -51,6 +52,7 @@ __all__ = [
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "YarnRotaryEmbedding",
+    "delete_cuda_graphs",
     "finalize_model_grads",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",

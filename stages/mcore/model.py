@@ -1,4 +1,4 @@
-"""Builds Megatron's GPTModel from the recipe's sizes, and names its tensors by global names."""
+"""Builds Megatron's model from the recipe's sizes, and names its tensors by global names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 
 from pipeline.core.errors import AtomError, RecipeError
 from stages.mcore import fusions, gpu, megatron_compat
+from stages.mcore.language_model import LanguageModel
 from stages.mcore.layer_spec import uses_transformer_engine
-from stages.mcore.megatron_imports import GPTModel, TransformerConfig, parallel_state, tensor_parallel
+from stages.mcore.megatron_imports import GPTModel, TopKRouter, TransformerConfig, parallel_state
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.precision import keywords
 from stages.mcore.rope import frequencies, megatron_yarn
 from stages.mcore.row_tables import RowTables
-from stages.mcore.sliced_loss import mask_padding, token_losses
+from stages.mcore.sliced_loss import mask_padding
 from stages.mcore.tensor_sharding import boxes, cut, is_cut
 from stages.models.base import ModelConfig, Precision
 
@@ -33,8 +34,7 @@ def transformer_config(
     megatron_compat.multiply_routers_with_transformer_engine(engine)
     config = TransformerConfig(
         **words,
-        **model.spec().megatron(model),
-        num_layers=model.layers,
+        **{"num_layers": model.layers, **model.spec().megatron(model)},
         hidden_size=model.hidden_size,
         layernorm_epsilon=model.norm_eps,
         hidden_dropout=0.0,
@@ -80,56 +80,12 @@ def _dispatcher(layout: Layout) -> str:
     return layout.dispatcher
 
 
-class LanguageModel(GPTModel):  # type: ignore[misc]
-    """Megatron's, with a loss by slices of tokens where the layout has one (`Layout.slices_loss`). Its argument
-    `loss_mask` then has the meaning of `weights` in `sliced_loss.token_losses`.
-
-    Its argument `targets` (`stages.train.data.Batch`) computes the logits of these alone; the losses have the shape of
-    `labels`, and are 0 elsewhere.
-    """
-
-    layout: Layout
-    real_vocab_size: int
-    targets: torch.Tensor | None = None
-
-    def forward(self, *inputs: Any, targets: torch.Tensor | None = None, **keywords: Any) -> Any:
-        self.targets = targets
-        return super().forward(*inputs, **keywords)
-
-    def _postprocess(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_mask: torch.Tensor | None = None,
-        **inputs: Any,
-    ) -> Any:  # fmt: skip
-        if not self.post_process or labels is None:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
-        targets, grid = self.targets, labels
-        is_sliced = self.layout.slices_loss(
-            labels.numel() if targets is None else targets.shape[1], self.config.hidden_size, self.vocab_size
-        )
-        if self.layout.tp > 1 and (is_sliced or targets is not None):
-            hidden_states, is_sliced = tensor_parallel.gather_from_sequence_parallel_region(hidden_states), True
-        if targets is not None:
-            hidden_states = hidden_states[:, 0].index_select(0, targets[0])[:, None]
-            labels = labels.flatten().index_select(0, targets[1])[None]
-            loss_mask = None if loss_mask is None else loss_mask.flatten().index_select(0, targets[1])[None]
-        if is_sliced:
-            for hook in self.output_layer._forward_pre_hooks.values():  # it would wait for weights (`overlap_weights`)
-                hook(self.output_layer, ())
-            shared = self.share_embeddings_and_output_weights
-            head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-            losses = token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask)
-        else:
-            losses = super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
-        if targets is None:
-            return losses
-        return losses.new_zeros(grid.numel()).index_copy(0, targets[1], losses.flatten()).view(grid.shape)
-
-
 def build(
     model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
     packed: bool = False, vocab_size: int | None = None, on_meta: bool = False, routing_replay: bool = False,
 ) -> list[GPTModel]:  # fmt: skip
-    """This rank's part of the model, one GPTModel for each virtual pipeline stage, without its initial weights.
+    """This rank's part of the model, one chunk for each virtual pipeline stage, without its initial weights. Each of
+    Megatron's layers, and its router, has the number of the model's layer (`model_layer`, from 0).
 
     packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
     vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
@@ -143,13 +99,14 @@ def build(
     if on_meta:  # Megatron's layers then name no device; those of Transformer Engine name this one
         config.init_model_with_meta_device = uses_transformer_engine(config.params_dtype)
         config.use_cpu_initialization = not config.init_model_with_meta_device
-    chunks = []
+    spec, chunks = model.spec(), []
+    construct = spec.language_model or LanguageModel
     for number in range(layout.vpp):
         stage = number if layout.vpp > 1 else None
         with torch.device("meta") if on_meta else contextlib.nullcontext():
-            chunk = LanguageModel(
+            chunk = construct(
                 config=config,
-                transformer_layer_spec=model.spec().layer_spec(config, stage, packed),
+                transformer_layer_spec=spec.layer_spec(config, stage, packed),
                 vocab_size=padded_vocab_size,
                 max_sequence_length=model.context_length,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -159,6 +116,11 @@ def build(
                 rotary_base=model.rope_theta,
                 vp_stage=stage,
             )
+        for layer in chunk.decoder.layers:
+            layer.model_layer = spec.layer_of(layer.layer_number - 1)
+            for router in layer.modules():
+                if isinstance(router, TopKRouter):
+                    router.model_layer = layer.model_layer
         for name, parameter in named_tensors([chunk]):
             # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
             # gradient norm counts the parts of tensor rank 0 only.
@@ -213,12 +175,11 @@ def named_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Pa
 
 def _named_members(chunks: Sequence[GPTModel], kind: str) -> Iterator[tuple[str, Any]]:
     for gpt in chunks:
-        layers = gpt.decoder.layers
-        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        layers = [layer.model_layer for layer in gpt.decoder.layers]
         experts = (gpt.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
         first_expert = parallel_state.get_expert_model_parallel_rank() * experts
         for local, tensor in getattr(gpt, kind)():
-            name = global_name(local, first_layer, first_expert)
+            name = global_name(local, layers, first_expert)
             if gpt.share_embeddings_and_output_weights and name == "output_layer.weight":
                 name = "embedding.word_embeddings.weight"
             yield name, tensor

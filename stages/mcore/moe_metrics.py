@@ -85,7 +85,7 @@ class RouterWatch:
 
     def _hook(self, router: Any) -> None:
         route, sigmoid = router.routing, router.score_function
-        row = self.counts[self.routing.layers.index(router.layer_number - 1)]
+        row = self.counts[self.routing.layers.index(router.model_layer)]
 
         def routing(logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
             routed = route(logits, padding_mask=padding_mask)

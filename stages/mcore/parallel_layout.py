@@ -65,6 +65,10 @@ class Layout(Config):
     fusions: tuple[Fusion, ...] | None = Field(
         default=None, max_length=6, description="fused kernels, only with GPUs; null: all that the machine has"
     )
+    cuda_graphs: Flag = Field(
+        default=False,
+        description="only with GPUs: replay the kernels of a layer as one CUDA graph; for dense models in plain rows",
+    )
     deterministic: Flag = Field(
         default=False,
         description="only with GPUs, slower: kernels and collectives that add in one order, so that a repeated step "

@@ -7,13 +7,16 @@ model: `decoder.layers.7.mlp.experts.local_experts.3.linear_fc1.weight`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
 _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 
-# Transformer Engine keeps a norm inside the linear layer that follows it.
-_FUSED = {
+_RENAMED = {
+    # Megatron's HybridModel
+    "decoder.final_norm.": "decoder.final_layernorm.",
+    # Transformer Engine keeps a norm inside the linear layer that follows it.
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
@@ -35,15 +38,17 @@ MATRICES = (*CUT_MATRICES, ".router.weight")
 """Endings of the names of all matrices."""
 
 
-def global_name(local: str, first_layer: int = 0, first_expert: int = 0) -> str:
+def global_name(local: str, layers: Sequence[int] | None = None, first_expert: int = 0) -> str:
     """The global name of a parameter of this rank's model.
 
-    local: its name in `GPTModel.named_parameters()`, with either layer specification.
-    first_layer, first_expert: the model's index of this rank's first layer and first expert.
+    local: its name in `GPTModel.named_parameters()`, or in HybridModel's, with either layer specification.
+    layers: the model's index of each of this rank's layers; None: they are its first ones.
+    first_expert: the model's index of this rank's first expert.
     """
     name = local.removeprefix("module.")
-    name = _LAYER.sub(lambda m: f"decoder.layers.{int(m[1]) + first_layer}.", name)
-    for fused, unfused in _FUSED.items():
-        name = name.replace(fused, unfused)
+    if layers is not None:
+        name = _LAYER.sub(lambda m: f"decoder.layers.{layers[int(m[1])]}.", name)
+    for megatron, ours in _RENAMED.items():
+        name = name.replace(megatron, ours)
     name = _GROUPED.sub(lambda m: f"mlp.experts.local_experts.{m[2]}.{m[1]}.weight", name)
     return _EXPERT.sub(lambda m: f"mlp.experts.local_experts.{int(m[1]) + first_expert}.", name)

@@ -55,7 +55,7 @@ class RoutingReplay:
             for router in routers:
                 router.router_replay = Replay()
             self.of_chunks.append(
-                [(routing.layers.index(router.layer_number - 1), router.router_replay) for router in routers]
+                [(routing.layers.index(router.model_layer), router.router_replay) for router in routers]
             )
         RouterReplay.clear_global_router_replay_instances()  # it would keep those of models that are gone
 

@@ -129,7 +129,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.host_peak = self._host = 0
+        self._on_host = False
         self._sizes: dict[int, Any] = {}
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Counts what is made within it by itself, in `host_peak`."""
+        self._on_host = True
+        try:
+            yield
+        finally:
+            self._on_host = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -147,13 +158,22 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
         if address in self._sizes:
             return
 
+        on_host = self._on_host
+
         def free(_: Any) -> None:
             del self._sizes[address]
-            self.live -= size
+            self._add(-size, on_host)
 
         self._sizes[address] = weakref.ref(storage, free)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self._add(size, on_host)
+
+    def _add(self, size: int, on_host: bool) -> None:
+        if on_host:
+            self._host += size
+            self.host_peak = max(self.host_peak, self._host)
+        else:
+            self.live += size
+            self.peak = max(self.peak, self.live)
 
 
 class SimulatedRank(CollectiveLog, LiveBytes):
@@ -173,6 +193,8 @@ class SimulatedRank(CollectiveLog, LiveBytes):
                 selected = int(args[1].sum())
             out = args[0].new_empty(selected)
         else:
+            if func is aten.index.Tensor:
+                args = (args[0], _numbers(args[1]))
             try:
                 out = func(*args, **kwargs)
             except DataDependentOutputException:  # a value of a fake tensor: a loss, a norm, a flag
@@ -189,6 +211,18 @@ class SimulatedRank(CollectiveLog, LiveBytes):
             work = torch._C._distributed_c10d.FakeWork().boxed()
             return work if len(func._schema.returns) == 1 else (args[0], work)
         return func(*args, **kwargs)
+
+
+def _numbers(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Masks that have values as the numbers of what they select, whose count is then known."""
+    numbers: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+            numbers.append(index)
+        else:
+            with unset_fake_temporarily():
+                numbers += index.nonzero().unbind(1)
+    return numbers
 
 
 def _fits(func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -77,7 +77,7 @@ class Routing:
 
     experts: int  # in each of these layers
     top_k: int  # experts that a token visits
-    layers: range  # that have experts
+    layers: Sequence[int]  # that have experts
     z_loss: bool  # whether the routers have a z-loss
 
 
@@ -205,12 +205,18 @@ class ModelSpec:
     megatron: (model) -> keyword arguments of Megatron's TransformerConfig that are the architecture's own
     (stages/mcore/model.py adds those of size, layout and precision).
     layer_spec: (Megatron's TransformerConfig, virtual pipeline stage or None, whether rows are packed) -> the layers
-    from which Megatron's GPTModel is built (stages/mcore/layer_spec.py for attention with our kernels).
+    from which Megatron's model is built (stages/mcore/layer_spec.py for attention with our kernels). They may be of
+    several kinds.
     to_hf: (Megatron's tensors by global name, model, vocabulary size) -> transformers' names and tensors one after the
     other, layer by layer; rows of the vocabulary beyond that size are padding and left out. from_hf: its inverse;
     raises KeyError at a tensor that is missing and, at the end, ValueError, naming them, if some are left over.
     hf_config: (model) -> the architecture's own entries of config.json; `architectures` and `model_type` name its class
     in transformers (stages/export/hf.py adds the common ones).
+    language_model: gets the keyword arguments of Megatron's GPTModel, among them the result of layer_spec as
+    `transformer_layer_spec`, and gives one chunk of the model, which takes the arguments of
+    stages.mcore.language_model.TokenLosses; None: Megatron's GPTModel.
+    layer_of: (Megatron's layer, from 0) -> the layer of the model of which it is a part. Megatron's HybridModel counts
+    attention and feed-forward parts as layers of their own; global names have the model's.
     """
 
     megatron: Callable[[Any], dict[str, Any]]
@@ -218,3 +224,5 @@ class ModelSpec:
     to_hf: Callable[[Mapping[str, torch.Tensor], Any, int], Iterator[tuple[str, torch.Tensor]]]
     from_hf: Callable[[Mapping[str, torch.Tensor], Any], Iterator[tuple[str, torch.Tensor]]]
     hf_config: Callable[[Any], dict[str, Any]]
+    language_model: Callable[..., Any] | None = None
+    layer_of: Callable[[int], int] = int

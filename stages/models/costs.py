@@ -58,8 +58,10 @@ class MemoryShare:
 
 @dataclass(frozen=True)
 class Rows:
-    """One micro-batch: `rows` rows of `length` tokens. packed: several documents in a row."""
+    """One micro-batch: `rows` rows of `length` tokens. packed: several documents in a row. targets: tokens for which
+    logits are computed; None: all."""
 
     rows: int
     length: int
     packed: bool = False
+    targets: int | None = None

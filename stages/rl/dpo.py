@@ -40,7 +40,7 @@ def estimate(config: DpoTrainConfig) -> Estimate:
     # all are drawn, a third is trained on
     flops = 3 * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
     rollouts = estimates.rollouts("dpo", tokens)
-    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10, rollouts)
+    return estimates.estimate(config, tokens, flops, 2e10, rollouts)
 
 
 STAGE = Stage(
@@ -49,4 +49,5 @@ STAGE = Stage(
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.preferences", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
+    simulate=estimates.simulate,
 )  # fmt: skip

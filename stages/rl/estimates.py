@@ -2,19 +2,78 @@
 
 from __future__ import annotations
 
-from pipeline.core.stage import Estimate, Published
+from dataclasses import dataclass
+
+from pipeline.core.stage import Estimate, Published, RankSimulation
 from stages.mcore.memory import MASTER, MOMENTS, memory_share
 from stages.models.costs import Rows
-from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlTrainConfig
+from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig
 from stages.train.estimate import checkpoints, fullest, release_files
 
+AnyConfig = RlTrainConfig | DpoTrainConfig | RewardTrainConfig
 START_SECONDS = 10.0
+QUESTION_TOKENS = 64
+"""Of a question, which only the data tells."""
+PAIR_TOKENS = 64
+"""Of one side of a pair with its question, likewise."""
 ANSWER_BYTES = 8
 """Of a drawn token on disk: its id, its log-probability in fp32, which does not compress, and its text. 6.8 on answers
 of a thousand ids by Zipf's law with prose of four characters a token."""
 
 
-def reference_bytes(config: RlTrainConfig | DpoTrainConfig | RewardTrainConfig) -> int:
+@dataclass(frozen=True)
+class Examples:
+    """Equal examples of an update at their full length: `answer` tokens after `question` tokens, which each `shared`
+    examples have in common and which are computed once. A micro-batch has a multiple of `unit` of them."""
+
+    count: int
+    question: int
+    answer: int
+    shared: int = 1
+    unit: int = 1
+
+    def in_micro_batch(self, size: float) -> int:
+        """The number of examples that fill a micro-batch of that many tokens, questions counted with each example."""
+        examples = -(-size // (self.question + self.answer))
+        return min(self.count, int(-(-examples // self.unit)) * self.unit)
+
+    def row(self, examples: int) -> Rows:
+        """The packed row of so many: the last token of an answer is no input, its first one is a target."""
+        questions = -(-examples // self.shared)
+        tokens = questions * self.question + examples * (self.answer - 1)
+        return Rows(1, tokens, packed=True, targets=examples * self.answer)
+
+
+def fullest_row(config: AnyConfig) -> tuple[Examples, int]:
+    """The examples of the fullest micro-batch of an update, and their number. Those of one kind stand together, so a
+    micro-batch is of one kind, or lies between them."""
+    kinds = _examples(config)
+    size = sum(kind.count * (kind.question + kind.answer) for kind in kinds) / config.phase.micro_batches
+    rows = [(kind, kind.in_micro_batch(size)) for kind in kinds]
+    return max(rows, key=lambda row: row[0].row(row[1]).length)
+
+
+def _examples(config: AnyConfig) -> list[Examples]:
+    """What an update trains on at most."""
+    if isinstance(config, RewardTrainConfig):
+        length = min(PAIR_TOKENS, config.model.context_length)
+        return [Examples(2 * config.phase.pairs, length - 1, 1, unit=2)]
+    phase = config.phase
+    answer = phase.sampling.max_new_tokens
+    question = min(QUESTION_TOKENS, config.model.context_length - answer)
+    if isinstance(phase, RlPhase):
+        prompts = -(-phase.prompts_per_step // phase.updates)
+        kinds = [Examples(prompts * phase.num_generations, question, answer, shared=phase.num_generations)]
+        if phase.replay is not None:
+            kinds.append(Examples(-(-phase.replay.rows // phase.updates), 1, phase.replay.sequence_length))
+        return kinds
+    kinds = [Examples(2 * -(-phase.preferences.count // phase.updates), question, answer, shared=2, unit=2)]
+    if (tasks := phase.sft_tasks) is not None:
+        kinds.append(Examples(-(-tasks.count * tasks.num_generations // phase.updates), question, answer))
+    return kinds
+
+
+def reference_bytes(config: AnyConfig) -> int:
     """Bytes on the host of the fullest rank's weights, twice: the reference of the KL term, and the rank's own weights
     while the model computes with those of the reference."""
     if not isinstance(config, RlTrainConfig) or config.phase.kl_coef is None:
@@ -31,19 +90,17 @@ def rollouts(phase: str, tokens: int) -> tuple[Published, ...]:
 
 
 def estimate(
-    config: RlTrainConfig | DpoTrainConfig | RewardTrainConfig,
-    answers: int,
-    length: int,
+    config: AnyConfig,
     tokens: int,
     flops: float,
     rate: float,
     rollouts: tuple[Published, ...] = (),
 ) -> Estimate:
-    """answers: trained on in one update; length: tokens of the longest one; tokens, flops: of the phase; rate: FLOP/s
-    of a core; rollouts: the published answers. Rank 0 holds the weights that go to the sampler beside its own state."""
+    """tokens, flops: of the phase; rate: FLOP/s of a core; rollouts: the published answers. Rank 0 holds the weights
+    that go to the sampler beside its own state."""
     parameters, phase = config.model.parameters(config.padded_vocab_size), config.phase
-    rows = Rows(-(-answers // phase.micro_batches), length, phase.packed)
-    *_, owned, memory = fullest(config, rows)
+    examples, number = fullest_row(config)
+    *_, owned, memory = fullest(config, examples.row(number))
     releases = phase.steps // phase.release_checkpoint_interval + 1
     checkpoint, work = (MASTER + MOMENTS) * parameters["total"], phase.work_checkpoints_kept + 1
     return Estimate(
@@ -57,3 +114,10 @@ def estimate(
         published=(*checkpoints(parameters["total"], releases), *rollouts),
         parameters=parameters,
     )
+
+
+def simulate(config: AnyConfig, rank: int) -> RankSimulation:
+    """Simulates a rank of a phase of post-training."""
+    from stages.rl import rank_simulation
+
+    return rank_simulation.simulate(config, rank)

@@ -44,7 +44,7 @@ def estimate(config: RlTrainConfig) -> Estimate:
     passes = 4 + (phase.updates > 1) + (phase.kl_coef is not None)
     flops = passes * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
     rollouts = estimates.rollouts(config.name, tokens)
-    return estimates.estimate(config, -(-answers // phase.updates), length, tokens, flops, 2e10, rollouts)
+    return estimates.estimate(config, tokens, flops, 2e10, rollouts)
 
 
 STAGE = Stage(
@@ -53,4 +53,5 @@ STAGE = Stage(
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.grpo", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
+    simulate=estimates.simulate,
 )  # fmt: skip

@@ -274,6 +274,12 @@ class PhaseConfig(PhaseBase):
         return self.pack
 
     @property
+    def least_slots(self) -> int:
+        """Inputs that each row has at least, with padding: all, if kernels are repeated with the sizes of a first
+        run."""
+        return self.sequence_length if self.parallelism.cuda_graphs else 0
+
+    @property
     def micro_rows(self) -> int:
         return self.batch.micro_tokens // self.sequence_length
 
@@ -299,7 +305,8 @@ class TrainerConfig(Config):
 
     @model_validator(mode="after")
     def _possible_layout(self) -> TrainerConfig:
-        wrong = problem(self.phase.parallelism, self.model, self.padded_vocab_size, self.phase.micro_batch_counts)
+        phase = self.phase
+        wrong = problem(phase.parallelism, self.model, self.padded_vocab_size, phase.micro_batch_counts, phase.packed)
         if wrong:
             raise ValueError(wrong)
         return self

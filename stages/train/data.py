@@ -177,16 +177,19 @@ class RankBatch:
 
     @classmethod
     def read(
-        cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False, fp8: bool = False
-    ) -> RankBatch:
-        """Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
+        cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False,
+        fp8: bool = False, slots: int = 0,
+    ) -> RankBatch:  # fmt: skip
+        """slots: that each row has at least.
+
+        Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
         micro-batches are the same in every layout. An uneven last part (only in evaluation) is filled with padding.
         Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
         layout = ranks.layout
         per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
         if layout.vpp > 1:  # the interleaved schedule needs groups of micro-batches
             per_rank = -(-per_rank // layout.pp) * layout.pp
-        width = padded_width(max(row.slots for row in rows), layout, fp8)
+        width = padded_width(max(slots, *(row.slots for row in rows)), layout, fp8)
         first = ranks.data_rank * per_rank * micro_rows
         rank_rows: list[Row | None] = list(rows[first : first + per_rank * micro_rows])
         rank_rows += [None] * (per_rank * micro_rows - len(rank_rows))
@@ -225,7 +228,9 @@ class Prefetcher:
     def _read(self, step: int) -> tuple[list[Row], RankBatch]:
         rows = self.order.rows(step)
         phase = self.phase
-        return rows, RankBatch.read(rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.fp8)
+        return rows, RankBatch.read(
+            rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.fp8, phase.least_slots
+        )
 
 
 class Order:

@@ -136,4 +136,6 @@ def layout_label(layout: Layout) -> str:
         parts.insert(-1, f"ETP{layout.split_experts}")
     if layout.recompute == "layer":
         parts.append("recompute")
+    if layout.cuda_graphs:
+        parts.append("graphs")
     return " ".join(parts) or "one rank"

@@ -25,6 +25,7 @@ from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     RotaryEmbedding,
     YarnRotaryEmbedding,
+    delete_cuda_graphs,
     parallel_state,
     tensor_parallel,
 )
@@ -133,7 +134,9 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
             parallel_state.initialize_model_parallel(
                 **layout.group_sizes, distributed_timeout_minutes=math.ceil(timeout / 60)
             )
-            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            tensor_parallel.model_parallel_cuda_manual_seed(
+                seed, use_cudagraphable_rng=layout.cuda_graphs, force_reset_rng=layout.cuda_graphs
+            )
             ranks = Ranks(
                 rank,
                 world,
@@ -148,6 +151,8 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
             raise
         finally:
             if not failed:  # else it is left to the end of the process: NCCL would wait for the lost rank
+                if layout.cuda_graphs:  # a list of the process, which records no other model while it has some
+                    delete_cuda_graphs()
                 _destroy_groups(ranks)
 
 

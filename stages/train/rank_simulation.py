@@ -8,6 +8,7 @@ at once, so memory reaches its peak, and a few more; what the second step adds i
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
 from itertools import groupby
@@ -19,18 +20,41 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import RankSimulation, Traffic
 from stages.mcore.megatron_imports import get_megatron_optimizer, parallel_state
 from stages.mcore.model import named_tensors
-from stages.mcore.simulated_rank import Collective, simulated
+from stages.mcore.simulated_rank import Collective, LiveBytes, simulated
 from stages.models.costs import Rows
 from stages.train import engine as engines
-from stages.train.config import TrainConfig
+from stages.train.config import TrainConfig, TrainerConfig
 from stages.train.data import Batch, RankBatch, padded_width
 from stages.train.estimate import rank_memory
 from stages.train.parallel import Ranks
 
+Update = Callable[[engines.Engine, LiveBytes, int], object]
+"""(engine, count of memory, micro-batches) -> makes an update of so many micro-batches, and what else a step does."""
+
 
 def simulate(config: TrainConfig, rank: int) -> RankSimulation:
-    """Simulates two steps of a rank, every row of which is one document of full length. Raises RecipeError if the
-    layout has no such rank, or if the precision needs kernels that this machine lacks."""
+    """Simulates two steps of a rank, every row of which is one document of full length."""
+    phase = config.phase
+    rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
+    return simulate_updates(config, rank, rows, update(config))
+
+
+def update(config: TrainConfig) -> Update:
+    """The update of a phase on text."""
+    norm_first = config.phase.spikes is not None
+
+    def step(engine: engines.Engine, _: LiveBytes, micro_batches: int) -> None:
+        engine.step(full_batch(config, micro_batches), 1e-3, lambda loss, norm: None, norm_first)
+
+    return step
+
+
+def simulate_updates(
+    config: TrainerConfig, rank: int, rows: Rows, step: Update, planned_copies: int = 0
+) -> RankSimulation:
+    """Simulates two steps of a rank. rows: a micro-batch, as the plan sees it; planned_copies: bytes of the copies of
+    weights on the host. Raises RecipeError if the layout has no such rank, or if the precision needs kernels that this
+    machine lacks."""
     phase, layout = config.phase, config.phase.parallelism
     if not 0 <= rank < layout.ranks:
         raise RecipeError(f"rank {rank} is not one of the phase's parallelism.ranks = {layout.ranks}, "
@@ -51,10 +75,9 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
         for count in counts:
             machine.calls.clear()
             machine.peak = machine.live
-            engine.step(full_batch(config, count), 1e-3, lambda loss, norm: None, phase.spikes is not None)
+            step(engine, machine, count)
             steps.append(list(machine.calls))
         state, peak = machine.live, machine.peak
-    rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
     share, planned_state, planned_activations = rank_memory(config, rows, place)
     return RankSimulation(
         rank=rank,
@@ -67,6 +90,8 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
         planned_state_bytes=round(planned_state),
         peak_bytes=peak,
         planned_peak_bytes=round(planned_state + planned_activations),
+        copies_bytes=machine.host_peak,
+        planned_copies_bytes=planned_copies,
         traffic=_traffic(steps, counts, micro_batches),
         sequence=tuple((*astuple(call), len(list(calls))) for call, calls in groupby(steps[1])),
     )

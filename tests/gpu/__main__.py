@@ -1,4 +1,4 @@
-"""The kit for a GPU: thirteen points, each with a figure and a criterion, in sections of at most eight minutes.
+"""The kit for a GPU: fourteen points, each with a figure and a criterion, in sections of at most eight minutes.
 
     make test-gpu
     python -m tests.gpu [--section NAME] [--out FOLDER]
@@ -47,6 +47,7 @@ POINTS = {
     11: "sampler",
     12: "ranks that stop, memory that is full",
     13: "FP8 products",
+    14: "CUDA graphs",
 }
 ON_CPU = "**No GPU has run this kit.** These figures are a CPU's, on tiny models: they show that it works."
 Section = Mapping[str, Any]

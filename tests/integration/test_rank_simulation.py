@@ -71,19 +71,25 @@ def config(layout: dict[str, Any], model: dict[str, Any], vocabulary: int, row: 
 
 
 def compare_with_real_ranks(layouts: dict[str, dict[str, Any]], folder: Path, **model: Any) -> None:
+    sizes = {**rank_simulation_fixtures.MODEL, **model}
+    configs = [config({"ranks": 2, **layout}, sizes, 64, 32) for layout in layouts.values()]
+    compare_phases_with_real_ranks("text", dict(zip(layouts, configs, strict=True)), folder)
+
+
+def compare_phases_with_real_ranks(kind: str, phases: dict[str, dict[str, Any]], folder: Path) -> None:
     """Two processes over gloo: the same operations of the same groups, ranks and bytes, in the same order."""
-    configs = [config({"ranks": 2, **x}, {**rank_simulation_fixtures.MODEL, **model}, 64, 32) for x in layouts.values()]
+    configs, simulation = list(phases.values()), rank_simulation_fixtures.simulation(kind)
     ports: set[int] = set()
     while len(ports) < len(configs):  # a store that an earlier layout left behind would answer at its port
         ports.add(free_port())
-    arguments = [json.dumps(configs), json.dumps(sorted(ports)), str(folder)]
+    arguments = [kind, json.dumps(configs), json.dumps(sorted(ports)), str(folder)]
     codes, logs = layout_fixtures.end(layout_fixtures.spawn(rank_simulation_fixtures.MODULE, arguments, 2))
     assert codes == [0, 0], [log[-2000:] for log in logs]
     for rank in (0, 1):
         real = json.loads((folder / f"{rank}.json").read_text())
-        for name, settings, step in zip(layouts, configs, real, strict=True):
-            if rank or "pp" in layouts[name]:  # other layouts' ranks do the same
-                result = rank_simulation.simulate(TrainConfig.model_validate(settings), rank)
+        for name, settings, step in zip(phases, configs, real, strict=True):
+            if rank or "pp" in settings["phase"]["parallelism"]:  # other layouts' ranks do the same
+                result = simulation.simulate(rank_simulation_fixtures.CONFIGS[kind].model_validate(settings), rank)
                 assert [list(row) for row in result.sequence] == step["sequence"], f"{name}, rank {rank}"
                 assert result.parameters == result.planned_parameters == step["parameters"], f"{name}, rank {rank}"
 
@@ -248,4 +254,4 @@ def test_command(tmp_path: Path) -> None:
     assert result["parameters"] == result["planned_parameters"] == body["stages"][0]["parameters"]["total"]
     assert result["peak_bytes"] > result["state_bytes"] > 0
     refusal = atom(tmp_path, "plan", "atom-tiny", "--only", "dedup", "--simulate", "0", code=2).stderr
-    assert refusal == "atom: no stage of this plan can be simulated; choose a training phase on text with --only\n"
+    assert refusal == "atom: no stage of this plan can be simulated; choose a training phase with --only\n"

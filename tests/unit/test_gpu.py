@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Artifact
 from stages.mcore import fusions, gpu, layer_spec
+from stages.mcore.layout_check import problem
 from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
 from stages.mcore.model import build, named_buffers, named_tensors, transformer_config
 from stages.mcore.parallel_layout import Layout
@@ -25,6 +28,9 @@ from stages.models.base import Precision
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
+from stages.train.config import TrainConfig
+from stages.train.data import RankBatch, Shards, heldout_rows
+from stages.train.estimate import layout_label
 from stages.train.full_tensors import speaks_for
 from stages.train.trainer import full_memory
 from tests.fixtures import ROOT, fake_rank_fixtures, layout_fixtures, train_fixtures
@@ -32,6 +38,12 @@ from tests.fixtures import ROOT, fake_rank_fixtures, layout_fixtures, train_fixt
 pytestmark = pytest.mark.numeric
 
 TINY = Qwen3MoeConfig(**train_fixtures.MODEL)
+OF_EXPERTS = ("experts", "num_experts_per_tok", "aux_loss", "moe_intermediate_size")
+DENSE: dict[str, Any] = {
+    **{name: value for name, value in train_fixtures.MODEL.items() if name not in OF_EXPERTS},
+    "architecture": "qwen3",
+    "intermediate_size": 48,
+}
 
 
 def test_a_task_that_sees_one_gpu_takes_it() -> None:
@@ -181,6 +193,61 @@ def test_fusions_are_those_that_the_machine_has(
     assert chosen(Layout(fusions=("bias_activation",))) == ["bias_activation_fusion"]
     with pytest.raises(RecipeError, match="fusions = router needs Transformer Engine 2.7"):
         fusions.keywords(Layout(fusions=("router",)), engine, experts=True)
+
+
+def test_cuda_graphs_are_megatrons_of_complete_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the configuration of a model, with the variable that Megatron then asks for; not without a GPU."""
+    layout, model = Layout(cuda_graphs=True), Qwen3Config(**DENSE)
+    with parallel.session(0), pytest.raises(RecipeError) as refused:
+        build(model, train_fixtures.VOCAB, layout)
+    assert str(refused.value) == (
+        "parallelism.cuda_graphs = true needs a GPU, which this phase lacks here; leave it out"
+    )
+    assert "NCCL_GRAPH_REGISTER" not in gpu.variables(Layout())
+    assert gpu.variables(layout)["NCCL_GRAPH_REGISTER"] == "0" and layout_label(layout) == "graphs"
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 0.19 calls the default, complete layers, by another name
+        configs = [transformer_config(model, x) for x in (Layout(), layout)]
+    scopes = [getattr(config, "cuda_graph_modules", None) or config.cuda_graph_scope for config in configs]
+    assert [config.cuda_graph_impl for config in configs] == ["none", "local"] and not scopes[1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layout", "packed", "reason"),
+    [
+        ("qwen3", {}, False, None),
+        ("qwen3_moe", {}, False, "with experts, the number"),
+        ("qwen3", {}, True, "with packed rows, whose"),
+        ("qwen3", {"recompute": "layer"}, False, "with recompute = layer, as"),
+        ("qwen3", {"ranks": 2, "pp": 2}, False, "with pp = 2, where"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_sizes_change(
+    architecture: str, layout: dict[str, Any], packed: bool, reason: str | None
+) -> None:
+    model = Qwen3Config(**DENSE) if architecture == "qwen3" else TINY
+    sentence = problem(Layout(cuda_graphs=True, **layout), model, train_fixtures.VOCAB, [4], packed)
+    if reason is None:
+        assert sentence is None
+    else:
+        assert sentence is not None and sentence.startswith(f"parallelism.cuda_graphs = true is not possible {reason}")
+
+
+def test_rows_of_cuda_graphs_have_one_width(tmp_path: Path) -> None:
+    """That of the phase, also where each row of a step is shorter."""
+    settings = train_fixtures.config(parallelism={"cuda_graphs": True})
+    settings["model"] = DENSE
+    phase = TrainConfig.model_validate(settings).phase
+    train_fixtures.make(tmp_path)
+    tokens = Artifact.open(tmp_path / "tokens")
+    with parallel.session(0) as ranks:
+        rows = min(([row] for row in heldout_rows(tokens, phase)), key=lambda rows: rows[0].slots)
+        widths = [
+            RankBatch.read(rows, Shards(tokens, "heldout"), 1, ranks, slots=slots).width
+            for slots in (0, phase.least_slots)
+        ]
+    assert widths[0] < widths[1] == phase.sequence_length
 
 
 def test_a_dispatcher_without_its_kernels_is_one_sentence() -> None:

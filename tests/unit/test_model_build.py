@@ -77,7 +77,7 @@ def test_global_names() -> None:
         "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.4.input_layernorm.weight",
         "decoder.final_layernorm.weight": "decoder.final_layernorm.weight",
     }.items():
-        assert global_name(local, first_layer=4, first_expert=8) == name
+        assert global_name(local, layers=[4, 5], first_expert=8) == name
 
 
 def test_ids_that_pad_the_vocabulary_have_no_probability() -> None:

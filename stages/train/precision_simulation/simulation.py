@@ -58,7 +58,7 @@ def simulate(
     model, phase = sections.model, sections.pretrain
     proxy = build_proxy(model, smallest, hidden)
     if layers is not None:
-        min_layers = proxy.routing.layers.start + 1 if proxy.routing else 1
+        min_layers = proxy.routing.layers[0] + 1 if proxy.routing else 1
         if not min_layers <= layers <= MAX_LAYERS:
             raise AtomError(f"--layers {layers} is no depth of a small proxy; use {min_layers} to {MAX_LAYERS}")
         proxy = type(proxy).model_validate({**proxy.model_dump(), "layers": layers})

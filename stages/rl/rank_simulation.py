@@ -1,0 +1,100 @@
+"""A rank of a phase of post-training at its full size on this machine: `atom plan RECIPE --simulate RANK`.
+
+It makes the updates of the phase on packed answers of full length (stages/rl/rollout/batches.py), with logits of the
+answers alone: the passes for old and reference log-probabilities, and the objective. Nothing is drawn or scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from pipeline.core.stage import RankSimulation
+from stages.mcore.simulated_rank import LiveBytes
+from stages.rl.algorithms import grpo, preferences
+from stages.rl.config import DpoPhase, RewardPhase, RlPhase
+from stages.rl.estimates import AnyConfig, Examples, fullest_row, reference_bytes
+from stages.rl.rollout.batches import Example, build_rank_batch
+from stages.train.data import RankBatch
+from stages.train.engine import Engine, Objective
+from stages.train.rank_simulation import Update, simulate_updates
+
+
+def simulate(config: AnyConfig, rank: int) -> RankSimulation:
+    """Simulates two updates of a rank, all micro-batches of which are as full as the fullest one."""
+    examples, number = fullest_row(config)
+    return simulate_updates(config, rank, examples.row(number), update(config), reference_bytes(config))
+
+
+def update(config: AnyConfig) -> Update:
+    """The update of a phase, with the passes that come before it."""
+    examples, number = fullest_row(config)
+    phase, minimize = config.phase, objective(config.phase)
+
+    def step(engine: Engine, memory: LiveBytes, micro_batches: int) -> None:
+        batch = full_batch(engine, config, examples, number, micro_batches)
+        if isinstance(phase, RlPhase) and phase.updates > 1:
+            batch = grpo.with_logprobs(engine, batch, "old")
+        if isinstance(phase, RlPhase) and phase.kl_coef is not None:
+            with _copies_on_host(engine, memory), engine.computing_with(engine.local_weights()):
+                batch = grpo.with_logprobs(engine, batch, "reference")
+        engine.step(batch, 1e-3, lambda loss, norm: None, objective=minimize)
+
+    return step
+
+
+def objective(phase: RlPhase | DpoPhase | RewardPhase) -> Objective:
+    """What an update of the phase minimizes."""
+    if isinstance(phase, RlPhase):
+        return grpo.objective(phase)
+    return preferences.dpo(phase.beta) if isinstance(phase, DpoPhase) else preferences.bradley_terry
+
+
+def full_batch(engine: Engine, config: AnyConfig, kind: Examples, number: int, micro_batches: int) -> RankBatch:
+    """A rank's micro-batches, each of `number` of those examples; with routing replay, all tokens have experts."""
+    phase, ranks = config.phase, engine.ranks
+    routes = None
+    with unset_fake_temporarily():
+        if phase.replays_routing and (routing := config.model.routing) is not None:
+            tokens = kind.question + kind.answer - 1
+            chosen = torch.arange(tokens * routing.top_k).view(tokens, 1, -1) % routing.experts
+            routes = chosen.to(torch.int16).expand(-1, len(routing.layers), -1)
+        units = [
+            [_example(phase, kind, place, routes) for place in range(first, first + kind.unit)]
+            for _ in range(micro_batches * ranks.data_ranks)
+            for first in range(0, number, kind.unit)
+        ]
+        return build_rank_batch(units, micro_batches * ranks.data_ranks, ranks, 0, len(units))
+
+
+def _example(
+    phase: RlPhase | DpoPhase | RewardPhase, kind: Examples, place: int, routes: torch.Tensor | None
+) -> Example:
+    """The example at a place in its micro-batch. Every other question is another one."""
+    first = place // kind.shared % 2
+    ids = range(first, first + kind.question + kind.answer)
+    ones = [1.0] * kind.answer
+    row: dict[str, float] = {}
+    by_token: dict[str, list[float]] = {}
+    if isinstance(phase, RlPhase):
+        row, by_token = {"advantage": 1.0, "weight": 1.0}, {"sampler": ones, "replay": ones}
+    elif isinstance(phase, DpoPhase):
+        row, by_token = {"pair": float(kind.unit > 1)}, {"reference": ones, "anchor": ones}
+    return Example(ids, kind.question, row, by_token, routes)
+
+
+@contextmanager
+def _copies_on_host(engine: Engine, memory: LiveBytes) -> Iterator[None]:
+    """Within it, copies of a rank's weights count as the host's, where they are on a machine with GPUs."""
+    copy = engine.local_weights
+
+    def on_host() -> list[torch.Tensor]:
+        with memory.on_host():
+            return copy()
+
+    with mock.patch.object(engine, "local_weights", on_host):
+        yield
