@@ -133,6 +133,12 @@ def test_answers_say_who_drew_them_and_the_log_counts(live: Path) -> None:
     assert lines[1]["max_sampler_gap"] < 1e-4 < lines[2]["max_sampler_gap"]
 
 
+def update_group(rows: list[dict[str, Any]], number: int, **columns: Any) -> None:
+    for row in rows:
+        if row["group"] == number:
+            row.update(columns)
+
+
 def move_to_step(rows: list[dict[str, Any]], step: int, other: int) -> None:
     group = first(rows, step, dropped="")["group"]
     moved = [row for row in rows if row["group"] == group]
@@ -168,9 +174,7 @@ FORGERIES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
         r"in step 3, wave 0 has another `dropped` than follows",
     ),
     "a usable group called stale": (
-        lambda rows: [
-            row.update(dropped="stale") for row in rows if row["group"] == first(rows, 2, dropped="")["group"]
-        ],
+        lambda rows: update_group(rows, first(rows, 2, dropped="")["group"], dropped="stale"),
         r"in step 2, wave 0 has another `dropped` than follows",
     ),
     "stale answers that claim a newer version": (
@@ -204,7 +208,7 @@ FORGERIES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
         r"in step 6, wave 0 was used by no update and dropped for no reason",
     ),
     "another number": (
-        lambda rows: [row.update(group=77) for row in rows if row["group"] == first(rows, 2)["group"]],
+        lambda rows: update_group(rows, first(rows, 2)["group"], group=77),
         r"answer 0 in step 2, wave 0 is of group 77, which is not issued then or was taken before",
     ),
     "an answer less": (
