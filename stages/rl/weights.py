@@ -111,8 +111,13 @@ def seal(folder: Path, names: Sequence[str], shares: Sequence[Share]) -> tuple[s
         folder / PARTIAL, release_checkpoint.MODEL, files, {"policy": digest}, tensors=tensors
     )
     place = folder / f"weights-{digest.rpartition(':')[2][:16]}"
-    shutil.rmtree(place, ignore_errors=True)
-    return digest, (folder / PARTIAL).rename(place)
+    replaced = folder / "replaced"
+    if place.exists():  # the policy is as before, and a sampler may read its files anew
+        shutil.rmtree(replaced, ignore_errors=True)
+        place.rename(replaced)
+    (folder / PARTIAL).rename(place)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return digest, place
 
 
 def remove_earlier(place: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed, Interrupted
 from release.audit.replay.post_training import require_same_consumption
+from stages.models.hf import hf_config
 from stages.rl.config import RlPhase
-from stages.rl.protocols import Response, VerifierFailed
+from stages.rl.protocols import Prompt, Response, VerifierFailed
 from stages.rl.rollout import generation, rollouts
 from stages.rl.rollout.asynchronous import LiveGroups
-from tests.fixtures import ROOT, rl_fixtures, train_fixtures
+from stages.rl.samplers.generate import InProcess
+from stages.rl.samplers.subprocess_sampler import SubprocessSampler
+from tests.fixtures import ROOT, rl_fixtures, train_fixtures, weights_fixtures
 from tests.fixtures.run_fixtures import at_length
 from tests.integration.test_recorded_rollouts import first, rewrite
+from tests.unit import test_generate
 
 SUBPROCESS = {"kind": "subprocess", "max_new_tokens": 12}
 
@@ -71,6 +76,33 @@ def without_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("stages.rl.policy.make_sampler", refuse)
     monkeypatch.setattr("stages.rl.policy.make_verifiers", refuse)
+
+
+def test_the_process_draws_what_the_in_process_sampler_draws(tmp_path: Path) -> None:
+    config, notes = hf_config(test_generate.MODEL, test_generate.VOCAB, 1, 0, "float32"), []
+    requests = [Prompt(tuple(range(6, 6 + n)), 7 * n) for n in (3, 9, 3, 17, 5)]
+    sampler = SubprocessSampler(config, (1, 3), 12, tmp_path / "served", note=notes.append)
+    given = weights_fixtures.written(tmp_path / "served", test_generate.tensors(0))
+    sampler.load(given)
+    inside = InProcess(config, (1, 3), 12)
+    inside.load(test_generate.tensors(0))
+    expected = [replace(c, versions=((given.digest, len(c.ids)),)) for c in inside.generate(requests)]
+    assert sampler.generate(requests) == expected and not notes
+
+    changed = weights_fixtures.written(tmp_path / "changed", test_generate.tensors(1))
+    assert changed.folder is not None
+    path = changed.folder / "rank-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(
+        AtomError, match="^the sampler's process refuses the weights: .* is not the tensor of the index$"
+    ):
+        sampler.load(changed)
+    process = sampler.process
+    assert process is not None
+    sampler.close()
+    assert process.process.poll() is not None
+    with pytest.raises(AtomError, match="ended"):
+        sampler.generate(requests)
 
 
 def require_all_counted(out: Path, queue_groups: int = 8) -> None:
@@ -133,6 +165,12 @@ def test_answers_say_who_drew_them_and_the_log_counts(live: Path) -> None:
     assert lines[1]["max_sampler_gap"] < 1e-4 < lines[2]["max_sampler_gap"]
 
 
+def update_group(rows: list[dict[str, Any]], number: int, **columns: Any) -> None:
+    for row in rows:
+        if row["group"] == number:
+            row.update(columns)
+
+
 def move_to_step(rows: list[dict[str, Any]], step: int, other: int) -> None:
     group = first(rows, step, dropped="")["group"]
     moved = [row for row in rows if row["group"] == group]
@@ -168,9 +206,7 @@ FORGERIES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
         r"in step 3, wave 0 has another `dropped` than follows",
     ),
     "a usable group called stale": (
-        lambda rows: [
-            row.update(dropped="stale") for row in rows if row["group"] == first(rows, 2, dropped="")["group"]
-        ],
+        lambda rows: update_group(rows, first(rows, 2, dropped="")["group"], dropped="stale"),
         r"in step 2, wave 0 has another `dropped` than follows",
     ),
     "stale answers that claim a newer version": (
@@ -204,7 +240,7 @@ FORGERIES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
         r"in step 6, wave 0 was used by no update and dropped for no reason",
     ),
     "another number": (
-        lambda rows: [row.update(group=77) for row in rows if row["group"] == first(rows, 2)["group"]],
+        lambda rows: update_group(rows, first(rows, 2)["group"], group=77),
         r"answer 0 in step 2, wave 0 is of group 77, which is not issued then or was taken before",
     ),
     "an answer less": (

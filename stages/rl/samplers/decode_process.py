@@ -103,7 +103,11 @@ def main() -> None:
         if "prompts" in request:
             requests.put(request)
             continue
-        tensors = read_weights(Path(request["folder"]), request["digest"])
+        try:
+            tensors = read_weights(Path(request["folder"]), request["digest"])
+        except atom_index.Refused as error:
+            reply(id=request["id"], refused=str(error).strip("[]"))
+            continue
         sampler.next_weights = request["digest"], tensors
         reply(id=request["id"])
     os._exit(0)  # also in the middle of an answer

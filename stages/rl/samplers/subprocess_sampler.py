@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import torch
 
-from pipeline.core.errors import MachineError
+from pipeline.core.errors import AtomError, MachineError
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.samplers import decode_process
 from stages.rl.weights import Weights
@@ -60,15 +60,15 @@ class SubprocessSampler(Sampler):
         return cls(config, context.stops, tokens, context.folder, context.routes, context.note)
 
     def load(self, weights: Weights) -> None:
-        """Returns when the process has the weights in memory. It loads them before its next token. Raises MachineError
-        if they are not those of the policy, or if the process dies again and again."""
+        """Returns when the process has the weights in memory. It loads them before its next token. Raises AtomError if
+        they are not those of the policy, ProcessLost if the process dies again and again."""
         if self.weights is not None and weights.digest == self.weights.digest:
             return
         self.weights = weights
         self._request(None)
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        """Raises MachineError if the process dies again and again."""
+        """Raises ProcessLost if the process dies again and again."""
         if self.weights is None:
             raise ValueError("weights are loaded before anything is drawn")
         reply = self._request({"prompts": [[prompt.ids, prompt.seed] for prompt in prompts], "greedy": greedy})
@@ -112,7 +112,9 @@ class SubprocessSampler(Sampler):
             process, weights = self.process, self.weights
             assert weights is not None
             if process.digest != weights.digest:
-                process.request({"folder": str(weights.folder), "digest": weights.digest})
+                reply = process.request({"folder": str(weights.folder), "digest": weights.digest})
+                if "refused" in reply:
+                    raise AtomError(f"the sampler's process refuses the weights: {reply['refused']}")
                 process.digest = weights.digest
             return process
 
