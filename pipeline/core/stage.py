@@ -271,10 +271,17 @@ class ServerPlace(Protocol):
     folder: which all servers of the stage and the stage itself see; log: this server's; run: its run.
     """
 
-    folder: Path
-    log: Path
-    run: str
-    number: int
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def log(self) -> Path: ...
+
+    @property
+    def run(self) -> str: ...
+
+    @property
+    def number(self) -> int: ...
 
     def ended(self) -> bool:
         """Whether the stage has ended, so that nobody will ask for more. Cheap: call it freely."""
@@ -315,6 +322,7 @@ class Stage(Generic[C]):
     ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
     obstacle: the reason why a config can be planned but not run, in one sentence; checked before anything starts.
+    lack: what this machine lacks to run it, in one sentence; checked likewise, unless jobs run in a container.
     trains: whether it updates weights and needs a GPU for each rank.
     gpus: the GPUs that a rank of a stage that does not train needs on its node, such as those of a server it starts.
     imports: modules that `run` imports and that take seconds to load, for a process that waits for its inputs.
@@ -333,6 +341,7 @@ class Stage(Generic[C]):
     promise: Callable[[C], Promise] = lambda config: "bitwise"
     estimate: Callable[[C], Estimate] = lambda config: Estimate()
     obstacle: Callable[[C], str | None] = lambda config: None
+    lack: Callable[[C], str | None] = lambda config: None
     ranks: Callable[[C], int] = lambda config: 1
     trains: bool = False
     gpus: Callable[[C], int] = lambda config: 0

@@ -55,8 +55,8 @@ class Engine(Config):
         return "bitwise" if self.kind == "in-process" else "numeric"
 
     @property
-    def obstacle(self) -> str | None:
-        """The reason why it cannot compute here, in one sentence, if there is one."""
+    def lack(self) -> str | None:
+        """What this machine lacks to compute with it, in one sentence, if it lacks something."""
         return vllm_server.missing(self.python, SETTING) if self.kind == "vllm" else None
 
 

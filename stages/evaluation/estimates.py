@@ -128,5 +128,5 @@ def of_engine(models: int = 1) -> dict[str, Any]:
         "shards": lambda config: shards(config.expected, models, config.engine),
         "gpus": lambda config: config.engine.gpus,
         "promise": lambda config: config.engine.promise,
-        "obstacle": lambda config: config.engine.obstacle,
+        "lack": lambda config: config.engine.lack,
     }

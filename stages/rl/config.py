@@ -76,7 +76,9 @@ class Sampling(Config):
         None, "Python interpreter of an environment with vLLM; null: ATOM_VLLM_PYTHON"
     )
     url: tuple[Url, ...] = operational(
-        (), "URLs of vLLM servers on other nodes; empty: the stage starts one", max_length=1000
+        (),
+        "URLs of vLLM servers on other nodes; empty: those of slurm.servers, else one that the stage starts",
+        max_length=1000,
     )
     transfer: Literal["folder", "broadcast"] = operational(
         "folder", "how vLLM servers get the weights: by files in the work folder, or by NCCL (on CPU gloo)"
@@ -346,13 +348,13 @@ class RewardPhase(PostTrainingPhase):
     validate_every: Steps = Field(description="updates between evaluations on the held-out pairs")
 
 
-def obstacle(phase: RlPhase | DpoPhase) -> str | None:
+def lack(phase: RlPhase | DpoPhase) -> str | None:
     """The reason why the recipe's answers cannot be drawn or scored here; None if they can."""
     sources = phase.tasks if isinstance(phase, RlPhase) else phase.preferences.tasks
     if isinstance(phase, DpoPhase) and phase.sft_tasks is not None:
         sources += phase.sft_tasks.tasks
-    lack = reward_registry.obstacle((source.verifier for source in sources), phase.verifiers)
-    return lack or SAMPLERS[phase.sampling.kind].obstacle(phase.sampling)
+    scoring = reward_registry.obstacle((source.verifier for source in sources), phase.verifiers)
+    return scoring or SAMPLERS[phase.sampling.kind].obstacle(phase.sampling)
 
 
 class RlTrainConfig(TrainerConfig):

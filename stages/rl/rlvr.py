@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
-from stages.rl.config import RlTrainConfig, obstacle
+from stages.rl.config import RlTrainConfig, lack
 from stages.rl.samplers.registry import serve, takes_servers
 from stages.train import TRAINING_LIBRARIES
 
@@ -50,7 +50,7 @@ def estimate(config: RlTrainConfig) -> Estimate:
 STAGE = Stage(
     "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.promise,
-    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.grpo", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
     simulate=estimates.simulate,

@@ -33,7 +33,7 @@ from stages.rl.samplers.server_files import Announced
 from stages.rl.samplers.vllm_sampler import VllmServer
 from stages.rl.samplers.vllm_server import ServerLost
 from stages.rl.samplers.vllm_worker import atom_group, atom_index
-from stages.rl.samplers.vllm_worker.atom_group import Group, connect, packets, view
+from stages.rl.samplers.vllm_worker.atom_group import PATIENCE, Group, connect, packets, view
 from stages.train.checkpoint.release_checkpoint import save_tensors
 from stages.train.parallel import Ranks
 from tests.fixtures import ROOT, rl_fixtures, weights_fixtures
@@ -99,7 +99,9 @@ class Fake(BaseHTTPRequestHandler):
         if self.path == "/init_weight_transfer_engine" and "store" in (info := body["init_info"]):
             store = connect(info["store"], info["seconds"])
             store.set("workers", "1")
-            type(self).group = Group(store, info["ranks"], info["ranks"] + 1, info["seconds"], torch.device("cpu"))
+            type(self).group = Group(
+                store, info["ranks"], info["ranks"] + 1, info["seconds"], torch.device("cpu"), PATIENCE
+            )
         elif self.path == "/update_weights" and "rows" in (info := body["update_info"]):
             type(self).received = {}
             assert self.group is not None
@@ -303,6 +305,17 @@ def test_a_lost_server_is_left_out_until_it_is_back(
     assert sampler.serving == sampler.servers and fakes[0][0].version == fakes[0][1].version
 
 
+def test_servers_that_are_all_lost_as_they_load_are_waited_for(fakes: Any, sampler: VllmServer) -> None:
+    for kind in fakes[0]:
+        kind.trouble["/start_weight_update"] = ["drop"]
+    sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
+    assert set(sampler.serving) == set(sampler.servers)
+    for kind in fakes[0]:
+        kind.trouble["/start_weight_update"] = ["drop"] * 2
+    with pytest.raises(ServerLost, match="is gone"):
+        sampler.load(weights_fixtures.written(sampler.folder, TENSORS))
+
+
 def test_servers_that_are_all_lost_again_and_again_end_the_stage(fakes: Any, sampler: VllmServer) -> None:
     for kind in fakes[0]:
         kind.trouble["/inference/v1/generate"] = [500] * 100
@@ -335,7 +348,7 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     def why(**options: Any) -> str | None:
         sampling = {"kind": "vllm", "max_new_tokens": 4, **options}
-        return STAGE.obstacle(STAGE.config.model_validate(rl_fixtures.config(sampling=sampling)))
+        return STAGE.lack(STAGE.config.model_validate(rl_fixtures.config(sampling=sampling)))
 
     assert "needs the interpreter of an environment with vLLM; make one by `make .venv-vllm/.ready`" in (why() or "")
     assert f"{tmp_path}/python is no interpreter that runs" in (why(python=f"{tmp_path}/python") or "")
@@ -552,7 +565,9 @@ def test_servers_in_jobs_of_their_own_come_and_go(fakes: Any, tmp_path: Path, mo
     sampler = VllmServer(config, (1, 3), 7, 0.5, tmp_path / "served", note=notes.append, search=search)
     assert json.loads((place / "config.json").read_text()) == config, "which the servers wait for"
     first = weights_fixtures.written(sampler.folder, TENSORS)
-    with pytest.raises(ServerLost, match=r"answers after 0 min \(slurm.servers.wait_minutes\); 0 have announced them"):
+    with pytest.raises(
+        MachineError, match=r"answers after 0 min \(slurm.servers.wait_minutes\); 0 have announced them"
+    ):
         sampler.load(first)
     assert notes == ["waits for a vLLM server, at most 0 min"]
 

@@ -30,6 +30,8 @@ from stages.rl.weights import Weights
 if TYPE_CHECKING:
     from stages.rl.broadcast import Broadcast
 
+REASON_SECONDS = 5.0
+"""How long a server to which a broadcast failed is asked why."""
 REVIVALS = 3
 """How often the servers of a step may all be lost before the stage ends."""
 
@@ -69,7 +71,6 @@ class VllmServer(Sampler):
         (self.folder / "config.json").write_text(json.dumps(self.config))
         self.servers: list[Server] = []
         self.announced: dict[Announced, Server] = {}
-        self.invited: dict[Server, dict[str, Any]] = {}
         if urls:
             self.servers = [Server(url) for url in urls]
         elif self.search is not None:
@@ -101,15 +102,20 @@ class VllmServer(Sampler):
         each step compares its log-probabilities with the trainer's.
 
         A lost server is started anew, or taken back if it answers again. Raises AtomError if one refuses, ServerLost if
-        all are lost.
+        all are lost and none comes back, MachineError if none comes within the time of the search.
         """
         with self.renewing:
             if self.weights is not None and weights.digest == self.weights.digest:
                 return
-            self.weights = weights
+            self.weights, was_alone = weights, not self.serving
             self.handed_over.append(weights.digest)
             try:
-                self._renew()
+                try:
+                    self._renew()
+                except ServerLost:
+                    if was_alone:
+                        raise
+                    self._renew()  # all were lost just now: one is waited for
             except BaseException:
                 self.weights = None
                 self.handed_over.pop()
@@ -234,7 +240,7 @@ class VllmServer(Sampler):
 
     def _find(self, is_alone: bool) -> None:
         """Makes `servers` those that are announced now, and those that serve. is_alone: waits for one that answers.
-        Raises ServerLost if none comes within the time of the search."""
+        Raises MachineError if none comes within the time of the search."""
         if self.search is None:
             return
         end, is_noted = time.monotonic() + self.search.seconds, False
@@ -250,7 +256,7 @@ class VllmServer(Sampler):
             if not is_alone or any(server.problem() is None for server in present):
                 return
             if time.monotonic() > end:
-                raise ServerLost(
+                raise MachineError(
                     f"no vLLM server in a job of its own answers after {self.search.seconds / 60:.0f} min "
                     f"(slurm.servers.wait_minutes); {len(present)} have announced themselves in {self.search.folder}; "
                     "see their jobs' logs beside it, and run again to go on"
@@ -285,13 +291,13 @@ class VllmServer(Sampler):
         """Has all servers that are there receive the weights. One that fails is left out, and breaks nothing else."""
         assert self.weights is not None
         digest = self.weights.digest
+        invitations: dict[Server, dict[str, Any]] = {}
 
         def greet(server: Server, _: None) -> bool:
             if server not in self.serving or server.url not in broadcast.groups:
                 self._greet(server, is_alone)
-                self.invited[server] = {}
                 try:
-                    self.invited[server] = broadcast.invite(server.url)
+                    invitations[server] = broadcast.invite(server.url)
                 except OSError as error:
                     raise server.lost(str(error)) from None
             return True
@@ -299,26 +305,23 @@ class VllmServer(Sampler):
         greeted = self._map([(server, None) for server in self.servers], self._unless_lost(greet))
         present = [server for server, done in zip(self.servers, greeted, strict=True) if done]
 
-        def enter(server: Server, invitation: Mapping[str, Any]) -> bool:
+        def enter(server: Server, invitation: Mapping[str, Any]) -> None:
             try:
                 server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
             except BaseException:
                 broadcast.give_up(invitation)
                 raise
-            return True
 
-        def update(server: Server, _: None) -> bool:
+        def update(server: Server, _: None) -> None:
             server.post("/start_weight_update", attempts=1)
             server.post("/pause?mode=keep")
             server.post("/update_weights", {"update_info": {"digest": digest, **broadcast.content}}, attempts=1)
-            return True
 
         def finish(server: Server, _: None) -> bool:
             server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
             server.post("/resume")
             return True
 
-        invitations = {server: self.invited.pop(server) for server in present if server in self.invited}
         if invitations:
             joined = self._beside(enter, list(invitations.items()), lambda: broadcast.join(
                 {server.url: invitation for server, invitation in invitations.items()}
@@ -336,25 +339,31 @@ class VllmServer(Sampler):
             raise next(iter(self.lost.values()))
 
     def _beside(
-        self, request: Callable[[Server, Any], bool], items: Sequence[tuple[Server, Any]], act: Callable[[], set[str]]
+        self, request: Callable[[Server, Any], None], items: Sequence[tuple[Server, Any]], act: Callable[[], set[str]]
     ) -> list[Server]:
-        """The servers whose request is answered, and with which the trainer's ranks succeed meanwhile in `act`."""
+        """The servers whose request is answered, and with which the trainer's ranks succeed meanwhile in `act`. Of the
+        others the reason is awaited for a moment, since a server that hangs may never answer."""
+        results: dict[Server, Future[None]] = {server: Future() for server, _ in items}
 
-        def confirmed(server: Server, result: Future[bool | None]) -> bool:
-            if not result.result():
-                return False
+        def run(server: Server, item: Any) -> None:
+            try:
+                request(server, item)
+                results[server].set_result(None)
+            except BaseException as error:
+                results[server].set_exception(error)
+
+        def confirm(server: Server, _: Any) -> bool:
+            with contextlib.suppress(TimeoutError):
+                results[server].result(None if server.url in succeeded else REASON_SECONDS)
             if server.url not in succeeded:
                 raise server.lost("its weights did not come through in time; see whether it and the ranks reach each "
                                   "other, and what NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names")  # fmt: skip
             return True
 
-        with ThreadPoolExecutor(max(1, len(items))) as pool:
-            results = [pool.submit(self._unless_lost(request), server, item) for server, item in items]
-            succeeded = act()
-            answered = [
-                self._unless_lost(confirmed)(server, result) for (server, _), result in zip(items, results, strict=True)
-            ]
-        return [server for (server, _), done in zip(items, answered, strict=True) if done]
+        for server, item in items:
+            threading.Thread(target=run, args=(server, item), name="request", daemon=True).start()
+        succeeded = act()
+        return [server for server, _ in items if self._unless_lost(confirm)(server, None)]
 
     def _take(self, server: Server, update: Mapping[str, Any]) -> None:
         """Running answers wait, and go on with the new weights, which read their tokens again."""
