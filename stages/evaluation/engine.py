@@ -101,7 +101,7 @@ def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest
     if engine.kind == "vllm":
         from stages.evaluation.vllm_model import Client, ServedModel
 
-        return ServedModel(Client(engine, folder, work, longest), tokenizer)
+        return ServedModel(Client.start(engine, folder, work, longest), tokenizer)
     from stages.evaluation.transformers_model import TransformersModel
 
     return TransformersModel.load(folder, tokenizer)
@@ -114,7 +114,7 @@ def open_sampler(
     if engine.kind == "vllm":
         from stages.evaluation.vllm_model import Client, ServedSampler
 
-        return ServedSampler(Client(engine, folder, work), stops, max_new_tokens)
+        return ServedSampler(Client.start(engine, folder, work), stops, max_new_tokens)
     from stages.rl.samplers.generate import InProcess
 
     return InProcess(folder, stops, max_new_tokens)
