@@ -324,7 +324,10 @@ def _add_memorization(
     for which in exported if section.every_model else list(exported)[-1:]:
         measured = section.model_dump(exclude={"every_model"}) | {"canaries": data.canaries, "seed": config.seed}
         vocabulary, model = config.tokenizer.padded_vocab_size, trained[exported[which]].model
-        measured["expected"] = estimates.expected(model, vocabulary, tokens)
+        measured["engine"] = engine = config.evaluation.engine
+        measured["expected"] = estimates.expected(
+            model, vocabulary, tokens, dtype=trained[exported[which]].dtype, engine=engine
+        )
         nodes = list(trained)
         orders = (f"order-{name}" for name in nodes[: nodes.index(exported[which]) + 1])
         inputs = {"model": f"export-{which}", "tokens": "tokenize"}

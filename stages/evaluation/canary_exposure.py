@@ -17,12 +17,11 @@ from stages.data.synthetic.canaries import Canary
 from stages.data.table import Double, Int32, Int64, String, columns_of
 from stages.evaluation.bits_per_byte import token_ids
 from stages.evaluation.confidence import clustered
+from stages.evaluation.engine import LanguageModel
 from stages.evaluation.scores import Exposure
 
 SENTENCE_TOKENS = 40
 """Assumed tokens of the sentence of a canary, for `atom plan` alone."""
-LOGITS = 1 << 24
-"""Logits that are in memory together."""
 
 
 class CanaryRow(TypedDict):
@@ -44,35 +43,17 @@ CANARIES = columns_of(CanaryRow)
 
 
 def expose(
-    model: Any, tokenizer: Any, alternatives: int, seed: int, source: str, canary: Canary, times_seen: int
+    model: LanguageModel, tokenizer: Any, alternatives: int, seed: int, source: str, canary: Canary, times_seen: int
 ) -> CanaryRow:
     """The row of a canary, whose secret is ranked among as many alternatives. seed: of the recipe."""
     others = canaries.alternatives(canary, source, alternatives, seed)
     sentences = [canary.sentence(secret) for secret in (canary.secret, *others)]
-    bits, *other_bits = sentence_bits(model, [token_ids(tokenizer, sentence) for sentence in sentences])
+    bits, *other_bits = model.sentence_bits([token_ids(tokenizer, sentence) for sentence in sentences])
     return {
         "source": source, "id": canary.name, "kind": canary.kind, "copies": canary.copies, "times_seen": times_seen,
         "sentence": sentences[0], "bits": bits, "rank": 1 + sum(other <= bits for other in other_bits),
         "alternatives": len(others),
     }  # fmt: skip
-
-
-def sentence_bits(model: Any, sentences: Sequence[list[int]]) -> list[float]:
-    """Minus log2 of the probability of each sentence after its first token. Rows are padded at their ends, which no
-    earlier position sees."""
-    import torch
-
-    width = max(map(len, sentences))
-    size, bits = max(1, LOGITS // (width * model.config.vocab_size)), []
-    for start in range(0, len(sentences), size):
-        batch = sentences[start : start + size]
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
-        with torch.inference_mode():
-            log_probs = torch.log_softmax(model(ids).logits[:, :-1].double(), -1)
-        targets = log_probs.gather(2, ids[:, 1:, None])[:, :, 0]
-        bits += [-float(row[: len(sentence) - 1].sum()) / math.log(2)
-                 for row, sentence in zip(targets, batch, strict=True)]  # fmt: skip
-    return bits
 
 
 def summary(exposed: Sequence[CanaryRow]) -> dict[str, dict[str, Exposure]]:

@@ -91,6 +91,14 @@ class LanguageModel(ABC):
     def token_bits(self, ids: Sequence[int]) -> torch.Tensor:
         """(len(ids) - 1) bits of every token but the first, in the context of those before it."""
 
+    @abstractmethod
+    def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
+        """How many tokens after the prefix a greedy continuation has in common with each row; rows have one length."""
+
+    @abstractmethod
+    def sentence_bits(self, sentences: Sequence[Sequence[int]]) -> list[float]:
+        """Minus log2 of the probability of each sentence after its first token. Many short ones are read at once."""
+
     def close(self) -> None:  # noqa: B027 - a model in the process holds nothing
         """Ends what it has started."""
 
@@ -101,7 +109,7 @@ def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest
     if engine.kind == "vllm":
         from stages.evaluation.vllm_model import Client, ServedModel
 
-        return ServedModel(Client(engine, folder, work, longest), tokenizer)
+        return ServedModel(Client.start(engine, folder, work, longest), tokenizer)
     from stages.evaluation.transformers_model import TransformersModel
 
     return TransformersModel.load(folder, tokenizer)
@@ -114,7 +122,7 @@ def open_sampler(
     if engine.kind == "vllm":
         from stages.evaluation.vllm_model import Client, ServedSampler
 
-        return ServedSampler(Client(engine, folder, work), stops, max_new_tokens)
+        return ServedSampler(Client.start(engine, folder, work), stops, max_new_tokens)
     from stages.rl.samplers.generate import InProcess
 
     return InProcess(folder, stops, max_new_tokens)

@@ -28,7 +28,7 @@ def served_model(stack: ExitStack, engine: Engine, folder: Path, work: Path) -> 
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     longest = 0 if has_scaled_rope(folder) else context_of(folder) + 1
-    return Served(stack.enter_context(closing(Client(engine, folder, work, longest))), tokenizer)
+    return Served(stack.enter_context(closing(Client.start(engine, folder, work, longest))), tokenizer)
 
 
 class Served(TemplateLM):  # type: ignore[misc, unused-ignore]

@@ -23,6 +23,7 @@ import heapq
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -42,11 +43,11 @@ from stages.data.table import Int32, Int64, String, columns_of, order_files, str
 from stages.evaluation import MODEL_LIBRARIES, canary_exposure, estimates
 from stages.evaluation.canary_exposure import CANARIES, CanaryRow
 from stages.evaluation.confidence import binomial, clustered, wilson
+from stages.evaluation.engine import Engine, LanguageModel, engine_field, open_model
 from stages.evaluation.scores import MemorizationScores, Regurgitation
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from numpy.typing import NDArray
 
 VERSION = 1
 CANDIDATES = 1 << 18
@@ -113,6 +114,7 @@ class MemorizationConfig(Measures):
         {}, description="canaries that were planted, by source"
     )
     seed: Seed = Field(description="seed of the recipe")
+    engine: Engine = engine_field()
     expected: estimates.Expected | None = operational(
         None, "the model and tokens, for `atom plan` alone; null: unknown"
     )
@@ -137,33 +139,29 @@ def run(config: MemorizationConfig, inputs: Inputs, work: Path, out: Path, repor
     the two (`summary`). Resumes from `work`, which keeps the lottery, every finished source and every canary.
     Raises AtomError if the orders read no document that is long enough, or a shard is damaged.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     drawn = once(work / "drawn.json", partial(draw, config, inputs))
     places: list[Place] = drawn["documents"]
     planted = [(source, canary) for source, reader in sorted(config.canaries.items())
                for canary in canaries.draw(source, reader.count, reader.repetitions, config.seed)]  # fmt: skip
     total, completed = len(places) + len(planted), 0
+    documents, exposed = list[DocumentRow](), list[CanaryRow]()
     folder = inputs["model"] / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    documents: list[DocumentRow] = []
-    for source, group in groupby(places, key=lambda place: place["source"]):
-        chosen = list(group)
-        documents += once(work / f"documents-{source}.json", partial(_continue, config, inputs, model, chosen))
-        completed += len(chosen)
-        report.progress(completed, total, "documents and canaries")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    expose = partial(canary_exposure.expose, model, tokenizer, config.alternatives, config.seed)
-    exposed: list[CanaryRow] = []
-    for source, canary in planted:
-        name = f"canary-{source}-{canary.name.replace('/', '-')}.json"
-        times_seen = drawn["canaries"].get(f"{source}/{canary.name}", 0)
-        exposed.append(once(work / name, partial(expose, source, canary, times_seen)))
-        completed += 1
-        report.progress(completed, total, "documents and canaries")
+    with closing(open_model(config.engine, folder, tokenizer, work)) as model:
+        for source, group in groupby(places, key=lambda place: place["source"]):
+            chosen = list(group)
+            documents += once(work / f"documents-{source}.json", partial(_continue, config, inputs, model, chosen))
+            completed += len(chosen)
+            report.progress(completed, total, "documents and canaries")
+        expose = partial(canary_exposure.expose, model, tokenizer, config.alternatives, config.seed)
+        for source, canary in planted:
+            name = f"canary-{source}-{canary.name.replace('/', '-')}.json"
+            times_seen = drawn["canaries"].get(f"{source}/{canary.name}", 0)
+            exposed.append(once(work / name, partial(expose, source, canary, times_seen)))
+            completed += 1
+            report.progress(completed, total, "documents and canaries")
     write_rows(out / "documents.parquet", DOCUMENTS, documents)
     if exposed:
         write_rows(out / "canaries.parquet", CANARIES, exposed)
@@ -253,14 +251,16 @@ def _place(row: Mapping[str, Any], split: str, part: int) -> Place:
     return Place(id=row["id"], source=row["source"], split=split, part=part, ordinal=row["ordinal"], times_seen=0)
 
 
-def _continue(config: MemorizationConfig, inputs: Inputs, model: Any, places: Sequence[Place]) -> list[DocumentRow]:
+def _continue(
+    config: MemorizationConfig, inputs: Inputs, model: LanguageModel, places: Sequence[Place]
+) -> list[DocumentRow]:
     """The rows of the drawn documents of one source, which are sorted by shard."""
-    tokens, rows = inputs["tokens"].path, []
+    tokens, rows = inputs["tokens"].path, list[DocumentRow]()
     for (source, split, part), group in groupby(places, key=lambda row: (row["source"], row["split"], row["part"])):
         chosen = list(group)
         name = shard_name(tokens, split, source, part)
         ids = first_tokens(tokens, name, [place["ordinal"] for place in chosen], config.length)
-        for place, matching in zip(chosen, matching_tokens(model, ids, config.prefix_tokens), strict=True):
+        for place, matching in zip(chosen, model.matching_tokens(ids.tolist(), config.prefix_tokens), strict=True):
             rows.append(
                 DocumentRow(
                     id=place["id"], source=source, split=split, times_seen=place["times_seen"],
@@ -268,19 +268,6 @@ def _continue(config: MemorizationConfig, inputs: Inputs, model: Any, places: Se
                 )
             )  # fmt: skip
     return rows
-
-
-def matching_tokens(model: Any, ids: NDArray[Any], prefix: int) -> list[int]:
-    """How many tokens after the prefix a greedy continuation has in common with each row of ids [n, length]."""
-    import torch
-
-    size = max(1, canary_exposure.LOGITS // ((ids.shape[1] - prefix + 1) * model.config.vocab_size))
-    counts: list[int] = []
-    for batch in torch.from_numpy(ids).split(size):
-        with torch.inference_mode():
-            logits = model(batch, logits_to_keep=ids.shape[1] - prefix + 1).logits[:, :-1]
-        counts += (logits.argmax(-1) == batch[:, prefix:]).long().cumprod(1).sum(1).tolist()
-    return counts
 
 
 def stratum(times_seen: int) -> str:
@@ -323,5 +310,5 @@ def _summarize(rows: Sequence[DocumentRow]) -> Regurgitation:
 
 STAGE = Stage(
     "memorization", VERSION, MemorizationConfig, run,
-    estimate=lambda config: estimates.estimate(config.expected), imports=MODEL_LIBRARIES,
+    **estimates.of_engine(), imports=MODEL_LIBRARIES,
 )  # fmt: skip

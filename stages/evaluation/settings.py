@@ -63,9 +63,7 @@ class EvaluationSection(Config):
         None, "what models give away of their training data: verbatim continuations and canaries; null: not measured"
     )
     harness: HarnessSection | None = added(None, "task sets of lm-evaluation-harness; null: none")
-    engine: Engine = Field(
-        Engine(), description="what computes evaluations, except for memorization: the stages' processes, or vLLM"
-    )
+    engine: Engine = Field(Engine(), description="what computes evaluations: the stages' processes, or vLLM")
 
     def tokens(self, sources: int) -> int:
         """Tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""

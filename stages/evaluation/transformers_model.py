@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from stages.data.tokenizer import END
 from stages.evaluation.engine import LanguageModel
 
+LOGITS = 1 << 24
+"""Logits in memory together, of rows that are read at once."""
 SLICE = 512
 """Positions whose logits are in memory together: all logits of a long document over a large vocabulary would not
 fit."""
@@ -81,3 +83,29 @@ class TransformersModel(LanguageModel):
                 logits = self.model.get_output_embeddings()(states).double()
                 parts.append(-torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0] / math.log(2))
         return torch.cat(parts)
+
+    def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
+        ids = torch.tensor(rows)
+        size = max(1, LOGITS // ((ids.shape[1] - prefix + 1) * self.model.config.vocab_size))
+        counts: list[int] = []
+        for batch in ids.split(size):
+            with torch.inference_mode():
+                logits = self.model(batch, logits_to_keep=ids.shape[1] - prefix + 1).logits[:, :-1]
+            counts += (logits.argmax(-1) == batch[:, prefix:]).long().cumprod(1).sum(1).tolist()
+        return counts
+
+    def sentence_bits(self, sentences: Sequence[Sequence[int]]) -> list[float]:
+        """Rows are padded at their ends, which no earlier position sees."""
+        width = max(map(len, sentences))
+        size, bits = max(1, LOGITS // (width * self.model.config.vocab_size)), []
+        for start in range(0, len(sentences), size):
+            batch = sentences[start : start + size]
+            ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch])
+            with torch.inference_mode():
+                log_probs = torch.log_softmax(self.model(ids).logits[:, :-1].double(), -1)
+            targets = log_probs.gather(2, ids[:, 1:, None])[:, :, 0]
+            bits += [
+                -float(row[: len(sentence) - 1].sum()) / math.log(2)
+                for row, sentence in zip(targets, batch, strict=True)
+            ]
+        return bits

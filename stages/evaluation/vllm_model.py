@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -18,7 +18,10 @@ from stages.data.tokenizer import END
 from stages.evaluation.engine import SETTING, Engine, LanguageModel
 from stages.evaluation.estimates import TOKENS_AT_ONCE
 from stages.rl.protocols import Completion, Prompt
-from stages.rl.samplers.vllm_server import CPU_OPTIONS, IN_FLIGHT, Server, interpreter
+from stages.rl.samplers.vllm_server import CPU_OPTIONS, IN_FLIGHT, START_SECONDS, Server, interpreter
+
+SLOWEST_READ = 1e8
+"""Bytes of weights that a server must read in a second, lest it is given up."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,48 +47,55 @@ def has_scaled_rope(folder: Path) -> bool:
 
 
 class Client:
-    """A server of one exported model."""
+    """A server of one exported model. context: tokens of the longest row that the model was made for; longest: of the
+    longest that the server reads."""
 
-    def __init__(self, engine: Engine, folder: Path, work: Path, longest: int = 0) -> None:
-        """longest: tokens of the longest row, if that is more than the model's context; the rotary embedding then
-        extrapolates, as in transformers. Raises AtomError if vLLM is missing, or if a scaled embedding ends before."""
-        config = json.loads((folder / "config.json").read_text())
-        self.context = context_of(folder)
-        settings: dict[str, Any] = {
-            "model": folder.absolute(), "dtype": config["dtype"], "max-num-seqs": IN_FLIGHT,
-            "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
-        }  # fmt: skip
-        if longest > self.context and has_scaled_rope(folder):
+    def __init__(self, server: Server, context: int, longest: int) -> None:
+        self.server, self.context, self.longest = server, context, longest
+
+    @classmethod
+    def start(cls, engine: Engine, folder: Path, work: Path, longest: int = 0) -> Self:
+        """Starts a server and waits for it. longest: if that is more than the model's context, the rotary embedding
+        extrapolates, as in transformers. Raises AtomError if vLLM is missing, or if a scaled embedding ends before, and
+        ServerLost if the server does not start."""
+        context, dtype = context_of(folder), json.loads((folder / "config.json").read_text())["dtype"]
+        if longest > context and has_scaled_rope(folder):
             raise AtomError(
                 f"{SETTING}.kind = vllm cannot read {longest} tokens with the scaled rotary embedding of {folder}, "
-                f"which ends at {self.context}; ask for shorter texts, or use kind = in-process"
+                f"which ends at {context}; ask for shorter texts, or use kind = in-process"
             )
-        self.longest = max(longest, self.context)
-        # a row of the whole context, and the token that vLLM always draws
-        settings["max-model-len"] = self.longest + 1
-        if longest > self.context:
-            settings["hf-overrides"] = json.dumps({"max_position_embeddings": self.longest + 1})
-        if torch.cuda.is_available():
+        longest = max(longest, context)
+        settings: dict[str, Any] = {
+            "model": folder.absolute(), "dtype": dtype, "max-num-seqs": IN_FLIGHT,
+            "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
+            "max-model-len": longest + 1,  # with the token that vLLM draws after each row
+        }  # fmt: skip
+        if longest > context:
+            settings["hf-overrides"] = json.dumps({"max_position_embeddings": longest + 1})
+        if on_gpu := torch.cuda.is_available():
             settings |= {"tensor-parallel-size": max(1, engine.gpus), "max-num-batched-tokens": TOKENS_AT_ONCE}
         flags = [f"--{name}={value}" for name, value in settings.items()]
-        flags += ["--tokens-only", "--disable-uvicorn-access-log"]
-        flags += [*([] if torch.cuda.is_available() else CPU_OPTIONS), *engine.options]
+        flags += ["--tokens-only", "--disable-uvicorn-access-log", *([] if on_gpu else CPU_OPTIONS), *engine.options]
         run = [interpreter(engine.python, SETTING), "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
-        with tempfile.NamedTemporaryFile("wb", prefix="vllm-", suffix=".log", dir=work, delete=False) as log:
-            self.log = Path(log.name)
-        self.server = Server.local(
-            lambda port: [*run, "--host=127.0.0.1", f"--port={port}"], folder, self.log,
+        with tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log", dir=work, delete=False) as log:
+            path = Path(log.name)  # shards of a stage share its work folder
+        server = Server.local(
+            lambda port: [*run, "--host=127.0.0.1", f"--port={port}"], folder, path,
             {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         )  # fmt: skip
         try:
-            self.server.wait()
+            weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            server.wait(START_SECONDS + weights / SLOWEST_READ)
         except BaseException:
-            self.server.close()
+            server.close()
             raise
+        return cls(server, context, longest)
 
     def close(self) -> None:
+        """Ends the server, and removes its log."""
         self.server.close()
-        self.log.unlink(missing_ok=True)
+        if self.server.log is not None:
+            self.server.log.unlink(missing_ok=True)
 
     def map(self, request: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """The results in order, of requests at the same time; the first error ends all."""
@@ -139,7 +149,7 @@ class Client:
 
     def _incomplete(self, answer: Any) -> MachineError:
         return MachineError(
-            f"the vLLM server at {self.server.url} gave no whole answer ({str(answer)[:300]}); see {self.log} and run "
+            f"the vLLM server at {self.server.url} gave no whole answer ({str(answer)[:300]}); see its log and run "
             "again to go on"
         )
 
@@ -176,6 +186,16 @@ class ServedModel(LanguageModel):
 
     def token_bits(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([-read.logprob for read in self.client.read(ids)], dtype=torch.float64) / math.log(2)
+
+    def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
+        def count(ids: Sequence[int]) -> int:
+            reads = self.client.read(ids)[prefix - 1 :]
+            return next((n for n, read in enumerate(reads) if read.rank > 1), len(reads))
+
+        return self.client.map(count, rows)
+
+    def sentence_bits(self, sentences: Sequence[Sequence[int]]) -> list[float]:
+        return self.client.map(lambda ids: _bits(self.client.read(ids)), sentences)
 
     def close(self) -> None:
         self.client.close()

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.table import read_table
-from stages.evaluation import benchmarks, harness, model_evaluation, pass_at_k, vllm_model, win_rate
+from stages.evaluation import benchmarks, harness, model_evaluation, pass_at_k, win_rate
 from stages.evaluation.engine import Engine
 from stages.evaluation.harness_vllm import Served
 from stages.evaluation.transformers_model import TransformersModel
@@ -47,20 +47,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     began = time.monotonic()
-    client = Client(Engine(kind="vllm"), folder / "model", tmp_path_factory.mktemp("work"), BEYOND)
+    client = Client.start(Engine(kind="vllm"), folder / "model", tmp_path_factory.mktemp("work"), BEYOND)
     print(f"\nserver started in {time.monotonic() - began:.1f} s")
     yield client
-    log = client.log
     client.close()
-    assert not log.exists() and client.server.process is None
+    assert client.server.log is not None and not client.server.log.exists() and client.server.process is None
 
 
 @pytest.fixture
 def shared(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage of a test asks the one server, which none of them ends."""
     monkeypatch.setattr(client, "close", lambda: None)
-    monkeypatch.setattr(vllm_model, "Client", lambda *_: client)
-    monkeypatch.setattr("stages.evaluation.harness_vllm.Client", lambda *_: client)
+    monkeypatch.setattr(Client, "start", lambda *_: client)
 
 
 def rows_of(count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -85,6 +83,8 @@ def test_log_probabilities_and_greedy_answers_are_those_of_transformers(client: 
     assert gap < GAP and served.likeliest(long, 50) == oracle.likeliest(long, 50)
     prompts = [row[: 3 + n] for n, row in enumerate(rows_of(32, 40, seed=3))]
     assert served.continue_greedily(prompts, 16) == oracle.continue_greedily(prompts, 16)
+    near = [a - b for a, b in zip(served.sentence_bits(short), oracle.sentence_bits(short), strict=True)]
+    assert max(map(abs, near)) < 100 * GAP and served.matching_tokens(short, 4) == oracle.matching_tokens(short, 4)
     with pytest.raises(AtomError, match=f"a row has {BEYOND + 1} tokens, and the vLLM server reads at most {BEYOND}"):
         served.token_bits([*long, 5])
 
@@ -92,12 +92,12 @@ def test_log_probabilities_and_greedy_answers_are_those_of_transformers(client: 
 def test_a_scaled_embedding_is_not_read_beyond_its_end(tmp_path: Path) -> None:
     release_fixtures.save_model(tmp_path / "model", 1, context=4 * release_fixtures.CONTEXT, **SIZES)
     with pytest.raises(AtomError, match="cannot read 9999 tokens with the scaled rotary embedding of"):
-        Client(Engine(kind="vllm"), tmp_path / "model", tmp_path, 9999)
+        Client.start(Engine(kind="vllm"), tmp_path / "model", tmp_path, 9999)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(AtomError, match=r"is gone \(exit code .*unrecognized arguments: --no-such-option"):
-        Client(Engine(kind="vllm", options=("--no-such-option",)), folder / "model", tmp_path)
+        Client.start(Engine(kind="vllm", options=("--no-such-option",)), folder / "model", tmp_path)
 
 
 @pytest.mark.usefixtures("shared")

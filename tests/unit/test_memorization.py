@@ -180,7 +180,9 @@ def test_a_sample_of_the_documents_is_counted_as_among_all(inputs, monkeypatch: 
 
 def test_matching_tokens_are_those_of_a_greedy_continuation(inputs) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from stages.evaluation.transformers_model import TransformersModel
 
     model = AutoModelForCausalLM.from_pretrained(inputs["trained"] / "model", dtype=torch.float32).eval()
     ids = first_tokens(inputs["tokens"].path, shard_name(inputs["tokens"].path, "train", "prose", 0), range(6), 40)
@@ -188,7 +190,8 @@ def test_matching_tokens_are_those_of_a_greedy_continuation(inputs) -> None:
     for row in torch.from_numpy(ids):
         drawn = model.generate(row[None, :16], do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0)
         expected.append(next((n for n in range(24) if drawn[0, 16 + n] != row[16 + n]), 24))
-    assert memorization.matching_tokens(model, ids, 16) == expected and max(expected) == 24
+    oracle = TransformersModel(model, AutoTokenizer.from_pretrained(inputs["trained"] / "model"))
+    assert oracle.matching_tokens(ids.tolist(), 16) == expected and max(expected) == 24
 
 
 def test_documents_that_are_too_short_are_one_sentence(run_stage, inputs) -> None:
