@@ -140,3 +140,17 @@ def test_no_layer_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             assert cos.device.type == out.device.type == "meta" and out.shape == (12, 2, 32)
             assert "_varlen_attn" in seen
             assert table_operators & set(seen) == (table_operators if layer == 0 else set())
+
+
+@pytest.mark.parametrize("shape", [(512, 8, 256), (7, 3, 32), (5, 24)])
+def test_the_norm_of_a_cpu_has_the_bits_of_pytorchs(shape: tuple[int, ...]) -> None:
+    """Forward and backward, also of tiny and large inputs."""
+    theirs = torch.nn.RMSNorm(shape[-1], eps=1e-6)
+    torch.nn.init.normal_(theirs.weight, 1.0, 0.1)
+    gradient = torch.randn(shape) * 1e-3
+    for size in (1e-4, 1.0, 100.0):
+        x = (size * torch.randn(shape)).requires_grad_()
+        results = []
+        for out in (theirs(x), layer_spec.Norm.apply(x, theirs.weight, 1e-6)):
+            results.append([out, *torch.autograd.grad(out, (x, theirs.weight), gradient)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
