@@ -92,30 +92,32 @@ class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            return Norm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+            return Norm.apply(x, x, self.weight, self.eps)  # type: ignore[no-any-return]
         return super().forward(x)  # type: ignore[no-any-return]
 
 
 class Norm(torch.autograd.Function):  # type: ignore[misc]
-    """RMSNorm of the last dimension, in PyTorch's order of operations. It keeps its input and 1/RMS."""
+    """RMSNorm of the last dimension, in PyTorch's order of operations. It keeps its input and 1/RMS.
+
+    The input comes twice: PyTorch adds its gradient to that of the residual stream in two steps, x's and 1/RMS's part.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, _: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = x.square()
         scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return torch.mul(x, scale, out=out).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        product = (x * scale).mul_(gradient)
+        product = gradient * (x * scale)
         d_weight = product.sum(tuple(range(x.dim() - 1)))
-        d_x = gradient * weight
-        d_scale = torch.mul(d_x, x, out=product).sum(-1, keepdim=True)
+        d_normed = gradient * weight
+        d_scale = torch.mul(d_normed, x, out=product).sum(-1, keepdim=True)
         d_mean = d_scale.mul_(-0.5).mul_(scale.pow(3)).div_(x.shape[-1])
-        d_x.mul_(scale).add_(torch.mul(x, d_mean.mul_(2), out=product))
-        return d_x, d_weight, None
+        return d_normed.mul_(scale), torch.mul(x, d_mean.mul_(2), out=product), d_weight, None
 
 
 class Attention(MegatronModule):  # type: ignore[misc]
