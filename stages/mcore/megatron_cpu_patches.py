@@ -118,6 +118,7 @@ def _called_by_megatron() -> bool:
 
 def _patch_functions() -> None:
     """Replaces functions that the names of `torch` do not cover."""
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -128,9 +129,25 @@ def _patch_functions() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, _unless_alone(getattr(param_and_grad_buffer, name)))
+
     # Megatron's named generators are states of "the GPU's" one, which it reaches below `torch.cuda`.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective of DDP without one rank that has all of the result in place: gloo copies it, all weights and all
+    gradients in each step, where NCCL does nothing."""
+
+    def call(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        places = {(x.untyped_storage()._cdata, x.storage_offset(), x.numel()) for x in (output, input)}
+        if dist.get_world_size(group) == 1 and len(places) == 1:
+            return None
+        return collective(output, input, *args, group=group, **kwargs)
+
+    return call
 
 
 def _cpu_torch() -> types.ModuleType:

@@ -62,7 +62,7 @@ class Broadcast:
                 self._run(*command)
             return digest
         try:
-            sampler.load(Weights(digest, {}, broadcast=self))
+            sampler.load(SentWeights(digest, self))
         finally:
             self.ranks.from_first(None)
         return digest
@@ -172,3 +172,11 @@ class Broadcast:
             except RuntimeError:
                 failed.add(server)
         return failed
+
+
+class SentWeights(Weights):
+    """Weights without tensors here: the broadcast sends them."""
+
+    def __init__(self, digest: str, broadcast: Broadcast) -> None:
+        super().__init__(digest, {})
+        self.broadcast = broadcast

@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
 from stages.rl.config import DpoTrainConfig, lack
+from stages.rl.rlvr import simulate
 from stages.rl.samplers.registry import serve, takes_servers
 from stages.train import TRAINING_LIBRARIES
 
@@ -49,5 +50,5 @@ STAGE = Stage(
     lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.preferences", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
-    simulate=estimates.simulate,
+    simulate=simulate,
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.core.stage import Estimate, Published, RankSimulation
+from pipeline.core.stage import Estimate, Published
 from stages.mcore.memory import MASTER, MOMENTS, memory_share
 from stages.models.costs import Rows
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig
@@ -114,10 +114,3 @@ def estimate(
         published=(*checkpoints(parameters["total"], releases), *rollouts),
         parameters=parameters,
     )
-
-
-def simulate(config: AnyConfig, rank: int) -> RankSimulation:
-    """Simulates a rank of a phase of post-training."""
-    from stages.rl import rank_simulation
-
-    return rank_simulation.simulate(config, rank)

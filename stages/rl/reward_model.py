@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
 from stages.rl.config import RewardTrainConfig
+from stages.rl.rlvr import simulate
 from stages.train import TRAINING_LIBRARIES
 
 VERSION = 3
@@ -37,5 +38,5 @@ STAGE = Stage(
     "reward", VERSION, RewardTrainConfig, run, estimate=estimate,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.preferences", *TRAINING_LIBRARIES),
-    simulate=estimates.simulate,
+    simulate=simulate,
 )  # fmt: skip

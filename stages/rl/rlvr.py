@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.core.stage import Estimate, Inputs, Report, Stage
+from pipeline.core.stage import Estimate, Inputs, RankSimulation, Report, Stage
 from stages.rl import estimates
 from stages.rl.config import RlTrainConfig, lack
 from stages.rl.samplers.registry import serve, takes_servers
@@ -47,11 +47,18 @@ def estimate(config: RlTrainConfig) -> Estimate:
     return estimates.estimate(config, tokens, flops, 2e10, rollouts)
 
 
+def simulate(config: estimates.AnyConfig, rank: int) -> RankSimulation:
+    """Simulates a rank of a phase of post-training."""
+    from stages.rl import rank_simulation
+
+    return rank_simulation.simulate(config, rank)
+
+
 STAGE = Stage(
     "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.promise,
     lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.grpo", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
-    simulate=estimates.simulate,
+    simulate=simulate,
 )  # fmt: skip

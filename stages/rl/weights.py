@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,9 +20,6 @@ from stages.rl.samplers.vllm_worker.atom_index import policy_digest, row_of
 from stages.train.checkpoint import release_checkpoint
 from stages.train.full_tensors import FullTensors
 from stages.train.parallel import Ranks
-
-if TYPE_CHECKING:
-    from stages.rl.broadcast import Broadcast
 
 FILE_BYTES = 250_000_000
 """Largest file, unless one tensor is larger."""
@@ -38,14 +35,10 @@ Share = tuple[Rows, dict[str, str]]
 
 class Weights(Mapping[str, torch.Tensor]):
     """A policy's tensors by transformers' names. digest: of the policy; folder: of the files with them, of which each
-    tensor is then read on access, or None for the trainer's live tensors. broadcast: sends them instead; there are then
-    no tensors here."""
+    tensor is then read on access, or None for the trainer's live tensors."""
 
-    def __init__(
-        self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None,
-        broadcast: Broadcast | None = None,
-    ) -> None:  # fmt: skip
-        self.digest, self.tensors, self.folder, self.broadcast = digest, tensors, folder, broadcast
+    def __init__(self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None) -> None:
+        self.digest, self.tensors, self.folder = digest, tensors, folder
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]

@@ -15,10 +15,11 @@ from pipeline.core.stage import RankSimulation, Traffic
 from pipeline.launch.rendezvous import free_port
 from stages.mcore.model import transformer_config
 from stages.mcore.parallel_layout import Layout
-from stages.mcore.simulated_rank import Collective
+from stages.mcore.simulated_rank import Collective, CollectiveLog
 from stages.models.costs import Rows
-from stages.train import rank_simulation
+from stages.train import parallel, rank_simulation
 from stages.train.config import TrainConfig
+from stages.train.engine import Engine
 from stages.train.estimate import rank_memory
 from tests.fixtures import layout_fixtures, rank_simulation_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
@@ -241,6 +242,20 @@ def test_a_step_of_more_micro_batches() -> None:
     expected = (Traffic("alltoall_base", "ep", 8, 10, 64), Traffic("reduce_scatter_base", "edp", 4, 20, 1))
     assert rank_simulation._traffic(steps, [1, 2], 64) == expected
     assert rank_simulation._traffic([steps[0]] * 2, [1, 1], 1)[0].calls == 1
+
+
+def test_a_rank_alone_copies_no_weights_and_no_gradients() -> None:
+    """gloo's collectives of one rank would."""
+    config_ = TrainConfig.model_validate(config({}, rank_simulation_fixtures.MODEL, 64, 32))
+    with parallel.session(0) as ranks:
+        engine = Engine(config_, ranks, config_.padded_vocab_size)
+        engine.initialize()
+        before = [x.clone() for x in engine.local_weights()]
+        with CollectiveLog() as log:
+            engine.step(rank_simulation.full_batch(config_, 2), 1e-3, lambda loss, norm: None)
+        moved = [not torch.equal(a, b) for a, b in zip(before, engine.local_weights(), strict=True)]
+    assert not [call for call in log.calls if call.operation.startswith(("allgather", "reduce_scatter"))]
+    assert all(moved)
 
 
 def test_a_rank_that_is_not_there() -> None:

@@ -113,8 +113,8 @@ def test_the_engine_changes_a_key_by_its_kind_alone() -> None:
     assert [(stage.promise(c), stage.needs(c)) for c in (plain, wide)] == [
         ("bitwise", Needs()), ("numeric", Needs(gpus=8))
     ]  # fmt: skip
-    assert stage.obstacle(plain) is None
-    assert stage.obstacle(wide) is not None and "evaluation.engine.kind = vllm: /p is no" in str(stage.obstacle(wide))
+    assert stage.lack(plain) is None
+    assert stage.lack(wide) is not None and "evaluation.engine.kind = vllm: /p is no" in str(stage.obstacle(wide))
     with pytest.raises(ValidationError, match="gpus has no effect with kind = in-process"):
         config({**CONFIG, "engine": {"gpus": 2}})
 

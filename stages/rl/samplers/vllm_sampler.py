@@ -15,20 +15,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerSearch
+from stages.rl.broadcast import Broadcast, SentWeights
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.samplers import server_files, vllm_server
 from stages.rl.samplers.server_files import Announced
 from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
 from stages.rl.weights import Weights
-
-if TYPE_CHECKING:
-    from stages.rl.broadcast import Broadcast
 
 REASON_SECONDS = 5.0
 """How long a server to which a broadcast failed is asked why."""
@@ -132,7 +130,7 @@ class VllmServer(Sampler):
             with self.renewing:  # another thread may renew them
                 if not self.serving:
                     revivals += 1
-                    if revivals > REVIVALS or self.weights.broadcast is not None:  # the other ranks do not send now
+                    if revivals > REVIVALS or isinstance(self.weights, SentWeights):  # the other ranks do not send now
                         raise next(iter(self.lost.values()))
                     self._renew()
             # neighbors are often answers to one question, so that one server keeps its cache
@@ -196,7 +194,7 @@ class VllmServer(Sampler):
         update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
         is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
         self._find(is_alone)
-        if self.weights.broadcast is not None:
+        if isinstance(self.weights, SentWeights):
             return self._receive(self.weights.broadcast, is_alone)
 
         def check(server: Server, _: None) -> bool:
