@@ -114,7 +114,7 @@ def test_the_engine_changes_a_key_by_its_kind_alone() -> None:
         ("bitwise", Needs()), ("numeric", Needs(gpus=8))
     ]  # fmt: skip
     assert stage.lack(plain) is None
-    assert stage.lack(wide) is not None and "evaluation.engine.kind = vllm: /p is no" in str(stage.obstacle(wide))
+    assert stage.lack(wide) is not None and "evaluation.engine.kind = vllm: /p is no" in str(stage.lack(wide))
     with pytest.raises(ValidationError, match="gpus has no effect with kind = in-process"):
         config({**CONFIG, "engine": {"gpus": 2}})
 
