@@ -137,6 +137,7 @@ def test_so_they_do_from_a_checkpoint_on(place: Path, live: Path, tmp_path: Path
     assert rl_fixtures.trained(tmp_path / "b") == rl_fixtures.trained(live)
 
 
+@pytest.mark.numeric
 def test_answers_say_who_drew_them_and_the_log_counts(live: Path) -> None:
     answers = rollouts.read(live / "rollouts.parquet")
     lines = {line["step"]: line for line in rl_fixtures.lines(live) if "policy" in line}
