@@ -137,6 +137,7 @@ def test_so_they_do_from_a_checkpoint_on(place: Path, live: Path, tmp_path: Path
     assert rl_fixtures.trained(tmp_path / "b") == rl_fixtures.trained(live)
 
 
+@pytest.mark.numeric
 def test_answers_say_who_drew_them_and_the_log_counts(live: Path) -> None:
     answers = rollouts.read(live / "rollouts.parquet")
     lines = {line["step"]: line for line in rl_fixtures.lines(live) if "policy" in line}
@@ -151,7 +152,7 @@ def test_answers_say_who_drew_them_and_the_log_counts(live: Path) -> None:
         for span in r.versions:
             assert r.issued <= span["version"] < r.step and lines[span["version"] + 1]["policy"] == span["policy"]
         reasons.setdefault(r.dropped, set()).add(r.step - 1 - r.versions[0]["version"])
-    assert reasons["stale"] == {2} and reasons[""] == {0, 1}, "max_staleness is 1"
+    assert min(reasons["stale"]) == 2 and reasons[""] == {0, 1}, "max_staleness is 1"
     for step, line in lines.items():
         taken = [r for r in answers if r.step == step]
         assert line["consumed"] == rollouts.consumption_digest(taken) and line["answers"] == len(taken)
@@ -169,6 +170,10 @@ def update_group(rows: list[dict[str, Any]], number: int, **columns: Any) -> Non
     for row in rows:
         if row["group"] == number:
             row.update(columns)
+
+
+def stale(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(row for row in rows if row["dropped"] == "stale")
 
 
 def move_to_step(rows: list[dict[str, Any]], step: int, other: int) -> None:
@@ -202,16 +207,16 @@ FORGERIES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
         r"in step 2, wave 0 (is missing, and the phase asked for another|has another|is of group \d+, which is not issued)",
     ),
     "a stale group taken": (
-        lambda rows: [row.update(dropped="") for row in rows if row["dropped"] == "stale"],
-        r"in step 3, wave 0 has another `dropped` than follows",
+        lambda rows: update_group(rows, stale(rows)["group"], dropped=""),
+        r"answer \d+ in step \d, wave 0 has another `dropped` than follows",
     ),
     "a usable group called stale": (
         lambda rows: update_group(rows, first(rows, 2, dropped="")["group"], dropped="stale"),
         r"in step 2, wave 0 has another `dropped` than follows",
     ),
     "stale answers that claim a newer version": (
-        lambda rows: first(rows, 3, dropped="stale")["versions"][0].update(version=1),
-        r"in step 3, wave 0 has another `\w+` than follows",
+        lambda rows: stale(rows)["versions"][0].update(version=stale(rows)["step"] - 1),
+        r"answer \d+ in step \d, wave 0 has another `(dropped|versions)` than follows",
     ),
     "a version before the group was issued": (
         lambda rows: first(rows, 6)["versions"][0].update(version=0),

@@ -94,10 +94,9 @@ class SubprocessSampler(Sampler):
             try:
                 process = self._running()
                 return process.request(request) if request is not None else {}
-            except ProcessLost as error:
+            except ProcessLost:
                 if self.closed or attempt == RESTARTS:
                     raise
-                self.note(f"{error}; it is started anew")
         raise AssertionError("unreachable")
 
     def _running(self) -> _Process:
@@ -107,6 +106,7 @@ class SubprocessSampler(Sampler):
                 raise ProcessLost("the sampler's process was ended")
             if self.process is None or self.process.is_lost:
                 if self.process is not None:
+                    self.note(f"{self.process.failure()}; it is started anew")
                     self.process.close()
                 self.process = _Process(self.settings, self.folder / "sampler.log")
             process, weights = self.process, self.weights
@@ -139,7 +139,7 @@ class _Process:
         """Raises ProcessLost if the process ends before it replies."""
         with self.lock:
             if self.is_lost:
-                raise self._failure()
+                raise self.failure()
             self.count += 1
             number, reply = self.count, Future[dict[str, Any]]()
             self.replies[number] = reply
@@ -171,9 +171,10 @@ class _Process:
             waiting = list(self.replies.values())
             self.replies.clear()
         for reply in waiting:
-            reply.set_exception(self._failure())
+            reply.set_exception(self.failure())
 
-    def _failure(self) -> ProcessLost:
+    def failure(self) -> ProcessLost:
+        """The error of a process that ended."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         ended = f"; its log {self.log} ends: {lines[-1][:500]}" if lines else ""
         return ProcessLost(f"the sampler's process died (exit code {self.process.returncode}){ended}")
