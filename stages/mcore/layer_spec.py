@@ -92,8 +92,8 @@ class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            return Norm.apply(x, x, self.weight, self.eps)  # type: ignore[no-any-return]
-        return super().forward(x)  # type: ignore[no-any-return]
+            return Norm.apply(x, x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class Norm(torch.autograd.Function):  # type: ignore[misc]

@@ -59,9 +59,10 @@ class MemoryShare:
 @dataclass(frozen=True)
 class Rows:
     """One micro-batch: `rows` rows of `length` tokens. packed: several documents in a row. targets: tokens for which
-    logits are computed; None: all."""
+    logits are computed; None: all. prefixed: keys that documents have in common, counted with each but the first."""
 
     rows: int
     length: int
     packed: bool = False
     targets: int | None = None
+    prefixed: int = 0

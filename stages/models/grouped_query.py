@@ -134,10 +134,13 @@ class GroupedQueryConfig(ModelConfig):
         hidden, q, kv = self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         tensors: dict[str, float] = {"layer's input": size * hidden, "its norm, input of the projection": size * hidden}
         if rows.packed:
+            keys = layout.cp + rows.prefixed / (rows.rows * rows.length)  # for each token
+            # fp32 has no kernel for rows of several documents on a GPU: documents of like length are a batch
+            copies = (rows.rows > 1) + (rows.targets is not None and precision == "fp32")
             tensors |= {
                 "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + self.heads + self.kv_heads) * self.qk_norm,
-                "queries, keys (turned) and values": size * (q + 2 * kv * layout.cp),  # gathered over context ranks
-                "attention's output by rows": size * q * (rows.rows > 1),
+                "queries, keys (turned) and values": size * (q + 2 * kv * keys),  # gathered over context ranks
+                "attention's output by rows or documents": size * q * copies,
             }
         else:
             tensors |= {

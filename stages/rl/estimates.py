@@ -41,7 +41,8 @@ class Examples:
         """The packed row of so many: the last token of an answer is no input, its first one is a target."""
         questions = -(-examples // self.shared)
         tokens = questions * self.question + examples * (self.answer - 1)
-        return Rows(1, tokens, packed=True, targets=examples * self.answer)
+        prefixed = examples * self.question * (self.answer > 1)
+        return Rows(1, tokens, packed=True, targets=examples * self.answer, prefixed=prefixed)
 
 
 def fullest_row(config: AnyConfig) -> tuple[Examples, int]:
