@@ -109,11 +109,11 @@ def simulate_large(layout: dict[str, Any], rank: int = 0, precision: str = "bf16
     return rank_simulation.simulate(TrainConfig.model_validate(settings), rank)
 
 
-def require_planned_memory(result: RankSimulation) -> None:
+def require_planned_memory(result: RankSimulation, tolerance: float = 0.05) -> None:
     assert result.parameters == result.planned_parameters
-    assert result.peak_bytes == pytest.approx(result.planned_peak_bytes, rel=0.05)
+    assert result.peak_bytes == pytest.approx(result.planned_peak_bytes, rel=tolerance)
     # between steps some tensors of the rows stay: gathered inputs, received activations, masks
-    assert result.state_bytes == pytest.approx(result.planned_state_bytes, abs=0.05 * result.peak_bytes)
+    assert result.state_bytes == pytest.approx(result.planned_state_bytes, abs=tolerance * result.peak_bytes)
 
 
 @pytest.mark.parametrize("name", MEMORY)

@@ -46,23 +46,21 @@ def configured(kind: str, layout: dict[str, Any], **phase: Any) -> Any:
     return rank_simulation_fixtures.CONFIGS[kind].model_validate(body)
 
 
-def require_planned_memory(kind: str, layout: dict[str, Any], phase: dict[str, Any], rank: int = 0) -> None:
-    text.require_planned_memory(rank_simulation.simulate(configured(kind, layout, **phase), rank))
-
-
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_planned(name: str) -> None:
-    require_planned_memory(*MEMORY[name])
+    kind, layout, phase = MEMORY[name]
+    text.require_planned_memory(rank_simulation.simulate(configured(kind, layout, **phase), 0))
 
 
 @at_length("training", 150)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", MORE_MEMORY)
 def test_memory_of_more_phases_is_planned(name: str, precision: str) -> None:
-    """The first and the last rank."""
+    """The first and the last rank. In fp32, in which no cluster trains, within 7 %."""
     kind, layout, phase = MORE_MEMORY[name]
     for rank in {0, layout.get("ranks", 1) - 1}:
-        require_planned_memory(kind, layout, {**phase, "precision": precision}, rank)
+        result = rank_simulation.simulate(configured(kind, layout, **phase, precision=precision), rank)
+        text.require_planned_memory(result, 0.05 if precision == "bf16" else 0.07)
 
 
 def test_the_reference_of_a_kl_term_is_on_the_host() -> None:
