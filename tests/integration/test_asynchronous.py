@@ -276,6 +276,7 @@ def test_the_log_seals_the_order(live: Path, tmp_path: Path, step: int) -> None:
         require_same_consumption(recorded / "rollouts.parquet", log)
 
 
+@at_length("training", 20)
 def test_an_update_while_answers_are_drawn_gives_each_token_its_policy(place: Path, tmp_path: Path) -> None:
     """No step waits here for the queue to fill, so that the order depends on time."""
     phase: dict[str, Any] = {"asynchronous": {}, "steps": 4, "release_checkpoint_interval": 4, "validate_every": 2}
