@@ -277,7 +277,7 @@ def test_the_log_seals_the_order(live: Path, tmp_path: Path, step: int) -> None:
 
 
 @at_length("training", 20)
-def test_an_update_while_answers_are_drawn_gives_each_token_its_policy(place: Path, tmp_path: Path) -> None:
+def test_an_order_that_depends_on_time_is_replayed_too(place: Path, tmp_path: Path) -> None:
     """No step waits here for the queue to fill, so that the order depends on time."""
     phase: dict[str, Any] = {"asynchronous": {}, "steps": 4, "release_checkpoint_interval": 4, "validate_every": 2}
     rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings(**phase))
