@@ -276,7 +276,8 @@ def test_the_log_seals_the_order(live: Path, tmp_path: Path, step: int) -> None:
         require_same_consumption(recorded / "rollouts.parquet", log)
 
 
-def test_an_update_while_answers_are_drawn_gives_each_token_its_policy(place: Path, tmp_path: Path) -> None:
+@at_length("training", 20)
+def test_an_order_that_depends_on_time_is_replayed_too(place: Path, tmp_path: Path) -> None:
     """No step waits here for the queue to fill, so that the order depends on time."""
     phase: dict[str, Any] = {"asynchronous": {}, "steps": 4, "release_checkpoint_interval": 4, "validate_every": 2}
     rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings(**phase))
@@ -373,6 +374,10 @@ def ends(pid: int) -> bool:
     return False
 
 
+def rollout_files(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "work/rollouts").glob("*")}
+
+
 @at_length("training", 300)
 @pytest.mark.parametrize("seed", range(4))
 def test_kills_lose_nothing_and_count_nothing_twice(place: Path, tmp_path: Path, seed: int) -> None:
@@ -380,9 +385,12 @@ def test_kills_lose_nothing_and_count_nothing_twice(place: Path, tmp_path: Path,
     (tmp_path / "config.json").write_text(json.dumps(settings()))
     rng, kills = random.Random(seed), 0
     while True:
+        before = rollout_files(tmp_path)
         trainer = start(place, tmp_path)
-        until = time.monotonic() + rng.uniform(6, 25) if kills < 4 else float("inf")
         victim = rng.choice(["trainer", "sampler", "both"])
+        while trainer.poll() is None and (kills == 4 or rollout_files(tmp_path) == before):
+            time.sleep(0.01)
+        until = time.monotonic() + rng.uniform(0, 1.5)
         while trainer.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         if trainer.poll() is not None:

@@ -54,8 +54,6 @@ class Source(Protocol):
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
         """The answers that the step took."""
 
-    def close(self) -> None: ...
-
 
 class Intake:
     """What the steps take. Only rank 0 calls `take`; every rank holds the state."""
@@ -116,10 +114,6 @@ class Intake:
             answers += taken
         self.source.finish(step, answers)
         return answers
-
-    def close(self) -> None:
-        if self.source is not None:
-            self.source.close()
 
     def _spans(self, answer: Rollout) -> list[Span]:
         """The policies of an answer's tokens, with their versions. A policy that another machine recorded, whose
@@ -424,9 +418,6 @@ class RecordedGroups:
         if len(self.files.answers) > len(answers):
             raise self.files.altered(step, 0, len(answers), "was used by no update and dropped for no reason")
         self.files.write(step, 0, answers)
-
-    def close(self) -> None:
-        """Holds nothing."""
 
 
 def has_versions(r: Rollout, issued: int, version: int) -> bool:
