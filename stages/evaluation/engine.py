@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -20,8 +19,6 @@ from stages.rl.samplers import vllm_server
 
 if TYPE_CHECKING:
     import torch
-
-    from stages.rl.protocols import AnswerGenerator
 
 
 class Engine(Config):
@@ -101,28 +98,3 @@ class LanguageModel(ABC):
 
     def close(self) -> None:  # noqa: B027 - a model in the process holds nothing
         """Ends what it has started."""
-
-
-def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest: int = 0) -> LanguageModel:
-    """The model of an exported folder. work: for the log of a server. longest: tokens of the longest row that will be
-    read, if that is more than the model's context. Raises AtomError if a server cannot start."""
-    if engine.kind == "vllm":
-        from stages.evaluation.vllm_model import Client, ServedModel
-
-        return ServedModel(Client.start(engine, folder, work, longest), tokenizer)
-    from stages.evaluation.transformers_model import TransformersModel
-
-    return TransformersModel.load(folder, tokenizer)
-
-
-def open_sampler(
-    engine: Engine, folder: Path, stops: Sequence[int], max_new_tokens: int, work: Path
-) -> AnswerGenerator:
-    """What draws answers of an exported model at temperature 1. work: for the log of a server."""
-    if engine.kind == "vllm":
-        from stages.evaluation.vllm_model import Client, ServedSampler
-
-        return ServedSampler(Client.start(engine, folder, work), stops, max_new_tokens)
-    from stages.rl.samplers.generate import InProcess
-
-    return InProcess(folder, stops, max_new_tokens)

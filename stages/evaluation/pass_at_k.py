@@ -33,8 +33,9 @@ from stages.data.seeds import seed_of
 from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
-from stages.evaluation.engine import Engine, engine_field, open_sampler
+from stages.evaluation.engine import Engine, engine_field
 from stages.evaluation.eval_set import chat_rows
+from stages.evaluation.open_model import open_sampler
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
 
