@@ -44,7 +44,7 @@ from stages.evaluation import MODEL_LIBRARIES, canary_exposure, estimates
 from stages.evaluation.canary_exposure import CANARIES, CanaryRow
 from stages.evaluation.confidence import binomial, clustered, wilson
 from stages.evaluation.engine import Engine, LanguageModel, engine_field
-from stages.evaluation.models import open_model
+from stages.evaluation.open_model import open_model
 from stages.evaluation.scores import MemorizationScores, Regurgitation
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from stages.evaluation.engine import Engine, LanguageModel, engine_field
 from stages.evaluation.exact_match import PROBLEM_ANSWERS, ProblemAnswer, answer_batch
 from stages.evaluation.heldout import HeldoutDocument, heldout_documents, heldout_texts
 from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
-from stages.evaluation.models import open_model
+from stages.evaluation.open_model import open_model
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import ModelScores, Ratio
 

@@ -35,7 +35,7 @@ from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation.engine import Engine, engine_field
 from stages.evaluation.eval_set import chat_rows
-from stages.evaluation.models import open_sampler
+from stages.evaluation.open_model import open_sampler
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
 

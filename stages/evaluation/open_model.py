@@ -1,4 +1,4 @@
-"""The exported models that evaluations ask, by the engine of the recipe."""
+"""Opens an exported model for an evaluation, by the engine of the recipe. No torch at import."""
 
 from __future__ import annotations
 
