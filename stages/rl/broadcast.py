@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from ipaddress import ip_address
 from typing import Any
@@ -87,7 +88,8 @@ class Broadcast:
 
     def give_up(self, invitation: Mapping[str, Any]) -> None:
         """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
-        connect(invitation["store"], SECONDS).set(WORKERS, "0")
+        with suppress(RuntimeError):  # the store is gone: nobody waits any more
+            connect(invitation["store"], SECONDS).set(WORKERS, "0")
 
     def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Forms the groups of invited servers. Returns those that have one."""

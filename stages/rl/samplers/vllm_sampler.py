@@ -272,7 +272,7 @@ class VllmServer(Sampler):
         digest = self.weights.digest
 
         def greet(server: Server, _: None) -> bool:
-            if server not in self.serving:
+            if server not in self.serving or server.url not in broadcast.groups:
                 self._greet(server, is_alone)
                 self.invited[server] = {}
                 try:
