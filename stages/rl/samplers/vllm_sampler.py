@@ -230,6 +230,8 @@ class VllmServer(Sampler):
             # one that was started again is another server, at the same address or not
             self.announced = {server: self.announced.get(server) or Server(server.url) for server in found}
             present = list(self.announced.values())
+            urls = {server.url for server in present}
+            self.serving = [server for server in self.serving if server in present or server.url not in urls]
             self.servers = [*present, *(server for server in self.serving if server not in present)]
             self.lost = {server: error for server, error in self.lost.items() if server in self.servers}
             if not is_alone or any(server.problem() is None for server in present):

@@ -52,6 +52,7 @@ class Group:
     def close(self) -> None:
         """Leaves the group at once; who waits for this process there fails."""
         self.group.abort()
+        self.group = None  # without which gloo keeps its connections
 
 
 def connect(address: str, seconds: float) -> dist.TCPStore:
