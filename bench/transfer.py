@@ -108,13 +108,13 @@ def receive(path: Path) -> None:
     """Receives a broadcast as the only worker of a server does, without loading it into a model."""
     import torch
 
-    from stages.rl.samplers.vllm_worker.atom_group import WORKERS, Group, connect, packets, view
+    from stages.rl.samplers.vllm_worker.atom_group import PATIENCE, WORKERS, Group, connect, packets, view
     from stages.rl.samplers.vllm_worker.atom_index import row_of
 
     told = json.loads(path.read_text())
     store = connect(told["store"], told["seconds"])
     store.set(WORKERS, "1")
-    group = Group(store, told["ranks"], told["ranks"] + 1, told["seconds"], torch.device("cpu"))
+    group = Group(store, told["ranks"], told["ranks"] + 1, told["seconds"], torch.device("cpu"), PATIENCE)
     for together in packets(told["rows"], told["roots"]):
         buffers = [torch.empty(packet.size, dtype=torch.uint8) for packet in together]
         works = [group.start(buffer, packet.root) for packet, buffer in zip(together, buffers, strict=True)]

@@ -83,8 +83,7 @@ class Broadcast:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
         self.stores[server] = store
         address, device = f"{host}:{store.port}", self.ranks.device.type
-        # longer than the ranks: a server waits while they wait for another one that is lost
-        return {"store": address, "ranks": self.ranks.world, "seconds": 4 * SECONDS, "device": device}
+        return {"store": address, "ranks": self.ranks.world, "seconds": SECONDS, "device": device}
 
     def give_up(self, invitation: Mapping[str, Any]) -> None:
         """Ends the waiting for a server that does not join. Another thread may wait in `join`."""

@@ -33,7 +33,7 @@ from stages.rl.samplers.server_files import Announced
 from stages.rl.samplers.vllm_sampler import VllmServer
 from stages.rl.samplers.vllm_server import ServerLost
 from stages.rl.samplers.vllm_worker import atom_group, atom_index
-from stages.rl.samplers.vllm_worker.atom_group import Group, connect, packets, view
+from stages.rl.samplers.vllm_worker.atom_group import PATIENCE, Group, connect, packets, view
 from stages.train.checkpoint.release_checkpoint import save_tensors
 from stages.train.parallel import Ranks
 from tests.fixtures import ROOT, rl_fixtures, weights_fixtures
@@ -99,7 +99,9 @@ class Fake(BaseHTTPRequestHandler):
         if self.path == "/init_weight_transfer_engine" and "store" in (info := body["init_info"]):
             store = connect(info["store"], info["seconds"])
             store.set("workers", "1")
-            type(self).group = Group(store, info["ranks"], info["ranks"] + 1, info["seconds"], torch.device("cpu"))
+            type(self).group = Group(
+                store, info["ranks"], info["ranks"] + 1, info["seconds"], torch.device("cpu"), PATIENCE
+            )
         elif self.path == "/update_weights" and "rows" in (info := body["update_info"]):
             type(self).received = {}
             assert self.group is not None

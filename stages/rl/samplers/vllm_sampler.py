@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,8 @@ from stages.rl.weights import Weights
 if TYPE_CHECKING:
     from stages.rl.broadcast import Broadcast
 
+REASON_SECONDS = 5.0
+"""How long a server to which a broadcast failed is asked why."""
 REVIVALS = 3
 """How often the servers of a step may all be lost before the stage ends."""
 
@@ -62,7 +65,6 @@ class VllmServer(Sampler):
         (self.folder / "config.json").write_text(json.dumps(self.config))
         self.servers: list[Server] = []
         self.announced: dict[Announced, Server] = {}
-        self.invited: dict[Server, dict[str, Any]] = {}
         if urls:
             self.servers = [Server(url) for url in urls]
         elif self.search is not None:
@@ -272,13 +274,13 @@ class VllmServer(Sampler):
         """Has all servers that are there receive the weights. One that fails is left out, and breaks nothing else."""
         assert self.weights is not None
         digest = self.weights.digest
+        invitations: dict[Server, dict[str, Any]] = {}
 
         def greet(server: Server, _: None) -> bool:
             if server not in self.serving or server.url not in broadcast.groups:
                 self._greet(server, is_alone)
-                self.invited[server] = {}
                 try:
-                    self.invited[server] = broadcast.invite(server.url)
+                    invitations[server] = broadcast.invite(server.url)
                 except OSError as error:
                     raise server.lost(str(error)) from None
             return True
@@ -286,26 +288,23 @@ class VllmServer(Sampler):
         greeted = self._map([(server, None) for server in self.servers], self._unless_lost(greet))
         present = [server for server, done in zip(self.servers, greeted, strict=True) if done]
 
-        def enter(server: Server, invitation: Mapping[str, Any]) -> bool:
+        def enter(server: Server, invitation: Mapping[str, Any]) -> None:
             try:
                 server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
             except BaseException:
                 broadcast.give_up(invitation)
                 raise
-            return True
 
-        def update(server: Server, _: None) -> bool:
+        def update(server: Server, _: None) -> None:
             server.post("/start_weight_update", attempts=1)
             server.post("/pause?mode=keep")
             server.post("/update_weights", {"update_info": {"digest": digest, **broadcast.content}}, attempts=1)
-            return True
 
         def finish(server: Server, _: None) -> bool:
             server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
             server.post("/resume")
             return True
 
-        invitations = {server: self.invited.pop(server) for server in present if server in self.invited}
         if invitations:
             joined = self._beside(enter, list(invitations.items()), lambda: broadcast.join(
                 {server.url: invitation for server, invitation in invitations.items()}
@@ -323,25 +322,30 @@ class VllmServer(Sampler):
             raise next(iter(self.lost.values()))
 
     def _beside(
-        self, request: Callable[[Server, Any], bool], items: Sequence[tuple[Server, Any]], act: Callable[[], set[str]]
+        self, request: Callable[[Server, Any], None], items: Sequence[tuple[Server, Any]], act: Callable[[], set[str]]
     ) -> list[Server]:
-        """The servers whose request is answered, and with which the trainer's ranks succeed meanwhile in `act`."""
+        """The servers whose request is answered, and with which the trainer's ranks succeed meanwhile in `act`. Of the
+        others the reason is awaited for a moment, since a server that hangs may never answer."""
+        results: dict[Server, Future[None]] = {server: Future() for server, _ in items}
 
-        def confirmed(server: Server, result: Future[bool | None]) -> bool:
-            if not result.result():
-                return False
+        def run(server: Server, item: Any) -> None:
+            try:
+                results[server].set_result(request(server, item))
+            except BaseException as error:
+                results[server].set_exception(error)
+
+        def confirm(server: Server, _: Any) -> bool:
+            with contextlib.suppress(TimeoutError):
+                results[server].result(None if server.url in succeeded else REASON_SECONDS)
             if server.url not in succeeded:
                 raise server.lost("its weights did not come through in time; see whether it and the ranks reach each "
                                   "other, and what NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names")  # fmt: skip
             return True
 
-        with ThreadPoolExecutor(max(1, len(items))) as pool:
-            results = [pool.submit(self._unless_lost(request), server, item) for server, item in items]
-            succeeded = act()
-            answered = [
-                self._unless_lost(confirmed)(server, result) for (server, _), result in zip(items, results, strict=True)
-            ]
-        return [server for (server, _), done in zip(items, answered, strict=True) if done]
+        for server, item in items:
+            threading.Thread(target=run, args=(server, item), name="request", daemon=True).start()
+        succeeded = act()
+        return [server for server, _ in items if self._unless_lost(confirm)(server, None)]
 
     def _take(self, server: Server, update: Mapping[str, Any]) -> None:
         """Running answers wait, and go on with the new weights, which read their tokens again."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atom_group import WORKERS, Group, connect, packets, view  # type: ignore[import-not-found]
+from atom_group import PATIENCE, WORKERS, Group, connect, packets, view  # type: ignore[import-not-found]
 from atom_index import (  # type: ignore[import-not-found]
     HEAD,
     TABLE,
@@ -40,7 +40,7 @@ NAME = "atom"
 class Model(WeightTransferInitInfo):  # type: ignore[misc]
     """sizes: entries of the trainer's config.json that the server's model must have too. For broadcasts, store: host
     and port of the group's store; ranks: of the trainer in the group; seconds: within which it must form, and each
-    broadcast end; device: the type of the trainer's."""
+    broadcast end on the ranks; device: the type of the trainer's."""
 
     sizes: dict[str, Any]
     store: str | None = None
@@ -86,7 +86,7 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
             workers = parallel.world_size * parallel.data_parallel_size
             store.set(WORKERS, str(workers))
             rank = info.ranks + parallel.data_parallel_index * parallel.world_size + parallel.rank
-            self.group = Group(store, rank, info.ranks + workers, info.seconds, self.device)
+            self.group = Group(store, rank, info.ranks + workers, info.seconds, self.device, PATIENCE)
 
     def start_weight_update(self) -> None:
         self.checked, self.begun = "", False

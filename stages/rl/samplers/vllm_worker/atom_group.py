@@ -20,22 +20,27 @@ WORKERS = "workers"
 PACKET_BYTES = 64_000_000
 """Bytes of the tensors, of all ranks together, that are under way at once, unless one is larger."""
 ALIGNMENT = 16
+PATIENCE = 4
+"""How many times longer a server waits for a broadcast than the ranks, which may wait for another server first."""
 
 
 class Group:
-    """A process's end of a group. device: of its tensors, on which the backend depends. Raises what torch raises if it
-    does not form within `seconds`, in which each broadcast must also end."""
+    """A process's end of a group. device: of its tensors, on which the backend depends. Raises RuntimeError if it does
+    not form within `seconds`, in which each broadcast must also end, `patience` times over."""
 
-    def __init__(self, store: dist.TCPStore, rank: int, size: int, seconds: float, device: torch.device) -> None:
+    def __init__(
+        self, store: dist.TCPStore, rank: int, size: int, seconds: float, device: torch.device, patience: int = 1
+    ) -> None:
         self.store, self.device, self.timeout = store, device, timedelta(seconds=seconds)  # a group needs its store
         place = dist.PrefixStore("group", store)
         self.group: Any
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = self.timeout
+            options._timeout = patience * self.timeout  # its watchdog ends the process
             self.group = dist.ProcessGroupNCCL(place, rank, size, options)
         else:
             self.group = dist.ProcessGroupGloo(place, rank, size, self.timeout)
+        self.timeout *= patience
 
     def start(self, buffer: torch.Tensor, root: int) -> Any:
         """Starts a broadcast of bytes; returns what `end` takes."""
