@@ -59,7 +59,9 @@ class Sampling(Config):
         None, "Python interpreter of an environment with vLLM; null: ATOM_VLLM_PYTHON"
     )
     url: tuple[Url, ...] = operational(
-        (), "URLs of vLLM servers on other nodes; empty: the stage starts one", max_length=1000
+        (),
+        "URLs of vLLM servers on other nodes; empty: those of slurm.servers, else one that the stage starts",
+        max_length=1000,
     )
     transfer: Literal["folder", "broadcast"] = operational(
         "folder", "how vLLM servers get the weights: by files in the work folder, or by NCCL (on CPU gloo)"
