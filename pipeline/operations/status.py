@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -108,9 +109,10 @@ def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
 
 
 def _tasks(id: str) -> int:
-    """The number of tasks that a line of squeue stands for: `7_2`, or `7_[0-3,5]` for those that wait."""
-    ranges = [part.split("-") for part in id.rpartition("_")[2].partition("%")[0].strip("[]").split(",")]
-    return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
+    """The number of tasks that a line of squeue stands for: `7_2`, or `7_[0-3,5]` for those that wait. A long list is
+    cut, `7_[0-3,5,...]`."""
+    ranges = re.findall(r"([0-9]+)(?:-([0-9]+))?", id.rpartition("_")[2].partition("%")[0])
+    return sum(int(last or first) - int(first) + 1 for first, last in ranges)
 
 
 def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[str, Job]) -> NodeStatus:

@@ -14,6 +14,7 @@ from pipeline.operations import status
     [
         ({}, None),
         ({"7_[0-3,5]": "PENDING"}, "5 pending"),
+        ({"7_[0-3,5,...]": "PENDING"}, "5 pending"),
         ({"7_[2]": "PENDING", "7_0": "RUNNING", "7_1": "RUNNING"}, "1 pending, 2 running"),
         ({"7_[2-9%4]": "PENDING", "7_0": "CANCELLED", "7_1": "COMPLETED"}, "1 cancelled, 1 completed, 8 pending"),
         ({"71_0": "RUNNING", "7": "RUNNING", "8_7": "RUNNING"}, None),
