@@ -257,10 +257,17 @@ class ServerPlace(Protocol):
     folder: which all servers of the stage and the stage itself see; log: this server's; run: its run.
     """
 
-    folder: Path
-    log: Path
-    run: str
-    number: int
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def log(self) -> Path: ...
+
+    @property
+    def run(self) -> str: ...
+
+    @property
+    def number(self) -> int: ...
 
     def ended(self) -> bool:
         """Whether the stage has ended, so that nobody will ask for more. Cheap: call it freely."""

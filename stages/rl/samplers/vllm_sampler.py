@@ -330,7 +330,8 @@ class VllmServer(Sampler):
 
         def run(server: Server, item: Any) -> None:
             try:
-                results[server].set_result(request(server, item))
+                request(server, item)
+                results[server].set_result(None)
             except BaseException as error:
                 results[server].set_exception(error)
 

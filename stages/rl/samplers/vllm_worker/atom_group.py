@@ -78,7 +78,8 @@ class Packet:
 
 def bytes_of(row: Mapping[str, Any]) -> int:
     """Bytes of a tensor by its entry of the index."""
-    return prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
+    width: int = getattr(torch, row["dtype"]).itemsize
+    return prod(row["shape"]) * width
 
 
 def packets(rows: Sequence[Mapping[str, Any]], roots: Sequence[int]) -> Iterator[tuple[Packet, ...]]:
