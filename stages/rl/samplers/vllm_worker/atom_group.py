@@ -78,8 +78,8 @@ class Packet:
 
 def bytes_of(row: Mapping[str, Any]) -> int:
     """Bytes of a tensor by its entry of the index."""
-    width: int = getattr(torch, row["dtype"]).itemsize
-    return prod(row["shape"]) * width
+    size: int = prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
+    return size
 
 
 def packets(rows: Sequence[Mapping[str, Any]], roots: Sequence[int]) -> Iterator[tuple[Packet, ...]]:
