@@ -305,6 +305,17 @@ def test_a_lost_server_is_left_out_until_it_is_back(
     assert sampler.serving == sampler.servers and fakes[0][0].version == fakes[0][1].version
 
 
+def test_servers_that_are_all_lost_as_they_load_are_waited_for(fakes: Any, sampler: VllmServer) -> None:
+    for kind in fakes[0]:
+        kind.trouble["/start_weight_update"] = ["drop"]
+    sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
+    assert set(sampler.serving) == set(sampler.servers)
+    for kind in fakes[0]:
+        kind.trouble["/start_weight_update"] = ["drop"] * 2
+    with pytest.raises(ServerLost, match="is gone"):
+        sampler.load(weights_fixtures.written(sampler.folder, TENSORS))
+
+
 def test_servers_that_are_all_lost_again_and_again_end_the_stage(fakes: Any, sampler: VllmServer) -> None:
     for kind in fakes[0]:
         kind.trouble["/inference/v1/generate"] = [500] * 100
@@ -554,7 +565,9 @@ def test_servers_in_jobs_of_their_own_come_and_go(fakes: Any, tmp_path: Path, mo
     sampler = VllmServer(config, (1, 3), 7, 0.5, tmp_path / "served", note=notes.append, search=search)
     assert json.loads((place / "config.json").read_text()) == config, "which the servers wait for"
     first = weights_fixtures.written(sampler.folder, TENSORS)
-    with pytest.raises(ServerLost, match=r"answers after 0 min \(slurm.servers.wait_minutes\); 0 have announced them"):
+    with pytest.raises(
+        MachineError, match=r"answers after 0 min \(slurm.servers.wait_minutes\); 0 have announced them"
+    ):
         sampler.load(first)
     assert notes == ["waits for a vLLM server, at most 0 min"]
 

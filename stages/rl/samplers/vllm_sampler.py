@@ -96,13 +96,18 @@ class VllmServer(Sampler):
         each step compares its log-probabilities with the trainer's.
 
         A lost server is started anew, or taken back if it answers again. Raises AtomError if one refuses, ServerLost if
-        all are lost.
+        all are lost and none comes back, MachineError if none comes within the time of the search.
         """
         if self.weights is not None and weights.digest == self.weights.digest:
             return
-        self.weights = weights
+        self.weights, was_alone = weights, not self.serving
         try:
-            self._renew()
+            try:
+                self._renew()
+            except ServerLost:
+                if was_alone:
+                    raise
+                self._renew()  # all were lost just now: one is waited for
         except BaseException:
             self.weights = None
             raise
@@ -223,7 +228,7 @@ class VllmServer(Sampler):
 
     def _find(self, is_alone: bool) -> None:
         """Makes `servers` those that are announced now, and those that serve. is_alone: waits for one that answers.
-        Raises ServerLost if none comes within the time of the search."""
+        Raises MachineError if none comes within the time of the search."""
         if self.search is None:
             return
         end, is_noted = time.monotonic() + self.search.seconds, False
@@ -239,7 +244,7 @@ class VllmServer(Sampler):
             if not is_alone or any(server.problem() is None for server in present):
                 return
             if time.monotonic() > end:
-                raise ServerLost(
+                raise MachineError(
                     f"no vLLM server in a job of its own answers after {self.search.seconds / 60:.0f} min "
                     f"(slurm.servers.wait_minutes); {len(present)} have announced themselves in {self.search.folder}; "
                     "see their jobs' logs beside it, and run again to go on"
