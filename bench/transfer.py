@@ -88,7 +88,7 @@ class Receiver:
     """What a broadcast takes for a sampler: it has one server, a process that receives as a worker of vLLM does."""
 
     def __init__(self, folder: Path) -> None:
-        self.path, self.join_seconds = folder / "broadcast.json", 0.0
+        self.path, self.join_seconds, self.end = folder / "broadcast.json", 0.0, 0.0
 
     def load(self, weights: Any) -> None:
         broadcast, start = weights.broadcast, time.monotonic()
@@ -102,6 +102,7 @@ class Receiver:
             sent = broadcast.send([server]) if joined else set()
             if process.wait(600) or not sent:
                 raise SystemExit("the broadcast did not arrive")
+        self.end = float(self.path.with_suffix(".end").read_text())
 
 
 def receive(path: Path) -> None:
@@ -124,6 +125,7 @@ def receive(path: Path) -> None:
                 row = told["rows"][number]
                 if row_of(view(buffer, offset, row)) != row:
                     raise SystemExit(f"{told['names'][number]} arrived as another tensor")
+    path.with_suffix(".end").write_text(str(time.monotonic()))  # the same clock in all processes
 
 
 def child(folder: Path, config: Qwen3MoeConfig) -> None:
@@ -159,7 +161,7 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
         start = time.monotonic()
         with Growth() as sent:
             assert sender.load(receiver) == digest
-        send = time.monotonic() - start
+        send = receiver.end - start - receiver.join_seconds if ranks.first else 0.0
         held = sum(tensor.nbytes for tensor in local.values())
         growth, send_growth, held = (max(ranks.gather(n)) for n in (written.bytes, sent.bytes, held))
         sender.close()
@@ -170,8 +172,8 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
             tensor = max(2 * int(torch.Size(shape).numel()) for shape in shapes.values())
             total = sum(path.stat().st_size for path in place.iterdir())
             check = time.monotonic() - start
-            row = Measured(config.parameters(PADDED)["total"], total, seconds, check, send - receiver.join_seconds,
-                           held, growth, send_growth, read.bytes, tensor)  # fmt: skip
+            row = Measured(config.parameters(PADDED)["total"], total, seconds, check, send, held, growth,
+                           send_growth, read.bytes, tensor)  # fmt: skip
             print(json.dumps(asdict(row)))
 
 
