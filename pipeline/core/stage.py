@@ -308,6 +308,7 @@ class Stage(Generic[C]):
     ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
     obstacle: the reason why a config can be planned but not run, in one sentence; checked before anything starts.
+    lack: what this machine lacks to run it, in one sentence; checked likewise, unless jobs run in a container.
     trains: whether it updates weights and needs a GPU for each rank.
     imports: modules that `run` imports and that take seconds to load, for a process that waits for its inputs.
     reads: the input node for each role, for a stage that a recipe adds by its name alone.
@@ -325,6 +326,7 @@ class Stage(Generic[C]):
     promise: Callable[[C], Promise] = lambda config: "bitwise"
     estimate: Callable[[C], Estimate] = lambda config: Estimate()
     obstacle: Callable[[C], str | None] = lambda config: None
+    lack: Callable[[C], str | None] = lambda config: None
     ranks: Callable[[C], int] = lambda config: 1
     trains: bool = False
     imports: tuple[str, ...] = ()

@@ -77,7 +77,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
             node.external,
             node.stage.ranks(node.config),
             operation(node.config),
-            node.stage.obstacle(node.config),
+            node.stage.obstacle(node.config) or node.stage.lack(node.config),
             node.stage.trains,
             node.stage.shards(node.config),
             partial(node.stage.time, node.config) if node.stage.time else None,

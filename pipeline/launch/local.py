@@ -66,14 +66,16 @@ JOB_ENVIRONMENT = {
 }
 
 
-def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
+def require_inputs(graph: Graph, store: Store, selected: list[str], is_contained: bool = False) -> None:
     """Raises AtomError if a selected stage needs one that is neither selected nor sealed, if it cannot run at all, or
-    if a file is in the place of a folder of the home."""
+    if a file is in the place of a folder of the home. is_contained: it runs in a container, so that nothing follows
+    from what this machine lacks."""
     if obstacle := store.misplaced():
         raise AtomError(f"{obstacle}, and run the same command again")
     for name in selected:
         node = graph.nodes[name]
-        if not store.sealed(node.key) and (obstacle := node.stage.obstacle(node.config)):
+        lack = "" if is_contained else node.stage.lack(node.config)
+        if not store.sealed(node.key) and (obstacle := node.stage.obstacle(node.config) or lack):
             raise AtomError(f"{graph.recipe.title}, stage {name}: {obstacle}")
         for source in graph.nodes[name].inputs.values():
             if source not in selected and not store.sealed(graph.nodes[source].key):

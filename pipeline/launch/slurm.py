@@ -71,7 +71,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     selected = [name for name in selected if name not in damage]
     if all(store.sealed(graph.nodes[name].key) for name in selected):
         return Submission(sealed=selected, damaged=damage)
-    require_inputs(graph, store, selected)
+    require_inputs(graph, store, selected, profile.cluster().container is not None)
     require_image(profile)
     budget_limits = budget.limits_of(graph.recipe.config)
     if over_budget := budget.exceeded(budget_limits, store, (node.key for node in graph.nodes.values())):
@@ -242,7 +242,7 @@ class Checked:
 def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> list[Checked]:
     """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/` and tests each with `sbatch
     --test-only`. Dependencies are comments, because the jobs to wait for do not exist."""
-    require_inputs(graph, store, selected)
+    require_inputs(graph, store, selected, profile.cluster().container is not None)
     require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)

@@ -295,13 +295,13 @@ class RewardPhase(PostTrainingPhase):
     validate_every: Steps = Field(description="updates between evaluations on the held-out pairs")
 
 
-def obstacle(phase: RlPhase | DpoPhase) -> str | None:
+def lack(phase: RlPhase | DpoPhase) -> str | None:
     """The reason why the recipe's answers cannot be drawn or scored here; None if they can."""
     sources = phase.tasks if isinstance(phase, RlPhase) else phase.preferences.tasks
     if isinstance(phase, DpoPhase) and phase.sft_tasks is not None:
         sources += phase.sft_tasks.tasks
-    lack = reward_registry.obstacle((source.verifier for source in sources), phase.verifiers)
-    return lack or SAMPLERS[phase.sampling.kind].obstacle(phase.sampling)
+    scoring = reward_registry.obstacle((source.verifier for source in sources), phase.verifiers)
+    return scoring or SAMPLERS[phase.sampling.kind].obstacle(phase.sampling)
 
 
 class RlTrainConfig(TrainerConfig):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
-from stages.rl.config import DpoTrainConfig, obstacle
+from stages.rl.config import DpoTrainConfig, lack
 from stages.rl.samplers.registry import serve, takes_servers
 
 VERSION = 5
@@ -45,7 +45,7 @@ def estimate(config: DpoTrainConfig) -> Estimate:
 STAGE = Stage(
     "dpo", VERSION, DpoTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
-    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.preferences",),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.rl import estimates
-from stages.rl.config import RlTrainConfig, obstacle
+from stages.rl.config import RlTrainConfig, lack
 from stages.rl.samplers.registry import serve, takes_servers
 
 VERSION = 4
@@ -49,7 +49,7 @@ def estimate(config: RlTrainConfig) -> Estimate:
 STAGE = Stage(
     "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
-    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.grpo",),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
 )  # fmt: skip

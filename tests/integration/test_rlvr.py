@@ -40,14 +40,14 @@ def test_what_is_promised_and_what_stands_in_the_way_are_known_before_a_run(
     assert STAGE.promise(make_config(sampling={"kind": "vllm", "max_new_tokens": 12})) == "numeric"
     rows = {"source": "rows", "path": "rows.jsonl", "digest": "sha256:" + "0" * 64, "verifier": "python-tests"}
     code = make_config(tasks=[{**rows, "kind": "code", "license": "CC0-1.0", "origin": "by hand"}])
-    assert STAGE.obstacle(make_config()) is None and STAGE.obstacle(code) == (
+    assert STAGE.lack(make_config()) is None and STAGE.lack(code) == (
         None
         if sandbox.missing() is None
         else f"tasks of the verifier python-tests run what the model writes: {sandbox.missing()}"
     )
     monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap
-    assert "tasks of the verifier python-tests run what the model writes: " in (STAGE.obstacle(code) or "")
-    assert STAGE.obstacle(make_config()) is None
+    assert "tasks of the verifier python-tests run what the model writes: " in (STAGE.lack(code) or "")
+    assert STAGE.lack(make_config()) is None
 
 
 @pytest.fixture(scope="module")

@@ -348,7 +348,7 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     def why(**options: Any) -> str | None:
         sampling = {"kind": "vllm", "max_new_tokens": 4, **options}
-        return STAGE.obstacle(STAGE.config.model_validate(rl_fixtures.config(sampling=sampling)))
+        return STAGE.lack(STAGE.config.model_validate(rl_fixtures.config(sampling=sampling)))
 
     assert "needs the interpreter of an environment with vLLM; make one by `make .venv-vllm/.ready`" in (why() or "")
     assert f"{tmp_path}/python is no interpreter that runs" in (why(python=f"{tmp_path}/python") or "")

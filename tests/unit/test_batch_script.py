@@ -16,10 +16,10 @@ from pipeline.core import json_files
 from pipeline.core.errors import AtomError, Failure, Kind, MachineError, RecipeError
 from pipeline.core.stage import Config, ServerPlace, ServerSearch, Stage
 from pipeline.core.store import Store
-from pipeline.graph import registry
-from pipeline.graph.dag import Node
+from pipeline.graph import recipe, registry
+from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import Run
-from pipeline.launch import clean_environment, cluster_profile, job, slurm
+from pipeline.launch import clean_environment, cluster_profile, job, local, slurm
 from pipeline.launch.attempt import Task
 from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
 from pipeline.launch.cluster_profile import Slurm
@@ -414,6 +414,21 @@ def test_a_server_is_started_again_after_it_has_answered_and_else_a_few_times(
     assert run(answers_and_dies, 90) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE)
     assert run(refuses, 1) == Verdict(Decision.FAILED, "there is no vLLM", Kind.USER)
     assert run(is_stopped, 50) == Verdict(Decision.RESTART, "interrupted", Kind.STOPPED)
+
+
+def test_what_this_host_lacks_does_not_keep_a_stage_from_a_container(tmp_path: Path) -> None:
+    def graph(**refusals: Any) -> Graph:
+        stage = Stage("phase", 1, Config, lambda *_: None, **refusals)
+        node = Node("rlvr", stage, Config(), {}, "rlvr-0123456789ab")
+        return Graph(recipe.load("atom-smoke"), {"rlvr": node})
+
+    here = graph(lack=lambda config: "there is no vLLM here; install it")
+    with pytest.raises(AtomError, match=r"recipe atom-smoke, stage rlvr: there is no vLLM here; install it$"):
+        local.require_inputs(here, Store(tmp_path), ["rlvr"])
+    local.require_inputs(here, Store(tmp_path), ["rlvr"], is_contained=True)
+    nowhere = graph(obstacle=lambda config: "nobody can run this; leave it out")
+    with pytest.raises(AtomError, match="nobody can run this"):
+        local.require_inputs(nowhere, Store(tmp_path), ["rlvr"], is_contained=True)
 
 
 class Sharded(Config):
