@@ -91,15 +91,15 @@ class Receiver:
         self.path, self.join_seconds, self.end = folder / "broadcast.json", 0.0, 0.0
 
     def load(self, weights: Any) -> None:
-        broadcast, start = weights.broadcast, time.monotonic()
+        sender, start = weights.sender, time.monotonic()
         with socket.create_server(("127.0.0.1", 0)) as listener:  # a server's address, of which none but this is asked
             server = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            invitation = broadcast.invite(server)
-        self.path.write_text(json.dumps({**invitation, **broadcast.content, "digest": weights.digest}))
+            invitation = sender.invite(server)
+        self.path.write_text(json.dumps({**invitation, **sender.content, "digest": weights.digest}))
         with subprocess.Popen([sys.executable, "-P", __file__, "--receiver", str(self.path)]) as process:
-            joined = broadcast.join({server: invitation})
+            joined = sender.join({server: invitation})
             self.join_seconds = time.monotonic() - start
-            sent = broadcast.send([server]) if joined else set()
+            sent = sender.send([server]) if joined else set()
             if process.wait(600) or not sent:
                 raise SystemExit("the broadcast did not arrive")
         self.end = float(self.path.with_suffix(".end").read_text())

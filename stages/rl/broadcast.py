@@ -26,15 +26,15 @@ from stages.rl import weights
 from stages.rl.protocols import Sampler
 from stages.rl.samplers.vllm_worker.atom_group import WORKERS, Group, Packet, connect, packets, view
 from stages.rl.samplers.vllm_worker.atom_index import policy_digest
-from stages.rl.weights import Tensors, Weights
+from stages.rl.weights import Sender, Tensors, Weights
 from stages.train.parallel import Ranks
 
 SECONDS = 120.0
 """Within which a group must form, and each of its broadcasts end."""
 
 
-class Broadcast:
-    """One on each rank. `load` is collective; of the others, rank 0's sampler calls those without underscore."""
+class Broadcast(Sender):
+    """One on each rank. `load` is collective; what a `Sender` does, rank 0's sampler asks for meanwhile."""
 
     def __init__(self, tensors: Callable[[], Tensors], ranks: Ranks) -> None:
         """tensors: yields the policy's `hf_tensors`."""
@@ -62,19 +62,19 @@ class Broadcast:
                 self._run(*command)
             return digest
         try:
-            sampler.load(Weights(digest, {}, broadcast=self))
+            sampler.load(Weights(digest, {}, sender=self))
         finally:
             self.ranks.from_first(None)
         return digest
 
+    def has_group(self, server: str) -> bool:
+        return server in self.groups
+
     @property
     def content(self) -> dict[str, Any]:
-        """What a server is told of the tensors that it receives."""
         return {"names": self.names, "rows": self.rows, "roots": self.roots}
 
     def invite(self, server: str) -> dict[str, Any]:
-        """What a server at that URL is told of a new group, which `join` then forms. Raises OSError if it cannot be
-        reached."""
         parts = urlsplit(server)
         with socket.create_connection((parts.hostname or "", parts.port or 80), SECONDS) as line:
             host = str(line.getsockname()[0])
@@ -86,16 +86,13 @@ class Broadcast:
         return {"store": address, "ranks": self.ranks.world, "seconds": SECONDS, "device": device}
 
     def give_up(self, invitation: Mapping[str, Any]) -> None:
-        """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
         with suppress(RuntimeError):  # the store is gone: nobody waits any more
             connect(invitation["store"], SECONDS).set(WORKERS, "0")
 
     def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Forms the groups of invited servers. Returns those that have one."""
         return self._lead("join", {server: invitation["store"] for server, invitation in invitations.items()})
 
     def send(self, servers: Sequence[str]) -> set[str]:
-        """Broadcasts the policy to these servers, which must be receiving. Returns those that got all of it."""
         return self._lead("send", list(servers))
 
     def close(self) -> None:

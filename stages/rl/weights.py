@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,9 +20,6 @@ from stages.rl.samplers.vllm_worker.atom_index import policy_digest, row_of
 from stages.train.checkpoint import release_checkpoint
 from stages.train.full_tensors import FullTensors
 from stages.train.parallel import Ranks
-
-if TYPE_CHECKING:
-    from stages.rl.broadcast import Broadcast
 
 FILE_BYTES = 250_000_000
 """Largest file, unless one tensor is larger."""
@@ -36,16 +33,39 @@ Share = tuple[Rows, dict[str, str]]
 """The tensors of a rank: their entries, and their files."""
 
 
+class Sender(Protocol):
+    """What rank 0's sampler does with all ranks to have them send a policy to servers, which it names by their URLs."""
+
+    def has_group(self, server: str) -> bool:
+        """Whether the ranks are in a group with a server."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What a server is told of the tensors that it receives."""
+
+    def invite(self, server: str) -> dict[str, Any]:
+        """What a server is told of a new group, which `join` then forms. Raises OSError if it cannot be reached."""
+
+    def give_up(self, invitation: Mapping[str, Any]) -> None:
+        """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
+
+    def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Forms the groups of invited servers. Returns those that have one."""
+
+    def send(self, servers: Sequence[str]) -> set[str]:
+        """Sends the policy to these servers, which must be receiving. Returns those that got all of it."""
+
+
 class Weights(Mapping[str, torch.Tensor]):
     """A policy's tensors by transformers' names. digest: of the policy; folder: of the files with them, of which each
-    tensor is then read on access, or None for the trainer's live tensors. broadcast: sends them instead; there are then
+    tensor is then read on access, or None for the trainer's live tensors. sender: sends them instead; there are then
     no tensors here."""
 
     def __init__(
         self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None,
-        broadcast: Broadcast | None = None,
+        sender: Sender | None = None,
     ) -> None:  # fmt: skip
-        self.digest, self.tensors, self.folder, self.broadcast = digest, tensors, folder, broadcast
+        self.digest, self.tensors, self.folder, self.sender = digest, tensors, folder, sender
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]

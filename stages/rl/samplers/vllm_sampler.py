@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -25,10 +25,7 @@ from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.samplers import server_files, vllm_server
 from stages.rl.samplers.server_files import Announced
 from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
-from stages.rl.weights import Weights
-
-if TYPE_CHECKING:
-    from stages.rl.broadcast import Broadcast
+from stages.rl.weights import Sender, Weights
 
 REASON_SECONDS = 5.0
 """How long a server to which a broadcast failed is asked why."""
@@ -122,7 +119,7 @@ class VllmServer(Sampler):
         while missing := [number for number in range(len(prompts)) if number not in answers]:
             if not self.serving:
                 revivals += 1
-                if revivals > REVIVALS or self.weights.broadcast is not None:  # the other ranks do not send now
+                if revivals > REVIVALS or self.weights.sender is not None:  # the other ranks do not send now
                     raise next(iter(self.lost.values()))
                 self._renew()
             # neighbors are often answers to one question, so that one server keeps its cache
@@ -184,8 +181,8 @@ class VllmServer(Sampler):
         update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
         is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
         self._find(is_alone)
-        if self.weights.broadcast is not None:
-            return self._receive(self.weights.broadcast, is_alone)
+        if self.weights.sender is not None:
+            return self._receive(self.weights.sender, is_alone)
 
         def check(server: Server, _: None) -> bool:
             self._check(server, update, is_alone)
@@ -275,17 +272,17 @@ class VllmServer(Sampler):
         """What a server is told of the trainer's model."""
         return {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
 
-    def _receive(self, broadcast: Broadcast, is_alone: bool) -> None:
+    def _receive(self, sender: Sender, is_alone: bool) -> None:
         """Has all servers that are there receive the weights. One that fails is left out, and breaks nothing else."""
         assert self.weights is not None
         digest = self.weights.digest
         invitations: dict[Server, dict[str, Any]] = {}
 
         def greet(server: Server, _: None) -> bool:
-            if server not in self.serving or server.url not in broadcast.groups:
+            if server not in self.serving or not sender.has_group(server.url):
                 self._greet(server, is_alone)
                 try:
-                    invitations[server] = broadcast.invite(server.url)
+                    invitations[server] = sender.invite(server.url)
                 except OSError as error:
                     raise server.lost(str(error)) from None
             return True
@@ -297,13 +294,13 @@ class VllmServer(Sampler):
             try:
                 server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
             except BaseException:
-                broadcast.give_up(invitation)
+                sender.give_up(invitation)
                 raise
 
         def update(server: Server, _: None) -> None:
             server.post("/start_weight_update", attempts=1)
             server.post("/pause?mode=keep")
-            server.post("/update_weights", {"update_info": {"digest": digest, **broadcast.content}}, attempts=1)
+            server.post("/update_weights", {"update_info": {"digest": digest, **sender.content}}, attempts=1)
 
         def finish(server: Server, _: None) -> bool:
             server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
@@ -311,11 +308,11 @@ class VllmServer(Sampler):
             return True
 
         if invitations:
-            joined = self._beside(enter, list(invitations.items()), lambda: broadcast.join(
+            joined = self._beside(enter, list(invitations.items()), lambda: sender.join(
                 {server.url: invitation for server, invitation in invitations.items()}
             ))  # fmt: skip
             present = [server for server in present if server not in invitations or server in joined]
-        taken = self._beside(update, [(server, None) for server in present], lambda: broadcast.send(
+        taken = self._beside(update, [(server, None) for server in present], lambda: sender.send(
             [server.url for server in present]
         ))  # fmt: skip
         self.serving = []
