@@ -499,7 +499,7 @@ def test_a_server_that_is_lost_while_it_receives_breaks_nothing_else(
     if way == "it receives nothing":  # in a group of more haste than that of the other server
         sampler.serving.remove(sampler.servers[0])
         with monkeypatch.context() as patched:
-            patched.setattr(broadcast, "SECONDS", 3.0)
+            patched.setattr(broadcast, "SECONDS", 2.0)
             sending({"model.norm.weight": torch.full((2,), 5.0)})
     one.trouble["/update_weights"] = ["drop"] if way == "it dies" else [{"message": "done"}]
     lost = {**TENSORS, "model.norm.weight": torch.full((2,), 7.0)}

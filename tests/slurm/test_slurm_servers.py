@@ -98,7 +98,10 @@ def test_servers_come_and_go_and_end_with_their_stage(transfer: str, smoke_data:
     before = steps(home)
     slurm_fixtures.until(lambda: steps(home) >= before + 2, "steps with one server", PATIENCE)
     start = announced(home)["0"]["start"]
-    slurm_fixtures.slurm("scontrol", "requeue", f"{third['servers']}_0")
+    if transfer == "folder":
+        slurm_fixtures.slurm("scontrol", "requeue", f"{third['servers']}_0")
+    else:  # vLLM itself dies
+        slurm_fixtures.kill(slurm_fixtures.processes(announced(home)["0"]["host"], b"vllm.entrypoints"))
     slurm_fixtures.until(lambda: announced(home).get("0", {}).get("start", start) > start, "the other start", PATIENCE)
     slurm_fixtures.until(lambda: slurm_fixtures.sealed(home, "rlvr"), "rlvr sealed", PATIENCE)
     slurm_fixtures.until(lambda: not queued(third["servers"]), "the end of the servers", 120)
