@@ -288,7 +288,7 @@ def test_an_asynchronous_phase(served: VllmServer, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(rl_fixtures, "MODEL", {**MODEL, "init_std": rl_fixtures.MODEL["init_std"]})
     rl_fixtures.make(tmp_path / "given")
     phase = {"steps": 6, "validate_every": 3, "release_checkpoint_interval": 3, "asynchronous": {"max_staleness": 2}}
-    settings = rl_fixtures.config(sampling={"kind": "vllm", "max_new_tokens": 40}, **phase)
+    settings = rl_fixtures.config(sampling={"kind": "vllm", "max_new_tokens": 36}, **phase)
     rl_fixtures.rlvr(tmp_path / "given", tmp_path / "work", tmp_path / "out", settings)
     recorded = rl_fixtures.record(tmp_path / "out", tmp_path / "recorded")
     rl_fixtures.rlvr(tmp_path / "given", tmp_path / "work2", tmp_path / "out2", settings, rollouts=recorded)
