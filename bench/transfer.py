@@ -112,19 +112,21 @@ def receive(path: Path) -> None:
     from stages.rl.samplers.vllm_worker.atom_group import PATIENCE, WORKERS, Group, connect, packets, view
     from stages.rl.samplers.vllm_worker.atom_index import row_of
 
-    told = json.loads(path.read_text())
-    store = connect(told["store"], told["seconds"])
+    invitation = json.loads(path.read_text())
+    store = connect(invitation["store"], invitation["seconds"])
     store.set(WORKERS, "1")
-    group = Group(store, told["ranks"], told["ranks"] + 1, told["seconds"], torch.device("cpu"), PATIENCE)
-    for together in packets(told["rows"], told["roots"]):
+    group = Group(
+        store, invitation["ranks"], invitation["ranks"] + 1, invitation["seconds"], torch.device("cpu"), PATIENCE
+    )
+    for together in packets(invitation["rows"], invitation["roots"]):
         buffers = [torch.empty(packet.size, dtype=torch.uint8) for packet in together]
         works = [group.start(buffer, packet.root) for packet, buffer in zip(together, buffers, strict=True)]
         for packet, buffer, work in zip(together, buffers, works, strict=True):
             group.end(work)
             for number, offset in zip(packet.numbers, packet.offsets, strict=True):
-                row = told["rows"][number]
+                row = invitation["rows"][number]
                 if row_of(view(buffer, offset, row)) != row:
-                    raise SystemExit(f"{told['names'][number]} arrived as another tensor")
+                    raise SystemExit(f"{invitation['names'][number]} arrived as another tensor")
     path.with_suffix(".end").write_text(str(time.monotonic()))  # the same clock in all processes
 
 

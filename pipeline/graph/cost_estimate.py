@@ -190,8 +190,8 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
         sentences.append(
             f"beside {' and '.join(served)}, while it runs: {servers.count} jobs of a server with {each}, in no figure"
         )
-    own = (row.estimate.assumed for row in rows if row.state.name in by_name and row.gpus)
-    sentences += [f"assumed: {sentence}" for sentence in dict.fromkeys(own) if sentence]
+    assumptions = (row.estimate.assumed for row in rows if row.state.name in by_name and row.gpus)
+    sentences += [f"assumed: {sentence}" for sentence in dict.fromkeys(assumptions) if sentence]
     reasons: dict[str, list[str]] = {}
     for use in uses:
         if use.why:

@@ -132,28 +132,28 @@ class Broadcast(Sender):
         remaining = {server: self.groups[server] for server in servers}
         tensors = self.tensors()
         for together in packets(self.rows, self.roots):
-            own = {}
+            local_tensors: dict[int, torch.Tensor] = {}
             for number in sorted(number for packet in together for number in packet.numbers):
                 name, tensor = next(tensors)  # collective
                 assert name == self.names[number], "the order of tensors is fixed"
                 if not tensor.is_meta:
-                    own[number] = tensor
-            failed = self._send_packets(together, own, remaining)
+                    local_tensors[number] = tensor
+            failed = self._send_packets(together, local_tensors, remaining)
             for server in set().union(*self.ranks.gather(failed)):
                 self._leave(server)
                 del remaining[server]
         return set(remaining)
 
     def _send_packets(
-        self, together: Sequence[Packet], own: Mapping[int, torch.Tensor], groups: Mapping[str, Group]
+        self, together: Sequence[Packet], local_tensors: Mapping[int, torch.Tensor], groups: Mapping[str, Group]
     ) -> set[str]:
-        """own: this rank's tensors by their numbers. Returns the servers to which it fails."""
+        """local_tensors: this rank's tensors by their numbers. Returns the servers to which it fails."""
         works, failed = [], set()
         for packet in together:
             buffer = torch.empty(packet.size, dtype=torch.uint8, device=self.ranks.device)
             if packet.root == self.ranks.rank:
                 for number, offset in zip(packet.numbers, packet.offsets, strict=True):
-                    view(buffer, offset, self.rows[number]).copy_(own[number])
+                    view(buffer, offset, self.rows[number]).copy_(local_tensors[number])
             # what another rank sends arrives here once in each group, with the same bytes
             works += [(server, buffer, packet.root) for server in groups]
         started = []

@@ -372,8 +372,8 @@ def test_servers_end_with_the_job_of_their_stage(
     launch = Path(f"{servers.launches_folder}/7.0")
     launch.mkdir(parents=True)
     lines = [answer if "exit 1" in answer else f'echo "{answer}"' for answer in answers]
-    asked = "\n".join(f"[ $count = {n} ] && {{ {line}; exit; }}" for n, line in enumerate(lines[:-1], start=1))
-    monkeypatch.setitem(STUBS, "squeue", f"echo >> $PLACE/asked; count=$(wc -l < $PLACE/asked)\n{asked}\n{lines[-1]}")
+    replies = "\n".join(f"[ $count = {n} ] && {{ {line}; exit; }}" for n, line in enumerate(lines[:-1], start=1))
+    monkeypatch.setitem(STUBS, "squeue", f"echo >> $PLACE/asked; count=$(wc -l < $PLACE/asked)\n{replies}\n{lines[-1]}")
     monkeypatch.setitem(STUBS, "sleep", "case $1 in 120) exec /bin/sleep 20 ;; *) exec /bin/sleep 0.05 ;; esac")
     # the server ends when it sees the file, or after the controller was asked some times
     decide = f"printf 'sealed\\n\\nover\\n' > {launch}/decision; exit 0"

@@ -171,9 +171,9 @@ def test_gpus_of_a_stage_that_does_not_train() -> None:
     )
     asks = plan.StagePlan(State("it", "it-0", "to run"), estimate, {}, 1, {}, None, shards=2, gpus=4)
     gpu = {"partition": "g", "minutes": 240, "gpus_per_node": 4, "memory_gb": 100}
-    own = BODY | {"slurm": {**BODY["slurm"], "gpu": gpu}}
-    assert misfits([asks], Profile.model_validate(own)) == {}
-    (use,) = forecast([asks], Profile.model_validate(own), small=False).uses
+    with_gpus = BODY | {"slurm": {**BODY["slurm"], "gpu": gpu}}
+    assert misfits([asks], Profile.model_validate(with_gpus)) == {}
+    (use,) = forecast([asks], Profile.model_validate(with_gpus), small=False).uses
     assert (use.gpu_hours, use.hours, use.core_hours) == (36, 1 + (9 - 1) / 2, 0)
     reasons = misfits([asks], Profile.model_validate(BODY))["it"]
     assert reasons == (
@@ -183,7 +183,7 @@ def test_gpus_of_a_stage_that_does_not_train() -> None:
         misfits([asks], Profile.model_validate(BODY | {"slurm": {**BODY["slurm"], "gpu": {**gpu, "gpus_per_node": 2}}}))
     on_cores = BODY | {"slurm": {**BODY["slurm"], "gpu": {**gpu, "gpus_per_node": 0, "memory_gb": 404}}}
     assert not any("memory" in reason for reason in misfits([asks], Profile.model_validate(on_cores))["it"])
-    assert fit.unlimited([asks], Profile.model_validate(own)) is None
+    assert fit.unlimited([asks], Profile.model_validate(with_gpus)) is None
 
 
 def test_every_stage_of_a_packaged_recipe_is_judged(tmp_path: Path) -> None:

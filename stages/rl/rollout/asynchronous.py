@@ -365,8 +365,8 @@ class LiveGroups:
 
 def is_of(group: Group, answers: Sequence[Rollout]) -> bool:
     """Whether the answers are to the tasks of the group, by their seeds."""
-    asked = [(row["id"], seed, group.number, group.version) for row, seed in group.requests]
-    return asked == [(r.task, r.seed, r.group, r.issued) for r in answers]
+    requested = [(row["id"], seed, group.number, group.version) for row, seed in group.requests]
+    return requested == [(r.task, r.seed, r.group, r.issued) for r in answers]
 
 
 def policies_of(answers: Sequence[Rollout]) -> set[str]:

@@ -242,9 +242,9 @@ class VllmServer(Sampler):
             return
         end, is_noted = time.monotonic() + self.search.seconds, False
         while True:
-            found = server_files.read(Path(self.search.folder), self.search.run)
+            announced = server_files.read(Path(self.search.folder), self.search.run)
             # one that was started again is another server, at the same address or not
-            self.announced = {server: self.announced.get(server) or Server(server.url) for server in found}
+            self.announced = {server: self.announced.get(server) or Server(server.url) for server in announced}
             present = list(self.announced.values())
             urls = {server.url for server in present}
             self.serving = [server for server in self.serving if server in present or server.url not in urls]

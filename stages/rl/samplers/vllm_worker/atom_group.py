@@ -95,11 +95,11 @@ def packets(rows: Sequence[Mapping[str, Any]], roots: Sequence[int]) -> Iterator
 
 
 def _packet(rows: Sequence[Mapping[str, Any]], roots: Sequence[int], root: int, numbers: range) -> Packet:
-    own, offsets, size = tuple(number for number in numbers if roots[number] == root), [], 0
-    for number in own:
+    sent_here, offsets, size = tuple(number for number in numbers if roots[number] == root), [], 0
+    for number in sent_here:
         offsets.append(size)
         size += -(-bytes_of(rows[number]) // ALIGNMENT) * ALIGNMENT
-    return Packet(root, own, tuple(offsets), size)
+    return Packet(root, sent_here, tuple(offsets), size)
 
 
 def view(buffer: torch.Tensor, offset: int, row: Mapping[str, Any]) -> torch.Tensor:
