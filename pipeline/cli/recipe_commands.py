@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ from pipeline.operations.command_options import (
 )
 
 app = typer.Typer()
+WIDTH = 160
+"""Of what `atom plan` prints, as its tables need it."""
 
 
 @app.command()
@@ -101,7 +104,7 @@ def plan(
         console().print()
         console().print(simulation_table(name, result))
     for text in plan.remarks(rows):
-        print(text)
+        print(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
     fit.require_publishable(rows)
 
 
