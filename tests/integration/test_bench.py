@@ -217,6 +217,7 @@ def test_verify_benchmark() -> None:
     assert "MB/s" in head and ours.startswith("atom verify") and theirs.startswith("sha256sum")
 
 
+@at_length("benchmarks", 12)
 def test_filters_benchmark() -> None:
     """With our words in its blocks, datatrove keeps the same texts and gives the same reasons."""
     summary, head, ours, theirs = run_quick("filters")
@@ -224,6 +225,7 @@ def test_filters_benchmark() -> None:
     assert "CPU s a MB" in head and ours.startswith("ours") and theirs.startswith("datatrove")
 
 
+@at_length("benchmarks", 10)
 def test_deduplication_benchmark() -> None:
     table = run_quick("dedup")
     names = ("ours ", "datatrove, our words", "ours, exact only", "Marin, MinHash", "Marin, exact")

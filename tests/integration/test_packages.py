@@ -267,6 +267,7 @@ def order_of(home: Path) -> Counter[str]:
     return counts
 
 
+@at_length("packages", 25)
 def test_packages_reach_the_order(folder: Path, tmp_path: Path) -> None:
     """Packages of a few hundred documents, by the command line, to the order of pre-training."""
     drawn, words = (

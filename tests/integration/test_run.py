@@ -17,7 +17,7 @@ import pytest
 from pipeline.core import provenance
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
-from tests.fixtures.run_fixtures import DATA, SOAK, UNTRACKED, atom, copy_sealed, digests
+from tests.fixtures.run_fixtures import DATA, SOAK, UNTRACKED, at_length, atom, copy_sealed, digests
 
 
 def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -155,6 +155,7 @@ def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_pat
     assert sealed.items() <= digests(smoke_home).items() and any(key.startswith(f"{last}-") for key in sealed)
 
 
+@at_length("training", 25)
 def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     copy_sealed(smoke_home, home, "acquire", "items", "tasks", "filter")
