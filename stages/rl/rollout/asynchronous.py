@@ -5,8 +5,9 @@ Timing decides that order, and nothing else: group n is issued when n + 1 - `que
 task comes from the curriculum as it is then, and its seeds from its number. So the order in which groups were taken,
 with their answers, determines all tasks and updates, and a replay from `rollouts.parquet` is exact.
 
-A kill loses no finished group. The order of each step is on disk before its update, and an attempt that resumes before
-that step takes the same groups again. Groups in flight are issued again, with their numbers and seeds.
+A kill loses no finished group; a crash of the machine may, which is then drawn again. The order of each step is on disk
+before its update, and an attempt that resumes before that step takes the same groups again. Groups in flight are issued
+again, with their numbers and seeds.
 """
 
 from __future__ import annotations
@@ -340,7 +341,7 @@ class LiveGroups:
                 spans: list[Span] = [{"version": None, "policy": p, "tokens": n} for p, n in completion.versions]
                 answer = unscored(0, 0, spans[0]["policy"], row, seed, self.policy.chat, completion)
                 answers.append(replace(answer, group=group.number, sample=sample, issued=group.version, versions=spans))
-            rollouts.write(self._path(group.number).with_suffix(".drawn"), answers)
+            rollouts.write(self._path(group.number).with_suffix(".drawn"), answers, durable=False)
         with self.changed:
             self.drawing -= 1
             if not self.drawing:
@@ -356,7 +357,7 @@ class LiveGroups:
             self._release()
             return
         answers = scored([row for row, _ in group.requests], answers, self.policy)
-        rollouts.write(self._path(group.number), answers)
+        rollouts.write(self._path(group.number), answers, durable=False)
         drawn_path.unlink()
         with self.changed:
             self.finished.append((group.number, answers))

@@ -94,8 +94,8 @@ def schema(routes: bool = False, asynchronous: bool = False) -> pa.Schema:
     return pa.schema([(name, types.get(name, text)) for name in names])
 
 
-def write(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """Writes the file atomically."""
+def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None:
+    """Writes the file atomically. durable: waits until it is on disk, so that a crash of the machine keeps it too."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -105,8 +105,9 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     present = (any(getattr(r, name) is not None for r in rollouts) for name in ("routes", "versions"))
     table = pa.Table.from_pylist(rows, schema(*present))
     pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
+    if durable:
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
     os.rename(partial, path)
 
 
