@@ -21,7 +21,7 @@ from pipeline.core.errors import AtomError, CheckFailed, Interrupted
 from release.audit.replay.post_training import require_same_consumption
 from stages.models.hf import hf_config
 from stages.rl.config import RlPhase
-from stages.rl.protocols import Prompt, Response, VerifierFailed
+from stages.rl.protocols import Prompt, Response, VerifierFailed, to_row
 from stages.rl.rollout import generation, rollouts
 from stages.rl.rollout.asynchronous import LiveGroups
 from stages.rl.samplers.generate import InProcess
@@ -103,6 +103,20 @@ def test_the_process_draws_what_the_in_process_sampler_draws(tmp_path: Path) -> 
     assert process.process.poll() is not None
     with pytest.raises(AtomError, match="ended"):
         sampler.generate(requests)
+
+
+def test_a_question_is_its_own_whichever_thread_asks(tmp_path: Path) -> None:
+    one, other = (to_row(name, name, verifier="exact", kind="word", level=1) for name in ("one", "other"))
+    chat = generation.Chat(rl_fixtures.tokenizer(tmp_path / "tokenizer"))
+    expected, between = chat.encode_prompt(one), (other, chat.encode_prompt(other))
+
+    class Interrupted(generation.Chat):
+        """Another thread asks another question as soon as one is stored."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, between if name == "_latest" and value is not None else value)
+
+    assert Interrupted(tmp_path / "tokenizer").encode_prompt(one) == expected != between[1]
 
 
 def require_all_counted(out: Path, queue_groups: int = 8) -> None:

@@ -46,9 +46,10 @@ class Chat:
     def encode_prompt(self, row: Row) -> tuple[int, ...]:
         """The token ids of a task's question up to the assistant's turn. Raises AtomError if the question contains the
         name of a special token."""
-        if self._latest is None or self._latest[0] is not row:  # the answers of a group come one after another
-            self._latest = row, self._encode_prompt(row)
-        return self._latest[1]
+        latest = self._latest  # read once: several threads may draw
+        if latest is None or latest[0] is not row:  # the answers of a group come one after another
+            latest = self._latest = row, self._encode_prompt(row)
+        return latest[1]
 
     def _encode_prompt(self, row: Row) -> tuple[int, ...]:
         messages = row["responses_create_params"]["input"]
