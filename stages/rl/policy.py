@@ -192,10 +192,9 @@ def unscored(
     """An answer of a policy as it is drawn: without group, sample, reward and reason to drop it."""
     return Rollout(
         step=step, wave=wave, group=0, sample=0, task=row["id"], kind=row["kind"], level=int(row["level"]),
-        policy=digest, seed=seed, prompt_ids=list(chat.encode_prompt(row)), ids=completion.ids,
-        logprobs=completion.logprobs, text=chat.response(completion).text, finished=completion.finished, reward=0.0,
-        parts={}, verifier=row["verifier"], verifier_version="", dropped="",
-        routes=completion.routes,
+        policy=digest, seed=seed, prompt_ids=list(chat.encode_prompt(row)), ids=list(completion.ids),
+        logprobs=list(completion.logprobs), text=chat.response(completion).text, finished=completion.finished,
+        reward=0.0, parts={}, verifier=row["verifier"], verifier_version="", dropped="", routes=completion.routes,
     )  # fmt: skip
 
 

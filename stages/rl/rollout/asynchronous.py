@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from pipeline.core.errors import MachineError
 from stages.data.seeds import seed_of
 from stages.rl.config import RlPhase
 from stages.rl.policy import Policy, RecordedRollouts, RolloutFiles, scored, unscored
-from stages.rl.protocols import Row
+from stages.rl.protocols import Completion, Row
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout, Span
@@ -144,8 +144,8 @@ def oldest_version(answers: Sequence[Rollout]) -> int:
 
 
 class LiveGroups:
-    """Draws and scores groups in threads, and keeps those that are finished and not taken in files:
-    `group-<number>.parquet`, before they are scored `.drawn`."""
+    """Draws and scores groups in threads, and keeps those that are not taken in files, one for the groups that were
+    drawn at once: `groups-<number of the draw>.parquet`, before they are scored `.drawn`."""
 
     def __init__(self, files: RolloutFiles, policy: Policy, phase: RlPhase, step: int) -> None:
         """step: the last finished one. Later ones of an earlier attempt are taken again as they were."""
@@ -153,17 +153,22 @@ class LiveGroups:
         self.files, self.policy, self.note = files, policy, files.report.note
         self.samples = phase.num_generations
         self.timeout = phase.asynchronous.starvation_timeout_seconds
+        self.changed = threading.Condition()
         self.groups: dict[int, Group] = {}
         """Those that are issued and not taken."""
         self.taken_before = self._read_steps(step)
         """{step: the groups that it took in an earlier attempt}"""
+        self.on_disk: dict[int, Path] = {}
+        """By number of a group: the file that holds its answers."""
+        self.unscored, self.scored = self._read("drawn"), self._read("parquet")
+        """By number of a group: the answers that an earlier attempt drew, and those that it scored too."""
+        self.draws = 1 + max((int(path.stem.split("-")[1]) for path in files.folder.glob("groups-*")), default=0)
         self.pending: list[Group] = []
         self.finished: list[tuple[int, list[Rollout]]] = []
         self.error: BaseException | None = None
         self.released = 0
         """How many of `pending` may be drawn."""
         self.closed = False
-        self.changed = threading.Condition()
         self.since, self.drawing, self.idle, self.waited, self.all_waited = time.monotonic(), 0, 0.0, 0.0, 0.0
         self.idle_since: float | None = self.since
         self.serves_many = policy.sampler.serves_many
@@ -204,8 +209,7 @@ class LiveGroups:
             self._forget_from(step)
         self.taken_before.pop(step, None)
         self.files.write(step, 0, answers)
-        for number in {r.group for r in answers}:
-            self._path(number).unlink(missing_ok=True)
+        self._store({r.group for r in answers}, None)
         self._release()
         self._report(step, queued)
 
@@ -249,19 +253,36 @@ class LiveGroups:
                 self.changed.notify_all()
 
     def _restore_or_draw(self, group: Group) -> None:
-        answers = self.files.read(self._path(group.number))
-        if answers is not None and is_of(group, answers):
-            with self.changed:
+        answers = self.scored.pop(group.number, [])
+        with self.changed:
+            if is_of(group, answers):
                 self.finished.append((group.number, answers))
-        else:
-            with self.changed:
+            else:
                 self.pending.append(group)
 
     def _draw_again(self, group: Group) -> None:
-        for suffix in (".parquet", ".drawn"):
-            self._path(group.number).with_suffix(suffix).unlink(missing_ok=True)
+        self._store([group.number], None)
         with self.changed:
             self.pending.append(group)
+
+    def _read(self, suffix: str) -> dict[int, list[Rollout]]:
+        groups: dict[int, list[Rollout]] = {}
+        for path in sorted(self.files.folder.glob(f"groups-*.{suffix}")):
+            answers = self.files.read(path) or []
+            here = {answers[n].group: answers[n : n + self.samples] for n in range(0, len(answers), self.samples)}
+            self._store(here, path)
+            groups |= here
+        return groups
+
+    def _store(self, numbers: Iterable[int], path: Path | None) -> None:
+        """Notes the file that holds the answers of the groups now, or none. Removes those that hold nothing now."""
+        with self.changed:
+            before = {self.on_disk.pop(number) for number in numbers if number in self.on_disk}
+            if path is not None:
+                self.on_disk |= dict.fromkeys(numbers, path)
+            before -= set(self.on_disk.values())
+        for unused in before:
+            unused.unlink(missing_ok=True)
 
     def _read_steps(self, last: int) -> dict[int, list[list[Rollout]]]:
         """The groups of the steps after the last one, as far as they are on disk one by one."""
@@ -286,9 +307,6 @@ class LiveGroups:
         for path in self.files.all():
             if int(path.name.split("-")[0]) >= step:
                 path.unlink()
-
-    def _path(self, number: int) -> Path:
-        return self.files.folder / f"group-{number:09d}.parquet"
 
     def _report(self, step: int, queued: int) -> None:
         """The metrics of the time since the last step took its groups."""
@@ -332,36 +350,41 @@ class LiveGroups:
             return groups
 
     def _draw(self, groups: Sequence[Group]) -> None:
-        unread = [group for group in groups if not self._path(group.number).with_suffix(".drawn").exists()]
-        completions = iter(self.policy.draw([request for group in unread for request in group.requests]))
-        for group in unread:
-            answers = []
-            for sample, (row, seed) in enumerate(group.requests):
-                completion = next(completions)
-                spans: list[Span] = [{"version": None, "policy": p, "tokens": n} for p, n in completion.versions]
-                answer = unscored(0, 0, spans[0]["policy"], row, seed, self.policy.chat, completion)
-                answers.append(replace(answer, group=group.number, sample=sample, issued=group.version, versions=spans))
-            rollouts.write(self._path(group.number).with_suffix(".drawn"), answers, durable=False)
+        """Draws and scores the groups. Their answers are on disk before they are scored."""
+        with self.changed:
+            path = self.files.folder / f"groups-{self.draws:06d}.drawn"
+            self.draws += 1
+            earlier = [self.unscored.pop(group.number, []) for group in groups]
+        earlier = [answers if is_of(group, answers) else [] for group, answers in zip(groups, earlier, strict=True)]
+        new = [group for group, answers in zip(groups, earlier, strict=True) if not answers]
+        completions = iter(self.policy.draw([request for group in new for request in group.requests]))
+        drawn = [answers or self._unscored(group, completions) for group, answers in zip(groups, earlier, strict=True)]
+        self._write(path, groups, drawn)
         with self.changed:
             self.drawing -= 1
             if not self.drawing:
                 self.idle_since = time.monotonic()
-        for group in groups:
-            self._score(group)
-
-    def _score(self, group: Group) -> None:
-        drawn_path = self._path(group.number).with_suffix(".drawn")
-        answers = self.files.read(drawn_path)
-        if answers is None or not is_of(group, answers):  # of an earlier attempt
-            self._draw_again(group)
-            self._release()
-            return
-        answers = scored([row for row, _ in group.requests], answers, self.policy)
-        rollouts.write(self._path(group.number), answers, durable=False)
-        drawn_path.unlink()
+        rows = [row for group in groups for row, _ in group.requests]
+        answers = scored(rows, [answer for each in drawn for answer in each], self.policy)
+        by_group = [answers[n : n + self.samples] for n in range(0, len(answers), self.samples)]
+        self._write(path.with_suffix(".parquet"), groups, by_group)
         with self.changed:
-            self.finished.append((group.number, answers))
+            self.finished += zip((group.number for group in groups), by_group, strict=True)
             self.changed.notify_all()
+
+    def _unscored(self, group: Group, completions: Iterator[Completion]) -> list[Rollout]:
+        answers = []
+        for sample, (row, seed) in enumerate(group.requests):
+            completion = next(completions)
+            spans: list[Span] = [{"version": None, "policy": p, "tokens": n} for p, n in completion.versions]
+            answer = unscored(0, 0, spans[0]["policy"], row, seed, self.policy.chat, completion)
+            answers.append(replace(answer, group=group.number, sample=sample, issued=group.version, versions=spans))
+        return answers
+
+    def _write(self, path: Path, groups: Sequence[Group], answers: Iterable[Sequence[Rollout]]) -> None:
+        """Writes the answers of each group to the file that holds them from now on."""
+        rollouts.write(path, [answer for each in answers for answer in each], durable=False)
+        self._store([group.number for group in groups], path)
 
 
 def is_of(group: Group, answers: Sequence[Rollout]) -> bool:

@@ -70,13 +70,15 @@ def take(folder: Path, start: int, state: Any, log: list[dict[str, Any]], upto: 
     files: Any = RolloutFiles(folder, RecordingReport())
     live = LiveGroups(files, policy, PHASE, start)  # type: ignore[arg-type]
     intake.begin(live, log)
-    for step in range(start + 1, upto + 1):
-        policy.digest = f"{name}{step - 1}" if step > start + 1 else f"first{step - 1}"
-        answers = intake.take(step, policy.digest, mark)
-        log.append({"step": step, "policy": policy.digest})
-        taken[step] = answers, {"curriculum": curriculum.copy(), "queue": intake.state()}
-    live.close()
-    live.join()
+    try:
+        for step in range(start + 1, upto + 1):
+            policy.digest = f"{name}{step - 1}" if step > start + 1 else f"first{step - 1}"
+            answers = intake.take(step, policy.digest, mark)
+            log.append({"step": step, "policy": policy.digest})
+            taken[step] = answers, {"curriculum": curriculum.copy(), "queue": intake.state()}
+    finally:
+        live.close()
+        live.join()
     return taken
 
 
@@ -87,14 +89,20 @@ def test_a_kill_loses_nothing_and_counts_nothing_twice(tmp_path: Path, seed: int
     log: list[dict[str, Any]] = []
     before = take(tmp_path, 0, None, log, 5, "first", many)
     resumed = seed % 5
-    for path in sorted(tmp_path.glob("group-*.parquet")):
+    unscored: list[Path] = []
+    for path in sorted(tmp_path.glob("groups-*.parquet")):
         fate = rng.random()
         if fate < 0.3:
             path.unlink()
         elif fate < 0.6:
-            path.rename(path.with_suffix(".drawn"))
+            unscored.append(path)
         elif fate < 0.8:
             path.write_bytes(b"PAR1 no Parquet PAR1")
+    if unscored:  # they were drawn at once
+        answers = [answer for path in unscored for answer in rollouts.read(path)]
+        rollouts.write(unscored[0].with_suffix(".drawn"), answers)
+        for path in unscored:
+            path.unlink()
     if seed == 7:
         (tmp_path / "000005-0.parquet").write_bytes(b"")
     state = before[resumed][1] if resumed else None
@@ -118,6 +126,31 @@ def test_a_kill_loses_nothing_and_counts_nothing_twice(tmp_path: Path, seed: int
     assert all(versions[span["policy"]] == span["version"] for span in spans), (
         "a policy that this attempt does not have"
     )
+    assert not list(tmp_path.glob("*.drawn")), "all that was drawn is scored"
+
+
+@pytest.mark.parametrize("many", (False, True))
+def test_unscored_answers_are_scored_and_not_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: bool
+) -> None:
+    """The verifier fails after the answers were drawn."""
+    score, numbers = Policy.score, iter(range(100))
+    monkeypatch.setattr(Policy, "score", lambda self, rows, completions: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        take(tmp_path, 0, None, [], 1, "first", many)
+    drawn = [answer for path in sorted(tmp_path.glob("*.drawn")) for answer in rollouts.read(path)]
+    assert drawn
+    monkeypatch.setattr(Policy, "score", score)
+    monkeypatch.setattr(
+        Policy, "draw",
+        lambda self, requests: [Completion((91, next(numbers)), (-1.0, -2.0), True, versions=(("first0", 2),))
+                                for _ in requests],
+    )  # fmt: skip
+    ((answers, _),) = take(tmp_path, 0, None, [], 1, "first", many).values()
+    earlier = {answer.seed: list(answer.ids) for answer in drawn}
+    both = [answer for answer in answers if answer.seed in earlier]
+    assert both and all(list(answer.ids) == earlier[answer.seed] for answer in both)
+    assert all(answer.ids[0] == 91 for answer in answers if answer.seed not in earlier)
 
 
 def test_an_error_of_the_sampler_reaches_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
