@@ -146,7 +146,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.assembly.data_facts import canary_of, read_data_facts
     from release.assembly.model_facts import read_model_facts
     from release.assembly.receipts import receipt_path, write_receipts
-    from release.audit import merkle
+    from release.audit import independent_verifier, merkle
     from release.cards import croissant, render, tables
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
@@ -166,6 +166,8 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
         assembly.include(path, f"evidence/metrics/{node}.jsonl", "timed metrics of the run")
     assembly.json("evidence/environment.json", source.environment, "environment of the build")
     assembly.json("evidence/recipe.json", source.recipe, "resolved recipe")
+    second = Path(independent_verifier.__file__)
+    assembly.include(second, f"evidence/{second.name}", "a second verifier, which follows docs/formats.md alone")
     release = describe(source)
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -287,6 +289,7 @@ def test_a_release_states_the_earlier_run_that_its_own_went_on_from(smoke_home: 
     atom(home, "build", changed)
     release = home / "releases" / "changed-0.1.0"
     assert "verified" in atom(home, "verify", "--deep", str(release)).stdout
+    assert subprocess.run([sys.executable, "-I", release / "evidence/independent_verifier.py", release]).returncode == 0
     card = (release / "model/README.md").read_text()
     assert (
         f"- midtrain: steps 1 to 75 by `{first.nodes['midtrain'].key}`; from step 76 on with other settings: " in card

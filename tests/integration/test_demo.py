@@ -60,6 +60,8 @@ def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
     page = atom(demo_home, "show", str(release)).stdout
     gates = json.loads((release / "evidence/gates.json").read_text())
     assert f"checks: {len(gates)} gates, all passed" in page and "the key sha256:" in page
+    second = subprocess.run([sys.executable, "-I", release / "evidence/independent_verifier.py", release])
+    assert second.returncode == 0
 
 
 def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: Path) -> None:
