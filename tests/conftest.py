@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pipeline.core.stage import Stage
 from pipeline.core.store import Artifact, write_manifest
 from release.assembly import build_release as builder
-from tests.fixtures import audit_fixtures, release_fixtures, slurm_fixtures, train_fixtures
+from tests.fixtures import audit_fixtures, load_fixtures, release_fixtures, slurm_fixtures, train_fixtures
 from tests.fixtures.opt_out_release_fixtures import earlier_release, later_release  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import RecordingReport, atom, copy_sealed
 from tests.fixtures.verifier_fixtures import gym, maths, serve  # noqa: F401 - fixtures
@@ -158,6 +158,13 @@ def smoke_home(smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     # a minute on an idle machine; a loaded one decides no verdict
     atom(home, "run", "atom-smoke", timeout=1800, MLFLOW_TRACKING_URI="")
     return home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_models_are_loaded_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = tmp_path_factory.getbasetemp()
+    audit_fixtures.loads = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "loads"
+    load_fixtures.share(audit_fixtures.loads)
 
 
 @pytest.fixture(scope="session")
