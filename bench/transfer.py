@@ -3,6 +3,7 @@
     .venv/bin/python bench/transfer.py               # 10⁷ to 2·10⁸ parameters, about a minute
     .venv/bin/python bench/transfer.py --quick       # two tiny models
     .venv/bin/python bench/transfer.py --full        # also 10⁹, about three minutes
+    .venv/bin/python bench/transfer.py --groups      # connections and seconds by ranks and servers, some two minutes
 
 Each model is a mixture of experts in bf16 on two expert-parallel ranks, with initial weights and no optimizer. `write`
 is the transfer by the folder up to the sealed index, with all digests; `growth` the most that a rank's memory grew
@@ -12,6 +13,9 @@ that receives and checks as a server's only worker does, with all digests on bot
 
 Beneath the table stand transfers at two larger sizes, computed from the measured rate of a rank or server, and from a
 stated bandwidth of the shared folder, or of the network of a server's rank; a server's own loading is not in them.
+
+`--groups` has data-parallel ranks of one model, and servers that are one process each. It counts the TCP connections
+that the ranks hold more than before, with the ranks in the groups that send, and with all of them.
 
 The last line is one JSON object. Its ratio is the limit, twice the bytes of a file and of the largest tensor, divided
 by the largest growth, by folder or by broadcast: 1 or more holds it.
@@ -30,6 +34,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,24 +91,44 @@ class Growth:
 
 
 class Receiver:
-    """What a broadcast takes for a sampler: it has one server, a process that receives as a worker of vLLM does."""
+    """What a broadcast takes for a sampler: each of its servers is a process that receives as a worker of vLLM does."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path, self.join_seconds, self.end = folder / "broadcast.json", 0.0, 0.0
+    def __init__(self, folder: Path, servers: int = 1) -> None:
+        self.paths = [folder / f"broadcast-{number}.json" for number in range(servers)]
+        self.join_seconds = self.end = 0.0
 
     def load(self, weights: Any) -> None:
         sender, start = weights.sender, time.monotonic()
-        with socket.create_server(("127.0.0.1", 0)) as listener:  # a server's address, of which none but this is asked
-            server = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            invitation = sender.invite(server)
-        self.path.write_text(json.dumps({**invitation, **sender.content, "digest": weights.digest}))
-        with subprocess.Popen([sys.executable, "-P", __file__, "--receiver", str(self.path)]) as process:
-            joined = sender.join({server: invitation})
+        invitations = {}
+        for path in self.paths:
+            with socket.create_server(("127.0.0.1", 0)) as listener:  # a server's address, of which none else is asked
+                server = f"http://127.0.0.1:{listener.getsockname()[1]}"
+                invitations[server] = sender.invite(server)
+            path.write_text(json.dumps({**invitations[server], **sender.content, "digest": weights.digest}))
+        with ExitStack() as stack:
+            command = [sys.executable, "-P", __file__, "--receiver"]
+            processes = [stack.enter_context(subprocess.Popen([*command, str(path)])) for path in self.paths]
+            joined = sender.join(invitations)
             self.join_seconds = time.monotonic() - start
-            sent = sender.send([server]) if joined else set()
-            if process.wait(600) or not sent:
+            sent = sender.send(list(joined))
+            if any(process.wait(600) for process in processes) or len(sent) < len(self.paths):
                 raise SystemExit("the broadcast did not arrive")
-        self.end = float(self.path.with_suffix(".end").read_text())
+        self.end = max(float(path.with_suffix(".end").read_text()) for path in self.paths)
+
+
+def connections() -> int:
+    """TCP connections of this process."""
+    inodes = {link[8:-1] for link in map(_target, Path("/proc/self/fd").iterdir()) if link.startswith("socket:[")}
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{name}").read_text().splitlines()
+    ]
+    return sum(fields[9] in inodes and fields[3] == "01" for fields in lines)  # 01: established
+
+
+def _target(path: Path) -> str:
+    with suppress(OSError):  # of this very listing
+        return os.readlink(path)
+    return ""
 
 
 def receive(path: Path) -> None:
@@ -157,7 +183,8 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
             full = FullTensors(local, shapes, config.tie_embeddings)
             digest, place = weights.write(weights.hf_tensors(full, config, PADDED), ranks, folder)
         seconds = time.monotonic() - start
-        sender = Broadcast(lambda: weights.hf_tensors(full, config, PADDED), ranks)
+        first = FullTensors(local, shapes, config.tie_embeddings, by_turns=False)
+        sender = Broadcast(lambda turns: weights.hf_tensors(full if turns else first, config, PADDED), ranks)
         receiver: Any = Receiver(folder) if ranks.first else None
         ranks.barrier()
         start = time.monotonic()
@@ -179,22 +206,91 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
             print(json.dumps(asdict(row)))
 
 
-def measure(config: Qwen3MoeConfig) -> Measured:
+def group_child(folder: Path, servers: int, everyone: bool, config: Qwen3MoeConfig) -> None:
+    """A data rank, which all hold the whole model: forms the groups and sends twice; rank 0 prints what it took."""
+    from stages.mcore.parallel_layout import Layout
+    from stages.mcore.weight_init import Initial
+    from stages.rl import weights
+    from stages.rl.broadcast import Broadcast
+    from stages.train import parallel
+    from stages.train.full_tensors import FullTensors
+
+    class All(Broadcast):
+        def _choose_senders(self) -> None:
+            super()._choose_senders()
+            self.roots = [self.senders[root] for root in self.roots]
+            self.senders = list(range(self.ranks.world))
+
+    shapes, world = config.shapes(PADDED), int(os.environ["WORLD_SIZE"])
+    initial = Initial(shapes, config, 0)
+    local = {name: initial[name].bfloat16() for name in shapes}
+    with parallel.session(0, Layout(ranks=world)) as ranks:
+        sides = {turns: FullTensors(local, shapes, config.tie_embeddings, turns) for turns in (True, False)}
+        sender = (All if everyone else Broadcast)(lambda turns: weights.hf_tensors(sides[turns], config, PADDED), ranks)
+        receiver: Any = Receiver(folder, servers) if ranks.first else None
+        ranks.barrier()
+        before, start = connections(), time.monotonic()
+        grown = 0
+        run = sender._run
+
+        def counted(action: str, argument: Any) -> set[str]:
+            nonlocal grown
+            done = run(action, argument)
+            grown = max(grown, connections() - before)
+            return done
+
+        sender._run = counted  # type: ignore[method-assign]
+        sender.load(receiver)
+        held = ranks.gather(grown)
+        sender.close()
+        if ranks.first:
+            send = receiver.end - start - receiver.join_seconds
+            print(json.dumps([len(sender.senders), sum(held), max(held), receiver.join_seconds, send]))
+
+
+def measure_groups(config: Qwen3MoeConfig, worlds: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
+    """Prints a line for each number of ranks and of servers; returns the last line."""
+    print(f"{'ranks':>6}{'servers':>9}" + "".join(f"{head:>34}" for head in ("ranks that send", "all ranks")))
+    print(f"{'':>15}" + 2 * f"{'connections':>14}{'join':>10}{'send':>10}")
+    ratio = 1.0
+    for world in worlds:
+        for servers in counts:
+            rows = [run_group(config, world, servers, everyone) for everyone in (False, True)]
+            ratio = max(1, rows[1][1]) / max(1, rows[0][1])
+            print(f"{world:>6}{servers:>9}" + "".join(f"{held:>14}{join:>8.2f} s{send:>8.2f} s"
+                                                      for _, held, _, join, send in rows), flush=True)  # fmt: skip
+    return {"name": "transfer", "ratio": ratio, "low": ratio, "high": ratio, "target": 1.0,
+            "unit": "connections with all ranks in the groups / with those that send, of the last line",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"}  # fmt: skip
+
+
+def run_group(config: Qwen3MoeConfig, world: int, servers: int, everyone: bool) -> list[Any]:
+    """[ranks in a group, connections of all ranks, the most of one, seconds to form the groups, seconds to send]."""
+    row: list[Any] = run_ranks(world, config, "--group", str(servers), str(int(everyone)))
+    return row
+
+
+def run_ranks(world: int, config: Qwen3MoeConfig, kind: str, *arguments: str) -> Any:
+    """What rank 0 prints last, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
+        common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": str(free_port())}  # fmt: skip
-        command = [sys.executable, "-P", __file__, "--child", folder, config.model_dump_json()]
+        command = [sys.executable, "-P", __file__, kind, folder, *arguments, config.model_dump_json()]
         processes = [
             subprocess.Popen(
                 command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            ) for rank in range(RANKS)
+            ) for rank in range(world)
         ]  # fmt: skip
         outputs = [process.communicate() for process in processes]
         for process, (_, errors) in zip(processes, outputs, strict=True):
             if process.returncode:
                 raise SystemExit(f"{config.describe()}:\n{errors[-3000:]}")
-    row = Measured(**json.loads(outputs[0][0].splitlines()[-1]))
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+def measure(config: Qwen3MoeConfig) -> Measured:
+    row = Measured(**run_ranks(RANKS, config, "--child"))
     sizes = (row.bytes, row.held, row.growth, row.send_growth, row.read_growth, row.tensor)
     print(f"{row.parameters:>13,}{row.write:8.2f} s{row.check:8.2f} s{row.send:8.2f} s"
           + "".join(f"{size / 1e6:9.0f} MB" for size in sizes), flush=True)  # fmt: skip
@@ -231,10 +327,18 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="two tiny models")
     parser.add_argument("--full", action="store_true", help="up to 10⁹ parameters: about three minutes")
     parser.add_argument("--receiver", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--groups", action="store_true", help="connections and seconds by ranks and servers")
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--group", nargs=4, metavar=("FOLDER", "SERVERS", "ALL", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(Path(arguments.child[0]), Qwen3MoeConfig.model_validate_json(arguments.child[1]))
+    elif arguments.group:
+        place, count, all_ranks, model = arguments.group
+        group_child(Path(place), int(count), all_ranks == "1", Qwen3MoeConfig.model_validate_json(model))
+    elif arguments.groups:
+        few = (QUICK[0], (2,), (1,)) if arguments.quick else (SIZES[0], (1, 2, 4), (1, 2, 3))
+        print(json.dumps(measure_groups(*few)))
     elif arguments.receiver:
         receive(arguments.receiver)
     else:

@@ -345,8 +345,9 @@ def _add_harness(
     exported = {which: node for which, (node, step) in models(config).items() if step is None}
     for which in exported if section.every_model else list(exported)[-1:]:
         model, vocabulary = trained[exported[which]].model, config.tokenizer.padded_vocab_size
-        served = trained[exported[which]].dtype, config.evaluation.engine
-        expected = estimates.expected(model, vocabulary, section.tokens(), section.tasks(), *served)
+        engine = config.evaluation.engine
+        work = section.tokens(engine.kind == "vllm"), section.tasks()
+        expected = estimates.expected(model, vocabulary, *work, trained[exported[which]].dtype, engine)
         inputs = {"model": f"export-{which}", "benchmarks": "benchmarks"}
         measured = {**benchmarks, "expected": expected, "engine": config.evaluation.engine}
         graph.add(f"harness-{which}", "harness", measured, **inputs)

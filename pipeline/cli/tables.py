@@ -133,17 +133,19 @@ def _volume(row: Traffic) -> int:
 
 def forecast_table(forecast: Forecast) -> Table:
     """The expected use of each stage to run on a cluster, without the stages that have no estimate."""
-    prices = forecast.profile.prices
+    prices, total = forecast.profile.prices, forecast.total
+    hours = {"GPU hours": "gpu_hours", "core hours": "core_hours"}
+    if total.server_gpu_hours or total.server_core_hours:
+        hours["of servers"] = "server_gpu_hours" if total.server_gpu_hours else "server_core_hours"
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     table.add_column(f"on {forecast.profile.name}", no_wrap=True)
-    for column in ("hours", "GPU hours", "core hours", *([prices.currency] if prices else []), "energy"):
+    for column in ("hours", *hours, *([prices.currency] if prices else []), "energy"):
         table.add_column(column, justify="right", no_wrap=True)
     for use in (*(use for use in forecast.uses if use.why is None), forecast.total):
         table.add_row(
             use.name,
             _hours(use.hours),
-            _hours(use.gpu_hours) if use.gpu_hours else "",
-            _hours(use.core_hours) if use.core_hours else "",
+            *(_hours(value) if (value := getattr(use, name)) else "" for name in hours.values()),
             *([f"{use.cost:,.2f}"] if prices else []),
             (human(use.energy_wh) if use.energy_wh >= 100 else f"{use.energy_wh:.2g}") + "Wh",
         )

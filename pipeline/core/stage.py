@@ -167,6 +167,25 @@ class Published:
 
 
 @dataclass(frozen=True)
+class ServedWork:
+    """The part of a stage's FLOPs that servers in jobs of their own take over. Without such servers rank 0 does it, on
+    its GPU or core.
+
+    gpu_flops, cpu_flops: FLOP/s of a GPU and of a core at it. overlaps: whether the ranks compute meanwhile. memory: of
+    a server on so many GPUs, (bytes of each of them, bytes of its host); on none, (0, bytes of its host). assumed: what
+    gpu_flops rest on, as a clause. places: servers that others run, each taken for one GPU or core, in rank 0's place.
+    """
+
+    flops: float
+    gpu_flops: float
+    cpu_flops: float
+    overlaps: bool
+    memory: Callable[[int], tuple[int, int]]
+    assumed: str
+    places: int = 1
+
+
+@dataclass(frozen=True)
 class Estimate:
     """The resources that a stage needs. None means: not estimated."""
 
@@ -185,6 +204,7 @@ class Estimate:
     published: tuple[Published, ...] = ()  # of the artifact, what a release holds
     parameters: dict[str, int] = field(default_factory=dict)
     training: TrainingEstimate | None = None
+    served: ServedWork | None = None  # of flops and cpu_seconds
 
     @property
     def published_bytes(self) -> int:

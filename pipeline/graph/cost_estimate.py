@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.core.stage import RECOMPUTED, TrainingTime
 from pipeline.graph.plan import StagePlan
-from pipeline.launch.cluster_profile import Profile, Rate, Slurm, family
+from pipeline.launch.cluster_profile import Profile, Rate, Servers, Slurm, family
 from pipeline.tracking.budget import Hours
 
 
@@ -22,6 +22,9 @@ class Use:
     core_hours: float = 0.0
     cost: float = 0.0
     energy_wh: float = 0.0
+    server_gpu_hours: float = 0.0
+    server_core_hours: float = 0.0
+    """Of gpu_hours and core_hours, those of servers in jobs of their own."""
     why: str | None = None
     """The reason for a missing estimate; None with an estimate."""
 
@@ -66,7 +69,8 @@ def forecast(rows: list[StagePlan], profile: Profile, small: bool) -> Forecast:
 
 
 def _figures(use: Use) -> tuple[float, ...]:
-    return use.hours, use.gpu_hours, use.core_hours, use.cost, use.energy_wh
+    hours = use.hours, use.gpu_hours, use.core_hours
+    return *hours, use.cost, use.energy_wh, use.server_gpu_hours, use.server_core_hours
 
 
 def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
@@ -80,15 +84,40 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
         if isinstance(training, str):
             return Use(name, why=training)
         seconds = training.seconds if isinstance(training, TrainingTime) else _seconds(row, training) / gpus
-        return Use(name, seconds / 3600, gpu_hours=seconds / 3600 * gpus)
+        return _with_servers(Use(name, seconds / 3600), row, profile, gpus)
     if estimate.cpu_seconds is None:
         return Use(name, why="no estimate")
     if estimate.fixed and not small:
         return Use(name, why="known of small corpora only")
     # each rank computes with one thread, for any number of cores of its job
     places = row.ranks if slurm else min(row.ranks, profile.local.jobs)
-    seconds = _in_shards(row, estimate.cpu_seconds / places, slurm)
-    return Use(name, seconds / 3600, core_hours=estimate.cpu_seconds / 3600)
+    served = estimate.served.flops / estimate.served.cpu_flops if estimate.served else 0.0
+    seconds = _in_shards(row, (estimate.cpu_seconds - served) / places, slurm)
+    return _with_servers(Use(name, seconds / 3600, core_hours=estimate.cpu_seconds / 3600), row, profile, 0)
+
+
+def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
+    """The use of a stage on so many GPUs, whose `hours` are those in which its ranks compute, with the work that
+    servers do for it, or rank 0 without any. Servers in jobs of their own hold their GPUs as long as the stage runs."""
+    work, servers = row.estimate.served, servers_of(row, profile)
+    if work is None:
+        return replace(use, gpu_hours=use.hours * gpus)
+    in_server = servers.gpus_per_node if servers else min(gpus, 1)
+    rate = in_server * work.gpu_flops or (servers.cpus_per_task if servers else 1) * work.cpu_flops
+    drawing = work.flops / rate / (servers.count if servers else work.places) / 3600
+    hours = max(use.hours, drawing) if work.overlaps else use.hours + drawing
+    on_cores = 0.0 if in_server else work.flops / work.cpu_flops / 3600
+    core_hours = on_cores if gpus else use.core_hours - work.flops / work.cpu_flops / 3600 + on_cores
+    server_gpu_hours = servers.count * servers.gpus_per_node * hours if servers else 0.0
+    return replace(
+        use, hours=hours, gpu_hours=hours * gpus + server_gpu_hours, core_hours=core_hours,
+        server_gpu_hours=server_gpu_hours, server_core_hours=on_cores if servers else 0.0,
+    )  # fmt: skip
+
+
+def servers_of(row: StagePlan, profile: Profile) -> Servers | None:
+    """The servers in jobs of their own that are submitted with a stage; None without any."""
+    return profile.slurm.servers if profile.slurm is not None and row.takes_servers else None
 
 
 def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
@@ -120,8 +149,14 @@ def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
 
 def _seconds(row: StagePlan, rate: Rate) -> float:
     """GPU seconds of a training phase at a measured rate."""
-    assert row.estimate.flops is not None and rate.utilization is not None
-    return row.estimate.flops * (RECOMPUTED if _recomputes(row) else 1) / (rate.peak * rate.utilization)
+    assert rate.utilization is not None
+    return _flops_of_ranks(row) * (RECOMPUTED if _recomputes(row) else 1) / (rate.peak * rate.utilization)
+
+
+def _flops_of_ranks(row: StagePlan) -> float:
+    """FLOPs without those that servers may take over."""
+    assert row.estimate.flops is not None
+    return row.estimate.flops - (row.estimate.served.flops if row.estimate.served else 0.0)
 
 
 def _peak(row: StagePlan, rate: Rate) -> str:
@@ -129,12 +164,12 @@ def _peak(row: StagePlan, rate: Rate) -> str:
     return f"{rate.peak_tflops:g} TFLOP/s in {family(row.estimate.training.precision)}"
 
 
-def _reached(row: StagePlan, use: Use, profile: Profile) -> str:
+def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
     """The share of the peak that the model gives a phase."""
-    assert row.estimate.training is not None and row.estimate.flops is not None and profile.gpu is not None
+    assert row.estimate.training is not None and profile.gpu is not None
     rate = profile.gpu.rate(row.estimate.training.precision)
     assert rate is not None
-    return f"{row.estimate.flops / (use.gpu_hours * 3600) / rate.peak:.2f} of {_peak(row, rate)}"
+    return f"{_flops_of_ranks(row) / (time.seconds * _gpus(row, profile)) / rate.peak:.2f} of {_peak(row, rate)}"
 
 
 def _gpus(row: StagePlan, profile: Profile) -> int:
@@ -160,7 +195,7 @@ def _priced(use: Use, profile: Profile) -> Use:
 def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
     """Sentences on the rates and their sources, on omitted costs, and on stages without an estimate."""
     sentences, by_name = [], {use.name: use for use in uses if use.gpu_hours}
-    used = [(row, _training(row, profile)) for row in rows if row.state.name in by_name]
+    used = [(row, _training(row, profile)) for row in rows if row.state.name in by_name and _gpus(row, profile)]
     if profile.gpu and used:
         gpu = profile.gpu
         if measured := [(row, rate) for row, rate in used if isinstance(rate, Rate)]:
@@ -170,8 +205,8 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
             sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
         if modelled := [(row, time) for row, time in used if isinstance(time, TrainingTime)]:
             phases: dict[str, list[str]] = {}
-            for row, _ in modelled:
-                phases.setdefault(_reached(row, by_name[row.state.name], profile), []).append(row.state.name)
+            for row, time in modelled:
+                phases.setdefault(_reached(row, time, profile), []).append(row.state.name)
             shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
             time = modelled[0][1]
             sentences.append(
@@ -183,14 +218,19 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
             "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
             "beside GPUs"
         )
-    servers = profile.slurm.servers if profile.slurm else None
-    served = [row.state.name for row in rows if row.takes_servers and row.state.text == "to run"]
-    if servers is not None and served:
-        each = f"{servers.gpus_per_node} GPUs" if servers.gpus_per_node else f"{servers.cpus_per_task} cores"
-        sentences.append(
-            f"beside {' and '.join(served)}, while it runs: {servers.count} jobs of a server with {each}, in no figure"
-        )
-    assumptions = (row.estimate.assumed for row in rows if row.state.name in by_name and row.gpus)
+    served = {row.state.name for row in rows if row.takes_servers}
+    for counted, where in ((True, "counted in its hours"), (False, "in no figure")):
+        names = [use.name for use in uses if use.name in served and (use.why is None) == counted]
+        if names and profile.slurm is not None and (servers := profile.slurm.servers) is not None:
+            each = f"{servers.gpus_per_node} GPUs" if servers.gpus_per_node else f"{servers.cpus_per_task} cores"
+            sentences.append(
+                f"beside {' and '.join(names)}, while it runs: {servers.count} jobs of a server with {each}, {where}"
+            )
+    assumptions = [row.estimate.assumed for row in rows if row.state.name in by_name and row.gpus]
+    assumptions += [
+        row.estimate.served.assumed for row in rows if row.estimate.served is not None
+        if (use := by_name.get(row.state.name)) and not use.server_core_hours
+    ]  # fmt: skip
     sentences += [f"assumed: {sentence}" for sentence in dict.fromkeys(assumptions) if sentence]
     reasons: dict[str, list[str]] = {}
     for use in uses:

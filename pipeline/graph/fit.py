@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import Store
-from pipeline.graph.cost_estimate import Use, forecast
+from pipeline.graph.cost_estimate import Use, forecast, servers_of
 from pipeline.graph.dag import Graph, states
 from pipeline.graph.plan import StagePlan, is_small, plan
 from pipeline.hub.repository_limits import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
@@ -47,7 +47,7 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
         files += estimate.files or FILES + FILES_PER_SHARD * row.shards
         published += estimate.published_bytes
         if row.state.text == "to run":
-            reasons += _memory(row, profile)
+            reasons += _memory(row, profile) + _server_memory(row, profile)
             if (use := uses.get(name)) is not None and use.why is None:
                 reasons += _time(row, use, profile)
         at_most = disk + estimate.work_bytes
@@ -135,9 +135,23 @@ def _memory(row: StagePlan, profile: Profile) -> list[str]:
     return reasons
 
 
-def _lack(need: float, have: float, where: str, setting: str = "") -> str:
+def _server_memory(row: StagePlan, profile: Profile) -> list[str]:
+    """Of each GPU and of the job of a server, for a stage that has some in jobs of their own."""
+    servers, work, reasons = servers_of(row, profile), row.estimate.served, []
+    if servers is None or work is None:
+        return []
+    on_gpu, on_host = work.memory(servers.gpus_per_node)
+    limit = profile.gpu.memory_gb if profile.gpu else None
+    if limit is not None and on_gpu > limit * GIB:
+        reasons.append(_lack(on_gpu, limit * GIB, "a GPU", "gpu.memory_gb", "its server"))
+    if servers.memory_gb is not None and on_host > servers.memory_gb * GIB:
+        reasons.append(_lack(on_host, servers.memory_gb * GIB, "its job", "slurm.servers.memory_gb", "its server"))
+    return reasons
+
+
+def _lack(need: float, have: float, where: str, setting: str = "", what: str = "it") -> str:
     stated = f" ({setting})" if setting else ""
-    return f"it needs {need / GIB:,.1f} GiB of memory, and {where} has {have / GIB:,.1f}{stated}"
+    return f"{what} needs {need / GIB:,.1f} GiB of memory, and {where} has {have / GIB:,.1f}{stated}"
 
 
 def _machine_bytes(profile: Profile) -> float:
@@ -173,7 +187,9 @@ def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
         jobs = [profile.slurm.allocation(row.state.name, row.needs) for row in rows]
         if any(job.gpus for job in jobs) and (profile.gpu is None or profile.gpu.memory_gb is None):
             missing.append("gpu.memory_gb")
-        missing += sorted({f"slurm.{job.section}.memory_gb" for job in jobs if job.jobs.memory_gb is None})
+        sections = {f"slurm.{job.section}.memory_gb" for job in jobs if job.jobs.memory_gb is None}
+        servers = [servers for row in rows if (servers := servers_of(row, profile)) is not None]
+        missing += sorted(sections | {"slurm.servers.memory_gb" for server in servers if server.memory_gb is None})
     missing += [
         f"storage.{name}" for name in ("home_gb", "home_files", "hub_gb") if getattr(profile.storage, name) is None
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,22 @@ class Task:
     ranks: int
     gpus: int = 0
     watts_per_gpu: float = 0.0
+    server_gpus: int = 0  # of each of its servers in jobs of their own
+
+
+ALIVE = "alive"
+"""The file of a server's start whose time is its last sign of life; `started-0` has that of its beginning."""
+
+
+def server_seconds(folder: Path, start: float, end: float) -> float:
+    """Seconds between two times in which the servers of a stage ran, of all together, by the clock of the file system.
+    folder: of the servers."""
+    seconds = 0.0
+    for alive in folder.glob(f"ranks/*/{ALIVE}"):
+        with suppress(OSError):  # its folder is being removed
+            begin, last = alive.with_name("started-0").stat().st_mtime, alive.stat().st_mtime
+            seconds += max(0.0, min(end, last) - max(start, begin))
+    return seconds
 
 
 def _read_usage(path: Path) -> Usage | None:
@@ -129,6 +146,11 @@ class Attempt:
         finished, cpu = time.time(), sum(process_usage.cpu_seconds for process_usage in usages)
         watts, gpu_seconds = self.task.watts_per_core, (finished - self.started) * self.task.gpus
         gpus = {"gpus": self.task.gpus, "gpu_seconds": round(gpu_seconds, 3)} if self.task.gpus else {}
+        if self.task.server_gpus:
+            servers = self.store.logs / self.task.run / self.task.node / "servers"
+            served = self.task.server_gpus * server_seconds(servers, self.started, finished)
+            gpu_seconds += served
+            gpus |= {"gpu_seconds": round(gpu_seconds, 3), "server_gpu_seconds": round(served, 3)}
         board = f", and allotted GPU seconds x {self.task.watts_per_gpu} W per GPU" if gpus else ""
         usage = {
             "wall_seconds": round(finished - self.started, 3),

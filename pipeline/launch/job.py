@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ import submitit
 from pipeline.core import input_integrity
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
+from pipeline.core.lease import HEARTBEAT
 from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.launch import clean_environment, preflight
-from pipeline.launch.attempt import Task
+from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, node_name, read, write
@@ -205,7 +207,7 @@ def run_server(task: Task, limits: JobLimits) -> str:
     stage = registry.stage(task.stage)
     assert stage.serve is not None, "only such stages are submitted so"
     try:
-        with stop_signals():
+        with stop_signals(), touching(launch / ALIVE):
             place.folder.mkdir(exist_ok=True)
             stage.serve(stage.config.model_validate(task.config), place)
     except Interrupted:
@@ -216,6 +218,28 @@ def run_server(task: Task, limits: JobLimits) -> str:
         return _decide(launch, restart, failure)
     Verdict(Decision.SEALED, "the stage has ended").write(launch)
     return Decision.SEALED
+
+
+@contextmanager
+def touching(path: Path) -> Iterator[None]:
+    """Keeps the time of a file fresh within a block."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT):
+            with suppress(OSError):  # the file system is away for a moment
+                path.touch()
+
+    path.touch()
+    thread = threading.Thread(target=beat, name=path.name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        with suppress(OSError):
+            path.touch()
 
 
 def _decide(launch: Path, restart: bool, failure: Failure) -> Decision:

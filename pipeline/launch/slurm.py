@@ -190,7 +190,7 @@ def refusal(output: str) -> str:
 
 
 def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) -> Task:
-    allocation = allocation_of(profile.cluster(), node)
+    allocation, servers = allocation_of(profile.cluster(), node), servers_of(profile.cluster(), node)
     return Task(
         home=str(store.home),
         run=run.id,
@@ -203,6 +203,7 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
         ranks=allocation.ranks,
         gpus=allocation.gpus,
         watts_per_gpu=profile.power.watts_per_gpu,
+        server_gpus=servers.gpus_per_node if servers else 0,
     )
 
 

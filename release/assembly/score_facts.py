@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from release import schema
 from release.assembly.published_tables import read_json, read_rows
@@ -37,7 +37,7 @@ def compute_scores(folder: Path) -> ModelScores:
 
     files = [folder / f"{name}.parquet" for name in ("documents", "items", "passkey", "positions")]
     tables: list[Any] = [read_rows(path) for path in files if path.is_file() or path in files[:2]]
-    return summary(*tables)
+    return cast(ModelScores, {**summary(*tables), **_stated(folder, "engine")})
 
 
 def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
@@ -51,7 +51,11 @@ def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
             summarize = win_rate.summary
         tables = chat_tables_of(evaluation, benchmark)
         scored = {
-            schema.model(path.parent): {**summarize(read_rows(path)), **_compared_models(path)} for path in tables
+            schema.model(path.parent): {
+                **summarize(read_rows(path)),
+                **_stated(path.parent, "model", "before", "engine"),
+            }
+            for path in tables
         }
         if scored:
             facts[benchmark] = {name: scored[name] for name in sorted(scored, key=when)}
@@ -60,7 +64,8 @@ def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
 
 @dataclass(frozen=True)
 class HarnessFacts:
-    """task_sets: by name the tasks, the license of the data and its evidence, and the revision."""
+    """task_sets: by name the tasks, the license of the data and its evidence, the revision, and the engine if it is
+    not the stage's process."""
 
     scores: HarnessScores
     task_sets: dict[str, Any]
@@ -88,7 +93,7 @@ def compute_memorization(folder: Path) -> MemorizationScores:
     canaries = folder / "canaries.parquet"
     documents: list[Any] = read_rows(folder / "documents.parquet")
     exposed: list[Any] = read_rows(canaries) if canaries.is_file() else []
-    return memorization.summary(documents, exposed)
+    return cast(MemorizationScores, {**memorization.summary(documents, exposed), **_stated(folder, "engine")})
 
 
 def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
@@ -96,7 +101,9 @@ def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
     return sorted((evaluation / benchmark).glob(f"*/{'pairs' if benchmark == 'preferences' else 'answers'}.parquet"))
 
 
-def _compared_models(table: Path) -> dict[str, str]:
-    """The two models of a comparison, which no table names."""
-    stated = read_scores(table.with_name("scores.json"))
-    return {name: stated[name] for name in ("model", "before") if name in stated}
+def _stated(folder: Path, *names: str) -> dict[str, str]:
+    """What no table says, as the published scores of a folder state it: the two models of a comparison, and what
+    computed the scores."""
+    path = folder / "scores.json"
+    stated = read_scores(path) if path.exists() else {}
+    return {name: stated[name] for name in names if name in stated}

@@ -56,6 +56,7 @@ def _rows(model: ModelFacts, dataset: str, version: str) -> list[dict[str, Any]]
     hub = load()
 
     scores, name = model.own_scores(), model.name()
+    computed = f"; by vLLM ({scores['engine']})" if "engine" in scores else ""
     entries = [
         hub.EvalResultEntry(
             dataset_id=dataset,
@@ -63,7 +64,7 @@ def _rows(model: ModelFacts, dataset: str, version: str) -> list[dict[str, Any]]
             value=row["value"],
             source_url=f"{PUBLIC_HUB}/datasets/{dataset}/tree/v{version}/evaluation/{name}",
             source_name="Scores, and the outputs that they follow from",
-            notes=f"{title} on {measured_on}; standard error {row['se']}",
+            notes=f"{title} on {measured_on}; standard error {row['se']}{computed}",
         )
         for kind, (metric, title, measured_on) in METRICS.items()
         for task, row in scores[kind].items()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from release.assembly import costs
 from release.assembly.checkpoint_facts import Checkpoint, Intervention
 from release.assembly.data_facts import DataFacts, OrderPart
 from release.assembly.model_facts import ModelFacts
+from release.assembly.score_facts import ChatScores, HarnessFacts
 from release.layout import numbered
 from stages.evaluation.scores import Figure, ModelScores
 
 MOST_LICENSES = 8
 """Licenses that a source's row lists."""
 TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training", "long": "long context"}
+
+IN_PROCESS = "transformers in the stage's process, in fp32"
+CHAT_TITLES = {"test": "answers in conversation", "fresh": "answers to new items", "preferences": "preferences"}
 
 
 def count(value: int) -> str:
@@ -94,6 +98,26 @@ def samples(scores: dict[str, ModelScores]) -> list[str]:
     body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last_scores["bits_per_byte"].items()]
     body += [[name, "", "", count(r["n"])] for name, r in last_scores["accuracy"].items()]
     return table(["source or task", "held-out documents", "bytes scored", "problems"], body)
+
+
+def engines(
+    scores: Mapping[str, ModelScores], chat: Mapping[str, ChatScores], memorization: Mapping[str, Any] | None = None,
+    harness: HarnessFacts | None = None,
+) -> list[str]:  # fmt: skip
+    """One sentence: what computed the scores."""
+    kinds: dict[str, Iterable[Mapping[str, Any]]] = {"evaluation on documents and problems": scores.values()}
+    kinds |= {CHAT_TITLES[benchmark]: by_model.values() for benchmark, by_model in chat.items()}
+    kinds |= {"what it gives away": [memorization]} if memorization else {}
+    kinds |= {"task sets": harness.task_sets.values()} if harness else {}
+    by_engine: dict[str, list[str]] = {}
+    for kind, rows in kinds.items():
+        for engine in dict.fromkeys(str(row.get("engine", "")) for row in rows):
+            by_engine.setdefault(engine, []).append(kind)
+    parts = []
+    for engine, names in by_engine.items():
+        title = f"vLLM ({engine}), in the data type of the exported weights" if engine else IN_PROCESS
+        parts.append(title if len(by_engine) == 1 else f"{title}: {', '.join(names)}")
+    return [f"Computed by {'; by '.join(parts)}."]
 
 
 def architecture(model: ModelFacts) -> list[str]:

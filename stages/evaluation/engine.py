@@ -56,6 +56,11 @@ class Engine(Config):
         """What this machine lacks to compute with it, in one sentence, if it lacks something."""
         return vllm_server.missing(self.python, SETTING) if self.kind == "vllm" else None
 
+    def stated(self) -> dict[str, str]:
+        """What a scores.json says of it: `engine`, the package of vLLM with its version; nothing of the stage's
+        process. Raises MachineError if its environment does not say."""
+        return {} if self.kind == "in-process" else {"engine": vllm_server.version(self.python, SETTING)}
+
 
 SETTING = "evaluation.engine"
 

@@ -13,6 +13,7 @@ from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Estimate
 from stages.evaluation.engine import Engine
 from stages.models.base import ModelConfig
+from stages.rl.samplers import server_memory
 
 CPU_FLOPS = 2e10
 """FLOP/s of a core that draws answers or reads documents in fp32, as in `stages/rl`."""
@@ -25,15 +26,8 @@ START_SECONDS, SERVER_SECONDS = 10.0, 120.0
 SHARD_SECONDS = 3600.0
 FILES = 8
 """Of an artifact, at most: tables, scores and the manifest. Shards leave none in it."""
-BASE_BYTES = 700_000_000
+BASE_BYTES = server_memory.PYTHON_BYTES
 """Memory of PyTorch and transformers, and of a batch of a small model."""
-SERVER_BYTES = 3_000_000_000
-"""Of a server's process on a core without weights; on a GPU of its context, graphs and activations; and of the host's
-memory for each GPU and the server itself."""
-TOKENS_AT_ONCE = 2048
-"""Tokens that a server on GPUs reads in one step."""
-LOGITS = 3
-"""Copies of their logits in fp32 that a GPU holds at a time: as computed, converted, and as log-probabilities."""
 QUESTION_TOKENS, DOCUMENT_TOKENS = 100, 1000
 """Assumed length of a question, and of a held-out document."""
 
@@ -59,8 +53,7 @@ def expected(
     parameters, width = model.parameters(padded_vocab_size), 4 if dtype == "float32" else 2
     served = 0
     if engine is not None and engine.kind == "vllm":
-        row = model.context_length * model.cache_bytes(width, max(1, engine.gpus))
-        served = SERVER_BYTES + row + (LOGITS * 4 * TOKENS_AT_ONCE * padded_vocab_size if engine.gpus else 0)
+        served = server_memory.beside_weights(model, padded_vocab_size, width, engine.gpus)
     return Expected(
         parameters=parameters["total"], active=parameters["active"], tokens=tokens, pieces=pieces,
         weight_bytes=width * parameters["total"], served_bytes=served,
@@ -105,12 +98,12 @@ def estimate(expected: Expected | None, models: int = 1, engine: Engine | None =
     if engine is None or engine.kind == "in-process":
         return estimate
     loads = models * count * (SERVER_SECONDS + expected.weight_bytes / READ_BYTES)
-    if not engine.gpus:  # vLLM packs matrices anew, so that both are there
-        memory = BASE_BYTES + 2 * expected.weight_bytes + expected.served_bytes
+    if not engine.gpus:
+        memory = server_memory.on_cores(expected.weight_bytes, expected.served_bytes)
         return replace(estimate, cpu_seconds=(estimate.cpu_seconds or 0) + loads, memory_bytes=memory)
     on_clock = START_SECONDS * starts + loads + flops / _rate(engine)
     return replace(
-        estimate, gpu_seconds=engine.gpus * on_clock, assumed=ASSUMED, host_bytes=(engine.gpus + 1) * SERVER_BYTES,
+        estimate, gpu_seconds=engine.gpus * on_clock, assumed=ASSUMED, host_bytes=server_memory.host_bytes(engine.gpus),
         memory_bytes=expected.weight_bytes // engine.gpus + expected.served_bytes,
     )  # fmt: skip
 

@@ -75,7 +75,9 @@ def run(config: HarnessConfig, inputs: Inputs, work: Path, out: Path, report: Re
     write_rows(out / "items.parquet", RESULTS, rows)
     scores = summary(rows)
     write_json(out / "scores.json", scores)
-    write_json(out / "tasks.json", inputs["benchmarks"].json("tasks.json"))
+    stated = config.engine.stated()
+    task_sets = {name: row | stated for name, row in inputs["benchmarks"].json("tasks.json").items()}
+    write_json(out / "tasks.json", task_sets)
     for task_set, tasks in scores.items():
         for task, metrics in tasks.items():
             figures = (f"{name} {figure['value']:.3f} ± {figure['se']:.3f}" for name, figure in metrics.items())

@@ -167,7 +167,7 @@ def run(config: MemorizationConfig, inputs: Inputs, work: Path, out: Path, repor
     if exposed:
         write_rows(out / "canaries.parquet", CANARIES, exposed)
     scores = summary(documents, exposed)
-    write_json(out / "scores.json", scores)
+    write_json(out / "scores.json", {**scores, **config.engine.stated()})
     for seen, row in scores["by_times_seen"].items():
         share = row["identical"]
         report.note(f"seen {seen} times: {share['value']:.1%} of {share['n']} documents are continued verbatim")

@@ -91,7 +91,8 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         write_rows(out / "positions.parquet", long_context.POSITIONS, positions)
     scores = summary(scored, answered, passkeys, positions)
     write_tables(out, scored, answered)
-    (out / "scores.json").write_text(json.dumps(scores, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    published = {**scores, **config.engine.stated()}
+    (out / "scores.json").write_text(json.dumps(published, indent=1, sort_keys=True, allow_nan=False) + "\n")
     for task, row in scores["accuracy"].items():
         report.note(f"{task}: {row['value']:.3f} ± {row['se']:.3f} exact match on {row['n']} problems")
     for source, bits in scores["bits_per_byte"].items():

@@ -104,7 +104,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     answered.sort(key=lambda row: (row["id"], row["sample"]))
     write_rows(out / "answers.parquet", ANSWERS, answered)
     scores = summary(answered)
-    write_json(out / "scores.json", scores)
+    write_json(out / "scores.json", {**scores, **config.engine.stated()})
     for kind, part in scores["problems"].items():
         largest_k = max(part["at"], key=int)
         headline = {

@@ -1,6 +1,8 @@
 """The fields of the JSON files of evaluation, which cards, gates and checks of a release read: `scores.json` of the
 stages evaluate, solve, fresh, prefer, memorization and harness, and `report.json` of the stage contamination.
 
+Each has `engine`, the package and version of vLLM, if a server computed it; without, transformers did, in fp32.
+
 docs/formats.md explains the fields. A name in these files is published and never changes its meaning.
 """
 
@@ -54,6 +56,7 @@ class ModelScores(TypedDict):
     passkey: NotRequired[dict[str, Mean]]
     passkey_by_depth: NotRequired[dict[str, dict[str, Mean]]]
     loss_by_position: NotRequired[dict[str, Ratio]]
+    engine: NotRequired[str]
 
 
 class AnswerStatistics(TypedDict):
@@ -84,6 +87,7 @@ class AnswerScores(TypedDict):
     problems: dict[str, ProblemScores]
     problems_all: ProblemScores | None
     judged: dict[str, AnswerStatistics]
+    engine: NotRequired[str]
 
 
 def pass_at_1(scores: Mapping[str, AnswerScores]) -> dict[str, Mean]:
@@ -126,6 +130,7 @@ class PairScores(TypedDict):
     losses: int
     sides: dict[str, SideScores]
     examples: list[dict[str, Any]]
+    engine: NotRequired[str]
 
 
 class ComparisonScores(PairScores):
@@ -208,3 +213,4 @@ class MemorizationScores(TypedDict):
     by_source: dict[str, dict[str, Regurgitation]]
     exposure: NotRequired[dict[str, dict[str, Exposure]]]
     max_exposure: NotRequired[float]
+    engine: NotRequired[str]

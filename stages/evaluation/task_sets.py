@@ -1,7 +1,10 @@
 """Task sets of lm-evaluation-harness by name: their tasks, and the data that these read with its license.
 
 A further set is one entry of `TASK_SETS`. Each license was read from the page that `license_evidence` names, each
-revision from that page or from public code that pins the dataset. A recipe may also bring its own tasks, in a folder of
+revision from that page or from public code that pins the dataset. The numbers of items are those of the splits that the
+tasks evaluate, by `dataset_info` in the READMEs of the datasets on the Hub: tests of cais/mmlu (14,042) and
+openai/gsm8k (1,319), the validation split of truthfulqa/truthful_qa (817, for each of two tasks); of ARC, by
+tensorflow.org/datasets/catalog/ai2_arc (1,172 and 2,376). A recipe may also bring its own tasks, in a folder of
 the harness's YAML files.
 """
 
@@ -21,7 +24,8 @@ from stages.data.tree_digest import TreeDigest, tree_digest
 MOST_FILES = 10_000
 """Of a folder of tasks."""
 TASK_ITEMS, ITEM_TOKENS = 2000, 500
-"""Assumed items of a task, and tokens of an item with all its choices."""
+"""Assumed items of a task of one's own, and tokens of an item, once with each of its choices. The test set of MMLU has
+6,967,453 bytes, 496 an item (README of cais/mmlu on the Hub), so 125 tokens of four bytes, read with four choices."""
 
 
 class TaskSet(Config):
@@ -35,6 +39,12 @@ class TaskSet(Config):
     revision: Text | None = Field(None, description="revision of the dataset on the Hub; null: data of a folder")
     folder: Text | None = operational(None, "folder of the YAML files; null: the harness has the tasks")
     folder_digest: TreeDigest | None = Field(None, description="digest of the files of the folder; null: no folder")
+    items: Annotated[int, Range(1, 1e9)] | None = operational(
+        None, "items that the tasks evaluate together, for `atom plan` alone; null: assumed"
+    )
+    letters: Annotated[int, Range(1, 100)] = operational(
+        1, "choices of an item that are one token each, which transformers reads in one row, for `atom plan` alone"
+    )
 
 
 MMLU_SUBJECTS = """
@@ -55,22 +65,22 @@ TASK_SETS = {
         TaskSet(
             name="arc", tasks=("arc_easy", "arc_challenge"), license="CC-BY-SA-4.0",
             license_evidence="https://huggingface.co/datasets/allenai/ai2_arc/tree/210d026faf9955653af8916fad021475a3f00453",
-            revision="210d026faf9955653af8916fad021475a3f00453", folder_digest=None,
+            revision="210d026faf9955653af8916fad021475a3f00453", folder_digest=None, items=3548,
         ),
         TaskSet(
             name="gsm8k", tasks=("gsm8k",), license="MIT",
             license_evidence="https://huggingface.co/datasets/openai/gsm8k/blame/main/README.md",
-            revision="740312add88f781978c0658806c59bc2815b9866", folder_digest=None,
+            revision="740312add88f781978c0658806c59bc2815b9866", folder_digest=None, items=1319,
         ),
         TaskSet(
             name="mmlu", tasks=tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS.split()), license="MIT",
             license_evidence="https://github.com/hendrycks/test/blob/0aff600098ffa002d8e9f1ffe4d6e05475edd28e/LICENSE",
-            revision="c30699e8356da336a370243923dbaf21066bb9fe", folder_digest=None,
+            revision="c30699e8356da336a370243923dbaf21066bb9fe", folder_digest=None, items=14042, letters=4,
         ),
         TaskSet(
             name="truthfulqa", tasks=("truthfulqa_mc1", "truthfulqa_mc2"), license="Apache-2.0",
             license_evidence="https://huggingface.co/datasets/truthful_qa/resolve/main/README.md",
-            revision="741b8276f2d1982aa3d5b832d3ee81ed3b896490", folder_digest=None,
+            revision="741b8276f2d1982aa3d5b832d3ee81ed3b896490", folder_digest=None, items=1634,
         ),
     )
 }  # fmt: skip
@@ -110,9 +120,18 @@ class HarnessSection(Config):
             raise ValueError(f"evaluation.harness has the task set {repeated} twice; names must differ")
         return self
 
-    def tokens(self) -> int:
-        """Tokens that the evaluation of one model reads, as assumed for `atom plan`."""
-        return self.tasks() * (self.limit or TASK_ITEMS) * ITEM_TOKENS
+    def tokens(self, served: bool) -> int:
+        """Tokens that the evaluation of one model reads, as assumed for `atom plan`. served: by vLLM, which reads an
+        item once with each choice."""
+        total = 0
+        for tasks, items, letters in (
+            *((len(known.tasks), known.items, known.letters) for known in map(TASK_SETS.__getitem__, self.sets)),
+            *((len(folder.tasks), None, 1) for folder in self.folders),
+        ):
+            most = items or tasks * TASK_ITEMS
+            read = most if self.limit is None else min(most, tasks * self.limit)
+            total += read * ITEM_TOKENS // (1 if served else letters)
+        return total
 
     def tasks(self) -> int:
         """The number of all tasks."""

@@ -16,8 +16,8 @@ import torch
 from pipeline.core.errors import AtomError, MachineError
 from stages.data.tokenizer import END
 from stages.evaluation.engine import SETTING, Engine, LanguageModel
-from stages.evaluation.estimates import TOKENS_AT_ONCE
 from stages.rl.protocols import Completion, Prompt
+from stages.rl.samplers.server_memory import TOKENS_AT_ONCE
 from stages.rl.samplers.vllm_server import CPU_OPTIONS, IN_FLIGHT, START_SECONDS, Server, interpreter
 
 SLOWEST_READ = 1e8

@@ -82,7 +82,7 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         pairs.append(pair)
     write_rows(out / "pairs.parquet", PAIRS, pairs)
     scores: ComparisonScores = {"model": config.model, "before": config.before, **summary(pairs)}
-    write_json(out / "scores.json", scores)
+    write_json(out / "scores.json", {**scores, **config.engine.stated()})
     rate = scores["win_rate"]
     report.note(
         f"{config.model} is preferred to {config.before} on {rate['value']:.1%} ± {rate['se']:.1%} of {rate['n']} "

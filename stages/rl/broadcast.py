@@ -1,9 +1,10 @@
-"""A policy's weights on their way to vLLM servers by broadcast: each rank of the trainer sends the tensors that it puts
-together, over gloo on CPU and over NCCL on GPU.
+"""A policy's weights on their way to vLLM servers by broadcast: the first of the trainer's ranks that hold a tensor
+sends it, over gloo on CPU and over NCCL on GPU.
 
-Each server has a group of its own with the ranks of the trainer (stages/rl/samplers/vllm_worker/atom_group.py), so a
-server that is lost breaks its own group alone; all servers receive at the same time. A group lasts until it breaks. A
-rank holds the tensors of a packet, never the model.
+Each server has a group of its own with the ranks that send (stages/rl/samplers/vllm_worker/atom_group.py), so a server
+that is lost breaks its own group alone; all servers receive at the same time. A group lasts until it breaks. Data ranks
+after the first only compute digests, for which all take turns: the processes of a group are all connected with each
+other, so its connections grow with the square of its ranks. A rank holds the tensors of a packet, never the model.
 
 Rank 0 holds the sampler, which talks to the servers; the other ranks follow what it does with the groups.
 """
@@ -36,27 +37,30 @@ SECONDS = 120.0
 class Broadcast(Sender):
     """One on each rank. `load` is collective; what a `Sender` does, rank 0's sampler asks for meanwhile."""
 
-    def __init__(self, tensors: Callable[[], Tensors], ranks: Ranks) -> None:
-        """tensors: yields the policy's `hf_tensors`."""
+    def __init__(self, tensors: Callable[[bool], Tensors], ranks: Ranks) -> None:
+        """tensors(by_turns): yields the policy's `hf_tensors`, of data ranks by turns or of the first alone."""
         self.tensors, self.ranks = tensors, ranks
+        self.senders: list[int] = []
+        """The ranks in the groups, in their order there."""
         self.groups: dict[str, Group] = {}
         self.stores: dict[str, dist.TCPStore] = {}
         """On rank 0, by server: that of the group which is to form."""
         self.names: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.roots: list[int] = []
-        """Of each tensor of the policy: name, entry of the index, and the rank that sends it."""
+        """Of each tensor of the policy: name, entry of the index, and the place of its rank among `senders`."""
 
     def load(self, sampler: Sampler | None) -> str:
         """Hands the policy to the sampler, which rank 0 has. Returns the policy's digest, on every rank. Collective.
 
         Raises AtomError if the tensors of the ranks do not add up to the model, and on rank 0 what `sampler` raises.
         """
-        self.names, shares = weights.describe(self.tensors(), self.ranks)
-        rows = weights.merge(self.names, shares)
-        root_of = {name: rank for rank, share in enumerate(shares) for name in share}
-        self.rows, self.roots = [rows[name] for name in self.names], [root_of[name] for name in self.names]
-        digest = policy_digest(rows)
+        names, shares = weights.describe(self.tensors(True), self.ranks)
+        rows = weights.merge(names, shares)
+        self.rows, digest = [rows[name] for name in names], policy_digest(rows)
+        if names != self.names:
+            self.names = names
+            self._choose_senders()
         if sampler is None:
             while (command := self.ranks.from_first(None)) is not None:
                 self._run(*command)
@@ -66,6 +70,15 @@ class Broadcast(Sender):
         finally:
             self.ranks.from_first(None)
         return digest
+
+    def _choose_senders(self) -> None:
+        """The ranks that send the tensors of these names. Collective."""
+        held = [name for name, tensor in self.tensors(False) if not tensor.is_meta]
+        root_of = {name: rank for rank, names in enumerate(self.ranks.gather(held)) for name in names}
+        if (senders := sorted({0, *root_of.values()})) != self.senders:
+            self.close()
+            self.senders = senders
+        self.roots = [senders.index(root_of[name]) for name in self.names]
 
     def has_group(self, server: str) -> bool:
         return server in self.groups
@@ -83,7 +96,7 @@ class Broadcast(Sender):
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
         self.stores[server] = store
         address, device = f"{host}:{store.port}", self.ranks.device.type
-        return {"store": address, "ranks": self.ranks.world, "seconds": SECONDS, "device": device}
+        return {"store": address, "ranks": len(self.senders), "seconds": SECONDS, "device": device}
 
     def give_up(self, invitation: Mapping[str, Any]) -> None:
         with suppress(RuntimeError):  # the store is gone: nobody waits any more
@@ -117,20 +130,22 @@ class Broadcast(Sender):
             group.close()
 
     def _join(self, addresses: Mapping[str, str]) -> set[str]:
+        if self.ranks.rank not in self.senders:
+            return set(addresses)
         for server, address in addresses.items():
             self._leave(server)
             try:
                 store = self.stores.pop(server) if self.ranks.first else connect(address, SECONDS)
                 if workers := int(store.get(WORKERS)):
-                    size = self.ranks.world + workers
-                    self.groups[server] = Group(store, self.ranks.rank, size, SECONDS, self.ranks.device)
+                    place, size = self.senders.index(self.ranks.rank), len(self.senders) + workers
+                    self.groups[server] = Group(store, place, size, SECONDS, self.ranks.device)
             except RuntimeError:  # too late, or unreachable: the sampler says so of a server that is not in the result
                 continue
         return addresses.keys() & self.groups.keys()
 
     def _send(self, servers: Sequence[str]) -> set[str]:
-        remaining = {server: self.groups[server] for server in servers}
-        tensors = self.tensors()
+        groups = {server: self.groups[server] for server in servers if server in self.groups}  # none, if it sends none
+        remaining, tensors = set(servers), self.tensors(False)
         for together in packets(self.rows, self.roots):
             local_tensors: dict[int, torch.Tensor] = {}
             for number in sorted(number for packet in together for number in packet.numbers):
@@ -138,20 +153,21 @@ class Broadcast(Sender):
                 assert name == self.names[number], "the order of tensors is fixed"
                 if not tensor.is_meta:
                     local_tensors[number] = tensor
-            failed = self._send_packets(together, local_tensors, remaining)
+            failed = self._send_packets(together, local_tensors, groups)
             for server in set().union(*self.ranks.gather(failed)):
                 self._leave(server)
-                del remaining[server]
-        return set(remaining)
+                groups.pop(server, None)
+                remaining.discard(server)
+        return remaining
 
     def _send_packets(
         self, together: Sequence[Packet], local_tensors: Mapping[int, torch.Tensor], groups: Mapping[str, Group]
     ) -> set[str]:
         """local_tensors: this rank's tensors by their numbers. Returns the servers to which it fails."""
         works, failed = [], set()
-        for packet in together:
+        for packet in together if groups else ():
             buffer = torch.empty(packet.size, dtype=torch.uint8, device=self.ranks.device)
-            if packet.root == self.ranks.rank:
+            if self.senders[packet.root] == self.ranks.rank:
                 for number, offset in zip(packet.numbers, packet.offsets, strict=True):
                     view(buffer, offset, self.rows[number]).copy_(local_tensors[number])
             # what another rank sends arrives here once in each group, with the same bytes

@@ -39,9 +39,7 @@ def estimate(config: DpoTrainConfig) -> Estimate:
     length = phase.sampling.max_new_tokens
     tokens = phase.steps * answers * length
     # all are drawn, a third is trained on
-    flops = 3 * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
-    rollouts = estimates.rollouts("dpo", tokens)
-    return estimates.estimate(config, tokens, flops, 2e10, rollouts)
+    return estimates.estimate(config, tokens, 3, sampling=phase.sampling, rollouts=estimates.rollouts("dpo", tokens))
 
 
 STAGE = Stage(
@@ -50,5 +48,5 @@ STAGE = Stage(
     lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.preferences", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
-    simulate=simulate,
+    simulate=simulate, time=estimates.update_time,
 )  # fmt: skip

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
-from pipeline.core.stage import Estimate, Published
+from pipeline.core.stage import (
+    Accelerator,
+    Estimate,
+    Published,
+    ServedWork,
+    TrainingEstimate,
+    TrainingTime,
+)
 from stages.mcore.memory import MASTER, MOMENTS, memory_share
+from stages.mcore.throughput import UNFITTED_ERRORS, Run, shape_of, step_time
 from stages.models.costs import Rows
-from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig
-from stages.train.estimate import checkpoints, fullest, release_files
+from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
+from stages.rl.samplers import server_memory
+from stages.train.estimate import checkpoints, fullest, layout_label, release_files
 
 AnyConfig = RlTrainConfig | DpoTrainConfig | RewardTrainConfig
 START_SECONDS = 10.0
+CPU_FLOPS = 2e10
+"""FLOP/s of a core that draws and trains in fp32."""
+DRAWING_FLOPS = 7e12
+"""FLOP/s of a GPU that draws answers by vLLM. Derived from 925 tokens/s for each of 32 H100 that trained Qwen3-30B-A3B
+by GRPO and drew for it in turn (NeMo RL v0.4, docs/about/performance-summary.md at c31fb937), less the time of the
+update (6 FLOPs a parameter and token) and of one reading (2) at 0.19 of 989 TFLOP/s. The same gives 33e12 for Llama 3.1
+8B and 55e12 for Qwen3-32B (at 0.4), which are dense, and 2e12 for Qwen3-235B-A22B."""
+ASSUMED = (
+    f"answers of full length, drawn at {DRAWING_FLOPS / 1e12:.0f} TFLOP/s a GPU, as of a published run of "
+    "Qwen3-30B-A3B; dense models of 8 to 32 billion parameters drew 5 to 8 times faster, Qwen3-235B-A22B 3 times slower"
+)
 QUESTION_TOKENS = 64
 """Of a question, which only the data tells."""
 PAIR_TOKENS = 64
@@ -84,6 +106,36 @@ def reference_bytes(config: AnyConfig) -> int:
     return 2 * width * max(share.all for share in shares)
 
 
+def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
+    """The time of all updates, by stages/mcore/throughput.py, with answers of full length in rows of equal length."""
+    phase, layout = config.phase, config.phase.parallelism
+    length = math.ceil(_update_tokens(config) / phase.micro_batches)
+    run = Run(layout, phase.precision, Rows(1, length), phase.micro_batches // layout.data)
+    seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
+    return TrainingTime(seconds * (1 + _readings(config) / 3), *UNFITTED_ERRORS)
+
+
+def _update_tokens(config: AnyConfig) -> int:
+    """Tokens of the packed rows of one update, at most."""
+    return sum(kind.row(kind.count).length for kind in _examples(config))
+
+
+def _readings(config: AnyConfig) -> int:
+    """Forward passes before an update, beside its own: of the old and of the reference policy."""
+    phase = config.phase
+    return (phase.updates > 1) + (phase.kl_coef is not None) if isinstance(phase, RlPhase) else 0
+
+
+def _server_memory(config: AnyConfig, gpus: int) -> tuple[int, int]:
+    """Bytes of a vLLM server of the policy, as `ServedWork.memory` has them."""
+    width = 4 if config.phase.precision == "fp32" else 2
+    weights = width * config.model.parameters(config.padded_vocab_size)["total"]
+    beside = server_memory.beside_weights(config.model, config.padded_vocab_size, width, gpus)
+    if not gpus:
+        return 0, server_memory.on_cores(weights, beside)
+    return weights // gpus + beside, server_memory.host_bytes(gpus)
+
+
 def rollouts(phase: str, tokens: int) -> tuple[Published, ...]:
     """The published answers of a phase, of at most so many tokens together."""
     remedy = "the answers of a phase are one file: lower its steps, its answers of a step, or sampling.max_new_tokens"
@@ -93,15 +145,20 @@ def rollouts(phase: str, tokens: int) -> tuple[Published, ...]:
 def estimate(
     config: AnyConfig,
     tokens: int,
-    flops: float,
-    rate: float,
+    passes: float,
+    rate: float = CPU_FLOPS,
+    sampling: Sampling | None = None,
     rollouts: tuple[Published, ...] = (),
 ) -> Estimate:
-    """tokens, flops: of the phase; rate: FLOP/s of a core; rollouts: the published answers. Rank 0 holds the weights
-    that go to the sampler beside its own state."""
+    """tokens: of the phase; passes: in units of a forward pass over them; rate: FLOP/s of a core; sampling: of
+    these tokens, in one of the passes; rollouts: the published answers. Rank 0 holds the weights that go to
+    the sampler beside its own state."""
     parameters, phase = config.model.parameters(config.padded_vocab_size), config.phase
+    layout, forward = phase.parallelism, 2.0 * parameters["active"]
+    flops = passes * forward * tokens
     examples, number = fullest_row(config)
-    *_, owned, memory = fullest(config, examples.row(number))
+    row = examples.row(number)
+    states, activations, owned, memory = fullest(config, row)
     releases = phase.steps // phase.release_checkpoint_interval + 1
     checkpoint, work = (MASTER + MOMENTS) * parameters["total"], phase.work_checkpoints_kept + 1
     return Estimate(
@@ -111,7 +168,35 @@ def estimate(
         memory_bytes=memory,
         host_bytes=owned + MASTER * parameters["total"] + reference_bytes(config),
         disk_bytes=checkpoint * (releases + work),
-        files=work * (2 * phase.parallelism.ranks + 1) + releases * release_files(parameters["total"]),
+        files=work * (2 * layout.ranks + 1) + releases * release_files(parameters["total"]),
         published=(*checkpoints(parameters["total"], releases), *rollouts),
         parameters=parameters,
+        training=TrainingEstimate(
+            steps=phase.steps,
+            batch_tokens=(_update_tokens(config) * phase.all_updates // phase.steps,),
+            sequence_length=row.length,
+            precision=phase.precision,
+            layout=layout_label(layout),
+            gflop_per_token=config.model.flops_per_token(config.padded_vocab_size, row.length) / 1e9,
+            state_bytes=states,
+            activation_bytes=activations,
+            recomputes=layout.recompute == "layer",
+            checkpoint_bytes=checkpoint,
+            release_checkpoints=releases,
+            work_checkpoints=work - 1,
+            checkpoint_interval=phase.checkpoint_interval,
+            order_rows=0,
+            data_bytes=0,
+        ),
+        served=ServedWork(
+            flops=forward * tokens,
+            gpu_flops=DRAWING_FLOPS,
+            cpu_flops=rate,
+            overlaps=phase.is_asynchronous,
+            memory=partial(_server_memory, config),
+            assumed=ASSUMED,
+            places=max(1, len(sampling.url)),
+        )
+        if sampling is not None
+        else None,
     )

@@ -92,8 +92,8 @@ class Policy:
                 digest = self.engine.ranks.from_first(whole)
         return digest
 
-    def _tensors(self) -> weights.Tensors:
-        return weights.hf_tensors(self.engine.full_tensors(), self.config.model, self.chat.vocab_size)
+    def _tensors(self, by_turns: bool = True) -> weights.Tensors:
+        return weights.hf_tensors(self.engine.full_tensors(by_turns), self.config.model, self.chat.vocab_size)
 
     def draw(self, requests: Sequence[tuple[Row, int]], greedy: bool = False) -> list[Completion]:
         assert self.sampler is not None, "rank 0 draws"

@@ -30,13 +30,12 @@ def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report
 
 def estimate(config: RewardTrainConfig) -> Estimate:
     tokens = config.phase.steps * 2 * config.phase.pairs * estimates.PAIR_TOKENS
-    flops = 3 * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
-    return estimates.estimate(config, tokens, flops, 4e10)
+    return estimates.estimate(config, tokens, 3, 4e10)
 
 
 STAGE = Stage(
     "reward", VERSION, RewardTrainConfig, run, estimate=estimate,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.preferences", *TRAINING_LIBRARIES),
-    simulate=simulate,
+    simulate=simulate, time=estimates.update_time,
 )  # fmt: skip

@@ -42,9 +42,8 @@ def estimate(config: RlTrainConfig) -> Estimate:
     tokens = phase.steps * answers * length
     # an answer is drawn once (a forward pass) and trained on once (three); old and reference policy read it once more
     passes = 4 + (phase.updates > 1) + (phase.kl_coef is not None)
-    flops = passes * 2.0 * config.model.parameters(config.padded_vocab_size)["active"] * tokens
     rollouts = estimates.rollouts(config.name, tokens)
-    return estimates.estimate(config, tokens, flops, 2e10, rollouts)
+    return estimates.estimate(config, tokens, passes, sampling=phase.sampling, rollouts=rollouts)
 
 
 def simulate(config: estimates.AnyConfig, rank: int) -> RankSimulation:
@@ -60,5 +59,5 @@ STAGE = Stage(
     lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     imports=("stages.rl.algorithms.grpo", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
-    simulate=simulate,
+    simulate=simulate, time=estimates.update_time,
 )  # fmt: skip

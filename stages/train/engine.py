@@ -257,11 +257,12 @@ class Engine:
         moe_metrics.collect_losses()
         return result
 
-    def full_tensors(self) -> FullTensors:
-        """The full tensors that the model computes with, by global name, each put together when it is read."""
+    def full_tensors(self, by_turns: bool = True) -> FullTensors:
+        """The full tensors that the model computes with, by global name, each put together when it is read. by_turns:
+        whether data ranks take turns at it."""
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
-        return FullTensors(tensors, self.shapes, self.config.model.tie_embeddings)
+        return FullTensors(tensors, self.shapes, self.config.model.tie_embeddings, by_turns)
 
     def local_weights(self) -> list[torch.Tensor]:
         """Copies on CPU of this rank's tensors that the model computes with, in the model's order."""

@@ -20,18 +20,22 @@ class FullTensors(Mapping[str, torch.Tensor]):
 
     Reading is collective: all ranks read the same names in the same order. One rank, which holds a part, gets the
     tensor on its own device (an uncut one is the live one); the other ranks get one without memory, on `meta`, of which
-    only the shape counts. Tensor ranks take turns, and data ranks, which hold the same, do too.
+    only the shape counts. Tensor ranks take turns, and data ranks, which hold the same, do too, unless
+    only the first of them is to hand tensors over.
     """
 
-    def __init__(self, local: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+    def __init__(
+        self, local: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], tied: bool,
+        by_turns: bool = True,
+    ) -> None:  # fmt: skip
         """local: this rank's tensors by global name. shapes: the full ones. tied: whether the model ties its
-        embeddings."""
-        self.local, self.shapes, self.tied = local, shapes, tied
+        embeddings. by_turns: whether data ranks take turns."""
+        self.local, self.shapes, self.tied, self.by_turns = local, shapes, tied, by_turns
 
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
         absent = torch.empty(shape, device="meta")
-        if name not in self.local or not speaks_for(name, self.tied):
+        if name not in self.local or not speaks_for(name, self.tied, self.by_turns):
             return absent
         part = self.local[name]
         group = (
@@ -62,16 +66,17 @@ class FullTensors(Mapping[str, torch.Tensor]):
         return len(self.shapes)
 
 
-def speaks_for(name: str, tied: bool) -> bool:
+def speaks_for(name: str, tied: bool, by_turns: bool = True) -> bool:
     """Whether this rank is the one of those with its part of a tensor that hands it over: the first of those that
-    repeat it, and of equal data ranks the one whose turn it is. tied: whether the model ties its embeddings."""
+    repeat it, and of equal data ranks the one whose turn it is, or the first. tied: whether the model ties its
+    embeddings."""
     if EXPERTS in name:
         rank = parallel_state.get_expert_data_parallel_rank()
         size = parallel_state.get_expert_data_parallel_world_size()
     else:
         rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    return bool(_turn(name) % size == rank) and not is_repeated(name, tied)
+    return bool((_turn(name) % size if by_turns else 0) == rank) and not is_repeated(name, tied)
 
 
 def is_repeated(name: str, tied: bool) -> bool:

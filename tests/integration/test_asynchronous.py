@@ -26,7 +26,7 @@ from stages.rl.rollout import generation, rollouts
 from stages.rl.rollout.asynchronous import LiveGroups
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.subprocess_sampler import SubprocessSampler
-from tests.fixtures import ROOT, rl_fixtures, train_fixtures, weights_fixtures
+from tests.fixtures import ROOT, layout_fixtures, rl_fixtures, train_fixtures, weights_fixtures
 from tests.fixtures.run_fixtures import at_length
 from tests.integration.test_recorded_rollouts import first, rewrite
 from tests.unit import test_generate
@@ -119,13 +119,13 @@ def test_a_question_is_its_own_whichever_thread_asks(tmp_path: Path) -> None:
     assert Interrupted(tmp_path / "tokenizer").encode_prompt(one) == expected != between[1]
 
 
-def require_all_counted(out: Path, queue_groups: int = 8) -> None:
+def require_all_counted(out: Path, queue_groups: int = 8, last: int = 6) -> None:
     """Every group that was issued was taken once, or waits."""
     groups: dict[int, set[int]] = {}
     for r in rollouts.read(out / "rollouts.parquet"):
         groups.setdefault(r.group, set()).add(r.step)
     assert all(len(steps) == 1 for steps in groups.values()), "a group was taken twice"
-    queue = json.loads((out / "step-000006/state.json").read_text())["rl"]["queue"]
+    queue = json.loads((out / f"step-{last:06d}/state.json").read_text())["rl"]["queue"]
     waiting = {group["number"] for group in queue["open"]}
     assert len(waiting) == queue_groups and {*groups, *waiting} == set(range(queue["issued"]))
     assert not waiting & groups.keys()
@@ -390,6 +390,37 @@ def ends(pid: int) -> bool:
 
 def rollout_files(folder: Path) -> set[str]:
     return {path.name for path in (folder / "work/rollouts").glob("*")}
+
+
+def run_ranks(place: Path, folder: Path, **env: str) -> list[int]:
+    """The exit codes of two ranks of the phase in folder/config.json. As a launcher does, the one that waits for a
+    killed one is killed."""
+    places = [str(p) for p in (place, folder / "work", folder / "out", folder / "config.json")]
+    processes = layout_fixtures.spawn("tests.fixtures.rl_fixtures", places, 2, env)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout_fixtures, "GRACE", 5.0)
+        codes, logs = layout_fixtures.end(processes)
+    assert any(codes) == ("TEST_DISTURB" in env), logs
+    return codes
+
+
+@at_length("training", 60)
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}], ids=["dp 2", "ep 2"])
+def test_two_ranks_lose_one_and_replay_bit_for_bit(place: Path, tmp_path: Path, layout: dict[str, int]) -> None:
+    """Rank 0 draws for both. The other one is killed in the phase, and in its replay in the same layout."""
+    recorded = tmp_path / "recorded"
+    for name in ("live", "replay"):
+        (tmp_path / name).mkdir()
+        body = settings(parallelism={"ranks": 2, **layout}, steps=4, validate_every=4)
+        (tmp_path / name / "config.json").write_text(json.dumps(body))
+        env = {"TEST_ROLLOUTS": str(recorded)} if name == "replay" else {}
+        assert -signal.SIGKILL in run_ranks(place, tmp_path / name, TEST_DISTURB="1 3 SIGKILL", **env)
+        assert not (tmp_path / name / "out/summary.json").exists()
+        run_ranks(place, tmp_path / name, **env)
+        if name == "live":
+            rl_fixtures.record(tmp_path / name / "out", recorded)
+    require_all_counted(tmp_path / "live/out", last=4)
+    assert rl_fixtures.trained(tmp_path / "replay/out") == rl_fixtures.trained(tmp_path / "live/out")
 
 
 @at_length("training", 300)

@@ -26,11 +26,12 @@ from tests.fixtures import ROOT, release_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import at_length
 
 
-def run_quick(name: str) -> list[str]:
+def run_quick(name: str, *arguments: str) -> list[str]:
     """What a benchmark prints of a tiny model, but for its last line, which is checked."""
     run = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick"], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick", *arguments], capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     *table, last = run.stdout.splitlines()
     result = json.loads(last)
@@ -41,6 +42,14 @@ def run_quick(name: str) -> list[str]:
 
 def test_checkpoint_benchmark() -> None:
     assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in run_quick("checkpoint")}
+
+
+@at_length("benchmarks", 40)
+def test_one_of_two_data_ranks_is_connected_with_a_server() -> None:
+    """All tensors arrive, as their digests say, and fewer connections are open than with both ranks."""
+    *_, line = run_quick("transfer", "--groups")
+    ranks, servers, sending, *_, everyone = (int(word) for word in line.split() if word.isdecimal())
+    assert (ranks, servers) == (2, 1) and 0 < sending < everyone
 
 
 @at_length("benchmarks", 20)

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Store, sha256_file, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
@@ -139,6 +140,15 @@ def own_tasks(tmp_path: Path) -> Path:
     for name, rows in (("rows", CHOICES), ("sums", SUMS)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def test_a_plan_counts_the_items_of_known_sets(tmp_path: Path) -> None:
+    """Of MMLU 14,042, whose four letters transformers reads in one row; of a folder 2,000 a task, or the limit."""
+    mmlu = HarnessSection(sets=("mmlu",))
+    assert (mmlu.tokens(served=False), mmlu.tokens(served=True)) == (14_042 * 125, 14_042 * 500)
+    assert HarnessSection(sets=("mmlu",), limit=10).tokens(served=True) == 57 * 10 * 500
+    assert HarnessSection(sets=("arc",), limit=10_000).tokens(served=True) == 3548 * 500
+    assert not {"items", "letters"} & identity(TASK_SETS["mmlu"]).keys()
 
 
 def section_of(folder: Path, **settings: object) -> HarnessSection:

@@ -191,8 +191,8 @@ def broadcast(
     sampler: VllmServer, tensors: dict[str, torch.Tensor], sent: dict[str, torch.Tensor] | None = None
 ) -> Any:
     """The trainer's end, which has handed over the tensors. sent: what it sends in their place."""
-    passes = iter([tensors, sent or tensors])
-    sender = Broadcast(lambda: iter(next(passes).items()), Ranks(0, 1, Layout(), 0, 1, True))
+    passes = iter([tensors, tensors, sent or tensors])
+    sender = Broadcast(lambda by_turns: iter(next(passes).items()), Ranks(0, 1, Layout(), 0, 1, True))
     try:
         return sender.load(sampler)
     finally:

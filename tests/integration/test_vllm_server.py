@@ -457,7 +457,7 @@ def sending(sampler: VllmServer, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(broadcast, "SECONDS", 60.0)
     monkeypatch.setattr(atom_group, "PACKET_BYTES", 20)  # of the two tensors, one is a packet
     held: dict[str, torch.Tensor] = {}
-    sender = Broadcast(lambda: iter(held.items()), Ranks(0, 1, Layout(), 0, 1, True))
+    sender = Broadcast(lambda by_turns: iter(held.items()), Ranks(0, 1, Layout(), 0, 1, True))
 
     def send(tensors: dict[str, torch.Tensor]) -> str:
         held.update(tensors)

