@@ -183,7 +183,7 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place, session(0) as ranks:
         folder = Path(place)
         shared, tasks, heldout = make_inputs(folder, size, seed)
-        engine = Engine(config, ranks, size.vocab)
+        engine = Engine(config, ranks, GrpoTrainer.vocab_size(shared))
         engine.initialize()
         weights: dict[str, torch.Tensor] = {}
         tokens = 0
@@ -204,6 +204,9 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
                 lines, start = [], time.process_time()
                 while len(lines) < size.steps and not (tokens and trainer.generated >= tokens):
                     lines.append(trainer.train_step(len(lines) + 1))
+                    if len(lines) % 20 == 0:
+                        shown = {part: lines[-1][part] for part in ("reward", "parts", "completion_length")}
+                        print(f"seed {seed}: {name}, step {len(lines)}: {json.dumps(shown)}", flush=True)
                 tokens = tokens or trainer.generated
                 result[name] = accuracies(trainer, heldout, size.samples, seed)
                 result[f"{name} cost"] = {

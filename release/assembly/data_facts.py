@@ -27,7 +27,8 @@ BATCH = 65536
 @dataclass
 class SourceFacts:
     """The dispositions of the documents of one source. removed: by rule; by_split: of the kept ones; tokens: by split;
-    origin, license_evidence: as the source declares them."""
+    origin, license_evidence: as the source declares them. generated: the settings of a source that a generator wrote,
+    and the generator's `digest`."""
 
     documents_in: int
     kept: int
@@ -39,6 +40,7 @@ class SourceFacts:
     origin: str
     license_evidence: str
     tokens: dict[str, int] = field(default_factory=dict)
+    generated: dict[str, Any] | None = None
 
 
 @dataclass
@@ -135,6 +137,8 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
         path = dataset / "sources" / f"{name}.json"
         declared = read_json(path) if path.exists() else {}
         sources[name] = source_fates.facts(declared.get("origin", ""), declared.get("license_evidence", ""))
+        if "generated" in declared:
+            sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
     tokens: dict[str, Counter[str]] = {name: Counter() for name in sources}
     token_files = data_layout.all_files(data_layout.token_files(dataset))
     for (source, split), _, count in _totals(token_files, ["source", "split"], "tokens"):

@@ -117,6 +117,7 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("preferences", lambda data: chat_tables.wins(_preferences(data)), added=2, changed=4),
     CardTable("reward_parts", lambda data: chat_tables.reward_parts(data.chat), added=3),
     CardTable("document_licenses", document_tables.licenses, added=4, heading="Licenses of the documents"),
+    CardTable("synthetic", document_tables.synthetic, added=4, heading="Synthetic text"),
     CardTable("attribution", document_tables.attribution, added=4, heading="Attribution"),
     CardTable("lengths", document_tables.lengths, added=4, heading="Lengths of the documents"),
     CardTable("languages", document_tables.languages, added=4, heading="Languages of the documents"),
