@@ -43,6 +43,13 @@ def test_checkpoint_benchmark() -> None:
     assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in run_quick("checkpoint")}
 
 
+@at_length("benchmarks", 10)
+def test_process_reward_benchmark() -> None:
+    table = run_quick("process_reward")
+    costs = [line for line in table if line.startswith(("result: ", "process: "))]
+    assert [re.findall(r"(steps|tokens) (\d+)", line) for line in costs] == [[("steps", "1"), ("tokens", "32")]] * 2
+
+
 @at_length("benchmarks", 20)
 def test_training_benchmark() -> None:
     table = run_quick("train")
