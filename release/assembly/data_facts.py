@@ -17,7 +17,7 @@ from release.assembly.opt_outs import OptOut, read_opt_outs
 from release.assembly.published_tables import read_json, stream_batches
 from release.assembly.score_facts import ChatScores, compute_chat_scores, compute_scores
 from release.layout import FILTER_AGREEMENT, when
-from stages.data.table import order_files
+from stages.data.table import order_files, row_count
 from stages.evaluation.scores import ModelScores
 
 BATCH = 65536
@@ -139,6 +139,12 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
         sources[name] = source_fates.facts(declared.get("origin", ""), declared.get("license_evidence", ""))
         if "generated" in declared:
             sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
+            records = sum(map(row_count, data_layout.generated_files(dataset).get(name, [])))
+            if records != sources[name].documents_in:
+                raise CheckFailed(
+                    f"{data_layout.GENERATED}/{name} has records of {records} texts, and {sources[name].documents_in} "
+                    "documents of the source have dispositions"
+                )
     tokens: dict[str, Counter[str]] = {name: Counter() for name in sources}
     token_files = data_layout.all_files(data_layout.token_files(dataset))
     for (source, split), _, count in _totals(token_files, ["source", "split"], "tokens"):

@@ -16,6 +16,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, part_file, seal_part
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.data import acquire, estimates
@@ -48,7 +49,7 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
     """inputs["parent"]: the acquired documents of the source that the texts are made from.
 
     Resumes after the last sealed batch. Raises RecipeError if the generator's files are not those that are pinned, and
-    AtomError if its files cannot be loaded or there is no document.
+    AtomError if it cannot be loaded or there is no document.
     """
     with ExitStack() as stack:
         maker = _Maker(config, inputs, work, stack)
@@ -143,7 +144,8 @@ class Generator:
     """The generator's tokenizer and model."""
 
     def __init__(self, reader: Generated, work: Path) -> None:
-        """work: for the log of a server. Raises AtomError if a server cannot start."""
+        """work: for the log of a server. Raises AtomError if the files cannot be loaded, if the generator has no chat
+        template or too short a context, or if a server cannot start."""
         import torch
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -151,11 +153,22 @@ class Generator:
 
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
-        folder = Path(reader.path)
-        self.reader = reader
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.context = AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings
-        stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        folder, self.reader = Path(reader.path), reader
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+            self.context = int(config.max_position_embeddings)
+            stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        except (OSError, ValueError, AttributeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise AtomError(f"the generator {reader.generator} at {folder} cannot be loaded: {reason}") from error
+        if reader.form == "chat" and not self.tokenizer.chat_template:
+            raise AtomError(f"the generator {reader.generator} at {folder} has no chat template; use form: text")
+        if reader.max_new_tokens >= self.context:
+            raise AtomError(
+                f"the generator {reader.generator} has a context of {self.context} tokens, of which max_new_tokens = "
+                f"{reader.max_new_tokens} leaves none for a prompt; lower it"
+            )
         stops = [stops] if isinstance(stops, int) else list(stops or [])
         self.special = sorted(self.tokenizer.get_added_vocab())
         self.model = open_sampler(reader.engine, folder, stops, reader.max_new_tokens, work)

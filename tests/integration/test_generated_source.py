@@ -15,14 +15,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import AtomError, CheckFailed, MachineError, RecipeError
 from pipeline.core.store import Artifact, write_manifest
-from release.assembly.data_facts import DataFacts, SourceFacts
+from release.assembly import assemble, data_facts
 from release.cards import document_tables
 from stages.data import dedup, duplicate_search, filter, generate, representative_copies
 from stages.data.licenses.derivatives import forbids_derivatives
+from stages.data.readers.generated import Generated
 from stages.data.recipe import DataRecipe, load
-from stages.data.table import part_files
+from stages.data.table import TOKENIZED, part_files, write_rows
 from stages.evaluation import eval_set
 from stages.scorers import answer_of
 from tests.fixtures import ROOT, release_fixtures
@@ -193,6 +194,20 @@ def test_a_killed_run_ends_in_the_same_bytes(calm: Artifact, place: Path, tmp_pa
     assert write_manifest(tmp_path / "other", "other").digest == calm.digest
 
 
+def publish(folder: Path, artifacts: dict[str, Artifact]) -> Path:
+    """The dataset of a release with these artifacts, and ten tokens for each kept document."""
+    for node, artifact in artifacts.items():
+        for file, target in assemble.placement(node, artifact):
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact / file, folder / target)
+    for path in (folder / "dataset/kept").glob("*/*.parquet"):
+        kept = pq.read_table(path).to_pylist()
+        place = {"part": 0, "ordinal": 0, "bytes": 0, "tokens": 10, "loss_from": 0}
+        tokens = [{name: row[name] for name in TOKENIZED if name in row} | place for row in kept]
+        write_rows(folder / "dataset/tokens/documents" / path.parent.name / path.name, TOKENIZED, tokens)
+    return folder / "dataset"
+
+
 def test_curation_marks_them_and_the_card_counts_them(calm: Artifact, place: Path, tmp_path: Path) -> None:
     recipe = load(place / "data.yaml").resolved()
     inputs = {"notes": Artifact.open(place / "notes-out"), "rewritten": calm}
@@ -203,11 +218,6 @@ def test_curation_marks_them_and_the_card_counts_them(calm: Artifact, place: Pat
         stage.run(stage.config.model_validate(config), inputs, out, out, RecordingReport())
         return write_manifest(out, stage.name)
 
-    facts = [SourceFacts(8, 5, {}, {}, 9, 9, [], "", "", {"train": 30}, {**READER, "digest": "sha256:0"}),
-             SourceFacts(8, 8, {}, {}, 9, 9, [], "", "", {"train": 60, "heldout": 10})]  # fmt: skip
-    lines = document_tables.synthetic(DataFacts(dict(zip(("rewritten", "notes"), facts, strict=True))))
-    assert lines[-1] == "| tiny | `sha256:0` | notes | Apache-2.0 | outputs are free | 5 | 30 | 30.0% |"
-    assert document_tables.synthetic(DataFacts({"notes": facts[1]})) == []
     inputs["items"] = sealed(eval_set.STAGE, {"problems": {"add": 2}, "seed": 0})
     filtered = sealed(filter.STAGE, recipe.filter_config(0), **inputs)
     searched = {
@@ -222,6 +232,15 @@ def test_curation_marks_them_and_the_card_counts_them(calm: Artifact, place: Pat
         assert len(marked) == 11 and {row["generator"] for row in marked} == {"tiny"}
         assert {row["rule"] for row in marked} >= {"license/no-derivatives", "generation/unusable"}
         assert "generator" not in pq.read_schema(artifact / "dispositions/notes/part-00000.parquet").names
+    dataset = publish(tmp_path, {"dedup": kept, "acquire-notes": inputs["notes"], "acquire-rewritten": calm})
+    sources = data_facts._read_sources(dataset)
+    *_, line = document_tables.synthetic(data_facts.DataFacts(sources))
+    count, others = sources["rewritten"].kept, sources["notes"].kept
+    origin = f"| tiny | `{digest_of(place)}` | notes | Apache-2.0 | outputs are free |"
+    assert count and others and line == f"{origin} {count} | {10 * count} | {count / (count + others):.1%} |"
+    (dataset / "generated/rewritten/part-00001.parquet").unlink()
+    with pytest.raises(CheckFailed, match="generated/rewritten has records of 7 texts, and 11 documents"):
+        data_facts._read_sources(dataset)
 
 
 def test_a_generator_with_other_weights_is_refused(place: Path, calm: Artifact, tmp_path: Path) -> None:
@@ -240,6 +259,22 @@ def test_a_generator_with_other_weights_is_refused(place: Path, calm: Artifact, 
         generate.STAGE.run(
             config, {"parent": Artifact.open(place / "notes-out")}, tmp_path, tmp_path, RecordingReport()
         )
+
+
+def test_a_generator_that_cannot_answer_is_one_sentence(place: Path, tmp_path: Path) -> None:
+    def generator(folder: Path, **settings: Any) -> None:
+        reader = {**READER, "path": str(folder), **settings}
+        generate.Generator(Generated.model_validate(reader), tmp_path)
+
+    with pytest.raises(AtomError, match="max_new_tokens = 128 leaves none for a prompt"):
+        generator(place / "model", max_new_tokens=128)
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").unlink()
+    with pytest.raises(AtomError, match="has no chat template; use form: text"):
+        generator(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("{")
+    with pytest.raises(AtomError, match="the generator tiny at .* cannot be loaded: "):
+        generator(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +322,6 @@ def test_licenses_that_forbid_derived_texts(expression: str, forbidden: bool) ->
 
 def test_an_error_of_the_model_is_that_of_the_stage() -> None:
     """Not a text that is missing."""
-    from pipeline.core.errors import MachineError
     from stages.data.inference import Request, draw
     from stages.rl.protocols import Prompt
 
