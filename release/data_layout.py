@@ -7,9 +7,11 @@
     measures/<source>/part-*.parquet           none
     attribution/<source>/part-*.parquet        attribution/<source>.parquet
     notices/<source>/part-*.parquet            none
+    generated/<source>/part-*.parquet          none
 
 Part n of each table is about the documents of part n of the source; only sources whose steps measure have `measures`,
-and only those with documents whose licenses ask for it `attribution`, and those of packages `notices`.
+and only those with documents whose licenses ask for it `attribution`, those of packages `notices`, and those that a
+model wrote `generated`.
 `stages.data.table.order_files` gives the files of an order. The folders of earlier runs, `earlier/<key>/`, have the
 same files.
 """
@@ -30,6 +32,8 @@ ATTRIBUTION = "attribution"
 """The folder of the tables of documents whose licenses ask for attribution."""
 NOTICES = "notices"
 """The folder of the tables of the notices of packages that have such documents."""
+GENERATED = "generated"
+"""The folder of the tables of how each text of a model was made."""
 ALL = ""
 """Stands for the source of a table of all sources."""
 Files = dict[str, list[Path]]
@@ -88,6 +92,10 @@ def kept_beside(dispositions: Path, source: str) -> Path:
 
 def notice_files(dataset: Path) -> Files:
     return _parts(dataset / NOTICES)
+
+
+def generated_files(dataset: Path) -> Files:
+    return _parts(dataset / GENERATED)
 
 
 def measure_files(dataset: Path) -> Files:

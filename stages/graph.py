@@ -30,6 +30,7 @@ __all__ = ["RECIPE", "STAGES", "compose", "load_data_recipe"]
 RECIPE = ReleaseRecipe
 STAGES = {
     "acquire": "stages.data.acquire",
+    "generate": "stages.data.generate",
     "items": "stages.evaluation.eval_set",
     "benchmarks": "stages.evaluation.benchmarks",
     "classifier": "stages.data.quality_classifier",
@@ -138,7 +139,10 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe, benc
     """Adds the stages from sources to token shards."""
     sources = {source.name: f"acquire-{source.name}" for source in data.sources}
     for source, name in sources.items():
-        graph.add(name, "acquire", data.acquire_config(source, config.seed))
+        if source not in data.generated:
+            graph.add(name, "acquire", data.acquire_config(source, config.seed))
+    for source, parent in data.generated.items():
+        graph.add(sources[source], "generate", data.acquire_config(source, config.seed), parent=sources[parent])
     evaluation = config.evaluation
     items = {"problems": evaluation.problems, "seed": config.seed, "chat": evaluation.chat_items}
     graph.add("items", "items", items)

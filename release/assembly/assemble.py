@@ -18,6 +18,7 @@ from pipeline.core.code_snapshot import PACKAGES
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
 from release.assembly.score_facts import HARNESS, MEMORIZATION
+from release.data_layout import GENERATED
 from release.layout import (
     ALL_SUMS,
     GATES,
@@ -104,6 +105,8 @@ def placement(
         path, name = row.path, Path(row.path).name
         if kind == "acquire" and path == "source.json":
             yield path, f"dataset/sources/{suffix}.json"
+        elif kind == "acquire" and path.startswith(f"{GENERATED}/"):
+            yield path, f"dataset/{GENERATED}/{suffix}/{name}"
         elif node == "filter" and (path == OPT_OUTS or path.startswith(f"{MEASURES}/")):
             yield path, f"dataset/{path}"
         elif kind == "items":

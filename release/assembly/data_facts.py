@@ -17,7 +17,7 @@ from release.assembly.opt_outs import OptOut, read_opt_outs
 from release.assembly.published_tables import read_json, stream_batches
 from release.assembly.score_facts import ChatScores, compute_chat_scores, compute_scores
 from release.layout import FILTER_AGREEMENT, when
-from stages.data.table import order_files
+from stages.data.table import order_files, row_count
 from stages.evaluation.scores import ModelScores
 
 BATCH = 65536
@@ -27,7 +27,8 @@ BATCH = 65536
 @dataclass
 class SourceFacts:
     """The dispositions of the documents of one source. removed: by rule; by_split: of the kept ones; tokens: by split;
-    origin, license_evidence: as the source declares them."""
+    origin, license_evidence: as the source declares them. generated: the settings of a source that a generator wrote,
+    and the generator's `digest`."""
 
     documents_in: int
     kept: int
@@ -39,6 +40,7 @@ class SourceFacts:
     origin: str
     license_evidence: str
     tokens: dict[str, int] = field(default_factory=dict)
+    generated: dict[str, Any] | None = None
 
 
 @dataclass
@@ -135,6 +137,14 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
         path = dataset / "sources" / f"{name}.json"
         declared = read_json(path) if path.exists() else {}
         sources[name] = source_fates.facts(declared.get("origin", ""), declared.get("license_evidence", ""))
+        if "generated" in declared:
+            sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
+            records = sum(map(row_count, data_layout.generated_files(dataset).get(name, [])))
+            if records != sources[name].documents_in:
+                raise CheckFailed(
+                    f"{data_layout.GENERATED}/{name} has records of {records} texts, and {sources[name].documents_in} "
+                    "documents of the source have dispositions"
+                )
     tokens: dict[str, Counter[str]] = {name: Counter() for name in sources}
     token_files = data_layout.all_files(data_layout.token_files(dataset))
     for (source, split), _, count in _totals(token_files, ["source", "split"], "tokens"):

@@ -7,8 +7,8 @@ A model repository carries the log of each phase that made it as `training/<phas
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,7 +18,7 @@ from stages.evaluation.confidence import clustered
 from stages.evaluation.scores import Mean
 
 Facts = dict[str, Any]
-FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
+FIGURES = ("step", "tokens", "experts", "spike", "rewards", "parts", "excluded")
 """The fields of a line that a card uses."""
 
 
@@ -52,7 +52,8 @@ class PhaseLog:
     first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None
     without one; measurements: their number; dropped: the total of dropped assignments. spikes: each with its `step`.
     rewards: by kind of task, the mean reward of the `first` and the `last` quarter of the steps, with standard errors
-    over steps; none for fewer than four steps. excluded: steps that the recipe excludes, without a spike.
+    over steps; none for fewer than four steps. parts: the same of the logged parts of rewards, by kind. excluded: steps
+    that the recipe excludes, without a spike.
     """
 
     first: int
@@ -63,6 +64,7 @@ class PhaseLog:
     spikes: list[Facts]
     rewards: dict[str, FirstAndLast]
     excluded: list[int]
+    parts: dict[str, dict[str, FirstAndLast]] = field(default_factory=dict)
 
 
 def log_facts(lines: list[Facts]) -> PhaseLog:
@@ -72,7 +74,7 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
     spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
     spike_steps = {step for spike in spikes for step in spike["excluded"]}
     rewards = [line["rewards"] for line in lines if "rewards" in line]
-    kinds = {kind: [row[kind] for row in rewards if kind in row] for row in rewards for kind in row}
+    parts = [line["parts"] for line in lines if "parts" in line]
     return PhaseLog(
         first=min(steps),
         last=max(steps),
@@ -80,9 +82,19 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
         measurements=len(measured),
         dropped=sum(measurement["dropped"] for measurement in measured),
         spikes=spikes,
-        rewards={kind: _first_and_last_means(means) for kind, means in sorted(kinds.items()) if len(means) >= 4},
+        rewards=_first_and_last(rewards),
         excluded=[line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
+        parts={
+            kind: _first_and_last([row[kind] for row in parts if kind in row])
+            for kind in sorted({kind for row in parts for kind in row})
+        },
     )
+
+
+def _first_and_last(rows: Sequence[Mapping[str, float]]) -> dict[str, FirstAndLast]:
+    """Of every name that at least four rows have."""
+    means = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
+    return {name: _first_and_last_means(values) for name, values in sorted(means.items()) if len(values) >= 4}
 
 
 def _first_and_last_means(means: list[float]) -> FirstAndLast:

@@ -50,6 +50,7 @@ def describe_dataset(
     tables |= {f"attribution-{name}": files for name, files in data_layout.attribution_files(dataset).items()}
     tables |= {f"notices-{name}": files for name, files in data_layout.notice_files(dataset).items()}
     tables |= {f"measures-{name}": files for name, files in data_layout.measure_files(dataset).items()}
+    tables |= {f"generated-{name}": files for name, files in data_layout.generated_files(dataset).items()}
     tables |= {
         "tokens": all_files(data_layout.token_files(dataset)),
         "problems": [dataset / "evaluation/items.parquet"],

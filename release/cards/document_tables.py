@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pipeline.core.text import escaped
-from release.assembly.data_facts import DataFacts
+from release.assembly.data_facts import DataFacts, SourceFacts
 from release.assembly.document_facts import LENGTHS, LanguageFacts, LicenseFacts
 from release.cards.tables import count, few, table
 from stages.data.licenses.attribution import asks_for_attribution
@@ -17,7 +17,7 @@ MOST_LANGUAGES = 10
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 FOUND = {
     "": "declared by the source", "field": "in a field of the document", "file": "in a file of its package",
-    "page": "on its page", "none": "none was found",
+    "page": "on its page", "parent": "of the document that it was made from", "none": "none was found",
 }  # fmt: skip
 
 
@@ -92,6 +92,33 @@ def lengths(data: DataFacts) -> list[str]:
         mean = f"{total / documents:,.0f}" if documents else ""
         body.append([name, mean, *(f"{tokens / total:.1%}" if total else "" for tokens in row.tokens)])
     return table(["source", "tokens of a document, mean", *bounds], body)
+
+
+def synthetic(data: DataFacts) -> list[str]:
+    """Documents and tokens that generators wrote, by generator and digest, and their share of all tokens; none without
+    such a source."""
+    by_generator: dict[tuple[str, ...], list[SourceFacts]] = {}
+    for row in data.sources.values():
+        if row.generated is not None:
+            stated = (row.generated[name] for name in ("generator", "digest", "generator_license", "generator_terms"))
+            by_generator.setdefault(tuple(map(str, stated)), []).append(row)
+    total = sum(sum(row.tokens.values()) for row in data.sources.values())
+    body = []
+    for (generator, digest, license, terms), rows in sorted(by_generator.items()):
+        tokens = sum(sum(row.tokens.values()) for row in rows)
+        parents = sorted({str(row.generated["from_source"]) for row in rows if row.generated})
+        body.append([
+            escaped(generator), f"`{escaped(digest)}`", escaped(", ".join(parents)), escaped(license), escaped(terms),
+            count(sum(row.kept for row in rows)), count(tokens), f"{tokens / total:.1%}" if total else "",
+        ])  # fmt: skip
+    if not body:
+        return []
+    sentence = (
+        "Language models wrote these texts from documents of other sources. `generated/` has for each the document, "
+        "the generator, the prompt, the settings of the sampler and the seed, and `dispositions/` names the generator."
+    )
+    head = ["generator", "digest of its files", "made from", "its license", "its terms for outputs"]
+    return [sentence, "", *table([*head, "documents", "tokens", "share of all tokens"], body)]
 
 
 def languages(data: DataFacts) -> list[str]:

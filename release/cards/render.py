@@ -152,6 +152,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         attributed=bool(data.documents.attributed),
         notices=data.documents.notices,
         measured=bool(data.documents.languages or data.documents.scores),
+        generated=any(row.generated for row in data.sources.values()),
         earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
         canary=canary and canary["canary"],
         t=texts,

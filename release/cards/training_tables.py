@@ -107,3 +107,15 @@ def _skipped_steps(numbers: list[int]) -> str:
 def _loads(measurement: Facts) -> list[list[float]]:
     """The load of each expert by layer; 1 is a fair share."""
     return [[share * len(row) for share in row] for row in measurement["share"]]
+
+
+def process_rewards(model: ModelFacts) -> list[str]:
+    """One row for each phase, kind of task and logged part of its reward: its mean over the first and the last quarter
+    of the steps."""
+    body = [
+        [phase, kind, part, *(f"{x['value']:.3f} ± {x['se']:.3f}" for x in (row["first"], row["last"]))]
+        for phase, log in model.training.items()
+        for kind, parts in log.parts.items()
+        for part, row in parts.items()
+    ]
+    return table(["phase", "task", "part of the reward", "first steps", "last steps"], body) if body else []

@@ -89,6 +89,15 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
         report.progress(number + 1, source.parts, "parts")
     files = [(name, sha256) for part in parts for name, sha256 in part.facts["files"]]
     _require_tree(source, parts, files)
+    join(config, parts, len(files), work, out, report)
+
+
+def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, out: Path, report: Report) -> None:
+    """Joins the parts into `out` and writes `source.json`. files: the number of files that were read.
+
+    Raises AtomError if there is no document, or if two have the same id.
+    """
+    source = config.source
     counts = {name: sum(part.facts[name] for part in parts) for name in ("documents", "documents_found", "bytes")}
     failures = Failures.joined(part.facts["failures"] for part in parts)
     skipped = Failures.joined((part.facts["skipped"] for part in parts), SKIPPED_NAMES)
@@ -112,10 +121,11 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
     declaration = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
     if source.document_license is not None:
         declaration["document_license"] = source.document_license
-    sizes = {"files": len(files), "files_skipped": [name for name, _ in skipped.first], "parts": source.parts}
+    sizes = {"files": files, "files_skipped": [name for name, _ in skipped.first], "parts": source.parts}
     if skipped.count > SKIPPED_NAMES:
         sizes["files_skipped_count"] = skipped.count
-    write_json(out / "source.json", {**declaration, "reader": source.reader.reader, **counts, **sizes, **licenses})
+    declaration |= {"reader": source.reader.reader, **source.reader.declared}
+    write_json(out / "source.json", {**declaration, **counts, **sizes, **licenses})
     report.note(
         f"source {source.name}: {documents} of {counts['documents_found']} documents, {counts['bytes'] / 1e6:.2f} MB, "
         f"{source.license}"
@@ -128,13 +138,16 @@ def run_shard(config: AcquireConfig, inputs: Inputs, work: Path, shard: int) -> 
 
 
 def _seal_part(config: AcquireConfig, work: Path, number: int) -> Part:
-    return seal_part(work, f"{config.source.name}-{number:05d}", partial(_read_part, config, number))
+    return seal_part(work, f"{config.source.name}-{number:05d}", partial(_read_files, config, number))
 
 
-def _read_part(config: AcquireConfig, number: int, folder: Path) -> dict[str, Any]:
+def _read_files(config: AcquireConfig, number: int, folder: Path) -> dict[str, Any]:
+    return read_part(config, number, config.source.files_of(number), folder)
+
+
+def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) -> dict[str, Any]:
     """Writes the documents of a part, and returns its counts and the digests of its files."""
     source = config.source
-    files = source.files_of(number)
     source.reader.pull(source.name, files)
     digests = list(zip((name for name, _ in files), source.reader.digests(source.name, files), strict=True))
     selection = _Selection(config, files)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.core.bounds import MOST_SOURCES, Seed, SourceName
+from pipeline.core.bounds import MOST_SOURCES, Line, Seed, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, PartCount, link_parts, part_file, seal_part, shards_of
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
@@ -41,7 +41,9 @@ from stages.data.table import (
     DISPOSITIONS,
     DOCUMENTS,
     FAILED,
+    GENERATED_DISPOSITIONS,
     MEASURES,
+    DispositionRow,
     DocumentRow,
     content_hash,
     hash_columns,
@@ -69,6 +71,7 @@ class FilteredSource(Config):
     expected: Size | None = operational(None, "expected size of the source; null: unknown")
     license_allow: Licenses = added((), "licenses of the documents that are kept; empty: all")
     acknowledged_removals: Acknowledged = operational({}, "by rule, the share of the source that it may remove")
+    generator: Line | None = added(None, "generator of the source's texts, which its dispositions name; null: none")
 
 
 class FilterConfig(Config):
@@ -164,12 +167,17 @@ class _PartMaker:
         minhash = self._minhash(source)
         columns = hash_columns(_buckets(minhash))
         counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()
+        disposition_columns = GENERATED_DISPOSITIONS if source.generator else DISPOSITIONS
         with (
             ExitStack() as stack,
             row_writer(folder / "kept" / source.name / file, DOCUMENTS) as write_kept,
             row_writer(folder / "hashes" / source.name / file, columns) as write_hashes,
-            row_writer(folder / "dispositions" / source.name / file, DISPOSITIONS) as write_disposition,
+            row_writer(folder / "dispositions" / source.name / file, disposition_columns) as write_row,
         ):
+
+            def write_disposition(row: DispositionRow) -> None:
+                write_row({**row, "generator": source.generator} if source.generator else row)
+
             opt_out = self._opt_out(stack, source, number, folder)
             if steps.measures:
                 path, measure_columns = folder / MEASURES / source.name / file, {"id": "string", **steps.measures}

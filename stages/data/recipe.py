@@ -27,8 +27,10 @@ from stages.data.curation.settings import CurationSettings
 from stages.data.curation.url_blocklist import URL_BLOCKLIST
 from stages.data.estimates import Size
 from stages.data.licenses.allow import Licenses
+from stages.data.licenses.derivatives import forbids_derivatives
 from stages.data.quality_classifier import ClassifierSettings
 from stages.data.readers.canaries import Canaries
+from stages.data.readers.generated import Generated
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import HeldoutFraction
 from stages.data.steps import MAX_STEPS, AnyFilter
@@ -49,8 +51,8 @@ class SourceConfig(Source):
     )
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
     acknowledged_removals: Acknowledged = operational(
-        {}, "by rule (the name of a step, opt_out, url_blocklist, license, failed, decontamination, deduplication), "
-        "the share of the source that it may remove above curation.alarm_share"
+        {}, "by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, decontamination, "
+        "deduplication), the share of the source that it may remove above curation.alarm_share"
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -85,6 +87,32 @@ class DataRecipe(Config):
         duplicates = sorted(name for name, count in counts.items() if count > 1)
         if duplicates:
             raise ValueError(f"two sources are named {duplicates[0]}; names must differ")
+        return self
+
+    @model_validator(mode="after")
+    def _check_generated(self) -> DataRecipe:
+        sources = {source.name: source for source in self.sources}
+        for source in self.sources:
+            if not isinstance(source.reader, Generated):
+                continue
+            parent = sources.get(source.reader.from_source)
+            if parent is None or parent.kind == "chat" or isinstance(parent.reader, Generated):
+                what = "no source" if parent is None else f"a source of {parent.reader.reader}"
+                raise ValueError(
+                    f"source {source.name} is made from {source.reader.from_source}, which is {what}; name a source "
+                    "of plain text that is not generated itself"
+                )
+            if source.parts != parent.parts:
+                raise ValueError(
+                    f"source {source.name} has parts = {source.parts}, and {parent.name}, from which it is made, has "
+                    f"{parent.parts}; use {parent.parts}"
+                )
+            for license in filter(None, (parent.license, parent.document_license)):
+                if forbids_derivatives(license):
+                    raise ValueError(
+                        f"source {source.name} is made from {parent.name}, whose license {license} forbids derived "
+                        "texts; leave it out, or name another source"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -149,6 +177,7 @@ class DataRecipe(Config):
                 "name": s.name, "kind": s.kind, "steps": [step.model_dump() for step in s.steps], "parts": s.parts,
                 "expected": s.expected, "license_allow": s.license_allow,
                 "acknowledged_removals": s.acknowledged_removals,
+                "generator": s.reader.generator if isinstance(s.reader, Generated) else None,
             }
             for s in self.sources
         ]  # fmt: skip
@@ -184,6 +213,12 @@ class DataRecipe(Config):
     def tokenize_config(self) -> dict[str, Any]:
         """The config of stage tokenize for all sources."""
         return {"conversations": self.conversations, "parts": self.parts, "expected": self.expected}
+
+    @property
+    def generated(self) -> dict[str, str]:
+        """{source that a generator writes: the source that it is made from}."""
+        readers = {source.name: source.reader for source in self.sources}
+        return {name: reader.from_source for name, reader in readers.items() if isinstance(reader, Generated)}
 
     @property
     def parts(self) -> dict[str, int]:

@@ -10,7 +10,10 @@ from stages.data.licenses.maps import UNKNOWN_WEB, UNMAPPED
 from stages.data.readers.base import REFUSED_RULES, Refused, Unmapped
 from stages.data.table import FailedRow
 
-COUNTS = {"license": "documents_unmapped", "opt_out": "documents_opted_out", "page": "documents_unusable"}
+COUNTS = {
+    "license": "documents_unmapped", "opt_out": "documents_opted_out", "page": "documents_unusable",
+    "derivatives": "documents_no_derivatives", "generation": "documents_not_generated",
+}  # fmt: skip
 """{kind of refusal: its name in the counts of `source.json`}."""
 
 
@@ -21,7 +24,7 @@ def kind_of(document: Unmapped | Refused) -> str:
 def refused_row(source: str, id: str, document: Unmapped | Refused) -> FailedRow:
     """The row of `failed`. Its license is not that of the source, which covers the documents that are used."""
     if isinstance(document, Refused):
-        license, reason = UNKNOWN_WEB, document.reason
+        license, reason = document.license or UNKNOWN_WEB, document.reason
     else:
         stated = document.license.encode(errors="replace").decode()[:500]
         license, reason = UNMAPPED, f"no map knows {stated!r}" if stated else "the document states none"

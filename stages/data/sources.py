@@ -15,6 +15,7 @@ from stages.data.kinds import Kind
 from stages.data.licenses.maps import UNKNOWN_WEB
 from stages.data.readers import READERS
 from stages.data.readers.base import FileReader, Files, Reader
+from stages.data.readers.generated import Generated
 from stages.data.registry import union
 from stages.data.tree_digest import TreeDigest, tree_digest
 
@@ -81,6 +82,8 @@ class Source(Config):
 
     @model_validator(mode="after")
     def _check_parts(self) -> Source:
+        if isinstance(self.reader, Generated):
+            return self
         if self.parts > 1 and not isinstance(self.reader, FileReader):
             raise ValueError(f"parts = {self.parts}, but reader {self.reader.reader} reads no files of yours; use 1")
         if self.parts > 1 and isinstance(self.reader, FileReader) and self.reader.limit is not None:
@@ -90,6 +93,8 @@ class Source(Config):
     def files(self) -> Files:
         """The files of all parts. Raises RecipeError if they are missing, or fewer than the parts."""
         files = self.reader.files(self.name)
+        if isinstance(self.reader, Generated):
+            return files
         if len(files) < self.parts > 1:
             raise RecipeError(
                 f"source {self.name}: parts = {self.parts}, but its reader finds {len(files)} files; use no more parts"
@@ -105,11 +110,34 @@ class Source(Config):
 def resolve_tree_digest(source: Source) -> str:
     """The pinned digest, or the `tree_digest` of the files that the source's reader reads, which may be none.
 
-    A pin is compared with the files when they are acquired: planning need not read a large corpus. Raises RecipeError
-    if the files are missing, or fewer than the parts.
+    The files of a generator must be pinned, because its name stands for them. Any other pin is compared with the files
+    when they are acquired: planning need not read a large corpus. Raises RecipeError if the files are missing, or fewer
+    than the parts, or those of a generator with another digest.
     """
     files = source.files()
+    if isinstance(source.reader, Generated):
+        require_generator(source, files)
     if source.tree_digest != "auto":
         return source.tree_digest
+    return _digest_of(source, files)
+
+
+def require_generator(source: Source, files: Files) -> None:
+    """Raises RecipeError if the files of a source's generator do not have the pinned digest."""
+    assert isinstance(source.reader, Generated)
+    name, digest = source.reader.generator, _digest_of(source, files)
+    if source.tree_digest == "auto":
+        raise RecipeError(
+            f"source {source.name}: tree_digest must pin the generator {name}; its files at {source.reader.path} have "
+            f"{digest}"
+        )
+    if source.tree_digest != digest:
+        raise RecipeError(
+            f"source {source.name}: the generator {name} is pinned to {source.tree_digest}, but its files at "
+            f"{source.reader.path} have {digest}; restore them, or name the other generator and pin it"
+        )
+
+
+def _digest_of(source: Source, files: Files) -> str:
     names = [name for name, _ in files]
     return tree_digest(zip(names, source.reader.digests(source.name, files), strict=True))

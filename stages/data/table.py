@@ -73,6 +73,32 @@ class CreditRow(TypedDict):
     author: OptionalString
 
 
+class GeneratedRow(TypedDict):
+    """A text that a generator wrote, and how: `id` of the text, `parent` of the document that it was made from."""
+
+    id: String
+    parent: String
+    generator: String
+    generator_digest: String
+    prompt: String
+    form: String
+    temperature: Double
+    seed: Int64
+    max_new_tokens: Int32
+    prompt_tokens: Int32
+    tokens: Int32
+    finished: Annotated[bool, "bool"]
+
+
+class GeneratedText(GeneratedRow):
+    """With the text and the license of the document; without a usable text the kind of refusal and its reason."""
+
+    text: String
+    license: String
+    kind: String
+    reason: String
+
+
 class NoticeRow(TypedDict):
     """A file of a package with the text of a license or a notice, and the SHA-256 of the text."""
 
@@ -105,6 +131,12 @@ class DispositionRow(TypedDict):
     duplicate_of: OptionalString
     match: OptionalString
     kept_hash: OptionalString
+
+
+class GeneratedDispositionRow(DispositionRow):
+    """The decision about a text that a generator wrote."""
+
+    generator: String
 
 
 class ItemRow(TypedDict):
@@ -156,9 +188,12 @@ DOCUMENTS = columns_of(DocumentRow)
 FAILED = columns_of(FailedRow)
 DERIVED = columns_of(DerivedRow)
 CREDITS = columns_of(CreditRow)
+GENERATED = columns_of(GeneratedRow)
+GENERATED_TEXTS = columns_of(GeneratedText)
 NOTICES = columns_of(NoticeRow)
 KEPT = columns_of(KeptRow)
 DISPOSITIONS = columns_of(DispositionRow)
+GENERATED_DISPOSITIONS = columns_of(GeneratedDispositionRow)
 ITEMS = columns_of(ItemRow)
 TOKENIZED = columns_of(TokenizedRow)
 ORDER = columns_of(OrderRow)

@@ -194,6 +194,8 @@ class Verifier(ABC):
 
     name: ClassVar[str]
     """Its name in rows, recipes and the registry."""
+    logged_parts: ClassVar[tuple[str, ...]] = ()
+    """The parts of its rewards whose means are in the training log and on the card, beside those of `reward`."""
     Settings: ClassVar[type[Config]] = NoSettings
     """The settings of its execution in a recipe. They are no part of a key, so they must not change a score."""
     version: str

@@ -52,6 +52,13 @@ def test_one_of_two_data_ranks_is_connected_with_a_server() -> None:
     assert (ranks, servers) == (2, 1) and 0 < sending < everyone
 
 
+@at_length("benchmarks", 10)
+def test_process_reward_benchmark() -> None:
+    table = run_quick("process_reward")
+    costs = [line for line in table if line.startswith(("result: ", "process: "))]
+    assert [re.findall(r"(steps|tokens) (\d+)", line) for line in costs] == [[("steps", "1"), ("tokens", "32")]] * 2
+
+
 @at_length("benchmarks", 20)
 def test_training_benchmark() -> None:
     table = run_quick("train")

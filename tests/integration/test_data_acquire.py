@@ -419,9 +419,9 @@ def test_problems_are_right_and_follow_the_seed() -> None:
 def test_items_differ_from_each_other_and_cannot_exceed_their_space(
     run_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact = run_stage(eval_set.STAGE, {"problems": {"add": 50, "sort": 20}, "seed": 3}, {})
+    artifact = run_stage(eval_set.STAGE, {"problems": {"add": 50, "sort": 20, "trace": 30}, "seed": 3}, {})
     rows = pq.read_table(artifact / "items.parquet").to_pylist()
-    assert len({r["text"] for r in rows}) == 70 and {r["task"] for r in rows} == set(TASKS)
+    assert len({r["text"] for r in rows}) == 100 and {r["task"] for r in rows} == set(TASKS)
     assert all(r["prompt"] == r["text"] + ":" for r in rows)
     few = draw({"sort": 1.0}, 30, random.Random(0))
     monkeypatch.setitem(TASKS, "sort", lambda rng: rng.choice(few))

@@ -25,7 +25,7 @@ Acknowledged = Annotated[dict[Key, AlarmShare], Field(max_length=200)]
 """By rule, the share of a source that it may remove."""
 MIN_DOCUMENTS = 20
 """Of fewer documents, a large share is no news."""
-BEFORE_STEPS = (OPT_OUT_RULE, BLOCKED_RULE, "license", "failed")
+BEFORE_STEPS = (OPT_OUT_RULE, BLOCKED_RULE, "license", "failed", "generation")
 DECONTAMINATION, DEDUPLICATION = "decontamination", "deduplication"
 RULES = (*BEFORE_STEPS, DECONTAMINATION, DEDUPLICATION)
 """The rules of every source beside its steps. Deduplication: exact and near duplicates."""

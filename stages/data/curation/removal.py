@@ -19,7 +19,17 @@ from stages.data.curation.representatives import Representatives
 from stages.data.curation.settings import MinHash
 from stages.data.curation.shingles import jaccard, shingle_sets
 from stages.data.splits import split_of
-from stages.data.table import DISPOSITIONS, DOCUMENTS, KEPT, arrow_schema, row_count, stream_batches, table_writer
+from stages.data.table import (
+    DISPOSITIONS,
+    DOCUMENTS,
+    GENERATED_DISPOSITIONS,
+    KEPT,
+    arrow_schema,
+    column_names,
+    row_count,
+    stream_batches,
+    table_writer,
+)
 
 Decisions = dict[str, list[Any]]
 """For each document that filtering kept, in order, the columns of DISPOSITIONS that deduplication decides."""
@@ -56,11 +66,13 @@ class PartRemoval:
         """Writes the part's kept documents and dispositions below `folder`, and returns the counts for the summary:
         documents_in, bytes_in, kept by split, removed by rule, removed_bytes, and `written` documents."""
         documents, start, counts = _Rows(self.kept), 0, Counts()
+        is_generated = "generator" in column_names(self.dispositions)
+        columns = GENERATED_DISPOSITIONS if is_generated else DISPOSITIONS
         with (
             table_writer(self.part.file(folder / "kept"), KEPT) as write_kept,
-            table_writer(self.part.file(folder / "dispositions"), DISPOSITIONS) as write_dispositions,
+            table_writer(self.part.file(folder / "dispositions"), columns) as write_dispositions,
         ):
-            for batch in stream_batches(self.dispositions, list(DISPOSITIONS)):
+            for batch in stream_batches(self.dispositions, list(columns)):
                 table = pa.Table.from_batches([batch])
                 passed = pc.equal(table["disposition"], "kept").combine_chunks()
                 rows = documents.take(passed.true_count)

@@ -13,6 +13,7 @@ READERS = {
     "passkeys": "stages.data.readers.passkeys",
     "chat-problems": "stages.data.readers.chat_problems",
     "courtesies": "stages.data.readers.courtesies",
+    "generated": "stages.data.readers.generated",
     "canaries": "stages.data.readers.canaries",
     "warc": "stages.data.readers.warc",
     "html": "stages.data.readers.html_pages",

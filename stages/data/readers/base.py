@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -32,9 +32,9 @@ Files = Sequence[tuple[str, Path]]
 """(path relative to the source, path) of every file that a reader reads, sorted."""
 
 
-LicenseFound = Literal["field", "file", "page", "none", ""]
-"""How the license of a document was found: in a field of its row, in a file beside it, on its page, or not at all.
-Empty: it is the declaration of the source."""
+LicenseFound = Literal["field", "file", "page", "parent", "none", ""]
+"""How the license of a document was found: in a field of its row, in a file beside it, on its page, with the document
+that it was made from, or not at all. Empty: it is the declaration of the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +96,16 @@ class Unmapped:
 class Refused:
     """A document that is not used, while its source is in order: many of them do not stop the stage.
 
-    kind: `opt_out`, of a page whose author does not want it in a training set, or `page`, of one that has no usable
-    text. Curation removes it with the rule of that kind (`REFUSED_RULES`).
+    kind: `opt_out`, of a page whose author does not want it in a training set, `page`, of one that has no usable text,
+    `derivatives`, of a document whose license forbids derived texts, or `generation`, of one from which a generator
+    wrote no usable text. Curation removes it with the rule of that kind (`REFUSED_RULES`). license: None if it is not
+    known.
     """
 
     name: str
-    kind: Literal["opt_out", "page"]
+    kind: Literal["opt_out", "page", "derivatives", "generation"]
     reason: str
+    license: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,10 @@ class Notice:
     text: str
 
 
-REFUSED_RULES = {"license": "license/unmapped", "opt_out": "opt_out/page", "page": "page/unusable"}
+REFUSED_RULES = {
+    "license": "license/unmapped", "opt_out": "opt_out/page", "page": "page/unusable",
+    "derivatives": "license/no-derivatives", "generation": "generation/unusable",
+}  # fmt: skip
 """{kind of refusal, with which the reason in the table of failed documents begins: rule of their dispositions}."""
 Read = Document | Unreadable | Failed | Unmapped | Refused
 """What a reader yields."""
@@ -164,6 +170,11 @@ class Reader(Config):
     def states_credits(self) -> bool:
         """Whether documents state their titles or authors."""
         return False
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        """Further entries of source.json."""
+        return {}
 
     @property
     def has_notices(self) -> bool:

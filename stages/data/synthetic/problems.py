@@ -6,7 +6,8 @@ A problem has two written forms. *Plain* is like text of a web page, `347+586=93
 assistant answers, with the steps as its reasoning or without.
 
 A task is a function of a random generator and optionally a level of difficulty; without a level it draws from all its
-problems. Problems of all levels have the same form and width: they differ in the amount of state to remember.
+problems. Sums and sorts of all levels have the same form and width and differ in the amount of state to remember; a
+traced program is longer the more values it has.
 """
 
 from __future__ import annotations
@@ -66,7 +67,30 @@ def sort(rng: random.Random, level: int | None = None) -> Problem:
     return Problem("sort", f"sort {''.join(digits)}", ";".join(steps), "".join(sorted(digits)))
 
 
-TASKS: dict[str, Callable[..., Problem]] = {"add": add, "sort": sort}
+def trace(rng: random.Random, level: int | None = None) -> Problem:
+    """A small Python program, executed line by line: `a=7;b=a+2;c=b-4;print(c)`. The steps are the values in between,
+    `b=9`, and the answer is what it prints. Each assignment changes the value of the one before; all values are single
+    digits. The level is the number of values in between, 1 to 8; without a level there are 1 to 4."""
+    if level is not None and level not in range(1, 9):
+        raise ValueError(f"trace has the levels 1 to 8 (values in between), not {level}")
+    variable, value = rng.choice("abcdef"), rng.randrange(10)
+    values = {variable: value}
+    lines, steps = [f"{variable}={value}"], []
+    for _ in range((level or rng.randint(1, 4)) + 1):
+        others = [(name, number) for name, number in sorted(values.items()) if name != variable]
+        operands = [*((str(digit), digit) for digit in range(1, 10)), *others]
+        results = [(f"{variable}{sign}{operand}", value + change)
+                   for operand, number in operands for sign, change in (("+", number), ("-", -number))
+                   if change and 0 <= value + change <= 9]  # fmt: skip
+        expression, value = rng.choice(results)
+        variable = rng.choice("abcdef")
+        values[variable] = value
+        lines.append(f"{variable}={expression}")
+        steps.append(f"{variable}={value}")
+    return Problem("trace", ";".join([*lines, f"print({variable})"]), ";".join(steps[:-1]), str(value))
+
+
+TASKS: dict[str, Callable[..., Problem]] = {"add": add, "sort": sort, "trace": trace}
 
 
 def plain(problem: Problem) -> tuple[str, int]:

@@ -26,6 +26,7 @@ VERIFIERS = {
     "python-tests": "stages.rl.rewards.code_verifier",
     "reasoning-gym": "stages.rl.rewards.reasoning_verifier",
     "reward-model": "stages.rl.rewards.reward_model",
+    "steps": "stages.rl.rewards.steps",
 }
 """{verifier: its module}. Importing one is cheap; packages are imported when it is constructed."""
 

@@ -12,6 +12,7 @@ from stages.rl.protocols import TaskSource
 
 TASK_SOURCES = {
     "problems": "stages.rl.rollout.task_sources.problem_tasks",
+    "worked-problems": "stages.rl.rollout.task_sources.worked_tasks",
     "courtesies": "stages.rl.rollout.task_sources.courtesy_tasks",
     "instructions": "stages.rl.rollout.task_sources.instruction_tasks",
     "reasoning-gym": "stages.rl.rollout.task_sources.reasoning_tasks",

@@ -1,0 +1,276 @@
+"""What a process reward adds to the reward of the result alone, at equal updates and at most equal tokens.
+
+    .venv/bin/python bench/process_reward.py            # seeds 0, 1, 2: some 25 minutes of CPU time, two processes
+    .venv/bin/python bench/process_reward.py --quick    # one seed and few steps: its figures mean nothing
+
+A small dense model is fine-tuned from initial weights on traced programs (`trace` of
+stages/data/synthetic/problems.py), seven in ten with their intermediate values as reasoning, too briefly to trace all
+of them. From these weights the policy of `stages.rl.algorithms.grpo.GrpoTrainer` is trained twice on programs
+of one level, with the same tasks, settings and seeds of answers:
+
+- **result**: the verifier `steps` with the weights answer 1, steps 0, which is the reward of the result alone;
+- **process**: the same verifier with the weights answer 0.5, steps 0.5.
+
+The first takes all steps; the second ends at the same number of updates, or earlier where it has generated as many
+tokens. Both then answer the same held-out programs with the same seeds at temperature 1. A gain is the difference in
+pass@1, paired by item; its interval over seeds is Student's with one degree of freedom fewer than seeds.
+
+The last line is one JSON object, whose `ratio`, `low` and `high` are 1 plus the gain and its interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import multiprocessing
+import platform
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rl import CLIP, Quiet
+
+from pipeline.core.store import Artifact, write_manifest
+from stages.data import chat
+from stages.data.seeds import seed_of
+from stages.data.synthetic import problems
+from stages.data.table import ITEMS, write_jsonl, write_rows
+from stages.data.tokenizer import bpe_trainer, untrained
+from stages.evaluation.confidence import clustered
+from stages.mcore.tensor_sharding import cut
+from stages.rl.algorithms.grpo import GrpoTrainer
+from stages.rl.config import RlTrainConfig
+from stages.rl.protocols import Row
+from stages.rl.rollout.batches import Example, build_rank_batch
+from stages.rl.rollout.generation import Chat
+from stages.rl.rollout.task_sources.worked_tasks import WorkedTasks
+from stages.train.data import Batch
+from stages.train.engine import Engine, Piece
+from stages.train.parallel import session
+
+ARMS = {"result": {"answer": 1.0, "steps": 0.0}, "process": {"answer": 0.5, "steps": 0.5}}
+STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+"""97.5 % quantiles of Student's t by degrees of freedom."""
+THINKING = 0.7
+"""The share of fine-tuning answers with their intermediate values."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """level: of the programs of reinforcement learning. tuning: steps of fine-tuning, of `rows` answers each."""
+
+    model: Mapping[str, Any]
+    vocab: int
+    level: int
+    tuning: int
+    rows: int
+    prompts: int
+    generations: int
+    new: int
+    steps: int
+    items: int
+    samples: int
+
+
+FULL = Size(
+    dict(architecture="qwen3", layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, intermediate_size=192,
+         context_length=256, tie_embeddings=True, init_std=0.08),
+    vocab=384, level=3, tuning=800, rows=48, prompts=24, generations=8, new=64, steps=120, items=150, samples=4,
+)  # fmt: skip
+QUICK = replace(FULL, tuning=2, rows=4, prompts=2, generations=2, new=8, steps=1, items=2, samples=2)
+
+
+def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact], dict[str, Artifact], list[Row]]:
+    """Tokenizer and items, the tasks of each arm, and held-out programs that are no task."""
+    bpe = untrained()
+    rng = random.Random(seed_of("bench/process/tokenizer", seed))
+    texts = [chat.render(problems.messages(problems.trace(rng), True)) for _ in range(2000)]
+    bpe.train_from_iterator(texts, bpe_trainer(size.vocab))
+    arms = {name: folder / f"tasks-{name}" for name in ARMS}
+    for path in (folder / "tokenizer", folder / "items", *arms.values()):
+        path.mkdir(parents=True)
+    bpe.save(str(folder / "tokenizer" / "tokenizer.json"))
+    write_rows(folder / "items" / "items.parquet", ITEMS, [])
+    write_jsonl(folder / "items" / "chat.jsonl", [])
+    count = size.items + 40 * size.prompts
+    heldout: list[Row] = []
+    for name, path in arms.items():
+        source = WorkedTasks.model_validate(
+            {"source": "worked-problems", "task": "trace", "levels": [size.level], "count": count,
+             "weights": ARMS[name]})  # fmt: skip
+        rows = list(source.rows(seed, set()))
+        heldout = rows[: size.items]
+        write_jsonl(path / "tasks.jsonl", rows[size.items :])
+    shared = {name: write_manifest(folder / name, f"{name}-bench") for name in ("tokenizer", "items")}
+    return shared, {name: write_manifest(path, f"{path.name}-bench") for name, path in arms.items()}, heldout
+
+
+def configuration(size: Size, seed: int) -> RlTrainConfig:
+    optimizer = dict(lr=2e-4, final_lr=2e-4, warmup_steps=0, weight_decay=0.0, beta1=0.9, beta2=0.99, clip=CLIP)
+    phase = dict(
+        tasks=[{"source": "worked-problems", "task": "trace", "levels": [size.level], "count": size.prompts}],
+        steps=10**6, prompts_per_step=size.prompts, num_generations=size.generations,
+        sampling={"max_new_tokens": size.new}, micro_batches=2, optimizer=optimizer, validate_every=10**6,
+        release_checkpoint_interval=10**6, max_resample_rounds=0,
+    )  # fmt: skip
+    return RlTrainConfig.model_validate(dict(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=seed))
+
+
+def fine_tune(engine: Engine, size: Size, seed: int, policy_chat: Chat, heldout: Sequence[Row]) -> float:
+    """Trains on conversations about programs of all lengths, none of them held out. Returns the last loss."""
+    excluded = {row["question"] for row in heldout}
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = policy_chat.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def objective(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return (losses * batch.loss_mask).sum(), {}
+
+    rng = random.Random(seed_of("bench/process/tuning", seed))
+    loss = math.nan
+    for step in range(1, size.tuning + 1):
+        examples = []
+        while len(examples) < size.rows:
+            problem = problems.trace(rng)
+            if problem.question in excluded:
+                continue
+            ((text, start),) = chat.turns(problems.messages(problem, rng.random() < THINKING))
+            question = encode(text[:start])
+            examples.append(Example([*question, *encode(text[start:])], len(question)))
+        targets = sum(len(example.ids) - example.start for example in examples)
+        batch = build_rank_batch([[example] for example in examples], 2, engine.ranks, policy_chat.pad, targets)
+        rate = 3e-3 * min(1.0, step / 20) * (1 - 0.9 * step / size.tuning)
+        loss = engine.step(batch, rate, lambda loss, norm: None, objective=objective).loss
+    return loss
+
+
+def load(engine: Engine, weights: Mapping[str, torch.Tensor]) -> None:
+    """Puts weights into the engine, with an optimizer that has made no update."""
+
+    def read(kind: str, piece: Piece) -> torch.Tensor:
+        return cut(weights[piece.name], piece.boxes).flatten()[piece.start : piece.stop]
+
+    engine.load_state(read, 0)
+
+
+def accuracies(trainer: GrpoTrainer, rows: Sequence[Row], samples: int, seed: int) -> dict[str, list[float]]:
+    """The mean over samples of the parts `task` and `steps` of each held-out program."""
+    trainer.policy.load()
+    requests = [(row, seed_of(f"bench/process/answer/{row['id']}/{n}", seed)) for row in rows for n in range(samples)]
+    parts = trainer.policy.score([row for row, _ in requests], trainer.policy.draw(requests))
+    return {name: [statistics.fmean(part[name] for part in parts[i : i + samples])
+                   for i in range(0, len(parts), samples)] for name in ("task", "steps")}  # fmt: skip
+
+
+def run_seed(size: Size, seed: int) -> dict[str, Any]:
+    """The figures of one seed."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    config, result = configuration(size, seed), dict[str, Any](seed=seed)
+    with tempfile.TemporaryDirectory() as place, session(0) as ranks:
+        folder = Path(place)
+        shared, tasks, heldout = make_inputs(folder, size, seed)
+        engine = Engine(config, ranks, GrpoTrainer.vocab_size(shared))
+        engine.initialize()
+        weights: dict[str, torch.Tensor] = {}
+        tokens = 0
+        for name in ARMS:
+            inputs = {**shared, "tasks": tasks[name]}
+            trainer = GrpoTrainer("rlvr", config, inputs, folder / name, Quiet(), engine, None)
+            try:
+                if not weights:
+                    start = time.process_time()
+                    result["loss"] = fine_tune(engine, size, seed, trainer.policy.chat, heldout)
+                    full = engine.full_tensors()
+                    weights = {tensor: full[tensor].clone() for tensor in engine.shapes}
+                    result["before"] = accuracies(trainer, heldout, size.samples, seed)
+                    print(f"seed {seed}: fine-tuned in {time.process_time() - start:.0f} s, loss {result['loss']:.3f}, "
+                          f"pass@1 {statistics.fmean(result['before']['task']):.3f}", flush=True)  # fmt: skip
+                load(engine, weights)
+                trainer.log.create()
+                trainer.begin(0)
+                lines, start = [], time.process_time()
+                while len(lines) < size.steps and not (tokens and trainer.generated >= tokens):
+                    lines.append(trainer.train_step(len(lines) + 1))
+                    if len(lines) % 20 == 0:
+                        shown = {part: lines[-1][part] for part in ("reward", "parts", "completion_length")}
+                        print(f"seed {seed}: {name}, step {len(lines)}: {json.dumps(shown)}", flush=True)
+                tokens = tokens or trainer.generated
+                result[name] = accuracies(trainer, heldout, size.samples, seed)
+                result[f"{name} cost"] = {
+                    "updates": sum("idle" not in line for line in lines), "steps": len(lines),
+                    "tokens": trainer.generated, "groups": statistics.fmean(line["groups"] for line in lines),
+                    "seconds": time.process_time() - start,
+                }  # fmt: skip
+                print(f"seed {seed}: {name} {json.dumps(result[f'{name} cost'])}, "
+                      f"pass@1 {statistics.fmean(result[name]['task']):.3f}", flush=True)  # fmt: skip
+            finally:
+                trainer.close()
+    return result
+
+
+def interval(gains: Sequence[float]) -> tuple[float, float, float]:
+    """Mean over seeds, and its 95 % interval; of one seed only the mean."""
+    mean = statistics.fmean(gains)
+    if len(gains) < 2:
+        return mean, mean, mean
+    half = STUDENT_95[len(gains) - 1] * statistics.stdev(gains) / math.sqrt(len(gains))
+    return mean, mean - half, mean + half
+
+
+def report(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Prints the table; gives the line of the benchmark."""
+    arms = ("before", *ARMS)
+    print(f"{'seed':>4}  {'part':6}" + "".join(f"{name:>10}" for name in arms) + f"{'gain ± s.e.':>18}")
+    gains: dict[str, list[float]] = {"task": [], "steps": []}
+    for result in results:
+        for part, values in gains.items():
+            pairs = zip(result["process"][part], result["result"][part], strict=True)
+            gain = clustered([process - alone for process, alone in pairs])
+            values.append(gain["value"])
+            cells = [statistics.fmean(result[name][part]) for name in arms]
+            print(f"{result['seed']:4}  {part:6}" + "".join(f"{cell:10.3f}" for cell in cells)
+                  + f"{gain['value']:+10.3f} ± {gain['se']:.3f}")  # fmt: skip
+    for name in ARMS:
+        costs = [result[f"{name} cost"] for result in results]
+        print(f"{name}: " + ", ".join(f"{key} {'/'.join(f'{cost[key]:.4g}' for cost in costs)}" for key in costs[0]))
+    for part, values in gains.items():
+        mean, low, high = interval(values)
+        print(f"gain in {part}, mean of {len(values)} seeds: {mean:+.3f} (95 % {low:+.3f} to {high:+.3f})")
+    mean, low, high = interval(gains["task"])
+    return {
+        "name": "process_reward", "ratio": round(1 + mean, 4), "low": round(1 + low, 4), "high": round(1 + high, 4),
+        "target": 1.0, "unit": f"1 + gain in pass@1, {len(results)} seeds, equal updates and at most equal tokens",
+        "machine": f"{platform.machine()}, 1 thread a seed, torch {torch.__version__}, fp32",
+    }  # fmt: skip
+
+
+def measure(size: Size, seeds: int, processes: int) -> dict[str, Any]:
+    """Trains all seeds and reports."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        results = list(pool.map(run_seed, [size] * seeds, range(seeds)))
+    return report(results)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few steps of one seed; the figures mean nothing")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on; 2 to 5")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        print(json.dumps(measure(QUICK, seeds=1, processes=1)))
+    else:
+        print(json.dumps(measure(FULL, arguments.seeds, processes=2)))

@@ -1,0 +1,336 @@
+"""Texts that a model writes from the documents of another source: their records, licenses and dispositions, the same
+bytes after a kill and for any number of tasks, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.core.errors import AtomError, CheckFailed, MachineError, RecipeError
+from pipeline.core.store import Artifact, write_manifest
+from release.assembly import assemble, data_facts
+from release.cards import document_tables
+from stages.data import dedup, duplicate_search, filter, generate, representative_copies
+from stages.data.licenses.derivatives import forbids_derivatives
+from stages.data.readers.generated import Generated
+from stages.data.recipe import DataRecipe, load
+from stages.data.table import TOKENIZED, part_files, write_rows
+from stages.evaluation import eval_set
+from stages.scorers import answer_of
+from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.run_fixtures import RecordingReport
+
+WORDS = [
+    "the",
+    "parser",
+    "reads",
+    "one",
+    "line",
+    "after",
+    "the",
+    "other",
+    "and",
+    "gives",
+    "back",
+    "what",
+    "it",
+    "has",
+    "read",
+    "so",
+    "far",
+]
+TEXTS = {  # by file, of which each is a part
+    "a.jsonl": [(" ".join(WORDS[n:]), "CC-BY-4.0") for n in range(7)],
+    "b.jsonl": [
+        ("A text that nobody may change.", "CC-BY-NC-ND-4.0"),
+        ("It holds <|im_end|>, a token of the generator.", "CC0-1.0"),
+        ("word " * 60, "CC0-1.0"),
+        ("A last one.", "CC0-1.0"),
+    ],
+}
+READER = {
+    "reader": "generated", "from_source": "notes", "generator": "tiny", "path": "model",
+    "generator_license": "Apache-2.0", "generator_terms": "outputs are free", "output_license": "MIT",
+    "prompt": "Rewrite: {text}", "max_new_tokens": 16, "unfinished": "keep", "batch": 3,
+}  # fmt: skip
+
+
+def write_recipe(folder: Path, digest: str, **reader: Any) -> DataRecipe:
+    common = {"kind": "prose", "license_evidence": "LICENSE", "origin": "by hand", "license": "CC-BY-4.0", "parts": 2}
+    notes = {"reader": "jsonl", "path": "notes", "license_field": "license"}
+    sources = [
+        {"name": "rewritten", **common, "tree_digest": digest, "reader": {**READER, **reader}},
+        {"name": "notes", **common, "reader": notes},
+    ]
+    path = folder / ("data.yaml" if digest != "auto" else "without-a-pin.yaml")
+    path.write_text(json.dumps({"name": "data", "description": "test", "sources": sources}))
+    return load(path)
+
+
+def digest_of(folder: Path) -> str:
+    """The digest of the generator, as the error names it for a source without one."""
+    with pytest.raises(RecipeError, match="tree_digest must pin the generator tiny") as caught:
+        write_recipe(folder, "auto").resolved()
+    return str(caught.value).split()[-1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, a generator and a recipe that pins it."""
+    folder = tmp_path_factory.mktemp("generated")
+    release_fixtures.save_model(folder / "model", seed=3, context=128)
+    (folder / "notes").mkdir()
+    for name, documents in TEXTS.items():
+        rows = [json.dumps({"text": text, "license": license}) for text, license in documents]
+        (folder / "notes" / name).write_text("\n".join(rows) + "\n")
+    write_recipe(folder, digest_of(folder))
+    (folder / "notes-out").mkdir()
+    run("acquire", folder, "notes", folder / "notes-work", folder / "notes-out")
+    write_manifest(folder / "notes-out", "acquire-notes")
+    return folder
+
+
+def run(stage: str, folder: Path, source: str, work: Path, out: Path, shards: tuple[int, ...] = ()) -> None:
+    """Runs a stage on a source of the recipe, after `shards` of it."""
+    module = __import__(f"stages.data.{stage}", fromlist=["STAGE"])
+    config = module.STAGE.config.model_validate(load(folder / "data.yaml").resolved().acquire_config(source, 0))
+    inputs = {"parent": Artifact.open(folder / "notes-out")} if stage == "generate" else {}
+    work.mkdir(exist_ok=True)
+    for shard in shards:
+        module.STAGE.run_shard(config, inputs, work, shard)
+    out.mkdir(exist_ok=True)
+    module.STAGE.run(config, inputs, work, out, RecordingReport())
+
+
+@pytest.fixture(scope="module")
+def calm(place: Path) -> Artifact:
+    run("generate", place, "rewritten", place / "calm-work", place / "calm")
+    return write_manifest(place / "calm", "acquire-rewritten")
+
+
+def rows(artifact: Artifact, table: str) -> list[dict[str, Any]]:
+    return [row for path in part_files(artifact.path, table) for row in pq.read_table(path).to_pylist()]
+
+
+def test_each_text_states_its_origin(calm: Artifact, place: Path) -> None:
+    records, documents = rows(calm, "generated"), {row["id"]: row for row in rows(calm, "documents")}
+    refused = {row["id"]: row for row in rows(calm, "failed")}
+    parents = [f"notes/{name}:{n}" for name, texts in TEXTS.items() for n in range(1, len(texts) + 1)]
+    assert [row["parent"] for row in records] == parents and len(documents) > 3
+    assert {row["id"] for row in records} == documents.keys() | refused.keys() and not documents.keys() & refused.keys()
+    assert len({row["seed"] for row in records}) == len(records)
+    stated = {"generator": "tiny", "generator_digest": digest_of(place), "prompt": "Rewrite: {text}", "form": "chat",
+              "temperature": 1.0, "max_new_tokens": 16}  # fmt: skip
+    assert all({name: row[name] for name in stated} == stated for row in records)
+    licenses = dict(zip(parents, [license for texts in TEXTS.values() for _, license in texts], strict=True))
+    for row in documents.values():
+        assert row["license"] == f"{licenses[row['origin'].partition('#')[2]]} AND MIT" and row["text"]
+    by_number = {id.rpartition("b.jsonl:")[2]: row for id, row in refused.items()}
+    assert by_number["1"]["reason"] == "derivatives: CC-BY-NC-ND-4.0 forbids derived texts"
+    assert by_number["1"]["license"] == "CC-BY-NC-ND-4.0"
+    assert "<|im_end|>" in by_number["2"]["reason"] and "context of 128 tokens" in by_number["3"]["reason"]
+    assert [row["parent"] for row in rows(calm, "derived")] == [row["parent"] for row in records
+                                                              if row["id"] in documents]  # fmt: skip
+    declared = json.loads((calm / "source.json").read_text())
+    assert declared["generated"]["generator_terms"] == "outputs are free" and declared["documents_no_derivatives"] == 1
+    assert declared["tree_digest"] == digest_of(place)
+
+
+def test_a_text_is_what_the_model_draws_alone(calm: Artifact, place: Path) -> None:
+    """Without datatrove and batches: the same text up to rounding, of which 16 tokens of a random model show none."""
+    from transformers import AutoTokenizer
+
+    from stages.rl.protocols import Prompt
+    from stages.rl.samplers.generate import InProcess
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    model = InProcess(place / "model", (1, 3), 16)
+    documents = {row["id"]: row["text"] for row in rows(calm, "documents")}
+    texts = {f"notes/{name}:{n}": text for name, lines in TEXTS.items() for n, (text, _) in enumerate(lines, 1)}
+    for row in rows(calm, "generated"):
+        if row["id"] not in documents:
+            continue
+        message = {"role": "user", "content": f"Rewrite: {texts[row['parent']]}"}
+        prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        (completion,) = model.generate([Prompt(tuple(tokenizer(prompt).input_ids), row["seed"])])
+        ids = completion.ids[:-1] if completion.finished else completion.ids
+        assert answer_of(tokenizer.decode(ids)) == documents[row["id"]], row["id"]
+        assert (row["tokens"], row["finished"]) == (len(completion.ids), completion.finished)
+
+
+def test_a_killed_run_ends_in_the_same_bytes(calm: Artifact, place: Path, tmp_path: Path) -> None:
+    """SIGKILL in the third batch; and the parts by two tasks, the last one first."""
+    script = (
+        "import os, signal, sys; from pathlib import Path; from stages.data import inference\n"
+        "draw, calls = inference.draw, []\n"
+        "def killed(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return draw(*arguments)\n"
+        "inference.draw = killed\n"
+        "from tests.integration.test_generated_source import run\n"
+        "run('generate', *map(lambda x: x if x == 'rewritten' else Path(x), sys.argv[1:]))\n"
+    )
+    work, out = tmp_path / "work", tmp_path / "out"
+    arguments = [str(place), "rewritten", str(work), str(out)]
+    process = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env={**os.environ}, check=False)
+    assert process.returncode == -signal.SIGKILL
+    sealed = {path.name for path in work.glob("rewritten-*")}
+    assert sealed == {"rewritten-00000-000000", "rewritten-00000-000001"}
+    times = {name: (work / name / "texts.parquet").stat().st_mtime_ns for name in sealed}
+    run("generate", place, "rewritten", work, out)
+    assert {name: (work / name / "texts.parquet").stat().st_mtime_ns for name in sealed} == times
+    assert write_manifest(out, "again").digest == calm.digest
+    run("generate", place, "rewritten", tmp_path / "other-work", tmp_path / "other", shards=(1, 0))
+    assert write_manifest(tmp_path / "other", "other").digest == calm.digest
+
+
+def publish(folder: Path, artifacts: dict[str, Artifact]) -> Path:
+    """The dataset of a release with these artifacts, and ten tokens for each kept document."""
+    for node, artifact in artifacts.items():
+        for file, target in assemble.placement(node, artifact):
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact / file, folder / target)
+    for path in (folder / "dataset/kept").glob("*/*.parquet"):
+        kept = pq.read_table(path).to_pylist()
+        place = {"part": 0, "ordinal": 0, "bytes": 0, "tokens": 10, "loss_from": 0}
+        tokens = [{name: row[name] for name in TOKENIZED if name in row} | place for row in kept]
+        write_rows(folder / "dataset/tokens/documents" / path.parent.name / path.name, TOKENIZED, tokens)
+    return folder / "dataset"
+
+
+def test_curation_marks_them_and_the_card_counts_them(calm: Artifact, place: Path, tmp_path: Path) -> None:
+    recipe = load(place / "data.yaml").resolved()
+    inputs = {"notes": Artifact.open(place / "notes-out"), "rewritten": calm}
+
+    def sealed(stage: Any, config: dict[str, Any], **inputs: Artifact) -> Artifact:
+        out = tmp_path / stage.name
+        out.mkdir()
+        stage.run(stage.config.model_validate(config), inputs, out, out, RecordingReport())
+        return write_manifest(out, stage.name)
+
+    inputs["items"] = sealed(eval_set.STAGE, {"problems": {"add": 2}, "seed": 0})
+    filtered = sealed(filter.STAGE, recipe.filter_config(0), **inputs)
+    searched = {
+        "filter": filtered,
+        "duplicates": sealed(duplicate_search.STAGE, recipe.duplicates_config(), filter=filtered),
+    }
+    copies = sealed(representative_copies.STAGE, recipe.representatives_config(), **searched)
+    kept = sealed(dedup.STAGE, recipe.dedup_config(), **searched, representatives=copies)
+    for artifact in (filtered, kept):
+        (first, second) = sorted((artifact / "dispositions/rewritten").glob("*.parquet"))
+        marked = [row for path in (first, second) for row in pq.read_table(path).to_pylist()]
+        assert len(marked) == 11 and {row["generator"] for row in marked} == {"tiny"}
+        assert {row["rule"] for row in marked} >= {"license/no-derivatives", "generation/unusable"}
+        assert "generator" not in pq.read_schema(artifact / "dispositions/notes/part-00000.parquet").names
+    dataset = publish(tmp_path, {"dedup": kept, "acquire-notes": inputs["notes"], "acquire-rewritten": calm})
+    sources = data_facts._read_sources(dataset)
+    *_, line = document_tables.synthetic(data_facts.DataFacts(sources))
+    count, others = sources["rewritten"].kept, sources["notes"].kept
+    origin = f"| tiny | `{digest_of(place)}` | notes | Apache-2.0 | outputs are free |"
+    assert count and others and line == f"{origin} {count} | {10 * count} | {count / (count + others):.1%} |"
+    (dataset / "generated/rewritten/part-00001.parquet").unlink()
+    with pytest.raises(CheckFailed, match="generated/rewritten has records of 7 texts, and 11 documents"):
+        data_facts._read_sources(dataset)
+
+
+def test_a_generator_with_other_weights_is_refused(place: Path, calm: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(place / "notes", folder / "notes")
+    release_fixtures.save_model(folder / "model", seed=4, context=128)
+    recipe = write_recipe(folder, pinned := digest_of(place))
+    words = f"rewritten: the generator tiny is pinned to {pinned}, but its files at .* have sha256:"
+    with pytest.raises(RecipeError, match=words):
+        recipe.resolved()  # what a plan does
+    shutil.rmtree(folder / "model")
+    shutil.copytree(place / "model", folder / "model")
+    config = generate.STAGE.config.model_validate(load(folder / "data.yaml").resolved().acquire_config("rewritten", 0))
+    release_fixtures.save_model(folder / "model", seed=4, context=128)
+    with pytest.raises(RecipeError, match=words):  # after the plan
+        generate.STAGE.run(
+            config, {"parent": Artifact.open(place / "notes-out")}, tmp_path, tmp_path, RecordingReport()
+        )
+
+
+def test_a_generator_that_cannot_answer_is_one_sentence(place: Path, tmp_path: Path) -> None:
+    def generator(folder: Path, **settings: Any) -> None:
+        reader = {**READER, "path": str(folder), **settings}
+        generate.Generator(Generated.model_validate(reader), tmp_path)
+
+    with pytest.raises(AtomError, match="max_new_tokens = 128 leaves none for a prompt"):
+        generator(place / "model", max_new_tokens=128)
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").unlink()
+    with pytest.raises(AtomError, match="has no chat template; use form: text"):
+        generator(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("{")
+    with pytest.raises(AtomError, match="the generator tiny at .* cannot be loaded: "):
+        generator(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"from_source": "nowhere"}, "rewritten is made from nowhere, which is no source"),
+        ({"from_source": "rewritten"}, "which is a source of generated; name a source of plain text"),
+        ({"prompt": "Rewrite."}, r"prompt has \{text\} 0 times"),
+    ],
+)
+def test_settings_that_make_no_texts_are_refused(
+    place: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        write_recipe(tmp_path, "sha256:" + "0" * 64, **change)
+
+
+def test_a_source_that_forbids_derivatives_is_refused(place: Path) -> None:
+    text = (place / "data.yaml").read_text()
+    forbidden = text.replace('"license": "CC-BY-4.0"', '"license": "CC-BY-ND-4.0"')
+    path = place / "forbidden.yaml"
+    path.write_text(forbidden)
+    with pytest.raises(RecipeError, match="notes, whose license CC-BY-ND-4.0 forbids derived texts"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("expression", "forbidden"),
+    [
+        ("CC-BY-4.0", False),
+        ("CC-BY-ND-4.0", True),
+        ("CC-BY-NC-ND-3.0-DE", True),
+        ("CC-BY-ND-4.0 OR MIT", False),
+        ("CC-BY-ND-4.0 AND MIT", True),
+        ("(CC-BY-ND-4.0 OR MIT) AND Apache-2.0", False),
+        ("GPL-2.0-only WITH Classpath-exception-2.0", False),
+        ("LicenseRef-unknown-web", False),
+        ("", True),
+        ("MIT AND", True),
+    ],
+)
+def test_licenses_that_forbid_derived_texts(expression: str, forbidden: bool) -> None:
+    assert forbids_derivatives(expression) is forbidden
+
+
+def test_an_error_of_the_model_is_that_of_the_stage() -> None:
+    """Not a text that is missing."""
+    from stages.data.inference import Request, draw
+    from stages.rl.protocols import Prompt
+
+    class Broken:
+        def generate(self, prompts: Any, greedy: bool = False) -> Any:
+            raise MachineError("the server is gone")
+
+        def close(self) -> None:
+            """Holds nothing."""
+
+    with pytest.raises(MachineError, match="the server is gone"):
+        draw(Broken(), "tiny", [Request(str(n), Prompt((1,), n)) for n in range(3)], False)
