@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
 from stages.data import chat
-from stages.data.tokenizer import END, PAD, TURN_END
+from stages.data.tokenizer import END, PAD, SPECIAL_TOKENS, TURN_END, load_for_corpus
 from stages.rl.protocols import (
     Answer,
     AnswerGenerator,
@@ -26,14 +27,16 @@ from stages.rl.protocols import (
     Verifier,
     VerifierFailed,
 )
+from stages.rl.tools.settings import Tools
 
 RETRY_SECONDS = 2.0
 
 
 class Chat:
-    """The release's tokenizer and template. tokenizer: its artifact, or the folder of an exported model."""
+    """The release's tokenizer and template. tokenizer: its artifact, or the folder of an exported model. tools: those
+    that tasks offer."""
 
-    def __init__(self, tokenizer: Artifact | Path) -> None:
+    def __init__(self, tokenizer: Artifact | Path, tools: Tools | None = None) -> None:
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
@@ -41,6 +44,8 @@ class Chat:
         self.pad, self.end, self.turn_end = special[PAD], special[END], special[TURN_END]
         self.stops = (self.end, self.turn_end)
         self.vocab_size = self.tokenizer.get_vocab_size()
+        self.tools = tools
+        self._special, self._plain = special, None if tools is None else load_for_corpus(tokenizer / "tokenizer.json")
         self._latest: tuple[Row, tuple[int, ...]] | None = None
 
     def encode_prompt(self, row: Row) -> tuple[int, ...]:
@@ -57,12 +62,33 @@ class Chat:
             chat.check(messages)
         except ValueError as error:
             raise AtomError(f"task {row['id']}: {error}; leave it out") from None
-        text = chat.render(messages, ask=True)
+        text = chat.render(chat.without_calls(messages), ask=True, tools=self.functions(row))
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def functions(self, row: Row) -> list[dict[str, Any]]:
+        """The JSON schemas of the tools that a task offers."""
+        return self.tools.functions if self.tools is not None and self.tools.are_for(row) else []
+
+    def encode_results(self, results: Sequence[str]) -> list[int]:
+        """The token ids between a turn that calls tools and the next one. Names of special tokens in a result are
+        ordinary text, so no result ends its turn or opens another."""
+        assert self._plain is not None, "only tasks with tools have results"
+        ids: list[int] = []
+        for piece in chat.after_calls(results):
+            is_token = piece in SPECIAL_TOKENS
+            ids += [self._special[piece]] if is_token else self._plain.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, with special tokens by name."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
 
     def response(self, completion: Completion) -> Response:
         ids = completion.ids[:-1] if completion.finished else completion.ids
-        return Response.parse(self.tokenizer.decode(list(ids), skip_special_tokens=False), completion.finished)
+        if completion.turns:
+            ids = ids[sum(turn["sampled"] + turn["appended"] for turn in completion.turns[:-1]) :]
+        return Response.parse(self.decode(ids), completion.finished)
 
 
 class Verifiers:
