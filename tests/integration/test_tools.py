@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ from stages.rl.tools.base import RunningTool, ToolFailed
 from stages.rl.tools.python_program import PythonTool
 from stages.rl.tools.settings import Tools
 from stages.train.checkpoint import release_checkpoint
-from tests.fixtures import rl_fixtures, tool_fixtures, train_fixtures
+from tests.fixtures import layout_fixtures, rl_fixtures, tool_fixtures, train_fixtures
+from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 from tests.integration.test_recorded_rollouts import rewrite
 
@@ -174,12 +176,18 @@ def test_stopped_and_resumed_gives_the_same_bytes(place: Path, calm: Path, tmp_p
 def test_a_broken_sandbox_ends_the_run_and_costs_no_answer(
     place: Path, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its cells die with every program, also with the probe, as when memory is short."""
-    with monkeypatch.context() as patch:
-        patch.setattr(sandbox.Cell, "run", _die)
-        with pytest.raises(ToolFailed, match=r"^tool python: the sandbox fails 3 times, and then for a program that"):
-            tool_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", tool_fixtures.config())
-    assert list((tmp_path / "work" / "rollouts").glob("*")) == []
+    """In step 2 its cells die with every program, also with the probe, as when memory is short."""
+
+    class Broken(train_fixtures.Reporter):
+        def progress(self, done: int, *arguments: Any, **figures: float) -> None:
+            if done == 1:
+                monkeypatch.setattr(sandbox.Cell, "run", _die)
+
+    with pytest.raises(ToolFailed, match=r"^tool python: the sandbox fails 3 times, and then for a program that"):
+        tool_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", tool_fixtures.config(), Broken())
+    kept = {path.name for path in (tmp_path / "work" / "rollouts").glob("*")}
+    assert kept and all(name.startswith("000001-") for name in kept)
+    monkeypatch.undo()
     tool_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", tool_fixtures.config())
     assert train_fixtures.digest(tmp_path / "out") == train_fixtures.digest(calm)
 
@@ -189,6 +197,31 @@ def _die(cell: sandbox.Cell, program: sandbox.Program) -> sandbox.Outcome:
         assert cell.pid is not None
         os.kill(cell.pid, signal.SIGKILL)
         return running.finish()
+
+
+@at_length("training", 30)
+def test_killed_in_the_middle_gives_the_same_bytes(place: Path, tmp_path: Path) -> None:
+    settings = tool_fixtures.config(tools={**tool_fixtures.TOOLS, "offered": [{"tool": "python"}]}, steps=4)
+    rl_fixtures.rlvr(place, tmp_path / "calm-work", tmp_path / "calm", settings)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    places = [str(p) for p in (place, tmp_path / "work", tmp_path / "out", tmp_path / "config.json")]
+    process = layout_fixtures.spawn("tests.fixtures.rl_fixtures", places, 1, {"TEST_DISTURB": "0 3 SIGKILL"})
+    codes, logs = layout_fixtures.end(process)
+    assert codes == [-signal.SIGKILL], logs
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
+    assert train_fixtures.digest(tmp_path / "out") == train_fixtures.digest(tmp_path / "calm")
+
+
+@at_length("training", 60)
+@pytest.mark.numeric
+def test_the_policy_learns_to_call_what_helps(place: Path, tmp_path: Path) -> None:
+    """An answer is right if its last turn has the letter e, and calls of all kinds come before."""
+    settings = tool_fixtures.config(steps=20, num_generations=8, release_checkpoint_interval=20, validate_every=20)
+    tool_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
+    rewards = [
+        line["rewards"]["add"] for line in rl_fixtures.lines(tmp_path / "out") if "add" in line.get("rewards", {})
+    ]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2, rewards
 
 
 @pytest.fixture

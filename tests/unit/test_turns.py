@@ -4,15 +4,20 @@ which tokens carry a loss, and which recipes are refused."""
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
-from pipeline.core.store import Artifact
+from pipeline.core.errors import RecipeError
+from pipeline.core.store import Artifact, Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
 from stages.data import chat
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout.generation import Chat
@@ -20,7 +25,7 @@ from stages.rl.rollout.turns import CALL, Toolbox, is_result, read_call
 from stages.rl.tools.base import ToolFailed
 from stages.rl.tools.corpus_search import SearchTool, cut
 from stages.rl.tools.settings import Tools
-from tests.fixtures import rl_fixtures, tool_fixtures
+from tests.fixtures import ROOT, rl_fixtures, tool_fixtures
 
 TOOLS = Tools.model_validate({**tool_fixtures.TOOLS, "kinds": []})
 ONE_RANK: Any = SimpleNamespace(data_ranks=1, data_rank=0, layout=SimpleNamespace(pp=1, width_unit=1))
@@ -168,3 +173,34 @@ def test_what_a_phase_with_tools_promises_and_needs(tmp_path: Path, monkeypatch:
     assert "the tool python runs what the model writes: " in (STAGE.lack(python) or "")
     plain = RlTrainConfig.model_validate(tool_fixtures.config(tools=None))
     assert STAGE.estimate(python).tokens > STAGE.estimate(plain).tokens == 2 * 18 * 6
+
+
+def compose(path: Path, body: dict[str, Any]) -> dict[str, dag.Node]:
+    path.write_text(yaml.safe_dump(body))
+    return dag.compose(recipes.load(str(path)), Store(path.parent), without_data=True).nodes
+
+
+def test_the_example_of_the_docs_fits_into_a_recipe(tmp_path: Path) -> None:
+    match = re.search(r"^### Tools\n.*?```yaml\n(.*?)```", (ROOT / "docs/post-training.md").read_text(), re.M | re.S)
+    assert match
+    example = yaml.safe_load(match[1])
+    body = yaml.safe_load(recipes.find("atom-smoke", "pipeline.recipes", "recipe").read_text())
+    plain = compose(tmp_path / "r.yaml", body)
+    both = {section: {**body[section], **settings} for section, settings in example.items()}
+    nodes = compose(tmp_path / "r.yaml", {**body, **both})
+    assert nodes["rlvr"].inputs == {**plain["rlvr"].inputs, "documents": "dedup"}
+    assert nodes["dedup"].key == plain["dedup"].key and nodes["tokenizer"].key != plain["tokenizer"].key
+    with pytest.raises(RecipeError, match=r"r: rlvr.tools needs the chat template .*; set tokenizer.tools to true"):
+        compose(tmp_path / "r.yaml", {**body, "rlvr": both["rlvr"]})
+    both["rlvr"]["tools"]["offered"] = [{"tool": "search", "sources": ["docstring"]}]
+    with pytest.raises(
+        RecipeError, match="r: rlvr.tools names docstring, which .* does not have; did you mean docstrings"
+    ):
+        compose(tmp_path / "r.yaml", {**body, **both})
+    data = yaml.safe_load((ROOT / "data_recipes/smoke.yaml").read_text())
+    reader = {"reader": "jsonl", "path": str(tmp_path), "messages_field": "messages", "tools_field": "tools"}
+    source = {"name": "talks", "kind": "chat", "license": "MIT", "license_evidence": "x", "origin": "x"}
+    data["sources"].append({**source, "reader": reader})
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(RecipeError, match=r"r: source talks has conversations with tools \(reader.tools_field\)"):
+        compose(tmp_path / "r.yaml", {**body, "data": "data.yaml"})
