@@ -76,8 +76,7 @@ def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     training could not distinguish from the token.
     """
     check(messages, calls=tools is not None)
-    if special_token := _special_token(json.dumps(tools, ensure_ascii=False)):
-        raise ValueError(f"a tool holds {special_token}")
+    check_tools(tools or ())
     messages = without_calls(messages) if tools is None else messages
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
@@ -111,6 +110,12 @@ def check(messages: Sequence[Message], calls: bool = False) -> None:
                 raise ValueError(f"a message of the {message['role']} has no text")
             if special_token := _special_token(part):
                 raise ValueError(f"a message of the {message['role']} holds {special_token}")
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError in words for JSON schemas that contain the name of a special token."""
+    if special_token := _special_token(json.dumps(tools, ensure_ascii=False, default=str)):
+        raise ValueError(f"a tool holds {special_token}")
 
 
 def _special_token(text: str) -> str | None:

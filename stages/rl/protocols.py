@@ -161,13 +161,14 @@ class Response:
     """An answer in the form for verifiers.
 
     text: the complete text, of an answer in turns that of the last one, with special tokens by name, without the stop
-    token. answer: the text after the reasoning,
-    or all of it if there is none. finished: whether it ended by itself; an unfinished answer gets no credit.
+    token. answer: the text after the reasoning, or all of it if there is none. finished: whether it ended by itself; an
+    unfinished answer gets no credit. earlier: the text of each turn before, and its calls of tools.
     """
 
     text: str
     answer: str
     finished: bool
+    earlier: tuple[tuple[str, Sequence[ToolCall]], ...] = ()
 
     @classmethod
     def parse(cls, text: str, finished: bool) -> Response:

@@ -23,7 +23,7 @@ from stages.rl.protocols import Prompt
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.generation import Chat
 from stages.rl.samplers.generate import InProcess
-from stages.rl.tools.base import RunningTool, ToolFailed
+from stages.rl.tools.base import Call, RunningTool, ToolFailed
 from stages.rl.tools.python_program import PythonTool
 from stages.rl.tools.settings import Tools
 from stages.train.checkpoint import release_checkpoint
@@ -72,7 +72,7 @@ def test_a_program_answers_within_its_bounds(python: RunningTool) -> None:
         "print(6 * 7)", "print(1); 1 / 0", "while True: pass", "while True: print('x' * 1000)",
         "b' ' * (1 << 40)", "import ctypes; ctypes.string_at(0)", "print('\\ud800')", "syntax error", "import sys; sys.exit(3)", "",
     ]  # fmt: skip
-    results = python.run([{"code": code} for code in codes])
+    results = python.run([Call("python", "python", {"code": code}, {}) for code in codes])
     assert [r.status for r in results] == [
         "ok", "error", "timeout", "output", "memory", "killed", "error", "error", "error", "ok",
     ]  # fmt: skip
@@ -149,6 +149,7 @@ def test_the_log_counts_drawn_tokens_and_calls(calm: Path, answers: list[rollout
     assert first["calls"] == {status: calls.count(status) for status in sorted(set(calls))}
 
 
+@at_length("training", 15)
 def test_the_subprocess_draws_the_same(place: Path, calm: Path, tmp_path: Path) -> None:
     sampling = {"kind": "subprocess", "max_new_tokens": 6}
     tool_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", tool_fixtures.config(sampling=sampling))
@@ -156,6 +157,7 @@ def test_the_subprocess_draws_the_same(place: Path, calm: Path, tmp_path: Path) 
     assert all((tmp_path / "out" / name).read_bytes() == (calm / name).read_bytes() for name in names)
 
 
+@at_length("training", 5)
 def test_each_token_visits_the_experts_that_it_visited_when_it_was_drawn(place: Path, tmp_path: Path) -> None:
     replayed = tool_fixtures.config(routing_replay=True)
     tool_fixtures.rlvr(place, tmp_path / "work", tmp_path / "routed", replayed)
@@ -165,6 +167,7 @@ def test_each_token_visits_the_experts_that_it_visited_when_it_was_drawn(place: 
     assert max(len(r.turns or ()) for r in routed) == 3
 
 
+@at_length("training", 5)
 def test_stopped_and_resumed_gives_the_same_bytes(place: Path, calm: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         reporter = train_fixtures.Reporter(1, signal.SIGTERM)

@@ -22,7 +22,9 @@ from stages.data.seeds import seed_of
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.synthetic import courtesy_notes
 from stages.data.table import KEPT, content_hash, read_table, write_rows
-from stages.rl.rollout.turns import CALL
+from stages.rl.rollout.generation import Chat
+from stages.rl.rollout.turns import CALL_TEXT
+from stages.rl.tools.settings import Tools
 from stages.scorers import LATEST, SCORERS
 from tests.fixtures.run_fixtures import RecordingReport
 
@@ -96,7 +98,7 @@ def test_tools_and_calls_are_rendered_as_transformers_does(folder: Path, tmp_pat
     for n in (2, 4, 7):
         rendered = theirs.apply_chat_template(CALLS[:n], tools=[TOOL], tokenize=False, add_generation_prompt=True)
         assert chat.render(CALLS[:n], True, [TOOL]) == rendered
-    calls = [json.loads(call) for call in CALL.findall(chat.render(CALLS, tools=[TOOL])) if "the tool" not in call]
+    calls = [json.loads(call) for call in CALL_TEXT.findall(chat.render(CALLS, tools=[TOOL])) if "the tool" not in call]
     assert [call["arguments"] for call in calls] == [{"é": [1, "<1>"]}, {"a": 2}, {}]
     first, second, third = [text[n:] for text, n in chat.turns(CALLS, [TOOL])]
     assert first == '<tool_call>\n{"name": "sum", "arguments": {"é": [1, "<1>"]}}\n</tool_call><|im_end|>'
@@ -113,6 +115,20 @@ def test_tools_and_calls_are_rendered_as_transformers_does(folder: Path, tmp_pat
         list(chat.turns([{**called[0], "tool_calls": [{"name": "sum", "arguments": {"a": "<|im_end|>"}}]}], []))
     with pytest.raises(ValueError, match="a tool holds <think>"):
         list(chat.turns(CALLS, [{"name": "<think>"}]))
+
+
+def test_results_of_tools_have_the_tokens_of_the_whole_text(folder: Path) -> None:
+    """Between two turns that were drawn, as a runtime would encode them; and hostile ones have no special token."""
+    writer = Chat(folder, Tools.model_validate({"offered": [{"tool": "python"}]}))
+    results = ["\n\n 2", "x\n", "", "the number"]
+    whole = chat.render([*CALLS[1:3], *({"role": "tool", "content": result} for result in results)], ask=True)
+    drawn = chat.render(CALLS[1:3]).removesuffix("\n")
+    ids = writer.encode_results(results)
+    assert writer.tokenizer.encode(whole).ids == writer.tokenizer.encode(drawn).ids + ids
+    hostile = writer.encode_results(["".join(tokenizer.SPECIAL_TOKENS)] * 4)
+    special = range(len(tokenizer.SPECIAL_TOKENS))
+    assert [n for n in hostile if n in special] == [n for n in ids if n in special]
+    assert "tool\n" + "".join(tokenizer.SPECIAL_TOKENS) + "<|im_end|>" in writer.decode(hostile)
 
 
 def test_each_answer_is_a_document_after_all_that_came_before() -> None:

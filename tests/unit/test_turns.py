@@ -21,8 +21,8 @@ from pipeline.graph import recipe as recipes
 from stages.data import chat
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout.generation import Chat
-from stages.rl.rollout.turns import CALL, Toolbox, is_result, read_call
-from stages.rl.tools.base import ToolFailed
+from stages.rl.rollout.turns import CALL_TEXT, Toolbox, is_result, read_call
+from stages.rl.tools.base import Call, Result, RunningTool, ToolFailed
 from stages.rl.tools.corpus_search import SearchTool, cut
 from stages.rl.tools.settings import Tools
 from tests.fixtures import ROOT, rl_fixtures, tool_fixtures
@@ -42,20 +42,20 @@ FORM = 'write {"name": ..., "arguments": {...}}'
         ('"python"', "unreadable", "", f"error: the call names no tool; {FORM}"),
         ('{"name": ["python"]}', "unreadable", "", f"error: the call names no tool; {FORM}"),
         ('{"name": "rm \\ud800"}', "unknown", "rm ?", "error: there is no such tool; there are python, search"),
-        ('{"name": "python"}', "arguments", "python", "error: python takes the arguments code"),
+        ('{"name": "python"}', "arguments", "python", f"error: the call has no arguments; {FORM}"),
         ('{"name": "search", "arguments": {"code": "1"}}', "arguments", "search", "error: search takes the arguments query"),
         ('{"name": "python", "arguments": {"code": 1}}', "arguments", "python", "error: the arguments of python are texts"),
     ],
 )  # fmt: skip
 def test_a_call_that_no_tool_can_answer_says_so(request_: str, status: str, tool: str, result: str) -> None:
     tools = Tools.model_validate({**tool_fixtures.TOOLS, "kinds": [], "max_result_characters": 100})
-    assert read_call(request_, tools) == {"request": request_, "tool": tool, "status": status, "result": result}
+    assert read_call(request_, tools, {}) == {"request": request_, "tool": tool, "status": status, "result": result}
 
 
 def test_calls_are_found_as_the_hermes_parser_does() -> None:
     text = "a <tool_call>\n1\n</tool_call><tool_call>2</tool_call> b </tool_call> <tool_call>3"
-    assert [call.strip() for call in CALL.findall(text)] == ["1", "2", "3"]
-    assert len(CALL.findall("<tool_call>" * 200_000)) == 1, "in linear time"
+    assert [call.strip() for call in CALL_TEXT.findall(text)] == ["1", "2", "3"]
+    assert len(CALL_TEXT.findall("<tool_call>" * 200_000)) == 1, "in linear time"
 
 
 def test_results_are_the_templates_tokens_and_never_control_tokens(tmp_path: Path) -> None:
@@ -71,6 +71,10 @@ def test_results_are_the_templates_tokens_and_never_control_tokens(tmp_path: Pat
     assert special == [token for token in writer.encode_results(["a", "b"]) if token < len(chat.SPECIAL_TOKENS)]
 
 
+def search(index: RunningTool, *queries: str) -> list[Result]:
+    return index.run([Call("search", "search", {"query": query}, {}) for query in queries])
+
+
 def open_search(folder: Path, **settings: Any) -> Any:
     from stages.data.table import KEPT, write_rows
 
@@ -82,7 +86,7 @@ def open_search(folder: Path, **settings: Any) -> Any:
 
 def test_a_search_gives_the_best_passages_of_training_documents(tmp_path: Path) -> None:
     index = open_search(tmp_path, passages=2)
-    (best, none, wordless) = index.run([{"query": 'A "RIVER" of*'}, {"query": "ocean"}, {"query": '(" - *'}])
+    (best, none, wordless) = search(index, 'A "RIVER" of*', "ocean", '(" - *')
     assert best.text == "[rivers/2]\na river of the north, a long river\n\n[rivers/0]\nthe elbe is a river"
     assert (none.status, none.text) == ("ok", "no passage has any of these words")
     assert (wordless.status, wordless.text) == ("error", "the query has no word")
@@ -97,17 +101,17 @@ def test_a_search_gives_the_best_passages_of_training_documents(tmp_path: Path) 
         "river " * 10_000,
         "\0 river\ud800",
     ]
-    results = [result.text for result in index.run([{"query": query} for query in odd])]
+    results = [result.text for result in search(index, *odd)]
     assert "secret" not in results[0], "it is held out"
     assert [text for text in results if "river" in text] == [results[n] for n in (1, 2, 4, 7, 8)]
     index.close()
     with pytest.raises(ToolFailed, match=r"^tool search: its index cannot be read \(Cannot operate on a closed"):
-        index.run([{"query": "river"}])
+        search(index, "river")
 
 
 def test_an_index_has_the_first_documents_in_passages(tmp_path: Path) -> None:
     index = open_search(tmp_path, documents=1, passage_characters=50, sources=["rivers"])
-    assert index.run([{"query": "elbe lake"}])[0].text == "[rivers/0]\nthe elbe is a river"
+    assert search(index, "elbe lake")[0].text == "[rivers/0]\nthe elbe is a river"
     index.close()
     text = " ".join(f"word{n}" for n in range(50)) + " " + "x" * 200
     passages = list(cut(text, 50))
@@ -122,7 +126,7 @@ def test_results_are_cut_with_a_mark(tmp_path: Path) -> None:
     open_search(tmp_path).close()
     toolbox = Toolbox(tools, {"documents": Artifact("", "", tmp_path, ())}, tmp_path / "work")
     request = json.dumps({"name": "search", "arguments": {"query": "elbe"}})
-    (call, refused) = toolbox.answer([request, "?"])
+    (call, refused) = toolbox.answer([({}, [request]), ({}, ["?"])])
     toolbox.close()
     assert call["result"] == "[rivers/0]\nthe elbe \n[cut: 10 more characters]"
     assert refused["result"] == "error: the call is n\n[cut: 48 more characters]"

@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +50,27 @@ class Chat:
         self._latest: tuple[Row, tuple[int, ...]] | None = None
 
     def encode_prompt(self, row: Row) -> tuple[int, ...]:
-        """The token ids of a task's question up to the assistant's turn. Raises AtomError if the question contains the
-        name of a special token."""
+        """The token ids of a task's question up to the assistant's turn. Raises AtomError if the question or a tool
+        contains the name of a special token."""
         latest = self._latest  # read once: several threads may draw
         if latest is None or latest[0] is not row:  # the answers of a group come one after another
             latest = self._latest = row, self._encode_prompt(row)
         return latest[1]
 
     def _encode_prompt(self, row: Row) -> tuple[int, ...]:
-        messages = row["responses_create_params"]["input"]
+        messages, functions = row["responses_create_params"]["input"], self.functions(row)
         try:
             chat.check(messages)
+            chat.check_tools(functions)
         except ValueError as error:
             raise AtomError(f"task {row['id']}: {error}; leave it out") from None
-        text = chat.render(chat.without_calls(messages), ask=True, tools=self.functions(row))
+        text = chat.render(chat.without_calls(messages), ask=True, tools=functions)
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def functions(self, row: Row) -> list[dict[str, Any]]:
-        """The JSON schemas of the tools that a task offers."""
-        return self.tools.functions if self.tools is not None and self.tools.are_for(row) else []
+        """The functions that a task offers, in the form of OpenAI's chat API."""
+        functions = {} if self.tools is None else self.tools.functions(row)
+        return [{"type": "function", "function": schema} for _, schema in functions.values()]
 
     def encode_results(self, results: Sequence[str]) -> list[int]:
         """The token ids between a turn that calls tools and the next one. Names of special tokens in a result are
@@ -85,10 +88,11 @@ class Chat:
         return text
 
     def response(self, completion: Completion) -> Response:
-        ids = completion.ids[:-1] if completion.finished else completion.ids
-        if completion.turns:
-            ids = ids[sum(turn["sampled"] + turn["appended"] for turn in completion.turns[:-1]) :]
-        return Response.parse(self.decode(ids), completion.finished)
+        ids, earlier = completion.ids[:-1] if completion.finished else completion.ids, []
+        for turn in (completion.turns or ())[:-1]:
+            earlier.append((self.decode(ids[: turn["sampled"] - 1]), turn["calls"]))
+            ids = ids[turn["sampled"] + turn["appended"] :]
+        return replace(Response.parse(self.decode(ids), completion.finished), earlier=tuple(earlier))
 
 
 class Verifiers:

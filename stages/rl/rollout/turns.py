@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from stages.data.seeds import seed_of
 from stages.rl.protocols import AnswerGenerator, Completion, Prompt, Row, ToolCall, Turn
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
+from stages.rl.tools.base import Call
 from stages.rl.tools.settings import Tools
 from stages.scorers import answer_of
 
-CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+CALL_TEXT = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 MOST_CALLS = 8
 """Calls of a turn that are answered; further ones are not."""
 CUT = "\n[cut: {} more characters]"
@@ -56,15 +57,16 @@ class Toolbox:
             self.close()
             raise
 
-    def answer(self, requests: Sequence[str]) -> list[ToolCall]:
-        """The calls with their results, in order. Raises ToolFailed if a tool cannot answer."""
-        calls = [read_call(request, self.tools) for request in requests]
-        answered = {n: call for n, call in enumerate(calls) if not isinstance(call, Readable)}
+    def answer(self, requests: Sequence[tuple[Row, Sequence[str]]]) -> list[ToolCall]:
+        """The calls with their results, in order. requests: of each call its task, and the text of all calls of its
+        answer so far, its own the last. Raises ToolFailed if a tool cannot answer."""
+        calls = [read_call(texts[-1], self.tools, row, texts[:-1]) for row, texts in requests]
+        answered = {n: call for n, call in enumerate(calls) if not isinstance(call, Call)}
         for name, tool in self.running.items():
-            arguments = {n: c.arguments for n, c in enumerate(calls) if isinstance(c, Readable) and c.tool == name}
-            results = tool.run(list(arguments.values())) if arguments else []
-            for n, result in zip(arguments, results, strict=True):
-                answered[n] = finished_call(requests[n], name, result.status, result.text, self.tools)
+            chosen = {n: call for n, call in enumerate(calls) if isinstance(call, Call) and call.tool == name}
+            results = tool.run(list(chosen.values())) if chosen else []
+            for (n, call), result in zip(chosen.items(), results, strict=True):
+                answered[n] = finished_call(requests[n][1][-1], call.name, result.status, result.text, self.tools)
         return [answered[n] for n in range(len(calls))]
 
     def close(self) -> None:
@@ -72,16 +74,8 @@ class Toolbox:
             tool.close()
 
 
-@dataclass(frozen=True)
-class Readable:
-    """A call that a tool can answer."""
-
-    tool: str
-    arguments: Mapping[str, str]
-
-
-def read_call(request: str, tools: Tools) -> Readable | ToolCall:
-    """The call, or what is wrong with it as its result."""
+def read_call(request: str, tools: Tools, row: Row, before: Sequence[str] = ()) -> Call | ToolCall:
+    """The call, or what is wrong with it as its result. before: the text of the answer's earlier calls."""
 
     def refused(status: str, text: str, name: str = "") -> ToolCall:
         return finished_call(request, name, status, f"error: {text}", tools)
@@ -92,16 +86,16 @@ def read_call(request: str, tools: Tools) -> Readable | ToolCall:
         return refused("unreadable", f"the call is not JSON; write {FORM}")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return refused("unreadable", f"the call names no tool; write {FORM}")
-    name, arguments = call["name"], call.get("arguments")
-    tool = next((tool for tool in tools.offered if tool.tool == name), None)
-    if tool is None:
-        names = ", ".join(tool.tool for tool in tools.offered)
-        return refused("unknown", f"there is no such tool; there are {names}", name[:100])
-    if not isinstance(arguments, dict) or arguments.keys() != tool.parameters.keys():
-        return refused("arguments", f"{name} takes the arguments {', '.join(tool.parameters)}", name)
-    if not all(isinstance(value, str) for value in arguments.values()):
-        return refused("arguments", f"the arguments of {name} are texts", name)
-    return Readable(name, arguments)
+    name, arguments, functions = call["name"], call.get("arguments"), tools.functions(row)
+    if name not in functions:
+        return refused("unknown", f"there is no such tool; there are {', '.join(functions)}", name[:100])
+    tool, _ = functions[name]
+    if not isinstance(arguments, dict):
+        return refused("arguments", f"the call has no arguments; write {FORM}", name)
+    if reason := tool.refusal(arguments):
+        return refused("arguments", reason, name)
+    earlier = [read_call(text, tools, row) for text in before]
+    return Call(tool.tool, name, arguments, row, [c for c in earlier if isinstance(c, Call) and c.tool == tool.tool])
 
 
 def finished_call(request: str, tool: str, status: str, result: str, tools: Tools) -> ToolCall:
@@ -122,7 +116,7 @@ class Episode:
     """An answer that is drawn turn by turn: `take` a drawn turn, `resume` with the results of its calls."""
 
     def __init__(self, chat: Chat, row: Row, seed: int, limits: Limits) -> None:
-        self.chat, self.seed, self.limits = chat, seed, limits
+        self.chat, self.row, self.seed, self.limits = chat, row, seed, limits
         self.offers_tools = bool(chat.functions(row))
         self.question = chat.encode_prompt(row)
         self.ids: list[int] = []
@@ -152,9 +146,14 @@ class Episode:
         calls = []
         if self.offers_tools and drawn.finished and drawn.ids[-1] == self.chat.turn_end:
             text = answer_of(self.chat.decode(drawn.ids[:-1]))
-            calls = [request.strip() for request in CALL.findall(text)][:MOST_CALLS]
+            calls = [request.strip() for request in CALL_TEXT.findall(text)][:MOST_CALLS]
         self.is_finished = drawn.finished and not calls
         return calls if len(self.turns) < self.limits.max_turns else []
+
+    def requests(self, calls: Sequence[str]) -> list[tuple[Row, Sequence[str]]]:
+        """The calls of the last turn, each with its task and all calls so far."""
+        before = [call["request"] for turn in self.turns for call in turn["calls"]]
+        return [(self.row, [*before, *calls[: n + 1]]) for n in range(len(calls))]
 
     def resume(self, calls: Sequence[ToolCall]) -> bool:
         """Appends the results of the last turn's calls. Returns whether there is room for another turn; if not, the
@@ -187,7 +186,7 @@ def draw(
     while active:
         drawn = sampler.generate([episode.prompt() for episode in active], greedy)
         calling = [(e, calls) for e, turn in zip(active, drawn, strict=True) if (calls := e.take(turn))]
-        answered = iter(toolbox.answer([request for _, calls in calling for request in calls]))
+        answered = iter(toolbox.answer([request for episode, calls in calling for request in episode.requests(calls)]))
         active = [episode for episode, calls in calling if episode.resume([next(answered) for _ in calls])]
     return [episode.completion() for episode in episodes]
 
@@ -214,9 +213,9 @@ def _problem(r: Rollout, episode: Episode) -> str | None:
         if [call["request"] for call in turn["calls"]] != requests:
             return "has calls of tools other than those in its tokens"
         for call in turn["calls"]:
-            expected = read_call(call["request"], chat.tools)
-            if isinstance(expected, Readable):
-                is_possible = call["tool"] == expected.tool and is_result(call["result"], chat.tools)
+            expected = read_call(call["request"], chat.tools, episode.row)
+            if isinstance(expected, Call):
+                is_possible = call["tool"] == expected.name and is_result(call["result"], chat.tools)
             else:
                 is_possible = call == expected
             if not is_possible:

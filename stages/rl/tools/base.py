@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from pipeline.core.errors import MachineError
 from pipeline.core.stage import Config, Inputs, Promise
+from stages.rl.protocols import Row
 
 
 class ToolFailed(MachineError):
@@ -24,12 +25,24 @@ class Result:
     text: str
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call that a tool can answer. tool: its name in the registry; name: of the function; row: the task; before: the
+    calls of the same answer that this tool answers before it, in order."""
+
+    tool: str
+    name: str
+    arguments: Mapping[str, Any]
+    row: Row
+    before: Sequence[Call] = ()
+
+
 class RunningTool(Protocol):
     """A tool that answers calls."""
 
-    def run(self, calls: Sequence[Mapping[str, str]]) -> list[Result]:
-        """The result of each call, given its arguments, in order. Whatever the arguments are, there is a result, within
-        bounds of time and memory that the tool sets. Raises ToolFailed where the machine is at fault."""
+    def run(self, calls: Sequence[Call]) -> list[Result]:
+        """The result of each call, in order. Whatever the arguments are, there is a result, within bounds of time and
+        memory that the tool sets. Raises ToolFailed where the machine is at fault."""
 
     def close(self) -> None:
         """Frees what it holds, child processes included."""
@@ -40,9 +53,9 @@ class Tool(Config):
     docstring is the description in [configuration](docs/configuration.md)."""
 
     tool: str
-    description: ClassVar[str]
+    description: ClassVar[str] = ""
     """What it does, for the model."""
-    parameters: ClassVar[Mapping[str, str]]
+    parameters: ClassVar[Mapping[str, str]] = {}
     """{argument: what it is, for the model}. All are texts, and all are required."""
     promise: ClassVar[Promise] = "bitwise"
     """Whether equal calls have equal results."""
@@ -63,11 +76,17 @@ class Tool(Config):
         """Starts the tool. inputs: the artifacts of the stage, by the roles of `inputs`; folder: for its files, emptied
         before. Raises AtomError where a requirement is missing."""
 
-    def function(self) -> dict[str, Any]:
-        """Its JSON schema, in the form of OpenAI's chat API."""
+    def functions(self, row: Row) -> list[dict[str, Any]]:
+        """The JSON schemas of the functions that it gives a task, each with name, description and parameters: one with
+        the name of the tool and texts as arguments."""
         properties = {name: {"type": "string", "description": text} for name, text in self.parameters.items()}
         parameters = {"type": "object", "properties": properties, "required": list(properties)}
-        return {
-            "type": "function",
-            "function": {"name": self.tool, "description": self.description, "parameters": parameters},
-        }
+        return [{"name": self.tool, "description": self.description, "parameters": parameters}]
+
+    def refusal(self, arguments: Mapping[str, Any]) -> str | None:
+        """Why it cannot take the arguments, as a sentence for the model."""
+        if arguments.keys() != self.parameters.keys():
+            return f"{self.tool} takes the arguments {', '.join(self.parameters)}"
+        if not all(isinstance(value, str) for value in arguments.values()):
+            return f"the arguments of {self.tool} are texts"
+        return None

@@ -7,8 +7,7 @@ starts, in its work folder.
 from __future__ import annotations
 
 import re
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -19,7 +18,7 @@ from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.core.stage import Inputs
 from pipeline.core.store import Artifact
 from stages.data.table import part_files, sources_of, stream_parts
-from stages.rl.tools.base import Result, Tool, ToolFailed
+from stages.rl.tools.base import Call, Result, Tool, ToolFailed
 
 WORD = re.compile(r"\w+")
 MOST_WORDS = 32
@@ -47,11 +46,16 @@ class SearchTool(Tool):
     passages: Annotated[int, Range(1, 1000)] = Field(3, description="maximum passages of a result")
 
     def missing(self) -> str | None:
+        reason = "the tool search needs SQLite with FTS5, and this Python has none ({}); use another one"
+        try:
+            import sqlite3
+        except ImportError as error:
+            return reason.format(error)
         with closing(sqlite3.connect(":memory:")) as connection:
             try:
                 connection.execute(SCHEMA)
             except sqlite3.OperationalError as error:
-                return f"the tool search needs SQLite with FTS5, and Python's has none ({error}); use another Python"
+                return reason.format(error)
         return None
 
     @property
@@ -78,13 +82,16 @@ class SearchTool(Tool):
 
 def cut(text: str, characters: int) -> Iterator[str]:
     """The text in pieces of at most so many characters, each up to a space where there is one in its second half."""
-    while len(text) > characters:
-        space = max(text.rfind(" ", characters // 2, characters), text.rfind("\n", characters // 2, characters))
-        end = characters if space < 0 else space
-        yield text[:end].strip()
-        text = text[end:]
-    if text.strip():
-        yield text.strip()
+    start = 0
+    while start < len(text):
+        end = start + characters
+        if end < len(text):
+            middle = start + characters // 2
+            space = max(text.rfind(" ", middle, end), text.rfind("\n", middle, end))
+            end = end if space < 0 else space
+        if piece := text[start:end].strip():
+            yield piece
+        start = end
 
 
 class Index:
@@ -92,7 +99,9 @@ class Index:
 
     def __init__(self, file: Path, passages: Iterator[tuple[str, str]], most: int) -> None:
         """most: the maximum number of passages of a result."""
-        self.most = most
+        import sqlite3
+
+        self.most, self.error = most, sqlite3.Error
         try:
             self.connection = sqlite3.connect(file, check_same_thread=False)
             self.connection.execute("PRAGMA journal_mode = OFF")
@@ -100,11 +109,11 @@ class Index:
             self.connection.execute(SCHEMA)
             self.connection.executemany("INSERT INTO passages VALUES (?, ?)", passages)
             self.connection.commit()
-        except sqlite3.Error as error:
+        except self.error as error:
             raise ToolFailed(f"tool search: its index {file} cannot be made ({error}); see to the disk") from error
 
-    def run(self, calls: Sequence[Mapping[str, str]]) -> list[Result]:
-        return [self._search(call["query"]) for call in calls]
+    def run(self, calls: Sequence[Call]) -> list[Result]:
+        return [self._search(call.arguments["query"]) for call in calls]
 
     def _search(self, query: str) -> Result:
         words = list(dict.fromkeys(WORD.findall(query.lower())))[:MOST_WORDS]
@@ -112,7 +121,7 @@ class Index:
             return Result("error", "the query has no word")
         try:
             rows = self.connection.execute(QUERY, [" OR ".join(f'"{word}"' for word in words), self.most]).fetchall()
-        except sqlite3.Error as error:
+        except self.error as error:
             raise ToolFailed(f"tool search: its index cannot be read ({error}); see to the disk") from error
         if not rows:
             return Result("ok", "no passage has any of these words")

@@ -5,7 +5,7 @@ Each call is a program of its own: no variable and no file of an earlier one is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from pipeline.core.bounds import Range
 from pipeline.core.stage import Inputs, Promise, operational
 from stages.rl import sandbox
 from stages.rl.sandbox import Limits, Outcome, Pool, Program, SandboxFailed
-from stages.rl.tools.base import Result, Tool, ToolFailed
+from stages.rl.tools.base import Call, Result, Tool, ToolFailed
 
 WALL = Limits().wall_seconds / Limits().cpu_seconds
 """Seconds of the clock for each of processor time: a program that computes ends by the one also on a busy machine."""
@@ -60,9 +60,9 @@ class Programs:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
 
-    def run(self, calls: Sequence[Mapping[str, str]]) -> list[Result]:
+    def run(self, calls: Sequence[Call]) -> list[Result]:
         try:
-            outcomes = self.pool.run([Program(call["code"]) for call in calls])
+            outcomes = self.pool.run([Program(call.arguments["code"]) for call in calls])
         except SandboxFailed as error:
             raise ToolFailed(f"tool python: {error}") from error
         return [describe(outcome) for outcome in outcomes]

@@ -12,6 +12,7 @@ from stages.rl.tools.base import Tool
 
 TOOLS = {
     "python": "stages.rl.tools.python_program",
+    "nemo-gym": "stages.rl.tools.gym_environment",
     "search": "stages.rl.tools.corpus_search",
 }
 """{tool: its module}."""

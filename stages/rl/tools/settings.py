@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Range, Words
+from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Promise
 from stages.rl.protocols import Row
 from stages.rl.tools.base import Tool
@@ -44,11 +45,12 @@ class Tools(Config):
     def promise(self) -> Promise:
         return "numeric" if any(tool.promise == "numeric" for tool in self.offered) else "bitwise"
 
-    @property
-    def functions(self) -> list[dict[str, Any]]:
-        """The JSON schemas of the tools."""
-        return [tool.function() for tool in self.offered]
-
-    def are_for(self, row: Row) -> bool:
-        """Whether a task offers them."""
-        return not self.kinds or row["kind"] in self.kinds
+    def functions(self, row: Row) -> dict[str, tuple[Tool, dict[str, Any]]]:
+        """{name: (tool, JSON schema)} of the functions that a task offers. Raises AtomError for one name twice."""
+        functions: dict[str, tuple[Tool, dict[str, Any]]] = {}
+        for tool in self.offered if not self.kinds or row["kind"] in self.kinds else ():
+            for function in tool.functions(row):
+                if (name := function["name"]) in functions:
+                    raise AtomError(f"task {row.get('id')} offers {name} twice, and a call names one; leave one out")
+                functions[name] = tool, function
+        return functions
