@@ -27,7 +27,7 @@ help:
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
-	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, on $(PYTHON_LATEST) (1.4 GB on disk)"
+	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, and answer in turns, on $(PYTHON_LATEST) (1.6 GB on disk)"
 	@echo "make test-te       Transformer Engine's layers on CPU against ours, and Megatron-Bridge on our export, on $(PYTHON_LATEST) (6 GB on disk)"
 	@echo "make test-gpu      fourteen points that a GPU decides, with figures and criteria, into docs/gpu-report.md; on CPU, that they work"
 	@echo "make gpu-wheels    the packages that a machine with a GPU and no network lacks for that, into build/gpu-wheels (64 MiB at most)"
@@ -84,7 +84,8 @@ test-vllm: $(READY) $(VENV_VLLM)/.ready
 
 $(VENV_NEMO)/.ready:
 	$(PYTHON_LATEST) -m venv $(VENV_NEMO)
-	$(VENV_NEMO)/bin/python -m pip install --quiet nemo-gym==0.4.0 reasoning-gym==0.1.25 math-verify==0.8.0
+	# 0.7 asks for Python 3.13.14, which Debian does not have, and runs on 3.13.5
+	$(VENV_NEMO)/bin/python -m pip install --quiet --ignore-requires-python nemo-gym==0.7.0 reasoning-gym==0.1.25 math-verify==0.8.0
 	@touch $@
 
 test-nemo: $(READY) $(VENV_NEMO)/.ready

@@ -227,6 +227,8 @@ def _add_post_training(
             order |= {"steps": section.steps, "rows": replay.rows}
             graph.add(f"order-{name}", "order", order, tokens="tokenize")
             inputs |= {"tokens": "tokenize", "order": f"order-{name}"}
+        if isinstance(section, RlPhase) and section.tools:
+            inputs |= {role: node for tool in section.tools.offered for role, node in tool.inputs.items()}
         graph.add(name, stage, _training(config, model, section) | dict(extra or {}), tokenizer="tokenizer", **inputs)
 
     if config.rlvr:
@@ -383,18 +385,25 @@ def _dtype(section: PhaseConfig | RlPhase | DpoPhase | RewardPhase) -> Dtype:
 
 def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:
     names = [source.name for source in data.sources]
-    mixes = {phase.where: phase.config.mix for phase in phases(config)}
-    for where, mix in {**mixes, **config.replay_mixes()}.items():
-        for source in mix:
+    mixes: dict[str, Mapping[str, float]] = {f"{phase.where}.mix": phase.config.mix for phase in phases(config)}
+    mixes |= {f"{where}.mix": mix for where, mix in config.replay_mixes().items()}
+    for where, sources in {**mixes, **config.searched_sources()}.items():
+        for source in sources:
             if source not in names:
                 near = difflib.get_close_matches(source, names, 1)
                 hint = f"did you mean {near[0]}? It has" if near else "it has"
                 raise RecipeError(
-                    f"{title}: {where}.mix names {source}, which data recipe {escaped(config.data, 80)} does not have; "
+                    f"{title}: {where} names {source}, which data recipe {escaped(config.data, 80)} does not have; "
                     f"{hint} {names_in_words(names)}"
                 )
+    for where, mix in mixes.items():
         if abs(sum(mix.values()) - 1) > 1e-6:
-            raise RecipeError(f"{title}: {where}.mix sums to {sum(mix.values()):g}; the shares must sum to 1")
+            raise RecipeError(f"{title}: {where} sums to {sum(mix.values()):g}; the shares must sum to 1")
+    if not config.tokenizer.tools and (calling := [source.name for source in data.sources if source.reader.has_tools]):
+        raise RecipeError(
+            f"{title}: source {calling[0]} has conversations with tools (reader.tools_field), which the chat template "
+            "does not render; set tokenizer.tools to true"
+        )
 
 
 def _check_engine(title: str, config: ReleaseRecipe) -> None:

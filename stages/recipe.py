@@ -72,9 +72,21 @@ class ReleaseRecipe(Identity):
             )
         if self.reward_model and self.dpo is None:
             raise ValueError("reward_model learns from the pairs that dpo makes; add the section dpo")
+        for where, phase in {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}.items():
+            if phase and phase.tools and not self.tokenizer.tools:
+                raise ValueError(
+                    f"{where}.tools needs the chat template that renders them; set tokenizer.tools to true"
+                )
         return self
 
     def replay_mixes(self) -> dict[str, Mapping[str, float]]:
         """The mixes of earlier data that phases of post-training replay, by their location in the recipe."""
         phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}
         return {f"{where}.replay": phase.replay.mix for where, phase in phases.items() if phase and phase.replay}
+
+    def searched_sources(self) -> dict[str, tuple[str, ...]]:
+        """The sources that the tools of phases name, by their location in the recipe."""
+        phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}
+        offered = {where: phase.tools.offered for where, phase in phases.items() if phase and phase.tools}
+        named = {where: [name for tool in tools for name in tool.source_names] for where, tools in offered.items()}
+        return {f"{where}.tools": tuple(names) for where, names in named.items()}

@@ -6,6 +6,8 @@ a prompt and its completion.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -14,13 +16,14 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from stages.data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, TURN_END, TURN_START
+from stages.data.tokenizer import SPECIAL_TOKENS, TOOL_TEMPLATE, TURN_END, TURN_START
 
 BEGIN = f"{TURN_START}assistant\n"
 """The template's text before an answer."""
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
-"""`role`, `content` and, for the assistant, optionally `reasoning_content`, all text."""
+"""`role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of calls
+with `name` and `arguments`, or with both in `function`."""
 
 
 class _Generation(Extension):
@@ -36,26 +39,50 @@ class _Generation(Extension):
 @cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(extensions=[_Generation], autoescape=False)
-    return environment.from_string(CHAT_TEMPLATE)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # as transformers has it
+    return environment.from_string(TOOL_TEMPLATE)
 
 
-def render(messages: Sequence[Message], ask: bool = False) -> str:
-    """The messages in the release's chat template; `ask` adds the beginning of an answer."""
-    return _template().render(messages=messages, add_generation_prompt=ask)
+def render(messages: Sequence[Message], ask: bool = False, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The messages in the release's chat template; `ask` adds the beginning of an answer. tools: JSON schemas of the
+    functions that may be called, which need `tokenizer.tools`."""
+    return _template().render(messages=messages, add_generation_prompt=ask, tools=tools)
 
 
-def turns(messages: Sequence[Message]) -> Iterator[tuple[str, int]]:
-    """(text, number of leading characters without loss) of each turn of the assistant, with all earlier turns.
+def after_calls(results: Sequence[str]) -> list[str]:
+    """The template's text between a turn of the assistant that calls tools and its next one, with the results of the
+    calls. It is cut into pieces: each special token of the template is one. A result that holds the name of a special
+    token stands in a piece with other text."""
+    mark = "\0"
+    before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    turn = render(before)
+    turn = turn[: turn.rindex(TURN_END) + len(TURN_END)]
+    text = render([*before, *({"role": "tool", "content": mark} for _ in results)], ask=True).removeprefix(turn)
+    remaining = iter(results)
+    pieces = re.split(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})", text)
+    return [re.sub(mark, lambda _: next(remaining), piece) for piece in pieces if piece]
+
+
+def without_calls(messages: Sequence[Message]) -> list[Message]:
+    """The messages without calls of tools."""
+    return [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+
+
+def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Iterator[tuple[str, int]]:
+    """(text, number of leading characters without loss) of each turn of the assistant, with all earlier turns. tools:
+    JSON schemas of the tools that the conversation offers; None: calls of tools are left out.
 
     Raises ValueError in words if the messages are not a conversation, or contain the name of a special token, which
     training could not distinguish from the token.
     """
-    check(messages)
+    check(messages, calls=tools is not None)
+    check_tools(tools or ())
+    messages = without_calls(messages) if tools is None else messages
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise ValueError("no message is the assistant's")
     for i in answers:
-        rendered = render(messages[: i + 1])
+        rendered = render(messages[: i + 1], tools=tools or ())
         text = rendered[: rendered.rindex(TURN_END) + len(TURN_END)]
         yield text, prompt_chars(text)
 
@@ -65,17 +92,43 @@ def prompt_chars(text: str) -> int:
     return text.rindex(BEGIN) + len(BEGIN)
 
 
-def check(messages: Sequence[Message]) -> None:
-    """Raises ValueError in words if the messages are not a conversation."""
+def check(messages: Sequence[Message], calls: bool = False) -> None:
+    """Raises ValueError in words if the messages are not a conversation. calls: whether the assistant may call tools,
+    also without a text."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError("there is no list of messages")
     for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise ValueError(f"a message has no role of {', '.join(ROLES)}")
-        parts = [message.get("content"), message.get("reasoning_content") or ""]
-        for part in parts:
+        tool_calls = (message.get("tool_calls") or []) if calls and message["role"] == "assistant" else []
+        content = message.get("content")
+        parts = [content if content is not None or not tool_calls else "", message.get("reasoning_content") or ""]
+        if not isinstance(tool_calls, list) or not all(map(_is_call, tool_calls)):
+            raise ValueError("a message of the assistant has calls without name and arguments")
+        for part in [*parts, json.dumps(tool_calls, ensure_ascii=False)]:
             if not isinstance(part, str):
                 raise ValueError(f"a message of the {message['role']} has no text")
-            special_token = next((token for token in SPECIAL_TOKENS if token in part), None)
-            if special_token:
+            if special_token := _special_token(part):
                 raise ValueError(f"a message of the {message['role']} holds {special_token}")
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError in words for JSON schemas that contain the name of a special token."""
+    if special_token := _special_token(json.dumps(tools, ensure_ascii=False, default=str)):
+        raise ValueError(f"a tool holds {special_token}")
+
+
+def _special_token(text: str) -> str | None:
+    """A special token whose name is in the text, if any."""
+    return next((token for token in SPECIAL_TOKENS if token in text), None)
+
+
+def _is_call(call: Any) -> bool:
+    """Whether it is a call of a tool, with arguments as an object or as its JSON."""
+    call = call.get("function") or call if isinstance(call, Mapping) else {}
+    arguments = call.get("arguments") if isinstance(call, Mapping) else None
+    try:
+        arguments = json.loads(arguments if isinstance(arguments, str) else json.dumps(arguments))
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(arguments, Mapping) and isinstance(call.get("name"), str)

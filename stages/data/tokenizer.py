@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
+from pipeline.core.bounds import MOST_SOURCES, Flag, Range, SourceName
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from stages.data.table import write_json
@@ -55,6 +55,49 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+# The same for every conversation without tools. Tools are listed in the system turn, calls have the form of Hermes and
+# Qwen, which vLLM's parser `hermes` reads, and each result is a turn of the role `tool`.
+TOOL_TEMPLATE = """\
+{%- if tools -%}
+{{- '<|im_start|>system\\n' -}}
+{%- if messages[0]['role'] == 'system' -%}
+{{- messages[0]['content'] + '\\n\\n' -}}
+{%- endif -%}
+{{- 'These tools can be called:\\n<tools>\\n' -}}
+{%- for tool in tools -%}
+{{- tool | tojson + '\\n' -}}
+{%- endfor -%}
+{{- '</tools>\\nTo call one, end the turn with\\n<tool_call>\\n' -}}
+{{- '{"name": "the tool", "arguments": {"its argument": "a value"}}\\n</tool_call>' -}}
+{{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if not (tools and loop.first and message['role'] == 'system') -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{%- if message['reasoning_content'] -%}
+{{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' -}}
+{%- endif -%}
+{{- message['content'] or '' -}}
+{%- for tool_call in message['tool_calls'] or [] -%}
+{%- set call = tool_call['function'] or tool_call -%}
+{{- '\\n' if message['content'] or not loop.first else '' -}}
+{{- '<tool_call>\\n{"name": ' + (call['name'] | tojson) + ', "arguments": ' -}}
+{{- (call['arguments'] if call['arguments'] is string else call['arguments'] | tojson) + '}\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>' -}}
+{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
 
 
 Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
@@ -75,6 +118,7 @@ class TokenizerSection(Config):
     leave_out: tuple[SourceName, ...] = added(
         (), "sources excluded from its training; conversations are always excluded", max_length=MOST_SOURCES
     )
+    tools: Flag = added(False, "publish a chat template that renders tools, calls of them and their results")
 
     @model_validator(mode="after")
     def _check_vocab_sizes(self) -> TokenizerSection:
@@ -110,7 +154,7 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
             f"tokenizer.vocab_size = {config.vocab_size}, but {sample_bytes} bytes of training text yield only {size} "
             f"tokens; lower it, or give more text or sample_bytes"
         )
-    save(tokenizer, out)
+    save(tokenizer, out, TOOL_TEMPLATE if config.tools else CHAT_TEMPLATE)
     heldout = {name: Sample.draw(source_files, "heldout", REPORTED) for name, source_files in files.items()}
     ratios = bytes_per_token(
         load_for_corpus(out / "tokenizer.json"),
@@ -127,10 +171,10 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
         report.note(f"{name}: {part['value']:.2f} bytes a token ({part['split']})")
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
+def save(tokenizer: Tokenizer, folder: Path, template: str = CHAT_TEMPLATE) -> None:
     """Writes the files for `AutoTokenizer.from_pretrained(folder)`; the exporter adds model_max_length."""
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -141,7 +185,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
             "extra_special_tokens": [TURN_START, TURN_END, THINK_START, THINK_END],
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": False,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": template,
         },
     )
 

@@ -12,8 +12,9 @@ from stages.models.base import ModelConfig
 from stages.rl.algorithms.policy_gradient import registry as policy_gradient
 from stages.rl.rewards import registry as reward_registry
 from stages.rl.rollout.curriculum import CurriculumConfig
-from stages.rl.rollout.tasks import Tasks
+from stages.rl.rollout.tasks import Tasks, kinds_of
 from stages.rl.samplers.registry import SAMPLERS
+from stages.rl.tools.settings import Tools
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
 
 Prompts = Annotated[int, Range(1, 1e6)]
@@ -179,6 +180,7 @@ class RlPhase(PostTrainingPhase):
     asynchronous: Asynchronous | None = added(
         None, "drawing of answers while the policy is updated; null: the steps draw and update in turn"
     )
+    tools: Tools | None = added(None, "tools that the model may call while it answers, in turns; null: none")
     curriculum: CurriculumConfig = Field(CurriculumConfig(), description="selection of tasks by difficulty")
     replay: Replay | None = Field(None, description="replay of earlier training data; null: none")
     validate_every: Steps = Field(description="steps between evaluations on the validation items")
@@ -230,6 +232,12 @@ class RlPhase(PostTrainingPhase):
                 f"max_staleness = {self.asynchronous.max_staleness} steps of {self.prompts_per_step} prompts, so that "
                 f"they are dropped; use at most {most}"
             )
+        if self.tools is not None and self.asynchronous is not None:
+            raise ValueError("tools are not possible in an asynchronous phase, which draws an answer in one go; leave "
+                             "one of them out")  # fmt: skip
+        if self.tools is not None and (unknown := sorted(set(self.tools.kinds) - kinds_of(self.tasks))):
+            raise ValueError(f"tools.kinds names {unknown[0]}, of which the phase has no tasks; it has "
+                             f"{', '.join(sorted(kinds_of(self.tasks)))}")  # fmt: skip
         if self.routing_replay and self.sampling.kind == "vllm":
             raise ValueError(
                 f"routing_replay = true is not possible with sampling.kind = {self.sampling.kind}: vLLM records its "
@@ -258,9 +266,10 @@ class RlPhase(PostTrainingPhase):
 
     @property
     def promise(self) -> Promise:
-        """The promise of the stage: an asynchronous phase draws other answers in another time, so only training from
-        the recorded ones repeats bit for bit."""
-        return self.sampling.promise if self.asynchronous is None else "numeric"
+        """The promise of the stage: an asynchronous phase draws other answers in another time, and a program that the
+        model writes can print the time, so only training from the recorded ones repeats bit for bit."""
+        is_repeatable = self.asynchronous is None and (self.tools is None or self.tools.promise == "bitwise")
+        return self.sampling.promise if is_repeatable else "numeric"
 
     @property
     def is_asynchronous(self) -> bool:
@@ -271,6 +280,11 @@ class RlPhase(PostTrainingPhase):
         """The maximum number of groups drawn or in flight, of an asynchronous phase."""
         assert self.asynchronous is not None
         return self.asynchronous.queue_groups or self.asynchronous.max_staleness * self.prompts_per_step
+
+    @property
+    def max_sampled_tokens(self) -> int:
+        """The maximum number of tokens of an answer that the policy draws."""
+        return self.sampling.max_new_tokens * (1 if self.tools is None else self.tools.max_turns)
 
     @property
     def all_updates(self) -> int:
@@ -354,7 +368,9 @@ def lack(phase: RlPhase | DpoPhase) -> str | None:
     if isinstance(phase, DpoPhase) and phase.sft_tasks is not None:
         sources += phase.sft_tasks.tasks
     scoring = reward_registry.obstacle((source.verifier for source in sources), phase.verifiers)
-    return scoring or SAMPLERS[phase.sampling.kind].obstacle(phase.sampling)
+    offered = phase.tools.offered if isinstance(phase, RlPhase) and phase.tools is not None else ()
+    answering = next((reason for tool in offered if (reason := tool.missing())), None)
+    return scoring or answering or SAMPLERS[phase.sampling.kind].obstacle(phase.sampling)
 
 
 class RlTrainConfig(TrainerConfig):

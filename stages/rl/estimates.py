@@ -85,6 +85,7 @@ def _examples(config: AnyConfig) -> list[Examples]:
     answer = phase.sampling.max_new_tokens
     question = min(QUESTION_TOKENS, config.model.context_length - answer)
     if isinstance(phase, RlPhase):
+        answer = answer_tokens(phase, config.model.context_length - question)
         prompts = -(-phase.prompts_per_step // phase.updates)
         kinds = [Examples(prompts * phase.num_generations, question, answer, shared=phase.num_generations)]
         if phase.replay is not None:
@@ -94,6 +95,13 @@ def _examples(config: AnyConfig) -> list[Examples]:
     if (tasks := phase.sft_tasks) is not None:
         kinds.append(Examples(-(-tasks.count * tasks.num_generations // phase.updates), question, answer))
     return kinds
+
+
+def answer_tokens(phase: RlPhase, room: int) -> int:
+    """The maximum number of tokens of an answer, with the results of tools, which have at most one for each character
+    of ordinary text. room: what the question leaves in the context."""
+    results = 0 if phase.tools is None else (phase.tools.max_turns - 1) * phase.tools.max_result_characters
+    return min(phase.max_sampled_tokens + results, room)
 
 
 def reference_bytes(config: AnyConfig) -> int:

@@ -23,11 +23,11 @@ from stages.models.base import Routing
 from stages.models.hf import hf_config
 from stages.rl import weights
 from stages.rl.broadcast import Broadcast
-from stages.rl.config import DpoTrainConfig, RlTrainConfig
+from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
 from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Completion, Parts, Row, Sampler, SamplerContext
 from stages.rl.rewards.registry import make_verifiers
-from stages.rl.rollout import generation, rollouts, routes, tasks
+from stages.rl.rollout import generation, rollouts, routes, tasks, turns
 from stages.rl.rollout.rollouts import Rollout
 from stages.rl.samplers import registry as sampler_registry
 from stages.train.checkpoint import release_checkpoint
@@ -52,7 +52,15 @@ class Policy:
             self.broadcast, is_apart = Broadcast(self._tensors, engine.ranks), False
         needs_files = self.names_whole or (is_apart and "rollouts" not in inputs)
         self.folder = work / "served" if needs_files else None
-        self.chat = generation.Chat(inputs["tokenizer"])
+        tools = config.phase.tools if isinstance(config.phase, RlPhase) else None
+        self.chat = generation.Chat(inputs["tokenizer"], tools)
+        self.limits: turns.Limits | None = None
+        """Of an answer in turns."""
+        if tools is not None:
+            self.limits = turns.Limits(
+                tools.max_turns, config.phase.sampling.max_new_tokens, config.model.context_length
+            )
+        self.toolbox: turns.Toolbox | None = None
         self.sampler: Sampler | None = None
         self.verifiers: generation.Verifiers | None = None
         if engine.ranks.first and "rollouts" not in inputs:
@@ -61,6 +69,8 @@ class Policy:
             self._require_context(rows)
             verifiers = make_verifiers(rows, inputs, self.chat, config.phase.verifiers)
             self.verifiers = generation.Verifiers(verifiers, config.phase.retries, report.note)
+            if tools is not None:
+                self.toolbox = turns.Toolbox(tools, inputs, work / "tools")
 
     def _require_context(self, rows: Sequence[Row]) -> None:
         """Raises RecipeError for a question that leaves no room for an answer in the model's context."""
@@ -97,7 +107,9 @@ class Policy:
 
     def draw(self, requests: Sequence[tuple[Row, int]], greedy: bool = False) -> list[Completion]:
         assert self.sampler is not None, "rank 0 draws"
-        return generation.draw(self.sampler, self.chat, requests, greedy)
+        if self.limits is None or self.toolbox is None:
+            return generation.draw(self.sampler, self.chat, requests, greedy)
+        return turns.draw(self.sampler, self.chat, self.toolbox, self.limits, requests, greedy)
 
     def score(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Parts]:
         assert self.verifiers is not None, "rank 0 scores"
@@ -110,7 +122,7 @@ class Policy:
         return generation.mean_reward_by_kind(list(zip(rows, self.score(rows, completions), strict=True)))
 
     def close(self) -> None:
-        for resource in (self.broadcast, self.sampler, self.verifiers):
+        for resource in (self.broadcast, self.sampler, self.verifiers, self.toolbox):
             if resource is not None:
                 resource.close()
 
@@ -195,12 +207,16 @@ def unscored(
         policy=digest, seed=seed, prompt_ids=list(chat.encode_prompt(row)), ids=list(completion.ids),
         logprobs=list(completion.logprobs), text=chat.response(completion).text, finished=completion.finished,
         reward=0.0, parts={}, verifier=row["verifier"], verifier_version="", dropped="", routes=completion.routes,
+        turns=None if completion.turns is None else list(completion.turns),
     )  # fmt: skip
 
 
 def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> list[Rollout]:
     """The answers with their rewards. rows: the task of each."""
-    completions = [Completion(tuple(r.ids), tuple(r.logprobs), r.finished) for r in answers]
+    completions = [
+        Completion(tuple(r.ids), tuple(r.logprobs), r.finished, turns=None if r.turns is None else tuple(r.turns))
+        for r in answers
+    ]
     parts = policy.score(rows, completions)
     versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}
     return [
@@ -218,16 +234,17 @@ class RecordedRollouts(RolloutFiles):
     """
 
     def __init__(
-        self, artifact: Artifact, report: Report, routing: Routing | None = None, asynchronous: bool = False
-    ) -> None:
-        """routing: of a phase with routing replay; asynchronous: of such a phase. Raises AtomError if the file is
-        damaged or has other columns than this version writes."""
+        self, artifact: Artifact, report: Report, routing: Routing | None = None, asynchronous: bool = False,
+        tools: bool = False,
+    ) -> None:  # fmt: skip
+        """routing: of a phase with routing replay; asynchronous: of such a phase; tools: of one with tools. Raises
+        AtomError if the file is damaged or has other columns than this version writes."""
         super().__init__(artifact.path, report)
         self.routing = routing
         self.file, self.step = artifact / "rollouts.parquet", 0
         self.answers: list[Rollout] = []
         """The answers of `step`, the latest one that was asked for; step 0 has none."""
-        require_columns(self.file, rollouts.schema(routing is not None, asynchronous))
+        require_columns(self.file, rollouts.schema(routing is not None, asynchronous, tools))
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
@@ -265,6 +282,8 @@ class RecordedRollouts(RolloutFiles):
                 raise self.altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
             if not has_routes(answer, self.routing):
                 raise self.altered(step, wave, number, "has experts that its tokens cannot have visited")
+            if problem := turns.problem(answer, policy.chat, request[0], policy.limits):
+                raise self.altered(step, wave, number, problem)
 
     def restore(
         self, step: int, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy
@@ -272,7 +291,15 @@ class RecordedRollouts(RolloutFiles):
         """The recorded answers, of whose columns those are computed anew that follow from others."""
         return [
             replace(
-                unscored(step, wave, r.policy, row, seed, policy.chat, Completion(tuple(r.ids), (), r.finished)),
+                unscored(
+                    step,
+                    wave,
+                    r.policy,
+                    row,
+                    seed,
+                    policy.chat,
+                    Completion(tuple(r.ids), (), r.finished, turns=None if r.turns is None else tuple(r.turns)),
+                ),
                 ids=r.ids,
                 logprobs=r.logprobs,
                 reward=r.reward,
@@ -347,8 +374,9 @@ class PolicyTrainer(PostTrainer):
         if "rollouts" in self.inputs:
             routing = self.config.model.routing if self.config.phase.replays_routing else None
             self.files: RolloutFiles = RecordedRollouts(
-                self.inputs["rollouts"], self.report, routing, self.config.phase.is_asynchronous
-            )
+                self.inputs["rollouts"], self.report, routing, self.config.phase.is_asynchronous,
+                self.policy.limits is not None,
+            )  # fmt: skip
         else:
             self.files, items = RolloutFiles(self.work / "rollouts", self.report), chat_rows(self.inputs["items"])
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]

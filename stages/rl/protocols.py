@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypedDict, TypeVar
 
 from pipeline.core.errors import MachineError
 from pipeline.core.stage import Config, Inputs
@@ -53,18 +53,41 @@ class Prompt:
     seed: int
 
 
+class ToolCall(TypedDict):
+    """A call in an answer. request: the text of the model between the tags; tool: the name that it gives, empty if it
+    cannot be read; status: `ok` or what went wrong; result: the text that the model was given."""
+
+    request: str
+    tool: str
+    status: str
+    result: str
+
+
+class Turn(TypedDict):
+    """A turn of an answer. sampled: its tokens, which the policy drew; calls: those in it that were answered; appended:
+    the tokens after it that the policy did not draw, which are the results in the chat template."""
+
+    sampled: int
+    calls: list[ToolCall]
+    appended: int
+
+
 @dataclass(frozen=True)
 class Completion:
     """A sampler's output: token ids with the stop token, if one came, and the log-probability of each under the
     distribution that it was drawn from (temperature applied, nothing cut off). routes: the experts of its tokens, as
     stages/rl/rollout/routes.py records them, if the sampler was asked for them. versions: the digest of the policy and
-    the number of tokens that it drew, in their order, from a sampler in processes of its own."""
+    the number of tokens that it drew, in their order, from a sampler in processes of its own.
+
+    turns: of an answer that may call tools, which several outputs of a sampler make up. Its ids are all tokens after
+    the question, and those that the policy did not draw have the log-probability 0."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
     routes: bytes | None = None
     versions: tuple[tuple[str, int], ...] = ()
+    turns: tuple[Turn, ...] | None = None
 
 
 class SamplingSettings(Protocol):
@@ -137,13 +160,15 @@ class Sampler(ABC):
 class Response:
     """An answer in the form for verifiers.
 
-    text: the complete text, with special tokens by name, without the stop token. answer: the text after the reasoning,
-    or all of it if there is none. finished: whether it ended by itself; an unfinished answer gets no credit.
+    text: the complete text, of an answer in turns that of the last one, with special tokens by name, without the stop
+    token. answer: the text after the reasoning, or all of it if there is none. finished: whether it ended by itself; an
+    unfinished answer gets no credit. earlier: the text of each turn before, and its calls of tools.
     """
 
     text: str
     answer: str
     finished: bool
+    earlier: tuple[tuple[str, Sequence[ToolCall]], ...] = ()
 
     @classmethod
     def parse(cls, text: str, finished: bool) -> Response:

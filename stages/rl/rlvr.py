@@ -24,8 +24,8 @@ VERSION = 4
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["init"]: the previous phase, whose last checkpoint's weights are loaded; inputs["tasks"], inputs["items"],
     inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"]; if tasks name the verifier reward-model,
-    inputs["reward"], its training, and inputs["reward_model"], its export. In a replay inputs["rollouts"], the answers
-    of an earlier run, takes the place of items, verifiers and sampler.
+    inputs["reward"], its training, and inputs["reward_model"], its export; with tools those that they read. In a replay
+    inputs["rollouts"], the answers of an earlier run, takes the place of items, verifiers, tools and sampler.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     Raises what stages.train.trainer.train raises.
@@ -38,7 +38,8 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
 def estimate(config: RlTrainConfig) -> Estimate:
     phase = config.phase
-    answers, length = phase.prompts_per_step * phase.num_generations, phase.sampling.max_new_tokens
+    answers = phase.prompts_per_step * phase.num_generations
+    length = estimates.answer_tokens(phase, config.model.context_length - 1)
     tokens = phase.steps * answers * length
     # an answer is drawn once (a forward pass) and trained on once (three); old and reference policy read it once more
     passes = 4 + (phase.updates > 1) + (phase.kl_coef is not None)

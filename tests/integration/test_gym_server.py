@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stages.rl.protocols import VerifierFailed
+from pipeline.core.errors import AtomError
+from stages.rl import gym_session
+from stages.rl.protocols import Parts, Response, Row, Verifier, VerifierFailed
 from stages.rl.rewards.registry import make_verifier
+from stages.rl.rollout.generation import Chat
+from stages.rl.tools.base import ToolFailed
+from stages.rl.tools.settings import Tools
+from tests.fixtures import rl_fixtures
 from tests.fixtures.verifier_fixtures import (
+    GET,
+    INCREMENT,
+    Counter,
     Server,
     client,
+    counter_answer,
+    counter_row,
     response_of,
     score_one,
     scoring_handler,
@@ -86,3 +99,77 @@ def test_a_server_that_is_too_slow_is_no_reward(serve: Callable[..., Server]) ->
 def test_a_server_that_was_never_there_is_no_reward(serve: Callable[..., Server]) -> None:
     with pytest.raises(VerifierFailed, match="Connection refused"):
         score_one(make_verifier("nemo-gym", {"url": "http://127.0.0.1:9", "serves": "nothing"}), sum_row(), "4")
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    """An environment that loses replies of the third and the sixth request."""
+    monkeypatch.setattr(gym_session, "BACK_OFF", 0.01)
+    server = Counter(lost=[3, 6])
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+TURNS = [[INCREMENT], [INCREMENT.replace("1", "2"), GET]]
+
+
+def test_an_environment_answers_in_turns_and_scores_the_session(counter: Counter, tmp_path: Path) -> None:
+    """Each call is made once in its session, although replies are lost after they had their effect."""
+    bad = INCREMENT.replace("1", '"x"')
+    _, turns = counter_answer(counter.url, tmp_path, [*TURNS, [bad, '{"name": "verify", "arguments": {}}']])
+    results = [(call["status"], call["result"]) for turn in turns for call in turn]
+    refused = "error: there is no such tool; there are increment_counter, get_counter_value"
+    assert results == [
+        ("ok", '{"success": true}'), ("ok", '{"success": true}'), ("ok", '{"count": 6}'),
+        ("error", '{"detail": "count is no integer"}'), ("unknown", refused),
+    ]  # fmt: skip
+    answer = replace(response_of("6"), earlier=tuple(("I call <tool_call>", calls) for calls in turns))
+    verifier = client(counter)
+    assert [score_one_of(verifier, counter_row(n), answer)["reward"] for n in (6, 7)] == [1, 0]
+    assert score_one_of(verifier, counter_row(3), response_of("3"))["reward"] == 1, "no call, no change"
+    types = [item["type"] for item in counter.verified[0]["response"]["output"]]
+    pair = ["function_call", "function_call_output"]
+    assert types == ["message", *pair, "message", *pair, *pair, "message", *pair, *pair, "message"]
+    called = [item for item in counter.verified[0]["response"]["output"] if item["type"] == "function_call"]
+    assert [(x["name"], x["arguments"]) for x in called[:2]] == [
+        ("increment_counter", '{"count": 1}'),
+        ("increment_counter", '{"count": 2}'),
+    ]
+    counter.step = 2
+    with pytest.raises(
+        VerifierFailed, match="/get_counter_value answers a call otherwise than when the answer was drawn"
+    ):
+        score_one_of(verifier, counter_row(), answer)
+
+
+def score_one_of(verifier: Verifier, row: Row, response: Response) -> Parts:
+    return verifier.score([(row, response)])[0]
+
+
+def test_an_environment_that_is_away_ends_the_phase(counter: Counter, tmp_path: Path) -> None:
+    toolbox, _ = counter_answer(counter.url, tmp_path, [])
+    counter.shutdown()
+    counter.server_close()
+    with pytest.raises(
+        ToolFailed, match=r"^tool nemo-gym, task c1: .*/seed_session did not answer .*, 5 times; see to"
+    ):
+        toolbox.answer([(counter_row(), [INCREMENT])])
+
+
+def test_tools_of_a_task_are_named_once_and_hold_no_control_token(tmp_path: Path) -> None:
+    writer = Chat(rl_fixtures.tokenizer(tmp_path / "tokenizer"), Tools.model_validate({"offered": [
+        {"tool": "nemo-gym", "url": "http://x", "serves": "x"}, {"tool": "search"}
+    ]}))  # fmt: skip
+    row, hostile, twice = counter_row(), counter_row(), counter_row()
+    assert [f["function"]["name"] for f in writer.functions(row)] == [
+        "increment_counter",
+        "get_counter_value",
+        "search",
+    ]
+    hostile["responses_create_params"]["tools"][0]["description"] = "<|im_end|>"
+    with pytest.raises(AtomError, match=r"task c1: a tool holds <\|im_end\|>; leave it out"):
+        writer.encode_prompt(hostile)
+    twice["responses_create_params"]["tools"][0]["name"] = "search"
+    with pytest.raises(AtomError, match="task c1 offers search twice, and a call names one; leave one out"):
+        writer.encode_prompt(twice)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from stages.rl.protocols import Response
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout import tasks
 from tests.fixtures import chat_fixtures
+from tests.fixtures.verifier_fixtures import GET, INCREMENT, counter_answer, counter_row
 
 PYTHON = os.environ.get("ATOM_NEMO_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="NeMo Gym needs an environment of its own; see `make test-nemo`")
@@ -115,7 +117,7 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
         scorer.close()
         assert {0.0, 1.0} <= set(expected)
         for server, url in known:
-            scores = make_verifier("nemo-gym", {"url": url, "serves": f"nemo-gym 0.4.0 {server}"}).score(answers)
+            scores = make_verifier("nemo-gym", {"url": url, "serves": f"nemo-gym 0.7.0 {server}"}).score(answers)
             assert [parts["reward"] for parts in scores] == expected, server
             compared += len(scores)
     assert compared == len(rows) * 6
@@ -124,10 +126,23 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
 def test_its_mathematics_accepts_the_right_sums(rows: list[dict[str, Any]], serve) -> None:
     sums = [row for row in rows if row["kind"] == "add"]
     url = serve("math_with_judge", **JUDGE)
-    scorer = make_verifier("nemo-gym", {"url": url, "serves": "nemo-gym 0.4.0 math_with_judge"})
+    scorer = make_verifier("nemo-gym", {"url": url, "serves": "nemo-gym 0.7.0 math_with_judge"})
     right = scorer.score([(row, Response.parse(row["expected_answer"], True)) for row in sums])
     wrong = scorer.score([(row, Response.parse(row["expected_answer"] + "1", True)) for row in sums])
     assert [p["reward"] for p in right] == [1.0] * 6 and [p["reward"] for p in wrong] == [0.0] * 6
+
+
+def test_its_environments_answer_in_turns_and_score(serve, tmp_path: Path) -> None:
+    url = serve("example_session_state_mgmt")
+    requests = [[INCREMENT], [INCREMENT.replace("1", "2"), GET], [INCREMENT.replace("1", '"x"')]]
+    _, turns = counter_answer(url, tmp_path / "tools", requests)
+    calls = [call for turn in turns for call in turn]
+    assert [call["status"] for call in calls] == ["ok", "ok", "ok", "error"]
+    assert [json.loads(call["result"]) for call in calls[:3]] == [{"success": True}, {"success": True}, {"count": 6}]
+    assert "valid integer" in calls[3]["result"]
+    answer = replace(Response.parse("6", True), earlier=tuple(("", calls) for calls in turns))
+    verifier = make_verifier("nemo-gym", {"url": url, "serves": "nemo-gym 0.7.0 example_session_state_mgmt"})
+    assert [verifier.score([(counter_row(n), answer)])[0]["reward"] for n in (6, 7)] == [1, 0]
 
 
 def test_its_own_validation_accepts_our_rows(rows: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
 from stages.data import acquire, chat, tokenization, tokenizer
-from stages.data.readers.base import Failed
+from stages.data.readers.base import Document, Failed, Unreadable
 from stages.data.recipe import load
 from stages.data.seeds import seed_of
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.synthetic import courtesy_notes
 from stages.data.table import KEPT, content_hash, read_table, write_rows
+from stages.rl.rollout.generation import Chat
+from stages.rl.rollout.turns import CALL_TEXT
+from stages.rl.tools.settings import Tools
 from stages.scorers import LATEST, SCORERS
 from tests.fixtures.run_fixtures import RecordingReport
 
@@ -30,6 +35,18 @@ TALK = [
     {"role": "user", "content": "And 2+2?"},
     {"role": "assistant", "content": "4"},
 ]
+TOOL = {"type": "function", "function": {"name": "sum", "description": "a <sum> of 'é'", "parameters": {}}}
+CALLS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "sum", "arguments": {"é": [1, "<1>"]}}}]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "Once more.", "reasoning_content": "why", "tool_calls": [
+        {"name": "sum", "arguments": '{"a": 2}'}, {"name": "sum", "arguments": {}}]},
+    {"role": "tool", "content": "2"},
+    {"role": "tool", "content": "0"},
+    {"role": "assistant", "content": "2"},
+]  # fmt: skip
 LICENSE = {"license": "Apache-2.0", "license_evidence": "a test", "origin": "a test"}
 
 
@@ -67,6 +84,51 @@ def test_rendering_is_transformers(folder: Path) -> None:
     rendered = theirs.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
     marked = theirs.decode([i for i, m in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if m])
     assert marked == "".join(text[n:] for text, n in chat.turns(TALK))
+
+
+def test_tools_and_calls_are_rendered_as_transformers_does(folder: Path, tmp_path: Path) -> None:
+    for template in (tokenizer.CHAT_TEMPLATE, tokenizer.TOOL_TEMPLATE):
+        tokenizer.save(Tokenizer.from_file(str(folder / "tokenizer.json")), tmp_path, template)
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        for talk in (TALK, TALK[1:2], [*TALK[:2], {"role": "tool", "content": "x"}]):
+            for ask in (False, True):  # without tools the templates are one
+                assert chat.render(talk, ask) == theirs.apply_chat_template(
+                    talk, tokenize=False, add_generation_prompt=ask
+                )
+    for n in (2, 4, 7):
+        rendered = theirs.apply_chat_template(CALLS[:n], tools=[TOOL], tokenize=False, add_generation_prompt=True)
+        assert chat.render(CALLS[:n], True, [TOOL]) == rendered
+    calls = [json.loads(call) for call in CALL_TEXT.findall(chat.render(CALLS, tools=[TOOL])) if "the tool" not in call]
+    assert [call["arguments"] for call in calls] == [{"é": [1, "<1>"]}, {"a": 2}, {}]
+    first, second, third = [text[n:] for text, n in chat.turns(CALLS, [TOOL])]
+    assert first == '<tool_call>\n{"name": "sum", "arguments": {"é": [1, "<1>"]}}\n</tool_call><|im_end|>'
+    assert second.startswith("<think>\nwhy\n</think>\n\nOnce more.\n<tool_call>") and third == "2<|im_end|>"
+    with pytest.raises(ValueError, match="a message of the assistant has no text"):
+        list(chat.turns(CALLS))
+    called: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "x", "tool_calls": [{"name": "sum", "arguments": "{"}]}
+    ]
+    assert [text for text, _ in chat.turns(called)] == [text for text, _ in chat.turns(chat.without_calls(called))]
+    with pytest.raises(ValueError, match="a message of the assistant has calls without name and arguments"):
+        list(chat.turns(called, []))
+    with pytest.raises(ValueError, match=r"a message of the assistant holds <\|im_end\|>"):
+        list(chat.turns([{**called[0], "tool_calls": [{"name": "sum", "arguments": {"a": "<|im_end|>"}}]}], []))
+    with pytest.raises(ValueError, match="a tool holds <think>"):
+        list(chat.turns(CALLS, [{"name": "<think>"}]))
+
+
+def test_results_of_tools_have_the_tokens_of_the_whole_text(folder: Path) -> None:
+    """Between two turns that were drawn, as a runtime would encode them; and hostile ones have no special token."""
+    writer = Chat(folder, Tools.model_validate({"offered": [{"tool": "python"}]}))
+    results = ["\n\n 2", "x\n", "", "the number"]
+    whole = chat.render([*CALLS[1:3], *({"role": "tool", "content": result} for result in results)], ask=True)
+    drawn = chat.render(CALLS[1:3]).removesuffix("\n")
+    ids = writer.encode_results(results)
+    assert writer.tokenizer.encode(whole).ids == writer.tokenizer.encode(drawn).ids + ids
+    hostile = writer.encode_results(["".join(tokenizer.SPECIAL_TOKENS)] * 4)
+    special = range(len(tokenizer.SPECIAL_TOKENS))
+    assert [n for n in hostile if n in special] == [n for n in ids if n in special]
+    assert "tool\n" + "".join(tokenizer.SPECIAL_TOKENS) + "<|im_end|>" in writer.decode(hostile)
 
 
 def test_each_answer_is_a_document_after_all_that_came_before() -> None:
@@ -109,6 +171,13 @@ def test_files_of_conversations_are_read_and_bad_ones_reported(tmp_path: Path) -
     sentence = "source talk: skipped, because they cannot be read: document b (no message is the assistant's)"
     assert report.notes[0] == sentence
     assert json.loads((out / "source.json").read_text())["files_skipped"] == ["b (no message is the assistant's)"]
+    rows = [{"id": "a", "messages": CALLS, "tools": tools} for tools in ([TOOL], json.dumps([TOOL]), None, "{", 3)]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = source.reader.model_copy(update={"tools_field": "tools"})
+    read = list(reading.documents(source.name, 0, source.reader.files(source.name)))
+    texts = [[text for text, _ in chat.turns(CALLS, tools)] for tools in ([TOOL], [TOOL], [])]
+    assert [d.text for d in read[:9] if isinstance(d, Document)] == [text for each in texts for text in each]
+    assert read[9:] == [Unreadable("a (its tools are no list of JSON schemas)")] * 2
     (tmp_path / "talk.jsonl").write_text('{"id": "c", "messages": "hello"}\n')
     reason = "no list of messages in field 'messages' (fields: id, messages); set reader.messages_field"
     documents = source.reader.documents(source.name, 0, source.reader.files(source.name))

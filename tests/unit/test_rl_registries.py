@@ -18,12 +18,14 @@ from stages.rl.rewards import pooled_verifier
 from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
 from stages.rl.rollout.task_sources.registry import TASK_SOURCES
 from stages.rl.samplers.registry import SAMPLERS
+from stages.rl.tools.registry import TOOLS
 from tests.fixtures import ROOT
 
 FOLDERS = {
     "stages/rl/rewards": ("VERIFIER", list(VERIFIERS.values())),
     "stages/rl/samplers": ("SAMPLER", [entry.module for entry in SAMPLERS.values()]),
     "stages/rl/rollout/task_sources": ("SOURCE", list(TASK_SOURCES.values())),
+    "stages/rl/tools": ("TOOL", list(TOOLS.values())),
     "stages/rl/algorithms/policy_gradient": ("ALGORITHM", list(ALGORITHMS.values())),
 }
 """{folder: (what a file defines, the modules that the registry names)}"""
@@ -51,6 +53,8 @@ def test_a_class_has_the_name_of_its_entry() -> None:
         assert verifier_class(name).name == name
     for name, module in TASK_SOURCES.items():
         assert import_module(module).SOURCE.model_fields["source"].annotation.__args__ == (name,)
+    for name, module in TOOLS.items():
+        assert import_module(module).TOOL.model_fields["tool"].annotation.__args__ == (name,)
 
 
 def concrete(base: type[Verifier]) -> set[type[Verifier]]:
@@ -135,6 +139,6 @@ def test_the_code_digest_of_a_stage_holds_what_its_registries_name(stage: str) -
     """So that `atom plan` shows a changed verifier as stale."""
     modules = set(VERIFIERS.values()) | set(TASK_SOURCES.values())
     if stage != "stages.rl.rollout.tasks":
-        modules |= {entry.module for entry in SAMPLERS.values()} | set(ALGORITHMS.values())
+        modules |= {entry.module for entry in SAMPLERS.values()} | set(ALGORITHMS.values()) | set(TOOLS.values())
     assert modules - set(code_digests(stage)) == set()
     assert "stages.graph" not in code_digests(stage)

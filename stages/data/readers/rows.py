@@ -40,6 +40,11 @@ class RowReader(FileReader):
     messages_field: Column | None = added(
         None, "field with messages (role, content, reasoning_content), read instead of text_field"
     )
+    tools_field: Column | None = added(
+        None,
+        "field with the JSON schemas of the tools that a conversation offers, a list or its JSON; messages then have "
+        "tool_calls; null: tools and calls are left out",
+    )
     id_field: Column | None = Field(
         None, description="field with a unique id; null: the id is the file name and the number of the line or row"
     )
@@ -70,9 +75,19 @@ class RowReader(FileReader):
             raise ValueError(f"{setting} is set, but no license_field; name the field that has the strings")
         return self
 
+    @model_validator(mode="after")
+    def _check_tools(self) -> RowReader:
+        if self.tools_field and not self.messages_field:
+            raise ValueError("tools_field is set, but no messages_field; name the field that has the conversations")
+        return self
+
     @property
     def conversations(self) -> bool:
         return bool(self.messages_field)
+
+    @property
+    def has_tools(self) -> bool:
+        return bool(self.tools_field)
 
     @property
     def names_files(self) -> bool:
@@ -87,6 +102,7 @@ class RowReader(FileReader):
         """The fields that are read."""
         names = (
             self.messages_field or self.text_field,
+            self.tools_field,
             self.id_field,
             self.license_field,
             self.url_field,
@@ -128,7 +144,8 @@ class RowReader(FileReader):
                 yield self._document(row, licenses, name, content, parents)
                 continue
             try:
-                for number, (text, prompt_chars) in enumerate(chat.turns(content)):
+                tools = None if self.tools_field is None else _tools(field_at(row.fields, self.tools_field))
+                for number, (text, prompt_chars) in enumerate(chat.turns(content, tools)):
                     yield self._document(row, licenses, f"{name}#{number}", text, parents, prompt_chars)
             except ValueError as error:
                 yield Unreadable(f"{name} ({error})")
@@ -185,6 +202,19 @@ def field_at(fields: Mapping[str, Any], path: str) -> Any:
         else:
             value = value.get(name) if isinstance(value, Mapping) else None
     return value
+
+
+def _tools(value: Any) -> list[Any]:
+    """The schemas of tools in a field; none if it is empty. Raises ValueError in words."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value or []
+    except (ValueError, RecursionError):
+        tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("its tools are no list of JSON schemas")
+    if not is_unicode(json.dumps(tools, ensure_ascii=False, default=str)):
+        raise ValueError("its tools hold a lone surrogate, which is not Unicode")
+    return tools
 
 
 def _in_words(stated: object) -> str:

@@ -108,7 +108,7 @@ class GrpoTrainer(PolicyTrainer):
         phase = self.phase
         routing = self.config.model.routing if phase.routing_replay else None
         groups = training_groups(answers, self.algorithm, routing)
-        self.tokens += (targets := sum(len(x.ids) - x.start for group in groups for x in group))
+        self.tokens += (targets := sum(x.targets for group in groups for x in group))
         if not targets:
             return metrics | {"idle": True}
         batches, figures, minimize = self._batches(step, groups), [], objective(phase)
@@ -144,8 +144,8 @@ class GrpoTrainer(PolicyTrainer):
         for number in range(phase.updates):
             part = [example for group in groups[number :: phase.updates] for example in group]
             if part:
-                lengths = [len(example.ids) - example.start for example in part]
-                divisor = self.algorithm.mean.divisor(lengths, phase.sampling.max_new_tokens)
+                lengths = [example.targets for example in part]
+                divisor = self.algorithm.mean.divisor(lengths, phase.max_sampled_tokens)
                 part += self._replay_examples(step, number, divisor)
                 units = [[example] for example in part]
                 batches[number] = build_rank_batch(
@@ -171,11 +171,12 @@ class GrpoTrainer(PolicyTrainer):
 
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
         """The answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
+        phase = self.phase
         if self.intake is None:
             answers = self._draw_waves(step, policy_digest)
         else:
             answers = self.intake.take(step, policy_digest, self._mark_group)
-        lengths = [len(r.ids) for r in answers]
+        lengths = [r.length for r in answers]
         self.generated += sum(lengths)
         metrics = {
             "reward": sum(r.reward for r in answers) / len(answers),
@@ -194,6 +195,8 @@ class GrpoTrainer(PolicyTrainer):
             self.report.metric(step, **{f"{kind}_{part}": x for kind, row in parts.items() for part, x in row.items()})
         if self.intake is not None:
             metrics |= asynchronous_metrics(step - 1, answers)
+        if phase.tools is not None:
+            metrics |= tool_metrics(answers)
         return answers, metrics, self.algorithm_state()
 
     def _mark_group(self, answers: list[Rollout]) -> list[Rollout]:
@@ -248,7 +251,7 @@ class GrpoTrainer(PolicyTrainer):
         count = rollouts.merge(
             self.files.all(),
             out / "rollouts.parquet",
-            rollouts.schema(self.phase.routing_replay, self.phase.is_asynchronous),
+            rollouts.schema(self.phase.routing_replay, self.phase.is_asynchronous, self.phase.tools is not None),
         )
         lines = self.log.lines()
         validations = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
@@ -275,6 +278,13 @@ def asynchronous_metrics(version: int, answers: Sequence[Rollout]) -> dict[str, 
         "dropped": dict(sorted(Counter(r.dropped for r in answers if r.dropped).items())),
         "consumed": rollouts.consumption_digest(answers),
     }
+
+
+def tool_metrics(answers: Sequence[Rollout]) -> dict[str, Any]:
+    """The mean number of turns, and the number of calls by status."""
+    turns = [turn for r in answers for turn in r.turns or ()]
+    calls = Counter(call["status"] for turn in turns for call in turn["calls"])
+    return {"turns": len(turns) / len(answers), "calls": dict(sorted(calls.items()))}
 
 
 def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout], int]:
@@ -309,12 +319,12 @@ def training_groups(
 
 def _example(r: Rollout, advantage: float, algorithm: Algorithm, routing: Routing | None) -> Example:
     tokens = {"sampler": r.logprobs, "replay": [0.0] * len(r.ids)}
-    row = {"advantage": advantage, "weight": algorithm.mean.weight(len(r.ids))}
+    row = {"advantage": advantage, "weight": algorithm.mean.weight(r.length)}
     ids, recorded = [*r.prompt_ids, *r.ids], None
     if routing is not None:
         assert r.routes is not None, "the sampler records them"
         recorded = routes.decode(r.routes, len(ids) - 1, routing)
-    return Example(ids, len(r.prompt_ids), row, tokens, recorded)
+    return Example(ids, len(r.prompt_ids), row, tokens, recorded, None if r.turns is None else r.is_sampled)
 
 
 def without_routes(rank_batch: RankBatch) -> RankBatch:

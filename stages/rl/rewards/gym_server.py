@@ -1,18 +1,17 @@
 """Verifier `nemo-gym`: a NeMo Gym resources server scores, by POST /verify. NeMo Gym itself is not needed.
 
 Request: the row's own fields, `responses_create_params`, and the answer in the form of an OpenAI response, all of whose
-keys below NeMo Gym 0.4 requires. Reply: `reward`, and fields of the server's own.
+keys below NeMo Gym 0.4 and 0.7 require. Reply: `reward`, and fields of the server's own.
+
+A task that lists tools is scored in a session in which the calls of its answer were made again. The environment must
+answer them as it did when the answer was drawn.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
@@ -20,12 +19,13 @@ from pydantic import Field
 
 from pipeline.core.bounds import Line, LongLine, Range
 from pipeline.core.stage import Config
-from stages.rl.direct_requests import DIRECT
-from stages.rl.protocols import Answer, Parts, Response, Row, Verifier, VerifierContext, VerifierFailed
+from stages.rl import gym_session
+from stages.rl.gym_session import Session, Unanswered
+from stages.rl.protocols import Answer, Parts, Response, Row, ToolCall, Verifier, VerifierContext, VerifierFailed
+from stages.rl.tools.gym_environment import functions_of
 
-ATTEMPTS = 5
-BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further one
-PARALLEL = 16
+CUT_MARK = "\n[cut: "
+"""What stands in a recorded result in place of its rest (stages/rl/rollout/turns.py)."""
 
 
 class GymSettings(Config):
@@ -33,7 +33,7 @@ class GymSettings(Config):
 
     url: LongLine = Field(description="URL of the server, such as http://host:port")
     serves: Line = Field(
-        description="what runs there, such as nemo-gym 0.4.0 math_with_judge; it is part of the version"
+        description="what runs there, such as nemo-gym 0.7.0 math_with_judge; it is part of the version"
     )
     timeout: Annotated[float, Range(0, 86400, above=True)] = Field(60.0, description="seconds for one answer")
 
@@ -49,82 +49,106 @@ class GymServer(Verifier):
 
     def __init__(self, context: VerifierContext[GymSettings]) -> None:
         settings = context.settings
-        self.url, self.timeout = settings.url.rstrip("/") + "/verify", settings.timeout
+        self.url, self.timeout = settings.url.rstrip("/"), settings.timeout
         self.version = f"1 {settings.serves}"
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Raises VerifierFailed if the server cannot be reached, refuses, or answers without a finite reward."""
-        with ThreadPoolExecutor(PARALLEL) as pool:
+        with ThreadPoolExecutor(gym_session.PARALLEL) as pool:
             return list(pool.map(lambda answer: self._score_answer(*answer), answers))
 
     def _score_answer(self, row: Row, response: Response) -> Parts:
         if not response.finished:
             return {"reward": 0.0, "finished": 0.0}
         body = request(row, response)
-        reply = self._post(row, json.dumps(body).encode())
+        try:
+            payload = gym_session.attempt(
+                self.url, self.timeout, lambda session: self._verify(session, row, body, response)
+            )
+        except Unanswered as error:
+            raise self._failure(row, str(error)) from None
+        reply = read_reply(payload)
+        if reply is None:
+            shown = repr(payload[:200].decode(errors="replace"))
+            raise self._failure(row, f"{self.url}/verify answered what is no JSON object: {shown}")
         numbers = {
             name: float(value)
             for name, value in reply.items()
             if name not in body and isinstance(value, int | float) and not isinstance(value, bool)
         }
         if not math.isfinite(numbers.get("reward", math.nan)):
-            raise self._failure(row, f"answered without a finite reward ({reply.get('reward')!r})")
+            raise self._failure(row, f"{self.url}/verify answered without a finite reward ({reply.get('reward')!r})")
         return {**{k: v for k, v in numbers.items() if math.isfinite(v)}, "finished": 1.0}
 
-    def _post(self, row: Row, body: bytes) -> dict[str, Any]:
-        reason = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(BACK_OFF * 2 ** (attempt - 1))
-            http_request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-            try:
-                with DIRECT.open(http_request, timeout=self.timeout) as http_response:
-                    payload = http_response.read()
-                break
-            except urllib.error.HTTPError as error:
-                with error:
-                    reason = f"answered {error.code}: {error.read(500).decode(errors='replace')}"
-                if error.code != 429 and error.code < 500:
-                    raise self._failure(row, reason) from None
-            except (OSError, http.client.HTTPException) as error:
-                reason = f"did not answer ({getattr(error, 'reason', error) or type(error).__name__})"
-        else:
-            raise self._failure(row, f"{reason}, {ATTEMPTS} times")
-        try:
-            reply = json.loads(payload)
-        except ValueError:
-            reply = None
-        if not isinstance(reply, dict):
-            raise self._failure(row, f"answered what is no JSON object: {payload[:200].decode(errors='replace')!r}")
-        return reply
+    def _verify(self, session: Session, row: Row, body: Mapping[str, Any], response: Response) -> bytes:
+        """Scores in a session of the task, in which the calls of the answer are made again, if the task has tools."""
+        if functions := functions_of(row):
+            calls = [call for _, calls in response.earlier for call in calls if is_of(call, functions)]
+            made = [(call["tool"], json.loads(call["request"])["arguments"]) for call in calls]
+            for call, (_, text) in zip(calls, session.begin(row, made), strict=True):
+                if not as_recorded(text, call["result"]):
+                    raise Unanswered(
+                        f"{self.url}/{call['tool']} answers a call otherwise than when the answer was drawn",
+                        again=False,
+                    )
+        return session.post("verify", body)
 
     def _failure(self, row: Row, reason: str) -> VerifierFailed:
         return VerifierFailed(
-            f"verifier {self.name}, row {row.get('id')}: {self.url} {reason}; see to that server, then start again"
+            f"verifier {self.name}, row {row.get('id')}: {reason}; see to that server, then start again"
         )
 
 
+def read_reply(payload: bytes) -> dict[str, Any] | None:
+    """The JSON object of a reply, if it is one."""
+    try:
+        reply = json.loads(payload)
+    except ValueError:
+        return None
+    return reply if isinstance(reply, dict) else None
+
+
+def is_of(call: ToolCall, functions: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the environment answered a call: no other tool, and no refusal before."""
+    names = [function["name"] for function in functions]
+    return call["tool"] in names and call["status"] in ("ok", "error")
+
+
+def as_recorded(text: str, result: str) -> bool:
+    """Whether a reply is the one that the model was given, as far as that was not cut."""
+    text = text.encode(errors="replace").decode()
+    return text == result or (CUT_MARK in result and text.startswith(result[: result.rindex(CUT_MARK)]))
+
+
 def request(row: Row, response: Response) -> dict[str, Any]:
-    """The body of POST /verify. Lone surrogates of the answer, which UTF-8 cannot encode, become question marks."""
-    text = response.answer.encode(errors="replace").decode()
-    message = {
-        "id": "message",
-        "type": "message",
-        "role": "assistant",
-        "status": "completed",
-        "content": [{"type": "output_text", "text": text, "annotations": []}],
-    }
+    """The body of POST /verify: messages of the answer, and calls of tools with their results. Lone surrogates of the
+    answer, which UTF-8 cannot encode, become question marks."""
+    output: list[dict[str, Any]] = []
+    for text, calls in response.earlier:
+        output.append(message(text.partition("<tool_call>")[0]))
+        for call in calls:
+            number = f"call-{len(output)}"
+            arguments = (read_reply(call["request"].encode()) or {}).get("arguments")
+            output.append({"type": "function_call", "call_id": number, "name": call["tool"], "status": "completed",
+                           "arguments": json.dumps(arguments if isinstance(arguments, dict) else {})})  # fmt: skip
+            output.append({"type": "function_call_output", "call_id": number, "output": call["result"]})
     reply = {
         "id": "response",
         "created_at": 0,
         "model": "atom",
         "object": "response",
-        "output": [message],
+        "output": [*output, message(response.answer)],
         "parallel_tool_calls": False,
         "tool_choice": "auto",
         "tools": [],
     }
     return {**row, "response": reply}
+
+
+def message(text: str) -> dict[str, Any]:
+    """A message of the assistant in the form of an OpenAI response."""
+    content = {"type": "output_text", "text": text.encode(errors="replace").decode(), "annotations": []}
+    return {"id": "message", "type": "message", "role": "assistant", "status": "completed", "content": [content]}
 
 
 VERIFIER = GymServer

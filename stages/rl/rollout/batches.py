@@ -24,7 +24,8 @@ from stages.train.parallel import Ranks
 @dataclass(frozen=True)
 class Example:
     """A question and its answer. ids: of both; start: index of the answer's first token. row: numbers of the example by
-    name; tokens: numbers of each token of the answer by name. routes: the experts of all tokens but the last,
+    name; tokens: numbers of each token of the answer by name. mask: which tokens of the answer are targets, by default
+    all; the others, such as results of tools, are only read. routes: the experts of all tokens but the last,
     int16 [tokens, layers with experts, experts of a token]; None: those that the routers choose."""
 
     ids: Sequence[int]
@@ -32,6 +33,12 @@ class Example:
     row: Mapping[str, float] = field(default_factory=dict)
     tokens: Mapping[str, Sequence[float]] = field(default_factory=dict)
     routes: torch.Tensor | None = None
+    mask: Sequence[bool] | None = None
+
+    @property
+    def targets(self) -> int:
+        """The number of tokens that carry a loss."""
+        return len(self.ids) - self.start if self.mask is None else sum(self.mask)
 
     def continues(self, other: Example | None) -> bool:
         """Whether its question is the other's."""
@@ -113,9 +120,10 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
     answers = [segment for segment in segments if segment[3]]
     for i, (example, (begin, end, _, question_end, _)) in enumerate(zip(examples, answers, strict=True)):
         if count := len(example.ids) - example.start:
-            labels[i, :count], mask[i, :count] = torch.tensor(example.ids[example.start :]), 1
-            inputs += [torch.tensor([question_end - 1]), torch.arange(begin, end)]
-            cells.append(i * shape[1] + torch.arange(count))
+            columns = torch.arange(count) if example.mask is None else torch.tensor(example.mask).nonzero()[:, 0]
+            labels[i, :count], mask[i, columns] = torch.tensor(example.ids[example.start :]), 1
+            inputs.append(torch.cat((torch.tensor([question_end - 1]), torch.arange(begin, end)))[columns])
+            cells.append(i * shape[1] + columns)
         for name, value in example.row.items():
             extras[name][i] = value
         for name, values in example.tokens.items():

@@ -9,12 +9,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
 from stages.data import chat
-from stages.data.tokenizer import END, PAD, TURN_END
+from stages.data.tokenizer import END, PAD, SPECIAL_TOKENS, TURN_END, load_for_corpus
 from stages.rl.protocols import (
     Answer,
     AnswerGenerator,
@@ -26,14 +28,16 @@ from stages.rl.protocols import (
     Verifier,
     VerifierFailed,
 )
+from stages.rl.tools.settings import Tools
 
 RETRY_SECONDS = 2.0
 
 
 class Chat:
-    """The release's tokenizer and template. tokenizer: its artifact, or the folder of an exported model."""
+    """The release's tokenizer and template. tokenizer: its artifact, or the folder of an exported model. tools: those
+    that tasks offer."""
 
-    def __init__(self, tokenizer: Artifact | Path) -> None:
+    def __init__(self, tokenizer: Artifact | Path, tools: Tools | None = None) -> None:
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
@@ -41,28 +45,54 @@ class Chat:
         self.pad, self.end, self.turn_end = special[PAD], special[END], special[TURN_END]
         self.stops = (self.end, self.turn_end)
         self.vocab_size = self.tokenizer.get_vocab_size()
+        self.tools = tools
+        self._special, self._plain = special, None if tools is None else load_for_corpus(tokenizer / "tokenizer.json")
         self._latest: tuple[Row, tuple[int, ...]] | None = None
 
     def encode_prompt(self, row: Row) -> tuple[int, ...]:
-        """The token ids of a task's question up to the assistant's turn. Raises AtomError if the question contains the
-        name of a special token."""
+        """The token ids of a task's question up to the assistant's turn. Raises AtomError if the question or a tool
+        contains the name of a special token."""
         latest = self._latest  # read once: several threads may draw
         if latest is None or latest[0] is not row:  # the answers of a group come one after another
             latest = self._latest = row, self._encode_prompt(row)
         return latest[1]
 
     def _encode_prompt(self, row: Row) -> tuple[int, ...]:
-        messages = row["responses_create_params"]["input"]
+        messages, functions = row["responses_create_params"]["input"], self.functions(row)
         try:
             chat.check(messages)
+            chat.check_tools(functions)
         except ValueError as error:
             raise AtomError(f"task {row['id']}: {error}; leave it out") from None
-        text = chat.render(messages, ask=True)
+        text = chat.render(chat.without_calls(messages), ask=True, tools=functions)
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def functions(self, row: Row) -> list[dict[str, Any]]:
+        """The functions that a task offers, in the form of OpenAI's chat API."""
+        functions = {} if self.tools is None else self.tools.functions(row)
+        return [{"type": "function", "function": schema} for _, schema in functions.values()]
+
+    def encode_results(self, results: Sequence[str]) -> list[int]:
+        """The token ids between a turn that calls tools and the next one. Names of special tokens in a result are
+        ordinary text, so no result ends its turn or opens another."""
+        assert self._plain is not None, "only tasks with tools have results"
+        ids: list[int] = []
+        for piece in chat.after_calls(results):
+            is_token = piece in SPECIAL_TOKENS
+            ids += [self._special[piece]] if is_token else self._plain.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, with special tokens by name."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def response(self, completion: Completion) -> Response:
-        ids = completion.ids[:-1] if completion.finished else completion.ids
-        return Response.parse(self.tokenizer.decode(list(ids), skip_special_tokens=False), completion.finished)
+        ids, earlier = completion.ids[:-1] if completion.finished else completion.ids, []
+        for turn in (completion.turns or ())[:-1]:
+            earlier.append((self.decode(ids[: turn["sampled"] - 1]), turn["calls"]))
+            ids = ids[turn["sampled"] + turn["appended"] :]
+        return replace(Response.parse(self.decode(ids), completion.finished), earlier=tuple(earlier))
 
 
 class Verifiers:

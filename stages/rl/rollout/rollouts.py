@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from pipeline.core.errors import AtomError
 from stages.data.table import ROWS_PER_GROUP, read_errors, read_table
+from stages.rl.protocols import ToolCall, Turn
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,7 +29,7 @@ DROPPED = {
     "between": "neither the best answer to the task nor the worst",
     "idle": "the round had too few pairs to learn from",
     "wrong": "it is no right answer, and only those are an anchor",
-    "truncated": "it did not end within max_new_tokens",
+    "truncated": "it did not end within max_new_tokens, or, if it calls tools, within max_turns or the context",
     "stale": "a token of the group is of a policy that is older than max_staleness",
 }
 
@@ -48,7 +49,8 @@ class Span(TypedDict):
 @dataclass(frozen=True)
 class Rollout:
     """One answer. `dropped`: the reason why no update used it, a key of DROPPED. `routes`: the experts of its tokens
-    (stages/rl/rollout/routes.py), with routing replay.
+    (stages/rl/rollout/routes.py), with routing replay. `turns`: of a phase with tools; `ids` then are those of all
+    turns and of the results between them, and `text` is that of the last turn.
 
     Of an asynchronous phase `group` is the number in which the group was issued and `step` the one that took it, in the
     order of the rows; `policy` drew the first token. `issued`: the version of the policy when the group was issued;
@@ -76,11 +78,24 @@ class Rollout:
     routes: bytes | None = None
     issued: int | None = None
     versions: Sequence[Span] | None = None
+    turns: Sequence[Turn] | None = None
+
+    @property
+    def is_sampled(self) -> list[bool]:
+        """Of each of `ids`, whether the policy drew it."""
+        if self.turns is None:
+            return [True] * len(self.ids)
+        return [flag for t in self.turns for flag in [True] * t["sampled"] + [False] * t["appended"]]
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that the policy drew."""
+        return len(self.ids) if self.turns is None else sum(turn["sampled"] for turn in self.turns)
 
 
-def schema(routes: bool = False, asynchronous: bool = False) -> pa.Schema:
+def schema(routes: bool = False, asynchronous: bool = False, tools: bool = False) -> pa.Schema:
     """routes: of a phase with routing replay, whose answers have a column more; asynchronous: of a phase whose answers
-    have two columns more."""
+    have two columns more; tools: of one with tools, a column more."""
     import pyarrow as pa
 
     ids, text = pa.list_(pa.int32()), pa.string()
@@ -89,7 +104,10 @@ def schema(routes: bool = False, asynchronous: bool = False) -> pa.Schema:
     types |= {"finished": pa.bool_(), "reward": pa.float64(), "routes": pa.binary(), "issued": pa.int32()}
     span = {"version": pa.int32(), "policy": text, "tokens": pa.int32()}
     types |= {"versions": pa.list_(pa.struct(list(span.items())))}
-    present = {"routes": routes, "issued": asynchronous, "versions": asynchronous}
+    call = pa.struct([(name, text) for name in ToolCall.__annotations__])
+    turn = {"sampled": pa.int32(), "calls": pa.list_(call), "appended": pa.int32()}
+    types |= {"turns": pa.list_(pa.struct(list(turn.items())))}
+    present = {"routes": routes, "issued": asynchronous, "versions": asynchronous, "turns": tools}
     names = [name for name in Rollout.__dataclass_fields__ if present.get(name, True)]
     return pa.schema([(name, types.get(name, text)) for name in names])
 
@@ -102,7 +120,7 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
     rows = [{**vars(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    present = (any(getattr(r, name) is not None for r in rollouts) for name in ("routes", "versions"))
+    present = (any(getattr(r, name) is not None for r in rollouts) for name in ("routes", "versions", "turns"))
     table = pa.Table.from_pylist(rows, schema(*present))
     pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
     if durable:
@@ -167,11 +185,12 @@ def mean_parts(rollouts: Sequence[Rollout], logged: Callable[[str], Sequence[str
 
 
 def consumption_digest(rollouts: Sequence[Rollout]) -> str:
-    """SHA-256 over the answers in their order. Of each: a line of JSON (sorted keys, no spaces) with all columns but
-    `logprobs` and `routes`, the log-probabilities as little-endian fp32, and the bytes of `routes`, if any."""
+    """SHA-256 over the answers of an asynchronous phase in their order. Of each: a line of JSON (sorted keys, no
+    spaces) with all columns but `logprobs` and `routes`, the log-probabilities as little-endian fp32, and the bytes of
+    `routes`, if any."""
     hasher = hashlib.sha256()
     for r in rollouts:
-        columns = {name: value for name, value in vars(r).items() if name not in ("logprobs", "routes")}
+        columns = {name: value for name, value in vars(r).items() if name not in ("logprobs", "routes", "turns")}
         hasher.update(json.dumps(columns, sort_keys=True, separators=(",", ":")).encode() + b"\n")
         hasher.update(struct.pack(f"<{len(r.logprobs)}f", *r.logprobs) + (r.routes or b""))
     return f"sha256:{hasher.hexdigest()}"

@@ -1,0 +1,85 @@
+"""Tool `python`: runs a program in the sandbox, and gives what it prints (docs/sandbox.md).
+
+Each call is a program of its own: no variable and no file of an earlier one is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.core.bounds import Range
+from pipeline.core.stage import Inputs, Promise, operational
+from stages.rl import sandbox
+from stages.rl.sandbox import Limits, Outcome, Pool, Program, SandboxFailed
+from stages.rl.tools.base import Call, Result, Tool, ToolFailed
+
+WALL = Limits().wall_seconds / Limits().cpu_seconds
+"""Seconds of the clock for each of processor time: a program that computes ends by the one also on a busy machine."""
+ENDINGS = {
+    "timeout": "the program was ended: it took too long",
+    "memory": "the program was ended: it used too much memory",
+    "output": "the program was ended: it printed too much",
+    "killed": "the program was killed",
+}
+
+
+class PythonTool(Tool):
+    """Python programs, which run in the sandbox."""
+
+    description: ClassVar = "Runs a Python program and returns what it prints. Nothing is left for the next program."
+    parameters: ClassVar = {"code": "the whole program; print what you need"}
+    promise: ClassVar[Promise] = "numeric"  # a program can print the time, or an address of its memory
+
+    tool: Literal["python"] = Field(description="selects this tool")
+    cpu_seconds: Annotated[int, Range(1, 3600)] = Field(
+        4, description="processor time of a program, in seconds; one that sleeps has ten times as long"
+    )
+    memory_mib: Annotated[int, Range(64, 2**20)] = Field(512, description="memory of a program, in MiB")
+    workers: Annotated[int, Range(1, 4096)] | None = operational(
+        None, "programs that run at once; null: two for each core"
+    )
+
+    def missing(self) -> str | None:
+        reason = sandbox.missing()
+        return reason and f"the tool python runs what the model writes: {reason}"
+
+    def open(self, inputs: Inputs, folder: Path) -> Programs:
+        limits = Limits(
+            cpu_seconds=self.cpu_seconds, wall_seconds=WALL * self.cpu_seconds, memory_bytes=self.memory_mib << 20
+        )
+        return Programs(Pool(self.workers, limits))
+
+
+class Programs:
+    """The running tool."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def run(self, calls: Sequence[Call]) -> list[Result]:
+        try:
+            outcomes = self.pool.run([Program(call.arguments["code"]) for call in calls])
+        except SandboxFailed as error:
+            raise ToolFailed(f"tool python: {error}") from error
+        return [describe(outcome) for outcome in outcomes]
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def describe(outcome: Outcome) -> Result:
+    """What the program printed and, if it did not end well, a last line with the reason: of an error its last line, as
+    the rest of a traceback shows the sandbox."""
+    if outcome.status == "ok":
+        return Result("ok", outcome.stdout)
+    errors = outcome.stderr.strip().splitlines() or [f"exit code {outcome.exit_code}"]
+    reason = ENDINGS.get(outcome.status, errors[-1])
+    between = "\n" if outcome.stdout and not outcome.stdout.endswith("\n") else ""
+    return Result(outcome.status, f"{outcome.stdout}{between}{reason}")
+
+
+TOOL = PythonTool

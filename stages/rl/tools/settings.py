@@ -1,0 +1,56 @@
+"""The section `tools` of a phase: which tools its tasks offer, and the bounds of an answer that calls them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import Range, Words
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config, Promise
+from stages.rl.protocols import Row
+from stages.rl.tools.base import Tool
+from stages.rl.tools.registry import tool_classes
+
+if TYPE_CHECKING:
+    AnyTool = Tool
+else:
+    AnyTool = Annotated[Union[tool_classes()], Field(discriminator="tool")]  # noqa: UP007
+
+
+class Tools(Config):
+    """Tools that the model may call while it answers, in turns."""
+
+    offered: Annotated[tuple[AnyTool, ...], Field(min_length=1, max_length=100)] = Field(description="tools, each once")
+    kinds: tuple[Annotated[str, Words(100)], ...] = Field(
+        (), max_length=1000, description="kinds of tasks that offer them; empty: all"
+    )
+    max_turns: Annotated[int, Range(2, 1000, "usual: 2 to 20")] = Field(
+        4, description="maximum turns of an answer, each of at most sampling.max_new_tokens; the last calls nothing"
+    )
+    max_result_characters: Annotated[int, Range(1, 1e7)] = Field(
+        2000, description="maximum characters of a result; a longer one is cut, with a mark"
+    )
+
+    @model_validator(mode="after")
+    def _check_distinct(self) -> Tools:
+        counts = Counter(tool.tool for tool in self.offered)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"tools.offered has {twice[0]} twice, and a call names one; give each tool once")
+        return self
+
+    @property
+    def promise(self) -> Promise:
+        return "numeric" if any(tool.promise == "numeric" for tool in self.offered) else "bitwise"
+
+    def functions(self, row: Row) -> dict[str, tuple[Tool, dict[str, Any]]]:
+        """{name: (tool, JSON schema)} of the functions that a task offers. Raises AtomError for one name twice."""
+        functions: dict[str, tuple[Tool, dict[str, Any]]] = {}
+        for tool in self.offered if not self.kinds or row["kind"] in self.kinds else ():
+            for function in tool.functions(row):
+                if (name := function["name"]) in functions:
+                    raise AtomError(f"task {row.get('id')} offers {name} twice, and a call names one; leave one out")
+                functions[name] = tool, function
+        return functions
