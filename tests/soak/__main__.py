@@ -39,11 +39,13 @@ cores, and writes its section here.
 
 @dataclass(frozen=True)
 class Part:
-    """steps: by name, in order. head: of the table. about: a sentence above it."""
+    """steps: by name, in order. head: of the table. about: a sentence above it. environment: the virtual environment of
+    the Makefile in which it runs; none: that of the command."""
 
     steps: Callable[[], dict[str, Step]]
     head: list[str]
     about: str
+    environment: str | None = None
 
 
 def run_tests(arguments: list[str], folder: Path) -> Cells:
@@ -131,9 +133,11 @@ PARTS = {
         f"{simulated_ranks.TOLERANCE:.0%}. Sent: the larger side of every collective with other ranks.",
     ),
     "te": Part(
-        lambda: {"make test-te": lambda folder: run_at_length(["make", "test-te"])}, ["tests", "result"],
+        test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "bridge", "answers", "training"))),
+        ["tests", "result"],
         "Transformer Engine's layers on CPU against this project's, also in layouts of four, and Megatron-Bridge on an "
         "export: to run before a change to the engine is called done. It makes an environment of its own.",
+        ".venv-te",
     ),
     "gpu-kit": Part(
         test_steps("tests/gpu"), ["tests", "result"],
@@ -202,6 +206,10 @@ def main() -> int:
     if name is None:
         print("\n".join(f"{name:<16} {part.about}" for name, part in PARTS.items()))
         return 0
+    if (environment := PARTS[name].environment) and Path(sys.prefix) != ROOT / environment:
+        subprocess.run(["make", f"{environment}/.ready"], cwd=ROOT, check=True)
+        python = str(ROOT / environment / "bin/python")
+        os.execv(python, [python, "-m", "tests.soak", name])
     run_part(name, PARTS[name])
     return 0
 

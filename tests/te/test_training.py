@@ -8,6 +8,8 @@ of this project round as `atom simulate-precision` does: an independent account 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import at_length
-from tests.te.conftest import Spawn
+from tests.te.conftest import Spawn, spawn_on
 
 FEATURES: dict[str, Any] = {
     "dense_layers": 1,
@@ -63,16 +65,45 @@ def losses(curve: list[dict[str, Any]]) -> list[float]:
     return [step.get("loss", step.get("heldout_loss")) for step in curve]
 
 
+Curves = dict[str, list[dict[str, Any]]]
+
+
+def without_z_loss(settings: dict[str, Any]) -> dict[str, Any]:
+    """For layouts: the z-loss is the mean over each tensor rank's tokens."""
+    return {**settings, "model": {**settings["model"], "z_loss": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def one_process(corpora: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Curves]:
+    """one_process(DEVICE): the curves of every precision there, plain and packed, and, with TE, those that layouts are
+    compared with. A process of TE takes longer to start than to train one of them."""
+    kinds = [(precision, packed) for precision in BOUNDS for packed in corpora]
+    places: dict[str, list[tuple[str, bool]]] = {"local": kinds}
+    for precision, packed in kinds:
+        places.setdefault(DEVICES.get(precision, "hopper"), []).append((precision, packed))
+
+    @cache
+    def curves(place: str) -> Curves:
+        runs = {name_of(*kind): (corpora[kind[1]], settings_of(*kind)) for kind in places[place]}
+        if place != "local":
+            plain = [kind for kind in places[place] if not kind[1] or kind[0] == "fp32"]
+            runs |= {f"{name_of(*x)}, no z": (corpora[x[1]], without_z_loss(settings_of(*x))) for x in plain}
+        with pytest.MonkeyPatch.context() as patch:
+            spawn_on(patch, place)
+            return layout_fixtures.compare_runs(runs, 1, tmp_path_factory.mktemp(place) / "one.json")
+
+    return curves
+
+
+def name_of(precision: str, packed: bool) -> str:
+    return f"{precision}, packed" if packed else precision
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("precision", BOUNDS)
-def test_one_process_trains_alike(
-    corpora: dict[bool, Path], tmp_path: Path, device: Spawn, precision: str, packed: bool
-) -> None:
-    settings = settings_of(precision, packed)
-    device(DEVICES.get(precision, "hopper"))
-    te = layout_fixtures.compare(corpora[packed], {"one": {}}, 1, settings, tmp_path / "te.json")["one"]
-    device(f"simulated-{precision}" if precision in FP8 else "local")
-    ours = layout_fixtures.compare(corpora[packed], {"one": {}}, 1, settings, tmp_path / "local.json")["one"]
+def test_one_process_trains_alike(one_process: Callable[[str], Curves], precision: str, packed: bool) -> None:
+    places = DEVICES.get(precision, "hopper"), "local"
+    te, ours = (one_process(place)[name_of(precision, packed)] for place in places)
     print(precision, packed, max(abs(a / b - 1) for a, b in zip(losses(te), losses(ours), strict=True)))
     if precision == "fp32":
         layout_fixtures.agree(te, ours, BOUNDS[precision], precision)
@@ -80,54 +111,51 @@ def test_one_process_trains_alike(
     assert losses(te)[4] < 0.8 * losses(te)[0]
 
 
+Compare = Callable[..., None]
+
+
+@pytest.fixture
 def compare_layouts(
-    corpus: Path,
-    tmp_path: Path,
-    device: Spawn,
-    settings: dict[str, Any],
-    layouts: dict[str, Any],
-    ranks: int,
-    bound: float,
-) -> None:
-    """Layouts against one process, all with TE. Without the z-loss, which is the mean over each tensor rank's tokens."""
-    settings["model"]["z_loss"] = 0.0
-    device(DEVICES.get(settings["phase"]["precision"], "hopper"))
-    (one,) = layout_fixtures.compare(corpus, {"one": {}}, 1, settings, tmp_path / "one.json").values()
-    curves = layout_fixtures.compare(corpus, layouts, ranks, settings, tmp_path / "out.json")
-    assert set(curves) == set(layouts)
-    for name, curve in curves.items():
-        print(name, max(abs(a / b - 1) for a, b in zip(losses(curve), losses(one), strict=True)))
-        assert losses(curve) == pytest.approx(losses(one), rel=bound), name
-        norms = [[step["grad_norm"] for step in run[:-1]] for run in (curve, one)]
-        assert norms[0] == pytest.approx(norms[1], rel=min(10 * bound, 0.5)), name
+    corpora: dict[bool, Path], one_process: Callable[[str], Curves], tmp_path: Path, device: Spawn
+) -> Compare:
+    """Layouts against one process, all with TE, without the z-loss."""
+
+    def compare(precision: str, layouts: dict[str, Any], ranks: int, bound: float, packed: bool = False) -> None:
+        device(place := DEVICES.get(precision, "hopper"))
+        settings = without_z_loss(settings_of(precision, packed))
+        curves = layout_fixtures.compare(corpora[packed], layouts, ranks, settings, tmp_path / "out.json")
+        one = one_process(place)[f"{name_of(precision, packed)}, no z"]
+        assert set(curves) == set(layouts)
+        for name, curve in curves.items():
+            print(name, max(abs(a / b - 1) for a, b in zip(losses(curve), losses(one), strict=True)))
+            assert losses(curve) == pytest.approx(losses(one), rel=bound), name
+            norms = [[step["grad_norm"] for step in run[:-1]] for run in (curve, one)]
+            assert norms[0] == pytest.approx(norms[1], rel=min(10 * bound, 0.5)), name
+
+    return compare
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-2)])
-def test_every_layout_of_two_trains_like_one_process(
-    corpora: dict[bool, Path], tmp_path: Path, device: Spawn, precision: str, bound: float
-) -> None:
-    compare_layouts(corpora[False], tmp_path, device, settings_of(precision), LAYOUTS, 2, bound)
+def test_every_layout_of_two_trains_like_one_process(compare_layouts: Compare, precision: str, bound: float) -> None:
+    compare_layouts(precision, LAYOUTS, 2, bound)
 
 
-def test_packed_layouts_train_like_one_process(corpora: dict[bool, Path], tmp_path: Path, device: Spawn) -> None:
-    compare_layouts(corpora[True], tmp_path, device, settings_of("fp32", packed=True), PACKED_LAYOUTS, 2, 1e-5)
+def test_packed_layouts_train_like_one_process(compare_layouts: Compare) -> None:
+    compare_layouts("fp32", PACKED_LAYOUTS, 2, 1e-5, packed=True)
 
 
 @pytest.mark.parametrize("precision", FP8)
-def test_layouts_in_fp8_train_like_one_process(
-    corpora: dict[bool, Path], tmp_path: Path, device: Spawn, precision: str
-) -> None:
+def test_layouts_in_fp8_train_like_one_process(compare_layouts: Compare, precision: str) -> None:
     """A tensor rank scales its own part of a weight, and an expert's tokens come from several ranks: not the same
     numbers are rounded together. Recomputation is left out: in FP8 it is TE's, which keeps CUDA's generators. So is TP
     in MXFP8: TE gathers the sequence in a way that fails over gloo."""
     names = ["DP2 overlap", "PP2 interleaved", "EP2 alltoall", *(["TP2+SP"] if precision != "mxfp8" else [])]
-    compare_layouts(corpora[False], tmp_path, device, settings_of(precision), {n: LAYOUTS[n] for n in names}, 2, 0.25)
+    compare_layouts(precision, {n: LAYOUTS[n] for n in names}, 2, 0.25)
 
 
 @at_length("te", 200)
-def test_every_layout_of_four_trains_like_one_process(corpora: dict[bool, Path], tmp_path: Path, device: Spawn) -> None:
-    layouts = {name: layout for name, layout in layout_fixtures.FOUR.items() if "CP2" not in name}
-    compare_layouts(corpora[False], tmp_path, device, settings_of("fp32"), layouts, 4, 1e-5)
+def test_every_layout_of_four_trains_like_one_process(compare_layouts: Compare) -> None:
+    compare_layouts("fp32", {name: x for name, x in layout_fixtures.FOUR.items() if "CP2" not in name}, 4, 1e-5)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
