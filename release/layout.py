@@ -22,6 +22,7 @@ FORMAT = 4
 """The format of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and
 costs. 3: phases, models, metrics and settings have the field's names. 4: the tables of documents and orders may be in
 parts."""
+SECOND_VERIFIER = "evidence/independent_verifier.py"
 GATES = "evidence/gates.json"
 GATES_STATED = "evidence/attestations/gates.json"
 ROOTS = "merkle.json"

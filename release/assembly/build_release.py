@@ -150,7 +150,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.cards import croissant, render, tables
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
-    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, RELEASE, ROOTS
+    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, RELEASE, ROOTS, SECOND_VERIFIER
     from release.repositories import model_folders, repositories
     from stages.data.curation.agreement import read_figures
 
@@ -166,8 +166,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
         assembly.include(path, f"evidence/metrics/{node}.jsonl", "timed metrics of the run")
     assembly.json("evidence/environment.json", source.environment, "environment of the build")
     assembly.json("evidence/recipe.json", source.recipe, "resolved recipe")
-    second = Path(independent_verifier.__file__)
-    assembly.include(second, f"evidence/{second.name}", "a second verifier, which follows docs/formats.md alone")
+    assembly.include(Path(independent_verifier.__file__), SECOND_VERIFIER, "a second verifier, from docs/formats.md")
     release = describe(source)
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
 

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from release import schema, untrusted
 from release.cards import versions
-from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
+from release.layout import PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SUMS
 from release.tree import keeps_modes
 
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
@@ -22,7 +22,7 @@ TEXTS = frozenset({".bib", ".cff", ".csv", ".jinja", ".json", ".jsonl", ".md", "
 TABLES = frozenset({".parquet", ".png", ".safetensors"})
 NAMES = frozenset({"LICENSE", "NOTICE", "Makefile", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
 SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed"})
-"""Further kinds that are allowed in `code/`, which only a release's evidence has."""
+"""Further kinds that are allowed in `code/` and for the second verifier, which only a release's evidence has."""
 TEXT_BYTES = 64 << 20
 """The maximum size of a text; the size of logs (.jsonl) follows from the length of the training."""
 MAGIC = {
@@ -51,7 +51,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
     for path, status in sorted(files.items()):
         if path.startswith(".cache/"):
             continue
-        source = archive and path.startswith("code/")
+        source = archive and (path.startswith("code/") or path == SECOND_VERIFIER)
         try:
             problems += [f"{path} {text}" for text in _file_problems(folder / path, path, status, source)]
         except CheckFailed as error:
