@@ -4,9 +4,9 @@
     .venv/bin/python bench/process_reward.py --quick    # one seed and few steps: its figures mean nothing
 
 A small dense model is fine-tuned from initial weights on traced programs (`trace` of
-stages/data/synthetic/problems.py), seven in ten with their intermediate values as reasoning, too briefly to trace all
-of them. From these weights the policy of `stages.rl.algorithms.grpo.GrpoTrainer` is trained twice on programs
-of one level, with the same tasks, settings and seeds of answers:
+stages/data/synthetic/problems.py), seven in ten with their intermediate values as reasoning, until a third of its
+answers to the tasks are right. From these weights the policy of `stages.rl.algorithms.grpo.GrpoTrainer` is trained
+twice on programs of one level, with the same tasks, settings and seeds of answers:
 
 - **result**: the verifier `steps` with the weights answer 1, steps 0, which is the reward of the result alone;
 - **process**: the same verifier with the weights answer 0.5, steps 0.5.
@@ -52,7 +52,6 @@ from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Row
 from stages.rl.rollout.batches import Example, build_rank_batch
-from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.task_sources.worked_tasks import WorkedTasks
 from stages.train.data import Batch
 from stages.train.engine import Engine, Piece
@@ -61,13 +60,15 @@ from stages.train.parallel import session
 ARMS = {"result": {"answer": 1.0, "steps": 0.0}, "process": {"answer": 0.5, "steps": 0.5}}
 STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 """97.5 % quantiles of Student's t by degrees of freedom."""
-THINKING = 0.7
-"""The share of fine-tuning answers with their intermediate values."""
+THINKING, ENOUGH, CHECK_EVERY = 0.7, 1 / 3, 50
+"""Of fine-tuning: the share of answers with their intermediate values, the share of right answers to tasks that ends
+it, and the steps between two measurements of that."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """level: of the programs of reinforcement learning. tuning: steps of fine-tuning, of `rows` answers each."""
+    """level: of the programs of reinforcement learning. tuning: the most steps of fine-tuning, of `rows` answers each.
+    new: tokens of an answer; samples: answers to each of the held-out `items`."""
 
     model: Mapping[str, Any]
     vocab: int
@@ -83,9 +84,9 @@ class Size:
 
 
 FULL = Size(
-    dict(architecture="qwen3", layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, intermediate_size=192,
+    dict(architecture="qwen3", layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=16, intermediate_size=128,
          context_length=256, tie_embeddings=True, init_std=0.08),
-    vocab=384, level=3, tuning=800, rows=48, prompts=24, generations=8, new=64, steps=120, items=150, samples=4,
+    vocab=384, level=3, tuning=1500, rows=48, prompts=24, generations=8, new=48, steps=80, items=120, samples=4,
 )  # fmt: skip
 QUICK = replace(FULL, tuning=2, rows=4, prompts=2, generations=2, new=8, steps=1, items=2, samples=2)
 
@@ -126,9 +127,10 @@ def configuration(size: Size, seed: int) -> RlTrainConfig:
     return RlTrainConfig.model_validate(dict(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=seed))
 
 
-def fine_tune(engine: Engine, size: Size, seed: int, policy_chat: Chat, heldout: Sequence[Row]) -> float:
-    """Trains on conversations about programs of all lengths, none of them held out. Returns the last loss."""
-    excluded = {row["question"] for row in heldout}
+def fine_tune(trainer: GrpoTrainer, size: Size, seed: int, heldout: Sequence[Row]) -> int:
+    """Trains on conversations about programs of all lengths, none of them held out, until ENOUGH answers to tasks are
+    right. Returns the number of steps."""
+    engine, policy_chat, excluded = trainer.engine, trainer.policy.chat, {row["question"] for row in heldout}
 
     def encode(text: str) -> list[int]:
         ids: list[int] = policy_chat.tokenizer.encode(text, add_special_tokens=False).ids
@@ -138,7 +140,6 @@ def fine_tune(engine: Engine, size: Size, seed: int, policy_chat: Chat, heldout:
         return (losses * batch.loss_mask).sum(), {}
 
     rng = random.Random(seed_of("bench/process/tuning", seed))
-    loss = math.nan
     for step in range(1, size.tuning + 1):
         examples = []
         while len(examples) < size.rows:
@@ -150,9 +151,13 @@ def fine_tune(engine: Engine, size: Size, seed: int, policy_chat: Chat, heldout:
             examples.append(Example([*question, *encode(text[start:])], len(question)))
         targets = sum(len(example.ids) - example.start for example in examples)
         batch = build_rank_batch([[example] for example in examples], 2, engine.ranks, policy_chat.pad, targets)
-        rate = 3e-3 * min(1.0, step / 20) * (1 - 0.9 * step / size.tuning)
-        loss = engine.step(batch, rate, lambda loss, norm: None, objective=objective).loss
-    return loss
+        engine.step(batch, 3e-3 * min(1.0, step / 20), lambda loss, norm: None, objective=objective)
+        if step % CHECK_EVERY == 0:
+            right = statistics.fmean(accuracies(trainer, trainer.rows[:100], 1, seed)["task"])
+            print(f"seed {seed}: {right:.2f} right after {step} steps of fine-tuning", flush=True)
+            if right >= ENOUGH:
+                break
+    return step
 
 
 def load(engine: Engine, weights: Mapping[str, torch.Tensor]) -> None:
@@ -192,11 +197,11 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
             try:
                 if not weights:
                     start = time.process_time()
-                    result["loss"] = fine_tune(engine, size, seed, trainer.policy.chat, heldout)
+                    result["tuning"] = fine_tune(trainer, size, seed, heldout)
                     full = engine.full_tensors()
                     weights = {tensor: full[tensor].clone() for tensor in engine.shapes}
                     result["before"] = accuracies(trainer, heldout, size.samples, seed)
-                    print(f"seed {seed}: fine-tuned in {time.process_time() - start:.0f} s, loss {result['loss']:.3f}, "
+                    print(f"seed {seed}: fine-tuned in {time.process_time() - start:.0f} s, "
                           f"pass@1 {statistics.fmean(result['before']['task']):.3f}", flush=True)  # fmt: skip
                 load(engine, weights)
                 trainer.log.create()
