@@ -17,7 +17,7 @@ from pipeline.core.store import Artifact, Store
 from pipeline.tracking import mlflow_sync
 from release.hub.local.server import free_port
 from tests.fixtures import home_fixtures
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import at_length, atom
 
 
 @contextmanager
@@ -75,6 +75,7 @@ def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_h
     assert {"manifest.json", "summary.json", "statement"} <= {f.path for f in client.list_artifacts(child.info.run_id)}
 
 
+@at_length("training", 50)
 def test_a_dead_server_stops_nothing_and_a_real_one_gets_everything_later(tmp_path: Path) -> None:
     home = tmp_path / "home"
     dead = "http://127.0.0.1:9"

@@ -73,6 +73,7 @@ def test_a_thousand_parts_two_kills_a_dead_node_and_a_poison_document(tmp_path: 
     assert "failed/parse" in atom(home, "logs", "filter").stdout
 
 
+@at_length("slurm-parts", 90)
 def test_a_damaged_input_is_reported_and_stops_what_waits(tmp_path: Path) -> None:
     home, recipe = tmp_path / "home", slurm_fixtures.with_parts(tmp_path, 2)
     atom(home, "run", recipe, "--until", "acquire-docstrings")
