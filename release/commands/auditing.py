@@ -58,6 +58,9 @@ def verify(
             help="instead, check these Merkle proofs (atom trace --report --json) against TARGET, a merkle.json"
         ),
     ] = None,
+    openness: Annotated[
+        bool, typer.Option("--openness", help="also answer twenty questions on how open the release is, from its files")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check every byte of a release, and who signed it.
@@ -74,7 +77,13 @@ def verify(
 
     trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
     verdict = verify_release(target, deep, print_progress, trust, retracted, ask_hub=True)
-    print(json.dumps(verdict.to_json(), indent=1) if as_json else _verdict_text(verdict))
+    from release.audit import openness as audit
+
+    table = list(audit.rows(Path(target))) if openness and verdict.ok else []
+    if as_json:
+        print(json.dumps(verdict.to_json() | ({"openness": audit.to_json(table)} if table else {}), indent=1))
+    else:
+        print("\n".join([_verdict_text(verdict), *([audit.text(table)] if table else [])]))
     if not verdict.ok:
         raise typer.Exit(1)
     if verdict.retracted:

@@ -1,0 +1,271 @@
+"""How open a release is: twenty questions, each answered from the published files with evidence and a reason.
+
+Y: yes. P: partly. N: no. The questions join those of the Model Openness Framework (arXiv 2403.13784), OSAID 1.0 and the
+transparency duties of the EU's AI Act with what auditors of open models ask. A row says what the files show; whether
+their content is right is what `atom verify` checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.core import provenance
+from pipeline.core.errors import AtomError
+from release import data_layout, schema
+from release.assembly.published_tables import read_json
+from release.audit.replay.plan import Plan, select_steps
+from release.audit.replay.source import Source
+from release.layout import FORMAT, GATES, MODEL, ORIGINS, SIGNATURE, TRAINING, WITHOUT_ORDER, numbered, phases_of
+from release.repositories import repositories
+
+Answer = tuple[Literal["Y", "P", "N"], str, Sequence[str]]
+"""The answer, its reason, and the paths of its evidence."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question and its answer. evidence: paths in the release."""
+
+    name: str
+    answer: Literal["Y", "P", "N"]
+    reason: str
+    evidence: tuple[str, ...]
+
+
+class Published:
+    """What the rows read of a release."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def gates(self) -> dict[str, Any]:
+        gates: dict[str, Any] = read_json(self.folder / GATES)
+        return gates
+
+    @cached_property
+    def phases(self) -> list[str]:
+        """The phases that trained, in their order."""
+        return phases_of(path.name for path in (self.folder / "evidence/training").iterdir())
+
+    @cached_property
+    def statements(self) -> list[Any]:
+        return [read_json(path) for path in sorted((self.folder / "evidence/statements").glob("*.json"))]
+
+    def without(self, paths: dict[str, str]) -> list[str]:
+        """The names whose path, or pattern, matches no file."""
+        return [name for name, path in paths.items() if next(self.folder.glob(path), None) is None]
+
+    def passed(self, gate: str) -> str | None:
+        """The detail of a gate that was passed."""
+        result = self.gates.get(gate, {})
+        return result["detail"] if result.get("ok") else None
+
+
+def _complete(missing: list[str], whole: str, lack: str, evidence: Sequence[str]) -> Answer:
+    """Y if nothing is missing, N if everything may be, else P."""
+    return ("Y", whole, evidence) if not missing else ("P", f"{lack}: {', '.join(missing)}", evidence)
+
+
+def _of_gate(release: Published, gate: str, evidence: Sequence[str]) -> Answer:
+    detail = release.passed(gate)
+    return ("N", f"the gate {gate} was not passed", [GATES]) if detail is None else ("Y", detail, [*evidence, GATES])
+
+
+ROWS: dict[str, Callable[[Published], Answer]] = {}
+
+
+def _row(name: str) -> Callable[[Callable[[Published], Answer]], Callable[[Published], Answer]]:
+    def register(function: Callable[[Published], Answer]) -> Callable[[Published], Answer]:
+        ROWS[name] = function
+        return function
+
+    return register
+
+
+@_row("every document")
+def _documents(release: Published) -> Answer:
+    import pyarrow.parquet as pq
+
+    files = data_layout.all_files(data_layout.kept_files(release.folder / "dataset"))
+    texts = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
+    sources = read_json(release.folder / "dataset/summary.json")["sources"].values()
+    kept = sum(sum(s["kept"].values()) if isinstance(s["kept"], dict) else s["kept"] for s in sources)
+    evidence = ["dataset/kept", "dataset/summary.json"]
+    if texts == kept:
+        return "Y", f"the texts of all {kept:,} documents that were kept", evidence
+    return "P" if texts else "N", f"the texts of {texts:,} of {kept:,} documents", evidence
+
+
+@_row("a license for each document")
+def _licenses(release: Published) -> Answer:
+    return _of_gate(release, "licenses_known", ["dataset/dispositions", "dataset/sources"])
+
+
+@_row("removed documents with reasons")
+def _removals(release: Published) -> Answer:
+    return _of_gate(release, "counts_balance", ["dataset/dispositions", "dataset/summary.json"])
+
+
+@_row("order of the data")
+def _order(release: Published) -> Answer:
+    phases = [phase for phase in release.phases if numbered(phase)[0] not in WITHOUT_ORDER]
+    missing = release.without({phase: f"dataset/order/{phase}/*.parquet" for phase in phases})
+    return _complete(missing, f"every step of {', '.join(phases)}", "no order of", ["dataset/order"])
+
+
+@_row("checkpoints with optimizer states")
+def _checkpoints(release: Published) -> Answer:
+    wanted = {phase: f"checkpoints/{phase}-step-*/optimizer*.safetensors" for phase in release.phases}
+    whole = f"of {', '.join(release.phases)}"
+    return _complete(release.without(wanted), whole, "no state of the optimizer of", ["checkpoints/index.json"])
+
+
+@_row("logs of training")
+def _logs(release: Published) -> Answer:
+    missing = release.without({phase: f"evidence/training/{phase}/training.jsonl" for phase in release.phases})
+    return _complete(missing, "every step of every phase, without times", "no log of", ["evidence/training"])
+
+
+@_row("rollouts and preferences")
+def _rollouts(release: Published) -> Answer:
+    kinds = {phase: numbered(phase)[0] for phase in release.phases}
+    wanted = {phase: f"dataset/rl/{phase}/rollouts.parquet" for phase, k in kinds.items() if k in WITHOUT_ORDER}
+    wanted.pop("reward", None)  # it learns from the pairs of others
+    if "dpo" in kinds.values():
+        wanted["pairs of dpo"] = "dataset/rl/dpo/pairs.parquet"
+    if not wanted:
+        return "Y", "no phase draws answers", ["evidence/training"]
+    whole = "every sampled answer with tokens, log-probabilities and reward"
+    return _complete(release.without(wanted), whole, "no table of", ["dataset/rl"])
+
+
+@_row("outputs of each evaluation item")
+def _outputs(release: Published) -> Answer:
+    evaluation = release.folder / "dataset/evaluation"
+    measured = [path.parent.relative_to(release.folder).as_posix() for path in sorted(evaluation.rglob("scores.json"))]
+    missing = release.without({folder: f"{folder}/*.parquet" for folder in measured})
+    return _complete(
+        missing, f"tables beside {len(measured)} files of scores", "scores alone in", ["dataset/evaluation"]
+    )
+
+
+@_row("contamination, item by item")
+def _contamination(release: Published) -> Answer:
+    if (detail := release.passed("contamination_report")) is not None:
+        return "Y", detail, ["dataset/evaluation/contamination", GATES]
+    return "P", "documents with items were removed by a rule; no detector was tested", ["dataset/dispositions"]
+
+
+@_row("executable replay of every phase")
+def _replay(release: Published) -> Answer:
+    source, reasons = Source(release.folder), []
+    for phase in release.phases:
+        try:
+            Plan.read(source, phase, *select_steps(source, phase, None, None))
+        except (AtomError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reasons.append(f"{phase} ({error})")
+    command = f"`atom replay . --phase PHASE` has all it needs of {', '.join(release.phases)}"
+    return _complete(reasons, command, "not of", ["checkpoints", "dataset", "evidence/statements"])
+
+
+@_row("bitwise replay")
+def _bitwise(release: Published) -> Answer:
+    devices = set()
+    for body in release.statements:
+        if numbered(provenance.parameters_of(body)["node"].split("@")[0])[0] in TRAINING:
+            devices.add(str(provenance.environment_of(body).get("device", {}).get("type", "unknown")))
+    evidence = ["evidence/statements"]
+    if devices == {"cpu"}:
+        return "Y", "trained on processors, with equal bits in an equal environment", evidence
+    return "P", f"trained on {', '.join(sorted(devices))}; bits may differ, a tolerance is stated", evidence
+
+
+@_row("signatures")
+def _signatures(release: Published) -> Answer:
+    places = [f"{place.folder}/{SIGNATURE}".lstrip("/") for place in repositories(release.folder)]
+    missing = release.without({path: path for path in places})
+    if len(missing) == len(places):
+        return "N", "no repository is signed; `atom sign` signs all", []
+    return _complete(missing, f"{len(places)} repositories and branches", "no", [places[0]])
+
+
+def _one_of(release: Published, patterns: Sequence[str], what: str) -> Answer:
+    paths = [path.relative_to(release.folder).as_posix() for p in patterns for path in release.folder.glob(p)]
+    return ("Y", what, paths) if paths else ("N", f"there is no {what}", [])
+
+
+@_row("bill of materials")
+def _bill(release: Published) -> Answer:
+    return _one_of(release, ["evidence/*.cdx.json", "evidence/*.spdx.json"], "CycloneDX or SPDX document")
+
+
+@_row("Croissant")
+def _croissant(release: Published) -> Answer:
+    return _of_gate(release, "croissant", ["dataset/croissant.json"])
+
+
+@_row("EU summary of training content")
+def _eu_summary(release: Published) -> Answer:
+    return _one_of(release, ["evidence/eu_summary.json"], "summary in the form of the Commission's template")
+
+
+@_row("Model Openness Framework")
+def _framework(release: Published) -> Answer:
+    return _one_of(release, ["evidence/mof.yml"], "record of the framework's components")
+
+
+@_row("data browser")
+def _browser(release: Published) -> Answer:
+    return _one_of(release, ["site/index.html"], "page that shows and searches the data")
+
+
+@_row("tracing")
+def _tracing(release: Published) -> Answer:
+    tables = {name: f"dataset/{name}/**/*.parquet" for name in ("kept", "tokens/documents", "order")}
+    missing = release.without({**tables, "index of checkpoints": "checkpoints/index.json"})
+    return _complete(missing, "`atom trace` leads from text to steps and checkpoints", "it lacks", ["dataset/order"])
+
+
+@_row("energy and cost")
+def _energy(release: Published) -> Answer:
+    usages = [provenance.usage(body) for body in release.statements]
+    counted = sum("energy_joules_estimate" in usage for usage in usages)
+    if not counted:
+        return "N", "no statement has the energy of its stage", []
+    methods = sorted({usage["energy_method"] for usage in usages if "energy_method" in usage})
+    reason = f"an estimate for {counted} of {len(usages)} attempts ({'; '.join(methods)}); no carbon"
+    return "P", reason, ["evidence/statements"]
+
+
+@_row("small sizes of the same recipe")
+def _sizes(release: Published) -> Answer:
+    config = read_json(release.folder / MODEL / "config.json")
+    size = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
+    return "P", f"one size, {size}; no file of a release names others of its recipe", [f"{MODEL}/config.json"]
+
+
+def rows(folder: Path) -> Iterator[Row]:
+    """The twenty rows, in order. Raises AtomError if the folder is not a whole release of the present format."""
+    if not (folder / ORIGINS).is_file() or not (folder / "checkpoints").is_dir():
+        raise AtomError(f"{folder} is not a whole release; the openness of one repository alone is not computed")
+    if (stated := schema.stated(folder).format) != FORMAT:
+        raise AtomError(f"{folder} has format {stated}; openness is computed of releases of format {FORMAT}")
+    published = Published(folder)
+    for name, answer in ROWS.items():
+        value, reason, evidence = answer(published)
+        yield Row(name, value, reason, tuple(evidence))
+
+
+def to_json(table: Sequence[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in table]
+
+
+def text(table: Sequence[Row]) -> str:
+    lines = [f"{row.answer}  {row.name}: {row.reason}" for row in table]
+    counts = {answer: sum(row.answer == answer for row in table) for answer in "YPN"}
+    return "\n".join([*lines, f"openness: {counts['Y']} of {len(table)} yes, {counts['P']} partly, {counts['N']} no"])

@@ -1,0 +1,75 @@
+"""The twenty questions on openness: answered from the files, and answered otherwise when these are gone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli.main import app
+from pipeline.core.errors import AtomError
+from release.assembly import build_release as builder
+from release.audit import openness
+from tests.fixtures import release_fixtures
+from tests.integration.test_release_verify import resum
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = release_fixtures.build_input(tmp_path_factory.mktemp("run"), parts=3)
+    return builder.build(source, tmp_path_factory.mktemp("home"))
+
+
+def test_the_command_prints_twenty_rows_with_evidence_that_is_there(release: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(release), "--openness", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["openness"]
+    answers = {row["name"]: row["answer"] for row in rows}
+    assert len(answers) == len(rows) == 20
+    assert [name for name, answer in answers.items() if answer == "N"] == [
+        "signatures", "bill of materials", "EU summary of training content", "Model Openness Framework", "data browser",
+        "energy and cost",
+    ]  # fmt: skip
+    assert answers["executable replay of every phase"] == "P", "these statements have no config of a phase"
+    assert all((release / path).exists() for row in rows for path in row["evidence"])
+    assert all(row["reason"] and (row["evidence"] or row["answer"] == "N") for row in rows)
+    text = CliRunner().invoke(app, ["verify", str(release), "--openness"]).stdout
+    assert text.splitlines()[-1].startswith("openness: ") and "\nY  order of the data: every step of pretrain" in text
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "every document": (lambda r: shutil.rmtree(r / "dataset/kept/sums"), "P"),
+    "order of the data": (lambda r: shutil.rmtree(r / "dataset/order/midtrain"), "P"),
+    "checkpoints with optimizer states": (
+        lambda r: [path.unlink() for path in r.glob("checkpoints/pretrain-*/optimizer.safetensors")], "P",
+    ),
+    "logs of training": (lambda r: (r / "evidence/training/pretrain/training.jsonl").unlink(), "P"),
+    "outputs of each evaluation item": (
+        lambda r: [path.unlink() for path in r.glob("dataset/evaluation/mid/*.parquet")], "P",
+    ),
+    "Croissant": (
+        lambda r: (r / "evidence/gates.json").write_text('{"croissant": {"ok": false, "detail": "an error"}}'), "N",
+    ),
+    "signatures": (lambda r: (r / "model/model.sig").write_text("x"), "P"),
+    "bill of materials": (lambda r: (r / "evidence/bom.cdx.json").write_text("{}"), "Y"),
+    "tracing": (lambda r: shutil.rmtree(r / "dataset/tokens"), "P"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_answer_follows_from_the_files(release: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(release, tmp_path / "release"))
+    change, expected = CHANGES[name]
+    change(copy)
+    resum(copy)
+    before, after = ({row.name: row.answer for row in openness.rows(folder)} for folder in (release, copy))
+    assert before[name] != expected == after[name]
+
+
+def test_what_is_no_whole_release_is_one_sentence(release: Path) -> None:
+    with pytest.raises(AtomError, match="dataset is not a whole release"):
+        list(openness.rows(release / "dataset"))
