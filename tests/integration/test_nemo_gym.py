@@ -47,6 +47,7 @@ uvicorn.Server(uvicorn.Config(made.setup_webserver(), log_level="warning")).run(
 """
 JUDGE = {
     "should_use_judge": False,
+    "library_verifier_timeout_seconds": 300,  # an answer that takes longer has the reward 0, also on a busy machine
     "judge_model_server": {"type": "responses_api_models", "name": "none"},
     "judge_responses_create_params": {"input": []},
 }
@@ -157,6 +158,6 @@ def test_its_own_validation_accepts_our_rows(rows: list[dict[str, Any]], tmp_pat
     process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stdout + process.stderr
     examples = read_jsonl(tmp_path / "out/example.jsonl")
-    agent = {"type": "responses_api_agents", "name": "atom_tasks_simple_agent"}
-    assert [{k: v for k, v in row.items() if k != "agent_ref"} for row in examples] == sample
-    assert all(row["agent_ref"] == agent for row in examples)
+    agent: dict[str, Any] = {"agent_ref": {"type": "responses_api_agents", "name": "atom_tasks_simple_agent"}}
+    agent["task_source"] = "atom_tasks_simple_agent"
+    assert examples == [{**row, **agent} for row in sample]
