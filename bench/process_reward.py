@@ -1,18 +1,19 @@
 """What a process reward adds to the reward of the result alone, at equal updates and at most equal tokens.
 
-    .venv/bin/python bench/process_reward.py            # seeds 0, 1, 2: some 25 minutes of CPU time, two processes
-    .venv/bin/python bench/process_reward.py --quick    # one seed and few steps: its figures mean nothing
+    .venv/bin/python bench/process_reward.py                 # seeds 0, 1, 2 in two processes
+    .venv/bin/python bench/process_reward.py --task trace    # another kind of problem
+    .venv/bin/python bench/process_reward.py --quick         # one seed, few steps: its figures mean nothing
 
-A small dense model is fine-tuned from initial weights on traced programs (`trace` of
-stages/data/synthetic/problems.py), seven in ten with their intermediate values as reasoning, until a third of its
+A small dense model is fine-tuned from initial weights on conversations about one kind of problem
+(stages/data/synthetic/problems.py), seven in ten with their intermediate values as reasoning, until a third of its
 answers to the tasks are right. From these weights the policy of `stages.rl.algorithms.grpo.GrpoTrainer` is trained
-twice on programs of one level, with the same tasks, settings and seeds of answers:
+twice on problems of one level, with the same tasks, settings and seeds of answers:
 
 - **result**: the verifier `steps` with the weights answer 1, steps 0, which is the reward of the result alone;
 - **process**: the same verifier with the weights answer 0.5, steps 0.5.
 
 The first takes all steps; the second ends at the same number of updates, or earlier where it has generated as many
-tokens. Both then answer the same held-out programs with the same seeds at temperature 1. A gain is the difference in
+tokens. Both then answer the same held-out problems with the same seeds at temperature 1. A gain is the difference in
 pass@1, paired by item; its interval over seeds is Student's with one degree of freedom fewer than seeds.
 
 The last line is one JSON object, whose `ratio`, `low` and `high` are 1 plus the gain and its interval.
@@ -67,11 +68,12 @@ it, and the steps between two measurements of that."""
 
 @dataclass(frozen=True)
 class Size:
-    """level: of the programs of reinforcement learning. tuning: the most steps of fine-tuning, of `rows` answers each.
+    """level: of the problems of reinforcement learning. tuning: the most steps of fine-tuning, of `rows` answers each.
     new: tokens of an answer; samples: answers to each of the held-out `items`."""
 
     model: Mapping[str, Any]
     vocab: int
+    task: str
     level: int
     tuning: int
     rows: int
@@ -86,16 +88,17 @@ class Size:
 FULL = Size(
     dict(architecture="qwen3", layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=16, intermediate_size=128,
          context_length=256, tie_embeddings=True, init_std=0.08),
-    vocab=384, level=3, tuning=1500, rows=48, prompts=24, generations=8, new=48, steps=80, items=120, samples=4,
+    vocab=384, task="sort", level=3, tuning=1500, rows=48, prompts=16, generations=8, new=48, steps=60, items=100,
+    samples=4,
 )  # fmt: skip
 QUICK = replace(FULL, tuning=2, rows=4, prompts=2, generations=2, new=8, steps=1, items=2, samples=2)
 
 
 def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact], dict[str, Artifact], list[Row]]:
-    """Tokenizer and items, the tasks of each arm, and held-out programs that are no task."""
+    """Tokenizer and items, the tasks of each arm, and held-out problems that are no task."""
     bpe = untrained()
     rng = random.Random(seed_of("bench/process/tokenizer", seed))
-    texts = [chat.render(problems.messages(problems.trace(rng), True)) for _ in range(2000)]
+    texts = [chat.render(problems.messages(problems.TASKS[size.task](rng), True)) for _ in range(2000)]
     bpe.train_from_iterator(texts, bpe_trainer(size.vocab))
     arms = {name: folder / f"tasks-{name}" for name in ARMS}
     for path in (folder / "tokenizer", folder / "items", *arms.values()):
@@ -107,7 +110,7 @@ def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact
     heldout: list[Row] = []
     for name, path in arms.items():
         source = WorkedTasks.model_validate(
-            {"source": "worked-problems", "task": "trace", "levels": [size.level], "count": count,
+            {"source": "worked-problems", "task": size.task, "levels": [size.level], "count": count,
              "weights": ARMS[name]})  # fmt: skip
         rows = list(source.rows(seed, set()))
         heldout = rows[: size.items]
@@ -119,7 +122,7 @@ def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact
 def configuration(size: Size, seed: int) -> RlTrainConfig:
     optimizer = dict(lr=2e-4, final_lr=2e-4, warmup_steps=0, weight_decay=0.0, beta1=0.9, beta2=0.99, clip=CLIP)
     phase = dict(
-        tasks=[{"source": "worked-problems", "task": "trace", "levels": [size.level], "count": size.prompts}],
+        tasks=[{"source": "worked-problems", "task": size.task, "levels": [size.level], "count": size.prompts}],
         steps=10**6, prompts_per_step=size.prompts, num_generations=size.generations,
         sampling={"max_new_tokens": size.new}, micro_batches=2, optimizer=optimizer, validate_every=10**6,
         release_checkpoint_interval=10**6, max_resample_rounds=0,
@@ -128,7 +131,7 @@ def configuration(size: Size, seed: int) -> RlTrainConfig:
 
 
 def fine_tune(trainer: GrpoTrainer, size: Size, seed: int, heldout: Sequence[Row]) -> int:
-    """Trains on conversations about programs of all lengths, none of them held out, until ENOUGH answers to tasks are
+    """Trains on conversations about problems of all levels, none of them held out, until ENOUGH answers to tasks are
     right. Returns the number of steps."""
     engine, policy_chat, excluded = trainer.engine, trainer.policy.chat, {row["question"] for row in heldout}
 
@@ -143,7 +146,7 @@ def fine_tune(trainer: GrpoTrainer, size: Size, seed: int, heldout: Sequence[Row
     for step in range(1, size.tuning + 1):
         examples = []
         while len(examples) < size.rows:
-            problem = problems.trace(rng)
+            problem = problems.TASKS[size.task](rng)
             if problem.question in excluded:
                 continue
             ((text, start),) = chat.turns(problems.messages(problem, rng.random() < THINKING))
@@ -170,7 +173,7 @@ def load(engine: Engine, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def accuracies(trainer: GrpoTrainer, rows: Sequence[Row], samples: int, seed: int) -> dict[str, list[float]]:
-    """The mean over samples of the parts `task` and `steps` of each held-out program."""
+    """The mean over samples of the parts `task` and `steps` of each held-out problem."""
     trainer.policy.load()
     requests = [(row, seed_of(f"bench/process/answer/{row['id']}/{n}", seed)) for row in rows for n in range(samples)]
     parts = trainer.policy.score([row for row, _ in requests], trainer.policy.draw(requests))
@@ -274,8 +277,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed; the figures mean nothing")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on; 2 to 5")
+    parser.add_argument("--task", choices=sorted(problems.TASKS), default=FULL.task, help="the kind of problem")
     arguments = parser.parse_args()
     if arguments.quick:
         print(json.dumps(measure(QUICK, seeds=1, processes=1)))
     else:
-        print(json.dumps(measure(FULL, arguments.seeds, processes=2)))
+        print(json.dumps(measure(replace(FULL, task=arguments.task), arguments.seeds, processes=2)))
