@@ -38,9 +38,12 @@ class RewardModel(Verifier):
 
         assert context.chat is not None, "a phase has a tokenizer"
         artifact = context.inputs["reward_model"]
-        self.model = AutoModelForCausalLM.from_pretrained(
-            artifact / "model", dtype=torch.float32, local_files_only=True
-        ).eval()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"  # that of the rank, beside the policy
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(artifact / "model", dtype=torch.float32, local_files_only=True)
+            .to(self.device)
+            .eval()
+        )
         self.chat, self.version = context.chat, artifact.key
         self.center: float = context.inputs["reward"].json("summary.json")["centre"]
 
@@ -65,7 +68,7 @@ class RewardModel(Verifier):
             width = int(last.max()) + 1
             ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in batch])
             with torch.inference_mode():
-                logits = self.model(ids).logits[torch.arange(len(batch)), last]
+                logits = self.model(ids.to(self.device)).logits[torch.arange(len(batch)), last.to(self.device)].cpu()
             scores = torch.log_softmax(logits.double(), -1)[:, self.chat.end]
             probabilities = torch.sigmoid(scores - self.center).tolist()
             for i, probability in zip(batch, probabilities, strict=True):
