@@ -23,6 +23,7 @@ from tests.fixtures import ROOT
 DIGESTS = {
     "common-pile": "bb367339d",
     "the-stack": "cf014e650",
+    "tulu-3": "223821a0a",
     "dep5": "a7f48ed5e",
     "pep639": "1c2003c16",
 }
