@@ -57,8 +57,10 @@ def commit_rows(hub: Hub, rows: list[dict[str, Any]]) -> str:
 
 def test_mathematics(hub: Hub, tmp_path: Path) -> None:
     """The same rows for the same commit, though the branch has moved; each with its place, and an answer that scores."""
-    rows = [*SUMS, {"question": "Unanswered?", "answer": "nobody knows"}, {"question": None, "answer": "#### 1"}]
+    rows = [*SUMS, {"question": "Unanswered?", "answer": "nobody knows"}, {"question": None, "answer": "#### 1"},
+            {"question": "What does <think> mean?", "answer": "#### 1"}]  # fmt: skip
     commit = commit_rows(hub, rows)
+    assert len(list(source(commit, count=50).rows(0, set()))) == len(SUMS)
     tasks = list(source(commit).rows(0, set()))
     commit_rows(hub, [])
     assert tasks == list(source(commit).rows(0, set())) != list(source(commit).rows(1, set()))

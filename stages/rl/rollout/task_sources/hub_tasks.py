@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import hashlib
+import heapq
 import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -20,7 +21,9 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import License, Line, LongLine, Text, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, operational
+from stages.data import chat
 from stages.data.lock_file import Commit
+from stages.data.readers.base import is_unicode
 from stages.data.readers.hub import FORMATS, HOME, Hub, Repo
 from stages.data.readers.rows import Column, Row, field_at
 from stages.data.seeds import seed_of
@@ -36,6 +39,8 @@ CODE_PROMPT = (
 )
 MIN_SHARE = 0.1
 """Of rows that are tasks; with fewer the settings are wrong."""
+ROWS_PER_TASK = 4
+"""Rows in memory for each task that is wanted, since not every row is one."""
 BATCH = 256
 
 
@@ -84,8 +89,9 @@ class HubTasks(Config):
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Task]:
         """Raises AtomError if hardly any row is a task, or a file cannot be read; and what `hub_files.pull` raises."""
         salt = f"{seed_of(f'tasks/hub/{self.kind}/{self.level}', seed)}/"
-        rows = sorted(self._read(), key=lambda row: hashlib.sha256((salt + row[0]).encode()).digest())
-        candidates = (candidate for name, fields in rows if (candidate := self._candidate(name, fields)))
+        hashed = ((hashlib.sha256((salt + row.name).encode()).digest(), row.name, row.fields) for row in self._read())
+        rows = heapq.nsmallest(ROWS_PER_TASK * self.count, hashed)
+        candidates = (candidate for _, name, fields in rows if (candidate := self._candidate(name, fields)))
         tasks = list(islice(_with_right_answer(self.verifier, candidates), self.count))
         if len(tasks) < MIN_SHARE * min(self.count, len(rows)):
             raise AtomError(
@@ -95,8 +101,8 @@ class HubTasks(Config):
         for number, task in enumerate(tasks):
             yield {**task, "id": f"{self.kind}/{self.level}/{number:06d}"}
 
-    def _read(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """(name, fields) of each row: the name is its file and its number."""
+    def _read(self) -> Iterator[Row]:
+        """The rows that can be read."""
         from stages.data import hub_files
 
         settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path"})
@@ -107,12 +113,12 @@ class HubTasks(Config):
             hub_files.pull(name, locked, file, path)
         columns = (self.question_field, self.answer_field, self.solution_field, self.setup_field)
         read = FORMATS[self.format](reader=self.format, path=".").rows(files, list(filter(None, columns)))
-        return [(row.name, row.fields) for row in read if isinstance(row, Row)]
+        return (row for row in read if isinstance(row, Row))
 
     def _candidate(self, name: str, fields: Mapping[str, Any]) -> tuple[Task, str] | None:
         """A row as a task, and its right answer; None if it has no question or no answer that could be checked."""
         question, answer = field_at(fields, self.question_field), field_at(fields, self.answer_field)
-        if not isinstance(question, str) or not question.strip():
+        if not isinstance(question, str) or not question.strip() or not is_unicode(question):
             return None
         question = question.strip()
         if self.verifier == "math-verify":
@@ -131,6 +137,10 @@ class HubTasks(Config):
             prompt = CODE_PROMPT.format(question=question, entry_point=entry_point, test=asserts[0])
             prelude = field_at(fields, self.setup_field) if self.setup_field else ""
             fields = {"entry_point": entry_point, "check": check_of(asserts), "prelude": prelude or ""}
+        try:
+            chat.check([{"role": "user", "content": prompt}])
+        except ValueError:  # it names a special token, which the policy would take for that
+            return None
         origin = f"https://huggingface.co/datasets/{self.repo}/blob/{self.revision}/{name}"
         stated = {"license": self.license, "origin": origin}
         return to_row(name, prompt, self.verifier, self.kind, self.level, **fields, **stated), right
