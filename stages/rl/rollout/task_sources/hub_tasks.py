@@ -29,7 +29,6 @@ from stages.data.readers.rows import Column, Row, field_at
 from stages.data.seeds import seed_of
 from stages.rl.protocols import Response, TaskSource, VerifierFailed, to_row
 from stages.rl.protocols import Row as Task
-from stages.rl.rewards.math_verifier import boxed
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.task_sources.settings import Count, Kind, Level
 
@@ -122,6 +121,8 @@ class HubTasks(Config):
             return None
         question = question.strip()
         if self.verifier == "math-verify":
+            from stages.rl.rewards.math_verifier import boxed
+
             if not isinstance(answer, str | int | float):
                 return None
             _, mark, result = str(answer).rpartition(self.answer_after) if self.answer_after else ("", "", str(answer))
@@ -195,7 +196,7 @@ def _with_right_answer(name: str, candidates: Iterator[tuple[Task, str]]) -> Ite
 
 
 PROBES: dict[str, tuple[Task, str]] = {
-    "math-verify": (to_row("probe", "1", "math-verify", "probe", 0, question="1 + 1", expected_answer="2"), boxed("2")),
+    "math-verify": (to_row("probe", "1", "math-verify", "probe", 0, question="1 + 1", expected_answer="2"), "2"),
     "python-tests": (
         to_row("probe", "1", "python-tests", "probe", 0, entry_point="one", check=check_of(["assert one() == 1"])),
         "def one():\n    return 1\n",
