@@ -154,6 +154,20 @@ def test_every_stage_of_a_packaged_recipe_fits_each_packaged_cluster(recipe: str
     assert {row.gpus > 0 for row in rows if row.state.name.startswith("evaluate-")} == {True}
 
 
+def test_atom_mini_takes_two_hours_on_two_cores(tmp_path: Path) -> None:
+    """At most four million active parameters and ten tokens for each, in the phases of the recipe that it is a model of."""
+    rows = {row.state.name: row for row in planned("atom-mini", tmp_path)}
+    profile = cluster_profile.load("local")
+    assert profile.local.jobs == 2 and forecast([*rows.values()], profile, small=True).total.hours <= 2
+    estimate = rows["pretrain"].estimate
+    active = estimate.parameters["active"]
+    assert active <= 4_000_000 and (estimate.tokens or 0) >= 10 * active
+    trained = [[name for name, row in each.items() if row.trains] for each in (
+        rows, {row.state.name: row for row in planned("atom-1b-a300m", tmp_path)}
+    )]  # fmt: skip
+    assert trained[0] == trained[1]
+
+
 def test_what_made_the_largest_recipe_fit_is_what_the_formulas_count(tmp_path: Path) -> None:
     """A process holds 235B in fp32, and four GPUs hold too much of it, also those of a server; a parity row of the whole
     context takes weeks."""
