@@ -17,7 +17,8 @@ from stages.rl.protocols import (
     question,
 )
 
-ROWS = 64
+ROWS, GPU_ROWS = 64, 8
+"""Answers that are scored at once, on a core and on a GPU: all of their tokens have logits."""
 
 
 class RewardModel(Verifier):
@@ -62,8 +63,9 @@ class RewardModel(Verifier):
                     f"of {limit}; allow shorter answers"
                 )
         order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
-        for start in range(0, len(order), ROWS):
-            batch = order[start : start + ROWS]
+        rows_at_once = ROWS if self.device == "cpu" else GPU_ROWS
+        for start in range(0, len(order), rows_at_once):
+            batch = order[start : start + rows_at_once]
             last = torch.tensor([len(rows[i]) - 1 for i in batch])
             width = int(last.max()) + 1
             ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in batch])
