@@ -111,7 +111,8 @@ class HubTasks(Config):
         for file, (_, path) in zip(locked.rows(), files, strict=True):
             hub_files.pull(name, locked, file, path)
         columns = (self.question_field, self.answer_field, self.solution_field, self.setup_field)
-        read = FORMATS[self.format](reader=self.format, path=".").rows(files, list(filter(None, columns)))
+        reader_of_files = FORMATS[self.format].model_validate({"reader": self.format, "path": "."})
+        read = reader_of_files.rows(files, list(filter(None, columns)))
         return (row for row in read if isinstance(row, Row))
 
     def _candidate(self, name: str, fields: Mapping[str, Any]) -> tuple[Task, str] | None:
