@@ -236,12 +236,13 @@ def _add_post_training(
         previous = {"init": "rlvr"}
     if dpo := config.dpo:
         train("dpo", "dpo", dpo, (*dpo.preferences.tasks, *(dpo.sft_tasks.tasks if dpo.sft_tasks else ())), **previous)
-    if config.reward_model and config.online_rlhf:
+    if config.reward_model:
         train("reward", "reward", config.reward_model, pairs="dpo", **previous)
         export = {"model": model, "padded_vocab_size": config.tokenizer.padded_vocab_size}
         export |= {"dtype": trained["reward"].dtype, "parity_tokens": parity_tokens(model.context_length)}
         graph.add("export-reward", "export", export, tokenizer="tokenizer", checkpoint="reward")
-        online, scorer = config.online_rlhf, {"reward": "reward", "reward_model": "export-reward"}
+    if online := config.online_rlhf:
+        scorer = {"reward": "reward", "reward_model": "export-reward"}
         train("online-rlhf", "rlvr", online, online.tasks, {"name": "online-rlhf"}, init="dpo", **scorer)
     return trained
 

@@ -51,7 +51,7 @@ class ReleaseRecipe(Identity):
         None, description="direct preference optimization; null: none"
     )
     reward_model: Annotated[RewardPhase | None, Renamed("rlhf")] = Field(
-        None, description="reward model for online_rlhf; requires dpo; null: none"
+        None, description="reward model, trained on the pairs of dpo; requires dpo; null: none"
     )
     online_rlhf: Annotated[RlPhase | None, Renamed("rlhf")] = Field(
         None, description="reinforcement learning with the reward model; requires reward_model; null: none"
@@ -66,10 +66,8 @@ class ReleaseRecipe(Identity):
 
     @model_validator(mode="after")
     def _together(self) -> ReleaseRecipe:
-        if (self.reward_model is None) != (self.online_rlhf is None):
-            raise ValueError(
-                "reward_model and online_rlhf belong together: the one is trained for the other; give both"
-            )
+        if self.online_rlhf and self.reward_model is None:
+            raise ValueError("online_rlhf learns from the reward model; add the section reward_model")
         if self.reward_model and self.dpo is None:
             raise ValueError("reward_model learns from the pairs that dpo makes; add the section dpo")
         for where, phase in {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}.items():

@@ -1,20 +1,49 @@
-"""Pulls a file of a dataset repository of the Hub, and compares its digest with that of the lock file."""
+"""Files of a dataset repository of the Hub: what a revision has, and pulling them, whose digests are then compared."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.lease import Lease
-from pipeline.core.text import printable
+from pipeline.core.text import printable, shown
 from pipeline.hub import limits
 from pipeline.hub.client import api, endpoint, online, translate_errors
-from stages.data.lock_file import LockedFile, LockedSource
+from pipeline.hub.remote import RemoteRepository, is_unsafe
+from stages.data.lock_file import COMMIT, DIGEST, LockedFile, LockedSource
+from stages.data.readers.base import MAX_ENTRIES
 
 POLL = 1.0
+MOST_BYTES = 10**15
+
+
+def resolve(name: str, repo: str, revision: str, pattern: str) -> LockedSource:
+    """What the Hub states of a source: the commit of its revision, and the files that match the pattern. Raises
+    AtomError."""
+    remote, title = RemoteRepository(repo, "dataset"), f"source {name}: {repo}@{revision}"
+    with translate_errors(f"pinning {title}"):
+        commit = remote.commit(revision)
+        entries = remote.files(commit)
+    if not re.fullmatch(COMMIT, commit) or (re.fullmatch(COMMIT, revision) and commit != revision):
+        raise AtomError(
+            f"{title}: the Hub answers with the commit {shown(commit)}, which is another; check HF_ENDPOINT"
+        )
+    files = []
+    for path, entry in sorted(entries.items()):
+        if fnmatchcase(path, pattern):
+            files.append(LockedFile(path, entry.size, f"{'git' if len(entry.id) == 40 else 'sha256'}:{entry.id}"))
+            _require_valid(title, files[-1])
+    if not files:
+        raise RecipeError(f"{title} has no file that matches {pattern!r} among {len(entries)}; set reader.pattern")
+    if len(files) > MAX_ENTRIES:
+        raise RecipeError(f"{title}: more than {MAX_ENTRIES} files match {pattern!r}; set reader.pattern")
+    lines = "".join(f"{file.digest} {file.size} {file.path}\n" for file in files)
+    return LockedSource(repo=repo, requested=revision, revision=commit, pattern=pattern, files=lines)
 
 
 def pull(source: str, locked: LockedSource, file: LockedFile, target: Path) -> None:
@@ -62,3 +91,12 @@ def _download(source: str, locked: LockedSource, file: LockedFile, target: Path)
         os.replace(pulled, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _require_valid(title: str, file: LockedFile) -> None:
+    """Raises AtomError for a file that no Hub has."""
+    if is_unsafe(file.path) or not DIGEST.fullmatch(file.digest) or not 0 <= file.size <= MOST_BYTES:
+        raise AtomError(
+            f"{title}: the Hub lists {shown(file.path)} of {file.size} bytes with the digest {shown(file.digest)}, "
+            "which is no file of a dataset; check HF_ENDPOINT"
+        )

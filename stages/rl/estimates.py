@@ -38,6 +38,8 @@ QUESTION_TOKENS = 64
 """Of a question, which only the data tells."""
 PAIR_TOKENS = 64
 """Of one side of a pair with its question, likewise."""
+FILE_BYTES = 250_000_000
+"""Of a file in which weights go to servers, unless one tensor is larger (stages/rl/weights.py)."""
 ANSWER_BYTES = 8
 """Of a drawn token on disk: its id, its log-probability in fp32, which does not compress, and its text. 6.8 on answers
 of a thousand ids by Zipf's law with prose of four characters a token."""
@@ -144,6 +146,23 @@ def _server_memory(config: AnyConfig, gpus: int) -> tuple[int, int]:
     return weights // gpus + beside, server_memory.host_bytes(gpus)
 
 
+def sampler_bytes(config: AnyConfig) -> int:
+    """Bytes on rank 0's host of the weights on their way to the sampler: all of them, or a file and a tensor for vLLM
+    servers, which get them from each rank."""
+    if isinstance(config, RewardTrainConfig):
+        return 0
+    if config.phase.sampling.kind != "vllm":
+        return MASTER * config.model.parameters(config.padded_vocab_size)["total"]
+    largest = max(math.prod(shape) for shape in config.model.shapes(config.padded_vocab_size).values())
+    return 2 * max(FILE_BYTES, MASTER * largest)
+
+
+def scorer_bytes(config: AnyConfig) -> int:
+    """Bytes of the reward model, in fp32 on the device of rank 0, if it scores answers."""
+    scores = isinstance(config, RlTrainConfig) and any(task.verifier == "reward-model" for task in config.phase.tasks)
+    return MASTER * config.model.parameters(config.padded_vocab_size)["total"] if scores else 0
+
+
 def rollouts(phase: str, tokens: int) -> tuple[Published, ...]:
     """The published answers of a phase, of at most so many tokens together."""
     remedy = "the answers of a phase are one file: lower its steps, its answers of a step, or sampling.max_new_tokens"
@@ -160,7 +179,7 @@ def estimate(
 ) -> Estimate:
     """tokens: of the phase; passes: in units of a forward pass over them; rate: FLOP/s of a core; sampling: of
     these tokens, in one of the passes; rollouts: the published answers. Rank 0 holds the weights that go to
-    the sampler beside its own state."""
+    the sampler, and a reward model, beside its own state."""
     parameters, phase = config.model.parameters(config.padded_vocab_size), config.phase
     layout, forward = phase.parallelism, 2.0 * parameters["active"]
     flops = passes * forward * tokens
@@ -173,8 +192,8 @@ def estimate(
         cpu_seconds=START_SECONDS + flops / rate,
         tokens=tokens,
         flops=flops,
-        memory_bytes=memory,
-        host_bytes=owned + MASTER * parameters["total"] + reference_bytes(config),
+        memory_bytes=memory + scorer_bytes(config),
+        host_bytes=owned + sampler_bytes(config) + reference_bytes(config),
         disk_bytes=checkpoint * (releases + work),
         files=work * (2 * layout.ranks + 1) + releases * release_files(parameters["total"]),
         published=(*checkpoints(parameters["total"], releases), *rollouts),

@@ -137,13 +137,38 @@ def test_every_phase_fits(name: str) -> None:
 
 
 @each
+def test_each_recipe_leads_to_a_release(name: str) -> None:
+    """Conversations with a license for each, tasks of all kinds at commits, preferences of the recipe's own policy, and
+    task sets; every text and every question is compared with the items of the sets."""
+    graph = composed(name)
+    nodes, config = graph.nodes, graph.recipe.config
+    chat = {source.name: source for source in graph.recipe.data.sources if source.kind == "chat"}
+    assert set(chat) <= set(config.sft.mix) and sum(config.sft.mix.values()) == pytest.approx(1)
+    for source in chat.values():
+        assert source.license_allow if source.reader.gives_licenses else source.license != "LicenseRef-by-document"
+        assert len(getattr(source.reader, "revision", "0" * 40)) == 40
+    tasks = nodes["tasks-rlvr"].config
+    assert {source.verifier for source in tasks.sources} == {
+        "exact", "instructions", "math-verify", "python-tests", "reasoning-gym",
+    }  # fmt: skip
+    assert {source.verifier for source in config.dpo.preferences.tasks} <= {"courtesy", "instructions"}
+    assert nodes["dpo"].inputs["init"] == "rlvr" and nodes["reward"].inputs["pairs"] == "dpo"
+    stages = [node for node in nodes.values() if node.stage.name in ("filter", "tasks", "contamination")]
+    assert len(stages) >= 4 and all(node.inputs["benchmarks"] == "benchmarks" for node in stages)
+    assert tasks.ngram == graph.recipe.data.curation.decontamination.ngram
+    assert {task_set.name for task_set in nodes["benchmarks"].config.sets} == {"arc", "gsm8k", "mmlu", "truthfulqa"}
+    assert f"harness-{'online-rlhf' if config.online_rlhf else 'dpo'}" in nodes
+
+
+@each
 def test_the_story_of_a_recipe(name: str) -> None:
     """A decay begins where a release checkpoint is; rows grow to 128 thousand tokens; FP8 only where figures show it pays."""
     story = trained(name)
     pretrain: PhaseConfig = story[0][1].phase
     assert (pretrain.steps - (pretrain.optimizer.decay_steps or 0)) % pretrain.release_checkpoint_interval == 0
     rows = [config.phase.sequence_length for _, config in story]
-    assert rows == sorted(rows) and rows[-1] == 131072 == story[-1][1].model.context_length
+    assert rows[:-1] == sorted(rows[:-1]) and rows[-2] == 131072 == story[-1][1].model.context_length
+    assert story[-1][0] == "sft" and rows[-1] == pretrain.sequence_length
     for _, config in story:
         assert config.phase.precision == "bf16" or fp8_is_faster(PUBLISHED[name])
         assert len(config.phase.micro_batch_counts) == len(config.phase.batch.ramp) + 1
@@ -178,9 +203,10 @@ def test_plan_without_the_data(name: str, tmp_path: Path) -> None:
     if f"$ atom plan {name}\n" in (page := (ROOT / "docs/operators.md").read_text()):
         shown = page.partition(f"$ atom plan {name}\n")[2].partition("```")[0].splitlines()
         assert set(shown) <= {line.rstrip() for line in lines}, "docs/operators.md shows what the plan says"
-    assert [line.split()[0] for line in lines if "Gi  " in line] == [phase for phase, _ in trained(name)]
+    phases = [line.split()[0] for line in lines if "Gi  " in line]
+    assert phases[:8] == [*(phase for phase, _ in trained(name)), "rlvr", "dpo", "reward"]
     body = json.loads(atom(tmp_path, "plan", name, "--json").stdout)
-    assert len(body["absent"]) == 17 and body["absent"][0] in lines
+    assert len(body["absent"]) == 20 and body["absent"][0] in lines
     training = {stage["name"]: stage["training"] for stage in body["stages"] if stage["training"]}
     assert training["pretrain"]["gflop_per_token"] > 2 and training["longcontext-2"]["sequence_length"] == 131072
     for command in ("run", name), ("submit", name, "--cluster", "h100-pyxis"):
@@ -194,7 +220,7 @@ def test_plan_of_a_cluster_recipe_is_light() -> None:
         "store = Store(Path('none'))\n"
         "found = dag.compose(recipe.load('atom-235b-a22b'), store, True)\n"
         "rows = plan.plan(found, dag.states(found, store), list(found.nodes))\n"
-        "assert tables.phases_table(rows).row_count == 4\n"
+        "assert tables.phases_table(rows).row_count == 8\n"
         "heavy = {'torch', 'megatron', 'numpy', 'pyarrow', 'transformers', 'mlflow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
-from stages.data import acquire
+from stages.data import acquire, chat
 from stages.data.python_stdlib import read_docstrings, read_functions
 from stages.data.readers import jsonl
 from stages.data.readers.base import Document, Unreadable
@@ -34,7 +34,7 @@ from tests.fixtures.run_fixtures import RecordingReport
 def config(path: Path, reader: str = "jsonl", parts: int = 1, **options: Any) -> dict[str, Any]:
     source = {
         "name": "notes",
-        "kind": "chat" if "messages_field" in options else "prose",
+        "kind": "chat" if options.keys() & {"messages_field", "answer_field"} else "prose",
         "license": "CC-BY-4.0",
         "license_evidence": "LICENSE",
         "origin": "https://example.org",
@@ -138,6 +138,36 @@ def test_a_list_of_mappings_in_parquet_and_an_empty_list(tmp_path: Path, run_sta
     assert [row["reason"] for row in documents(artifact, "failed")] == ["license: the document states none"]
     with pytest.raises(AtomError, match=r"no column 'licenses.name' \(columns: text, licenses\)"):
         run_stage(acquire.STAGE, config(tmp_path / "x.parquet", "parquet", license_field="licenses.name"), {})
+
+
+@pytest.mark.parametrize("reader", ["jsonl", "parquet"])
+def test_a_question_and_its_answer_in_fields_of_their_own(tmp_path: Path, run_stage: Any, reader: str) -> None:
+    """As Dolly has them: an instruction, a context that may be empty, and a response; a row without one has failed."""
+    rows = [
+        {"task": {"instruction": "Name it.", "context": "A red fruit."}, "response": "An apple."},
+        {"task": {"instruction": "Say hello.", "context": ""}, "response": "Hello."},
+        {"task": {"instruction": "Say nothing.", "context": ""}, "response": None},
+    ]
+    path = tmp_path / f"pairs.{reader}"
+    write_lines(path, rows) if reader == "jsonl" else pq.write_table(pa.Table.from_pylist(rows), path)
+    settings = config(path, reader, question_fields=["task.instruction", "task.context"], answer_field="response")
+    artifact = run_stage(acquire.STAGE, settings, {})
+    texts = [
+        chat.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}]).rstrip("\n")
+        for question, answer in (("Name it.\n\nA red fruit.", "An apple."), ("Say hello.", "Hello."))
+    ]
+    found = documents(artifact)
+    assert [row["text"] for row in found] == texts
+    assert [text[row["prompt_chars"] :] for row, text in zip(found, texts, strict=True)] == [
+        "An apple.<|im_end|>", "Hello.<|im_end|>",
+    ]  # fmt: skip
+    assert ["no text in field 'response'" in row["reason"] for row in documents(artifact, "failed")] == [True]
+    for wrong, words in (
+        ({"answer_field": "response"}, "question_fields and answer_field belong together"),
+        ({"question_fields": ["q"], "answer_field": "a", "messages_field": "m"}, "messages_field = m holds whole"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            acquire.AcquireConfig.model_validate(config(path, reader, **wrong))
 
 
 def test_many_unknown_licenses_do_not_stop_the_stage(tmp_path: Path, run_stage: Any) -> None:

@@ -138,22 +138,53 @@ def misfits(rows: list[plan.StagePlan], profile: Profile) -> dict[str, tuple[str
 @pytest.mark.parametrize("recipe", ["atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b"])
 def test_every_stage_of_a_packaged_recipe_fits_each_packaged_cluster(recipe: str, tmp_path: Path) -> None:
     rows = planned(recipe, tmp_path)
+    phases = {row.state.name for row in rows if row.trains}
+    assert {"sft", "rlvr", "dpo", "reward"} < phases
     for name in ("h100-pyxis", "h100-apptainer", "h100-modules"):
-        assert misfits(rows, cluster_profile.load(name)) == {}
+        profile = cluster_profile.load(name)
+        assert misfits(rows, profile) == {}
+        uses = {use.name: use for use in forecast(rows, profile, small=False).uses}
+        assert all(uses[phase].hours > 0 and uses[phase].why is None for phase in phases)
+        servers = profile.slurm.servers if profile.slurm else None
+        ranks = {row.state.name: row.ranks for row in rows}
+        assert servers and uses["rlvr"].gpu_hours == pytest.approx(
+            uses["rlvr"].hours * (ranks["rlvr"] + servers.count * servers.gpus_per_node)
+        )
     assert all(row.estimate.memory_bytes for row in rows)
     assert {row.gpus > 0 for row in rows if row.state.name.startswith("evaluate-")} == {True}
 
 
+def test_atom_mini_takes_two_hours_on_two_cores(tmp_path: Path) -> None:
+    """At most four million active parameters and ten tokens for each, in the phases of the recipe that it is a model of."""
+    rows = {row.state.name: row for row in planned("atom-mini", tmp_path)}
+    profile = cluster_profile.load("local")
+    assert profile.local.jobs == 2 and forecast([*rows.values()], profile, small=True).total.hours <= 2
+    estimate = rows["pretrain"].estimate
+    active = estimate.parameters["active"]
+    assert active <= 4_000_000 and (estimate.tokens or 0) >= 10 * active
+    trained = [[name for name, row in each.items() if row.trains] for each in (
+        rows, {row.state.name: row for row in planned("atom-1b-a300m", tmp_path)}
+    )]  # fmt: skip
+    assert trained[0] == trained[1]
+
+
 def test_what_made_the_largest_recipe_fit_is_what_the_formulas_count(tmp_path: Path) -> None:
-    """A process holds 235B in fp32, and four GPUs hold too much of it; a parity row of the whole context takes weeks."""
+    """A process holds 235B in fp32, and four GPUs hold too much of it, also those of a server; a parity row of the whole
+    context takes weeks."""
     profile = cluster_profile.load("h100-pyxis")
+    rows = planned("atom-235b-a22b", tmp_path)
     in_process = misfits(planned("atom-235b-a22b", tmp_path, kind="in-process"), profile)
-    assert set(in_process) == {f"evaluate-{name}" for name in ("init", "base", "mid", "long-1", "long-2")}
+    assert set(in_process) == {row.state.name for row in rows if row.gpus}
     assert all("of memory, and its job on a node has 512.0" in reasons[0] for reasons in in_process.values())
     assert f"evaluate-base does not fit: {in_process['evaluate-base'][0]}" in (ROOT / "docs/operators.md").read_text()
     on_four = misfits(planned("atom-235b-a22b", tmp_path, kind="vllm", gpus=4), profile)
     assert on_four.keys() == in_process.keys()
     assert all("and a GPU has 76.0 (gpu.memory_gb)" in reasons[0] for reasons in on_four.values())
+    body = profile.model_dump()
+    body["slurm"]["servers"]["gpus_per_node"] = 4
+    small = misfits(rows, Profile.model_validate(body))
+    assert set(small) == {"rlvr", "dpo"}
+    assert "its server needs" in small["dpo"][0] and "a GPU has 76.0 (gpu.memory_gb)" in small["dpo"][0]
     with pytest.raises(RecipeError, match="evaluation.engine.gpus = 3 does not divide the 64 heads"):
         planned("atom-235b-a22b", tmp_path, kind="vllm", gpus=3)
     store = Store(tmp_path / "home")

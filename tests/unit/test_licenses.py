@@ -16,6 +16,7 @@ from stages.data.licenses.allow import AllowedLicenses
 from stages.data.licenses.maps import LicenseMap, MapName, load_map
 from stages.data.readers.jsonl import Jsonl
 from stages.data.readers.rows import field_at
+from stages.data.recipe import load
 from stages.data.table import content_hash
 from stages.data.web.license_links import expression_of
 from tests.fixtures import ROOT
@@ -23,6 +24,7 @@ from tests.fixtures import ROOT
 DIGESTS = {
     "common-pile": "bb367339d",
     "the-stack": "cf014e650",
+    "tulu-3": "223821a0a",
     "dep5": "a7f48ed5e",
     "pep639": "1c2003c16",
 }
@@ -88,6 +90,9 @@ STRINGS: list[tuple[MapName, Any, str | None]] = [
     ("the-stack", ["MIT", "house license"], None),
     ("common-pile", "BSD-3-Clause,MIT", "BSD-3-Clause AND MIT"),
     ("common-pile", "MIT,,", None),
+    ("tulu-3", "ai2-adapt-dev/oasst1_converted", "Apache-2.0"),
+    ("tulu-3", "ai2-adapt-dev/flan_v2_converted", None),
+    ("tulu-3", "ai2-adapt-dev/evol_codealpaca_heval_decontaminated", "Apache-2.0 AND LicenseRef-model-terms"),
     ("common-pile", "public domain", "LicenseRef-Public-Domain"),
     ("pep639", "Apache-2.0 OR MIT", "Apache-2.0 OR MIT"),
     ("pep639", "License :: OSI Approved :: BSD License", None),
@@ -199,3 +204,11 @@ LINKS = {
 @pytest.mark.parametrize("address", LINKS)
 def test_addresses_of_licenses(address: str) -> None:
     assert expression_of(address) == LINKS[address]
+
+
+def test_which_sets_of_tulu_the_data_recipe_takes() -> None:
+    (source,) = (source for source in load("open").sources if source.name == "assistant")
+    allows, licenses = AllowedLicenses(source.license_allow).allows, load_map("tulu-3")
+    assert {name for name in licenses.licenses if allows(licenses.expression(name) or "")} == {
+        "ai2-adapt-dev/oasst1_converted", "ai2-adapt-dev/tulu_v3.9_aya_100k", "ai2-adapt-dev/tulu_v3.9_table_gpt_5k",
+    }  # fmt: skip

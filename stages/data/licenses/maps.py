@@ -19,7 +19,7 @@ from pipeline.core.store import sha256_bytes
 from pipeline.core.yaml_text import parse_yaml
 from stages.data.licenses import dep5
 
-MapName = Literal["common-pile", "the-stack", "dep5", "pep639"]
+MapName = Literal["common-pile", "the-stack", "tulu-3", "dep5", "pep639"]
 UNKNOWN_WEB = "LicenseRef-unknown-web"
 """The license of a web page that states none."""
 UNMAPPED = "LicenseRef-unmapped"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -51,7 +51,7 @@ class Hub(RowReader):
         return None if self._locked(source) else f"source {source}: {self._unpinned(source)}"
 
     def files(self, source: str) -> Files:
-        return [(file.path, self._place(file)) for file in self._rows(source)]
+        return [(file.path, self.place(file)) for file in self._rows(source)]
 
     def digests(self, source: str, files: Files) -> list[str]:
         """The digests by the lock file, which `pull` compares: a SHA-256, or `git:` and the id of a blob."""
@@ -75,9 +75,9 @@ class Hub(RowReader):
             raise RecipeError(f"reader hub of {self.repo}: lock = {shown(self.lock)} is no choice; leave it out")
         return self.model_copy(update={"lock": str(lock.absolute())})
 
-    def rows(self, files: Files) -> Iterator[Row | Failed]:
+    def rows(self, files: Files, columns: Sequence[str] | None = None) -> Iterator[Row | Failed]:
         settings = {name: getattr(self, name) for name in RowReader.model_fields}
-        yield from FORMATS[self.format](**{**settings, "reader": self.format}).rows(files)
+        yield from FORMATS[self.format](**{**settings, "reader": self.format}).rows(files, columns)
 
     def _locked(self, source: str) -> LockedSource | None:
         """The source as it is pinned; None if it is not, or if these settings have changed since."""
@@ -106,7 +106,7 @@ class Hub(RowReader):
             raise RecipeError(f"{self.missing(source)}; {self.remedy}")
         return entry.rows()
 
-    def _place(self, file: LockedFile) -> Path:
+    def place(self, file: LockedFile) -> Path:
         """The place of a pulled file: under its digest, so that an unchanged file of another revision is not pulled."""
         return Path(self.path, self.repo, file.hex, file.path.rsplit("/", 1)[-1])
 

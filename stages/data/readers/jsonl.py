@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, ClassVar, Literal, cast
 
@@ -27,7 +27,7 @@ class Jsonl(RowReader):
 
     reader: Literal["jsonl"] = Field(description="selects this reader")
 
-    def rows(self, files: Files) -> Iterator[Row | Failed]:
+    def rows(self, files: Files, columns: Sequence[str] | None = None) -> Iterator[Row | Failed]:
         for relative, path in files:
             for number, line in _read_lines(path):
                 name = f"{relative}:{number}"

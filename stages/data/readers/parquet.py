@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -19,7 +19,7 @@ class Parquet(RowReader):
 
     reader: Literal["parquet"] = Field(description="selects this reader")
 
-    def rows(self, files: Files) -> Iterator[Row | Failed]:
+    def rows(self, files: Files, columns: Sequence[str] | None = None) -> Iterator[Row | Failed]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -27,15 +27,16 @@ class Parquet(RowReader):
             number = 0
             try:
                 parquet = pq.ParquetFile(path)
-                columns = {name: _column_to_read(parquet.schema_arrow, name) for name in self.columns}
-                missing = sorted(name for name, column in columns.items() if column is None)
+                names = self.columns if columns is None else columns
+                places = {name: _column_to_read(parquet.schema_arrow, name) for name in names}
+                missing = sorted(name for name, place in places.items() if place is None)
                 if missing:
                     available = ", ".join(parquet.schema_arrow.names)
                     raise AtomError(
                         f"{path} has no column {missing[0]!r} (columns: {available}); set reader.text_field, id_field, "
                         "license_field, url_field, title_field or author_field"
                     )
-                for batch in parquet.iter_batches(batch_size=1000, columns=list(columns.values())):
+                for batch in parquet.iter_batches(batch_size=1000, columns=list(places.values())):
                     for fields in _rows_of(batch):
                         number += 1
                         name = f"{relative}:{number}"

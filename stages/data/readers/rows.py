@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -45,6 +45,12 @@ class RowReader(FileReader):
         "field with the JSON schemas of the tools that a conversation offers, a list or its JSON; messages then have "
         "tool_calls; null: tools and calls are left out",
     )
+    question_fields: Annotated[tuple[Column, ...], Field(max_length=10)] = added(
+        (), "fields whose texts, joined by a blank line, are a user's message; the answer is in answer_field"
+    )
+    answer_field: Column | None = added(
+        None, "field with the assistant's answer to question_fields; a row is then a conversation of one turn"
+    )
     id_field: Column | None = Field(
         None, description="field with a unique id; null: the id is the file name and the number of the line or row"
     )
@@ -81,9 +87,20 @@ class RowReader(FileReader):
             raise ValueError("tools_field is set, but no messages_field; name the field that has the conversations")
         return self
 
+    @model_validator(mode="after")
+    def _check_turns(self) -> RowReader:
+        if bool(self.question_fields) != (self.answer_field is not None):
+            raise ValueError("question_fields and answer_field belong together: a question and its answer; give both")
+        if self.messages_field and self.answer_field:
+            raise ValueError(
+                f"messages_field = {self.messages_field} holds whole conversations; leave it out, or answer_field and "
+                "question_fields"
+            )
+        return self
+
     @property
     def conversations(self) -> bool:
-        return bool(self.messages_field)
+        return bool(self.messages_field or self.answer_field)
 
     @property
     def has_tools(self) -> bool:
@@ -100,8 +117,9 @@ class RowReader(FileReader):
     @property
     def columns(self) -> list[Column]:
         """The fields that are read."""
+        content = [self.answer_field, *self.question_fields] if self.answer_field else [self.messages_field]
         names = (
-            self.messages_field or self.text_field,
+            *(content if self.conversations else [self.text_field]),
             self.tools_field,
             self.id_field,
             self.license_field,
@@ -121,8 +139,9 @@ class RowReader(FileReader):
         return bool(self.title_field or self.author_field)
 
     @abstractmethod
-    def rows(self, files: Files) -> Iterator[Row | Failed]:
-        """Every row of every file, in order. Raises AtomError naming the file that is corrupt."""
+    def rows(self, files: Files, columns: Sequence[Column] | None = None) -> Iterator[Row | Failed]:
+        """Every row of every file, in order, with at least these columns; None: those of the settings. Raises AtomError
+        naming the file that is corrupt."""
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """One document for each row or, with messages_field, for each turn of the assistant; a row whose messages are
@@ -168,6 +187,10 @@ class RowReader(FileReader):
 
     def _content(self, row: Row) -> str | list[Any]:
         """The text, or the list of messages. Raises ValueError in words."""
+        if self.answer_field:
+            question = [_text_at(row, field) for field in self.question_fields]
+            messages = {"user": "\n\n".join(filter(None, question)), "assistant": _text_at(row, self.answer_field)}
+            return [{"role": role, "content": content} for role, content in messages.items()]
         field = self.messages_field or self.text_field
         content = field_at(row.fields, field)
         if not isinstance(content, list if self.messages_field else str):
@@ -215,6 +238,19 @@ def _tools(value: Any) -> list[Any]:
     if not is_unicode(json.dumps(tools, ensure_ascii=False, default=str)):
         raise ValueError("its tools hold a lone surrogate, which is not Unicode")
     return tools
+
+
+def _text_at(row: Row, field: str) -> str:
+    """The text of a field, which may be empty. Raises ValueError in words."""
+    content = field_at(row.fields, field)
+    if not isinstance(content, str):
+        available = ", ".join(sorted(map(str, row.fields)))
+        raise ValueError(
+            f"no text in field {field!r} (fields: {available}); set reader.question_fields and answer_field"
+        )
+    if not is_unicode(content):
+        raise ValueError(f"field {field!r} holds a lone surrogate, which is not Unicode")
+    return content
 
 
 def _in_words(stated: object) -> str:

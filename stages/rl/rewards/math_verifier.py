@@ -31,17 +31,17 @@ class MathVerify(PooledVerifier):
 
         def bind(row: Row) -> ScoreAnswer:
             # The package's own time limits count wall time and score 0; the fork's limit counts processor time.
-            gold = parse(_boxed(str(row["expected_answer"])), parsing_timeout=None)
+            gold = parse(boxed(str(row["expected_answer"])), parsing_timeout=None)
             return lambda answer: float(verify(gold, parse(answer, parsing_timeout=None), timeout_seconds=None))
 
         return bind
 
     @staticmethod
     def correct_answer(row: Row) -> str:
-        return _boxed(str(row["expected_answer"]))
+        return boxed(str(row["expected_answer"]))
 
 
-def _boxed(answer: str) -> str:
+def boxed(answer: str) -> str:
     """A correct answer in the form that math-verify parses best: in a box, unless it is marked as LaTeX already."""
     return answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"
 

@@ -17,7 +17,8 @@ from stages.rl.protocols import (
     question,
 )
 
-ROWS = 64
+ROWS, GPU_ROWS = 64, 8
+"""Answers that are scored at once, on a core and on a GPU: all of their tokens have logits."""
 
 
 class RewardModel(Verifier):
@@ -38,9 +39,12 @@ class RewardModel(Verifier):
 
         assert context.chat is not None, "a phase has a tokenizer"
         artifact = context.inputs["reward_model"]
-        self.model = AutoModelForCausalLM.from_pretrained(
-            artifact / "model", dtype=torch.float32, local_files_only=True
-        ).eval()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"  # that of the rank, beside the policy
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(artifact / "model", dtype=torch.float32, local_files_only=True)
+            .to(self.device)
+            .eval()
+        )
         self.chat, self.version = context.chat, artifact.key
         self.center: float = context.inputs["reward"].json("summary.json")["centre"]
 
@@ -59,13 +63,14 @@ class RewardModel(Verifier):
                     f"of {limit}; allow shorter answers"
                 )
         order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
-        for start in range(0, len(order), ROWS):
-            batch = order[start : start + ROWS]
+        rows_at_once = ROWS if self.device == "cpu" else GPU_ROWS
+        for start in range(0, len(order), rows_at_once):
+            batch = order[start : start + rows_at_once]
             last = torch.tensor([len(rows[i]) - 1 for i in batch])
             width = int(last.max()) + 1
             ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in batch])
             with torch.inference_mode():
-                logits = self.model(ids).logits[torch.arange(len(batch)), last]
+                logits = self.model(ids.to(self.device)).logits[torch.arange(len(batch)), last.to(self.device)].cpu()
             scores = torch.log_softmax(logits.double(), -1)[:, self.chat.end]
             probabilities = torch.sigmoid(scores - self.center).tolist()
             for i, probability in zip(batch, probabilities, strict=True):

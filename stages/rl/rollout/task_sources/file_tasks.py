@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from pipeline.core.bounds import Key, License, LongLine, Sha256, Text, Words
+from pipeline.core.bounds import Key, License, LongLine, Sha256, Text
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import Config, operational
 from pipeline.core.store import sha256_file
 from stages.rl.protocols import Row, TaskSource, question
-from stages.rl.rollout.task_sources.settings import Level
+from stages.rl.rollout.task_sources.settings import Kind, Level
 
 
 class FileTasks(Config):
@@ -24,9 +24,7 @@ class FileTasks(Config):
     path: LongLine = operational(..., "path of the file; its digest, not its path, is part of the key")
     digest: Sha256 = Field(description="SHA-256 digest of the file")
     verifier: Key = Field(description="name of the verifier that scores the answers")
-    kind: Annotated[str, Words(64, "name of lower-case letters, digits, '_' and '-'", r"[a-z][a-z0-9_-]*")] = Field(
-        description="kind of the tasks, which names their bin"
-    )
+    kind: Kind = Field(description="kind of the tasks, which names their bin")
     level: Level = Field(1, description="level of difficulty, which names their bin")
     license: License = Field(description="SPDX license of rows that state none")
     origin: Text = Field(description="origin of rows that state none: URL or text")

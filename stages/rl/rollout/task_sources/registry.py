@@ -16,6 +16,7 @@ TASK_SOURCES = {
     "courtesies": "stages.rl.rollout.task_sources.courtesy_tasks",
     "instructions": "stages.rl.rollout.task_sources.instruction_tasks",
     "reasoning-gym": "stages.rl.rollout.task_sources.reasoning_tasks",
+    "hub": "stages.rl.rollout.task_sources.hub_tasks",
     "rows": "stages.rl.rollout.task_sources.file_tasks",
 }
 """{source: its module}."""

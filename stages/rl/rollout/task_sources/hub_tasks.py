@@ -1,0 +1,208 @@
+"""Task source `hub`: rows of a dataset on the Hub at a pinned commit, with answers that a verifier checks.
+
+The commit is part of the key. The files are pulled when the tasks are made, with the digests that the Hub states for
+that commit, into the folder of the reader `hub`.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import hashlib
+import heapq
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import License, Line, LongLine, Text, Words
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config, operational
+from stages.data import chat
+from stages.data.lock_file import Commit
+from stages.data.readers.base import is_unicode
+from stages.data.readers.hub import FORMATS, HOME, Hub, Repo
+from stages.data.readers.rows import Column, Row, field_at
+from stages.data.seeds import seed_of
+from stages.rl.protocols import Response, TaskSource, VerifierFailed, to_row
+from stages.rl.protocols import Row as Task
+from stages.rl.rewards.registry import make_verifier
+from stages.rl.rollout.task_sources.settings import Count, Kind, Level
+
+CODE_PROMPT = (
+    "{question}\n\nName the function {entry_point}. Your code must pass this test, among others:\n\n"
+    "```python\n{test}\n```\n\nAnswer with all of the code in one ```python block."
+)
+MIN_SHARE = 0.1
+"""Of rows that are tasks; with fewer the settings are wrong."""
+ROWS_PER_TASK = 4
+"""Rows in memory for each task that is wanted, since not every row is one."""
+BATCH = 256
+
+
+class HubTasks(Config):
+    """Rows of a dataset on the Hub, at a commit. A row without a question or an answer in its fields is no task, and
+    neither is a row of code whose own solution fails its tests."""
+
+    source: Literal["hub"] = Field(description="selects this kind of tasks")
+    repo: Repo = Field(description="dataset repository")
+    revision: Commit = Field(description="commit of the repository")
+    pattern: Line = Field(description="pattern of the paths of files in the repository; * matches / as well")
+    format: Literal["jsonl", "parquet"] = Field(description="reader of the files")
+    verifier: Literal["math-verify", "python-tests"] = Field(description="verifier that scores the answers")
+    kind: Kind = Field(description="kind of the tasks, which names their bin")
+    level: Level = Field(1, description="level of difficulty, which names their bin")
+    count: Count = Field(description="maximum number of tasks, chosen by a seeded hash of the file and the row")
+    license: License = Field(description="SPDX license of the rows")
+    license_evidence: Text = Field(description="text or URL that shows the license")
+    question_field: Column = Field(description="field with the question")
+    answer_field: Column = Field(
+        description="math-verify: field with the answer; python-tests: field with asserts, a list or its JSON"
+    )
+    answer_after: Annotated[str, Words(100)] | None = Field(
+        None, description="math-verify: the answer is what follows the last of these in its field; null: all of it"
+    )
+    solution_field: Column | None = Field(None, description="python-tests: field with a right answer")
+    setup_field: Column | None = Field(
+        None, description="python-tests: field with code that runs before answers and tests; null: none"
+    )
+    path: LongLine = operational(f"{HOME}/hub", "folder that keeps pulled files; it may be removed at any time")
+
+    @model_validator(mode="after")
+    def _effective(self) -> HubTasks:
+        of_code = {"solution_field": self.solution_field, "setup_field": self.setup_field}
+        if self.verifier == "python-tests" and self.solution_field is None:
+            raise ValueError("solution_field is missing: a row of code is a task only if its own solution passes")
+        unused = {"answer_after": self.answer_after} if self.verifier == "python-tests" else of_code
+        for name, value in unused.items():
+            if value is not None:
+                raise ValueError(f"{name} = {value} has no effect with verifier = {self.verifier}; leave it out")
+        return self
+
+    def bins(self) -> list[str]:
+        return [f"{self.kind}/{self.level}"]
+
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Task]:
+        """Raises AtomError if hardly any row is a task, or a file cannot be read; and what `hub_files.pull` raises."""
+        salt = f"{seed_of(f'tasks/hub/{self.kind}/{self.level}', seed)}/"
+        hashed = ((hashlib.sha256((salt + row.name).encode()).digest(), row.name, row.fields) for row in self._read())
+        rows = heapq.nsmallest(ROWS_PER_TASK * self.count, hashed)
+        candidates = (candidate for _, name, fields in rows if (candidate := self._candidate(name, fields)))
+        tasks = list(islice(_with_right_answer(self.verifier, candidates), self.count))
+        if len(tasks) < MIN_SHARE * min(self.count, len(rows)):
+            raise AtomError(
+                f"tasks: of {len(rows)} rows of {self.repo} only {len(tasks)} are tasks, with a question in "
+                f"{self.question_field} and an answer in {self.answer_field} for {self.verifier}; correct the fields"
+            )
+        for number, task in enumerate(tasks):
+            yield {**task, "id": f"{self.kind}/{self.level}/{number:06d}"}
+
+    def _read(self) -> Iterator[Row]:
+        """The rows that can be read."""
+        from stages.data import hub_files
+
+        settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path"})
+        name, reader = f"tasks {self.bins()[0]}", Hub(reader="hub", **settings).absolute(Path())
+        locked = hub_files.resolve(name, self.repo, self.revision, self.pattern)
+        files = [(file.path, reader.place(file)) for file in locked.rows()]
+        for file, (_, path) in zip(locked.rows(), files, strict=True):
+            hub_files.pull(name, locked, file, path)
+        columns = (self.question_field, self.answer_field, self.solution_field, self.setup_field)
+        reader_of_files = FORMATS[self.format].model_validate({"reader": self.format, "path": "."})
+        read = reader_of_files.rows(files, list(filter(None, columns)))
+        return (row for row in read if isinstance(row, Row))
+
+    def _candidate(self, name: str, fields: Mapping[str, Any]) -> tuple[Task, str] | None:
+        """A row as a task, and its right answer; None if it has no question or no answer that could be checked."""
+        question, answer = field_at(fields, self.question_field), field_at(fields, self.answer_field)
+        if not isinstance(question, str) or not question.strip() or not is_unicode(question):
+            return None
+        question = question.strip()
+        if self.verifier == "math-verify":
+            from stages.rl.rewards.math_verifier import boxed
+
+            if not isinstance(answer, str | int | float):
+                return None
+            _, mark, result = str(answer).rpartition(self.answer_after) if self.answer_after else ("", "", str(answer))
+            if not result.strip() or bool(mark) != bool(self.answer_after):
+                return None
+            prompt, right = question, boxed(result.strip())
+            fields = {"question": question, "expected_answer": result.strip()}
+        else:
+            tests, right = tests_of(answer), field_at(fields, self.solution_field or "")
+            if tests is None or not isinstance(right, str):
+                return None
+            entry_point, asserts = tests
+            prompt = CODE_PROMPT.format(question=question, entry_point=entry_point, test=asserts[0])
+            prelude = field_at(fields, self.setup_field) if self.setup_field else ""
+            fields = {"entry_point": entry_point, "check": check_of(asserts), "prelude": prelude or ""}
+        try:
+            chat.check([{"role": "user", "content": prompt}])
+        except ValueError:  # it names a special token, which the policy would take for that
+            return None
+        origin = f"https://huggingface.co/datasets/{self.repo}/blob/{self.revision}/{name}"
+        stated = {"license": self.license, "origin": origin}
+        return to_row(name, prompt, self.verifier, self.kind, self.level, **fields, **stated), right
+
+
+def tests_of(value: object) -> tuple[str, list[str]] | None:
+    """The function that asserts test, and each assert in one line. value: a list of asserts, or its JSON. None unless
+    all are asserts that call one function of no builtin name."""
+    try:
+        texts = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return None
+        asserts = [node for text in texts for node in ast.parse(text.strip()).body]
+        names = [
+            {call.func.id for call in ast.walk(node) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
+            for node in asserts
+        ]
+        called = set[str]().union(*names) - set(dir(builtins))
+        if len(called) != 1 or not all(isinstance(node, ast.Assert) and called <= each
+                                       for node, each in zip(asserts, names, strict=True)):  # fmt: skip
+            return None
+        return called.pop(), [ast.unparse(node) for node in asserts]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def check_of(asserts: list[str]) -> str:
+    """The asserts as a check of the verifier python-tests, in which the function has its own name."""
+    return "\n".join(["def check(candidate):", *(f"    {line}" for line in asserts)]) + "\n"
+
+
+def _with_right_answer(name: str, candidates: Iterator[tuple[Task, str]]) -> Iterator[Task]:
+    """The candidates whose right answer the verifier accepts. Raises VerifierFailed if it can score nothing here."""
+    verifier = make_verifier(name)
+
+    def scores(batch: list[tuple[Task, str]]) -> list[float]:
+        answers = [(task, Response.parse(right, finished=True)) for task, right in batch]
+        try:
+            return [parts["reward"] for parts in verifier.score(answers)]
+        except VerifierFailed:
+            if len(batch) > 1:
+                return [score for each in batch for score in scores([each])]
+            if batch[0] is PROBES[name] or scores([PROBES[name]]) != [1.0]:
+                raise
+            return [0.0]  # its tests cannot run
+
+    try:
+        while batch := list(islice(candidates, BATCH)):
+            yield from (task for (task, _), score in zip(batch, scores(batch), strict=True) if score == 1)
+    finally:
+        verifier.close()
+
+
+PROBES: dict[str, tuple[Task, str]] = {
+    "math-verify": (to_row("probe", "1", "math-verify", "probe", 0, question="1 + 1", expected_answer="2"), "2"),
+    "python-tests": (
+        to_row("probe", "1", "python-tests", "probe", 0, entry_point="one", check=check_of(["assert one() == 1"])),
+        "def one():\n    return 1\n",
+    ),
+}
+"""A task and its right answer, by which a broken verifier is told from a broken row."""
+
+SOURCE: type[TaskSource] = HubTasks
