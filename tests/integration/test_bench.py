@@ -40,6 +40,7 @@ def run_quick(name: str, *arguments: str) -> list[str]:
     return table
 
 
+@at_length("benchmarks", 10)
 def test_checkpoint_benchmark() -> None:
     assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in run_quick("checkpoint")}
 
@@ -69,6 +70,7 @@ def test_training_benchmark() -> None:
         assert abs(ours - theirs) < 1e-4
 
 
+@at_length("benchmarks", 10)
 def test_encoding_benchmark() -> None:
     table = run_quick("encode")
     names = ("ours", "tiktoken alone", "encode_batch", "encode_batch_fast")
