@@ -1,4 +1,4 @@
-"""What a process reward adds to the reward of the result alone, at equal updates and at most equal tokens.
+"""What a process reward adds to the reward of the result alone, at equal tokens and at most equal updates.
 
     .venv/bin/python bench/process_reward.py                 # seeds 0, 1, 2 in two processes
     .venv/bin/python bench/process_reward.py --task trace    # another kind of problem
@@ -12,9 +12,10 @@ twice on problems of one level, with the same tasks, settings and seeds of answe
 - **result**: the verifier `steps` with the weights answer 1, steps 0, which is the reward of the result alone;
 - **process**: the same verifier with the weights answer 0.5, steps 0.5.
 
-The first takes all steps; the second ends at the same number of updates, or earlier where it has generated as many
-tokens. Both then answer the same held-out problems with the same seeds at temperature 1. A gain is the difference in
-pass@1, paired by item; its interval over seeds is Student's with one degree of freedom fewer than seeds.
+The first takes all steps; the second ends at the same number of updates, or earlier with the step in which it has
+generated as many tokens. Both then answer the same held-out problems with the same seeds at temperature 1. A gain is
+the difference in pass@1, paired by item; its interval over seeds is Student's with one degree of freedom fewer than
+seeds.
 
 The last line is one JSON object, whose `ratio`, `low` and `high` are 1 plus the gain and its interval.
 """
@@ -260,7 +261,7 @@ def report(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mean, low, high = interval(gains["task"])
     return {
         "name": "process_reward", "ratio": round(1 + mean, 4), "low": round(1 + low, 4), "high": round(1 + high, 4),
-        "target": 1.0, "unit": f"1 + gain in pass@1, {len(results)} seeds, equal updates and at most equal tokens",
+        "target": 1.0, "unit": f"1 + gain in pass@1, {len(results)} seeds, equal tokens and at most equal updates",
         "machine": f"{platform.machine()}, 1 thread a seed, torch {torch.__version__}, fp32",
     }  # fmt: skip
 
