@@ -95,6 +95,7 @@ def compare_phases_with_real_ranks(kind: str, phases: dict[str, dict[str, Any]],
                 assert result.parameters == result.planned_parameters == step["parameters"], f"{name}, rank {rank}"
 
 
+@at_length("training", 40)
 def test_collectives_are_those_of_real_ranks(tmp_path: Path) -> None:
     compare_with_real_ranks(REAL, tmp_path)
 
