@@ -28,7 +28,7 @@ from pipeline.launch import submission_lock
 from pipeline.launch.failure_messages import failure_kind, failure_message
 from pipeline.launch.slurm_client import Job, Owner
 from tests.fixtures import home_fixtures
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import SOAK, atom
 
 pytestmark = pytest.mark.filterwarnings("ignore::pipeline.core.json_files.DamagedFile")
 
@@ -97,7 +97,7 @@ FILES = {
 """Files, and the commands that read them."""
 
 
-@pytest.mark.parametrize("pattern", FILES)
+@pytest.mark.parametrize("pattern", list(FILES)[:: 1 if SOAK else 2])
 def test_every_command_names_a_damaged_file_and_goes_on(
     home: Path, composed: Graph, pattern: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +139,10 @@ def without_privilege(*command: str) -> list[str]:
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
 
 
-@pytest.mark.parametrize("pattern", ["logs/*/run.json", "ledger/items-*/*.json", "ledger/items-*", "work/filter-*"])
+UNREADABLE = ["logs/*/run.json", "ledger/items-*", "ledger/items-*/*.json", "work/filter-*"]
+
+
+@pytest.mark.parametrize("pattern", UNREADABLE if SOAK else UNREADABLE[:2])
 def test_what_may_not_be_read_is_named(home: Path, composed: Graph, pattern: str) -> None:
     path = max(home.glob(pattern))
     path.chmod(0)

@@ -47,6 +47,7 @@ def test_the_same_bytes_after(disturb: Callable[[Path], None], home: Path, calm:
     assert (stage["state"], stage.get("restarts", 0)) == ("sealed", slurm_fixtures.attempts(home, "pretrain") - 1)
 
 
+@at_length("slurm-stages", 50)
 def test_jobs_that_the_controller_lost_are_reported_and_submitted_again(home: Path, calm: str) -> None:
     slurm_fixtures.slurm("scontrol", "update", "nodename=n[1-4]", "state=drain", "reason=test")
     time.sleep(6)  # the state before is saved
