@@ -22,6 +22,8 @@ from release.audit.replay.source import Source
 from release.layout import FORMAT, GATES, MODEL, ORIGINS, SIGNATURE, TRAINING, WITHOUT_ORDER, numbered, phases_of
 from release.repositories import repositories
 
+SMALL_BYTES = 4_000_000_000
+"""Of weights: a billion parameters in fp32, which a laptop holds."""
 Answer = tuple[Literal["Y", "P", "N"], str, Sequence[str]]
 """The answer, its reason, and the paths of its evidence."""
 
@@ -66,9 +68,12 @@ class Published:
         return result["detail"] if result.get("ok") else None
 
 
-def _complete(missing: list[str], whole: str, lack: str, evidence: Sequence[str]) -> Answer:
-    """Y if nothing is missing, N if everything may be, else P."""
-    return ("Y", whole, evidence) if not missing else ("P", f"{lack}: {', '.join(missing)}", evidence)
+def _complete(missing: Sequence[str], total: int, whole: str, lack: str, evidence: Sequence[str]) -> Answer:
+    """Y if nothing is missing, N if all of `total` is, else P."""
+    if not missing:
+        return "Y", whole, evidence
+    none_is_there = len(missing) == total
+    return "N" if none_is_there else "P", f"{lack} {', '.join(missing)}", [] if none_is_there else evidence
 
 
 def _of_gate(release: Published, gate: str, evidence: Sequence[str]) -> Answer:
@@ -115,20 +120,21 @@ def _removals(release: Published) -> Answer:
 def _order(release: Published) -> Answer:
     phases = [phase for phase in release.phases if numbered(phase)[0] not in WITHOUT_ORDER]
     missing = release.without({phase: f"dataset/order/{phase}/*.parquet" for phase in phases})
-    return _complete(missing, f"every step of {', '.join(phases)}", "no order of", ["dataset/order"])
+    return _complete(missing, len(phases), f"every step of {', '.join(phases)}", "no order of", ["dataset/order"])
 
 
 @_row("checkpoints with optimizer states")
 def _checkpoints(release: Published) -> Answer:
-    wanted = {phase: f"checkpoints/{phase}-step-*/optimizer*.safetensors" for phase in release.phases}
-    whole = f"of {', '.join(release.phases)}"
-    return _complete(release.without(wanted), whole, "no state of the optimizer of", ["checkpoints/index.json"])
+    missing = release.without({phase: f"checkpoints/{phase}-step-*/optimizer*" for phase in release.phases})
+    whole, evidence = f"of {', '.join(release.phases)}", ["checkpoints/index.json"]
+    return _complete(missing, len(release.phases), whole, "no state of the optimizer of", evidence)
 
 
 @_row("logs of training")
 def _logs(release: Published) -> Answer:
     missing = release.without({phase: f"evidence/training/{phase}/training.jsonl" for phase in release.phases})
-    return _complete(missing, "every step of every phase, without times", "no log of", ["evidence/training"])
+    whole, evidence = "every step of every phase, without times", ["evidence/training"]
+    return _complete(missing, len(release.phases), whole, "no log of", evidence)
 
 
 @_row("rollouts and preferences")
@@ -141,7 +147,7 @@ def _rollouts(release: Published) -> Answer:
     if not wanted:
         return "Y", "no phase draws answers", ["evidence/training"]
     whole = "every sampled answer with tokens, log-probabilities and reward"
-    return _complete(release.without(wanted), whole, "no table of", ["dataset/rl"])
+    return _complete(release.without(wanted), len(wanted), whole, "no table of", ["dataset/rl"])
 
 
 @_row("outputs of each evaluation item")
@@ -149,9 +155,8 @@ def _outputs(release: Published) -> Answer:
     evaluation = release.folder / "dataset/evaluation"
     measured = [path.parent.relative_to(release.folder).as_posix() for path in sorted(evaluation.rglob("scores.json"))]
     missing = release.without({folder: f"{folder}/*.parquet" for folder in measured})
-    return _complete(
-        missing, f"tables beside {len(measured)} files of scores", "scores alone in", ["dataset/evaluation"]
-    )
+    whole, evidence = f"tables beside {len(measured)} files of scores", ["dataset/evaluation"]
+    return _complete(missing, len(measured), whole, "scores alone in", evidence)
 
 
 @_row("contamination, item by item")
@@ -170,7 +175,8 @@ def _replay(release: Published) -> Answer:
         except (AtomError, KeyError, TypeError, ValueError, AttributeError) as error:
             reasons.append(f"{phase} ({error})")
     command = f"`atom replay . --phase PHASE` has all it needs of {', '.join(release.phases)}"
-    return _complete(reasons, command, "not of", ["checkpoints", "dataset", "evidence/statements"])
+    evidence = ["checkpoints", "dataset", "evidence/statements"]
+    return _complete(reasons, len(release.phases), command, "not of", evidence)
 
 
 @_row("bitwise replay")
@@ -189,9 +195,8 @@ def _bitwise(release: Published) -> Answer:
 def _signatures(release: Published) -> Answer:
     places = [f"{place.folder}/{SIGNATURE}".lstrip("/") for place in repositories(release.folder)]
     missing = release.without({path: path for path in places})
-    if len(missing) == len(places):
-        return "N", "no repository is signed; `atom sign` signs all", []
-    return _complete(missing, f"{len(places)} repositories and branches", "no", [places[0]])
+    whole, present = f"{len(places)} repositories and branches", [path for path in places if path not in missing]
+    return _complete(missing, len(places), whole, "`atom sign` has not written", present)
 
 
 def _one_of(release: Published, patterns: Sequence[str], what: str) -> Answer:
@@ -228,7 +233,8 @@ def _browser(release: Published) -> Answer:
 def _tracing(release: Published) -> Answer:
     tables = {name: f"dataset/{name}/**/*.parquet" for name in ("kept", "tokens/documents", "order")}
     missing = release.without({**tables, "index of checkpoints": "checkpoints/index.json"})
-    return _complete(missing, "`atom trace` leads from text to steps and checkpoints", "it lacks", ["dataset/order"])
+    whole = "`atom trace` leads from text to steps and checkpoints"
+    return _complete(missing, len(tables) + 1, whole, "it lacks", ["dataset/order"])
 
 
 @_row("energy and cost")
@@ -244,9 +250,9 @@ def _energy(release: Published) -> Answer:
 
 @_row("small sizes of the same recipe")
 def _sizes(release: Published) -> Answer:
-    config = read_json(release.folder / MODEL / "config.json")
-    size = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
-    return "P", f"one size, {size}; no file of a release names others of its recipe", [f"{MODEL}/config.json"]
+    size = sum(path.stat().st_size for path in (release.folder / MODEL).glob("*.safetensors"))
+    answer: Literal["P", "N"] = "P" if size <= SMALL_BYTES else "N"
+    return answer, f"weights of {size / 1e6:,.1f} MB, one size; a release names no others of its recipe", [MODEL]
 
 
 def rows(folder: Path) -> Iterator[Row]:

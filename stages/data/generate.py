@@ -177,11 +177,11 @@ class Generator:
         """The token ids of the prompt for a document, and the reason why it cannot be asked, if there is one."""
         if token := next((token for token in self.special if token in text), None):
             return [], f"the document holds {token}, a token of the generator"
-        asked = self.reader.prompt.replace(PLACE, text)
+        prompt = self.reader.prompt.replace(PLACE, text)
         if self.reader.form == "chat":
-            messages = [{"role": "user", "content": asked}]
-            asked = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self.tokenizer(asked, add_special_tokens=False).input_ids
+            messages = [{"role": "user", "content": prompt}]
+            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
         if len(ids) + self.reader.max_new_tokens > self.context:
             return ids, f"the prompt and max_new_tokens need more than the generator's context of {self.context} tokens"
         return ids, ""

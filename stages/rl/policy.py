@@ -213,16 +213,18 @@ def unscored(
 
 def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> list[Rollout]:
     """The answers with their rewards. rows: the task of each."""
-    completions = [
-        Completion(tuple(r.ids), tuple(r.logprobs), r.finished, turns=None if r.turns is None else tuple(r.turns))
-        for r in answers
-    ]
-    parts = policy.score(rows, completions)
+    parts = policy.score(rows, [completion_of(r) for r in answers])
     versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}
     return [
         replace(r, reward=p["reward"], parts=p, verifier_version=versions[r.verifier])
         for r, p in zip(answers, parts, strict=True)
     ]
+
+
+def completion_of(r: Rollout) -> Completion:
+    """The completion that an answer records, without its experts."""
+    turns_of_answer = None if r.turns is None else tuple(r.turns)
+    return Completion(tuple(r.ids), tuple(r.logprobs), r.finished, turns=turns_of_answer)
 
 
 class RecordedRollouts(RolloutFiles):
@@ -291,17 +293,7 @@ class RecordedRollouts(RolloutFiles):
         """The recorded answers, of whose columns those are computed anew that follow from others."""
         return [
             replace(
-                unscored(
-                    step,
-                    wave,
-                    r.policy,
-                    row,
-                    seed,
-                    policy.chat,
-                    Completion(tuple(r.ids), (), r.finished, turns=None if r.turns is None else tuple(r.turns)),
-                ),
-                ids=r.ids,
-                logprobs=r.logprobs,
+                unscored(step, wave, r.policy, row, seed, policy.chat, completion_of(r)),
                 reward=r.reward,
                 parts=r.parts,
                 verifier_version=r.verifier_version,

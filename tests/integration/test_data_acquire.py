@@ -156,9 +156,9 @@ def test_a_question_and_its_answer_in_fields_of_their_own(tmp_path: Path, run_st
         chat.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}]).rstrip("\n")
         for question, answer in (("Name it.\n\nA red fruit.", "An apple."), ("Say hello.", "Hello."))
     ]
-    found = documents(artifact)
-    assert [row["text"] for row in found] == texts
-    assert [text[row["prompt_chars"] :] for row, text in zip(found, texts, strict=True)] == [
+    acquired = documents(artifact)
+    assert [row["text"] for row in acquired] == texts
+    assert [text[row["prompt_chars"] :] for row, text in zip(acquired, texts, strict=True)] == [
         "An apple.<|im_end|>", "Hello.<|im_end|>",
     ]  # fmt: skip
     assert ["no text in field 'response'" in row["reason"] for row in documents(artifact, "failed")] == [True]

@@ -44,8 +44,7 @@ def settings(commit: str, **changes: Any) -> dict[str, Any]:
 
 
 def source(commit: str, **changes: Any) -> Any:
-    (made,) = TasksConfig.model_validate({"sources": [settings(commit, **changes)], "seed": 0}).sources
-    return made
+    return TasksConfig.model_validate({"sources": [settings(commit, **changes)], "seed": 0}).sources[0]
 
 
 def commit_rows(hub: Hub, rows: list[dict[str, Any]]) -> str:

@@ -84,8 +84,8 @@ class GymServer(Verifier):
         """Scores in a session of the task, in which the calls of the answer are made again, if the task has tools."""
         if functions := functions_of(row):
             calls = [call for _, calls in response.earlier for call in calls if is_of(call, functions)]
-            made = [(call["tool"], json.loads(call["request"])["arguments"]) for call in calls]
-            for call, (_, text) in zip(calls, session.begin(row, made), strict=True):
+            requests = [(call["tool"], json.loads(call["request"])["arguments"]) for call in calls]
+            for call, (_, text) in zip(calls, session.begin(row, requests), strict=True):
                 if not as_recorded(text, call["result"]):
                     raise Unanswered(
                         f"{self.url}/{call['tool']} answers a call otherwise than when the answer was drawn",

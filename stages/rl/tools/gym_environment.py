@@ -69,10 +69,10 @@ class Environment:
             return list(pool.map(self._answer, calls))
 
     def _answer(self, call: Call) -> Result:
-        made = [(each.name, each.arguments) for each in (*call.before, call)]
+        requests = [(each.name, each.arguments) for each in (*call.before, call)]
 
         def work(session: Session) -> tuple[int, str]:
-            return session.begin(call.row, made)[-1]
+            return session.begin(call.row, requests)[-1]
 
         try:
             status, text = gym_session.attempt(self.url, self.timeout, work)
