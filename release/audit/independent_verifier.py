@@ -2,10 +2,10 @@
 
     python evidence/independent_verifier.py RELEASE        # Python 3.11 or newer, with pyarrow
 
-RELEASE is the whole folder of a release of format 4. Checks: checksums, the digests of artifacts, the origin of every
-file, statements with their keys and inputs, dispositions and texts of documents, Merkle roots, the training order,
-scores and rollouts. Every problem is a line. The exit code is 0 for a sound release, 1 for problems, 2 if RELEASE is
-none. Texts are read a batch at a time; the ids of documents are kept in memory.
+RELEASE is the whole folder of a release of format 4, as it was built: no document was taken back. Checks: checksums,
+digests of artifacts, the origin of every file, statements with keys and inputs, dispositions and texts of documents,
+Merkle roots, the training order, scores, rollouts. Every problem is a line. The exit code is 0 for a sound release, 1
+for problems, 2 if RELEASE is none. Ids are kept, some 200 bytes of memory for each document; texts are not.
 """
 
 import hashlib
@@ -277,9 +277,9 @@ def rollouts(root: Path) -> Iterator[str]:
 
 def main(arguments: list[str]) -> int:
     root = Path(arguments[0] if arguments else ".")
-    about = root / "evidence/release.json"
-    if len(arguments) > 1 or not about.is_file() or read(about).get("format") != FORMAT:
-        print(f"{root} is not the folder of a whole release of format {FORMAT}", file=sys.stderr)
+    about, tombstone = root / "evidence/release.json", root / "dataset/retracted.json"
+    if len(arguments) > 1 or not about.is_file() or read(about).get("format") != FORMAT or tombstone.exists():
+        print(f"{root} is not a whole release of format {FORMAT}, as it was built", file=sys.stderr)
         return 2
     problems = 0
     for check in (checksums, provenance, statements, documents, merkle_roots, order, scores, rollouts):

@@ -52,6 +52,10 @@ def test_another_folder_is_one_sentence(tmp_path: Path, release: Path) -> None:
     shutil.copy(release / "evidence/independent_verifier.py", tmp_path)
     (tmp_path / "evidence/release.json").write_text('{"format": 3}')
     assert run(tmp_path) == (2, [])
+    shutil.copytree(release / "evidence", tmp_path / "taken-back/evidence")
+    (tmp_path / "taken-back/dataset").mkdir()
+    (tmp_path / "taken-back/dataset/retracted.json").write_text("{}")
+    assert run(tmp_path / "taken-back") == (2, [])
 
 
 def change_json(path: Path, change: Callable[[Any], object]) -> None:

@@ -39,8 +39,8 @@ class SearchTool(Tool):
     sources: tuple[SourceName, ...] = Field(
         (), max_length=MOST_SOURCES, description="sources of the data recipe to search; empty: all"
     )
-    documents: Annotated[int, Range(1, 1e9)] | None = Field(
-        None, description="maximum documents of each source, the first ones; null: all"
+    documents: Annotated[int, Range(1, 1e9)] = Field(
+        100_000, description="maximum documents of each source, the first ones, which bounds the start of the phase"
     )
     passage_characters: Annotated[int, Range(50, 1e6)] = Field(1000, description="maximum characters of a passage")
     passages: Annotated[int, Range(1, 1000)] = Field(3, description="maximum passages of a result")
