@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.store import Artifact
+from pipeline.core.store import Artifact, sha256_file
 from release.assembly.attribution import write_attribution
 from stages.data import acquire
 from stages.data.licenses.maps import UNMAPPED
@@ -226,6 +226,31 @@ def test_fetching_what_is_there_and_what_is_nowhere(folder: Path, capsys: pytest
     assert fetch.main(["debian", str(names), str(folder), str(new)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and not new.exists()
+
+
+def test_pip_fetches_into_a_folder_named_from_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pip itself, from a folder instead of an index. The package builds itself, so that pip needs nothing else."""
+    backend = (
+        "import pathlib\n"
+        "def prepare_metadata_for_build_wheel(folder, config_settings=None):\n"
+        "    info = pathlib.Path(folder, 'plot-1.0.dist-info')\n"
+        "    info.mkdir()\n"
+        "    (info / 'METADATA').write_text('Metadata-Version: 2.1\\nName: plot\\nVersion: 1.0\\n')\n"
+        "    return info.name\n"
+    )
+    project = "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n"
+    index = tmp_path / "index"
+    index.mkdir()
+    (index / "plot-1.0.tar.gz").write_bytes(
+        sdist_of("plot-1.0", {**PLOT, "backend.py": backend, "pyproject.toml": project})
+    )
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    Path("corpora").mkdir()
+    package = fetch.python_package("plot==1.0", Path("corpora"))
+    assert (package.file, package.sha256) == ("plot-1.0.tar.gz", sha256_file(index / "plot-1.0.tar.gz"))
+    assert [path.name for path in Path("corpora").iterdir()] == [package.file]
 
 
 def test_the_packaged_recipe_is_pinned_to_its_lock_files() -> None:

@@ -75,7 +75,7 @@ def python_package(requirement: str, folder: Path) -> LockedPackage:
             return present
     drop = folder / f".{name}"
     drop.mkdir(exist_ok=True)
-    command = ["download", "-q", "--no-deps", "--no-binary", name, "-d", str(drop), requirement]
+    command = ["download", "-q", "--no-deps", "--no-binary", name, "-d", drop.name, requirement]
     _run([sys.executable, "-P", "-m", "pip", *command], folder)
     files = sorted(drop.iterdir())
     if len(files) != 1 or not files[0].name.endswith(".tar.gz"):
