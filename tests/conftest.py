@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import resource
 import shutil
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,22 +68,49 @@ def pytest_unconfigure() -> None:
     audit_fixtures.stop()
 
 
+CPU_SECONDS = "processor seconds"
+"""The property of a report that has them."""
+STARTED = pytest.StashKey[float]()
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    item.stash[STARTED] = cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report, now = (yield), cpu_seconds()
+    report.user_properties.append((CPU_SECONDS, now - item.stash[STARTED]))
+    item.stash[STARTED] = now
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Prints the minutes of all workers together by folder, and the files that take most: what grows shows here first."""
-    seconds: Counter[Path] = Counter()
+    """Prints the minutes of all workers together by folder, and the files that take most: what grows shows here first.
+    A file's processor minutes do not depend on what else the machine does; jobs of Slurm are not among them."""
+    minutes: Counter[Path] = Counter()
+    processor: Counter[Path] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                seconds[Path(report.nodeid.partition("::")[0])] += report.duration
+                file = Path(report.nodeid.partition("::")[0])
+                minutes[file] += report.duration / 60
+                processor[file] += dict(report.user_properties).get(CPU_SECONDS, 0) / 60
     folders: Counter[str] = Counter()
-    for path, duration in seconds.items():
+    for path, duration in minutes.items():
         folders["/".join(path.parts[:2])] += duration
-    for title, table in (
-        ("folder", sorted(folders.items())),
-        ("file, the first 25", [(path.stem, duration) for path, duration in seconds.most_common(25)]),
-    ):
-        parts = ", ".join(f"{name} {duration / 60:.1f}" for name, duration in table)
-        terminalreporter.write_line(f"minutes of the workers by {title}: {parts}")
+    by_folder = [f"{name} {duration:.1f}" for name, duration in sorted(folders.items())]
+    by_file = [f"{path.stem} {minutes[path]:.1f} ({cpu:.1f})" for path, cpu in processor.most_common(25)]
+    terminalreporter.write_line(f"minutes of the workers by folder: {', '.join(by_folder)}")
+    terminalreporter.write_line(f"minutes by file, and of the processor, the first 25: {', '.join(by_file)}")
 
 
 LONGEST = ("ON_SLURM", "smoke_home")
