@@ -298,6 +298,7 @@ def test_an_order_that_depends_on_time_is_replayed_too(place: Path, tmp_path: Pa
     require_equal_replay(place, tmp_path / "out", tmp_path, **phase)
 
 
+@at_length("training", 25)
 def test_a_sampler_that_gives_nothing_stops_the_phase(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,7 @@ def step_files(artifact: Artifact, step: int) -> dict[str, str]:
     return {r.path: r.sha256 for r in artifact.rows if r.path.startswith(f"step-{step:06d}/") and "state" not in r.path}
 
 
+@at_length("release", 35)
 def test_an_unchanged_run_goes_on_to_the_same_bytes(smoke_home: Path, tmp_path: Path) -> None:
     """The same rows, the same moments, so the very bytes that the earlier run ended with."""
     home = tmp_path / "home"

@@ -26,7 +26,7 @@ from stages.data.recipe import load
 from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, part_files, sources_of, write_rows
 from stages.evaluation import benchmarks, eval_set
 from tests.fixtures.dedup_fixtures import deduplicate
-from tests.fixtures.run_fixtures import RecordingReport
+from tests.fixtures.run_fixtures import RecordingReport, at_length
 
 PROSE_STEPS = [
     {"step": "gopher_quality", "min_doc_words": 10, "min_stop_words": 0, "max_non_alpha_words_ratio": 0.6},
@@ -364,6 +364,7 @@ def test_contamination_index() -> None:
     assert index.find(" ".join(f"w{i}" for i in range(4, 16))) is None
 
 
+@at_length("data-plane", 40)
 def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Path, run_stage: Any) -> None:
     """The same digests in fresh interpreters with other hash seeds, and when the second part of the work is left."""
     code = (

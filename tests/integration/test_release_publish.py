@@ -226,6 +226,7 @@ assert heads() == before
 
 
 @at_length("release", 30)
+@at_length("release", 25)
 def test_a_later_version_is_verified_before_a_public_branch_moves(client, release: Path, tmp_path: Path) -> None:
     source = release_fixtures.build_input(tmp_path / "run")
     for root in source.code_roots:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.fixtures import slurm_fixtures
 from tests.fixtures.disturbance_fixtures import finish, finished_stages, submit
-from tests.fixtures.run_fixtures import SOAK, atom
+from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
 pytestmark = slurm_fixtures.ON_SLURM
 
@@ -47,6 +47,7 @@ def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) 
     assert "all sealed" not in atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain").stdout
 
 
+@at_length("slurm-stages", 25)
 def test_jobs_run_from_the_code_as_it_was(home: Path, tmp_path: Path) -> None:
     submit(home)
     (code,) = (home / "code").iterdir()
@@ -83,7 +84,7 @@ REFUSED: list[tuple[dict, str]] = [
 ]
 
 
-@pytest.mark.parametrize("changed, words", REFUSED[:: 1 if SOAK else 2], ids=str)
+@pytest.mark.parametrize("changed, words", REFUSED[:: 1 if SOAK else 3], ids=str)
 def test_what_slurm_or_the_schema_refuses_is_one_sentence_and_leaves_nothing(
     home: Path, changed: dict, words: str
 ) -> None:
