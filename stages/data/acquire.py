@@ -334,10 +334,10 @@ def _id_twice(source: Source, id: str) -> AtomError:
 
 def estimate(config: AcquireConfig) -> Estimate:
     """Without an expected size: seconds for a source from Python's library or from a seed, none for files."""
-    if config.source.expected is None:
-        small = None if isinstance(config.source.reader, FileReader) else 5.0
-        return estimates.estimate("acquire", None, small)
-    return estimates.estimate("acquire", config.source.expected)
+    size, reader = config.source.expected, config.source.reader
+    if size is None:
+        return estimates.estimate("acquire", None, None if isinstance(reader, FileReader) else 5.0)
+    return estimates.estimate("acquire", size, step_seconds=reader.seconds_per_mb * size.bytes / 1e6)
 
 
 STAGE = Stage(

@@ -65,8 +65,8 @@ WORK = 1.0
 def estimate(stage: str, size: Size | None, small: float | None = None, step_seconds: float = 0.0) -> Estimate:
     """The resources of a data stage on text of that size.
 
-    small: core seconds of a small corpus, for an unknown size; None: no estimate then. step_seconds: of curation steps,
-    beside the law.
+    small: core seconds of a small corpus, for an unknown size; None: no estimate then. step_seconds: of curation steps
+    or a reader, beside the law.
     """
     law = LAWS[stage]
     if size is None:

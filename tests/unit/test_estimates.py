@@ -70,6 +70,17 @@ def test_steps_take_their_time_beside_the_law(tmp_path: Path) -> None:
     assert more["filter"].serial_seconds == plain["filter"].serial_seconds
 
 
+def test_packages_take_longer_to_read_than_plain_text() -> None:
+    """A plan said seconds for what took half an hour."""
+    recipe = load("packages")
+    seconds = {}
+    for name in ("manuals", "programs"):
+        config = acquire.AcquireConfig.model_validate(recipe.acquire_config(name, 0))
+        assert config.source.expected is not None
+        seconds[name] = acquire.STAGE.estimate(config).cpu_seconds / config.source.expected.bytes * 1e6
+    assert seconds["manuals"] > 5 * seconds["programs"] > 10 * estimates.LAWS["acquire"].seconds_per_mb
+
+
 def test_published_files_are_those_of_the_parts(tmp_path: Path) -> None:
     stages = estimates_of(tmp_path, SIZE, SIZE, steps=("language",))
     size = int(estimates.LAWS["dedup"].disk * SIZE["bytes"])

@@ -177,6 +177,11 @@ class Reader(Config):
         return False
 
     @property
+    def seconds_per_mb(self) -> float:
+        """Core seconds to make a MB of text from its files, beside the law of `acquire`; for `atom plan` alone."""
+        return 0.0
+
+    @property
     def declared(self) -> dict[str, Any]:
         """Further entries of source.json."""
         return {}
