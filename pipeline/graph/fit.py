@@ -129,7 +129,7 @@ def _memory(row: StagePlan, profile: Profile) -> list[str]:
             reasons.append(_lack(on_gpu, limit * GIB, "a GPU", "gpu.memory_gb"))
         need = estimate.host_bytes
     of_node = need * allocation.ranks_per_node
-    limit = allocation.jobs.memory_gb
+    limit = allocation.jobs.memory_gb or None  # 0 stands for all of a node, whose size Slurm knows
     if limit is not None and of_node > limit * GIB:
         reasons.append(_lack(of_node, limit * GIB, "its job on a node", f"slurm.{allocation.section}.memory_gb"))
     return reasons
@@ -144,7 +144,7 @@ def _server_memory(row: StagePlan, profile: Profile) -> list[str]:
     limit = profile.gpu.memory_gb if profile.gpu else None
     if limit is not None and on_gpu > limit * GIB:
         reasons.append(_lack(on_gpu, limit * GIB, "a GPU", "gpu.memory_gb", "its server"))
-    if servers.memory_gb is not None and on_host > servers.memory_gb * GIB:
+    if servers.memory_gb and on_host > servers.memory_gb * GIB:
         reasons.append(_lack(on_host, servers.memory_gb * GIB, "its job", "slurm.servers.memory_gb", "its server"))
     return reasons
 
@@ -187,9 +187,9 @@ def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
         jobs = [profile.slurm.allocation(row.state.name, row.needs) for row in rows]
         if any(job.gpus for job in jobs) and (profile.gpu is None or profile.gpu.memory_gb is None):
             missing.append("gpu.memory_gb")
-        sections = {f"slurm.{job.section}.memory_gb" for job in jobs if job.jobs.memory_gb is None}
+        sections = {f"slurm.{job.section}.memory_gb" for job in jobs if not job.jobs.memory_gb}
         servers = [servers for row in rows if (servers := servers_of(row, profile)) is not None]
-        missing += sorted(sections | {"slurm.servers.memory_gb" for server in servers if server.memory_gb is None})
+        missing += sorted(sections | {"slurm.servers.memory_gb" for server in servers if not server.memory_gb})
     missing += [
         f"storage.{name}" for name in ("home_gb", "home_files", "hub_gb") if getattr(profile.storage, name) is None
     ]

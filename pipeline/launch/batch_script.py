@@ -25,6 +25,7 @@ from pipeline.launch.cluster_profile import Resources, Servers, Slurm
 from pipeline.launch.decision import Decision
 from pipeline.launch.local import JOB_ENVIRONMENT
 from pipeline.launch.slurm_client import Owner
+from pipeline.launch.slurm_options import options_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class BatchScript:
             non_secret_parts=clean_environment.NON_SECRET_PARTS,
             secret_names=clean_environment.SECRET_NAMES,
             allowed_names=clean_environment.ALLOWED,
-            decisions={"sealed": Decision.SEALED, "done": Decision.DONE, "restart": Decision.RESTART},
+            decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "failed")},
+            setup_failed_kind=Kind.MACHINE,
             check_failed={"kind": Kind.CHECK, "exit_code": Kind.CHECK.exit_code},
             failed_exit_code=Kind.USER.exit_code,
         )
@@ -102,7 +104,7 @@ def batch_script(
         options["dependency"] = f"afterok:{':'.join(dependencies)}"
     if tasks:
         options["array"] = f"0-{tasks - 1}%{min(tasks, slurm.array_tasks)}"
-    script = _script(store, run, node, slurm, code, folder, options, comment, is_array=tasks > 0)
+    script = _script(store, run, node, slurm, allocation.jobs, code, folder, options, comment, is_array=tasks > 0)
     if not tasks and (servers := servers_of(slurm, node)):
         search = ServerSearch(str(servers_folder(run, node) / "announced"), run.id, 60.0 * servers.wait_minutes)
         script = replace(script, variables={**script.variables, **search.variable()})
@@ -128,12 +130,12 @@ def servers_script(
     options |= {"array": f"0-{servers.count - 1}", "dependency": f"after:{job}"}
     served = Owner(run.id, node.name, node.key)
     comment = replace(served, key=f"{node.key}.servers").comment  # no job of the key itself
-    script = _script(store, run, node, slurm, code, folder, options, comment, is_array=True)
+    script = _script(store, run, node, slurm, servers, code, folder, options, comment, is_array=True)
     return replace(script, served_job=job, served_comment=served.comment)
 
 
 def _script(
-    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, folder: Path,
+    store: Store, run: RunFolder, node: Node, slurm: Slurm, jobs: Resources, code: Path, folder: Path,
     options: dict[str, str | int | bool], comment: str, is_array: bool,
 ) -> BatchScript:  # fmt: skip
     """folder: of the job's files. options: of sbatch, beside those that each job has."""
@@ -154,9 +156,9 @@ def _script(
         sbatch_options=dict(sorted(options.items())),
         forwarded_variables=clean_environment.forwarded_variables(os.environ, slurm.forward),
         modules=slurm.modules,
-        variables={**variables, **slurm.environment},
+        variables={**variables, **slurm.environment, **jobs.environment},
         setup=slurm.setup,
-        srun_command=shlex.join([*srun_command, *_container_options(slurm, store)]),
+        srun_command=shlex.join([*srun_command, *_container_options(slurm, store), *jobs.srun]),
         python=_python(slurm, store),
         submitit_folder=folder / "submitit",
         launches_folder=folder / "ranks",
@@ -178,7 +180,7 @@ def _sbatch_options(
         "ntasks-per-node": tasks_per_node,
         "cpus-per-task": cpus_per_task,
         "gpus-per-node": gpus_per_node or None,
-        "mem": None if jobs.memory_gb is None else f"{round(jobs.memory_gb * 1024)}M",
+        "mem": None if jobs.memory_gb is None else f"{round(jobs.memory_gb * 1024)}M" if jobs.memory_gb else "0",
         "exclusive": jobs.exclusive or None,
         "account": jobs.account,
         "qos": jobs.qos,
@@ -190,7 +192,7 @@ def _sbatch_options(
         "open-mode": "append",
         "requeue": True,
     }
-    return {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None} | options_of(jobs.sbatch)
 
 
 def _python(slurm: Slurm, store: Store) -> str:

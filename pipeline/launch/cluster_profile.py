@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
 from pipeline.graph.run import Prices as RunPrices
 from pipeline.launch.clean_environment import is_secret
+from pipeline.launch.slurm_options import Options
 
 
 class Local(Config):
@@ -119,6 +121,8 @@ class Container(Config):
 SlurmName = Annotated[
     str, Words(200, "name of Slurm, or several with commas between", r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")
 ]
+Value = Annotated[str, Words(4096, empty=True)]
+StagePattern = Annotated[str, Words(100, "name of a stage, or a pattern with * and ?", r"[A-Za-z0-9_.*?\[\]-]+")]
 SlurmExpression = Annotated[
     str, Words(1000, "expression of Slurm: no spaces or quotes", r"[A-Za-z0-9_\[(][^\s'\"\\`$;<>]*")
 ]
@@ -133,14 +137,21 @@ class Resources(Config):
     )
     gpus_per_node: Annotated[int, Range(0, 1024)] = Field(0, description="GPUs per node; 0: none")
     cpus_per_task: Annotated[int, Range(1, 4096)] = Field(1, description="CPU cores per rank or server")
-    memory_gb: Annotated[float, Range(0, 1e6, above=True)] | None = Field(
-        None, description="memory per node in GiB; null: the default of the partition"
+    memory_gb: Annotated[float, Range(0, 1e6)] | None = Field(
+        None, description="memory per node in GiB; 0: all of the node; null: the default of the partition"
     )
     account: SlurmName | None = Field(None, description="Slurm account; null: the default of the user")
     qos: SlurmName | None = Field(None, description="Slurm quality of service; null: the default of Slurm")
     constraint: SlurmExpression | None = Field(None, description="required node features, as for sbatch --constraint")
     exclude: SlurmExpression | None = Field(None, description="nodes to avoid, as for sbatch --exclude")
     exclusive: Flag = Field(False, description="do not share nodes with other jobs")
+    sbatch: Options = Field(
+        (), description="further options of sbatch, such as --reservation=llm, --switches=1 or --licenses=lustre:2"
+    )
+    srun: Options = Field((), description="further options of srun, such as --cpu-bind=cores or --mem-bind=local")
+    environment: dict[Variable, Value] = Field(
+        {}, max_length=1000, description="environment variables of these jobs, beside those of all"
+    )
 
 
 class Jobs(Resources):
@@ -149,6 +160,33 @@ class Jobs(Resources):
     tasks_per_node: Annotated[int, Range(1, 1024)] = Field(
         1, description="maximum number of ranks per node; on GPU nodes, one per GPU"
     )
+
+
+class Changes(Config):
+    """What jobs of some stages request otherwise than those of their kind; null: as their kind."""
+
+    partition: SlurmName | None = Field(None, description="Slurm partition, or several")
+    minutes: Annotated[int, Range(1, 525_600)] | None = Field(None, description="time limit of one start in minutes")
+    cpus_per_task: Annotated[int, Range(1, 4096)] | None = Field(None, description="CPU cores per rank")
+    memory_gb: Annotated[float, Range(0, 1e6)] | None = Field(
+        None, description="memory per node in GiB; 0: all of the node"
+    )
+    account: SlurmName | None = Field(None, description="Slurm account")
+    qos: SlurmName | None = Field(None, description="Slurm quality of service")
+    constraint: SlurmExpression | None = Field(None, description="required node features")
+    exclude: SlurmExpression | None = Field(None, description="nodes to avoid")
+    exclusive: Flag | None = Field(None, description="do not share nodes with other jobs")
+    sbatch: Options = Field((), description="options of sbatch, after those of the kind")
+    srun: Options = Field((), description="options of srun, after those of the kind")
+    environment: dict[Variable, Value] = Field(
+        {}, max_length=1000, description="environment variables, beside those of the kind"
+    )
+
+    def apply(self, jobs: Jobs) -> Jobs:
+        """The jobs with these changes. Options and variables are added, all else is replaced."""
+        changed = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+        added = {name: getattr(jobs, name) + changed[name] for name in ("sbatch", "srun")}
+        return jobs.model_copy(update={**changed, **added, "environment": {**jobs.environment, **self.environment}})
 
 
 class Servers(Resources):
@@ -188,9 +226,6 @@ class Allocation:
         return self.nodes * self.ranks_per_node
 
 
-Value = Annotated[str, Words(4096, empty=True)]
-
-
 class Slurm(Config):
     """How `atom submit` uses a Slurm cluster."""
 
@@ -201,6 +236,11 @@ class Slurm(Config):
     )
     gpu: Jobs | None = Field(
         None, description="jobs of other stages that ask for GPUs, such as evaluation by vLLM; null: those of `train`"
+    )
+    stages: dict[StagePattern, Changes] = Field(
+        {},
+        max_length=1000,
+        description="what jobs of some stages request otherwise, by the stage's name or a pattern such as evaluate-*",
     )
     container: Container | None = Field(None, description="container of the stages; null: none")
     python: LongLine | None = Field(
@@ -237,13 +277,22 @@ class Slurm(Config):
 
     @model_validator(mode="after")
     def _no_secret(self) -> Slurm:
-        for name, value in (*((name, "") for name in self.forward), *self.environment.items()):
+        kinds = [jobs for jobs in (self.cpu, self.train, self.servers, self.gpu) if jobs is not None]
+        environments = [each.environment for each in (self, *kinds, *self.stages.values())]
+        values = [pair for environment in environments for pair in environment.items()]
+        for name, value in (*((name, "") for name in self.forward), *values):
             if is_secret(name, value):
                 raise ValueError(
                     f"{name} looks like a secret, and no secret reaches a job; leave it out, and give MLflow its user "
                     "and password in ~/.mlflow/credentials"
                 )
         return self
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The names of the variables that jobs inherit or get."""
+        kinds = [jobs for jobs in (self.cpu, self.train, self.servers, self.gpu) if jobs is not None]
+        return (*self.forward, *(name for each in (self, *kinds, *self.stages.values()) for name in each.environment))
 
     def allocation(self, stage: str, needs: Needs) -> Allocation:
         """The allocation of a stage's job. On jobs without GPUs a stage that asks for some runs on cores.
@@ -252,6 +301,8 @@ class Slurm(Config):
         """
         section = "train" if needs.trains or (needs.gpus and self.gpu is None) else "gpu" if needs.gpus else "cpu"
         jobs: Jobs = getattr(self, section)
+        for pattern, changes in self.stages.items():
+            jobs = changes.apply(jobs) if fnmatchcase(stage, pattern) else jobs
         ranks, ranks_per_node = needs.ranks, min(needs.ranks, jobs.tasks_per_node)
         if ranks % ranks_per_node:
             raise RecipeError(

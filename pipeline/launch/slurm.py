@@ -85,8 +85,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
         keys = {name: graph.nodes[name].key for name in selected}
-        variables = (*slurm.forward, *slurm.environment)
-        limits = JobLimits(keys, budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, variables)
+        limits = JobLimits(keys, budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables)
         jobs: dict[str, str] = {}
         try:
             for name in selected:

@@ -64,10 +64,19 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
         slurm_job = slurm_jobs.get(row["job"])
         if not is_submitted_job(slurm_job, run, row, node.name):
             slurm_job = finished_jobs.get(row["job"])
-        with_job = _add_job_state(node, row["job"], slurm_job, restarts(run, node.name))
+        with_job = _add_job_state(
+            node, row["job"], slurm_job, restarts(run, node.name), _last_verdict(run, node.name, row["job"])
+        )
         with_job = replace(with_job, servers=_servers(row, slurm_jobs))
         rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
+
+
+def _last_verdict(run: Run, node: str, job: str) -> Verdict | None:
+    """The decision about the last start of a job; None if it left none."""
+    starts = (run.node_folder(node) / "ranks").glob(f"{job}.*")
+    last = max(starts, key=lambda folder: int(folder.suffix[1:]), default=None)
+    return None if last is None else Verdict.read(last)
 
 
 def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
@@ -76,8 +85,11 @@ def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
     return owner is not None and owner.node == node and (row["attached"] or owner.run == run.id)
 
 
-def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: int) -> NodeStatus:
-    """The status of a node from its files and from Slurm's state of its job; an artifact outranks both."""
+def _add_job_state(
+    node: NodeStatus, id: str, job: Job | None, restart_count: int, verdict: Verdict | None
+) -> NodeStatus:
+    """The status of a node from its files and from Slurm's state of its job; an artifact outranks both. verdict: of
+    the last start."""
     node = replace(node, job=id, restarts=restart_count or None)
     if job is None:
         if node.state in ("sealed", "running", "failed"):
@@ -91,7 +103,11 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: in
         if node.state == "failed" and node.kind is not None and job.state in ("RUNNING", "COMPLETING"):
             return replace(node, state=ENDING, reason=reason or None)  # its attempt has ended, and the job soon will
         return replace(node, state=job.state.lower(), reason=reason or None, message="", kind=None)
-    message = node.message or END_MESSAGES.get(job.state, f"{job.state.lower().replace('_', ' ')} {job.reason}".strip())
+    message = (
+        node.message
+        or (verdict.text if verdict else "")
+        or END_MESSAGES.get(job.state, f"{job.state.lower().replace('_', ' ')} {job.reason}".strip())
+    )
     if job.state == "CANCELLED":
         return replace(node, state="cancelled", reason=job.reason or None, message="", kind=None)
     return replace(node, state="failed", message=message)

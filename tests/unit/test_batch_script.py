@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from submitit.core.utils import DelayedSubmission
 
 from pipeline.core import json_files
@@ -49,7 +50,7 @@ OF_PROFILES = {
         "#SBATCH --constraint=h100",
         "#SBATCH --exclude='node[013,027]'",
         "#SBATCH --signal=USR2@300",
-        "module load cuda/12.8\nmodule load nccl\n",
+        "module load cuda/12.8\ncheck_setup $? 'module cuda/12.8'\nmodule load nccl\n",
         "export NCCL_SOCKET_IFNAME=ib0\n",
         "ulimit -n 65536\n",
     ],
@@ -146,15 +147,15 @@ export PYTHONSAFEPATH=1
 export ATOM_HOME=/shared/atom
 export A='it'"'"'s'
 
+job=$SLURM_JOB_ID
+start=${SLURM_RESTART_COUNT:-0}
+launches=/shared/atom/logs/tiny-1/pretrain/ranks/$SLURM_JOB_ID
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --kill-on-bad-exit=1 /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit
 exit_code=$?
 
 # What rank 0 decided is done. If it left no decision, the job is started again: 3 times, and as long as
 # rank 0 began in one of the last starts.
-job=$SLURM_JOB_ID
-start=${SLURM_RESTART_COUNT:-0}
-launches=/shared/atom/logs/tiny-1/pretrain/ranks/$SLURM_JOB_ID
 decision=$(head -n 1 "$launches.$start/decision" 2> /dev/null)
 kind=$(sed -n 2p "$launches.$start/decision" 2> /dev/null)
 outcome=$(tail -n +3 "$launches.$start/decision" 2> /dev/null)
@@ -278,6 +279,58 @@ def test_what_rank_0_decided_is_done(
     is_over = decision is None or not decision.startswith(("sealed", "again"))
     expected = decision.split("\n", 2)[2] if decision else "it did not start, exit code 9\n"
     assert notes == (f"tiny-1 pretrain: {expected}" if is_over and not end[1] else "")
+
+
+def test_options_of_a_kind_and_of_a_stage_reach_sbatch_and_srun() -> None:
+    kind = {
+        **SLURM["train"], "memory_gb": 0, "sbatch": ["--reservation=llm", "--nice=100", "--hint=nomultithread"],
+        "srun": ["--cpu-bind=cores"], "environment": {"NCCL_DEBUG": "WARN"},
+    }  # fmt: skip
+    stages = {
+        "pre*": {"partition": "big,small", "minutes": 30, "sbatch": ["--nice=5"], "srun": ["--mem-bind=local"]},
+        "pretrain": {"environment": {"NCCL_DEBUG": "INFO"}, "memory_gb": 4},
+        "sft": {"qos": "low"},
+    }
+    settings = {**SLURM, "train": kind, "stages": stages, "environment": {"NCCL_DEBUG": "TRACE", "A": "b"}}
+    batch = script(Slurm.model_validate(settings))
+    options = {"partition": "big,small", "time": 30, "mem": "4096M", "reservation": "llm", "nice": "5"}
+    assert options.items() <= batch.sbatch_options.items() and "qos" not in batch.sbatch_options
+    assert batch.srun_command.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores --mem-bind=local")
+    assert batch.variables["NCCL_DEBUG"] == "INFO" and batch.variables["A"] == "b"
+    batch = script(Slurm.model_validate({**settings, "stages": {}}))
+    assert (batch.sbatch_options["mem"], batch.variables["NCCL_DEBUG"]) == ("0", "WARN")
+    assert {"NCCL_DEBUG", "A"} <= set(Slurm.model_validate(settings).variables)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sbatch": ["--mem=4G"]}, "slurm.train.sbatch.0: --mem has a field here; write memory_gb instead"),
+        ({"srun": ["--export=NONE"]}, "--export follows from the stage; leave it out"),
+        ({"sbatch": ["-p big"]}, "long option of Slurm, such as --nice=100"),
+        ({"sbatch": ["--nice=$(id)"]}, "long option of Slurm, such as --nice=100"),
+        ({"environment": {"HF_TOKEN": "x"}}, "HF_TOKEN looks like a secret"),
+    ],
+)
+def test_options_that_a_profile_may_not_give(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    profile = {"name": "p", "power": {"watts_per_core": 1}, "slurm": {**SLURM, "train": {**SLURM["train"], **changes}}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(profile))
+    with pytest.raises(RecipeError) as error:
+        cluster_profile.load(str(tmp_path / "p.yaml"))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("starts", "end"), [(0, (1, "requeue 7\n")), (3, (2, ""))])
+def test_a_node_on_which_the_setup_fails_does_not_run_the_stage(
+    starts: int, end: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    batch = script(Slurm.model_validate({**SLURM, "setup": ["A=1", "test -e /no/such/driver", "true"]}), tmp_path)
+    assert end_of(tmp_path, batch.text(), starts) == end
+    verdict = Verdict.read(Path(f"{batch.launches_folder}/7.{starts}"))
+    assert verdict is not None and verdict.kind is Kind.MACHINE
+    assert re.fullmatch(r"line 2 of setup of the cluster profile failed with exit code 1 on \S+", verdict.text)
+    assert not (tmp_path / "environment").exists(), "srun was not called"
 
 
 def test_a_job_that_dies_after_it_began_is_started_again_each_time(

@@ -1,0 +1,53 @@
+"""Options of sbatch and srun that a cluster profile adds, written as on the command line: `--reservation=llm`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from pipeline.core.bounds import Words
+
+OF_PROFILE = {
+    "partition": "partition", "time": "minutes", "cpus-per-task": "cpus_per_task", "gpus-per-node": "gpus_per_node",
+    "ntasks-per-node": "tasks_per_node", "mem": "memory_gb", "account": "account", "qos": "qos",
+    "constraint": "constraint", "exclude": "exclude", "exclusive": "exclusive",
+    "signal": "signal_before_limit_seconds", "array": "array_size and array_tasks",
+}  # fmt: skip
+"""Options that have a field in the profile, and that field."""
+OF_ATOM = {
+    "chdir", "comment", "container-image", "container-mounts", "dependency", "error", "export", "export-file", "input",
+    "job-name", "jobid", "kill-on-bad-exit", "kill-on-invalid-dep", "no-kill", "no-requeue", "nodes", "ntasks",
+    "open-mode", "output", "parsable", "requeue", "test-only", "unbuffered", "wait", "wrap",
+}  # fmt: skip
+"""Options that follow from the stage and from how atom starts, watches and stops it."""
+
+
+def _addable(word: str) -> str:
+    name = name_of(word)
+    if name in OF_PROFILE:
+        raise ValueError(f"--{name} has a field here; write {OF_PROFILE[name]} instead")
+    if name in OF_ATOM:
+        raise ValueError(f"--{name} follows from the stage; leave it out")
+    return word
+
+
+def name_of(word: str) -> str:
+    return word.removeprefix("--").partition("=")[0]
+
+
+def options_of(words: Iterable[str]) -> dict[str, str | bool]:
+    """{name: value} of options, True for one without a value. Of two with one name the last counts, as in Slurm."""
+    return {name_of(word): word.partition("=")[2] if "=" in word else True for word in words}
+
+
+Option = Annotated[
+    str,
+    Words(
+        1000, "long option of Slurm, such as --nice=100, without spaces or quotes",
+        r"--[a-z][a-z0-9-]*(=[^\s'\"\\`$;<>]+)?",
+    ),
+    AfterValidator(_addable),
+]  # fmt: skip
+Options = Annotated[tuple[Option, ...], Field(max_length=100)]
