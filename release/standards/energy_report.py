@@ -1,6 +1,6 @@
 """energy.json: energy by stage, and carbon by the factor that the maker states, with the method of both.
 
-    carbon in kg = energy in kWh x overhead x grams of CO2 equivalent per kWh / 1000
+carbon in kg = energy in kWh x overhead x grams of CO2 equivalent per kWh / 1000
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def energy(facts: StandardFacts) -> dict[str, Any]:
     def row(usage: dict[str, float]) -> dict[str, float | None]:
         kwh = usage["energy_wh"] / 1000
         return {
-            "attempts": usage["attempts"],
-            "failed": usage["failed"],
+            "attempts": int(usage["attempts"]),
+            "failed": int(usage["failed"]),
             "core_hours": usage["core_hours"],
             "gpu_hours": usage["gpu_hours"],
             "energy_kwh": kwh,

@@ -60,7 +60,7 @@ def _section(number: str, title: str, fields: list[Json]) -> Json:
 
 
 def _computed(label: str, answer: Any) -> Json:
-    return {"label": label, "answer": answer, "basis": "computed"}
+    return {"label": label, "answer": answer, "basis": NOT_STATED if answer == NOT_STATED else "computed"}
 
 
 def _stated(label: str, answer: Any) -> Json:
@@ -221,7 +221,9 @@ def page(facts: StandardFacts) -> str:
     body = summary(facts)
     lines = [f"# Public summary of training content: {_text(body['summary_of'])}", ""]
     lines += [f"Template: {body['template']}. Version {body['version']}, last updated {body['last_update']}.", ""]
-    lines += ["In brackets: *computed* from the files of the release, or stated by the *maker*. This is no legal advice."]
+    lines += [
+        "In brackets: *computed* from the files of the release, or stated by the *maker*. This is no legal advice."
+    ]
     for section in body["sections"]:
         lines += ["", f"## {section['number']} {section['title']}", ""]
         for field in section["fields"]:

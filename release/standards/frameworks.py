@@ -12,8 +12,11 @@ from typing import Any
 
 import yaml
 
+from release import data_layout
 from release.layout import MODEL, WITHOUT_ORDER, numbered
-from release.standards.standard_facts import NOT_STATED, StandardFacts, is_chat
+from release.standards.standard_facts import NOT_STATED, StandardFacts, address, is_chat
+from stages.data.licenses.allow import AllowedLicenses
+from stages.data.table import row_count
 
 Json = dict[str, Any]
 NOT_INCLUDED = "Component not included"
@@ -80,9 +83,9 @@ def framework(facts: StandardFacts) -> Json:
         rows.append({
             "name": component.name,
             "description": NOT_INCLUDED if absent else component.description,
-            "location": "" if absent else component.location,
+            "location": "" if absent else _url(facts, component),
             "license_name": "" if absent else licenses[component.kind],
-            "license_path": "" if absent else paths[component.kind],
+            "license_path": "" if absent else paths[component.kind] and facts.url_of(paths[component.kind]),
         })  # fmt: skip
     open_models = not missing[3]
     reached = 0 if not open_models else 3 if missing[2] else 2 if missing[1] else 1
@@ -117,10 +120,15 @@ def _absent(facts: StandardFacts, component: Component, license: str) -> str:
     return "" if _open(license, OPEN_DATA) else f"its license {license} is not known to be open"
 
 
+def _url(facts: StandardFacts, component: Component) -> str:
+    """The address of a component: of the folder, where it is several files."""
+    if component.kind == "document":
+        return address(component.location)
+    return facts.url_of(component.location.partition("*")[0].rstrip("/"))
+
+
 def _open(expression: str, known: frozenset[str]) -> bool:
     """Whether all licenses of an expression are known as open; of alternatives, one."""
-    from stages.data.licenses.allow import AllowedLicenses
-
     try:
         return AllowedLicenses(sorted(known)).allows(expression)
     except (IndexError, RecursionError):
@@ -135,19 +143,24 @@ def checklist(facts: StandardFacts) -> Json:
     """The content of osaid.json: each requirement with `met`, reason and evidence."""
     license, folder = facts.release.license, facts.folder
     sources, kept = facts.data.sources, sum(row.kept for row in facts.data.sources.values())
+    texts = sum(row_count(path) for path in data_layout.all_files(data_layout.kept_files(folder / "dataset")))
+    as_run = any(folder.glob("code/as-run/**/*.yaml"))
     undeclared = sorted(name for name, row in sources.items() if not row.origin or not row.license_evidence)
     unknown = sorted(text for text in facts.data.documents.licenses if text.startswith(UNKNOWN))
     sampled = [phase for phase in facts.phases if numbered(phase)[0] in WITHOUT_ORDER]
-    drawn = [phase for phase in sampled if phase != "reward" and (folder / f"dataset/rl/{phase}/rollouts.parquet").exists()]
+    drawn = [
+        phase for phase in sampled if phase != "reward" and (folder / f"dataset/rl/{phase}/rollouts.parquet").exists()
+    ]
     wanted = [phase for phase in sampled if phase != "reward"]
     requirements = [
         _item("data", "every source is described, with provenance and scope", not undeclared,
               f"{len(sources)} sources with origin and evidence of the license" if not undeclared
               else f"no origin or evidence of {', '.join(undeclared)}", "dataset/sources"),
-        _item("data", "how the data was selected and processed is described", True,
-              f"the data recipe as run, and a decision for each document; {kept} were kept", "dataset/dispositions"),
-        _item("data", "public data is listed, and where to get it", True,
-              "every kept document is in the release", "dataset/kept"),
+        _item("data", "how the data was selected and processed is described", as_run,
+              f"the recipes {'as run' if as_run else 'are missing'}, and a decision for each document; {kept} were kept",
+              "code/as-run"),
+        _item("data", "all data of training is listed, and where to get it", texts == kept,
+              f"the texts of {texts} of {kept} kept documents are in the release", "dataset/kept"),
         _item("data", "licenses of all documents are known", not unknown,
               "each kept document has one" if not unknown else f"not known: {', '.join(unknown)}", "dataset/kept"),
         _item("data", "data that the model made for its own training is described", drawn == wanted,
@@ -178,5 +191,3 @@ def _all_code(facts: StandardFacts) -> bool:
 
 def _item(part: str, requirement: str, met: bool, reason: str, evidence: str) -> Json:
     return {"part": part, "requirement": requirement, "met": met, "reason": reason, "evidence": evidence}
-
-

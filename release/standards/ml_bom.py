@@ -158,9 +158,10 @@ def _energy(facts: StandardFacts) -> list[Json]:
 
 def _source(facts: StandardFacts, name: str) -> Json:
     row, declared, node = facts.data.sources[name], facts.declared.get(name, {}), f"acquire-{name}"
-    properties = {"documents_read": row.documents_in, "documents_kept": row.kept, "bytes_kept": row.bytes_kept}
+    properties: Json = {"documents_read": row.documents_in, "documents_kept": row.kept, "bytes_kept": row.bytes_kept}
     properties["tree_digest"] = declared.get("tree_digest")
-    properties["artifact"] = facts.release.nodes[node].key if node in facts.release.nodes else None
+    if artifact := facts.release.nodes.get(node):
+        properties |= {"artifact": artifact.key, "artifact_digest": artifact.digest}
     properties["license_evidence"] = row.license_evidence
     component: Json = {
         "type": "data",

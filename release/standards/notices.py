@@ -39,7 +39,9 @@ def notice(facts: StandardFacts) -> str:
         lines.append(escaped(f"  origin: {row.origin or NOT_STATED}"))
         lines.append(escaped(f"  evidence of the license: {row.license_evidence or NOT_STATED}"))
         if facts.data.documents.attributed.get(name):
-            lines.append(f"  authors and origins of {facts.data.documents.attributed[name]} documents: attribution/{name}")
+            lines.append(
+                f"  authors and origins of {facts.data.documents.attributed[name]} documents: attribution/{name}"
+            )
         if (facts.folder / "dataset/notices" / name).is_dir():
             lines.append(f"  license texts and notices of its packages: notices/{name}")
         if facts.declared.get(name, {}).get("reader") in STDLIB:

@@ -15,7 +15,7 @@ from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import Manifest, read_json, read_manifests
-from release.layout import EXPORTED, STANDARDS, MODEL, numbered, phases_of
+from release.layout import EXPORTED, MODEL, STANDARDS, numbered, phases_of
 from release.schema import ReleaseInfo
 from release.standards.package_list import PACKAGES, Package
 from stages.maker import Category, Maker
@@ -68,6 +68,17 @@ class StandardFacts:
 
     def model_url(self, folder: str = MODEL) -> str:
         return f"{HUB}/{self.release.repository}{folder.removeprefix(MODEL)}"
+
+    def url_of(self, path: str) -> str:
+        """The address of a path of the release on the Hub."""
+        top, _, rest = path.partition("/")
+        if top == "dataset":
+            return address(f"{self.data_url}/tree/main/{rest}")
+        if top == "checkpoints":
+            return address(f"{HUB}/{self.release.repository}-checkpoints/tree/main/{rest}".rstrip("/"))
+        if top.partition("-")[0] == MODEL:
+            return address(f"{self.model_url(top)}/tree/main/{rest}".rstrip("/"))
+        return address(f"{self.evidence_url}/tree/main/{path}")
 
     def weights(self, folder: str) -> dict[str, str]:
         """{path in the model's folder: SHA-256} of its weights, by the manifest of its export."""
@@ -151,7 +162,9 @@ def joined(licenses: list[str]) -> str | None:
     known = [expression(license) for license in licenses]
     if not known or None in known:
         return None
-    return known[0] if len(known) == 1 else " AND ".join(f"({text})" if " " in str(text) else str(text) for text in known)
+    return (
+        known[0] if len(known) == 1 else " AND ".join(f"({text})" if " " in str(text) else str(text) for text in known)
+    )
 
 
 def is_chat(models: Mapping[str, ModelFacts]) -> bool:

@@ -1,11 +1,11 @@
 """Validates the documents of the bundle by each standard's own tool, or by its published schema, without a network.
 
-    bom.cdx.json       the strict schema of CycloneDX 1.7, which cyclonedx-python-lib carries
-    bom.spdx3.json     the model of SPDX 3.0.1, of which spdx-python-model is generated: classes, properties, types,
-                       required properties, and references
-    mof.yml            FRAMEWORK: what the register's schema requires
-    CITATION.cff       CITATION: what the format requires of the fields that are used
-    eu_summary.json    no field is left blank, each has its basis, each section of the template is there
+bom.cdx.json       the strict schema of CycloneDX 1.7, which cyclonedx-python-lib carries
+bom.spdx3.json     the model of SPDX 3.0.1, of which spdx-python-model is generated: classes, properties, types,
+                   required properties, and references
+mof.yml            FRAMEWORK: what the register's schema requires
+CITATION.cff       CITATION: what the format requires of the fields that are used
+eu_summary.json    no field is left blank, each has its basis, each section of the template is there
 """
 
 from __future__ import annotations
