@@ -43,7 +43,7 @@ def summary(facts: StandardFacts) -> Json:
         _section("2.5", "Synthetic data", _synthetic(facts)),
         _section("2.6", "Other sources of data", _of_category(facts, "other")),
         _section("3.1", "Reservations of rights against text and data mining", _rights(facts)),
-        _section("3.2", "Removal of illegal content", [_stated("Measures", facts.maker.illegal_content), _removed(facts)]),
+        _section("3.2", "Removal of illegal content", _illegal(facts)),
         _section("3.3", "Other information", [_stated("Comments", facts.maker.comments), _files(facts)]),
     ]  # fmt: skip
     return {
@@ -102,7 +102,7 @@ def _characteristics(facts: StandardFacts) -> list[Json]:
     kinds = sorted({str(row.get("kind", "")) for row in facts.declared.values()} - {""})
     return [
         _computed("Modality", "Text"),
-        _computed("Size of the training data", f"{size}: {total:,} tokens of distinct documents, as the tokenizer counts"),
+        _computed("Size of the training data", f"{size}: {total:,} tokens of distinct documents"),
         _computed("Types of content", kinds or NOT_STATED),
         _computed("Last date of acquisition", facts.acquired[:10] or NOT_STATED),
         _stated("Further training on newer data", facts.maker.continuous_training),
@@ -204,12 +204,13 @@ def _rights(facts: StandardFacts) -> list[Json]:
     ]
 
 
-def _removed(facts: StandardFacts) -> Json:
+def _illegal(facts: StandardFacts) -> list[Json]:
     rules = Counter[str]()
     for row in facts.data.sources.values():
         rules.update(row.removed)
     rows = [{"rule": rule, "documents": count} for rule, count in sorted(rules.items())]
-    return _computed("Documents that rules of curation removed", rows or "none")
+    removed = _computed("Documents that rules of curation removed", rows or "none")
+    return [_stated("Measures", facts.maker.illegal_content), removed]
 
 
 def _files(facts: StandardFacts) -> Json:

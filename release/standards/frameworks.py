@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 
 from release import data_layout
-from release.layout import MODEL, WITHOUT_ORDER, numbered
+from release.layout import MODEL, STANDARDS, WITHOUT_ORDER, numbered
 from release.standards.standard_facts import NOT_STATED, StandardFacts, address, is_chat
 from stages.data.licenses.allow import AllowedLicenses
 from stages.data.table import row_count
 
 Json = dict[str, Any]
+BOM, CODE_LICENSE = f"{STANDARDS}/bom.cdx.json", "code/LICENSE"
 NOT_INCLUDED = "Component not included"
 OSI_APPROVED = frozenset({
     "Apache-2.0", "MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MPL-2.0", "GPL-2.0-only", "GPL-2.0-or-later",
@@ -51,13 +52,13 @@ def _components(facts: StandardFacts) -> list[Component]:
     architecture = "code/stages/models"
     return [
         Component("Model architecture", "Code of the architecture, and its configuration", architecture, 3, "code"),
-        Component("Data preprocessing code", "Code that reads, filters and deduplicates", "code/stages/data", 1, "code"),
+        Component("Data preprocessing code", "Code that reads, filters, deduplicates", "code/stages/data", 1, "code"),
         Component("Training code", "Code of every phase", "code/stages/train", 2, "code"),
         Component("Inference code", "Code that draws answers", "code/stages/rl/samplers", 2, "code"),
         Component("Evaluation code", "Code of every measurement", "code/stages/evaluation", 2, "code"),
-        Component("Supporting libraries and tools", "Packages with versions", "evidence/standards/bom.cdx.json", 0, "code"),
+        Component("Supporting libraries and tools", "Packages with versions", BOM, 0, "code"),
         Component("Model parameters (Final)", "Weights of the final model", f"{MODEL}/*.safetensors", 3, "weights"),
-        Component("Model parameters (Intermediate)", "Weights of checkpoints", "checkpoints/*/*.safetensors", 1, "weights"),
+        Component("Model parameters (Intermediate)", "Checkpoints", "checkpoints/*/*.safetensors", 1, "weights"),
         Component("Datasets", "Every kept document", "dataset/kept/**/*.parquet", 1, "data"),
         Component("Evaluation data", "Every item of the evaluation", "dataset/evaluation/*.parquet", 2, "data"),
         Component("Model metadata", "Recipe and states of the optimizers", "checkpoints/*/optimizer*", 0, "weights"),
@@ -75,7 +76,7 @@ def framework(facts: StandardFacts) -> Json:
     release, rows, missing = facts.release, list[Json](), {1: list[str](), 2: list[str](), 3: list[str]()}
     licenses = {"code": release.license.code, "weights": release.license.weights}
     licenses |= {"data": release.license.data_compilation, "document": NOT_STATED}
-    paths = {"code": "code/LICENSE", "weights": f"{MODEL}/LICENSE", "data": "dataset/LICENSE", "document": ""}
+    paths = {"code": CODE_LICENSE, "weights": f"{MODEL}/LICENSE", "data": "dataset/LICENSE", "document": ""}
     for component in _components(facts):
         absent = _absent(facts, component, licenses[component.kind])
         if absent and component.level:
@@ -157,7 +158,7 @@ def checklist(facts: StandardFacts) -> Json:
               f"{len(sources)} sources with origin and evidence of the license" if not undeclared
               else f"no origin or evidence of {', '.join(undeclared)}", "dataset/sources"),
         _item("data", "how the data was selected and processed is described", as_run,
-              f"the recipes {'as run' if as_run else 'are missing'}, and a decision for each document; {kept} were kept",
+              f"the recipes {'as run' if as_run else 'are missing'}, and a decision for each document",
               "code/as-run"),
         _item("data", "all data of training is listed, and where to get it", texts == kept,
               f"the texts of {texts} of {kept} kept documents are in the release", "dataset/kept"),
@@ -170,12 +171,12 @@ def checklist(facts: StandardFacts) -> Json:
               "the packages that made the release" if _all_code(facts) else "some of it is missing", "code"),
         _item("code", "settings of training", (folder / "evidence/recipe.json").is_file(),
               "the resolved recipe", "evidence/recipe.json"),
-        _item("code", "the license is approved by OSI", _open(license.code, OSI_APPROVED), license.code, "code/LICENSE"),
+        _item("code", "its license is approved by OSI", _open(license.code, OSI_APPROVED), license.code, CODE_LICENSE),
         _item("parameters", "weights of the final model", bool(list((folder / MODEL).glob("*.safetensors"))),
               f"{facts.models[MODEL].parameters.total} parameters", MODEL),
         _item("parameters", "checkpoints and states of the optimizer", any(folder.glob("checkpoints/*/optimizer*")),
               "by phase", "checkpoints/index.json"),
-        _item("parameters", "the terms are open", _open(license.weights, OPEN_DATA), license.weights, f"{MODEL}/LICENSE"),
+        _item("parameters", "the terms are open", _open(license.weights, OPEN_DATA), license.weights, "model/LICENSE"),
     ]  # fmt: skip
     return {
         "definition": "Open Source AI Definition 1.0",

@@ -65,7 +65,7 @@ CITATION = _object(
     **{"cff-version": {"const": "1.2.0"}, "type": {"enum": ["software", "dataset"]}, "date-released": DAY},
     **{"license": {"type": "string", "pattern": "^[A-Za-z0-9.-]+$"}, "version": SOME_TEXT},
     **dict.fromkeys(("message", "title", "abstract"), SOME_TEXT),
-    **dict.fromkeys(("url", "repository-artifact", "license-url"), {"type": "string", "pattern": r"^https://\S+$"}),
+    **{name: {"type": "string", "pattern": r"^https://\S+$"} for name in ("url", "repository-artifact", "license-url")},
     authors={"type": "array", "minItems": 1, "items": _object(("name",), name=SOME_TEXT)},
 ) | {"additionalProperties": False}  # fmt: skip
 
