@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.core.errors import CheckFailed
 from release import untrusted
 from release.standards import bundle
 from release.standards.frameworks import NOT_INCLUDED
@@ -148,13 +149,14 @@ VALIDATORS: dict[str, Callable[[bytes], Iterator[str]]] = {
 
 
 def problems(release: Path) -> list[str]:
-    """The errors of the documents in a folder with `evidence/`. Raises ImportError without the tools, CheckFailed if a
-    document cannot be read."""
+    """The errors of the documents in a folder with `evidence/`. Raises ImportError without the tools."""
     texts = []
     for path, validate in VALIDATORS.items():
-        content = untrusted.read(release / path, untrusted.JSON_BYTES, follow=True)
         try:
+            content = untrusted.read(release / path, untrusted.JSON_BYTES, follow=True)
             texts += [f"{path}: {text}" for text in itertools.islice(validate(content), MOST_ERRORS)]
+        except CheckFailed as error:
+            texts.append(f"{path}: {error}")
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             texts.append(f"{path}: {_short(f'{type(error).__name__}: {error}')}")
     return texts
