@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import uuid
 from typing import Any
-from urllib.parse import quote
 
 from pipeline.core.store import canonical
 from release.layout import MODEL, numbered
 from release.standards.energy_report import energy
 from release.standards.package_list import normalized
-from release.standards.standard_facts import StandardFacts, address, expression, is_chat, joined
+from release.standards.standard_facts import StandardFacts, address, expression, is_chat, joined, segment
 
 Json = dict[str, Any]
 MOST_LOCKED = 200
@@ -27,7 +26,7 @@ LABELS = {"pretrain": "training", "midtrain": "training", "longcontext": "traini
 def bill(facts: StandardFacts) -> Json:
     release, models = facts.release, [_model(facts, folder) for folder in facts.models]
     sources, packages = [_source(facts, name) for name in facts.data.sources], _packages(facts)
-    seed = canonical([release.name, release.version, {n: a.digest for n, a in release.nodes.items()}])
+    seed = canonical([release.name, release.version, sorted(a.digest for a in release.nodes.values())])
     final, *earlier = models
     references = [component["bom-ref"] for component in (*sources, *packages)]
     return {
@@ -74,7 +73,7 @@ def _model(facts: StandardFacts, folder: str) -> Json:
         "components": [
             {
                 "type": "file",
-                "bom-ref": f"model:{folder}/{quote(path)}",
+                "bom-ref": f"model:{folder}/{segment(path)}",
                 "name": path,
                 "hashes": [{"alg": "SHA-256", "content": digest}],
             }
@@ -187,8 +186,8 @@ def _source(facts: StandardFacts, name: str) -> Json:
 def _packages(facts: StandardFacts) -> list[Json]:
     components = []
     for package in facts.packages:
-        purl = f"pkg:pypi/{quote(normalized(package.name))}@{quote(package.version, safe='')}"
-        url = f"https://pypi.org/project/{quote(normalized(package.name))}/{quote(package.version, safe='')}/"
+        purl = f"pkg:pypi/{segment(normalized(package.name))}@{segment(package.version)}"
+        url = f"https://pypi.org/project/{segment(normalized(package.name))}/{segment(package.version)}/"
         hashes = [{"alg": "SHA-256", "content": digest} for digest in package.hashes[:MOST_LOCKED]]
         locked = {"type": "distribution", "url": url, "comment": "a file with one of these hashes", "hashes": hashes}
         license = package.license and expression(package.license)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from decimal import Decimal
 from typing import Any
-from urllib.parse import quote
 
 from pipeline.core.store import sha256_bytes
 from release.layout import MODEL
 from release.standards.energy_report import energy
 from release.standards.package_list import normalized
-from release.standards.standard_facts import StandardFacts, address, expression, joined
+from release.standards.standard_facts import StandardFacts, address, expression, joined, segment
 
 Json = dict[str, Any]
 CONTEXT = "https://spdx.org/rdf/3.0.1/spdx-context.jsonld"
@@ -31,7 +30,7 @@ class _Graph:
 
     def add(self, kind: str, place: str, **properties: Any) -> str:
         """Adds an element and returns its id. place: unique in the document."""
-        id = f"{self.base}{quote(place)}"
+        id = f"{self.base}{segment(place, '/')}"
         present = {name: value for name, value in properties.items() if value not in (None, [], "")}
         self.elements.append({"type": kind, "spdxId": id, "creationInfo": CREATION, **present})
         return id
@@ -46,7 +45,8 @@ class _Graph:
         text, comment = joined(licenses), None
         if text is None:
             words = stated or "; ".join(licenses)
-            text, comment = (f"LicenseRef-{sha256_bytes(words.encode())[:12]}", words) if words else ("NOASSERTION", "")
+            digest = sha256_bytes(words.encode(errors="surrogatepass"))
+            text, comment = (f"LicenseRef-{digest[:12]}", words) if words else ("NOASSERTION", "")
         if text not in self.licenses:
             place = f"license/{len(self.licenses)}"
             self.licenses[text] = self.add(
@@ -139,7 +139,7 @@ def _source(graph: _Graph, facts: StandardFacts, name: str, provider: str) -> st
 
 def _package(graph: _Graph, facts: StandardFacts, index: int) -> str:
     package = facts.packages[index]
-    purl = f"pkg:pypi/{quote(normalized(package.name))}@{quote(package.version, safe='')}"
+    purl = f"pkg:pypi/{segment(normalized(package.name))}@{segment(package.version)}"
     id = graph.add(
         "software_Package",
         f"package/{index}",

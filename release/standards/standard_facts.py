@@ -146,7 +146,12 @@ def statements(folder: Path) -> Iterator[provenance.Statement]:
 
 def address(text: str) -> str:
     """A text as the reference of a URI: what no URI has is escaped."""
-    return quote(text, safe="/:?#[]@!$&'()*+,;=-._~%")
+    return quote(text, safe="/:?#[]@!$&'()*+,;=-._~%", errors="surrogatepass")
+
+
+def segment(text: str, safe: str = "") -> str:
+    """A text as one segment of the path of a URI; different texts give different segments."""
+    return quote(text, safe=safe, errors="surrogatepass")
 
 
 def expression(license: str) -> str | None:

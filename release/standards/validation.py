@@ -78,6 +78,8 @@ def cyclonedx(content: bytes) -> Iterator[str]:
     body = untrusted.parse_json(content, "it")
     for error in JsonStrictValidator(SchemaVersion.V1_7).validate_str(content.decode(), all_errors=True) or ():
         yield _schema_error(error.data)
+    if body["specVersion"] != "1.7":  # which the schema leaves open
+        yield f"specVersion: {body['specVersion']} is not 1.7"
     yield from _repeated([part["bom-ref"] for part in _parts(body) if "bom-ref" in part])
 
 
@@ -150,16 +152,18 @@ VALIDATORS: dict[str, Callable[[bytes], Iterator[str]]] = {
 
 def problems(release: Path) -> list[str]:
     """The errors of the documents in a folder with `evidence/`. Raises ImportError without the tools."""
-    texts = []
-    for path, validate in VALIDATORS.items():
-        try:
-            content = untrusted.read(release / path, untrusted.JSON_BYTES, follow=True)
-            texts += [f"{path}: {text}" for text in itertools.islice(validate(content), MOST_ERRORS)]
-        except CheckFailed as error:
-            texts.append(f"{path}: {error}")
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-            texts.append(f"{path}: {_short(f'{type(error).__name__}: {error}')}")
-    return texts
+    return [f"{path}: {text}" for path in VALIDATORS for text in errors(release, path)]
+
+
+def errors(release: Path, path: str) -> list[str]:
+    """The first errors of one document."""
+    try:
+        content = untrusted.read(release / path, untrusted.JSON_BYTES, follow=True)
+        return list(itertools.islice(VALIDATORS[path](content), MOST_ERRORS))
+    except CheckFailed as error:
+        return [str(error)]
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        return [_short(f"{type(error).__name__}: {error}")]
 
 
 def _against(schema: dict[str, Any], body: Any) -> Iterator[str]:

@@ -78,11 +78,11 @@ def test_what_a_standard_does_not_allow_is_named(tmp_path: Path, path: str) -> N
     (tmp_path / path).write_text(texts[path].replace(old, new))
     found = validation.problems(tmp_path)
     assert found and all(text.startswith(f"{path}: ") and "\n" not in text for text in found)
-    for damage in (b"a: [", b"\xff", b"[" * 100_000, b""):
+    for damage in (b"a: [", b"\xff", b"[" * 1000, b""):
         (tmp_path / path).write_bytes(damage)
-        assert [text for text in validation.problems(tmp_path) if text.startswith(f"{path}: ")], damage[:4]
+        assert validation.errors(tmp_path, path), damage[:4]
     (tmp_path / path).unlink()
-    assert [text for text in validation.problems(tmp_path) if text.startswith(f"{path}: ")]
+    assert validation.errors(tmp_path, path)
 
 
 def test_references_of_spdx_resolve(tmp_path: Path) -> None:
