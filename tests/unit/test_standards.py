@@ -15,7 +15,7 @@ from release.checks.check import Subject
 from release.checks.findings import Absent
 from release.checks.standards import valid
 from release.schema import PublishedLicenses
-from release.standards import bundle, eu_summary, frameworks, package_list, validation
+from release.standards import bundle, eu_summary, frameworks, notices, package_list, validation
 from stages.data.table import DOCUMENTS, write_rows
 from stages.maker import Maker
 from tests.fixtures.standard_fixtures import make_facts, source_facts, write_documents
@@ -198,6 +198,19 @@ def test_the_definition_is_met_requirement_by_requirement(tmp_path: Path) -> Non
     reasons = " ".join(item["reason"] for item in unmet)
     assert "no origin or evidence of web" in reasons and "not known: LicenseRef-unknown-web" in reasons
     assert "the texts of 0 of 10 kept documents" in reasons
+
+
+def test_the_license_of_python_stays_with_its_texts(tmp_path: Path) -> None:
+    rows = {"code": source_facts(licenses=["PSF-2.0"]), "free": source_facts(licenses=["CC0-1.0"])}
+    facts = make_facts(tmp_path, rows, declared={"code": {"reader": "stdlib-source"}})
+    assert "https://docs.python.org/3/license.html" in notices.notice(facts) and "free" not in notices.notice(facts)
+    (tmp_path / "dataset" / notices.PYTHON).parent.mkdir(parents=True)
+    (tmp_path / "dataset" / notices.PYTHON).write_bytes(b"PSF LICENSE AGREEMENT")
+    (tmp_path / "dataset/notices/code").mkdir(parents=True)
+    text = notices.notice(facts)
+    assert f"copyright: {notices.PYTHON}" in text and "packages: notices/code" in text
+    text = notices.notice(make_facts(tmp_path, {"free": rows["free"]}))
+    assert text.endswith("or to keep notices:\n\nnone\n")
 
 
 def test_packages_have_licenses_and_hashes(tmp_path: Path) -> None:
