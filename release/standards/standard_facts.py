@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ NOT_STATED = "not stated"
 PROCEDURAL = ("problems", "chat-problems", "courtesies", "canaries", "passkeys")
 """Readers whose documents a program of this project wrote."""
 HUB = "https://huggingface.co"
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//[^/?]*(%5[BD]|:[0-9]*[^0-9/?]))")
+"""Begins an address with a scheme, whose host has no bracket and whose port is a number."""
+LONE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,11 @@ def statements(folder: Path) -> Iterator[provenance.Statement]:
 
 
 def address(text: str) -> str:
-    """A text as the reference of a URI: what no URI has is escaped."""
-    return quote(text, safe="/:?#[]@!$&'()*+,;=-._~%", errors="surrogatepass")
+    """A text as the reference of a URI (RFC 3986): what no URI has is escaped, and escapes are kept."""
+    place, sign, fragment = quote(text, safe="/:?@!$&'()*+,;=-._~%#", errors="surrogatepass").partition("#")
+    if not SCHEME.match(place):
+        place = place.replace(":", "%3A")
+    return LONE_PERCENT.sub("%25", f"{place}{sign}{fragment.replace('#', '%23')}")
 
 
 def segment(text: str, safe: str = "") -> str:
@@ -165,11 +172,10 @@ def expression(license: str) -> str | None:
 def joined(licenses: list[str]) -> str | None:
     """The expression of licenses that all apply, each to its part; None if one is no expression."""
     known = [expression(license) for license in licenses]
-    if not known or None in known:
+    texts = [text for text in known if text is not None]
+    if not texts or len(texts) < len(known):
         return None
-    return (
-        known[0] if len(known) == 1 else " AND ".join(f"({text})" if " " in str(text) else str(text) for text in known)
-    )
+    return texts[0] if len(texts) == 1 else " AND ".join(f"({text})" if " " in text else text for text in texts)
 
 
 def is_chat(models: Mapping[str, ModelFacts]) -> bool:

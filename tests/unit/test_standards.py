@@ -24,6 +24,7 @@ CARBON = {"grams_per_kwh": 475, "source": "a report", "overhead": 1.2}
 HOSTILE = [
     'a "quoted" \'name\'', "line\nbreak\r\ttab", "<script>alert(1)</script> | *bold* `code` [a](b)", "Ü ñ 漢字 😀",
     "\u202eright to left\u202c", "nul\x00bell\x07", "surrogate \ud800", "a: b # {c} - !!python/object", "%2F/../..", " ",
+    "http://[::1 #a#b%",
 ]  # fmt: skip
 """Texts that end a string, a line, a cell or a scalar of the formats."""
 
