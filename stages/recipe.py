@@ -12,6 +12,7 @@ from pipeline.core.stage import Config, Renamed, added
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
 from stages.evaluation.settings import EvaluationSection
+from stages.maker import Maker
 from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import LongContext, PhaseConfig
@@ -35,6 +36,7 @@ class ReleaseSection(Config):
     languages: tuple[Language, ...] = Field(
         min_length=1, max_length=200, description="ISO 639 language codes for the metadata of the cards"
     )
+    maker: Maker = added(Maker(), "statements of the maker for the documents of standards; none by default")
 
 
 class ReleaseRecipe(Identity):

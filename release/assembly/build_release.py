@@ -19,6 +19,9 @@ from pipeline.core.store import Artifact
 
 if TYPE_CHECKING:
     from release.assembly.assemble import Assembly
+    from release.assembly.costs import Costs
+    from release.assembly.data_facts import DataFacts
+    from release.assembly.model_facts import ModelFacts
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
     from release.checks.load_report import LoadReport
@@ -209,6 +212,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
         spdx = {"dataset": licenses.data_compilation, "": licenses.code}.get(repository.folder, licenses.weights)
         text = assemble.license_text(spdx, licenses.code, source.code_roots)
         assembly.write(f"{repository.folder}/LICENSE".lstrip("/"), text, "license")
+    _write_standards(assembly, source, release, data, models, run_costs)
     assembly.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
     (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))
     evaluation = _evaluation(source.recipe)
@@ -243,6 +247,29 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
     for name, report in reports.items():
         assembly.json(f"{name}/{GOLDENS}", report.goldens, "what plain transformers makes of fixed inputs")
     return reports
+
+
+def _write_standards(
+    assembly: Assembly,
+    source: BuildInput,
+    release: ReleaseInfo,
+    data: DataFacts,
+    models: Mapping[str, ModelFacts],
+    run_costs: Costs,
+) -> None:
+    """Writes the bundle of standards, which describes the other files."""
+    from release.standards import bundle, notices, package_list
+    from release.standards.standard_facts import read_facts, statements
+
+    folder = assembly.folder
+    packages = package_list.describe(package_list.versions(folder, statements(folder)), source.code_roots)
+    assembly.json(bundle.RECORDED, packages, "packages of the statements, with licenses and hashes")
+    facts = read_facts(folder, release, data, models, run_costs)
+    readers = {row.get("reader") for row in facts.declared.values()}
+    if readers & set(notices.STDLIB) and (text := notices.python_license()) is not None:
+        assembly.write(f"dataset/{notices.PYTHON}", text, "license of the interpreter's standard library")
+    for path, make in bundle.DOCUMENTS.items():
+        assembly.write(path, make(facts), "release.standards.bundle")
 
 
 def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:

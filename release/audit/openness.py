@@ -7,11 +7,14 @@ their content is right is what `atom verify` checks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
@@ -21,6 +24,7 @@ from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
 from release.layout import FORMAT, GATES, MODEL, ORIGINS, SIGNATURE, TRAINING, WITHOUT_ORDER, numbered, phases_of
 from release.repositories import repositories
+from release.standards import bundle
 
 SMALL_BYTES = 4_000_000_000
 """Of weights: a billion parameters in fp32, which a laptop holds."""
@@ -204,9 +208,23 @@ def _one_of(release: Published, patterns: Sequence[str], what: str) -> Answer:
     return ("Y", what, paths) if paths else ("N", f"there is no {what}", [])
 
 
+def _of_standards(release: Published, paths: Sequence[str], reason: Callable[[], str]) -> Answer:
+    """Y if the documents are there and the gate found them valid and right."""
+    if missing := release.without({path: path for path in paths}):
+        return "N", f"there is no {missing[0]}", []
+    answer, detail, evidence = _of_gate(release, "standards", paths)
+    return answer, reason() if answer == "Y" else detail, evidence
+
+
 @_row("bill of materials")
 def _bill(release: Published) -> Answer:
-    return _one_of(release, ["evidence/*.cdx.json", "evidence/*.spdx.json"], "CycloneDX or SPDX document")
+    def reason() -> str:
+        packages = read_json(release.folder / bundle.RECORDED)
+        licensed, locked = (sum(bool(package[name]) for package in packages) for name in ("license", "hashes"))
+        counts = f"{len(packages)} packages, {licensed} with an SPDX license, {locked} with hashes"
+        return f"CycloneDX 1.7 and SPDX 3.0.1, valid: models, sources and {counts}"
+
+    return _of_standards(release, [bundle.CYCLONEDX, bundle.SPDX], reason)
 
 
 @_row("Croissant")
@@ -216,12 +234,24 @@ def _croissant(release: Published) -> Answer:
 
 @_row("EU summary of training content")
 def _eu_summary(release: Published) -> Answer:
-    return _one_of(release, ["evidence/eu_summary.json"], "summary in the form of the Commission's template")
+    def reason() -> str:
+        body = read_json(release.folder / bundle.EU_SUMMARY)
+        counts = Counter(field["basis"] for section in body["sections"] for field in section["fields"])
+        stated = f"{counts['computed']} answers computed, {counts['maker']} by the maker"
+        return f"by the template {body['template']}: {stated}, {counts['not stated']} not stated"
+
+    return _of_standards(release, [bundle.EU_SUMMARY], reason)
 
 
 @_row("Model Openness Framework")
 def _framework(release: Published) -> Answer:
-    return _one_of(release, ["evidence/mof.yml"], "record of the framework's components")
+    def reason() -> str:
+        body = yaml.safe_load((release.folder / bundle.MOF).read_text())
+        missing = [text for texts in body["missing"].values() for text in texts]
+        lack = f"; missing: {'; '.join(missing)}" if missing else ""
+        return f"seventeen components with reasons, class: {body['class']}{lack}"
+
+    return _of_standards(release, [bundle.MOF, bundle.OSAID], reason)
 
 
 @_row("data browser")
@@ -239,13 +269,19 @@ def _tracing(release: Published) -> Answer:
 
 @_row("energy and cost")
 def _energy(release: Published) -> Answer:
-    usages = [provenance.usage(body) for body in release.statements]
+    if missing := release.without({bundle.ENERGY: bundle.ENERGY}):
+        return "N", f"there is no {missing[0]}", []
+    usages = [provenance.usage(body) for body in release.statements if provenance.phase_of(body) is None]
     counted = sum("energy_joules_estimate" in usage for usage in usages)
     if not counted:
         return "N", "no statement has the energy of its stage", []
-    methods = sorted({usage["energy_method"] for usage in usages if "energy_method" in usage})
-    reason = f"an estimate for {counted} of {len(usages)} attempts ({'; '.join(methods)}); no carbon"
-    return "P", reason, ["evidence/statements"]
+    body, path = read_json(release.folder / bundle.ENERGY), [bundle.ENERGY]
+    estimate = f"{body['total']['energy_kwh']:.3g} kWh by an estimate for {counted} of {len(usages)} attempts"
+    if (carbon := body["factors"]["carbon"]) is None:
+        return "P", f"{estimate}; no carbon, since the maker states no factor", path
+    factor = f"{carbon['grams_per_kwh']:g} g/kWh ({carbon['source']})"
+    answer: Literal["Y", "P"] = "Y" if counted == len(usages) else "P"
+    return answer, f"{estimate}; {body['total']['co2_kg']:.3g} kg CO2e by {factor}", path
 
 
 @_row("small sizes of the same recipe")

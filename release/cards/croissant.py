@@ -19,9 +19,11 @@ from release.data_layout import all_files
 from release.schema import ReleaseInfo
 
 NAME = "croissant.json"
+LOADED = 256 << 20
+"""The largest file whose records the gate loads."""
 TYPES = {
     "string": "sc:Text", "int32": "sc:Integer", "int64": "sc:Integer", "int16": "sc:Integer", "double": "sc:Float",
-    "float": "sc:Float", "bool": "sc:Boolean",
+    "float": "sc:Float", "bool": "sc:Boolean", "uint64": "sc:Integer",
 }  # fmt: skip
 CONTEXT: dict[str, Any] = {
     "@language": "en", "@vocab": "https://schema.org/", "arrayShape": "cr:arrayShape", "citeAs": "cr:citeAs",
@@ -55,6 +57,7 @@ def describe_dataset(
         "tokens": all_files(data_layout.token_files(dataset)),
         "problems": [dataset / "evaluation/items.parquet"],
     }
+    tables |= _further(dataset, {path for files in tables.values() for path in files})
     patterns = {name: _pattern(dataset, files) for name, files in tables.items() if part_number(files[0]) is not None}
     documents_read = sum(row.documents_in for row in data.sources.values())
     documents_kept = sum(row.kept for row in data.sources.values())
@@ -102,6 +105,20 @@ def describe_dataset(
     }  # fmt: skip
 
 
+def _further(dataset: Path, described: set[Path]) -> dict[str, list[Path]]:
+    """The other tables: orders, rollouts and pairs, outputs and results of each item. {name: its files}; the name is
+    made of the path."""
+    places: dict[Path, list[Path]] = {}
+    for path in sorted(dataset.rglob("*.parquet")):
+        if path not in described:
+            places.setdefault(path.parent if part_number(path) is not None else path.with_suffix(""), []).append(path)
+    tables: dict[str, list[Path]] = {}
+    for place, files in places.items():
+        name = "-".join(place.relative_to(dataset).parts)
+        tables[f"{name}-{len(tables)}" if name in tables else name] = files
+    return tables
+
+
 def _license_url(spdx: str) -> str:
     """The address of a license's text; an expression of several licenses is kept."""
     return spdx if " " in spdx else f"https://spdx.org/licenses/{spdx}.html"
@@ -145,13 +162,18 @@ def _file(dataset: Path, path: Path, name: str, digest: Callable[[Path], str]) -
 
 def _records(path: Path, name: str, in_parts: bool) -> dict[str, Any]:
     """A record set with a field for each column. path: of the table, or of its first part."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(path)
-    fields = []
+    fields, nested = [], list[str]()
     files = {"fileSet": {"@id": f"{name}-parts"}} if in_parts else {"fileObject": {"@id": f"{name}.parquet"}}
     for column in schema:
-        kind = str(getattr(column.type, "value_type", column.type))
+        value = getattr(column.type, "value_type", column.type)
+        if pa.types.is_nested(value) or pa.types.is_binary(value):
+            nested.append(column.name)
+            continue
+        kind = str(value)
         fields.append({
             "@type": "cr:Field",
             "@id": f"{name}/{column.name}",
@@ -160,7 +182,8 @@ def _records(path: Path, name: str, in_parts: bool) -> dict[str, Any]:
             **({"isArray": True, "arrayShape": "-1"} if kind != str(column.type) else {}),
             "source": {**files, "extract": {"column": column.name}},
         })  # fmt: skip
-    return {"@type": "cr:RecordSet", "@id": name, "name": name, "field": fields}
+    left_out = {"description": f"Columns that are no field: {', '.join(nested)}."} if nested else {}
+    return {"@type": "cr:RecordSet", "@id": name, "name": name, **left_out, "field": fields}
 
 
 def _source(dataset: Path, name: str, row: SourceFacts) -> dict[str, Any]:
@@ -177,7 +200,8 @@ def _source(dataset: Path, name: str, row: SourceFacts) -> dict[str, Any]:
 
 def problems(path: Path, records: int = 3) -> list[str]:
     """The errors of mlcroissant in a croissant.json, and the record sets that do not load. The recommended
-    `datePublished` is ignored: no clock enters a release."""
+    `datePublished` is ignored: no clock enters a release. mlcroissant reads a whole file into memory, so tables of more
+    than LOADED bytes are not loaded."""
     import itertools
     import logging
     import warnings
@@ -192,9 +216,22 @@ def problems(path: Path, records: int = 3) -> list[str]:
         except mlcroissant.ValidationError as error:
             return [" ".join(str(error).split())]
         errors = list(description.metadata.ctx.issues.errors)
+        large = _large(path)
         for record_set in description.metadata.record_sets:
+            if record_set.uuid in large:
+                continue
             rows = list(itertools.islice(description.records(record_set.uuid), records))
             names = {field.uuid for field in record_set.fields}
             if any(set(row) != names for row in rows):
                 errors.append(f"record set {record_set.uuid} does not load with its fields")
     return sorted(errors)
+
+
+def _large(path: Path) -> set[str]:
+    """The record sets with a file of more than LOADED bytes."""
+    names = set()
+    for row in read_json(path)["distribution"]:
+        pattern = row.get("includes", row.get("contentUrl", ""))
+        if any(file.stat().st_size > LOADED for file in path.parent.glob(pattern)):
+            names.add(row["@id"].removesuffix("-parts").removesuffix(".parquet"))
+    return names

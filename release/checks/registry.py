@@ -28,12 +28,13 @@ from release.checks import (
     scores,
     secret_values,
     source_code,
+    standards,
     stated_versions,
     statements,
     weights,
 )
 from release.checks.check import BuildCheck, Check, Reads, Scope
-from release.layout import EXPORTED, GATES_STATED, OPT_OUTS, ROOTS
+from release.layout import EXPORTED, GATES_STATED, OPT_OUTS, ROOTS, STANDARDS
 
 RELEASE = Scope(("release",))
 EVIDENCE = Scope(("release", "evidence"))
@@ -44,6 +45,7 @@ CARDS = Scope(("release", "evidence", "dataset", "model", "repository"))
 
 EVERYTHING = Reads(("",))
 WEIGHTS = Reads(("",), weights=True)
+EVIDENCED = Reads((f"{STANDARDS}/",))
 PROVENANCE = Reads(("evidence/", "code/"))
 STATEMENTS = Reads(("evidence/", "dataset/"))
 FATES = Reads(("dispositions", "kept/"))
@@ -97,6 +99,14 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     BuildCheck("card_numbers", cards.rendered_cards, "build again"),
     Check("croissant", cards.described_data, RELEASE, EVERYTHING),
     BuildCheck("croissant", cards.valid_croissant, "fix release/cards/croissant.py"),
+    Check(
+        "standards", standards.documents, RELEASE, EVERYTHING, needs=STANDARDS, since_format=4, gate="standards",
+        remedy="build again",
+    ),
+    Check(
+        "standards_valid", standards.valid, EVIDENCE, EVIDENCED, needs=STANDARDS, since_format=4, gate="standards",
+        remedy="fix release/standards",
+    ),
     Check("weights", weights.tensors, TENSORS, WEIGHTS, deep=True),
     BuildCheck("fresh_set", fresh_set.fresh_set_of_conversations, DRAW),
     Check(

@@ -75,6 +75,11 @@ def test_its_facts_are_those_of_one_file_a_table(built: Path, in_parts: Path) ->
     assert dataclasses.replace(facts, in_parts=False, documents=documents) == expected
 
 
+OUTPUTS = [f"evaluation/{model}/{table}" for model in ("init", "base", "mid") for table in ("documents", "items")]
+OUTPUTS += [f"evaluation/memorization/mid/{table}" for table in ("canaries", "documents")]
+OUTPUTS += ["evaluation/harness/mid/items"]
+
+
 def test_it_is_described_by_patterns(built: Path, in_parts: Path) -> None:
     description = json.loads((in_parts / "dataset/croissant.json").read_text())
     patterns = {row["name"]: row.get("includes", row.get("contentUrl")) for row in description["distribution"]}
@@ -83,6 +88,8 @@ def test_it_is_described_by_patterns(built: Path, in_parts: Path) -> None:
         "kept-sums-parts": "kept/sums/part-*.parquet", "tokens-parts": "tokens/documents/*/part-*.parquet",
         "problems.parquet": "evaluation/items.parquet", "measures-prose-parts": "measures/prose/part-*.parquet",
         "attribution-prose-parts": "attribution/prose/part-*.parquet",
+        "order-midtrain-parts": "order/midtrain/part-*.parquet", "order-pretrain-parts": "order/pretrain/part-*.parquet",
+        **{f"{path.replace('/', '-')}.parquet": f"{path}.parquet" for path in OUTPUTS},
     }  # fmt: skip
     assert croissant.problems(in_parts / "dataset/croissant.json", records=30) == []
     card, other = ((folder / "dataset/README.md").read_text() for folder in (in_parts, built))

@@ -29,12 +29,12 @@ GATES = {
     "croissant", "dpo_is_preferred", "export_parity", "fresh_set", "ledger_closed", "licenses_known",
     "longcontext_finds_passkeys", "longcontext_keeps_bits_per_byte", "midtraining_keeps_bits_per_byte",
     "midtraining_raises_accuracy", "no_secrets", "online-rlhf_is_preferred", "pretraining_lowers_bits_per_byte",
-    "reload_in_transformers", "rlhf_keeps_skills", "rlvr_raises_pass_at_1",
+    "reload_in_transformers", "rlhf_keeps_skills", "rlvr_raises_pass_at_1", "standards",
 }  # fmt: skip
 VERIFIERS = {
     "answers", "attestations", "cards", "chat_templates", "code", "croissant", "data_card", "dispositions_balance",
     "documents", "fresh_set", "gates", "licenses", "manifests", "merkle_roots", "order", "origins",
-    "reload_in_transformers", "scores", "statements", "versions", "weights",
+    "reload_in_transformers", "scores", "standards", "standards_valid", "statements", "versions", "weights",
 }  # fmt: skip
 CARDS = {
     "model.md.jinja": (*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES),

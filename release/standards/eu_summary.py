@@ -1,0 +1,253 @@
+"""eu_summary.json and eu_summary.md: the public summary of training content of the EU's AI Act, Article 53(1)(d).
+
+It follows the sections of the template in the Commission's Communication C(2025) 8311 of 5 December 2025; the words of
+the fields are our own. Each answer has its basis: `computed` from the files of the release, `maker` (a statement in the
+recipe), or `not stated`. It is no legal advice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.core.text import escaped
+from release import data_layout
+from release.assembly.published_tables import TEXT_BATCH, stream_batches
+from release.layout import WITHOUT_ORDER, numbered
+from release.standards.standard_facts import NOT_STATED, StandardFacts
+
+Json = dict[str, Any]
+TEMPLATE = "C(2025) 8311 final, 5.12.2025"
+SIZES = ((10**9, "less than 1 billion tokens"), (10**13, "1 billion to 10 trillion tokens"))
+"""(upper bound of tokens, range of the template)"""
+MOST_DOMAINS = 1_000_000
+"""Domains that are counted in memory; of more, none are listed."""
+LANGUAGES = 50
+NO, YES = "No", "Yes"
+
+
+def summary(facts: StandardFacts) -> Json:
+    """The content of eu_summary.json."""
+    sections = [
+        _section("1.1", "Provider", _provider(facts)),
+        _section("1.2", "Model", _model(facts)),
+        _section("1.3", "Modalities, size and other characteristics of the training data", _characteristics(facts)),
+        _section("2.1", "Publicly available datasets", _of_category(facts, "public")),
+        _section("2.2.1", "Private datasets under commercial licenses", _of_category(facts, "licensed")),
+        _section("2.2.2", "Private datasets of other third parties", _of_category(facts, "third-party")),
+        _section("2.3", "Data crawled and scraped from online sources", _crawled(facts)),
+        _section("2.4", "User data", _user_data(facts)),
+        _section("2.5", "Synthetic data", _synthetic(facts)),
+        _section("2.6", "Other sources of data", _of_category(facts, "other")),
+        _section("3.1", "Reservations of rights against text and data mining", _rights(facts)),
+        _section("3.2", "Removal of illegal content", _illegal(facts)),
+        _section("3.3", "Other information", [_stated("Comments", facts.maker.comments), _files(facts)]),
+    ]  # fmt: skip
+    return {
+        "template": TEMPLATE,
+        "summary_of": f"{facts.release.name} {facts.release.version}",
+        "version": facts.release.version,
+        "last_update": facts.ended[:10],
+        "sections": sections,
+    }
+
+
+def _section(number: str, title: str, fields: list[Json]) -> Json:
+    return {"number": number, "title": title, "fields": fields}
+
+
+def _computed(label: str, answer: Any) -> Json:
+    return {"label": label, "answer": answer, "basis": NOT_STATED if answer == NOT_STATED else "computed"}
+
+
+def _stated(label: str, answer: Any) -> Json:
+    if answer is None:
+        return {"label": label, "answer": NOT_STATED, "basis": NOT_STATED}
+    return {"label": label, "answer": _flag(answer), "basis": "maker"}
+
+
+def _flag(answer: Any) -> Any:
+    return (YES if answer else NO) if isinstance(answer, bool) else answer
+
+
+def _provider(facts: StandardFacts) -> list[Json]:
+    return [
+        _stated("Name of the provider", facts.maker.provider),
+        _stated("Address and contact of the provider", facts.maker.address or facts.release.contact),
+        _stated("Authorized representative in the EU", facts.maker.representative),
+    ]
+
+
+def _model(facts: StandardFacts) -> list[Json]:
+    names = [f"{facts.release.name}{folder.removeprefix('model')} {facts.release.version}" for folder in facts.models]
+    return [
+        _computed("Versioned names of the models", names),
+        _computed("Models that it depends on", "None: the weights were initialized at random and trained in this run"),
+        _stated("Date of placement on the market of the EU", facts.maker.market_date),
+    ]
+
+
+def _characteristics(facts: StandardFacts) -> list[Json]:
+    trained = {name: row.tokens.get("train", 0) for name, row in facts.data.sources.items()}
+    total = sum(trained.values())
+    size = next((text for bound, text in SIZES if total < bound), "more than 10 trillion tokens")
+    languages = Counter[str]()
+    for by_language in facts.data.documents.languages.values():
+        for language, row in by_language.items():
+            languages[language or "unknown"] += row.tokens
+    ranked = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:LANGUAGES]
+    kinds = sorted({str(row.get("kind", "")) for row in facts.declared.values()} - {""})
+    return [
+        _computed("Modality", "Text"),
+        _computed("Size of the training data", f"{size}: {total:,} tokens of distinct documents"),
+        _computed("Types of content", kinds or NOT_STATED),
+        _computed("Last date of acquisition", facts.acquired[:10] or NOT_STATED),
+        _stated("Further training on newer data", facts.maker.continuous_training),
+        _computed("Languages that the release declares", list(facts.release.languages)),
+        _computed("Measured languages", [{"language": name, "tokens": count} for name, count in ranked] or NOT_STATED),
+    ]  # fmt: skip
+
+
+def _rows(facts: StandardFacts, names: list[str]) -> list[Json]:
+    return [
+        {
+            "source": name,
+            "origin": facts.data.sources[name].origin or NOT_STATED,
+            "licenses": facts.data.sources[name].licenses,
+            "documents": facts.data.sources[name].kept,
+            "tokens": sum(facts.data.sources[name].tokens.values()),
+            "basis of the category": facts.category(name)[1],
+        }
+        for name in names
+    ]
+
+
+def _of_category(facts: StandardFacts, category: Any) -> list[Json]:
+    names = facts.of_category(category)
+    if not names:
+        return [_computed("Used for training", f"{NO}: no source is of this category")]
+    return [
+        _computed("Used for training", YES),
+        _computed("Modality", "Text"),
+        _computed("Sources", _rows(facts, names)),
+    ]
+
+
+def _crawled(facts: StandardFacts) -> list[Json]:
+    fields, names = _of_category(facts, "crawled"), facts.of_category("crawled")
+    if not names:
+        return fields
+    crawler = facts.maker.crawler
+    for label, name in (("Crawler", "name"), ("Purpose", "purpose"), ("Behavior", "behavior"), ("Period", "period")):
+        fields.append(_stated(label, getattr(crawler, name) if crawler else None))
+    domains = _domains(facts, names)
+    label = "The tenth of the domains with the most text"
+    if domains is None:
+        return [*fields, _computed(label, f"not listed: there are more than {MOST_DOMAINS:,} domains")]
+    listed = [{"domain": domain, "bytes": size} for domain, size in domains]
+    return [*fields, _computed(label, listed or NOT_STATED)]
+
+
+def _domains(facts: StandardFacts, sources: list[str]) -> list[tuple[str, int]] | None:
+    """(domain, bytes of kept text) of the largest tenth of the domains; None if there are more than MOST_DOMAINS."""
+    import pyarrow.compute as pc
+
+    sizes = Counter[str]()
+    kept = data_layout.kept_files(facts.folder / "dataset")
+    for path in (path for source in sources for path in kept.get(source, [])):
+        for batch in stream_batches(path, ["origin", "text"], TEXT_BATCH):
+            lengths = pc.fill_null(pc.binary_length(batch["text"]), 0).to_pylist()
+            for origin, length in zip(batch["origin"].to_pylist(), lengths, strict=True):
+                if domain := _domain(origin or ""):
+                    sizes[domain] += length
+            if len(sizes) > MOST_DOMAINS:
+                return None
+    ranked = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    return ranked[: -(-len(ranked) // 10)]
+
+
+def _domain(origin: str) -> str:
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _user_data(facts: StandardFacts) -> list[Json]:
+    return [*_of_category(facts, "user"), _stated("Statement on data of users", facts.maker.user_data)]
+
+
+def _synthetic(facts: StandardFacts) -> list[Json]:
+    names = facts.of_category("synthetic")
+    sampled = [phase for phase in facts.phases if numbered(phase)[0] in WITHOUT_ORDER]
+    if not names and not sampled:
+        return [_computed("Used for training", f"{NO}: no source is of this category, and no phase samples answers")]
+    models = sorted({str((facts.data.sources[name].generated or {}).get("generator", NOT_STATED)) for name in names})
+    own = f"the model of this release itself, in {', '.join(sampled)}" if sampled else ""
+    return [
+        _computed("Used for training", YES),
+        _computed("Modality", "Text"),
+        _computed("Models that wrote the data", [*models, *([own] if own else [])]),
+        _computed("Sources", _rows(facts, names) or "none: the answers are in dataset/rl of the release"),
+    ]
+
+
+def _rights(facts: StandardFacts) -> list[Json]:
+    opted = sum(count for row in facts.data.sources.values() for rule, count in row.removed.items() if "opt" in rule)
+    return [
+        _stated("Signatory of the code of practice", facts.maker.code_of_practice),
+        _stated("Measures before training", facts.maker.rights_reservations),
+        _computed("Documents that a rule on opt-outs removed", opted),
+    ]
+
+
+def _illegal(facts: StandardFacts) -> list[Json]:
+    rules = Counter[str]()
+    for row in facts.data.sources.values():
+        rules.update(row.removed)
+    rows = [{"rule": rule, "documents": count} for rule, count in sorted(rules.items())]
+    removed = _computed("Documents that rules of curation removed", rows or "none")
+    return [_stated("Measures", facts.maker.illegal_content), removed]
+
+
+def _files(facts: StandardFacts) -> Json:
+    return _computed("Every document with its license and decision", [facts.data_url, facts.evidence_url])
+
+
+def page(facts: StandardFacts) -> str:
+    """The content of eu_summary.md, for readers."""
+    body = summary(facts)
+    lines = [f"# Public summary of training content: {_text(body['summary_of'])}", ""]
+    lines += [f"Template: {body['template']}. Version {body['version']}, last updated {body['last_update']}.", ""]
+    lines += [
+        "In brackets: *computed* from the files of the release, or stated by the *maker*. This is no legal advice."
+    ]
+    for section in body["sections"]:
+        lines += ["", f"## {section['number']} {section['title']}", ""]
+        for field in section["fields"]:
+            lines += _field(field)
+    return "\n".join(lines) + "\n"
+
+
+def _field(field: Json) -> Iterator[str]:
+    basis = "" if field["basis"] == NOT_STATED else f" *({field['basis']})*"
+    answer = field["answer"]
+    if not isinstance(answer, list):
+        yield f"- **{field['label']}**: {_text(answer)}{basis}"
+    elif not answer or not isinstance(answer[0], dict):
+        yield f"- **{field['label']}**: {', '.join(map(_text, answer)) or 'none'}{basis}"
+    else:
+        yield f"- **{field['label']}**{basis}:"
+        for row in answer:
+            yield f"  - {'; '.join(f'{name}: {_text(value)}' for name, value in row.items())}"
+
+
+def _text(value: Any) -> str:
+    """A value in one line of Markdown, in which it is only text."""
+    if isinstance(value, list):
+        return ", ".join(map(_text, value)) or "none"
+    text = f"{value:,}" if isinstance(value, int) else escaped(str(value))
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", text)

@@ -1,0 +1,239 @@
+"""The documents of standards: valid by each standard's own tool, whatever the names, and right in what they compute."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from release.checks.check import Subject
+from release.checks.findings import Absent
+from release.checks.standards import valid
+from release.schema import PublishedLicenses
+from release.standards import bundle, eu_summary, frameworks, notices, package_list, validation
+from stages.data.table import DOCUMENTS, write_rows
+from stages.maker import Maker
+from tests.fixtures.standard_fixtures import make_facts, source_facts, write_documents
+
+CARBON = {"grams_per_kwh": 475, "source": "a report", "overhead": 1.2}
+HOSTILE = [
+    'a "quoted" \'name\'', "line\nbreak\r\ttab", "<script>alert(1)</script> | *bold* `code` [a](b)", "Ü ñ 漢字 😀",
+    "\u202eright to left\u202c", "nul\x00bell\x07", "surrogate \ud800", "a: b # {c} - !!python/object", "%2F/../..", " ",
+    "http://[::1 #a#b%",
+]  # fmt: skip
+"""Texts that end a string, a line, a cell or a scalar of the formats."""
+
+
+def field(body: Any, label: str) -> Any:
+    return next(f for section in body["sections"] for f in section["fields"] if f["label"] == label)
+
+
+def test_each_document_is_valid(tmp_path: Path) -> None:
+    maker = {"carbon": CARBON, "provider": "Example", "market_date": "2026-08-02", "code_of_practice": False}
+    texts = write_documents(make_facts(tmp_path, {"web": source_facts()}, maker))
+    assert validation.problems(tmp_path) == []
+    assert yaml.safe_load(texts[bundle.CITATION])["date-released"] == "2026-08-02"
+    assert "- **Name of the provider**: Example *(maker)*" in texts["evidence/standards/eu_summary.md"]
+    assert "web\n  licenses: CC-BY-4.0" in texts["dataset/NOTICE"]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_stay_valid(tmp_path: Path, text: str) -> None:
+    rows = {text: source_facts(licenses=[text, "MIT"], origin=text, license_evidence=text, removed={text: 2})}
+    rows["web"] = source_facts(licenses=["MIT OR Apache-2.0", "CC-BY-4.0"])
+    names = {"title": text, "description": text, "contact": text, "namespace": text}
+    facts = make_facts(tmp_path, rows, {"carbon": CARBON}, release=names, methods=[text], declared={})
+    object.__setattr__(facts, "packages", [package_list.Package(text, text, text, text, []), *facts.packages])
+    texts = write_documents(facts)
+    assert validation.problems(tmp_path) == []
+    bom = json.loads(texts[bundle.CYCLONEDX])
+    assert [part["name"] for part in bom["components"]][:3] == [text, "web", text]
+    assert bom["components"][1]["licenses"] == [{"expression": "(MIT OR Apache-2.0) AND CC-BY-4.0"}]
+    assert yaml.safe_load(texts[bundle.MOF])["release"]["producer"] == text
+    for path in ("evidence/standards/eu_summary.md", "dataset/NOTICE"):
+        assert texts[path].isascii() or all(c.isprintable() or c == "\n" for c in texts[path]), path
+    assert "<script>" not in texts["evidence/standards/eu_summary.md"].replace("\\<", "")
+    heads = [line for line in texts["evidence/standards/eu_summary.md"].splitlines() if line.startswith("#")]
+    assert len(heads) == 1 + len(validation.SECTIONS), "no name begins a line"
+
+
+BREAKS = {
+    bundle.CYCLONEDX: ('"specVersion": "1.7"', '"specVersion": "1.7", "extra": 1'),
+    bundle.SPDX: ('"ai_autonomyType": "noAssertion"', '"ai_autonomyType": "maybe"'),
+    bundle.MOF: ("name: Datasets", "name: Data"),
+    bundle.CITATION: ("cff-version: 1.2.0", "cff-version: 1.2.0\nhome: x"),
+    bundle.EU_SUMMARY: ('"answer": "Text"', '"answer": ""'),
+}
+
+
+@pytest.mark.parametrize("path", BREAKS)
+def test_what_a_standard_does_not_allow_is_named(tmp_path: Path, path: str) -> None:
+    texts = write_documents(make_facts(tmp_path, {"web": source_facts()}))
+    old, new = BREAKS[path]
+    assert old in texts[path]
+    (tmp_path / path).write_text(texts[path].replace(old, new))
+    found = validation.problems(tmp_path)
+    assert found and all(text.startswith(f"{path}: ") and "\n" not in text for text in found)
+    for damage in (b"a: [", b"\xff", b"[" * 1000, b""):
+        (tmp_path / path).write_bytes(damage)
+        assert validation.errors(tmp_path, path), damage[:4]
+    (tmp_path / path).unlink()
+    assert validation.errors(tmp_path, path)
+
+
+def test_references_of_spdx_resolve(tmp_path: Path) -> None:
+    texts = write_documents(make_facts(tmp_path, {"web": source_facts()}))
+    graph = json.loads(texts[bundle.SPDX])
+    graph["@graph"] = [row for row in graph["@graph"] if row["type"] != "dataset_DatasetPackage"]
+    assert any("refers to" in text for text in validation.spdx(json.dumps(graph).encode()))
+    graph["@graph"] = [{**row, "spdxId": "https://x#1"} if "spdxId" in row else row for row in graph["@graph"]]
+    assert list(validation.spdx(json.dumps(graph).encode()))
+
+
+def test_without_the_tools_it_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(make_facts(tmp_path, {"web": source_facts()}))
+    monkeypatch.setitem(sys.modules, "cyclonedx.schema", None)
+    with pytest.raises(Absent, match=r"it needs cyclonedx\.schema; install atom-release\[report\]"):
+        valid(Subject(tmp_path))
+
+
+def test_energy_and_carbon_follow_from_the_stated_factors(tmp_path: Path) -> None:
+    rows = {"web": source_facts()}
+    energy = json.loads(write_documents(make_facts(tmp_path, rows, {"carbon": CARBON}))[bundle.ENERGY])
+    assert energy["total"]["energy_kwh"] == pytest.approx(3.0)
+    assert energy["total"]["co2_kg"] == pytest.approx(3.0 * 1.2 * 0.475)
+    assert energy["factors"]["carbon"]["source"] == "a report" and energy["methods"] == ["estimate: x"]
+    bom = json.loads((tmp_path / bundle.CYCLONEDX).read_text())
+    consumed = bom["metadata"]["component"]["modelCard"]["considerations"]["environmentalConsiderations"]
+    by_activity = {row["activity"]: row for row in consumed["energyConsumptions"]}
+    assert by_activity["training"]["co2CostEquivalent"] == {"value": pytest.approx(855e-6), "unit": "tCO2eq"}
+    without = json.loads(write_documents(make_facts(tmp_path, rows))[bundle.ENERGY])
+    assert without["total"]["co2_kg"] is None and without["factors"] == {"carbon": None, "stated_by": None}
+
+
+def test_categories_of_the_eu_summary(tmp_path: Path) -> None:
+    rows = {name: source_facts() for name in ("hub", "sums", "mine", "web", "written")}
+    rows["mine"].origin, rows["written"].generated = "a disk", {"generator": "local/tiny 0.1.0"}
+    readers = {"hub": "hub", "sums": "problems", "mine": "jsonl", "web": "warc", "written": "generated"}
+    crawler = {"name": "bot", "purpose": "text", "behavior": "robots.txt is obeyed", "period": "2025-01 to 2025-03"}
+    pages = [
+        ("https://a.org/1", "long " * 50),
+        ("https://a.org/2", "x"),
+        *((f"https://b{n}.org/", "short") for n in range(9)),
+    ]
+    kept = [
+        {"id": f"web/{n}", "text": text, "source": "web", "license": "MIT", "origin": url, "content_hash": "", "prompt_chars": 0}
+        for n, (url, text) in enumerate(pages)
+    ]  # fmt: skip
+    write_rows(tmp_path / "dataset/kept/web/part-00000.parquet", DOCUMENTS, kept)
+    facts = make_facts(
+        tmp_path, rows, {"sources": {"web": "crawled", "mine": "licensed"}, "crawler": crawler},
+        declared={name: {"reader": reader} for name, reader in readers.items()},
+    )  # fmt: skip
+    body = eu_summary.summary(facts)
+    sections = {section["number"]: section["fields"] for section in body["sections"]}
+
+    def listed(number: str) -> list[str]:
+        return [row["source"] for f in sections[number] if f["label"] == "Sources" for row in f["answer"]]
+
+    assert {n: listed(n) for n in ("2.1", "2.2.1", "2.3", "2.5", "2.6")} == {
+        "2.1": ["hub"], "2.2.1": ["mine"], "2.3": ["web"], "2.5": ["written"], "2.6": ["sums"],
+    }  # fmt: skip
+    assert sections["2.2.2"][0]["answer"].startswith("No") and field(body, "Crawler")["basis"] == "maker"
+    assert field(body, "The tenth of the domains with the most text")["answer"] == [{"domain": "a.org", "bytes": 251}]
+    assert field(body, "Models that wrote the data")["answer"][0] == "local/tiny 0.1.0"
+    assert "in rlvr" in field(body, "Models that wrote the data")["answer"][1]
+    assert field(body, "Name of the provider") == {
+        "label": "Name of the provider", "answer": "not stated", "basis": "not stated",
+    }  # fmt: skip
+
+
+def test_more_domains_than_memory_holds_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eu_summary, "MOST_DOMAINS", 1)
+    rows = [
+        {"id": f"web/{n}", "text": "x", "source": "web", "license": "MIT", "origin": f"https://b{n}.org", "content_hash": "", "prompt_chars": 0}
+        for n in range(3)
+    ]  # fmt: skip
+    write_rows(tmp_path / "dataset/kept/web/part-00000.parquet", DOCUMENTS, rows)
+    facts = make_facts(tmp_path, {"web": source_facts()}, {"sources": {"web": "crawled"}})
+    assert "not listed" in field(eu_summary.summary(facts), "The tenth of the domains with the most text")["answer"]
+
+
+def test_the_class_of_the_framework_is_reached_step_by_step(tmp_path: Path) -> None:
+    def reached(**maker: str) -> str:
+        return str(frameworks.framework(make_facts(tmp_path, {"web": source_facts()}, maker))["class"])
+
+    def touch(*paths: str) -> None:
+        for path in paths:
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text("x")
+
+    report = {"technical_report": "https://example.org/report"}
+    assert reached(**report) == "none"
+    touch("code/stages/models/x", "model/model.safetensors", "model/README.md", "dataset/README.md")
+    touch("dataset/evaluation/mid/scores.json")
+    assert reached() == "none" and reached(**report).startswith("Class III")
+    touch(
+        "code/stages/train/x",
+        "code/stages/rl/samplers/x",
+        "code/stages/evaluation/x",
+        "dataset/evaluation/items.parquet",
+    )
+    assert reached(**report).startswith("Class II:")
+    touch("code/stages/data/x", "checkpoints/a/model.safetensors", "dataset/kept/web/part-00000.parquet")
+    paper = {**report, "research_paper": "https://example.org/paper"}
+    assert reached(**report).startswith("Class II:") and reached(**paper).startswith("Class I:")
+    closed = {"license": PublishedLicenses("Apache-2.0", "CC-BY-4.0", "LicenseRef-mine")}
+    body = frameworks.framework(make_facts(tmp_path, {"web": source_facts()}, paper, release=closed))
+    assert body["class"] == "none" and "LicenseRef-mine" in str(body["missing"])
+
+
+def test_the_definition_is_met_requirement_by_requirement(tmp_path: Path) -> None:
+    rows = {"web": source_facts(licenses=["LicenseRef-unknown-web"], origin="")}
+    unmet = [item for item in frameworks.checklist(make_facts(tmp_path, rows))["requirements"] if not item["met"]]
+    reasons = " ".join(item["reason"] for item in unmet)
+    assert "no origin or evidence of web" in reasons and "not known: LicenseRef-unknown-web" in reasons
+    assert "the texts of 0 of 10 kept documents" in reasons
+
+
+def test_the_license_of_python_stays_with_its_texts(tmp_path: Path) -> None:
+    rows = {"code": source_facts(licenses=["PSF-2.0"]), "free": source_facts(licenses=["CC0-1.0"])}
+    facts = make_facts(tmp_path, rows, declared={"code": {"reader": "stdlib-source"}})
+    assert "https://docs.python.org/3/license.html" in notices.notice(facts) and "free" not in notices.notice(facts)
+    (tmp_path / "dataset" / notices.PYTHON).parent.mkdir(parents=True)
+    (tmp_path / "dataset" / notices.PYTHON).write_bytes(b"PSF LICENSE AGREEMENT")
+    (tmp_path / "dataset/notices/code").mkdir(parents=True)
+    text = notices.notice(facts)
+    assert f"copyright: {notices.PYTHON}" in text and "packages: notices/code" in text
+    text = notices.notice(make_facts(tmp_path, {"free": rows["free"]}))
+    assert text.endswith("or to keep notices:\n\nnone\n")
+
+
+def test_packages_have_licenses_and_hashes(tmp_path: Path) -> None:
+    version = metadata.version("safetensors")
+    (tmp_path / "requirements").mkdir()
+    lock = (
+        f"# head\nsafetensors=={version} \\\n    --hash=sha256:{'c' * 64}\nother==1 \\\n    --hash=sha256:{'d' * 64}\n"
+    )
+    (tmp_path / "requirements/x.lock").write_text(lock)
+    known, older, unknown = package_list.describe(
+        [("safetensors", version), ("safetensors", "0.0.1"), ("no-such-package", "1")], [tmp_path]
+    )
+    assert known["hashes"] == ["c" * 64] and (known["license"] or known["stated"])
+    assert older == {"name": "safetensors", "version": "0.0.1", "license": None, "stated": "", "hashes": []}
+    assert unknown["license"] is None
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [({"market_date": "2026-13-01"}, "no date of the calendar"), ({"carbon": {"grams_per_kwh": -1, "source": "x"}}, "0 to 2000")],
+    ids=str,
+)  # fmt: skip
+def test_statements_of_the_maker_are_bounded(section: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Maker.model_validate(section)
