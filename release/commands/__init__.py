@@ -2,8 +2,9 @@
 
 import typer
 
-from release.commands import auditing, publishing
+from release.commands import auditing, publishing, signing_keys
 
 app = typer.Typer()
 app.add_typer(publishing.app)
 app.add_typer(auditing.app)
+app.add_typer(signing_keys.app)

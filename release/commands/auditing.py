@@ -48,6 +48,16 @@ def verify(
         str | None, typer.Option(metavar="URL", help="the OpenID provider that vouches for --identity")
     ] = None,
     trust_config: TrustConfigOption = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="the history of the signer's keys (atom keys): successors, expiry, revocation"
+        ),
+    ] = None,
+    timestamp_authority: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="the root certificate of a timestamp authority that is trusted; repeatable"),
+    ] = None,
     retracted: Annotated[
         str | None,
         typer.Option(metavar="PATH_OR_REPO", help="a repository with a tombstone, to recognize an old copy by"),
@@ -75,7 +85,7 @@ def verify(
     from release.audit.verify import verify as verify_release
     from release.signing import Trust
 
-    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
+    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config, keys, tuple(timestamp_authority or ()))
     verdict = verify_release(target, deep, print_progress, trust, retracted, ask_hub=True)
     from release.audit import openness as audit
 

@@ -31,8 +31,11 @@ USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 def trace_step(folder: Path, phase: str | None, n: int) -> Step:
     """The documents of optimizer step `n` (from 1) of a release or its data repository, and the tasks, answers and
-    pairs of a step that sampled or read them. phase: None if only one phase has such a step. Raises AtomError for an unknown step or
-    phase, and if several phases have the step."""
+    pairs of a step that sampled or read them.
+
+    phase: None if only one phase has such a step. Raises AtomError for an unknown step or phase, and if several phases
+    have the step.
+    """
     data = ReleaseData.locate(folder)
     orders, sampling = data.orders(), rollout_lookup.last_steps(data)
     phases = sorted({*orders, *sampling}, key=when)
