@@ -97,6 +97,7 @@ def _verify_folder(
     del listed_paths
     verdict.checks += _byte_checks(contents, digests)
     runner = CheckRunner(folder, tree, deep)
+    verdict.checks += runner.limits()
     if any(path.endswith(SIGNATURE) for path in tree.files):
         signing.load_libraries()
     verdict.checks.append(runner.run("signatures", lambda: _check_signatures(contents, digests, policy)))
