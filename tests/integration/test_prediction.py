@@ -191,7 +191,7 @@ def test_verify_checks_the_chain(release: Path, tmp_path: Path) -> None:
         assert any(reason in problem for problem in change(path, old, new)), reason
 
 
-@at_length("prediction", 400)
+@at_length("release", 400)
 def test_a_ladder_predicts_the_run_that_follows(smoke_home: Path, tmp_path: Path) -> None:
     """Real runs: three smaller models are trained, the next size is predicted, trained and released."""
     home = tmp_path / "home"

@@ -111,9 +111,7 @@ def test_an_epoch_of_pairs_has_each_pair_once() -> None:
 def test_every_task_leads_to_its_answers_pairs_and_checkpoints(release: Path) -> None:
     table, by_step = pairs(release), reward_rows(release)
     sampled = {phase: rollouts(release, phase) for phase in FOLDERS}
-    ids = sorted({row["task"] for rows in sampled.values() for row in rows})[
-        ::3
-    ]  # of every kind, in a third of the time
+    ids = sorted({row["task"] for rows in sampled.values() for row in rows})
     reached = set()
     for id in ids:
         document = tracing.trace_document(release, id)
