@@ -73,12 +73,14 @@ class Trust:
             raise AtomError("--keys says which keys have one holder; name one of them that you trust with --key")
         history = None if self.keys is None else KeyHistory.read(self.keys)
         authorities = tuple(timestamps.load_roots(self.timestamp_authorities))
-        if self.key is None or is_fingerprint(self.key):
-            return TrustPolicy(self.key, self.chain, history=history, authorities=authorities)
-        try:
-            name = fingerprint(Path(self.key).read_bytes())
-        except (OSError, ValueError):
-            raise AtomError(f"{self.key} is neither a fingerprint, sha256:…, nor the file of a public key") from None
+        name = self.key
+        if name is not None and not is_fingerprint(name):
+            try:
+                name = fingerprint(Path(name).read_bytes())
+            except (OSError, ValueError):
+                raise AtomError(f"{name} is neither a fingerprint, sha256:…, nor the file of a public key") from None
+        if history is not None and name not in history.keys:
+            raise AtomError(f"{self.keys} says nothing about the key {name}; give the history of its holder")
         return TrustPolicy(name, self.chain, history=history, authorities=authorities)
 
     def _identity_policy(self) -> TrustPolicy:
