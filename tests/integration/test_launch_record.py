@@ -90,6 +90,22 @@ def test_many_deviations_are_counted_and_the_first_are_named() -> None:
     assert stopped.record()["deviating"] == 0 and not stopped.active
 
 
+def test_lines_of_a_damaged_log_are_left_out(tmp_path: Path) -> None:
+    from stages.train.checkpoint.work_checkpoint import _lines_after
+
+    attempts = []
+    for number, rest in enumerate(
+        (b'{"step": 2}\n{"step": 3}\n{"st', b'{"step": 2}\n{"st\xffep": 3}\n[4]\n{"step": 5}\n')
+    ):
+        attempts.append(tmp_path / f"attempt-{number}")
+        attempts[-1].mkdir()
+        (attempts[-1] / "training.jsonl").write_bytes(b'{"step": 1}\n' + rest)
+    log = b'{"step": 1}\n'
+    assert _lines_after(log, attempts[:1]) == [{"step": 2}, {"step": 3}]
+    assert _lines_after(log, attempts) == [{"step": 2}], "the longest log counts, up to its damage"
+    assert _lines_after(b'{"step": 9}\n', attempts) == [] and _lines_after(log, [tmp_path / "none"]) == []
+
+
 def test_a_killed_start_stays_in_the_records(tmp_path: Path) -> None:
     store, key = Store(tmp_path), "pretrain-0123456789ab"
     folder = store.work(key)

@@ -310,13 +310,23 @@ class Checkpoints:
 
 
 def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
-    """The lines after a log in the longest log of earlier attempts that continues it, without a line that was cut."""
+    """The lines after a log in the longest log of earlier attempts that continues it, up to one that was cut or
+    damaged."""
     longest = b""
     for path in (attempt / "training.jsonl" for attempt in attempts):
         text = path.read_bytes() if path.is_file() else b""
         if text.startswith(log) and len(text) - len(log) > len(longest):
             longest = text[len(log) :]
-    return [json.loads(line) for line in longest.split(b"\n")[:-1]]
+    lines: list[dict[str, Any]] = []
+    for text in longest.split(b"\n")[:-1]:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
+    return lines
 
 
 def _unlock(memory: torch.Tensor) -> None:
