@@ -135,10 +135,10 @@ def show(
 @app.command()
 def trace(
     release: AnyReleaseArgument,
-    step: Annotated[int | None, typer.Option(help="the documents of this optimizer step")] = None,
+    step: Annotated[int | None, typer.Option(help="the documents, tasks and answers of this optimizer step")] = None,
     phase: Annotated[str | None, typer.Option(help="of which phase, if several have that step")] = None,
     doc: Annotated[
-        str | None, typer.Option(metavar="ID", help="the fate of this document, and the steps that read it")
+        str | None, typer.Option(metavar="ID", help="the fate of this document or task, and the steps that read it")
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="documents that contain this text exactly, and the steps that read them")
@@ -150,7 +150,8 @@ def trace(
 ) -> None:
     """Trace a step, a document or a text of a release.
 
-    A step leads to its documents, a document or a text to steps and checkpoints.
+    A step leads to its documents, and of reinforcement learning to tasks, answers and rewards; a document, a task or a
+    text leads to steps and checkpoints.
 
     Example: atom trace runs/releases/atom-tiny-0.1.0 --step 100 --phase pretrain
     """
