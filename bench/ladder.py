@@ -33,6 +33,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from stages.evaluation.scaling_law import fit, predicted_loss  # noqa: E402
+
 BATCH, LENGTH = 1536, 64
 BOOTSTRAPS = 1000
 
@@ -131,23 +133,6 @@ def measure(ladder: Ladder, home: Path) -> list[dict[str, Any]]:
         one = lambda run: started(__file__, *name, "--home", str(home), "--one", str(run[0]), str(run[1]))  # noqa: E731
         results = [json.loads(text.splitlines()[-1]) for text in pool.map(one, runs)]
     return sorted(results, key=lambda run: (run["flops"], run["seed"]))
-
-
-def fit(flops: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
-    """a, b and c of L = a C^-b + c."""
-    x, y = np.log(np.asarray(flops)), np.asarray(losses)
-    c = np.linspace(0, 0.999 * y.min(), 400)[:, None]
-    logs = np.log(y - c)  # [grid, runs]
-    dx = x - x.mean()
-    slope = (logs * dx).sum(1) / (dx * dx).sum()
-    height = logs.mean(1) - slope * x.mean()
-    errors = ((np.log(np.exp(height[:, None] + slope[:, None] * x) + c) - np.log(y)) ** 2).sum(1)
-    best = int(np.argmin(np.where(slope < 0, errors, np.inf)))
-    return {"a": float(np.exp(height[best])), "b": float(-slope[best]), "c": float(c[best, 0])}
-
-
-def predicted_loss(law: dict[str, float], flops: Any) -> Any:
-    return law["a"] * np.asarray(flops) ** -law["b"] + law["c"]
 
 
 def bootstrap(runs: Sequence[dict[str, Any]]) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.core.errors import CheckFailed
-from release.tree import Tree
+from release.tree import Tree, inode
 from release.untrusted import open_regular
 
 
@@ -28,9 +28,8 @@ class Digests:
             digests = dict(zip(path_of_inode, pool.map(self._digest, path_of_inode.values()), strict=True))
         self.digests = {folder / path: digests[self._file(path)] for path in present}
 
-    def _file(self, path: str) -> tuple[int, int]:
-        status = self.tree.files[path]
-        return status.st_dev, status.st_ino
+    def _file(self, path: str) -> object:
+        return inode(self.tree.files[path]) or path
 
     def __call__(self, path: Path) -> str:
         if path not in self.digests:

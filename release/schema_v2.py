@@ -80,7 +80,8 @@ FIELDS: dict[str, dict[str, str]] = {
         )
     }
     | {"clipped": "clip_fraction", "weight": "importance_ratio", "answer_tokens": "completion_length"},
-    "state.json": {name: name for name in ("step", "phase", "tokens", "config", "optimizer_step", "data_position")},
+    "state.json": {name: name for name in ("step", "phase", "tokens", "config", "optimizer_step", "data_position")}
+    | {"heldout": "heldout_fraction"},
 }  # fmt: skip
 """Fields of JSON files, at any depth. `training.jsonl` also applies to the log of each phase under `training/` of a
 model repository, and `scores.json` to the scores under its `evaluation/`."""

@@ -130,13 +130,25 @@ _KINDS = {
 
 def is_sparse(status: os.stat_result) -> bool:
     """Whether almost nothing of a file is on the disk; compressing file systems do not reach that ratio."""
-    return status.st_blocks * 512 * 64 < status.st_size
+    return disk_bytes(status) * 64 < status.st_size
 
 
 def real_bytes(files: Iterable[os.stat_result]) -> int:
     """The bytes of files on the disk: holes do not count, and a file with several names counts once."""
-    size_of_inode = {(status.st_dev, status.st_ino): min(status.st_size, status.st_blocks * 512) for status in files}
-    return sum(size_of_inode.values())
+    size_of_file = {
+        inode(status) or number: min(status.st_size, disk_bytes(status)) for number, status in enumerate(files)
+    }
+    return sum(size_of_file.values())
+
+
+def disk_bytes(status: os.stat_result) -> int:
+    """The bytes that a file has on the disk; Windows does not say, so its size there."""
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
+
+
+def inode(status: os.stat_result) -> tuple[int, int] | None:
+    """What two names of one file have in common; None where a listing does not say, as on Windows."""
+    return (status.st_dev, status.st_ino) if status.st_ino else None
 
 
 def is_foreign_link(folder: Path, path: str) -> bool:

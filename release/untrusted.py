@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.core import open_flags
 from pipeline.core.errors import CheckFailed
 from pipeline.core.text import printable
 
@@ -47,7 +48,7 @@ def open_regular(path: Path, follow: bool = False) -> BinaryIO:
 
     follow: whether the path may be a link. Raises CheckFailed.
     """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    flags = open_flags.READ | (0 if follow else open_flags.NO_LINK)
     try:
         if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):  # a device is not even opened
             raise CheckFailed(f"{path.name} is not a regular file")

@@ -4,6 +4,7 @@ not affect them."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipeline.core import json_files
+from pipeline.core import environment, json_files
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store, canonical, sha256_bytes
 
@@ -52,7 +53,8 @@ def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
     """`$ATOM_HOME/code/<digest>`: the packages of atom, the pins if they are beside them, and `extra_files` under
     as-run/, read-only.
 
-    The same code has the same folder, which is complete or absent. Raises Damaged if the folder was changed later.
+    The same code has the same folder, which is complete or absent, with the commit of the first checkout that had it.
+    Raises Damaged if the folder was changed later.
     """
     files = dict(_snapshot_files(extra_files))
     digest = sha256_bytes(canonical({name: sha256_bytes(data) for name, data in files.items()}))[:16]
@@ -61,7 +63,9 @@ def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
         _require_intact(target, files)
         return target
     draft = target.with_name(f".{digest}.{uuid.uuid4().hex}")
-    for name, data in files.items():
+    commit, dirty = environment.git_commit(next(iter(roots())))
+    stated = json.dumps({"commit": commit, "dirty": dirty}, sort_keys=True).encode()
+    for name, data in {**files, environment.COMMIT: stated}.items():
         path = draft / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

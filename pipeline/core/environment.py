@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -31,6 +32,8 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+COMMIT = "commit.json"
+"""The file of a snapshot of the code with the checkout's commit; no part of the snapshot's digest."""
 ARITHMETIC = (
     "ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
     "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA",
@@ -68,10 +71,14 @@ def describe() -> dict[str, Any]:
 
 
 def git_commit(root: Path) -> tuple[str | None, bool]:
-    """(commit, dirty) of the checkout that contains `root`; (None, False) without a checkout, for example in a
-    wheel."""
+    """(commit, dirty) of the checkout that contains `root`, or that a snapshot of its code was made from; (None, False)
+    without a checkout, for example in a wheel."""
     if not (root / ".git").exists():
-        return None, False
+        try:
+            stated = json.loads((root / COMMIT).read_text())
+            return stated["commit"], bool(stated["dirty"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None, False
 
     def git(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)

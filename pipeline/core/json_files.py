@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.core import open_flags
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped
 
@@ -59,7 +60,7 @@ def open_file(path: Path) -> BinaryIO:
     """Opens a regular file for reading. Raises FileNotFoundError if nothing has that name, else Damaged."""
     try:
         # do not wait for a pipe of that name
-        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 (the caller's)
+        file = open(os.open(path, open_flags.READ), "rb")  # noqa: SIM115 (the caller's)
     except FileNotFoundError:
         if path.is_symlink():
             raise Damaged(path, "it is a link that leads nowhere") from None

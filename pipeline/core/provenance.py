@@ -25,6 +25,8 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:atom-release:stage:v1"
 BUILDER = "urn:atom-release:builder:v1"
+STARTS = "starts"
+"""The byproduct of a stage that trains."""
 SUMMARY = "summary.json"
 """The file of a product that its statement repeats, for every stage."""
 
@@ -157,6 +159,7 @@ def statement(
     kind: str | None = None,
     checkpoint_of: CheckpointOf | None = None,
     product: Artifact | None = None,
+    starts: list[dict[str, Any]] | None = None,
 ) -> Statement:
     """A statement about one attempt of a stage.
 
@@ -165,7 +168,7 @@ def statement(
     time, energy and cost with the method of each. outcome: "sealed", or one sentence on the failure; kind: then the
     kind of the failure. of: {key, step} of the phase that a checkpoint belongs to. product: the sealed artifact; its
     summary.json, if it has one, becomes a byproduct, so that the ledger alone contains the stage's summary of its
-    product.
+    product. starts: of a stage that trains, the record of each start whose work the product contains.
     """
     parameters: Parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
     if checkpoint_of:
@@ -197,6 +200,7 @@ def statement(
                 "byproducts": [
                     {"name": "usage", "annotations": usage},
                     {"name": "outcome", "annotations": {"text": outcome} | ({"kind": kind} if kind else {})},
+                    *([{"name": STARTS, "annotations": {"starts": starts}}] if starts else ()),
                     *(summaries(product) if product else ()),
                 ],
             },
@@ -287,6 +291,12 @@ def summary(body: Statement) -> Byproduct | None:
     product has none, or if the statement is older than this byproduct."""
     summaries = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == SUMMARY)
     return next(summaries, None)
+
+
+def starts(body: Statement) -> list[dict[str, Any]]:
+    """The records of the starts of a stage that trains; none of another stage, or of an older statement."""
+    products = body["predicate"]["runDetails"]["byproducts"]
+    return next((list(p["annotations"]["starts"]) for p in products if p["name"] == STARTS), [])
 
 
 def _byproduct(body: Statement, name: str) -> dict[str, Any]:

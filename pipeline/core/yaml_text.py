@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.core import open_flags
 from pipeline.core.errors import RecipeError
 from pipeline.core.text import escaped, shown, unprintable
 
@@ -38,7 +39,7 @@ _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true":
 def read_file(path: Path, title: str, limit: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file. Raises RecipeError for anything else, and for a file of more than `limit` bytes."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(path, open_flags.READ)
     except OSError as error:
         raise RecipeError(
             f"{title}: {escaped(str(path), 200)} cannot be read ({error.strerror}); name another"

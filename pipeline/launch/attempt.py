@@ -23,6 +23,7 @@ from pipeline.graph import registry
 from pipeline.graph.checkpoints import Checkpoint
 from pipeline.launch.failure_messages import strip_paths
 from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, USAGE_SECONDS, Ranks, Usage
+from pipeline.launch.start_records import StartRecords
 
 
 class _UsageFile(TypedDict):
@@ -87,6 +88,8 @@ class Attempt:
         self.code = code_digests(registry.stages()[task.stage])
         self.operations = [operation(self.config)]
         """The distinct operational configs of this attempt and of those that it resumed, the latest last."""
+        self.starts: StartRecords | None = None
+        """Of a stage that trains; the worker sets it."""
 
     def record(self, artifact: Artifact, part: Checkpoint | None = None) -> None:
         """Writes the statement of a product just before it is sealed. Raises AtomError if it must not be sealed.
@@ -183,6 +186,7 @@ class Attempt:
             outcome=outcome.text if isinstance(outcome, Failure) else outcome,
             kind=outcome.kind if isinstance(outcome, Failure) else None,
             product=product,
+            starts=None if part or self.starts is None else self.starts.read(),
         )
         provenance.write(self.store.ledger, part.key if part else self.task.key, body)
         if part is None:

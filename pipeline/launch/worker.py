@@ -27,6 +27,7 @@ from pipeline.launch.checkpoint_artifacts import CheckpointArtifacts
 from pipeline.launch.early_start import EarlyStart
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
+from pipeline.launch.start_records import StartRecords
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption."""
@@ -188,6 +189,9 @@ def _run_attempt(
                     shutil.rmtree(stale)
                 (folder / "state").mkdir(exist_ok=True)
                 attempt.operations = _record_operation(folder / "operations.json", attempt.operations[0])
+                if attempt.stage.trains:
+                    attempt.starts = StartRecords(folder, lease.number)
+                    attempt.starts.add(store, task.key, attempt.started)
                 out.mkdir()
             with ranks.environment(ranks.open_rendezvous(lease.number)):
                 attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)

@@ -33,6 +33,8 @@ from release.layout import (
     phases_of,
     when,
 )
+from release.prediction.forecast import FILE, FOLDER
+from release.prediction.forecast import MODEL as MODEL_PREDICTED
 from stages.data.table import MEASURES
 
 DISTRIBUTION = "atom-release"
@@ -195,6 +197,17 @@ def place_earlier(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None
                 assembly.copy(key, artifact, file, f"dataset/earlier/{key}/{file}")
             elif target.startswith("checkpoints/") and "@" in key:
                 assembly.copy(key, artifact, file, target)
+
+
+def place_prediction(
+    assembly: Assembly, artifact: Artifact, statement: Path, artifacts: Mapping[str, Artifact]
+) -> None:
+    """Places a prediction with its manifest and statement in the evidence, and a copy beside the predicted model."""
+    reason = f"what was predicted before training, {artifact.key}"
+    assembly.include(artifact / FILE, f"{FOLDER}/{FILE}", reason)
+    assembly.include(artifact.path / "manifest.json", f"{FOLDER}/manifest.json", f"manifest of {artifact.key}")
+    assembly.include(statement, f"{FOLDER}/statement.json", "statement of the ledger")
+    assembly.include(artifact / FILE, f"{folders_of(models_of(artifacts))[MODEL_PREDICTED]}/{FILE}", reason)
 
 
 def place_code(assembly: Assembly, roots: list[Path]) -> None:

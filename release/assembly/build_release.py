@@ -40,7 +40,8 @@ class BuildInput:
     statements: in-toto statement files, including those of failed attempts. metrics: metrics.jsonl by node.
     environment: versions. code_roots: folders with the packages. stale: nodes made by code that has changed since.
     machine_paths: folders of this machine that no published file may name. deny_list: of the data recipe. previous: the
-    folder of an earlier release, in which receipts of opt-outs look for the documents.
+    folder of an earlier release, in which receipts of opt-outs look for the documents. prediction: the artifact that
+    was sealed before training, and its statement.
     """
 
     name: str
@@ -59,6 +60,7 @@ class BuildInput:
     machine_paths: list[Path] = field(default_factory=list)
     deny_list: DenyList | None = None
     previous: Path | None = None
+    prediction: tuple[Artifact, Path] | None = None
 
 
 def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lambda text: None) -> Path:
@@ -163,6 +165,8 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     assemble.place_code(assembly, source.code_roots)
     for name, content in sorted(source.recipe_files.items()):
         assembly.write(f"code/as-run/{name}", content, "recipe file as run")
+    if source.prediction is not None:
+        assemble.place_prediction(assembly, *source.prediction, source.artifacts)
     for path in sorted(source.statements):
         assembly.include(path, f"evidence/statements/{path.name}", "statement of the ledger")
     for node, path in sorted(source.metrics.items()):

@@ -11,7 +11,9 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Store
 from pipeline.graph.dag import Graph, states
+from pipeline.launch.start_records import prediction_key
 from release.assembly.build_release import BuildInput
+from release.prediction.forecast import PHASE
 from stages.data.curation.deny_list import DENY_LIST, DenyList
 from stages.data.filter import FilterConfig
 
@@ -50,9 +52,21 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
         dirty=dirty,
         stale=[s.name for s in states(graph, store).values() if s.text == "stale"],
         deny_list=_deny_list(graph),
+        prediction=_prediction(graph, store),
         previous=previous,
         machine_paths=[store.home, root, Path.home(), Path(sys.prefix)],
     )
+
+
+def _prediction(graph: Graph, store: Store) -> tuple[Artifact, Path] | None:
+    """The sealed prediction of this run and its statement, if it has one."""
+    key = prediction_key(graph.nodes[PHASE].key)
+    if not store.sealed(key):
+        return None
+    artifact = store.open(key)
+    if (sealed := provenance.sealed(store.ledger, artifact)) is None:
+        raise AtomError(f"{key} has no statement in {store.ledger}; a prediction without one proves nothing: remove it")
+    return artifact, sealed[0]
 
 
 def _deny_list(graph: Graph) -> DenyList | None:

@@ -23,6 +23,8 @@ from release.assembly.score_facts import (
 )
 from release.assembly.training import PhaseLog
 from release.layout import when
+from release.prediction import forecast
+from release.prediction.forecast import Outcome, Prediction
 from release.untrusted import tensor_header
 from stages.evaluation.scores import ContaminationReport, MemorizationScores, ModelScores
 
@@ -47,7 +49,8 @@ class ModelFacts:
     """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model; the last are those of the
     model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
     report, None without one. training: by phase. memorization: of the model itself, None if it was not measured.
-    harness: the same of task sets."""
+    harness: the same of task sets. outcomes: what was predicted before training, and measured; prediction: the whole of
+    it."""
 
     architecture: str
     config: dict[str, Any]
@@ -61,6 +64,8 @@ class ModelFacts:
     training: dict[str, PhaseLog] = field(default_factory=dict)
     memorization: MemorizationScores | None = None
     harness: HarnessFacts | None = None
+    prediction: Prediction | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
 
     def own_scores(self) -> ModelScores:
         """The scores of the model itself, the last ones, because a card compares only with earlier models."""
@@ -79,6 +84,8 @@ def read_model_facts(model: Path) -> ModelFacts:
     """Reads the facts from one model repository alone."""
     config, report, folder = read_json(model / "config.json"), model / CONTAMINATION, model / "evaluation"
     logs, memorization = training.logs(model).items(), folder / MEMORIZATION / "scores.json"
+    scores = _scores_by_model(folder)
+    prediction = forecast.read(model / forecast.FILE) if (model / forecast.FILE).exists() else None
     return ModelFacts(
         architecture=config["architectures"][0],
         config={key: config[key] for key in _config_keys(config) if key in config},
@@ -86,13 +93,25 @@ def read_model_facts(model: Path) -> ModelFacts:
         parameters=_count_parameters(model, config),
         parity=read_json(model / "parity.json"),
         rope=config["rope_parameters"],
-        scores=_scores_by_model(folder),
+        scores=scores,
         chat={name: _scores_by_model(folder / name) for name in CHAT_BENCHMARKS if (folder / name).is_dir()},
         contamination=read_json(report) if report.exists() else None,
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
         memorization=read_scores(memorization) if memorization.exists() else None,
         harness=read_harness(folder / HARNESS),
+        prediction=prediction,
+        outcomes=forecast.outcomes(prediction, _measured(model, scores)) if prediction else [],
     )
+
+
+def _measured(model: Path, scores: dict[str, ModelScores]) -> dict[str, float]:
+    """{figure: value} of a prediction's model: its scores, and the last held-out loss of its phase."""
+    figures = {name: scores[forecast.MODEL][name]["value"] for name in (forecast.BITS, forecast.ACCURACY)}  # type: ignore[literal-required]
+    if (log := training.logs(model).get(forecast.PHASE)) is not None:
+        lines = training.read(log, ("step", forecast.LOSS))
+        losses = [line[forecast.LOSS] for line in lines if forecast.LOSS in line]
+        figures |= {forecast.LOSS: losses[-1]} if losses else {}
+    return figures
 
 
 def _config_keys(config: dict[str, Any]) -> tuple[str, ...]:

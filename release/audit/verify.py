@@ -97,6 +97,7 @@ def _verify_folder(
     del listed_paths
     verdict.checks += _byte_checks(contents, digests)
     runner = CheckRunner(folder, tree, deep)
+    verdict.checks += runner.limits()
     if any(path.endswith(SIGNATURE) for path in tree.files):
         signing.load_libraries()
     verdict.checks.append(runner.run("signatures", lambda: _check_signatures(contents, digests, policy)))
@@ -162,6 +163,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     repositories = contents.places
     problems: Problems = []
     signers: dict[str, str | None] = {}
+    notes: dict[str, None] = {}
     for repository in repositories:
         prefix = f"{repository.folder}/" if repository.folder else ""
         present = [*contents.present_in(repository), SUMS] if contents.kind == "release" else contents.present()
@@ -175,6 +177,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
             continue
         problems += [prefix + text for text in verdict.problems]
         signers[prefix] = verdict.signer
+        notes |= {verdict.note: None} if verdict.note else {}
     if not signers:
         if policy == TrustPolicy():
             return CheckResult(name, None, "not signed")
@@ -184,7 +187,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     problems += [
         f"{prefix or folder.name} is not signed, and others are" for prefix in unsigned if prefix not in signers
     ]
-    expected = policy.signer or next(filter(None, signers.values()), None)
+    expected = policy.expected(next(filter(None, signers.values()), None))
     for prefix, signer in signers.items():
         if signer not in (None, expected):
             file = PUBLIC_KEY if signing.is_fingerprint(signer) else SIGNATURE
@@ -192,6 +195,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     by_key = signing.is_fingerprint(expected)
     signed = "signed by" if by_key or policy.signer else "saying that they are signed by"
     summary = f"{len(signers)} {'repository' if len(signers) == 1 else 'repositories'} {signed} {expected}"
+    summary = "; ".join([summary, *notes])
     hint = "; nothing but the release itself says whose key that is: compare it, or give it by --key"
     if not by_key:
         hint = "; nothing but the release itself says so: give --identity and --issuer"

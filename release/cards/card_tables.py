@@ -25,6 +25,7 @@ from release.cards import (
     harness_tables,
     memorization_tables,
     opt_out_tables,
+    prediction_tables,
     tables,
     training_tables,
 )
@@ -73,6 +74,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
         lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness),
         added=4,
     ),
+    CardTable("prediction", prediction_tables.outcomes, added=4, heading="Prediction and result"),
     CardTable("architecture", tables.architecture, added=2),
     CardTable("parity", tables.parity, added=2),
     CardTable("context", tables.context, added=2),

@@ -67,13 +67,15 @@ def load_libraries(deep: bool) -> None:
 
 class CheckRunner:
     """Runs each check in a process of its own, with a budget: the rest of SECONDS, and an allowance for the files that
-    this check reads, by their bytes on the disk. After a check has exceeded it, no further check runs."""
+    this check reads, by their bytes on the disk. After a check has exceeded it, no further check runs. unlimited: what
+    this platform lacks for limits, "" on Linux; without them checks run in this process, and `limits` says so."""
 
     def __init__(self, folder: Path, tree: Tree, deep: bool) -> None:
         self.folder, self.tree, self.deep = folder, tree, deep
         self.seconds = SECONDS
         self.tables: dict[str, tuple[int, int]] = {}
         self.spent = ""
+        self.unlimited = confine.missing()
 
     def ask(self, check: Check, kind: str, digests: Digests) -> CheckResult:
         """The result of a registered check. kind: of the folder, to which the check applies."""
@@ -104,6 +106,12 @@ class CheckRunner:
         result, seconds = confine.run(call, Budget(MEMORY + budget.memory, self.seconds + budget.seconds))
         self.seconds -= max(0.0, seconds - budget.seconds)
         return result
+
+    def limits(self) -> Iterator[CheckResult]:
+        """A skipped check about the limits themselves, where there are none."""
+        if self.unlimited:
+            reason = f"needs {self.unlimited}: the checks ran without limits on their time and memory"
+            yield CheckResult("limits", None, reason)
 
     def check_tables(self) -> Iterator[CheckResult]:
         """Checks that the unpacked size of tables is plausible for their bytes; the sizes are then known."""

@@ -24,6 +24,7 @@ from release.checks import (
     merkle_roots,
     order,
     post_training,
+    prediction,
     receipts,
     scores,
     secret_values,
@@ -35,6 +36,7 @@ from release.checks import (
 )
 from release.checks.check import BuildCheck, Check, Reads, Scope
 from release.layout import EXPORTED, GATES_STATED, OPT_OUTS, ROOTS, STANDARDS
+from release.prediction.forecast import FILE, FOLDER
 
 RELEASE = Scope(("release",))
 EVIDENCE = Scope(("release", "evidence"))
@@ -43,6 +45,7 @@ MODELS = Scope(("release", "model"))
 TENSORS = Scope(("release", "model", "checkpoint"))
 CARDS = Scope(("release", "evidence", "dataset", "model", "repository"))
 
+FORECAST = f"{FOLDER}/{FILE}"
 EVERYTHING = Reads(("",))
 WEIGHTS = Reads(("",), weights=True)
 EVIDENCED = Reads((f"{STANDARDS}/",))
@@ -54,6 +57,7 @@ SCORED = Reads(("evaluation/",))
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
 EXPORT = "fix the export or tokenizer stage and run again"
+PREDICT = "a prediction counts if it is sealed before the first start: `atom predict`, then `atom run`"
 LICENSE, CURATION = "name it in the data recipe", "curation is at fault"
 STATE = "run the stage again so that it is stated, then build"
 PRETRAIN = "change the recipe's pretrain section and run again"
@@ -73,6 +77,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("manifests", manifests.manifests, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
     Check("origins", manifests.origins, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
     Check("statements", statements.statements, EVIDENCE, STATEMENTS, gate="ledger_closed", remedy=STATE),
+    Check("prediction", prediction.prediction, EVIDENCE, PROVENANCE, needs=FORECAST, gate="prediction", remedy=PREDICT),
     Check("gates", attestations.passed_gates, EVIDENCE, PROVENANCE),
     Check("attestations", attestations.attestations, EVIDENCE, EVERYTHING, needs=GATES_STATED, since_format=2),
     Check("code", source_code.source_files, EVIDENCE, PROVENANCE, deep=True),

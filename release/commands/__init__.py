@@ -1,9 +1,11 @@
-"""The commands about a release: build, sign, publish, verify, show, trace, replay."""
+"""The commands about a release: build, sign, publish, verify, show, trace, replay, keys, predict."""
 
 import typer
 
-from release.commands import auditing, publishing
+from release.commands import auditing, predicting, publishing, signing_keys
 
 app = typer.Typer()
 app.add_typer(publishing.app)
 app.add_typer(auditing.app)
+app.add_typer(signing_keys.app)
+app.add_typer(predicting.app)

@@ -48,6 +48,16 @@ def verify(
         str | None, typer.Option(metavar="URL", help="the OpenID provider that vouches for --identity")
     ] = None,
     trust_config: TrustConfigOption = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="the history of the signer's keys (atom keys): successors, expiry, revocation"
+        ),
+    ] = None,
+    timestamp_authority: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="the root certificate of a timestamp authority that is trusted; repeatable"),
+    ] = None,
     retracted: Annotated[
         str | None,
         typer.Option(metavar="PATH_OR_REPO", help="a repository with a tombstone, to recognize an old copy by"),
@@ -75,7 +85,7 @@ def verify(
     from release.audit.verify import verify as verify_release
     from release.signing import Trust
 
-    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
+    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config, keys, tuple(timestamp_authority or ()))
     verdict = verify_release(target, deep, print_progress, trust, retracted, ask_hub=True)
     from release.audit import openness as audit
 
@@ -125,10 +135,10 @@ def show(
 @app.command()
 def trace(
     release: AnyReleaseArgument,
-    step: Annotated[int | None, typer.Option(help="the documents of this optimizer step")] = None,
+    step: Annotated[int | None, typer.Option(help="the documents, tasks and answers of this optimizer step")] = None,
     phase: Annotated[str | None, typer.Option(help="of which phase, if several have that step")] = None,
     doc: Annotated[
-        str | None, typer.Option(metavar="ID", help="the fate of this document, and the steps that read it")
+        str | None, typer.Option(metavar="ID", help="the fate of this document or task, and the steps that read it")
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="documents that contain this text exactly, and the steps that read them")
@@ -140,7 +150,8 @@ def trace(
 ) -> None:
     """Trace a step, a document or a text of a release.
 
-    A step leads to its documents, a document or a text to steps and checkpoints.
+    A step leads to its documents, and of reinforcement learning to tasks, answers and rewards; a document, a task or a
+    text leads to steps and checkpoints.
 
     Example: atom trace runs/releases/atom-tiny-0.1.0 --step 100 --phase pretrain
     """

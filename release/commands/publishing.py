@@ -58,6 +58,12 @@ def sign(
         ),
     ] = False,
     trust_config: TrustConfigOption = None,
+    timestamp_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="an authority of RFC 3161 that says when it saw the signature; needed once a key ends"
+        ),
+    ] = None,
 ) -> None:
     """Sign every repository of a release.
 
@@ -73,8 +79,11 @@ def sign(
     from release import signing
 
     if keyless:
-        if key is not None or certificate is not None or chain:
-            raise AtomError("--keyless signs without a key; leave out --key, --certificate and --chain")
+        if key is not None or certificate is not None or chain or timestamp_url:
+            raise AtomError(
+                "--keyless signs without a key, and Sigstore states the time; leave out --key, --certificate, --chain "
+                "and --timestamp-url"
+            )
         require_release(release)
         identity = signing.sign_keyless(release, trust_config, print_line)
         options = f"--identity {identity.name} --issuer {identity.issuer}"
@@ -86,7 +95,7 @@ def sign(
         raise AtomError(f"no key to sign with; give --key PEM ({signing.HOW_TO}), or --keyless to sign without a key")
     signing_key = signing.SigningKey(key, certificate, tuple(chain or ()), os.environ.get("ATOM_KEY_PASSWORD"))
     require_release(release)
-    name = signing.sign(release, signing_key, print_line)
+    name = signing.sign(release, signing_key, print_line, timestamp_url)
     print(f"signed by {name}; check it: atom verify {release} --key {name}")
 
 

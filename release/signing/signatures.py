@@ -9,17 +9,23 @@ from typing import Any
 from pipeline.core.errors import AtomError
 from release.layout import PARTS, PUBLIC_KEY, SIGNATURE
 from release.repositories import Repository, model_folders, repositories
-from release.signing import keyless
+from release.signing import keyless, timestamps
 from release.signing.keys import SigningKey, fingerprint
 
 IGNORED = (SIGNATURE, PUBLIC_KEY, ".cache")
 """Files that a signature does not cover, besides git's: the signature and its key, and files of the Hub's client."""
 
 
-def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambda text: None) -> str:
+def sign(
+    release: Path,
+    key: SigningKey,
+    progress: Callable[[str], None] = lambda text: None,
+    timestamp_url: str | None = None,
+) -> str:
     """Signs every repository of a release folder with a key. Returns its fingerprint. Replaces earlier signatures.
 
-    Raises AtomError if the key or certificate cannot be used.
+    timestamp_url: of an authority of RFC 3161, whose timestamp each signature then has. Raises AtomError if the key or
+    certificate cannot be used, or the authority gives no timestamp.
     """
     from model_signing import signing
 
@@ -41,10 +47,26 @@ def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambd
                     private_key=key.path, signing_certificate=key.certificate, certificate_chain=key.chain
                 )
             config.sign(folder, folder / SIGNATURE)
+            if timestamp_url is not None:
+                _add_timestamp(folder / SIGNATURE, timestamp_url)
         except (ValueError, TypeError, OSError) as error:
             raise AtomError(f"{release} cannot be signed: {' '.join(str(error).split())}") from None
         (folder / PUBLIC_KEY).write_bytes(pem)
     return fingerprint(pem)
+
+
+def _add_timestamp(signature: Path, url: str) -> None:
+    """Has an authority say when it saw a signature. Raises AtomError, and leaves no signature, if it does not."""
+    from model_signing._signing import sign_sigstore_pb
+
+    bundle = sign_sigstore_pb.Signature.read(signature)
+    (made,) = bundle.bundle.dsse_envelope.signatures
+    try:
+        timestamps.add(bundle.bundle, timestamps.request(url, made.sig))
+    except AtomError:
+        signature.unlink()
+        raise
+    bundle.write(signature)
 
 
 def sign_keyless(

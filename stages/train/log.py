@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from pipeline.core.errors import AtomError, MachineError
 from stages.train.checkpoint.work_checkpoint import SUPERSEDED
+from stages.train.launch_record import LogReplay
 
 
 class Log:
@@ -16,6 +17,8 @@ class Log:
 
     def __init__(self, path: Path, is_writer: bool) -> None:
         self.path, self.is_writer = path, is_writer
+        self.replay = LogReplay([])
+        """The lines of an earlier attempt that the next ones are compared with."""
 
     def create(self) -> None:
         """Creates an empty log."""
@@ -37,6 +40,7 @@ class Log:
         if self.is_writer:
             with self._open() as file:
                 file.write(json.dumps(values, sort_keys=True) + "\n")
+            self.replay.compare(values)
 
     def flush(self) -> None:
         """Flushes the log to disk, because a checkpoint requires the lines before it."""

@@ -190,6 +190,7 @@ class TextTrainer(Trainer):
         rewind_step = max(step - policy.rewind_steps, last_release)
         dropped_spikes = [x["spike"] for x in self.log_lines() if "spike" in x]
         state = self.checkpoints.rewind(rewind_step)
+        self.log.replay.stop()
         self.tokens = state["tokens"]
         self.pending = [x for x in dropped_spikes if x["excluded"][-1] > state["step"]] + self.pending
         self.pending.append(spike_record(step, "rewind", range(rewind_step + 1, step + 1), rows, figures))

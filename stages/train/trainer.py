@@ -22,14 +22,16 @@ from typing import Any, ClassVar
 
 import torch
 
+from pipeline.core.environment import device
 from pipeline.core.errors import AtomError, Interrupted
 from pipeline.core.stage import Inputs, Report, identity
-from stages.train import parallel
+from stages.train import launch_record, parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.config import TrainerConfig
 from stages.train.engine import Engine
+from stages.train.launch_record import LogReplay
 from stages.train.log import Log
 from stages.train.schedule import learning_rate
 from stages.train.spikes import finite_or_none
@@ -194,6 +196,7 @@ class Trainer(ABC):
     def _start(self) -> int:
         """Restores engine, log and counts, or initializes them. Returns the last finished step."""
         state = self.checkpoints.load(self.is_release_step)
+        self._record_start(None if state is None else int(state["step"]))
         if state is not None:
             self.log.check(state["step"], self.first_step)
             self.tokens = state["tokens"]
@@ -206,6 +209,23 @@ class Trainer(ABC):
         self.log_measurement(step, self.measure(step))
         self.save_beginning(step)
         return step
+
+    def _record_start(self, restored_step: int | None) -> None:
+        """Writes the record of this start, and again once the steps that are trained again were compared."""
+        if not self.first:
+            return
+        path = launch_record.path_of(self.work, self.report.lease)
+        replay = LogReplay(self.checkpoints.lost_lines)
+
+        def write() -> None:
+            launch_record.write(path, restored_step, device(), replay)
+
+        def done() -> None:
+            self.report.note(f"{self.name}: {replay.sentence()}")
+            write()
+
+        replay.done, self.log.replay = done, replay
+        write()
 
     def save_beginning(self, step: int) -> None:
         """Saves the initial state of the phase."""

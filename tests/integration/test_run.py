@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import provenance
+from pipeline.core import environment, provenance
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
+from tests.fixtures import ROOT
 from tests.fixtures.run_fixtures import DATA, SOAK, UNTRACKED, at_length, atom, copy_sealed, digests
 
 
@@ -122,6 +123,18 @@ def test_a_product_without_a_number_is_stated_all_the_same(tmp_path: Path) -> No
     (tmp_path / "summary.json").write_text('{"heldout_loss": NaN}')
     (summary,) = provenance.summaries(write_manifest(tmp_path, "pretrain-0"))
     assert summary["annotations"] == {"heldout_loss": "NaN"} and canonical(summary)
+
+
+def test_a_statement_about_training_records_its_start(smoke_home: Path) -> None:
+    commit, _ = environment.git_commit(ROOT)
+    for phase in ("pretrain", "rlvr"):
+        (folder,) = (smoke_home / "artifacts").glob(f"{phase}-????????????")
+        ((_, body),) = provenance.read(smoke_home / "ledger", folder.name)
+        (start_record,) = provenance.starts(body)
+        assert start_record["commit"] == commit and isinstance(start_record["dirty"], bool)
+        assert start_record["restored_step"] is None and start_record["device"]["type"] == "cpu"
+        assert start_record["startedOn"] == body["predicate"]["runDetails"]["metadata"]["startedOn"]
+        assert start_record["replayed"]["lines"] == 0 and start_record["prediction"] is None
 
 
 @pytest.mark.parametrize("last, kills", [("rlvr", 6)] if SOAK else [("pretrain", 2)])

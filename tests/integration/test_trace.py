@@ -114,7 +114,10 @@ def enrich(folder: Path) -> None:
              for n, question in enumerate(("sort 312", "sort 31", "sort 312"))]  # fmt: skip
     (data / "rl/rlvr").mkdir(parents=True)
     (data / "rl/rlvr/tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    answers = [{"step": step, "task": f"sort/1/{n}", "text": WILD["prose/005"] if n else "12", "dropped": dropped}
+    answers = [{"step": step, "task": f"sort/1/{n}", "text": WILD["prose/005"] if n else "12", "dropped": dropped,
+                "wave": 0, "group": n, "sample": 0, "kind": "sort", "level": 1, "finished": True, "reward": n / 2,
+                "parts": json.dumps({"reward": n / 2}), "verifier": "exact", "verifier_version": "1", "policy": "p",
+                "seed": step}
                for step, n, dropped in ((1, 0, "variance"), (1, 1, ""), (2, 2, ""), (2, 0, ""))]  # fmt: skip
     release_fixtures.table(data / "rl/rlvr/rollouts.parquet", answers)
     write_sums(data / SUMS, data, [path for path in files_below(data) if path != SUMS])
@@ -235,13 +238,13 @@ def test_every_step_has_its_rows(release: Path) -> None:
 def test_a_step_that_there_is_not_is_reported(release: Path, alone: Path) -> None:
     for phase, n, text in (
         (None, 2, "pretrain, midtrain, longcontext-1, longcontext-2, rlvr each have a step 2; name the phase"),
-        (None, 9, "has no order of step 9; pretrain ends with step 2, midtrain ends with step 4, "),
-        ("midtrain", 5, "has no order of step 5 of midtrain; "),  # the earlier run's own step 5 was not followed
-        ("pretrain", 0, "has no order of step 0 of pretrain; "),
+        (None, 9, "has no step 9; pretrain ends with step 2, midtrain ends with step 4, "),
+        ("midtrain", 5, "has no step 5 of midtrain; "),  # the earlier run's own step 5 was not followed
+        ("pretrain", 0, "has no step 0 of pretrain; "),
         (
             "sft",
             1,
-            "has no order of phase sft; it has orders of pretrain, midtrain, longcontext-1, longcontext-2, rlvr",
+            "has no order and no answers of phase sft; it has pretrain, midtrain, longcontext-1, longcontext-2, rlvr",
         ),
     ):
         for folder in (release, alone):
@@ -302,9 +305,9 @@ def test_tasks_that_ask_what_a_document_asks(release: Path) -> None:
 
 
 def test_an_unknown_document_is_reported_with_the_nearest(release: Path) -> None:
-    with pytest.raises(AtomError, match=r"has no document prose/0001; did you mean prose/001\?"):
+    with pytest.raises(AtomError, match=r"has no document prose/0001, and no task; did you mean prose/001\?"):
         tracing.trace_document(release, "prose/0001")
-    with pytest.raises(AtomError, match=r"has no document zzz; look for its id in"):
+    with pytest.raises(AtomError, match=r"has no document zzz, and no task; look for its id in"):
         tracing.trace_removal(release, "zzz")
 
 

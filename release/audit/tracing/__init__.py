@@ -1,12 +1,12 @@
-"""`atom trace`: the documents of a step, the disposition of a document, the documents that contain a text, and the
-scope of a removal request.
+"""`atom trace`: the documents and tasks of a step, the fate of a document or a task, the documents that contain a text,
+and the scope of a removal request.
 
-`documents` answers the first two, `text_index` the third, `removal` the last, from the files of a release as
+`documents` answers the first two with `rollout_lookup`, `text_index` the third, `removal` the last, from the files as
 `release_data` reads them. `answers` has the types of the answers, `report` their text. A downloaded data repository
 answers the same questions. Fields that need the whole release are null and listed in `unknown`.
 """
 
-from release.audit.tracing.answers import Answer, Document, Removal, Step, TextMatches
+from release.audit.tracing.answers import Answer, Document, Removal, SampledAnswer, Step, TextMatches
 from release.audit.tracing.documents import trace_document, trace_step
 from release.audit.tracing.removal import trace_removal
 from release.audit.tracing.report import text
@@ -16,6 +16,7 @@ __all__ = [
     "Answer",
     "Document",
     "Removal",
+    "SampledAnswer",
     "Step",
     "TextMatches",
     "build_index",

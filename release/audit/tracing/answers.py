@@ -57,15 +57,84 @@ class Segment(Place):
 
 
 @dataclass(frozen=True)
+class SampledAnswer:
+    """An answer that a phase sampled.
+
+    wave, group, sample: its place in the step. parts: of its reward, by name. seed: of its tokens. dropped: the reason
+    why no update used it, "" if none. learnt: whether an update used it, None if it was not dropped and the log of the
+    phase is not available. calls: of tools, in order.
+    """
+
+    step: int
+    wave: int
+    group: int
+    sample: int
+    task: str
+    kind: str
+    level: int
+    text: str
+    finished: bool
+    reward: float
+    parts: dict[str, float]
+    verifier: str
+    verifier_version: str
+    policy: str
+    seed: int
+    dropped: str
+    learnt: bool | None
+    calls: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """Two answers to a question, the better first. row: in its table, from 0; round: the step that sampled them.
+    learnt: whether that step trained on the pair. reward_steps: the steps of the reward model that read it, None if
+    there is none or its settings are not available."""
+
+    row: int
+    round: int
+    task: str
+    question: str
+    judge: str
+    judge_version: str
+    chosen: str
+    rejected: str
+    chosen_sample: int
+    rejected_sample: int
+    chosen_reward: float
+    rejected_reward: float
+    learnt: bool
+    reward_steps: list[int] | None
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task of a phase. table: its file. messages: the prompt; it, kind, level and verifier are None if the file lacks
+    the task. answers, pairs: those that the question is about, of one step or of all."""
+
+    phase: str
+    table: str
+    id: str
+    kind: str | None
+    level: int | None
+    verifier: str | None
+    messages: list[dict[str, str]] | None
+    answers: list[SampledAnswer]
+    pairs: list[PairRecord]
+
+
+@dataclass(frozen=True)
 class Step(Answer):
-    """The segments of one optimizer step, as read. order, moved: as of Use."""
+    """One optimizer step: the segments that it read, and the tasks whose answers or pairs it sampled or read. order,
+    moved: as of Use; order is None if the phase has none. segments of a phase with tasks are replayed rows."""
 
     KIND = "step"
     phase: str
     step: int
-    order: str
+    order: str | None
     moved: bool | None
     segments: list[Segment]
+    tasks: list[TaskRecord]
     unknown: list[str]
 
 
@@ -111,11 +180,12 @@ class TaskUse:
 
 @dataclass(frozen=True)
 class Document(Answer):
-    """The fate of one document.
+    """The fate of one document, or the use of one task.
 
-    fates: the first is of the release's own dispositions, others are of earlier runs. uses: by order of training.
-    asked: by order of training. checkpoints: folders of those trained on it, None if they are not available. models:
-    names of exported ones trained on it.
+    fates: the first is of the release's own dispositions, others are of earlier runs; empty of a task whose id no
+    document has. uses: by order of training. asked: by order of training. tasks: those with this very id, by order of
+    training. checkpoints: folders of those trained on it, None if they are not available. models: names of exported
+    ones trained on it.
     """
 
     KIND = "document"
@@ -123,6 +193,7 @@ class Document(Answer):
     fates: list[Fate]
     uses: list[Use]
     asked: list[TaskUse]
+    tasks: list[TaskRecord]
     checkpoints: list[str] | None
     models: list[str]
     unknown: list[str]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_number
 from release import schema
-from release.audit.tracing import order_lookup
-from release.audit.tracing.answers import Document, Fate, Place, Segment, Step, TaskUse, Use
+from release.audit.tracing import order_lookup, rollout_lookup
+from release.audit.tracing.answers import Document, Fate, Place, Segment, Step, TaskRecord, TaskUse, Use
 from release.audit.tracing.order_lookup import Places
 from release.audit.tracing.release_data import OrderPart, ReleaseData, Rows, select_rows
 from release.data_layout import in_parts, kept_beside, kept_files
@@ -30,42 +30,80 @@ USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def trace_step(folder: Path, phase: str | None, n: int) -> Step:
-    """The documents of optimizer step `n` (from 1) of a release or its data repository. phase: None if only one phase
-    has such a step. Raises AtomError for an unknown step or phase, and if several phases have the step."""
+    """The documents of optimizer step `n` (from 1) of a release or its data repository, and the tasks, answers and
+    pairs of a step that sampled or read them.
+
+    phase: None if only one phase has such a step. Raises AtomError for an unknown step or phase, and if several phases
+    have the step.
+    """
     data = ReleaseData.locate(folder)
-    orders = data.orders()
-    if phase is not None and phase not in orders:
-        raise AtomError(f"{folder} has no order of phase {phase}; it has orders of {', '.join(orders)}")
-    matches: dict[str, tuple[Path, Rows]] = {}
-    for name in orders if phase is None else [phase]:
-        for part in orders[name]:
-            columns = [*PLACE, "source", "part", "id"]
-            if part.first <= n <= part.last and (rows := _order_rows(part.folder, columns, ("step", "=", n))):
-                matches[name] = part.folder, rows
+    orders, sampling = data.orders(), rollout_lookup.last_steps(data)
+    phases = sorted({*orders, *sampling}, key=when)
+    if phase is not None and phase not in phases:
+        if phase == rollout_lookup.REWARD and data.checkpoints() is None:
+            raise AtomError(f"{folder} does not state how the reward model reads pairs; the whole release does")
+        raise AtomError(f"{folder} has no order and no answers of phase {phase}; it has {', '.join(phases)}")
+    matches: dict[str, tuple[Path | None, Rows, list[TaskRecord]]] = {}
+    for name in phases if phase is None else [phase]:
+        order, rows = None, list[Any]()
+        for part in orders.get(name, ()):
+            if part.first <= n <= part.last:
+                columns = [*PLACE, "source", "part", "id"]
+                order, rows = part.folder, _order_rows(part.folder, columns, ("step", "=", n))
+        tasks = rollout_lookup.step_tasks(data, name, n) if n <= sampling.get(name, 0) else []
+        if rows or tasks:
+            matches[name] = order, rows, tasks
     if not matches:
-        ends = [f"{name} ends with step {_last_step(parts[-1])}" for name, parts in orders.items()]
-        raise AtomError(f"{folder} has no order of step {n}{' of ' + phase if phase else ''}; {', '.join(ends)}")
+        last_steps = {name: _last_step(parts[-1]) for name, parts in orders.items()}
+        ends = [f"{name} ends with step {max(sampling.get(name, 0), last_steps.get(name, 0))}" for name in phases]
+        raise AtomError(f"{folder} has no step {n}{' of ' + phase if phase else ''}; {', '.join(ends)}")
     if len(matches) > 1:
         raise AtomError(f"{', '.join(matches)} each have a step {n}; name the phase")
-    [(name, (order, rows))] = matches.items()
-    origins = _licenses_and_origins(data, {(row["source"], row.pop("part"), row["id"]) for row in rows}, order)
+    [(name, (order, rows, tasks))] = matches.items()
+    documents = {(row["source"], row.pop("part"), row["id"]) for row in rows}
+    origins = _licenses_and_origins(data, documents, order) if order else {}
     segments = []
     for row in rows:
         license, origin = origins.get(row["id"], (None, None))
         segments.append(Segment(**row, license=license, origin=origin))
-    return Step(name, n, data.name(order), data.weight_updates(order)(n), segments, data.unknown())
+    place = rollout_lookup.log_folder(data, name) or order
+    assert place is not None, "the phase has an order, or samples its data"
+    moved = data.weight_updates(place)(n)
+    return Step(name, n, order and data.name(order), moved, segments, tasks, data.unknown())
 
 
 def trace_document(folder: Path, doc_id: str) -> Document:
-    """The fate of a document of a release or its data repository. Raises AtomError for an unknown document, with the
-    nearest id."""
+    """The fate of a document of a release or its data repository, or the use of a task. Raises AtomError for an unknown
+    document, with the nearest id."""
     data = ReleaseData.locate(folder)
-    documents = find_documents(data, [doc_id])
+    documents, tasks = find_documents(data, [doc_id]), rollout_lookup.task_records(data, doc_id)
+    if tasks:
+        return replace(documents[doc_id], tasks=tasks) if doc_id in documents else _task(data, doc_id, tasks)
     if doc_id not in documents:
         nearest = _nearest(data, doc_id)
         hint = f"did you mean {nearest}?" if nearest else "look for its id in the dispositions"
-        raise AtomError(f"{folder} has no document {doc_id}; {hint}")
+        raise AtomError(f"{folder} has no document {doc_id}, and no task; {hint}")
     return documents[doc_id]
+
+
+def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
+    """A task that is no document. Checkpoints and models are those after the first answer or pair that was learnt
+    from."""
+    steps = [(when(task.phase), answer.step) for task in tasks for answer in task.answers if answer.learnt is not False]
+    steps += [
+        (when(rollout_lookup.REWARD), step) for task in tasks for pair in task.pairs for step in pair.reward_steps or ()
+    ]
+    checkpoints, models = _trained_on(data, min(steps, default=None))
+    asked = [use for _, use in _task_uses(data, {id: []})]
+    return Document(id, [], [], asked, tasks, checkpoints, models, data.unknown(checkpoints=True))
+
+
+def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[list[str] | None, list[str]]:
+    """The folders of checkpoints, None if they are not available, and the names of models since a step of a phase."""
+    checkpoints = data.checkpoints()
+    folders = [c.folder for c in checkpoints or () if first_use and (when(c.phase), c.step) >= first_use]
+    models = [name for name in data.models() if first_use and when(_trained_by(name)) >= first_use[0]]
+    return None if checkpoints is None else folders, models
 
 
 def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]:
@@ -79,20 +117,18 @@ def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]
                 origin = next((r["origin"] for r in select_rows(kept_table, ["origin"], ("id", "=", id))), None)
             fates.setdefault(id, []).append(Fate(table=data.name(path), **row, origin=origin))
     uses, tasks = find_uses(data, fates, _training_places(data, fates)), _find_tasks(data, fates)
-    checkpoints, models, unknown = data.checkpoints(), data.models(), data.unknown(checkpoints=True)
-    documents = {}
+    unknown, documents = data.unknown(checkpoints=True), {}
     for id, document_fates in fates.items():
         moving_uses = [(when(use.phase), use.step) for use in uses.get(id, []) if use.moved is not False]
-        first_use = min(moving_uses, default=None)
+        checkpoints, models = _trained_on(data, min(moving_uses, default=None))
         documents[id] = Document(
             id=id,
             fates=document_fates,
             uses=uses.get(id, []),
             asked=tasks.get(id, []),
-            checkpoints=None
-            if checkpoints is None
-            else [c.folder for c in checkpoints if first_use and (when(c.phase), c.step) >= first_use],
-            models=[name for name in models if first_use and when(_trained_by(name)) >= first_use[0]],
+            tasks=[],
+            checkpoints=checkpoints,
+            models=models,
             unknown=unknown,
         )
     return documents

@@ -18,7 +18,10 @@ from release.repositories import files_below, repositories
 
 
 def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: None) -> Removal:
-    """The scope of removing a document. Reads every table of the release. Raises what `trace_document` raises."""
+    """The scope of removing a document or a task. Reads every table of the release.
+
+    Raises what `trace_document` raises.
+    """
     data, subject = ReleaseData.locate(folder), trace_document(folder, doc_id)
     relations = _relations(data, subject)
     documents = find_documents(data, sorted(relations))
@@ -27,8 +30,10 @@ def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: N
     unknown = list(subject.unknown)
     if data.release is None:
         unknown.append("which other repositories of the release name it: only the data is here")
-    in_release = not subject.fates[0].table.startswith("earlier/")
-    if not in_release:
+    in_release = bool(subject.fates) and not subject.fates[0].table.startswith("earlier/")
+    if not subject.fates:
+        unknown.append("a proof: tasks and answers are in no table that has a root")
+    elif not in_release:
         unknown.append("a proof: the document is of an earlier run, and roots are over this release's own tables")
     rows = [row for each in (subject, *documents.values()) for row in kept_rows(data, each.id, each.fates)]
     texts = {row["text"] for row in rows if row["content_hash"] in subject.hashes}

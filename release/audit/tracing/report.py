@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from release.audit.tracing.answers import Answer, Document, Removal, Step, TextMatches, Use
+from release.audit.tracing.answers import Answer, Document, Removal, Step, TaskRecord, TextMatches, Use
 from release.untrusted import cleaned
+
+WIDTH = 100
+"""Characters of a prompt or an answer in a text."""
+USES = {
+    True: "trained on",
+    False: "not trained on, since the step updated nothing",
+    None: "trained on, if the step updated",
+}
+"""What became of an answer that was not dropped."""
 
 
 def text(answer: Answer) -> str:
@@ -22,13 +31,46 @@ def text(answer: Answer) -> str:
 
 
 def _step_text(step: Step) -> str:
-    head = f"step {step.step} of {step.phase} ({step.order}): {len(step.segments)} segments{_moved_text(step.moved)}"
-    lines = [head]
+    counts = [f"{len(step.segments)} segments"] if step.segments or not step.tasks else []
+    if step.tasks:
+        answers, pairs = (
+            sum(map(len, lists)) for lists in zip(*((t.answers, t.pairs) for t in step.tasks), strict=True)
+        )
+        counts += [f"{len(step.tasks)} tasks, {answers} answers, {pairs} pairs"]
+    place = step.order or step.tasks[0].table
+    lines = [f"step {step.step} of {step.phase} ({place}): {', '.join(counts)}{_moved_text(step.moved)}"]
     for segment in step.segments:
         tokens = f"tokens {segment.offset}-{segment.offset + segment.length - 1}"
         about = f"{segment.id}  {segment.license or 'license unknown'}  {segment.origin or ''}"
         lines.append(f"  row {segment.row}.{segment.segment}  {tokens}  {about}".rstrip())
+    lines += [line for task in step.tasks for line in _task_text(task)]
     return "\n".join(lines + _unknown_lines(step.unknown))
+
+
+def _task_text(task: TaskRecord, with_steps: bool = False) -> list[str]:
+    """A task with its answers and pairs. Texts are cut; JSON has all of them. with_steps: of several steps."""
+    prompt = " / ".join(message["content"] for message in task.messages or ()) or "its prompt is not in the tasks"
+    lines = [f"  task {task.id} ({task.phase}): {_line(prompt)}"]
+    for answer in task.answers:
+        place = f"step {answer.step}, " if with_steps else ""
+        parts = ", ".join(f"{name} {value:g}" for name, value in answer.parts.items() if name != "reward")
+        use = f"dropped ({answer.dropped})" if answer.dropped else USES[answer.learnt]
+        reward = f"reward {answer.reward:g}{f' ({parts})' if parts else ''}"
+        lines.append(
+            f"    {place}answer {answer.wave}.{answer.group}.{answer.sample}: {reward}, {use}: {_line(answer.text)}"
+        )
+    for pair in task.pairs:
+        use = USES[True] if pair.learnt else "not trained on in its round"
+        steps = f", read by the reward model in steps {ranges(pair.reward_steps)}" if pair.reward_steps else ""
+        rewards = f"{pair.chosen_reward:g} over {pair.rejected_reward:g} by {pair.judge}"
+        lines.append(f"    pair {pair.row} of round {pair.round}: {rewards}, {use}{steps}")
+    return lines
+
+
+def _line(text: str) -> str:
+    """A text on one line, cut to WIDTH characters."""
+    line = " ".join(text.split())
+    return f'"{line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"}"'
 
 
 def _document_text(document: Document) -> str:
@@ -40,11 +82,13 @@ def _document_text(document: Document) -> str:
         fate_text += f", duplicate of {fate.duplicate_of}" if fate.duplicate_of else ""
         fate_text += f", match {fate.match}" if fate.match else ""
         lines.append(f"  {fate_text}; {fate.license}; {fate.origin or fate.source} [{fate.table}]")
-    lines += _uses_text(document.uses) or ["  not read by any step"]
+    if document.fates:
+        lines += _uses_text(document.uses) or ["  not read by any step"]
     for task in document.asked:
         steps = ranges(task.steps) or "none"
         counts = f"{task.answers} answers, {task.learnt} trained on"
         lines.append(f"  a task of {task.phase}, steps {steps}: {counts}")
+    lines += [line for record in document.tasks for line in _task_text(record, with_steps=True)]
     if document.checkpoints is not None:
         lines.append(f"  checkpoints that include it: {', '.join(document.checkpoints) or 'none'}")
     lines.append(f"  models that include it: {', '.join(document.models) or 'none'}")

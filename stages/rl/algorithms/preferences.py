@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from stages.rl.rewards.reward_model import reward_input
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
+from stages.rl.rollout.pair_order import PairOrder, hash_fraction
 from stages.rl.rollout.rollouts import Rollout
 from stages.seed_labels import seed_label
 from stages.train.data import Batch, RankBatch
@@ -256,12 +256,12 @@ class Reward(PostTrainer):
         phase = self.config.phase
         self.chat = generation.Chat(self.inputs["tokenizer"])
         rows = read_pairs(self.inputs["pairs"])
-        heldout = [row for row in rows if _hash_fraction(row["question"]) < phase.heldout_fraction]
-        self.heldout = sorted(heldout, key=lambda row: _hash_fraction(row["chosen"] + row["rejected"]))[
+        heldout = [row for row in rows if hash_fraction(row["question"]) < phase.heldout_fraction]
+        self.heldout = sorted(heldout, key=lambda row: hash_fraction(row["chosen"] + row["rejected"]))[
             : phase.heldout_pairs
         ]
-        self.pairs = [row for row in rows if _hash_fraction(row["question"]) >= phase.heldout_fraction]
-        self._epoch, self._shuffled = -1, list[int]()
+        self.pairs = [row for row in rows if hash_fraction(row["question"]) >= phase.heldout_fraction]
+        self.order = PairOrder(len(self.pairs), phase.pairs, seed_label(self.name), self.config.seed)
         if not self.pairs or not self.heldout:
             raise AtomError(
                 f"{self.name}: {len(self.pairs)} pairs to learn from and {len(self.heldout)} held out are too few; "
@@ -274,23 +274,11 @@ class Reward(PostTrainer):
 
     def train_step(self, step: int) -> dict[str, Any]:
         count = self.phase.pairs
-        pairs = []
-        for number in range((step - 1) * count, step * count):
-            epoch, position = divmod(number, len(self.pairs))
-            pairs.append(self.pairs[self._order(epoch)[position]])
-        units = self._units(pairs)
+        units = self._units([self.pairs[number] for number in self.order.of_step(step)])
         self.tokens += sum(len(example.ids) for unit in units for example in unit)
         lr = self.learning_rate(step)
         figures = self.engine.step(self._rank_batch(units), lr, self.update_check(step), objective=bradley_terry)
         return figures.metrics(lr) | {"pair_accuracy": figures.extras["accuracy"] / count}
-
-    def _order(self, epoch: int) -> list[int]:
-        """The pairs' numbers in the order of an epoch; the last one is kept, since a step needs it for each pair."""
-        if self._epoch != epoch:
-            self._shuffled = list(range(len(self.pairs)))
-            random.Random(seed_of(f"{seed_label(self.name)}/epoch {epoch}", self.config.seed)).shuffle(self._shuffled)
-            self._epoch = epoch
-        return self._shuffled
 
     def measure(self, step: int) -> dict[str, Any] | None:
         if step % self.phase.validate_every and step != self.phase.steps:
@@ -348,8 +336,3 @@ def read_pairs(artifact: Artifact) -> list[dict[str, Any]]:
     if any(None in row.values() for row in rows):
         raise AtomError(f"{path} has a pair without one of its values; restore it from a copy")
     return rows
-
-
-def _hash_fraction(question: str) -> float:
-    """A hash of the question, as a number in [0, 1)."""
-    return int(hashlib.sha256(question.encode()).hexdigest()[:8], 16) / 2**32

@@ -60,6 +60,8 @@ class Checkpoints:
         """[size, digest] of the release checkpoints' files, which never change."""
         self.given_up = threading.Event()
         self.copies: dict[str, torch.Tensor] = {}
+        self.lost_lines: list[dict[str, Any]] = []
+        """Lines of the log that earlier attempts wrote after the loaded checkpoint. Rank 0 only."""
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -244,6 +246,7 @@ class Checkpoints:
             self.engine.load_state(ShardReader(folder, marker["files"]).read, int(state["optimizer_step"]))
             if self.ranks.first:
                 self._require_present()
+                self.lost_lines = []
                 os.truncate(self.folder / "training.jsonl", marker["product"]["training.jsonl"][0])
                 for newer in _checkpoints(self.work):
                     if newer.parent.parent <= self.folder and _step(newer) > state["step"]:
@@ -285,7 +288,9 @@ class Checkpoints:
                     os.link(previous / name, current / name)
                     self.release_digests[name] = mark
             size = marker["product"]["training.jsonl"][0]
-            (current / "training.jsonl").write_bytes((previous / "training.jsonl").read_bytes()[:size])
+            log = (previous / "training.jsonl").read_bytes()[:size]
+            (current / "training.jsonl").write_bytes(log)
+            self.lost_lines = _lines_after(log, [a for a in _attempts(self.work) if a < current])
         except FileNotFoundError:
             self._require_present()
             raise
@@ -302,6 +307,26 @@ class Checkpoints:
             and not (self.folder / "sealed" / release_checkpoint.name_of(marker["step"])).exists()
         ):
             self._seal(folder, marker["step"])
+
+
+def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
+    """The lines after a log in the longest log of earlier attempts that continues it, up to one that was cut or
+    damaged."""
+    longest = b""
+    for path in (attempt / "training.jsonl" for attempt in attempts):
+        text = path.read_bytes() if path.is_file() else b""
+        if text.startswith(log) and len(text) - len(log) > len(longest):
+            longest = text[len(log) :]
+    lines: list[dict[str, Any]] = []
+    for text in longest.split(b"\n")[:-1]:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
+    return lines
 
 
 def _unlock(memory: torch.Tensor) -> None:

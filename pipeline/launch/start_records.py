@@ -1,0 +1,75 @@
+"""The record of every start of a stage that trains, for its statement.
+
+    work/<key>/starts.json               what the worker knows: time, commit, dirty, prediction
+    work/<key>/state/starts/0002.json    what the stage adds: restored step, device, comparison with the log
+
+Both name a start by the number of its lease. A killed start writes no statement, but stays in the next one's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+import pipeline
+from pipeline.core import environment, json_files, provenance
+from pipeline.core.json_files import Damaged
+from pipeline.core.store import Store
+
+RECORDS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
+RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+PREDICTION = "prediction"
+"""The name of a prediction's key; the rest is that of the predicted stage's key."""
+
+
+def prediction_key(key: str) -> str:
+    """The key of the prediction of a stage's product."""
+    return f"{PREDICTION}-{key.rpartition('-')[2]}"
+
+
+class StartRecords:
+    """folder: of the work at a key. number: of this start's lease."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number = folder, number
+        self.path = folder / "starts.json"
+
+    def add(self, store: Store, key: str, started: float) -> None:
+        """Adds this start. Its prediction is the digest of the one that is sealed at this moment, None without one."""
+        commit, dirty = environment.git_commit(Path(pipeline.__path__[0]).parent)
+        predicted = prediction_key(key)
+        record = {
+            "start": self.number,
+            "startedOn": provenance.clock(started),
+            "commit": commit,
+            "dirty": dirty,
+            "prediction": store.manifest(predicted).digest if store.sealed(predicted) else None,
+        }
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(json.dumps([*self._read(), record]))
+        os.replace(partial, self.path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All starts at the key, each with what its stage added."""
+        return [{**record, **self._of_stage(record)} for record in self._read()]
+
+    def _read(self) -> list[dict[str, Any]]:
+        return _read(self.path, RECORDS) or []
+
+    def _of_stage(self, record: dict[str, Any]) -> dict[str, Any]:
+        return _read(self.folder / "state/starts" / f"{record.get('start', 0):04d}.json", RECORD) or {}
+
+
+def _read(path: Path, kind: TypeAdapter[Any]) -> Any:
+    """The content of a file; None if there is none, or, with a report, if it is damaged."""
+    try:
+        return json_files.read(path, kind)
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        json_files.report(error, "what it says of earlier starts is not stated")
+        return None

@@ -1,0 +1,99 @@
+"""Checks that a prediction is the one that was sealed before training, and that it follows from its runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import provenance
+from pipeline.core.store import sha256_file
+from release import schema, untrusted
+from release.assembly.published_tables import read_json
+from release.checks.check import Subject
+from release.checks.findings import Findings
+from release.layout import folders_of, models_of
+from release.prediction import forecast
+from release.prediction.forecast import FILE, FOLDER, MODEL, PHASE
+
+CLOSE = 1e-6
+"""Relative difference of figures that other versions of numpy may compute."""
+PROOF = (
+    "sealed before the first recorded start, by the maker's own clock, and named in the statement about training; "
+    "that no earlier training was left out, only a timestamp of it and trust can tell"
+)
+
+
+def prediction(subject: Subject) -> Findings:
+    """Checks the chain from prediction.json over its manifest and statement to the statement about training, whose
+    first start names it, the order of their times, and that the forecast follows from the runs in it."""
+    folder, place = subject.folder, subject.folder / FOLDER
+    predicted = forecast.read(place / FILE)
+    manifest, statement = (untrusted.read_json(place / name) for name in ("manifest.json", "statement.json"))
+    problems = []
+    rows = [(row["path"], row["sha256"]) for row in manifest["files"]]
+    if rows != [(FILE, subject.digest(place / FILE))]:
+        problems.append(f"{FOLDER}/{FILE} is not the file of its manifest")
+    sealed = {"name": manifest["key"], "digest": {"sha256": manifest["digest"]}}
+    if sealed not in statement["subject"]:
+        problems.append(f"{FOLDER}/statement.json is about another artifact than {manifest['key']}")
+    node = schema.read_release(folder).nodes[PHASE]
+    if predicted.target.key != node.key:
+        problems.append(f"{FOLDER}/{FILE} is about {predicted.target.key}, and {PHASE} of this release is {node.key}")
+    problems += _of_training(folder, node.key, node.digest, manifest["digest"], statement)
+    problems += _of_runs(predicted, statement)
+    copies = [folder / name / FILE for name in folders_of(models_of(schema.read_release(folder).nodes)).values()]
+    problems += [
+        f"{path.relative_to(folder).as_posix()} is not the prediction in {FOLDER}"
+        for path in copies
+        if path.exists() and sha256_file(path) != subject.digest(place / FILE)
+    ]
+    name = folders_of(models_of(schema.read_release(folder).nodes))[MODEL]
+    if subject.kind == "release" and not (folder / name / FILE).exists():
+        problems.append(f"{name}/{FILE} is missing")
+    return Findings(problems, detail=PROOF)
+
+
+def _of_training(folder: Path, key: str, digest: str, prediction_digest: str, statement: Any) -> list[str]:
+    """Problems of the statements about the training: each start must name the prediction, and begin after it."""
+    finished = statement["predicate"]["runDetails"]["metadata"]["finishedOn"]
+    problems, starts_seen = [], 0
+    for path in sorted((folder / "evidence/statements").glob("*.json")):
+        body = read_json(path)
+        if {"name": key, "digest": {"sha256": digest}} not in body["subject"]:
+            continue
+        for start in provenance.starts(body):
+            starts_seen += 1
+            if start["prediction"] != prediction_digest:
+                problems.append(f"{path.name}: start {start['start']} of {PHASE} does not name the prediction")
+            if start["startedOn"] < finished:
+                problems.append(
+                    f"{path.name}: start {start['start']} of {PHASE} began at {start['startedOn']}, before the "
+                    f"prediction was sealed at {finished}"
+                )
+    return problems or (
+        [] if starts_seen else [f"no statement about {PHASE} records a start, so none names the prediction"]
+    )
+
+
+def _of_runs(predicted: forecast.Prediction, statement: Any) -> list[str]:
+    """Problems of the runs: their digests are the statement's materials, and the forecast is what follows from them."""
+    problems = []
+    digests = {row["digest"]["sha256"] for row in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    for point in predicted.points:
+        if not {point.digest, point.scores_digest} <= digests:
+            problems.append(f"{FOLDER}/{FILE}: {point.recipe} is no material of its statement")
+    try:
+        again = forecast.predict(predicted.target, predicted.points)
+    except ValueError as error:
+        return [*problems, f"{FOLDER}/{FILE}: {error}"]
+    pairs = list(zip(predicted.forecasts, again.forecasts, strict=False))
+    equal = len(predicted.forecasts) == len(again.forecasts) and all(
+        stated.figure == computed.figure
+        and all(
+            math.isclose(getattr(stated, name), getattr(computed, name), rel_tol=CLOSE)
+            for name in ("value", "low", "high")
+        )
+        for stated, computed in pairs
+    )
+    return problems if equal else [*problems, f"{FOLDER}/{FILE}: its forecast does not follow from its runs"]

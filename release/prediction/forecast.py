@@ -1,0 +1,130 @@
+"""A prediction: the runs that it is made from, what follows from them, and the comparison with a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from release import untrusted
+from stages.evaluation import scaling_law
+from stages.evaluation.scaling_law import LEAST_RUNS, LEVEL
+
+SCHEMA = 1
+FILE = "prediction.json"
+FOLDER = "evidence/prediction"
+"""Of a release: FILE, its manifest.json and its statement.json. FILE is also in the repository of the model."""
+PHASE, MODEL = "pretrain", "base"
+"""What is predicted: the model after this phase."""
+LOSS, BITS, ACCURACY = "heldout_loss", "bits_per_byte_all", "accuracy_all"
+NAMES = {LOSS: "held-out loss", BITS: "bits per byte, all sources", ACCURACY: "accuracy, all tasks"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, or the one to come. key: of the phase. flops: of its training; tokens: its slots; active: parameters."""
+
+    recipe: str
+    key: str
+    flops: float
+    tokens: int
+    active: int
+
+
+@dataclass(frozen=True)
+class Point(Run):
+    """A finished run. digest: of the phase's artifact; scores_key, scores_digest: of its model's evaluation. items: the
+    number that its accuracy is over."""
+
+    digest: str
+    scores_key: str
+    scores_digest: str
+    heldout_loss: float
+    bits_per_byte_all: float
+    accuracy_all: float
+    items: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is expected of one figure. law: its parameters; low, high: of the band of LEVEL."""
+
+    figure: str
+    law: dict[str, float]
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    target: Run
+    points: tuple[Point, ...]
+    forecasts: tuple[Forecast, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "phase": PHASE,
+            "model": MODEL,
+            "level": LEVEL,
+            "target": asdict(self.target),
+            "points": [asdict(point) for point in self.points],
+            "forecasts": [asdict(row) for row in self.forecasts],
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A forecast and what was measured."""
+
+    forecast: Forecast
+    measured: float
+
+    @property
+    def within(self) -> bool:
+        return self.forecast.low <= self.measured <= self.forecast.high
+
+
+def predict(target: Run, points: Sequence[Point]) -> Prediction:
+    """The prediction for a run from finished ones. Raises ValueError with a sentence if they cannot carry one."""
+    ordered = sorted(points, key=lambda point: (point.flops, point.key))
+    sizes = sorted({point.flops for point in ordered})
+    if len(sizes) < LEAST_RUNS:
+        raise ValueError(f"the runs have {len(sizes)} amounts of compute, and a law needs {LEAST_RUNS}")
+    if sizes[-1] >= target.flops:
+        raise ValueError(
+            f"{ordered[-1].recipe} has {sizes[-1]:.3g} training FLOPs, not fewer than {target.recipe} with "
+            f"{target.flops:.3g}"
+        )
+    flops, forecasts = [point.flops for point in ordered], []
+    for figure in (LOSS, BITS):
+        law, band = scaling_law.loss_band(flops, [getattr(point, figure) for point in ordered], target.flops)
+        forecasts.append(Forecast(figure, law, **asdict(band)))
+    items = min(point.items for point in ordered)
+    accuracies = [point.accuracy_all for point in ordered]
+    curve, band = scaling_law.accuracy_band(flops, accuracies, items, target.flops)
+    forecasts.append(Forecast(ACCURACY, curve, **asdict(band)))
+    return Prediction(target, tuple(ordered), tuple(forecasts))
+
+
+def read(path: Path) -> Prediction:
+    """Reads a published prediction. Raises CheckFailed if it is malformed."""
+    body = untrusted.read_json(path)
+    try:
+        if (body["schema"], body["phase"], body["model"], body["level"]) != (SCHEMA, PHASE, MODEL, LEVEL):
+            raise ValueError(f"it is not of schema {SCHEMA}, or about another phase, model or level")
+        return Prediction(
+            Run(**body["target"]),
+            tuple(Point(**row) for row in body["points"]),
+            tuple(Forecast(**row) for row in body["forecasts"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckFailed(f"{path.name} is no prediction: {error}") from None
+
+
+def outcomes(prediction: Prediction, measured: Mapping[str, float]) -> list[Outcome]:
+    """measured: by figure; others are left out."""
+    return [Outcome(row, measured[row.figure]) for row in prediction.forecasts if row.figure in measured]

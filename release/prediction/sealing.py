@@ -1,0 +1,145 @@
+"""Takes the runs of a ladder from `$ATOM_HOME`, and seals what they say of a run before it begins."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import environment, provenance
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, Store, sha256_file
+from pipeline.graph.dag import Graph
+from pipeline.launch.start_records import PREDICTION, prediction_key
+from release.prediction import forecast
+from release.prediction.forecast import FILE, MODEL, PHASE, Point, Prediction, Run
+from stages.evaluation import scaling_law
+
+VERSION = 1
+NODE, EVALUATION = PHASE, f"evaluate-{MODEL}"
+
+
+def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact, Prediction]:
+    """Seals the prediction for a recipe from the sealed runs of smaller ones.
+
+    Raises AtomError if the phase has begun, if it has a prediction already, if a run of the ladder is not sealed or was
+    measured on other data, or if the runs cannot carry a law.
+    """
+    node = target.nodes[NODE]
+    key = prediction_key(node.key)
+    name = target.recipe.config.name
+    if store.sealed(key):
+        raise AtomError(f"{name} has the prediction {store.artifacts / key}; a run is predicted once")
+    if store.sealed(node.key) or any(provenance.read(store.ledger, node.key)) or store.work(node.key).exists():
+        raise AtomError(f"{NODE} of {name} has begun ({node.key}); a prediction is sealed before that")
+    points, materials = [], dict[str, Artifact]()
+    for graph in ladder:
+        _require_comparable(target, graph)
+        artifacts = {role: _sealed(graph, role, store) for role in (NODE, EVALUATION)}
+        points.append(_point(graph, artifacts))
+        materials |= {f"{graph.recipe.config.name}/{role}": artifact for role, artifact in artifacts.items()}
+    try:
+        prediction = forecast.predict(Run(**_size(target)), points)
+    except ValueError as error:
+        raise AtomError(f"the ladder of {name} carries no prediction: {error}; give --from other recipes") from None
+    return write(prediction, materials, store, key, name), prediction
+
+
+def _require_comparable(target: Graph, graph: Graph) -> None:
+    """The figures of two runs are comparable if their texts, tokens and items are the same."""
+    names = target.recipe.config.name, graph.recipe.config.name
+    for node in ("tokenize", "items"):
+        if target.nodes[node].key != graph.nodes[node].key:
+            raise AtomError(f"{names[1]} has other data than {names[0]}: its {node} has another key; change its recipe")
+    phases = [vars(each.nodes[NODE].config)["phase"] for each in (target, graph)]
+    for field in ("sequence_length", "validation"):
+        values = [_value(phase, field) for phase in phases]
+        if values[0] != values[1]:
+            raise AtomError(
+                f"{names[1]} has {NODE}.{field} = {values[1]}, and {names[0]} has {values[0]}; make them equal"
+            )
+    if _scoring(target) != _scoring(graph):
+        raise AtomError(f"{names[1]} is evaluated in another way than {names[0]}; make their evaluation equal")
+
+
+def _value(phase: Any, field: str) -> Any:
+    """Of the measurement on held-out rows only their number matters."""
+    value = getattr(phase, field)
+    return value.rows if field == "validation" else value
+
+
+def _scoring(graph: Graph) -> Any:
+    """The settings of the evaluation that are not about the model."""
+    config = graph.nodes[EVALUATION].config.model_dump(mode="json")
+    return {name: value for name, value in config.items() if name not in ("model", "expected", "shard")}
+
+
+def _sealed(graph: Graph, role: str, store: Store) -> Artifact:
+    key = graph.nodes[role].key
+    if not store.sealed(key):
+        recipe = graph.recipe.config.name
+        raise AtomError(f"{role} of {recipe} is not sealed; run it first: atom run {recipe} --until {EVALUATION}")
+    return store.open(key)
+
+
+def _size(graph: Graph) -> dict[str, Any]:
+    """The fields of Run."""
+    node, name = graph.nodes[NODE], graph.recipe.config.name
+    config: Any = node.config
+    vocabulary, phase = config.padded_vocab_size, config.phase
+    slots = sum(phase.rows_of(step) for step in range(1, phase.steps + 1)) * phase.sequence_length
+    if not slots:
+        raise AtomError(f"{NODE} of {name} reads no tokens")
+    per_token = config.model.flops_per_token(vocabulary, phase.sequence_length)
+    active = config.model.parameters(vocabulary)["active"]
+    return {"recipe": name, "key": node.key, "flops": slots * per_token, "tokens": slots, "active": active}
+
+
+def _point(graph: Graph, artifacts: dict[str, Artifact]) -> Point:
+    summary = json.loads((artifacts[NODE] / "summary.json").read_text())
+    scores = json.loads((artifacts[EVALUATION] / "scores.json").read_text())
+    return Point(
+        **_size(graph),
+        digest=artifacts[NODE].digest,
+        scores_key=artifacts[EVALUATION].key,
+        scores_digest=artifacts[EVALUATION].digest,
+        heldout_loss=summary["heldout_loss"]["last"],
+        bits_per_byte_all=scores["bits_per_byte_all"]["value"],
+        accuracy_all=scores["accuracy_all"]["value"],
+        items=scores["accuracy_all"]["n"],
+    )
+
+
+def write(prediction: Prediction, materials: dict[str, Artifact], store: Store, key: str, name: str) -> Artifact:
+    """Seals a prediction under a key, with its statement. materials: the artifacts of its runs, by role."""
+    started = time.time()
+    draft = store.home / "work" / f".{key}.{uuid.uuid4().hex}"
+    draft.mkdir(parents=True)
+    body = json.dumps(prediction.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    (draft / FILE).write_text(body)
+    code = {module.__name__: sha256_file(Path(str(module.__file__))) for module in (forecast, scaling_law)}
+
+    def record(artifact: Artifact) -> None:
+        statement = provenance.statement(
+            subject={artifact.key: artifact.digest},
+            stage=PREDICTION,
+            version=VERSION,
+            node=PREDICTION,
+            key=key,
+            config={"target": prediction.target.key},
+            operations=[{}],
+            materials=materials,
+            code=code,
+            environment=environment.describe(),
+            invocation=f"{PREDICTION}/{name}",
+            started=started,
+            finished=time.time(),
+            usage={"wall_seconds": round(time.time() - started, 3)},
+            outcome="sealed",
+        )
+        provenance.write(store.ledger, key, statement)
+
+    return store.seal(draft, key, record)

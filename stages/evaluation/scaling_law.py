@@ -1,0 +1,81 @@
+"""Laws of a figure against training FLOPs C: a power law L = a C^-b + c of a loss, a logistic curve of an accuracy.
+
+Each is a straight line after a change of scale. Bands are prediction intervals of least squares: they hold the scatter
+of the runs about the line, and widen away from them. With few runs they are wide, since Student's t is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.9
+STUDENT = (
+    6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753, 1.746,
+    1.740, 1.734, 1.729, 1.725,
+)  # fmt: skip
+"""Student's t for a two-sided interval of LEVEL, by degrees of freedom from 1; the last one for more, too."""
+LEAST_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Band:
+    """A value, and the interval of LEVEL in which one further run is expected."""
+
+    value: float
+    low: float
+    high: float
+
+
+def fit(flops: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
+    """a, b and c of L = a C^-b + c: least squares of log(L - c) against log C for each c of a grid, of which that with
+    the least error of log L is kept."""
+    x, y = np.log(np.asarray(flops)), np.asarray(losses)
+    c = np.linspace(0, 0.999 * y.min(), 400)[:, None]
+    logs = np.log(y - c)  # [grid, runs]
+    dx = x - x.mean()
+    slope = (logs * dx).sum(1) / (dx * dx).sum()
+    height = logs.mean(1) - slope * x.mean()
+    errors = ((np.log(np.exp(height[:, None] + slope[:, None] * x) + c) - np.log(y)) ** 2).sum(1)
+    best = int(np.argmin(np.where(slope < 0, errors, np.inf)))
+    return {"a": float(np.exp(height[best])), "b": float(-slope[best]), "c": float(c[best, 0])}
+
+
+def predicted_loss(law: dict[str, float], flops: Any) -> Any:
+    return law["a"] * np.asarray(flops) ** -law["b"] + law["c"]
+
+
+def loss_band(flops: Sequence[float], losses: Sequence[float], target: float) -> tuple[dict[str, float], Band]:
+    """The power law of runs, and what it says of `target` FLOPs. The band takes c as known."""
+    law = fit(flops, losses)
+    line = _line(flops, np.log(np.asarray(losses) - law["c"]), target)
+    value, low, high = (float(np.exp(part)) + law["c"] for part in line)
+    return law, Band(value, low, high)
+
+
+def accuracy_band(
+    flops: Sequence[float], accuracies: Sequence[float], items: int, target: float
+) -> tuple[dict[str, float], Band]:
+    """The logistic curve of runs in log C, and what it says of `target` FLOPs. items: the number that each accuracy is
+    over; half an item is added to right and wrong ones, so that 0 and 1 have a logit."""
+    share = (np.asarray(accuracies) * items + 0.5) / (items + 1)
+    x, logits = np.log(np.asarray(flops)), np.log(share / (1 - share))
+    slope = float(((x - x.mean()) * logits).sum() / ((x - x.mean()) ** 2).sum())
+    value, low, high = (float(1 / (1 + np.exp(-part))) for part in _line(flops, logits, target))
+    return {"slope": slope, "height": float(logits.mean() - slope * x.mean())}, Band(value, low, high)
+
+
+def _line(flops: Sequence[float], values: Any, target: float) -> tuple[float, float, float]:
+    """The line of least squares of values against log C at the target, and its prediction interval."""
+    x = np.log(np.asarray(flops))
+    n, dx = len(x), x - x.mean()
+    slope = (dx * values).sum() / (dx * dx).sum()
+    at = values.mean() + slope * (np.log(target) - x.mean())
+    rest = values - values.mean() - slope * dx
+    spread = np.sqrt((rest**2).sum() / (n - 2))
+    reach = STUDENT[min(n - 2, len(STUDENT)) - 1] * spread
+    reach *= np.sqrt(1 + 1 / n + (np.log(target) - x.mean()) ** 2 / (dx * dx).sum())
+    return float(at), float(at - reach), float(at + reach)
