@@ -17,6 +17,7 @@ from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.score_facts import ChatScores
+from release.assembly.variant_facts import VariantFacts
 from release.cards import (
     caveats,
     chat_tables,
@@ -27,6 +28,7 @@ from release.cards import (
     opt_out_tables,
     tables,
     training_tables,
+    variant_tables,
 )
 
 F = TypeVar("F")
@@ -142,6 +144,13 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("unread", lambda release: caveats.unread(release.model.scores, release.data.order), added=3),
 )
 """Tables of model.md.jinja that only the whole release can prove."""
+
+
+VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
+    CardTable("loss", variant_tables.loss, added=4),
+    CardTable("serving", variant_tables.serving, added=4),
+)
+"""Tables of variant.md.jinja."""
 
 
 def lines_by_table(registered: Iterable[CardTable[F]], facts: F) -> dict[str, list[str]]:

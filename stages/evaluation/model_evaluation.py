@@ -83,9 +83,7 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         report.note(f"{source}: {bits['value']:.4f} ± {bits['se']:.4f} bits per byte on {bits['documents']} documents")
 
 
-def measure(
-    config: EvaluateConfig, model: Path, inputs: Inputs, work: Path, out: Path, report: Report
-) -> ModelScores:
+def measure(config: EvaluateConfig, model: Path, inputs: Inputs, work: Path, out: Path, report: Report) -> ModelScores:
     """Writes the tables of the model in a folder, on the documents and problems of the inputs, and returns their
     scores."""
     measured: dict[str, list[Any]] = {kind: [] for kind in ("documents", "items", "passkey", "positions")}

@@ -40,8 +40,8 @@ def write(name: VariantName, model: Path, folder: Path) -> None:
 
 
 def write_dequantized(name: VariantName, model: Path, folder: Path, target: Path) -> None:
-    """Writes the weights of the variant in `folder` in fp32, as a model that transformers loads, into `target`, which is
-    made anew. model: the exported model of the variant."""
+    """Writes the weights of the variant in `folder` in fp32, as a model that transformers loads, into `target`, which
+    is made anew. model: the exported model of the variant."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     _copy(model, target)

@@ -106,8 +106,8 @@ def q4_k(blocks: Floats) -> Bytes:
 
 
 def q6_k(blocks: Floats) -> Bytes:
-    """[blocks, 256] -> [blocks, 210]: the four low and two high bits of each weight; eight bits for the scale of each of
-    sixteen sub-blocks; their scale in fp16."""
+    """[blocks, 256] -> [blocks, 210]: the four low and two high bits of each weight; eight bits for the scale of each
+    of sixteen sub-blocks; their scale in fp16."""
     parts = blocks.reshape(-1, 16, 16)
     scale = np.abs(parts).max(-1) / np.float32(31)
     scale_bytes, d = _halves(scale.max(-1, keepdims=True) / np.float32(127))

@@ -63,8 +63,7 @@ def dequantized(model: Path, folder: Path, encoding: str) -> Iterator[tuple[str,
             raise AtomError(f"{file_name(encoding)} lacks the tensor {tensor.name}")
         entry = stored[tensor.name]
         values = torch.from_numpy(gguf_blocks.decode(entry.data, entry.tensor_type).copy())
-        for name, value in zip(tensor.sources, values if tensor.stacked else (values,), strict=True):
-            yield name, value
+        yield from zip(tensor.sources, values if tensor.stacked else (values,), strict=True)
 
 
 def _values(weights: Mapping[str, torch.Tensor], tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.float32]]:

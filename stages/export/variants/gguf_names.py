@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from stages.data.tokenizer import PATTERN, TURN_END
+from stages.data.tokenizer import PATTERN
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 """{model_type of config.json: llama.cpp's architecture}"""

@@ -61,7 +61,11 @@ VARIANTS: dict[VariantName, Variant] = {
         f"vLLM serves it; its CPU build too. {ACTIVATIONS}",
     ),
     "int8": Variant(
-        "compressed-tensors", "int8", 8, "INT8 (compressed-tensors)", f"vLLM serves it; its CPU build too. {ACTIVATIONS}"
+        "compressed-tensors",
+        "int8",
+        8,
+        "INT8 (compressed-tensors)",
+        f"vLLM serves it; its CPU build too. {ACTIVATIONS}",
     ),
 }
 """AWQ and GPTQ are not among them: both need calibration on a GPU and kernels of a GPU to be served."""
@@ -77,7 +81,7 @@ def obstacle(name: VariantName, model: ModelConfig) -> str | None:
         return f"llama.cpp's class of the architecture has experts in every layer; leave {name} out, or dense_layers"
     if name == "gguf-q4_k_m" and model.hidden_size % SUPER_BLOCK:
         return (
-            f"{name} encodes {SUPER_BLOCK} weights of a row together, and model.hidden_size = {model.hidden_size}; leave "
-            f"it out, or take a multiple of {SUPER_BLOCK}"
+            f"{name} encodes {SUPER_BLOCK} weights of a row together, and model.hidden_size = {model.hidden_size} is "
+            f"no multiple of it; leave {name} out"
         )
     return None

@@ -2,10 +2,10 @@
 
     atom run RECIPE --only variant-gguf-q8_0
 
-The files follow from those of the export alone (conversion.py), so `atom verify --deep` writes them again. Measured are,
-by transformers in fp32 on the weights as the variant stores them: the Kullback-Leibler divergence of next-token
-distributions from the original's, bits per byte, exact match and equal greedy answers on the documents and problems of
-stage `evaluate`. How a program rounds activations while it computes is no part of this; the gate `runtimes` of a release
+The files follow from those of the export alone (conversion.py), so `atom verify --deep` writes them again. transformers
+measures, in fp32 on the weights as the variant stores them: the Kullback-Leibler divergence of next-token distributions
+from the original's, bits per byte, exact match and equal greedy answers, on the documents and problems of the stage
+`evaluate`. How a program rounds activations while it computes is no part of this; the gate `runtimes` of a release
 compares programs.
 """
 
@@ -107,6 +107,7 @@ def _pieces(config: VariantConfig, inputs: Inputs) -> Iterator[Piece[Models]]:
 
 
 def _divergence(models: Models, name: str, ids: Sequence[int]) -> DivergenceRow:
+    ids = ids[: models[0].context]
     row: DivergenceRow = {"id": name, "positions": len(ids), "sum": 0.0, "largest": 0.0, "same_likeliest": 0}
     for original, variant in zip(*(model.log_probabilities(ids) for model in models), strict=True):
         divergence = (original.exp() * (original - variant)).sum(-1)

@@ -1,0 +1,51 @@
+"""What llama.cpp makes of a GGUF file, through llama-cpp-python.
+
+    python -P llama_cpp_run.py FILE < REQUEST
+
+Request and answer are those of transformers_run.py. Keys and values are cached in fp32 and attention is not fused, so
+that a file of fp32 weights is computed in fp32. This file imports no module of this project, on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import llama_cpp
+import numpy as np
+
+F32 = 0
+"""ggml's number of the type."""
+
+
+def run_row(llama, row):  # type: ignore[no-untyped-def]
+    ids = row["ids"] + row["greedy"]
+    llama.reset()
+    llama.eval(ids)
+    logits = np.asarray(llama.scores[: len(ids) - 1], dtype=np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    chosen = logprobs[np.arange(len(ids) - 1), ids[1:]].tolist()
+    llama.reset()
+    llama.eval(row["ids"])
+    greedy = []
+    for _ in row["greedy"]:
+        greedy.append(int(np.argmax(llama.scores[llama.n_tokens - 1])))
+        llama.eval(greedy[-1:])
+    text = llama.tokenize(row["text"].encode(), add_bos=False, special=True)
+    return {"ids": text, "greedy": greedy, "logprobs": chosen}
+
+
+def main() -> None:
+    path, request = sys.argv[1], json.load(sys.stdin)
+    longest = max(len(row["ids"]) + len(row["greedy"]) for row in request["rows"])
+    llama = llama_cpp.Llama(
+        model_path=path, n_ctx=longest + 1, n_batch=longest + 1, n_threads=1, n_threads_batch=1, n_gpu_layers=0,
+        logits_all=True, flash_attn=False, type_k=F32, type_v=F32, verbose=False,
+    )  # fmt: skip
+    rows = [run_row(llama, row) for row in request["rows"]]
+    print("RUN " + json.dumps({"program": "llama-cpp-python", "version": llama_cpp.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

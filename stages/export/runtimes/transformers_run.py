@@ -1,0 +1,47 @@
+"""What transformers makes of a model, in an interpreter of any version of it.
+
+    python -P transformers_run.py FOLDER < REQUEST
+
+REQUEST is JSON: `rows`, each with `text`, its token `ids` and the `greedy` continuation that is expected. The last line
+printed is `RUN` with JSON: `program`, `version`, and for each row the `ids` of the text by this program's tokenizer, as
+many `greedy` tokens, and `logprobs`, of each token but the first of ids and expected continuation together. In fp32, on
+one thread. This file imports no module of this project, on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import transformers
+
+
+@torch.no_grad()
+def run_row(tokenizer, model, row):  # type: ignore[no-untyped-def]
+    tokens, state, greedy = torch.tensor([row["ids"]]), None, []
+    for _ in row["greedy"]:
+        output = model(tokens, past_key_values=state, use_cache=True)
+        state, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        greedy.append(int(tokens))
+    ids = row["ids"] + row["greedy"]
+    logits = model(torch.tensor([ids])).logits[0, :-1].double()
+    logprobs = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return {
+        "ids": tokenizer(row["text"], add_special_tokens=False)["input_ids"],
+        "greedy": greedy,
+        "logprobs": logprobs.tolist(),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, request = sys.argv[1], json.load(sys.stdin)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    rows = [run_row(tokenizer, model, row) for row in request["rows"]]
+    print("RUN " + json.dumps({"program": "transformers", "version": transformers.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
