@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-from stages.export.hf import TOKENIZER_FILES
 from stages.export.variants import compressed_tensors
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors
 
-COPIED = (*TOKENIZER_FILES, "generation_config.json")
+COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "training_chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 """Files of a model that its variants have unchanged, but for GGUF, whose file holds their content."""
 
 
