@@ -146,13 +146,13 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.assembly.data_facts import canary_of, read_data_facts
     from release.assembly.model_facts import read_model_facts
     from release.assembly.receipts import receipt_path, write_receipts
-    from release.assembly.variant_facts import read_variant_facts
+    from release.assembly.variant_facts import read_variants
     from release.audit import independent_verifier, merkle
     from release.cards import croissant, render, tables
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
-    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, RELEASE, ROOTS, RUNTIMES, SECOND_VERIFIER
-    from release.repositories import model_folders, repositories, variant_folders
+    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, RELEASE, ROOTS, RUNTIMES, SECOND_VERIFIER, VARIANT
+    from release.repositories import model_folders, repositories
     from stages.data.curation.agreement import read_figures
 
     assembly = assemble.Assembly(folder)
@@ -185,11 +185,14 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     changes = find_interventions(steps)
     licenses = release.license
     run_costs = costs.usage_by_stage(folder)
-    facts = {name: ReleaseFacts(model, data, changes, run_costs) for name, model in models.items()}
+    facts = {
+        name: ReleaseFacts(model, data, changes, run_costs, read_variants(folder, name))
+        for name, model in models.items()
+    }
     load_reports = _write_models(assembly, release, facts)
-    for variant in variant_folders(folder):
-        text = render.variant_card(variant, release, read_variant_facts(folder / variant))
-        assembly.write(f"{variant}/README.md", text.encode(), CARD_ORIGIN)
+    for suffix, variant in read_variants(folder).items():
+        card = render.variant_card(suffix, release, variant)
+        assembly.write(f"{VARIANT}{suffix}/README.md", card.encode(), CARD_ORIGIN)
     if all(report.goldens for report in load_reports.values()):  # else the gate on loading says why
         runs = runtimes.compare_all(folder, progress)
         assembly.json(RUNTIMES, runs, "what other programs make of the fixed inputs")

@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from release.assembly.published_tables import read_json, read_rows
-from release.layout import LOSS
+from release.layout import LOSS, MODEL, VARIANT
+from release.repositories import variant_folders
 from stages.evaluation.scores import ModelScores
 from stages.export.variants.loss import VariantLoss
 from stages.export.variants.registry import VARIANTS, Variant
@@ -39,6 +40,14 @@ def read_variant_facts(folder: Path) -> VariantFacts:
     if (name := loss["variant"]) not in VARIANTS:
         raise CheckFailed(f"{LOSS} names the variant {name}, which this atom does not know")
     return VariantFacts(VARIANTS[name], loss, next((path.name for path in sorted(folder.glob("*.gguf"))), ""))  # type: ignore[index]
+
+
+def read_variants(release: Path, folder: str = MODEL) -> dict[str, VariantFacts]:
+    """The variants in a release of the model in a folder, by the end of their repository's name; only the final one has
+    some."""
+    if folder != MODEL:
+        return {}
+    return {name.removeprefix(VARIANT): read_variant_facts(release / name) for name in variant_folders(release)}
 
 
 def read_original(model: Path, evaluation: Path) -> Original:

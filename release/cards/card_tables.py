@@ -9,7 +9,7 @@ its own schema. A new or changed table has the number of the next schema; see `v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from release.assembly.checkpoint_facts import Intervention
@@ -49,12 +49,13 @@ class CardTable(Generic[F]):
 @dataclass(frozen=True)
 class ReleaseFacts:
     """The facts of the whole release for a model's card: of that model, of the data, of resumptions from earlier runs,
-    and the cost of each stage."""
+    the cost of each stage, and the model's variants by the end of their repository's name."""
 
     model: ModelFacts
     data: DataFacts
     interventions: list[Intervention]
     costs: Costs
+    variants: Mapping[str, VariantFacts] = field(default_factory=dict)
 
     def interventions_of_model(self) -> list[Intervention]:
         """The interventions in the phases that trained the model."""
@@ -141,6 +142,12 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("order", lambda release: tables.order(release.data), added=2, changed=4),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model()), added=2),
     CardTable("cost", lambda release: tables.cost(release.costs), added=2),
+    CardTable(
+        "variants",
+        lambda release: variant_tables.overview(release.variants),
+        added=4,
+        heading="Other forms of the weights",
+    ),
     CardTable("unread", lambda release: caveats.unread(release.model.scores, release.data.order), added=3),
 )
 """Tables of model.md.jinja that only the whole release can prove."""

@@ -16,7 +16,7 @@ from release.assembly.data_facts import DataFacts
 from release.assembly.variant_facts import VariantFacts
 from release.cards import card_tables
 from release.cards.card_tables import ReleaseFacts
-from release.layout import VARIANT, numbered
+from release.layout import numbered
 from release.schema import ReleaseInfo
 from stages.evaluation.scores import ModelScores
 
@@ -105,11 +105,11 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
     return _normalize_text(str(text))
 
 
-def variant_card(folder: str, release: ReleaseInfo, facts: VariantFacts) -> str:
-    """The card of a folder that holds a variant of the final model."""
+def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> str:
+    """The card of a variant of the final model. suffix: the end of its repository's name."""
     hub = load()
 
-    repo = f"{release.repository}{folder.removeprefix(VARIANT)}"
+    repo = f"{release.repository}{suffix}"
     card_data = hub.ModelCardData(
         model_name=repo.partition("/")[2],
         **license_fields(release.license.weights),

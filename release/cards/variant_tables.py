@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from release.assembly.variant_facts import VariantFacts
 from release.cards.tables import count, table, with_error
 
@@ -29,6 +31,26 @@ def loss(facts: VariantFacts) -> list[str]:
         ["same greedy answer", "", f"{greedy['equal']} of {greedy['n']} problems"],
     ]
     return [*table(["measure", "original", "variant"], body), "", f"Measured by {loss['measured_by']}."]
+
+
+def overview(variants: Mapping[str, VariantFacts]) -> list[str]:
+    """The variants of a model, by the end of their repository's name; nothing without any."""
+    if not variants:
+        return []
+    body = [
+        [
+            f"`…{name}`", facts.loss["title"], count(facts.loss["bytes"]["variant"]),
+            f"{facts.loss['divergence']['value']:.2e}", with_error(facts.loss["accuracy"]["variant"], 3),
+            f"{facts.loss['greedy']['equal']} of {facts.loss['greedy']['n']}",
+        ]
+        for name, facts in variants.items()
+    ]  # fmt: skip
+    head = ["repository", "weights", "bytes", "mean divergence in nats", "exact match", "same greedy answers"]
+    return [
+        "Each is a repository of its own, whose name is this one's with the ending; its card says how it was measured.",
+        "",
+        *table(head, body),
+    ]
 
 
 def serving(facts: VariantFacts) -> list[str]:

@@ -41,7 +41,8 @@ RELEASE = Scope(("release",))
 EVIDENCE = Scope(("release", "evidence"))
 DATASET = Scope(("release", "dataset"), "dataset")
 MODELS = Scope(("release", "model"))
-TENSORS = Scope(("release", "model", "checkpoint"))
+TENSORS = Scope(("release", "model", "variant", "checkpoint"))
+TEMPLATES = Scope(("release", "model", "variant"))
 VARIANTS = Scope(("variant",))
 CARDS = Scope(("release", "evidence", "dataset", "model", "variant", "repository"))
 
@@ -114,7 +115,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         "fresh_set", fresh_set.fresh_set, RELEASE, FRESH, deep=True, needs="dataset/evaluation/fresh",
         gate="fresh_set", remedy=DRAW,
     ),
-    Check("chat_templates", chat_templates.chat_templates, MODELS),
+    Check("chat_templates", chat_templates.chat_templates, TEMPLATES),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),
     BuildCheck("no_secrets", secret_values.no_secrets, "remove it at its source and run again"),
 )  # fmt: skip
