@@ -51,8 +51,9 @@ BOUNDS: dict[str, Bound] = {}
 
 class Run(TypedDict):
     """One program on one folder. reason: of a run that was skipped or failed. `reference`: the program that made
-    goldens.json, which the gates on loading judge. same_ids: texts whose token ids are the
-    reference's; same_greedy: continuations. Differences are of log-probabilities, absolute."""
+    goldens.json, which the gates on loading judge. same_ids: texts whose token ids are the reference's;
+    same_conversations: rendered ones with the same; same_greedy: continuations. Differences are of log-probabilities,
+    absolute."""
 
     folder: str
     runtime: str
@@ -62,6 +63,8 @@ class Run(TypedDict):
     rows: NotRequired[int]
     positions: NotRequired[int]
     same_ids: NotRequired[int]
+    conversations: NotRequired[int]
+    same_conversations: NotRequired[int]
     same_greedy: NotRequired[int]
     mean_difference: NotRequired[float]
     largest_difference: NotRequired[float]
@@ -111,7 +114,8 @@ def compare_all(release: Path, progress: Callable[[str], None] = lambda text: No
     """The runs of all programs on the final model and its variants, of a release that has their files and its goldens.
     A program that is not here is a run that was skipped, with the reason."""
     model, runs = release / MODEL, []
-    rows = read_json(model / GOLDENS)["rows"]
+    goldens = read_json(model / GOLDENS)
+    rows, conversations = goldens["rows"], goldens.get("conversations", [])
     for name in (MODEL, *variant_folders(release)):
         folder = release / name
         variant = ORIGINAL if name == MODEL else VARIANTS[read_json(folder / LOSS)["variant"]]
@@ -129,7 +133,7 @@ def compare_all(release: Path, progress: Callable[[str], None] = lambda text: No
                 progress(f"{name} in {runtime}")
                 try:
                     reference = reference or _reference(model, folder, place / "dequantized", rows)
-                    runs.append(_compare(name, folder, runtime, variant, reference))
+                    runs.append(_compare(name, folder, runtime, variant, reference, conversations))
                 except Failed as error:
                     runs.append(Run(folder=name, runtime=runtime, status="failed", reason=str(error)))
     return runs
@@ -167,10 +171,17 @@ def _reference(model: Path, folder: Path, place: Path, rows: Sequence[Mapping[st
     return request, [row["logprobs"] for row in read]
 
 
-def _compare(name: str, folder: Path, runtime: str, variant: Variant, reference: Reference) -> Run:
+def _compare(
+    name: str,
+    folder: Path,
+    runtime: str,
+    variant: Variant,
+    reference: Reference,
+    conversations: Sequence[Mapping[str, Any]] = (),
+) -> Run:
     """Raises Failed if the program gives no answer."""
     request, expected = reference
-    answer = _run(RUNTIMES[runtime], folder, variant, request)
+    answer = _run(RUNTIMES[runtime], folder, variant, request, [row["text"] for row in conversations])
     answers = answer["rows"]
     differences = [
         abs(a - b)
@@ -182,12 +193,14 @@ def _compare(name: str, folder: Path, runtime: str, variant: Variant, reference:
         folder=name, runtime=runtime, status="passed", version=f"{answer['program']} {answer['version']}",
         rows=len(request), positions=len(differences),
         same_ids=sum(a["ids"] == b["ids"] for a, b in zip(answers, request, strict=True)),
+        conversations=len(conversations),
+        same_conversations=sum(a == b["ids"] for a, b in zip(answer["texts"], conversations, strict=True)),
         same_greedy=sum(a["greedy"] == b["greedy"] for a, b in zip(answers, request, strict=True)),
         mean_difference=round(sum(differences) / len(differences), 6), largest_difference=round(max(differences), 6),
         bound={"mean": bound.mean, "largest": bound.largest, "other_greedy": bound.other_greedy},
     )  # fmt: skip
     if problem := problem_of(run):
-        run.update(status="failed", reason=problem)
+        run["status"], run["reason"] = "failed", problem
     return run
 
 
@@ -196,6 +209,8 @@ def problem_of(run: Run) -> str:
     bound, rows = run["bound"], run["rows"]
     if run["same_ids"] != rows:
         return f"{rows - run['same_ids']} of {rows} texts have other token ids"
+    if (others := run["conversations"] - run["same_conversations"]) > 0:
+        return f"{others} of {run['conversations']} conversations have other token ids"
     if rows - run["same_greedy"] > bound["other_greedy"] * rows:
         return f"{rows - run['same_greedy']} of {rows} greedy continuations are others"
     for kind, difference in (("mean", run["mean_difference"]), ("largest", run["largest_difference"])):
@@ -204,7 +219,9 @@ def problem_of(run: Run) -> str:
     return ""
 
 
-def _run(runtime: Runtime, folder: Path, variant: Variant, rows: Sequence[Mapping[str, Any]]) -> Answers:
+def _run(
+    runtime: Runtime, folder: Path, variant: Variant, rows: Sequence[Mapping[str, Any]], texts: Sequence[str] = ()
+) -> Answers:
     """The answer of a program. Raises Failed."""
     python = os.environ[runtime.variable] if runtime.variable else sys.executable
     subject = next(iter(sorted(folder.glob("*.gguf"))), folder)
@@ -213,7 +230,7 @@ def _run(runtime: Runtime, folder: Path, variant: Variant, rows: Sequence[Mappin
     try:
         process = subprocess.run(
             command,
-            input=json.dumps({"rows": rows}),
+            input=json.dumps({"rows": rows, "texts": texts}),
             capture_output=True,
             text=True,
             timeout=SECONDS,

@@ -39,7 +39,7 @@ def read_variant_facts(folder: Path) -> VariantFacts:
     loss: VariantLoss = read_json(folder / LOSS)
     if (name := loss["variant"]) not in VARIANTS:
         raise CheckFailed(f"{LOSS} names the variant {name}, which this atom does not know")
-    return VariantFacts(VARIANTS[name], loss, next((path.name for path in sorted(folder.glob("*.gguf"))), ""))  # type: ignore[index]
+    return VariantFacts(VARIANTS[name], loss, next((path.name for path in sorted(folder.glob("*.gguf"))), ""))
 
 
 def read_variants(release: Path, folder: str = MODEL) -> dict[str, VariantFacts]:
@@ -69,7 +69,7 @@ def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -
     }
     scores = scores_of(tables["documents"], tables["items"])
     if original is None:
-        all_of: Any = {f"{name}_all": stated[name]["original"] for name in ("bits_per_byte", "accuracy")}  # type: ignore[literal-required]
+        all_of: Any = {f"{name}_all": stated[name]["original"] for name in ("bits_per_byte", "accuracy")}
         known = Original(stated["bytes"]["original"], all_of, {row["id"]: "" for row in tables["items"]})
     else:
         known = original

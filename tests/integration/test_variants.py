@@ -75,7 +75,7 @@ def copy(release: Path, tmp_path: Path) -> Path:
 
 
 def bad(folder: Path, **options: Any) -> dict[str, list[str]]:
-    return {check.name: check.problems for check in verify(folder, **options).checks if check.ok is False}
+    return {check.name: check.wrong for check in verify(folder, **options).checks if check.ok is False}
 
 
 def reseal(release: Path) -> None:

@@ -32,11 +32,14 @@ def run_row(llama, row):  # type: ignore[no-untyped-def]
     for _ in row["greedy"]:
         greedy.append(int(np.argmax(llama.scores[llama.n_tokens - 1])))
         llama.eval(greedy[-1:])
-    text = llama.tokenize(row["text"].encode(), add_bos=False, special=True)
-    return {"ids": text, "greedy": greedy, "logprobs": chosen}
+    return {"ids": encode(llama, row["text"]), "greedy": greedy, "logprobs": chosen}
 
 
-def main() -> None:
+def encode(llama, text):  # type: ignore[no-untyped-def]
+    return llama.tokenize(text.encode(), add_bos=False, special=True)
+
+
+def main():  # type: ignore[no-untyped-def]
     path, request = sys.argv[1], json.load(sys.stdin)
     longest = max(len(row["ids"]) + len(row["greedy"]) for row in request["rows"])
     llama = llama_cpp.Llama(
@@ -44,7 +47,9 @@ def main() -> None:
         logits_all=True, flash_attn=False, type_k=F32, type_v=F32, verbose=False,
     )  # fmt: skip
     rows = [run_row(llama, row) for row in request["rows"]]
-    print("RUN " + json.dumps({"program": "llama-cpp-python", "version": llama_cpp.__version__, "rows": rows}))
+    texts = [encode(llama, text) for text in request.get("texts", [])]
+    stated = {"program": "llama-cpp-python", "version": llama_cpp.__version__}
+    print("RUN " + json.dumps({**stated, "rows": rows, "texts": texts}))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python -P transformers_run.py FOLDER < REQUEST
 
-REQUEST is JSON: `rows`, each with `text`, its token `ids` and the `greedy` continuation that is expected. The last line
-printed is `RUN` with JSON: `program`, `version`, and for each row the `ids` of the text by this program's tokenizer, as
-many `greedy` tokens, and `logprobs`, of each token but the first of ids and expected continuation together. In fp32, on
-one thread. This file imports no module of this project, on purpose.
+REQUEST is JSON: `rows`, each with `text`, its token `ids` and the `greedy` continuation that is expected, and further
+`texts`. The last line printed is `RUN` with JSON: `program`, `version`, and for each row the `ids` of the text by this
+program's tokenizer, as many `greedy` tokens, and `logprobs`, of each token but the first of ids and expected
+continuation together; and `texts`, the token ids of the further ones. In fp32, on one thread. This file imports no
+module of this project, on purpose.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def run_row(tokenizer, model, row):  # type: ignore[no-untyped-def]
     ids = row["ids"] + row["greedy"]
     logits = model(torch.tensor([ids])).logits[0, :-1].double()
     logprobs = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    return {
-        "ids": tokenizer(row["text"], add_special_tokens=False)["input_ids"],
-        "greedy": greedy,
-        "logprobs": logprobs.tolist(),
-    }
+    return {"ids": encode(tokenizer, row["text"]), "greedy": greedy, "logprobs": logprobs.tolist()}
+
+
+def encode(tokenizer, text):  # type: ignore[no-untyped-def]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def main() -> None:
@@ -40,7 +41,9 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
     rows = [run_row(tokenizer, model, row) for row in request["rows"]]
-    print("RUN " + json.dumps({"program": "transformers", "version": transformers.__version__, "rows": rows}))
+    texts = [encode(tokenizer, text) for text in request.get("texts", [])]
+    stated = {"program": "transformers", "version": transformers.__version__}
+    print("RUN " + json.dumps({**stated, "rows": rows, "texts": texts}))
 
 
 if __name__ == "__main__":

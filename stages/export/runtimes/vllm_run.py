@@ -30,7 +30,9 @@ def main() -> None:
         logprobs = [place[token].logprob for place, token in zip(places, ids[1:], strict=True)]
         answers.append({"ids": text, "greedy": list(drawn.outputs[0].token_ids), "logprobs": logprobs})
     name = min(packages_distributions()["vllm"])
-    print("RUN " + json.dumps({"program": name, "version": version(name), "rows": answers}), flush=True)
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request.get("texts", [])]
+    stated = {"program": name, "version": version(name)}
+    print("RUN " + json.dumps({**stated, "rows": answers, "texts": texts}), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ scales. All arithmetic is of single elements in IEEE fp32, so the bytes are the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.core.errors import AtomError
 from stages.export.variants.registry import SUPER_BLOCK
 
-Kind = GGMLQuantizationType
+Kind: TypeAlias = GGMLQuantizationType
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 MORE_BITS = ("attn_v", "ffn_down")
