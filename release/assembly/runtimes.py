@@ -160,14 +160,13 @@ Reference = tuple[list[dict[str, Any]], list[list[float]]]
 def _reference(model: Path, folder: Path, place: Path, rows: Sequence[Mapping[str, Any]]) -> Reference:
     """What transformers here makes of the weights of a variant. Raises Failed if it does not load them."""
     request = [{name: row[name] for name in ("text", "ids", "greedy")} for row in rows]
-    if folder == model:
-        return request, [row["logprobs"] for row in _run(RUNTIMES[REFERENCE], folder, ORIGINAL, request)["rows"]]
-    from stages.export.variants import conversion
+    if folder != model:
+        from stages.export.variants import conversion
 
-    conversion.write_dequantized(read_json(folder / LOSS)["variant"], model, folder, place)
-    drawn = _run(RUNTIMES[REFERENCE], place, ORIGINAL, request)["rows"]
-    request = [{**row, "greedy": answer["greedy"]} for row, answer in zip(request, drawn, strict=True)]
-    read = _run(RUNTIMES[REFERENCE], place, ORIGINAL, request)["rows"]
+        conversion.write_dequantized(read_json(folder / LOSS)["variant"], model, folder, place)
+        request = [{"text": row["text"], "ids": row["ids"], "draw": len(row["greedy"])} for row in rows]
+    read = _run(RUNTIMES[REFERENCE], model if folder == model else place, ORIGINAL, request)["rows"]
+    request = [{**row, "greedy": answer["greedy"]} for row, answer in zip(rows, read, strict=True)]
     return request, [row["logprobs"] for row in read]
 
 

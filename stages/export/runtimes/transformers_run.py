@@ -2,11 +2,11 @@
 
     python -P transformers_run.py FOLDER < REQUEST
 
-REQUEST is JSON: `rows`, each with `text`, its token `ids` and the `greedy` continuation that is expected, and further
-`texts`. The last line printed is `RUN` with JSON: `program`, `version`, and for each row the `ids` of the text by this
-program's tokenizer, as many `greedy` tokens, and `logprobs`, of each token but the first of ids and expected
-continuation together; and `texts`, the token ids of the further ones. In fp32, on one thread. This file imports no
-module of this project, on purpose.
+REQUEST is JSON: `rows`, each with `text`, its token `ids`, and the `greedy` continuation that is expected or the number
+of tokens to `draw`; and further `texts`. The last line printed is `RUN` with JSON: `program`, `version`; for each row
+the `ids` of the text by this program's tokenizer, as many `greedy` tokens, and `logprobs`, of each token but the first
+of ids and continuation together; and `texts`, the token ids of the further ones. In fp32, on one thread. This file
+imports no module of this project, on purpose.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import transformers
 @torch.no_grad()
 def run_row(tokenizer, model, row):  # type: ignore[no-untyped-def]
     tokens, state, greedy = torch.tensor([row["ids"]]), None, []
-    for _ in row["greedy"]:
+    for _ in range(row.get("draw") or len(row["greedy"])):
         output = model(tokens, past_key_values=state, use_cache=True)
         state, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
         greedy.append(int(tokens))
-    ids = row["ids"] + row["greedy"]
+    ids = row["ids"] + (greedy if "draw" in row else row["greedy"])
     logits = model(torch.tensor([ids])).logits[0, :-1].double()
     logprobs = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     return {"ids": encode(tokenizer, row["text"]), "greedy": greedy, "logprobs": logprobs.tolist()}
