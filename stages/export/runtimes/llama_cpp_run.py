@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
-import llama_cpp
+import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
 
 F32 = 0
 """ggml's number of the type."""
 
 
-def run_row(llama, row):  # type: ignore[no-untyped-def]
+def run_row(llama: Any, row: dict[str, Any]) -> dict[str, Any]:
     ids = row["ids"] + row["greedy"]
     llama.reset()
     llama.eval(ids)
@@ -28,18 +29,19 @@ def run_row(llama, row):  # type: ignore[no-untyped-def]
     chosen = logprobs[np.arange(len(ids) - 1), ids[1:]].tolist()
     llama.reset()
     llama.eval(row["ids"])
-    greedy = []
+    greedy: list[int] = []
     for _ in row["greedy"]:
         greedy.append(int(np.argmax(llama.scores[llama.n_tokens - 1])))
         llama.eval(greedy[-1:])
     return {"ids": encode(llama, row["text"]), "greedy": greedy, "logprobs": chosen}
 
 
-def encode(llama, text):  # type: ignore[no-untyped-def]
-    return llama.tokenize(text.encode(), add_bos=False, special=True)
+def encode(llama: Any, text: str) -> list[int]:
+    ids: list[int] = llama.tokenize(text.encode(), add_bos=False, special=True)
+    return ids
 
 
-def main():  # type: ignore[no-untyped-def]
+def main() -> None:
     path, request = sys.argv[1], json.load(sys.stdin)
     longest = max(len(row["ids"]) + len(row["greedy"]) for row in request["rows"])
     llama = llama_cpp.Llama(

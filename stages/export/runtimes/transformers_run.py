@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 import transformers
 
 
-@torch.no_grad()
-def run_row(tokenizer, model, row):  # type: ignore[no-untyped-def]
-    tokens, state, greedy = torch.tensor([row["ids"]]), None, []
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def run_row(tokenizer: Any, model: Any, row: dict[str, Any]) -> dict[str, Any]:
+    tokens, state = torch.tensor([row["ids"]]), None
+    greedy: list[int] = []
     for _ in range(row.get("draw") or len(row["greedy"])):
         output = model(tokens, past_key_values=state, use_cache=True)
         state, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
@@ -31,8 +33,9 @@ def run_row(tokenizer, model, row):  # type: ignore[no-untyped-def]
     return {"ids": encode(tokenizer, row["text"]), "greedy": greedy, "logprobs": logprobs.tolist()}
 
 
-def encode(tokenizer, text):  # type: ignore[no-untyped-def]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import json
 import sys
 from importlib.metadata import packages_distributions, version
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
 
 def main() -> None:

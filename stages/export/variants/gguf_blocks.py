@@ -32,7 +32,7 @@ def kind_of(encoding: str, name: str, shape: tuple[int, ...], layers: int, tied:
     """
     if len(shape) == 1 or "ffn_gate_inp" in name:
         return Kind.F32
-    kind = Kind.Q4_K if encoding == "Q4_K_M" else Kind[encoding]
+    kind = Kind.Q4_K if encoding == "Q4_K_M" else GGMLQuantizationType[encoding]
     if encoding == "Q4_K_M" and _has_more_bits(name, layers, tied):
         kind = Kind.Q6_K
     for larger in (kind, Kind.Q8_0, Kind.F16):
