@@ -13,12 +13,14 @@ VENV_LATEST   ?= .venv-latest
 VENV_VLLM     ?= .venv-vllm
 # NeMo Gym wants Python 3.12 or newer, and pins what we do not.
 VENV_NEMO     ?= .venv-nemo
+# llama.cpp, which is compiled here, and the transformers before 5.
+VENV_RUNTIMES ?= .venv-runtimes
 # Transformer Engine on the CPU, and Megatron-Bridge, which wants an older transformers.
 VENV_TE       ?= .venv-te
 LATEST_TESTS  := tests/integration/test_fake_fp8.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
 	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_layouts.py tests/integration/test_export.py
 
-.PHONY: help demo check test tests test-latest test-processors test-vllm test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak lint lock docs clean
+.PHONY: help demo check test tests test-latest test-processors test-vllm test-runtimes test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak lint lock docs clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
@@ -27,6 +29,7 @@ help:
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
+	@echo "make test-runtimes transformers 4, vLLM on CPU and llama.cpp on exported models and their variants (compiles llama.cpp: 20 minutes of CPU)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, and answer in turns, on $(PYTHON_LATEST) (1.6 GB on disk)"
 	@echo "make test-te       Transformer Engine's layers on CPU against ours, and Megatron-Bridge on our export, on $(PYTHON_LATEST) (6 GB on disk)"
 	@echo "make test-gpu      fourteen points that a GPU decides, with figures and criteria, into docs/gpu-report.md; on CPU, that they work"
@@ -82,6 +85,17 @@ $(VENV_VLLM)/.ready:
 test-vllm: $(READY) $(VENV_VLLM)/.ready
 	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py tests/integration/test_vllm_evaluation.py
 
+# The sources of llama.cpp come with llama-cpp-python; without its tools and its readers of pictures.
+$(VENV_RUNTIMES)/.ready:
+	$(PYTHON) -m venv $(VENV_RUNTIMES)
+	$(VENV_RUNTIMES)/bin/python -m pip install --quiet --no-compile torch==2.13.0 transformers==4.57.6
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O2" $(VENV_RUNTIMES)/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	@touch $@
+
+test-runtimes: $(READY) $(VENV_VLLM)/.ready $(VENV_RUNTIMES)/.ready
+	ATOM_TRANSFORMERS4_PYTHON=$(abspath $(VENV_RUNTIMES))/bin/python ATOM_LLAMA_CPP_PYTHON=$(abspath $(VENV_RUNTIMES))/bin/python \
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_runtimes.py
+
 $(VENV_NEMO)/.ready:
 	$(PYTHON_LATEST) -m venv $(VENV_NEMO)
 	# 0.7 asks for Python 3.13.14, which Debian does not have, and runs on 3.13.5
@@ -129,4 +143,4 @@ lock:
 	rm -rf build/lock
 
 clean:
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_VLLM) $(VENV_NEMO) $(VENV_TE) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_VLLM) $(VENV_RUNTIMES) $(VENV_NEMO) $(VENV_TE) runs build dist *.egg-info

@@ -1,6 +1,7 @@
 """The layout of a release folder, and the names of phases and models in it.
 
     model/ model-<name>/ dataset/      one repository each: the final model, the earlier ones, the data
+    variant-<name>/                    one repository each: the final model's weights in another form
     checkpoints/<phase>-step-<n>/      one branch each of the checkpoint repository, whose main branch is checkpoints/*
     README.md code/ evidence/          the evidence repository: the root of the release folder itself
 
@@ -46,8 +47,13 @@ SIGNATURE, PUBLIC_KEY = "model.sig", "model.pub"
 """In each repository, but in no checksum file: the signature covers the checksum files, and the fingerprint identifies
 the key."""
 MODEL, BASE = "model", "model-base"
+VARIANT = "variant"
+LOSS = "loss.json"
+"""Of a variant's repository: what it loses against the original."""
+RUNTIMES = "evidence/runtimes.json"
+"""What other programs make of the final model and its variants."""
 PARTS = (MODEL, BASE, "dataset", "checkpoints")
-"""The parts of every release beside its root; `model_folders` are further ones."""
+"""The parts of every release beside its root; `model_folders` and `variant_folders` are further ones."""
 TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "dpo", "reward", "online-rlhf")
 EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "dpo", "online-rlhf")
 """Kinds of phases and of exported models, as `stages.graph` names them, in the order of training."""

@@ -13,7 +13,7 @@ from pipeline.core.errors import CheckFailed
 from pipeline.core.text import printable
 from release import schema
 from release.checksums import SUMS_LINES
-from release.layout import MODEL, PARTS, PUBLIC_KEY, RELEASE, SIGNATURE, SUMS, when
+from release.layout import MODEL, PARTS, PUBLIC_KEY, RELEASE, SIGNATURE, SUMS, VARIANT, when
 from release.tree import ENTRIES, walk
 
 MOST_ENTRIES = ENTRIES + 4 * SUMS_LINES
@@ -41,15 +41,22 @@ def model_folders(release: Path) -> list[str]:
     return [MODEL, *(f"{MODEL}-{name}" for name in sorted(names, key=lambda name: when(present_name(name))))]
 
 
+def variant_folders(release: Path) -> list[str]:
+    """The folders of a release that hold variants of the final model; links to folders are none."""
+    return sorted(path.name for path in release.glob(f"{VARIANT}-*") if _is_own_folder(path))
+
+
 def repositories(release: Path) -> list[Repository]:
-    """The repositories of a release in the order in which they are made public: data, checkpoints, models; links to
-    folders are none. Raises CheckFailed for a release of an unknown format."""
+    """The repositories of a release in the order in which they are made public: data, checkpoints, models, of which the
+    variants come before the final one; links to folders are none. Raises CheckFailed for a release of an unknown
+    format."""
     places = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
     steps = sorted(p.name for p in (release / "checkpoints").iterdir() if _is_own_folder(p))
     places.append(Repository("checkpoints", "-checkpoints", "model"))
     places += [Repository(f"checkpoints/{name}", "-checkpoints", "model", name) for name in steps]
     final, *others = model_folders(release)
     places += [Repository(folder, folder.removeprefix(MODEL), "model") for folder in others]
+    places += [Repository(folder, folder.removeprefix(VARIANT), "model") for folder in variant_folders(release)]
     return [*places, Repository(final, "", "model")]
 
 
@@ -84,11 +91,12 @@ def files_of(release: Path, repository: Repository) -> list[str]:
     """The files of a repository, relative to its folder, without its checksum file. Raises CheckFailed as `files_below`
     does."""
     files = files_below(release / repository.folder)
-    return _of(repository, files, model_folders(release) if repository.folder == "" else [])
+    inside = [*model_folders(release), *variant_folders(release)] if repository.folder == "" else []
+    return _of(repository, files, inside)
 
 
 def files_within(paths: Sequence[str], repository: Repository, models: Iterable[str]) -> list[str]:
-    """The same, from the sorted paths of all files below a release. models: its model folders."""
+    """The same, from the sorted paths of all files below a release. models: its folders of models and variants."""
     prefix = f"{repository.folder}/" if repository.folder else ""
     below = paths[bisect_left(paths, prefix) : bisect_left(paths, f"{prefix}\U0010ffff")] if prefix else paths
     return _of(repository, published((path[len(prefix) :] for path in below), [Repository("", "", "")]), models)

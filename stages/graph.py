@@ -20,6 +20,7 @@ from stages.data.recipe import DataRecipe
 from stages.data.recipe import loads as load_data_recipe
 from stages.evaluation import estimates
 from stages.export import parity_tokens
+from stages.export.variants import registry as variants
 from stages.models.base import ModelConfig
 from stages.recipe import ReleaseRecipe
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
@@ -56,10 +57,13 @@ STAGES = {
     "contamination": "stages.evaluation.contamination",
     "memorization": "stages.evaluation.memorization",
     "harness": "stages.evaluation.harness",
+    "variant": "stages.export.variants.stage",
 }
 """{stage: its module}. Importing one is cheap: no torch, datatrove or MLflow."""
 
 Dtype = Literal["float32", "bfloat16"]
+FP32_PARAMETERS = 10**9
+"""Largest model that is published in fp32; a larger one is published in bf16, however it was trained."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     _add_chat_evaluation(graph, config, trained, data)
     _add_memorization(graph, config, trained, data)
     _add_harness(graph, config, trained, benchmarks)
+    _add_variants(graph, config, trained, data)
     _add_extra_stages(graph, config)
     graph.check_sizes()
     return Graph(recipe, graph.nodes, absent)
@@ -177,7 +182,7 @@ def _add_training(
         section, name, earlier = phase.config, phase.node, {}
         longest = section.sequence_length if phase.where.startswith("long_context") else model.context_length
         model = model.with_rope(section.rope, longest)
-        trained[name] = Trained(model, _dtype(section))
+        trained[name] = Trained(model, _dtype(config, section))
         if section.continue_from:
             where = f"{title}: {phase.where}.continue_from"
             checkpoint = checkpoints.find(section.continue_from, name, where, store)
@@ -218,7 +223,7 @@ def _add_post_training(
         **inputs: str,
     ) -> None:
         """Adds a phase with its tasks and the order of its replayed data."""
-        trained[name] = Trained(model, _dtype(section))
+        trained[name] = Trained(model, _dtype(config, section))
         if tasks:
             graph.add(f"tasks-{name}", "tasks", {"sources": tasks, **questions}, **evaluated)
             inputs |= {"tasks": f"tasks-{name}", "items": "items"}
@@ -257,15 +262,29 @@ def _add_exports(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[st
         if step == 0 and graph.nodes[name].external:  # a phase that continues has no step 0
             export, inputs = {**export, "seed": config.seed}, {}
         graph.add(f"export-{which}", "export", export, tokenizer="tokenizer", **inputs)
-        evaluation = config.evaluation
-        names = ("heldout_documents", "max_new_tokens", "context", "engine")
-        measured = {name: getattr(evaluation, name) for name in names}
-        measured["conversations"] = data.conversations
-        vocabulary, sources = config.tokenizer.padded_vocab_size, len(data.sources)
-        work = evaluation.tokens(sources), evaluation.pieces(sources)
-        served = trained[name].dtype, evaluation.engine
-        measured["expected"] = estimates.expected(trained[name].model, vocabulary, *work, *served)
+        measured = _evaluation(config, trained[name], data) | {"context": config.evaluation.context}
         graph.add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", dedup="dedup", items="items")
+
+
+def _evaluation(config: ReleaseRecipe, trained: Trained, data: DataRecipe) -> dict[str, Any]:
+    """The config of the evaluation of a model on held-out documents and problems, without long texts."""
+    evaluation = config.evaluation
+    measured = {name: getattr(evaluation, name) for name in ("heldout_documents", "max_new_tokens", "engine")}
+    measured["conversations"] = data.conversations
+    vocabulary, sources = config.tokenizer.padded_vocab_size, len(data.sources)
+    work = evaluation.tokens(sources), evaluation.pieces(sources)
+    expected = estimates.expected(trained.model, vocabulary, *work, trained.dtype, evaluation.engine)
+    return measured | {"expected": expected}
+
+
+def _add_variants(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], data: DataRecipe) -> None:
+    """Adds the variants of the final model. Raises RecipeError for one that the model cannot have."""
+    which, (node, _) = list(models(config).items())[-1]
+    for name in config.release.variants:
+        if problem := variants.obstacle(name, trained[node].model):
+            raise RecipeError(f"{graph.title}: release.variants: {problem}")
+        inputs = {"model": f"export-{which}", "scores": f"evaluate-{which}", "dedup": "dedup", "items": "items"}
+        graph.add(f"variant-{name}", "variant", _evaluation(config, trained[node], data) | {"variant": name}, **inputs)
 
 
 def _add_chat_evaluation(
@@ -380,8 +399,9 @@ def _training(config: ReleaseRecipe, model: ModelConfig, section: Any) -> dict[s
     return {"model": model, "phase": section, "padded_vocab_size": vocabulary, "seed": config.seed}
 
 
-def _dtype(section: PhaseConfig | RlPhase | DpoPhase | RewardPhase) -> Dtype:
-    return "float32" if section.precision == "fp32" else "bfloat16"
+def _dtype(config: ReleaseRecipe, section: PhaseConfig | RlPhase | DpoPhase | RewardPhase) -> Dtype:
+    parameters = config.model.parameters(config.tokenizer.padded_vocab_size)["total"]
+    return "float32" if section.precision == "fp32" and parameters <= FP32_PARAMETERS else "bfloat16"
 
 
 def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:

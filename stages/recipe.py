@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.bounds import Key, Language, License, Line, Namespace, Settings
 from pipeline.core.stage import Config, Renamed, added
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
 from stages.evaluation.settings import EvaluationSection
+from stages.export.variants.registry import VARIANTS, VariantName
 from stages.maker import Maker
 from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
@@ -33,10 +34,20 @@ class ReleaseSection(Config):
     namespace: Namespace = Field("local", description="user or organization on the Hugging Face Hub")
     title: Line | None = Field(None, description="heading of the cards; null: the name of the recipe")
     contact: Line | None = Field(None, description="URL or address for questions and removal requests")
+    variants: Annotated[tuple[VariantName, ...], Field(max_length=len(VARIANTS))] = added(
+        (), "further forms of the final model's weights, each with its measured loss in a repository of its own"
+    )
     languages: tuple[Language, ...] = Field(
         min_length=1, max_length=200, description="ISO 639 language codes for the metadata of the cards"
     )
     maker: Maker = added(Maker(), "statements of the maker for the documents of standards; none by default")
+
+    @field_validator("variants")
+    @classmethod
+    def _distinct(cls, names: tuple[VariantName, ...]) -> tuple[VariantName, ...]:
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"variants names {twice} twice; leave one of them out")
+        return names
 
 
 class ReleaseRecipe(Identity):

@@ -27,6 +27,7 @@ from release.layout import (
     OPT_OUTS,
     REWARD_EXPORT,
     SUMS,
+    VARIANT,
     WITHOUT_ORDER,
     folders_of,
     models_of,
@@ -145,12 +146,19 @@ def placement(
                 yield path, f"{folders[suffix]}/parity.json"
         elif kind == "export" and path.startswith("model/") and suffix in folders:
             yield path, f"{folders[suffix]}/{path.removeprefix('model/')}"
+        elif kind == VARIANT:
+            yield path, f"{node}/{_place_in_variant(path)}"
         elif kind == "evaluate":
             yield path, f"dataset/evaluation/{suffix}/{path}"
             if path == "scores.json":
                 # A model's card compares it with earlier models, never with later ones.
                 later = models[models.index(suffix) :]
                 yield from ((path, f"{folders[m]}/evaluation/{suffix}.json") for m in later if m in folders)
+
+
+def _place_in_variant(path: str) -> str:
+    """The place of a file of a variant in its repository: weights and loss at the root, tables below."""
+    return f"evaluation/{path}" if path.endswith(".parquet") else path.removeprefix("model/")
 
 
 def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -145,17 +145,18 @@ def describe(source: BuildInput) -> ReleaseInfo:
 
 def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None]) -> BuildContext:
     """Writes everything except the result of the gates and the checksums; returns the context of the gates."""
-    from release.assembly import assemble, attest, costs
+    from release.assembly import assemble, attest, costs, runtimes
     from release.assembly.attribution import write_attribution
     from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
     from release.assembly.data_facts import canary_of, read_data_facts
     from release.assembly.model_facts import read_model_facts
     from release.assembly.receipts import receipt_path, write_receipts
+    from release.assembly.variant_facts import read_variants
     from release.audit import independent_verifier, merkle
     from release.cards import croissant, render, tables
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
-    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, RELEASE, ROOTS, SECOND_VERIFIER
+    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, RELEASE, ROOTS, RUNTIMES, SECOND_VERIFIER, VARIANT
     from release.repositories import model_folders, repositories
     from stages.data.curation.agreement import read_figures
 
@@ -191,8 +192,17 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     changes = find_interventions(steps)
     licenses = release.license
     run_costs = costs.usage_by_stage(folder)
-    facts = {name: ReleaseFacts(model, data, changes, run_costs) for name, model in models.items()}
+    facts = {
+        name: ReleaseFacts(model, data, changes, run_costs, read_variants(folder, name))
+        for name, model in models.items()
+    }
     load_reports = _write_models(assembly, release, facts)
+    for suffix, variant in read_variants(folder).items():
+        card = render.variant_card(suffix, release, variant)
+        assembly.write(f"{VARIANT}{suffix}/README.md", card.encode(), CARD_ORIGIN)
+    if all(report.goldens for report in load_reports.values()):  # else the gate on loading says why
+        runs = runtimes.compare_all(folder, progress)
+        assembly.json(RUNTIMES, runs, "what other programs make of the fixed inputs")
     canary = canary_of(source.artifacts["items"].digest)
     assembly.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
     assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")

@@ -88,7 +88,7 @@ def scan(folder: Path, paths: list[str], machine: list[Path]) -> list[str]:
 
 
 def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
-    if path.suffix == ".safetensors":
+    if path.suffix in (".gguf", ".safetensors"):
         return
     if path.suffix != ".parquet":
         yield "file", path.read_bytes()

@@ -9,7 +9,7 @@ its own schema. A new or changed table has the number of the next schema; see `v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from release.assembly.checkpoint_facts import Intervention
@@ -17,6 +17,7 @@ from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.score_facts import ChatScores
+from release.assembly.variant_facts import VariantFacts
 from release.cards import (
     caveats,
     chat_tables,
@@ -28,6 +29,7 @@ from release.cards import (
     prediction_tables,
     tables,
     training_tables,
+    variant_tables,
 )
 
 F = TypeVar("F")
@@ -48,12 +50,13 @@ class CardTable(Generic[F]):
 @dataclass(frozen=True)
 class ReleaseFacts:
     """The facts of the whole release for a model's card: of that model, of the data, of resumptions from earlier runs,
-    and the cost of each stage."""
+    the cost of each stage, and the model's variants by the end of their repository's name."""
 
     model: ModelFacts
     data: DataFacts
     interventions: list[Intervention]
     costs: Costs
+    variants: Mapping[str, VariantFacts] = field(default_factory=dict)
 
     def interventions_of_model(self) -> list[Intervention]:
         """The interventions in the phases that trained the model."""
@@ -141,9 +144,22 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("order", lambda release: tables.order(release.data), added=2, changed=4),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model()), added=2),
     CardTable("cost", lambda release: tables.cost(release.costs), added=2),
+    CardTable(
+        "variants",
+        lambda release: variant_tables.overview(release.variants),
+        added=4,
+        heading="Other forms of the weights",
+    ),
     CardTable("unread", lambda release: caveats.unread(release.model.scores, release.data.order), added=3),
 )
 """Tables of model.md.jinja that only the whole release can prove."""
+
+
+VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
+    CardTable("loss", variant_tables.loss, added=4),
+    CardTable("serving", variant_tables.serving, added=4),
+)
+"""Tables of variant.md.jinja."""
 
 
 def lines_by_table(registered: Iterable[CardTable[F]], facts: F) -> dict[str, list[str]]:

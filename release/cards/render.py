@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pipeline.hub.client import load
 from release import schema
 from release.assembly.data_facts import DataFacts
+from release.assembly.variant_facts import VariantFacts
 from release.cards import card_tables
 from release.cards.card_tables import ReleaseFacts
 from release.layout import numbered
@@ -100,6 +101,35 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         prefix=release.repository,
         t=texts,
         sections=card_tables.sections((*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES), texts),
+    )
+    return _normalize_text(str(text))
+
+
+def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> str:
+    """The card of a variant of the final model. suffix: the end of its repository's name."""
+    hub = load()
+
+    repo = f"{release.repository}{suffix}"
+    card_data = hub.ModelCardData(
+        model_name=repo.partition("/")[2],
+        **license_fields(release.license.weights),
+        library_name="gguf" if facts.file else "transformers",
+        pipeline_tag="text-generation",
+        language=list(release.languages) or None,
+        datasets=[data_id(release)],
+        base_model=release.repository,
+        base_model_relation="quantized",
+        tags=[facts.variant.writer, facts.variant.encoding.lower(), "open-data", "reproducible"],
+        **schema.head(),
+    )
+    text = hub.ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "variant.md.jinja"),
+        release=release,
+        facts=facts,
+        prefix=release.repository,
+        repo=repo,
+        t=_texts(card_tables.lines_by_table(card_tables.VARIANT_TABLES, facts)),
     )
     return _normalize_text(str(text))
 

@@ -11,11 +11,12 @@ from release.assembly.checkpoint_facts import find_interventions, read_checkpoin
 from release.assembly.data_facts import canary_of, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
+from release.assembly.variant_facts import read_variants
 from release.cards import card_tables, croissant, plot, render, results
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Absent, Findings, require_comparable, require_file
 from release.checks.scores import score_problems
-from release.layout import CANARY
+from release.layout import CANARY, VARIANT
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
 
@@ -37,7 +38,8 @@ def _cards_of_release(folder: Path) -> Findings:
     run_costs = costs.usage_by_stage(folder)
     for name in model_folders(folder):
         findings.add(model_card(folder / name, release), f"{name}/")
-        facts = card_tables.ReleaseFacts(read_model_facts(folder / name), data_facts, interventions, run_costs)
+        model, variants = read_model_facts(folder / name), read_variants(folder, name)
+        facts = card_tables.ReleaseFacts(model, data_facts, interventions, run_costs, variants)
         tables = Findings()
         tables.compare_tables((folder / name / "README.md").read_text(), card_tables.RELEASE_TABLES, facts, stated)
         findings.add(tables, f"{name}/")
@@ -98,12 +100,18 @@ def rendered_cards(build: BuildContext) -> Findings:
     """Checks that cards and plots rendered again from the published files have the same bytes."""
     findings = Findings()
     for folder, model in build.models.items():
-        facts = card_tables.ReleaseFacts(model, build.data, build.interventions, build.costs)
+        variants = read_variants(build.folder, folder)
+        facts = card_tables.ReleaseFacts(model, build.data, build.interventions, build.costs, variants)
         if (build.folder / folder / "README.md").read_text() != render.model_card(folder, build.release, facts):
             findings.problems.append(f"{folder}/README.md is not what the artifacts give")
         drawn = build.folder / folder / plot.NAME
         if model.has_experts and drawn.read_bytes() != plot.draw(build.folder / folder):
             findings.problems.append(f"{folder}/{plot.NAME} is not what the logs of training give")
+    for suffix, variant in read_variants(build.folder).items():
+        if (build.folder / f"{VARIANT}{suffix}/README.md").read_text() != render.variant_card(
+            suffix, build.release, variant
+        ):
+            findings.problems.append(f"{VARIANT}{suffix}/README.md is not what the artifacts give")
     if (build.folder / "dataset/README.md").read_text() != render.data_card(build.release, build.data, build.canary):
         findings.problems.append("dataset/README.md is not what the artifacts give")
     return findings

@@ -67,11 +67,11 @@ NOTHING_LARGE = Reads()
 class Check:
     """A check of published files: `atom verify` runs it, and `atom build` as well if it is a gate.
 
-    name: in the verdict. reads: within the scope. deep: only run with `--deep`. needs: a path within the scope;
-    since_format: the format since which every release has this path, None if a release may lack it, which skips the
-    check. confined: whether it runs within limits; a check that starts a process of its own sets its limits itself.
-    gate: its name in evidence/gates.json, "" if it is no gate; checks of one gate run together. remedy: the advice of
-    the gate.
+    name: in the verdict. reads: within the scope. deep: only run with `--deep`. needs: a path, or a pattern of paths,
+    within the scope; since_format: the format since which every release has this path, None if a release may lack it,
+    which skips the check. confined: whether it runs within limits; a check that starts a process of its own sets its
+    limits itself. gate: its name in evidence/gates.json, "" if it is no gate; checks of one gate run together. remedy:
+    the advice of the gate.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Check:
         if kind not in self.scope.kinds:
             return False
         optional = self.needs and self.since_format is None
-        return not optional or (self.scope.subject(folder, kind).folder / self.needs).exists()
+        return not optional or any(self.scope.subject(folder, kind).folder.glob(self.needs))
 
     def reads_of(self, kind: str) -> Reads:
         """The files that it reads, by paths in a folder of this kind."""

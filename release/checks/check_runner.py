@@ -145,7 +145,7 @@ class CheckRunner:
                 memory += min(2 * unpacked, TABLE_GROWTH * size)
                 seconds += times * min(ROW_SECONDS * rows, TABLE_SECONDS * size)
         if reads.weights:
-            weights = [self.tree.files[path] for path in paths if path.endswith(".safetensors")]
+            weights = [self.tree.files[path] for path in paths if path.endswith((".gguf", ".safetensors"))]
             memory += TENSOR_GROWTH * max((real_bytes([status]) for status in weights), default=0)
             seconds += TENSOR_SECONDS * real_bytes(weights)
         return Budget(memory, seconds)

@@ -13,27 +13,28 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from release import schema, untrusted
 from release.cards import versions
-from release.layout import PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SUMS
+from release.layout import LOSS, PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SUMS
 from release.tree import keeps_modes
 
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
 """Names of files that hold pickles, or that loaders unpickle."""
 TEXTS = frozenset({".bib", ".cff", ".csv", ".jinja", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml"})
-TABLES = frozenset({".parquet", ".png", ".safetensors"})
+TABLES = frozenset({".gguf", ".parquet", ".png", ".safetensors"})
 NAMES = frozenset({"LICENSE", "NOTICE", "Makefile", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
 SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed"})
 """Further kinds that are allowed in `code/` and for the second verifier, which only a release's evidence has."""
 TEXT_BYTES = 64 << 20
 """The maximum size of a text; the size of logs (.jsonl) follows from the length of the training."""
+GGUF = b"GGUF"
 MAGIC = {
     b"\x7fELF": "a program", b"MZ": "a program", b"\xfe\xed\xfa": "a program", b"\xce\xfa\xed\xfe": "a program",
     b"\xcf\xfa\xed\xfe": "a program", b"\xca\xfe\xba\xbe": "a program", b"\0asm": "a program", b"dex\n": "a program",
     b"!<arch>\n": "a library", b"#!": "a script", b"PK\3\4": "an archive", b"PK\5\6": "an archive",
     b"\x1f\x8b": "an archive", b"BZh": "an archive", b"\xfd7zXZ": "an archive", b"7z\xbc\xaf": "an archive",
-    b"\x28\xb5\x2f\xfd": "an archive", b"Rar!": "an archive", b"GGUF": "weights of another format",
+    b"\x28\xb5\x2f\xfd": "an archive", b"Rar!": "an archive",
     b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "an array that may hold pickles", b"SQLite format 3": "a database",
 }  # fmt: skip
-STARTS = {".parquet": b"PAR1", ".png": b"\x89PNG\r\n\x1a\n"}
+STARTS = {".gguf": GGUF, ".parquet": b"PAR1", ".png": b"\x89PNG\r\n\x1a\n"}
 CODE_KEYS = ("auto_map", "custom_pipelines")
 """Keys of JSON that model loaders read as the name of code to run."""
 RUNS = "which a loader might run; a release holds none"
@@ -77,9 +78,14 @@ def _file_problems(file: Path, path: str, status: Any, source: bool) -> Iterator
     if kind and not (source and kind == "a script"):
         yield f"is {kind} by its first bytes, {RUNS}"
         return
+    if start.startswith(GGUF) and suffix != ".gguf":
+        yield f"is weights of another format by its first bytes, {RUNS}"
+        return
     allowed = suffix in TEXTS or suffix in TABLES or name in NAMES
     if not (allowed or (source and (suffix in SOURCES or not suffix))):
         yield "is of a kind that a release does not hold"
+    elif suffix == ".gguf" and not (file.parent / LOSS).is_file():
+        yield f"is weights of another format and no variant, whose {LOSS} is beside it"
     elif suffix in STARTS and not start.startswith(STARTS[suffix]):
         yield f"is no {suffix[1:]} file by its first bytes"
     elif suffix == ".safetensors":

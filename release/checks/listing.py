@@ -13,7 +13,7 @@ from release.checks import confine
 from release.checks.confine import Budget
 from release.checks.verdict import CheckResult, Problems, answer
 from release.checksums import SUMS_BYTES, SUMS_LINES, read_sums
-from release.layout import ALL_SUMS, MODEL, ORIGINS, PARTS, RETRACTED, SUMS
+from release.layout import ALL_SUMS, LOSS, MODEL, ORIGINS, PARTS, RETRACTED, SUMS, VARIANT
 from release.repositories import MOST_ENTRIES, Repository, files_within, published, repositories
 from release.tree import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
 
@@ -26,7 +26,7 @@ HOLES = 4
 SECONDS, MEMORY = 1.0, 128 << 20
 """The limits for reading the sizes from manifests."""
 SIGNS = (
-    "evidence", "code/as-run", "dispositions", "dispositions.parquet", "parity.json", "checkpoints/index.json",
+    "evidence", "code/as-run", "dispositions", "dispositions.parquet", "parity.json", LOSS, "checkpoints/index.json",
     *(f"{part}/{SUMS}" for part in PARTS),
 )  # fmt: skip
 
@@ -39,6 +39,7 @@ def kind_of(folder: Path) -> str:
     marks = {
         "dispositions": "dataset",
         "dispositions.parquet": "dataset",
+        LOSS: "variant",
         "config.json": "model",
         "state.json": "checkpoint",
         "index.json": "repository",  # the main branch of checkpoints
@@ -51,11 +52,11 @@ def kind_of(folder: Path) -> str:
 
 
 def parts_of(folder: Path) -> list[str]:
-    """The parts in a folder that only a release has beside its root: models, dataset, checkpoints."""
+    """The parts in a folder that only a release has beside its root: models, variants, dataset, checkpoints."""
     with os.scandir(folder) as entries:
         first_entries = islice(entries, MOST_ENTRIES)  # `scan` reports the overflow
         names = sorted(e.name for e in first_entries if e.is_dir(follow_symlinks=False) or e.is_symlink())
-    return [name for name in names if name in PARTS or name.startswith(f"{MODEL}-")]
+    return [name for name in names if name in PARTS or name.startswith((f"{MODEL}-", f"{VARIANT}-"))]
 
 
 def looks_like_release(folder: Path) -> bool:
@@ -143,7 +144,9 @@ class Contents:
         self.missing = missing_parts(folder, kind)
         is_complete_release = kind == "release" and not self.missing
         self.places = repositories(folder) if is_complete_release else [Repository("", "", "")]
-        self.models = [repository.folder for repository in self.places if repository.folder.split("-")[0] == MODEL]
+        self.models = [
+            repository.folder for repository in self.places if repository.folder.split("-")[0] in (MODEL, VARIANT)
+        ]
         self.paths = sorted(tree.files)
 
     def present(self) -> list[str]:
@@ -194,8 +197,8 @@ def missing_parts(folder: Path, kind: str) -> Problems:
         return []
     folders = {name: folder / name for name in (*PARTS, "evidence", "code")}
     problems = [f"{name} is missing" for name, part in folders.items() if part.is_symlink() or not part.is_dir()]
-    if sum(name.split("-")[0] == MODEL for name in parts_of(folder)) > MODELS:
-        problems.append(f"there are more than {MODELS} folders of models")
+    if sum(name.split("-")[0] in (MODEL, VARIANT) for name in parts_of(folder)) > MODELS:
+        problems.append(f"there are more than {MODELS} folders of models and variants")
     if not problems and len(os.listdir(folder / "checkpoints")) > BRANCHES:
         problems.append(f"checkpoints holds more than {BRANCHES} branches")
     return problems

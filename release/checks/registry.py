@@ -26,24 +26,28 @@ from release.checks import (
     post_training,
     prediction,
     receipts,
+    runtimes,
     scores,
     secret_values,
     source_code,
     standards,
     stated_versions,
     statements,
+    variants,
     weights,
 )
 from release.checks.check import BuildCheck, Check, Reads, Scope
-from release.layout import EXPORTED, GATES_STATED, OPT_OUTS, ROOTS, STANDARDS
+from release.layout import EXPORTED, GATES_STATED, LOSS, OPT_OUTS, ROOTS, RUNTIMES, STANDARDS, VARIANT
 from release.prediction.forecast import FILE, FOLDER
 
 RELEASE = Scope(("release",))
 EVIDENCE = Scope(("release", "evidence"))
 DATASET = Scope(("release", "dataset"), "dataset")
 MODELS = Scope(("release", "model"))
-TENSORS = Scope(("release", "model", "checkpoint"))
-CARDS = Scope(("release", "evidence", "dataset", "model", "repository"))
+TENSORS = Scope(("release", "model", "variant", "checkpoint"))
+TEMPLATES = Scope(("release", "model", "variant"))
+VARIANTS = Scope(("variant",))
+CARDS = Scope(("release", "evidence", "dataset", "model", "variant", "repository"))
 
 FORECAST = f"{FOLDER}/{FILE}"
 EVERYTHING = Reads(("",))
@@ -54,6 +58,8 @@ STATEMENTS = Reads(("evidence/", "dataset/"))
 FATES = Reads(("dispositions", "kept/"))
 RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_out/"))
 SCORED = Reads(("evaluation/",))
+LOSSES = Reads((f"{VARIANT}-", "dataset/evaluation/"))
+CONVERTED = Reads((f"{VARIANT}-", "model/"), weights=True)
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
 EXPORT = "fix the export or tokenizer stage and run again"
@@ -66,6 +72,8 @@ LONG_CONTEXT = "change the recipe's long_context section and run again"
 RLVR = "change the recipe's rlvr section, choosing on the validation split alone, and run again"
 DPO = "change the recipe's dpo section, choosing on the validation split alone, and run again"
 DRAW = "run the stage fresh again"
+AGAIN = "run the variant again"
+RUNTIME = "fix the export or the variant, or take another version of the program"
 PREFERRED = EXPORTED[EXPORTED.index("rlvr") + 1 :]
 """Models that learned from preferences."""
 
@@ -113,12 +121,16 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         remedy="fix release/standards",
     ),
     Check("weights", weights.tensors, TENSORS, WEIGHTS, deep=True),
+    Check("variants", variants.losses, RELEASE, LOSSES, needs=f"{VARIANT}-*/{LOSS}", gate="variants", remedy=AGAIN),
+    Check("variant", variants.loss, VARIANTS, EVERYTHING),
+    Check("variant_weights", variants.conversions, RELEASE, CONVERTED, deep=True, needs=f"{VARIANT}-*/{LOSS}"),
+    Check("runtimes", runtimes.runtimes, EVIDENCE, PROVENANCE, needs=RUNTIMES, gate="runtimes", remedy=RUNTIME),
     BuildCheck("fresh_set", fresh_set.fresh_set_of_conversations, DRAW),
     Check(
         "fresh_set", fresh_set.fresh_set, RELEASE, FRESH, deep=True, needs="dataset/evaluation/fresh",
         gate="fresh_set", remedy=DRAW,
     ),
-    Check("chat_templates", chat_templates.chat_templates, MODELS),
+    Check("chat_templates", chat_templates.chat_templates, TEMPLATES),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),
     BuildCheck("no_secrets", secret_values.no_secrets, "remove it at its source and run again"),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from release.layout import PARTS, PUBLIC_KEY, SIGNATURE
-from release.repositories import Repository, model_folders, repositories
+from release.repositories import Repository, model_folders, repositories, variant_folders
 from release.signing import keyless, timestamps
 from release.signing.keys import SigningKey, fingerprint
 
@@ -111,6 +111,6 @@ def _hashing(release: Path, repository: Repository) -> Any:
 def _nested(release: Path, repository: Repository) -> list[str]:
     """Paths in a repository's folder, in a release, that belong to another repository or branch."""
     if repository.folder == "":
-        return [*dict.fromkeys((*PARTS, *model_folders(release)))]
+        return [*dict.fromkeys((*PARTS, *model_folders(release), *variant_folders(release)))]
     folder = release / repository.folder
     return sorted(p.name for p in folder.iterdir() if p.is_dir()) if repository.folder == "checkpoints" else []

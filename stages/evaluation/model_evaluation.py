@@ -74,11 +74,23 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     Resumes from `work`, which keeps every finished batch.
     Raises AtomError if there is no held-out document or no problem.
     """
+    scores = measure(config, inputs["model"] / "model", inputs, work, out, report)
+    published = {**scores, **config.engine.stated()}
+    (out / "scores.json").write_text(json.dumps(published, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    for task, row in scores["accuracy"].items():
+        report.note(f"{task}: {row['value']:.3f} ± {row['se']:.3f} exact match on {row['n']} problems")
+    for source, bits in scores["bits_per_byte"].items():
+        report.note(f"{source}: {bits['value']:.4f} ± {bits['se']:.4f} bits per byte on {bits['documents']} documents")
+
+
+def measure(config: EvaluateConfig, model: Path, inputs: Inputs, work: Path, out: Path, report: Report) -> ModelScores:
+    """Writes the tables of the model in a folder, on the documents and problems of the inputs, and returns their
+    scores."""
     measured: dict[str, list[Any]] = {kind: [] for kind in ("documents", "items", "passkey", "positions")}
-    pieces = _pieces(config, inputs)
+    pieces = _pieces(config, model, inputs)
     total, completed = sum(piece.size for piece in pieces), 0
     with ExitStack() as stack:
-        values = compute(pieces, work, partial(_load, stack, config, inputs, work))
+        values = compute(pieces, work, partial(_load, stack, config, model, work))
         for piece, rows in zip(pieces, values, strict=True):
             measured[piece.name.partition("-")[0]] += rows
             completed += piece.size
@@ -89,40 +101,34 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         long_context.report_passkeys(passkeys, report)
         write_rows(out / "passkey.parquet", long_context.PASSKEY, passkeys)
         write_rows(out / "positions.parquet", long_context.POSITIONS, positions)
-    scores = summary(scored, answered, passkeys, positions)
     write_tables(out, scored, answered)
-    published = {**scores, **config.engine.stated()}
-    (out / "scores.json").write_text(json.dumps(published, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    for task, row in scores["accuracy"].items():
-        report.note(f"{task}: {row['value']:.3f} ± {row['se']:.3f} exact match on {row['n']} problems")
-    for source, bits in scores["bits_per_byte"].items():
-        report.note(f"{source}: {bits['value']:.4f} ± {bits['se']:.4f} bits per byte on {bits['documents']} documents")
+    return summary(scored, answered, passkeys, positions)
 
 
 def run_shard(config: EvaluateConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Measures the documents and problems of one shard."""
-    pieces, shards = _pieces(config, inputs), estimates.shards(config.expected, engine=config.engine)
+    model = inputs["model"] / "model"
+    pieces, shards = _pieces(config, model, inputs), estimates.shards(config.expected, engine=config.engine)
     with ExitStack() as stack:
-        compute_shard(pieces, work, partial(_load, stack, config, inputs, work), shard, shards)
+        compute_shard(pieces, work, partial(_load, stack, config, model, work), shard, shards)
 
 
-def _load(stack: ExitStack, config: EvaluateConfig, inputs: Inputs, work: Path) -> LanguageModel:
-    """The model, which the stack closes."""
+def _load(stack: ExitStack, config: EvaluateConfig, model: Path, work: Path) -> LanguageModel:
+    """The model in a folder, which the stack closes."""
     longest = max(config.context.lengths) if config.context else 0
-    model = open_model(config.engine, inputs["model"] / "model", _tokenizer(inputs), work, longest)
-    return stack.enter_context(closing(model))
+    return stack.enter_context(closing(open_model(config.engine, model, load_tokenizer(model), work, longest)))
 
 
-def _tokenizer(inputs: Inputs) -> Any:
+def load_tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(inputs["model"] / "model", local_files_only=True, padding_side="left")
+    return AutoTokenizer.from_pretrained(model, local_files_only=True, padding_side="left")
 
 
-def _pieces(config: EvaluateConfig, inputs: Inputs) -> list[Piece[LanguageModel]]:
+def _pieces(config: EvaluateConfig, model: Path, inputs: Inputs) -> list[Piece[LanguageModel]]:
     """The pieces, whose names begin with the table that their rows are for: documents by source, problems by length,
     long texts."""
-    tokenizer, kept = _tokenizer(inputs), inputs["dedup"] / "kept"
+    tokenizer, kept = load_tokenizer(model), inputs["dedup"] / "kept"
     problems: list[ItemRow] = read_table(inputs["items"] / "items.parquet", PROBLEM_COLUMNS).to_pylist()
     if not problems:
         raise AtomError("evaluate: the items artifact holds no problem; give `evaluation.problems` at least one task")

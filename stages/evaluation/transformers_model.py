@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -83,6 +83,13 @@ class TransformersModel(LanguageModel):
                 logits = self.model.get_output_embeddings()(states).double()
                 parts.append(-torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0] / math.log(2))
         return torch.cat(parts)
+
+    def log_probabilities(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Of the token after each position, in fp64: slices of (positions, vocab) in their order."""
+        with torch.inference_mode():
+            hidden = self.model.get_decoder()(torch.tensor([list(ids)])).last_hidden_state[0]
+            for states in hidden.split(max(1, LOGITS // self.model.config.vocab_size)):
+                yield torch.log_softmax(self.model.get_output_embeddings()(states).double(), -1)
 
     def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
         ids = torch.tensor(rows)

@@ -1,0 +1,67 @@
+"""Checks the variants of the final model: their figures, their cards, and that they follow from its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pipeline.core.store import sha256_file
+from release import schema, scratch
+from release.assembly.published_tables import read_json
+from release.assembly.variant_facts import Original, compute_loss, read_original, read_variant_facts
+from release.cards import card_tables
+from release.checks.check import Subject
+from release.checks.findings import Findings
+from release.layout import LOSS, MODEL, PUBLIC_KEY, SIGNATURE, SUMS, models_of
+from release.repositories import variant_folders
+
+WITH_VARIANT = frozenset({"README.md", "LICENSE", LOSS, SUMS, SIGNATURE, PUBLIC_KEY})
+"""Files of a variant's repository beside the converted ones."""
+
+
+def losses(subject: Subject) -> Findings:
+    """Checks the figures and cards of all variants of a release against their tables and the original's."""
+    folder = subject.folder
+    final = models_of(schema.read_nodes(folder))[-1]
+    original = read_original(folder / MODEL, folder / "dataset/evaluation" / final)
+    findings, texts = Findings(compared=False), []
+    for name in variant_folders(folder):
+        findings.add(_loss(folder / name, original), f"{name}/")
+        texts.append(f"{name} {read_json(folder / name / LOSS)['divergence']['value']:.3g}")
+    findings.summary = f"mean divergence in nats: {', '.join(texts)}"
+    return findings
+
+
+def loss(subject: Subject) -> Findings:
+    """Checks the figures and the card of one variant against its tables. The original's figures are as stated."""
+    return _loss(subject.folder, None)
+
+
+def _loss(folder: Path, original: Original | None) -> Findings:
+    facts, stated = read_variant_facts(folder), schema.stated(folder)
+    findings = Findings(compared=False)
+    if json.loads(json.dumps(compute_loss(folder, facts.loss, original))) != facts.loss:
+        findings.problems.append(f"{LOSS} is not what the tables give")
+    findings.compare_tables((folder / "README.md").read_text(), card_tables.VARIANT_TABLES, facts, stated)
+    return findings
+
+
+def conversions(subject: Subject) -> Findings:
+    """Checks that the files of each variant are what the weights of the final model give, byte for byte."""
+    from stages.export.variants import conversion
+
+    folder, problems = subject.folder, []
+    for name in variant_folders(folder):
+        variant = read_variant_facts(folder / name).loss["variant"]
+        published = {path.name for path in (folder / name).iterdir() if path.is_file()} - WITH_VARIANT
+        with scratch.folder() as place:
+            conversion.write(variant, folder / MODEL, place / "again")  # type: ignore[arg-type]
+            written = {path.name: path for path in (place / "again").iterdir()}
+            problems += [f"{name}/{file} does not follow from {MODEL}" for file in sorted(published - written.keys())]
+            problems += [f"{name}/{file} is missing" for file in sorted(written.keys() - published)]
+            problems += [
+                f"{name}/{file} is not what {MODEL} gives"
+                for file in sorted(written.keys() & published)
+                if sha256_file(written[file]) != subject.digest(folder / name / file)
+            ]
+    return Findings(problems)

@@ -1,0 +1,87 @@
+"""The variants that a recipe's `release.variants` may name: one line each. No torch: `atom plan` imports this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stages.models.base import ModelConfig
+
+VariantName = Literal[
+    "bf16", "gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m", "fp8", "fp8-attention", "int8"
+]
+Writer = Literal["safetensors", "gguf", "compressed-tensors"]
+GGUF_MODEL_TYPES = ("qwen3", "qwen3_moe")
+"""Of config.json: the models for which llama.cpp's names are known (gguf_names.py)."""
+SUPER_BLOCK = 256
+"""Weights of a row that a K-quant of GGUF encodes together."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form of the released weights.
+
+    writer: of its files. encoding: of the large matrices, as the writer knows it. bits: of a weight of theirs, with its
+    scales. title: for people. serving: what serves it, and what of that was tried, in one or two sentences for its
+    card.
+    """
+
+    writer: Writer
+    encoding: str
+    bits: float
+    title: str
+    serving: str
+
+
+LLAMA = "llama.cpp loads the file, with its tokenizer and chat template."
+ACTIVATIONS = "A server also rounds activations to 8 bits; the loss below is of the weights alone."
+
+VARIANTS: dict[VariantName, Variant] = {
+    "bf16": Variant(
+        "safetensors", "bfloat16", 16, "bfloat16 safetensors", "transformers and vLLM load it as the original."
+    ),
+    "gguf-f32": Variant("gguf", "F32", 32, "GGUF F32", LLAMA),
+    "gguf-f16": Variant("gguf", "F16", 16, "GGUF F16", LLAMA),
+    "gguf-bf16": Variant("gguf", "BF16", 16, "GGUF BF16", LLAMA),
+    "gguf-q8_0": Variant("gguf", "Q8_0", 8.5, "GGUF Q8_0", LLAMA),
+    "gguf-q4_0": Variant("gguf", "Q4_0", 4.5, "GGUF Q4_0", LLAMA),
+    "gguf-q4_k_m": Variant("gguf", "Q4_K_M", 4.9, "GGUF Q4_K_M", LLAMA),
+    "fp8": Variant(
+        "compressed-tensors",
+        "fp8",
+        8,
+        "FP8 (compressed-tensors)",
+        f"vLLM serves it on GPUs with FP8, which was never tried (R0); its CPU build has no FP8 experts. {ACTIVATIONS}",
+    ),
+    "fp8-attention": Variant(
+        "compressed-tensors",
+        "fp8-attention",
+        8,
+        "FP8 attention (compressed-tensors)",
+        f"vLLM serves it; its CPU build too. {ACTIVATIONS}",
+    ),
+    "int8": Variant(
+        "compressed-tensors",
+        "int8",
+        8,
+        "INT8 (compressed-tensors)",
+        f"vLLM serves it; its CPU build too. {ACTIVATIONS}",
+    ),
+}
+"""AWQ and GPTQ are not among them: both need calibration on a GPU and kernels of a GPU to be served."""
+
+
+def obstacle(name: VariantName, model: ModelConfig) -> str | None:
+    """The reason why a model has no such variant, in one sentence; None if it has."""
+    if VARIANTS[name].writer != "gguf":
+        return None
+    if model.architecture not in GGUF_MODEL_TYPES:
+        return f"GGUF files of the architecture {model.architecture} are not known here; leave {name} out"
+    if getattr(model, "dense_layers", 0):
+        return f"llama.cpp's class of the architecture has experts in every layer; leave {name} out, or dense_layers"
+    if name == "gguf-q4_k_m" and model.hidden_size % SUPER_BLOCK:
+        return (
+            f"{name} encodes {SUPER_BLOCK} weights of a row together, and model.hidden_size = {model.hidden_size} is "
+            f"no multiple of it; leave {name} out"
+        )
+    return None

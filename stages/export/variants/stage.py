@@ -1,0 +1,141 @@
+"""Stage `variant`: another form of an exported model, and what it loses.
+
+    atom run RECIPE --only variant-gguf-q8_0
+
+The files follow from those of the export alone (conversion.py), so `atom verify --deep` writes them again. transformers
+measures, in fp32 on the weights as the variant stores them: the Kullback-Leibler divergence of next-token distributions
+from the original's, bits per byte, exact match and equal greedy answers, on the documents and problems of the stage
+`evaluate`. How a program rounds activations while it computes is no part of this; the gate `runtimes` of a release
+compares programs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from pipeline.core.stage import Estimate, Inputs, Published, Report, Stage
+from stages.data.table import read_table, write_json, write_rows
+from stages.evaluation import MODEL_LIBRARIES, estimates
+from stages.evaluation.bits_per_byte import token_ids
+from stages.evaluation.heldout import heldout_documents
+from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, measure
+from stages.evaluation.pieces import Piece, compute
+from stages.export.variants.loss import DIVERGENCES, DivergenceRow, summary
+from stages.export.variants.registry import VARIANTS, VariantName
+
+if TYPE_CHECKING:
+    from stages.evaluation.transformers_model import TransformersModel
+
+VERSION = 1
+MODEL, LOSS = "model", "loss.json"
+TEXTS, TOKENS = 64, 512
+"""Largest number of problems, and of documents of a source, whose distributions are compared; and tokens of each."""
+WEIGHTS = ("*.safetensors", "*.gguf")
+
+
+class VariantConfig(EvaluateConfig):
+    """A variant, and what it is measured on."""
+
+    variant: VariantName = Field(description="form of the weights")
+
+
+def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["model"]: an export; inputs["scores"]: its evaluation; inputs["dedup"], inputs["items"]: those that it was
+    evaluated on.
+
+    Seals `model/`, the tables `documents.parquet`, `items.parquet` and `divergence.parquet`, and `loss.json`. Raises
+    AtomError if the model has no such variant.
+    """
+    from stages.export.variants import conversion
+
+    original, folder, dequantized = inputs["model"] / "model", out / MODEL, work / "dequantized"
+    conversion.write(config.variant, original, folder)
+    conversion.write_dequantized(config.variant, original, folder, dequantized)
+    scores = measure(config, dequantized, inputs, work, out, report)
+    rows = list(compute(list(_pieces(config, inputs)), work, partial(_load, original, dequantized)))
+    write_rows(out / "divergence.parquet", DIVERGENCES, rows)
+    shutil.rmtree(dequantized)
+    answers = read_table(out / "items.parquet").to_pylist()
+    original_answers = read_table(inputs["scores"] / "items.parquet", ["id", "output"]).to_pylist()
+    sizes = {name: weight_bytes(of) for name, of in {"variant": folder, "original": original}.items()}
+    loss = summary(
+        config.variant, sizes, rows, scores, inputs["scores"].json("scores.json"), answers,
+        {row["id"]: row["output"] for row in original_answers},
+    )  # fmt: skip
+    write_json(out / LOSS, loss)
+    divergence, greedy = loss["divergence"], loss["greedy"]
+    report.metric(0, divergence=divergence["value"], largest_divergence=divergence["max"])
+    report.note(
+        f"{config.variant}: divergence {divergence['value']:.3g} ± {divergence['se']:.2g} nats, at most "
+        f"{divergence['max']:.3g}; {greedy['equal']} of {greedy['n']} greedy answers are the original's"
+    )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files of weights in a folder."""
+    return sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern))
+
+
+Models = tuple["TransformersModel", "TransformersModel"]
+
+
+def _load(original: Path, dequantized: Path) -> Models:
+    from stages.evaluation.transformers_model import TransformersModel
+
+    first, second = (TransformersModel.load(folder, load_tokenizer(folder)) for folder in (original, dequantized))
+    return first, second
+
+
+def _pieces(config: VariantConfig, inputs: Inputs) -> Iterator[Piece[Models]]:
+    """A piece for each text whose distributions are compared: problems with the original's answers, and documents."""
+    tokenizer = load_tokenizer(inputs["model"] / "model")
+    problems = read_table(inputs["scores"] / "items.parquet", ["id", "prompt", "output"]).to_pylist()
+    texts = [(row["id"], row["prompt"] + row["output"], False) for row in problems[:TEXTS]]
+    documents = heldout_documents(inputs["dedup"] / "kept", min(TEXTS, config.heldout_documents))
+    texts += [(row["id"], row["text"], row["source"] in config.conversations) for row in documents]
+    rows = [(name, token_ids(tokenizer, text, chat)[:TOKENS]) for name, text, chat in texts]
+    for number, (name, ids) in enumerate(rows):
+        if ids:
+            yield Piece(f"divergence-{number:05d}", partial(_divergence, name=name, ids=ids))
+
+
+def _divergence(models: Models, name: str, ids: Sequence[int]) -> DivergenceRow:
+    ids = ids[: models[0].context]
+    row: DivergenceRow = {"id": name, "positions": len(ids), "sum": 0.0, "largest": 0.0, "same_likeliest": 0}
+    for original, variant in zip(*(model.log_probabilities(ids) for model in models), strict=True):
+        divergence = (original.exp() * (original - variant)).sum(-1)
+        row["sum"] += float(divergence.sum())
+        row["largest"] = max(row["largest"], float(divergence.max()))
+        row["same_likeliest"] += int((original.argmax(-1) == variant.argmax(-1)).sum())
+    return row
+
+
+def estimate(config: VariantConfig) -> Estimate:
+    """Two models in fp32 in memory, and the dequantized one on disk for as long as it runs."""
+    if (expected := config.expected) is None:
+        return estimates.estimate(None)
+    bits = VARIANTS[config.variant].bits
+    size, whole = round(expected.parameters * bits / 8), 4 * expected.parameters
+    base = estimates.estimate(expected, 2, config.engine)
+    files = 12 + size // 5_000_000_000
+    return replace(
+        base,
+        memory_bytes=max(base.memory_bytes or 0, estimates.BASE_BYTES + 2 * whole),
+        disk_bytes=(base.disk_bytes or 0) + size,
+        work_bytes=whole,
+        files=files,
+        published=(Published("model", "", files, size),),
+    )
+
+
+STAGE = Stage(
+    "variant", VERSION, VariantConfig, run,
+    **estimates.of_engine() | {"estimate": estimate, "shards": lambda config: 1}, imports=MODEL_LIBRARIES,
+)  # fmt: skip
