@@ -49,6 +49,7 @@ STATEMENTS = Reads(("evidence/", "dataset/"))
 FATES = Reads(("dispositions", "kept/"))
 RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_out/"))
 SCORED = Reads(("evaluation/",))
+TEMPLATES = Reads(("model", "goldens", "tokenizer"))
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
 EXPORT = "fix the export or tokenizer stage and run again"
@@ -103,7 +104,10 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         "fresh_set", fresh_set.fresh_set, RELEASE, FRESH, deep=True, needs="dataset/evaluation/fresh",
         gate="fresh_set", remedy=DRAW,
     ),
-    Check("chat_templates", chat_templates.chat_templates, MODELS),
+    Check(
+        "chat_templates", chat_templates.chat_templates, MODELS, TEMPLATES, gate="chat_template_round_trip",
+        remedy=EXPORT,
+    ),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),
     BuildCheck("no_secrets", secret_values.no_secrets, "remove it at its source and run again"),
 )  # fmt: skip
