@@ -6,7 +6,8 @@ alone; this project renders its own examples with it.
 
 What they render:
 
-- `content` as a text, as a list of texts and parts of type `text`, or null. Other parts raise an error.
+- `content` as a text, as a list of texts and parts of type `text`, or null. Parts are lines, as llama.cpp has it. Other
+  parts raise an error.
 - `tools` in the system turn, after the text of a first system message, and `tool_calls` in the form of Hermes and Qwen.
   Arguments are an object, or its JSON, which is kept as it is. A result is a turn of the role `tool`.
 - Reasoning from `reasoning_content`, `reasoning`, or a think block in the content: only after the last message of the
@@ -24,6 +25,7 @@ TRAINING = """\
 {{- content -}}
 {%- else -%}
 {%- for part in content or [] -%}
+{{- '' if loop.first else '\\n' -}}
 {%- if part is string -%}
 {{- part -}}
 {%- elif part.type == 'text' -%}

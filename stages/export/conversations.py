@@ -21,8 +21,12 @@ TOOLS = [
             },
         },
     },
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {"name": "now", "description": "the time", "parameters": {"type": "object", "properties": {}}},
+    },
 ]
+"""With the fields in the order of OpenAI's documentation: llama.cpp brings them into it."""
 CALL = {"id": "call-1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2}}}
 CALLED = {"id": "call-2", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 
@@ -64,14 +68,14 @@ CONVERSATIONS: list[dict[str, Any]] = [
     _row(
         [SYSTEM, _user("a"), _assistant("Let me see.", tool_calls=[CALL, CALLED]),
          {"role": "tool", "tool_call_id": "call-1", "content": "snow"},
-         {"role": "tool", "tool_call_id": "call-2", "content": [_part("12"), _part(":30")]},
+         {"role": "tool", "tool_call_id": "call-2", "content": [_part("12"), _part("30")]},
          _assistant("It snows.", reasoning_content="snow it is")],
         TOOLS, ask=False,
     ),
     _row([_user("a"), _assistant("", tool_calls=[CALLED]), {"role": "tool", "content": "12:30"}, _assistant("Noon."),
           _user("And now?")], TOOLS[1:]),
     # content as parts, and null
-    _row([{"role": "system", "content": [_part("Be "), _part("brief.")]}, _user([_part("216"), _part("+840")])], TOOLS),
+    _row([{"role": "system", "content": [_part("Be"), _part("brief.")]}, _user([_part("216+840"), _part("")])], TOOLS),
     _row([{"role": "system", "content": ""}, _user("a"), _assistant(None), _user("b")]),
     # what tokenizers and templates trip over; a system message in the middle
     _row([_user("  it's 1234567\n\n\tdef f(x):\r\n  return '漢字 🎉 e\u0301' {{ x }} {% if %} <b>&amp;\\n\n"),

@@ -77,10 +77,10 @@ def open_model(folder: str, whole_bytes: int):  # type: ignore[no-untyped-def]
 
 def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]], list[dict[str, Any]]]:
     """Texts, messages and conversations: the inputs of the goldens.json in a folder, which an older version may have
-    chosen differently, or lack; else the present ones, with the keys of their objects in the order of that file."""
+    chosen differently, or lack; else the present ones."""
     path = Path(folder, "goldens.json")
     if not path.is_file():
-        return TEXTS, MESSAGES[:1], json.loads(json.dumps(conversations.CONVERSATIONS, sort_keys=True))
+        return TEXTS, MESSAGES[:1], conversations.CONVERSATIONS
     with open(path, "rb") as file:
         content = json.loads(file.read(MOST_BYTES))
     texts = [str(row["text"]) for row in content["rows"][:-1]]
