@@ -49,7 +49,7 @@ STATEMENTS = Reads(("evidence/", "dataset/"))
 FATES = Reads(("dispositions", "kept/"))
 RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_out/"))
 SCORED = Reads(("evaluation/",))
-TEMPLATES = Reads(("model", "goldens", "tokenizer"))
+RENDERED = Reads(("model", "goldens", "tokenizer"))
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
 EXPORT = "fix the export or tokenizer stage and run again"
@@ -105,7 +105,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         gate="fresh_set", remedy=DRAW,
     ),
     Check(
-        "chat_templates", chat_templates.chat_templates, MODELS, TEMPLATES, gate="chat_template_round_trip",
+        "chat_templates", chat_templates.chat_templates, MODELS, RENDERED, gate="chat_template_round_trip",
         remedy=EXPORT,
     ),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),

@@ -17,10 +17,14 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from stages.data.chat_templates import training_template
-from stages.data.tokenizer import SPECIAL_TOKENS, TURN_END, TURN_START
+from stages.data.tokenizer import SPECIAL_TOKENS, THINK_START, TURN_END, TURN_START
 
 BEGIN = f"{TURN_START}assistant\n"
 """The template's text before an answer."""
+TOOLS_BEGIN = "These tools can be called:\n<tools>\n"
+"""The template's text before the tools in the system turn."""
+FEATURES = ("system", "tools", "reasoning")
+"""Parts that a conversation may have: a message of the system, tools, and reasoning."""
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 """`role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of calls
@@ -87,6 +91,15 @@ def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
         rendered = render(messages[: i + 1], tools=tools or ())
         text = rendered[: rendered.rindex(TURN_END) + len(TURN_END)]
         yield text, prompt_chars(text)
+
+
+def features(text: str) -> list[str]:
+    """The FEATURES of a document that `turns` made."""
+    opening, _, _ = text.partition(TURN_END)
+    is_system = opening.startswith(f"{TURN_START}system\n")
+    message, tools, _ = opening.removeprefix(f"{TURN_START}system\n").partition(TOOLS_BEGIN)
+    present = is_system and bool(message.strip()), is_system and bool(tools), THINK_START in text
+    return [name for name, is_present in zip(FEATURES, present, strict=True) if is_present]
 
 
 def prompt_chars(text: str) -> int:

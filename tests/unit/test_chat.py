@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
+from release.assembly.data_facts import DataFacts, OrderFacts, OrderPart, SourceFacts, SourceInOrder
+from release.cards import tables
 from stages.data import acquire, chat, tokenization, tokenizer
 from stages.data.chat_templates import TRAINING_FILE
 from stages.data.readers.base import Document, Failed, Unreadable
@@ -137,6 +139,35 @@ def test_each_answer_is_a_document_after_all_that_came_before() -> None:
 
 
 @pytest.mark.parametrize(
+    ("talk", "tools", "features"),
+    [
+        (TALK[1:2] + TALK[4:], (), []),
+        (TALK[:3], (), ["system", "reasoning"]),
+        (CALLS, [TOOL], ["system", "tools"]),
+        (CALLS[1:], [TOOL], ["tools"]),
+        ([{"role": "system", "content": " "}, *TALK[1:3]], (), ["reasoning"]),
+    ],
+)
+def test_features_of_a_document(talk: list[Any], tools: Any, features: list[str]) -> None:
+    *_, (text, _) = chat.turns(talk, tools)
+    assert [name for name in chat.features(text) if tools == () or name != "reasoning"] == features
+    assert not chat.features(text.replace("<|im_start|>", "").replace("<think>", ""))
+
+
+def test_the_card_says_what_no_conversation_has() -> None:
+    data = DataFacts({name: SourceFacts(40, 40, {}, {}, 1, 1, [], "", "") for name in ("talk", "other", "prose")})
+    data.order["sft"] = OrderFacts(1, [OrderPart(1, 1, {name: SourceInOrder(1, 1, 1) for name in ("talk", "prose")})])
+    assert tables.conversations(data, ["sft"]) == []
+    for name in ("talk", "other"):
+        data.sources[name].conversations = {"system": 3, "tools": 0, "reasoning": 0}
+    lines = tables.conversations(data, ["pretrain", "sft"])
+    assert lines[2:4] == ["| talk | 40 | 3 | 0 | 0 |", ""] and lines[4].startswith(
+        "No document has: tools, reasoning. "
+    )
+    assert tables.conversations(data, ["pretrain"]) == []
+
+
+@pytest.mark.parametrize(
     ("messages", "message"),
     [
         ([], "there is no list of messages"),
@@ -168,7 +199,9 @@ def test_files_of_conversations_are_read_and_bad_ones_reported(tmp_path: Path) -
     ]
     sentence = "source talk: skipped, because they cannot be read: document b (no message is the assistant's)"
     assert report.notes[0] == sentence
-    assert json.loads((out / "source.json").read_text())["files_skipped"] == ["b (no message is the assistant's)"]
+    stated = json.loads((out / "source.json").read_text())
+    assert stated["files_skipped"] == ["b (no message is the assistant's)"]
+    assert stated["conversations"] == {"system": 2, "tools": 0, "reasoning": 1}
     rows = [{"id": "a", "messages": CALLS, "tools": tools} for tools in ([TOOL], json.dumps([TOOL]), None, "{", 3)]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reading = source.reader.model_copy(update={"tools_field": "tools"})
