@@ -115,8 +115,17 @@ def test_without_parsers_the_markers_are_in_the_text(folder: Path, server: Serve
     assert choice["text"] == lesson.answer
 
 
-def test_a_picture_is_refused(folder: Path, server: Server) -> None:
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
-    body = {"model": str(folder), "messages": [{"role": "user", "content": [picture]}]}
-    with pytest.raises(AtomError, match="400"):
-        server.post("/v1/chat/completions", body)
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": [PICTURE]}]},
+        {**LESSONS["call"].request, "tool_choice": "required"},
+        {**LESSONS["call"].request, "parallel_tool_calls": False},
+    ],
+)
+def test_what_it_cannot_do_is_refused(folder: Path, server: Server, body: dict[str, Any]) -> None:
+    with pytest.raises(AtomError, match="refuses /v1/chat/completions: 400"):
+        server.post("/v1/chat/completions", {"model": str(folder), "max_tokens": 9, **body})
