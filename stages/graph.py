@@ -61,6 +61,7 @@ STAGES = {
 }
 """{stage: its module}. Importing one is cheap: no torch, datatrove or MLflow."""
 
+CHAT_MODELS = ("sft", "rlvr", "dpo", "online-rlhf")
 Dtype = Literal["float32", "bfloat16"]
 FP32_PARAMETERS = 10**9
 """Largest model that is published in fp32; a larger one is published in bf16, however it was trained."""
@@ -254,8 +255,10 @@ def _add_post_training(
 
 def _add_exports(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], data: DataRecipe) -> None:
     """Adds each exported model, and its evaluation on held-out documents and problems."""
+    chat_models = _chat_models(config)
     for which, (name, step) in models(config).items():
         export: dict[str, Any] = {"model": trained[name].model, "dtype": trained[name].dtype, "step": step}
+        export["converses"] = which in chat_models
         export["padded_vocab_size"] = config.tokenizer.padded_vocab_size
         export["parity_tokens"] = parity_tokens(trained[name].model.context_length)
         inputs = {"checkpoint": name}
@@ -287,6 +290,11 @@ def _add_variants(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[s
         graph.add(f"variant-{name}", "variant", _evaluation(config, trained[node], data) | {"variant": name}, **inputs)
 
 
+def _chat_models(config: ReleaseRecipe) -> list[str]:
+    """The exported models that were trained on conversations."""
+    return [name for name in models(config) if name in CHAT_MODELS]
+
+
 def _add_chat_evaluation(
     graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], data: DataRecipe
 ) -> None:
@@ -294,8 +302,8 @@ def _add_chat_evaluation(
     chat = config.evaluation.chat
     if chat is None or config.sft is None:
         return
-    names, vocabulary = list(models(config)), config.tokenizer.padded_vocab_size
-    chat_models = names[names.index("sft") :]
+    vocabulary = config.tokenizer.padded_vocab_size
+    chat_models = _chat_models(config)
     tasks = {name: name for name, node in graph.nodes.items() if node.stage.name == "tasks"}
     orders = {name: name for name, node in graph.nodes.items() if node.stage.name == "order"}
     order_configs = [graph.nodes[name].config.model_dump() for name in orders]
@@ -421,11 +429,6 @@ def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:
     for where, mix in mixes.items():
         if abs(sum(mix.values()) - 1) > 1e-6:
             raise RecipeError(f"{title}: {where} sums to {sum(mix.values()):g}; the shares must sum to 1")
-    if not config.tokenizer.tools and (calling := [source.name for source in data.sources if source.reader.has_tools]):
-        raise RecipeError(
-            f"{title}: source {calling[0]} has conversations with tools (reader.tools_field), which the chat template "
-            "does not render; set tokenizer.tools to true"
-        )
 
 
 def _check_engine(title: str, config: ReleaseRecipe) -> None:

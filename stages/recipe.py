@@ -83,11 +83,6 @@ class ReleaseRecipe(Identity):
             raise ValueError("online_rlhf learns from the reward model; add the section reward_model")
         if self.reward_model and self.dpo is None:
             raise ValueError("reward_model learns from the pairs that dpo makes; add the section dpo")
-        for where, phase in {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}.items():
-            if phase and phase.tools and not self.tokenizer.tools:
-                raise ValueError(
-                    f"{where}.tools needs the chat template that renders them; set tokenizer.tools to true"
-                )
         return self
 
     def replay_mixes(self) -> dict[str, Mapping[str, float]]:

@@ -66,8 +66,8 @@ class Assembly:
         """Records the origin of a file that was written into the folder."""
         self.origins[path.relative_to(self.folder).as_posix()] = {"generated": reason}
 
-    def json(self, target: str, value: Any, reason: str) -> None:
-        self.write(target, to_json(value), reason)
+    def json(self, target: str, value: Any, reason: str, sort_keys: bool = True) -> None:
+        self.write(target, to_json(value, sort_keys), reason)
 
     def _put(self, target: str, source: Path | None, data: bytes | None) -> None:
         if target in self.origins:
@@ -80,8 +80,8 @@ class Assembly:
             path.write_bytes(data or b"")
 
 
-def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+def to_json(value: Any, sort_keys: bool = True) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n").encode()
 
 
 def require_nodes(artifacts: Mapping[str, Artifact]) -> None:

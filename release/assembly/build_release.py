@@ -258,8 +258,9 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
                 origin = "plot of the scores in evaluation/ and the logs in training/"
                 assembly.write(f"{name}/{plot_name}", image, origin)
         reports = dict(zip(facts, loading.result(), strict=True))
-    for name, report in reports.items():
-        assembly.json(f"{name}/{GOLDENS}", report.goldens, "what plain transformers makes of fixed inputs")
+    for name, report in reports.items():  # a template renders the fields of a tool in their order
+        origin = "what plain transformers makes of fixed inputs"
+        assembly.json(f"{name}/{GOLDENS}", report.goldens, origin, sort_keys=False)
     return reports
 
 

@@ -28,7 +28,8 @@ BATCH = 65536
 class SourceFacts:
     """The dispositions of the documents of one source. removed: by rule; by_split: of the kept ones; tokens: by split;
     origin, license_evidence: as the source declares them. generated: the settings of a source that a generator wrote,
-    and the generator's `digest`."""
+    and the generator's `digest`. conversations: the number of documents with each feature of a conversation, None for
+    other sources and in older releases."""
 
     documents_in: int
     kept: int
@@ -41,6 +42,7 @@ class SourceFacts:
     license_evidence: str
     tokens: dict[str, int] = field(default_factory=dict)
     generated: dict[str, Any] | None = None
+    conversations: dict[str, int] | None = None
 
 
 @dataclass
@@ -137,6 +139,7 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
         path = dataset / "sources" / f"{name}.json"
         declared = read_json(path) if path.exists() else {}
         sources[name] = source_fates.facts(declared.get("origin", ""), declared.get("license_evidence", ""))
+        sources[name].conversations = declared.get("conversations")
         if "generated" in declared:
             sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
             records = sum(map(row_count, data_layout.generated_files(dataset).get(name, [])))

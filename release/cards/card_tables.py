@@ -142,6 +142,7 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("sources", lambda release: tables.sources(release.data), added=2, changed=4),
     CardTable("funnel", lambda release: tables.funnel(release.data), added=2),
     CardTable("order", lambda release: tables.order(release.data), added=2, changed=4),
+    CardTable("conversations", lambda release: tables.conversations(release.data, release.model.training), added=4),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model()), added=2),
     CardTable("cost", lambda release: tables.cost(release.costs), added=2),
     CardTable(

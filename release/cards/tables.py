@@ -18,6 +18,7 @@ MOST_LICENSES = 8
 TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training", "long": "long context"}
 
 IN_PROCESS = "transformers in the stage's process, in fp32"
+CONVERSATION_TITLES = {"system": "system messages", "tools": "tools", "reasoning": "reasoning"}
 CHAT_TITLES = {"test": "answers in conversation", "fresh": "answers to new items", "preferences": "preferences"}
 
 
@@ -206,6 +207,23 @@ def order(data: DataFacts) -> list[str]:
                 cells = [count(number) for number in (figures.rows, figures.tokens, figures.documents)]
                 body.append([label, count(last - first + 1), name, *cells])
     return table(["phase", "steps", "source", "rows that hold it", "tokens predicted", "different documents"], body)
+
+
+def conversations(data: DataFacts, phases: Iterable[str]) -> list[str]:
+    """What the documents of conversations that the phases read have, and what none has; empty without any."""
+    read = {source for phase in phases for source in data.sources_read(phase)}
+    rows = [(name, row, row.conversations) for name, row in data.sources.items() if name in read and row.conversations]
+    if not rows:
+        return []
+    body = [
+        [name, count(row.documents_in), *(count(features[name]) for name in CONVERSATION_TITLES)]
+        for name, row, features in rows
+    ]
+    absent = [title for name, title in CONVERSATION_TITLES.items() if not any(row[name] for _, _, row in rows)]
+    sentence = f"No document has: {', '.join(absent)}. " if absent else ""
+    heads = (f"with {title}" for title in CONVERSATION_TITLES.values())
+    lines = table(["conversations", "documents", *heads], body)
+    return [*lines, "", f"{sentence}`enable_thinking=False` opens an empty think block, which no phase trained."]
 
 
 def packing(data: DataFacts) -> list[str]:

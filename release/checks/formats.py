@@ -5,6 +5,7 @@ This is an allow list, because a list of all executable kinds is never complete.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -145,8 +146,19 @@ MESSAGES = (
 
 
 def render(template: str) -> str:
-    """Renders a conversation with a chat template, in the Jinja sandbox that transformers uses. Raises what Jinja
-    raises; a template can loop forever, and fill the memory."""
+    """Renders a conversation with a chat template. Raises what Jinja raises; a template can loop forever, and fill the
+    memory."""
+    compiled = compile_template(template)
+    texts = []
+    for messages in MESSAGES:
+        for ask in (True, False):
+            texts.append(compiled.render(messages=messages, add_generation_prompt=ask, bos_token="", eos_token=""))
+    return "".join(texts)
+
+
+def compile_template(template: str) -> Any:
+    """The template in the Jinja sandbox that transformers uses, with the functions that chat templates may call. Raises
+    what Jinja raises."""
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
@@ -164,13 +176,12 @@ def render(template: str) -> str:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    def to_json(value: Any, indent: int | None = None) -> str:  # Jinja's own escapes HTML and sorts
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
+    environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
-    compiled = environment.from_string(template)
-    texts = []
-    for messages in MESSAGES:
-        for ask in (True, False):
-            texts.append(compiled.render(messages=messages, add_generation_prompt=ask, bos_token="", eos_token=""))
-    return "".join(texts)
+    return environment.from_string(template)

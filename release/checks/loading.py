@@ -19,6 +19,8 @@ from release.checks.load_report import (
     weight_bytes,
 )
 from release.layout import GOLDENS
+from stages.data.chat_templates import INFERENCE_FILE
+from stages.data.tokenizer import THINK_END, THINK_START
 
 GOLDEN_BOUND = 1e-3
 """The tolerance for logits in fp32, which another processor adds up in another order."""
@@ -57,6 +59,13 @@ def _compare_with_goldens(model: Path, report: LoadReport) -> list[str]:
                 problems.append(f"{GOLDENS}: the {field} of {expected['text']!r} are {actual[field]!r} here")
         if not all(abs(a - b) <= GOLDEN_BOUND for a, b in zip(expected["logits"], actual["logits"], strict=True)):
             problems.append(f"{GOLDENS}: logits after {expected['text']!r} differ by more than {GOLDEN_BOUND:g}")
+    conversations = golden.get("conversations", []), report.goldens.get("conversations", [])
+    for number, (expected, actual) in enumerate(zip(*conversations, strict=True), 1):
+        problems += [
+            f"{GOLDENS}: transformers gives conversation {number} another {field}"
+            for field in ("text", "ids")
+            if expected[field] != actual[field]
+        ]
     return problems
 
 
@@ -74,7 +83,29 @@ def loads_as_exported(build: BuildContext) -> Findings:
 
 
 def chat_template_round_trips(build: BuildContext) -> Findings:
-    """Checks that the output of the chat template survives the tokenizer, with every marker as one token."""
-    reports = build.load_reports.items()
-    problems = [f"{folder}: {text}" for folder, report in reports for text in report.of_part(CHAT_TEMPLATE)]
-    return Findings(problems, summary="text, tokens and markers survive")
+    """Checks that the output of the chat template survives the tokenizer, with every marker as one token, and that the
+    files have the form that runtimes read."""
+    findings = Findings(summary="text, tokens and markers survive")
+    for folder, report in build.load_reports.items():
+        texts = [*report.of_part(CHAT_TEMPLATE), *_form_problems(build.folder / folder)]
+        findings.problems += [f"{folder}: {text}" for text in texts]
+    return findings
+
+
+def _form_problems(model: Path) -> list[str]:
+    """What runtimes other than the present transformers would stumble over. Releases of older versions have some of
+    it, so `atom verify` does not look."""
+    config = read_json(model / "tokenizer_config.json")
+    template = (model / INFERENCE_FILE).read_text("utf-8")
+    added_tokens = {token["content"]: token for token in read_json(model / "tokenizer.json")["added_tokens"]}
+    faults = {
+        "tokenizer_config.json lists extra_special_tokens, which transformers 4 refuses": isinstance(
+            config.get("extra_special_tokens"), list
+        ),
+        "tokenizer_config.json has no model_max_length": not config.get("model_max_length"),
+        f"{INFERENCE_FILE} has generation blocks, which runtimes refuse": "generation -%}" in template,
+        "the markers of reasoning are special tokens, which default decoding drops": any(
+            added_tokens[marker]["special"] for marker in (THINK_START, THINK_END) if marker in added_tokens
+        ),
+    }
+    return [text for text, is_wrong in faults.items() if is_wrong]

@@ -60,6 +60,7 @@ RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_o
 SCORED = Reads(("evaluation/",))
 LOSSES = Reads((f"{VARIANT}-", "dataset/evaluation/"))
 CONVERTED = Reads((f"{VARIANT}-", "model/"), weights=True)
+RENDERED = Reads(("model", "goldens", "tokenizer"))
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
 EXPORT = "fix the export or tokenizer stage and run again"
@@ -130,7 +131,10 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         "fresh_set", fresh_set.fresh_set, RELEASE, FRESH, deep=True, needs="dataset/evaluation/fresh",
         gate="fresh_set", remedy=DRAW,
     ),
-    Check("chat_templates", chat_templates.chat_templates, TEMPLATES),
+    Check(
+        "chat_templates", chat_templates.chat_templates, TEMPLATES, RENDERED, gate="chat_template_round_trip",
+        remedy=EXPORT,
+    ),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),
     BuildCheck("no_secrets", secret_values.no_secrets, "remove it at its source and run again"),
 )  # fmt: skip

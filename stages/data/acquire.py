@@ -27,7 +27,7 @@ from pipeline.core.bounds import Seed
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
-from stages.data import estimates
+from stages.data import chat, estimates
 from stages.data.curation.failures import Failures
 from stages.data.database import connect
 from stages.data.licenses.maps import UNKNOWN_WEB, UNMAPPED
@@ -62,7 +62,7 @@ from stages.data.table import (
 )
 from stages.data.tree_digest import tree_digest
 
-VERSION = 4
+VERSION = 5
 MOST_SKIPPED_SHARE = 0.5
 """If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong."""
 SKIPPED_NAMES = 20
@@ -125,6 +125,10 @@ def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, o
     if skipped.count > SKIPPED_NAMES:
         sizes["files_skipped_count"] = skipped.count
     declaration |= {"reader": source.reader.reader, **source.reader.declared}
+    if source.reader.conversations:
+        declaration["conversations"] = {
+            name: sum(part.facts["features"][name] for part in parts) for name in chat.FEATURES
+        }
     write_json(out / "source.json", {**declaration, **counts, **sizes, **licenses})
     report.note(
         f"source {source.name}: {documents} of {counts['documents_found']} documents, {counts['bytes'] / 1e6:.2f} MB, "
@@ -155,6 +159,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
     failures = Failures(subject, problem)
     skipped = Failures(subject, problem, MOST_SKIPPED_SHARE, SKIPPED_NAMES)
     licenses, refused, size = LicenseTally(), Counter[str](), 0
+    features = Counter(dict.fromkeys(chat.FEATURES, 0)) if source.reader.conversations else None
     with (
         row_writer(folder / "documents" / part_file(number), DOCUMENTS) as write,
         row_writer(folder / "failed" / part_file(number), FAILED) as write_failed,
@@ -186,6 +191,8 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
                 license, stated_in = _license(source, document)
                 licenses.add(license, stated_in, len(document.text.encode()))
                 size += len(document.text.encode())
+                if features is not None:
+                    features.update(chat.features(document.text))
                 for parent in document.derived_from:
                     write_parent({"id": id, "parent": parent})
                 write_credit({"id": id, "title": document.title or None, "author": document.author or None})
@@ -198,6 +205,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
         "documents": selection.taken - failures.count - refused.total(),
         "documents_found": len(selection.hashes),
         "bytes": size,
+        "features": features,
         "skipped": skipped.facts(),
         "failures": failures.facts(),
         "refused": refused,

@@ -1,4 +1,4 @@
-"""Conversations as text: rendered with the release's chat template, one document for each turn of the assistant.
+"""Conversations as text: rendered with the release's training template, one document for each turn of the assistant.
 
 The part before the assistant's turn carries no loss, and the turn ends with its `<|im_end|>`, so a document is exactly
 a prompt and its completion.
@@ -16,10 +16,15 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from stages.data.tokenizer import SPECIAL_TOKENS, TOOL_TEMPLATE, TURN_END, TURN_START
+from stages.data.chat_templates import training_template
+from stages.data.tokenizer import SPECIAL_TOKENS, THINK_START, TURN_END, TURN_START
 
 BEGIN = f"{TURN_START}assistant\n"
 """The template's text before an answer."""
+TOOLS_BEGIN = "These tools can be called:\n<tools>\n"
+"""The template's text before the tools in the system turn."""
+FEATURES = ("system", "tools", "reasoning")
+"""Parts that a conversation may have: a message of the system, tools, and reasoning."""
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 """`role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of calls
@@ -40,12 +45,12 @@ class _Generation(Extension):
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(extensions=[_Generation], autoescape=False)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # as transformers has it
-    return environment.from_string(TOOL_TEMPLATE)
+    return environment.from_string(training_template())
 
 
 def render(messages: Sequence[Message], ask: bool = False, tools: Sequence[Mapping[str, Any]] = ()) -> str:
     """The messages in the release's chat template; `ask` adds the beginning of an answer. tools: JSON schemas of the
-    functions that may be called, which need `tokenizer.tools`."""
+    functions that may be called."""
     return _template().render(messages=messages, add_generation_prompt=ask, tools=tools)
 
 
@@ -69,8 +74,9 @@ def without_calls(messages: Sequence[Message]) -> list[Message]:
 
 
 def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Iterator[tuple[str, int]]:
-    """(text, number of leading characters without loss) of each turn of the assistant, with all earlier turns. tools:
-    JSON schemas of the tools that the conversation offers; None: calls of tools are left out.
+    """(text, number of leading characters without loss) of each turn of the assistant, with all earlier turns, but
+    without reasoning from before the last message of the user, which the template drops. tools: JSON schemas of the
+    tools that the conversation offers; None: calls of tools are left out.
 
     Raises ValueError in words if the messages are not a conversation, or contain the name of a special token, which
     training could not distinguish from the token.
@@ -85,6 +91,15 @@ def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
         rendered = render(messages[: i + 1], tools=tools or ())
         text = rendered[: rendered.rindex(TURN_END) + len(TURN_END)]
         yield text, prompt_chars(text)
+
+
+def features(text: str) -> list[str]:
+    """The FEATURES of a document that `turns` made."""
+    opening, _, _ = text.partition(TURN_END)
+    is_system = opening.startswith(f"{TURN_START}system\n")
+    message, tools, _ = opening.removeprefix(f"{TURN_START}system\n").partition(TOOLS_BEGIN)
+    present = is_system and bool(message.strip()), is_system and bool(tools), THINK_START in text
+    return [name for name, is_present in zip(FEATURES, present, strict=True) if is_present]
 
 
 def prompt_chars(text: str) -> int:

@@ -100,7 +100,7 @@ def _merged_tokens(description: dict[str, Any], specials: Sequence[str]) -> list
     same_kind = all(description[name] == kind[name] for name in steps)
     if not same_kind or any(model.get(name) != kind["model"][name] for name in options):
         return None
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     if any(plain.items() - token.items() for token in description["added_tokens"]):
         return None
     ordered = sorted(specials)

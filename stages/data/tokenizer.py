@@ -6,15 +6,23 @@ that decode(encode(x)) == x for any text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import MOST_SOURCES, Flag, Range, SourceName
+from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
+from stages.data.chat_templates import (
+    INFERENCE_FILE,
+    RESPONSE_TEMPLATE,
+    TRAINING_FILE,
+    inference_template,
+    training_template,
+)
 from stages.data.table import write_json
 from stages.data.text_sample import Sample, choose_files, interleave
 
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.trainers import BpeTrainer
 
-VERSION = 1
+VERSION = 2
 
 PAD, END, TURN_START, TURN_END, THINK_START, THINK_END = SPECIAL_TOKENS = (
     "<|pad|>",
@@ -35,70 +43,6 @@ PAD, END, TURN_START, TURN_END, THINK_START, THINK_END = SPECIAL_TOKENS = (
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# ChatML. The generation block marks the assistant's tokens, so that fine-tuning can put loss on them alone.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}
-{%- if message['reasoning_content'] -%}
-{{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' -}}
-{%- endif -%}
-{{- message['content'] + '<|im_end|>' -}}
-{%- endgeneration -%}
-{%- else -%}
-{{- message['content'] + '<|im_end|>' -}}
-{%- endif -%}
-{{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-# The same for every conversation without tools. Tools are listed in the system turn, calls have the form of Hermes and
-# Qwen, which vLLM's parser `hermes` reads, and each result is a turn of the role `tool`.
-TOOL_TEMPLATE = """\
-{%- if tools -%}
-{{- '<|im_start|>system\\n' -}}
-{%- if messages[0]['role'] == 'system' -%}
-{{- messages[0]['content'] + '\\n\\n' -}}
-{%- endif -%}
-{{- 'These tools can be called:\\n<tools>\\n' -}}
-{%- for tool in tools -%}
-{{- tool | tojson + '\\n' -}}
-{%- endfor -%}
-{{- '</tools>\\nTo call one, end the turn with\\n<tool_call>\\n' -}}
-{{- '{"name": "the tool", "arguments": {"its argument": "a value"}}\\n</tool_call>' -}}
-{{- '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if not (tools and loop.first and message['role'] == 'system') -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}
-{%- if message['reasoning_content'] -%}
-{{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' -}}
-{%- endif -%}
-{{- message['content'] or '' -}}
-{%- for tool_call in message['tool_calls'] or [] -%}
-{%- set call = tool_call['function'] or tool_call -%}
-{{- '\\n' if message['content'] or not loop.first else '' -}}
-{{- '<tool_call>\\n{"name": ' + (call['name'] | tojson) + ', "arguments": ' -}}
-{{- (call['arguments'] if call['arguments'] is string else call['arguments'] | tojson) + '}\\n</tool_call>' -}}
-{%- endfor -%}
-{{- '<|im_end|>' -}}
-{%- endgeneration -%}
-{%- else -%}
-{{- message['content'] + '<|im_end|>' -}}
-{%- endif -%}
-{{- '\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
 
 Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
 """Number of tokens; the minimum is all bytes and the special tokens."""
@@ -118,7 +62,6 @@ class TokenizerSection(Config):
     leave_out: tuple[SourceName, ...] = added(
         (), "sources excluded from its training; conversations are always excluded", max_length=MOST_SOURCES
     )
-    tools: Flag = added(False, "publish a chat template that renders tools, calls of them and their results")
 
     @model_validator(mode="after")
     def _check_vocab_sizes(self) -> TokenizerSection:
@@ -154,7 +97,7 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
             f"tokenizer.vocab_size = {config.vocab_size}, but {sample_bytes} bytes of training text yield only {size} "
             f"tokens; lower it, or give more text or sample_bytes"
         )
-    save(tokenizer, out, TOOL_TEMPLATE if config.tools else CHAT_TEMPLATE)
+    save(tokenizer, out)
     heldout = {name: Sample.draw(source_files, "heldout", REPORTED) for name, source_files in files.items()}
     ratios = bytes_per_token(
         load_for_corpus(out / "tokenizer.json"),
@@ -171,10 +114,18 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
         report.note(f"{name}: {part['value']:.2f} bytes a token ({part['split']})")
 
 
-def save(tokenizer: Tokenizer, folder: Path, template: str = CHAT_TEMPLATE) -> None:
-    """Writes the files for `AutoTokenizer.from_pretrained(folder)`; the exporter adds model_max_length."""
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    (folder / "chat_template.jinja").write_text(template, "utf-8")
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the files for `AutoTokenizer.from_pretrained(folder)`; the exporter adds `model_max_length`.
+
+    The markers of reasoning are not special, so that they survive decoding. transformers 4 refuses
+    `extra_special_tokens` as a list, and 5 reads `additional_special_tokens` as well.
+    """
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] not in (THINK_START, THINK_END)
+    _from_description(content).save(str(folder / "tokenizer.json"), pretty=False)
+    (folder / INFERENCE_FILE).write_text(inference_template(), "utf-8")
+    (folder / TRAINING_FILE).write_text(training_template(), "utf-8")
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -182,20 +133,33 @@ def save(tokenizer: Tokenizer, folder: Path, template: str = CHAT_TEMPLATE) -> N
             "bos_token": None,
             "eos_token": END,
             "pad_token": PAD,
-            "extra_special_tokens": [TURN_START, TURN_END, THINK_START, THINK_END],
+            "additional_special_tokens": [TURN_START, TURN_END],
             "clean_up_tokenization_spaces": False,
+            "padding_side": "left",
+            "response_template": RESPONSE_TEMPLATE,
             "split_special_tokens": False,
-            "chat_template": template,
         },
     )
 
 
 def load_for_corpus(path: Path) -> Tokenizer:
-    """The tokenizer that encodes documents: special tokens occurring in a text are ordinary bytes to it."""
+    """The tokenizer that encodes documents: names of special tokens occurring in a text are ordinary bytes to it."""
+    return for_corpus(json.loads(path.read_text("utf-8")))
+
+
+def for_corpus(content: dict[str, Any]) -> Tokenizer:
+    """The same, from the content of its tokenizer.json. `tokenizers` looks for added tokens that are not special in
+    every text, so all are special here."""
+    added_tokens = [token | {"special": True} for token in content["added_tokens"]]
+    tokenizer = _from_description({**content, "added_tokens": added_tokens})
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _from_description(content: dict[str, Any]) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.encode_special_tokens = True
+    tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(content))
     return tokenizer
 
 

@@ -6,15 +6,21 @@ problem, is only context here as well.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, TypedDict
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
 from stages.data.table import Double, Int32, Int64, String, columns_of
+from stages.data.tokenizer import for_corpus
 from stages.evaluation.engine import LanguageModel
 from stages.evaluation.heldout import HeldoutDocument
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 HeldoutLimit = Annotated[int, Range(2, 1e6)]
 """Maximum number of held-out documents of a source; two are needed for a standard error."""
@@ -75,11 +81,14 @@ def score_documents(
 def token_ids(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
     """The tokens of a document; the name of a special token inside the text is plain text, as in training, unless the
     document is a conversation in the release's template."""
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = not chat
+    backend = tokenizer.backend_tokenizer if chat else _corpus_tokenizer(tokenizer)
     ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-    backend.encode_special_tokens = False
     return ids
+
+
+@lru_cache(maxsize=1)
+def _corpus_tokenizer(tokenizer: Any) -> Tokenizer:
+    return for_corpus(json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
 def token_bytes(tokenizer: Any, ids: list[int]) -> int:

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.core.bounds import Context, Range, Seed
+from pipeline.core.bounds import Context, Flag, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from pipeline.core.store import Artifact
+from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import PositiveInt
@@ -38,10 +39,15 @@ from stages.train.checkpoint import SHARD_BYTES
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+VERSION = 2
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", INFERENCE_FILE, TRAINING_FILE, "special_tokens_map.json")
 STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
+GREEDY: dict[str, Any] = {"do_sample": False}
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+"""The distribution of the model itself, from which post-training and pass@k draw. Without `top_k` transformers cuts
+it to 50 tokens."""
 BASE_BYTES = 700_000_000
 """Of a process with Megatron or transformers (bench/export.py)."""
 
@@ -57,6 +63,7 @@ class ExportConfig(Config):
         1e-4, description="maximum difference of any fp32 logit"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of the exported weights")
+    converses: Flag = added(False, "sample by default, as chat models do; else decode greedily")
     parity_tokens: Context | None = added(
         None, "tokens of the longest compared row, spread over the context; null: as many as the context"
     )
@@ -88,7 +95,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
     folder = out / "model"
     folder.mkdir(exist_ok=True)
-    ids = write_tokenizer(inputs["tokenizer"], folder)
+    ids = write_tokenizer(inputs["tokenizer"], folder, config.model.context_length)
     vocab_size = ids["vocab_size"]
     if vocab_size > config.padded_vocab_size:
         raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
@@ -98,7 +105,8 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
     stops = [ids[token] for token in STOPS]
     _write(folder / "config.json", hf_config(config.model, vocab_size, stops[0], ids[PAD], config.dtype))
-    _write(folder / "generation_config.json", {"do_sample": False, "eos_token_id": stops, "pad_token_id": ids[PAD]})
+    decoding = SAMPLED if config.converses else GREEDY
+    _write(folder / "generation_config.json", {**decoding, "eos_token_id": stops, "pad_token_id": ids[PAD]})
 
     report.note("export written; comparing it with Megatron")
     tensors_compared = comparison.compare_files(folder, tensors, config.model, vocab_size)
@@ -155,11 +163,14 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
     return tensors
 
 
-def write_tokenizer(tokenizer: Artifact, folder: Path) -> dict[str, int]:
-    """Copies the tokenizer's files. Returns {"vocab_size": ..., special token: its id, ...}."""
+def write_tokenizer(tokenizer: Artifact, folder: Path, context_length: int) -> dict[str, int]:
+    """Copies the tokenizer's files, and adds the length of the context, in tokens. transformers would save the
+    extra special tokens as a list, which its version 4 refuses, so nothing is loaded and saved. Returns
+    {"vocab_size": ..., special token: its id, ...}."""
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)
+    _write(folder / TOKENIZER_CONFIG, tokenizer.json(TOKENIZER_CONFIG) | {"model_max_length": context_length})
     content = tokenizer.json("tokenizer.json")
     special = {t["content"]: int(t["id"]) for t in content["added_tokens"]}
     missing = [token for token in (PAD, *STOPS) if token not in special]
@@ -174,7 +185,7 @@ def estimate(config: ExportConfig) -> Estimate:
     flops = 2 * sum(n * per_token(n) / 3 for n in parity_lengths(config.longest_row))  # two models read the rows
     weights = (4 if config.dtype == "float32" else 2) * parameters["total"]
     shards = -(-weights // SHARD_BYTES)
-    files = 7 + shards + (shards > 1)
+    files = 8 + shards + (shards > 1)
     return Estimate(
         cpu_seconds=10 + flops / 4e10 + parameters["total"] / 1e8,  # imports, two forward passes, five of reading
         flops=flops,

@@ -4,10 +4,10 @@
 
 Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of [part, sentence] (empty without problems)
 whose part is `model` or `chat_template`, the number of `parameters`, and `goldens`, the outputs of tokenizer, template
-and model for fixed inputs: token ids, text, last row of logits in fp32, a greedy continuation. Any runtime can be
-compared with these. A model above --whole, in bytes of fp32, is in memory a layer at a time. --memory and --seconds
-limit the use beyond the libraries themselves. Neither this file nor the one beside it, which it loads by its path,
-imports a module of this project, on purpose.
+and model for fixed inputs: token ids, text, last row of logits in fp32, a greedy continuation, and conversations in the
+chat template. Any runtime can be compared with these. A model above --whole, in bytes of fp32, is in memory a layer at
+a time. --memory and --seconds limit the use beyond the libraries themselves. Neither this file nor those beside it,
+which it loads by their paths, import a module of this project, on purpose.
 """
 
 from __future__ import annotations
@@ -22,17 +22,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-spec: Any = spec_from_file_location("streamed_model", Path(__file__).with_name("streamed_model.py"))
-streamed_model: Any = module_from_spec(spec)
-spec.loader.exec_module(streamed_model)
+
+def load_beside(name: str) -> Any:
+    spec: Any = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+streamed_model, conversations = load_beside("streamed_model"), load_beside("conversations")
 
 MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4, «vier»\n"}]
 
+TALK = ("messages", "tools", "add_generation_prompt", "enable_thinking")
 TEXTS = ["def main(): 2+2", "Ünïcode, «quotes»\n\n\tand 3 lines.", "347+586="]
 NEW_TOKENS = 8
 MOST_BYTES, MOST_TEXTS, MOST_CHARACTERS = 100_000_000, 16, 2_000
+MOST_CONVERSATIONS, MOST_CONVERSATION_CHARACTERS = 64, 100_000
 """Limits for the goldens.json of an untrusted folder."""
 
 
@@ -41,7 +50,14 @@ def check_model(folder: str, whole_bytes: int) -> dict[str, object]:
     model, tokenizer = source.model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     problems = [("chat_template", text) for text in check_tokenizer(tokenizer, model)]
     problems += [("model", text) for text in check_stops(tokenizer, model)]
-    outputs = {} if problems or source.keys else goldens(tokenizer, source, *recorded_inputs(folder))
+    texts, messages, talks = recorded_inputs(folder)
+    try:
+        rendered = [rendered_row(tokenizer, row) for row in talks]
+    except (TemplateError, ValueError, TypeError) as error:
+        problems.append(("chat_template", f"the chat template cannot render a conversation: {error}"))
+    outputs = {} if problems or source.keys else goldens(tokenizer, source, texts, messages)
+    if outputs and talks:
+        outputs["conversations"] = rendered
     rows: Any = outputs.get("rows", ())
     if rows and source.in_memory:  # of another one each token would read all files
         model.generate(torch.tensor([rows[0]["ids"]]), do_sample=False, max_new_tokens=1)
@@ -59,18 +75,32 @@ def open_model(folder: str, whole_bytes: int):  # type: ignore[no-untyped-def]
     return getattr(streamed_model, kind)(folder)
 
 
-def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]]]:
-    """The inputs of the goldens.json in a folder, which an older version may have chosen differently; else the present
-    ones."""
+def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]], list[dict[str, Any]]]:
+    """Texts, messages and conversations: the inputs of the goldens.json in a folder, which an older version may have
+    chosen differently, or lack; else the present ones."""
     path = Path(folder, "goldens.json")
     if not path.is_file():
-        return TEXTS, MESSAGES[:1]
+        return TEXTS, MESSAGES[:1], conversations.CONVERSATIONS
     with open(path, "rb") as file:
         content = json.loads(file.read(MOST_BYTES))
     texts = [str(row["text"]) for row in content["rows"][:-1]]
-    if len(texts) > MOST_TEXTS or sum(map(len, texts)) > MOST_CHARACTERS:
+    talks = [{name: row[name] for name in TALK} for row in content.get("conversations", ())]
+    if (
+        len(texts) > MOST_TEXTS
+        or sum(map(len, texts)) > MOST_CHARACTERS
+        or len(talks) > MOST_CONVERSATIONS
+        or len(json.dumps(talks)) > MOST_CONVERSATION_CHARACTERS
+    ):
         raise ValueError("goldens.json has more inputs than a release states")
-    return texts, content["messages"]
+    return texts, content["messages"], talks
+
+
+def rendered_row(tokenizer, row) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    """A conversation with the text and token ids that transformers makes of it."""
+    options = {name: row[name] for name in TALK[1:] if row[name] is not None}
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False, **options)
+    ids = tokenizer.apply_chat_template(row["messages"], return_dict=True, **options)["input_ids"]
+    return {**row, "text": text, "ids": ids}
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

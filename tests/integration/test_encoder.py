@@ -130,7 +130,6 @@ def other_merge(model: dict[str, Any]) -> list[str]:
         lambda d: d["model"].update(ignore_merges=True),
         lambda d: d["model"].update(byte_fallback=True),
         lambda d: d["added_tokens"][2].update(lstrip=True),
-        lambda d: d["added_tokens"][2].update(special=False),
         lambda d: d["added_tokens"][2].update(normalized=True),
         lambda d: d["model"]["merges"].reverse(),
         lambda d: d["model"]["merges"].append(other_merge(d["model"])),

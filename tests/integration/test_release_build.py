@@ -258,6 +258,27 @@ def test_template_that_drops_words_is_refused(source, tmp_path: Path) -> None:
     )
 
 
+def test_template_that_runtimes_render_otherwise_is_refused(source, tmp_path: Path) -> None:
+    def date(folder: Path) -> None:
+        path = folder / "model/chat_template.jinja"
+        path.write_text("{{- strftime_now('%Y') -}}\n" + path.read_text())
+
+    folder = replace_artifact(source, "export-mid", tmp_path, date)
+    sentence = r"chat_template.jinja renders conversation 1 of goldens.json otherwise"
+    require_refusal(folder, tmp_path, "chat_template_round_trip", sentence)
+
+
+def test_tokenizer_that_other_loaders_refuse_is_refused(source, tmp_path: Path) -> None:
+    def list_tokens(folder: Path) -> None:
+        path = folder / "model/tokenizer_config.json"
+        config = json.loads(path.read_text()) | {"extra_special_tokens": ["<|im_start|>"]}
+        path.write_text(json.dumps(config))
+
+    folder = replace_artifact(source, "export-mid", tmp_path, list_tokens)
+    sentence = "tokenizer_config.json lists extra_special_tokens, which transformers 4 refuses"
+    require_refusal(folder, tmp_path, "chat_template_round_trip", sentence)
+
+
 def test_artifact_without_statement_is_refused(source, tmp_path: Path) -> None:
     target = source.artifacts["midtrain"].digest
     statements = [p for p in source.statements if target != json.loads(p.read_text())["subject"][0]["digest"]["sha256"]]

@@ -12,6 +12,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ from release.checks.load_report import load_models
 from release.checks.scores import scores
 from release.checksums import read_sums
 from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
+from stages.export.conversations import CONVERSATIONS
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
 from tests.integration.test_release_verify import resum
@@ -165,6 +167,32 @@ def test_goldens_are_compared_and_missed(copy: Path) -> None:
     resum(copy)
     result = next(check for check in verify(copy, deep=True).checks if check.name == "reload_in_transformers")
     assert result.wrong == ["goldens.json is missing"]
+
+
+def test_recorded_conversations_are_rendered_again(copy: Path) -> None:
+    """By Jinja and tokenizers; a release that has recorded none says so."""
+    path = copy / "model/goldens.json"
+    body = json.loads(path.read_text())
+
+    def verdict(conversations: list[dict[str, Any]] | None) -> Any:
+        recorded = {} if conversations is None else {"conversations": conversations}
+        path.write_text(json.dumps({name: body[name] for name in ("messages", "rows")} | recorded))
+        resum(copy)
+        (result,) = (check for check in verify(copy / "model").checks if check.name == "chat_templates")
+        return result
+
+    rows = body["conversations"]
+    assert len(rows) == len(CONVERSATIONS) and verdict(rows).ok
+    assert verdict([{**rows[0], "text": "x"}, *rows[1:]]).wrong == [
+        "model/chat_template.jinja renders conversation 1 of goldens.json otherwise",
+        "model/training_chat_template.jinja renders conversation 1 of goldens.json otherwise",
+        "model: tokenizer.json encodes conversation 1 of goldens.json otherwise",
+    ]
+    assert verdict([*rows[:4], {**rows[4], "ids": rows[3]["ids"]}]).wrong == [
+        "model: tokenizer.json encodes conversation 5 of goldens.json otherwise"
+    ]
+    lost = verdict(None)
+    assert lost.ok and lost.skipped == ["skipped: conversations: this release was built before any were recorded"]
 
 
 LATER = "and this atom knows {} at most; use a later atom"

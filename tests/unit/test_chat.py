@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
+from release.assembly.data_facts import DataFacts, OrderFacts, OrderPart, SourceFacts, SourceInOrder
+from release.cards import tables
 from stages.data import acquire, chat, tokenization, tokenizer
+from stages.data.chat_templates import TRAINING_FILE
 from stages.data.readers.base import Document, Failed, Unreadable
 from stages.data.recipe import load
 from stages.data.seeds import seed_of
@@ -81,20 +83,17 @@ def test_rendering_is_transformers(folder: Path) -> None:
     for ask in (False, True):
         assert chat.render(TALK, ask) == theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=ask)
     # and the part with loss is what training libraries would put loss on, less the line's end after the turn
-    rendered = theirs.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
-    marked = theirs.decode([i for i, m in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if m])
-    assert marked == "".join(text[n:] for text, n in chat.turns(TALK))
+    training = (folder / TRAINING_FILE).read_text()
+    for talk in (TALK[:3], [*TALK[:2], TALK[4]]):
+        rendered = theirs.apply_chat_template(
+            talk, chat_template=training, return_assistant_tokens_mask=True, return_dict=True
+        )
+        ids = zip(rendered["input_ids"], rendered["assistant_masks"], strict=True)
+        assert theirs.decode([i for i, m in ids if m]) == "".join(text[n:] for text, n in chat.turns(talk))
 
 
-def test_tools_and_calls_are_rendered_as_transformers_does(folder: Path, tmp_path: Path) -> None:
-    for template in (tokenizer.CHAT_TEMPLATE, tokenizer.TOOL_TEMPLATE):
-        tokenizer.save(Tokenizer.from_file(str(folder / "tokenizer.json")), tmp_path, template)
-        theirs = AutoTokenizer.from_pretrained(tmp_path)
-        for talk in (TALK, TALK[1:2], [*TALK[:2], {"role": "tool", "content": "x"}]):
-            for ask in (False, True):  # without tools the templates are one
-                assert chat.render(talk, ask) == theirs.apply_chat_template(
-                    talk, tokenize=False, add_generation_prompt=ask
-                )
+def test_tools_and_calls_are_rendered_as_transformers_does(folder: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
     for n in (2, 4, 7):
         rendered = theirs.apply_chat_template(CALLS[:n], tools=[TOOL], tokenize=False, add_generation_prompt=True)
         assert chat.render(CALLS[:n], True, [TOOL]) == rendered
@@ -134,8 +133,38 @@ def test_results_of_tools_have_the_tokens_of_the_whole_text(folder: Path) -> Non
 def test_each_answer_is_a_document_after_all_that_came_before() -> None:
     (first, a), (second, b) = chat.turns(TALK)
     assert first[a:] == "<think>\none and one\n</think>\n\n2<|im_end|>" and second[b:] == "4<|im_end|>"
-    assert second.startswith(first) and second[:b].endswith("<|im_start|>assistant\n")
+    history = first.replace("<think>\none and one\n</think>\n\n", "")  # as the template drops it from a history
+    assert second.startswith(history) and second[:b].endswith("<|im_start|>assistant\n")
     assert [chat.prompt_chars(first), chat.prompt_chars(second)] == [a, b]
+
+
+@pytest.mark.parametrize(
+    ("talk", "tools", "features"),
+    [
+        (TALK[1:2] + TALK[4:], (), []),
+        (TALK[:3], (), ["system", "reasoning"]),
+        (CALLS, [TOOL], ["system", "tools", "reasoning"]),
+        (CALLS[1:4], [TOOL], ["tools"]),
+        ([{"role": "system", "content": " "}, *TALK[1:3]], (), ["reasoning"]),
+    ],
+)
+def test_features_of_a_document(talk: list[Any], tools: Any, features: list[str]) -> None:
+    *_, (text, _) = chat.turns(talk, tools)
+    assert chat.features(text) == features
+    assert not chat.features(text.replace("<|im_start|>", "").replace("<think>", ""))
+
+
+def test_the_card_says_what_no_conversation_has() -> None:
+    data = DataFacts({name: SourceFacts(40, 40, {}, {}, 1, 1, [], "", "") for name in ("talk", "other", "prose")})
+    data.order["sft"] = OrderFacts(1, [OrderPart(1, 1, {name: SourceInOrder(1, 1, 1) for name in ("talk", "prose")})])
+    assert tables.conversations(data, ["sft"]) == []
+    for name in ("talk", "other"):
+        data.sources[name].conversations = {"system": 3, "tools": 0, "reasoning": 0}
+    lines = tables.conversations(data, ["pretrain", "sft"])
+    assert lines[2:4] == ["| talk | 40 | 3 | 0 | 0 |", ""] and lines[4].startswith(
+        "No document has: tools, reasoning. "
+    )
+    assert tables.conversations(data, ["pretrain"]) == []
 
 
 @pytest.mark.parametrize(
@@ -170,7 +199,9 @@ def test_files_of_conversations_are_read_and_bad_ones_reported(tmp_path: Path) -
     ]
     sentence = "source talk: skipped, because they cannot be read: document b (no message is the assistant's)"
     assert report.notes[0] == sentence
-    assert json.loads((out / "source.json").read_text())["files_skipped"] == ["b (no message is the assistant's)"]
+    stated = json.loads((out / "source.json").read_text())
+    assert stated["files_skipped"] == ["b (no message is the assistant's)"]
+    assert stated["conversations"] == {"system": 2, "tools": 0, "reasoning": 1}
     rows = [{"id": "a", "messages": CALLS, "tools": tools} for tools in ([TOOL], json.dumps([TOOL]), None, "{", 3)]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reading = source.reader.model_copy(update={"tools_field": "tools"})

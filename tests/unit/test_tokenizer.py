@@ -111,7 +111,8 @@ import json, sys
 from transformers import AutoTokenizer
 t = AutoTokenizer.from_pretrained(sys.argv[1])
 chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "reasoning_content": "one more", "content": "2"}]
-both = t.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+training = open(sys.argv[1] + "/training_chat_template.jinja").read()
+both = t.apply_chat_template(chat, chat_template=training, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
 marked = [i for i, m in zip(both["input_ids"], both["assistant_masks"]) if m]
 print(json.dumps({
     "eos": t.eos_token, "pad": t.pad_token_id, "bos": t.bos_token, "size": len(t),

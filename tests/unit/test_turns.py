@@ -193,18 +193,9 @@ def test_the_example_of_the_docs_fits_into_a_recipe(tmp_path: Path) -> None:
     both = {section: {**body[section], **settings} for section, settings in example.items()}
     nodes = compose(tmp_path / "r.yaml", {**body, **both})
     assert nodes["rlvr"].inputs == {**plain["rlvr"].inputs, "documents": "dedup"}
-    assert nodes["dedup"].key == plain["dedup"].key and nodes["tokenizer"].key != plain["tokenizer"].key
-    with pytest.raises(RecipeError, match=r"r: rlvr.tools needs the chat template .*; set tokenizer.tools to true"):
-        compose(tmp_path / "r.yaml", {**body, "rlvr": both["rlvr"]})
+    assert nodes["tokenize"].key == plain["tokenize"].key and nodes["rlvr"].key != plain["rlvr"].key
     both["rlvr"]["tools"]["offered"] = [{"tool": "search", "sources": ["docstring"]}]
     with pytest.raises(
         RecipeError, match="r: rlvr.tools names docstring, which .* does not have; did you mean docstrings"
     ):
         compose(tmp_path / "r.yaml", {**body, **both})
-    data = yaml.safe_load((ROOT / "data_recipes/smoke.yaml").read_text())
-    reader = {"reader": "jsonl", "path": str(tmp_path), "messages_field": "messages", "tools_field": "tools"}
-    source = {"name": "talks", "kind": "chat", "license": "MIT", "license_evidence": "x", "origin": "x"}
-    data["sources"].append({**source, "reader": reader})
-    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
-    with pytest.raises(RecipeError, match=r"r: source talks has conversations with tools \(reader.tools_field\)"):
-        compose(tmp_path / "r.yaml", {**body, "data": "data.yaml"})

@@ -152,11 +152,6 @@ class Reader(Config):
         return False
 
     @property
-    def has_tools(self) -> bool:
-        """Whether its conversations offer tools, so that the chat template must render them."""
-        return False
-
-    @property
     def names_files(self) -> bool:
         """Whether the name of every document contains that of its file, so that documents of two files differ."""
         return False

@@ -103,10 +103,6 @@ class RowReader(FileReader):
         return bool(self.messages_field or self.answer_field)
 
     @property
-    def has_tools(self) -> bool:
-        return bool(self.tools_field)
-
-    @property
     def names_files(self) -> bool:
         return self.id_field is None
 
