@@ -388,7 +388,8 @@ def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:
     names = [source.name for source in data.sources]
     mixes: dict[str, Mapping[str, float]] = {f"{phase.where}.mix": phase.config.mix for phase in phases(config)}
     mixes |= {f"{where}.mix": mix for where, mix in config.replay_mixes().items()}
-    for where, sources in {**mixes, **config.searched_sources()}.items():
+    named = {**mixes, **config.searched_sources(), "release.by_reference": config.release.by_reference}
+    for where, sources in named.items():
         for source in sources:
             if source not in names:
                 near = difflib.get_close_matches(source, names, 1)

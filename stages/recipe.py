@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Key, Language, License, Line, Namespace, Settings
+from pipeline.core.bounds import MOST_SOURCES, Key, Language, License, Line, Namespace, Settings, SourceName
 from pipeline.core.stage import Config, Renamed, added
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
@@ -34,6 +34,11 @@ class ReleaseSection(Config):
     contact: Line | None = Field(None, description="URL or address for questions and removal requests")
     languages: tuple[Language, ...] = Field(
         min_length=1, max_length=200, description="ISO 639 language codes for the metadata of the cards"
+    )
+    by_reference: Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)] = added(
+        (),
+        "sources whose texts are not published, because their size or license does not allow it: only where each "
+        "document stands and its hash, from which `atom rebuild-data` gets them again",
     )
 
 

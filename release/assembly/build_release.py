@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
     from release.checks.load_report import LoadReport
+    from release.references import Reference
     from release.schema import ReleaseInfo
     from stages.data.curation.deny_list import DenyList
 
@@ -37,7 +38,8 @@ class BuildInput:
     statements: in-toto statement files, including those of failed attempts. metrics: metrics.jsonl by node.
     environment: versions. code_roots: folders with the packages. stale: nodes made by code that has changed since.
     machine_paths: folders of this machine that no published file may name. deny_list: of the data recipe. previous: the
-    folder of an earlier release, in which receipts of opt-outs look for the documents.
+    folder of an earlier release, in which receipts of opt-outs look for the documents. references: sources whose texts
+    are by reference, by name.
     """
 
     name: str
@@ -55,6 +57,7 @@ class BuildInput:
     earlier: dict[str, Artifact] = field(default_factory=dict)
     machine_paths: list[Path] = field(default_factory=list)
     deny_list: DenyList | None = None
+    references: Mapping[str, Reference] = field(default_factory=dict)
     previous: Path | None = None
 
 
@@ -150,11 +153,11 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.cards import croissant, render, tables
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
-    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, RELEASE, ROOTS, SECOND_VERIFIER
+    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, REFERENCES, RELEASE, ROOTS, SECOND_VERIFIER
     from release.repositories import model_folders, repositories
     from stages.data.curation.agreement import read_figures
 
-    assembly = assemble.Assembly(folder)
+    assembly = assemble.Assembly(folder, source.references)
     assemble.place_artifacts(assembly, source.artifacts)
     assemble.place_earlier(assembly, source.earlier)
     assemble.place_code(assembly, source.code_roots)
@@ -170,6 +173,9 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     release = describe(source)
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
 
+    if source.references:
+        stated = {"sources": {name: each.model_dump(mode="json") for name, each in source.references.items()}}
+        assembly.json(f"dataset/{REFERENCES}", stated, "settings of the sources by reference")
     assembly.json(f"dataset/{FILTER_AGREEMENT}", read_figures(), "stages.data.curation.agreement")
     prefix = "acquire-"
     acquired = {node.removeprefix(prefix): a.path for node, a in source.artifacts.items() if node.startswith(prefix)}

@@ -125,6 +125,7 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("document_licenses", document_tables.licenses, added=4, heading="Licenses of the documents"),
     CardTable("synthetic", document_tables.synthetic, added=4, heading="Synthetic text"),
     CardTable("attribution", document_tables.attribution, added=4, heading="Attribution"),
+    CardTable("by_reference", document_tables.by_reference, added=4, heading="Texts by reference"),
     CardTable("lengths", document_tables.lengths, added=4, heading="Lengths of the documents"),
     CardTable("languages", document_tables.languages, added=4, heading="Languages of the documents"),
     CardTable("quality_scores", document_tables.quality_scores, added=4, heading="Quality scores of the documents"),

@@ -25,6 +25,7 @@ from release.checks import (
     order,
     post_training,
     receipts,
+    references,
     scores,
     secret_values,
     source_code,
@@ -33,7 +34,7 @@ from release.checks import (
     weights,
 )
 from release.checks.check import BuildCheck, Check, Reads, Scope
-from release.layout import EXPORTED, GATES_STATED, OPT_OUTS, ROOTS
+from release.layout import EXPORTED, GATES_STATED, OPT_OUTS, REFERENCES, ROOTS
 
 RELEASE = Scope(("release",))
 EVIDENCE = Scope(("release", "evidence"))
@@ -47,6 +48,7 @@ WEIGHTS = Reads(("",), weights=True)
 PROVENANCE = Reads(("evidence/", "code/"))
 STATEMENTS = Reads(("evidence/", "dataset/"))
 FATES = Reads(("dispositions", "kept/"))
+REFERENCED = Reads((REFERENCES, "kept/", "sources/"))
 RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_out/"))
 SCORED = Reads(("evaluation/",))
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
@@ -76,6 +78,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("code", source_code.source_files, EVIDENCE, PROVENANCE, deep=True),
     Check("licenses", documents.licenses, DATASET, FATES, gate="licenses_known", remedy=LICENSE),
     Check("dispositions_balance", documents.dispositions, DATASET, FATES, gate="counts_balance", remedy=CURATION),
+    Check("references", references.by_reference, DATASET, REFERENCED, needs=REFERENCES, gate="references"),
     Check("receipts", receipts.receipts, RELEASE, RECEIPTS, needs=f"dataset/{OPT_OUTS}", gate="receipts"),
     Check("scores", scores.scores, DATASET, SCORED),
     Check("data_card", cards.data_card, DATASET, EVERYTHING),

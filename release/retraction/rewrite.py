@@ -111,6 +111,8 @@ def _without(batch: Any, reached: Reached) -> Any:
     import pyarrow.compute as pc
 
     holds = pa.array([False] * len(batch))
+    if {"id", "text"} <= set(batch.schema.names):  # of a source by reference
+        holds = pc.and_(_has_id(batch, reached), pc.is_null(batch.column("text")))
     for field in batch.schema:
         if field.type not in (pa.string(), pa.large_string()):
             continue

@@ -131,7 +131,9 @@ def _write_index(target: Path, files: Mapping[str, Path], progress: Progress) ->
             progress(f"indexing {name}")
             db.execute("INSERT INTO files VALUES (?, ?)", (row_number, name))
             for row in stream_rows(path, ["text"]):
-                db.execute("INSERT INTO texts (rowid, text) VALUES (?, ?)", (row_number, _without_nul(row["text"])))
+                db.execute(
+                    "INSERT INTO texts (rowid, text) VALUES (?, ?)", (row_number, _without_nul(row["text"] or ""))
+                )
                 row_number += 1
         db.commit()
 
@@ -175,7 +177,7 @@ def _matching_rows(path: Path, span: str, rows: Sequence[int] | None) -> Iterato
                             batch_rows = rows[bisect_left(rows, first_row) : bisect_left(rows, first_row + len(batch))]
                             positions, first_row = [n - first_row for n in batch_rows], first_row + len(batch)
                             batch = batch.take(pa.array(positions, pa.int64()))
-                        matching = [n for n, text in enumerate(batch["text"].to_pylist()) if span in text]
+                        matching = [n for n, text in enumerate(batch["text"].to_pylist()) if text and span in text]
                         yield from batch.take(pa.array(matching, pa.int64())).to_pylist()
                 else:
                     first_row += size
