@@ -1,8 +1,8 @@
 """Sources that a release publishes by reference: of each document its id, license, origin and the hash of its text, and
 not the text itself, because its license or its size does not allow it.
 
-`references.json` of the dataset repository states how to read the texts again: the settings of the reader, the digest of
-every file, and the steps that edit texts. `atom rebuild-data` does it.
+`references.json` of the dataset repository states how to read the texts again: the settings of the reader, the digest
+of every file, and the steps that edit texts. `atom rebuild-data` does it.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ class _Texts:
             if content_hash(text) == digest:
                 return text
         raise CheckFailed(
-            f"document {printable(id)} has another text in {self.reference.origin} than its published hash says, though "
-            "the file is the same; read it with the version of atom that made the release"
+            f"document {printable(id)} has another text in {self.reference.origin} than its published hash says, "
+            "though the file is the same; read it with the version of atom that made the release"
         )
 
     def _edited(self, text: str) -> Iterator[str]:
@@ -227,7 +227,7 @@ def text(rebuilt: Rebuilt) -> str:
         )
         again = f", {row.present} of them there before" if row.present else ""
         lines.append(
-            f"source {row.source}: {row.documents} documents of {row.bytes} bytes from {row.origin}, every text has its "
-            f"published hash; {bytes_equal}{again}"
+            f"source {row.source}: {row.documents} documents of {row.bytes} bytes from {row.origin}, every text has "
+            f"its published hash; {bytes_equal}{again}"
         )
     return "\n".join([*lines, f"rebuilt: {rebuilt.folder}"])

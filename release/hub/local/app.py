@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LFS_BYTES = 10 << 20
 PART_BYTES = 64 << 20
 COMMITS_PER_HOUR = 128
-"""Of a repository: what the Hub states when it refuses a further one (huggingface_hub issue 2587, datasets issue 6257)."""
+"""Of a repository: the Hub states it when it refuses a further one (braindecode/braindecode issue 947)."""
 
 
 async def health(request: Request) -> Response:
