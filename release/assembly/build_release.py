@@ -145,6 +145,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     """Writes everything except the result of the gates and the checksums; returns the context of the gates."""
     from release.assembly import assemble, attest, costs
     from release.assembly.attribution import write_attribution
+    from release.assembly.chat_messages import write_messages
     from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
     from release.assembly.data_facts import canary_of, read_data_facts
     from release.assembly.model_facts import read_model_facts
@@ -181,6 +182,8 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     acquired = {node.removeprefix(prefix): a.path for node, a in source.artifacts.items() if node.startswith(prefix)}
     for table in write_attribution(folder / "dataset", acquired):
         assembly.register(table, "release.assembly.attribution")
+    for table in write_messages(folder / "dataset"):
+        assembly.register(table, "release.assembly.chat_messages")
     data = read_data_facts(folder / "dataset")
     receipts = write_receipts(folder / "dataset", release, data.opt_outs, source.previous, source.deny_list, progress)
     for request, receipt in receipts:
@@ -226,9 +229,10 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
 def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, ReleaseFacts]) -> dict[str, LoadReport]:
     """Writes the card, scores, plots and goldens of each model. Returns what plain transformers makes of each: a
     process of its own loads them while the plots are drawn."""
+    from release.assembly import serving
     from release.cards import plot, render, results, scaling_plots
     from release.checks.load_report import load_models
-    from release.layout import GOLDENS
+    from release.layout import GOLDENS, MODEL
 
     folder, data_id = assembly.folder, render.data_id(release)
     with ThreadPoolExecutor(1) as pool:
@@ -236,6 +240,10 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
         for name, model_facts in facts.items():
             model = model_facts.model
             assembly.write(f"{name}/README.md", render.model_card(name, release, model_facts).encode(), CARD_ORIGIN)
+            if serving.is_served(model):
+                repo = f"{release.repository}{name.removeprefix(MODEL)}"
+                config = serving.serve_config(folder / name, repo, release.version)
+                assembly.write(f"{name}/{serving.NAME}", config.encode(), "options of vLLM for this model")
             measured = results.text(model, data_id, release.version)
             assembly.write(
                 f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"

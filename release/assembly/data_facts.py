@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from release import data_layout, references, schema
+from release.assembly import chat_messages
 from release.assembly.distinct import Distinct
 from release.assembly.document_facts import DocumentFacts, read_document_facts
 from release.assembly.opt_outs import OptOut, read_opt_outs
@@ -93,7 +94,8 @@ class DataFacts:
     chat: scores by benchmark and model, empty without a chat model. in_parts: whether the tables of documents are in
     parts. filter_agreement: of the filters with their reference, empty in older releases. opt_outs: of the deny-list.
     documents: licenses, lengths and measures after curation. by_reference: {source: where its files are} of sources
-    without published texts. Phases and models are in the order of training."""
+    without published texts; messages: {source: splits} of the tables of conversations. Phases and models are in the
+    order of training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class DataFacts:
     opt_outs: list[OptOut] = field(default_factory=list)
     documents: DocumentFacts = field(default_factory=DocumentFacts)
     by_reference: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, list[str]] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""
@@ -125,6 +128,7 @@ def read_data_facts(dataset: Path) -> DataFacts:
         read_opt_outs(dataset),
         read_document_facts(dataset),
         {name: reference.origin for name, reference in references.read(dataset).items()},
+        chat_messages.published(dataset),
     )
 
 

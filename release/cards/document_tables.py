@@ -57,8 +57,8 @@ def by_reference(data: DataFacts) -> list[str]:
     body = [[name, count(data.sources[name].kept), origin] for name, origin in data.by_reference.items()]
     sentence = (
         "The license or the size of these sources does not allow to publish their texts. `kept/` has the id, the "
-        "origin and the SHA-256 of each; `atom rebuild-data` reads the files of `references.json` again, and compares every "
-        "text with its hash."
+        "origin and the SHA-256 of each; `atom rebuild-data` reads the files of `references.json` again, and compares "
+        "every text with its hash."
     )
     return [sentence, "", *table(["source", "documents", "origin"], body)]
 

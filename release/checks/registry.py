@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from release.assembly.chat_messages import FOLDER as MESSAGES
 from release.checks import (
     answers,
     attestations,
     cards,
     chat_templates,
     contamination,
+    conversations,
     documents,
     fresh_set,
     learning,
@@ -84,6 +86,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("data_card", cards.data_card, DATASET, EVERYTHING),
     Check("merkle_roots", merkle_roots.merkle_roots, DATASET, EVERYTHING, needs=ROOTS, since_format=2),
     Check("documents", documents.content_hashes, DATASET, EVERYTHING, deep=True),
+    Check("messages", conversations.messages, DATASET, EVERYTHING, deep=True, needs=MESSAGES, gate="messages"),
     Check("order", order.segments, DATASET, EVERYTHING, deep=True),
     Check("answers", answers.rescored_answers, DATASET, EVERYTHING, deep=True),
     BuildCheck("checkpoints_and_order", order.checkpoints_and_order),
