@@ -15,6 +15,7 @@ from stages.evaluation.settings import EvaluationSection
 from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import LongContext, PhaseConfig
+from stages.train.imported_weights import StartFrom
 
 
 class Licenses(Config):
@@ -46,6 +47,9 @@ class ReleaseRecipe(Identity):
     """A release. Phases whose section is left out are not trained."""
 
     tokenizer: TokenizerSection = Field(description="training of the tokenizer")
+    start_from: StartFrom | None = added(
+        None, "published model whose weights and tokenizer pretraining begins with; null: initial weights"
+    )
     model: Model = Field(description="architecture of the model")
     pretrain: PhaseConfig = Field(description="pretraining")
     midtrain: PhaseConfig = Field(description="mid-training")

@@ -35,6 +35,7 @@ from release.layout import (
     when,
 )
 from stages.data.table import MEASURES
+from stages.train.imported_weights import NAME as BASE
 
 DISTRIBUTION = "atom-release"
 CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
@@ -118,6 +119,9 @@ def placement(
             yield path, f"dataset/{GENERATED}/{suffix}/{name}"
         elif node == "filter" and (path == OPT_OUTS or path.startswith(f"{MEASURES}/")):
             yield path, f"dataset/{path}"
+        elif node == "import" and path == BASE:
+            yield path, f"evidence/{BASE}"
+            yield from ((path, f"{folder}/{BASE}") for folder in folders.values())
         elif kind == "items":
             yield path, f"dataset/evaluation/{path}"
         elif kind == "tasks":

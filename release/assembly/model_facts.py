@@ -25,6 +25,7 @@ from release.assembly.training import PhaseLog
 from release.layout import when
 from release.untrusted import tensor_header
 from stages.evaluation.scores import ContaminationReport, MemorizationScores, ModelScores
+from stages.train.imported_weights import NAME as BASE
 
 CONFIG_KEYS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
@@ -47,7 +48,7 @@ class ModelFacts:
     """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model; the last are those of the
     model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
     report, None without one. training: by phase. memorization: of the model itself, None if it was not measured.
-    harness: the same of task sets."""
+    harness: the same of task sets. base: the published model that pre-training began with, None without one."""
 
     architecture: str
     config: dict[str, Any]
@@ -61,6 +62,7 @@ class ModelFacts:
     training: dict[str, PhaseLog] = field(default_factory=dict)
     memorization: MemorizationScores | None = None
     harness: HarnessFacts | None = None
+    base: dict[str, Any] | None = None
 
     def own_scores(self) -> ModelScores:
         """The scores of the model itself, the last ones, because a card compares only with earlier models."""
@@ -92,6 +94,7 @@ def read_model_facts(model: Path) -> ModelFacts:
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
         memorization=read_scores(memorization) if memorization.exists() else None,
         harness=read_harness(folder / HARNESS),
+        base=read_json(model / BASE) if (model / BASE).exists() else None,
     )
 
 

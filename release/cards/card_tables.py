@@ -82,6 +82,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("experts_by_phase", training_tables.experts_by_phase, added=2, changed=4),
     CardTable("experts", training_tables.experts, added=2),
     CardTable("experts_verdict", training_tables.verdict, added=2),
+    CardTable("start", training_tables.start, added=4, heading="Where training began"),
     CardTable("process_rewards", training_tables.process_rewards, added=4, heading="Verified steps"),
     CardTable("spikes", training_tables.spikes, added=2, changed=4),
     CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {})), added=2, changed=4),

@@ -82,7 +82,7 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         pipeline_tag="text-generation",
         language=list(release.languages) or None,
         datasets=[dataset],
-        base_model=None if title == "base" else f"{release.repository}-base",
+        base_model=f"{release.repository}-base" if title != "base" else model.base and model.base["repo"],
         metrics=[metric for metric, _, _ in METRICS.values()],
         tags=[*(["mixture-of-experts"] if model.has_experts else []), "open-data", "reproducible"],
         eval_results=model_index(model.own_scores(), dataset),
