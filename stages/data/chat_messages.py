@@ -56,8 +56,7 @@ def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
                 continue
             message["content"] = stated.removesuffix("\n\n")
         messages.append(message)
-    rendered = chat.render(messages, tools=tools) if messages else ""
-    if rendered.removesuffix("\n") != text:
+    if not messages or chat.render(messages, tools=tools).removesuffix("\n") != text:
         raise ValueError("its text is no conversation in the chat template")
     return messages, tools
 

@@ -9,6 +9,7 @@ and no token has them. Optimizer states are not part of a model's repository: Ad
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from pipeline.core.text import printable
 from stages.data.table import write_json
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
+from stages.train.checkpoint import SHARD_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -198,17 +200,14 @@ def _special_ids(path: Path) -> dict[str, int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    import json
-
     content: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return content
 
 
 def estimate(config: ImportConfig) -> Estimate:
     total = 4 * config.model.parameters(config.padded_vocab_size)["total"]
-    return Estimate(
-        cpu_seconds=10 + total / 2e8, memory_bytes=700_000_000 + min(total, 2 * 10**10), disk_bytes=2 * total
-    )
+    memory = 700_000_000 + min(total, SHARD_BYTES)
+    return Estimate(cpu_seconds=10 + total / 2e8, memory_bytes=memory, disk_bytes=2 * total)
 
 
 STAGE = Stage("import", VERSION, ImportConfig, run, estimate=estimate)
