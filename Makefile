@@ -80,7 +80,7 @@ $(VENV_VLLM)/.ready:
 	@touch $@
 
 test-vllm: $(READY) $(VENV_VLLM)/.ready
-	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py tests/integration/test_vllm_evaluation.py
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py tests/integration/test_vllm_evaluation.py tests/integration/test_vllm_serve.py
 
 $(VENV_NEMO)/.ready:
 	$(PYTHON_LATEST) -m venv $(VENV_NEMO)
