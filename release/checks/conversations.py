@@ -13,4 +13,6 @@ MOST_PROBLEMS = 20
 
 def messages(subject: Subject) -> Findings:
     """Checks that the messages of every conversation are those of its text."""
-    return Findings(list(islice(chat_messages.problems(subject.folder), MOST_PROBLEMS)))
+    sources = ", ".join(chat_messages.published(subject.folder))
+    problems = list(islice(chat_messages.problems(subject.folder), MOST_PROBLEMS))
+    return Findings(problems, summary=f"the messages of every conversation are those of its text: {sources}")

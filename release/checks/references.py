@@ -33,6 +33,8 @@ def by_reference(subject: Subject) -> Findings:
         )
     for name in sorted(stated.keys() - data_layout.kept_files(dataset).keys()):
         findings.problems.append(f"references.json names {name}, of which there are no documents")
+    names = ", ".join(findings.skipped)
+    findings.summary = f"texts by reference: {names}; all others are here"
     return findings
 
 
