@@ -17,8 +17,11 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.parts import PartCount, part_file
 from pipeline.core.stage import Config
 from pipeline.core.text import escaped
-from release import untrusted
+from release import scratch, untrusted
 from release.layout import REFERENCES
+from stages.data import lock_file
+from stages.data.readers.hub import Hub
+from stages.data.readers.packages import Packages
 from stages.data.sources import Source
 from stages.data.steps import MAX_STEPS, AnyFilter
 from stages.data.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
@@ -57,13 +60,14 @@ class Reference(Config):
             )
         settings = source.model_dump(mode="json", exclude={"expected"})
         settings["reader"] = {name: value for name, value in settings["reader"].items() if name not in PLACES}
-        lock = getattr(source.reader, "lock", "")
+        if isinstance(source.reader, Hub):
+            settings["reader"]["revision"] = lock_file.read(Path(source.reader.lock))[source.name].revision
         digests = source.reader.digests(source.name, files)
         return cls(
             source=settings,
             seed=seed,
             parts=source.parts,
-            lock=Path(lock).read_text("utf-8") if lock else None,
+            lock=_lock_of(source),
             files=dict(zip((name for name, _ in files), digests, strict=True)),
             steps=tuple(steps),
         )
@@ -100,6 +104,18 @@ class Reference(Config):
         return source.model_copy(update={"reader": source.reader.absolute(Path.cwd())})
 
 
+def _lock_of(source: Source) -> str | None:
+    """The content of a lock file for the source alone; None for a reader without one."""
+    reader = source.reader
+    if isinstance(reader, Packages):
+        return Path(reader.lock).read_text("utf-8")
+    if not isinstance(reader, Hub):
+        return None
+    with scratch.folder() as temporary:
+        lock_file.write(temporary / "lock.yaml", {source.name: lock_file.read(Path(reader.lock))[source.name]})
+        return (temporary / "lock.yaml").read_text("utf-8")
+
+
 class References(Config):
     """The content of references.json."""
 
@@ -111,7 +127,7 @@ def read(dataset: Path) -> Mapping[str, Reference]:
     malformed."""
     if not (dataset / REFERENCES).exists():
         return {}
-    body = untrusted.read_json(dataset / REFERENCES, REFERENCE_BYTES)
+    body = untrusted.read_json(dataset / REFERENCES, REFERENCE_BYTES, follow=True)
     try:
         return dict(sorted(References.model_validate(body).sources.items()))
     except ValidationError as error:

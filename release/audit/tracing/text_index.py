@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import canonical, sha256_bytes, sha256_file
+from release import references
 from release.assembly.published_tables import TEXT_BATCH
 from release.audit.tracing.answers import Match, TextMatches
 from release.audit.tracing.documents import find_uses
@@ -64,7 +65,8 @@ def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda
             rows.setdefault((row["id"], row["content_hash"]), about)["tables"].append(name)
     uses = find_uses(data, {id for id, _ in rows})
     matches = [Match(**row, uses=uses.get(id, [])) for (id, _), row in rows.items()]
-    return TextMatches(span, "index" if index else "scan", matches, data.unknown())
+    unknown = [f"the texts of {name}: they are by reference" for name in references.read(data.data)]
+    return TextMatches(span, "index" if index else "scan", matches, [*data.unknown(), *unknown])
 
 
 def build_index(folder: Path, cache: Path, progress: Progress = lambda text: None) -> Path | None:
