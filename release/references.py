@@ -7,6 +7,7 @@ of every file, and the steps that edit texts. `atom rebuild-data` does it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,14 +81,15 @@ class Reference(Config):
             return escaped(f"{reader['repo']}@{reader.get('revision')}", 200)
         return escaped(str(self.source.get("origin")), 200)
 
-    def restored(self, folder: Path | None, scratch: Path) -> Source:
-        """The source with its places on this machine. folder: of its files; scratch: gets its lock file. Raises
+    def restored(self, folder: Path | None, temporary: Path) -> Source:
+        """The source with its places on this machine. folder: of its files; temporary: gets its lock file. Raises
         CheckFailed if its settings are malformed, AtomError if it needs a folder."""
-        name, reader = escaped(str(self.source.get("name")), 80), dict(self.source.get("reader", {}))
+        name = escaped(str(self.source.get("name")), 80)
+        reader = {key: value for key, value in dict(self.source.get("reader", {})).items() if key not in PLACES}
         if folder is not None:
             reader["path"] = str(folder.resolve())
         if self.lock is not None:
-            lock = scratch / f"{name}.lock.yaml"
+            lock = temporary / f"{len(os.listdir(temporary))}.lock.yaml"
             lock.write_text(self.lock, "utf-8")
             reader["lock"] = str(lock)
         try:
