@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
@@ -51,6 +52,7 @@ def fine_tune(folder: Path, data: Dataset, out: Path, steps: int, rank: int, rat
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=rate,
+        bf16=torch.cuda.is_available(),
         lr_scheduler_type="constant",
         max_length=model.config.max_position_embeddings,
         assistant_only_loss=True,

@@ -45,7 +45,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = hf.ExportConfig(model=MODEL, padded_vocab_size=PADDED, seed=3)
     hf.run(config, inputs, folder, folder / "out", train_fixtures.Reporter())  # type: ignore[arg-type]
     model = folder / "out/model"
-    (model / "README.md").write_text("---\nlicense: other\nlicense_name: openmdw-1.1\n---\n\n# Base\n")
+    (model / "README.md").write_text("---\nlicense: other\nlicense_name: licenseref-base\n---\n\n# Base\n")
     seal(model)
     return model
 
@@ -57,7 +57,7 @@ def seal(model: Path) -> None:
 
 def config(model: Path, **changes: Any) -> dict[str, Any]:
     digest = f"sha256:{sha256_file(model / 'SHA256SUMS')}"
-    stated = {"repo": REPO, "digest": digest, "license": "OpenMDW-1.1", "folder": str(model)}
+    stated = {"repo": REPO, "digest": digest, "license": "LicenseRef-base", "folder": str(model)}
     return {**stated, "model": MODEL.model_dump(), "padded_vocab_size": PADDED, **changes}
 
 
@@ -75,7 +75,7 @@ def test_the_tensors_are_those_that_were_exported(exported: Path, imported: Arti
         rows = train_fixtures.VOCAB if name == "embedding.word_embeddings.weight" else len(tensor)
         assert torch.equal(tensor[:rows], original[name][:rows]) and not tensor[rows:].any(), name
     about = imported.json("base.json")
-    assert about["repo"] == REPO and about["license"] == "OpenMDW-1.1"
+    assert about["repo"] == REPO and about["license"] == "LicenseRef-base"
     assert about["files"]["model.safetensors"] == sha256_file(exported / "model.safetensors")
 
 
@@ -128,7 +128,7 @@ def test_what_is_refused(exported: Path, tmp_path: Path, run_stage: Any) -> None
             run_stage(imported_weights.STAGE, config(model, **changes), {})
 
     refused(CheckFailed, "SHA256SUMS of local/base has the digest", digest=f"sha256:{'0' * 64}")
-    refused(RecipeError, "states openmdw-1.1; give the license", license="MIT")
+    refused(RecipeError, "states licenseref-base; give the license", license="MIT")
     wider = MODEL.model_copy(update={"moe_intermediate_size": 32}).model_dump()
     with pytest.raises(RecipeError, match="moe_intermediate_size = 16, the model section gives 32"):
         run_stage(imported_weights.STAGE, {**config(exported), "model": wider}, {})
