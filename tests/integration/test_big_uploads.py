@@ -63,15 +63,15 @@ def test_a_hub_that_takes_no_more_commits_this_hour(tmp_path: Path) -> None:
     """The upload ends with a sentence, and goes on where it stopped."""
     (tmp_path / "files").mkdir()
     code = [sys.executable, "-P", "-c", LIMITED, str(tmp_path / "files")]
-    sizes = []
+    sentences = []
     for most in ("2", "128"):
         with running(tmp_path / "hub", "local", LOCAL_TOKEN, "--commits-per-hour", most) as endpoint:
             environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": LOCAL_TOKEN, "PYTHONPATH": str(ROOT)}
             process = subprocess.run(code, env=environment, capture_output=True, text=True, check=False)
         assert process.returncode == 0, process.stderr
-        sizes.append(process.stdout.strip())
-    assert "answers 429: You have exceeded the rate limit for repository commits (2 per hour)" in sizes[0]
-    assert sizes[0].count("\n") == 0 and not sizes[1]
+        sentences.append(process.stdout.strip())
+    assert "answers 429: You have exceeded the rate limit for repository commits (2 per hour)" in sentences[0]
+    assert sentences[0].count("\n") == 0 and not sentences[1]
     journal = [json.loads(line) for line in (tmp_path / "files.jsonl").read_text().splitlines()]
     sent = [name for row in journal if row["call"] == "create_commit" for name in row["files"]]
     assert sorted(sent) == [f"{name:03d}.json" for name in range(120)]
