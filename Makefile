@@ -83,7 +83,7 @@ $(VENV_VLLM)/.ready:
 	@touch $@
 
 test-vllm: $(READY) $(VENV_VLLM)/.ready
-	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py tests/integration/test_vllm_evaluation.py tests/integration/test_vllm_templates.py
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py tests/integration/test_vllm_evaluation.py tests/integration/test_vllm_serve.py tests/integration/test_vllm_templates.py
 
 # The sources of llama.cpp come with llama-cpp-python; without its tools and its readers of pictures.
 $(VENV_RUNTIMES)/.ready:

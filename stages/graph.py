@@ -42,6 +42,7 @@ STAGES = {
     "tokenizer": "stages.data.tokenizer",
     "tokenize": "stages.data.tokenization",
     "order": "stages.data.order",
+    "import": "stages.train.imported_weights",
     "pretrain": "stages.train.pretrain",
     "midtrain": "stages.train.midtrain",
     "sft": "stages.train.sft",
@@ -160,6 +161,12 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe, benc
     for node, classifier in classifiers.items():
         examples = {name: sources[name] for name in (*classifier.positive, *classifier.negative)}
         graph.add(node, "classifier", data.classifier_config(classifier.name, config.seed), **examples)
+    imported: dict[str, str] = {}
+    if config.start_from is not None:
+        model = config.model.with_rope(config.pretrain.rope, config.model.context_length)
+        begin = {"model": model, "padded_vocab_size": config.tokenizer.padded_vocab_size}
+        graph.add("import", "import", config.start_from.model_dump() | begin)
+        imported = {"import": "import"}
     models = {node: node for node in classifiers}
     graph.add("filter", "filter", data.filter_config(config.seed), **sources, **models, **evaluated)
     graph.add("duplicates", "duplicates", data.duplicates_config(), filter="filter")
@@ -168,7 +175,7 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe, benc
     graph.add("dedup", "dedup", data.dedup_config(), **searched, representatives="representatives")
     tokenizer = config.tokenizer.model_dump()
     left_out = (*config.tokenizer.leave_out, *data.conversations)
-    graph.add("tokenizer", "tokenizer", tokenizer | {"leave_out": left_out}, dedup="dedup")
+    graph.add("tokenizer", "tokenizer", tokenizer | {"leave_out": left_out}, dedup="dedup", **imported)
     graph.add("tokenize", "tokenize", data.tokenize_config(), dedup="dedup", tokenizer="tokenizer")
 
 
@@ -177,7 +184,7 @@ def _add_training(
 ) -> tuple[dict[str, Trained], dict[str, str]]:
     """Adds the phases that train on text, each after the previous one. Returns the result of each, by node, and the
     role and node of the last one."""
-    previous: dict[str, str] = {}
+    previous = {"init": "import"} if config.start_from else {}
     model, trained = config.model, {}
     for phase in phases(config):
         section, name, earlier = phase.config, phase.node, {}
@@ -416,8 +423,11 @@ def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:
     names = [source.name for source in data.sources]
     mixes: dict[str, Mapping[str, float]] = {f"{phase.where}.mix": phase.config.mix for phase in phases(config)}
     mixes |= {f"{where}.mix": mix for where, mix in config.replay_mixes().items()}
-    stated = {"release.maker.sources": config.release.maker.sources}
-    for where, sources in {**mixes, **config.searched_sources(), **stated}.items():
+    named = {
+        **mixes, **config.searched_sources(), "release.maker.sources": config.release.maker.sources,
+        "release.by_reference": config.release.by_reference,
+    }  # fmt: skip
+    for where, sources in named.items():
         for source in sources:
             if source not in names:
                 near = difflib.get_close_matches(source, names, 1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core.bounds import Key, Language, License, Line, Namespace, Settings
+from pipeline.core.bounds import MOST_SOURCES, Key, Language, License, Line, Namespace, Settings, SourceName
 from pipeline.core.stage import Config, Renamed, added
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
@@ -17,6 +17,7 @@ from stages.maker import Maker
 from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import LongContext, PhaseConfig
+from stages.train.imported_weights import StartFrom
 
 
 class Licenses(Config):
@@ -40,6 +41,11 @@ class ReleaseSection(Config):
     languages: tuple[Language, ...] = Field(
         min_length=1, max_length=200, description="ISO 639 language codes for the metadata of the cards"
     )
+    by_reference: Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)] = added(
+        (),
+        "sources whose texts are not published, because their size or license does not allow it: only where each "
+        "document stands and its hash, from which `atom rebuild-data` gets them again",
+    )
     maker: Maker = added(Maker(), "statements of the maker for the documents of standards; none by default")
 
     @field_validator("variants")
@@ -54,6 +60,9 @@ class ReleaseRecipe(Identity):
     """A release. Phases whose section is left out are not trained."""
 
     tokenizer: TokenizerSection = Field(description="training of the tokenizer")
+    start_from: StartFrom | None = added(
+        None, "published model whose weights and tokenizer pretraining begins with; null: initial weights"
+    )
     model: Model = Field(description="architecture of the model")
     pretrain: PhaseConfig = Field(description="pretraining")
     midtrain: PhaseConfig = Field(description="mid-training")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.core import code_snapshot
 from pipeline.core.code_snapshot import PACKAGES
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
+from release import references
 from release.assembly.score_facts import HARNESS, MEMORIZATION
 from release.data_layout import GENERATED
 from release.layout import (
@@ -37,6 +38,7 @@ from release.layout import (
 from release.prediction.forecast import FILE, FOLDER
 from release.prediction.forecast import MODEL as MODEL_PREDICTED
 from stages.data.table import MEASURES
+from stages.train.imported_weights import NAME as BASE
 
 DISTRIBUTION = "atom-release"
 CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
@@ -45,13 +47,21 @@ CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
 class Assembly:
     """A release folder that is being built."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, by_reference: Collection[str] = ()) -> None:
+        """by_reference: sources whose documents are placed without their texts."""
+        self.folder, self.by_reference = folder, by_reference
         self.origins: dict[str, dict[str, str]] = {}
 
     def copy(self, node: str, artifact: Artifact, file: str, target: str) -> None:
+        if self._is_by_reference(target):
+            references.write_without_text(artifact / file, self.folder / target)
+            self.origins[target] = {"generated": f"{file} of {artifact.key} without its texts"}
+            return
         self._put(target, (artifact / file), None)
         self.origins[target] = {"artifact": node, "file": file}
+
+    def _is_by_reference(self, target: str) -> bool:
+        return any(target.startswith(f"dataset/kept/{name}/") for name in self.by_reference)
 
     def include(self, source: Path, target: str, reason: str) -> None:
         """Copies a file that is not part of an artifact: code, statements, metrics."""
@@ -112,6 +122,9 @@ def placement(
             yield path, f"dataset/{GENERATED}/{suffix}/{name}"
         elif node == "filter" and (path == OPT_OUTS or path.startswith(f"{MEASURES}/")):
             yield path, f"dataset/{path}"
+        elif node == "import" and path == BASE:
+            yield path, f"evidence/{BASE}"
+            yield from ((path, f"{folder}/{BASE}") for folder in folders.values())
         elif kind == "items":
             yield path, f"dataset/evaluation/{path}"
         elif kind == "tasks":

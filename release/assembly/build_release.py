@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
     from release.checks.load_report import LoadReport
+    from release.references import Reference
     from release.schema import ReleaseInfo
     from stages.data.curation.deny_list import DenyList
 
@@ -40,8 +41,8 @@ class BuildInput:
     statements: in-toto statement files, including those of failed attempts. metrics: metrics.jsonl by node.
     environment: versions. code_roots: folders with the packages. stale: nodes made by code that has changed since.
     machine_paths: folders of this machine that no published file may name. deny_list: of the data recipe. previous: the
-    folder of an earlier release, in which receipts of opt-outs look for the documents. prediction: the artifact that
-    was sealed before training, and its statement.
+    folder of an earlier release, in which receipts of opt-outs look for the documents. references: sources whose texts
+    are by reference, by name. prediction: the artifact that was sealed before training, and its statement.
     """
 
     name: str
@@ -59,6 +60,7 @@ class BuildInput:
     earlier: dict[str, Artifact] = field(default_factory=dict)
     machine_paths: list[Path] = field(default_factory=list)
     deny_list: DenyList | None = None
+    references: Mapping[str, Reference] = field(default_factory=dict)
     previous: Path | None = None
     prediction: tuple[Artifact, Path] | None = None
 
@@ -147,6 +149,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     """Writes everything except the result of the gates and the checksums; returns the context of the gates."""
     from release.assembly import assemble, attest, costs, runtimes
     from release.assembly.attribution import write_attribution
+    from release.assembly.chat_messages import write_messages
     from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
     from release.assembly.data_facts import canary_of, read_data_facts
     from release.assembly.model_facts import read_model_facts
@@ -156,11 +159,21 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.cards import croissant, render, tables
     from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
-    from release.layout import CANARY, FILTER_AGREEMENT, ORIGINS, RELEASE, ROOTS, RUNTIMES, SECOND_VERIFIER, VARIANT
+    from release.layout import (
+        CANARY,
+        FILTER_AGREEMENT,
+        ORIGINS,
+        REFERENCES,
+        RELEASE,
+        ROOTS,
+        RUNTIMES,
+        SECOND_VERIFIER,
+        VARIANT,
+    )
     from release.repositories import model_folders, repositories
     from stages.data.curation.agreement import read_figures
 
-    assembly = assemble.Assembly(folder)
+    assembly = assemble.Assembly(folder, source.references)
     assemble.place_artifacts(assembly, source.artifacts)
     assemble.place_earlier(assembly, source.earlier)
     assemble.place_code(assembly, source.code_roots)
@@ -178,11 +191,16 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     release = describe(source)
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
 
+    if source.references:
+        stated = {"sources": {name: each.model_dump(mode="json") for name, each in source.references.items()}}
+        assembly.json(f"dataset/{REFERENCES}", stated, "settings of the sources by reference")
     assembly.json(f"dataset/{FILTER_AGREEMENT}", read_figures(), "stages.data.curation.agreement")
     prefix = "acquire-"
     acquired = {node.removeprefix(prefix): a.path for node, a in source.artifacts.items() if node.startswith(prefix)}
     for table in write_attribution(folder / "dataset", acquired):
         assembly.register(table, "release.assembly.attribution")
+    for table in write_messages(folder / "dataset"):
+        assembly.register(table, "release.assembly.chat_messages")
     data = read_data_facts(folder / "dataset")
     receipts = write_receipts(folder / "dataset", release, data.opt_outs, source.previous, source.deny_list, progress)
     for request, receipt in receipts:
@@ -238,9 +256,10 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
 def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, ReleaseFacts]) -> dict[str, LoadReport]:
     """Writes the card, scores, plots and goldens of each model. Returns what plain transformers makes of each: a
     process of its own loads them while the plots are drawn."""
+    from release.assembly import serving
     from release.cards import plot, render, results, scaling_plots
     from release.checks.load_report import load_models
-    from release.layout import GOLDENS
+    from release.layout import GOLDENS, MODEL
 
     folder, data_id = assembly.folder, render.data_id(release)
     with ThreadPoolExecutor(1) as pool:
@@ -248,6 +267,10 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
         for name, model_facts in facts.items():
             model = model_facts.model
             assembly.write(f"{name}/README.md", render.model_card(name, release, model_facts).encode(), CARD_ORIGIN)
+            if serving.is_served(model):
+                repo = f"{release.repository}{name.removeprefix(MODEL)}"
+                config = serving.serve_config(folder / name, repo, release.version)
+                assembly.write(f"{name}/{serving.NAME}", config.encode(), "options of vLLM for this model")
             measured = results.text(model, data_id, release.version)
             assembly.write(
                 f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"

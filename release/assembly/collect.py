@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pipeline
@@ -14,6 +15,8 @@ from pipeline.graph.dag import Graph, states
 from pipeline.launch.start_records import prediction_key
 from release.assembly.build_release import BuildInput
 from release.prediction.forecast import PHASE
+from release.references import Reference
+from stages.data.acquire import AcquireConfig
 from stages.data.curation.deny_list import DENY_LIST, DenyList
 from stages.data.filter import FilterConfig
 
@@ -53,6 +56,7 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
         stale=[s.name for s in states(graph, store).values() if s.text == "stale"],
         deny_list=_deny_list(graph),
         prediction=_prediction(graph, store),
+        references=_references(graph, artifacts, earlier),
         previous=previous,
         machine_paths=[store.home, root, Path.home(), Path(sys.prefix)],
     )
@@ -73,6 +77,29 @@ def _deny_list(graph: Graph) -> DenyList | None:
     data = graph.nodes["filter"].config
     assert isinstance(data, FilterConfig)
     return DENY_LIST.require(data.curation.deny_list, data.curation.deny_list_sha256)
+
+
+def _references(
+    graph: Graph, artifacts: Mapping[str, Artifact], earlier: Mapping[str, Artifact]
+) -> dict[str, Reference]:
+    """The sources by reference. Raises AtomError for a source that is in no files, or of a run that resumed from data
+    of an earlier one."""
+    names, config = graph.recipe.config.release.by_reference, graph.nodes["filter"].config
+    assert isinstance(config, FilterConfig)
+    if names and any(key.startswith("dedup-") for key in earlier):
+        raise AtomError(
+            f"release.by_reference names {names[0]}, but this run resumed from documents of an earlier one, which the "
+            "release holds as well; run the phases on one corpus, or leave it out"
+        )
+    found = {}
+    for name in names:
+        acquired = graph.nodes[f"acquire-{name}"].config
+        if not isinstance(acquired, AcquireConfig):
+            raise AtomError(f"release.by_reference names {name}, whose texts a model wrote here; leave it out")
+        edits = artifacts["filter"].json("edits.json")[name]
+        steps = next(source.steps for source in config.sources if source.name == name)
+        found[name] = Reference.of(acquired.source, acquired.seed, [s for s in steps if edits.get(s.step)])
+    return found
 
 
 def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:

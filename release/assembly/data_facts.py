@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
-from release import data_layout, schema
+from release import data_layout, references, schema
+from release.assembly import chat_messages
 from release.assembly.distinct import Distinct
 from release.assembly.document_facts import DocumentFacts, read_document_facts
 from release.assembly.opt_outs import OptOut, read_opt_outs
@@ -94,7 +95,9 @@ class DataFacts:
     """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
     chat: scores by benchmark and model, empty without a chat model. in_parts: whether the tables of documents are in
     parts. filter_agreement: of the filters with their reference, empty in older releases. opt_outs: of the deny-list.
-    documents: licenses, lengths and measures after curation. Phases and models are in the order of training."""
+    documents: licenses, lengths and measures after curation. by_reference: {source: where its files are} of sources
+    without published texts; messages: {source: splits} of the tables of conversations. Phases and models are in the
+    order of training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
@@ -104,6 +107,8 @@ class DataFacts:
     filter_agreement: dict[str, Any] = field(default_factory=dict)
     opt_outs: list[OptOut] = field(default_factory=list)
     documents: DocumentFacts = field(default_factory=DocumentFacts)
+    by_reference: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, list[str]] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""
@@ -124,6 +129,8 @@ def read_data_facts(dataset: Path) -> DataFacts:
         read_json(dataset / FILTER_AGREEMENT) if (dataset / FILTER_AGREEMENT).exists() else {},
         read_opt_outs(dataset),
         read_document_facts(dataset),
+        {name: reference.origin for name, reference in references.read(dataset).items()},
+        chat_messages.published(dataset),
     )
 
 

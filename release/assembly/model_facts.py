@@ -27,6 +27,7 @@ from release.prediction import forecast
 from release.prediction.forecast import Outcome, Prediction
 from release.untrusted import tensor_header
 from stages.evaluation.scores import ContaminationReport, MemorizationScores, ModelScores
+from stages.train.imported_weights import NAME as BASE
 
 CONFIG_KEYS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
@@ -50,7 +51,7 @@ class ModelFacts:
     model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
     report, None without one. training: by phase. memorization: of the model itself, None if it was not measured.
     harness: the same of task sets. outcomes: what was predicted before training, and measured; prediction: the whole of
-    it."""
+    it. base: the published model that pre-training began with, None without one."""
 
     architecture: str
     config: dict[str, Any]
@@ -66,6 +67,7 @@ class ModelFacts:
     harness: HarnessFacts | None = None
     prediction: Prediction | None = None
     outcomes: list[Outcome] = field(default_factory=list)
+    base: dict[str, Any] | None = None
 
     def own_scores(self) -> ModelScores:
         """The scores of the model itself, the last ones, because a card compares only with earlier models."""
@@ -101,6 +103,7 @@ def read_model_facts(model: Path) -> ModelFacts:
         harness=read_harness(folder / HARNESS),
         prediction=prediction,
         outcomes=forecast.outcomes(prediction, _measured(model, scores)) if prediction else [],
+        base=read_json(model / BASE) if (model / BASE).exists() else None,
     )
 
 

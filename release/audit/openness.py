@@ -18,11 +18,22 @@ import yaml
 
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
-from release import data_layout, schema
+from release import data_layout, references, schema
 from release.assembly.published_tables import read_json
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
-from release.layout import FORMAT, GATES, MODEL, ORIGINS, SIGNATURE, TRAINING, WITHOUT_ORDER, numbered, phases_of
+from release.layout import (
+    FORMAT,
+    GATES,
+    MODEL,
+    ORIGINS,
+    REFERENCES,
+    SIGNATURE,
+    TRAINING,
+    WITHOUT_ORDER,
+    numbered,
+    phases_of,
+)
 from release.repositories import repositories
 from release.standards import bundle
 
@@ -105,6 +116,10 @@ def _documents(release: Published) -> Answer:
     sources = read_json(release.folder / "dataset/summary.json")["sources"].values()
     kept = sum(sum(s["kept"].values()) if isinstance(s["kept"], dict) else s["kept"] for s in sources)
     evidence = ["dataset/kept", "dataset/summary.json"]
+    if by_reference := references.read(release.folder / "dataset"):
+        named = ", ".join(f"{name} ({each.origin})" for name, each in by_reference.items())
+        reason = f"of {kept:,} kept documents the texts, or how `atom rebuild-data` gets them again: {named}"
+        return ("Y" if texts == kept else "P"), reason, [*evidence, f"dataset/{REFERENCES}"]
     if texts == kept:
         return "Y", f"the texts of all {kept:,} documents that were kept", evidence
     return "P" if texts else "N", f"the texts of {texts:,} of {kept:,} documents", evidence

@@ -50,6 +50,19 @@ def _found(row: LicenseFacts) -> str:
     return "; ".join(way if len(ways) == 1 else f"{way}: {count(number)}" for way, number in ways)
 
 
+def by_reference(data: DataFacts) -> list[str]:
+    """The sources whose texts are not published, and where they come from; none without such sources."""
+    if not data.by_reference:
+        return []
+    body = [[name, count(data.sources[name].kept), origin] for name, origin in data.by_reference.items()]
+    sentence = (
+        "The license or the size of these sources does not allow to publish their texts. `kept/` has the id, the "
+        "origin and the SHA-256 of each; `atom rebuild-data` reads the files of `references.json` again, and compares "
+        "every text with its hash."
+    )
+    return [sentence, "", *table(["source", "documents", "origin"], body)]
+
+
 def attribution(data: DataFacts) -> list[str]:
     """The sources whose licenses ask for attribution or for notices, with their origins; none if no source does."""
     listed = data.documents.attributed

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from pipeline.hub.client import load
 from release import schema
+from release.assembly.chat_messages import FOLDER as MESSAGES
 from release.assembly.data_facts import DataFacts
+from release.assembly.serving import is_served
 from release.assembly.variant_facts import VariantFacts
 from release.cards import card_tables
 from release.cards.card_tables import ReleaseFacts
@@ -81,7 +83,7 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         pipeline_tag="text-generation",
         language=list(release.languages) or None,
         datasets=[dataset],
-        base_model=None if title == "base" else f"{release.repository}-base",
+        base_model=f"{release.repository}-base" if title != "base" else model.base and model.base["repo"],
         metrics=[metric for metric, _, _ in METRICS.values()],
         tags=[*(["mixture-of-experts"] if model.has_experts else []), "open-data", "reproducible"],
         eval_results=model_index(model.own_scores(), dataset),
@@ -94,6 +96,7 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         template_path=str(TEMPLATES / "model.md.jinja"),
         release=release,
         model=model,
+        served=is_served(model),
         title=title,
         trained_by=_join_words([_title(phase) for phase in model.training]),
         repo=f"{release.namespace}/{card_data.model_name}",
@@ -167,6 +170,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         configs=[
             *(_config(name, "kept", f"kept/{name}{suffix}") for name in data.sources),
             _config("dispositions", "all_documents", f"dispositions{all_parts}"),
+            *(_config_of_messages(name, splits) for name, splits in data.messages.items()),
         ],
         **license_fields(release.license.data_compilation),
         **schema.head(),
@@ -179,6 +183,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         prefix=release.repository,
         sources=list(data.sources),
         in_parts=data.in_parts,
+        messages=list(data.messages),
         attributed=bool(data.documents.attributed),
         notices=data.documents.notices,
         measured=bool(data.documents.languages or data.documents.scores),
@@ -194,6 +199,12 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
 def _config(name: str, split: str, path: str) -> dict[str, Any]:
     """A configuration of the data set for the Hub. path: of its files, which may be a pattern."""
     return {"config_name": name, "data_files": [{"split": split, "path": path}]}
+
+
+def _config_of_messages(source: str, splits: list[str]) -> dict[str, Any]:
+    """The configuration of the conversations of a source, which training libraries read."""
+    files = [{"split": split, "path": f"{MESSAGES}/{source}/{split}/*.parquet"} for split in splits]
+    return {"config_name": f"{source}-messages", "data_files": files}
 
 
 def plain_card(kind: str, release: ReleaseInfo, license: str, **table_lines: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from pipeline.core.text import escaped
 from release.assembly.model_facts import ModelFacts
 from release.cards.tables import count, table
 
@@ -119,3 +120,12 @@ def process_rewards(model: ModelFacts) -> list[str]:
         for part, row in parts.items()
     ]
     return table(["phase", "task", "part of the reward", "first steps", "last steps"], body) if body else []
+
+
+def start(model: ModelFacts) -> list[str]:
+    """The published model that pre-training began with; none without one."""
+    if model.base is None:
+        return []
+    sentence = "Pre-training began with the weights and the tokenizer of a published model, with a fresh optimizer:"
+    row = [f"`{escaped(model.base['repo'])}`", escaped(model.base["license"]), f"`{escaped(model.base['digest'])}`"]
+    return [sentence, "", *table(["model", "license of its weights", "digest of its SHA256SUMS"], [row])]

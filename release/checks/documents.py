@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.parts import part_number
-from release import data_layout
+from release import data_layout, references
 from release.assembly.published_tables import TEXT_BATCH, read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
@@ -149,13 +149,16 @@ def _has(path: Path, id: str, kept_of: str | None = None) -> bool:
 
 
 def content_hashes(subject: Subject) -> Findings:
-    """Checks that the content hash of every kept document is that of its text, and equal in every table."""
+    """Checks that the content hash of every kept document is that of its text, if the text is published, and equal in
+    every table."""
     dataset = subject.folder
-    problems = (text for part in data_layout.document_parts(dataset) for text in _unequal_hashes(dataset, part))
+    by_reference = references.read(dataset).keys()
+    parts = data_layout.document_parts(dataset)
+    problems = (text for part in parts for text in _unequal_hashes(dataset, part, by_reference))
     return Findings(list(islice(problems, MOST_PROBLEMS)))
 
 
-def _unequal_hashes(dataset: Path, part: data_layout.Part) -> Iterator[str]:
+def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collection[str]) -> Iterator[str]:
     if missing := [path for path in (part.dispositions, part.tokens) if not path.exists()]:
         yield f"{_name(dataset, missing[0])} is missing"
         return
@@ -169,7 +172,10 @@ def _unequal_hashes(dataset: Path, part: data_layout.Part) -> Iterator[str]:
         columns = ["id", "split", "text", "content_hash"]
         for batch in text_batches(path, columns, TEXT_BATCH) if path.exists() else ():
             for row in batch.to_pylist():
-                if hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
+                if row["text"] is None:
+                    if source not in by_reference:
+                        yield f"{name}: {row['id']} has no text, and is not by reference"
+                elif hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
                     yield f"{name}: the text of {row['id']} is not what its content hash says"
                 if row["split"] not in SPLITS:
                     yield f"{name}: the split of {row['id']} is neither {' nor '.join(SPLITS)}"

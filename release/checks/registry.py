@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from release.assembly.chat_messages import FOLDER as MESSAGES
 from release.checks import (
     answers,
     attestations,
     cards,
     chat_templates,
     contamination,
+    conversations,
     documents,
     fresh_set,
     learning,
@@ -26,6 +28,7 @@ from release.checks import (
     post_training,
     prediction,
     receipts,
+    references,
     runtimes,
     scores,
     secret_values,
@@ -37,7 +40,17 @@ from release.checks import (
     weights,
 )
 from release.checks.check import BuildCheck, Check, Reads, Scope
-from release.layout import EXPORTED, GATES_STATED, LOSS, OPT_OUTS, ROOTS, RUNTIMES, STANDARDS, VARIANT
+from release.layout import (
+    EXPORTED,
+    GATES_STATED,
+    LOSS,
+    OPT_OUTS,
+    REFERENCES,
+    ROOTS,
+    RUNTIMES,
+    STANDARDS,
+    VARIANT,
+)
 from release.prediction.forecast import FILE, FOLDER
 
 RELEASE = Scope(("release",))
@@ -56,6 +69,7 @@ EVIDENCED = Reads((f"{STANDARDS}/",))
 PROVENANCE = Reads(("evidence/", "code/"))
 STATEMENTS = Reads(("evidence/", "dataset/"))
 FATES = Reads(("dispositions", "kept/"))
+REFERENCED = Reads((REFERENCES, "kept/", "sources/"))
 RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_out/"))
 SCORED = Reads(("evaluation/",))
 LOSSES = Reads((f"{VARIANT}-", "dataset/evaluation/"))
@@ -92,11 +106,13 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("code", source_code.source_files, EVIDENCE, PROVENANCE, deep=True),
     Check("licenses", documents.licenses, DATASET, FATES, gate="licenses_known", remedy=LICENSE),
     Check("dispositions_balance", documents.dispositions, DATASET, FATES, gate="counts_balance", remedy=CURATION),
+    Check("references", references.by_reference, DATASET, REFERENCED, needs=REFERENCES, gate="references"),
     Check("receipts", receipts.receipts, RELEASE, RECEIPTS, needs=f"dataset/{OPT_OUTS}", gate="receipts"),
     Check("scores", scores.scores, DATASET, SCORED),
     Check("data_card", cards.data_card, DATASET, EVERYTHING),
     Check("merkle_roots", merkle_roots.merkle_roots, DATASET, EVERYTHING, needs=ROOTS, since_format=2),
     Check("documents", documents.content_hashes, DATASET, EVERYTHING, deep=True),
+    Check("messages", conversations.messages, DATASET, EVERYTHING, deep=True, needs=MESSAGES, gate="messages"),
     Check("order", order.segments, DATASET, EVERYTHING, deep=True),
     Check("answers", answers.rescored_answers, DATASET, EVERYTHING, deep=True),
     BuildCheck("checkpoints_and_order", order.checkpoints_and_order),

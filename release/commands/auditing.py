@@ -175,6 +175,39 @@ def trace(
     print(json.dumps(answer.to_json(), indent=1) if as_json else tracing.text(answer))
 
 
+@app.command("rebuild-data")
+def rebuild_data(
+    release: AnyReleaseArgument,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="of the tables with texts; default: RELEASE.data")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="the files of a source that no Hub has; repeatable"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Get the documents that a release has by reference.
+
+    The files of each source are pulled from HF_ENDPOINT, or read from the folder that you give, and compared with their
+    digests; every text is compared with its published hash. A run that was interrupted goes on with the next part.
+    `atom replay` finds the tables in their default place.
+
+    Example: atom rebuild-data runs/releases/atom-tiny-0.1.0
+    """
+    from release.audit import rebuild
+
+    require_release(release, "dispositions")
+    folders = {}
+    for text in source or ():
+        name, mark, folder = text.partition("=")
+        if not mark or not Path(folder).exists():
+            raise AtomError(f"--source {text} is not NAME=FOLDER with a folder that exists")
+        folders[name] = Path(folder)
+    result = rebuild.rebuild(release, to or rebuild.folder_of(release), folders, print_progress)
+    print(json.dumps(result.to_json(), indent=1) if as_json else rebuild.text(result))
+
+
 @app.command()
 def replay(
     release: ReleaseArgument,

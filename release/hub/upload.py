@@ -26,7 +26,9 @@ from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import Repository, files_of
 
 FILES_PER_COMMIT = 50
-"""The Hub recommends less than a hundred."""
+"""The Hub recommends less than a hundred. Larger uploads have more, to stay below COMMITS."""
+COMMITS = 100
+"""Of one upload to a branch: the Hub refuses more than 128 commits to a repository within an hour."""
 SENT_LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
 Progress = Callable[[str], None]
 FileIds = dict[str, tuple[str, ...]]
@@ -253,7 +255,8 @@ def _chunks(difference: Difference) -> list[list[str]]:
     """Paths by commit. The checksum file and the signature are in the last commit, alone, so that an interrupted upload
     is recognized."""
     paths = [path for path in difference.missing if path not in SENT_LAST]
-    chunks = [paths[i : i + FILES_PER_COMMIT] for i in range(0, len(paths), FILES_PER_COMMIT)]
+    size = max(FILES_PER_COMMIT, -(-len(paths) // COMMITS))
+    chunks = [paths[i : i + size] for i in range(0, len(paths), size)]
     last_files = [path for path in difference.missing if path in SENT_LAST]
     chunks += [last_files] if last_files else []
     return chunks or ([[]] if difference else [])

@@ -46,7 +46,7 @@ def find_reached(release: Path, deny_list: DenyList) -> Reached:
     kept = {row["id"] for row in _rows(data) if row["disposition"] == "kept" and row["id"] in reached.found}
     reached.found = {id: found for id, found in reached.found.items() if id in kept}
     for row in stream_rows(data.kept(), ["id", "text"]):
-        if row["id"] in kept:
+        if row["id"] in kept and row["text"] is not None:
             reached.texts.add(row["text"])
     for document in find_documents(data, sorted(kept)).values():
         reached.models |= set(document.models)

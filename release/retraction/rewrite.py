@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from release.assembly.chat_messages import FOLDER as MESSAGES
 from release.audit import merkle
 from release.data_layout import ATTRIBUTION
 from release.layout import ROOTS, SUMS
@@ -20,6 +21,8 @@ from stages.data.curation.deny_list import OPT_OUT_RULE, match_text
 MIN_TEXT = 20
 """A shorter text is looked for as the whole value of a column only: it occurs in others by chance."""
 BATCH = 4096
+BY_ID = (f"dataset/{ATTRIBUTION}/", f"dataset/{MESSAGES}/")
+"""The folders of tables that are about documents and do not hold their texts as they are."""
 HEAD = re.compile(r"\A---\r?\n.*?\r?\n---\s*?\n", re.DOTALL)
 
 
@@ -69,7 +72,7 @@ def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
     import pyarrow.parquet as pq
 
     fates = _is_fates(name)
-    without = _without_ids if name.startswith(f"dataset/{ATTRIBUTION}/") else _without
+    without = _without_ids if name.startswith(BY_ID) else _without
     with pq.ParquetFile(path) as file:
         if not any(_touches(batch, fates, reached, without) for batch in file.iter_batches(BATCH)):
             return
@@ -111,6 +114,8 @@ def _without(batch: Any, reached: Reached) -> Any:
     import pyarrow.compute as pc
 
     holds = pa.array([False] * len(batch))
+    if {"id", "text"} <= set(batch.schema.names):  # of a source by reference
+        holds = pc.and_(_has_id(batch, reached), pc.is_null(batch.column("text")))
     for field in batch.schema:
         if field.type not in (pa.string(), pa.large_string()):
             continue

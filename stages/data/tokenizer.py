@@ -7,6 +7,7 @@ that decode(encode(x)) == x for any text.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,15 +73,20 @@ class TokenizerSection(Config):
         return self
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_chat_template.jinja")
 REPORTED = 2_000  # documents of each source on which the bytes per token are measured
 
 
 def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Train on a sample of the training split and seal tokenizer files and `stats.json` (bytes per token by source).
 
-    inputs["dedup"]: kept documents. Of a large source only some parts are read, and the texts are streamed. Raises
-    RecipeError if the corpus cannot yield vocab_size tokens.
+    inputs["dedup"]: kept documents; inputs["import"]: a published model, whose tokenizer is taken over instead. Of a
+    large source only some parts are read, and the texts are streamed. Raises RecipeError if the corpus cannot yield
+    vocab_size tokens.
     """
+    if "import" in inputs:
+        _take_over(config, inputs, out, report)
+        return
     files = choose_files(inputs["dedup"] / "kept", config.leave_out, config.sample_bytes)
     train = {
         name: Sample.draw(source_files, "train", REPORTED, config.sample_bytes) for name, source_files in files.items()
@@ -112,6 +118,28 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     write_json(out / "stats.json", stats)
     for name, part in ratios.items():
         report.note(f"{name}: {part['value']:.2f} bytes a token ({part['split']})")
+
+
+def _take_over(config: TokenizerSection, inputs: Inputs, out: Path, report: Report) -> None:
+    """Copies the files of an imported tokenizer, and measures it on the corpus. Raises RecipeError if its size is not
+    the recipe's."""
+    for path in sorted(inputs["import"].path.iterdir()):
+        if path.is_file() and path.name in TOKENIZER_FILES:
+            shutil.copyfile(path, out / path.name)
+    tokenizer = load_for_corpus(out / "tokenizer.json")
+    if (size := tokenizer.get_vocab_size()) != config.vocab_size:
+        raise RecipeError(
+            f"tokenizer.vocab_size = {config.vocab_size}, but the imported tokenizer has {size}; write it"
+        )
+    files = choose_files(inputs["dedup"] / "kept", config.leave_out, config.sample_bytes)
+    samples = {}
+    for name, source_files in files.items():
+        heldout = Sample.draw(source_files, "heldout", REPORTED)
+        samples[name] = heldout if len(heldout.lengths) else Sample.draw(source_files, "train", REPORTED)
+    ratios = bytes_per_token(tokenizer, samples)
+    stats = {"vocab_size": size, "padded_vocab_size": config.padded_vocab_size, "bytes_per_token": ratios}
+    write_json(out / "stats.json", {**stats, "sample": {"documents": 0, "bytes": 0}})
+    report.note(f"took over the tokenizer of {inputs['import'].json('base.json')['repo']}")
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:

@@ -7,14 +7,12 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 import yaml
 from huggingface_hub.utils import close_session
 from starlette.responses import JSONResponse, Response
@@ -22,96 +20,15 @@ from starlette.responses import JSONResponse, Response
 from pipeline.core.errors import AtomError, MachineError, RecipeError
 from pipeline.graph import recipe as recipes
 from pipeline.hub import client
-from release.hub.local.app import make_app
-from release.hub.local.server import LOCAL_TOKEN, free_port
-from release.hub.local.store import Commit, File, HubStore, current_time
-from stages.data import acquire, hub_files, lock_file, pinning
-from stages.data.acquire import AcquireConfig
+from release.hub.local.server import free_port
+from stages.data import acquire, hub_files, pinning
 from stages.data.recipe import load
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.table import part_files
+from tests.fixtures.hub_fixtures import REPO, Hub, acquire_config, lines, pin, write_recipe
 from tests.fixtures.run_fixtures import atom
 
-REPO = "local/notes"
-
-
-class Hub:
-    """The local Hub with one dataset. behavior: answers a request in its place, or returns None."""
-
-    def __init__(self, root: Path, port: int) -> None:
-        self.root, self.endpoint = root, f"http://127.0.0.1:{port}"
-        self.store, self.app = HubStore(root), make_app(root, {LOCAL_TOKEN: "local"})
-        self.repo = self.store.create("dataset", REPO, False, "local")
-        self.behavior: Any = lambda scope: None
-        self.requests: Counter[str] = Counter()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            self.requests[f"{scope['method']} {scope['path'].rsplit('/', 1)[-1]}"] += 1
-            if (answer := self.behavior(scope)) is not None:
-                return await answer(scope, receive, send)
-        await self.app(scope, receive, send)
-
-    def commit(self, files: dict[str, bytes], small: bool = False) -> str:
-        """Replaces all files. small: git holds them itself, and not git-lfs."""
-        entries: dict[str, File] = {}
-        for path, data in files.items():
-            entries[path] = self.store.text_file(data) if small else self.store.lfs_file(self.store.put(data))
-        commit = self.repo.add("main", Commit(self.repo.branches["main"], "t", "", "local", current_time(), entries))
-        self.store.save(self.repo)
-        return commit
-
-    def damage(self, path: str, data: bytes) -> None:
-        """Serves other bytes under the digest of a file."""
-        entry = self.repo.commits[self.repo.branches["main"]].files[path]
-        self.store.blob(entry.blob).write_bytes(data)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    port = free_port()
-    served = Hub(tmp_path / "served", port)
-    server = uvicorn.Server(uvicorn.Config(served, "127.0.0.1", port, log_level="critical", access_log=False))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
-    monkeypatch.setenv("HF_TOKEN", LOCAL_TOKEN)
-    monkeypatch.setenv("ATOM_HOME", str(tmp_path / "home"))
-    close_session()  # the client of another test is bound to another address
-    yield served
-    close_session()
-    server.should_exit = True
-    thread.join(10)
-
-
-def lines(*texts: str) -> bytes:
-    rows = [{"text": text, "meta": {"license": "CC0-1.0"}} for text in texts]
-    return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
-
-
 FILES = {f"data/{name}.jsonl.gz": lines(f"{name} one", f"{name} two") for name in "abcd"}
-
-
-def write_recipe(folder: Path, parts: int = 1, **reader: Any) -> Path:
-    settings = {"reader": "hub", "repo": REPO, "pattern": "data/*.jsonl.gz", "format": "jsonl", **reader}
-    source = {
-        "name": "notes", "kind": "prose", "license": "CC0-1.0", "license_evidence": "the card",
-        "origin": f"https://huggingface.co/datasets/{REPO}", "reader": settings, "parts": parts,
-    }  # fmt: skip
-    path = folder / "mine.yaml"
-    path.write_text(yaml.safe_dump({"name": "mine", "description": "test", "sources": [source]}))
-    return path
-
-
-def pin(path: Path) -> dict[str, lock_file.LockedSource]:
-    assert [row.name for row in pinning.pin(path)] == ["notes"]
-    return dict(lock_file.read(recipes.lock_of(path)))
-
-
-def acquire_config(path: Path) -> AcquireConfig:
-    return AcquireConfig.model_validate(load(path).resolved().acquire_config("notes", 0))
 
 
 def texts(folder: Path) -> list[str]:

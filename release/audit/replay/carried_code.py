@@ -31,6 +31,7 @@ from pipeline.core.store import canonical, sha256_bytes
 from pipeline.core.text import printable
 from pipeline.graph import registry
 from release import schema
+from release.audit import rebuild
 from release.audit.replay import post_training
 from release.audit.replay.retraining import Progress, Retrained
 from release.audit.replay.source import Source
@@ -213,6 +214,8 @@ def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -
     for path in _python_paths():
         command += ["--ro-bind-try", path, path]
     command += ["--ro-bind", str(release), str(release), "--ro-bind", str(code), str(code)]
+    rebuilt = str(rebuild.folder_of(release))
+    command += ["--ro-bind-try", rebuilt, rebuilt]
     command += ["--bind", str(work), str(work), "--chdir", str(work)]
     probe = subprocess.run([*command, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if probe.returncode:

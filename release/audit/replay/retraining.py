@@ -94,7 +94,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
         for path in _kept_files(source, materials["dedup"], name):
             link = kept_folder.parent / path
             link.parent.mkdir(exist_ok=True)
-            link.symlink_to(source.copy(materials["dedup"], path))
+            link.symlink_to(source.kept(materials["dedup"], path))
     folders = {"dedup": kept_folder.parent, "tokenizer": source.tokenizer(materials["tokenizer"]).parent}
     inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
     stage = registry.stage("tokenize")

@@ -11,8 +11,9 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.provenance import Statement
 from pipeline.core.text import printable
 from release.assembly.published_tables import Manifest
+from release.audit import rebuild
 from release.checksums import compare, read_sums
-from release.layout import ALL_SUMS, SUMS
+from release.layout import ALL_SUMS, REFERENCES, SUMS
 from release.tree import is_foreign_link
 
 
@@ -58,6 +59,18 @@ class Source:
     def copy(self, key: str, file: str) -> Path:
         """The published copy of a file of an artifact. Raises CheckFailed if it is missing or altered."""
         return self.file(self.place(key, file) or f"{file} of {key}")
+
+    def kept(self, key: str, file: str) -> Path:
+        """A table of kept documents of an artifact of `dedup`, which `atom rebuild-data` wrote if its texts are by
+        reference. Raises CheckFailed if it is missing or altered, AtomError if it is to be rebuilt."""
+        if self.place(key, file) is not None or f"dataset/{REFERENCES}" not in self.sums:
+            return self.copy(key, file)
+        rebuilt = rebuild.folder_of(self.folder) / file
+        if not rebuilt.is_file():
+            raise AtomError(
+                f"the texts of {file} are by reference; get them by `atom rebuild-data {self.folder}`, then replay"
+            )
+        return rebuilt
 
     def tokenizer(self, key: str) -> Path:
         """The published tokenizer.json of an artifact of the tokenizer: each model's repository has a copy. Raises

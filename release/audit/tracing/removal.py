@@ -36,7 +36,7 @@ def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: N
     elif not in_release:
         unknown.append("a proof: the document is of an earlier run, and roots are over this release's own tables")
     rows = [row for each in (subject, *documents.values()) for row in kept_rows(data, each.id, each.fates)]
-    texts = {row["text"] for row in rows if row["content_hash"] in subject.hashes}
+    texts = {row["text"] for row in rows if row["content_hash"] in subject.hashes and row["text"] is not None}
     mentions = _mentions(data, doc_id, texts, progress)
     return Removal(subject, related, mentions, merkle.prove(data.data, doc_id) if in_release else {}, unknown)
 

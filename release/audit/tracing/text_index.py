@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import canonical, sha256_bytes, sha256_file
+from release import references
 from release.assembly.published_tables import TEXT_BATCH
 from release.audit.tracing.answers import Match, TextMatches
 from release.audit.tracing.documents import find_uses
@@ -64,7 +65,8 @@ def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda
             rows.setdefault((row["id"], row["content_hash"]), about)["tables"].append(name)
     uses = find_uses(data, {id for id, _ in rows})
     matches = [Match(**row, uses=uses.get(id, [])) for (id, _), row in rows.items()]
-    return TextMatches(span, "index" if index else "scan", matches, data.unknown())
+    unknown = [f"the texts of {name}: they are by reference" for name in references.read(data.data)]
+    return TextMatches(span, "index" if index else "scan", matches, [*data.unknown(), *unknown])
 
 
 def build_index(folder: Path, cache: Path, progress: Progress = lambda text: None) -> Path | None:
@@ -131,7 +133,9 @@ def _write_index(target: Path, files: Mapping[str, Path], progress: Progress) ->
             progress(f"indexing {name}")
             db.execute("INSERT INTO files VALUES (?, ?)", (row_number, name))
             for row in stream_rows(path, ["text"]):
-                db.execute("INSERT INTO texts (rowid, text) VALUES (?, ?)", (row_number, _without_nul(row["text"])))
+                db.execute(
+                    "INSERT INTO texts (rowid, text) VALUES (?, ?)", (row_number, _without_nul(row["text"] or ""))
+                )
                 row_number += 1
         db.commit()
 
@@ -175,7 +179,7 @@ def _matching_rows(path: Path, span: str, rows: Sequence[int] | None) -> Iterato
                             batch_rows = rows[bisect_left(rows, first_row) : bisect_left(rows, first_row + len(batch))]
                             positions, first_row = [n - first_row for n in batch_rows], first_row + len(batch)
                             batch = batch.take(pa.array(positions, pa.int64()))
-                        matching = [n for n, text in enumerate(batch["text"].to_pylist()) if span in text]
+                        matching = [n for n, text in enumerate(batch["text"].to_pylist()) if text and span in text]
                         yield from batch.take(pa.array(matching, pa.int64())).to_pylist()
                 else:
                     first_row += size

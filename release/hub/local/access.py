@@ -78,7 +78,7 @@ def revision(request: Request) -> str:
 async def error_response(request: Request, error: Exception) -> Response:
     """Errors carry the two headers that the client reads."""
     assert isinstance(error, HubError)
-    headers = {"X-Error-Message": error.message}
+    headers = {"X-Error-Message": error.message, **error.headers}
     if error.code:
         headers["X-Error-Code"] = error.code
     if request.method == "HEAD":

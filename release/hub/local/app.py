@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LFS_BYTES = 10 << 20
 PART_BYTES = 64 << 20
+COMMITS_PER_HOUR = 128
+"""Of a repository: the Hub states it when it refuses a further one (braindecode/braindecode issue 947)."""
 
 
 async def health(request: Request) -> Response:
@@ -28,12 +30,17 @@ async def health(request: Request) -> Response:
 
 
 def make_app(
-    root: Path, tokens: Mapping[str, str], lfs_bytes: int = LFS_BYTES, part_bytes: int = PART_BYTES
+    root: Path,
+    tokens: Mapping[str, str],
+    lfs_bytes: int = LFS_BYTES,
+    part_bytes: int = PART_BYTES,
+    commits_per_hour: int = COMMITS_PER_HOUR,
+    log: Path | None = None,
 ) -> ASGIApp:
     """The Hub over the folder `root`; `tokens` maps each access token to its user.
 
     Files of `lfs_bytes` and more, and weights and tables of any size, go through LFS; objects above `part_bytes`
-    are uploaded in parts of that size.
+    are uploaded in parts of that size. A repository takes `commits_per_hour`. log: gets a line for each request.
     """
     repo, api = "{ns}/{name}", "/api/{kind}/{ns}/{name}"
     write, batch = ["POST"], ".git/info/lfs/objects/batch"
@@ -79,17 +86,21 @@ def make_app(
     app = Starlette(routes=routes, exception_handlers={HubError: access.error_response})
     app.state.store, app.state.tokens = HubStore(root), dict(tokens)
     app.state.lfs_bytes, app.state.part_bytes = lfs_bytes, part_bytes
-    return KeepQuotedSlash(app)
+    app.state.commits_per_hour = commits_per_hour
+    return KeepQuotedSlash(app, log)
 
 
 class KeepQuotedSlash:
-    """Routes on the raw path with `%2F` kept, because a revision such as `refs%2Fpr%2F1` is one path segment."""
+    """Routes on the raw path with `%2F` kept, because a revision such as `refs%2Fpr%2F1` is one path segment, and logs
+    each request: its method and its path."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, log: Path | None = None) -> None:
+        self.app, self.log = app, log.open("a", buffering=1) if log else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             raw = scope["raw_path"].decode("ascii").split("?")[0]
             scope = {**scope, "path": unquote(re.sub("%2f", "%252F", raw, flags=re.IGNORECASE))}
+            if self.log is not None:
+                self.log.write(f"{scope['method']} {raw}\n")
         await self.app(scope, receive, send)

@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--token", action="append", default=[], metavar="USER=TOKEN", help="may be repeated")
     parser.add_argument("--lfs-bytes", type=int, default=10 << 20, help="files of this size and more go through LFS")
     parser.add_argument("--part-bytes", type=int, default=64 << 20, help="size of one part of a multipart upload")
+    parser.add_argument("--commits-per-hour", type=int, default=128, help="commits to one repository")
+    parser.add_argument("--log", type=Path, help="file that gets a line for each request: its method and its path")
     options = parser.parse_args(argv)
 
     import uvicorn
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
 
     pairs = [pair.partition("=") for pair in options.token or [f"local={LOCAL_TOKEN}"]]
     tokens = {token if mark else user: user if mark else "local" for user, mark, token in pairs}
-    app = make_app(options.root, tokens, options.lfs_bytes, options.part_bytes)
+    limits = options.lfs_bytes, options.part_bytes, options.commits_per_hour
+    app = make_app(options.root, tokens, *limits, options.log)
     uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning", access_log=False)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {
 class HubError(Exception):
     """An answer other than success; `code` is the `X-Error-Code` by which the client picks its exception class."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.headers = status, message, code, dict(headers or {})
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,10 @@ class Repo:
         self.commits = {sha: commit for sha, commit in self.commits.items() if sha in reachable}
 
 
-def current_time() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+def current_time(seconds_ago: float = 0) -> str:
+    return (datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)).strftime(
+        "%Y-%m-%dT%H:%M:%S.%f"
+    )[:-3] + "Z"
 
 
 def git_blob_oid(data: bytes) -> str:
@@ -110,7 +112,8 @@ def git_blob_oid(data: bytes) -> str:
 
 
 class HubStore:
-    """Repositories, blobs and collections below one folder."""
+    """Repositories, blobs and collections below one folder. The bytes of a repository's file grow with its changes, not
+    with commits times files."""
 
     def __init__(self, root: Path) -> None:
         self.blobs, self.repos, self.collections = root / "blobs", root / "repos", root / "collections"
@@ -128,11 +131,15 @@ class HubStore:
             data = json.loads(self._file(kind, repo_id).read_text())
         except FileNotFoundError:
             return None
-        data["commits"] = {
-            sha: Commit(**{**commit, "files": {path: File(**file) for path, file in commit["files"].items()}})
-            for sha, commit in data["commits"].items()
-        }
-        return Repo(**data)
+        commits: dict[str, Commit] = {}
+        for sha, row in data["commits"].items():
+            files = {path: File(**file) for path, file in row["files"].items()}
+            if (deleted := row.pop("deleted", None)) is not None:
+                files = {**commits[row["parent"]].files, **files}
+                for path in deleted:
+                    del files[path]
+            commits[sha] = Commit(**{**row, "files": files})
+        return Repo(**{**data, "commits": commits})
 
     def view(self, kind: str, repo_id: str) -> Repo | None:
         """The same, for a caller that changes nothing: it is parsed once for each version of the file. A download asks
@@ -148,7 +155,18 @@ class HubStore:
         return self._views[path][1]
 
     def save(self, repo: Repo) -> None:
-        write_json(self._file(repo.kind, repo.id), asdict(repo))
+        """Writes the repository; a commit whose parent stands before it as its changes alone: `deleted` paths and
+        other `files`."""
+        rows, written = {}, dict[str, Commit]()
+        for sha, commit in repo.commits.items():
+            row = {**vars(commit), "files": commit.files}
+            if (parent := written.get(commit.parent or "")) is not None:
+                old = parent.files
+                row["files"] = {path: file for path, file in commit.files.items() if old.get(path) != file}
+                row["deleted"] = [path for path in old if path not in commit.files]
+            row["files"] = {path: vars(file) for path, file in row["files"].items()}
+            rows[sha], written[sha] = row, commit
+        write_json(self._file(repo.kind, repo.id), {**vars(repo), "commits": rows})
 
     def create(self, kind: str, repo_id: str, private: bool, author: str) -> Repo:
         """Creates a repository with its first commit, which has `.gitattributes` as on the Hub."""

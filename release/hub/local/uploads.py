@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from release.hub.local import access
 from release.hub.local.cardmeta import metadata
 from release.hub.local.repos import url
-from release.hub.local.store import LFS_SUFFIXES, Commit, HubError, current_time
+from release.hub.local.store import LFS_SUFFIXES, Commit, HubError, Repo, current_time
 
 
 async def preupload(request: Request) -> Response:
@@ -105,6 +105,7 @@ async def commit(request: Request) -> Response:
     parent = repo.resolve(branch)
     if branch not in repo.branches:
         raise HubError(400, f"{branch} is not a branch", "RevisionNotFound")
+    _refuse_too_many_commits(repo, request.app.state.commits_per_hour)
     files, header, store = dict(repo.commits[parent].files), {}, access.store(request)
     for line in (await request.body()).splitlines():
         if not line.strip():
@@ -131,6 +132,18 @@ async def commit(request: Request) -> Response:
     store.save(repo)
     commit_url = f"{url(request, repo)}/commit/{sha}"
     return JSONResponse({"success": True, "commitOid": sha, "commitUrl": commit_url, "hookOutput": ""})
+
+
+def _refuse_too_many_commits(repo: Repo, most: int) -> None:
+    """Raises HubError 429 as the Hub does if the repository had so many commits within an hour."""
+    hour_ago = current_time(seconds_ago=3600)
+    if sum(commit.date > hour_ago for commit in repo.commits.values()) >= most:
+        raise HubError(
+            429,
+            f"You have exceeded the rate limit for repository commits ({most} per hour). You can retry this action in "
+            "about 1 hour.",
+            headers={"Retry-After": "3600"},
+        )
 
 
 async def create_branch(request: Request) -> Response:

@@ -1,0 +1,66 @@
+"""Checks what is published by reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from release import data_layout, references
+from release.assembly.published_tables import read_json
+from release.checks.check import Subject
+from release.checks.findings import Findings
+from release.references import Reference
+from stages.data.table import read_errors
+from stages.data.tree_digest import tree_digest
+
+
+def by_reference(subject: Subject) -> Findings:
+    """Checks that only sources by reference lack texts, and that their files are those of the source's digest. States
+    what is by reference among what is skipped."""
+    dataset, findings = subject.folder, Findings()
+    stated = references.read(dataset)
+    for name, files in data_layout.kept_files(dataset).items():
+        documents, without = map(sum, zip(*map(_counts, files), strict=True))
+        if name not in stated:
+            if without:
+                findings.problems.append(f"kept/{name}: {without} documents have no text, and are not by reference")
+            continue
+        if without != documents:
+            findings.problems.append(f"kept/{name}: {documents - without} documents have a text, though by reference")
+        findings.problems += _problems(dataset, name, stated[name], [path.name for path in files])
+        findings.skipped[name] = (
+            f"the texts of {documents:,} documents of {name} are by reference to {stated[name].origin}; "
+            "`atom rebuild-data` gets them and compares every hash"
+        )
+    for name in sorted(stated.keys() - data_layout.kept_files(dataset).keys()):
+        findings.problems.append(f"references.json names {name}, of which there are no documents")
+    names = ", ".join(findings.skipped)
+    findings.summary = f"texts by reference: {names}; all others are here"
+    return findings
+
+
+def _problems(dataset: Path, name: str, reference: Reference, tables: list[str]) -> list[str]:
+    problems = []
+    declared = read_json(dataset / "sources" / f"{name}.json")
+    if tree_digest(reference.files.items()) != declared["tree_digest"]:
+        problems.append(f"references.json: the files of {name} are not those of sources/{name}.json")
+    if reference.source.get("name") != name:
+        problems.append(f"references.json: the settings of {name} are of another source")
+    if tables != [path.name for _, path in references.kept_tables(dataset, name, reference.parts)]:
+        problems.append(f"references.json: {name} has {reference.parts} parts, and kept/{name} another number")
+    return problems
+
+
+def _counts(path: Path) -> tuple[int, int]:
+    """(documents, documents without a text) of a table."""
+    import pyarrow.parquet as pq
+
+    with read_errors(path), pq.ParquetFile(path) as file:
+        if file.metadata.num_rows == 0:
+            return 0, 0
+        column = file.schema_arrow.names.index("text")
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        statistics = [group.column(column).statistics for group in groups if group.num_rows]
+        if all(each is not None and each.has_null_count for each in statistics):
+            return file.metadata.num_rows, sum(each.null_count for each in statistics)
+        without = sum(batch.column(0).null_count for batch in file.iter_batches(1024, columns=["text"]))
+        return file.metadata.num_rows, without

@@ -1,0 +1,177 @@
+"""Sources that a release publishes by reference: of each document its id, license, origin and the hash of its text, and
+not the text itself, because its license or its size does not allow it.
+
+`references.json` of the dataset repository states how to read the texts again: the settings of the reader, the digest
+of every file, and the steps that edit texts. `atom rebuild-data` does it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError
+
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.parts import PartCount, part_file
+from pipeline.core.stage import Config
+from pipeline.core.text import escaped
+from release import scratch, untrusted
+from release.layout import REFERENCES
+from stages.data import lock_file
+from stages.data.readers.hub import Hub
+from stages.data.readers.packages import Packages
+from stages.data.sources import Source
+from stages.data.steps import MAX_STEPS, AnyFilter
+from stages.data.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+REFERENCE_BYTES = 200_000_000
+"""The maximum bytes that are read of references.json: a source has at most 100,000 files."""
+PLACES = ("path", "lock")
+"""Settings of a reader that name files of the machine."""
+
+
+class Reference(Config):
+    """How to read the documents of a source again.
+
+    source: settings of the source, without places on a machine. lock: content of the reader's lock file. files: {path:
+    digest} of the files, of which `parts` are read one after the other. steps: those that edited texts, in order.
+    """
+
+    source: dict[str, Any] = Field(description="settings of the source")
+    seed: int = Field(description="seed of the recipe")
+    parts: PartCount = Field(description="parts of the source")
+    lock: str | None = Field(None, description="content of the lock file of the reader")
+    files: dict[str, str] = Field(description="digest of each file")
+    steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="steps that edited texts, in order")
+
+    @classmethod
+    def of(cls, source: Source, seed: int, steps: Sequence[AnyFilter]) -> Reference:
+        """Raises AtomError if the documents of a source are not in files."""
+        files = source.files()
+        if not files:
+            raise AtomError(
+                f"release.by_reference names {source.name}, whose documents are drawn and in no file; leave it out"
+            )
+        settings = source.model_dump(mode="json", exclude={"expected"})
+        settings["reader"] = {name: value for name, value in settings["reader"].items() if name not in PLACES}
+        if isinstance(source.reader, Hub):
+            settings["reader"]["revision"] = lock_file.read(Path(source.reader.lock))[source.name].revision
+        digests = source.reader.digests(source.name, files)
+        return cls(
+            source=settings,
+            seed=seed,
+            parts=source.parts,
+            lock=_lock_of(source),
+            files=dict(zip((name for name, _ in files), digests, strict=True)),
+            steps=tuple(steps),
+        )
+
+    @property
+    def origin(self) -> str:
+        """Where the files come from, for messages: a repository at a revision, or the origin that the source states."""
+        reader = self.source.get("reader", {})
+        if "repo" in reader:
+            return escaped(f"{reader['repo']}@{reader.get('revision')}", 200)
+        return escaped(str(self.source.get("origin")), 200)
+
+    def restored(self, folder: Path | None, temporary: Path) -> Source:
+        """The source with its places on this machine. folder: of its files; temporary: gets its lock file. Raises
+        CheckFailed if its settings are malformed, AtomError if it needs a folder."""
+        name = escaped(str(self.source.get("name")), 80)
+        reader = {key: value for key, value in dict(self.source.get("reader", {})).items() if key not in PLACES}
+        if folder is not None:
+            reader["path"] = str(folder.resolve())
+        if self.lock is not None:
+            lock = temporary / f"{len(os.listdir(temporary))}.lock.yaml"
+            lock.write_text(self.lock, "utf-8")
+            reader["lock"] = str(lock)
+        try:
+            source = Source.model_validate({**self.source, "reader": reader})
+        except ValidationError as error:
+            first = error.errors()[0]
+            if first["type"] == "missing" and first["loc"][-1] == "path":
+                raise AtomError(
+                    f"the files of source {name} ({self.origin}) are not on a Hub; get them, and give their folder: "
+                    f"--source {name}=FOLDER"
+                ) from None
+            reason = escaped(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 200)
+            raise CheckFailed(f"{REFERENCES}: source {name} has settings that no source has ({reason})") from None
+        return source.model_copy(update={"reader": source.reader.absolute(Path.cwd())})
+
+
+def _lock_of(source: Source) -> str | None:
+    """The content of a lock file for the source alone; None for a reader without one."""
+    reader = source.reader
+    if isinstance(reader, Packages):
+        return Path(reader.lock).read_text("utf-8")
+    if not isinstance(reader, Hub):
+        return None
+    with scratch.folder() as temporary:
+        lock_file.write(temporary / "lock.yaml", {source.name: lock_file.read(Path(reader.lock))[source.name]})
+        return (temporary / "lock.yaml").read_text("utf-8")
+
+
+class References(Config):
+    """The content of references.json."""
+
+    sources: dict[str, Reference] = Field(description="sources by reference, by name")
+
+
+def read(dataset: Path) -> Mapping[str, Reference]:
+    """The sources by reference of a dataset folder, by name; none without the file. Raises CheckFailed if it is
+    malformed."""
+    if not (dataset / REFERENCES).exists():
+        return {}
+    body = untrusted.read_json(dataset / REFERENCES, REFERENCE_BYTES, follow=True)
+    try:
+        return dict(sorted(References.model_validate(body).sources.items()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckFailed(
+            f"{REFERENCES}: {escaped('.'.join(map(str, first['loc'])), 200)}: {escaped(first['msg'], 200)}"
+        ) from None
+
+
+def kept_tables(dataset: Path, name: str, parts: int) -> Iterator[tuple[int, Path]]:
+    """(number, path) of the tables of the kept documents of a source by reference."""
+    for number in range(parts):
+        yield number, dataset / "kept" / name / part_file(number)
+
+
+def write_without_text(source: Path, target: Path) -> None:
+    """Writes a table of kept documents without their texts, and with the same row groups, so that the table with texts
+    can be written again byte for byte. Memory holds a row group."""
+    import pyarrow as pa
+
+    with group_writer(target) as writer:
+        for group in row_groups(source):
+            place = group.schema.get_field_index("text")
+            write_group(writer, group.set_column(place, "text", pa.nulls(len(group), pa.string())))
+
+
+def row_groups(path: Path) -> Iterator[pa.Table]:
+    """The row groups of a table of kept documents. Raises AtomError if it cannot be read."""
+    import pyarrow.parquet as pq
+
+    with read_errors(path), pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=list(KEPT))
+
+
+def group_writer(path: Path) -> pq.ParquetWriter:
+    """A writer as that of the stage `dedup`: `stages.data.table.table_writer`."""
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return pq.ParquetWriter(path, arrow_schema(KEPT), compression="zstd")
+
+
+def write_group(writer: pq.ParquetWriter, rows: pa.Table) -> None:
+    writer.write_table(rows.cast(arrow_schema(KEPT)).combine_chunks(), row_group_size=ROWS_PER_GROUP)

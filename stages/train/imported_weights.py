@@ -1,0 +1,213 @@
+"""Imports a published model as the beginning of pre-training: its weights and its tokenizer.
+
+    atom run RECIPE --until import
+
+`start_from` of the recipe names the model's repository on the Hub and the SHA-256 of its `SHA256SUMS`, which lists the
+digest of every file. The tensors go through the inverse of the export's mapping; rows that pad the vocabulary are zero,
+and no token has them. Optimizer states are not part of a model's repository: Adam starts fresh.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from pipeline.core.bounds import License, Line, LongLine, Words
+from pipeline.core.errors import AtomError, CheckFailed, RecipeError
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
+from pipeline.core.store import home_folder, sha256_file
+from pipeline.core.text import printable
+from stages.data.table import write_json
+from stages.models.base import PositiveInt
+from stages.models.registry import Model
+from stages.train.checkpoint import SHARD_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 1
+SUMS = "SHA256SUMS"
+NAME = "base.json"
+CARD = "README.md"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja", "training_chat_template.jinja")
+FREE = ("bos_token_id", "dtype", "initializer_range", "torch_dtype", "use_cache")
+"""Entries of config.json that may differ from the recipe's model: they say nothing of its tensors."""
+SUMS_BYTES, CARD_BYTES = 32 << 20, 4 << 20
+Digest = Annotated[str, Words(71, "digest: sha256:<64 hex digits>", r"sha256:[0-9a-f]{64}")]
+Repo = Annotated[str, Words(96, "model of the Hub, such as local/atom-tiny", r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")]
+
+
+class StartFrom(Config):
+    """A published model from which pre-training begins, with its tokenizer."""
+
+    digest: Digest = Field(description="SHA-256 of the SHA256SUMS of its repository, which has those of its files")
+    repo: Repo = Field(description="repository of the model on the Hub, for the cards of the new models")
+    license: License = Field(description="SPDX license of its weights, which its card must state")
+    revision: Line = operational("main", "branch, tag or commit of the repository")
+    folder: LongLine | None = operational(
+        None, "folder that holds the repository; null: it is pulled from HF_ENDPOINT to $ATOM_HOME/models"
+    )
+
+
+class ImportConfig(StartFrom):
+    model: Model = Field(description="model section, which must describe the imported model")
+    padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
+
+
+def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Fills `out` with step-000000/ as pre-training does, the tokenizer's files, and base.json: repository, license
+    and the digest of each imported file.
+
+    Raises CheckFailed for files that are not those of the digest, RecipeError for a model that is another than the
+    recipe's.
+    """
+    from stages.export.hf import PAD, STOPS
+    from stages.mcore.model import check_tensors
+    from stages.models.hf import hf_config
+    from stages.train.checkpoint import release_checkpoint
+
+    folder = Path(config.folder) if config.folder else _pull(config)
+    digests = _verified(config, folder)
+    _require_license(config, folder / CARD)
+    stated = _json(folder / "config.json")
+    ids = _special_ids(folder / TOKENIZER)
+    missing = [token for token in (PAD, *STOPS) if token not in ids]
+    if missing:
+        raise RecipeError(
+            f"{config.repo}: its tokenizer has no {missing[0]}; only models that atom exported are imported"
+        )
+    expected = hf_config(config.model, int(stated.get("vocab_size", 0)), ids[STOPS[0]], ids[PAD], "float32")
+    for name, value in expected.items():
+        if name not in FREE and stated.get(name) != value:
+            raise RecipeError(
+                f"{config.repo} is another model than the recipe's: its config.json has {name} = "
+                f"{printable(str(stated.get(name)))}, the model section gives {value}"
+            )
+    tensors = release_checkpoint.Tensors(folder)
+    shapes = config.model.shapes(config.padded_vocab_size)
+    step = out / release_checkpoint.name_of(0)
+    step.mkdir(parents=True)
+    try:
+        mapped = config.model.spec().from_hf(tensors, config.model)
+        release_checkpoint.write_shards(step, release_checkpoint.MODEL, _padded(mapped, shapes))
+    except (KeyError, ValueError) as error:
+        raise RecipeError(f"{config.repo} does not have the tensors of the recipe's model: {error}") from None
+    check_tensors(shapes, release_checkpoint.Tensors(step).shapes(), config.repo)
+    state = {"phase": "import", "step": 0, "tokens": 0, "optimizer_step": 0}
+    write_json(step / release_checkpoint.STATE, state)
+    for name in TOKENIZER_FILES:
+        if name in digests:
+            shutil.copyfile(folder / name, out / name)
+    about = {"repo": config.repo, "license": config.license, "digest": config.digest, "files": digests}
+    write_json(out / NAME, about)
+    report.note(f"imported {len(shapes)} tensors of {config.repo}, {config.digest}")
+
+
+def _pull(config: ImportConfig) -> Path:
+    """The files of the repository, pulled if they are not here. Raises AtomError."""
+    from pipeline.hub import limits
+    from pipeline.hub.client import api, online, translate_errors
+    from pipeline.hub.remote import RemoteRepository, is_unsafe
+
+    target = home_folder() / "models" / config.digest.removeprefix("sha256:")
+    if (target / SUMS).is_file() and _digest(target / SUMS) == config.digest:
+        return target
+    remote, name = RemoteRepository(config.repo, "model"), f"{config.repo}@{config.revision}"
+    with translate_errors(f"pulling {name}"), online():
+        commit = remote.commit(config.revision)
+        files = {path: file for path, file in remote.files(commit).items() if _is_needed(path)}
+        if unsafe := [path for path in files if is_unsafe(path)]:
+            raise CheckFailed(f"{name} has a file {printable(unsafe[0])}, which no release has")
+        size = sum(file.size for file in files.values())
+        target.mkdir(parents=True, exist_ok=True)
+        if size > (free := shutil.disk_usage(target).free):
+            raise AtomError(f"{name} has {size} bytes, and {target} has room for {free}; make room")
+        for path in sorted(files, key=lambda path: path == SUMS):  # last: it marks what is complete
+            with limits.transfer(files[path].size):
+                api().hf_hub_download(config.repo, path, repo_type="model", revision=commit, local_dir=target)
+    return target
+
+
+def _is_needed(path: str) -> bool:
+    """Whether a file of the repository is imported or read."""
+    if path in (SUMS, CARD, "config.json", *TOKENIZER_FILES, "model.safetensors.index.json"):
+        return True
+    return re.fullmatch(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors", path) is not None
+
+
+def _verified(config: ImportConfig, folder: Path) -> dict[str, str]:
+    """{path: SHA-256} of the needed files, each compared. Raises CheckFailed."""
+    sums = folder / SUMS
+    if not sums.is_file() or sums.stat().st_size > SUMS_BYTES:
+        raise CheckFailed(f"{folder} has no {SUMS}, which every model that atom published has; check start_from")
+    if (digest := _digest(sums)) != config.digest:
+        raise CheckFailed(
+            f"{SUMS} of {config.repo} has the digest {digest}, and start_from.digest is {config.digest}; compare it "
+            "with what the maker of the model states, then change the recipe"
+        )
+    listed = {}
+    for line in sums.read_text("utf-8").splitlines():
+        digest, _, path = line.partition("  ")
+        listed[path] = digest
+    needed = {path: digest for path, digest in sorted(listed.items()) if _is_needed(path)}
+    for path, digest in needed.items():
+        if not (folder / path).is_file() or sha256_file(folder / path) != digest:
+            raise CheckFailed(f"{printable(path)} of {config.repo} is missing, or not the file that {SUMS} lists")
+    return needed
+
+
+def _digest(path: Path) -> str:
+    return f"sha256:{sha256_file(path)}"
+
+
+def _require_license(config: ImportConfig, card: Path) -> None:
+    """Raises RecipeError unless the card states the recipe's license of the weights."""
+    text = card.read_text("utf-8", "replace") if card.is_file() and card.stat().st_size <= CARD_BYTES else ""
+    head = re.match(r"\A---\n(.*?)\n---\n", text, re.DOTALL)
+    metadata = yaml.safe_load(head[1]) if head else None
+    fields: Mapping[str, Any] = metadata if isinstance(metadata, Mapping) else {}
+    license = fields.get("license_name") if fields.get("license") == "other" else fields.get("license")
+    if str(license).lower() != config.license.lower():
+        raise RecipeError(
+            f"start_from.license = {config.license}, but the card of {config.repo} states "
+            f"{printable(str(license))}; give the license that its weights have"
+        )
+
+
+def _padded(
+    tensors: Iterator[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in fp32, those of the vocabulary with rows of zeros up to their shape."""
+    import torch
+
+    for name, tensor in tensors:
+        missing = shapes[name][0] - tensor.shape[0] if name in shapes else 0
+        full = tensor.float()
+        yield name, torch.cat([full, full.new_zeros(missing, *full.shape[1:])]) if missing > 0 else full
+
+
+def _special_ids(path: Path) -> dict[str, int]:
+    content = _json(path)
+    return {token["content"]: int(token["id"]) for token in content["added_tokens"]}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
+
+
+def estimate(config: ImportConfig) -> Estimate:
+    total = 4 * config.model.parameters(config.padded_vocab_size)["total"]
+    memory = 700_000_000 + min(total, SHARD_BYTES)
+    return Estimate(cpu_seconds=10 + total / 2e8, memory_bytes=memory, disk_bytes=2 * total)
+
+
+STAGE = Stage("import", VERSION, ImportConfig, run, estimate=estimate)
