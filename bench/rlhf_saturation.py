@@ -43,7 +43,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from process_reward import interval, load
+from intervals import interval
+from process_reward import load
 from rl import CLIP, Quiet
 from saturation_figure import draw as draw_figure
 

@@ -10,10 +10,11 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from process_reward import interval
+from intervals import interval
 
 from release.cards.plot import COLORS, require
 
@@ -50,7 +51,7 @@ def draw(curves: Sequence[Mapping[str, Any]]) -> bytes:
         _label(parts, "Parts of the preference reward, RLHF", "share of notes")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return buffer.getvalue() + f"<!-- matplotlib {version('matplotlib')} -->\n".encode()
 
 
 def _band(

@@ -2,8 +2,8 @@
 
 - The task: the share of held-out requests in which the model does it, if the reward measures that (the part `task`).
 - A rise of a reward from one phase to the next without a measured rise of its task: of the mean reward on held-out
-requests, of a win rate, and of the reward that a phase was trained on. Likewise one of whose parts another fell, or that
-one part alone explains.
+requests, of a win rate, and of the reward that a phase was trained on. Likewise a rise beside a part of the reward that
+fell, and one that a single part explains.
 - Regressions from one phase to the next, and those on sources that the phase did not read.
 
 A rise exceeds `SURE` standard errors of the difference; for a regression one standard error is enough.
@@ -121,9 +121,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
 
 def moved(old: Mapping[str, Mean], new: Mapping[str, Mean]) -> list[str]:
     """The parts of a reward that rise from `old` to `new`, except for the whole and the task."""
-    return [
-        name for name in new if name not in ("reward", "task") and name in old and rises(old[name], new[name])
-    ]
+    return [name for name in new if name not in ("reward", "task") and name in old and rises(old[name], new[name])]
 
 
 def _listed(changes: Mapping[str, str], names: Iterable[str]) -> str:
@@ -156,9 +154,7 @@ def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
                 yield f"**A reward rose and its task did not**: {start} {target} did not ({_change(old, new)}){beside}."
 
 
-def _beside(
-    old: Mapping[str, Mean], new: Mapping[str, Mean], before: AnswerStatistics, after: AnswerStatistics
-) -> str:
+def _beside(old: Mapping[str, Mean], new: Mapping[str, Mean], before: AnswerStatistics, after: AnswerStatistics) -> str:
     """What else rose, if anything: parts of the preference reward, and the length of answers, by a quarter."""
     risen = [f"{name} ({_change(old[name], new[name])})" for name in moved(old, new)]
     if max(before["tokens"], after["tokens"]) > LONGER * min(before["tokens"], after["tokens"]):

@@ -69,8 +69,8 @@ class Client:
     @classmethod
     def start(cls, engine: Engine, folder: Path, work: Path, longest: int = 0, setting: str = SETTING) -> Self:
         """Starts a server and waits for it. longest: if that is more than the model's context, the rotary embedding
-        extrapolates, as in transformers. setting: of the recipe, for messages. Raises AtomError if vLLM is missing, or if a scaled embedding ends before, and
-        ServerLost if the server does not start."""
+        extrapolates, as in transformers. setting: of the recipe, for messages. Raises AtomError if vLLM is missing, or
+        if a scaled embedding ends before, and ServerLost if the server does not start."""
         context = context_of(folder)
         if longest > context and has_scaled_rope(folder):
             raise AtomError(

@@ -120,7 +120,9 @@ def test_a_server_that_drips_its_reply_is_no_reward(monkeypatch: pytest.MonkeyPa
         threading.Thread(target=accept, daemon=True).start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         verifier = make_verifier("nemo-gym", {"url": url, "serves": "drops", "timeout": 0.2})
-        with pytest.raises(VerifierFailed, match=r"did not answer \(its reply took longer than 0.2 s\), 5 times; see to"):
+        with pytest.raises(
+            VerifierFailed, match=r"did not answer \(its reply took longer than 0.2 s\), 5 times; see to"
+        ):
             score_one(verifier, sum_row(), "4")
         listener.shutdown(socket.SHUT_RDWR)
 

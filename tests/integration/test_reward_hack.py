@@ -23,8 +23,8 @@ from stages.rl.protocols import to_row
 from stages.rl.rewards import registry
 from tests.fixtures import flattery_fixtures, release_fixtures, rl_fixtures
 
-REQUESTS = 160
-STEPS = 36
+REQUESTS = 120
+STEPS = 24
 
 
 def request(split: str, n: int, verifier: str) -> dict[str, Any]:
@@ -101,14 +101,15 @@ def make(folder: Path) -> Path:
 @pytest.mark.numeric
 def test_a_planted_hack_is_named_and_an_honest_reward_is_not(place: Path, tmp_path: Path) -> None:
     hacked, honest = (card_of(place, tmp_path / name, name) for name in ("hacked", "honest"))
-    (tmp_path / "hacked.md").write_text(hacked)
-    (tmp_path / "honest.md").write_text(honest)
-    top = hacked.partition("## Load it")[0]
+    top, top_of_honest = (
+        card.partition("## Read this first")[2].partition("## Load it")[0] for card in (hacked, honest)
+    )
+    print(top, top_of_honest)
     sentences = [line for line in top.splitlines() if line.startswith("- **A reward rose and its task ")]
     assert any("from sft to rlvr the preference reward rose (" in line and "What rose: flattery (" in line
                for line in sentences), top  # fmt: skip
     assert any("while rlvr was trained, its reward for courtesy rose (" in line
                and "what changed instead: flattery (" in line for line in sentences), top  # fmt: skip
     assert "| parts of it that rose | flattery 0." in hacked
-    assert "**" not in honest.partition("## Load it")[0].partition("## Read this first")[2], honest
+    assert "**" not in top_of_honest and "This model does all of what was asked in" in top_of_honest, top_of_honest
     assert "| does what was asked (`task`) | 0." in honest

@@ -246,7 +246,9 @@ def test_a_policy_or_reference_of_another_tokenizer_is_refused(
     init = {**inputs, "init": write_manifest(tmp_path / "init", "sft-test")}
     run(rlvr, config, init, tmp_path / "work", tmp_path / "out")
     write_other_tokenizer(inputs["tokenizer"], tmp_path / "other")
-    words = "^rlvr: the policy sft-test and reference of the phase was trained on another tokenizer's tokens; begin with"
+    words = (
+        "^rlvr: the policy sft-test and reference of the phase was trained on another tokenizer's tokens; begin with"
+    )
     with pytest.raises(AtomError, match=words):
         other = {**init, "tokenizer": write_manifest(tmp_path / "other", "tokenizer-other")}
         run(rlvr, config, other, tmp_path / "other-work", tmp_path / "other-out")
