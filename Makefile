@@ -28,7 +28,7 @@ help:
 	@echo "make test    linters, types and all tests (about 20 minutes on two cores); make tests without the linters"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
-	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
+	@echo "make test-vllm     vLLM on CPU against transformers, as the sampler of RL, and as a generator of texts (3 GB of download)"
 	@echo "make test-runtimes transformers 4, vLLM on CPU and llama.cpp on exported models and their variants (compiles llama.cpp: 20 minutes of CPU)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, and answer in turns, on $(PYTHON_LATEST) (1.6 GB on disk)"
 	@echo "make test-te       Transformer Engine's layers on CPU against ours, and Megatron-Bridge on our export, on $(PYTHON_LATEST) (6 GB on disk)"
@@ -83,7 +83,7 @@ $(VENV_VLLM)/.ready:
 	@touch $@
 
 test-vllm: $(READY) $(VENV_VLLM)/.ready
-	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py tests/integration/test_vllm_evaluation.py tests/integration/test_vllm_serve.py tests/integration/test_vllm_templates.py
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py tests/integration/test_vllm_evaluation.py tests/integration/test_vllm_generator.py tests/integration/test_vllm_serve.py tests/integration/test_vllm_templates.py
 
 # The sources of llama.cpp come with llama-cpp-python; without its tools and its readers of pictures.
 $(VENV_RUNTIMES)/.ready:

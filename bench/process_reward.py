@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import multiprocessing
 import platform
 import random
@@ -40,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from intervals import interval
 from rl import CLIP, Quiet
 
 from pipeline.core.store import Artifact, write_manifest
@@ -60,8 +60,6 @@ from stages.train.engine import Engine, Piece
 from stages.train.parallel import session
 
 ARMS = {"result": {"answer": 1.0, "steps": 0.0}, "process": {"answer": 0.5, "steps": 0.5}}
-STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-"""97.5 % quantiles of Student's t by degrees of freedom."""
 THINKING, ENOUGH, CHECK_EVERY = 0.7, 1 / 3, 50
 """Of fine-tuning: the share of answers with their intermediate values, the share of right answers to tasks that ends
 it, and the steps between two measurements of that."""
@@ -228,15 +226,6 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
             finally:
                 trainer.close()
     return result
-
-
-def interval(gains: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds, and its 95 % interval; of one seed only the mean."""
-    mean = statistics.fmean(gains)
-    if len(gains) < 2:
-        return mean, mean, mean
-    half = STUDENT_95[len(gains) - 1] * statistics.stdev(gains) / math.sqrt(len(gains))
-    return mean, mean - half, mean + half
 
 
 def report(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

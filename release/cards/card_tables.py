@@ -68,7 +68,7 @@ def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:
 
 
 MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
-    CardTable("caveats_rule", lambda model: [caveats.RULE], added=3),
+    CardTable("caveats_rule", lambda model: [caveats.RULE], added=3, changed=4),
     CardTable("caveats", caveats.caveat_sentences, added=3, changed=4),
     CardTable("evaluation", lambda model: tables.evaluation(model.scores), added=2, changed=4),
     CardTable("samples", lambda model: tables.samples(model.scores), added=2),

@@ -2,7 +2,8 @@
 
 - The task: the share of held-out requests in which the model does it, if the reward measures that (the part `task`).
 - A rise of a reward from one phase to the next without a measured rise of its task: of the mean reward on held-out
-requests, and of the reward that a phase was trained on.
+requests, of a win rate, and of the reward that a phase was trained on. Likewise a rise beside a part of the reward that
+fell, and one that a single part explains.
 - Regressions from one phase to the next, and those on sources that the phase did not read.
 
 A rise exceeds `SURE` standard errors of the difference; for a regression one standard error is enough.
@@ -11,7 +12,7 @@ A rise exceeds `SURE` standard errors of the difference; for a regression one st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
 from release.assembly.data_facts import OrderFacts
@@ -19,13 +20,15 @@ from release.assembly.model_facts import ModelFacts
 from release.assembly.score_facts import ChatScores
 from release.assembly.training import FirstAndLast
 from release.cards.tables import count, titles, with_error
-from stages.evaluation.scores import Figure, Mean, ModelScores
+from stages.evaluation.scores import AnswerStatistics, Figure, Mean, ModelScores
 from stages.evaluation.settings import SURE
 
 RULE = (
     "By rule from the figures below: what got worse from one phase to the next by more than a standard error of the "
-    f"difference, and every reward that rose by more than {SURE} of them where its task did not."
+    f"difference, and every reward that rose by more than {SURE} of them where its task did not, or a part of it fell."
 )
+LONGER = 1.25
+"""Ratio of lengths beyond which answers got longer or shorter."""
 NONE = "No reward rose without its task, and nothing that was measured got worse from one phase to the next."
 
 
@@ -83,20 +86,46 @@ def _task_sentence(model: ModelFacts) -> Iterator[str]:
 
 
 def _reward_without_task(model: ModelFacts) -> Iterator[str]:
-    """Phases in which the mean reward on held-out requests rose and the share with a done task did not."""
-    measured = parts(model.chat)
-    for before, after in pairwise(measured):
+    """Pairs of models of which the later one earns more by the preference reward, or wins, where the share with a done
+    task did not rise, a part of the reward fell, or one part alone rose of a reward that measures no task."""
+    measured, comparisons = parts(model.chat), model.chat.get("preferences", {})
+    compared = {(row["before"], name): row for name, row in comparisons.items()}
+    for before, after in dict.fromkeys([*pairwise(measured), *compared]):
+        row, gains = compared.get((before, after)), []
         old, new = measured[before], measured[after]
-        if "task" in new and rises(old["reward"], new["reward"]) and not rises(old["task"], new["task"]):
-            risen = [name for name in new if name not in ("reward", "task") and rises(old[name], new[name])]
-            risen_parts = (
-                ", ".join(f"{name} ({_change(old[name], new[name])})" for name in risen) or "no part by itself"
-            )
+        if row is not None:
+            old, new = (row["sides"][side]["parts"] for side in ("before", "model"))
+        if rises(old["reward"], new["reward"]):
+            gains.append(f"the preference reward rose ({_change(old['reward'], new['reward'])})")
+        if row is not None and (rate := row["win_rate"])["low"] > 0.5:
+            interval = f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
+            gains.append(f"{after} won {interval} of {count(rate['n'])} comparisons")
+        if not gains:
+            continue
+        risen, fallen = moved(old, new), moved(new, old)
+        start = f"from {before} to {after} {' and '.join(gains)}, and"
+        changes = {name: f"{name} ({_change(old[name], new[name])})" for name in (*risen, *fallen)}
+        if "task" in new and not rises(old["task"], new["task"]):
+            verb = "fell" if rises(new["task"], old["task"]) else "did not"
+            risen_parts = _listed(changes, risen) or "no part by itself"
+            fallen_parts = f" What fell: {_listed(changes, fallen)}." if fallen else ""
             yield (
-                f"**A reward rose and its task did not**: from {before} to {after} the preference reward rose "
-                f"({_change(old['reward'], new['reward'])}), and the share of answers that do what was asked did not "
-                f"({_change(old['task'], new['task'])}). What rose: {risen_parts}."
+                f"**A reward rose and its task {verb}**: {start} the share of answers that do what was asked {verb} "
+                f"({_change(old['task'], new['task'])}). What rose: {risen_parts}.{fallen_parts}"
             )
+        elif fallen:
+            yield f"**A reward rose and a part of it fell**: {start} of its parts fell {_listed(changes, fallen)}."
+        elif "task" not in new and len(risen) == 1:
+            yield f"**One part alone explains a reward**: {start} of its parts only {_listed(changes, risen)} rose."
+
+
+def moved(old: Mapping[str, Mean], new: Mapping[str, Mean]) -> list[str]:
+    """The parts of a reward that rise from `old` to `new`, except for the whole and the task."""
+    return [name for name in new if name not in ("reward", "task") and name in old and rises(old[name], new[name])]
+
+
+def _listed(changes: Mapping[str, str], names: Iterable[str]) -> str:
+    return ", ".join(changes[name] for name in names)
 
 
 def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
@@ -110,15 +139,27 @@ def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
             start = f"while {after} was trained, its reward for {kind} rose {change}, and"
             if kind in chat[after]["problems"]:
                 target = f"the share of right answers to test problems ({kind})"
-                old, new = (chat[name]["problems"][kind]["samples"]["accuracy"] for name in (before, after))
+                answers = [chat[name]["problems"][kind]["samples"] for name in (before, after)]
+                old, new = (statistics["accuracy"] for statistics in answers)
+                beside = _beside({}, {}, *answers)
             elif kind in chat[after]["judged"] and all("task" in measured.get(name, {}) for name in (before, after)):
                 target = "the share of answers to held-out requests that do what was asked"
                 old, new = measured[before]["task"], measured[after]["task"]
+                answers = [chat[name]["judged"][kind] for name in (before, after)]
+                beside = _beside(measured[before], measured[after], *answers)
             else:
                 yield f"**A reward rose, and no task was measured**: {start} no held-out figure tells what it gave."
                 continue
             if not rises(old, new):
-                yield f"**A reward rose and its task did not**: {start} {target} did not ({_change(old, new)})."
+                yield f"**A reward rose and its task did not**: {start} {target} did not ({_change(old, new)}){beside}."
+
+
+def _beside(old: Mapping[str, Mean], new: Mapping[str, Mean], before: AnswerStatistics, after: AnswerStatistics) -> str:
+    """What else rose, if anything: parts of the preference reward, and the length of answers, by a quarter."""
+    risen = [f"{name} ({_change(old[name], new[name])})" for name in moved(old, new)]
+    if max(before["tokens"], after["tokens"]) > LONGER * min(before["tokens"], after["tokens"]):
+        risen.append(f"the length of answers ({before['tokens']:.1f} → {after['tokens']:.1f} tokens)")
+    return f"; what changed instead: {', '.join(risen)}" if risen else ""
 
 
 def _rewards(model: ModelFacts, phase: str) -> dict[str, FirstAndLast]:

@@ -8,7 +8,7 @@ from pipeline.core.text import escaped
 from release.assembly.score_facts import ChatScores
 from release.cards import caveats
 from release.cards.tables import count, table
-from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Figure
+from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Figure, Mean, Proportion
 
 SHOWN = 4
 """Sample pairs that a card shows."""
@@ -50,18 +50,36 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
 
 
 def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:
-    body = []
-    for name, comparison in preferences.items():
-        rate = comparison["win_rate"]
-        sides = {side: comparison["sides"][side]["parts"]["reward"] for side in ("before", "model")}
-        body.append([
-            name, comparison["before"], count(rate["n"]),
-            f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})",
-            count(comparison["wins"]), count(comparison["ties"]), count(comparison["losses"]),
-            *(_value(sides[side]) for side in ("before", "model")),
-        ])  # fmt: skip
-    head = ["model", "against", "requests", "wins", "won", "tied", "lost"]
-    return table([*head, "preference reward of the other", "preference reward"], body) if body else []
+    """One column for each comparison: the win rate, and beside it the task's own success, the reward, and the parts of
+    it that rose or fell, before → after."""
+    if not preferences:
+        return []
+    sides = [(row["sides"]["before"]["parts"], row["sides"]["model"]["parts"]) for row in preferences.values()]
+    body = [
+        ["requests: won, tied, lost", *map(_outcomes, preferences.values())],
+        ["wins, ties as half (95 %)", *(_interval(row["win_rate"]) for row in preferences.values())],
+        ["does what was asked (`task`)", *(_change("task", old, new) for old, new in sides)],
+        ["preference reward", *(_change("reward", old, new) for old, new in sides)],
+        ["parts of it that rose", *(_changes(caveats.moved(old, new), old, new) for old, new in sides)],
+        ["parts of it that fell", *(_changes(caveats.moved(new, old), old, new) for old, new in sides)],
+    ]
+    return table(["", *(f"{name} against {row['before']}" for name, row in preferences.items())], body)
+
+
+def _change(name: str, old: Mapping[str, Mean], new: Mapping[str, Mean]) -> str:
+    return f"{_value(old[name])} → {_value(new[name])}" if name in old and name in new else "not measured"
+
+
+def _changes(names: Iterable[str], old: Mapping[str, Mean], new: Mapping[str, Mean]) -> str:
+    return "; ".join(f"{name} {_change(name, old, new)}" for name in names) or "none"
+
+
+def _outcomes(row: ComparisonScores) -> str:
+    return f"{count(row['win_rate']['n'])}: {count(row['wins'])}, {count(row['ties'])}, {count(row['losses'])}"
+
+
+def _interval(rate: Proportion) -> str:
+    return f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
 
 
 def reward_parts(chat: Mapping[str, ChatScores]) -> list[str]:

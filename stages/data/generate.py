@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 VERSION = 1
 TEXTS = "texts.parquet"
 """The table of a batch in the work folder."""
+SETTING = "reader.engine"
+"""Of a source, which chooses what draws the texts."""
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -171,7 +173,7 @@ class Generator:
             )
         stops = [stops] if isinstance(stops, int) else list(stops or [])
         self.special = sorted(self.tokenizer.get_added_vocab())
-        self.model = open_sampler(reader.engine, folder, stops, reader.max_new_tokens, work)
+        self.model = open_sampler(reader.engine, folder, stops, reader.max_new_tokens, work, SETTING)
 
     def prompt(self, text: str) -> tuple[list[int], str]:
         """The token ids of the prompt for a document, and the reason why it cannot be asked, if there is one."""
@@ -224,7 +226,7 @@ def estimate(config: AcquireConfig) -> Estimate:
 STAGE = Stage(
     "generate", VERSION, AcquireConfig, run,
     promise=lambda c: _reader(c).engine.promise,
-    lack=lambda c: _reader(c).engine.lack,
+    lack=lambda c: _reader(c).engine.lack_of(SETTING),
     gpus=lambda c: _reader(c).engine.gpus,
     estimate=estimate,
     shards=lambda c: c.source.parts,

@@ -26,7 +26,7 @@ from stages.data.curation.list_file import ListFile
 from stages.data.curation.settings import CurationSettings
 from stages.data.curation.url_blocklist import URL_BLOCKLIST
 from stages.data.estimates import Size
-from stages.data.licenses.allow import Licenses
+from stages.data.licenses.allow import AllowedLicenses, Licenses
 from stages.data.licenses.derivatives import forbids_derivatives
 from stages.data.quality_classifier import ClassifierSettings
 from stages.data.readers.canaries import Canaries
@@ -61,6 +61,17 @@ class SourceConfig(Source):
         if unknown := [rule for rule in self.acknowledged_removals if rule not in rules]:
             raise ValueError(
                 f"acknowledged_removals: {unknown[0]} is no rule of this source; it has {', '.join(rules)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_license_allow(self) -> SourceConfig:
+        license = self.document_license or self.license
+        is_stated = self.reader.gives_licenses or self.reader.states_parents
+        if self.license_allow and not is_stated and not AllowedLicenses(self.license_allow).allows(license):
+            raise ValueError(
+                f"source {self.name}: the license {license} of its documents is not in license_allow, so none of "
+                "them may be trained on; leave the source out, or list the license if its terms allow training"
             )
         return self
 

@@ -54,7 +54,11 @@ class Engine(Config):
     @property
     def lack(self) -> str | None:
         """What this machine lacks to compute with it, in one sentence, if it lacks something."""
-        return vllm_server.missing(self.python, SETTING) if self.kind == "vllm" else None
+        return self.lack_of(SETTING)
+
+    def lack_of(self, setting: str) -> str | None:
+        """The same, of the engine that this setting of a recipe chooses."""
+        return vllm_server.missing(self.python, setting) if self.kind == "vllm" else None
 
     def stated(self) -> dict[str, str]:
         """What a scores.json says of it: `engine`, the package of vLLM with its version; nothing of the stage's

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.evaluation.engine import Engine, LanguageModel
+from stages.evaluation.engine import SETTING, Engine, LanguageModel
 
 if TYPE_CHECKING:
     from stages.rl.protocols import AnswerGenerator
@@ -25,13 +25,14 @@ def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest
 
 
 def open_sampler(
-    engine: Engine, folder: Path, stops: Sequence[int], max_new_tokens: int, work: Path
+    engine: Engine, folder: Path, stops: Sequence[int], max_new_tokens: int, work: Path, setting: str = SETTING
 ) -> AnswerGenerator:
-    """What draws answers of an exported model at temperature 1. work: for the log of a server."""
+    """What draws answers of an exported model at temperature 1. work: for the log of a server. setting: the engine's
+    in the recipe, for messages."""
     if engine.kind == "vllm":
         from stages.evaluation.vllm_model import Client, ServedSampler
 
-        return ServedSampler(Client.start(engine, folder, work), stops, max_new_tokens)
+        return ServedSampler(Client.start(engine, folder, work, setting=setting), stops, max_new_tokens)
     from stages.rl.samplers.generate import InProcess
 
     return InProcess(folder, stops, max_new_tokens)

@@ -35,38 +35,51 @@ class Read(NamedTuple):
     likeliest: int
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    """The entries of config.json of the model in a folder; of one that reads more than text, with those of its text
+    model."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config | config.get("text_config", {})
+
+
 def context_of(folder: Path) -> int:
     """Tokens of the longest row that the model in a folder was made for."""
-    return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
+    return int(config_of(folder)["max_position_embeddings"])
+
+
+def dtype_of(folder: Path) -> str:
+    """The data type of the weights in a folder, which transformers 4 calls torch_dtype; `auto` if it is not stated."""
+    config = config_of(folder)
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def has_scaled_rope(folder: Path) -> bool:
     """Whether the rotary embedding of the model in a folder is scaled, and so ends with its context."""
-    rope = json.loads((folder / "config.json").read_text()).get("rope_parameters") or {}
+    rope = config_of(folder).get("rope_parameters") or {}
     return bool(rope.get("rope_type", "default") != "default")
 
 
 class Client:
     """A server of one exported model. context: tokens of the longest row that the model was made for; longest: of the
-    longest that the server reads."""
+    longest that the server reads; setting: of the recipe, which chose the server."""
 
-    def __init__(self, server: Server, context: int, longest: int) -> None:
-        self.server, self.context, self.longest = server, context, longest
+    def __init__(self, server: Server, context: int, longest: int, setting: str = SETTING) -> None:
+        self.server, self.context, self.longest, self.setting = server, context, longest, setting
 
     @classmethod
-    def start(cls, engine: Engine, folder: Path, work: Path, longest: int = 0) -> Self:
+    def start(cls, engine: Engine, folder: Path, work: Path, longest: int = 0, setting: str = SETTING) -> Self:
         """Starts a server and waits for it. longest: if that is more than the model's context, the rotary embedding
-        extrapolates, as in transformers. Raises AtomError if vLLM is missing, or if a scaled embedding ends before, and
-        ServerLost if the server does not start."""
-        context, dtype = context_of(folder), json.loads((folder / "config.json").read_text())["dtype"]
+        extrapolates, as in transformers. setting: of the recipe, for messages. Raises AtomError if vLLM is missing, or
+        if a scaled embedding ends before, and ServerLost if the server does not start."""
+        context = context_of(folder)
         if longest > context and has_scaled_rope(folder):
             raise AtomError(
-                f"{SETTING}.kind = vllm cannot read {longest} tokens with the scaled rotary embedding of {folder}, "
+                f"{setting}.kind = vllm cannot read {longest} tokens with the scaled rotary embedding of {folder}, "
                 f"which ends at {context}; ask for shorter texts, or use kind = in-process"
             )
         longest = max(longest, context)
         settings: dict[str, Any] = {
-            "model": folder.absolute(), "dtype": dtype, "max-num-seqs": IN_FLIGHT,
+            "model": folder.absolute(), "dtype": dtype_of(folder), "max-num-seqs": IN_FLIGHT,
             "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
             "max-model-len": longest + 1,  # with the token that vLLM draws after each row
         }  # fmt: skip
@@ -76,7 +89,7 @@ class Client:
             settings |= {"tensor-parallel-size": max(1, engine.gpus), "max-num-batched-tokens": TOKENS_AT_ONCE}
         flags = [f"--{name}={value}" for name, value in settings.items()]
         flags += ["--tokens-only", "--disable-uvicorn-access-log", *([] if on_gpu else CPU_OPTIONS), *engine.options]
-        run = [interpreter(engine.python, SETTING), "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
+        run = [interpreter(engine.python, setting), "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
         with tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log", dir=work, delete=False) as log:
             path = Path(log.name)  # shards of a stage share its work folder
         server = Server.local(
@@ -89,7 +102,7 @@ class Client:
         except BaseException:
             server.close()
             raise
-        return cls(server, context, longest)
+        return cls(server, context, longest, setting)
 
     def close(self) -> None:
         """Ends the server, and removes its log."""
@@ -143,7 +156,7 @@ class Client:
     def _request(self, ids: Sequence[int], sampling: dict[str, Any]) -> Any:
         if len(ids) > self.longest:
             raise AtomError(f"a row has {len(ids)} tokens, and the vLLM server reads at most {self.longest}; "
-                            "shorten the texts, or use evaluation.engine.kind = in-process")  # fmt: skip
+                            f"shorten the texts, or use {self.setting}.kind = in-process")  # fmt: skip
         body = {"token_ids": list(ids), "sampling_params": sampling}
         return self.server.post("/inference/v1/generate", body)
 

@@ -24,6 +24,7 @@ BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further on
 PARALLEL = 16
 MOST_BYTES = 1 << 24
 """Of a reply, what is read."""
+CHUNK_BYTES = 1 << 16
 BUSY = (429, 502, 503, 504)
 """The statuses of a server that may answer later."""
 
@@ -73,13 +74,23 @@ class Session:
         try:
             try:
                 with self.opener.open(request, timeout=self.timeout) as reply:
-                    return reply.status, reply.read(MOST_BYTES)
+                    return reply.status, self._read(reply)
             except urllib.error.HTTPError as error:
                 with error:
-                    return error.code, error.read(MOST_BYTES)
+                    return error.code, self._read(error)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error) or type(error).__name__
             raise Unanswered(f"{self.url}/{path} did not answer ({reason})") from None
+
+    def _read(self, reply: Any) -> bytes:
+        """The first MOST_BYTES of a reply. Raises TimeoutError if they take longer than `timeout`, since a server that
+        sends a byte now and then would hold the phase for ever."""
+        end, payload = time.monotonic() + self.timeout, bytearray()
+        while len(payload) < MOST_BYTES and (piece := reply.read1(min(CHUNK_BYTES, MOST_BYTES - len(payload)))):
+            payload += piece
+            if time.monotonic() > end:
+                raise TimeoutError(f"its reply took longer than {self.timeout:g} s")
+        return bytes(payload)
 
 
 def attempt(url: str, timeout: float, work: Callable[[Session], T]) -> T:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,46 @@ def test_process_reward_benchmark() -> None:
     table = run_quick("process_reward")
     costs = [line for line in table if line.startswith(("result: ", "process: "))]
     assert [re.findall(r"(steps|tokens) (\d+)", line) for line in costs] == [[("steps", "1"), ("tokens", "32")]] * 2
+
+
+@at_length("benchmarks", 30)
+def test_saturation_benchmark(tmp_path: Path) -> None:
+    """Three policies from the same weights: each measured before its first update and after the others, in equal
+    numbers of updates."""
+    table = run_quick("rlhf_saturation", "--out", str(tmp_path))
+    measured = [re.findall(r"seed 0: (\w+), (\d) updates", line) for line in table]
+    arms = ("rlvr", "rlhf", "rules")
+    assert [found[0] for found in measured if found] == [(arm, str(n)) for arm in arms for n in range(3)]
+    (curves,) = json.loads((tmp_path / "rlhf-saturation.json").read_text())
+    flops = {arm: [point["flops"] for point in curves[arm]] for arm in arms}
+    assert flops["rlvr"][0] == flops["rules"][0] == 0 < flops["rlhf"][0], "the reward model was trained before"
+    assert all(sorted(x) == x for x in flops.values())
+    assert curves["rlhf"][0]["win_rate"] == curves["rules"][0]["win_rate"] == 0.5, "the same weights, the same answers"
+    assert set(curves["rlhf"][0]["parts"]) >= {"task", "act", "person", "thing", "ending"}
+    assert draw_saturation(tmp_path, tmp_path / "again.svg") == (tmp_path / "rlhf-saturation.svg").read_bytes()
+
+
+def draw_saturation(folder: Path, figure: Path) -> bytes:
+    """The figure of the points in a folder."""
+    command = [
+        sys.executable,
+        str(ROOT / "bench/saturation_figure.py"),
+        str(folder / "rlhf-saturation.json"),
+        str(figure),
+    ]
+    subprocess.run(command, check=True, timeout=300)
+    return figure.read_bytes()
+
+
+def test_the_figure_of_the_docs_is_of_its_points(tmp_path: Path) -> None:
+    """Equal bytes with the matplotlib that drew it; others draw as many curves."""
+    figure = (ROOT / "docs/rlhf-saturation.svg").read_bytes()
+    drawn = draw_saturation(ROOT / "docs", tmp_path / "figure.svg")
+    stated = re.search(rb"<!-- matplotlib (\S+) -->", figure)
+    assert stated
+    if stated[1].decode() == version("matplotlib"):
+        assert figure == drawn
+    assert figure.count(b'<g id="line2d_') == drawn.count(b'<g id="line2d_')
 
 
 @at_length("benchmarks", 20)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -96,6 +99,34 @@ def test_a_server_that_is_too_slow_is_no_reward(serve: Callable[..., Server]) ->
         score_one(client(serve(reply), timeout=0.05), sum_row(), "4")
 
 
+def test_a_server_that_drips_its_reply_is_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes within the time of a request, and the reply never ends."""
+    monkeypatch.setattr(gym_session, "BACK_OFF", 0.01)
+
+    def drip(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            while True:
+                connection.sendall(b" ")
+                time.sleep(0.02)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        verifier = make_verifier("nemo-gym", {"url": url, "serves": "drops", "timeout": 0.2})
+        with pytest.raises(
+            VerifierFailed, match=r"did not answer \(its reply took longer than 0.2 s\), 5 times; see to"
+        ):
+            score_one(verifier, sum_row(), "4")
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 def test_a_server_that_was_never_there_is_no_reward(serve: Callable[..., Server]) -> None:
     with pytest.raises(VerifierFailed, match="Connection refused"):
         score_one(make_verifier("nemo-gym", {"url": "http://127.0.0.1:9", "serves": "nothing"}), sum_row(), "4")
@@ -141,6 +172,26 @@ def test_an_environment_answers_in_turns_and_scores_the_session(counter: Counter
         VerifierFailed, match="/get_counter_value answers a call otherwise than when the answer was drawn"
     ):
         score_one_of(verifier, counter_row(), answer)
+
+
+def test_an_environment_that_floods_is_cut_and_scores_nothing(
+    counter: Counter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result is cut with a mark; a reply to /verify beyond the most that is read is no reward."""
+    flood, answer = "x" * (gym_session.MOST_BYTES + 100), counter.answer
+
+    def flooded(path: str, session: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/get_counter_value":
+            return 200, flood
+        return (200, {"reward": 1.0, "notes": flood}) if path == "/verify" else answer(path, session, body)
+
+    monkeypatch.setattr(counter, "answer", flooded)
+    toolbox, ((call,),) = counter_answer(counter.url, tmp_path, [[GET]])
+    assert call["status"] == "ok" and len(call["result"]) < toolbox.tools.max_result_characters + 50
+    assert call["result"].startswith('"xxx') and call["result"].endswith(" more characters]")
+    words = f"{counter.url}/verify answered what is no JSON object: .*; see to that server"
+    with pytest.raises(VerifierFailed, match=words):
+        score_one_of(client(counter), counter_row(3), response_of("3"))  # type: ignore[arg-type]
 
 
 def score_one_of(verifier: Verifier, row: Row, response: Response) -> Parts:

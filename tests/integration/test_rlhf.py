@@ -4,6 +4,7 @@ model that ranks better above worse, and the same bytes after a stop."""
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError, Interrupted
-from pipeline.core.store import Artifact, write_manifest
+from pipeline.core.store import Artifact, sha256_file, write_manifest
 from stages.data.table import read_table, write_jsonl
-from stages.rl import dpo, reward_model
+from stages.rl import dpo, reward_model, rlvr
 from stages.rl.algorithms.preferences import best_and_worst
 from stages.rl.protocols import NoSettings, Response, VerifierContext, VerifierFailed
 from stages.rl.rewards.reward_model import RewardModel, reward_input
@@ -216,6 +217,41 @@ def test_the_reward_model_scores_as_it_was_trained(
     (cut,) = verifier.score([(rows[0], Response.parse("eee", False))])
     assert cut["reward"] == 0.0 and verifier.version == "export-test"
     assert reward_input(verifier.chat, "say", "e", True)[-2:] == [3, 1]
+    other = Artifact("", "", tmp_path / "other", ())
+    write_other_tokenizer(inputs["tokenizer"], other.path)
+    with pytest.raises(AtomError, match="^the reward model export-test has another tokenizer than the policy, whose"):
+        RewardModel(VerifierContext(NoSettings(), verifier_inputs, Chat(other)))
+
+
+def write_other_tokenizer(tokenizer: Artifact, folder: Path) -> None:
+    """The same tokens, of which two have each other's ids."""
+    content = tokenizer.json("tokenizer.json")
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_a_policy_or_reference_of_another_tokenizer_is_refused(
+    inputs: dict[str, Artifact], tmp_path: Path, with_reference: bool
+) -> None:
+    shutil.copytree(inputs["init"].path, tmp_path / "init")
+    state = tmp_path / "init" / "step-000003" / "state.json"
+    digest = sha256_file(inputs["tokenizer"] / "tokenizer.json")
+    state.write_text(json.dumps({**json.loads(state.read_text()), "tokenizer": digest}))
+    config = rl_fixtures.config(steps=1, optimizer={**rl_fixtures.OPTIMIZER, "warmup_steps": 0})
+    if with_reference:
+        config["phase"]["kl_coef"] = 0.1
+    init = {**inputs, "init": write_manifest(tmp_path / "init", "sft-test")}
+    run(rlvr, config, init, tmp_path / "work", tmp_path / "out")
+    write_other_tokenizer(inputs["tokenizer"], tmp_path / "other")
+    words = (
+        "^rlvr: the policy sft-test and reference of the phase was trained on another tokenizer's tokens; begin with"
+    )
+    with pytest.raises(AtomError, match=words):
+        other = {**init, "tokenizer": write_manifest(tmp_path / "other", "tokenizer-other")}
+        run(rlvr, config, other, tmp_path / "other-work", tmp_path / "other-out")
 
 
 def test_too_few_pairs_are_refused(inputs: dict[str, Artifact], calm: Path, tmp_path: Path) -> None:

@@ -18,14 +18,20 @@ def value(x: float, se: float = 0.01, n: int = 400) -> dict[str, Any]:
     return {"value": x, "se": se, "n": n}
 
 
-def problems(accuracy: float, judged: float) -> dict[str, Any]:
-    entry = {"samples": {"accuracy": value(accuracy)}}
-    return {"problems": {"add": entry}, "problems_all": entry, "judged": {"courtesy": {"reward": value(judged)}}}
+def problems(accuracy: float, judged: float, tokens: float = 20.0) -> dict[str, Any]:
+    entry = {"samples": {"accuracy": value(accuracy), "tokens": tokens}}
+    row = {"reward": value(judged), "tokens": tokens}
+    return {"problems": {"add": entry}, "problems_all": entry, "judged": {"courtesy": row}}
 
 
-def side(reward: float, task: float | None, ending: float) -> dict[str, Any]:
-    parts = {"ending": value(ending), "reward": value(reward)} | ({} if task is None else {"task": value(task)})
-    return {"parts": parts}
+def compared(before: str, sides: dict[str, Any], win: float = 0.5) -> dict[str, Any]:
+    rate = value(win, 0.02) | {"low": win - 0.04, "high": win + 0.04}
+    return {"before": before, "sides": sides, "win_rate": rate, "wins": 4, "ties": 5, "losses": 6}
+
+
+def side(reward: float, task: float | None, ending: float, **others: float) -> dict[str, Any]:
+    parts = {"ending": ending, "reward": reward, **({} if task is None else {"task": task}), **others}
+    return {"parts": {name: value(x) for name, x in parts.items()}}
 
 
 def log(*rewards: float, kind: str = "add") -> training.PhaseLog:
@@ -44,7 +50,7 @@ def facts(**changes: Any) -> ModelFacts:
         "Qwen3MoeForCausalLM", {}, "bfloat16", Parameters(1, 1, 1), {}, {}, scores,
         chat={
             "test": {"sft": problems(0.4, 0.3), "rlvr": problems(0.8, 0.3), "dpo": problems(0.8, 0.6)},
-            "preferences": {"dpo": {"before": "rlvr", "sides": sides}},
+            "preferences": {"dpo": compared("rlvr", sides)},
         },
         training={"rlvr": log(0.3, 0.31, 0.5, 0.79, 0.8), "dpo": log(0.3, 0.31, 0.5, 0.6, 0.59, kind="courtesy")},
     )  # fmt: skip
@@ -116,11 +122,64 @@ def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
 def test_a_reward_without_a_task_is_named_where_it_was_trained_on() -> None:
     model = facts()
     model.chat["preferences"]["dpo"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
-    (line,) = caveats.caveat_sentences(model)
+    one_part, line = caveats.caveat_sentences(model)
     assert "no task was measured**: while dpo was trained, its reward for courtesy rose" in line
-    assert caveats.caveat_sentences(replace(model, training={})) == [caveats.NONE], (
-        "of an older release, whose logs have no rewards"
+    assert one_part == (
+        "- **One part alone explains a reward**: from rlvr to dpo the preference reward rose (0.200 ± 0.010 → 0.500 ± "
+        "0.010), and of its parts only ending (0.300 ± 0.010 → 0.900 ± 0.010) rose."
     )
+    assert caveats.caveat_sentences(replace(model, training={})) == [one_part], "logs of older releases have no rewards"
+    for part in model.chat["preferences"]["dpo"]["sides"].values():
+        part["parts"]["act"] = part["parts"]["ending"]
+    assert caveats.caveat_sentences(replace(model, training={})) == [caveats.NONE], "two parts rise together"
+
+
+@pytest.mark.parametrize(("won", "expected"), [(0.5, 0), (0.54, 0), (0.545, 1)])
+def test_a_win_rate_beside_a_part_that_falls_is_named(won: float, expected: int) -> None:
+    """Also without a rise of the mean reward, and against a model that is not the one before."""
+    model = facts()
+    sides = {"before": side(0.3, 0.3, 0.9, thing=0.8), "model": side(0.3, 0.35, 0.9, thing=0.6)}
+    model.chat["preferences"]["online"] = compared("rlvr", sides, won)
+    lines = caveat_lines(model, "**A reward rose and a part of it fell**: from rlvr to online")
+    assert len(lines) == expected
+    if lines:
+        assert "online won 0.545 (0.505 to 0.585) of 400 comparisons, and of its parts fell thing (0.800" in lines[0]
+
+
+def test_a_task_that_falls_while_its_reward_rises_is_named() -> None:
+    model = facts()
+    sides = {"before": side(0.3, 0.3, 0.3, thing=0.8), "model": side(0.5, 0.1, 0.3, thing=0.5)}
+    model.chat["preferences"]["dpo"] = compared("rlvr", sides)
+    (line,) = caveat_lines(model, "**A reward rose and its task fell**: from rlvr to dpo")
+    assert line.endswith("fell (0.300 ± 0.010 → 0.100 ± 0.010). What rose: no part by itself. What fell: thing (0.800 ± "
+                         "0.010 → 0.500 ± 0.010).")  # fmt: skip
+
+
+def test_what_changed_instead_of_the_task_is_beside_it() -> None:
+    model = facts()
+    model.chat["test"]["dpo"] = problems(0.8, 0.6, tokens=26.0)
+    model.chat["preferences"]["dpo"]["sides"]["model"] = side(0.3, 0.3, 0.9)
+    (line,) = caveat_lines(model, "while dpo was trained")
+    assert line.endswith("; what changed instead: ending (0.300 ± 0.010 → 0.900 ± 0.010), the length of answers (20.0 → "
+                         "26.0 tokens).")  # fmt: skip
+    model.chat["test"]["dpo"] = problems(0.8, 0.6, tokens=24.0)
+    assert "length" not in caveat_lines(model, "while dpo was trained")[0]
+
+
+def test_the_task_and_the_parts_are_beside_the_win_rate() -> None:
+    model = facts()
+    model.chat["preferences"]["dpo"] = compared("rlvr", {"before": side(0.3, 0.3, 0.9), "model": side(0.5, 0.5, 0.1)})
+    assert chat_tables.wins(model.chat["preferences"]) == [
+        "|  | dpo against rlvr |",
+        "|---|---|",
+        "| requests: won, tied, lost | 400: 4, 5, 6 |",
+        "| wins, ties as half (95 %) | 0.500 (0.460 to 0.540) |",
+        "| does what was asked (`task`) | 0.300 ± 0.010 → 0.500 ± 0.010 |",
+        "| preference reward | 0.300 ± 0.010 → 0.500 ± 0.010 |",
+        "| parts of it that rose | none |",
+        "| parts of it that fell | ending 0.900 ± 0.010 → 0.100 ± 0.010 |",
+    ]
+    assert chat_tables.wins({}) == []
 
 
 def test_parts_of_the_reward_by_model() -> None:

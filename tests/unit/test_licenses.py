@@ -16,7 +16,7 @@ from stages.data.licenses.allow import AllowedLicenses
 from stages.data.licenses.maps import LicenseMap, MapName, load_map
 from stages.data.readers.jsonl import Jsonl
 from stages.data.readers.rows import field_at
-from stages.data.recipe import load
+from stages.data.recipe import SourceConfig, load
 from stages.data.table import content_hash
 from stages.data.web.license_links import expression_of
 from tests.fixtures import ROOT
@@ -155,6 +155,32 @@ def test_a_document_under_another_license_is_removed_before_the_steps() -> None:
     steps = SourceFilter("a", "prose", (), Nothing(), ["MIT"])  # type: ignore[arg-type]
     assert steps.apply(row) == Removed("license/not-allowed", 0.0, 0.0)
     assert steps.apply({**row, "license": "MIT"})["text"] == "x"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("settings", "license"),
+    [
+        ({"license": "CC-BY-NC-4.0"}, "CC-BY-NC-4.0"),
+        ({"license": "ODC-By-1.0", "document_license": "LicenseRef-model-terms"}, "LicenseRef-model-terms"),
+        ({"license": "MIT AND LicenseRef-model-terms"}, "MIT AND LicenseRef-model-terms"),
+        ({"license": "MIT OR LicenseRef-model-terms"}, None),
+        ({"license": "CC-BY-NC-4.0", "license_allow": []}, None),
+        ({"license": "CC-BY-NC-4.0", "reader": {"license_field": "license"}}, None),
+    ],
+)
+def test_a_source_whose_terms_forbid_training_is_refused(settings: dict[str, Any], license: str | None) -> None:
+    """Where each document states its own, curation decides document by document."""
+    reader = {"reader": "jsonl", "path": "x", **settings.pop("reader", {})}
+    source = {"name": "forum", "kind": "prose", "license_evidence": "its terms", "origin": "by hand", "reader": reader,
+              "license_allow": ["MIT"], **settings}  # fmt: skip
+    if license is None:
+        assert SourceConfig.model_validate(source).name == "forum"
+        return
+    words = (
+        f"source forum: the license {license} of its documents is not in license_allow, so none of them may be trained"
+    )
+    with pytest.raises(ValidationError, match=words):
+        SourceConfig.model_validate(source)
 
 
 def test_settings_that_are_not_used_are_in_no_key() -> None:

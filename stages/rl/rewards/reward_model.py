@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import AtomError, RecipeError
 from stages.data import chat
 from stages.rl.protocols import (
     Answer,
@@ -29,16 +29,23 @@ class RewardModel(Verifier):
 
     def __init__(self, context: VerifierContext[NoSettings]) -> None:
         """inputs["reward_model"]: the export; inputs["reward"]: its training, which measured the mean score of held-out
-        pairs. Raises RecipeError without them."""
+        pairs. Raises RecipeError without them, and AtomError if the export has another tokenizer than the policy."""
         if "reward" not in context.inputs:
             raise RecipeError(
                 "tasks name the verifier reward-model, which only online_rlhf has; use another reward function"
             )
         import torch
+        from tokenizers import Tokenizer
         from transformers import AutoModelForCausalLM
 
         assert context.chat is not None, "a phase has a tokenizer"
         artifact = context.inputs["reward_model"]
+        read_by = Tokenizer.from_file(str(artifact / "model" / "tokenizer.json"))
+        if read_by.to_str() != context.chat.tokenizer.to_str():
+            raise AtomError(
+                f"the reward model {artifact.key} has another tokenizer than the policy, whose answers it cannot read; "
+                "train it on pairs of this policy"
+            )
         self.device = "cuda" if torch.cuda.is_available() else "cpu"  # that of the rank, beside the policy
         self.model = (
             AutoModelForCausalLM.from_pretrained(artifact / "model", dtype=torch.float32, local_files_only=True)

@@ -1,0 +1,81 @@
+"""The figure of bench/rlhf_saturation.py, drawn from its points: equal bytes for one version of matplotlib.
+
+python bench/saturation_figure.py docs/rlhf-saturation.json docs/rlhf-saturation.svg
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intervals import interval
+
+from release.cards.plot import COLORS, require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = Sequence[Mapping[str, Any]]
+TITLES = {"rlvr": "RLVR: problems, verified", "rlhf": "RLHF: notes, reward model", "rules": "notes, the rules"}
+PARTS = ("act", "person", "thing", "ending")
+
+
+def draw(curves: Sequence[Mapping[str, Any]]) -> bytes:
+    """An SVG of three panels. curves: of each seed, the points of each policy. Raises AtomError without matplotlib."""
+    require()
+    import matplotlib.style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings = ["default", {"svg.hashsalt": "atom", "font.size": 8}]  # not those of the user
+    with matplotlib.style.context(settings):
+        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        success, preference, parts = figure.subplots(1, 3)
+        for color, (arm, title) in zip(COLORS, TITLES.items(), strict=False):
+            _band(success, curves, arm, lambda point: point["task"], color, title)
+        _label(success, "The task's own success, held out", "share of right results, or of notes that do it")
+        for color, arm in ((COLORS[1], "rlhf"), (COLORS[2], "rules")):
+            _band(preference, curves, arm, lambda point: point["win_rate"], color, f"{TITLES[arm]}: win rate")
+        _band(preference, curves, "rlhf", lambda point: point["reward"], COLORS[4], "RLHF: reward model's own score")
+        _label(preference, "Preference, against the weights before", "share of wins, ties as half; or reward")
+        for color, part in zip((COLORS[0], COLORS[2], COLORS[3], COLORS[4]), PARTS, strict=True):
+            _band(parts, curves, "rlhf", lambda point, part=part: point["parts"][part], color, part)  # type: ignore[misc]
+        _band(parts, curves, "rlhf", lambda point: point["task"], COLORS[1], "task: act, person and thing")
+        _label(parts, "Parts of the preference reward, RLHF", "share of notes")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue() + f"<!-- matplotlib {version('matplotlib')} -->\n".encode()
+
+
+def _band(
+    axis: Axes, curves: Sequence[Mapping[str, Any]], arm: str, value: Callable[[Mapping[str, Any]], float], color: str,
+    label: str,
+) -> None:  # fmt: skip
+    """The mean over seeds at each measurement against their mean compute, and its 95 % interval."""
+    columns: list[Points] = list(zip(*(curve[arm] for curve in curves), strict=True))
+    flops = [statistics.fmean(point["flops"] for point in column) / 1e9 for column in columns]
+    means, lows, highs = zip(*(interval([value(point) for point in column]) for column in columns), strict=True)
+    axis.plot(flops, means, color=color, linewidth=1.2, label=label)
+    axis.fill_between(flops, lows, highs, color=color, alpha=0.15, linewidth=0)
+
+
+def _label(axis: Axes, title: str, name: str) -> None:
+    axis.set_title(title, loc="left", fontsize=9)
+    axis.set_xlabel("compute after fine-tuning, GFLOPs")
+    axis.set_ylabel(name)
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_xlim(left=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False)
+
+
+if __name__ == "__main__":
+    points, figure_path = map(Path, sys.argv[1:])
+    figure_path.write_bytes(draw(json.loads(points.read_text())))
