@@ -49,18 +49,11 @@ def saved_bytes(
     final norm and of the output head, and the fp32 softmax of the logits, or, of a loss by slices, the gradients of the
     head and of its inputs; an earlier stage keeps its outputs. Packed rows have one table of rotary values for all
     layers."""
-    layers = layers_of(model, layout, pipeline_rank)
-    kept = 0.0
-    for layer in (layer for chunk in layers for layer in chunk):
-        kept += _layer(model, layout, precision, rows, layer, fused)[0]
-    tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
-    hidden = _tokens(layout, rows) * _size(precision) * model.hidden_size
-    batches = in_flight(layout, pipeline_rank, micro_batches)
-    total = _tokens(layout, rows) * batches * (kept + tables)
+    saved = _saved_by_layers(model, layout, precision, rows, micro_batches, pipeline_rank, fused)
     if pipeline_rank < layout.pp - 1:
-        return total + batches * layout.vpp * hidden
-    inputs = hidden if rows.targets is None else rows.targets * _size(precision) * model.hidden_size
-    return total + hidden + inputs + _loss(model, padded_vocab_size, layout, precision, rows)[0]
+        return saved
+    saved_by_loss = _loss(model, padded_vocab_size, layout, precision, rows)[0]
+    return saved + _inputs_of_loss(model, layout, precision, rows) + saved_by_loss
 
 
 def activation_bytes(
@@ -73,22 +66,50 @@ def activation_bytes(
     pipeline_rank: int,
     fused: bool = False,
 ) -> float:
-    """Bytes at the peak of a step on a rank at that position of the pipeline: what is saved, and the larger of two
-    working sets that are never there at the same time. One layer's: its temporary tensors, and, if it is computed
-    again, all that it saves. And the loss's, on the last stage."""
-    saved = saved_bytes(model, padded_vocab_size, layout, precision, rows, micro_batches, pipeline_rank, fused)
-    tokens = _tokens(layout, rows)
+    """Bytes at the peak of a step on a rank at that position of the pipeline: what its layers keep, and the larger of
+    two working sets that are never there at the same time. One layer's: its temporary tensors; if it is computed again,
+    also all that it saves, the gradient of its output, and the gradient of a tied output head, which waits for that of
+    the embedding. And, on the last stage, the loss's, with the inputs of the final norm and of the head."""
+    saved = _saved_by_layers(model, layout, precision, rows, micro_batches, pipeline_rank, fused)
+    tokens, size = _tokens(layout, rows), _size(precision)
     layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
     working = tokens * max(_layer(model, layout, precision, rows, layer, fused)[1] for layer in layers)
-    hidden = tokens * _size(precision) * model.hidden_size
+    hidden = tokens * size * model.hidden_size
     if layout.tp > 1:
         saved += layout.tp * hidden  # the inputs of a matrix of all tensor ranks, in a buffer that stays
     if layout.pp > 1:
         saved += hidden  # what the next or previous stage has sent
     if pipeline_rank < layout.pp - 1:
         return saved + working
-    saved_by_loss, loss = _loss(model, padded_vocab_size, layout, precision, rows)
-    return saved - saved_by_loss + max(working, loss)
+    if layout.recompute == "layer":
+        is_tied = model.tie_embeddings and layout.pp == 1
+        working += hidden + is_tied * size * model.hidden_size * padded_vocab_size / layout.tp
+    loss = _loss(model, padded_vocab_size, layout, precision, rows)[1]
+    return saved + max(working, _inputs_of_loss(model, layout, precision, rows) + loss)
+
+
+def _saved_by_layers(
+    model: ModelConfig,
+    layout: Layout,
+    precision: Precision,
+    rows: Rows,
+    micro_batches: int,
+    pipeline_rank: int,
+    fused: bool,
+) -> float:
+    """Bytes that the layers of the forward passes in flight keep, with what an earlier stage has sent on."""
+    tokens, kept = _tokens(layout, rows), 0.0
+    for layer in (layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk):
+        kept += _layer(model, layout, precision, rows, layer, fused)[0]
+    tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
+    sent = (pipeline_rank < layout.pp - 1) * layout.vpp * _size(precision) * model.hidden_size
+    return tokens * in_flight(layout, pipeline_rank, micro_batches) * (kept + tables + sent)
+
+
+def _inputs_of_loss(model: ModelConfig, layout: Layout, precision: Precision, rows: Rows) -> float:
+    """Bytes of the inputs of the final norm and of the output head, which has those of the targets only."""
+    tokens, token = _tokens(layout, rows), _size(precision) * model.hidden_size
+    return token * (tokens + (tokens if rows.targets is None else rows.targets))
 
 
 def _loss(

@@ -154,7 +154,8 @@ class Attention(MegatronModule):  # type: ignore[misc]
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
         if documents.gathered is not None:
             k, v = (x.index_select(0, documents.gathered) for x in (k, v))
-        out = self.attend(q, k, v, documents)
+        # a kernel lays its output out as its queries: token by token, a row's is no second tensor for the projection
+        out = self.attend(q.contiguous(), k, v, documents)
         return out.flatten(1).unflatten(0, (batch, -1)).transpose(0, 1).contiguous()
 
     def takes_documents(self, q: torch.Tensor) -> bool:

@@ -195,12 +195,24 @@ def test_a_layer_and_the_loss_do_not_work_at_the_same_time() -> None:
         return activation_bytes(*arguments) - saved_bytes(*arguments)
 
     sent, received = 2 * 64 * 2, 2 * 64  # bytes of a token's copies; of what the next stage has sent
-    assert working(0, VOCAB, ranks=2, pp=2) == 512 * (3 * sent + received)
+    assert working(0, VOCAB, ranks=2, pp=2) == 512 * (2 * sent + received)
     assert working(0, VOCAB, ranks=4, pp=2, ep=2) == 512 * (4 * sent + received)
     assert working(0, 10_000) == 512 * 10_000 * 2  # a bf16 gradient of the logits
     assert working(0, 10_000, "fp32") == 4 * 64 * 10_000  # fp32: in place; then the head's own
     one_layer = sum(model.layer_activations(Layout(), "bf16", rows, 0).values())
-    assert working(0, VOCAB, ranks=2, pp=2, recompute="layer") == 512 * (one_layer - 2 * 64 + 3 * sent + received)
+    again = one_layer - 2 * 64 + 2 * sent
+    assert working(0, VOCAB, ranks=2, pp=2, recompute="layer") == 512 * (again + received)
+
+
+def test_a_layer_that_is_computed_again_has_a_gradient_beside_it() -> None:
+    """By hand, in the last stage: that of its output, and that of a tied head. The loss's inputs and softmax are gone."""
+    model, rows, layout = Qwen3MoeConfig(**MODEL), Rows(1, 512), Layout(recompute="layer")
+    one_layer = sum(model.layer_activations(layout, "bf16", rows, 0).values())
+    inputs, again, gradient = 4 * 2 * 64, one_layer - 2 * 64 + 2 * (2 * 64 * 2), 2 * 64
+    assert activation_bytes(model, VOCAB, layout, "bf16", rows, 8, 0) == 512 * (inputs + again + gradient)
+    tied = model.model_copy(update={"tie_embeddings": True})
+    head = activation_bytes(tied, VOCAB, layout, "bf16", rows, 8, 0) - 512 * (inputs + again + gradient)
+    assert head == 2 * 64 * VOCAB
 
 
 def test_estimate_of_a_phase() -> None:

@@ -56,11 +56,11 @@ def test_memory_is_planned(name: str) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", MORE_MEMORY)
 def test_memory_of_more_phases_is_planned(name: str, precision: str) -> None:
-    """The first and the last rank. In fp32, in which no cluster trains, within 7 %."""
+    """The first and the last rank."""
     kind, layout, phase = MORE_MEMORY[name]
     for rank in {0, layout.get("ranks", 1) - 1}:
         result = rank_simulation.simulate(configured(kind, layout, **phase, precision=precision), rank)
-        text.require_planned_memory(result, 0.05 if precision == "bf16" else 0.07)
+        text.require_planned_memory(result)
 
 
 def test_the_reference_of_a_kl_term_is_on_the_host() -> None:

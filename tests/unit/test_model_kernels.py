@@ -142,6 +142,23 @@ def test_no_layer_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             assert table_operators & set(seen) == (table_operators if layer == 0 else set())
 
 
+def test_the_output_of_a_row_is_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, and by the projection behind it, whose input is the same tensor. On PyTorch's meta device."""
+    config = SimpleNamespace(context_parallel_size=1, rows=row_tables.RowTables((torch.ones(4), 1.0), 1))
+    attention = Attention.__new__(Attention)
+    torch.nn.Module.__init__(attention)
+    attention.config, attention.scale = config, None
+    monkeypatch.setattr(Attention, "takes_documents", lambda self, q: True)
+    kernel, outputs = layer_spec.varlen_kernel(), []
+    assert kernel is not None
+    monkeypatch.setattr(
+        layer_spec, "varlen_kernel", lambda: lambda *x, **words: outputs.append(kernel(*x, **words)) or outputs[-1]
+    )
+    by_head = (torch.empty(1, heads, 12, 8, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
+    out = attention(*(x.permute(2, 0, 1, 3) for x in by_head), PACKED[:1])
+    assert out.shape == (12, 1, 32) and out.untyped_storage()._cdata == outputs[0].untyped_storage()._cdata
+
+
 @pytest.mark.parametrize("shape", [(512, 8, 256), (7, 3, 32), (5, 24)])
 def test_the_norm_of_a_cpu_has_the_bits_of_pytorchs(shape: tuple[int, ...]) -> None:
     """Forward and backward in a residual stream, also of tiny and large inputs."""

@@ -144,15 +144,15 @@ class Qwen3MoeConfig(GroupedQueryConfig):
 
     def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
         """The tokens on their way to experts and back: as sorted for the ranks that have them, as received, as the
-        experts return them and as sorted back. With all experts on one rank nothing is received. Ranks that split
-        experts sum what these return, below fp32 after another copy in fp32, and have their part of the sum; unless
-        they gather all tokens."""
+        experts return them and as sorted back. With all experts on one rank these are what each expert returns, and
+        that side by side. Ranks that split experts sum what these return, below fp32 after another copy in fp32, and
+        have their part of the sum; unless they gather all tokens."""
         if layer < self.dense_layers:
             return 0.0
         size, split = 4 if precision == "fp32" else 2, layout.split_experts
         copies = self.hidden_size * self.num_experts_per_tok
         if layout.ep * split == 1:
-            return 3 * size * copies
+            return 2 * size * copies
         if split == 1 or layout.dispatcher == "allgather":
             return (2 + 2 * split) * size * copies
         summed = 4 * split * (precision != "fp32") + 4
