@@ -36,7 +36,9 @@ class ReleaseSection(Config):
     languages: tuple[Language, ...] = Field(
         min_length=1, max_length=200, description="ISO 639 language codes for the metadata of the cards"
     )
-    maker: Maker = added(Maker.model_validate({}), "statements of the maker for the documents of standards; none by default")
+    maker: Maker = added(
+        Maker.model_validate({}), "statements of the maker for the documents of standards; none by default"
+    )
 
 
 class ReleaseRecipe(Identity):
