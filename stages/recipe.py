@@ -46,7 +46,9 @@ class ReleaseSection(Config):
         "sources whose texts are not published, because their size or license does not allow it: only where each "
         "document stands and its hash, from which `atom rebuild-data` gets them again",
     )
-    maker: Maker = added(Maker(), "statements of the maker for the documents of standards; none by default")
+    maker: Maker = added(
+        Maker.model_validate({}), "statements of the maker for the documents of standards; none by default"
+    )
 
     @field_validator("variants")
     @classmethod

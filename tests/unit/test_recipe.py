@@ -65,7 +65,7 @@ def write(path: Path, **changes: Any) -> str:
             {"release__maker": {"sources": {"cod": "public"}}},
             "recipe r: release.maker.sources names cod, which data recipe smoke",
         ),
-        ({"release__maker": {"market_date": "2026-02-30"}}, "recipe r: release.maker.market_date is no date of the calendar"),
+        ({"release__maker": {"market_date": "2026-02-30"}}, "recipe r: release.maker.market_date = '2026-02-30' is no date of the calendar"),
         ({"pretrain__mix": {"docstrings": 0.5, "code": 0.4}}, "recipe r: pretrain.mix sums to 0.9; the shares must sum to 1"),
         ({"data": "smok"}, "there is no data recipe smok, neither packaged nor a file; did you mean smoke?"),
         ({"version": "1"}, "recipe r: version = '1' is no semantic version, such as 0.1.0"),
