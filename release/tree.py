@@ -143,7 +143,8 @@ def real_bytes(files: Iterable[os.stat_result]) -> int:
 
 def disk_bytes(status: os.stat_result) -> int:
     """The bytes that a file has on the disk; Windows does not say, so its size there."""
-    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
+    blocks: int | None = getattr(status, "st_blocks", None)
+    return status.st_size if blocks is None else blocks * 512
 
 
 def inode(status: os.stat_result) -> tuple[int, int] | None:

@@ -20,7 +20,7 @@ def predict(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Seal what smaller runs say of a recipe, before it is trained.
+    """Seal what smaller runs predict, before training.
 
     A law is fitted to the held-out loss, bits per byte and accuracy of the smaller runs against their training FLOPs.
     What it says of this recipe, with bands of 90 %, is sealed once, before pre-training begins; the release carries it,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.store import Store, write_manifest
+from pipeline.core import environment, provenance
+from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.launch.start_records import StartRecords, prediction_key
 from stages.train import launch_record
 from stages.train.launch_record import LogReplay
-from tests.fixtures import train_fixtures
+from tests.fixtures import ROOT, train_fixtures
 from tests.fixtures.train_fixtures import fresh
 
 
@@ -70,6 +75,35 @@ def test_a_deviation_is_named_and_training_goes_on(corpus: Path, undisturbed: Pa
 def test_a_first_start_has_nothing_to_compare(undisturbed: Path) -> None:
     record = record_of(undisturbed.parent)
     assert record["restored_step"] is None and record["replayed"]["first"] is None and record["replayed"]["lines"] == 0
+
+
+WORK = """
+import sys
+from pathlib import Path
+from pipeline.launch.attempt import Task
+from pipeline.launch.worker import work
+from tests.fixtures import train_fixtures
+inputs = {"tokens": "tokenize-test", "order": "order-test"}
+config = train_fixtures.config()
+print(work(Task(sys.argv[1], "run", "pretrain", "pretrain", config, inputs, sys.argv[2], 1.0, 1)))
+"""
+
+
+def test_the_statement_of_a_phase_has_its_starts(corpus: Path, tmp_path: Path) -> None:
+    store, key = Store(tmp_path / "home"), "pretrain-0123456789ab"
+    for name in ("tokens", "order"):
+        folder = corpus / name
+        shutil.copytree(folder, store.artifacts / Artifact.open(folder).key)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", WORK, str(store.home), key]
+    process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert process.stdout.splitlines()[-1:] == ["sealed"], process.stdout + process.stderr
+    ((_, body),) = provenance.read(store.ledger, key)
+    (record,) = provenance.starts(body)
+    assert record["commit"] == environment.git_commit(ROOT)[0] and isinstance(record["dirty"], bool)
+    assert record["restored_step"] is None and record["device"] == provenance.environment_of(body)["device"]
+    assert record["startedOn"] == body["predicate"]["runDetails"]["metadata"]["startedOn"]
+    assert record["prediction"] is None and record["replayed"]["lines"] == 0
 
 
 def test_many_deviations_are_counted_and_the_first_are_named() -> None:

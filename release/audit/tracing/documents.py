@@ -69,7 +69,7 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
     place = rollout_lookup.log_folder(data, name) or order
     assert place is not None, "the phase has an order, or samples its data"
     moved = data.weight_updates(place)(n)
-    return Step(name, n, order and data.name(order), moved, segments, tasks, data.unknown())
+    return Step(name, n, None if order is None else data.name(order), moved, segments, tasks, data.unknown())
 
 
 def trace_document(folder: Path, doc_id: str) -> Document:
