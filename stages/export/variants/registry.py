@@ -21,9 +21,8 @@ SUPER_BLOCK = 256
 class Variant:
     """A form of the released weights.
 
-    writer: of its files. encoding: of the large matrices, as the writer knows it. bits: of a weight, with its scales, at
-    most. title: for people. serving: what serves it, and what of that was tried, in one or two sentences for its
-    card.
+    writer: of its files. encoding: of the large matrices, as the writer knows it. bits: of a weight with its scales, at
+    most. title: for people. serving: what serves it, and what of that was tried, in one or two sentences for its card.
     """
 
     writer: Writer
