@@ -33,7 +33,7 @@ class Variant:
 
 
 LLAMA = "llama.cpp loads the file, with its tokenizer and chat template."
-ACTIVATIONS = "A server also rounds activations to 8 bits; the loss below is of the weights alone."
+ACTIVATIONS = "A server also rounds activations to 8 bits; the stated loss is of the weights alone."
 
 VARIANTS: dict[VariantName, Variant] = {
     "bf16": Variant(
