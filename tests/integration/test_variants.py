@@ -201,3 +201,13 @@ def test_a_recipe_names_the_variants_of_its_final_model(tmp_path: Path) -> None:
         graph("gguf-q4_k_m")
     with pytest.raises(RecipeError, match="variants names int8 twice; leave one of them out"):
         graph("int8", "int8")
+
+
+def test_a_large_model_is_published_in_bf16_however_it_was_trained() -> None:
+    from pipeline.graph.recipe import load
+    from stages.graph import _dtype
+
+    for name, dtype in (("atom-smoke", "float32"), ("atom-30b-a3b", "bfloat16")):
+        config: Any = load(name).config
+        assert _dtype(config, config.pretrain.model_copy(update={"precision": "fp32"})) == dtype
+        assert _dtype(config, config.pretrain.model_copy(update={"precision": "bf16"})) == "bfloat16"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stages.export.variants import compressed_tensors
+from stages.export.variants import compressed_weights
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors
@@ -34,7 +34,7 @@ def write(name: VariantName, model: Path, folder: Path) -> None:
         return
     _copy(model, folder)
     if variant.writer == "compressed-tensors":
-        compressed_tensors.write(model, folder, variant.encoding)
+        compressed_weights.write(model, folder, variant.encoding)
     else:
         rounded = ((name, tensor.bfloat16()) for name, tensor in Tensors(model).items())
         release_checkpoint.write_shards(folder, release_checkpoint.MODEL, rounded)
@@ -58,7 +58,7 @@ def _dequantized(name: VariantName, model: Path, folder: Path) -> Iterator[tuple
 
         return gguf_file.dequantized(model, folder, variant.encoding)
     if variant.writer == "compressed-tensors":
-        return compressed_tensors.dequantized(model, folder, variant.encoding)
+        return compressed_weights.dequantized(model, folder, variant.encoding)
     return ((name, tensor.float()) for name, tensor in Tensors(folder).items())
 
 

@@ -21,9 +21,8 @@ SUPER_BLOCK = 256
 class Variant:
     """A form of the released weights.
 
-    writer: of its files. encoding: of the large matrices, as the writer knows it. bits: of a weight of theirs, with its
-    scales. title: for people. serving: what serves it, and what of that was tried, in one or two sentences for its
-    card.
+    writer: of its files. encoding: of the large matrices, as the writer knows it. bits: of a weight with its scales, at
+    most. title: for people. serving: what serves it, and what of that was tried, in one or two sentences for its card.
     """
 
     writer: Writer
@@ -34,7 +33,7 @@ class Variant:
 
 
 LLAMA = "llama.cpp loads the file, with its tokenizer and chat template."
-ACTIVATIONS = "A server also rounds activations to 8 bits; the loss below is of the weights alone."
+ACTIVATIONS = "A server also rounds activations to 8 bits; the stated loss is of the weights alone."
 
 VARIANTS: dict[VariantName, Variant] = {
     "bf16": Variant(
@@ -56,7 +55,7 @@ VARIANTS: dict[VariantName, Variant] = {
     "fp8-attention": Variant(
         "compressed-tensors",
         "fp8-attention",
-        8,
+        32,
         "FP8 attention (compressed-tensors)",
         f"vLLM serves it; its CPU build too. {ACTIVATIONS}",
     ),

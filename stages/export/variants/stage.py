@@ -29,6 +29,7 @@ from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, m
 from stages.evaluation.pieces import Piece, compute
 from stages.export.variants.loss import DIVERGENCES, DivergenceRow, summary
 from stages.export.variants.registry import VARIANTS, VariantName
+from stages.train.checkpoint import SHARD_BYTES
 
 if TYPE_CHECKING:
     from stages.evaluation.transformers_model import TransformersModel
@@ -37,6 +38,8 @@ VERSION = 1
 MODEL, LOSS = "model", "loss.json"
 TEXTS, TOKENS = 64, 512
 """Largest number of problems, and of documents of a source, whose distributions are compared; and tokens of each."""
+FILES = 12
+"""Of an artifact, beside its weights: tables, loss, tokenizer, index and manifest."""
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 
@@ -121,17 +124,17 @@ def estimate(config: VariantConfig) -> Estimate:
     """Two models in fp32 in memory, and the dequantized one on disk for as long as it runs."""
     if (expected := config.expected) is None:
         return estimates.estimate(None)
-    bits = VARIANTS[config.variant].bits
-    size, whole = round(expected.parameters * bits / 8), 4 * expected.parameters
+    variant = VARIANTS[config.variant]
+    size, whole = round(expected.parameters * variant.bits / 8), 4 * expected.parameters
     base = estimates.estimate(expected, 2, config.engine)
-    files = 12 + size // 5_000_000_000
+    shards = 1 if variant.writer == "gguf" else -(-size // SHARD_BYTES)
     return replace(
         base,
         memory_bytes=max(base.memory_bytes or 0, estimates.BASE_BYTES + 2 * whole),
         disk_bytes=(base.disk_bytes or 0) + size,
         work_bytes=whole,
-        files=files,
-        published=(Published("model", "", files, size),),
+        files=FILES + shards,
+        published=(Published("model", "", shards, size, f"leave {config.variant} out of release.variants"),),
     )
 
 
