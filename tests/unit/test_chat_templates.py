@@ -123,12 +123,12 @@ def test_training_examples_have_the_ids_of_the_former_template(folder: Path, mon
     monkeypatch.setattr(chat, "turns", recorded)
     problems = {"tasks": {"add": 1.0, "sort": 1.0}, "thinking": 0.7}
     readers = (
-        ChatProblems.model_validate({"reader": "chat-problems", "count": 300, **problems}),
-        Courtesies.model_validate({"reader": "courtesies", "count": 300}),
+        ChatProblems.model_validate({"reader": "chat-problems", "count": 100, **problems}),
+        Courtesies.model_validate({"reader": "courtesies", "count": 100}),
     )
     for reader in readers:
-        assert len(list(reader.documents("x", 0, []))) == 300
-    assert compared == 600
+        assert len(list(reader.documents("x", 0, []))) == 100
+    assert compared == 200
     compare(CALLED[:8], TOOLS)
     compare([user("a"), {"role": "assistant", "content": "b"}, {"role": "system", "content": ""}, *CALLED[:8]])
     with pytest.raises(AssertionError):
