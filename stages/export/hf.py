@@ -103,10 +103,8 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype))
     mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
-    stops = [ids[token] for token in STOPS]
-    _write(folder / "config.json", hf_config(config.model, vocab_size, stops[0], ids[PAD], config.dtype))
-    decoding = SAMPLED if config.converses else GREEDY
-    _write(folder / "generation_config.json", {**decoding, "eos_token_id": stops, "pad_token_id": ids[PAD]})
+    _write(folder / "config.json", hf_config(config.model, vocab_size, ids[STOPS[0]], ids[PAD], config.dtype))
+    _write(folder / "generation_config.json", generation_config(config.converses, ids))
 
     report.note("export written; comparing it with Megatron")
     tensors_compared = comparison.compare_files(folder, tensors, config.model, vocab_size)
@@ -161,6 +159,12 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
     tensors = release_checkpoint.Tensors(_checkpoint(inputs["checkpoint"], config.step))
     check_tensors(shapes, tensors.shapes(), "the checkpoint")
     return tensors
+
+
+def generation_config(converses: bool, ids: Mapping[str, int]) -> dict[str, Any]:
+    """ids: of the special tokens by name."""
+    stops = {"eos_token_id": [ids[token] for token in STOPS], "pad_token_id": ids[PAD]}
+    return {**(SAMPLED if converses else GREEDY), **stops}
 
 
 def write_tokenizer(tokenizer: Artifact, folder: Path, context_length: int) -> dict[str, int]:

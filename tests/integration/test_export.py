@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.core.store import Artifact, write_manifest
+from pipeline.core.store import Artifact, Store, write_manifest
+from pipeline.graph import dag, recipe
 from release.checks import weights
 from release.checks.check import Subject
+from stages.data.tokenizer import SPECIAL_TOKENS
 from stages.export import comparison, hf
 from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
@@ -134,6 +136,20 @@ def test_one_changed_bit_is_refused(exported: Path) -> None:
     ours["decoder.layers.0.mlp.router.weight"][0, 0].view(torch.int32).bitwise_xor_(1)
     with pytest.raises(CheckFailed, match=r"tensor decoder\.layers\.0\.mlp\.router\.weight"):
         comparison.compare_files(exported / "model", ours, CONFIG.model, train_fixtures.VOCAB)
+
+
+def test_models_that_converse_sample_and_others_are_greedy(tmp_path: Path) -> None:
+    graph = dag.compose(recipe.load("atom-tiny"), Store(tmp_path))
+    converse = {name for name, node in graph.nodes.items() if getattr(node.config, "converses", False)}
+    assert converse == {"export-sft", "export-rlvr", "export-dpo", "export-online-rlhf"}
+    ids = {name: n for n, name in enumerate(SPECIAL_TOKENS)}
+    greedy, sampled = (GenerationConfig(**hf.generation_config(converses, ids)) for converses in (False, True))
+    assert greedy.eos_token_id == sampled.eos_token_id == [1, 3] and greedy.do_sample is False
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                         num_attention_heads=1, num_key_value_heads=1, head_dim=16))  # fmt: skip
+    torch.manual_seed(0)
+    drawn = model.generate(torch.full((1000, 1), 7), generation_config=sampled, max_new_tokens=1)[:, 1]
+    assert len(drawn.unique()) > 300, "a cut to the 50 likeliest tokens, the default of transformers, is off"
 
 
 # -- a large model: in shards, and one layer at a time
@@ -263,4 +279,4 @@ def test_the_stated_memory_is_that_of_a_layer_and_a_file() -> None:
     layer = 4 * 128 * 3 * 1536 * 4096
     assert few.memory_bytes == many.memory_bytes and 2 * layer < (many.memory_bytes or 0) < 5 * layer
     assert (many.disk_bytes or 0) > 10 * (many.memory_bytes or 0)
-    assert few.files == 7 + 11 + 1 and many.files == 7 + 94 + 1  # shards and an index
+    assert few.files == 8 + 11 + 1 and many.files == 8 + 94 + 1  # shards and an index
