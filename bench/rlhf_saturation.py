@@ -113,7 +113,7 @@ FULL = Size(
     dict(architecture="qwen3", layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=16, intermediate_size=128,
          context_length=128, tie_embeddings=True, init_std=0.08),
     vocab=512, level=3, tuning=500, rows=48, asked=240, judging=120, pairs=32, margin=0.05, prompts=16, generations=8,
-    new=40, steps=120, every=10, items=300,
+    new=40, steps=80, every=8, items=300,
 )  # fmt: skip
 QUICK = replace(
     FULL, tuning=40, rows=16, asked=24, judging=2, pairs=2, margin=-1.0, prompts=2, generations=2, new=24, steps=2,
@@ -433,6 +433,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed; the figures mean nothing")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on; 2 to 5")
+    parser.add_argument("--processes", type=int, default=2, help="seeds that are trained at once")
     parser.add_argument("--out", type=Path, help="folder of the figure and its points; docs/ by default, if not quick")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -440,4 +441,4 @@ if __name__ == "__main__":
             print(json.dumps(measure(QUICK, 1, 1, arguments.out or Path(temporary))))
     else:
         docs = Path(__file__).parent.parent / "docs"
-        print(json.dumps(measure(FULL, arguments.seeds, 2, arguments.out or docs)))
+        print(json.dumps(measure(FULL, arguments.seeds, arguments.processes, arguments.out or docs)))

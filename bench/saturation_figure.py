@@ -46,9 +46,9 @@ def draw(curves: Sequence[Mapping[str, Any]]) -> bytes:
         _band(preference, curves, "rlhf", lambda point: point["reward"], COLORS[4], "RLHF: reward model's own score")
         _label(preference, "Preference, against the weights before", "share of wins, ties as half; or reward")
         for color, part in zip((COLORS[0], COLORS[2], COLORS[3], COLORS[4]), PARTS, strict=True):
-            _band(parts, curves, "rlhf", lambda point, part=part: point["parts"][part], color, part)  # type: ignore[misc]
-        _band(parts, curves, "rlhf", lambda point: point["task"], COLORS[1], "task: act, person and thing")
-        _label(parts, "Parts of the preference reward, RLHF", "share of notes")
+            _seeds(parts, curves, lambda point, part=part: point["parts"][part], color, part)  # type: ignore[misc]
+        _seeds(parts, curves, lambda point: point["task"], COLORS[1], "task: act, person and thing")
+        _label(parts, "Parts of the preference reward, RLHF, by seed", "share of notes")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue() + f"<!-- matplotlib {version('matplotlib')} -->\n".encode()
@@ -64,6 +64,16 @@ def _band(
     means, lows, highs = zip(*(interval([value(point) for point in column]) for column in columns), strict=True)
     axis.plot(flops, means, color=color, linewidth=1.2, label=label)
     axis.fill_between(flops, lows, highs, color=color, alpha=0.15, linewidth=0)
+
+
+def _seeds(
+    axis: Axes, curves: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float], color: str, label: str
+) -> None:
+    """RLHF's curve of each seed, whose parts may go different ways."""
+    for number, curve in enumerate(curves):
+        flops = [point["flops"] / 1e9 for point in curve["rlhf"]]
+        values = [value(point) for point in curve["rlhf"]]
+        axis.plot(flops, values, color=color, linewidth=0.9, label=None if number else label)
 
 
 def _label(axis: Axes, title: str, name: str) -> None:

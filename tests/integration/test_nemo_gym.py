@@ -125,12 +125,16 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
 
 
 def test_its_mathematics_accepts_the_right_sums(rows: list[dict[str, Any]], serve) -> None:
+    """Since 0.7 it reads what stands in the last \\boxed{}, and nothing else."""
     sums = [row for row in rows if row["kind"] == "add"]
     url = serve("math_with_judge", **JUDGE)
     scorer = make_verifier("nemo-gym", {"url": url, "serves": "nemo-gym 0.7.0 math_with_judge"})
-    right = scorer.score([(row, Response.parse(row["expected_answer"], True)) for row in sums])
-    wrong = scorer.score([(row, Response.parse(row["expected_answer"] + "1", True)) for row in sums])
-    assert [p["reward"] for p in right] == [1.0] * 6 and [p["reward"] for p in wrong] == [0.0] * 6
+    forms = {"right": "\\boxed{%s}", "wrong": "\\boxed{%s1}", "without a box": "%s"}
+    answers = [(row, Response.parse(form % row["expected_answer"], True)) for form in forms.values() for row in sums]
+    rewards = [parts["reward"] for parts in scorer.score(answers)]
+    assert dict(zip(forms, zip(*[iter(rewards)] * 6, strict=True), strict=True)) == {
+        "right": (1.0,) * 6, "wrong": (0.0,) * 6, "without a box": (0.0,) * 6
+    }  # fmt: skip
 
 
 def test_its_environments_answer_in_turns_and_score(serve, tmp_path: Path) -> None:
@@ -158,6 +162,5 @@ def test_its_own_validation_accepts_our_rows(rows: list[dict[str, Any]], tmp_pat
     process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stdout + process.stderr
     examples = read_jsonl(tmp_path / "out/example.jsonl")
-    agent: dict[str, Any] = {"agent_ref": {"type": "responses_api_agents", "name": "atom_tasks_simple_agent"}}
-    agent["task_source"] = "atom_tasks_simple_agent"
-    assert examples == [{**row, **agent} for row in sample]
+    # since 0.7 the rows name the instance that declares them, and no agent
+    assert examples == [{**row, "task_source": "atom_tasks_simple_agent"} for row in sample]
