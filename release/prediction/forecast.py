@@ -9,13 +9,13 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from release import untrusted
-from stages.evaluation import scaling_law
-from stages.evaluation.scaling_law import LEAST_RUNS, LEVEL
 
 SCHEMA = 1
 FILE = "prediction.json"
 FOLDER = "evidence/prediction"
 """Of a release: FILE, its manifest.json and its statement.json. FILE is also in the repository of the model."""
+LEAST_RUNS, LEVEL = 3, 0.9
+"""Runs that a law needs, and the share of a band."""
 PHASE, MODEL = "pretrain", "base"
 """What is predicted: the model after this phase."""
 LOSS, BITS, ACCURACY = "heldout_loss", "bits_per_byte_all", "accuracy_all"
@@ -90,6 +90,8 @@ class Outcome:
 
 def predict(target: Run, points: Sequence[Point]) -> Prediction:
     """The prediction for a run from finished ones. Raises ValueError with a sentence if they cannot carry one."""
+    from stages.evaluation import scaling_law
+
     ordered = sorted(points, key=lambda point: (point.flops, point.key))
     sizes = sorted({point.flops for point in ordered})
     if len(sizes) < LEAST_RUNS:

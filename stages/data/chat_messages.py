@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, TypedDict
 
-from stages.data import chat
 from stages.data.tokenizer import THINK_END, THINK_START, TURN_END, TURN_START
 
 TOOLS_BEGIN = "These tools can be called:\n<tools>\n"
@@ -42,6 +41,8 @@ def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
 
     Raises ValueError if the template does not render them to the same text.
     """
+    from stages.data import chat
+
     messages, tools = [], []
     for number, turn in enumerate(text.split(TURN_START)[1:]):
         role, _, body = turn.partition("\n")

@@ -12,18 +12,16 @@ from typing import Any
 
 import numpy as np
 
-LEVEL = 0.9
 STUDENT = (
     6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753, 1.746,
     1.740, 1.734, 1.729, 1.725,
 )  # fmt: skip
-"""Student's t for a two-sided interval of LEVEL, by degrees of freedom from 1; the last one for more, too."""
-LEAST_RUNS = 3
+"""Student's t for a two-sided interval of 90 %, by degrees of freedom from 1; the last one for more, too."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """A value, and the interval of LEVEL in which one further run is expected."""
+    """A value, and the interval in which, with 90 %, one further run is expected."""
 
     value: float
     low: float

@@ -38,7 +38,7 @@ def test_nine_of_ten_runs_fall_into_the_band(runs: int) -> None:
         line = scaling_law._line(flops, np.log(losses), 3**runs * 1e9)
         measured = np.log(30 * (3**runs * 1e9) ** -0.1) + rng.normal(0, 0.02)
         hits += line[1] <= measured <= line[2]
-    assert hits / trials == pytest.approx(scaling_law.LEVEL, abs=0.035)
+    assert hits / trials == pytest.approx(forecast.LEVEL, abs=0.035)
 
 
 def point(number: int, flops: float) -> Point:

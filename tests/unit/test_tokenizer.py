@@ -443,6 +443,8 @@ class PublishedTokens:
     def copy(self, key: str, file: str) -> Path:
         return self.files[key][file][0]
 
+    kept = copy
+
     def tokenizer(self, key: str) -> Path:
         return self.files[key]["tokenizer.json"][0]
 
