@@ -51,13 +51,26 @@ def server(folder: Path) -> Iterator[Server]:
         server.close()
 
 
+def as_request(message: dict[str, Any]) -> dict[str, Any]:
+    """A message in the form of OpenAI's API, with vLLM's name for reasoning."""
+    message = {"reasoning" if name == "reasoning_content" else name: value for name, value in message.items()}
+    if "tool_calls" in message:
+        calls = [{**call, "function": dict(call["function"])} for call in message["tool_calls"]]
+        for call in calls:
+            if not isinstance(arguments := call["function"]["arguments"], str):
+                call["function"]["arguments"] = json.dumps(arguments)
+        message["tool_calls"] = calls
+    return message
+
+
 def test_prompts_have_the_ids_of_transformers(folder: Path, server: Server) -> None:
     loaded = AutoTokenizer.from_pretrained(folder)
     for row in CONVERSATIONS:
         thinking = {} if row["enable_thinking"] is None else {"enable_thinking": row["enable_thinking"]}
         options = {"tools": row["tools"], "add_generation_prompt": row["add_generation_prompt"]}
         expected = loaded.apply_chat_template(row["messages"], return_dict=True, **options, **thinking)["input_ids"]
-        body = {"messages": row["messages"], **options, "chat_template_kwargs": thinking}
+        messages = [as_request(message) for message in row["messages"]]
+        body = {"messages": messages, **options, "chat_template_kwargs": thinking}
         assert server.post("/tokenize", body)["tokens"] == expected, row
 
 
