@@ -19,6 +19,7 @@ from pipeline.launch.start_records import StartRecords, prediction_key
 from stages.train import launch_record
 from stages.train.launch_record import LogReplay
 from tests.fixtures import ROOT, train_fixtures
+from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.train_fixtures import fresh
 
 
@@ -35,6 +36,7 @@ def killed(corpus: Path, folder: Path) -> tuple[int, Path]:
     return newest, log
 
 
+@at_length("training", 15)
 def test_steps_after_a_kill_are_compared_with_the_log(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     newest, log = killed(corpus, tmp_path)
     lost = [line for line in map(json.loads, log.read_text().splitlines()) if line["step"] > newest]
@@ -65,6 +67,7 @@ def test_a_deviation_is_named_and_training_goes_on(corpus: Path, undisturbed: Pa
     assert run.wait() == 0, run.stderr.read()
     assert f"first at step {newest + 1}: loss was 1.25, is {before}; training goes on" in run.stdout.read()
     replayed = record_of(tmp_path)["replayed"]
+    assert replayed["lines"] == sum(line["step"] > newest for line in changed) > 1, "the others are equal"
     assert (
         replayed["deviations"] == [{"step": newest + 1, "fields": {"loss": [1.25, before]}}]
         and replayed["deviating"] == 1

@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 
+from release.audit import show as page
+from release.audit import tracing
+from release.audit import verify as audit
 from release.checks import confine
 from release.hub.local.server import LOCAL_TOKEN, running
 from release.tree import inode, real_bytes
 from tests.fixtures import ROOT, old_release_fixtures
+from tests.fixtures.run_fixtures import at_length
 
 LACKING = {
     "macos": "the module resource and /proc/self/status",
@@ -44,20 +48,18 @@ def elsewhere(platform: str, home: Path, *arguments: str, code: int = 0, **envir
     return process.stdout
 
 
-def here(home: Path, *arguments: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ATOM_HOME": str(home)}
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=300).stdout
-
-
 def test_verify_gives_the_same_verdict_and_says_what_it_lacks(release: Path, tmp_path: Path) -> None:
     assert confine.missing() == "", "this machine is the Linux that the other ones are compared with"
-    expected = json.loads(here(tmp_path, "verify", str(release), "--json"))
+    expected = json.loads(json.dumps(audit.verify(release).to_json()))
     verdict = json.loads(elsewhere("windows", tmp_path, "verify", str(release), "--json"))
     checks = {check["name"]: check for check in verdict["checks"]}
     limits = checks.pop("limits")
     assert verdict["ok"] and limits["ok"] is None and LACKING["windows"] in limits["detail"]
     assert checks == {check["name"]: check for check in expected["checks"]}
+
+
+@at_length("release", 20)
+def test_a_deep_verification_says_what_it_lacks(release: Path, tmp_path: Path) -> None:
     deep = elsewhere("macos", tmp_path, "verify", "--deep", str(release))
     assert (
         f"skipped reload_in_transformers: not asked, since loading a model within limits needs {LACKING['macos']}"
@@ -67,6 +69,7 @@ def test_verify_gives_the_same_verdict_and_says_what_it_lacks(release: Path, tmp
     assert "ok      order" in deep and "ok      documents" in deep and deep.endswith(": verified\n")
 
 
+@at_length("release", 10)
 def test_a_flipped_byte_is_reported_there_too(release: Path, tmp_path: Path) -> None:
     path = release / "model/config.json"
     content = path.read_bytes()
@@ -80,16 +83,22 @@ def test_a_flipped_byte_is_reported_there_too(release: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "question",
-    [("--step", "2", "--phase", "rlvr"), ("--doc", "courtesy/000027"), ("--text", "def ")],
-    ids=lambda q: q[0],
+    ["step", pytest.param("doc", marks=at_length("release", 10)), pytest.param("text", marks=at_length("release", 10))],
 )
-def test_trace_gives_the_same_answer(question: tuple[str, ...], release: Path, tmp_path: Path) -> None:
-    answer = elsewhere("windows", tmp_path, "trace", str(release), *question, "--json")
-    assert json.loads(answer) == json.loads(here(tmp_path, "trace", str(release), *question, "--json"))
+def test_trace_gives_the_same_answer(question: str, release: Path, tmp_path: Path) -> None:
+    options, answer = {
+        "step": (("--step", "2", "--phase", "rlvr"), lambda: tracing.trace_step(release, "rlvr", 2)),
+        "doc": (("--doc", "courtesy/000027"), lambda: tracing.trace_document(release, "courtesy/000027")),
+        "text": (("--text", "def "), lambda: tracing.trace_text(release, "def ", tmp_path / "trace")),
+    }[question]
+    text = elsewhere("windows", tmp_path, "trace", str(release), *options, "--json")
+    assert json.loads(text) == json.loads(json.dumps(answer().to_json()))
 
 
 def test_show_gives_the_same_page(release: Path, tmp_path: Path) -> None:
-    assert elsewhere("windows", tmp_path, "show", str(release)) == here(tmp_path, "show", str(release))
+    assert elsewhere("windows", tmp_path, "show", str(release)).rstrip("\n") == page.text(
+        page.facts_of(release)
+    ).rstrip("\n")
 
 
 def test_a_repository_is_pulled_and_verified(release: Path, tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ from pipeline.graph import recipe as recipes
 from pipeline.launch.start_records import prediction_key
 from release.assembly import build_release as builder
 from release.audit import verify as audit
+from release.checks import prediction as check_of_prediction
+from release.checks import registry
 from release.prediction import forecast, sealing
 from release.prediction.forecast import FILE, FOLDER, Point, Run
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
-from tests.integration.test_release_verify import resum
 
 SIZES = {"s1": 16, "s2": 32, "s3": 48}
 """{recipe: hidden size}, of which atom-smoke has 64"""
@@ -170,8 +171,7 @@ def test_verify_checks_the_chain(release: Path, tmp_path: Path) -> None:
         content = (copy / path).read_text()
         assert old in content, path
         (copy / path).write_text(content.replace(old, new))
-        resum(copy)
-        problems = next(check.wrong for check in audit.verify(copy).checks if check.name == "prediction")
+        problems = check_of_prediction.prediction(registry.EVIDENCE.subject(copy, "release")).problems
         shutil.rmtree(copy)
         return problems
 
