@@ -18,7 +18,7 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from release.hub.local.store import Commit, current_time
 from stages.data import tokenizer
-from stages.data.table import KEPT, write_rows
+from stages.data.table import KEPT, content_hash, write_rows
 from stages.export import hf
 from stages.mcore.weight_init import Initial
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
@@ -111,7 +111,8 @@ def imported_tensors(imported: Artifact) -> dict[str, torch.Tensor]:
 
 
 def test_the_tokenizer_is_taken_over(tmp_path: Path, run_stage: Any) -> None:
-    row = {name: 0 if kind == "int32" else name for name, kind in KEPT.items()} | {"split": "train", "text": "abc"}
+    row = {name: 0 if kind == "int32" else name for name, kind in KEPT.items()}
+    row |= {"split": "train", "text": "abc", "content_hash": content_hash("abc")}
     write_rows(tmp_path / "kept/notes/part-00000.parquet", KEPT, [row])
     imported = train_fixtures.tokenizer(tmp_path / "import", 300)
     (imported / "base.json").write_text(json.dumps({"repo": REPO}))
