@@ -22,6 +22,7 @@ from stages.data.splits import split_of
 from stages.data.table import KEPT, content_hash, write_rows
 from stages.data.tokenizer import SPECIAL_TOKENS, save, untrained
 from tests.fixtures import ROOT
+from tests.fixtures.run_fixtures import at_length
 
 pytestmark = pytest.mark.numeric
 
@@ -69,7 +70,7 @@ def make_model(folder: Path, architecture: str) -> None:
     save(tokenizer, folder)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", pytest.param("qwen3", marks=at_length("release", 60))])
 def test_an_adapter_learns_reloads_and_merges(architecture: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
