@@ -18,7 +18,7 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from release.hub.local.store import Commit, current_time
 from stages.data import tokenizer
-from stages.data.table import KEPT, write_rows
+from stages.data.table import KEPT, content_hash, write_rows
 from stages.export import hf
 from stages.mcore.weight_init import Initial
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
@@ -110,16 +110,19 @@ def imported_tensors(imported: Artifact) -> dict[str, torch.Tensor]:
     return dict(release_checkpoint.Tensors(imported / "step-000000").items())
 
 
-def test_the_tokenizer_is_taken_over(imported: Artifact, exported: Path, tmp_path: Path, run_stage: Any) -> None:
-    row = {name: 0 if kind == "int32" else name for name, kind in KEPT.items()} | {"split": "train", "text": "abc"}
+def test_the_tokenizer_is_taken_over(tmp_path: Path, run_stage: Any) -> None:
+    row = {name: 0 if kind == "int32" else name for name, kind in KEPT.items()}
+    row |= {"split": "train", "text": "abc", "content_hash": content_hash("abc")}
     write_rows(tmp_path / "kept/notes/part-00000.parquet", KEPT, [row])
+    imported = train_fixtures.tokenizer(tmp_path / "import", 300)
+    (imported / "base.json").write_text(json.dumps({"repo": REPO}))
     inputs = {"dedup": Artifact("dedup", "", tmp_path, ()), "import": imported}
-    section = {"vocab_size": train_fixtures.VOCAB, "padded_vocab_size": PADDED}
-    with pytest.raises(RecipeError, match=r"vocab_size = 384, but the imported tokenizer has 64"):
-        run_stage(tokenizer.STAGE, {**section, "vocab_size": 384, "padded_vocab_size": 384}, inputs)
-    sealed = run_stage(tokenizer.STAGE, section, inputs)
-    assert (sealed / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
-    assert sealed.json("stats.json")["vocab_size"] == train_fixtures.VOCAB
+    with pytest.raises(RecipeError, match=r"vocab_size = 384, but the imported tokenizer has 300"):
+        run_stage(tokenizer.STAGE, {"vocab_size": 384, "padded_vocab_size": 384}, inputs)
+    sealed = run_stage(tokenizer.STAGE, {"vocab_size": 300, "padded_vocab_size": 320}, inputs)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (sealed / name).read_bytes() == (imported / name).read_bytes()
+    assert sealed.json("stats.json")["vocab_size"] == 300
 
 
 def test_what_is_refused(exported: Path, tmp_path: Path, run_stage: Any) -> None:
