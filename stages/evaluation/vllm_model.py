@@ -39,8 +39,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """The entries of config.json of the model in a folder; of one that reads more than text, with those of its text
     model."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    text_model: dict[str, Any] = config.get("text_config", {})
-    return config | text_model
+    return {**config, **config.get("text_config", {})}
 
 
 def context_of(folder: Path) -> int:
