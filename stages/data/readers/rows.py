@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import License, Line, Words
 from pipeline.core.stage import added
-from stages.data import chat
 from stages.data.licenses.maps import LicenseMap, MapName, load_map
 from stages.data.readers.base import Document, Failed, FileReader, Files, Read, Unmapped, Unreadable, is_unicode
 
@@ -143,6 +142,8 @@ class RowReader(FileReader):
         """One document for each row or, with messages_field, for each turn of the assistant; a row whose messages are
         not a conversation is unreadable, one without its fields has failed, and one whose license is unknown is
         unmapped."""
+        from stages.data.chat import turns
+
         licenses = load_map(self.license_map) if self.license_map else LicenseMap({})
         licenses = licenses.extended(self.license_strings)
         for row in self.rows(files):
@@ -160,7 +161,7 @@ class RowReader(FileReader):
                 continue
             try:
                 tools = None if self.tools_field is None else _tools(field_at(row.fields, self.tools_field))
-                for number, (text, prompt_chars) in enumerate(chat.turns(content, tools)):
+                for number, (text, prompt_chars) in enumerate(turns(content, tools)):
                     yield self._document(row, licenses, f"{name}#{number}", text, parents, prompt_chars)
             except ValueError as error:
                 yield Unreadable(f"{name} ({error})")
