@@ -9,7 +9,6 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.core.bounds import Share
-from stages.data import chat
 from stages.data.readers.base import Document, Drawn, Files, Reader, Unreadable
 from stages.data.readers.problems import TaskWeights
 from stages.data.seeds import seed_of
@@ -29,9 +28,11 @@ class ChatProblems(Reader):
         return True
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
+        from stages.data.chat import turns
+
         rng = random.Random(seed_of(f"problems/{source}", seed))
         for i, problem in enumerate(draw(self.tasks, self.count, rng)):
-            ((text, prompt_chars),) = chat.turns(messages(problem, rng.random() < self.thinking))
+            ((text, prompt_chars),) = turns(messages(problem, rng.random() < self.thinking))
             yield Document(f"{problem.task}/{i:07d}", text, problem.task, prompt_chars)
 
 

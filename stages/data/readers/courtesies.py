@@ -8,7 +8,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.data import chat
 from stages.data.readers.base import Document, Drawn, Files, Reader, Unreadable
 from stages.data.seeds import seed_of
 from stages.data.synthetic import courtesy_notes
@@ -25,10 +24,12 @@ class Courtesies(Reader):
         return True
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
+        from stages.data.chat import turns
+
         rng = random.Random(seed_of(f"courtesies/{source}", seed))
         for i in range(self.count):
             request = courtesy_notes.draw_request(rng)
-            ((text, prompt_chars),) = chat.turns(courtesy_notes.messages(request, rng))
+            ((text, prompt_chars),) = turns(courtesy_notes.messages(request, rng))
             yield Document(f"{request.act.name}/{i:07d}", text, request.act.name, prompt_chars)
 
 
