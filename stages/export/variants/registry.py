@@ -50,21 +50,21 @@ VARIANTS: dict[VariantName, Variant] = {
         "fp8",
         8,
         "FP8 (compressed-tensors)",
-        f"vLLM serves it on GPUs with FP8, which was never tried (R0); its CPU build has no FP8 experts. {ACTIVATIONS}",
+        f"vLLM reads the format; no server has run it here (R0). Its CPU build has no FP8 experts. {ACTIVATIONS}",
     ),
     "fp8-attention": Variant(
         "compressed-tensors",
         "fp8-attention",
         32,
         "FP8 attention (compressed-tensors)",
-        f"vLLM serves it; its CPU build too. {ACTIVATIONS}",
+        f"vLLM reads the format; no server has run it here (R0). {ACTIVATIONS}",
     ),
     "int8": Variant(
         "compressed-tensors",
         "int8",
         8,
         "INT8 (compressed-tensors)",
-        f"vLLM serves it; its CPU build too. {ACTIVATIONS}",
+        f"vLLM reads the format; no server has run it here (R0). {ACTIVATIONS}",
     ),
 }
 """AWQ and GPTQ are not among them: both need calibration on a GPU and kernels of a GPU to be served."""
