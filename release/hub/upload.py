@@ -252,8 +252,8 @@ class Destination:
 
 
 def _chunks(difference: Difference, files: int) -> list[list[str]]:
-    """Paths by commit. files: all of the upload, so that one that goes on after a kill makes no smaller commits. The checksum file and the signature are in the last commit, alone, so that an interrupted upload
-    is recognized."""
+    """Paths by commit. The checksum file and the signature are in the last commit, alone, so that an interrupted upload
+    is recognized. files: all of the upload, so that one that goes on after a kill makes no smaller commits."""
     paths = [path for path in difference.missing if path not in SENT_LAST]
     size = max(FILES_PER_COMMIT, -(-files // COMMITS))
     chunks = [paths[i : i + size] for i in range(0, len(paths), size)]
