@@ -141,7 +141,7 @@ class Destination:
         if branch != self.branch:
             difference = self._difference(file_ids, branch)
         sent = 0
-        chunks = _chunks(difference)
+        chunks = _chunks(difference, len(file_ids))
         for number, chunk in enumerate(chunks, 1):
             part = Difference(chunk, difference.surplus if number == 1 else [])
             self._commit(branch, part, f"Release part {number} of {len(chunks)}")
@@ -251,11 +251,11 @@ class Destination:
         )
 
 
-def _chunks(difference: Difference) -> list[list[str]]:
+def _chunks(difference: Difference, files: int) -> list[list[str]]:
     """Paths by commit. The checksum file and the signature are in the last commit, alone, so that an interrupted upload
-    is recognized."""
+    is recognized. files: all of the upload, so that one that goes on after a kill makes no smaller commits."""
     paths = [path for path in difference.missing if path not in SENT_LAST]
-    size = max(FILES_PER_COMMIT, -(-len(paths) // COMMITS))
+    size = max(FILES_PER_COMMIT, -(-files // COMMITS))
     chunks = [paths[i : i + size] for i in range(0, len(paths), size)]
     last_files = [path for path in difference.missing if path in SENT_LAST]
     chunks += [last_files] if last_files else []

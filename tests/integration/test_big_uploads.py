@@ -41,9 +41,12 @@ except MachineError as error:
 @pytest.mark.parametrize("count", [1, 50, 51, 5_000, 5_001, 10_000, 100_000])
 def test_commits_stay_below_the_hubs_limit(count: int) -> None:
     names = [f"{number:06d}" for number in range(count)]
-    chunks = _chunks(Difference([*names, SUMS, PUBLIC_KEY, SIGNATURE], []))
+    chunks = _chunks(Difference([*names, SUMS, PUBLIC_KEY, SIGNATURE], []), count)
     assert [name for chunk in chunks[:-1] for name in chunk] == names and chunks[-1] == [SUMS, PUBLIC_KEY, SIGNATURE]
     assert len(chunks) - 1 <= COMMITS < 128 and max(map(len, chunks)) <= max(50, -(-count // COMMITS))
+    done = sum(map(len, chunks[: len(chunks) // 3]))  # before a kill
+    later = _chunks(Difference([*names[done:], SUMS], []), count)
+    assert len(chunks) // 3 + len(later) == len(chunks)
 
 
 @pytest.mark.parametrize("count", MANY)
