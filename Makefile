@@ -89,12 +89,12 @@ test-vllm: $(READY) $(VENV_VLLM)/.ready
 $(VENV_RUNTIMES)/.ready:
 	$(PYTHON) -m venv $(VENV_RUNTIMES)
 	$(VENV_RUNTIMES)/bin/python -m pip install --quiet --no-compile torch==2.13.0 transformers==4.57.6
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O2" $(VENV_RUNTIMES)/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O2" $(VENV_RUNTIMES)/bin/python -m pip install --quiet llama-cpp-python==0.3.36 xllamacpp==2026.10.11549
 	@touch $@
 
 test-runtimes: $(READY) $(VENV_VLLM)/.ready $(VENV_RUNTIMES)/.ready
 	ATOM_TRANSFORMERS4_PYTHON=$(abspath $(VENV_RUNTIMES))/bin/python ATOM_LLAMA_CPP_PYTHON=$(abspath $(VENV_RUNTIMES))/bin/python \
-	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_runtimes.py
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_runtimes.py tests/integration/test_template_runtimes.py
 
 $(VENV_NEMO)/.ready:
 	$(PYTHON_LATEST) -m venv $(VENV_NEMO)

@@ -74,7 +74,7 @@ RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_o
 SCORED = Reads(("evaluation/",))
 LOSSES = Reads((f"{VARIANT}-", "dataset/evaluation/"))
 CONVERTED = Reads((f"{VARIANT}-", "model/"), weights=True)
-RENDERED = Reads(("model", "goldens", "tokenizer"))
+RENDERED = Reads(("model", "variant", "goldens", "tokenizer"))
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
 EXPORT = "fix the export or tokenizer stage and run again"
