@@ -14,7 +14,7 @@ import yaml
 
 from release import data_layout
 from release.layout import MODEL, STANDARDS, WITHOUT_ORDER, numbered
-from release.standards.standard_facts import NOT_STATED, StandardFacts, address, is_chat
+from release.standards.standard_facts import NOT_STATED, StandardFacts, address
 from stages.data.licenses.allow import AllowedLicenses
 from stages.data.table import row_count
 
@@ -99,7 +99,7 @@ def framework(facts: StandardFacts) -> Json:
             "date": facts.maker.market_date or facts.ended[:10],
             "type": "language",
             "architecture": "transformer decoder",
-            "treatment": "chat fine-tuned" if is_chat(facts.models) else "pre-trained",
+            "treatment": "chat fine-tuned" if facts.models[MODEL].is_chat else "pre-trained",
             "origin": release.name,
             "producer": facts.provider,
             "contact": facts.contact,
