@@ -189,11 +189,11 @@ def _synthetic(facts: StandardFacts) -> list[Json]:
     if not names and not sampled:
         return [_computed("Used for training", f"{NO}: no source is of this category, and no phase samples answers")]
     models = sorted({str((facts.data.sources[name].generated or {}).get("generator", NOT_STATED)) for name in names})
-    own = f"the model of this release itself, in {', '.join(sampled)}" if sampled else ""
+    itself = [f"the model of this release itself, in {', '.join(sampled)}"] if sampled else []
     return [
         _computed("Used for training", YES),
         _computed("Modality", "Text"),
-        _computed("Models that wrote the data", [*models, *([own] if own else [])]),
+        _computed("Models that wrote the data", [*models, *itself]),
         _computed("Sources", _rows(facts, names) or "none: the answers are in dataset/rl of the release"),
     ]
 
