@@ -59,6 +59,8 @@ PARTS = (MODEL, BASE, "dataset", "checkpoints")
 TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "dpo", "reward", "online-rlhf")
 EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "dpo", "online-rlhf")
 """Kinds of phases and of exported models, as `stages.graph` names them, in the order of training."""
+CHAT = EXPORTED[EXPORTED.index("sft") :]
+"""Phases that train conversation, and the models after them."""
 ORDER = (
     "init", "pretrain", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "dpo", "reward", "online-rlhf",
 )  # fmt: skip

@@ -267,7 +267,7 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
         for name, model_facts in facts.items():
             model = model_facts.model
             assembly.write(f"{name}/README.md", render.model_card(name, release, model_facts).encode(), CARD_ORIGIN)
-            if serving.is_served(model):
+            if model.is_chat:
                 repo = f"{release.repository}{name.removeprefix(MODEL)}"
                 config = serving.serve_config(folder / name, repo, release.version)
                 assembly.write(f"{name}/{serving.NAME}", config.encode(), "options of vLLM for this model")

@@ -93,15 +93,15 @@ def _references(
             f"release.by_reference names {names[0]}, but this run resumed from documents of an earlier one, which the "
             "release holds as well; run the phases on one corpus, or leave it out"
         )
-    found = {}
+    references = {}
     for name in names:
         acquired = graph.nodes[f"acquire-{name}"].config
         if not isinstance(acquired, AcquireConfig):
             raise AtomError(f"release.by_reference names {name}, whose texts a model wrote here; leave it out")
         edits = artifacts["filter"].json("edits.json")[name]
         steps = next(source.steps for source in config.sources if source.name == name)
-        found[name] = Reference.of(acquired.source, acquired.seed, [s for s in steps if edits.get(s.step)])
-    return found
+        references[name] = Reference.of(acquired.source, acquired.seed, [s for s in steps if edits.get(s.step)])
+    return references
 
 
 def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:

@@ -22,7 +22,7 @@ from release.assembly.score_facts import (
     read_scores,
 )
 from release.assembly.training import PhaseLog
-from release.layout import when
+from release.layout import CHAT, when
 from release.prediction import forecast
 from release.prediction.forecast import Outcome, Prediction
 from release.untrusted import tensor_header
@@ -76,6 +76,11 @@ class ModelFacts:
     @property
     def has_experts(self) -> bool:
         return "num_experts" in self.config
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it was trained to converse."""
+        return any(phase in self.training for phase in CHAT)
 
     def name(self) -> str:
         """The name of this exported model."""

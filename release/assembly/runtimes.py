@@ -127,7 +127,7 @@ def compare_all(release: Path, progress: Callable[[str], None] = lambda text: No
         variant = ORIGINAL if name == MODEL else VARIANTS[read_json(folder / LOSS)["variant"]]
         readers = [runtime for runtime, program in RUNTIMES.items() if variant.writer in program.writers]
         with scratch.folder() as place:
-            reference: Reference | None = None
+            reference: Expected | None = None
             for runtime in readers:
                 if runtime == REFERENCE and name == MODEL:
                     stated = f"transformers {version('transformers')}"
@@ -159,11 +159,11 @@ class Failed(Exception):
 
 
 Answers = dict[str, Any]
-Reference = tuple[list[dict[str, Any]], list[list[float]]]
+Expected = tuple[list[dict[str, Any]], list[list[float]]]
 """Rows of a request, with the continuations that are expected; log-probabilities by row."""
 
 
-def _reference(model: Path, folder: Path, place: Path, rows: Sequence[Mapping[str, Any]]) -> Reference:
+def _reference(model: Path, folder: Path, place: Path, rows: Sequence[Mapping[str, Any]]) -> Expected:
     """What transformers here makes of the weights of a variant. Raises Failed if it does not load them."""
     request = [{name: row[name] for name in ("text", "ids", "greedy")} for row in rows]
     if folder != model:
@@ -181,7 +181,7 @@ def _compare(
     folder: Path,
     runtime: str,
     variant: Variant,
-    reference: Reference,
+    reference: Expected,
     conversations: Sequence[Mapping[str, Any]] = (),
 ) -> Run:
     """Raises Failed if the program gives no answer."""
@@ -241,8 +241,11 @@ def _run(
             timeout=SECONDS,
             env=_environment(),
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Failed(f"{runtime.variable} = {python} does not run: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{python} gave no answer within {SECONDS} s; give it an idle machine, and build again") from None
+    except OSError as error:
+        setting = f"{runtime.variable} = {python}" if runtime.variable else python
+        raise Failed(f"{setting} does not run ({error.strerror}); name a Python interpreter") from None
     lines = [line.removeprefix("RUN ") for line in process.stdout.splitlines() if line.startswith("RUN ")]
     if process.returncode or not lines:
         last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]

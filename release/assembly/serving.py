@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import read_json
 
 NAME = "serve.yaml"
-CHAT_PHASES = ("sft", "rlvr", "dpo", "online-rlhf")
-
-
-def is_served(model: ModelFacts) -> bool:
-    """Whether a model was trained to converse."""
-    return any(phase in model.training for phase in CHAT_PHASES)
 
 
 def serve_config(folder: Path, repo: str, version: str) -> str:

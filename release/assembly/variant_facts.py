@@ -59,7 +59,8 @@ def read_original(model: Path, evaluation: Path) -> Original:
 
 
 def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -> VariantLoss:
-    """`loss.json` of a variant from its tables. original: its model; None: what only that shows is as stated."""
+    """`loss.json` of a variant from its tables; what measured it is as stated. original: its model; None: what only
+    that shows is as stated, too."""
     from stages.evaluation.model_evaluation import summary as scores_of
     from stages.export.variants.loss import summary
     from stages.export.variants.stage import weight_bytes
@@ -75,5 +76,7 @@ def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -
         known = original
     sizes = {"variant": weight_bytes(folder), "original": known.bytes}
     name: Any = stated["variant"]
-    loss = summary(name, sizes, tables["divergence"], scores, known.scores, tables["items"], known.answers)
+    loss = summary(
+        name, sizes, tables["divergence"], scores, known.scores, tables["items"], known.answers, stated["measured_by"]
+    )
     return {**loss, "greedy": stated["greedy"]} if original is None else loss

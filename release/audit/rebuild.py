@@ -121,11 +121,11 @@ def _write_part(listed: Path, target: Path, source: Source, reference: Reference
     texts = _Texts(source, reference, files)
     with references.group_writer(target) as writer:
         for rows in references.row_groups(listed):
-            found = [
+            column = [
                 texts.find(*row) for row in zip(rows["id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True)
             ]
             place = rows.schema.get_field_index("text")
-            references.write_group(writer, rows.set_column(place, "text", pa.array(found, pa.string())))
+            references.write_group(writer, rows.set_column(place, "text", pa.array(column, pa.string())))
 
 
 class _Texts:
@@ -225,9 +225,9 @@ def text(rebuilt: Rebuilt) -> str:
             if row.equal is None
             else f"{row.equal} of {row.files} files as the stage made them, byte for byte"
         )
-        again = f", {row.present} of them there before" if row.present else ""
+        earlier = f", {row.present} of them there before" if row.present else ""
         lines.append(
             f"source {row.source}: {row.documents} documents of {row.bytes} bytes from {row.origin}, every text has "
-            f"its published hash; {bytes_equal}{again}"
+            f"its published hash; {bytes_equal}{earlier}"
         )
     return "\n".join([*lines, f"rebuilt: {rebuilt.folder}"])

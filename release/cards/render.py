@@ -14,7 +14,6 @@ from pipeline.hub.client import load
 from release import schema
 from release.assembly.chat_messages import FOLDER as MESSAGES
 from release.assembly.data_facts import DataFacts
-from release.assembly.serving import is_served
 from release.assembly.variant_facts import VariantFacts
 from release.cards import card_tables
 from release.cards.card_tables import ReleaseFacts
@@ -96,7 +95,6 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         template_path=str(TEMPLATES / "model.md.jinja"),
         release=release,
         model=model,
-        served=is_served(model),
         title=title,
         trained_by=_join_words([_title(phase) for phase in model.training]),
         repo=f"{release.namespace}/{card_data.model_name}",

@@ -84,11 +84,11 @@ def _of_runs(predicted: forecast.Prediction, statement: Any) -> list[str]:
         if not {point.digest, point.scores_digest} <= digests:
             problems.append(f"{FOLDER}/{FILE}: {point.recipe} is no material of its statement")
     try:
-        again = forecast.predict(predicted.target, predicted.points)
+        repeated = forecast.predict(predicted.target, predicted.points)
     except ValueError as error:
         return [*problems, f"{FOLDER}/{FILE}: {error}"]
-    pairs = list(zip(predicted.forecasts, again.forecasts, strict=False))
-    equal = len(predicted.forecasts) == len(again.forecasts) and all(
+    pairs = list(zip(predicted.forecasts, repeated.forecasts, strict=False))
+    equal = len(predicted.forecasts) == len(repeated.forecasts) and all(
         stated.figure == computed.figure
         and all(
             math.isclose(getattr(stated, name), getattr(computed, name), rel_tol=CLOSE)

@@ -60,9 +60,9 @@ def _add_timestamp(signature: Path, url: str) -> None:
     from model_signing._signing import sign_sigstore_pb
 
     bundle = sign_sigstore_pb.Signature.read(signature)
-    (made,) = bundle.bundle.dsse_envelope.signatures
+    (signature_of_bundle,) = bundle.bundle.dsse_envelope.signatures
     try:
-        timestamps.add(bundle.bundle, timestamps.request(url, made.sig))
+        timestamps.add(bundle.bundle, timestamps.request(url, signature_of_bundle.sig))
     except AtomError:
         signature.unlink()
         raise

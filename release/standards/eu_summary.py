@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pipeline.core.text import escaped
 from release import data_layout
 from release.assembly.published_tables import TEXT_BATCH, stream_batches
-from release.layout import WITHOUT_ORDER, numbered
+from release.layout import MODEL, WITHOUT_ORDER, numbered
 from release.standards.standard_facts import NOT_STATED, StandardFacts
 
 Json = dict[str, Any]
@@ -83,9 +83,12 @@ def _provider(facts: StandardFacts) -> list[Json]:
 
 def _model(facts: StandardFacts) -> list[Json]:
     names = [f"{facts.release.name}{folder.removeprefix('model')} {facts.release.version}" for folder in facts.models]
+    origin = "None: the weights were initialized at random and trained in this run"
+    if base := facts.models[MODEL].base:
+        origin = f"{base['repo']}, digest {base['digest']}: pre-training began with its weights and tokenizer"
     return [
         _computed("Versioned names of the models", names),
-        _computed("Models that it depends on", "None: the weights were initialized at random and trained in this run"),
+        _computed("Models that it depends on", origin),
         _stated("Date of placement on the market of the EU", facts.maker.market_date),
     ]
 
@@ -186,11 +189,11 @@ def _synthetic(facts: StandardFacts) -> list[Json]:
     if not names and not sampled:
         return [_computed("Used for training", f"{NO}: no source is of this category, and no phase samples answers")]
     models = sorted({str((facts.data.sources[name].generated or {}).get("generator", NOT_STATED)) for name in names})
-    own = f"the model of this release itself, in {', '.join(sampled)}" if sampled else ""
+    itself = [f"the model of this release itself, in {', '.join(sampled)}"] if sampled else []
     return [
         _computed("Used for training", YES),
         _computed("Modality", "Text"),
-        _computed("Models that wrote the data", [*models, *([own] if own else [])]),
+        _computed("Models that wrote the data", [*models, *itself]),
         _computed("Sources", _rows(facts, names) or "none: the answers are in dataset/rl of the release"),
     ]
 

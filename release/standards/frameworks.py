@@ -14,7 +14,7 @@ import yaml
 
 from release import data_layout
 from release.layout import MODEL, STANDARDS, WITHOUT_ORDER, numbered
-from release.standards.standard_facts import NOT_STATED, StandardFacts, address, is_chat
+from release.standards.standard_facts import NOT_STATED, StandardFacts, address
 from stages.data.licenses.allow import AllowedLicenses
 from stages.data.table import row_count
 
@@ -99,7 +99,7 @@ def framework(facts: StandardFacts) -> Json:
             "date": facts.maker.market_date or facts.ended[:10],
             "type": "language",
             "architecture": "transformer decoder",
-            "treatment": "chat fine-tuned" if is_chat(facts.models) else "pre-trained",
+            "treatment": "chat fine-tuned" if facts.models[MODEL].is_chat else "pre-trained",
             "origin": release.name,
             "producer": facts.provider,
             "contact": facts.contact,
@@ -116,6 +116,8 @@ def _absent(facts: StandardFacts, component: Component, license: str) -> str:
         return "" if component.location else "the maker states no address of one (release.maker)"
     if next(facts.folder.glob(component.location), None) is None:
         return f"there is no {component.location}"
+    if component.name == "Datasets" and facts.data.by_reference:
+        return f"the texts of {', '.join(facts.data.by_reference)} are by reference"
     if component.kind == "code":
         return "" if _open(license, OSI_APPROVED) else f"its license {license} is not known to be approved by OSI"
     return "" if _open(license, OPEN_DATA) else f"its license {license} is not known to be open"
@@ -144,7 +146,11 @@ def checklist(facts: StandardFacts) -> Json:
     """The content of osaid.json: each requirement with `met`, reason and evidence."""
     license, folder = facts.release.license, facts.folder
     sources, kept = facts.data.sources, sum(row.kept for row in facts.data.sources.values())
-    texts = sum(row_count(path) for path in data_layout.all_files(data_layout.kept_files(folder / "dataset")))
+    rows = sum(row_count(path) for path in data_layout.all_files(data_layout.kept_files(folder / "dataset")))
+    referenced = sum(sources[name].kept for name in facts.data.by_reference)
+    texts = f"the texts of {rows - referenced} of {kept} kept documents are in the release"
+    if referenced:
+        texts += f"; `atom rebuild-data` gets the other {referenced} from {', '.join(facts.data.by_reference.values())}"
     as_run = any(folder.glob("code/as-run/**/*.yaml"))
     undeclared = sorted(name for name, row in sources.items() if not row.origin or not row.license_evidence)
     unknown = sorted(text for text in facts.data.documents.licenses if text.startswith(UNKNOWN))
@@ -160,8 +166,7 @@ def checklist(facts: StandardFacts) -> Json:
         _item("data", "how the data was selected and processed is described", as_run,
               f"the recipes {'as run' if as_run else 'are missing'}, and a decision for each document",
               "code/as-run"),
-        _item("data", "all data of training is listed, and where to get it", texts == kept,
-              f"the texts of {texts} of {kept} kept documents are in the release", "dataset/kept"),
+        _item("data", "all data of training is listed, and where to get it", rows == kept, texts, "dataset/kept"),
         _item("data", "licenses of all documents are known", not unknown,
               "each kept document has one" if not unknown else f"not known: {', '.join(unknown)}", "dataset/kept"),
         _item("data", "data that the model made for its own training is described", drawn == wanted,

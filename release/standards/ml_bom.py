@@ -13,7 +13,7 @@ from pipeline.core.store import canonical
 from release.layout import MODEL, numbered
 from release.standards.energy_report import energy
 from release.standards.package_list import normalized
-from release.standards.standard_facts import StandardFacts, address, expression, is_chat, joined, segment
+from release.standards.standard_facts import StandardFacts, address, expression, joined, segment
 
 Json = dict[str, Any]
 MOST_LOCKED = 200
@@ -105,10 +105,9 @@ def _card(facts: StandardFacts, folder: str) -> Json:
     ]
     kinds = {numbered(phase)[0] for phase in model.training}
     approach = "reinforcement-learning" if kinds & {"rlvr", "online-rlhf"} else "self-supervised"
-    chat = is_chat({MODEL: model})
     considerations: Json = {
         "users": ["researchers and developers of language models"],
-        "useCases": ["conversation in the trained chat template" if chat else "continuation of text"],
+        "useCases": ["conversation in the trained chat template" if model.is_chat else "continuation of text"],
         "technicalLimitations": [f"context of {model.config['max_position_embeddings']} tokens"],
     }
     if folder == MODEL and facts.counted[0]:

@@ -74,6 +74,7 @@ def _package(name: str, version: str, hashes: list[str]) -> Package:
         distribution = None
     if distribution is not None and distribution.version == version:
         text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
-        found = parse([("PKG-INFO", text)], load_map("pep639")).license
-        license, stated = found.expression, "" if found.expression else " ".join(found.name.split())[:MOST_STATED]
+        declared = parse([("PKG-INFO", text)], load_map("pep639")).license
+        license = declared.expression
+        stated = "" if license else " ".join(declared.name.split())[:MOST_STATED]
     return Package(name, version, license, stated, hashes)

@@ -129,7 +129,7 @@ def _source(graph: _Graph, facts: StandardFacts, name: str, provider: str) -> st
         dataset_datasetSize=row.bytes_kept,
         dataset_dataCollectionProcess=f"{row.documents_in} documents were read, {row.kept} were kept",
         dataset_dataPreprocessing=removed,
-        dataset_datasetAvailability="directDownload",
+        dataset_datasetAvailability="scrapingScript" if name in facts.data.by_reference else "directDownload",
         dataset_hasSensitivePersonalInformation="noAssertion",
         verifiedUsing=[_hash(node.digest, f"digest of the artifact {node.key}")] if node else [],
     )

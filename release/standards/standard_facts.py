@@ -16,7 +16,7 @@ from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import Manifest, read_json, read_manifests
-from release.layout import EXPORTED, MODEL, STANDARDS, numbered, phases_of
+from release.layout import MODEL, STANDARDS, phases_of
 from release.schema import ReleaseInfo
 from release.standards.package_list import PACKAGES, Package
 from stages.maker import Category, Maker
@@ -176,9 +176,3 @@ def joined(licenses: list[str]) -> str | None:
     if not texts or len(texts) < len(known):
         return None
     return texts[0] if len(texts) == 1 else " AND ".join(f"({text})" if " " in text else text for text in texts)
-
-
-def is_chat(models: Mapping[str, ModelFacts]) -> bool:
-    """Whether the final model was trained to converse."""
-    kind = numbered(models[MODEL].name())[0]
-    return kind in EXPORTED and EXPORTED.index(kind) >= EXPORTED.index("sft")

@@ -6,10 +6,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, TypedDict
 
+from stages.data.chat_templates import TOOLS_BEGIN, TOOLS_END
 from stages.data.tokenizer import THINK_END, THINK_START, TURN_END, TURN_START
 
-TOOLS_BEGIN = "These tools can be called:\n<tools>\n"
-TOOLS_END = "</tools>\n"
 CALL_BEGIN, CALL_END = '<tool_call>\n{"name": ', "}\n</tool_call>"
 MESSAGE = {"role": "string", "content": "string", "reasoning_content": "string"}
 """{field of a message: its Arrow type}, besides `tool_calls`."""

@@ -92,6 +92,8 @@ TRAINING = """\
 {%- endif -%}
 """
 
+TOOLS_BEGIN, TOOLS_END = "These tools can be called:\n<tools>\n", "</tools>\n"
+"""The templates' texts around the tools in the system turn."""
 INFERENCE_FILE, TRAINING_FILE = "chat_template.jinja", "training_chat_template.jinja"
 """Loaders read the first one by its name. The second one is given to training libraries by its path."""
 

@@ -73,7 +73,7 @@ class TokenizerSection(Config):
         return self
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", INFERENCE_FILE, TRAINING_FILE)
 REPORTED = 2_000  # documents of each source on which the bytes per token are measured
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = ("tokenizer.json", INFERENCE_FILE, TRAINING_FILE, "special_tokens_map.json")
+COPIED = ("tokenizer.json", INFERENCE_FILE, TRAINING_FILE, "special_tokens_map.json")
 STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -171,7 +171,7 @@ def write_tokenizer(tokenizer: Artifact, folder: Path, context_length: int) -> d
     """Copies the tokenizer's files, and adds the length of the context, in tokens. transformers would save the
     extra special tokens as a list, which its version 4 refuses, so nothing is loaded and saved. Returns
     {"vocab_size": ..., special token: its id, ...}."""
-    for name in TOKENIZER_FILES:
+    for name in COPIED:
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)
     _write(folder / TOKENIZER_CONFIG, tokenizer.json(TOKENIZER_CONFIG) | {"model_max_length": context_length})

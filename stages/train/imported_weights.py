@@ -25,6 +25,7 @@ from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operati
 from pipeline.core.store import home_folder, sha256_file
 from pipeline.core.text import printable
 from stages.data.table import write_json
+from stages.data.tokenizer import TOKENIZER_FILES
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
@@ -37,7 +38,6 @@ SUMS = "SHA256SUMS"
 NAME = "base.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
-TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja", "training_chat_template.jinja")
 FREE = ("bos_token_id", "dtype", "initializer_range", "torch_dtype", "use_cache")
 """Entries of config.json that may differ from the recipe's model: they say nothing of its tensors."""
 SUMS_BYTES, CARD_BYTES = 32 << 20, 4 << 20

@@ -14,6 +14,7 @@ import yaml
 from release.checks.check import Subject
 from release.checks.findings import Absent
 from release.checks.standards import valid
+from release.layout import MODEL
 from release.schema import PublishedLicenses
 from release.standards import bundle, eu_summary, frameworks, notices, package_list, validation
 from stages.data.table import DOCUMENTS, write_rows
@@ -151,6 +152,9 @@ def test_categories_of_the_eu_summary(tmp_path: Path) -> None:
     assert field(body, "Name of the provider") == {
         "label": "Name of the provider", "answer": "not stated", "basis": "not stated",
     }  # fmt: skip
+    assert field(body, "Models that it depends on")["answer"].startswith("None")
+    facts.models[MODEL].base = {"repo": "local/tiny", "license": "MIT", "digest": "sha256:ab"}
+    assert "local/tiny, digest sha256:ab" in field(eu_summary.summary(facts), "Models that it depends on")["answer"]
 
 
 def test_more_domains_than_memory_holds_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +203,24 @@ def test_the_definition_is_met_requirement_by_requirement(tmp_path: Path) -> Non
     reasons = " ".join(item["reason"] for item in unmet)
     assert "no origin or evidence of web" in reasons and "not known: LicenseRef-unknown-web" in reasons
     assert "the texts of 0 of 10 kept documents" in reasons
+
+
+def test_texts_by_reference_are_not_called_published(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"web/{n}", "text": "", "source": "web", "license": "MIT", "origin": "", "content_hash": "", "prompt_chars": 0}
+        for n in range(10)
+    ]  # fmt: skip
+    write_rows(tmp_path / "dataset/kept/web/part-00000.parquet", DOCUMENTS, rows)
+    facts = make_facts(tmp_path, {"web": source_facts()})
+    facts.data.by_reference["web"] = "owner/pages@1234"
+    item = next(item for item in frameworks.checklist(facts)["requirements"] if item["evidence"] == "dataset/kept")
+    assert item["met"] and item["reason"] == (
+        "the texts of 0 of 10 kept documents are in the release; `atom rebuild-data` gets the other 10 from "
+        "owner/pages@1234"
+    )
+    assert "Datasets: the texts of web are by reference" in str(frameworks.framework(facts)["missing"])
+    assert '"dataset_datasetAvailability": "scrapingScript"' in write_documents(facts)[bundle.SPDX]
+    assert validation.problems(tmp_path) == []
 
 
 def test_the_license_of_python_stays_with_its_texts(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
         (when(rollout_lookup.REWARD), step) for task in tasks for pair in task.pairs for step in pair.reward_steps or ()
     ]
     checkpoints, models = _trained_on(data, min(steps, default=None))
-    asked = [use for _, use in _task_uses(data, {id: []})]
-    return Document(id, [], [], asked, tasks, checkpoints, models, data.unknown(checkpoints=True))
+    uses = [use for _, use in _task_uses(data, {id: []})]
+    return Document(id, [], [], uses, tasks, checkpoints, models, data.unknown(checkpoints=True))
 
 
 def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[list[str] | None, list[str]]:

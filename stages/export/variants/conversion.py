@@ -9,15 +9,13 @@ from pathlib import Path
 
 import torch
 
+from stages.data.tokenizer import TOKENIZER_FILES
 from stages.export.variants import compressed_weights
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors
 
-COPIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "training_chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+COPIED = (*TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json")
 """Files of a model that its variants have unchanged, but for GGUF, whose file holds their content."""
 
 

@@ -122,5 +122,5 @@ def _add_tokenizer(writer: GGUFWriter, model: Path, config: Mapping[str, Any]) -
         if token["content"] == TURN_END:
             writer.add_eot_token_id(token["id"])
     writer.add_add_bos_token(False)
-    if (template := gguf_names.inference_template(model)) is not None:
+    if (template := gguf_names.chat_template(model)) is not None:
         writer.add_chat_template(template)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
+from stages.data.chat_templates import INFERENCE_FILE
 from stages.data.tokenizer import PATTERN
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
@@ -104,10 +105,10 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     raise AtomError("llama.cpp has no name for the pre-tokenizer in tokenizer.json; leave its variants out")
 
 
-def inference_template(folder: Path) -> str | None:
-    """The chat template of a model without the blocks that mark the assistant's tokens for training, which older
-    versions of llama.cpp refuse; None without one."""
-    path = folder / "chat_template.jinja"
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a model; None without one. Blocks that mark the assistant's tokens for training, which older
+    versions of llama.cpp refuse, are left out: models that an older atom exported have them."""
+    path = folder / INFERENCE_FILE
     return GENERATION.sub("", path.read_text("utf-8")) if path.is_file() else None
 
 

@@ -13,7 +13,13 @@ from stages.evaluation.exact_match import ProblemAnswer
 from stages.evaluation.scores import Figure, Mean, ModelScores, Ratio
 from stages.export.variants.registry import VARIANTS, VariantName
 
-MEASURED_BY = "transformers in fp32, on the weights as the variant stores them"
+IN_PROCESS = "transformers in fp32, on the weights as the variant stores them"
+
+
+def measured_by(engine: str = "") -> str:
+    """The sentence on what measured a variant. engine: of scores and answers, the package of vLLM with its version; ""
+    for transformers. Distributions are compared by transformers in any case."""
+    return f"vLLM ({engine}) in fp32, and its divergence by {IN_PROCESS}" if engine else IN_PROCESS
 
 
 class DivergenceRow(TypedDict):
@@ -76,9 +82,11 @@ def summary(
     original: ModelScores,
     answers: Sequence[ProblemAnswer],
     original_answers: Mapping[str, str],
+    stated_by: str,
 ) -> VariantLoss:
     """sizes: bytes of `variant` and `original`. scores, original: of the variant and of the exported model.
-    original_answers: {problem: the exported model's text}. Raises AtomError if these lack a problem."""
+    original_answers: {problem: the exported model's text}. stated_by: of `measured_by`. Raises AtomError if the answers
+    lack a problem."""
     if missing := [row["id"] for row in answers if row["id"] not in original_answers]:
         raise AtomError(f"the original has no answer to problem {missing[0]}; evaluate it on the same problems")
     mean = ratio([(row["sum"], row["positions"]) for row in divergences], "tokens")
@@ -101,5 +109,5 @@ def summary(
             "equal": sum(row["output"] == original_answers[row["id"]] for row in answers),
             "n": len(answers),
         },
-        "measured_by": MEASURED_BY,
+        "measured_by": stated_by,
     }

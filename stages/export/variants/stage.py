@@ -2,11 +2,11 @@
 
     atom run RECIPE --only variant-gguf-q8_0
 
-The files follow from those of the export alone (conversion.py), so `atom verify --deep` writes them again. transformers
-measures, in fp32 on the weights as the variant stores them: the Kullback-Leibler divergence of next-token distributions
-from the original's, bits per byte, exact match and equal greedy answers, on the documents and problems of the stage
-`evaluate`. How a program rounds activations while it computes is no part of this; the gate `runtimes` of a release
-compares programs.
+The files follow from those of the export alone (conversion.py), so `atom verify --deep` writes them again. On the
+weights as the variant stores them, in fp32, transformers measures the Kullback-Leibler divergence of next-token
+distributions from the original's, and `evaluation.engine` bits per byte, exact match and equal greedy answers, on the
+documents and problems of the stage `evaluate`. How a program rounds activations while it computes is no part of this;
+the gate `runtimes` of a release compares programs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stages.evaluation.bits_per_byte import token_ids
 from stages.evaluation.heldout import heldout_documents
 from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, measure
 from stages.evaluation.pieces import Piece, compute
-from stages.export.variants.loss import DIVERGENCES, DivergenceRow, summary
+from stages.export.variants.loss import DIVERGENCES, DivergenceRow, measured_by, summary
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.train.checkpoint import SHARD_BYTES
 
@@ -70,7 +70,7 @@ def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Re
     sizes = {name: weight_bytes(of) for name, of in {"variant": folder, "original": original}.items()}
     loss = summary(
         config.variant, sizes, rows, scores, inputs["scores"].json("scores.json"), answers,
-        {row["id"]: row["output"] for row in original_answers},
+        {row["id"]: row["output"] for row in original_answers}, measured_by(config.engine.stated().get("engine", "")),
     )  # fmt: skip
     write_json(out / LOSS, loss)
     divergence, greedy = loss["divergence"], loss["greedy"]
