@@ -266,7 +266,7 @@ def measure(size: Size, seeds: int, processes: int) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed; the figures mean nothing")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on; 2 to 5")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="number of seeds, from 0 on")
     parser.add_argument("--task", choices=sorted(problems.TASKS), default=FULL.task, help="the kind of problem")
     arguments = parser.parse_args()
     if arguments.quick:

@@ -87,17 +87,16 @@ class Unread(Quiet):
 
 @dataclass(frozen=True)
 class Size:
-    """tuning: the most steps of fine-tuning, of `rows` answers each. asked: requests whose answers make pairs; judging:
-    updates of the reward model, of `pairs` each, whose rewards
-    differ by more than `margin`. new: tokens of an answer. every: updates between two measurements, on
-    `items` problems or requests."""
+    """tuning: the most steps of fine-tuning, of `rows` answers each. requests: those whose answers make pairs; judging:
+    updates of the reward model, of `pairs` each, whose rewards differ by more than `margin`. new: tokens of an answer.
+    every: updates between two measurements, on `items` problems or requests."""
 
     model: Mapping[str, Any]
     vocab: int
     level: int
     tuning: int
     rows: int
-    asked: int
+    requests: int
     judging: int
     pairs: int
     margin: float
@@ -112,11 +111,11 @@ class Size:
 FULL = Size(
     dict(architecture="qwen3", layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=16, intermediate_size=128,
          context_length=128, tie_embeddings=True, init_std=0.08),
-    vocab=512, level=3, tuning=500, rows=48, asked=240, judging=120, pairs=32, margin=0.05, prompts=16, generations=8,
-    new=40, steps=80, every=8, items=300,
+    vocab=512, level=3, tuning=500, rows=48, requests=240, judging=120, pairs=32, margin=0.05, prompts=16,
+    generations=8, new=40, steps=80, every=8, items=300,
 )  # fmt: skip
 QUICK = replace(
-    FULL, tuning=40, rows=16, asked=24, judging=2, pairs=2, margin=-1.0, prompts=2, generations=2, new=24, steps=2,
+    FULL, tuning=40, rows=16, requests=24, judging=2, pairs=2, margin=-1.0, prompts=2, generations=2, new=24, steps=2,
     every=1, items=4,
 )  # fmt: skip
 
@@ -149,7 +148,7 @@ def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact
     heldout += [courtesy_row(f"test/courtesy/{n:05d}", r, split="test") for n, r in enumerate(requests)]
     rows = {"rlvr": sorts[size.items :]}
     for arm in ("rlhf", "rules"):
-        notes = CourtesyTasks(source="courtesies", count=max(40 * size.prompts, size.asked), verifier=ARMS[arm])
+        notes = CourtesyTasks(source="courtesies", count=max(40 * size.prompts, size.requests), verifier=ARMS[arm])
         rows[arm] = list(notes.rows(seed, set()))
     for name in ("tokenizer", "items", *(f"tasks-{arm}" for arm in ARMS)):
         (folder / name).mkdir()
@@ -263,16 +262,16 @@ class Measurement:
 def make_pairs(trainer: GrpoTrainer, size: Size, seed: int, folder: Path) -> tuple[Artifact, int]:
     """Scored pairs of the policy's own answers to training requests, as the phase `dpo` makes them, and the tokens of
     the answers."""
-    digest, samples, rows = trainer.policy.load(), size.generations, trainer.rows[: size.asked]
-    asked = [row for row in rows for _ in range(samples)]
-    seeds = [seed_of(f"bench/saturation/pairs/{n}", seed) for n in range(len(asked))]
-    completions = trainer.policy.draw(list(zip(asked, seeds, strict=True)))
+    digest, samples, rows = trainer.policy.load(), size.generations, trainer.rows[: size.requests]
+    drawn = [row for row in rows for _ in range(samples)]
+    seeds = [seed_of(f"bench/saturation/pairs/{n}", seed) for n in range(len(drawn))]
+    completions = trainer.policy.draw(list(zip(drawn, seeds, strict=True)))
     answers = [
         unscored(1, 0, digest, row, number, trainer.policy.chat, completion)
-        for row, number, completion in zip(asked, seeds, completions, strict=True)
+        for row, number, completion in zip(drawn, seeds, completions, strict=True)
     ]
     answers = [
-        replace(r, group=n // samples, sample=n % samples) for n, r in enumerate(scored(asked, answers, trainer.policy))
+        replace(r, group=n // samples, sample=n % samples) for n, r in enumerate(scored(drawn, answers, trainer.policy))
     ]
     folder.mkdir()
     by_id = {row["id"]: row for row in rows}
@@ -432,7 +431,7 @@ def measure(size: Size, seeds: int, processes: int, out: Path) -> dict[str, Any]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed; the figures mean nothing")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on; 2 to 5")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="number of seeds, from 0 on")
     parser.add_argument("--processes", type=int, default=2, help="seeds that are trained at once")
     parser.add_argument("--out", type=Path, help="folder of the figure and its points; docs/ by default, if not quick")
     arguments = parser.parse_args()

@@ -4,7 +4,7 @@
 
 MODEL and DATA are repositories of the Hub or folders. The configuration SOURCE-messages of the data has conversations
 as `messages`, by the splits train and heldout. OUT gets `adapter/` and `merged/`: the model with the adapter in its
-weights, which every runtime loads, also those that know no adapters for experts.
+weights, which programs load as the original, also those that know no adapters for experts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 """Tensors with all experts of a layer: parameters and no modules, so that `target_modules` does not find them."""
 DENSE = ["gate_proj", "up_proj", "down_proj"]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training_chat_template.jinja")
+KEPT = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "training_chat_template.jinja",
+)  # fmt: skip
+"""Files beside the weights, which a merged model has as they are: transformers 5 would write settings under names that
+other programs do not read, such as `num_local_experts`."""
 
 
 def lora_config(model: Any, rank: int) -> LoraConfig:
@@ -72,11 +77,10 @@ def fine_tune(folder: Path, data: Dataset, out: Path, steps: int, rank: int, rat
 
 
 def merge(folder: Path, out: Path) -> None:
-    """Writes the model with the adapter in its weights to `out`/merged, with the tokenizer's files as they are:
-    transformers would write them otherwise."""
+    """Writes the model with the adapter in its weights to `out`/merged, beside the other files of the model."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), out / "adapter")
     model.merge_and_unload().save_pretrained(out / "merged")
-    for name in TOKENIZER_FILES:
+    for name in KEPT:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / "merged" / name)
 

@@ -96,6 +96,21 @@ class ReleaseRecipe(Identity):
             raise ValueError("reward_model learns from the pairs that dpo makes; add the section dpo")
         return self
 
+    @model_validator(mode="after")
+    def _check_by_reference(self) -> ReleaseRecipe:
+        """Results of a search are published with the answers."""
+        for where, phase in {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}.items():
+            for tool in phase.tools.offered if phase and phase.tools else ():
+                all_sources = self.release.by_reference if "dedup" in tool.inputs.values() else ()
+                searched = tool.source_names or all_sources
+                if hidden := [name for name in searched if name in self.release.by_reference]:
+                    raise ValueError(
+                        f"{where}.tools searches {hidden[0]}, and answers are published with the results, but "
+                        f"release.by_reference names {hidden[0]}, whose texts are not; list other sources in the tool, "
+                        "or leave it out of release.by_reference"
+                    )
+        return self
+
     def replay_mixes(self) -> dict[str, Mapping[str, float]]:
         """The mixes of earlier data that phases of post-training replay, by their location in the recipe."""
         phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}

@@ -38,7 +38,7 @@ def read_variant_facts(folder: Path) -> VariantFacts:
     """Raises CheckFailed for a variant that is unknown to this atom."""
     loss: VariantLoss = read_json(folder / LOSS)
     if (name := loss["variant"]) not in VARIANTS:
-        raise CheckFailed(f"{LOSS} names the variant {name}, which this atom does not know")
+        raise CheckFailed(f"{LOSS} names the variant {name}, which this atom does not know; use a later one")
     return VariantFacts(VARIANTS[name], loss, next((path.name for path in sorted(folder.glob("*.gguf"))), ""))
 
 

@@ -78,7 +78,7 @@ def rebuild(
     if not by_name:
         raise AtomError(f"{release} has the texts of all its documents; there is nothing to rebuild")
     if unknown := sorted(folders.keys() - by_name.keys()):
-        raise AtomError(f"--source names {unknown[0]}, but by reference are {', '.join(by_name)}")
+        raise AtomError(f"--source names {unknown[0]}, but by reference are {', '.join(by_name)}; name one of these")
     published, sources = _published(dataset), []
     with scratch.folder() as temporary:
         for name, reference in by_name.items():
@@ -142,7 +142,8 @@ class _Texts:
         document = next((each for each in self.documents if each.name == name), None)
         if document is None:
             raise CheckFailed(
-                f"document {printable(id)} is not in the files of {self.reference.origin}, or not in its place"
+                f"document {printable(id)} is not in the files of {self.reference.origin}, or not in its place; "
+                "read them with the version of atom that made the release"
             )
         for text in (document.text, *self._edited(document.text)):
             if content_hash(text) == digest:

@@ -45,8 +45,8 @@ def _printable_texts(texts: list[str]) -> list[str]:
 
 @dataclass
 class Verdict:
-    """All checks of one subject. kind: release, evidence, dataset, model, checkpoint or repository. retracted: what was
-    taken back from it, or "": of an old copy since then, and of a rewritten one before."""
+    """All checks of one subject. kind: release, evidence, dataset, model, variant, checkpoint or repository. retracted:
+    what was taken back from it, or "": of an old copy since then, and of a rewritten one before."""
 
     subject: str
     kind: str

@@ -202,7 +202,7 @@ def rebuild_data(
     for text in source or ():
         name, mark, folder = text.partition("=")
         if not mark or not Path(folder).exists():
-            raise AtomError(f"--source {text} is not NAME=FOLDER with a folder that exists")
+            raise AtomError(f"--source {text} names no folder that exists; write NAME=FOLDER")
         folders[name] = Path(folder)
     result = rebuild.rebuild(release, to or rebuild.folder_of(release), folders, print_progress)
     print(json.dumps(result.to_json(), indent=1) if as_json else rebuild.text(result))

@@ -92,7 +92,7 @@ def _size(graph: Graph) -> dict[str, Any]:
     vocabulary, phase = config.padded_vocab_size, config.phase
     slots = sum(phase.rows_of(step) for step in range(1, phase.steps + 1)) * phase.sequence_length
     if not slots:
-        raise AtomError(f"{NODE} of {name} reads no tokens")
+        raise AtomError(f"{NODE} of {name} reads no tokens; give its recipe steps to train")
     per_token = config.model.flops_per_token(vocabulary, phase.sequence_length)
     active = config.model.parameters(vocabulary)["active"]
     return {"recipe": name, "key": node.key, "flops": slots * per_token, "tokens": slots, "active": active}

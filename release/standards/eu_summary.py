@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -146,15 +147,18 @@ def _crawled(facts: StandardFacts) -> list[Json]:
     crawler = facts.maker.crawler
     for label, name in (("Crawler", "name"), ("Purpose", "purpose"), ("Behavior", "behavior"), ("Period", "period")):
         fields.append(_stated(label, getattr(crawler, name) if crawler else None))
-    domains = _domains(facts, names)
     label = "The tenth of the domains with the most text"
+    if hidden := [name for name in names if name in facts.data.by_reference]:
+        return [*fields, _computed(label, f"not listed: the texts of {', '.join(hidden)} are by reference")]
+    domains = _domains(facts, tuple(names))
     if domains is None:
         return [*fields, _computed(label, f"not listed: there are more than {MOST_DOMAINS:,} domains")]
     listed = [{"domain": domain, "bytes": size} for domain, size in domains]
     return [*fields, _computed(label, listed or NOT_STATED)]
 
 
-def _domains(facts: StandardFacts, sources: list[str]) -> list[tuple[str, int]] | None:
+@lru_cache(maxsize=1)  # two documents have it, and it reads every text of the sources
+def _domains(facts: StandardFacts, sources: tuple[str, ...]) -> list[tuple[str, int]] | None:
     """(domain, bytes of kept text) of the largest tenth of the domains; None if there are more than MOST_DOMAINS."""
     import pyarrow.compute as pc
 

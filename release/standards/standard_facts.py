@@ -30,9 +30,11 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//[^/?]*(%5[BD]|:[0-9]*[^0-9/?]
 LONE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StandardFacts:
-    """models: by folder, the final one first. costs: by stage. packages: of the environments. ended, acquired: the last
+    """Compared by identity, so that what is expensive is computed once for each object.
+
+    models: by folder, the final one first. costs: by stage. packages: of the environments. ended, acquired: the last
     ends of an attempt and of an acquisition, as `provenance.clock` writes them; "" without one. methods: how energy was
     estimated. counted: attempts with an estimate, of all. declared: source.json by source. manifests: by node."""
 

@@ -99,7 +99,8 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         mapped = config.model.spec().from_hf(tensors, config.model)
         release_checkpoint.write_shards(step, release_checkpoint.MODEL, _padded(mapped, shapes))
     except (KeyError, ValueError) as error:
-        raise RecipeError(f"{config.repo} does not have the tensors of the recipe's model: {error}") from None
+        raise RecipeError(f"{config.repo} does not have the tensors of the recipe's model ({error}); copy the "
+                          "section model from its recipe") from None  # fmt: skip
     check_tensors(shapes, release_checkpoint.Tensors(step).shapes(), config.repo)
     state = {"phase": "import", "step": 0, "tokens": 0, "optimizer_step": 0}
     write_json(step / release_checkpoint.STATE, state)
@@ -160,7 +161,8 @@ def _verified(config: ImportConfig, folder: Path) -> dict[str, str]:
     needed = {path: digest for path, digest in sorted(listed.items()) if _is_needed(path)}
     for path, digest in needed.items():
         if not (folder / path).is_file() or sha256_file(folder / path) != digest:
-            raise CheckFailed(f"{printable(path)} of {config.repo} is missing, or not the file that {SUMS} lists")
+            problem = f"{printable(path)} of {config.repo} is missing, or not the file that {SUMS} lists"
+            raise CheckFailed(f"{problem}; get it again")
     return needed
 
 

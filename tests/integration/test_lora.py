@@ -100,5 +100,5 @@ def test_an_adapter_learns_reloads_and_merges(architecture: str, tmp_path: Path)
     settings = json.loads((out / "adapter/adapter_config.json").read_text())
     experts = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
     assert set(settings["target_parameters"] or ()) == (experts if architecture == "qwen3_moe" else set())
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (out / "merged" / name).read_bytes() == (model / name).read_bytes()

@@ -165,7 +165,10 @@ def test_more_domains_than_memory_holds_are_not_listed(tmp_path: Path, monkeypat
     ]  # fmt: skip
     write_rows(tmp_path / "dataset/kept/web/part-00000.parquet", DOCUMENTS, rows)
     facts = make_facts(tmp_path, {"web": source_facts()}, {"sources": {"web": "crawled"}})
-    assert "not listed" in field(eu_summary.summary(facts), "The tenth of the domains with the most text")["answer"]
+    label = "The tenth of the domains with the most text"
+    assert "there are more than 1 domains" in field(eu_summary.summary(facts), label)["answer"]
+    facts.data.by_reference["web"] = "owner/pages@1234"
+    assert "the texts of web are by reference" in field(eu_summary.summary(facts), label)["answer"]
 
 
 def test_the_class_of_the_framework_is_reached_step_by_step(tmp_path: Path) -> None:

@@ -199,3 +199,14 @@ def test_the_example_of_the_docs_fits_into_a_recipe(tmp_path: Path) -> None:
         RecipeError, match="r: rlvr.tools names docstring, which .* does not have; did you mean docstrings"
     ):
         compose(tmp_path / "r.yaml", {**body, **both})
+
+
+@pytest.mark.parametrize("sources", [[], ["docstrings"]], ids=["all", "named"])
+def test_texts_by_reference_are_not_published_with_answers(tmp_path: Path, sources: list[str]) -> None:
+    body = yaml.safe_load(recipes.find("atom-smoke", "pipeline.recipes", "recipe").read_text())
+    body["rlvr"]["tools"] = {"offered": [{"tool": "search", "sources": sources}]}
+    body["release"]["by_reference"] = ["docstrings"]
+    with pytest.raises(RecipeError, match="rlvr.tools searches docstrings, and answers are published with the results"):
+        compose(tmp_path / "r.yaml", body)
+    body["rlvr"]["tools"] = {"offered": [{"tool": "search", "sources": ["code"]}]}
+    compose(tmp_path / "r.yaml", body)

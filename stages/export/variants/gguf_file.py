@@ -60,7 +60,7 @@ def dequantized(model: Path, folder: Path, encoding: str) -> Iterator[tuple[str,
     stored = {tensor.name: tensor for tensor in GGUFReader(folder / file_name(encoding)).tensors}
     for tensor in gguf_names.tensors_of(list(Tensors(model))):
         if tensor.name not in stored:
-            raise AtomError(f"{file_name(encoding)} lacks the tensor {tensor.name}")
+            raise AtomError(f"{file_name(encoding)} lacks the tensor {tensor.name}; run the variant again")
         entry = stored[tensor.name]
         values = torch.from_numpy(gguf_blocks.decode(entry.data, entry.tensor_type).copy())
         yield from zip(tensor.sources, values if tensor.stacked else (values,), strict=True)
