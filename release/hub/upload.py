@@ -28,7 +28,8 @@ from release.repositories import Repository, files_of
 FILES_PER_COMMIT = 50
 """The Hub recommends less than a hundred. Larger uploads have more, to stay below COMMITS."""
 COMMITS = 100
-"""Of one upload to a branch: the Hub refuses more than 128 commits to a repository within an hour."""
+"""Of one upload to a branch: the Hub refuses more than 128 commits to a repository within an hour. Branches of one
+repository, as of checkpoints, are counted together there, and not here."""
 SENT_LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
 Progress = Callable[[str], None]
 FileIds = dict[str, tuple[str, ...]]

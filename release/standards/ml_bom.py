@@ -118,7 +118,7 @@ def _card(facts: StandardFacts, folder: str) -> Json:
             "task": "text-generation",
             "architectureFamily": "transformer decoder",
             "modelArchitecture": model.architecture,
-            "datasets": [{"ref": f"source:{name}"} for name in facts.data.sources],
+            "datasets": [{"ref": f"source:{name}"} for name in facts.read_by(folder)],
             "inputs": [{"format": "text"}],
             "outputs": [{"format": "text"}],
         },

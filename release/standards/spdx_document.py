@@ -60,12 +60,12 @@ def document(facts: StandardFacts) -> Json:
     release = facts.release
     graph = _Graph(f"{facts.evidence_url}/{release.version}#")
     provider = graph.add("Organization", "provider", name=facts.provider)
-    sources = [_source(graph, facts, name, provider) for name in facts.data.sources]
+    sources = {name: _source(graph, facts, name, provider) for name in facts.data.sources}
     packages = [_package(graph, facts, index) for index in range(len(facts.packages))]
     models = [_model(graph, facts, folder, provider) for folder in facts.models]
-    for model in models:
-        graph.relate(model, "trainedOn", sources)
-        graph.relate(model, "testedOn", sources)
+    for folder, model in zip(facts.models, models, strict=True):
+        graph.relate(model, "trainedOn", [sources[name] for name in facts.read_by(folder)])
+        graph.relate(model, "testedOn", list(sources.values()))
         graph.relate(model, "dependsOn", packages)
     listed = [element["spdxId"] for element in graph.elements]
     bom = graph.add("software_Sbom", "bom", rootElement=models[:1], element=listed, profileConformance=PROFILES)

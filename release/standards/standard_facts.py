@@ -105,6 +105,11 @@ class StandardFacts:
         public = reader == "hub" or self.data.sources[source].origin.startswith(("https://", "http://"))
         return ("public" if public else "other"), "computed"
 
+    def read_by(self, folder: str) -> list[str]:
+        """The sources that the phases of a model read."""
+        read = {name for phase in self.models[folder].training for name in self.data.sources_read(phase)}
+        return [name for name in self.data.sources if name in read]
+
     def of_category(self, category: Category) -> list[str]:
         return [name for name in self.data.sources if self.category(name)[0] == category]
 

@@ -1,7 +1,7 @@
 """Laws of a figure against training FLOPs C: a power law L = a C^-b + c of a loss, a logistic curve of an accuracy.
 
-Each is a straight line after a change of scale. Bands are prediction intervals of least squares: they hold the scatter
-of the runs about the line, and widen away from them. With few runs they are wide, since Student's t is.
+Bands are prediction intervals of least squares: they hold the scatter of the runs about the law and what is not known
+of its parameters, and widen away from the runs. With few runs they are wide, since Student's t is.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Band:
     high: float
 
 
-def fit(flops: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
+def fit(flops: Sequence[float], losses: Sequence[float], floors: int = 400) -> dict[str, float]:
     """a, b and c of L = a C^-b + c: least squares of log(L - c) against log C for each c of a grid, of which that with
-    the least error of log L is kept."""
+    the least error of log L is kept. floors: values of c, from 0 on."""
     x, y = np.log(np.asarray(flops)), np.asarray(losses)
-    c = np.linspace(0, 0.999 * y.min(), 400)[:, None]
+    c = np.linspace(0, 0.999 * y.min(), floors)[:, None]
     logs = np.log(y - c)  # [grid, runs]
     dx = x - x.mean()
     slope = (logs * dx).sum(1) / (dx * dx).sum()
@@ -47,11 +47,30 @@ def predicted_loss(law: dict[str, float], flops: Any) -> Any:
 
 
 def loss_band(flops: Sequence[float], losses: Sequence[float], target: float) -> tuple[dict[str, float], Band]:
-    """The power law of runs, and what it says of `target` FLOPs. The band takes c as known."""
-    law = fit(flops, losses)
-    line = _line(flops, np.log(np.asarray(losses) - law["c"]), target)
-    value, low, high = (float(np.exp(part)) + law["c"] for part in line)
-    return law, Band(value, low, high)
+    """The power law of runs, and what it says of `target` FLOPs. Three runs lie on a law of three parameters whatever
+    they are, so c is 0 with them; of more runs the band is that of the law made linear in a, b and c.
+
+    Raises ValueError with a sentence if the losses do not fall.
+    """
+    parameters = 2 if len(losses) == 3 else 3
+    law = fit(flops, losses, 400 if parameters == 3 else 1)
+    if law["b"] <= 0:
+        raise ValueError("the losses of the runs do not fall with compute")
+    rest = np.log(np.asarray(losses)) - np.log(predicted_loss(law, flops))
+    freedom = len(losses) - parameters
+    _, sizes, axes = np.linalg.svd(_gradients(law, flops)[:, :parameters], full_matrices=False)
+    (distance,) = _gradients(law, [target])[:, :parameters] @ axes.T / sizes
+    reach = STUDENT[min(freedom, len(STUDENT)) - 1] * np.sqrt((rest**2).sum() / freedom * (1 + (distance**2).sum()))
+    value = np.log(predicted_loss(law, target))
+    low, middle, high = (float(np.exp(part)) for part in (value - reach, value, value + reach))
+    return law, Band(middle, low, high)
+
+
+def _gradients(law: dict[str, float], flops: Sequence[float]) -> Any:
+    """[runs, 3] the derivatives of log L by log a, b and c."""
+    x = np.log(np.asarray(flops))
+    power = law["a"] * np.exp(-law["b"] * x)
+    return np.stack([power, -x * power, np.ones_like(x)], axis=-1) / (power + law["c"])[:, None]
 
 
 def accuracy_band(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from release.assembly.data_facts import OrderFacts, OrderPart, SourceInOrder
 from release.checks.check import Subject
 from release.checks.findings import Absent
 from release.checks.standards import valid
@@ -101,6 +102,19 @@ def test_without_the_tools_it_is_skipped_with_the_reason(tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "cyclonedx.schema", None)
     with pytest.raises(Absent, match=r"it needs cyclonedx\.schema; install atom-release\[report\]"):
         valid(Subject(tmp_path))
+
+
+def test_a_model_was_trained_on_what_its_phases_read(tmp_path: Path) -> None:
+    facts = make_facts(tmp_path, {"web": source_facts(), "unread": source_facts()})
+    facts.data.order["rlvr"] = OrderFacts(9, [OrderPart(1, 9, {"web": SourceInOrder(1, 1, 1)})])
+    texts = write_documents(facts)
+    card = json.loads(texts[bundle.CYCLONEDX])["metadata"]["component"]["modelCard"]
+    assert card["modelParameters"]["datasets"] == [{"ref": "source:web"}]
+    elements = json.loads(texts[bundle.SPDX])["@graph"]
+    (relation,) = (row for row in elements if row.get("relationshipType") == "trainedOn")
+    names = {row["spdxId"]: row.get("name") for row in elements if "spdxId" in row}
+    assert [names[target] for target in relation["to"]] == ["web"]
+    assert validation.problems(tmp_path) == []
 
 
 def test_energy_and_carbon_follow_from_the_stated_factors(tmp_path: Path) -> None:
