@@ -88,8 +88,10 @@ class TransformersModel(LanguageModel):
         """Of the token after each position, in fp64: slices of (positions, vocab) in their order."""
         with torch.inference_mode():
             hidden = self.model.get_decoder()(torch.tensor([list(ids)])).last_hidden_state[0]
-            for states in hidden.split(max(1, LOGITS // self.model.config.vocab_size)):
-                yield torch.log_softmax(self.model.get_output_embeddings()(states).double(), -1)
+        for states in hidden.split(max(1, LOGITS // self.model.config.vocab_size)):
+            with torch.inference_mode():  # not around the yield: a reader that stops early would leave the mode on
+                part = torch.log_softmax(self.model.get_output_embeddings()(states).double(), -1)
+            yield part
 
     def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
         ids = torch.tensor(rows)

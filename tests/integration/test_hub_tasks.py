@@ -17,7 +17,7 @@ from stages.rl import sandbox
 from stages.rl.protocols import Response
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.tasks import TasksConfig
-from tests.integration.test_hub_reader import REPO, Hub, hub
+from tests.fixtures.hub_fixtures import REPO, Hub, hub
 
 __all__ = ["hub"]
 needs_sandbox = pytest.mark.skipif(sandbox.missing() is not None, reason=str(sandbox.missing()))

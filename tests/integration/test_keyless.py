@@ -188,14 +188,23 @@ def test_without_a_network_there_is_one_sentence(built: Path, tmp_path: Path) ->
     ("arguments", "words"),
     [
         (["sign"], "no key to sign with; give --key PEM"),
-        (["sign", "--keyless", "--key", "key.pem"], "--keyless signs without a key; leave out --key"),
-        (["sign", "--keyless", "--certificate", "a.pem"], "--keyless signs without a key; leave out --key"),
-        (["sign", "--keyless", "--chain", "a.pem"], "--keyless signs without a key; leave out --key"),
+        (
+            ["sign", "--keyless", "--key", "key.pem"],
+            "--keyless signs without a key, and Sigstore states the time; leave out --key",
+        ),
+        (
+            ["sign", "--keyless", "--certificate", "a.pem"],
+            "--keyless signs without a key, and Sigstore states the time; leave out --key",
+        ),
+        (
+            ["sign", "--keyless", "--chain", "a.pem"],
+            "--keyless signs without a key, and Sigstore states the time; leave out --key",
+        ),
         (["sign", "--key", "key.pem", "--trust-config", "t.json"], "give it with --keyless"),
         (["verify", "--identity", IDENTITY], "give --identity WHO and --issuer URL"),
         (["verify", "--issuer", ISSUER], "give --identity WHO and --issuer URL"),
         (["verify", "--trust-config", "t.json"], "give --identity WHO and --issuer URL"),
-        (["verify", "--identity", IDENTITY, "--issuer", ISSUER, "--key", "k.pub"], "leave out --key and --chain"),
+        (["verify", "--identity", IDENTITY, "--issuer", ISSUER, "--key", "k.pub"], "leave out --key, --chain"),
     ],
 )
 def test_what_goes_not_together_is_reported(arguments: list[str], words: str, built: Path) -> None:

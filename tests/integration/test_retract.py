@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.core.store import sha256_file
 from release.hub.local.server import LOCAL_TOKEN, running
+from release.hub.local.store import HubStore
 from release.layout import RETRACTED
 from release.retraction.tombstone import read_tombstones
 from tests.fixtures import ROOT
@@ -48,6 +49,7 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def repository(tmp_path: Path, kind: str, name: str) -> Any:
+    """The file of a repository, in which each commit has its changes alone."""
     return json.loads((tmp_path / f"hub/repos/{kind}/local__{name}.json").read_text())
 
 
@@ -161,8 +163,9 @@ def test_models_go_with_the_flag_alone(release: Path, deny_list: Path, tmp_path:
         RETRACTED,
     ]
     assert weights not in os.listdir(tmp_path / "hub/blobs")
-    stored = repository(tmp_path, "model", "tiny-checkpoints")
-    files = {branch: set(stored["commits"][commit]["files"]) for branch, commit in stored["branches"].items()}
+    stored = HubStore(tmp_path / "hub").load("model", "local/tiny-checkpoints")
+    assert stored is not None
+    files = {branch: set(stored.commits[commit].files) for branch, commit in stored.branches.items()}
     assert not any(name.endswith(".safetensors") for name in files["pretrain-step-2"])
     assert any(name.endswith(".safetensors") for name in files["pretrain-step-0"]), "it was not trained on them"
     [collection] = (tmp_path / "hub/collections").glob("*.json")

@@ -243,9 +243,11 @@ def test_dpo_loss_is_trls(shape: tuple[int, int], beta: float) -> None:
             log_probs=logprobs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool(), aux_loss=None
         )
 
+    model = torch.nn.Module()  # TRL asks PEFT what it is
+    model.is_gradient_checkpointing = False
     trainer = SimpleNamespace(
         accelerator=ACCELERATOR,
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        model=model,
         ref_model=lambda **_: outputs(b["reference_logprobs"]),
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         aux_loss_enabled=False,

@@ -79,7 +79,8 @@ def test_no_token_reaches_a_stage(login_token: None, tmp_path: Path, monkeypatch
     ]
     assert not outside_setup, "nor is it in any other process of the job"
     script = next(submission.run.folder.glob("*/submitit/*_submission.sh")).read_text()
-    assert "#SBATCH --export=NIL\n" in script and PLANTED not in script.replace("\n".join(setup), "")
+    without_setup = [line for line in script.splitlines() if line not in setup]
+    assert "#SBATCH --export=NIL" in without_setup and PLANTED not in "\n".join(without_setup)
     (tmp_path / "act" / "go").touch()
     slurm_fixtures.until(lambda: store.sealed(graph.nodes[name].key), "its end")
     log = next(submission.run.folder.glob("*/submitit/*_0_log.out")).read_text()
