@@ -137,11 +137,13 @@ def require_equal_replay(place: Path, out: Path, folder: Path, **phase: Any) -> 
     assert rl_fixtures.trained(folder / "replay") == rl_fixtures.trained(out)
 
 
+@at_length("training", 40)
 def test_recorded_answers_move_the_same_weights(place: Path, live: Path, tmp_path: Path, without_sampler: None) -> None:
     require_equal_replay(place, live, tmp_path)
     require_all_counted(live)
 
 
+@at_length("training", 6)
 def test_so_they_do_from_a_checkpoint_on(place: Path, live: Path, tmp_path: Path, without_sampler: None) -> None:
     recorded = rl_fixtures.record(live, tmp_path / "recorded")
     with pytest.raises(Interrupted):
@@ -151,6 +153,7 @@ def test_so_they_do_from_a_checkpoint_on(place: Path, live: Path, tmp_path: Path
     assert rl_fixtures.trained(tmp_path / "b") == rl_fixtures.trained(live)
 
 
+@at_length("training", 1)
 @pytest.mark.numeric
 def test_answers_say_who_drew_them_and_the_log_counts(live: Path) -> None:
     answers = rollouts.read(live / "rollouts.parquet")
@@ -269,6 +272,7 @@ FORGERIES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
 }
 
 
+@at_length("training", 3)
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_changed_records_are_named(place: Path, live: Path, tmp_path: Path, forgery: str) -> None:
     change, sentence = FORGERIES[forgery]
@@ -279,6 +283,7 @@ def test_changed_records_are_named(place: Path, live: Path, tmp_path: Path, forg
     assert "\n" not in str(error.value)
 
 
+@at_length("training", 3)
 @pytest.mark.parametrize("step", [1, 6])
 def test_the_log_seals_the_order(live: Path, tmp_path: Path, step: int) -> None:
     """Also where no task depends on the order, such as in the last step."""

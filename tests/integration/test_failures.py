@@ -14,7 +14,7 @@ import yaml
 from pipeline.core import provenance
 from pipeline.core.lease import holder
 from pipeline.graph.recipe import find
-from tests.fixtures.run_fixtures import DATA, atom, copy_sealed
+from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
 from tests.unit.test_recipe import SMOKE
 
 
@@ -162,6 +162,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
     assert "is full" in process.stderr and "Traceback" not in process.stderr, process.stderr
 
 
+@at_length("release", 25)
 def test_cancel_stops_a_run_from_another_terminal(smoke_home: Path, tmp_path: Path) -> None:
     from tests.integration.test_run import start, wait_for
 

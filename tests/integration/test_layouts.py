@@ -84,6 +84,7 @@ FEATURES: dict[str, tuple[dict, dict, float]] = {
 FOR_FEATURES = ("TP2+SP", "PP2 interleaved", "EP2 alltoall", "CP2")
 
 
+@at_length("training", 25)
 @pytest.mark.numeric
 @pytest.mark.parametrize("feature", FEATURES if SOAK else ("packed, padded vocabulary, sliced loss",))
 def test_every_feature_trains_alike_in_every_layout(corpus: Path, tmp_path: Path, feature: str) -> None:
@@ -128,6 +129,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@at_length("training", 25)
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_a_work_checkpoint_goes_on_in_another_layout(
     corpus: Path, undisturbed: Path, tmp_path: Path, before: str, after: str

@@ -22,7 +22,7 @@ from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.models.qwen3_moe.spec import from_hf, to_hf
 from stages.train import parallel
 from tests.fixtures import train_fixtures
-from tests.fixtures.run_fixtures import SOAK
+from tests.fixtures.run_fixtures import SOAK, at_length
 
 pytestmark = pytest.mark.numeric
 
@@ -105,6 +105,7 @@ def test_a_row_spread_over_the_context_shows_its_rotary_embedding(inputs: dict, 
     assert (states[0] - states[1]).abs().max() > 1e-3
 
 
+@at_length("training", 30)
 @pytest.mark.parametrize("change", LONG if SOAK else ["yarn"])
 def test_transformers_gives_the_logits_at_full_length(
     change: str, inputs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

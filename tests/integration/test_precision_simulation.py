@@ -38,6 +38,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return folder, json.loads(output)
 
 
+@at_length("training", 30)
 def test_the_report_is_whole(rehearsed: tuple[Path, dict[str, Any]]) -> None:
     folder, report = rehearsed
     assert report == json.loads((folder / "report.json").read_text())
@@ -244,6 +245,7 @@ def rehearse(home: Path, **options: Any) -> Any:
         return simulation.simulate(recipes.load("atom-tiny"), home, display, **options)
 
 
+@at_length("training", 1)
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, rehearsed: tuple[Path, dict[str, Any]]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(AtomError, match="is not empty and no simulation's; name another folder"):

@@ -22,7 +22,7 @@ from release.retraction.tombstone import read_tombstones
 from tests.fixtures import ROOT
 from tests.fixtures.opt_out_fixtures import hashed, write_deny_list
 from tests.fixtures.release_fixtures import corpus
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import at_length, atom
 from tests.integration.test_sign import write_key
 
 TEXTS = {source: rows[3]["text"] for source, rows in corpus().items()}
@@ -61,6 +61,7 @@ def ids(path: Path) -> set[str]:
     return {row["id"] for row in pq.read_table(path).to_pylist()}
 
 
+@at_length("release", 45)
 def test_documents_leave_the_folder_and_the_hub(
     release: Path, deny_list: Path, tmp_path: Path, hub: dict[str, str]
 ) -> None:

@@ -28,6 +28,7 @@ def kill_tasks(at_least: int) -> None:
     slurm_fixtures.kill(slurm_fixtures.until(tasks, f"{at_least} tasks"))
 
 
+@at_length("slurm-parts", 80)
 @pytest.mark.parametrize("parts, tasks", [(1000, 3), (3, 1000), (8, 8), (6, 3)] if SOAK else [(3, 3)])
 def test_an_array_gives_the_same_bytes_as_one_process(tmp_path: Path, parts: int, tasks: int) -> None:
     home, alone, recipe = tmp_path / "home", tmp_path / "alone", slurm_fixtures.with_parts(tmp_path, parts)
