@@ -121,10 +121,11 @@ def test_sha256sum_agrees(built: Path) -> None:
 
 
 def test_templates_hold_no_numbers() -> None:
+    """Outside of code to copy, and of the bound that the card explains."""
     templates = sorted((Path(builder.__file__).parents[1] / "cards").glob("*.jinja"))
     assert len(templates) == 5
     for path in templates:
-        text = re.sub(r"SHA256SUMS|\[0\]", "", path.read_text())
+        text = re.sub(r"```.*?```|SHA256SUMS|1\.645 standard errors", "", path.read_text(), flags=re.DOTALL)
         assert not re.search(r"\d", text), path
 
 
