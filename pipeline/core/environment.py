@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import json_files
+from pipeline.core.json_files import Damaged
 from pipeline.core.store import canonical, sha256_bytes
 
 
@@ -75,9 +77,15 @@ def git_commit(root: Path) -> tuple[str | None, bool]:
     without a checkout, for example in a wheel."""
     if not (root / ".git").exists():
         try:
-            stated = json.loads((root / COMMIT).read_text())
+            stated = json.loads(json_files.read_text(root / COMMIT))
             return stated["commit"], bool(stated["dirty"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except FileNotFoundError:
+            return None, False
+        except (ValueError, LookupError, TypeError):
+            json_files.report(Damaged(root / COMMIT, "it states no commit"), "the commit of the code is not recorded")
+            return None, False
+        except Damaged as error:
+            json_files.report(error, "the commit of the code is not recorded")
             return None, False
 
     def git(*args: str) -> subprocess.CompletedProcess[str]:

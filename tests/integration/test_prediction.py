@@ -78,12 +78,12 @@ def ladder(tmp_path: Path) -> tuple[Store, dag.Graph, list[dag.Graph]]:
 
 def test_a_prediction_is_sealed_with_its_statement(ladder: tuple[Store, dag.Graph, list[dag.Graph]]) -> None:
     store, target, graphs = ladder
-    artifact, made = sealing.seal(target, graphs, store)
-    assert artifact.key == prediction_key(target.nodes["pretrain"].key) and forecast.read(artifact / FILE) == made
-    assert made.target.flops > made.points[-1].flops and [p.recipe for p in made.points] == list(SIZES)
+    artifact, sealed = sealing.seal(target, graphs, store)
+    assert artifact.key == prediction_key(target.nodes["pretrain"].key) and forecast.read(artifact / FILE) == sealed
+    assert sealed.target.flops > sealed.points[-1].flops and [p.recipe for p in sealed.points] == list(SIZES)
     config: Any = target.nodes["pretrain"].config
     per_token = config.model.flops_per_token(config.padded_vocab_size, 64)
-    assert made.target.tokens == 60 * 1536 and made.target.flops == 60 * 1536 * per_token
+    assert sealed.target.tokens == 60 * 1536 and sealed.target.flops == 60 * 1536 * per_token
     ((_, body),) = provenance.read(store.ledger, artifact.key)
     assert len(provenance.materials_of(body)) == 6 and provenance.outcome(body) == "sealed"
     with pytest.raises(AtomError, match="a run is predicted once"):
@@ -127,9 +127,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> builder.BuildInput:
     source = release_fixtures.build_input(tmp_path_factory.mktemp("run"))
     home = Store(tmp_path_factory.mktemp("store"))
     trained, run = source.artifacts["pretrain"], source.artifacts["evaluate-init"]
-    made = forecast.predict(Run("tiny", trained.key, 1e13, 100, 100), [point(n, run) for n in (1, 2, 3)])
+    sealed = forecast.predict(Run("tiny", trained.key, 1e13, 100, 100), [point(n, run) for n in (1, 2, 3)])
     key = prediction_key(trained.key)
-    artifact = sealing.write(made, {"r/evaluate": run}, home, key, "tiny")
+    artifact = sealing.write(sealed, {"r/evaluate": run}, home, key, "tiny")
     ((statement, _),) = provenance.read(home.ledger, key)
     (path,) = (p for p in source.statements if p.parent.name == trained.key)
     body = json.loads(path.read_text())
@@ -149,8 +149,8 @@ def release(source: builder.BuildInput, tmp_path_factory: pytest.TempPathFactory
 def test_the_card_compares_prediction_and_result(release: Path) -> None:
     card = (release / "model-base/README.md").read_text()
     section = card.split("## Prediction and result")[1].split("\n## ")[0]
-    made = forecast.read(release / FOLDER / FILE)
-    for row in made.forecasts:
+    sealed = forecast.read(release / FOLDER / FILE)
+    for row in sealed.forecasts:
         (line,) = (line for line in section.splitlines() if line.startswith(f"| {forecast.NAMES[row.figure]} |"))
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[1] == f"{row.value:.4f}" and cells[2] == f"{row.low:.4f} to {row.high:.4f}"
@@ -175,18 +175,23 @@ def test_verify_checks_the_chain(release: Path, tmp_path: Path) -> None:
         shutil.rmtree(copy)
         return problems
 
-    made = forecast.read(release / FOLDER / FILE)
+    sealed = forecast.read(release / FOLDER / FILE)
     (trained,) = (p for p in (release / "evidence/statements").glob("*.json") if "2126-01-01" in p.read_text())
     statement = trained.relative_to(release).as_posix()
     for path, old, new, reason in (
-        (f"{FOLDER}/{FILE}", repr(made.forecasts[0].low), "0.001", "its forecast does not follow from its runs"),
-        (f"{FOLDER}/{FILE}", repr(made.forecasts[0].low), "0.001", "is not the file of its manifest"),
-        (f"{FOLDER}/{FILE}", repr(made.forecasts[0].low), "0.001", "model-base/prediction.json is not the prediction"),
-        (f"{FOLDER}/{FILE}", made.target.key, "pretrain-000000000000", "and pretrain of this release is"),
+        (f"{FOLDER}/{FILE}", repr(sealed.forecasts[0].low), "0.001", "its forecast does not follow from its runs"),
+        (f"{FOLDER}/{FILE}", repr(sealed.forecasts[0].low), "0.001", "is not the file of its manifest"),
+        (
+            f"{FOLDER}/{FILE}",
+            repr(sealed.forecasts[0].low),
+            "0.001",
+            "model-base/prediction.json is not the prediction",
+        ),
+        (f"{FOLDER}/{FILE}", sealed.target.key, "pretrain-000000000000", "and pretrain of this release is"),
         (statement, "2126-01-01", "2020-01-01", "began at 2020-01-01T00:00:00Z, before the prediction was sealed at"),
         (statement, '"prediction":"', '"prediction":"x', "does not name the prediction"),
         (statement, '"name":"starts"', '"name":"other"', "records a start, so none names the prediction"),
-        (f"{FOLDER}/statement.json", made.points[0].digest, "0" * 64, "r1 is no material of its statement"),
+        (f"{FOLDER}/statement.json", sealed.points[0].digest, "0" * 64, "r1 is no material of its statement"),
     ):
         assert any(reason in problem for problem in change(path, old, new)), reason
 
@@ -200,12 +205,12 @@ def test_a_ladder_predicts_the_run_that_follows(smoke_home: Path, tmp_path: Path
     for name in names:
         atom(home, "run", name, "--until", "evaluate-base")
     ladder_options = [option for name in names for option in ("--from", name)]
-    made = json.loads(atom(home, "predict", "atom-smoke", *ladder_options, "--json").stdout)
+    sealed = json.loads(atom(home, "predict", "atom-smoke", *ladder_options, "--json").stdout)
     atom(home, "run", "atom-smoke", timeout=1500)
     atom(home, "build", "atom-smoke")
     release = home / "releases/atom-smoke-0.1.0"
     body = json.loads(atom(home, "verify", str(release), "--json").stdout)
     assert next(check for check in body["checks"] if check["name"] == "prediction")["ok"] is True
-    assert json.loads((release / FOLDER / FILE).read_text())["target"]["key"] == made["target"]["key"]
+    assert json.loads((release / FOLDER / FILE).read_text())["target"]["key"] == sealed["target"]["key"]
     assert "## Prediction and result" in (release / "model-base/README.md").read_text()
     assert "a run is predicted once" in atom(home, "predict", "atom-smoke", *ladder_options, code=2).stderr

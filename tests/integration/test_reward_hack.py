@@ -74,16 +74,16 @@ def card_of(place: Path, folder: Path, verifier: str) -> str:
     trained = seal(rlvr.STAGE, settings, inputs, folder / "rlvr")
     exported = seal(hf.STAGE, EXPORT, {"checkpoint": trained, "tokenizer": inputs["tokenizer"]}, folder / "export-rlvr")
     before = Artifact.open(place / "export-sft")
-    asked = {"max_new_tokens": 12, "seed": 0}
+    sampling = {"max_new_tokens": 12, "seed": 0}
     judged = {"items": inputs["items"], "model": exported, "before": before}
-    preference = seal(win_rate.STAGE, {**asked, "model": "rlvr", "before": "sft"}, judged, folder / "prefer")
+    preference = seal(win_rate.STAGE, {**sampling, "model": "rlvr", "before": "sft"}, judged, folder / "prefer")
     # as `atom build` places it: a repository of the model, with the scores of those before it
     model, results = folder / "model", {"rlvr": exported, "sft": before}
     shutil.copytree(exported / "model", model)
     shutil.copyfile(exported / "parity.json", model / "parity.json")
     for name, artifact in results.items():
         of_model = {"items": inputs["items"], "model": artifact}
-        answers = seal(pass_at_k.STAGE, {**asked, "num_samples": 1}, of_model, folder / f"solve-{name}")
+        answers = seal(pass_at_k.STAGE, {**sampling, "num_samples": 1}, of_model, folder / f"solve-{name}")
         shutil.copyfile(answers / "scores.json", make(model / "evaluation/test") / f"{name}.json")
         release_fixtures.make_evaluation(folder / f"evaluate-{name}", 3.0, 8)
         shutil.copyfile(folder / f"evaluate-{name}/scores.json", model / f"evaluation/{name}.json")

@@ -115,8 +115,8 @@ def test_a_server_that_dies_loses_the_batch_in_work(
     assert {(row["generator"], row["generator_digest"], row["temperature"]) for row in records} == {
         ("tiny", digest, 1.0)
     }
-    asked = [row for row in records if row["tokens"]]
-    assert len(asked) >= len(documents) and all(0 < row["tokens"] <= 16 for row in asked)
+    requests = [row for row in records if row["tokens"]]
+    assert len(requests) >= len(documents) and all(0 < row["tokens"] <= 16 for row in requests)
     assert len({row["text"] for row in documents}) == len(documents), "each text has its own seed"
 
 

@@ -79,8 +79,8 @@ def test_what_a_standard_does_not_allow_is_named(tmp_path: Path, path: str) -> N
     old, new = BREAKS[path]
     assert old in texts[path]
     (tmp_path / path).write_text(texts[path].replace(old, new))
-    found = validation.problems(tmp_path)
-    assert found and all(text.startswith(f"{path}: ") and "\n" not in text for text in found)
+    problems = validation.problems(tmp_path)
+    assert problems and all(text.startswith(f"{path}: ") and "\n" not in text for text in problems)
     for damage in (b"a: [", b"\xff", b"[" * 1000, b""):
         (tmp_path / path).write_bytes(damage)
         assert validation.errors(tmp_path, path), damage[:4]
