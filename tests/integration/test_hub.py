@@ -4,9 +4,11 @@ environment at import)."""
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,3 +182,14 @@ def test_a_view_of_a_repository_follows_its_file(tmp_path: Path) -> None:
     assert store.view("model", "local/m") == repo != view
     store.delete(repo)
     assert store.view("model", "local/m") is None
+
+
+def test_an_idle_connection_stays_open_longer_than_clients_keep_it(endpoint: str) -> None:
+    """Clients keep one for 5 s (httpx), which is how long uvicorn keeps it as well: a request that is sent at this
+    moment would get no answer."""
+    connection = http.client.HTTPConnection(endpoint.removeprefix("http://"))
+    for seconds in (0, 6):
+        time.sleep(seconds)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() is not None and connection.sock is not None
+    connection.close()

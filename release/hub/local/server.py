@@ -22,6 +22,9 @@ from pathlib import Path
 from pipeline.core.errors import AtomError
 
 LOCAL_TOKEN = "hf_local"
+IDLE_SECONDS = 75
+"""How long an idle connection stays open: longer than clients keep one, so that none sends its next request on a
+connection that the server is about to close."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,7 +46,14 @@ def main(argv: list[str] | None = None) -> None:
     tokens = {token if mark else user: user if mark else "local" for user, mark, token in pairs}
     limits = options.lfs_bytes, options.part_bytes, options.commits_per_hour
     app = make_app(options.root, tokens, *limits, options.log)
-    uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning", access_log=False)
+    uvicorn.run(
+        app,
+        host="127.0.0.1",
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=IDLE_SECONDS,
+    )
 
 
 def free_port() -> int:
