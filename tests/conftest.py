@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -114,20 +115,26 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"minutes by file, and of the processor, the first 25: {', '.join(by_file)}")
 
 
-LONGEST = ("ON_SLURM", "smoke_home")
-"""What names a group of files that one worker does, the group that takes longest first."""
+@cache
+def order(file: Path) -> int:
+    """Of several workers none is left with a long group at the end: the tests on Slurm, which one worker does, and the
+    whole run of atom-smoke begin first; other tests that use that run come when it has ended."""
+    text = file.read_text()
+    if "ON_SLURM" in text:
+        return 0
+    if "smoke_home" in text:
+        return 1 if "release.demo" in text else 3
+    return 4 if "unit" in file.parts else 2
 
 
 @cache
 def group(file: Path) -> str:
-    """All files of tests on Slurm, all that share a run of atom-smoke, else a file."""
-    text = file.read_text()
-    return next((name for name in LONGEST if name in text), file.name)
+    """What one worker does: all files of tests on Slurm, else a file."""
+    return "ON_SLURM" if order(file) == 0 else file.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several workers none is left with the longest group at the end: groups begin in this order."""
-    items.sort(key=lambda item: (*(group(item.path) != name for name in LONGEST), "unit" in item.path.parts))
+    items.sort(key=lambda item: order(item.path))
 
 
 class Groups(LoadScopeScheduling):
@@ -167,32 +174,48 @@ def run_stage(tmp_path: Path):
     return run
 
 
+def shared(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def filled_once(folder: Path) -> Iterator[bool]:
+    """Holds a lock on a shared folder; yields whether it is still to be filled."""
+    with FileLock(folder / "lock"):
+        done = folder / "done"
+        yield not done.exists()
+        done.touch()
+
+
 @pytest.fixture(scope="session")
 def smoke_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder with the data stages of atom-smoke, which the workers share. Treat it as read-only."""
-    base = tmp_path_factory.getbasetemp()
-    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-data/home"
-    home.parent.mkdir(exist_ok=True)
-    with FileLock(home.with_name("lock")):
-        if not (done := home.with_name("done")).exists():
-            atom(home, "run", "atom-smoke", "--until", "tokenize", timeout=1800)
-            done.touch()
-    return home
+    folder = shared(tmp_path_factory, "smoke-data")
+    with filled_once(folder) as empty:
+        if empty:
+            atom(folder / "home", "run", "atom-smoke", "--until", "tokenize", timeout=1800)
+    return folder / "home"
 
 
 @pytest.fixture(scope="session")
 def smoke_home(smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home folder of a whole, undisturbed run of atom-smoke. Treat it as read-only."""
-    home = shutil.copytree(smoke_data, tmp_path_factory.mktemp("smoke") / "home")
-    # a minute on an idle machine; a loaded one decides no verdict
-    atom(home, "run", "atom-smoke", timeout=1800, MLFLOW_TRACKING_URI="")
-    return home
+    """The home folder of a whole, undisturbed run of atom-smoke, which the workers share. Treat it as read-only."""
+    folder = shared(tmp_path_factory, "smoke")
+    with filled_once(folder) as empty:
+        if empty:
+            home = shutil.copytree(smoke_data, folder / "home", dirs_exist_ok=True)
+            # a minute on an idle machine; a loaded one decides no verdict
+            atom(home, "run", "atom-smoke", timeout=1800, MLFLOW_TRACKING_URI="")
+    return folder / "home"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def equal_models_are_loaded_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    base = tmp_path_factory.getbasetemp()
-    audit_fixtures.loads = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "loads"
+    audit_fixtures.loads = shared(tmp_path_factory, "loads")
     load_fixtures.share(audit_fixtures.loads)
 
 
