@@ -101,6 +101,21 @@ def test_the_figure_of_the_docs_is_of_its_points(tmp_path: Path) -> None:
     assert figure.count(b'<g id="line2d_') == drawn.count(b'<g id="line2d_')
 
 
+def test_the_page_of_a_release_has_the_figures_of_its_files(built: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# By hand\n\n<!-- Written by bench/run_page.py from the files of the release: -->\n\nold\n")
+    subprocess.run([sys.executable, ROOT / "bench/run_page.py", built, page], check=True)
+    text, once = page.read_text(), page.with_suffix(".svg").read_bytes()
+    assert text.startswith("# By hand\n\n<!-- Written") and "old" not in text and "](page.svg)" in text
+    scores = {
+        name: json.loads((built / f"dataset/evaluation/{name}/scores.json").read_text()) for name in ("init", "base")
+    }
+    before, after = (scores[name]["bits_per_byte_all"]["value"] for name in scores)
+    assert f"| base | {before:.4f} | {after:.4f} | {after - before:+.4f} (" in text
+    subprocess.run([sys.executable, ROOT / "bench/run_page.py", built, page], check=True)
+    assert page.read_text() == text and page.with_suffix(".svg").read_bytes() == once
+
+
 @at_length("benchmarks", 20)
 def test_training_benchmark() -> None:
     table = run_quick("train")

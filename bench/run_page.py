@@ -1,0 +1,267 @@
+"""The figures of one release as a page and a drawing: did each phase do its work, and for what?
+
+    python bench/run_page.py runs/home/releases/atom-mini-0.1.0 docs/atom-mini.md
+
+Writes the tables below the line MARK of the page, whatever stands above it stays, and the three scaling axes into an
+SVG beside it. Everything is read from the files of the release, so anybody who has it gets the same page. Intervals are
+95 %, over documents or problems: both models answer the same ones, so a difference is taken for each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from release.assembly import costs, training
+from release.cards.plot import COLORS, require
+from release.layout import when
+from stages.evaluation.confidence import Z95, clustered, ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARK = "<!-- Written by bench/run_page.py from the files of the release: -->"
+TEXT_PHASES = ("init", "base", "mid", "long")
+"""Models, or starts of their names, whose phases train on text alone."""
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def text_losses(evaluation: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """{model: {document: its row}} of each model that was measured on held-out documents, in the order of training."""
+    paths = {path.parent.name: path for path in evaluation.glob("*/documents.parquet")}
+    names = sorted(paths, key=lambda name: (name != "init", when(name)))
+    return {name: {row["id"]: row for row in rows_of(paths[name])} for name in names}
+
+
+def change_of_loss(
+    before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], source: str | None
+) -> dict[str, float]:
+    """Bits per byte before and after on the same documents, and the difference with its interval."""
+    ids = [name for name, row in before.items() if source is None or row["source"] == source]
+    size = [before[name]["bytes"] for name in ids]
+    bits = [[model[name]["nll_bits"] for name in ids] for model in (before, after)]
+    change = ratio([(b - a, n) for a, b, n in zip(*bits, size, strict=True)])
+    values = [sum(column) / sum(size) for column in bits]
+    return {"before": values[0], "after": values[1], "change": change["value"], "half": Z95 * change["se"]}
+
+
+def chances(path: Path) -> dict[str, dict[str, float]]:
+    """{kind: {problem: share of its drawn answers that are right}}; the greedy answer, sample -1, is left out."""
+    answers: dict[str, dict[str, list[float]]] = {}
+    for row in rows_of(path):
+        if row["sample"] >= 0:
+            answers.setdefault(row["kind"], {}).setdefault(row["id"], []).append(row["reward"])
+    return {
+        kind: {item: sum(rewards) / len(rewards) for item, rewards in items.items()} for kind, items in answers.items()
+    }
+
+
+def change_of_chance(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Mean before and after over the same problems, and the difference with its interval."""
+    change = clustered([after[item] - before[item] for item in sorted(before)])
+    values = [sum(scores[item] for item in before) / len(before) for scores in (before, after)]
+    return {"before": values[0], "after": values[1], "change": change["value"], "half": Z95 * change["se"]}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def cells(change: dict[str, float], better: int) -> list[str]:
+    """before, after, the difference with its interval, and whether that is beyond 0. better: the sign of a gain."""
+    low, high = change["change"] - change["half"], change["change"] + change["half"]
+    verdict = "no clear change" if low <= 0 <= high else "better" if (low > 0) == (better > 0) else "worse"
+    values = [f"{change[name]:.4f}" for name in ("before", "after")]
+    return [*values, f"{change['change']:+.4f} ({low:+.4f} to {high:+.4f})", verdict]
+
+
+def loss_tables(losses: dict[str, dict[str, dict[str, Any]]]) -> str:
+    text = [name for name in losses if name.startswith(TEXT_PHASES)]
+    sources = sorted({row["source"] for row in losses[text[0]].values()})
+    head = ["phase", "before", "after", "change, 95 % interval", ""]
+    pairs = list(itertools.pairwise(text))
+    overall = [[name, *cells(change_of_loss(losses[earlier], losses[name], None), -1)] for earlier, name in pairs]
+    by_source = [
+        [name, source, *cells(change_of_loss(losses[earlier], losses[name], source), -1)]
+        for earlier, name in pairs
+        for source in sources
+    ]
+    last = text[-1]
+    later = [name for name in losses if name not in text]
+    kept = [[name, *cells(change_of_loss(losses[last], losses[name], None), -1)] for name in later]
+    return "\n\n".join(
+        [
+            "## Bits per byte of held-out documents",
+            f"Of {len(losses[text[0]])} documents that no phase saw; after each phase on text, and before it:",
+            table(head, overall),
+            "By source; a phase reads some sources more than others, and a source that it leaves out is forgotten:",
+            table(["phase", "source", *head[1:]], by_source),
+            f"After each later phase, against {last}: conversations and rewards cost some of the text:",
+            table(head, kept),
+        ]
+    )
+
+
+def chance_tables(evaluation: Path) -> str:
+    parts = ["## Pass@1 of problems", "The share of drawn answers that are right, by kind, against the model before:"]
+    for name, title in (("test", "Held-out problems"), ("fresh", "Problems drawn from the digest of the weights")):
+        models = {p.parent.name: chances(p) for p in (evaluation / name).glob("*/answers.parquet")}
+        order = sorted(models, key=when)
+        rows = []
+        for earlier, later in itertools.pairwise(order):
+            for kind in sorted(models[earlier].keys() & models[later].keys()):
+                before, after = models[earlier][kind], models[later][kind]
+                if before.keys() == after.keys():
+                    rows.append([later, kind, len(before), *cells(change_of_chance(before, after), 1)])
+                else:  # each model has its fresh problems: two samples
+                    rows.append([later, kind, len(after), *cells(unpaired(before, after), 1)])
+        parts += [f"{title}:", table(["phase", "kind", "problems", "before", "after", "change", ""], rows)]
+    return "\n\n".join(parts)
+
+
+def unpaired(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """The difference of two means over different problems, with its interval."""
+    first, second = (clustered(list(scores.values())) for scores in (before, after))
+    half = Z95 * (first["se"] ** 2 + second["se"] ** 2) ** 0.5
+    values = {"before": first["value"], "after": second["value"]}
+    return {**values, "change": second["value"] - first["value"], "half": half}
+
+
+def preference_table(evaluation: Path) -> str:
+    rows = []
+    paths = {path.parent.name: path for path in evaluation.glob("preferences/*/scores.json")}
+    for name in sorted(paths, key=when):
+        scores = json.loads(paths[name].read_text())
+        rate = scores["win_rate"]
+        rows.append(
+            [name, scores["before"], rate["n"], f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"]
+        )
+    if not rows:
+        return ""
+    about = "Wins on held-out requests by the preference reward, ties as half, with the 95 % interval:"
+    return "\n\n".join(["## Preferences", about, table(["model", "against", "requests", "win rate"], rows)])
+
+
+def cost_table(release: Path) -> str:
+    by_stage = costs.usage_by_stage(release)
+    ranked = sorted(by_stage.items(), key=lambda item: -item[1]["core_hours"])
+    rows = [[name, f"{row['attempts']:.0f}", f"{60 * row['core_hours']:.1f}"] for name, row in ranked]
+    total = costs.total(by_stage)
+    rows.append(["all", f"{total['attempts']:.0f}", f"{60 * total['core_hours']:.1f}"])
+    return "\n\n".join(["## What it took", table(["stage", "attempts", "processor minutes"], rows)])
+
+
+def draw(release: Path) -> bytes:
+    """The three scaling axes as an SVG, equal bytes for one version of matplotlib: text that was trained on, answers
+    that were learned from, answers to one problem. Raises AtomError without matplotlib."""
+    require()
+    import matplotlib.style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings = ["default", {"svg.hashsalt": "atom", "font.size": 8}]  # not those of the user
+    with matplotlib.style.context(settings):
+        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        text, reinforcement, inference = figure.subplots(1, 3)
+        logs = {phase: training.read(path) for phase, path in training.logs(release / "model").items()}
+        _text(text, {phase: lines for phase, lines in logs.items() if any("heldout_loss" in line for line in lines)})
+        _reinforcement(reinforcement, logs)
+        _inference(inference, release / "dataset/evaluation/test")
+        for axis in (text, reinforcement, inference):
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=6, frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue() + f"<!-- matplotlib {version('matplotlib')} -->\n".encode()
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, loc="left")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _text(axis: Axes, logs: dict[str, list[Any]]) -> None:
+    """Held-out loss of each phase against the tokens trained on so far; each phase measures its own mix."""
+    start = 0
+    for number, (phase, lines) in enumerate(logs.items()):
+        points, tokens = [], 0
+        for line in lines:
+            tokens = line.get("tokens", tokens)  # so far in this phase
+            if "heldout_loss" in line:
+                points.append((start + tokens, line["heldout_loss"]))
+        start += tokens
+        color = COLORS[number % len(COLORS)]
+        axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=2, linewidth=1, label=phase)
+    _label(axis, "More text", "tokens trained on, all phases", "held-out loss of the phase's mix, nats per token")
+
+
+def _reinforcement(axis: Axes, logs: dict[str, list[Any]]) -> None:
+    curves = {
+        (phase, kind): [(x["generated"], x["validation"][kind]) for x in lines if kind in x.get("validation", {})]
+        for phase, lines in logs.items()
+        for kind in sorted({kind for x in lines if "generated" in x for kind in x.get("validation", {})})
+    }
+    for number, ((phase, kind), points) in enumerate(curves.items()):
+        style = "-" if phase == "rlvr" else "--"
+        color = COLORS[number % len(COLORS)]
+        x, y = zip(*points, strict=True)
+        axis.plot(x, y, style, color=color, marker="o", markersize=2, linewidth=1, label=f"{phase}, {kind}")
+    _label(axis, "More reinforcement learning", "tokens generated in the phase", "validation, greedy answers")
+
+
+def _inference(axis: Axes, evaluation: Path) -> None:
+    scores = {path.parent.name: json.loads(path.read_text()) for path in evaluation.glob("*/scores.json")}
+    for color, name in zip(COLORS * 2, sorted(scores, key=when), strict=False):
+        at = scores[name]["problems_all"]["at"]
+        for metric, style in (("pass", "-"), ("maj", "--")):
+            points = [(at[k]["tokens"], at[k][metric]["value"], Z95 * at[k][metric]["se"]) for k in sorted(at, key=int)]
+            x, y, half = zip(*points, strict=True)
+            axis.errorbar(
+                x, y, half, color=color, linestyle=style, marker="o", markersize=2, linewidth=1, elinewidth=0.6,
+                label=f"{name}, {metric}@k",
+            )  # fmt: skip
+    axis.set_xscale("log")
+    _label(axis, "More answers", "tokens generated for a problem", "share of problems right")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("release", type=Path, help="folder of a release")
+    parser.add_argument("page", type=Path, help="Markdown file; the drawing gets the same name with .svg")
+    options = parser.parse_args()
+    release, page = options.release, options.page
+    facts = json.loads((release / "evidence/release.json").read_text())
+    device = json.loads((release / "evidence/environment.json").read_text()).get("device", {}).get("model")
+    evaluation = release / "dataset/evaluation"
+    losses = text_losses(evaluation)
+    drawing = page.with_suffix(".svg")
+    drawing.write_bytes(draw(release))
+    head = page.read_text().partition(MARK)[0].rstrip() if page.exists() else f"# {facts['name']}"
+    commit = facts["commit"] and f"commit `{facts['commit'][:12]}`"
+    about = (
+        f"Release {facts['name']} {facts['version']}, made by {commit or 'code outside a repository'} on "
+        f"{device or 'a device without a name'}. All figures are of this one run."
+    )
+    axes = f"## Three axes\n\n![Held-out loss, validation accuracy and pass@k against tokens]({drawing.name})"
+    parts = [head, MARK, about, loss_tables(losses), chance_tables(evaluation), axes, preference_table(evaluation)]
+    page.write_text("\n\n".join(filter(None, [*parts, cost_table(release)])) + "\n")
+
+
+if __name__ == "__main__":
+    main()
