@@ -97,7 +97,7 @@ def _receive(descriptor: int, deadline: float) -> bytes | None:
 def _child(call: Callable[[], Any], budget: Budget, write_end: int) -> None:
     """Never returns."""
     body: dict[str, Any]
-    gc.freeze()  # the child's collections do not go through the objects of this process
+    gc.freeze()  # collections in the child do not end objects of its parent, whose threads it has not, and are quick
     try:
         _limit(budget)
         body = {"value": call()}

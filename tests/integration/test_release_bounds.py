@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -485,6 +487,29 @@ def test_a_confined_call_ends() -> None:
             confine.run(call, budget)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         confine.run(lambda: 1 // 0, budget)
+
+
+def test_a_confined_call_ends_nothing_of_its_parent() -> None:
+    """What the parent no longer uses, but has not collected yet, is not ended in the child: it may wait for threads
+    that only the parent has, as groups of ranks do."""
+
+    class Group:
+        def __init__(self) -> None:
+            self.itself, self.ended = self, threading.Event()
+
+        def __del__(self) -> None:
+            self.ended.wait(60)
+
+    gc.collect()
+    gc.disable()
+    try:
+        group = Group()
+        ended = group.ended
+        del group
+        assert confine.run(gc.collect, Budget(64 << 20, 0.5))[0] == 0
+    finally:
+        ended.set()
+        gc.enable()
 
 
 def test_text_that_is_safe_to_print() -> None:
