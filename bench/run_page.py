@@ -13,6 +13,7 @@ import argparse
 import io
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from release.assembly import costs, training
 from release.cards.plot import COLORS, require
 from release.layout import when
-from stages.evaluation.confidence import Z95, clustered, ratio
+from stages.evaluation.confidence import Z95, clustered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,13 +49,18 @@ def text_losses(evaluation: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def change_of_loss(
     before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], source: str | None
 ) -> dict[str, float]:
-    """Bits per byte before and after on the same documents, and the difference with its interval."""
+    """Bits per byte before and after on the same documents, and the difference with its interval. Each model's ratio is
+    of the bytes that it scored: a longer context scores more of a long document."""
     ids = [name for name, row in before.items() if source is None or row["source"] == source]
-    size = [before[name]["bytes"] for name in ids]
-    bits = [[model[name]["nll_bits"] for name in ids] for model in (before, after)]
-    change = ratio([(b - a, n) for a, b, n in zip(*bits, size, strict=True)])
-    values = [sum(column) / sum(size) for column in bits]
-    return {"before": values[0], "after": values[1], "change": change["value"], "half": Z95 * change["se"]}
+    values, errors = [], [0.0] * len(ids)
+    for sign, rows in ((-1, before), (1, after)):
+        size = sum(rows[name]["bytes"] for name in ids)
+        value = sum(rows[name]["nll_bits"] for name in ids) / size
+        values.append(value)
+        for number, name in enumerate(ids):
+            errors[number] += sign * (rows[name]["nll_bits"] - value * rows[name]["bytes"]) / size
+    half = Z95 * math.sqrt(len(ids) / (len(ids) - 1) * sum(error * error for error in errors))
+    return {"before": values[0], "after": values[1], "change": values[1] - values[0], "half": half}
 
 
 def chances(path: Path) -> dict[str, dict[str, float]]:
@@ -105,9 +111,10 @@ def loss_tables(losses: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n\n".join(
         [
             "## Bits per byte of held-out documents",
-            f"Of {len(losses[text[0]])} documents that no phase saw; after each phase on text, and before it:",
+            f"Of {len(losses[text[0]])} documents that no phase saw, before and after each phase on text.\n"
+            "A model with a longer context scores more of a long document:",
             table(head, overall),
-            "By source; a phase reads some sources more than others, and a source that it leaves out is forgotten:",
+            "By source. What a phase leaves out of its mix is forgotten:",
             table(["phase", "source", *head[1:]], by_source),
             f"After each later phase, against {last}: conversations and rewards cost some of the text:",
             table(head, kept),
@@ -116,7 +123,10 @@ def loss_tables(losses: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def chance_tables(evaluation: Path) -> str:
-    parts = ["## Pass@1 of problems", "The share of drawn answers that are right, by kind, against the model before:"]
+    parts = [
+        "## Pass@1 of problems",
+        "The mean reward of drawn answers by kind, before and after the phase; for problems, the share that is right:",
+    ]
     for name, title in (("test", "Held-out problems"), ("fresh", "Problems drawn from the digest of the weights")):
         models = {p.parent.name: chances(p) for p in (evaluation / name).glob("*/answers.parquet")}
         order = sorted(models, key=when)

@@ -10,32 +10,8 @@ from pathlib import Path
 
 from release.assembly.published_tables import TEXT_BATCH
 from release.hub.local.server import LOCAL_TOKEN
+from stages.data.secret_patterns import PATTERNS, Pattern
 
-
-class Pattern:
-    """A secret's bytes: a regular expression, and literals of which every match has one. These are searched first,
-    since an expression that begins with a boundary is slow."""
-
-    def __init__(self, expression: bytes, *literals: bytes) -> None:
-        self.expression, self.literals = re.compile(expression), literals
-
-    def is_in(self, data: bytes) -> bool:
-        return any(literal in data for literal in self.literals) and self.expression.search(data) is not None
-
-
-PATTERNS = {
-    "a Hugging Face token": Pattern(rb"\bhf_[A-Za-z0-9]{30,}", b"hf_"),
-    "an AWS access key": Pattern(rb"\b(?:AKIA|ASIA)(?!IOSFODNN7)[A-Z0-9]{16}\b", b"AKIA", b"ASIA"),
-    "a GitHub token": Pattern(
-        rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})",
-        b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_",
-    ),
-    "a Slack token": Pattern(rb"\bxox[abprs]-[A-Za-z0-9-]{20,}", b"xox"),
-    # The header alone occurs in much documentation; a secret has a body of base64 after it.
-    "a private key": Pattern(
-        rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*(?:[A-Za-z0-9+/=]{40,}\s*){2}", b"PRIVATE KEY-----"
-    ),
-}  # fmt: skip
 SECRET_VARIABLES = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
 # Folders that every machine has: with a Python under /usr, `#!/usr/bin/env` is no secret.
 COMMON_PATHS = frozenset({"/", "/usr", "/usr/local", "/opt", "/tmp", "/var", "/home", "/mnt", "/srv", "/data"})
