@@ -125,7 +125,7 @@ def loss_tables(losses: dict[str, dict[str, dict[str, Any]]]) -> str:
 def chance_tables(evaluation: Path) -> str:
     parts = [
         "## Pass@1 of problems",
-        "The mean reward of drawn answers by kind, before and after the phase; for problems, the share that is right:",
+        "Mean reward of drawn answers by kind, before and after a phase; of problems, the share right:",
     ]
     for name, title in (("test", "Held-out problems"), ("fresh", "Problems drawn from the digest of the weights")):
         models = {p.parent.name: chances(p) for p in (evaluation / name).glob("*/answers.parquet")}
