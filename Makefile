@@ -64,7 +64,7 @@ check: lint
 
 test: lint tests
 
-# Three workers on two cores: many tests wait. Of the tests of Slurm, and of those that share a whole run, one does all.
+# Three workers on two cores: many tests wait. One does all tests of Slurm.
 tests: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadscope --durations 20
 

@@ -1,6 +1,6 @@
 """The figures of one release as a page and a drawing: did each phase do its work, and for what?
 
-    python bench/run_page.py runs/home/releases/atom-mini-0.1.0 docs/atom-mini.md
+    python bench/run_page.py runs/releases/atom-mini-0.1.0 docs/atom-mini.md
 
 Writes the tables below the line MARK of the page, whatever stands above it stays, and the three scaling axes into an
 SVG beside it. Everything is read from the files of the release, so anybody who has it gets the same page. Intervals are
@@ -10,19 +10,19 @@ SVG beside it. Everything is read from the files of the release, so anybody who 
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import math
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
+import three_panels
 
 from release.assembly import costs, training
-from release.cards.plot import COLORS, require
+from release.cards import tables
+from release.cards.plot import COLORS
 from release.layout import when
 from stages.evaluation.confidence import Z95, clustered
 
@@ -63,8 +63,8 @@ def change_of_loss(
     return {"before": values[0], "after": values[1], "change": values[1] - values[0], "half": half}
 
 
-def chances(path: Path) -> dict[str, dict[str, float]]:
-    """{kind: {problem: share of its drawn answers that are right}}; the greedy answer, sample -1, is left out."""
+def rewards_of(path: Path) -> dict[str, dict[str, float]]:
+    """{kind: {problem: mean reward of its drawn answers}}; the greedy answer, sample -1, is left out."""
     answers: dict[str, dict[str, list[float]]] = {}
     for row in rows_of(path):
         if row["sample"] >= 0:
@@ -74,16 +74,15 @@ def chances(path: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def change_of_chance(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+def change_of_reward(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     """Mean before and after over the same problems, and the difference with its interval."""
     change = clustered([after[item] - before[item] for item in sorted(before)])
     values = [sum(scores[item] for item in before) / len(before) for scores in (before, after)]
     return {"before": values[0], "after": values[1], "change": change["value"], "half": Z95 * change["se"]}
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(tables.table(head, rows))
 
 
 def cells(change: dict[str, float], better: int) -> list[str]:
@@ -114,30 +113,30 @@ def loss_tables(losses: dict[str, dict[str, dict[str, Any]]]) -> str:
             f"Of {len(losses[text[0]])} documents that no phase saw, before and after each phase on text.\n"
             "A model with a longer context scores more of a long document:",
             table(head, overall),
-            "By source. What a phase leaves out of its mix is forgotten:",
+            "By source:",
             table(["phase", "source", *head[1:]], by_source),
-            f"After each later phase, against {last}: conversations and rewards cost some of the text:",
+            f"After each later phase, against {last}:",
             table(head, kept),
         ]
     )
 
 
-def chance_tables(evaluation: Path) -> str:
+def reward_tables(evaluation: Path) -> str:
     parts = [
-        "## Pass@1 of problems",
-        "Mean reward of drawn answers by kind, before and after a phase; of problems, the share right:",
+        "## Rewards of answers",
+        "Mean of drawn answers by kind, before and after a phase; for problems this is pass@1:",
     ]
     for name, title in (("test", "Held-out problems"), ("fresh", "Problems drawn from the digest of the weights")):
-        models = {p.parent.name: chances(p) for p in (evaluation / name).glob("*/answers.parquet")}
+        models = {p.parent.name: rewards_of(p) for p in (evaluation / name).glob("*/answers.parquet")}
         order = sorted(models, key=when)
         rows = []
         for earlier, later in itertools.pairwise(order):
             for kind in sorted(models[earlier].keys() & models[later].keys()):
                 before, after = models[earlier][kind], models[later][kind]
                 if before.keys() == after.keys():
-                    rows.append([later, kind, len(before), *cells(change_of_chance(before, after), 1)])
+                    rows.append([later, kind, str(len(before)), *cells(change_of_reward(before, after), 1)])
                 else:  # each model has its fresh problems: two samples
-                    rows.append([later, kind, len(after), *cells(unpaired(before, after), 1)])
+                    rows.append([later, kind, str(len(after)), *cells(unpaired(before, after), 1)])
         parts += [f"{title}:", table(["phase", "kind", "problems", "before", "after", "change", ""], rows)]
     return "\n\n".join(parts)
 
@@ -157,7 +156,7 @@ def preference_table(evaluation: Path) -> str:
         scores = json.loads(paths[name].read_text())
         rate = scores["win_rate"]
         rows.append(
-            [name, scores["before"], rate["n"], f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"]
+            [name, scores["before"], str(rate["n"]), f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"]
         )
     if not rows:
         return ""
@@ -175,28 +174,19 @@ def cost_table(release: Path) -> str:
 
 
 def draw(release: Path) -> bytes:
-    """The three scaling axes as an SVG, equal bytes for one version of matplotlib: text that was trained on, answers
-    that were learned from, answers to one problem. Raises AtomError without matplotlib."""
-    require()
-    import matplotlib.style
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    """The three scaling axes: text that was trained on, answers that were learned from, answers to one problem. Raises
+    AtomError without matplotlib."""
+    logs = {phase: training.read(path) for phase, path in training.logs(release / "model").items()}
 
-    settings = ["default", {"svg.hashsalt": "atom", "font.size": 8}]  # not those of the user
-    with matplotlib.style.context(settings):
-        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
-        FigureCanvasSVG(figure)
-        text, reinforcement, inference = figure.subplots(1, 3)
-        logs = {phase: training.read(path) for phase, path in training.logs(release / "model").items()}
+    def paint(text: Axes, reinforcement: Axes, inference: Axes) -> None:
         _text(text, {phase: lines for phase, lines in logs.items() if any("heldout_loss" in line for line in lines)})
         _reinforcement(reinforcement, logs)
         _inference(inference, release / "dataset/evaluation/test")
         for axis in (text, reinforcement, inference):
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=6, frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue() + f"<!-- matplotlib {version('matplotlib')} -->\n".encode()
+
+    return three_panels.draw(paint)
 
 
 def _label(axis: Axes, title: str, x: str, y: str) -> None:
@@ -269,7 +259,7 @@ def main() -> None:
         f"{device or 'a device without a name'}. All figures are of this one run."
     )
     axes = f"## Three axes\n\n![Held-out loss, validation accuracy and pass@k against tokens]({drawing.name})"
-    parts = [head, MARK, about, loss_tables(losses), chance_tables(evaluation), axes, preference_table(evaluation)]
+    parts = [head, MARK, about, loss_tables(losses), reward_tables(evaluation), axes, preference_table(evaluation)]
     page.write_text("\n\n".join(filter(None, [*parts, cost_table(release)])) + "\n")
 
 

@@ -5,18 +5,17 @@ python bench/saturation_figure.py docs/rlhf-saturation.json docs/rlhf-saturation
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import three_panels
 from intervals import interval
 
-from release.cards.plot import COLORS, require
+from release.cards.plot import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,16 +27,8 @@ PARTS = ("act", "person", "thing", "ending")
 
 def draw(curves: Sequence[Mapping[str, Any]]) -> bytes:
     """An SVG of three panels. curves: of each seed, the points of each policy. Raises AtomError without matplotlib."""
-    require()
-    import matplotlib.style
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    settings = ["default", {"svg.hashsalt": "atom", "font.size": 8}]  # not those of the user
-    with matplotlib.style.context(settings):
-        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
-        FigureCanvasSVG(figure)
-        success, preference, parts = figure.subplots(1, 3)
+    def paint(success: Axes, preference: Axes, parts: Axes) -> None:
         for color, (arm, title) in zip(COLORS, TITLES.items(), strict=False):
             _band(success, curves, arm, lambda point: point["task"], color, title)
         _label(success, "The task's own success, held out", "share of right results, or of notes that do it")
@@ -49,9 +40,8 @@ def draw(curves: Sequence[Mapping[str, Any]]) -> bytes:
             _seeds(parts, curves, lambda point, part=part: point["parts"][part], color, part)  # type: ignore[misc]
         _seeds(parts, curves, lambda point: point["task"], COLORS[1], "task: act, person and thing")
         _label(parts, "Parts of the preference reward, RLHF, by seed", "share of notes")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue() + f"<!-- matplotlib {version('matplotlib')} -->\n".encode()
+
+    return three_panels.draw(paint)
 
 
 def _band(
