@@ -33,7 +33,7 @@ from bench.published import MODELS, QWEN3_30B, QWEN3_VOCABULARY, anchors, system
 from stages.mcore.activations import activation_bytes
 from stages.mcore.memory import memory_share, state_bytes
 from stages.mcore.parallel_layout import Layout
-from stages.mcore.throughput import Run, step_time
+from stages.mcore.throughput import StepSetup, step_time
 from stages.models.costs import Rows, training_flops
 
 TARGET = 0.01
@@ -86,7 +86,7 @@ RUNS = (
     (
         "DeepSeek-V3", 14.8e12, 2_664_000, "arXiv:2412.19437, table 1, pre-training on 2,048 H800",
         # sections 3.2 and 4.2; DualPipe hides the experts' traffic and half of the bubble
-        Run(
+        StepSetup(
             Layout(ranks=2048, pp=16, vpp=2, ep=64, dispatcher="flex"), "fp8-blockwise", Rows(1, 4096), 120,
             hides_experts=True,
         ),
@@ -94,7 +94,7 @@ RUNS = (
     (
         "SmolLM3 3B", 11.2e12, 384 * 24 * 24, "huggingface.co/blog/smollm3, 24 days of 384 H100",
         # 576 rows a step, which 384 GPUs share only as groups; TP2 is taken
-        Run(Layout(ranks=384, tp=2), "bf16", Rows(3, 4096), 1),
+        StepSetup(Layout(ranks=384, tp=2), "bf16", Rows(3, 4096), 1),
     ),
 )  # fmt: skip
 """Whole runs: tokens, GPU hours as published, where, and how a step was computed."""

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.published import MODELS, anchors, systems
 from pipeline.core.stage import Accelerator
 from stages.mcore.parallel_layout import Layout
-from stages.mcore.throughput import CONSTANTS, Constants, Run, Shape, step_time
+from stages.mcore.throughput import CONSTANTS, Constants, Shape, StepSetup, step_time
 from stages.models.costs import Rows
 
 PRECISIONS = {"bf16": "bf16", "fp8": "fp8-tensorwise", "mxfp8": "mxfp8"}
@@ -55,7 +55,7 @@ class Anchor:
     row: dict[str, str]
     shape: Shape
     gpu: Accelerator
-    run: Run
+    run: StepSetup
 
     @property
     def fitted(self) -> bool:
@@ -87,7 +87,7 @@ def runs() -> list[Anchor]:
         )
         rows = Rows(int(row["micro_batch"]), int(row["sequence_length"]))
         micro_batches = int(row["global_batch"]) // rows.rows // layout.data
-        run = Run(layout, PRECISIONS[row["precision"]], rows, micro_batches, gradient=2, graphs=row["graphs"],
+        run = StepSetup(layout, PRECISIONS[row["precision"]], rows, micro_batches, gradient=2, graphs=row["graphs"],
                   hides_experts=row["overlap"] == "yes", balanced=True)  # fmt: skip
         published.append(Anchor(row, MODELS[row["model"].split(" as counted")[0]], machines[row["system"]], run))
     return published

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
+from pipeline.core.bounds import Line
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.parts import PartCount, part_file
 from pipeline.core.stage import Config
@@ -122,16 +123,26 @@ class References(Config):
     """The content of references.json."""
 
     sources: dict[str, Reference] = Field(description="sources by reference, by name")
+    generated: dict[str, Line] = Field({}, description="why texts that a model wrote from these sources are published")
 
 
 def read(dataset: Path) -> Mapping[str, Reference]:
     """The sources by reference of a dataset folder, by name; none without the file. Raises CheckFailed if it is
     malformed."""
+    return dict(sorted(_read(dataset).sources.items()))
+
+
+def published_reasons(dataset: Path) -> Mapping[str, str]:
+    """{source that a model wrote from one by reference: why its texts are published}. Raises CheckFailed."""
+    return dict(sorted(_read(dataset).generated.items()))
+
+
+def _read(dataset: Path) -> References:
     if not (dataset / REFERENCES).exists():
-        return {}
+        return References(sources={}, generated={})
     body = untrusted.read_json(dataset / REFERENCES, REFERENCE_BYTES, follow=True)
     try:
-        return dict(sorted(References.model_validate(body).sources.items()))
+        return References.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckFailed(

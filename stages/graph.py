@@ -6,7 +6,7 @@ Only this module has their names; the engine (`pipeline/`) runs any graph.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,9 +26,9 @@ from stages.recipe import ReleaseRecipe
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import PhaseConfig
 
-__all__ = ["RECIPE", "STAGES", "compose", "load_data_recipe"]
+__all__ = ["DATA_RECIPE", "RECIPE", "STAGES", "compose", "load_data_recipe", "problems"]
 
-RECIPE = ReleaseRecipe
+RECIPE, DATA_RECIPE = ReleaseRecipe, DataRecipe
 STAGES = {
     "acquire": "stages.data.acquire",
     "generate": "stages.data.generate",
@@ -115,9 +115,8 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     """
     config, data_recipe = recipe.config, recipe.data
     assert isinstance(config, ReleaseRecipe) and isinstance(data_recipe, DataRecipe)
-    _check_mixes(recipe.title, config, data_recipe)
-    _check_lengths(recipe.title, config)
-    _check_engine(recipe.title, config)
+    for problem in problems(recipe):
+        raise RecipeError(f"{recipe.title}: {problem}")
     graph = GraphBuilder(recipe.title)
     data, absent = data_recipe.present() if without_data else (data_recipe.resolved(), ())
     benchmarks = _benchmarks(recipe, config)
@@ -132,6 +131,16 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     _add_extra_stages(graph, config)
     graph.check_sizes()
     return Graph(recipe, graph.nodes, absent)
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """A sentence for each contradiction between the sections of a recipe, or with its data recipe."""
+    config, data = recipe.config, recipe.data
+    assert isinstance(config, ReleaseRecipe) and isinstance(data, DataRecipe)
+    yield from _problems_of_mixes(config, data)
+    yield from _problems_of_generated(config, data)
+    yield from _problems_of_lengths(config)
+    yield from _problems_of_engine(config)
 
 
 def _benchmarks(recipe: Recipe, config: ReleaseRecipe) -> dict[str, Any]:
@@ -419,7 +428,7 @@ def _dtype(config: ReleaseRecipe, section: PhaseConfig | RlPhase | DpoPhase | Re
     return "float32" if section.precision == "fp32" and parameters <= FP32_PARAMETERS else "bfloat16"
 
 
-def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:
+def _problems_of_mixes(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]:
     names = [source.name for source in data.sources]
     mixes: dict[str, Mapping[str, float]] = {f"{phase.where}.mix": phase.config.mix for phase in phases(config)}
     mixes |= {f"{where}.mix": mix for where, mix in config.replay_mixes().items()}
@@ -432,39 +441,53 @@ def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:
             if source not in names:
                 near = difflib.get_close_matches(source, names, 1)
                 hint = f"did you mean {near[0]}? It has" if near else "it has"
-                raise RecipeError(
-                    f"{title}: {where} names {source}, which data recipe {escaped(config.data, 80)} does not have; "
+                yield (
+                    f"{where} names {source}, which data recipe {escaped(config.data, 80)} does not have; "
                     f"{hint} {names_in_words(names)}"
                 )
     for where, mix in mixes.items():
         if abs(sum(mix.values()) - 1) > 1e-6:
-            raise RecipeError(f"{title}: {where} sums to {sum(mix.values()):g}; the shares must sum to 1")
+            yield f"{where} sums to {sum(mix.values()):g}; the shares must sum to 1"
 
 
-def _check_engine(title: str, config: ReleaseRecipe) -> None:
+def _problems_of_generated(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]:
+    """Generated texts repeat what they are made from, so they follow its rule, or a person says why not."""
+    hidden = {name: parent for name, parent in data.generated.items() if parent in config.release.by_reference}
+    for name, parent in hidden.items():
+        if name not in config.release.publish_generated:
+            yield (
+                f"release.by_reference names {parent}, whose texts are not published, and {name} is generated from "
+                f"them; state in release.publish_generated why those of {name} may be, or leave {name} out of the data "
+                "recipe"
+            )
+    for name in sorted(set(config.release.publish_generated) - set(hidden)):
+        yield (f"release.publish_generated names {name}, which is not generated from a source by reference; remove it")
+
+
+def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:
     gpus = config.evaluation.engine.gpus
     for heads in (attention.heads for attention in config.model.attention()):
         if gpus and heads % gpus:
             divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise RecipeError(
-                f"{title}: evaluation.engine.gpus = {gpus} does not divide the {heads} heads of the model, which vLLM "
+            yield (
+                f"evaluation.engine.gpus = {gpus} does not divide the {heads} heads of the model, which vLLM "
                 f"spreads over them; use one of {divisors}"
             )
 
 
-def _check_lengths(title: str, config: ReleaseRecipe) -> None:
+def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:
     before = 0
     for phase in phases(config):
         length, where = phase.config.sequence_length, phase.where
         if where.startswith("long_context") and length <= before:
-            raise RecipeError(
-                f"{title}: {where}.sequence_length = {length} is no longer than the {before} tokens of the phase "
+            yield (
+                f"{where}.sequence_length = {length} is no longer than the {before} tokens of the phase "
                 "before; long_context phases only lengthen"
             )
         before = length if phase.node != "sft" else before
         if length > config.model.context_length and phase.node == phase.stage:
-            raise RecipeError(
-                f"{title}: {where}.sequence_length = {length} is longer than model.context_length = "
+            yield (
+                f"{where}.sequence_length = {length} is longer than model.context_length = "
                 f"{config.model.context_length}; shorten the sequence, raise the context length, or make it a phase of "
                 "long_context"
             )

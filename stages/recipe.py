@@ -46,6 +46,11 @@ class ReleaseSection(Config):
         "sources whose texts are not published, because their size or license does not allow it: only where each "
         "document stands and its hash, from which `atom rebuild-data` gets them again",
     )
+    publish_generated: Annotated[dict[SourceName, Line], Field(max_length=MOST_SOURCES)] = added(
+        {},
+        "why the texts of a source may be published that a model wrote from a source by reference; without a reason, "
+        "the recipe is refused",
+    )
     maker: Maker = added(
         Maker.model_validate({}), "statements of the maker for the documents of standards; none by default"
     )

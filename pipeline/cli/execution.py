@@ -71,6 +71,8 @@ def print_submission(submission: Submission) -> None:
     """Prints one line with the outcome of each stage."""
     if submission.lack:
         print(f"atom: {submission.lack}", file=sys.stderr)
+    for text in dict.fromkeys(submission.kept_nodes):
+        print(f"atom: {text}", file=sys.stderr)
     for name, text in submission.damaged.items():
         print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
     if submission.run is None:

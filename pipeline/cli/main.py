@@ -11,7 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli import home_commands, recipe_commands, run_commands
+from pipeline.cli import (
+    comparison_commands,
+    experiment_commands,
+    home_commands,
+    recipe_commands,
+    run_commands,
+    watch_command,
+)
 from pipeline.core import os_errors
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import DamagedFile
@@ -47,7 +54,8 @@ def _options(
 ) -> None: ...
 
 
-for group in (recipe_commands, run_commands, home_commands, *map(importlib.import_module, registry.COMMANDS)):
+ENGINE = (experiment_commands, recipe_commands, run_commands, watch_command, comparison_commands, home_commands)
+for group in (*ENGINE, *map(importlib.import_module, registry.COMMANDS)):
     app.add_typer(group.app)
 
 

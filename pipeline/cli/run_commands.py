@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +17,8 @@ from pipeline.operations.command_options import JsonOption, RunArgument, console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pipeline.graph.run import NodeStatus
+    from pipeline.core.store import Store
+    from pipeline.graph.run import NodeStatus, Run
     from pipeline.tracking.budget import Hours
 
 app = typer.Typer()
@@ -26,23 +29,38 @@ def status(
     run: RunArgument = None,
     watch: Annotated[bool, typer.Option("--watch", help="redraw every two seconds until the run ends")] = False,
     as_json: JsonOption = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="write one page of HTML there instead, with curves")
+    ] = None,
+    prometheus: Annotated[
+        Path | None,
+        typer.Option("--prometheus", metavar="FILE", help="write metrics for Prometheus there instead; -: print them"),
+    ] = None,
 ) -> None:
     """Show the progress and the resource use of a run.
 
-    The use of time, energy and money includes failed attempts.
+    The use of time, energy and money includes failed attempts. A running stage keeps the same page of HTML up to date
+    in logs/RUN/status.html of $ATOM_HOME.
 
     Example: atom status --watch
     """
+    from rich.console import Group
     from rich.live import Live
+    from rich.markup import escape
 
     from pipeline.cli.tables import status_table
     from pipeline.graph import run as runs
-    from pipeline.operations import status
+    from pipeline.launch import bad_nodes
+    from pipeline.operations import snapshot, status
     from pipeline.tracking import budget
 
     store = open_store()
     warn_of_home(store)
     this = runs.find(store, run)
+
+    if html is not None or prometheus is not None:
+        _write_views(this, store, html, prometheus)
+        return
 
     def read() -> tuple[Table, list[NodeStatus], str | None, Hours]:
         nodes, lack = status.status(this, store)
@@ -51,19 +69,44 @@ def status(
 
     table, nodes, lack, used = read()
     if as_json:
-        body = {"run": this.id, "unknown": lack, "used": used, "stages": [s.json() for s in nodes]}
+        body: dict[str, Any] = {"run": this.id, "unknown": lack, "used": used, "stages": [s.json() for s in nodes]}
+        if bad := bad_nodes.read(store):
+            body["bad_nodes"] = [asdict(entry) for entry in bad]
         print(json.dumps(body, indent=1))
         return
     if lack:
         print(f"atom: {lack}", file=sys.stderr)
     if not watch:
         console().print(table)
+        for text in (*(entry.sentence for entry in bad_nodes.read(store)), *status.kept_nodes(this)):
+            print(text)
         return
     with Live(table, console=console(), auto_refresh=False) as live:
-        while not status.over(nodes):
+        while True:
+            current = snapshot.take(this, store)
+            nodes = [stage.status for stage in current.stages]
+            used = {"gpu_hours": current.spending.now("gpu_hours"), "core_hours": current.spending.now("core_hours")}
+            table = status_table(this.id, nodes, budget.describe(used, this.body.get("prices")))
+            live.update(Group(table, *(escape(line) for line in snapshot.lines(current))), refresh=True)
+            if current.over:
+                return
             time.sleep(2)
-            table, nodes, *_ = read()
-            live.update(table, refresh=True)
+
+
+def _write_views(run: Run, store: Store, html: Path | None, prometheus: Path | None) -> None:
+    from pipeline.operations import page, snapshot
+
+    current = snapshot.take(run, store)
+    if html is not None:
+        page.write(html, page.page(current))
+    if prometheus is not None:
+        from pipeline.operations.prometheus import exposition
+
+        text = exposition(current)
+        if str(prometheus) == "-":
+            sys.stdout.write(text)
+        else:
+            page.write(prometheus, text)
 
 
 @app.command()
@@ -101,6 +144,37 @@ def logs(
             if over:
                 return
             time.sleep(0.5)
+
+
+@app.command()
+def nodes(
+    action: Annotated[str | None, typer.Argument(metavar="clear", help="have jobs use nodes again")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NODE", help="which ones; default: all")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the bad nodes that jobs avoid, or clear some.
+
+    A node is avoided for avoid_hours of the cluster profile after a start failed by its fault. The evidence is shown.
+
+    Example: atom nodes clear n7
+    """
+    from pipeline.launch import bad_nodes
+
+    store = open_store()
+    if action is not None and action != "clear":
+        raise AtomError(f"atom nodes {action}: there is no such action; write atom nodes, or atom nodes clear NODE")
+    if action is not None:
+        cleared = bad_nodes.clear(store, names or ())
+        print(json.dumps({"cleared": cleared}) if as_json else f"cleared: {', '.join(cleared) or 'none was avoided'}")
+        return
+    entries = bad_nodes.read(store)
+    if as_json:
+        print(json.dumps({"bad_nodes": [asdict(entry) for entry in entries]}, indent=1))
+        return
+    for entry in entries:
+        print(entry.sentence)
+    if not entries:
+        print("no node is avoided")
 
 
 @app.command()
@@ -166,24 +240,28 @@ def retry(
 def sync(run: RunArgument = None) -> None:
     """Send a run to MLflow again.
 
-    After an outage of the tracking server, the missing curves are read from the run's files.
+    After an outage of the tracking server, the missing curves are read from the run's files. A run whose stages do not
+    go on by themselves is ended there: as finished, failed or killed.
 
     Example: atom sync
     """
-    from pipeline.core.lease import Lease
+    from pipeline.core.lease import Lease, holder
     from pipeline.graph import run as runs
+    from pipeline.operations import status
     from pipeline.tracking import mlflow_sync
 
     store = open_store()
     this = runs.find(store, run)
-    done = all(s.state == "sealed" for s in runs.status(this, store))
+    nodes, lack = status.status(this, store)
+    driver = holder(this.folder / "driver")
+    is_over = lack is None and status.over(nodes) and not (driver is not None and driver.alive)
     turn = Lease.take(this.folder / "mlflow")
     if turn is None:
         raise AtomError(f"a job of run {this.id} is sending it at the moment; its metrics arrive by themselves")
     forwarder = mlflow_sync.Forwarder(this, store)
     try:
-        if done:
-            forwarder.finish("FINISHED")
+        if is_over or mlflow_sync.outcome_of(nodes) == "FINISHED":
+            forwarder.finish(mlflow_sync.outcome_of(nodes))
         else:
             forwarder.sync()
     except AtomError:

@@ -171,7 +171,7 @@ def status_table(run: str, stages: list[NodeStatus], used: str) -> Table:
     for s in stages:
         progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
         servers = f"servers: {s.servers}" if s.servers else ""
-        detail = s.message or s.reason or "; ".join(filter(None, (servers, figures_text(s.figures or {}))))
+        detail = s.message or s.reason or "; ".join(filter(None, (s.slow, servers, figures_text(s.figures or {}))))
         state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
         where = (s.job or "", s.nodes or "", str(s.restarts or "")) if slurm else ()
         took = duration(s.seconds) if s.seconds is not None else (s.elapsed or "")

@@ -36,18 +36,20 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The failure of an attempt, as recorded in its statement, its events and the job's decision."""
+    """The failure of an attempt, as recorded in its statement, its events and the job's decision. bad_node: the node of
+    the cluster whose fault it is; empty if it is no node's."""
 
     text: str
     kind: Kind = Kind.MACHINE
+    bad_node: str = ""
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def read(cls, text: str, kind: str | None) -> Failure:
+    def read(cls, text: str, kind: str | None, bad_node: str = "") -> Failure:
         """A failure from a file. Files from before kinds existed have None, which is retried as before."""
-        return cls(text, Kind(kind) if kind in list(Kind) else Kind.MACHINE)
+        return cls(text, Kind(kind) if kind in list(Kind) else Kind.MACHINE, bad_node)
 
 
 class AtomError(Exception):

@@ -77,6 +77,10 @@ class FileReport:
         print(text, flush=True)
         self.event("note", text=text)
 
+    def slow_rank(self, text: str | None) -> None:
+        print(text or "no rank is slow any longer", flush=True)
+        self.event("slow_rank", text=text)
+
     def seal_checkpoint(self, step: int, folder: Path) -> None:
         self.checkpoint_sealer(step, folder)
 
@@ -130,6 +134,8 @@ class FollowerReport:
     def note(self, text: str) -> None:
         print(text, flush=True)
 
+    def slow_rank(self, text: str | None) -> None: ...
+
     def seal_checkpoint(self, step: int, folder: Path) -> None: ...
 
     def abandon(self, text: str) -> NoReturn:
@@ -149,12 +155,13 @@ class Attempt(TypedDict):
 
 
 class Start(TypedDict):
-    """The attempt holds the lease, and the stage begins."""
+    """The attempt holds the lease, and the stage begins. gpus: allotted ones."""
 
     time: Number
     event: Literal["start"]
     pid: int
     ranks: int
+    gpus: NotRequired[int]
 
 
 class Progress(TypedDict):
@@ -171,6 +178,14 @@ class Note(TypedDict):
     time: Number
     event: Literal["note"]
     text: str
+
+
+class SlowRank(TypedDict):
+    """A rank is slow, as a sentence names it; null: none is any longer."""
+
+    time: Number
+    event: Literal["slow_rank"]
+    text: str | None
 
 
 class UsageEvent(TypedDict):
@@ -198,7 +213,7 @@ class Other(TypedDict):
     event: str
 
 
-Event = Attempt | Start | Progress | Note | UsageEvent | End
+Event = Attempt | Start | Progress | Note | SlowRank | UsageEvent | End
 """A line of events.jsonl of a known kind."""
 
 
@@ -218,7 +233,12 @@ def _further_numbers(row: Mapping[str, object], kind: type) -> dict[str, float]:
 
 def _kind(row: Any) -> str:
     kind = row.get("event") if isinstance(row, dict) else None
-    return kind if kind in ("attempt", "start", "progress", "note", "usage", "end") else "other"
+    return kind if kind in ("attempt", "start", "progress", "note", "slow_rank", "usage", "end") else "other"
+
+
+def is_known(row: Mapping[str, object]) -> bool:
+    """Whether an event is of a kind that this module knows."""
+    return _kind(row) != "other"
 
 
 EVENT: TypeAdapter[Event | Other] = TypeAdapter(
@@ -227,6 +247,7 @@ EVENT: TypeAdapter[Event | Other] = TypeAdapter(
         | Annotated[Start, Tag("start")]
         | Annotated[Progress, Tag("progress")]
         | Annotated[Note, Tag("note")]
+        | Annotated[SlowRank, Tag("slow_rank")]
         | Annotated[UsageEvent, Tag("usage")]
         | Annotated[End, Tag("end")]
         | Annotated[Other, Tag("other")],
@@ -260,11 +281,14 @@ class Tail(Generic[Row]):
     lines are reported and skipped.
 
     whole: of more than `ONE_READ` new bytes, a call reads the first and the next call continues. Otherwise, it reads
-    only the last.
+    only the last. chunk: a call reads no more bytes than that, and the next call continues.
     """
 
-    def __init__(self, path: Path, kind: TypeAdapter[Row], offset: int = 0, whole: bool = False) -> None:
+    def __init__(
+        self, path: Path, kind: TypeAdapter[Row], offset: int = 0, whole: bool = False, chunk: int | None = None
+    ) -> None:
         self.path, self.offset, self.kind, self.whole = path, offset, kind, whole
+        self.chunk = ONE_READ if chunk is None else chunk
         self.cut = False
         """Whether bytes follow the last complete line: a line that is being written, or that was cut."""
         self.more = False
@@ -281,7 +305,7 @@ class Tail(Generic[Row]):
                     json_files.note(f"{location} has more than {ONE_READ:,} bytes; only the last ones are read")
                     self.offset = skipped
                 file.seek(self.offset)
-                end_offset = self.offset + ONE_READ
+                end_offset = self.offset + self.chunk
                 if skip:
                     file.readline(ONE_READ)  # the rest of a line
                 while file.tell() < end_offset and (line := file.readline(LINE)):
@@ -316,4 +340,4 @@ class EventTail(Tail[Event]):
         super().__init__(path, cast(TypeAdapter[Event], EVENT))  # other kinds are skipped below
 
     def read(self) -> list[Event]:
-        return [event for event in super().read() if _kind(event) != "other"]
+        return [event for event in super().read() if is_known(event)]

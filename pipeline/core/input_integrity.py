@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from pipeline.core import json_files
+from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged, printable
 from pipeline.core.lease import Lease
@@ -127,6 +127,4 @@ def _ignore_write_errors() -> Iterator[None]:
 
 def _write(path: Path, record: dict[str, State]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(record) + "\n")
-    os.replace(draft, path)
+    atomic_files.write(path, json.dumps(record) + "\n")

@@ -30,6 +30,8 @@ from pipeline.core.json_files import Damaged
 
 EXPIRY = 60.0
 HEARTBEAT = 10.0
+RELAUNCH_VARIABLE = "ATOM_RELAUNCH"
+"""Has the number of the launch within this start of the Slurm job, from 1 on for the second; not set for the first."""
 UNREADABLE = "an unreadable lease"
 """The host of an unknown holder."""
 
@@ -43,6 +45,7 @@ class Process(TypedDict):
     start: str | None
     job: NotRequired[str]
     restart: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]
+    relaunch: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]
     released: NotRequired[bool]
 
 
@@ -75,18 +78,25 @@ def this_process() -> dict[str, str | int | None]:
     process["start"] = _process_start(pid)
     if job := os.environ.get("SLURM_JOB_ID"):
         process |= {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+        if relaunch := os.environ.get(RELAUNCH_VARIABLE):
+            process["relaunch"] = int(relaunch)
     return process
 
 
 def is_superseded(process: Mapping[str, Any]) -> bool:
-    """Whether that process belongs to an earlier start of this process's Slurm job: Slurm gave it up, even if it is
-    alive on a node whose daemon died."""
+    """Whether that process belongs to an earlier launch of this process's Slurm job: Slurm or the job's script gave it
+    up, even if it is alive on a node whose daemon died."""
     current = this_process()
     return (
         process.get("job") is not None
         and process["job"] == current.get("job")
-        and int(process.get("restart", 0)) < int(current["restart"] or 0)
+        and _launch_number(process) < _launch_number(current)
     )
+
+
+def _launch_number(process: Mapping[str, Any]) -> tuple[int, int]:
+    """(start of the Slurm job, launch within it), which grow with time."""
+    return int(process.get("restart") or 0), int(process.get("relaunch") or 0)
 
 
 def has_exited(process: Mapping[str, Any]) -> bool:

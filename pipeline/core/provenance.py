@@ -7,7 +7,6 @@ subject is the attempt's log. https://in-toto.io/Statement/v1, https://slsa.dev/
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from typing import Annotated, Any, NotRequired, cast
 from pydantic import AfterValidator, FiniteFloat, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files
+from pipeline.core import atomic_files, json_files
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import Artifact, canonical, sha256_bytes
 
@@ -230,15 +229,7 @@ def write(ledger: Path, key: str, body: Statement) -> Path:
     folder = ledger / key
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{sha256_bytes(data)}.json"
-    draft = folder / f".{target.name}.{os.getpid()}"
-    try:
-        with open(draft, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    atomic_files.write(target, data, durable=True)
     return target
 
 

@@ -118,6 +118,9 @@ class Report(Protocol):
     def note(self, text: str) -> None:
         """Prints one line to the log."""
 
+    def slow_rank(self, text: str | None) -> None:
+        """Reports the rank for which the others wait, in one sentence with its node; None: there is no longer one."""
+
     def seal_checkpoint(self, step: int, folder: Path) -> None:
         """Seals a copy of `folder` as an artifact of its own before the stage is finished: the checkpoint after `step`.
 

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files
+from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.json_files import Damaged, printable
 from pipeline.core.os_errors import misplaced_file
@@ -189,9 +188,7 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
     except FileNotFoundError:
         pass
     data = json.dumps(make()).encode()
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # processes of two nodes can share an id
-    draft.write_bytes(sha256_bytes(data).encode() + b"\n" + data)
-    os.replace(draft, path)
+    atomic_files.write(path, sha256_bytes(data).encode() + b"\n" + data)
     return json.loads(data)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,23 @@ def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise RecipeError(f"{title}: must be a mapping of sections, see the packaged recipes for examples")
     return document
+
+
+def line_of(data: bytes, location: Sequence[str | int]) -> int | None:
+    """The line of a field in a file that `parse_yaml` accepts, or of the innermost mapping around it that the file has;
+    None for the file as a whole. Parts that the file does not have, such as the class that a tag chooses, are skipped.
+    """
+    node, line = yaml.compose(_decode(data), _PARSER), None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            pair = node.value[part], node.value[part]
+        else:
+            pair = None
+        if pair is not None:
+            node, line = pair[1], pair[0].start_mark.line + 1
+    return line
 
 
 def _line(data: bytes, number: int) -> bytes:

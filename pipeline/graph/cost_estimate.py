@@ -84,7 +84,7 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
         if isinstance(training, str):
             return Use(name, why=training)
         seconds = training.seconds if isinstance(training, TrainingTime) else _seconds(row, training) / gpus
-        return _with_servers(Use(name, seconds / 3600), row, profile, gpus)
+        return _with_servers(Use(name, seconds / 3600), row, profile, _gpus(row, profile, spares=True))
     if estimate.cpu_seconds is None:
         return Use(name, why="no estimate")
     if estimate.fixed and not small:
@@ -172,11 +172,12 @@ def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
     return f"{_flops_of_ranks(row) / (time.seconds * _gpus(row, profile)) / rate.peak:.2f} of {_peak(row, rate)}"
 
 
-def _gpus(row: StagePlan, profile: Profile) -> int:
-    """The total number of GPUs of a stage's job."""
+def _gpus(row: StagePlan, profile: Profile, spares: bool = False) -> int:
+    """The total number of GPUs of a stage's ranks; spares: with those of spare nodes."""
     if profile.slurm is None:
         return 0
-    return profile.slurm.allocation(row.state.name, row.needs).gpus
+    allocation = profile.slurm.allocation(row.state.name, row.needs)
+    return allocation.all_gpus if spares else allocation.gpus
 
 
 def _recomputes(row: StagePlan) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -109,9 +109,12 @@ class GraphBuilder:
 
 
 class Composer(Protocol):
-    """The part of a definition that composes the graph of a recipe."""
+    """The part of a definition that composes the graph of a recipe. problems: a sentence for each contradiction between
+    sections or files; `compose` raises the first."""
 
     def compose(self, recipe: Recipe, store: Store, without_data: bool) -> Graph: ...
+
+    def problems(self, recipe: Recipe) -> Iterator[str]: ...
 
 
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
@@ -120,6 +123,11 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     without_data: source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
     """
     return cast(Composer, registry.definition()).compose(recipe, store, without_data)
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """A sentence for each contradiction between the sections of a recipe, or with its data recipe."""
+    return cast(Composer, registry.definition()).problems(recipe)
 
 
 def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:

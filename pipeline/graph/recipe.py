@@ -111,35 +111,57 @@ def find(reference: str, package: str, kind: str, base: Path | None = None, fold
     return path
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """One error of a validation. location: of the field, as pydantic has it; text: a sentence that begins with the
+    field."""
+
+    location: tuple[str | int, ...]
+    field: str
+    text: str
+
+
+def mistakes(error: ValidationError, model: type[BaseModel], raw: Any = None) -> list[Mistake]:
+    """Every error of a validation. With the raw mapping, the sentences name list items by their names."""
+    rows = error.errors()
+    renamings = {(*row["loc"][:-1], name) for row in rows for name in _names_today(model, row)}
+    return [
+        _mistake(row, model, raw) for row in rows if not (row["type"] == "missing" and tuple(row["loc"]) in renamings)
+    ]
+
+
 def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
     """The first error of a validation as one sentence. With the raw mapping, the sentence names list items by their
     names."""
-    mistakes = error.errors()
-    names = {number: _names_today(model, mistake) for number, mistake in enumerate(mistakes)}
-    number = next((number for number, today in names.items() if today), 0)  # the field's new name is missing as well
-    first = mistakes[number]
-    is_section = first["type"] == "value_error"  # of a section, whose last part may be its chosen class
-    where = ".".join(_called(first["loc"], raw, is_section))
+    rows = error.errors()
+    # the new name of a renamed field is missing as well
+    first = next((row for row in rows if _names_today(model, row)), rows[0])
+    suffix = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+    return RecipeError(f"{title}: {_mistake(first, model, raw).text}{suffix}")
+
+
+def _mistake(row: Any, model: type[BaseModel], raw: Any) -> Mistake:
+    is_section = row["type"] == "value_error"  # of a section, whose last part may be its chosen class
+    where = ".".join(_called(row["loc"], raw, is_section))
     field = f"{where} " if where else ""
-    suffix = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    if names[number]:
-        text = f"{field}has another name now: {', '.join(names[number])}"
-    elif first["type"] == "extra_forbidden":
-        fields = _fields_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1])[:100], fields, 1)
+    if names := _names_today(model, row):
+        text = f"{field}has another name now: {', '.join(names)}"
+    elif row["type"] == "extra_forbidden":
+        fields = _fields_at(model, row["loc"][:-1])
+        near = difflib.get_close_matches(str(row["loc"][-1])[:100], fields, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(fields)}" if fields else ""
         text = f"{field}is not a field{hint}"
-    elif first["type"] == "missing":
+    elif row["type"] == "missing":
         text = f"{field}is missing"
-    elif first["type"] == OUT_OF_BOUNDS:
-        text = f"{field}= {shown(first['input'])} {first['msg']}"
-    elif first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
+    elif row["type"] == OUT_OF_BOUNDS:
+        text = f"{field}= {shown(row['input'])} {row['msg']}"
+    elif row["type"] == "value_error":
+        message = str(row["ctx"]["error"])
         about_a_field = re.match(r"[a-z_0-9.]+ = ", message)  # such a sentence continues after the section's name
         text = f"{where}{'.' if about_a_field else ': '}{message}" if where else message
     else:
-        text = f"{field}= {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{_mend(first)}"
-    return RecipeError(f"{title}: {escaped(text, LONGEST_SENTENCE)}{suffix}")
+        text = f"{field}= {shown(row['input'])}: {row['msg'][0].lower()}{row['msg'][1:]}{_mend(row)}"
+    return Mistake(tuple(row["loc"]), where, escaped(text, LONGEST_SENTENCE))
 
 
 def _names_today(model: type[BaseModel], mistake: Any) -> list[str]:

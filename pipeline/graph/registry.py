@@ -20,12 +20,14 @@ COMMANDS = ("stages.commands", "release.commands")
 class Definition(Protocol):
     """The contents of that module.
 
-    STAGES: the module of each stage by name. RECIPE: the recipe's class. load_data_recipe: reads the file that a recipe
-    names as its data. It also has the members of `pipeline.graph.dag.Composer`.
+    STAGES: the module of each stage by name. RECIPE, DATA_RECIPE: the classes of a recipe and of a data recipe.
+    load_data_recipe: reads the file that a recipe names as its data. It also has the members of
+    `pipeline.graph.dag.Composer`.
     """
 
     STAGES: dict[str, str]
     RECIPE: type[Config]
+    DATA_RECIPE: type[Config]
 
     def load_data_recipe(self, content: bytes, path: Path) -> Config: ...
 

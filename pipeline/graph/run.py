@@ -4,21 +4,24 @@ memory."""
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files
+import pipeline
+from pipeline.core import atomic_files, json_files
+from pipeline.core.environment import git_commit
 from pipeline.core.errors import AtomError
-from pipeline.core.events import Event, EventTail, Tail, figures_of
+from pipeline.core.events import Tail, figures_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
+from pipeline.core.log_summary import EventSummary
 from pipeline.core.store import Store
 from pipeline.graph.dag import Graph
 from pipeline.graph.recipe import Recipe
@@ -42,6 +45,13 @@ class Prices(TypedDict):
     currency: str
 
 
+class Limits(TypedDict):
+    """The budget of a recipe, as jobs carry it; None: no limit."""
+
+    gpu_hours: float | None
+    core_hours: float | None
+
+
 class LauncherFields(TypedDict):
     """The fields that a launcher adds to run.json. cluster: name of the profile; code: the snapshot that the jobs run
     from."""
@@ -52,7 +62,7 @@ class LauncherFields(TypedDict):
 
 
 class Body(LauncherFields):
-    """run.json."""
+    """run.json. commit, dirty: of the checkout that the run began from; older runs do not have them."""
 
     id: Name
     recipe: str
@@ -60,6 +70,9 @@ class Body(LauncherFields):
     recipe_path: str
     profile: str
     nodes: Annotated[list[NodeRow], Field(min_length=1)]
+    commit: NotRequired[str | None]
+    dirty: NotRequired[bool]
+    budget: NotRequired[Limits | None]
 
 
 class JobRow(TypedDict):
@@ -73,6 +86,8 @@ class JobRow(TypedDict):
     servers: NotRequired[str | None]
 
 
+CUT_OFF = "its process is gone; run the same command to go on"
+"""The message about a stage that recorded no end."""
 BODY = TypeAdapter(Body)
 JOB: TypeAdapter[JobRow] = TypeAdapter(JobRow)
 
@@ -133,6 +148,7 @@ def start(
         {"name": n, "stage": node.stage.name, "key": node.key, "inputs": graph.materials(node)}
         for n, node in ((name, graph.nodes[name]) for name in selected)
     ]
+    commit, dirty = _commit()
     body: Body = {
         "id": run_id,
         "recipe": identity.name,
@@ -140,12 +156,19 @@ def start(
         "recipe_path": str(graph.recipe.path.absolute()),
         "profile": str(Path(profile).absolute()) if Path(profile).is_file() else profile,
         "nodes": nodes,
+        "commit": commit,
+        "dirty": dirty,
+        "budget": None if identity.budget is None else {**identity.budget.model_dump()},  # type: ignore[typeddict-item]
         **(launcher_fields or {}),
     }
-    draft = folder / ".run.json"
-    draft.write_text(json.dumps(body, indent=1) + "\n")
-    os.replace(draft, folder / "run.json")
+    atomic_files.write(folder / "run.json", json.dumps(body, indent=1) + "\n")
     return Run(run_id, folder, body)
+
+
+@cache
+def _commit() -> tuple[str | None, bool]:
+    """The commit of this process's code, and whether it was changed since."""
+    return git_commit(Path(pipeline.__path__[0]).parent)
 
 
 def require_same_recipe(run: Run, recipe: Recipe) -> None:
@@ -240,6 +263,7 @@ class NodeStatus:
     restarts: int | None = None
     reason: str | None = None
     servers: str | None = None  # how many of its servers run, and how many wait
+    slow: str | None = None  # the rank for which the others wait
     message: str = ""
     kind: str | None = None  # of the failure in `message`
 
@@ -250,12 +274,10 @@ class NodeStatus:
 def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
     """Reads artifact, lease and events; the artifact outranks the rest."""
     name, key = node["name"], node["key"]
-    tail = EventTail(run.node_folder(name) / "events.jsonl")
-    events = tail.read()
-    progress = next((e for e in reversed(events) if e["event"] == "progress"), None)
-    begun = next((e for e in reversed(events) if e["event"] == "start"), None)
-    usage = next((e for e in reversed(events) if e["event"] == "usage"), None)
-    end = events[-1] if events and events[-1]["event"] == "end" else None
+    summary = EventSummary(run.node_folder(name))
+    state, tail, eta = summary.state, summary.tail, summary.eta()
+    progress, begun, usage, last = state["progress"], state["start"], state["usage"], state["last"]
+    end = last if last and last["event"] == "end" else None
     node_so_far = NodeStatus(
         name,
         key,
@@ -266,14 +288,15 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
         figures=(figures_of(progress) or None) if progress else None,
         seconds=usage["wall_seconds"] if usage else None,
         ranks=begun["ranks"] if begun else None,
-        eta=_eta(events),
+        eta=eta,
+        restarts=max(0, state["attempts"] - 1) or None,
     )
     present = holder(store.work(key))
     running = present is not None and present.alive
     if not running and tail.cut:
         json_files.report(Damaged(tail.path, "its last line is cut"), "the other lines count")
     if store.sealed(key):
-        if tail.path.is_file() and not (events or tail.cut or tail.offset):
+        if tail.path.is_file() and not (tail.cut or tail.offset):
             json_files.report(Damaged(tail.path, "it is empty"), "what the stage did is not known")
         try:
             store.manifest(key)
@@ -282,22 +305,12 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
             return replace(node_so_far, state="damaged", message=str(error))
         return replace(node_so_far, state="sealed")
     if running:
-        return replace(node_so_far, state="running")
+        return replace(node_so_far, state="running", slow=state["slow"])
     if end is not None and end["outcome"] not in ("busy", "sealed"):
         return replace(node_so_far, state="failed", message=end["outcome"], kind=end.get("kind"))
-    if events and events[-1]["event"] != "end":
-        return replace(node_so_far, state="failed", message="its process is gone; run the same command to go on")
+    if last is not None and end is None:
+        return replace(node_so_far, state="failed", message=CUT_OFF)
     return node_so_far
-
-
-def _eta(events: list[Event]) -> float | None:
-    """Remaining seconds at the pace of the present attempt; None if it is too early for an estimate."""
-    start = next((i for i, e in reversed(list(enumerate(events))) if e["event"] == "start"), 0)
-    points = [e for e in events[start:] if e["event"] == "progress"]
-    if len(points) < 2 or points[-1]["done"] <= points[0]["done"]:
-        return None
-    pace = (points[-1]["time"] - points[0]["time"]) / (points[-1]["done"] - points[0]["done"])
-    return round(float(max(0, points[-1]["total"] - points[-1]["done"]) * pace), 1)
 
 
 def status(run: Run, store: Store) -> list[NodeStatus]:

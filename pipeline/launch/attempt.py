@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ USAGE: TypeAdapter[Any] = TypeAdapter(_UsageFile)
 
 @dataclass(frozen=True)
 class Task:
-    """The parameters of a job as plain values, so that its pickle is small."""
+    """The parameters of a job as plain values, so that its pickle is small. peaks: FLOP/s of a GPU by family of
+    precisions, as the profile states them."""
 
     home: str
     run: str
@@ -50,6 +51,7 @@ class Task:
     gpus: int = 0
     watts_per_gpu: float = 0.0
     server_gpus: int = 0  # of each of its servers in jobs of their own
+    peaks: dict[str, float] = field(default_factory=dict)
 
 
 ALIVE = "alive"

@@ -16,16 +16,20 @@ from pathlib import Path
 import jinja2
 
 from pipeline.core.errors import Kind
+from pipeline.core.lease import RELAUNCH_VARIABLE
 from pipeline.core.stage import ServerSearch
 from pipeline.core.store import Store
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
-from pipeline.launch import clean_environment
-from pipeline.launch.cluster_profile import Resources, Servers, Slurm
+from pipeline.launch import bad_nodes, clean_environment, diagnoses
+from pipeline.launch.cluster_profile import Allocation, Resources, Servers, Slurm
 from pipeline.launch.decision import Decision
 from pipeline.launch.local import JOB_ENVIRONMENT
 from pipeline.launch.slurm_client import Owner
 from pipeline.launch.slurm_options import options_of
+
+EARLY_SIGNAL_SECONDS = 60
+"""How much earlier than asked for Slurm may signal a job before its time limit."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,13 @@ class BatchScript:
     forwarded_variables: of the process that submits; set before the modules. variables: set after them.
     setup: lines of shell. python: the shell command for Python, perhaps in a container.
     submitit_folder: folder of the job's pickle and logs. launches_folder: folder of the launches.
-    restarts: number of restarts of a job whose attempts are not counted otherwise.
+    restarts: number of restarts of a job whose attempts are not counted otherwise. relaunches: maximum number of
+    launches in one allocation after the first. relaunch_seconds: time that the job must have left for one.
+    step_nodes: number of nodes on which srun runs.
     served_job, served_comment: the job of the stage with which a job of servers ends, and that job's comment.
     notify: a shell command, on failure and at the end of the run; in an array, the one task that creates
     notified_folder runs it.
+    nodes_folder: folder of the bad nodes, each of which is avoided for avoid_seconds.
     """
 
     run: str
@@ -49,7 +56,7 @@ class BatchScript:
     modules: tuple[str, ...]
     variables: Mapping[str, str]
     setup: tuple[str, ...]
-    srun_command: str
+    srun_options: str
     python: str
     submitit_folder: Path
     launches_folder: Path
@@ -57,6 +64,11 @@ class BatchScript:
     restarts: int
     notify: str | None
     notified_folder: Path
+    nodes_folder: Path
+    avoid_seconds: int
+    relaunches: int = 0
+    relaunch_seconds: int = 0
+    step_nodes: int = 1
     served_job: str | None = None
     served_comment: str = ""
 
@@ -67,8 +79,9 @@ class BatchScript:
             non_secret_parts=clean_environment.NON_SECRET_PARTS,
             secret_names=clean_environment.SECRET_NAMES,
             allowed_names=clean_environment.ALLOWED,
-            decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "failed")},
-            setup_failed_kind=Kind.MACHINE,
+            decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "relaunch", "failed")},
+            relaunch_variable=RELAUNCH_VARIABLE,
+            diagnoses=diagnoses.script_values(),
             check_failed={"kind": Kind.CHECK, "exit_code": Kind.CHECK.exit_code},
             failed_exit_code=Kind.USER.exit_code,
         )
@@ -97,18 +110,33 @@ def batch_script(
     """
     folder = run.node_folder(node.name) / ("shards" if tasks else "")
     allocation = slurm.allocation(node.name, node.stage.needs(node.config))
-    options = _sbatch_options(slurm, allocation.jobs, allocation.nodes, allocation.ranks_per_node,
+    options = _sbatch_options(slurm, allocation.jobs, allocation.all_nodes, allocation.ranks_per_node,
                               allocation.cpus_per_task, allocation.gpus_per_node)  # fmt: skip
     comment = Owner(run.id, node.name, node.key).comment
     if dependencies:
         options["dependency"] = f"afterok:{':'.join(dependencies)}"
     if tasks:
         options["array"] = f"0-{tasks - 1}%{min(tasks, slurm.array_tasks)}"
+    if allocation.spare_nodes:
+        options["no-kill"] = True  # Slurm takes a lost node out of the job, and leaves the job its other nodes
     script = _script(store, run, node, slurm, allocation.jobs, code, folder, options, comment, is_array=tasks > 0)
+    if not tasks:
+        script = _with_relaunches(script, slurm, allocation)
     if not tasks and (servers := servers_of(slurm, node)):
         search = ServerSearch(str(servers_folder(run, node) / "announced"), run.id, 60.0 * servers.wait_minutes)
         script = replace(script, variables={**script.variables, **search.variable()})
     return script
+
+
+def _with_relaunches(script: BatchScript, slurm: Slurm, allocation: Allocation) -> BatchScript:
+    """The script of a stage's job, which may launch its ranks again, and which has spare nodes beside theirs."""
+    if allocation.spare_nodes:
+        place = f" --nodes={allocation.nodes} --ntasks={allocation.ranks}"
+        script = replace(script, srun_options=script.srun_options + place)
+    seconds = slurm.signal_before_limit_seconds + EARLY_SIGNAL_SECONDS
+    return replace(
+        script, relaunches=slurm.restarts_in_allocation, relaunch_seconds=seconds, step_nodes=allocation.nodes
+    )
 
 
 def servers_of(slurm: Slurm, node: Node) -> Servers | None:
@@ -143,7 +171,7 @@ def _script(
     if slurm.scratch:
         variables["TMPDIR"] = slurm.scratch
     log = folder / "submitit" / ("%A_%a_%t_log.out" if is_array else "%j_%t_log.out")
-    srun_command = ["srun", "--unbuffered", "--output", str(log), "--export=ALL", "--kill-on-bad-exit=1"]
+    srun_options = ["--unbuffered", "--output", str(log), "--export=ALL", "--kill-on-bad-exit=1"]
     options |= {
         "job-name": f"atom-{node.name}",
         "comment": comment,
@@ -158,7 +186,7 @@ def _script(
         modules=slurm.modules,
         variables={**variables, **slurm.environment, **jobs.environment},
         setup=slurm.setup,
-        srun_command=shlex.join([*srun_command, *_container_options(slurm, store), *jobs.srun]),
+        srun_options=shlex.join([*srun_options, *_container_options(slurm, store), *jobs.srun]),
         python=_python(slurm, store),
         submitit_folder=folder / "submitit",
         launches_folder=folder / "ranks",
@@ -166,6 +194,8 @@ def _script(
         restarts=slurm.restarts,
         notify=slurm.notify,
         notified_folder=folder / "notified",
+        nodes_folder=bad_nodes.folder(store),
+        avoid_seconds=slurm.avoid_seconds,
     )
 
 

@@ -160,6 +160,11 @@ class Jobs(Resources):
     tasks_per_node: Annotated[int, Range(1, 1024)] = Field(
         1, description="maximum number of ranks per node; on GPU nodes, one per GPU"
     )
+    spare_nodes: Annotated[int, Range(0, 1024)] = Field(
+        0,
+        description="idle nodes that a job of several nodes has beside those of its ranks; one takes the place of a "
+        "node that is lost, unless it is the job's first one",
+    )
 
 
 class Changes(Config):
@@ -209,6 +214,15 @@ class Allocation:
     gpus_per_rank: int = 1
 
     @property
+    def spare_nodes(self) -> int:
+        """Nodes of the job without ranks."""
+        return self.jobs.spare_nodes if self.nodes > 1 else 0
+
+    @property
+    def all_nodes(self) -> int:
+        return self.nodes + self.spare_nodes
+
+    @property
     def gpus_per_node(self) -> int:
         return min(self.ranks_per_node * self.gpus_per_rank, self.jobs.gpus_per_node)
 
@@ -219,7 +233,13 @@ class Allocation:
 
     @property
     def gpus(self) -> int:
+        """GPUs of the ranks."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def all_gpus(self) -> int:
+        """GPUs of the job, those of spare nodes included."""
+        return self.all_nodes * self.gpus_per_node
 
     @property
     def ranks(self) -> int:
@@ -270,6 +290,12 @@ class Slurm(Config):
         256, description="maximum number of tasks of a job array that run at once"
     )
     restarts: Annotated[int, Range(0, 10_000)] = Field(3, description="maximum number of restarts without progress")
+    restarts_in_allocation: Annotated[int, Range(0, 1000)] = Field(
+        3, description="of these, those in one allocation without queueing, after a lost rank or node; 0: none"
+    )
+    avoid_hours: Annotated[float, Range(0, 8760, "8760 are a year")] = Field(
+        24.0, description="hours for which a node at which a start failed is avoided; 0: never"
+    )
     notify: LongLine | None = Field(
         None,
         description="shell command on failure or completion, with ATOM_RUN, ATOM_STAGE and ATOM_OUTCOME set",
@@ -287,6 +313,10 @@ class Slurm(Config):
                     "and password in ~/.mlflow/credentials"
                 )
         return self
+
+    @property
+    def avoid_seconds(self) -> int:
+        return round(3600 * self.avoid_hours)
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -352,15 +382,19 @@ class Profile(Config):
         gpu = self.gpu
         if gpu is None or gpu.bf16 is None or not (gpu.memory_tb_s and gpu.nvlink_gb_s and gpu.network_gb_s):
             return None
-        rates = {"fp32": gpu.fp32, "bf16": gpu.bf16, "fp8": gpu.fp8}
         return Accelerator(
-            peaks={name: rate.peak for name, rate in rates.items() if rate},
+            peaks=self.peaks(),
             memory=gpu.memory_tb_s * 1e12,
             nvlink=gpu.nvlink_gb_s * 1e9,
             nvlink_gpus=gpu.nvlink_gpus,
             network=gpu.network_gb_s * 1e9,
             watts=self.power.watts_per_gpu,
         )
+
+    def peaks(self) -> dict[str, float]:
+        """FLOP/s of one GPU, by family of precisions; empty if the profile states none."""
+        rates = {name: getattr(self.gpu, name, None) for name in ("fp32", "bf16", "fp8")}
+        return {name: rate.peak for name, rate in rates.items() if rate}
 
     def costs(self) -> RunPrices | None:
         """The prices as plain values, for the files of a run."""
@@ -379,15 +413,20 @@ FOLDER_VARIABLE = "ATOM_CLUSTERS"
 """The environment variable with the path of a folder of further profiles, such as those of a site."""
 
 
-def load(reference: str) -> Profile:
-    """Loads a profile by its name (its file name without `.yaml`) or by its path. Raises RecipeError.
-
-    Names are looked up in pipeline/clusters and in the folder that ATOM_CLUSTERS names, if it is set.
-    """
+def site_folder() -> Path | None:
+    """The folder that ATOM_CLUSTERS names; None if it is not set. Raises RecipeError if it is no folder."""
     folder = Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None
     if folder is not None and not folder.is_dir():
         raise RecipeError(f"{FOLDER_VARIABLE} = {escaped(str(folder), 200)} is not a folder; name one, or unset it")
-    path = find(reference, "pipeline.clusters", "cluster profile", folder=folder)
+    return folder
+
+
+def load(reference: str) -> Profile:
+    """Loads a profile by its name (its file name without `.yaml`) or by its path. Raises RecipeError.
+
+    Names are looked up in pipeline/clusters and in the site's folder.
+    """
+    path = find(reference, "pipeline.clusters", "cluster profile", folder=site_folder())
     title = f"cluster profile {escaped(path.stem, 80)}"
     raw = parse_yaml(read_file(path, title), title)
     try:

@@ -6,12 +6,11 @@ of the attempt in the rest.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from pipeline.core import json_files
+from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import Failure, Kind
 from pipeline.core.json_files import Damaged
 
@@ -21,6 +20,9 @@ class Decision(StrEnum):
     DONE = "done"
     """All stages of the run are sealed."""
     RESTART = "again"
+    """The job gives its nodes back and is requeued."""
+    RELAUNCH = "relaunch"
+    """The ranks are launched again in the same allocation, as often as the profile allows; after that as RESTART."""
     FAILED = "failed"
 
 
@@ -41,9 +43,7 @@ class Verdict:
 
     def write(self, launch: Path) -> None:
         """Writes the verdict to the folder of the launch, atomically, and to the log."""
-        draft = launch / ".decision"
-        draft.write_text(f"{self.decision}\n{self.kind or ''}\n{self.text}\n")
-        os.replace(draft, launch / "decision")
+        atomic_files.write(launch / "decision", f"{self.decision}\n{self.kind or ''}\n{self.text}\n")
         print(f"{self.decision}: {self.text}", flush=True)
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 import traceback
@@ -11,11 +12,19 @@ from pathlib import Path
 from pipeline.core import os_errors
 from pipeline.core.errors import AtomError, Failure, Interrupted, Kind
 from pipeline.core.store import Store
+from pipeline.launch import diagnoses
+from pipeline.launch.rendezvous import node_name
 
 
 def report_failure(error: BaseException, node: str, stage: str, store: Store) -> Failure:
     """Prints the sentence to the log, below the traceback of a bug; returns it with its kind."""
     failure = Failure(failure_message(error, stage, store), failure_kind(error, store))
+    if device := diagnoses.of_error(error):
+        diagnosis, line = device
+        failure = Failure(diagnosis.text(nodes=node_name(), detail=line), diagnosis.kind, bad_node=node_name())
+    elif failure.kind is Kind.MACHINE and "SLURMD_NODENAME" in os.environ:
+        # a disk or a route may be the node's alone
+        failure = Failure(f"node {node_name()}: {failure.text}", failure.kind)
     if failure.kind is Kind.BUG:
         traceback.print_exc()
     print(f"{node}: {failure.text}", file=sys.stderr, flush=True)

@@ -3,7 +3,8 @@
 Rank 0 writes its decision about the job to the file `decision` of the launch (decision.py). The job's script acts on
 it, because the Slurm commands are outside of a stage's container. An attempt that a signal or a failure of the machine
 ended is started again while attempts make progress, measured by the stage's own reports, so a crash loop ends by
-itself. Failures that would repeat (a recipe, a gate, a budget) are final.
+itself. Failures that would repeat (a recipe, a gate, a budget) are final. An attempt that got further, or the first one
+that did not, is launched again in the same allocation.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,12 +28,14 @@ from pipeline.core.events import EventTail, FileReport
 from pipeline.core.lease import HEARTBEAT
 from pipeline.core.store import Store
 from pipeline.graph import registry
-from pipeline.launch import clean_environment, preflight
+from pipeline.launch import bad_nodes, clean_environment, preflight
 from pipeline.launch.attempt import ALIVE, Task
+from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, node_name, read, write
 from pipeline.launch.worker import STOP, attempt, stop_signals
+from pipeline.operations.live import LiveFiles
 from pipeline.tracking import budget, mlflow_sync
 
 MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
@@ -49,6 +53,7 @@ class JobLimits:
     free_gb: float
     scratch: str | None
     variables: tuple[str, ...] = ()
+    avoid_seconds: int = 0
 
 
 def run(task: Task, limits: JobLimits) -> str:
@@ -59,14 +64,15 @@ def run(task: Task, limits: JobLimits) -> str:
     folder = store.logs / task.run / task.node
     launch = launch_folder(folder, slurm_job.raw_job_id)
     launch.mkdir(parents=True, exist_ok=True)
-    (launch / f"started-{slurm_job.global_rank}").touch()
+    (launch / f"started-{slurm_job.global_rank}").write_text(node_name() + "\n")
     ranks = Ranks.from_environment(task.ranks, folder)
     if ranks.rank:
         return _run_follower(task, limits, store, ranks)
     report = FileReport(folder)
     report.event("attempt", job=slurm_job.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
     companion: mlflow_sync.Companion | None = None
-    with watch_stop_signals() as stop_requested:
+    begun = False
+    with watch_stop_signals() as stop_signals_received:
 
         def record_outcome(outcome: str | Failure) -> None:
             """Called after the outcome is recorded, from the thread that ends the attempt."""
@@ -76,14 +82,17 @@ def run(task: Task, limits: JobLimits) -> str:
                 decision = Decision.DONE if is_last else Decision.SEALED
             else:
                 failure = outcome if isinstance(outcome, Failure) else Failure(outcome)
-                restart = not (failure.kind.final or stall.repeated) and (
-                    stop_requested() or stall.since <= limits.restarts
-                )
-                decision = Decision.RESTART if restart else Decision.FAILED
+                stopped = stop_signals_received()
+                restart = not (failure.kind.final or stall.repeated) and (stopped or stall.since <= limits.restarts)
+                # Slurm needs the nodes (USR2), or they may be the cause. srun itself sends TERM when a rank has died;
+                # when Slurm sends it, the job's script sees that in the state of the job.
+                leave = bool(stopped - {signal.SIGTERM} or stall.since > 1 or not begun or failure.bad_node)
+                decision = Decision.FAILED if not restart else Decision.RESTART if leave else Decision.RELAUNCH
+                avoid_node(failure, task, limits, store)
             Verdict.of(decision, outcome).write(launch)
             if isinstance(outcome, Failure):
                 ranks.finish()  # other ranks do not wait for the tracking server
-            if companion is not None and decision is Decision.RESTART:
+            if companion is not None and decision in (Decision.RESTART, Decision.RELAUNCH):
                 companion.kill()  # the time limit may be near; the next start sends the rest
             elif companion is not None:
                 companion.close(MLFLOW_OUTCOMES.get(decision, ""), isinstance(outcome, Failure))
@@ -98,9 +107,10 @@ def run(task: Task, limits: JobLimits) -> str:
             print(f"{task.node}: {problem.text}", file=sys.stderr, flush=True)
             report.end(problem)
             record_outcome(problem)
+            LiveFiles(store, task.run, task.node).close()
             outcome: str | Failure = problem
         else:
-            companion = mlflow_sync.Companion(store.home, task.run)
+            begun, companion = True, mlflow_sync.Companion(store.home, task.run)
             outcome = attempt(task, store, ranks, record_outcome)
         report.close()
     if isinstance(outcome, Failure) and ranks.size > 1:
@@ -132,12 +142,13 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
     slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
     launch = launch_folder(store.logs / task.run / task.node / "shards", slurm_job.raw_job_id)
     launch.mkdir(parents=True, exist_ok=True)
-    (launch / "started-0").touch()
+    (launch / "started-0").write_text(node_name() + "\n")
     stage, usage_at_start = registry.stage(task.stage), Usage.now()
     assert stage.run_shard is not None, "only such stages are submitted so"
     problem = preflight.check_node(Path(task.home), limits.free_gb, limits.scratch)
     if problem:
-        return _decide(launch, restart_count() < limits.restarts, Failure(problem))
+        avoid_node(problem, task, limits, store)
+        return _decide(launch, restart_count() < limits.restarts, problem)
     own_shards: list[int] = []
     if not store.sealed(task.key):
         work = store.work(task.key) / "state"
@@ -157,6 +168,7 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
                     (launch / "further").touch()  # which the job's script reads
         except Exception as error:
             failure = report_failure(error, task.node, task.stage, store)
+            avoid_node(failure, task, limits, store)
             restart = not failure.kind.final and ((launch / "further").exists() or restart_count() < limits.restarts)
             return _decide(launch, restart, Failure(f"{location}: {failure.text}", failure.kind))
     write(launch / "usage.json", Usage.now().since(usage_at_start).__dict__)
@@ -200,10 +212,11 @@ def run_server(task: Task, limits: JobLimits) -> str:
     slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
     launch = launch_folder(store.logs / task.run / task.node / "servers", slurm_job.raw_job_id)
     launch.mkdir(parents=True, exist_ok=True)
-    (launch / "started-0").touch()
+    (launch / "started-0").write_text(node_name() + "\n")
     place = _Place(task, store, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
-        return _decide(launch, restart_count() < limits.restarts, Failure(problem))
+        avoid_node(problem, task, limits, store)
+        return _decide(launch, restart_count() < limits.restarts, problem)
     stage = registry.stage(task.stage)
     assert stage.serve is not None, "only such stages are submitted so"
     try:
@@ -214,6 +227,7 @@ def run_server(task: Task, limits: JobLimits) -> str:
         return _decide(launch, True, Failure("interrupted", Kind.STOPPED))
     except Exception as error:
         failure = report_failure(error, task.node, task.stage, store)
+        avoid_node(failure, task, limits, store)
         restart = not failure.kind.final and ((launch / "further").exists() or restart_count() < limits.restarts)
         return _decide(launch, restart, failure)
     Verdict(Decision.SEALED, "the stage has ended").write(launch)
@@ -242,6 +256,17 @@ def touching(path: Path) -> Iterator[None]:
             path.touch()
 
 
+def avoid_node(failure: Failure, task: Task, limits: JobLimits, store: Store) -> None:
+    """Has later starts avoid the node whose fault a failure is, if it is one's."""
+    if not failure.bad_node or not limits.avoid_seconds:
+        return
+    until, job = int(time.time()) + limits.avoid_seconds, os.environ.get("SLURM_JOB_ID", "")
+    try:
+        bad_nodes.record(store, BadNode(until, failure.bad_node, failure.text, task.run, task.node, job))
+    except OSError as error:  # the failure itself is reported all the same
+        print(f"{task.node}: node {failure.bad_node} cannot be noted as bad: {error}", file=sys.stderr, flush=True)
+
+
 def _decide(launch: Path, restart: bool, failure: Failure) -> Decision:
     """Writes the decision whether a failed task of an array is started again; returns it."""
     decision = Decision.RESTART if restart else Decision.FAILED
@@ -261,19 +286,19 @@ def restart_count() -> int:
 
 
 @contextmanager
-def watch_stop_signals() -> Iterator[Callable[[], bool]]:
-    """Returns a function that tests whether a signal to stop has arrived, also if other code handles the signal."""
+def watch_stop_signals() -> Iterator[Callable[[], set[int]]]:
+    """Returns a function for the signals to stop that have arrived, also if other code handles them."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     signals: set[int] = set()
 
-    def stop_requested() -> bool:
+    def stop_signals_received() -> set[int]:
         with suppress(BlockingIOError):
             signals.update(os.read(read_end, 4096))
-        return bool(signals & set(STOP))
+        return signals & set(STOP)
 
     try:
-        yield stop_requested
+        yield stop_signals_received
     finally:
         signal.set_wakeup_fd(previous_fd)
         os.close(read_end)

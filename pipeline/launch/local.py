@@ -247,6 +247,7 @@ class LocalLauncher:
 
     def _submit(self, node: Node, early_start: EarlyStart | None = None) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
+        gpus = visible_gpus()
         task = Task(
             home=str(self.store.home),
             run=self.run.id,
@@ -257,13 +258,13 @@ class LocalLauncher:
             key=node.key,
             watts_per_core=self.profile.power.watts_per_core,
             ranks=number,
+            peaks=self.profile.peaks() if gpus else {},
         )
         # `env` becomes the stage's process, without denied variables
         options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
         options.append(f"ATOM_HOME={self.store.home}")
         executor = submitit.LocalExecutor(folder / "submitit", python=shlex.join(["env", *options, sys.executable]))
         executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
-        gpus = visible_gpus()
         executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides all GPUs
         # A Ctrl-C of the terminal goes to the whole process group. The job's controller never sees it (so that it waits
         # for the stage to stop); the stage itself unblocks it, see worker.stop_signals. This process gets it

@@ -33,16 +33,14 @@ def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Fail
     """The problem of a node of this launch, in one sentence with its name; on a rank other than 0, the reason why it
     could not report to rank 0. None without a problem."""
     problem = check_node(home, free_gb, scratch)
-    text = problem
     if ranks.rank:
         text = _send_report(ranks, problem)
-    elif problem is None and ranks.size > 1:
-        text = _gather_reports(ranks)
-    return None if text is None else Failure(text)
+        return None if text is None else Failure(text)
+    return problem if problem is not None or ranks.size == 1 else _gather_reports(ranks)
 
 
-def check_node(home: Path, free_gb: float, scratch: str | None) -> str | None:
-    """The problem of this node, if any."""
+def check_node(home: Path, free_gb: float, scratch: str | None) -> Failure | None:
+    """The problem of this node, if any. The node is named as bad, except for a problem of $ATOM_HOME: all share it."""
     name = node_name()
     for folder in [home, *([Path(scratch)] if scratch else [])]:
         try:
@@ -53,26 +51,38 @@ def check_node(home: Path, free_gb: float, scratch: str | None) -> str | None:
             written = probe.stat().st_mtime
             probe.unlink()
         except OSError as error:
-            return f"node {name} cannot write to {folder} ({error.strerror}); fix its mounts, or exclude it"
+            return Failure(
+                f"node {name} cannot write to {folder} ({error.strerror}); fix its mounts, or exclude it",
+                bad_node="" if folder == home else name,
+            )
         if free < free_gb:
-            return f"node {name} has {free:.1f} GB free in {folder}, less than free_gb = {free_gb:g}; free some"
+            return Failure(
+                f"node {name} has {free:.1f} GB free in {folder}, less than free_gb = {free_gb:g}; free some",
+                bad_node="" if folder == home else name,
+            )
         if folder == home and abs(written - local_time) > SKEW_SECONDS:
             seconds = written - local_time
-            return f"the clock of node {name} differs by {seconds:.0f} s from the file system's; set it by NTP"
+            return Failure(
+                f"the clock of node {name} differs by {seconds:.0f} s from the file system's; set it by NTP",
+                bad_node=name,
+            )
     return _gpus(name)
 
 
-def _gpus(name: str) -> str | None:
+def _gpus(name: str) -> Failure | None:
     """Checks that the GPUs that Slurm allocated exist, by their device files and without torch."""
     assigned = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
     device_files = list(Path("/dev").glob("nvidia[0-9]*"))
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
         count = len(device_files)
-        return f"node {name} has {count} GPUs under /dev, and Slurm gave {len(assigned)}; check the NVIDIA driver"
+        return Failure(
+            f"node {name} has {count} GPUs under /dev, and Slurm gave {len(assigned)}; check the NVIDIA driver",
+            bad_node=name,
+        )
     return None
 
 
-def _send_report(ranks: Ranks, problem: str | None) -> str | None:
+def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
     """On another rank: sends the state of its node to rank 0."""
     listener, deadline = None, time.monotonic() + SECONDS
     for _ in polls(deadline):
@@ -85,7 +95,8 @@ def _send_report(ranks: Ranks, problem: str | None) -> str | None:
         return (
             f"node {node_name()} got no answer from rank 0 for {SECONDS:.0f} s; check that it has the same $ATOM_HOME"
         )
-    report = {"rank": ranks.rank, "node": node_name(), "wrong": problem, "lock": environment.fingerprint()}
+    wrong = None if problem is None else problem.text
+    report = {"rank": ranks.rank, "node": node_name(), "wrong": wrong, "lock": environment.fingerprint()}
     try:
         with socket.create_connection((listener["host"], listener["port"]), timeout=SECONDS) as line:
             line.sendall(json.dumps(report).encode() + b"\n")
@@ -98,8 +109,9 @@ def _send_report(ranks: Ranks, problem: str | None) -> str | None:
         return f"node {node_name()} cannot reach rank 0 at {address} ({error}); look at names, routes and firewall"
 
 
-def _gather_reports(ranks: Ranks) -> str | None:
-    """On rank 0: receives the reports of all other ranks, and returns the problem, if any."""
+def _gather_reports(ranks: Ranks) -> Failure | None:
+    """On rank 0: receives the reports of all other ranks, and returns the problem, if any. Rank 0's own node is sound:
+    a problem of another node is that node's, also one with $ATOM_HOME."""
     deadline, next_look = time.monotonic() + SECONDS, 0.0
     reports: dict[int, dict[str, Any]] = {}
     with socket.create_server(("", 0), backlog=ranks.size) as server:
@@ -114,7 +126,7 @@ def _gather_reports(ranks: Ranks) -> str | None:
                         reports[report["rank"]] = report
             if time.monotonic() > next_look:
                 if (failure := ranks.failure()) is not None:
-                    return failure.text
+                    return failure
                 next_look = time.monotonic() + 1.0
     silent = sorted(set(range(1, ranks.size)) - set(reports))
     if silent:
@@ -122,13 +134,15 @@ def _gather_reports(ranks: Ranks) -> str | None:
         silent_ranks = f"rank {silent[0]}" + (f" and {len(silent) - 1} more" if silent[1:] else "")
         any_started = any(f"started-{rank}" in started for rank in silent)
         state = "started and then stopped answering" if any_started else "did not start"
-        return f"{silent_ranks} of {ranks.size} {state} within {SECONDS:.0f} s; see its log"
+        return Failure(f"{silent_ranks} of {ranks.size} {state} within {SECONDS:.0f} s; see its log")
     ordered = [reports[rank] for rank in sorted(reports)]
-    if problems := [report["wrong"] for report in ordered if report["wrong"]]:
-        return str(problems[0])
+    if problems := [report for report in ordered if report["wrong"]]:
+        return Failure(str(problems[0]["wrong"]), bad_node=str(problems[0]["node"]))
     lock = environment.fingerprint()
     if (other := next((report["node"] for report in ordered if report["lock"] != lock), None)) is not None:
-        return f"nodes {other} and {node_name()} differ in Python, packages or processor; ask for nodes that are alike"
+        return Failure(
+            f"nodes {other} and {node_name()} differ in Python, packages or processor; ask for nodes that are alike"
+        )
     return None
 
 

@@ -1,7 +1,8 @@
 """The rendezvous of the ranks of one stage: rank 0 does the work of the worker, the others follow it.
 
-A launch is one start of a job. Its ranks exchange messages through a folder of that launch, so no message is stale:
-`logs/<run>/<node>/ranks/<job>.<restarts>/` with
+A launch is one start of the ranks of a job. They exchange messages through a folder of that launch, so no message is
+stale: `logs/<run>/<node>/ranks/<job>.<restarts>/`, or `<job>.<restarts>.<relaunches>/` for ranks that start again in
+the same allocation, with
 
     rank-<rank>.json    the process of a rank
     meeting.json        the decision of rank 0: an address, that it is not ready yet, or that no rank is needed
@@ -36,7 +37,7 @@ from typing import Any, NoReturn
 import submitit
 from submitit.core.utils import environment_variables
 
-from pipeline.core import lease
+from pipeline.core import atomic_files, lease
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
 
 RENDEZVOUS_SECONDS = 600.0
@@ -177,7 +178,7 @@ class Ranks:
             if "text" in row:
                 if row.get("rank") == self.rank:
                     return None
-                return Failure.read(f"rank {row['rank']}: {row['text']}", row.get("kind"))
+                return Failure.read(f"rank {row['rank']}: {row['text']}", row.get("kind"), str(row.get("bad_node", "")))
         return None
 
     def find_cause(self, failure: Failure) -> Failure:
@@ -346,8 +347,17 @@ def _end(folder: Path, rank: int) -> Path:
 
 
 def launch_folder(node_folder: Path, job: str) -> Path:
-    """The folder for the messages of one launch. A job that Slurm starts again is another launch."""
-    return node_folder / "ranks" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    """The folder for the messages of one launch. A job that Slurm starts again is another launch, and so are ranks that
+    the job's script starts again: `<job>.<restarts>.<relaunches>`."""
+    relaunch = os.environ.get(lease.RELAUNCH_VARIABLE)
+    name = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    return node_folder / "ranks" / (f"{name}.{relaunch}" if relaunch else name)
+
+
+def launch_number(folder: Path) -> tuple[int, int]:
+    """(start of the job, launch within it) of a launch folder, which grow with time."""
+    _, restarts, *relaunches = folder.name.split(".")
+    return int(restarts), int(relaunches[0]) if relaunches else 0
 
 
 def ranks_without_end(folder: Path, exited: Iterable[int]) -> list[int]:
@@ -362,9 +372,7 @@ def has_no_end(folder: Path, rank: int) -> bool:
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(value) + "\n")
-    os.replace(draft, path)
+    atomic_files.write(path, json.dumps(value) + "\n")
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,12 +25,14 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import LauncherFields, Run, RunFolder
-from pipeline.launch import job, slurm_client, submission_lock
+from pipeline.launch import bad_nodes, diagnoses, job, slurm_client, submission_lock
 from pipeline.launch.attempt import Task
+from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.batch_script import BatchScript, batch_script, servers_of, servers_script
 from pipeline.launch.cluster_profile import Allocation, Profile, Slurm
 from pipeline.launch.job import JobLimits
 from pipeline.launch.local import damage_of, require_inputs
+from pipeline.launch.slurm_client import Job
 from pipeline.launch.submission_lock import Claim
 from pipeline.tracking import budget
 
@@ -54,6 +57,8 @@ class Submission:
     """The job arrays of the servers of submitted stages."""
     damaged: dict[str, str] = field(default_factory=dict)
     """The skipped stages, each with a sentence on the damaged file."""
+    kept_nodes: list[str] = field(default_factory=list)
+    """Of bad nodes that jobs may get all the same, a sentence each."""
     lack: str | None = None
     """The information about the jobs that will be missing, in one sentence."""
 
@@ -85,8 +90,11 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
         keys = {name: graph.nodes[name].key for name in selected}
-        limits = JobLimits(keys, budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables)
+        limits = JobLimits(keys, budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables,
+                           slurm.avoid_seconds)  # fmt: skip
         jobs: dict[str, str] = {}
+        note_failed_launches(store, keys.values(), slurm_jobs, slurm.avoid_seconds)
+        bad = bad_nodes.read(store)
         try:
             for name in selected:
                 node = graph.nodes[name]
@@ -103,12 +111,15 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                     task = task_of(graph, store, run, node, profile)
                     if tasks := array_of(slurm, node):
                         script = batch_script(store, run, node, slurm, code, dependencies, tasks)
+                        script = avoiding(script, bad, submission.kept_nodes)
                         dependencies = [start_array(script, task, limits, tasks)]
                         submission.arrays[name] = dependencies[0]
                     script = batch_script(store, run, node, slurm, code, dependencies)
+                    script = avoiding(script, bad, submission.kept_nodes)
                     jobs[name] = submission.submitted[name] = start(script, task, limits)
                     if servers := servers_of(slurm, node):
                         script = servers_script(store, run, node, slurm, code, servers, jobs[name])
+                        script = avoiding(script, bad, submission.kept_nodes)
                         submission.servers[name] = start_servers(script, task, limits, servers.count)
                     submission_lock.write(store, Claim(node.key, jobs[name], run.id, name))
                 if name in jobs:
@@ -129,6 +140,42 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             f"{error}; the jobs are submitted, but the outcome of jobs that Slurm has forgotten will be unknown"
         )
     return submission
+
+
+def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[str, Job], seconds: int) -> None:
+    """Notes the nodes as bad at which Slurm could not start the script of the last job of these keys. That job had no
+    process that could. Without accounting nothing is known of them."""
+    claims = [submission_lock.read(store, key, slurm_jobs) for key in keys if not store.sealed(key)]
+    ended = {claim.job: claim for claim in claims if claim is not None and not claim.holds(slurm_jobs)}
+    try:
+        finished = slurm_client.finished_jobs(ended) if seconds else {}
+    except slurm_client.NoAnswer:
+        return
+    for id, claim in ended.items():
+        slurm_job = finished.get(id)
+        row = None if slurm_job is None else diagnoses.of_job(slurm_job.state, slurm_job.code)
+        if slurm_job is None or row is None or not row.bad_node or slurm_job.owner not in (None, claim.owner):
+            continue
+        head = slurm_client.run_command("scontrol", "show", "hostnames", slurm_job.nodes).split()[0]
+        until = int(time.time()) + seconds
+        bad_nodes.record(store, BadNode(until, head, row.text(nodes=head), claim.run, claim.node, id))
+
+
+def avoiding(script: BatchScript, bad: list[BadNode], kept: list[str]) -> BatchScript:
+    """The script with the bad nodes excluded, beside those of the profile, but never so many that the job could not
+    start: `kept` gets a sentence about each that stays."""
+    for entry in bad:
+        excluded = ",".join(filter(None, (str(script.sbatch_options.get("exclude", "")), entry.node)))
+        without = replace(script, sbatch_options=dict(sorted({**script.sbatch_options, "exclude": excluded}.items())))
+        independent = {name: value for name, value in without.sbatch_options.items() if name != "dependency"}
+        try:
+            test = replace(without, sbatch_options=independent).text()
+            slurm_client.run_command("sbatch", "--test-only", text=test)
+            script = without
+        except slurm_client.Refused:
+            sentence = f"node {entry.node} is bad, but stage {script.stage} could not start without it"
+            kept.append(f"{sentence}, so it is not avoided; have it repaired")
+    return script
 
 
 class _Executor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit has no types
@@ -200,9 +247,10 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
         key=node.key,
         watts_per_core=profile.power.watts_per_core,
         ranks=allocation.ranks,
-        gpus=allocation.gpus,
+        gpus=allocation.all_gpus,
         watts_per_gpu=profile.power.watts_per_gpu,
         server_gpus=servers.gpus_per_node if servers else 0,
+        peaks=profile.peaks() if allocation.gpus else {},
     )
 
 
@@ -246,7 +294,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
-    checks, slurm = [], profile.cluster()
+    checks, slurm, bad = [], profile.cluster(), bad_nodes.read(store)
     for name in selected:
         node = graph.nodes[name]
         if store.sealed(node.key):
@@ -256,7 +304,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
             script = batch_script(store, run, node, slurm, code, [], tasks)
             checks.append(_check_script(script, run.folder / f"{name}.shards.sh", dependencies))
             dependencies = ["its shards"]
-        script = batch_script(store, run, node, slurm, code, [])
+        script = avoiding(batch_script(store, run, node, slurm, code, []), bad, [])
         checks.append(_check_script(script, run.folder / f"{name}.sh", dependencies))
         if servers := servers_of(slurm, node):
             script = servers_script(store, run, node, slurm, code, servers, "")

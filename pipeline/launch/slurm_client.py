@@ -44,7 +44,8 @@ class Owner:
 
 @dataclass(frozen=True)
 class Job:
-    """One job as Slurm describes it. owner: None if accounting keeps no comments."""
+    """One job as Slurm describes it. owner: None if accounting keeps no comments. code: exit code and signal of
+    an ended job."""
 
     id: str
     state: str
@@ -52,6 +53,7 @@ class Job:
     nodes: str = ""
     elapsed: str = ""
     owner: Owner | None = None
+    code: str = ""
 
     @property
     def alive(self) -> bool:
@@ -63,12 +65,13 @@ class Job:
         return self.state == "PENDING" and "launch" in self.reason and "held" in self.reason
 
 
-def run_command(*command: str, seconds: float = SECONDS) -> str:
-    """The output of a Slurm command. Raises NoAnswer with its standard error."""
+def run_command(*command: str, seconds: float = SECONDS, text: str | None = None) -> str:
+    """The output of a Slurm command; text: its input. Raises NoAnswer with its standard error, or Refused if sbatch
+    refuses."""
     if shutil.which(command[0]) is None:
         raise NoAnswer(f"there is no {command[0]} here; submit from a host of a Slurm cluster, or use `atom run`")
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, input=text)
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"{command[0]} gave no answer within {seconds:.0f} s; see whether slurmctld is up") from None
     if process.returncode:
@@ -104,5 +107,28 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
         id, state, code, nodes, elapsed, comment = (row.split("|", 5) + [""] * 6)[:6]
         state, _, canceled_by = state.partition(" ")  # "CANCELLED by 0"
         reason = f"exit code {code.split(':')[0]}" if state == "FAILED" else canceled_by
-        jobs[id] = Job(id, state, reason, nodes, elapsed, Owner.read(comment))
+        jobs[id] = Job(id, state, reason, nodes, elapsed, Owner.read(comment), code)
     return jobs
+
+
+def memory_of(id: str) -> tuple[str, str]:
+    """(memory that a job requested, the most that a task of it used) in the notation of Slurm, from the accounting;
+    empty where it knows none. Raises NoAnswer without accounting."""
+    rows = [row.split("|") for row in run_command("sacct", "-n", "-P", "-o", "ReqMem,MaxRSS", "-j", id).splitlines()]
+    requested = next((row[0] for row in rows if row[0]), "")
+    return requested, max((row[1] for row in rows if len(row) > 1 and row[1]), key=in_bytes, default="")
+
+
+def in_bytes(size: str) -> float:
+    """A size in the notation of Slurm: 302040K, 1.5G. Zero if it is none."""
+    unit = " KMGTP".find(size[-1:].upper())
+    try:
+        return float(size.rstrip("KMGTPkmgtp")) * 1024.0 ** max(0, unit)
+    except ValueError:
+        return 0.0
+
+
+def unavailable_nodes() -> str:
+    """The nodes that are down or drained, with the reasons that were given: `n4: bad fan`. Raises NoAnswer."""
+    rows = (row.partition("|") for row in run_command("sinfo", "-h", "-R", "-o", "%N|%E").splitlines())
+    return "; ".join(f"{nodes.strip()}: {' '.join(reason.split())}" for nodes, _, reason in rows)

@@ -9,14 +9,13 @@ Both name a start by the number of its lease. A killed start writes no statement
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 import pipeline
-from pipeline.core import environment, json_files, provenance
+from pipeline.core import atomic_files, environment, json_files, provenance
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store
 
@@ -49,9 +48,7 @@ class StartRecords:
             "dirty": dirty,
             "prediction": store.manifest(predicted).digest if store.sealed(predicted) else None,
         }
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps([*self._read(), record]))
-        os.replace(partial, self.path)
+        atomic_files.write(self.path, json.dumps([*self._read(), record]))
 
     def read(self) -> list[dict[str, Any]]:
         """All starts at the key, each with what its stage added."""

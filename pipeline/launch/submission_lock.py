@@ -7,7 +7,6 @@ same run, node and key, because a controller that lost its state assigns ids aga
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files
+from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
@@ -37,10 +36,14 @@ class Claim:
     run: str
     node: str
 
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.run, self.node, self.key)
+
     def holds(self, slurm_jobs: Mapping[str, Job]) -> bool:
         """Whether Slurm has that job and it has not ended."""
         slurm_job = slurm_jobs.get(self.job)
-        return slurm_job is not None and slurm_job.alive and slurm_job.owner == Owner(self.run, self.node, self.key)
+        return slurm_job is not None and slurm_job.alive and slurm_job.owner == self.owner
 
 
 def folder(store: Store) -> Path:
@@ -74,10 +77,7 @@ def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
 
 
 def write(store: Store, claim: Claim) -> None:
-    path = folder(store) / f"{claim.key}.json"
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(asdict(claim)) + "\n")
-    os.replace(draft, path)
+    atomic_files.write(folder(store) / f"{claim.key}.json", json.dumps(asdict(claim)) + "\n")
 
 
 def remove(store: Store, key: str) -> None:

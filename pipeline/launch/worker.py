@@ -22,12 +22,14 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.store import Store
 from pipeline.graph import registry
+from pipeline.launch import start_file
 from pipeline.launch.attempt import Attempt, Task
 from pipeline.launch.checkpoint_artifacts import CheckpointArtifacts
 from pipeline.launch.early_start import EarlyStart
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
 from pipeline.launch.start_records import StartRecords
+from pipeline.operations.live import LiveFiles
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption."""
@@ -62,9 +64,11 @@ def attempt(
     if ranks.rank:
         return _run_follower(task, store, ranks)
     report = FileReport(store.logs / task.run / task.node)
+    live = LiveFiles(store, task.run, task.node)
 
     def end(outcome: str | Failure) -> None:
         report.end(outcome)
+        live.close()
         on_outcome(outcome)
         if isinstance(outcome, Failure):
             ranks.finish()
@@ -179,7 +183,7 @@ def _run_attempt(
     try:
         if store.sealed(task.key):
             return "sealed"
-        report.event("start", stage=task.stage, key=task.key, pid=os.getpid(), ranks=task.ranks)
+        report.event("start", stage=task.stage, key=task.key, pid=os.getpid(), ranks=task.ranks, gpus=task.gpus)
         with ranks.watch_failures(report.fail):
             with ranks.report_busy(turns):
                 attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
@@ -192,6 +196,7 @@ def _run_attempt(
                 if attempt.stage.trains:
                     attempt.starts = StartRecords(folder, lease.number)
                     attempt.starts.add(store, task.key, attempt.started)
+                start_file.write(attempt, lease.number)
                 out.mkdir()
             with ranks.environment(ranks.open_rendezvous(lease.number)):
                 attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)

@@ -2,8 +2,9 @@
 that no run references.
 
 Every artifact that a run of any age and recipe references, or that a release was built from, is kept. Products of
-training stages, including checkpoints of unfinished ones, are removed only by name. If a file with references is
-unreadable, everything that it might reference is kept. Nothing is deleted: data is moved to the trash (trash.py).
+training stages, including checkpoints of unfinished ones, and predictions are removed only by name. If a file with
+references is unreadable, everything that it might reference is kept. Nothing is deleted: data is moved to the trash
+(trash.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pipeline.graph import run as runs
 from pipeline.graph.run import Run
 from pipeline.launch import slurm_client, submission_lock
 from pipeline.launch.slurm_client import Job
+from pipeline.launch.start_records import PREDICTION, prediction_key
 from pipeline.operations import trash
 from pipeline.operations.trash import CODE, KEY
 
@@ -89,6 +91,7 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
         if error.path.parent.name not in ids.values():
             needed.doubt(error, "what that run needs is not known")
     _add_needed_by_releases(store, needed)
+    needed.keys |= {prediction_key(key) for key in needed.keys}  # of a run that began after it
     for run in all_runs:
         needed.stages |= {row["key"]: row["stage"] for row in run.body["nodes"]}
     keys = {_match_prefix(name, [*_names(store.artifacts, KEY), *_names(store.home / "work", KEY)]) for name in named}
@@ -97,7 +100,7 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
     sizes = trash.freed(path for path, _ in rows)
     loose_folders = [Loose(path, sizes[path], reason) for path, reason in rows]
     kept_reasons = [
-        f"{key} is kept, since it was trained or it is not known what made it; --include {key} names it"
+        f"{key} is kept, since {_why_kept(key)}; --include {key} names it"
         for key in _names(store.artifacts, KEY)
         if not needed.doubts
         and key not in keys
@@ -257,6 +260,12 @@ def _is_needed(store: Store, key: str, needed: Needed) -> bool:
         (provenance.phase_of(body) for _, body in provenance.statements(store.ledger, key)[0]) if "@" in key else ()
     )
     return key in needed.keys or any(phase in needed.keys for phase in phases)
+
+
+def _why_kept(key: str) -> str:
+    if key.startswith(f"{PREDICTION}-"):
+        return "a prediction is sealed once, before its run begins"
+    return "it was trained or it is not known what made it"
 
 
 def _is_trained(store: Store, key: str, needed: Needed) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +14,14 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files
-from pipeline.core.events import EventTail
+from pipeline.core import json_files, open_flags
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
-from pipeline.graph.run import JobRow, NodeStatus, Run
-from pipeline.launch import slurm_client
+from pipeline.graph.run import CUT_OFF, JobRow, NodeStatus, Run
+from pipeline.launch import diagnoses, slurm_client
 from pipeline.launch.decision import Decision, Verdict
+from pipeline.launch.rendezvous import launch_number
 from pipeline.launch.slurm_client import Job, NoAnswer
 
 FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
@@ -26,12 +29,6 @@ FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
 ENDING = "ending"
 """The state of a stage whose attempt has failed while Slurm still has its job: the cause is shown instead of
 `running`."""
-END_MESSAGES = {
-    "CANCELLED": "cancelled",
-    "TIMEOUT": "its time limit came before it saved; raise minutes or signal_before_limit_seconds of the profile",
-    "NODE_FAIL": "its node failed",
-    "OUT_OF_MEMORY": "it ran out of memory",
-}
 
 
 def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
@@ -43,8 +40,12 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
         slurm_jobs = slurm_client.queued_jobs()
     except NoAnswer as error:
         return stages, f"{error}; the states are those that the stages recorded"
+    reasons = _node_reasons(slurm_jobs.values())
     unmatched = [
-        row["job"] for name, row in jobs.items() if not is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
+        row["job"]
+        for name, row in jobs.items()
+        if not is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
+        or slurm_jobs[row["job"]].state == "FAILED"  # squeue does not have its exit code
     ]
     finished_jobs: dict[str, Job] = {}
     problem = None
@@ -54,7 +55,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
             id: ended_job for id, ended_job in slurm_client.finished_jobs(unmatched).items() if not ended_job.alive
         }
     except NoAnswer as error:
-        problem = f"{error}; the outcome of jobs that Slurm has forgotten is unknown"
+        problem = diagnoses.NO_ACCOUNTING.text(detail=str(error))
     rows = []
     for node in stages:
         row = jobs.get(node.name)
@@ -64,9 +65,9 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
         slurm_job = slurm_jobs.get(row["job"])
         if not is_submitted_job(slurm_job, run, row, node.name):
             slurm_job = finished_jobs.get(row["job"])
-        with_job = _add_job_state(
-            node, row["job"], slurm_job, restarts(run, node.name), _last_verdict(run, node.name, row["job"])
-        )
+        elif slurm_job is not None and (finished := finished_jobs.get(row["job"])) is not None:
+            slurm_job = replace(slurm_job, code=finished.code, reason=finished.reason)
+        with_job = _add_job_state(node, row["job"], slurm_job, _last_verdict(run, node.name, row["job"]), reasons)
         with_job = replace(with_job, servers=_servers(row, slurm_jobs))
         rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
@@ -75,7 +76,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
 def _last_verdict(run: Run, node: str, job: str) -> Verdict | None:
     """The decision about the last start of a job; None if it left none."""
     starts = (run.node_folder(node) / "ranks").glob(f"{job}.*")
-    last = max(starts, key=lambda folder: int(folder.suffix[1:]), default=None)
+    last = max(starts, key=launch_number, default=None)
     return None if last is None else Verdict.read(last)
 
 
@@ -86,39 +87,75 @@ def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
 
 
 def _add_job_state(
-    node: NodeStatus, id: str, job: Job | None, restart_count: int, verdict: Verdict | None
+    node: NodeStatus, id: str, job: Job | None, verdict: Verdict | None, reasons: str = ""
 ) -> NodeStatus:
     """The status of a node from its files and from Slurm's state of its job; an artifact outranks both. verdict: of
-    the last start."""
-    node = replace(node, job=id, restarts=restart_count or None)
+    the last start. reasons: why nodes of the cluster are down or drained."""
+    node = replace(node, job=id)
     if job is None:
         if node.state in ("sealed", "running", "failed"):
             return node
-        return replace(node, state="lost", message="Slurm has no record of its job; `atom retry` submits it again")
+        return replace(node, state="lost", message=diagnoses.LOST_JOB.text())
     node = replace(node, nodes=job.nodes or None, elapsed=job.elapsed or None)
     if node.state == "sealed":
         return node
     if job.alive:
-        reason = f"{job.reason}; `atom retry` releases it" if job.stuck else job.reason
+        reason = waiting_message(job, reasons)
         if node.state == "failed" and node.kind is not None and job.state in ("RUNNING", "COMPLETING"):
             return replace(node, state=ENDING, reason=reason or None)  # its attempt has ended, and the job soon will
         return replace(node, state=job.state.lower(), reason=reason or None, message="", kind=None)
-    message = (
-        node.message
-        or (verdict.text if verdict else "")
-        or END_MESSAGES.get(job.state, f"{job.state.lower().replace('_', ' ')} {job.reason}".strip())
-    )
+    message = end_message(job, node.message, verdict)
     if job.state == "CANCELLED":
         return replace(node, state="cancelled", reason=job.reason or None, message="", kind=None)
     return replace(node, state="failed", message=message)
 
 
+def _node_reasons(slurm_jobs: Iterable[Job]) -> str:
+    """Why nodes are down or drained, if a job waits for such nodes."""
+    rows = (diagnoses.of_waiting(job.reason) for job in slurm_jobs if job.state == "PENDING")
+    if not any(row in (diagnoses.DRAINED, diagnoses.HELD_LAUNCH) for row in rows):
+        return ""
+    try:
+        return slurm_client.unavailable_nodes()
+    except NoAnswer:  # the state of the job is shown all the same
+        return ""
+
+
+def waiting_message(job: Job, reasons: str) -> str:
+    """Why a job waits: what to do about it, or Slurm's word for its turn. reasons: of nodes down or drained."""
+    row = diagnoses.of_waiting(job.reason) if job.state == "PENDING" else None
+    if row is None:
+        return job.reason
+    detail = "; ".join(filter(None, (job.reason, reasons)))
+    return row.text(nodes=job.nodes or "a node", detail=detail, job=job.id)
+
+
+def end_message(job: Job, recorded: str, verdict: Verdict | None) -> str:
+    """The sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final state.
+    recorded: the outcome of the stage; empty, or CUT_OFF, if it recorded none."""
+    if recorded not in ("", CUT_OFF):
+        return recorded
+    if verdict is not None and verdict.decision is Decision.FAILED:
+        return verdict.text
+    row = diagnoses.of_job(job.state, job.code)
+    if row is None:
+        return (verdict.text if verdict else "") or recorded or f"{job.state.lower()} {job.reason}".strip()
+    fields = {"nodes": job.nodes or "its nodes"}
+    if row is diagnoses.MEMORY:
+        with suppress(NoAnswer):  # the sentence has no figures then
+            requested, used = slurm_client.memory_of(job.id)
+            fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
+    return row.text(**fields)
+
+
 def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
     """How many servers of a stage run, and how many wait or have ended; None if Slurm has none of them."""
+    if not row.get("servers"):
+        return None
     states = Counter(
         task_job.state
         for id, task_job in slurm_jobs.items()
-        if row.get("servers") and id.startswith(f"{row['servers']}_")
+        if id.startswith(f"{row['servers']}_")
         for _ in range(_tasks(id))
     )
     return ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items())) or None
@@ -136,8 +173,15 @@ def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[s
     if node.state in ("sealed", "running"):
         return node
     folder = run.node_folder(node.name) / "shards"
-    verdicts = [Verdict.read(path.parent) for path in folder.glob("ranks/*/decision")]
-    failed = [verdict.text for verdict in verdicts if verdict and verdict.decision is Decision.FAILED]
+    failed, done_by_task = [], dict[str, int]()
+    for name in json_files.names(folder / "ranks"):
+        if "." not in name:  # a mark that the job's script left beside the launches
+            continue
+        launch, task = folder / "ranks" / name, name.rpartition(".")[0]
+        if (done := _sealed_shards(launch)) is None:
+            verdict, done = Verdict.read(launch), _shards_done(launch / "shards.json")
+            failed += [verdict.text] if verdict and verdict.decision is Decision.FAILED else []
+        done_by_task[task] = max(done_by_task.get(task, 0), done)  # a restarted task also counts finished shards
     tasks = (task_job for id, task_job in slurm_jobs.items() if id.startswith(f"{row['array']}_"))
     failed_tasks = [task_job.id for task_job in tasks if task_job.state in FAILED_STATES]
     if node.state == "cancelled" and (failed or failed_tasks):
@@ -145,11 +189,23 @@ def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[s
             failed[0] if failed else f"task {failed_tasks[0]} of its array failed; its log is in {folder / 'submitit'}"
         )
         return replace(node, state="failed", reason=None, message=message)
-    done_by_task: dict[str, int] = {}
-    for path in folder.glob("ranks/*/shards.json"):  # a restarted task also counts finished shards
-        task = path.parent.name.rpartition(".")[0]
-        done_by_task[task] = max(done_by_task.get(task, 0), _shards_done(path))
     return replace(node, done=sum(done_by_task.values()), total=row.get("shards", 0), unit="shards")
+
+
+def _sealed_shards(launch: Path) -> int | None:
+    """The shards of a task that has ended well; None of any other. An array has thousands of tasks, so this opens one
+    file of each, and leaves whatever is odd to others."""
+    try:
+        file = os.open(launch / "decision", open_flags.READ)
+    except OSError:
+        return None
+    try:
+        match = re.fullmatch(rb"sealed\n\n([0-9]{1,9}) shards are done\n", os.read(file, 100))
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+    return int(match[1]) if match else None
 
 
 class _Shards(TypedDict):
@@ -169,10 +225,15 @@ def _shards_done(path: Path) -> int:
         return 0
 
 
-def restarts(run: Run, node: str) -> int:
-    """The number of restarts of a stage's job."""
-    events = EventTail(run.node_folder(node) / "events.jsonl").read()
-    return max(0, len([event for event in events if event["event"] == "attempt"]) - 1)
+def kept_nodes(run: Run) -> list[str]:
+    """The sentences of jobs' scripts about bad nodes without which their job could not start."""
+    sentences = []
+    for name in run.jobs():
+        for place in (".", "shards", "servers"):
+            for path in sorted((run.node_folder(name) / place / "ranks").glob("*-kept")):
+                with suppress(FileNotFoundError, Damaged):
+                    sentences.append(f"{name}: {json_files.read_text(path).strip()}")
+    return sentences
 
 
 def over(stages: list[NodeStatus]) -> bool:

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from pipeline.core import provenance
 from pipeline.core.store import Store
 from pipeline.graph.recipe import Identity
+from pipeline.graph.run import Limits as Limits
 from pipeline.graph.run import Prices
 
 
@@ -20,14 +21,8 @@ class Hours(TypedDict):
     core_hours: float
 
 
-class Limits(TypedDict):
-    """The budget of a recipe, as jobs carry it; None: no limit."""
-
-    gpu_hours: float | None
-    core_hours: float | None
-
-
-RESOURCES: tuple[Literal["gpu_hours", "core_hours"], ...] = ("gpu_hours", "core_hours")
+Resource = Literal["gpu_hours", "core_hours"]
+RESOURCES: tuple[Resource, ...] = ("gpu_hours", "core_hours")
 
 
 def limits_of(recipe: Identity) -> Limits | None:

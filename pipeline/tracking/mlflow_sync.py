@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -26,20 +27,25 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, provenance
-from pipeline.core.errors import AtomError
-from pipeline.core.events import POINT, Tail, curves_of
+from pipeline.core import atomic_files, json_files, provenance
+from pipeline.core.errors import AtomError, Kind
+from pipeline.core.events import POINT, Tail
 from pipeline.core.json_files import Damaged
-from pipeline.core.lease import Lease
+from pipeline.core.lease import Lease, holder
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import run as runs
-from pipeline.graph.run import Run, status
+from pipeline.graph.run import NodeStatus, Run, status
+from pipeline.launch import start_file
+from pipeline.launch.start_file import Start
+from pipeline.tracking import mlflow_records as records
 
 
 class _Progress(TypedDict):
     offset: Annotated[int, Field(ge=0, lt=2**63)]
     id: NotRequired[str]
     ended: NotRequired[bool]
+    start: NotRequired[int]
+    status: NotRequired[str]
 
 
 class _State(TypedDict):
@@ -47,14 +53,17 @@ class _State(TypedDict):
     uri: NotRequired[str]
     parent: NotRequired[str]
     experiment: NotRequired[str]
+    scored: NotRequired[list[str]]
+    outcome: NotRequired[str]
 
 
 STATE: TypeAdapter[Any] = TypeAdapter(_State)
-BATCH, PARAMS_PER_BATCH = 1000, 100
 NO_TRACKING = "none"
 """The MLFLOW_TRACKING_URI with which nothing is sent."""
 SQLITE = b"SQLite format 3\0"
 SMALL = 1_000_000
+MOST_ABANDONED = 20
+"""Of the latest runs that are looked at."""
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -103,12 +112,18 @@ class Forwarder:
         parent = self._parent(client)
         for node in status(self.run, self.store):
             if (self.run.node_folder(node.name) / "events.jsonl").exists():
-                self._child(client, parent, node.name, node.key, node.state)
+                self._child(client, parent, node)
+            if node.state == "sealed" and node.name not in self.state.setdefault("scored", []):
+                client.log_batch(parent, metrics=records.scores(self.store.manifest(node.key), f"{node.name}/"))
+                self.state["scored"].append(node.name)
+                self._save()
 
     def finish(self, outcome: str) -> None:
         """The last sync, and the parent's end: FINISHED, FAILED or KILLED."""
         self.sync()
         self._client().set_terminated(self.state["parent"], outcome)
+        self.state["outcome"] = outcome
+        self._save()
 
     def _client(self) -> Any:
         if is_off():
@@ -126,12 +141,12 @@ class Forwarder:
         return MlflowClient(tracking_uri=uri)
 
     def _save(self) -> None:
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps(self.state))
-        os.replace(draft, self.path)
+        atomic_files.write(self.path, json.dumps(self.state))
 
     def _parent(self, client: Any) -> str:
         if "parent" not in self.state:
+            from pipeline.operations.run_comparison import recipe_settings  # which jobs of Slurm need not import
+
             name = self.run.body["recipe"]
             existing = client.get_experiment_by_name(name)
             is_local = self.state["uri"].startswith("sqlite:")
@@ -141,79 +156,113 @@ class Forwarder:
                 if existing
                 else client.create_experiment(name, artifact_location=artifact_location)
             )
-            tags = {"atom.run": self.run.id, "atom.version": self.run.body["version"]}
+            tags = records.run_tags(self.run)
             self.state["parent"] = client.create_run(experiment, run_name=self.run.id, tags=tags).info.run_id
             self.state["experiment"] = experiment
+            params = records.flat(recipe_settings(self.run))
+            records.log(client, self.state["parent"], params, [], {})
             for file in sorted((self.run.folder / "recipes").glob("*")):
                 client.log_artifact(self.state["parent"], str(file), "recipe")
             self._save()
         return str(self.state["parent"])
 
-    def _child(self, client: Any, parent: str, name: str, key: str, node_state: str) -> None:
-        progress = self.state["nodes"].setdefault(name, {"offset": 0})
+    def _child(self, client: Any, parent: str, node: NodeStatus) -> None:
+        progress = self.state["nodes"].setdefault(node.name, {"offset": 0})
         if progress.get("ended"):
             return
         if "id" not in progress:
-            tags = {"mlflow.parentRunId": parent, "atom.key": key, "atom.run": self.run.id}
-            progress["id"] = client.create_run(self.state["experiment"], run_name=name, tags=tags).info.run_id
+            tags = {**records.run_tags(self.run), "mlflow.parentRunId": parent, "atom.key": node.key}
+            run = client.create_run(self.state["experiment"], run_name=node.name, tags=tags)
+            progress["id"] = run.info.run_id
             self._save()
-        self._metrics(client, name, progress)
-        if node_state == "sealed":
-            self._sealed(client, progress["id"], self.store.open(key))
-        if node_state in ("sealed", "failed"):
-            client.set_terminated(progress["id"], "FINISHED" if node_state == "sealed" else "FAILED")
-            progress["ended"] = node_state == "sealed"
+        start = start_file.read(self.run.node_folder(node.name))
+        if start is not None and start["start"] != progress.get("start"):
+            params = records.flat(start["config"])
+            records.log(client, progress["id"], params, records.restarts(start), records.start_tags(start))
+            if inputs := records.started_inputs(start):
+                client.log_inputs(progress["id"], datasets=inputs)
+            progress["start"] = start["start"]
             self._save()
+        self._metrics(client, node.name, progress, start)
+        if node.state == "sealed":
+            self._sealed(client, progress["id"], self.store.open(node.key), has_start="start" in progress)
+        self._end(client, progress, node)
 
-    def _metrics(self, client: Any, name: str, progress: dict[str, Any]) -> None:
-        from mlflow.entities import Metric
+    def _end(self, client: Any, progress: dict[str, Any], node: NodeStatus) -> None:
+        """Sets the status of a stage, once for each change: FINISHED, FAILED or KILLED with the error, or RUNNING again
+        after one of these."""
+        text = child_status(node)
+        if text == progress.get("status", "RUNNING"):
+            return
+        if text in ("FAILED", "KILLED"):
+            tags = {name: redacted(text) for name, text in records.error_tags(node).items()}
+            records.log(client, progress["id"], {}, [], tags)
+        elif progress.get("status", "RUNNING") != "RUNNING":
+            for tag in records.ERROR_TAGS:
+                client.delete_tag(progress["id"], tag)
+        if text == "RUNNING":
+            client.update_run(progress["id"], status=text)
+        else:
+            client.set_terminated(progress["id"], text)
+        progress["status"], progress["ended"] = text, text == "FINISHED"
+        self._save()
 
+    def _metrics(self, client: Any, name: str, progress: dict[str, Any], start: Start | None) -> None:
         tail = Tail(self.run.node_folder(name) / "metrics.jsonl", POINT, progress["offset"], whole=True)
         has_more = True
         while has_more:
-            rows = tail.read()
+            points = records.points(tail.read(), start)
             has_more = tail.more
-            points = [
-                Metric(metric, float(value), round(row["time"] * 1000), row["step"])
-                for row in rows
-                for metric, value in curves_of(row).items()
-            ]
-            for i in range(0, len(points), BATCH):
-                client.log_batch(progress["id"], metrics=points[i : i + BATCH])
+            for i in range(0, len(points), records.BATCH):
+                client.log_batch(progress["id"], metrics=points[i : i + records.BATCH])
             if tail.offset != progress["offset"]:
                 progress["offset"] = tail.offset
                 self._save()
 
-    def _sealed(self, client: Any, child: str, artifact: Artifact) -> None:
-        """Sends the data of a finished stage: params, inputs with digests, figures, small result files."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-
+    def _sealed(self, client: Any, child: str, artifact: Artifact, has_start: bool) -> None:
+        """Sends the data of a finished stage: scores, usage, small result files; params and inputs with digests unless
+        its start has sent them."""
         sealed_statement = provenance.sealed(self.store.ledger, artifact)
         if sealed_statement is None:
             return
         path, body = sealed_statement
-        params = [Param(k, v) for k, v in _flat(provenance.parameters_of(body)["config"]).items()]
-        usage = {k: v for k, v in provenance.usage(body).items() if isinstance(v, (int, float))}
-        metrics = [Metric(k, float(v), 0, 0) for k, v in sorted(usage.items())]
-        tags = [RunTag("atom.digest", artifact.digest), RunTag("atom.statement", path.stem)]
-        client.log_batch(child, params=params[:PARAMS_PER_BATCH], metrics=metrics, tags=tags)
-        for i in range(PARAMS_PER_BATCH, len(params), PARAMS_PER_BATCH):
-            client.log_batch(child, params=params[i : i + PARAMS_PER_BATCH])
-        inputs = [
-            DatasetInput(
-                Dataset(d["uri"].removeprefix("atom:artifact/"), d["digest"]["sha256"][:36], "atom", json.dumps(d)),
-                [InputTag("mlflow.data.context", d["name"])],
-            )
-            for d in provenance.dependencies_of(body)
-            if d["uri"].startswith("atom:artifact/")
-        ]
-        if inputs:
+        params = {} if has_start else records.flat(provenance.parameters_of(body)["config"])
+        tags = {"atom.digest": artifact.digest, "atom.statement": path.stem}
+        records.log(client, child, params, [*records.usage(body), *records.scores(artifact)], tags)
+        if not has_start and (inputs := records.sealed_inputs(body)):
             client.log_inputs(child, datasets=inputs)
         client.log_artifact(child, str(path), "statement")
         for row in artifact.rows:
             if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
                 client.log_artifact(child, str(artifact / row.path))
         client.log_artifact(child, str(artifact / "manifest.json"))
+
+
+def child_status(node: NodeStatus) -> str:
+    """MLflow's status of a stage."""
+    if node.state == "sealed":
+        return "FINISHED"
+    if node.state not in ("failed", "lost", "cancelled", "damaged"):
+        return "RUNNING"
+    return "KILLED" if node.kind == Kind.STOPPED or node.state == "cancelled" else "FAILED"
+
+
+def outcome_of(nodes: list[NodeStatus]) -> str:
+    """MLflow's status of a run whose stages will not go on by themselves. A run that stopped without a failure was
+    killed."""
+    statuses = {child_status(node) for node in nodes}
+    return "FINISHED" if statuses == {"FINISHED"} else "FAILED" if "FAILED" in statuses else "KILLED"
+
+
+def end_abandoned(run: Run, store: Store) -> None:
+    """Ends earlier local runs in MLflow whose `atom run` was killed before it could."""
+    earlier = [each for each in runs.runs(store) if each.id != run.id and not (each.folder / "jobs.jsonl").exists()]
+    for each in earlier[-MOST_ABANDONED:]:
+        driver = holder(each.folder / "driver")
+        if (each.folder / "mlflow.json").exists() and not (driver is not None and driver.alive):
+            forwarder = Forwarder(each, store)
+            if "outcome" not in forwarder.state and forwarder.state.get("uri") == shown_uri(store):
+                forwarder.finish(outcome_of(status(each, store)))
 
 
 @cache
@@ -238,14 +287,6 @@ def _require_sqlite(uri: str, artifact_folder: Path) -> None:
         raise Damaged(artifact_folder, "it is no folder", "move it away")
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, dict):
-        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{prefix}{i}.").items()}
-    return {prefix.rstrip("."): str(value)[:500]}
-
-
 class Background:
     """Forwards every few seconds from a thread of its own. An error is reported once and never affects the run."""
 
@@ -261,11 +302,14 @@ class Background:
         self._thread.start()
 
     def _loop(self) -> None:
+        are_earlier_ended = False
         while True:
             is_last = self._stop.wait(self.EVERY)
             self.problem = _send(self.run, self.store, (self._outcome or "FAILED") if is_last else "")
             if is_last:
                 return
+            if self.problem is None and not are_earlier_ended and not is_off():
+                self.problem, are_earlier_ended = _attempted(lambda: end_abandoned(self.run, self.store)), True
 
     def close(self, outcome: str) -> str | None:
         """Sends the rest and ends the parent run. Returns a sentence if data is missing in MLflow."""
@@ -354,12 +398,21 @@ def _send(run: Run, store: Store, outcome: str) -> str | None:
     """Sends the new rows; returns the error in one line, without passwords."""
     if is_off():
         return None
-    try:
+
+    def send() -> None:
         forwarder = Forwarder(run, store)
         if outcome:
             forwarder.finish(outcome)
         else:
             forwarder.sync()
+
+    return _attempted(send)
+
+
+def _attempted(send: Callable[[], None]) -> str | None:
+    """Returns the error of a transfer in one line, without passwords."""
+    try:
+        send()
     except AtomError as error:
         return redacted(str(error))
     except Exception as error:  # the stage continues after any error of a tracking server; the caller reports it

@@ -149,9 +149,9 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     """Writes everything except the result of the gates and the checksums; returns the context of the gates."""
     from release.assembly import assemble, attest, costs, runtimes
     from release.assembly.attribution import write_attribution
-    from release.assembly.chat_messages import write_messages
     from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
     from release.assembly.data_facts import canary_of, read_data_facts
+    from release.assembly.message_tables import write_messages
     from release.assembly.model_facts import read_model_facts
     from release.assembly.receipts import receipt_path, write_receipts
     from release.assembly.variant_facts import read_variants
@@ -192,7 +192,11 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
 
     if source.references:
-        stated = {"sources": {name: each.model_dump(mode="json") for name, each in source.references.items()}}
+        stated: dict[str, Any] = {
+            "sources": {name: each.model_dump(mode="json") for name, each in source.references.items()}
+        }
+        if reasons := source.recipe["release"].get("publish_generated"):
+            stated["generated"] = reasons
         assembly.json(f"dataset/{REFERENCES}", stated, "settings of the sources by reference")
     assembly.json(f"dataset/{FILTER_AGREEMENT}", read_figures(), "stages.data.curation.agreement")
     prefix = "acquire-"
@@ -200,7 +204,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     for table in write_attribution(folder / "dataset", acquired):
         assembly.register(table, "release.assembly.attribution")
     for table in write_messages(folder / "dataset"):
-        assembly.register(table, "release.assembly.chat_messages")
+        assembly.register(table, "release.assembly.message_tables")
     data = read_data_facts(folder / "dataset")
     receipts = write_receipts(folder / "dataset", release, data.opt_outs, source.previous, source.deny_list, progress)
     for request, receipt in receipts:
@@ -237,7 +241,9 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     repository_table = tables.table(["repository", "kind", "branch", "place in the release"], rows)
     assembly.write(
         "README.md",
-        render.plain_card("evidence", release, licenses.code, repositories=repository_table).encode(),
+        render.plain_card(
+            "evidence", release, licenses.code, repositories=repository_table, further=tables.further_evidence(folder)
+        ).encode(),
         CARD_ORIGIN,
     )
     for repository in repos:

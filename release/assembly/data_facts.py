@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from release import data_layout, references, schema
-from release.assembly import chat_messages
+from release.assembly import message_tables
 from release.assembly.distinct import Distinct
 from release.assembly.document_facts import DocumentFacts, read_document_facts
 from release.assembly.opt_outs import OptOut, read_opt_outs
@@ -29,8 +29,8 @@ BATCH = 65536
 class SourceFacts:
     """The dispositions of the documents of one source. removed: by rule; by_split: of the kept ones; tokens: by split;
     origin, license_evidence: as the source declares them. generated: the settings of a source that a generator wrote,
-    and the generator's `digest`. conversations: the number of documents with each feature of a conversation, None for
-    other sources and in older releases."""
+    and the generator's `digest`. conversations: the number of kept documents with each feature of a conversation, None
+    for other sources, for those by reference and in older releases."""
 
     documents_in: int
     kept: int
@@ -96,8 +96,9 @@ class DataFacts:
     chat: scores by benchmark and model, empty without a chat model. in_parts: whether the tables of documents are in
     parts. filter_agreement: of the filters with their reference, empty in older releases. opt_outs: of the deny-list.
     documents: licenses, lengths and measures after curation. by_reference: {source: where its files are} of sources
-    without published texts; messages: {source: splits} of the tables of conversations. Phases and models are in the
-    order of training."""
+    without published texts; messages: {source: splits} of the tables of conversations; published_reasons: {source that
+    a model wrote from one by reference: why its texts are published}. Phases and models are in the order of
+    training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
@@ -109,6 +110,7 @@ class DataFacts:
     documents: DocumentFacts = field(default_factory=DocumentFacts)
     by_reference: dict[str, str] = field(default_factory=dict)
     messages: dict[str, list[str]] = field(default_factory=dict)
+    published_reasons: dict[str, str] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""
@@ -130,7 +132,8 @@ def read_data_facts(dataset: Path) -> DataFacts:
         read_opt_outs(dataset),
         read_document_facts(dataset),
         {name: reference.origin for name, reference in references.read(dataset).items()},
-        chat_messages.published(dataset),
+        message_tables.published(dataset),
+        dict(references.published_reasons(dataset)),
     )
 
 
@@ -146,7 +149,7 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
         path = dataset / "sources" / f"{name}.json"
         declared = read_json(path) if path.exists() else {}
         sources[name] = source_fates.facts(declared.get("origin", ""), declared.get("license_evidence", ""))
-        sources[name].conversations = declared.get("conversations")
+        sources[name].conversations = message_tables.features_of(dataset, name)
         if "generated" in declared:
             sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
             records = sum(map(row_count, data_layout.generated_files(dataset).get(name, [])))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ BOUNDS = {"F16": Bound(0.01, 0.1, 0.25), "BF16": Bound(0.05, 1.0, 0.5)}
 """By encoding of a variant, of a program that computes in it."""
 
 
-class Run(TypedDict):
+class ProgramRun(TypedDict):
     """One program on one folder. reason: of a run that was skipped or failed. `reference`: the program that made
     goldens.json, which the gates on loading judge. same_ids: texts whose token ids are the reference's;
     same_conversations: rendered ones with the same; same_greedy: continuations. Differences are of log-probabilities,
@@ -91,9 +92,22 @@ class Runtime:
 def _vllm_lacks(variant: Variant, config: Mapping[str, Any]) -> str:
     if config["head_dim"] < VLLM_HEAD:
         return f"its kernels for the CPU know heads of {VLLM_HEAD} and larger, and these have {config['head_dim']}"
-    if variant.encoding == "fp8" and "num_experts" in config:
-        return "its build for the CPU has no FP8 experts"
+    if "num_experts" not in config:
+        return ""
+    if variant.encoding == "fp8":
+        return "its FP8 experts for the CPU have a scale for each block of 128 weights, and these have one a channel"
+    if variant.encoding == "int8" and not _has_amx():
+        return "its INT8 experts for x86 processors need AMX, which this one does not have"
     return ""
+
+
+def _has_amx() -> bool:
+    """Whether this processor has AMX tiles; true where it is not known, so that the program says it."""
+    path = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not path.is_file():
+        return True
+    flags = next((line for line in path.read_text().splitlines() if line.startswith("flags")), "amx_tile")
+    return "amx_tile" in flags.split()
 
 
 def _vllm_dtype(variant: Variant) -> list[str]:
@@ -116,7 +130,7 @@ def bound_of(runtime: str, variant: Variant) -> Bound:
     return BOUNDS.get(variant.encoding, ROUNDED)
 
 
-def compare_all(release: Path, progress: Callable[[str], None] = lambda text: None) -> list[Run]:
+def compare_all(release: Path, progress: Callable[[str], None] = lambda text: None) -> list[ProgramRun]:
     """The runs of all programs on the final model and its variants, of a release that has their files and its goldens.
     A program that is not here is a run that was skipped, with the reason."""
     model, runs = release / MODEL, []
@@ -131,17 +145,17 @@ def compare_all(release: Path, progress: Callable[[str], None] = lambda text: No
             for runtime in readers:
                 if runtime == REFERENCE and name == MODEL:
                     stated = f"transformers {version('transformers')}"
-                    runs.append(Run(folder=name, runtime=runtime, status="reference", version=stated))
+                    runs.append(ProgramRun(folder=name, runtime=runtime, status="reference", version=stated))
                     continue
                 if reason := _absence(RUNTIMES[runtime], variant, read_json(model / "config.json")):
-                    runs.append(Run(folder=name, runtime=runtime, status="skipped", reason=reason))
+                    runs.append(ProgramRun(folder=name, runtime=runtime, status="skipped", reason=reason))
                     continue
                 progress(f"{name} in {runtime}")
                 try:
                     reference = reference or _reference(model, folder, place / "dequantized", rows)
                     runs.append(_compare(name, folder, runtime, variant, reference, conversations))
                 except Failed as error:
-                    runs.append(Run(folder=name, runtime=runtime, status="failed", reason=str(error)))
+                    runs.append(ProgramRun(folder=name, runtime=runtime, status="failed", reason=str(error)))
     return runs
 
 
@@ -183,7 +197,7 @@ def _compare(
     variant: Variant,
     reference: Expected,
     conversations: Sequence[Mapping[str, Any]] = (),
-) -> Run:
+) -> ProgramRun:
     """Raises Failed if the program gives no answer."""
     request, expected = reference
     answer = _run(RUNTIMES[runtime], folder, variant, request, [row["text"] for row in conversations])
@@ -194,7 +208,7 @@ def _compare(
         for a, b in zip(row["logprobs"], values, strict=True)
     ]
     bound = bound_of(runtime, variant)
-    run = Run(
+    run = ProgramRun(
         folder=name, runtime=runtime, status="passed", version=f"{answer['program']} {answer['version']}",
         rows=len(request), positions=len(differences),
         same_ids=sum(a["ids"] == b["ids"] for a, b in zip(answers, request, strict=True)),
@@ -209,7 +223,7 @@ def _compare(
     return run
 
 
-def problem_of(run: Run) -> str:
+def problem_of(run: ProgramRun) -> str:
     """What a run has beyond its bound, in one sentence; "" if it keeps it."""
     bound, rows = run["bound"], run["rows"]
     if run["same_ids"] != rows:
@@ -255,7 +269,9 @@ def _run(
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without its modules, network and threads."""
+    """This process's, without its modules, network and threads. vLLM's engine runs in the program's own process: the
+    error of another one would only be "Engine core initialization failed"."""
     ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    return {**ours, **offline, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    vllm = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return {**ours, **offline, **vllm, "OMP_NUM_THREADS": "1"}

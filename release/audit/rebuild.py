@@ -8,7 +8,6 @@ The tables are those of the stage `dedup`, byte for byte where this pyarrow writ
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
@@ -99,12 +99,8 @@ def _rebuild_source(
             present += 1
         else:
             progress(f"source {name}: reading part {number + 1} of {len(tables)} of {reference.origin}")
-            draft = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
+            with atomic_files.replacing(path) as draft:
                 _write_part(listed, draft, source, reference, number)
-                os.replace(draft, path)
-            finally:
-                draft.unlink(missing_ok=True)
         rows, length = _compare(listed, path)
         documents, size = documents + rows, size + length
         equal += sha256_file(path) == published.get(f"kept/{name}/{path.name}")

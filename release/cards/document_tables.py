@@ -60,7 +60,12 @@ def by_reference(data: DataFacts) -> list[str]:
         "origin and the SHA-256 of each; `atom rebuild-data` reads the files of `references.json` again, and compares "
         "every text with its hash."
     )
-    return [sentence, "", *table(["source", "documents", "origin"], body)]
+    lines = [sentence, "", *table(["source", "documents", "origin"], body)]
+    if reasons := data.published_reasons:
+        texts = [[name, escaped(reason)] for name, reason in reasons.items()]
+        lines += ["", "A model wrote further texts from them. The maker says why these are published:", ""]
+        lines += table(["source", "reason"], texts)
+    return lines
 
 
 def attribution(data: DataFacts) -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pipeline.hub.client import load
 from release import schema
-from release.assembly.chat_messages import FOLDER as MESSAGES
 from release.assembly.data_facts import DataFacts
+from release.assembly.message_tables import FOLDER as MESSAGES
 from release.assembly.variant_facts import VariantFacts
 from release.cards import card_tables
 from release.cards.card_tables import ReleaseFacts
@@ -99,6 +99,7 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         trained_by=_join_words([_title(phase) for phase in model.training]),
         repo=f"{release.namespace}/{card_data.model_name}",
         dataset=dataset,
+        dispositions=f"dispositions{_all_parts(facts.data)}",
         prefix=release.repository,
         t=texts,
         sections=card_tables.sections((*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES), texts),
@@ -159,7 +160,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
     hub = load()
 
     kept_documents = sum(row.kept for row in data.sources.values())
-    suffix, all_parts = ("/*.parquet", "/*/*.parquet") if data.in_parts else (".parquet", ".parquet")
+    suffix = "/*.parquet" if data.in_parts else ".parquet"
     card_data = hub.DatasetCardData(
         pretty_name=f"{release.title}: data",
         language=list(release.languages) or None,
@@ -167,7 +168,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         task_categories=["text-generation"],
         configs=[
             *(_config(name, "kept", f"kept/{name}{suffix}") for name in data.sources),
-            _config("dispositions", "all_documents", f"dispositions{all_parts}"),
+            _config("dispositions", "all_documents", f"dispositions{_all_parts(data)}"),
             *(_config_of_messages(name, splits) for name, splits in data.messages.items()),
         ],
         **license_fields(release.license.data_compilation),
@@ -192,6 +193,11 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         sections=card_tables.sections(card_tables.DATA_TABLES, texts),
     )
     return _normalize_text(str(text))
+
+
+def _all_parts(data: DataFacts) -> str:
+    """The end of the pattern for the files of a table of all sources."""
+    return "/*/*.parquet" if data.in_parts else ".parquet"
 
 
 def _config(name: str, split: str, path: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from release.assembly import costs
@@ -10,7 +11,8 @@ from release.assembly.checkpoint_facts import Checkpoint, Intervention
 from release.assembly.data_facts import DataFacts, OrderPart
 from release.assembly.model_facts import ModelFacts
 from release.assembly.score_facts import ChatScores, HarnessFacts
-from release.layout import numbered
+from release.layout import RUNTIMES, numbered
+from release.prediction.forecast import FOLDER as PREDICTION
 from stages.evaluation.scores import Figure, ModelScores
 
 MOST_LICENSES = 8
@@ -210,20 +212,29 @@ def order(data: DataFacts) -> list[str]:
 
 
 def conversations(data: DataFacts, phases: Iterable[str]) -> list[str]:
-    """What the documents of conversations that the phases read have, and what none has; empty without any."""
+    """What the kept conversations of the sources that the phases read have, and what none has; empty without any."""
     read = {source for phase in phases for source in data.sources_read(phase)}
     rows = [(name, row, row.conversations) for name, row in data.sources.items() if name in read and row.conversations]
     if not rows:
         return []
     body = [
-        [name, count(row.documents_in), *(count(features[name]) for name in CONVERSATION_TITLES)]
+        [name, count(row.kept), *(count(features[name]) for name in CONVERSATION_TITLES)]
         for name, row, features in rows
     ]
     absent = [title for name, title in CONVERSATION_TITLES.items() if not any(row[name] for _, _, row in rows)]
-    sentence = f"No document has: {', '.join(absent)}. " if absent else ""
+    sentence = f"No kept conversation has: {', '.join(absent)}. " if absent else ""
     heads = (f"with {title}" for title in CONVERSATION_TITLES.values())
-    lines = table(["conversations", "documents", *heads], body)
+    lines = table(["source", "conversations kept", *heads], body)
     return [*lines, "", f"{sentence}`enable_thinking=False` opens an empty think block, which no phase trained."]
+
+
+def further_evidence(release: Path) -> list[str]:
+    """Rows of the evidence card for what only some releases have."""
+    rows = {
+        RUNTIMES: "what other programs make of the final model and its variants: tokens and log-probabilities",
+        f"{PREDICTION}/": "what smaller runs said of this one, sealed before it began",
+    }
+    return [f"| `{path}` | {text} |" for path, text in rows.items() if (release / path).exists()]
 
 
 def packing(data: DataFacts) -> list[str]:

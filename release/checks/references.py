@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from release import data_layout, references
@@ -33,9 +34,23 @@ def by_reference(subject: Subject) -> Findings:
         )
     for name in sorted(stated.keys() - data_layout.kept_files(dataset).keys()):
         findings.problems.append(f"references.json names {name}, of which there are no documents")
+    findings.problems += _unreasoned(dataset, stated)
     names = ", ".join(findings.skipped)
     findings.summary = f"texts by reference: {names}; all others are here"
     return findings
+
+
+def _unreasoned(dataset: Path, stated: Mapping[str, Reference]) -> list[str]:
+    """Sources that a model wrote from one by reference, without a reason why their texts are published."""
+    reasons, problems = references.published_reasons(dataset), []
+    for path in sorted((dataset / "sources").glob("*.json")):
+        generated = read_json(path).get("generated") or {}
+        if generated.get("from_source") in stated and path.stem not in reasons:
+            problems.append(
+                f"references.json does not say why the texts of {path.stem} are published, which a model wrote from "
+                f"{generated['from_source']}"
+            )
+    return problems
 
 
 def _problems(dataset: Path, name: str, reference: Reference, tables: list[str]) -> list[str]:

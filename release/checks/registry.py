@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from release.assembly.chat_messages import FOLDER as MESSAGES
+from release.assembly.message_tables import FOLDER as MESSAGES
 from release.checks import (
     answers,
     attestations,

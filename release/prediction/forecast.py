@@ -23,7 +23,7 @@ NAMES = {LOSS: "held-out loss", BITS: "bits per byte, all sources", ACCURACY: "a
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSize:
     """A run, or the one to come. key: of the phase. flops: of its training; tokens: its slots; active: parameters."""
 
     recipe: str
@@ -34,7 +34,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Point(Run):
+class Point(RunSize):
     """A finished run. digest: of the phase's artifact; scores_key, scores_digest: of its model's evaluation. items: the
     number that its accuracy is over."""
 
@@ -60,7 +60,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Prediction:
-    target: Run
+    target: RunSize
     points: tuple[Point, ...]
     forecasts: tuple[Forecast, ...]
 
@@ -88,7 +88,7 @@ class Outcome:
         return self.forecast.low <= self.measured <= self.forecast.high
 
 
-def predict(target: Run, points: Sequence[Point]) -> Prediction:
+def predict(target: RunSize, points: Sequence[Point]) -> Prediction:
     """The prediction for a run from finished ones. Raises ValueError with a sentence if they cannot carry one."""
     from stages.evaluation import scaling_law
 
@@ -119,7 +119,7 @@ def read(path: Path) -> Prediction:
         if (body["schema"], body["phase"], body["model"], body["level"]) != (SCHEMA, PHASE, MODEL, LEVEL):
             raise ValueError(f"it is not of schema {SCHEMA}, or about another phase, model or level")
         return Prediction(
-            Run(**body["target"]),
+            RunSize(**body["target"]),
             tuple(Point(**row) for row in body["points"]),
             tuple(Forecast(**row) for row in body["forecasts"]),
         )

@@ -15,7 +15,7 @@ from pipeline.core.store import Artifact, Store, sha256_file
 from pipeline.graph.dag import Graph
 from pipeline.launch.start_records import PREDICTION, prediction_key
 from release.prediction import forecast
-from release.prediction.forecast import FILE, MODEL, PHASE, Point, Prediction, Run
+from release.prediction.forecast import FILE, MODEL, PHASE, Point, Prediction, RunSize
 from stages.evaluation import scaling_law
 
 VERSION = 1
@@ -42,7 +42,7 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
         points.append(_point(graph, artifacts))
         materials |= {f"{graph.recipe.config.name}/{role}": artifact for role, artifact in artifacts.items()}
     try:
-        prediction = forecast.predict(Run(**_size(target)), points)
+        prediction = forecast.predict(RunSize(**_size(target)), points)
     except ValueError as error:
         raise AtomError(f"the ladder of {name} carries no prediction: {error}; give --from other recipes") from None
     return write(prediction, materials, store, key, name), prediction
@@ -86,7 +86,7 @@ def _sealed(graph: Graph, role: str, store: Store) -> Artifact:
 
 
 def _size(graph: Graph) -> dict[str, Any]:
-    """The fields of Run."""
+    """The fields of RunSize."""
     node, name = graph.nodes[NODE], graph.recipe.config.name
     config: Any = node.config
     vocabulary, phase = config.padded_vocab_size, config.phase

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
 from release import schema
@@ -154,7 +155,7 @@ def _rewrite_folder(
         tombstone = Tombstone(**{**tombstone.__dict__, "repositories": tuple(repositories_changed)})
         content = to_json(tombstones_json([*read_tombstones(release), tombstone]))
         for changed in repositories_changed:
-            rewrite.replace_file(draft / changed.folder / RETRACTED, content)
+            atomic_files.write(draft / changed.folder / RETRACTED, content)
         _seal(draft, release, {changed.folder for changed in repositories_changed}, key, progress)
         if not dry_run:
             _swap(draft, release)
@@ -204,7 +205,7 @@ def _add_notices(
         if not folder.startswith("checkpoints/"):
             notices[folder] = gone if remove_models else weights
         elif remove_models:
-            rewrite.replace_file(draft / folder / CARD, f"# {info.name}: {folder.partition('/')[2]}\n".encode())
+            atomic_files.write(draft / folder / CARD, f"# {info.name}: {folder.partition('/')[2]}\n".encode())
             notices[folder] = gone
     for folder, notice in notices.items():
         rewrite.add_notice(draft / folder / CARD, notice)
@@ -254,13 +255,13 @@ def _is_in(path: str, place: Repository) -> bool:
 def _seal(draft: Path, release: Path, changed: set[str], key: SigningKey | None, progress: Progress) -> None:
     """Writes checksums, and signs the changed repositories; the others keep their signatures."""
     for path in [*draft.rglob(SUMS)]:
-        rewrite.replace_file(path, path.read_bytes())  # no link to the release that is replaced
+        atomic_files.write(path, path.read_bytes())  # no link to the release that is replaced
     write_checksums(draft)
     if key is None:
         return
     signatures = [path for name in (SIGNATURE, PUBLIC_KEY) for path in draft.rglob(name)]
     for path in signatures:
-        rewrite.replace_file(path, path.read_bytes())
+        atomic_files.write(path, path.read_bytes())
     sign(draft, key, progress)
     for place in repositories(draft):
         for name in (SIGNATURE, PUBLIC_KEY):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from release.assembly.chat_messages import FOLDER as MESSAGES
+from pipeline.core import atomic_files
+from release.assembly import message_tables
 from release.audit import merkle
 from release.data_layout import ATTRIBUTION
 from release.layout import ROOTS, SUMS
@@ -21,7 +21,8 @@ from stages.data.curation.deny_list import OPT_OUT_RULE, match_text
 MIN_TEXT = 20
 """A shorter text is looked for as the whole value of a column only: it occurs in others by chance."""
 BATCH = 4096
-BY_ID = (f"dataset/{ATTRIBUTION}/", f"dataset/{MESSAGES}/")
+MESSAGES = f"dataset/{message_tables.FOLDER}/"
+BY_ID = (f"dataset/{ATTRIBUTION}/", MESSAGES)
 """The folders of tables that are about documents and do not hold their texts as they are."""
 HEAD = re.compile(r"\A---\r?\n.*?\r?\n---\s*?\n", re.DOTALL)
 
@@ -44,14 +45,7 @@ def rewrite(release: Path, reached: Reached) -> None:
             _rewrite_text(file, reached)
     if (release / "dataset" / ROOTS).exists():
         roots = merkle.roots(release / "dataset")
-        replace_file(release / "dataset" / ROOTS, (json.dumps(roots, indent=1, sort_keys=True) + "\n").encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a new file in the place of one that may be a link to another release's."""
-    draft = path.with_name(f".{path.name}.new")
-    draft.write_bytes(content)
-    os.replace(draft, path)
+        atomic_files.write(release / "dataset" / ROOTS, (json.dumps(roots, indent=1, sort_keys=True) + "\n").encode())
 
 
 def add_notice(card: Path, notice: str) -> None:
@@ -59,7 +53,7 @@ def add_notice(card: Path, notice: str) -> None:
     text = card.read_text("utf-8")
     head = HEAD.match(text)
     place = head.end() if head else 0
-    replace_file(card, f"{text[:place]}\n> {notice}\n{text[place:]}".encode())
+    atomic_files.write(card, f"{text[:place]}\n> {notice}\n{text[place:]}".encode())
 
 
 def _is_fates(path: str) -> bool:
@@ -76,13 +70,18 @@ def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
     with pq.ParquetFile(path) as file:
         if not any(_touches(batch, fates, reached, without) for batch in file.iter_batches(BATCH)):
             return
-        draft = path.with_name(f".{path.name}.new")
         schema = _with_strings(file.schema_arrow) if fates else file.schema_arrow
-        with pq.ParquetWriter(draft, schema, compression="zstd") as writer:
+        features = message_tables.no_features() if name.startswith(MESSAGES) else None
+        schema = schema if features is None else schema.remove_metadata()
+        with atomic_files.replacing(path) as draft, pq.ParquetWriter(draft, schema, compression="zstd") as writer:
             for batch in file.iter_batches(BATCH):
                 kept = _decide(batch, reached, schema) if fates else batch.filter(without(batch, reached))
                 writer.write_batch(kept)
-    os.replace(draft, path)
+                if features is not None:
+                    for row in kept.to_pylist():
+                        features.update(message_tables.row_features(row))
+            if features is not None:
+                message_tables.state_features(writer, features)
 
 
 def _touches(batch: Any, fates: bool, reached: Reached, without: Callable[[Any, Reached], Any]) -> bool:
@@ -153,7 +152,7 @@ def _rewrite_lines(path: Path, reached: Reached) -> None:
     needles = list(_encoded(reached))
     left = [line for line in lines if not any(needle in line for needle in needles)]
     if len(left) < len(lines):
-        replace_file(path, b"".join(left))
+        atomic_files.write(path, b"".join(left))
 
 
 def _rewrite_text(path: Path, reached: Reached) -> None:
@@ -162,7 +161,7 @@ def _rewrite_text(path: Path, reached: Reached) -> None:
     if needles and path.name == CARD:
         for needle in needles:
             content = content.replace(needle, b"[taken back]")
-        replace_file(path, content)
+        atomic_files.write(path, content)
     elif needles:
         path.unlink()
 

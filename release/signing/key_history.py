@@ -16,12 +16,12 @@ from __future__ import annotations
 import base64
 import datetime
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import canonical
 from pipeline.core.text import printable
@@ -79,10 +79,8 @@ class KeyHistory:
 
     def write(self, path: Path) -> None:
         """Writes the file atomically."""
-        partial = path.with_name(path.name + ".partial")
         body = {"schema": SCHEMA, "statements": self.envelopes}
-        partial.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
-        os.replace(partial, path)
+        atomic_files.write(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
     def line(self, name: str) -> list[str]:
         """The fingerprints of the keys of one holder, the first one first; only `name` if the history lacks it."""

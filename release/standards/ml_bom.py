@@ -7,13 +7,14 @@ write model cards. There is no time in it; its serial number follows from the di
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core.store import canonical
-from release.layout import MODEL, numbered
+from release.layout import MODEL, VARIANT, numbered
 from release.standards.energy_report import energy
 from release.standards.package_list import normalized
-from release.standards.standard_facts import StandardFacts, address, expression, joined, segment
+from release.standards.standard_facts import HUB, WEIGHTS, StandardFacts, address, expression, joined, segment
 
 Json = dict[str, Any]
 MOST_LOCKED = 200
@@ -25,6 +26,7 @@ LABELS = {"pretrain": "training", "midtrain": "training", "longcontext": "traini
 
 def bill(facts: StandardFacts) -> Json:
     release, models = facts.release, [_model(facts, folder) for folder in facts.models]
+    variants = [_variant(facts, suffix) for suffix in facts.variants]
     sources, packages = [_source(facts, name) for name in facts.data.sources], _packages(facts)
     seed = canonical([release.name, release.version, sorted(a.digest for a in release.nodes.values())])
     final, *earlier = models
@@ -41,9 +43,10 @@ def bill(facts: StandardFacts) -> Json:
             "tools": {"components": [{"type": "application", "name": "atom-release", "version": _tool(facts)}]},
             "licenses": _licenses([release.license.code]),
         },
-        "components": [*earlier, *sources, *packages],
+        "components": [*earlier, *variants, *sources, *packages],
         "dependencies": [
             *({"ref": model["bom-ref"], "dependsOn": references} for model in models),
+            *({"ref": variant["bom-ref"], "dependsOn": [final["bom-ref"]]} for variant in variants),
             *({"ref": reference} for reference in references),
         ],
     }
@@ -70,20 +73,77 @@ def _model(facts: StandardFacts, folder: str) -> Json:
         "version": release.version,
         "licenses": _licenses([release.license.weights]),
         "externalReferences": [{"type": "distribution", "url": address(facts.model_url(folder))}],
-        "components": [
-            {
-                "type": "file",
-                "bom-ref": f"model:{folder}/{segment(path)}",
-                "name": path,
-                "hashes": [{"alg": "SHA-256", "content": digest}],
-            }
-            for path, digest in facts.weights(folder).items()
-        ],
+        "components": _files(f"model:{folder}/", facts.weights(folder)),
+        "pedigree": _start(model.base) if model.base else {},
         "modelCard": _card(facts, folder),
         "properties": [
             {"name": f"{PROPERTY}parameters", "value": str(model.parameters.total)},
             {"name": f"{PROPERTY}active_parameters", "value": str(model.parameters.active)},
         ],
+    }
+    return {key: value for key, value in component.items() if value}
+
+
+def _files(place: str, digests: Mapping[str, str]) -> list[Json]:
+    """Files as components. place: begins their references; "" for files that nothing refers to."""
+    return [
+        {
+            "type": "file",
+            **({"bom-ref": f"{place}{segment(path)}"} if place else {}),
+            "name": path,
+            "hashes": [{"alg": "SHA-256", "content": digest}],
+        }
+        for path, digest in digests.items()
+    ]
+
+
+def _start(base: Mapping[str, Any]) -> Json:
+    """The pedigree of a model whose pre-training began with a published one."""
+    weights = {path: digest for path, digest in sorted(base["files"].items()) if path.endswith(WEIGHTS)}
+    ancestor = {
+        "type": "machine-learning-model",
+        "name": base["repo"],
+        "version": base["digest"],
+        "licenses": _licenses([base["license"]]),
+        "externalReferences": [{"type": "distribution", "url": address(f"{HUB}/{base['repo']}")}],
+        "components": _files("", weights),
+    }
+    notes = "Pre-training began with these weights and their tokenizer; the version is the digest of SHA256SUMS."
+    return {"ancestors": [{key: value for key, value in ancestor.items() if value}], "notes": notes}
+
+
+def _variant(facts: StandardFacts, suffix: str) -> Json:
+    """The final model with its weights in another form."""
+    release, loss = facts.release, facts.variants[suffix].loss
+    reference = f"model:{VARIANT}{suffix}"
+    original = {
+        "type": "machine-learning-model",
+        "name": release.name,
+        "version": release.version,
+        "licenses": _licenses([release.license.weights]),
+        "externalReferences": [{"type": "distribution", "url": address(facts.model_url())}],
+    }
+    component: Json = {
+        "type": "machine-learning-model",
+        "bom-ref": reference,
+        "name": f"{release.name}{suffix}",
+        "version": release.version,
+        "description": loss["title"],
+        "licenses": _licenses([release.license.weights]),
+        "externalReferences": [{"type": "distribution", "url": address(facts.variant_url(suffix))}],
+        "components": _files(f"{reference}/", facts.variant_weights(suffix)),
+        "pedigree": {
+            "ancestors": [{key: value for key, value in original.items() if value}],
+            "notes": "The weights follow from those of the ancestor alone.",
+        },
+        "modelCard": {
+            "quantitativeAnalysis": {
+                "performanceMetrics": [
+                    {"type": name, "value": repr(value)} for name, value in facts.variants[suffix].figures().items()
+                ]
+            }
+        },
+        "properties": [{"name": f"{PROPERTY}bytes", "value": str(loss["bytes"]["variant"])}],
     }
     return {key: value for key, value in component.items() if value}
 

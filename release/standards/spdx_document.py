@@ -5,14 +5,15 @@ Specification: spdx.github.io/spdx-spec/v3.0.1. Its time of creation is the end 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
 from pipeline.core.store import sha256_bytes
-from release.layout import MODEL
+from release.layout import MODEL, VARIANT
 from release.standards.energy_report import energy
 from release.standards.package_list import normalized
-from release.standards.standard_facts import StandardFacts, address, expression, joined, segment
+from release.standards.standard_facts import HUB, WEIGHTS, StandardFacts, address, expression, joined, segment
 
 Json = dict[str, Any]
 CONTEXT = "https://spdx.org/rdf/3.0.1/spdx-context.jsonld"
@@ -67,6 +68,12 @@ def document(facts: StandardFacts) -> Json:
         graph.relate(model, "trainedOn", [sources[name] for name in facts.read_by(folder)])
         graph.relate(model, "testedOn", list(sources.values()))
         graph.relate(model, "dependsOn", packages)
+        if base := facts.models[folder].base:
+            graph.relate(_base(graph, folder, base), "ancestorOf", [model])
+    variants = [_variant(graph, facts, suffix, provider) for suffix in facts.variants]
+    graph.relate(models[0], "hasVariant", variants)
+    for variant in variants:
+        graph.relate(variant, "descendantOf", models[:1])
     listed = [element["spdxId"] for element in graph.elements]
     bom = graph.add("software_Sbom", "bom", rootElement=models[:1], element=listed, profileConformance=PROFILES)
     graph.add("SpdxDocument", "document", rootElement=[bom], profileConformance=PROFILES)
@@ -106,6 +113,47 @@ def _model(graph: _Graph, facts: StandardFacts, folder: str, provider: str) -> s
         ai_useSensitivePersonalInformation="noAssertion",
         ai_energyConsumption=consumed,
         verifiedUsing=[_hash(digest, path) for path, digest in facts.weights(folder).items()],
+    )
+    graph.license(id, [release.license.weights])
+    return id
+
+
+def _base(graph: _Graph, folder: str, base: Mapping[str, Any]) -> str:
+    """The published model that the pre-training of a model began with. No AIPackage: its supplier and the time of its
+    release are not known here."""
+    id = graph.add(
+        "software_Package",
+        f"{folder}/base",
+        name=base["repo"],
+        software_packageVersion=base["digest"],
+        software_primaryPurpose="model",
+        software_downloadLocation=address(f"{HUB}/{base['repo']}"),
+        verifiedUsing=[_hash(digest, path) for path, digest in sorted(base["files"].items()) if path.endswith(WEIGHTS)],
+    )
+    graph.license(id, [base["license"]])
+    return id
+
+
+def _variant(graph: _Graph, facts: StandardFacts, suffix: str, provider: str) -> str:
+    release, loss = facts.release, facts.variants[suffix].loss
+    model = facts.models[MODEL]
+    id = graph.add(
+        "ai_AIPackage",
+        f"{VARIANT}{suffix}",
+        name=f"{release.name}{suffix}",
+        description=loss["title"],
+        suppliedBy=provider,
+        releaseTime=facts.ended,
+        builtTime=facts.ended,
+        software_packageVersion=release.version,
+        software_primaryPurpose="model",
+        software_downloadLocation=address(facts.variant_url(suffix)),
+        ai_domain=["text generation"],
+        ai_typeOfModel=["transformer decoder", model.architecture],
+        ai_metric=_entries(facts.variants[suffix].figures()),
+        ai_autonomyType="noAssertion",
+        ai_useSensitivePersonalInformation="noAssertion",
+        verifiedUsing=[_hash(digest, path) for path, digest in facts.variant_weights(suffix).items()],
     )
     graph.license(id, [release.license.weights])
     return id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +16,8 @@ from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import Manifest, read_json, read_manifests
-from release.layout import MODEL, STANDARDS, phases_of
+from release.assembly.variant_facts import VariantFacts, read_variants
+from release.layout import MODEL, STANDARDS, VARIANT, phases_of
 from release.schema import ReleaseInfo
 from release.standards.package_list import PACKAGES, Package
 from stages.maker import Category, Maker
@@ -25,6 +26,7 @@ NOT_STATED = "not stated"
 PROCEDURAL = ("problems", "chat-problems", "courtesies", "canaries", "passkeys")
 """Readers whose documents a program of this project wrote."""
 HUB = "https://huggingface.co"
+WEIGHTS = (".safetensors", ".gguf")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//[^/?]*(%5[BD]|:[0-9]*[^0-9/?]))")
 """Begins an address with a scheme, whose host has no bracket and whose port is a number."""
 LONE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -36,7 +38,8 @@ class StandardFacts:
 
     models: by folder, the final one first. costs: by stage. packages: of the environments. ended, acquired: the last
     ends of an attempt and of an acquisition, as `provenance.clock` writes them; "" without one. methods: how energy was
-    estimated. counted: attempts with an estimate, of all. declared: source.json by source. manifests: by node."""
+    estimated. counted: attempts with an estimate, of all. declared: source.json by source. manifests: by node.
+    variants: of the final model, by the end of their repository's name."""
 
     folder: Path
     release: ReleaseInfo
@@ -51,6 +54,7 @@ class StandardFacts:
     counted: tuple[int, int]
     declared: Mapping[str, dict[str, Any]]
     manifests: Mapping[str, Manifest]
+    variants: Mapping[str, VariantFacts] = field(default_factory=dict)
 
     @property
     def provider(self) -> str:
@@ -72,6 +76,9 @@ class StandardFacts:
     def data_url(self) -> str:
         return f"{HUB}/datasets/{self.release.repository}-data"
 
+    def variant_url(self, suffix: str) -> str:
+        return f"{HUB}/{self.release.repository}{suffix}"
+
     def model_url(self, folder: str = MODEL) -> str:
         return f"{HUB}/{self.release.repository}{folder.removeprefix(MODEL)}"
 
@@ -88,10 +95,16 @@ class StandardFacts:
 
     def weights(self, folder: str) -> dict[str, str]:
         """{path in the model's folder: SHA-256} of its weights, by the manifest of its export."""
-        node = f"export-{self.models[folder].name()}"
+        return self._weights(f"export-{self.models[folder].name()}")
+
+    def variant_weights(self, suffix: str) -> dict[str, str]:
+        """{path in the variant's folder: SHA-256} of its weights, by the manifest of its stage."""
+        return self._weights(f"{VARIANT}{suffix}")
+
+    def _weights(self, node: str) -> dict[str, str]:
         digests = self.manifests[node].digests if node in self.manifests else {}
         paths = {path.removeprefix("model/"): digest for path, digest in digests.items() if path.startswith("model/")}
-        return {path: digest for path, digest in sorted(paths.items()) if path.endswith(".safetensors")}
+        return {path: digest for path, digest in sorted(paths.items()) if path.endswith(WEIGHTS)}
 
     def category(self, source: str) -> tuple[Category, str]:
         """The category of a source, and why: the maker's statement, or the reader and the origin."""
@@ -146,6 +159,7 @@ def read_facts(
         counted=(counted, attempts),
         declared=declared,
         manifests=read_manifests(folder),
+        variants=read_variants(folder),
     )
 
 

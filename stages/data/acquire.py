@@ -27,7 +27,7 @@ from pipeline.core.bounds import Seed
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
-from stages.data import chat, estimates
+from stages.data import chat, chat_templates, estimates
 from stages.data.curation.failures import Failures
 from stages.data.database import connect
 from stages.data.licenses.maps import UNKNOWN_WEB, UNMAPPED
@@ -127,7 +127,7 @@ def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, o
     declaration |= {"reader": source.reader.reader, **source.reader.declared}
     if source.reader.conversations:
         declaration["conversations"] = {
-            name: sum(part.facts["features"][name] for part in parts) for name in chat.FEATURES
+            name: sum(part.facts["features"][name] for part in parts) for name in chat_templates.FEATURES
         }
     write_json(out / "source.json", {**declaration, **counts, **sizes, **licenses})
     report.note(
@@ -159,7 +159,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
     failures = Failures(subject, problem)
     skipped = Failures(subject, problem, MOST_SKIPPED_SHARE, SKIPPED_NAMES)
     licenses, refused, size = LicenseTally(), Counter[str](), 0
-    features = Counter(dict.fromkeys(chat.FEATURES, 0)) if source.reader.conversations else None
+    features = Counter(dict.fromkeys(chat_templates.FEATURES, 0)) if source.reader.conversations else None
     with (
         row_writer(folder / "documents" / part_file(number), DOCUMENTS) as write,
         row_writer(folder / "failed" / part_file(number), FAILED) as write_failed,

@@ -16,13 +16,11 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from stages.data.chat_templates import TOOLS_BEGIN, training_template
+from stages.data.chat_templates import FEATURES, TOOLS_BEGIN, training_template
 from stages.data.tokenizer import SPECIAL_TOKENS, THINK_START, TURN_END, TURN_START
 
 BEGIN = f"{TURN_START}assistant\n"
 """The template's text before an answer."""
-FEATURES = ("system", "tools", "reasoning")
-"""Parts that a conversation may have: a message of the system, tools, and reasoning."""
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 """`role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of calls

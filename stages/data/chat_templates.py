@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from typing import Any
 
+FEATURES = ("system", "tools", "reasoning")
+"""Parts that a conversation may have: a message of the system, tools, and reasoning."""
 TRAINING = """\
 {%- macro text(content) -%}
 {%- if content is string -%}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import uuid
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -20,7 +19,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files
+from pipeline.core import atomic_files, json_files
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import home_folder, sha256_bytes, sha256_file
 
@@ -110,11 +109,8 @@ def _save(folder: Path, new: dict[str, tuple[Version, str]]) -> None:
     entries = {**_read(folder), **unchanged}
     files = {name: " ".join(map(str, (*version, digest))) for name, (version, digest) in entries.items()}
     path = _path(folder)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(exist_ok=True)
-        draft.write_text(json.dumps({"folder": str(folder.absolute()), "files": files}) + "\n")
-        os.replace(draft, path)
+        atomic_files.write(path, json.dumps({"folder": str(folder.absolute()), "files": files}) + "\n")
     except OSError as error:
-        draft.unlink(missing_ok=True)
         warnings.warn(f"digests are not recorded ({error}), so the files are hashed again", stacklevel=2)

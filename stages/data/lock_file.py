@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +17,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from pipeline.core import atomic_files
 from pipeline.core.bounds import MOST_SOURCES, Line, SourceName, Words
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config
@@ -137,12 +136,9 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
             if field != "files"
         ]
         text += ["    files: |\n", *(f"      {line}\n" for line in source.files.splitlines())]
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        draft.write_text("".join(text))
-        os.replace(draft, path)
+        atomic_files.write(path, "".join(text))
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise RecipeError(
             f"{escaped(str(path), 200)} cannot be written ({error.strerror}); copy the data recipe to a folder of "
             "yours, and name it by its path"

@@ -107,10 +107,15 @@ def measure(config: EvaluateConfig, model: Path, inputs: Inputs, work: Path, out
 
 def run_shard(config: EvaluateConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Measures the documents and problems of one shard."""
-    model = inputs["model"] / "model"
-    pieces, shards = _pieces(config, model, inputs), estimates.shards(config.expected, engine=config.engine)
+    shards = estimates.shards(config.expected, engine=config.engine)
+    measure_shard(config, inputs["model"] / "model", inputs, work, shard, shards)
+
+
+def measure_shard(config: EvaluateConfig, model: Path, inputs: Inputs, work: Path, shard: int, shards: int) -> None:
+    """Leaves what one of several tasks measures of the model in a folder in `work`, where `measure` takes it from."""
     with ExitStack() as stack:
-        compute_shard(pieces, work, partial(_load, stack, config, model, work), shard, shards)
+        load = partial(_load, stack, config, model, work)
+        compute_shard(_pieces(config, model, inputs), work, load, shard, shards)
 
 
 def _load(stack: ExitStack, config: EvaluateConfig, model: Path, work: Path) -> LanguageModel:

@@ -129,7 +129,7 @@ def shape_of(model: ModelConfig, padded_vocab_size: int) -> Shape:
 
 
 @dataclass(frozen=True)
-class Run:
+class StepSetup:
     """How a step is computed. micro_batches: of a step, on one rank. gradient: bytes of one. What this project's engine
     does not have: graphs, launches replayed by the GPU, of all or of what is not the experts'; hides_experts: their
     traffic is hidden behind the compute of another micro-batch; balanced: the ranks of a pipeline share the time of the
@@ -165,7 +165,7 @@ class StepTime:
         return math.fsum(getattr(self, field.name) for field in fields(self))
 
 
-def step_time(shape: Shape, gpu: Accelerator, run: Run, constants: Constants = CONSTANTS) -> StepTime:
+def step_time(shape: Shape, gpu: Accelerator, run: StepSetup, constants: Constants = CONSTANTS) -> StepTime:
     """On the slowest stage of the pipeline. The GPU has a peak for bf16, and for FP8 if that is the precision."""
     layout = run.layout
     micro_batch = _micro_batch(shape, gpu, run, constants)
@@ -176,7 +176,7 @@ def step_time(shape: Shape, gpu: Accelerator, run: Run, constants: Constants = C
     return StepTime(**parts | {"optimizer": optimizer})
 
 
-def _micro_batch(shape: Shape, gpu: Accelerator, run: Run, c: Constants) -> StepTime:
+def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> StepTime:
     layout, total, fp8 = run.layout, shape.total, "fp8" in run.precision
     clock = math.sqrt(gpu.watts / (gpu.peaks["bf16"] * CLOCK / 1e12)) if gpu.watts else 1.0
     bf16 = gpu.peaks["bf16"] * min(1.0, c.bf16 * clock)
@@ -217,7 +217,7 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: Run, c: Constants) -> Step
     return StepTime(**times)
 
 
-def _kernels(shape: Shape, run: Run) -> float:
+def _kernels(shape: Shape, run: StepSetup) -> float:
     """Launches of a micro-batch in all layers."""
     if run.graphs == "full":
         return 0.0
@@ -226,7 +226,7 @@ def _kernels(shape: Shape, run: Run) -> float:
     return shape.sparse * of_experts + (shape.depth * LAYER_KERNELS if run.graphs == "none" else 0)
 
 
-def _update(shape: Shape, gpu: Accelerator, run: Run, c: Constants) -> tuple[float, float]:
+def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tuple[float, float]:
     """Seconds of a step's reduction of gradients and gathering of weights, and of its optimizer."""
     layout, total = run.layout, shape.total
     split, (dense_ranks, expert_ranks) = layout.ep * layout.split_experts, sharing(layout)

@@ -15,7 +15,7 @@ from pipeline.core.stage import (
     TrainingTime,
 )
 from stages.mcore.memory import MASTER, MOMENTS, memory_share
-from stages.mcore.throughput import UNFITTED_ERRORS, Run, shape_of, step_time
+from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.costs import Rows
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
 from stages.rl.samplers import server_memory
@@ -120,7 +120,7 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
     """The time of all updates, by stages/mcore/throughput.py, with answers of full length in rows of equal length."""
     phase, layout = config.phase, config.phase.parallelism
     length = math.ceil(_update_tokens(config) / phase.micro_batches)
-    run = Run(layout, phase.precision, Rows(1, length), phase.micro_batches // layout.data)
+    run = StepSetup(layout, phase.precision, Rows(1, length), phase.micro_batches // layout.data)
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
     return TrainingTime(seconds * (1 + _readings(config) / 3), *UNFITTED_ERRORS)
 

@@ -9,7 +9,7 @@ from stages.data.order_config import ROW_BYTES
 from stages.mcore.activations import activation_bytes
 from stages.mcore.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.mcore.parallel_layout import Layout
-from stages.mcore.throughput import UNFITTED_ERRORS, Run, shape_of, step_time
+from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.costs import MemoryShare, Rows
 from stages.train.checkpoint import SHARD_BYTES
 from stages.train.config import PhaseConfig, TrainConfig, TrainerConfig
@@ -74,7 +74,7 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
     for last, batch_rows in (*phase.row_ramp, (phase.steps, phase.rows_of(phase.steps))):
         micro_batches = batch_rows // rows.rows // layout.data
         if last >= first:
-            run = Run(layout, phase.precision, rows, micro_batches)
+            run = StepSetup(layout, phase.precision, rows, micro_batches)
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
     return TrainingTime(seconds, *UNFITTED_ERRORS)

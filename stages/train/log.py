@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from pipeline.core.errors import AtomError, MachineError
 from stages.train.checkpoint.work_checkpoint import SUPERSEDED
-from stages.train.launch_record import LogReplay
+from stages.train.log_replay import LogReplay
 
 
 class Log:

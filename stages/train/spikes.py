@@ -13,15 +13,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pipeline.core.spike_limit import spike_limit
 from stages.train.config import Spikes
 from stages.train.data import Row
 from stages.train.engine import StepFigures
 
 Record = dict[str, Any]
-SIGMA = 1.4826
-"""Standard deviation of a normal distribution by its median absolute deviation."""
-MIN_SIGMA = 0.01
-"""Lower bound of the standard deviation, as a share of the median: small changes of a flat loss are no spikes."""
 
 
 class SpikeDetector:
@@ -49,9 +46,7 @@ class SpikeDetector:
             return f"the gradient norm is {norm}"
         if self.policy is None or len(self.losses) < self.policy.window:
             return None
-        median = statistics.median(self.losses)
-        spread = SIGMA * statistics.median(abs(x - median) for x in self.losses)
-        limit = median + self.policy.loss_sigmas * max(spread, MIN_SIGMA * median)
+        median, limit = spike_limit(self.losses, self.policy.loss_sigmas)
         if loss > limit:
             return f"the loss is {loss:.4g}, above {limit:.4g} (median {median:.4g} of {len(self.losses)} steps)"
         median_norm = statistics.median(self.norms)

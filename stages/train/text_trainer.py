@@ -11,7 +11,9 @@ from typing import Any
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs
 from stages.data.order import position
+from stages.mcore.megatron_imports import parallel_state
 from stages.mcore.moe_metrics import DEAD_SHARE
+from stages.train import step_times
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import PENDING
 from stages.train.config import PhaseConfig, TrainConfig
@@ -49,6 +51,9 @@ class TextTrainer(Trainer):
         self.data_wait: float | None = None  # seconds that training waited for rows, except those of its first step
         self.pending: list[Record] = []  # spikes before which training was rewound, until their steps are passed again
         self.spikes = 0
+        position = parallel_state.get_pipeline_model_parallel_rank()
+        self.step_times = step_times.StepTimes(step_times.WAITS, ranks.rank, position, ranks.gather)
+        self.slow_rank: int | None = None  # that was reported last
 
     @property
     def phase(self) -> PhaseConfig:
@@ -109,7 +114,26 @@ class TextTrainer(Trainer):
         return {"heldout_loss": loss}
 
     def step(self, step: int) -> int:
-        """Trains on a step's rows, unless they are excluded."""
+        with self.step_times.step(lambda: self.prefetcher.waited):
+            finished = self._train_on(step)
+        if self.engine.ranks.world > 1:
+            self._compare_ranks(step)
+        return finished
+
+    def _compare_ranks(self, step: int) -> None:
+        """Reports the times of all ranks at intervals, and which of them becomes slow or is no longer."""
+        times = self.step_times.exchange()
+        if times is None or not self.first:
+            return
+        self.report.metric(step, **step_times.metrics(times))
+        slow = step_times.slow_rank(times)
+        rank = None if slow is None else slow.time.rank
+        if rank != self.slow_rank:
+            self.slow_rank = rank
+            self.report.slow_rank(None if slow is None else slow.sentence(step - step_times.INTERVAL + 1))
+
+    def _train_on(self, step: int) -> int:
+        """Trains on a step's rows, unless they are excluded. Returns the last finished step."""
         rows, rank_batch = self.prefetcher.take(step)
         # the first read cannot overlap with computation
         self.data_wait = 0.0 if self.data_wait is None else self.data_wait + self.prefetcher.waited
@@ -175,6 +199,7 @@ class TextTrainer(Trainer):
         assert policy is not None
         self.spikes += 1
         if self.first:
+            self.report.metric(step, spike=1.0)
             self.report.note(f"{self.name}: step {step} moved no weight: {figures.refused}")
         if self.spikes > policy.max_spikes:
             raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.max_spikes = "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import threading
@@ -25,16 +26,17 @@ import torch
 from pipeline.core.environment import device
 from pipeline.core.errors import AtomError, Interrupted
 from pipeline.core.stage import Inputs, Report, identity
-from stages.train import launch_record, parallel
+from stages.train import log_replay, nccl_trace, parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.config import TrainerConfig
 from stages.train.engine import Engine
-from stages.train.launch_record import LogReplay
 from stages.train.log import Log
+from stages.train.log_replay import LogReplay
 from stages.train.schedule import learning_rate
 from stages.train.spikes import finite_or_none
+from stages.train.step_times import measured_waits
 from stages.train.watchdog import START_SECONDS, Watchdog
 
 STOP, FAILED = 1, 2
@@ -132,6 +134,7 @@ class Trainer(ABC):
         watchdog.alive()
         started, tokens_before = time.monotonic(), self.tokens
         while step < phase.steps:
+            step_began, step_tokens = time.monotonic(), self.tokens
             finished = self.step(step + 1)
             went_back, step = finished <= step, finished
             if went_back:
@@ -139,7 +142,9 @@ class Trainer(ABC):
                 continue
             if self.first:
                 speed = (self.tokens - tokens_before) / (time.monotonic() - started)
-                report.metric(step, tokens_per_s=speed)
+                seconds = time.monotonic() - step_began
+                figures = {"step_seconds": seconds, "step_tokens_per_s": (self.tokens - step_tokens) / seconds}
+                report.metric(step, tokens_per_s=speed, **figures, **peak_memory(ranks.device))
                 report.progress(step, phase.steps, "steps", **self.progress_figures, tokens_per_s=speed)
             self.log_measurement(step, self.measure(step))
             is_last = step == phase.steps
@@ -214,11 +219,11 @@ class Trainer(ABC):
         """Writes the record of this start, and again once the steps that are trained again were compared."""
         if not self.first:
             return
-        path = launch_record.path_of(self.work, self.report.lease)
+        path = log_replay.path_of(self.work, self.report.lease)
         replay = LogReplay(self.checkpoints.lost_lines)
 
         def write() -> None:
-            launch_record.write(path, restored_step, device(), replay)
+            log_replay.write(path, restored_step, device(), replay)
 
         def done() -> None:
             self.report.note(f"{self.name}: {replay.sentence()}")
@@ -278,9 +283,12 @@ def train(
     memory is full, or if another rank is lost; Interrupted after a stop signal; and the errors of the trainer.
     """
     timeout = config.phase.watchdog_timeout_seconds
+    if torch.cuda.is_available():
+        nccl_trace.prepare(work / "stacks")
     # the watchdog acts before a collective times out, so that its stacks are in the log
     with (
         Watchdog(name, timeout, work, report) as watchdog,
+        measured_waits(),
         parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
         stop_signals() as stop,
         full_memory(name, ranks),
@@ -291,6 +299,14 @@ def train(
             running.run(stop, watchdog, out)
         finally:
             running.close()
+
+
+def peak_memory(device: torch.device | str) -> dict[str, float]:
+    """Bytes that this process has held at most: of the host, and of its GPU if it has one."""
+    peaks = {"peak_memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
+    if torch.device(device).type == "cuda":
+        peaks["peak_gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(device))
+    return peaks
 
 
 @contextmanager

@@ -1,21 +1,26 @@
 """A watchdog for hanging ranks: logs the stacks of all ranks and ends the attempt.
 
-A rank that finishes no step for `timeout` seconds writes the stacks of its threads into the work folder; since all
-ranks wait for the one that hangs, all of them do so. Rank 0 prints them to its log, names the ranks without stacks
-(stopped, or on a dead node), and ends the attempt; the next one continues from the last work checkpoint.
+A rank that finishes no step for `timeout` seconds writes into the work folder the stacks of its threads, the
+collective that it is in, and on a GPU what NCCL's flight recorder has; since all ranks wait for the one that hangs,
+all of them do so. Rank 0 prints the stacks to its log, names the ranks without stacks (stopped, or on a dead node) or
+else the one that did not arrive, and ends the attempt; the next one continues from the last work checkpoint.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import json
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from pipeline.core import atomic_files
 from pipeline.core.stage import Report
-from stages.train import parallel
+from stages.train import nccl_trace, parallel
+from stages.train.step_times import WAITS, Place, first_missing
 
 COLLECT_SECONDS = 10.0
 """Seconds within which all ranks, which wait for each other at every step, detect a hang."""
@@ -67,6 +72,8 @@ class Watchdog:
         path = folder / f"rank-{self.rank:05d}.txt"
         with open(path, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
+        recorded = nccl_trace.write(folder, self.rank)
+        atomic_files.write(path.with_suffix(".json"), json.dumps(asdict(WAITS.place(self.rank))))
         print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
               file=sys.stderr, flush=True)  # fmt: skip
         if self.rank == 0:
@@ -77,17 +84,22 @@ class Watchdog:
             for rank in sorted(expected - missing - {0}):
                 stacks = (folder / f"rank-{rank:05d}.txt").read_text()
                 print(f"rank {rank} stands here:\n{stacks}", file=sys.stderr, flush=True)
+            trace = f"; what NCCL recorded is in {recorded}" if recorded else ""
             if missing:
                 silent_ranks = ", ".join(map(str, sorted(missing)))
-                return f"; no sign of rank {silent_ranks}; the stacks of the others are in the log"
+                return f"; no sign of rank {silent_ranks}; the stacks of the others are in the log{trace}"
+            if self.world > 1:
+                places = [json.loads((folder / f"rank-{rank:05d}.json").read_text()) for rank in sorted(expected)]
+                trace = f"; {first_missing([Place(**place) for place in places])}{trace}"
         else:
             time.sleep(2 * COLLECT_SECONDS)  # rank 0 reports first
-        return "; the stacks of all ranks are in the log"
+            trace = ""
+        return f"; the stacks of all ranks are in the log{trace}"
 
     def _ranks_with_stacks(self, since: float) -> set[int]:
         """The ranks whose stacks were written in this hang."""
         ranks = set()
-        for path in (self.work / "stacks").glob("rank-*.txt"):
-            if path.stat().st_mtime > since - self.limit and path.stat().st_size:
+        for path in (self.work / "stacks").glob("rank-*.json"):  # written after the stacks
+            if path.stat().st_mtime > since - self.limit:
                 ranks.add(int(path.stem[5:]))
         return ranks

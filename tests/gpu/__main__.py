@@ -1,4 +1,4 @@
-"""The kit for a GPU: fourteen points, each with a figure and a criterion, in sections of at most eight minutes.
+"""The kit for a GPU: fifteen points, each with a figure and a criterion, in sections of at most eight minutes.
 
     make test-gpu
     python -m tests.gpu [--section NAME] [--out FOLDER]
@@ -27,7 +27,7 @@ from typing import Any
 from pipeline.core.environment import git_commit
 from tests.fixtures import ROOT, gpu_fixtures
 
-SECTIONS = ("device", "training", "fp8", "resume_export", "profile_memory", "sampler_failures")
+SECTIONS = ("device", "training", "fp8", "resume_export", "profile_memory", "sampler_failures", "variants")
 LIMIT = 8 * 60
 """Seconds of a section."""
 CELL = 115
@@ -48,6 +48,7 @@ POINTS = {
     12: "ranks that stop, memory that is full",
     13: "FP8 products",
     14: "CUDA graphs",
+    15: "variants in vLLM",
 }
 ON_CPU = "**No GPU has run this kit.** These figures are a CPU's, on tiny models: they show that it works."
 Section = Mapping[str, Any]

@@ -20,7 +20,7 @@ from pipeline.graph import recipe as recipes
 from pipeline.graph.cost_estimate import Use, forecast
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
-from stages.mcore.throughput import Run, shape_of, step_time
+from stages.mcore.throughput import StepSetup, shape_of, step_time
 from stages.models.costs import Rows
 from stages.train.estimate import training_time
 from tests.fixtures import ROOT
@@ -153,7 +153,7 @@ def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> Non
     assert gpu is not None and phase.batch.ramp
     seconds = 0.0
     for first, last, tokens in ((1, 4000, 2 << 20), (4001, 14_000, 4 << 20), (14_001, 480_000, 8 << 20)):
-        run = Run(phase.parallelism, "bf16", Rows(1, 4096), tokens // 4096 // 256)
+        run = StepSetup(phase.parallelism, "bf16", Rows(1, 4096), tokens // 4096 // 256)
         seconds += (last - first + 1) * step_time(shape, gpu, run).total
     (use,) = estimate.uses
     assert (use.hours, use.gpu_hours) == (pytest.approx(seconds / 3600), pytest.approx(256 * seconds / 3600))

@@ -23,6 +23,7 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import cluster_profile, slurm, slurm_client, submission_lock
+from pipeline.launch.start_records import prediction_key
 from pipeline.operations import garbage_collection, trash
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import atom
@@ -200,6 +201,22 @@ def test_what_was_trained_goes_only_by_its_name(three: list[Graph], store: Store
         garbage_collection.loose(store, named=["pretrain-nothing"])
     checkpoint = home_fixtures.Checkpoint(key, 1).key
     assert store.sealed(checkpoint), "a checkpoint has a name of its own"
+
+
+def test_a_prediction_is_kept_for_a_run_to_come_and_named_as_what_it_is(three: list[Graph], store: Store) -> None:
+    home_fixtures.start(store, three[0], three[0].select("pretrain", None), "pretrain")
+    begun, to_come = (prediction_key(graph.nodes["pretrain"].key) for graph in three[:2])
+    for key in (begun, to_come):
+        draft = store.home / "work" / f".{key}"
+        draft.mkdir(parents=True)
+        (draft / "prediction.json").write_text("{}")
+        store.seal(draft, key, lambda product: None)
+    assert collected_paths(store) == set()
+    _, kept = garbage_collection.loose(store)
+    assert kept == [
+        f"{to_come} is kept, since a prediction is sealed once, before its run begins; --include {to_come} names it"
+    ]
+    assert collected_paths(store, named=[to_come]) == {f"artifacts/{to_come}"}
 
 
 def test_what_is_at_work_is_not_taken_even_if_it_is_named(three: list[Graph], store: Store) -> None:

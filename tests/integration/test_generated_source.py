@@ -14,19 +14,23 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from pipeline.core.errors import AtomError, CheckFailed, MachineError, RecipeError
 from pipeline.core.store import Artifact, write_manifest
 from release.assembly import assemble, data_facts
 from release.cards import document_tables
+from stages import graph
 from stages.data import dedup, duplicate_search, filter, generate, representative_copies
 from stages.data.licenses.derivatives import forbids_derivatives
 from stages.data.readers.generated import Generated
 from stages.data.recipe import DataRecipe, load
 from stages.data.table import TOKENIZED, part_files, write_rows
 from stages.evaluation import eval_set
+from stages.recipe import ReleaseRecipe
 from stages.scorers import answer_of
 from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.home_fixtures import SMOKE
 from tests.fixtures.run_fixtures import RecordingReport
 
 WORDS = [
@@ -74,6 +78,22 @@ def write_recipe(folder: Path, digest: str, **reader: Any) -> DataRecipe:
     path = folder / ("data.yaml" if digest != "auto" else "without-a-pin.yaml")
     path.write_text(json.dumps({"name": "data", "description": "test", "sources": sources}))
     return load(path)
+
+
+def test_texts_from_a_source_by_reference_are_published_for_a_stated_reason(tmp_path: Path) -> None:
+    data = write_recipe(tmp_path, f"sha256:{'0' * 64}")
+    body = yaml.safe_load(SMOKE.read_text())
+
+    def check(**release: Any) -> None:
+        config = ReleaseRecipe.model_validate({**body, "release": {**body["release"], **release}})
+        graph._check_generated("r", config, data)
+
+    check()
+    with pytest.raises(RecipeError, match="rewritten is generated from them; state in release.publish_generated why"):
+        check(by_reference=["notes"])
+    check(by_reference=["notes"], publish_generated={"rewritten": "the publisher of notes agreed"})
+    with pytest.raises(RecipeError, match="publish_generated names rewritten, which is not generated from a source by"):
+        check(publish_generated={"rewritten": "the publisher of notes agreed"})
 
 
 def digest_of(folder: Path) -> str:

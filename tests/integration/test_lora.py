@@ -15,7 +15,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM
 
-from release.assembly.chat_messages import write_messages
+from release.assembly.message_tables import write_messages
 from release.cards.render import _config_of_messages
 from stages.data import chat
 from stages.data.splits import split_of

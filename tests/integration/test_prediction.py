@@ -22,7 +22,7 @@ from release.audit import verify as audit
 from release.checks import prediction as check_of_prediction
 from release.checks import registry
 from release.prediction import forecast, sealing
-from release.prediction.forecast import FILE, FOLDER, Point, Run
+from release.prediction.forecast import FILE, FOLDER, Point, RunSize
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
 
@@ -127,7 +127,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> builder.BuildInput:
     source = release_fixtures.build_input(tmp_path_factory.mktemp("run"))
     home = Store(tmp_path_factory.mktemp("store"))
     trained, run = source.artifacts["pretrain"], source.artifacts["evaluate-init"]
-    sealed = forecast.predict(Run("tiny", trained.key, 1e13, 100, 100), [point(n, run) for n in (1, 2, 3)])
+    sealed = forecast.predict(RunSize("tiny", trained.key, 1e13, 100, 100), [point(n, run) for n in (1, 2, 3)])
     key = prediction_key(trained.key)
     artifact = sealing.write(sealed, {"r/evaluate": run}, home, key, "tiny")
     ((statement, _),) = provenance.read(home.ledger, key)

@@ -14,7 +14,9 @@ import pytest
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, write_manifest
 from release import references
+from release.assembly.data_facts import DataFacts
 from release.audit import rebuild
+from release.cards import document_tables
 from release.checks import documents
 from release.checks import references as checks
 from release.checks.check import Subject
@@ -24,6 +26,7 @@ from stages.data.sources import Source
 from stages.data.table import ITEMS, write_rows, write_table
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.hub_fixtures import Hub, acquire_config, lines, pin, write_recipe
+from tests.fixtures.standard_fixtures import source_facts
 
 NAME = "notes"
 PII = {"step": "pii"}
@@ -75,6 +78,23 @@ def publish(folder: Path, acquired: Artifact, filtered: Artifact, dedup: Artifac
     (release / "evidence/release.json").write_text("{}")
     shutil.copyfile(dedup / "manifest.json", release / "evidence/manifests/dedup.json")
     return release
+
+
+def test_texts_of_a_model_from_a_source_by_reference_have_a_reason(hub: Hub, release: Path) -> None:
+    data = release / "dataset"
+    (data / "sources/rewritten.json").write_text(json.dumps({"name": "rewritten", "generated": {"from_source": NAME}}))
+    assert checks.by_reference(Subject(data)).problems == [
+        f"references.json does not say why the texts of rewritten are published, which a model wrote from {NAME}"
+    ]
+    body = json.loads((data / "references.json").read_text())
+    (data / "references.json").write_text(json.dumps({**body, "generated": {"rewritten": "its publisher | agreed"}}))
+    assert checks.by_reference(Subject(data)).problems == []
+    facts = DataFacts(
+        sources={NAME: source_facts()},
+        by_reference={NAME: "local/notes"},
+        published_reasons=dict(references.published_reasons(data)),
+    )
+    assert "| rewritten | its publisher \\| agreed |" in document_tables.by_reference(facts)
 
 
 def kept(folder: Path) -> list[Path]:

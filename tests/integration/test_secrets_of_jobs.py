@@ -63,7 +63,7 @@ def test_the_shell_has_the_same_rule(tmp_path: Path) -> None:
     run = Run("run", tmp_path / "run", {})
     node = Node("stage", Stage("stage", 1, Config, lambda *_: None), Config(), {}, "stage-0")
     script = batch_script(Store(tmp_path), run, node, cluster_profile.load("dev").cluster(), tmp_path, [])
-    text = replace(script, forwarded_variables={}, variables={}, srun_command="env -0; exit;").text()
+    text = replace(script, forwarded_variables={}, variables={}, srun_options="2> /dev/null; env -0; exit;").text()
     secrets = {
         name: value for name, value in SECRETS.items() if clean_environment.is_secret(name) or name == "TEAM_LOGIN"
     }

@@ -10,10 +10,20 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.core.errors import Failure, Kind
+from pipeline.core.events import FileReport
+from pipeline.core.lease import Lease
 from pipeline.core.store import Artifact, Store
+from pipeline.graph import run as runs_of
+from pipeline.graph.dag import Graph
+from pipeline.graph.run import NodeStatus, Run
+from pipeline.launch import start_file
+from pipeline.launch.attempt import Attempt, Task
+from pipeline.launch.rendezvous import Ranks
 from pipeline.tracking import mlflow_sync
 from release.hub.local.server import free_port
 from tests.fixtures import home_fixtures
@@ -72,7 +82,142 @@ def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_h
     inputs = {i.dataset.name: i.dataset.digest for i in child.inputs.dataset_inputs}
     tokens = next(name for name in inputs if name.startswith("tokenize-"))
     assert Artifact.open(smoke_home / "artifacts" / tokens).digest.startswith(inputs[tokens])
+    assert child.data.tags["atom.layout"] and child.data.params["seed"] == "0"
+    speeds = client.get_metric_history(child.info.run_id, "step_seconds")
+    assert [m.step for m in speeds] == list(range(1, 61)) and child.data.metrics["peak_memory_bytes"] > 2**20
+    assert child.data.metrics["restarts"] == 0 and "mfu" not in child.data.metrics, "the profile has no GPU"
+    scores = runs_by_name["evaluate-rlvr"].data.metrics
+    assert scores["bits_per_byte_all"] == parent.data.metrics["evaluate-rlvr/bits_per_byte_all"] > 0
     assert {"manifest.json", "summary.json", "statement"} <= {f.path for f in client.list_artifacts(child.info.run_id)}
+
+
+def started(run: Run, graph: Graph, store: Store, stage: str, number: int, **task: Any) -> None:
+    """What a worker writes at the start of a stage."""
+    node = graph.nodes[stage]
+    inputs = {role: key for role, key in graph.materials(node).items() if store.sealed(key)}
+    of_task: dict[str, Any] = {
+        "home": str(store.home), "run": run.id, "node": stage, "stage": node.stage.name, "key": node.key,
+        "config": node.config.model_dump(mode="json"), "inputs": inputs, "watts_per_core": 1.0, "ranks": 1, **task,
+    }  # fmt: skip
+    report = FileReport(run.node_folder(stage))
+    report.event("start", stage=stage, key=node.key, pid=os.getpid(), ranks=1)
+    attempt = Attempt(Task(**of_task), store, report, Ranks.from_environment(1, run.node_folder(stage)))
+    attempt.materials = {role: store.manifest(key) for role, key in inputs.items()}
+    start_file.write(attempt, number)
+    report.close()
+
+
+def ended(run: Run, stage: str, failure: Failure) -> None:
+    report = FileReport(run.node_folder(stage))
+    report.end(failure)
+    report.close()
+
+
+def test_a_stage_is_described_from_its_start_and_ended_by_what_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    for name, value in {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "gpu-[1-4]"}.items():
+        monkeypatch.setenv(name, value)
+    store, graph = Store(tmp_path / "home"), home_fixtures.graphs(tmp_path)[0]
+    run = home_fixtures.start(store, graph, graph.select("evaluate-base", None), stop_before="pretrain")
+    client = MlflowClient(tracking_uri=f"sqlite:///{store.home / 'mlflow.db'}")
+
+    def child(stage: str = "pretrain") -> Any:
+        mlflow_sync.Forwarder(run, store).sync()
+        parent_id = mlflow_sync.Forwarder(run, store).state["parent"]
+        parent = client.get_run(parent_id)
+        children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent_id}'")
+        return parent, next((each for each in children if each.info.run_name == stage), None)
+
+    lease = Lease.take(store.work(graph.nodes["pretrain"].key))
+    assert lease is not None
+    started(run, graph, store, "pretrain", 1, ranks=4, gpus=4, peaks={"fp32": 1e9})
+    report = FileReport(run.node_folder("pretrain"))
+    report.metric(1, loss=3.0, step_seconds=0.5, step_tokens_per_s=1000.0)
+    report.close()
+    parent, row = child()
+    assert parent.data.params["pretrain.optimizer.lr"] == row.data.params["phase.optimizer.lr"] == "0.003"
+    assert row.info.status == "RUNNING" and row.data.params["seed"] == "0"
+    tags = row.data.tags
+    assert (tags["atom.job"], tags["atom.nodes"], tags["atom.ranks"], tags["atom.gpus"]) == (
+        "77",
+        "gpu-[1-4]",
+        "4",
+        "4",
+    )
+    assert tags["atom.layout"] and tags["atom.commit"] == run.body["commit"] == parent.data.tags["atom.commit"]
+    inputs = {i.dataset.name: i.dataset.digest for i in row.inputs.dataset_inputs}
+    tokens = store.manifest(graph.nodes["tokenize"].key)
+    assert inputs[tokens.key] == tokens.digest[:36]
+    training = graph.nodes["pretrain"].stage.estimate(graph.nodes["pretrain"].config).training
+    assert training is not None
+    assert row.data.metrics["mfu"] == pytest.approx(1000.0 * training.gflop_per_token * 1e9 / (4 * 1e9))
+    assert row.data.metrics["step_seconds"] == 0.5 and row.data.metrics["restarts"] == 0
+
+    lease.release()
+    ended(run, "pretrain", Failure("a rank was killed", Kind.MACHINE))
+    row = child()[1]
+    assert row.info.status == "FAILED" and row.info.end_time
+    assert (row.data.tags["atom.error"], row.data.tags["atom.error_kind"]) == ("a rank was killed", "machine")
+
+    lease = Lease.take(store.work(graph.nodes["pretrain"].key))
+    assert lease is not None
+    started(run, graph, store, "pretrain", lease.number)
+    row = child()[1]
+    assert row.info.status == "RUNNING" and row.data.metrics["restarts"] == 1 and "atom.error" not in row.data.tags
+    lease.release()
+    ended(run, "pretrain", Failure("interrupted", Kind.STOPPED))
+    assert child()[1].info.status == "KILLED" and mlflow_sync.outcome_of(runs_of.status(run, store)) == "KILLED"
+
+    home_fixtures.seal(store, run, graph, "pretrain")
+    key = graph.nodes["evaluate-base"].key
+    out = store.work(key) / "out"
+    out.mkdir(parents=True)
+    (out / "scores.json").write_text('{"accuracy": {"a,b": {"value": 0.25, "se": 0.1}}, "tokens": 7}')
+    started(run, graph, store, "evaluate-base", 1)
+    product = store.seal(out, key, lambda made: home_fixtures.state(store, run, graph, "evaluate-base", made))
+    parent, row = child("evaluate-base")
+    assert row.data.metrics["accuracy/a_b"] == 0.25 and row.data.metrics["accuracy/a_b/se"] == 0.1
+    assert row.data.metrics["tokens"] == 7 and row.data.tags["atom.digest"] == product.digest
+    assert {name: value for name, value in parent.data.metrics.items() if "/" in name} == {
+        "evaluate-base/accuracy/a_b": 0.25
+    }
+    assert child()[1].info.status == "FINISHED" and "atom.error" not in child()[1].data.tags
+
+    # `atom run` was killed before it could end the run: the next one does
+    later = runs_of.start(graph, store, ["items"], "local")
+    mlflow_sync.end_abandoned(later, store)
+    assert client.get_run(parent.info.run_id).info.status == "KILLED", "its export is neither sealed nor failed"
+    assert mlflow_sync.Forwarder(run, store).state["outcome"] == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("states", "outcome"),
+    [
+        (["sealed", "sealed"], "FINISHED"),
+        (["sealed", "failed", "waiting"], "FAILED"),
+        (["sealed", "lost"], "FAILED"),
+        (["sealed", "stopped", "waiting"], "KILLED"),
+        (["cancelled", "waiting"], "KILLED"),
+        (["sealed", "waiting"], "KILLED"),
+    ],
+)
+def test_a_run_that_is_over_has_the_status_of_its_stages(states: list[str], outcome: str) -> None:
+    nodes = [
+        NodeStatus("n", "k", "failed" if state == "stopped" else state, kind="stopped" if state == "stopped" else None)
+        for state in states
+    ]
+    assert mlflow_sync.outcome_of(nodes) == outcome
+
+
+def test_an_unwritable_folder_of_logs_ends_no_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, graph = Store(tmp_path / "home"), home_fixtures.graphs(tmp_path)[0]
+    run = runs_of.start(graph, store, ["items"], "local")
+    (run.node_folder("items") / start_file.NAME).mkdir(parents=True)
+    started(run, graph, store, "items", 1)
+    assert "items: start.json was not written" in capsys.readouterr().err
 
 
 @at_length("training", 50)
@@ -102,6 +247,22 @@ def test_what_is_no_database_is_reported_at_once(tmp_path: Path, kind: str) -> N
     problem = background.close("FINISHED")
     assert problem and problem.startswith(f"{path} is damaged (it is ") and problem.endswith("; move it away"), problem
     assert time.monotonic() - begun < 10
+
+
+@at_length("training", 20)
+def test_the_sentence_about_a_failed_stage_is_a_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "home")
+    run = home_fixtures.start(store, home_fixtures.graphs(tmp_path)[0], ["acquire-sums"])
+    uri = f"sqlite:///{store.home / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    report = FileReport(run.node_folder("acquire-sums"))
+    report.event("attempt")
+    report.end(Failure("node n7 has 0 GPUs; see http://user:secret@host/x"))
+    report.close()
+    mlflow_sync.Forwarder(run, store).sync()
+    tracked = runs(uri)["acquire-sums"]
+    assert tracked.data.tags["atom.error"] == "node n7 has 0 GPUs; see http://host/x"
+    assert tracked.info.status == "FAILED"
 
 
 def test_a_run_sends_nothing_where_tracking_is_off(tmp_path: Path) -> None:

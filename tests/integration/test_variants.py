@@ -18,10 +18,13 @@ from release.assembly import build_release as builder
 from release.audit.verify import verify
 from release.checksums import write_sums
 from release.repositories import repositories
+from stages.evaluation.estimates import CPU_FLOPS, SHARD_SECONDS
 from stages.export.variants import conversion
 from stages.export.variants.registry import VARIANTS
+from stages.export.variants.stage import STAGE
 from stages.graph import compose
-from tests.fixtures import variant_fixtures
+from tests.fixtures import release_fixtures, variant_fixtures
+from tests.fixtures.run_fixtures import RecordingReport
 
 NAMES = ("gguf-q8_0", "fp8-attention", "int8")
 LARGEST = {"gguf-f32": 0, "gguf-f16": 5e-4, "bf16": 4e-3, "gguf-bf16": 4e-3, "gguf-q8_0": 0.01, "int8": 0.02, "fp8": 0.07,
@@ -67,6 +70,33 @@ def test_a_gguf_file_has_the_tokenizer_and_the_template(model: Path, tmp_path: P
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = variant_fixtures.build_input(tmp_path_factory.mktemp("run"), NAMES)
     return builder.build(source, tmp_path_factory.mktemp("home"))
+
+
+def test_shards_leave_the_same_bytes(release: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two tasks of a job array measure, and the stage joins what they left."""
+    home = tmp_path_factory.mktemp("shards")
+    source = release_fixtures.build_input(home)
+    inputs = {role: source.artifacts[node] for role, node in variant_fixtures.ROLES.items()}
+    tokens = round(1.5 * CPU_FLOPS * SHARD_SECONDS / 4)  # an hour and a half with two models of one parameter
+    expected = {"parameters": 1, "active": 1, "tokens": tokens, "pieces": 2}
+    settings = {"variant": "int8", "heldout_documents": 2, "max_new_tokens": 4, "expected": expected}
+    config = STAGE.config.model_validate(settings)
+    assert STAGE.run_shard is not None and STAGE.shards(config) == 2
+    outs = []
+    for name in ("alone", "together"):
+        out, work = home / name, home / f"work-{name}"
+        out.mkdir()
+        work.mkdir()
+        if name == "together":
+            for shard in (1, 0):
+                STAGE.run_shard(config, inputs, work, shard)
+            left = {path.name: path.read_bytes() for path in work.iterdir()}
+            assert any(file.startswith("divergence-") for file in left) and "shard-0" not in left
+        STAGE.run(config, inputs, work, out, RecordingReport())
+        if name == "together":
+            assert {path.name: path.read_bytes() for path in work.iterdir()} == left, "nothing was measured again"
+        outs.append({path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()})
+    assert outs[0] == outs[1]
 
 
 @pytest.fixture

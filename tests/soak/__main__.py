@@ -99,7 +99,9 @@ PARTS = {
         layouts.kill_steps, layouts.KILL_HEAD, "`kill -9` of one rank or all four, at random moments, in layout PP2xEP2."
     ),
     "slurm-stages": Part(
-        test_steps(*(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "verdicts", "watch"))),
+        test_steps(
+            *(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "relaunch", "nodes", "verdicts", "watch"))
+        ),
         ["tests", "result"], "The tests on Slurm at length: kills, node failures, daemons, a full disk.",
     ),
     "slurm-parts": Part(
@@ -123,7 +125,7 @@ PARTS = {
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
     ),
     "training": Part(
-        test_steps(*(f"tests/integration/test_{n}.py" for n in ("asynchronous", "cluster_recipes", "dense_model", "fake_fp8", "launch_record", "layouts", "model_rope", "precision_simulation", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "rlvr", "run", "spikes", "tools", "tracking", "train_loop"))),
+        test_steps(*(f"tests/integration/test_{n}.py" for n in ("asynchronous", "cluster_recipes", "dense_model", "fake_fp8", "start_records", "layouts", "model_rope", "precision_simulation", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop"))),
         ["tests", "result"],
         "Every feature in every layout, runs that are killed, stopped and simulated, and the memory of simulated layouts.",
     ),

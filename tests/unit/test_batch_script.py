@@ -21,11 +21,12 @@ from pipeline.core.store import Store
 from pipeline.graph import recipe, registry
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import Run
-from pipeline.launch import clean_environment, cluster_profile, job, local, slurm
+from pipeline.launch import bad_nodes, clean_environment, cluster_profile, job, local, slurm
 from pipeline.launch.attempt import ALIVE, Task, server_seconds
 from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
 from pipeline.launch.cluster_profile import Slurm
 from pipeline.launch.decision import Decision, Verdict
+from pipeline.launch.diagnoses import NO_PYTHON
 
 SLURM = {"cpu": {"partition": "cpu", "minutes": 60}, "train": {"partition": "gpu", "minutes": 90}}
 OF_PROFILES = {
@@ -101,7 +102,10 @@ def test_a_stage_in_an_unpacked_image_sees_the_places_of_the_profile() -> None:
 
 def test_the_script_of_a_job_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin:/bin", "SITE": "north wing", "EDITOR": "vi"})
-    settings: dict[str, Any] = {"python": "/envs/atom/bin/python", "forward": ["SITE"], "environment": {"A": "it's"}}
+    settings: dict[str, Any] = {
+        "python": "/envs/atom/bin/python", "forward": ["SITE"], "environment": {"A": "it's"},
+        "restarts_in_allocation": 0,
+    }  # fmt: skip
     text = script(Slurm.model_validate({**SLURM, **settings}), dependencies=["7", "8"]).text()
     head, _, rest = text.partition("\n# The stage gets no secret")
     assert (
@@ -125,6 +129,7 @@ def test_the_script_of_a_job_word_by_word(monkeypatch: pytest.MonkeyPatch) -> No
 """
     )
     _, _, body = rest.partition("\nkeep_allowed_variables\n")
+    body, _, rest = body.partition("say() {")  # the functions that explain a failure: test_bad_nodes.py
     assert (
         body
         == """export PATH=/usr/bin:/bin
@@ -150,20 +155,35 @@ export A='it'"'"'s'
 job=$SLURM_JOB_ID
 start=${SLURM_RESTART_COUNT:-0}
 launches=/shared/atom/logs/tiny-1/pretrain/ranks/$SLURM_JOB_ID
-export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --kill-on-bad-exit=1 /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit
+may_restart=
+begin_launch() { # FOLDER
+    launch=$1
+    mkdir -p "$launch"
+    messages=$launch/srun
+    : > "$messages" || messages=$(mktemp)  # the home folder may be full
+}
+previous=$(find "$launches.$((start - 1))" "$launches.$((start - 1))".* -maxdepth 0 2> /dev/null | sort -V | tail -n 1)
+begin_launch "$launches.$start"
+
+"""
+    )
+    assert (
+        rest.partition("\n}\n\nexport")[2]
+        == """ SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --kill-on-bad-exit=1 /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit 2> "$messages"
 exit_code=$?
+cat "$messages" >&2
 
 # What rank 0 decided is done. If it left no decision, the job is started again: 3 times, and as long as
 # rank 0 began in one of the last starts.
-decision=$(head -n 1 "$launches.$start/decision" 2> /dev/null)
-kind=$(sed -n 2p "$launches.$start/decision" 2> /dev/null)
-outcome=$(tail -n +3 "$launches.$start/decision" 2> /dev/null)
+decision=$(head -n 1 "$launch/decision" 2> /dev/null)
+kind=$(sed -n 2p "$launch/decision" 2> /dev/null)
+outcome=$(tail -n +3 "$launch/decision" 2> /dev/null)
+[ "$decision" = relaunch ] && decision=again
 
-may_restart=
 [ "$start" -lt 3 ] && may_restart=yes
 for n in $(seq 0 3); do [ -e "$launches.$((start - n))/started-0" ] && may_restart=yes; done
-[ -z "$decision" ] && [ -n "$may_restart" ] && decision=again
+[ -z "$decision" ] && explain
 
 if [ "$decision" = again ]; then
     # A job that Slurm itself has ended (scancel, requeue) is no longer RUNNING. A controller that is down is awaited.
@@ -172,8 +192,16 @@ if [ "$decision" = again ]; then
         case $state in *Invalid*) break ;; esac
         sleep 5
     done
+    blame_lost
+    avoided_nodes
+    # Slurm takes a list of excluded nodes only of a job that waits: right after it is queued again, while it ends this
+    # start, which the update must survive. The next start is seconds later.
+    terminated=
+    trap 'terminated=yes' TERM
     if [ "$state" = RUNNING ] && scontrol requeue "$job"; then
-        sleep 300  # until Slurm ends this start
+        [ ! -e "$launches-avoided" ] || (trap '' TERM; exec scontrol update "jobid=$job" "excnodelist=$avoided")
+        trap - TERM
+        [ -n "$terminated" ] || sleep 300  # until Slurm ends this start
     fi
     exit 1
 fi
@@ -201,7 +229,7 @@ def test_what_is_not_asked_for_is_not_there() -> None:
         "--mem",
         "exclusive",
         "account",
-        "dependency",
+        "#SBATCH --dependency",
         "array",
         "module load",
         "ATOM_OUTCOME",
@@ -218,7 +246,7 @@ def test_an_array_has_its_own_folder_and_ids() -> None:
         f"#SBATCH --output={folder}/submitit/%A_%a_0_log.out\n",
         f"--output {folder}/submitit/%A_%a_%t_log.out ",
         "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID\n",
-        '[ -e "$launches.$start/further" ] && may_restart=yes\n',
+        '[ -e "$launch/further" ] && may_restart=yes\n',
         f"mkdir {folder}/notified 2> /dev/null; then\n",
     ):
         assert words in text, words
@@ -234,7 +262,9 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
 STUBS = {
     "srun": 'env -0 > "$PLACE/environment"; exit 9',
     "squeue": "echo RUNNING",
-    "scontrol": 'echo "$*" >> "$PLACE/requeued"; exit 1',  # the script would wait 300 s for Slurm to end it
+    # the script would wait 300 s for Slurm to end it
+    "scontrol": '[ "$1" = show ] && { echo n1; exit; }; echo "$*" >> "$PLACE/requeued"; exit 1',
+    "sbatch": "exit 0",
 }
 
 
@@ -277,8 +307,97 @@ def test_what_rank_0_decided_is_done(
     assert end_of(tmp_path, batch.text(), starts) == end
     notes = (tmp_path / "notes").read_text() if (tmp_path / "notes").exists() else ""
     is_over = decision is None or not decision.startswith(("sealed", "again"))
-    expected = decision.split("\n", 2)[2] if decision else "it did not start, exit code 9\n"
+    expected = (
+        decision.split("\n", 2)[2] if decision else f"{NO_PYTHON.text(nodes='n1', detail='it printed nothing')}\n"
+    )
     assert notes == (f"tiny-1 pretrain: {expected}" if is_over and not end[1] else "")
+
+
+def launched(
+    home: Path, outcomes: str, answer: str, nodes: str = "n1 n2", says: str = "", **settings: Any
+) -> tuple[list[str], str]:
+    """Runs the script of a job whose launches end with these decisions, `-` for none, one after the other.
+
+    answer: of squeue. nodes: those that answer. says: what srun reports of each launch. Returns the options of srun for
+    each launch after the first one, and what scontrol is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{home / 'bin'}:/usr/bin:/bin")
+        batch = script(Slurm.model_validate({**SLURM, **settings}), home)
+    (home / "outcomes").write_text("\n".join(outcomes.split()) + "\n")
+    (home / "answering").write_text("".join(f"{node}\n" for node in nodes.split()))
+    line = f"""case "$*" in
+        *SLURMD_NODENAME*) cat $PLACE/answering; exit 0 ;;
+        *pipeline.launch.job*) exit 0 ;;  # whether Python starts
+    esac
+    echo "$ATOM_RELAUNCH $*" >> $PLACE/launched
+    echo "{says}" >&2
+    launch={batch.launches_folder}/7.0${{ATOM_RELAUNCH:+.$ATOM_RELAUNCH}}
+    mkdir -p $launch; touch $launch/started-0
+    outcome=$(sed -n $(wc -l < $PLACE/launched)p $PLACE/outcomes)
+    [ "$outcome" = - ] || printf '%s\\n\\nas it is\\n' $outcome > $launch/decision
+    exit 1"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STUBS, "srun", line)
+        patch.setitem(STUBS, "squeue", f"""case "$*" in *EndTime*) echo "{answer}" ;; *) echo RUNNING ;; esac""")
+        _, requeued = end_of(home, batch.text(), SLURM_JOB_NUM_NODES="2")
+    first, *others = (home / "launched").read_text().splitlines()
+    assert first.startswith(" --unbuffered") and "--overlap" not in first
+    return [re.sub(r" --unb.*bad-exit=1| \S+ -u -m.*", "", each) for each in others], requeued
+
+
+LATER, SOON = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds)) for seconds in (3600, 170))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "answer", "launches", "requeued"),
+    [
+        ("relaunch sealed", f"RUNNING N/A {LATER} 2", 1, ""),
+        ("relaunch relaunch relaunch relaunch", f"RUNNING N/A {LATER} 2", 3, "requeue 7\n"),
+        ("- - sealed", f"RUNNING N/A {LATER} 2", 1, "requeue 7\n"),
+        ("- relaunch - sealed", f"RUNNING N/A {LATER} 2", 3, ""),
+        ("failed", f"RUNNING N/A {LATER} 2", 0, ""),
+        ("again", f"RUNNING N/A {LATER} 2", 0, "requeue 7\n"),
+        ("relaunch sealed", f"RUNNING N/A {SOON} 2", 0, "requeue 7\n"),
+        ("relaunch sealed", f"RUNNING {LATER} {LATER} 2", 0, "requeue 7\n"),
+        ("relaunch sealed", f"COMPLETING N/A {LATER} 2", 0, "requeue 7\n"),
+        ("relaunch sealed", "", 0, "requeue 7\n"),
+    ],
+    ids=["once", "limit", "unknown", "mixed", "final", "stopped", "late", "preempted", "canceled", "controller"],
+)
+def test_ranks_start_again_in_the_same_allocation(
+    outcomes: str, answer: str, launches: int, requeued: str, tmp_path: Path
+) -> None:
+    expected = [f"{number} --overlap --nodelist=n1,n2" for number in range(1, launches + 1)]
+    assert launched(tmp_path, outcomes, answer) == (expected, requeued)
+
+
+def test_without_launches_in_the_allocation_the_job_is_requeued(tmp_path: Path) -> None:
+    answer = f"RUNNING N/A {LATER} 2"
+    assert launched(tmp_path, "relaunch", answer, restarts_in_allocation=0) == ([], "requeue 7\n")
+
+
+def test_a_node_that_loses_a_rank_in_two_launches_of_one_start_is_bad(tmp_path: Path) -> None:
+    says = "srun: error: n2: task 1: Killed"
+    answer = f"RUNNING N/A {LATER} 2"
+    for outcomes, relaunches in (("relaunch", 0), ("relaunch relaunch", 1)):
+        home = tmp_path / str(relaunches)
+        home.mkdir()
+        launches, requeued = launched(home, outcomes, answer, says=says, restarts_in_allocation=relaunches)
+        assert (len(launches), requeued) == (relaunches, "requeue 7\n")
+        assert [entry.node for entry in bad_nodes.read(Store(home))] == ["n2"] * relaunches
+
+
+def test_a_node_that_does_not_answer_is_left_out(tmp_path: Path) -> None:
+    answer = f"RUNNING N/A {LATER} 3"
+    assert launched(tmp_path, "relaunch sealed", answer, "n1") == ([], "requeue 7\n")
+    (tmp_path / "spare").mkdir()
+    train = {**SLURM["train"], "spare_nodes": 1}
+    launches, requeued = launched(tmp_path / "spare", "relaunch sealed", answer, "n10 n1", train=train)
+    assert launches == ["1 --overlap --nodelist=n1,n10 --nodes=2 --ntasks=2"] and not requeued
+    options = script(Slurm.model_validate({**SLURM, "train": train})).sbatch_options
+    assert (options["nodes"], options["no-kill"]) == (3, True)
+    options = script(Slurm.model_validate({**SLURM, "train": train}), ranks=1).sbatch_options
+    assert options["nodes"] == 1 and "no-kill" not in options, "one node has no spare"
 
 
 def test_options_of_a_kind_and_of_a_stage_reach_sbatch_and_srun() -> None:
@@ -295,7 +414,7 @@ def test_options_of_a_kind_and_of_a_stage_reach_sbatch_and_srun() -> None:
     batch = script(Slurm.model_validate(settings))
     options = {"partition": "big,small", "time": 30, "mem": "4096M", "reservation": "llm", "nice": "5"}
     assert options.items() <= batch.sbatch_options.items() and "qos" not in batch.sbatch_options
-    assert batch.srun_command.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores --mem-bind=local")
+    assert batch.srun_options.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores --mem-bind=local")
     assert batch.variables["NCCL_DEBUG"] == "INFO" and batch.variables["A"] == "b"
     batch = script(Slurm.model_validate({**settings, "stages": {}}))
     assert (batch.sbatch_options["mem"], batch.variables["NCCL_DEBUG"]) == ("0", "WARN")
@@ -329,7 +448,9 @@ def test_a_node_on_which_the_setup_fails_does_not_run_the_stage(
     assert end_of(tmp_path, batch.text(), starts) == end
     verdict = Verdict.read(Path(f"{batch.launches_folder}/7.{starts}"))
     assert verdict is not None and verdict.kind is Kind.MACHINE
-    assert re.fullmatch(r"line 2 of setup of the cluster profile failed with exit code 1 on \S+", verdict.text)
+    assert re.fullmatch(
+        r"line 2 of setup of the cluster profile failed with exit code 1 on node \S+; see .*", verdict.text
+    )
     assert not (tmp_path / "environment").exists(), "srun was not called"
 
 
@@ -360,7 +481,9 @@ def test_a_task_that_finished_a_shard_is_started_again_and_one_task_notifies(
     assert end_of(tmp_path, text, 8, **ids) == (1, "requeue 5_1\n")
     (tmp_path / "requeued").unlink()
     (launch / "further").unlink()
-    assert [end_of(tmp_path, text, 8, **ids) for _ in range(2)] == [(2, "")] * 2
+    for _ in range(2):
+        (launch / "decision").unlink()
+        assert end_of(tmp_path, text, 8, **ids) == (2, "")
     assert (tmp_path / "notes").read_text() == "x\n"
 
 

@@ -162,7 +162,7 @@ def test_the_card_says_what_no_conversation_has() -> None:
         data.sources[name].conversations = {"system": 3, "tools": 0, "reasoning": 0}
     lines = tables.conversations(data, ["pretrain", "sft"])
     assert lines[2:4] == ["| talk | 40 | 3 | 0 | 0 |", ""] and lines[4].startswith(
-        "No document has: tools, reasoning. "
+        "No kept conversation has: tools, reasoning. "
     )
     assert tables.conversations(data, ["pretrain"]) == []
 

@@ -16,7 +16,10 @@ HERE = [name for name, command in COMMANDS.items() if command.callback.__module_
 
 def test_commands_stand_in_the_order_of_their_use() -> None:
     """Those of the engine first, and then what the registry adds."""
-    assert HERE == ["plan", "run", "submit", "status", "logs", "cancel", "retry", "sync", "gc"]
+    assert HERE == [
+        "init", "validate", "diff", "plan", "run", "submit", "status", "logs", "nodes", "cancel", "retry", "sync",
+        "watch", "runs", "compare", "gc",
+    ]  # fmt: skip
     assert list(COMMANDS)[: len(HERE)] == HERE and {"simulate-precision", "build", "verify"} < COMMANDS.keys()
 
 

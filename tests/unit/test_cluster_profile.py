@@ -12,10 +12,11 @@ import yaml
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Needs, Stage
 from pipeline.core.store import Store
-from pipeline.graph import recipe
+from pipeline.graph import dag, recipe
+from pipeline.graph import run as runs
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
-from pipeline.launch import cluster_profile
+from pipeline.launch import cluster_profile, slurm
 from pipeline.launch.batch_script import batch_script
 
 SHIPPED = sorted((Path(cluster_profile.__file__).parents[1] / "clusters").glob("*.yaml"))
@@ -76,3 +77,13 @@ def test_a_folder_that_is_none_and_a_name_that_is_taken_are_refused(
         RecipeError, match="cluster profile local is both packaged and in .*; give the file there another name"
     ):
         cluster_profile.load("local")
+
+
+def test_a_job_knows_the_peaks_of_its_gpus_and_one_without_gpus_none(tmp_path: Path) -> None:
+    """MLflow's `mfu` is computed from them."""
+    profile, store = cluster_profile.load("h100-pyxis"), Store(tmp_path)
+    graph = dag.compose(recipe.load("atom-smoke"), store)
+    run = runs.start(graph, store, ["items", "pretrain"], "h100-pyxis")
+    gpu, cpu = (slurm.task_of(graph, store, run, graph.nodes[name], profile) for name in ("pretrain", "items"))
+    assert gpu.gpus and gpu.peaks == profile.peaks() and gpu.peaks["bf16"] == 989e12
+    assert not cpu.gpus and cpu.peaks == {}

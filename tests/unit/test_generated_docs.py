@@ -1,4 +1,5 @@
-"""docs/cli.md and docs/configuration.md are what the commands and the schemas of today give."""
+"""docs/cli.md, docs/configuration.md, docs/schemas and the table of failures are what commands, schemas and diagnoses of
+today give."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ def pages() -> dict[str, str]:
     return content
 
 
-@pytest.mark.parametrize("name", ["cli.md", "configuration.md"])
+SCHEMAS = ("recipe", "data_recipe", "cluster_profile")
+PAGES = ("cli.md", "configuration.md", "operators.md")
+
+
+@pytest.mark.parametrize("name", [*PAGES, *(f"schemas/{kind}.schema.json" for kind in SCHEMAS)])
 def test_a_generated_page_is_up_to_date(pages: dict[str, str], name: str) -> None:
     is_current = (DOCS / name).read_text(encoding="utf-8") == pages[name]
     assert is_current, f"docs/{name} is not what docs/generate.py gives today; run `make docs` and commit the page"

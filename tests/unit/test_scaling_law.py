@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from release.prediction import forecast
-from release.prediction.forecast import Point, Run
+from release.prediction.forecast import Point, RunSize
 from stages.evaluation import scaling_law
 
 
@@ -70,7 +70,7 @@ def point(number: int, flops: float) -> Point:
 
 
 def test_which_runs_carry_a_prediction() -> None:
-    target, points = Run("big", "pretrain-9", 1e13, 100, 100), [point(n, 10.0 ** (8 + n)) for n in (3, 1, 2)]
+    target, points = RunSize("big", "pretrain-9", 1e13, 100, 100), [point(n, 10.0 ** (8 + n)) for n in (3, 1, 2)]
     prediction = forecast.predict(target, points)
     assert [row.figure for row in prediction.forecasts] == [forecast.LOSS, forecast.BITS, forecast.ACCURACY]
     assert prediction.forecasts[0].value == pytest.approx(30 * 1e13**-0.1, rel=0.01)
@@ -78,7 +78,7 @@ def test_which_runs_carry_a_prediction() -> None:
     with pytest.raises(ValueError, match="the runs have 2 amounts of compute, and a law needs 3"):
         forecast.predict(target, points[:2] + points[:1])
     with pytest.raises(ValueError, match="r3 has 1e.11 training FLOPs, not fewer than big with 1e.10"):
-        forecast.predict(Run("big", "k", 1e10, 1, 1), points)
+        forecast.predict(RunSize("big", "k", 1e10, 1, 1), points)
     (loss,) = forecast.outcomes(prediction, {forecast.LOSS: prediction.forecasts[0].value})
     (far,) = forecast.outcomes(prediction, {forecast.LOSS: 99.0})
     assert loss.within and not far.within

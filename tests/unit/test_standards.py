@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.core.errors import CheckFailed
 from release.assembly.data_facts import OrderFacts, OrderPart, SourceInOrder
 from release.checks.check import Subject
 from release.checks.findings import Absent
@@ -18,9 +20,9 @@ from release.checks.standards import valid
 from release.layout import MODEL
 from release.schema import PublishedLicenses
 from release.standards import bundle, eu_summary, frameworks, notices, package_list, validation
-from stages.data.table import DOCUMENTS, write_rows
+from stages.data.table import DISPOSITIONS, DOCUMENTS, KEPT, write_rows
 from stages.maker import Maker
-from tests.fixtures.standard_fixtures import make_facts, source_facts, write_documents
+from tests.fixtures.standard_fixtures import make_facts, manifest_of, source_facts, variant_facts, write_documents
 
 CARBON = {"grams_per_kwh": 475, "source": "a report", "overhead": 1.2}
 HOSTILE = [
@@ -88,6 +90,41 @@ def test_what_a_standard_does_not_allow_is_named(tmp_path: Path, path: str) -> N
     assert validation.errors(tmp_path, path)
 
 
+def test_the_bills_have_the_model_that_it_began_with_and_its_variants(tmp_path: Path) -> None:
+    files = {"model.safetensors": "cd" * 32, "config.json": "ef" * 32}
+    base = {"repo": "local/base", "license": "MIT", "digest": f"sha256:{'0' * 64}", "files": files}
+    facts = make_facts(tmp_path, {"web": source_facts()})
+    facts = replace(
+        facts,
+        models={MODEL: replace(facts.models[MODEL], base=base)},
+        manifests={**facts.manifests, "variant-gguf-q8_0": manifest_of("model/model-Q8_0.gguf", "12" * 32)},
+        variants={"-gguf-q8_0": variant_facts("gguf-q8_0")},
+    )
+    texts = write_documents(facts)
+    assert validation.problems(tmp_path) == []
+    bom = json.loads(texts[bundle.CYCLONEDX])
+    (ancestor,) = bom["metadata"]["component"]["pedigree"]["ancestors"]
+    assert (ancestor["name"], ancestor["version"]) == ("local/base", base["digest"])
+    assert [file["hashes"][0]["content"] for file in ancestor["components"]] == ["cd" * 32]
+    variant = bom["components"][0]
+    assert variant["bom-ref"] == "model:variant-gguf-q8_0" and variant["name"] == "tiny-gguf-q8_0"
+    assert variant["pedigree"]["ancestors"][0]["externalReferences"][0]["url"].endswith("/local/tiny")
+    assert variant["components"][0]["hashes"][0]["content"] == "12" * 32
+    assert {"ref": "model:variant-gguf-q8_0", "dependsOn": [f"model:{MODEL}"]} in bom["dependencies"]
+    graph = json.loads(texts[bundle.SPDX])["@graph"]
+    names = {row["spdxId"]: row["name"] for row in graph if "name" in row}
+    related = {
+        (names[row["from"]], row["relationshipType"], names[row["to"][0]])
+        for row in graph
+        if row.get("relationshipType") in ("ancestorOf", "descendantOf", "hasVariant")
+    }
+    assert related == {
+        ("local/base", "ancestorOf", "tiny"),
+        ("tiny", "hasVariant", "tiny-gguf-q8_0"),
+        ("tiny-gguf-q8_0", "descendantOf", "tiny"),
+    }
+
+
 def test_references_of_spdx_resolve(tmp_path: Path) -> None:
     texts = write_documents(make_facts(tmp_path, {"web": source_facts()}))
     graph = json.loads(texts[bundle.SPDX])
@@ -131,6 +168,26 @@ def test_energy_and_carbon_follow_from_the_stated_factors(tmp_path: Path) -> Non
     assert without["total"]["co2_kg"] is None and without["factors"] == {"carbon": None, "stated_by": None}
 
 
+def write_pages(folder: Path, pages: list[tuple[str, str]]) -> None:
+    """The tables of two parts of kept pages (address, text), with another text, and a removed page in each."""
+    for part, of_part in enumerate((pages[::2], pages[1::2])):
+        ids = [f"web/{part}-{n}" for n in range(len(of_part))]
+        kept = [
+            dict.fromkeys(KEPT, "") | {"id": id, "source": "web", "origin": url, "prompt_chars": 0, "text": "not read"}
+            for id, (url, _) in zip(ids, of_part, strict=True)
+        ]
+        write_rows(folder / f"dataset/kept/web/part-{part:05d}.parquet", KEPT, kept)
+        fates = [
+            dict.fromkeys(DISPOSITIONS)
+            | {"id": id, "source": "web", "license": "", "content_hash": "", "bytes": size, "disposition": fate}
+            for id, size, fate in [
+                (f"web/{part}-spam", 10**6, "removed"),
+                *((id, len(text), "kept") for id, (_, text) in zip(ids, of_part, strict=True)),
+            ]
+        ]
+        write_rows(folder / f"dataset/dispositions/web/part-{part:05d}.parquet", DISPOSITIONS, fates)
+
+
 def test_categories_of_the_eu_summary(tmp_path: Path) -> None:
     rows = {name: source_facts() for name in ("hub", "sums", "mine", "web", "written")}
     rows["mine"].origin, rows["written"].generated = "a disk", {"generator": "local/tiny 0.1.0"}
@@ -141,11 +198,7 @@ def test_categories_of_the_eu_summary(tmp_path: Path) -> None:
         ("https://a.org/2", "x"),
         *((f"https://b{n}.org/", "short") for n in range(9)),
     ]
-    kept = [
-        {"id": f"web/{n}", "text": text, "source": "web", "license": "MIT", "origin": url, "content_hash": "", "prompt_chars": 0}
-        for n, (url, text) in enumerate(pages)
-    ]  # fmt: skip
-    write_rows(tmp_path / "dataset/kept/web/part-00000.parquet", DOCUMENTS, kept)
+    write_pages(tmp_path, pages)
     facts = make_facts(
         tmp_path, rows, {"sources": {"web": "crawled", "mine": "licensed"}, "crawler": crawler},
         declared={name: {"reader": reader} for name, reader in readers.items()},
@@ -173,14 +226,14 @@ def test_categories_of_the_eu_summary(tmp_path: Path) -> None:
 
 def test_more_domains_than_memory_holds_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eu_summary, "MOST_DOMAINS", 1)
-    rows = [
-        {"id": f"web/{n}", "text": "x", "source": "web", "license": "MIT", "origin": f"https://b{n}.org", "content_hash": "", "prompt_chars": 0}
-        for n in range(3)
-    ]  # fmt: skip
-    write_rows(tmp_path / "dataset/kept/web/part-00000.parquet", DOCUMENTS, rows)
+    write_pages(tmp_path, [(f"https://b{n}.org", "x") for n in range(3)])
     facts = make_facts(tmp_path, {"web": source_facts()}, {"sources": {"web": "crawled"}})
     label = "The tenth of the domains with the most text"
     assert "there are more than 1 domains" in field(eu_summary.summary(facts), label)["answer"]
+    monkeypatch.undo()
+    write_rows(tmp_path / "dataset/kept/web/part-00001.parquet", KEPT, [])
+    with pytest.raises(CheckFailed, match="kept/web/part-00001.parquet has other documents than its dispositions keep"):
+        eu_summary.summary(make_facts(tmp_path, {"web": source_facts()}, {"sources": {"web": "crawled"}}))
     facts.data.by_reference["web"] = "owner/pages@1234"
     assert "the texts of web are by reference" in field(eu_summary.summary(facts), label)["answer"]
 

@@ -12,8 +12,8 @@ from stages.mcore.parallel_layout import Layout
 from stages.mcore.throughput import (
     Constants,
     LayerShape,
-    Run,
     Shape,
+    StepSetup,
     StepTime,
     collective,
     dispatch,
@@ -37,8 +37,8 @@ QWEN3_30B = shape_of(
 H100 = Accelerator({"bf16": 989e12, "fp8": 1979e12}, 3.35e12, 450e9, 8, 50e9, 700)
 
 
-def run(precision: str = "bf16", micro_batches: int = 1, **layout: Any) -> Run:
-    return Run(Layout(**layout), precision, Rows(1, 8), micro_batches)
+def run(precision: str = "bf16", micro_batches: int = 1, **layout: Any) -> StepSetup:
+    return StepSetup(Layout(**layout), precision, Rows(1, 8), micro_batches)
 
 
 def test_a_dense_step_by_hand() -> None:
@@ -128,13 +128,15 @@ LAYOUTS = [
 def test_more_of_anything_is_never_slower(layout: Layout, precision: str, field: str) -> None:
     value = getattr(H100, field)
     more = replace(H100, **{field: {k: 2 * v for k, v in value.items()} if field == "peaks" else 2 * value})
-    before, after = (step_time(QWEN3_30B, gpu, Run(layout, precision, Rows(1, 4096), 8)).total for gpu in (H100, more))
+    before, after = (
+        step_time(QWEN3_30B, gpu, StepSetup(layout, precision, Rows(1, 4096), 8)).total for gpu in (H100, more)
+    )
     assert 0 < after <= before
 
 
 def test_tensor_ranks_on_two_nodes_and_recomputation_are_slower() -> None:
     def seconds(**layout: Any) -> float:
-        return step_time(QWEN3_30B, H100, Run(Layout(**layout), "bf16", Rows(1, 4096), 8)).total
+        return step_time(QWEN3_30B, H100, StepSetup(Layout(**layout), "bf16", Rows(1, 4096), 8)).total
 
     assert seconds(ranks=16, tp=16) > seconds(ranks=8, tp=8)
     assert seconds(ranks=16, ep=16) > seconds(ranks=16, ep=16, dispatcher="flex") > seconds(ranks=16, ep=8)
@@ -150,7 +152,7 @@ def test_fp8_is_slower_for_narrow_experts_on_h100_and_faster_for_wide_ones() -> 
     gains = []
     for shape in (QWEN3_30B, shape_of(wide, 151_936)):
         bf16, fp8 = (
-            step_time(shape, H100, Run(Layout(ranks=16, ep=8), precision, Rows(1, 4096), 8)).total
+            step_time(shape, H100, StepSetup(Layout(ranks=16, ep=8), precision, Rows(1, 4096), 8)).total
             for precision in ("bf16", "fp8-tensorwise")
         )
         gains.append(bf16 / fp8)

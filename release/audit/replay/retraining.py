@@ -206,6 +206,8 @@ class StopAtStep:
     def note(self, text: str) -> None:
         self.send_progress(text)
 
+    def slow_rank(self, text: str | None) -> None: ...
+
     def seal_checkpoint(self, step: int, folder: Path) -> None:
         if step == self.step:
             raise StepSealed(folder)

@@ -33,7 +33,10 @@ class Variant:
 
 
 LLAMA = "llama.cpp loads the file, with its tokenizer and chat template."
-ACTIVATIONS = "A server also rounds activations to 8 bits; the stated loss is of the weights alone."
+ACTIVATIONS = (
+    "A server also rounds activations to 8 bits; the stated loss is of the weights alone. `evidence/runtimes.json` of "
+    "the release says which programs ran it."
+)
 
 VARIANTS: dict[VariantName, Variant] = {
     "bf16": Variant(
@@ -50,24 +53,24 @@ VARIANTS: dict[VariantName, Variant] = {
         "fp8",
         8,
         "FP8 (compressed-tensors)",
-        f"vLLM reads the format; no server has run it here (R0). Its CPU build has no FP8 experts. {ACTIVATIONS}",
+        f"vLLM reads the format. Experts in FP8 need a GPU there, on which nothing was measured. {ACTIVATIONS}",
     ),
     "fp8-attention": Variant(
         "compressed-tensors",
         "fp8-attention",
         32,
         "FP8 attention (compressed-tensors)",
-        f"vLLM reads the format; no server has run it here (R0). {ACTIVATIONS}",
+        f"vLLM reads the format. A CPU served a small model; no GPU was tried. {ACTIVATIONS}",
     ),
     "int8": Variant(
         "compressed-tensors",
         "int8",
         8,
         "INT8 (compressed-tensors)",
-        f"vLLM reads the format; no server has run it here (R0). {ACTIVATIONS}",
+        f"vLLM reads the format. Experts in INT8 need a GPU there, or a processor with AMX. {ACTIVATIONS}",
     ),
 }
-"""AWQ and GPTQ are not among them: both need calibration on a GPU and kernels of a GPU to be served."""
+"""AWQ and GPTQ are not among them: both need calibration, and a GPU to be served (point 15 of the GPU kit)."""
 
 
 def obstacle(name: VariantName, model: ModelConfig) -> str | None:

@@ -25,8 +25,8 @@ from stages.data.table import read_table, write_json, write_rows
 from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.bits_per_byte import token_ids
 from stages.evaluation.heldout import heldout_documents
-from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, measure
-from stages.evaluation.pieces import Piece, compute
+from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, measure, measure_shard
+from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.export.variants.loss import DIVERGENCES, DivergenceRow, measured_by, summary
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.train.checkpoint import SHARD_BYTES
@@ -38,6 +38,8 @@ VERSION = 1
 MODEL, LOSS = "model", "loss.json"
 TEXTS, TOKENS = 64, 512
 """Largest number of problems, and of documents of a source, whose distributions are compared; and tokens of each."""
+MODELS = 2
+"""The original and the variant, in fp32: both are in memory together while their distributions are compared."""
 FILES = 12
 """Of an artifact, beside its weights: tables, loss, tokenizer, index and manifest."""
 WEIGHTS = ("*.safetensors", "*.gguf")
@@ -81,6 +83,19 @@ def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Re
     )
 
 
+def run_shard(config: VariantConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Measures one shard's documents, problems and texts, on weights that it converts for itself."""
+    from stages.export.variants import conversion
+
+    shards = estimates.shards(config.expected, MODELS, config.engine)
+    original, place = inputs["model"] / "model", work / f"shard-{shard}"
+    conversion.write(config.variant, original, place / MODEL)
+    conversion.write_dequantized(config.variant, original, place / MODEL, place / "dequantized")
+    measure_shard(config, place / "dequantized", inputs, work, shard, shards)
+    compute_shard(list(_pieces(config, inputs)), work, partial(_load, original, place / "dequantized"), shard, shards)
+    shutil.rmtree(place)
+
+
 def weight_bytes(folder: Path) -> int:
     """Bytes of the files of weights in a folder."""
     return sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern))
@@ -121,18 +136,19 @@ def _divergence(models: Models, name: str, ids: Sequence[int]) -> DivergenceRow:
 
 
 def estimate(config: VariantConfig) -> Estimate:
-    """Two models in fp32 in memory, and the dequantized one on disk for as long as it runs."""
+    """Two models in fp32 in memory; on disk, for as long as it runs, the variant and its fp32 values for each shard."""
     if (expected := config.expected) is None:
         return estimates.estimate(None)
     variant = VARIANTS[config.variant]
     size, whole = round(expected.parameters * variant.bits / 8), 4 * expected.parameters
-    base = estimates.estimate(expected, 2, config.engine)
+    base = estimates.estimate(expected, MODELS, config.engine)
+    count = estimates.shards(expected, MODELS, config.engine)
     shards = 1 if variant.writer == "gguf" else -(-size // SHARD_BYTES)
     return replace(
         base,
-        memory_bytes=max(base.memory_bytes or 0, estimates.BASE_BYTES + 2 * whole),
+        memory_bytes=max(base.memory_bytes or 0, estimates.BASE_BYTES + MODELS * whole),
         disk_bytes=(base.disk_bytes or 0) + size,
-        work_bytes=whole,
+        work_bytes=whole if count == 1 else (count + 1) * whole + count * size,
         files=FILES + shards,
         published=(Published("model", "", shards, size, f"leave {config.variant} out of release.variants"),),
     )
@@ -140,5 +156,5 @@ def estimate(config: VariantConfig) -> Estimate:
 
 STAGE = Stage(
     "variant", VERSION, VariantConfig, run,
-    **estimates.of_engine() | {"estimate": estimate, "shards": lambda config: 1}, imports=MODEL_LIBRARIES,
+    **estimates.of_engine(MODELS) | {"estimate": estimate}, run_shard=run_shard, imports=MODEL_LIBRARIES,
 )  # fmt: skip

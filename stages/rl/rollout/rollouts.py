@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from stages.data.table import ROWS_PER_GROUP, read_errors, read_table
 from stages.rl.protocols import ToolCall, Turn
@@ -118,15 +118,11 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
     import pyarrow.parquet as pq
 
     rows = [{**vars(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
-    partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     present = (any(getattr(r, name) is not None for r in rollouts) for name in ("routes", "versions", "turns"))
     table = pa.Table.from_pylist(rows, schema(*present))
-    pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
-    if durable:
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-    os.rename(partial, path)
+    with atomic_files.replacing(path, durable) as draft:
+        pq.write_table(table, draft, compression="zstd", row_group_size=ROWS_PER_GROUP)
 
 
 def read(path: Path, step: int | None = None) -> list[Rollout]:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files
+from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import MachineError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import EXPIRY, HEARTBEAT, file_system_time
@@ -56,21 +55,11 @@ class Announced:
     start: int
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file atomically. Raises OSError."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        draft.write_text(text)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 @contextmanager
 def announced(folder: Path, number: int, server: Announced) -> Iterator[None]:
     """Announces a server in a block, as number `number` of its stage."""
     path, stop = folder / f"server-{number}.json", threading.Event()
-    replace_file(path, json.dumps(asdict(server)))
+    atomic_files.write(path, json.dumps(asdict(server)))
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT):

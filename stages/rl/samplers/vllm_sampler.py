@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerSearch
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
@@ -73,7 +74,7 @@ class VllmServer(Sampler):
         elif self.search is not None:
             place = Path(self.search.folder)
             place.mkdir(parents=True, exist_ok=True)
-            server_files.replace_file(place / "config.json", json.dumps(self.config))  # which the servers wait for
+            atomic_files.write(place / "config.json", json.dumps(self.config))  # which the servers wait for
         else:
             log = self.folder / "server.log"
             gpus = None

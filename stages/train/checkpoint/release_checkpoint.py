@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, MachineError
 from stages.mcore.param_names import BUFFERS
 from stages.train.checkpoint import SHARD_BYTES
@@ -118,9 +119,7 @@ def write_index(
 ) -> None:
     """Writes the index of shards, atomically. files: {tensor: its file}; entries: further ones."""
     index = {"metadata": dict(metadata), "weight_map": dict(files), **entries}
-    partial = folder / f"{_index(stem)}.partial"
-    partial.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-    os.rename(partial, folder / _index(stem))
+    atomic_files.write(folder / _index(stem), json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
 def _index(stem: str) -> str:

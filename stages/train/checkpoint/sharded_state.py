@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
 from stages.mcore.tensor_sharding import Box, cut, paste
@@ -36,12 +37,7 @@ def write(folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, to
         "sha256": sha256_file(path),
         "pieces": {p.name: [p.boxes, p.start, p.stop] for p in pieces},
     }
-    partial = path.with_suffix(".json.partial")
-    with open(partial, "w") as file:
-        json.dump(receipt, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(partial, path.with_suffix(".json"))
+    atomic_files.write(path.with_suffix(".json"), json.dumps(receipt), durable=True)
 
 
 def receipts(folder: Path, world: int) -> dict[str, dict[str, Any]] | None:

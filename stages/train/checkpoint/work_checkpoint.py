@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import Report
 from pipeline.core.store import canonical, sha256_bytes, sha256_file
@@ -151,12 +152,8 @@ class Checkpoints:
         product: dict[str, Any] = dict(self.release_digests)
         with open(self.folder / "training.jsonl", "rb") as file:
             product["training.jsonl"] = [log, sha256_bytes(file.read(log))]
-        partial = folder / (MARKER + ".partial")
-        with open(partial, "w") as out:
-            json.dump(with_digest({"step": step, "state": state, "files": files, "product": product}), out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.rename(partial, folder / MARKER)
+        marker = with_digest({"step": step, "state": state, "files": files, "product": product})
+        atomic_files.write(folder / MARKER, json.dumps(marker), durable=True)
 
     def _seal(self, folder: Path, step: int) -> None:
         """Writes a release checkpoint from the files of a complete work checkpoint."""

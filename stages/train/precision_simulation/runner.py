@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt
 
+from pipeline.core import atomic_files
 from pipeline.core.stage import Config
 from stages.data.python_stdlib import library_files
 from stages.models.base import PositiveInt
@@ -135,9 +135,7 @@ def _rank_batch(text: bytes, settings: Settings, seed: int, step: int) -> Any:
 
 def main(settings: Path, precision: str, seed: int, out: Path) -> None:
     result = train(Settings.model_validate_json(settings.read_text()), precision, seed)
-    draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(result, sort_keys=True, indent=1) + "\n")
-    os.replace(draft, out)
+    atomic_files.write(out, json.dumps(result, sort_keys=True, indent=1) + "\n")
 
 
 if __name__ == "__main__":

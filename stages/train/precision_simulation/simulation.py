@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.core import atomic_files
 from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import Display, duration
@@ -140,7 +141,7 @@ def _folder(settings: Settings, home: Path, out: Path | None) -> Path:
     elif folder.exists() and any(folder.iterdir()):
         raise AtomError(f"{folder} is not empty and no simulation's; name another folder")
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    _replace(file, json.dumps(body, indent=1, sort_keys=True) + "\n")
+    atomic_files.write(file, json.dumps(body, indent=1, sort_keys=True) + "\n")
     return folder
 
 
@@ -148,18 +149,12 @@ def _file(folder: Path, precision: str, seed: int) -> Path:
     return folder / "runs" / f"{precision}-seed{seed}.json"
 
 
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
 def _write(folder: Path, report: dict[str, Any], runs: Runs) -> None:
     from stages.train.precision_simulation import plot
     from stages.train.precision_simulation.report import markdown
 
-    _replace(folder / "report.json", json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    _replace(folder / "report.md", markdown(report))
+    atomic_files.write(folder / "report.json", json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    atomic_files.write(folder / "report.md", markdown(report))
     plot.losses(report, runs, folder / "loss.png")
     plot.rates(report, folder / "rates.png")
 

@@ -11,10 +11,11 @@ no such lines, and replays nothing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from pipeline.core import atomic_files
 
 FOLDER = "starts"
 MOST_DEVIATIONS = 10
@@ -84,6 +85,4 @@ def write(path: Path, restored_step: int | None, device: Mapping[str, Any], repl
     """restored_step: of the work checkpoint; None if the phase begins."""
     body = {"restored_step": restored_step, "device": dict(device), "replayed": replay.record()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(body, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    atomic_files.write(path, json.dumps(body, sort_keys=True) + "\n")

@@ -1,0 +1,73 @@
+"""The command that watches a run from outside of its jobs."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.core.errors import AtomError
+from pipeline.operations.command_options import RunArgument, open_store
+
+app = typer.Typer()
+
+
+@app.command()
+def watch(
+    run: RunArgument = None,
+    command: Annotated[
+        str | None, typer.Option(help="shell command for each alert, with ATOM_RUN, ATOM_ALERT and ATOM_TEXT set")
+    ] = None,
+    webhook: Annotated[str | None, typer.Option(metavar="URL", help="address that gets each alert as JSON")] = None,
+    mail: Annotated[str | None, typer.Option(metavar="ADDRESS", help="address that gets each alert as a mail")] = None,
+    smtp: Annotated[str, typer.Option(metavar="HOST[:PORT]", help="server that sends the mails")] = "localhost",
+    once: Annotated[bool, typer.Option("--once", help="look once, for cron; exit code 1 if an alert stands")] = False,
+    every: Annotated[float, typer.Option(min=1, max=86_400, help="seconds between two looks")] = 60.0,
+    state: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where sent alerts are kept; default: watch.json of the run")
+    ] = None,
+    stalled_steps: Annotated[
+        float, typer.Option(min=2, max=1e6, help="median step times without a report after which a stage has stalled")
+    ] = 20.0,
+    stalled_seconds: Annotated[
+        float, typer.Option(min=1, max=1e6, help="and at least so many seconds; evaluation and checkpoints take time")
+    ] = 300.0,
+    budget_share: Annotated[float, typer.Option(min=0, max=1, help="share of the budget that is an alert")] = 0.9,
+    free_gb: Annotated[float, typer.Option(min=0, max=1e9, help="free GB on the disk of $ATOM_HOME")] = 1.0,
+) -> None:
+    """Send an alert when something in a run is wrong.
+
+    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed or stalled, a loss spike, dead experts, the
+    budget, the disk. Each is sent once, and again only after it was over. The command needs nothing from the jobs: it
+    sees a node that has vanished.
+
+    Example: atom watch --webhook https://chat.example.org/hook
+    """
+    from pipeline.graph import run as runs
+    from pipeline.operations import alerts, snapshot
+
+    store = open_store()
+    this = runs.find(store, run)
+    limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb)
+    senders = [alerts.by_command(command)] if command else []
+    senders += [alerts.by_webhook(webhook)] if webhook else []
+    senders += [alerts.by_mail(mail, smtp, f"{getpass.getuser()}@{socket.getfqdn()}")] if mail else []
+    watcher = alerts.Watcher(this.id, state or this.folder / "watch.json", senders)
+    while True:
+        current = snapshot.take(this, store)
+        standing = alerts.alerts(current, store, limits)
+        new, problems = watcher.send(standing)
+        for alert in standing if once else new:
+            print(f"{alert.kind}: {alert.text}", flush=True)
+        if once and problems:
+            raise AtomError(problems[0])
+        for problem in problems:
+            print(f"atom: {problem}", file=sys.stderr, flush=True)
+        if once or current.over:
+            raise typer.Exit(1 if standing else 0)
+        time.sleep(every)

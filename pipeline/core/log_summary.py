@@ -1,0 +1,276 @@
+"""Summaries of events.jsonl and metrics.jsonl, so that the status of a run costs the same for any length of its logs.
+
+The running stage keeps `events.summary.json` and `metrics.summary.json` beside its logs. A summary has the state after
+the first `offset` bytes of its log, and readers continue from there. The log is the only truth: a summary that is
+missing, damaged or of another log costs the time of reading the log, and changes no result. Readers write nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import atomic_files, json_files
+from pipeline.core.events import (
+    EVENT,
+    POINT,
+    Event,
+    Note,
+    Number,
+    Other,
+    Point,
+    Progress,
+    Start,
+    Tail,
+    UsageEvent,
+    curves_of,
+    is_known,
+)
+from pipeline.core.json_files import Damaged
+
+CHUNK = 2**20
+"""The bytes of a log that are in memory at a time."""
+PROOF = 4096
+"""The bytes before `offset` whose hash shows that a summary is of this log."""
+LAST_NOTES, OTHER_KINDS, OTHER_BYTES = 20, 8, 4096
+PACE = 65
+"""The reports of progress from which the step time is computed."""
+POINTS, MAX_CURVES, RECENT = 150, 32, 129
+"""The points of a curve, the curves of a stage, and the losses that are kept unthinned."""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Row = TypeVar("Row")
+
+
+class LogSummary(Generic[Row]):
+    """The state of a log up to its last complete line. A subclass defines the state and how a line changes it."""
+
+    log: ClassVar[str]
+    line: ClassVar[TypeAdapter[Any]]
+    body: ClassVar[TypeAdapter[Any]]
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the summary in a node's folder, and then the rest of the log."""
+        log = folder / self.log
+        self.path = log.with_suffix(".summary.json")
+        self.state: Any = self.empty()
+        offset = 0
+        try:
+            saved = json_files.read(self.path, self.body)
+            if _proof(log, saved["offset"]) == saved["proof"]:
+                self.state, offset = saved["state"], saved["offset"]
+        except FileNotFoundError:
+            pass
+        except Damaged as error:
+            json_files.report(error, "the log beside it is read whole")
+        self.saved = offset
+        self.tail: Tail[Row] = Tail(log, self.line, offset, chunk=CHUNK)
+        self.read()
+
+    def empty(self) -> Any:
+        raise NotImplementedError
+
+    def add(self, row: Row) -> None:
+        raise NotImplementedError
+
+    def read(self) -> None:
+        """Adds the lines that were appended since."""
+        while True:
+            for row in self.tail.read():
+                self.add(row)
+            if not self.tail.more:
+                return
+
+    def save(self) -> None:
+        """Writes the summary, atomically, if the log has grown. Raises OSError."""
+        if self.tail.offset == self.saved:
+            return
+        body = {"offset": self.tail.offset, "proof": _proof(self.tail.path, self.tail.offset), "state": self.state}
+        atomic_files.write(self.path, json.dumps(body, allow_nan=False, separators=(",", ":")))
+        self.saved = self.tail.offset
+
+
+def _proof(log: Path, offset: int) -> str | None:
+    """The hash of the last bytes before an offset; None if the log is shorter or cannot be read."""
+    length = min(offset, PROOF)
+    try:
+        with json_files.open_file(log) as file:
+            file.seek(offset - length)
+            data = file.read(length)
+    except (Damaged, OSError):  # whoever reads the log reports it
+        return None
+    return hashlib.sha256(data).hexdigest() if len(data) == length else None
+
+
+class EventState(TypedDict):
+    """What is known of a stage by its events. starts: all of them; start: the latest; first: the first progress since;
+    progress, usage, last: the latest progress, usage and event; pace: [time, done] of the latest progress since the
+    start; slow: what names the slow rank since then; others: the latest event of each kind that this module does not
+    know."""
+
+    attempts: Count
+    starts: Count
+    start: Start | None
+    first: Progress | None
+    progress: Progress | None
+    usage: UsageEvent | None
+    last: Event | None
+    notes: list[Note]
+    pace: list[list[Number]]
+    slow: str | None
+    others: dict[str, dict[str, Any]]
+
+
+class _EventBody(TypedDict):
+    offset: Count
+    proof: str
+    state: EventState
+
+
+class EventSummary(LogSummary[Event | Other]):
+    log = "events.jsonl"
+    line = EVENT
+    body = TypeAdapter(_EventBody)
+    state: EventState
+
+    def empty(self) -> EventState:
+        return {
+            "attempts": 0, "starts": 0, "start": None, "first": None, "progress": None, "usage": None, "last": None,
+            "notes": [], "pace": [], "slow": None, "others": {},
+        }  # fmt: skip
+
+    def add(self, row: Event | Other) -> None:
+        state = self.state
+        if not is_known(row):
+            has_room = row["event"] in state["others"] or len(state["others"]) < OTHER_KINDS
+            if has_room and len(json.dumps(row)) <= OTHER_BYTES:
+                state["others"][row["event"]] = cast(dict[str, Any], row)
+            return
+        event = state["last"] = cast(Event, row)
+        if event["event"] == "attempt":
+            state["attempts"] += 1
+        elif event["event"] == "start":
+            state["starts"] += 1
+            state["start"], state["first"], state["pace"], state["slow"] = event, None, [], None
+        elif event["event"] == "progress":
+            state["first"] = state["first"] or event
+            state["progress"] = event
+            state["pace"] = [*state["pace"], [event["time"], event["done"]]][-PACE:]
+        elif event["event"] == "slow_rank":
+            state["slow"] = event["text"]
+        elif event["event"] == "usage":
+            state["usage"] = event
+        elif event["event"] == "note":
+            state["notes"] = [*state["notes"], event][-LAST_NOTES:]
+
+    def eta(self) -> float | None:
+        """Remaining seconds at the pace of the present attempt; None if it is too early for an estimate."""
+        first, last = self.state["first"], self.state["progress"]
+        if first is None or last is None or last["done"] <= first["done"]:
+            return None
+        pace = (last["time"] - first["time"]) / (last["done"] - first["done"])
+        return round(float(max(0, last["total"] - last["done"]) * pace), 1)
+
+    def step_seconds(self) -> float | None:
+        """The median time of a step, or of another unit, in the latest reports of progress; None if it is unknown."""
+        times = [
+            (after[0] - before[0]) / (after[1] - before[1])
+            for before, after in pairwise(self.state["pace"])
+            if after[1] > before[1]
+        ]
+        return statistics.median(times) if times else None
+
+
+Bucket = Annotated[list[Number], Field(min_length=5, max_length=5)]
+"""[first step, points, their sum, the smallest, the largest]"""
+
+
+class Curve(TypedDict):
+    """A metric by steps, in buckets of `width` steps."""
+
+    width: Annotated[int, Field(ge=1, lt=2**63)]
+    buckets: list[Bucket]
+
+
+class CurveState(TypedDict):
+    """recent: [step, loss] of the latest steps."""
+
+    curves: dict[str, Curve]
+    recent: list[list[Number]]
+
+
+class _CurveBody(TypedDict):
+    offset: Count
+    proof: str
+    state: CurveState
+
+
+class Curves(LogSummary[Point]):
+    """The curves of a stage, each thinned to at most `POINTS` buckets. After a restart, the steps that are trained
+    again replace the former ones."""
+
+    log = "metrics.jsonl"
+    line = POINT
+    body = TypeAdapter(_CurveBody)
+    state: CurveState
+
+    def empty(self) -> CurveState:
+        return {"curves": {}, "recent": []}
+
+    def add(self, row: Point) -> None:
+        step, curves = row["step"], self.state["curves"]
+        for name, value in curves_of(row).items():
+            if not (math.isfinite(value) and 0 <= step < 2**53 and abs(value) <= 1e15):
+                continue
+            if name in curves or len(curves) < MAX_CURVES:
+                _add_point(curves.setdefault(name, {"width": 1, "buckets": []}), step, value)
+            if name == "loss":
+                kept = [point for point in self.state["recent"][1 - RECENT :] if point[0] < step]
+                self.state["recent"] = [*kept, [step, value]]
+
+    def points(self, name: str) -> list[tuple[float, float, float, float]]:
+        """(step, mean, smallest, largest) of each bucket of a curve."""
+        curve = self.state["curves"].get(name)
+        return [(step, total / n, low, high) for step, n, total, low, high in (curve["buckets"] if curve else ())]
+
+    def count(self, name: str) -> int:
+        """The number of points of a curve."""
+        curve = self.state["curves"].get(name)
+        return int(sum(bucket[1] for bucket in curve["buckets"])) if curve else 0
+
+    def last(self, name: str) -> float | None:
+        """The latest value of a curve; of several steps in its last bucket the mean."""
+        points = self.points(name)
+        return points[-1][1] if points else None
+
+
+def _add_point(curve: Curve, step: int, value: float) -> None:
+    buckets, width, short = curve["buckets"], curve["width"], float(f"{value:.6g}")
+    while buckets and buckets[-1][0] // width > step // width:
+        buckets.pop()
+    _append(buckets, [step, 1, short, short, short], width)
+    if len(buckets) > POINTS:
+        curve["width"], curve["buckets"] = 2 * width, []
+        for bucket in buckets:
+            _append(curve["buckets"], bucket, 2 * width)
+
+
+def _append(buckets: list[list[float]], bucket: list[float], width: int) -> None:
+    """Appends a bucket, or merges it with the last one if both are of the same `width` steps."""
+    if buckets and buckets[-1][0] // width == bucket[0] // width:
+        buckets[-1] = _merge(buckets[-1], bucket)
+    else:
+        buckets.append(bucket)
+
+
+def _merge(first: list[float], second: list[float]) -> list[float]:
+    (step, n, total, low, high), (_, m, further, lower, higher) = first, second
+    return [step, n + m, float(f"{total + further:.9g}"), min(low, lower), max(high, higher)]

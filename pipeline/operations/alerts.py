@@ -1,0 +1,234 @@
+"""Alerts on a run, from outside of its jobs: a job whose node has vanished reports nothing itself.
+
+`alerts` computes from files and Slurm what is wrong at a moment. `Watcher` sends each alert once, and again only after
+it was over: what was sent is in a file, so that cron may call it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import smtplib
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from pipeline.core import json_files
+from pipeline.core.errors import AtomError
+from pipeline.core.json_files import Damaged
+from pipeline.core.log_summary import EventSummary
+from pipeline.core.progress import duration
+from pipeline.core.spike_limit import spike_limit
+from pipeline.core.store import Store
+from pipeline.operations.page import write
+from pipeline.operations.snapshot import Snapshot, StageView
+from pipeline.tracking.budget import RESOURCES
+
+SECONDS = 30.0
+"""The time that a command, a web server or a mail server may take."""
+SPIKE_WINDOW, SPIKE_SIGMAS = 64, 6.0
+"""Those of a recipe that sets no others (`spikes`)."""
+STATE = TypeAdapter(dict[str, str])
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """stalled_steps: median step times without a step; stalled_seconds: and at least so many seconds; budget_share: of
+    a budget that is used or expected; free_gb: on the disk of the home."""
+
+    stalled_steps: float = 20.0
+    stalled_seconds: float = 300.0
+    budget_share: float = 0.9
+    free_gb: float = 1.0
+
+
+@dataclass(frozen=True)
+class Alert:
+    """id: the same as long as the alert stands."""
+
+    id: str
+    kind: str
+    stage: str | None
+    text: str
+
+
+def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
+    """What is wrong with a run now."""
+    current = [alert for stage in snapshot.stages for alert in _of_stage(stage, snapshot.time, limits)]
+    for name in RESOURCES:
+        spending, resource = snapshot.spending, name.replace("_", " ")
+        if not (spending.limits and (limit := spending.limits.get(name))):
+            continue
+        if spending.now(name) >= limits.budget_share * limit:
+            text = f"{spending.now(name):,.4g} of the budget of {limit:,.10g} {resource} are used"
+            current.append(Alert(f"budget {name}", "budget", None, text))
+        elif spending.expected(name) > limit:
+            text = f"{spending.expected(name):,.4g} {resource} are expected, more than the budget of {limit:,.10g}"
+            current.append(Alert(f"forecast {name}", "budget", None, text))
+    free = shutil.disk_usage(store.home).free / 1e9
+    if free < limits.free_gb:
+        text = f"the disk that holds {store.home} has {free:.3g} GB left; free some space"
+        current.append(Alert("disk", "disk", None, text))
+    return current
+
+
+def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Alert]:
+    name, state, curves = stage.status.name, stage.status.state, stage.curves
+    if state in ("failed", "lost", "damaged", "ending"):
+        reason = stage.status.message or stage.status.reason or "the cause is not known"
+        yield Alert(f"failed {name}", "failed", name, f"stage {name} {state}: {reason}")
+    if state != "running":
+        return
+    if stalled := _stalled(stage.events, now, limits):
+        yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}")
+    if curves is None:
+        return
+    recent = [loss for _, loss in curves.state["recent"]]
+    spikes = [
+        (n, limit) for n in range(max(SPIKE_WINDOW, len(recent) - SPIKE_WINDOW), len(recent))
+        if recent[n] > (limit := spike_limit(recent[n - SPIKE_WINDOW : n], SPIKE_SIGMAS)[1])
+    ]  # fmt: skip
+    if spikes:
+        n, limit = spikes[-1]
+        step = curves.state["recent"][n][0]
+        text = f"stage {name}: the loss is {recent[n]:.4g} at step {step:.0f}, above {limit:.4g}"
+        yield Alert(f"loss spike {name}", "loss spike", name, text)
+    skipped = curves.points("spike")
+    if skipped and stage.status.done - skipped[-1][0] <= SPIKE_WINDOW:
+        text = f"stage {name}: spikes so far: {curves.count('spike')}, the last one near step {skipped[-1][0]:.0f}"
+        yield Alert(f"skipped {name} {skipped[-1][0]:.0f}", "loss spike", name, text)
+    if dead := curves.last("dead_experts"):
+        yield Alert(f"dead experts {name}", "dead experts", name, f"stage {name}: {dead:.0f} experts are dead")
+
+
+def _stalled(events: EventSummary, now: float, limits: Thresholds) -> str | None:
+    """How long a running stage has reported nothing, if that is too long."""
+    last, step = events.state["last"], events.step_seconds()
+    if last is None:
+        return None
+    silent, allowed = now - last["time"], max(limits.stalled_seconds, limits.stalled_steps * (step or 0.0))
+    if silent <= allowed:
+        return None
+    usual = f"; a step takes {step:.3g} s" if step else ""
+    return f"has reported nothing for {duration(silent)}{usual}; see atom logs, and the node that it runs on"
+
+
+Sender = Callable[[str, str, dict[str, Any]], None]
+"""Sends a subject, a text and the same as JSON. Raises AtomError."""
+
+
+def by_command(command: str) -> Sender:
+    """Runs a shell command with ATOM_RUN, ATOM_ALERT and ATOM_TEXT set, and the JSON on its standard input."""
+
+    def send(subject: str, text: str, body: dict[str, Any]) -> None:
+        variables = {"ATOM_RUN": body["run"], "ATOM_ALERT": body["kind"], "ATOM_TEXT": text}
+        try:
+            process = subprocess.run(
+                ["sh", "-c", command], env={**os.environ, **variables}, input=json.dumps(body), text=True,
+                capture_output=True, timeout=SECONDS, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise AtomError(f"the command of the alert took more than {SECONDS:.0f} s; let it end sooner") from None
+        if process.returncode:
+            message = " ".join((process.stderr or process.stdout).split())[-300:]
+            raise AtomError(f"the command of the alert ended with exit code {process.returncode}: {message}")
+
+    return send
+
+
+def by_webhook(url: str) -> Sender:
+    """Posts JSON with `text`, as chat systems take it, and the fields of the alert. The address may be a secret, and is
+    in no message."""
+    if not url.startswith(("https://", "http://")):
+        raise AtomError("the address of a webhook begins with https:// or http://")
+
+    def send(subject: str, text: str, body: dict[str, Any]) -> None:
+        data = json.dumps({"text": f"{subject}: {text}", **{k: v for k, v in body.items() if k != "text"}}).encode()
+        try:
+            request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=SECONDS):
+                pass
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            why = f"it answers {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+            raise AtomError(f"the webhook did not take the alert ({why}); see its address and its server") from None
+
+    return send
+
+
+def by_mail(recipient: str, server: str, sender: str) -> Sender:
+    """Sends a mail. server: HOST or HOST:PORT of an SMTP server."""
+    host, _, port = server.partition(":")
+    if port and not (port.isdecimal() and 0 < int(port) < 65536):
+        raise AtomError(f"--smtp {server}: the port is no number from 1 to 65535; write HOST:PORT")
+
+    def send(subject: str, text: str, body: dict[str, Any]) -> None:
+        message = EmailMessage()
+        try:
+            message["Subject"], message["From"], message["To"] = subject, sender, recipient
+            message.set_content(f"{text}\n\nrun {body['run']}\n")
+            with smtplib.SMTP(host, int(port or 25), timeout=SECONDS) as client:
+                client.send_message(message)
+        except (OSError, ValueError, smtplib.SMTPException) as error:
+            raise AtomError(f"{server} did not take the mail ({error}); see --smtp and --mail") from None
+
+    return send
+
+
+@dataclass
+class Watcher:
+    """Sends the alerts of a run. state: the file with those that were sent and still stand; without senders nothing is
+    sent, and the file is neither read nor written. Raises AtomError if it cannot be written."""
+
+    run: str
+    state: Path
+    senders: list[Sender]
+    shown: dict[str, str] = field(default_factory=dict)
+
+    def send(self, current: list[Alert]) -> tuple[list[Alert], list[str]]:
+        """Sends what was not sent yet by all senders; returns it, and what went wrong. An alert that a sender did not
+        take is sent by all again the next time."""
+        stored, problems = self._read(), list[str]()
+        sent = {id: text for id, text in stored.items() if any(alert.id == id for alert in current)}
+        new = [alert for alert in current if alert.id not in sent]
+        if new or sent != stored:
+            self._write(sent)  # raises before anything is sent that would be sent at every look
+        for alert in new:
+            errors = []
+            for sender in self.senders:
+                try:
+                    sender(f"atom: {alert.kind} in {self.run}", alert.text, {"run": self.run, **asdict(alert)})
+                except AtomError as error:
+                    errors.append(str(error))
+            if not errors:
+                sent[alert.id] = alert.text
+            problems += errors
+        if new:
+            self._write(sent)
+        return new, problems
+
+    def _write(self, sent: dict[str, str]) -> None:
+        if not self.senders:
+            self.shown = dict(sent)
+            return
+        write(self.state, json.dumps(sent, indent=1, sort_keys=True) + "\n")
+
+    def _read(self) -> dict[str, str]:
+        if not self.senders:
+            return dict(self.shown)
+        try:
+            sent: dict[str, str] = json_files.read(self.state, STATE)
+        except FileNotFoundError:
+            return {}
+        except Damaged as error:
+            json_files.report(error, "all alerts that stand are sent again")
+            return {}
+        return sent

@@ -1,0 +1,161 @@
+"""Every problem of a recipe: of its files, of its graph, and of a cluster profile that is to run it. Nothing is run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Store
+from pipeline.core.yaml_text import line_of, parse_yaml, read_file
+from pipeline.graph import dag, fit, recipe, registry
+from pipeline.graph.cost_estimate import forecast
+from pipeline.graph.dag import Graph
+from pipeline.graph.plan import is_small, plan
+from pipeline.launch import cluster_profile
+from pipeline.tracking import budget
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One sentence, and where it applies: the file, with line and field if they are known."""
+
+    file: str
+    text: str
+    line: int | None = None
+    field: str | None = None
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.text}" if self.line else f"{self.file}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """problems: what `plan`, `run` or `submit` would refuse. notes: what is no mistake of the recipe, such as data that
+    is not here."""
+
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+
+def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
+    """Checks a recipe and the data recipe that it names; cluster: and whether it fits this profile."""
+    path, problems = _load(reference, "pipeline.recipes", "recipe", recipe.schema())
+    raw = _mapping(path)
+    if path is not None and isinstance(data := raw.get("data"), str):
+        problems += _data_problems(data, path)
+    if cluster is not None:
+        model, folder = cluster_profile.Profile, cluster_profile.site_folder()
+        problems += _load(cluster, "pipeline.clusters", "cluster profile", model, folder=folder)[1]
+    if problems or path is None:
+        return Findings(tuple(problems))
+    try:
+        loaded = recipe.load(reference)
+    except RecipeError as error:
+        return Findings((_located(error, "recipe", path),))
+    contradictions = [RecipeError(f"{loaded.title}: {text}") for text in dag.problems(loaded)]
+    try:
+        graph = None if contradictions else dag.compose(loaded, store, without_data=True)
+    except RecipeError as error:
+        contradictions.append(error)
+    if contradictions or graph is None:
+        return Findings(tuple(_located(error, "recipe", path) for error in contradictions))
+    refused, notes = _of_graph(graph, store, cluster)
+    return Findings(tuple(Problem(str(path), text) for text in refused), (*graph.absent, *notes))
+
+
+def _load(
+    reference: str,
+    package: str,
+    kind: str,
+    model: type[BaseModel],
+    base: Path | None = None,
+    folder: Path | None = None,
+) -> tuple[Path | None, list[Problem]]:
+    """The file of a recipe or a profile, None if there is none, and the fields that its schema refuses."""
+    try:
+        path = recipe.find(reference, package, kind, base, folder)
+    except RecipeError as error:
+        return None, [Problem(reference, str(error))]
+    try:
+        content = read_file(path, kind)
+        raw = parse_yaml(content, kind)
+    except RecipeError as error:
+        return path, [_located(error, kind, path)]
+    try:
+        model.model_validate(raw)
+    except ValidationError as error:
+        mistakes = recipe.mistakes(error, model, raw)
+        problems = [Problem(str(path), m.text, line_of(content, m.location), m.field or None) for m in mistakes]
+        return path, sorted(problems, key=lambda problem: problem.line or 0)
+    return path, []
+
+
+def _data_problems(reference: str, recipe_path: Path) -> list[Problem]:
+    kind, definition = "data recipe", registry.definition()
+    path, problems = _load(reference, "data_recipes", kind, definition.DATA_RECIPE, recipe_path.parent)
+    if path is None:
+        line = line_of(recipe_path.read_bytes(), ("data",))
+        return [Problem(str(recipe_path), problem.text, line, "data") for problem in problems]
+    if not problems:
+        try:
+            definition.load_data_recipe(read_file(path, kind), path)
+        except RecipeError as error:
+            return [_located(error, kind, path)]
+    return problems
+
+
+def _mapping(path: Path | None) -> dict[str, Any]:
+    """The fields of a file; none if it is no YAML, which is a problem already."""
+    try:
+        return {} if path is None else parse_yaml(read_file(path, "recipe"), "recipe")
+    except RecipeError:
+        return {}
+
+
+def _located(error: AtomError, kind: str, path: Path) -> Problem:
+    """An error whose sentence begins with the kind and name of its file, and then with a line or a field."""
+    text = re.sub(rf"^{kind}( {re.escape(path.stem)})?(: |, )", "", str(error))
+    if match := re.match(r"line (\d+) ", text):
+        return Problem(str(path), text, int(match[1]))
+    match = re.match(r"[a-z_]+(\.[a-z_0-9-]+)*(?=[ :])", text)
+    parts = match[0].split(".") if match else []
+    raw = _mapping(path)
+    if match is None or not parts or parts[0] not in raw:
+        return Problem(str(path), text)
+    location = [int(part) if part.isdigit() else part for part in parts]
+    return Problem(str(path), text, line_of(path.read_bytes(), location), match[0])
+
+
+def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str], list[str]]:
+    """What the Hub or the profile would not take, and notes."""
+    rows = plan(graph, dag.states(graph, store), graph.select(None, None))
+    problems, notes = fit.unpublishable(rows), []
+    obstacles = dict.fromkeys(row.obstacle for row in rows if row.obstacle)
+    notes += [f"on this machine: {text}" for text in obstacles]
+    notes += [f"{row.state.name}: {row.state.damage}" for row in rows if row.state.damage]
+    if cluster is not None:
+        profile = cluster_profile.load(cluster)
+        try:
+            costs = forecast(rows, profile, is_small(graph))
+            misfits = fit.fits(rows, {use.name: use for use in costs.uses}, profile)
+        except RecipeError as error:  # ranks that do not fill nodes
+            return [*problems, str(error)], notes
+        problems += [f"cluster profile {profile.name}: {misfit.sentence}" for misfit in misfits if misfit.reasons]
+        spent = budget.used(store, (node.key for node in graph.nodes.values()))
+        notes += budget.foreseen(budget.limits_of(graph.recipe.config), spent, costs.hours)
+    return problems, notes
+
+
+def lines(findings: Findings) -> Iterator[str]:
+    """What `atom validate` prints."""
+    yield from map(str, findings.problems)
+    yield from (f"note: {text}" for text in findings.notes)

@@ -1,0 +1,178 @@
+"""What there is to see of a run at one moment: its stages with curves, and its hours and money against the budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from pipeline.core import json_files
+from pipeline.core.json_files import Damaged
+from pipeline.core.log_summary import Curves, EventSummary
+from pipeline.core.progress import duration, human
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.graph.run import NodeStatus, Run
+from pipeline.operations import status
+from pipeline.tracking import budget
+from pipeline.tracking.budget import RESOURCES, Hours, Limits, Resource
+
+CURVES = (
+    "loss", "heldout_loss", "reward", "step_tokens_per_s", "tokens_per_s", "step_seconds", "grad_norm",
+    "peak_gpu_memory_bytes", "peak_memory_bytes", "spike", "dead_experts", "expert_max_violation", "router_entropy",
+    "data_wait_seconds", "checkpoint_stall_seconds", "lr",
+)  # fmt: skip
+"""The first curves to show, in this order."""
+NO_CHARTS = ("tokens", "spike")
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage with its logs. curves: None if it has recorded none."""
+
+    status: NodeStatus
+    events: EventSummary
+    curves: Curves | None
+
+    @property
+    def gpus(self) -> int:
+        start = self.events.state["start"]
+        return start.get("gpus", 0) if start else 0
+
+    def names(self) -> list[str]:
+        """The names of its curves, the best known ones first."""
+        names = [] if self.curves is None else list(self.curves.state["curves"])
+        known = [name for name in CURVES if name in names]
+        return [name for name in [*known, *sorted(set(names) - set(known))] if name not in NO_CHARTS]
+
+    def counts(self) -> list[str]:
+        """Restarts, spikes and dead experts, in words."""
+        counts = {
+            "restart": self.status.restarts or 0,
+            "loss spike": self.curves.count("spike") if self.curves else 0,
+            "dead expert": int((self.curves.last("dead_experts") if self.curves else 0) or 0),
+        }
+        return [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count]
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Hours of a run. used: of ended attempts; running: of the present ones so far, where a rank without GPUs counts as
+    one busy core; coming: what the running stages still need at their pace."""
+
+    used: Hours
+    running: Hours
+    coming: Hours
+    limits: Limits | None
+    waiting: int
+
+    def now(self, name: Resource) -> float:
+        return self.used[name] + self.running[name]
+
+    def expected(self, name: Resource) -> float:
+        """At the end of the running stages."""
+        return self.now(name) + self.coming[name]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """lack: a sentence on missing information."""
+
+    run: Run
+    time: float
+    stages: tuple[StageView, ...]
+    lack: str | None
+    spending: Spending
+
+    @property
+    def over(self) -> bool:
+        return status.over([stage.status for stage in self.stages])
+
+    def shown(self) -> list[StageView]:
+        """The stages whose curves are of interest: running ones first, then the latest of the others."""
+        with_curves = [stage for stage in self.stages if stage.curves is not None and stage.names()]
+        return sorted(reversed(with_curves), key=lambda stage: stage.status.state != "running")
+
+    def spending_text(self) -> list[str]:
+        """Hours and money, used and expected, beside the budget."""
+        prices, lines = self.run.body.get("prices"), []
+        total = {name: self.spending.now(name) for name in RESOURCES}
+        expected = {name: self.spending.expected(name) for name in RESOURCES}
+        for text, hours in (("used so far", total), ("expected when the running stages end", expected)):
+            described: Hours = {"gpu_hours": hours["gpu_hours"], "core_hours": hours["core_hours"]}
+            lines.append(f"{text}: {budget.describe(described, prices)}")
+        for name in RESOURCES:
+            if self.spending.limits and (limit := self.spending.limits.get(name)):
+                share, coming = total[name] / limit, expected[name] / limit
+                lines.append(f"budget.{name} = {limit:,.10g}: {share:.0%} used, {coming:.0%} expected")
+        if self.spending.waiting:
+            lines.append(f"not in what is expected: {self.spending.waiting} stages that have not begun")
+        return lines
+
+
+def take(run: Run, store: Store, ask_slurm: bool = True) -> Snapshot:
+    """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing."""
+    nodes, lack = status.status(run, store) if ask_slurm else (runs.status(run, store), None)
+    stages = []
+    for node in nodes:
+        folder = run.node_folder(node.name)
+        curves = Curves(folder) if (folder / "metrics.jsonl").exists() else None
+        stages.append(StageView(node, EventSummary(folder), curves))
+    now = time.time()
+    return Snapshot(run, now, tuple(stages), lack, _spending(run, store, stages, now))
+
+
+def _spending(run: Run, store: Store, stages: Iterable[StageView], now: float) -> Spending:
+    running: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
+    coming: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
+    used: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
+    waiting = 0
+    for stage in stages:
+        hours = used_hours(store, stage.status.key)
+        used["gpu_hours"] += hours["gpu_hours"]
+        used["core_hours"] += hours["core_hours"]
+        start = stage.events.state["start"]
+        if stage.status.state == "running" and start:
+            name: Resource = "gpu_hours" if stage.gpus else "core_hours"
+            places = stage.gpus or start["ranks"]
+            running[name] += max(0.0, now - start["time"]) * places / 3600
+            coming[name] += (stage.status.eta or 0.0) * places / 3600
+        waiting += stage.status.state not in ("sealed", "running")
+    limits = run.body.get("budget")
+    return Spending(used, running, coming, limits, waiting)
+
+
+def used_hours(store: Store, key: str) -> Hours:
+    """The use of all ended attempts at a key; statements that this process has read are not read again."""
+    try:
+        return _hours(store.home, key, tuple(json_files.names(store.ledger / key)))
+    except Damaged:
+        return budget.used(store, [key])  # which reports it
+
+
+@lru_cache(maxsize=10_000)
+def _hours(home: Path, key: str, names: tuple[str, ...]) -> Hours:
+    return budget.used(Store(home), [key])
+
+
+def sparkline(values: list[float], width: int = 48) -> str:
+    """The last values as one line of blocks."""
+    values = values[-width:]
+    low, high = min(values), max(values)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int((value - low) / (high - low or 1) * 8))] for value in values)
+
+
+def lines(snapshot: Snapshot) -> list[str]:
+    """What `atom status --watch` shows below its table."""
+    text = []
+    for stage in snapshot.shown()[:2]:
+        assert stage.curves is not None
+        text.append("  ".join([f"{stage.status.name}:", *stage.counts()]))
+        for name in stage.names()[:8]:
+            values = [mean for _, mean, _, _ in stage.curves.points(name)]
+            text.append(f"  {name[:24]:<24} {human(values[-1]):>8}  {sparkline(values)}")
+        for event in stage.events.state["notes"][-3:]:
+            text.append(f"  {duration(max(0.0, snapshot.time - event['time']))} ago: {event['text'][:200]}")
+    return text + snapshot.spending_text()

@@ -1,0 +1,266 @@
+"""Alerts on a run from outside of its jobs, over real commands, web servers and mail servers of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import AtomError
+from pipeline.core.lease import Lease
+from pipeline.operations import alerts, snapshot
+from pipeline.operations.alerts import Alert, Thresholds, Watcher
+from tests.fixtures.live_fixtures import RUN, append, make_run, train
+from tests.fixtures.run_fixtures import atom
+
+KEY = "pretrain-0123456789ab"
+
+
+@contextmanager
+def running(home: Path) -> Iterator[None]:
+    lease = Lease.take(home / "work" / KEY)
+    assert lease is not None
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def kinds(home: Path, limits: Thresholds | None = None, **fields: object) -> list[str]:
+    run, store = make_run(home, **fields)  # type: ignore[arg-type]
+    with running(home):
+        return [
+            alert.kind for alert in alerts.alerts(snapshot.take(run, store), store, limits or Thresholds(free_gb=0))
+        ]
+
+
+def test_a_healthy_run_raises_no_alert(tmp_path: Path) -> None:
+    assert kinds(tmp_path, steps=300, budget={"gpu_hours": 1e6, "core_hours": None}) == []
+
+
+def test_a_stage_without_a_step_has_stalled(tmp_path: Path) -> None:
+    """Twenty steps of two seconds are less than the least time; with that lowered they are the limit."""
+    assert kinds(tmp_path / "a", steps=30, ago=200) == []
+    assert kinds(tmp_path / "b", steps=30, ago=400) == ["stalled"]
+    few = Thresholds(stalled_seconds=1, free_gb=0)
+    assert kinds(tmp_path / "c", few, steps=30, ago=35) == []
+    assert kinds(tmp_path / "d", few, steps=30, ago=45) == ["stalled"]
+
+
+def test_budget_and_disk(tmp_path: Path) -> None:
+    hours = 16 * 2 * 300 / 3600
+    for share, expected in ((0.8, []), (0.95, ["budget"]), (1.5, ["budget"])):
+        budget = {"gpu_hours": hours / share, "core_hours": None}
+        limits = Thresholds(budget_share=0.9, free_gb=0)
+        fields = {"steps": 300, "budget": budget}
+        run, store = make_run(tmp_path / str(share), **fields)  # type: ignore[arg-type]
+        append(run.node_folder("pretrain") / "events.jsonl", {  # all but done, so that nothing more is expected
+            "time": time.time(), "event": "progress", "done": 1000, "total": 1000, "unit": "steps"})  # fmt: skip
+        with running(store.home):
+            current = alerts.alerts(snapshot.take(run, store), store, limits)
+        assert [alert.kind for alert in current] == expected, share
+    over = kinds(tmp_path / "forecast", steps=300, budget={"gpu_hours": hours * 2, "core_hours": None})
+    assert over == ["budget"], "1000 steps take 3.3 times as long"
+    assert kinds(tmp_path / "disk", Thresholds(free_gb=1e6), steps=5) == ["disk"]
+
+
+def test_spikes_and_dead_experts(tmp_path: Path) -> None:
+    run, store = make_run(tmp_path, 200)
+    folder = run.node_folder("pretrain")
+
+    def current() -> list[Alert]:
+        with running(tmp_path):
+            return alerts.alerts(snapshot.take(run, store), store, Thresholds(free_gb=0))
+
+    train(folder, time.time(), 201, 4.2)
+    (spike,) = current()
+    assert spike.kind == "loss spike" and "the loss is 4.2 at step 201" in spike.text
+    for step in range(202, 270):
+        train(folder, time.time(), step, 2.4)
+    assert current() == [], "64 steps later it is over"
+    append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "spike": 1.0})
+    append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "dead_experts": 2.0})
+    assert [(alert.kind, alert.text.partition(": ")[2]) for alert in current()] == [
+        ("loss spike", "spikes so far: 1, the last one near step 270"), ("dead experts", "2 experts are dead"),
+    ]  # fmt: skip
+    append(folder / "metrics.jsonl", {"time": 1.0, "step": 271, "dead_experts": 0.0})
+    assert [alert.kind for alert in current()] == ["loss spike"]
+    train(folder, time.time(), 400, 2.4)
+    assert current() == [], "an update that was skipped long ago is no alert any more"
+
+
+def test_an_alert_is_sent_once_until_it_is_over(tmp_path: Path) -> None:
+    sent: list[str] = []
+    alert, other = Alert("a", "stalled", "x", "text"), Alert("b", "disk", None, "full")
+
+    def watcher() -> Watcher:  # a new process each time, as with cron
+        return Watcher(RUN, tmp_path / "watch.json", [lambda subject, text, body: sent.append(text)])
+
+    for current in ([alert], [alert], [alert, other], [other], [alert, other]):
+        watcher().send(current)
+    assert sent == ["text", "full", "text"]
+    assert Watcher(RUN, tmp_path / "nowhere" / "watch.json", []).send([]) == ([], [])
+    with pytest.raises(AtomError, match="cannot be written .No such file or directory.; name a file"):
+        Watcher(RUN, tmp_path / "nowhere" / "watch.json", [lambda *mail: sent.append("twice")]).send([alert])
+    assert "twice" not in sent, "what cannot be remembered is not sent"
+    (tmp_path / "watch.json").write_text("{")
+    with pytest.warns(UserWarning, match="all alerts that stand are sent again"):
+        watcher().send([other])
+    assert sent[3:] == ["full"]
+
+
+def test_a_look_without_a_sender_takes_no_alert_from_a_later_one(tmp_path: Path) -> None:
+    alert, sent = Alert("a", "stalled", "x", "text"), list[str]()
+    viewer = Watcher(RUN, tmp_path / "watch.json", [])
+    assert [viewer.send([alert])[0] for _ in range(2)] == [[alert], []], "a loop shows it once"
+    Watcher(RUN, tmp_path / "watch.json", [lambda subject, text, body: sent.append(text)]).send([alert])
+    assert sent == ["text"]
+
+
+def test_what_was_not_taken_is_sent_again(tmp_path: Path) -> None:
+    alert, marker = Alert("a", "stalled", "x", "text"), tmp_path / "marker"
+    watcher = Watcher(
+        RUN, tmp_path / "watch.json", [alerts.by_command(f"test -e {marker} || {{ echo no >&2; exit 3; }}")]
+    )
+    assert watcher.send([alert]) == ([alert], ["the command of the alert ended with exit code 3: no"])
+    assert watcher.send([alert])[1] != []
+    marker.touch()
+    assert watcher.send([alert]) == ([alert], [])
+    assert watcher.send([alert]) == ([], [])
+
+
+class Hook(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))  # type: ignore[attr-defined]
+        self.send_response(self.server.code)  # type: ignore[attr-defined]
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+class Mail(socketserver.StreamRequestHandler):
+    """As much of a mail server (RFC 5321) as takes one mail."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"220 ready\r\n")
+        while line := self.rfile.readline().strip():
+            if line.upper() == b"DATA":
+                self.wfile.write(b"354 go on\r\n")
+                lines = iter(self.rfile.readline, b".\r\n")
+                self.server.mails.append(b"".join(lines).decode())  # type: ignore[attr-defined]
+            self.wfile.write(b"221 bye\r\n" if line.upper() == b"QUIT" else b"250 ok\r\n")
+
+
+@contextmanager
+def serving(server: socketserver.BaseServer) -> Iterator[int]:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_address[1]  # type: ignore[index]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_webhook_and_mail_get_the_alert(tmp_path: Path) -> None:
+    hook, mail = HTTPServer(("127.0.0.1", 0), Hook), socketserver.TCPServer(("127.0.0.1", 0), Mail)
+    hook.bodies, hook.code, mail.mails = [], 200, []  # type: ignore[attr-defined]
+    alert = Alert("stalled pretrain", "stalled", "pretrain", "stage pretrain has reported nothing for 9:00")
+    with serving(hook) as hook_port, serving(mail) as mail_port:
+        url = f"http://127.0.0.1:{hook_port}/secret"
+        senders = [alerts.by_webhook(url), alerts.by_mail("ops@example.org", f"127.0.0.1:{mail_port}", "a@b")]
+        assert Watcher(RUN, tmp_path / "a.json", senders).send([alert])[1] == []
+        hook.code = 500  # type: ignore[attr-defined]
+        (problem,) = Watcher(RUN, tmp_path / "b.json", senders[:1]).send([alert])[1]
+        assert "it answers 500" in problem and "secret" not in problem
+    assert hook.bodies[0] == {  # type: ignore[attr-defined]
+        "text": f"atom: stalled in {RUN}: {alert.text}", "run": RUN, "id": alert.id, "kind": "stalled", "stage": "pretrain",
+    }  # fmt: skip
+    (text,) = mail.mails  # type: ignore[attr-defined]
+    assert f"Subject: atom: stalled in {RUN}" in text and "To: ops@example.org" in text and alert.text in text
+    assert Watcher(RUN, tmp_path / "c.json", senders).send([alert])[1][1].startswith("127.0.0.1:"), "both are down"
+
+
+@pytest.mark.parametrize("url", ["http://secret:port/", "http://sec ret/", "http://[secret"])
+def test_an_address_that_is_none_is_one_sentence_without_the_address(tmp_path: Path, url: str) -> None:
+    alert = Alert("stalled pretrain", "stalled", "pretrain", "it reports nothing")
+    (problem,) = Watcher(RUN, tmp_path / "a.json", [alerts.by_webhook(url)]).send([alert])[1]
+    assert problem.startswith("the webhook did not take the alert (") and "sec" not in problem
+
+
+def test_a_recipient_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    alert = Alert("stalled pretrain", "stalled", "pretrain", "it reports nothing")
+    (problem,) = Watcher(RUN, tmp_path / "a.json", [alerts.by_mail("a@b\nc", "localhost", "a@b")]).send([alert])[1]
+    assert problem.startswith("localhost did not take the mail (") and "\n" not in problem
+
+
+JOB = """
+import sys, time
+from pathlib import Path
+from pipeline.core.events import FileReport
+from pipeline.core.errors import AtomError
+from pipeline.core.lease import Lease
+home, run = map(Path, sys.argv[1:])
+lease, report = Lease.take(home / "work" / "pretrain-0123456789ab"), FileReport(run / "pretrain")
+report.event("start", pid=1, ranks=1)
+print("running", flush=True)
+for step in range(1, 10_000):
+    time.sleep(0.1)
+    report.event("progress", done=step, total=10_000, unit="steps")
+"""
+
+
+def test_a_job_that_was_killed_is_reported_from_outside(tmp_path: Path) -> None:
+    """Nothing inside can report any more: its process is stopped, then killed."""
+    run, _ = make_run(tmp_path, 1)
+    (run.node_folder("pretrain") / "events.jsonl").unlink()
+    job = subprocess.Popen(
+        [sys.executable, "-c", JOB, str(tmp_path), str(run.folder)], stdout=subprocess.PIPE, text=True
+    )
+    notes = tmp_path / "notes"
+    command = f'echo "$ATOM_RUN $ATOM_ALERT: $ATOM_TEXT" >> {notes}'
+
+    def look(code: int) -> list[str]:
+        options = ("--once", "--command", command, "--stalled-seconds", "3", "--free-gb", "0")
+        atom(tmp_path, "watch", RUN, *options, code=code)
+        return notes.read_text().splitlines() if notes.exists() else []
+
+    try:
+        assert job.stdout is not None and job.stdout.readline() == "running\n"
+        time.sleep(1.0)
+        assert look(0) == []
+        os.kill(job.pid, signal.SIGSTOP)
+        time.sleep(4.0)
+        (stalled,) = look(1)
+        assert stalled.startswith(f"{RUN} stalled: stage pretrain has reported nothing for 0:0")
+        assert look(1) == [stalled], "once"
+        os.kill(job.pid, signal.SIGKILL)
+        job.wait()
+        assert look(1)[1:] == [
+            f"{RUN} failed: stage pretrain failed: its process is gone; run the same command to go on"
+        ]
+        assert len(look(1)) == 2
+    finally:
+        job.kill()
+        job.wait()
+
+
+def test_watch_refuses_what_makes_no_sense(tmp_path: Path) -> None:
+    make_run(tmp_path, 1)
+    for options, sentence in (
+        (("--webhook", "ftp://x"), "begins with https:// or http://"),
+        (("--mail", "a@b", "--smtp", "host:x"), "the port is no number"),
+        (("--mail", "a@b", "--smtp", "host:70000"), "the port is no number"),
+    ):
+        process = atom(tmp_path, "watch", RUN, "--once", *options, code=2)
+        assert sentence in process.stderr and process.stderr.count("\n") == 1

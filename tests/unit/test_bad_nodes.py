@@ -1,0 +1,259 @@
+"""Which node a failure is attributed to, what remembers it, and what the job's script does about the next start."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import AtomError, Failure, Kind
+from pipeline.core.store import Store
+from pipeline.graph.run import NodeStatus, Run
+from pipeline.launch import bad_nodes, preflight, slurm
+from pipeline.launch.attempt import Task
+from pipeline.launch.bad_nodes import BadNode
+from pipeline.launch.cluster_profile import Slurm
+from pipeline.launch.decision import Decision, Verdict
+from pipeline.launch.failure_messages import report_failure
+from pipeline.launch.job import JobLimits, avoid_node
+from pipeline.operations import status
+from tests.unit.test_batch_script import SLURM, script
+from tests.unit.test_preflight import ranks
+
+COMMANDS = {
+    # $PLACE/down: on which nodes Python does not start. The first call is the stage, the second starts Python alone.
+    "srun": """
+[[ "$*" = *"-c import pipeline"* ]] || { cat "$PLACE/says" >&2; exit 1; }
+out=$(grep -o -- '--output [^ ]*-%n' <<< "$*"); out=${out#--output }
+i=0; for node in $(cat "$PLACE/nodes"); do
+    grep -qx "$node" "$PLACE/down" && cat "$PLACE/answer" > "${out/\\%n/$i}" || echo ready > "${out/\\%n/$i}"
+    i=$((i + 1))
+done""",
+    "squeue": 'cat "$PLACE/state"',
+    "scontrol": '[ "$1" = show ] && { cat "$PLACE/nodes"; exit; }; echo "$*" >> "$PLACE/requests"',
+    "sbatch": 'echo "$*" >> "$PLACE/tested"; ! grep -qE -- "--exclude=[^ ]*($(cat "$PLACE/needed"))" <<< "$*"',
+    "sacct": 'printf "100M|\\n100M|302040K\\n|8K\\n"',
+    "sleep": "",
+}
+"""Commands in the place of Slurm's, which keep what they are given."""
+
+
+def run_script(place: Path, start: int = 0, nodes: str = "n1 n2", down: str = "", says: str = "", **files: str) -> str:
+    """Runs the script of a job at that start; returns its requests to scontrol."""
+    for folder in ("bin", "slurm"):
+        (place / folder).mkdir(exist_ok=True)
+    for name, line in COMMANDS.items():
+        (place / "bin" / name).write_text(f"#!/bin/bash\nPLACE={place}/slurm\n{line}\n")
+        (place / "bin" / name).chmod(0o755)
+    words = {
+        "answer": "bash: python: not found",
+        "state": "RUNNING",
+        "needed": "none",
+        "nodes": nodes.replace(" ", "\n"),
+        "down": down.replace(" ", "\n"),
+    }
+    for name, text in {**words, "says": says, **files}.items():
+        (place / "slurm" / name).write_text(f"{text}\n")
+    requests = place / "slurm/requests"
+    requests.unlink(missing_ok=True)
+    environment = {"PATH": f"{place / 'bin'}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start)}
+    environment |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": str(len(nodes.split()))}
+    environment["SLURMD_NODENAME"] = nodes.split()[0]
+    text = batch(place).text()
+    subprocess.run(["bash", "-c", text], env=environment, stderr=subprocess.DEVNULL, check=False, timeout=60)
+    return requests.read_text() if requests.exists() else ""
+
+
+def batch(place: Path) -> Any:
+    settings = Slurm.model_validate({**SLURM, "forward": ["PATH"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{place / 'bin'}:/usr/bin:/bin")
+        return script(settings, place)
+
+
+def begun(place: Path, start: int, *nodes: str) -> None:
+    """Has the ranks of a start begun on these nodes."""
+    folder = Path(f"{batch(place).launches_folder}/7.{start}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, node in enumerate(nodes):
+        (folder / f"started-{rank}").write_text(node + "\n")
+
+
+def verdict(place: Path, start: int = 0) -> Verdict:
+    recorded = Verdict.read(Path(f"{batch(place).launches_folder}/7.{start}"))
+    assert recorded is not None
+    return recorded
+
+
+def avoided(place: Path) -> list[str]:
+    return [entry.node for entry in bad_nodes.read(Store(place))]
+
+
+def test_a_node_on_which_python_does_not_start_is_left_out_of_the_next_start(tmp_path: Path) -> None:
+    assert run_script(tmp_path, down="n2") == "requeue 7\nupdate jobid=7 excnodelist=n2\n"
+    recorded = verdict(tmp_path)
+    assert (recorded.decision, recorded.kind) == (Decision.RESTART, Kind.MACHINE)
+    assert recorded.text.startswith("Python did not start on n2 (bash: python: not found); ")
+    (entry,) = bad_nodes.read(Store(tmp_path))
+    assert entry.evidence == recorded.text and (entry.run, entry.stage, entry.job) == ("tiny-1", "pretrain", "7")
+    tested = (tmp_path / "slurm/tested").read_text()
+    assert tested.startswith("--test-only --dependency=0 --exclude=n2 "), "that of the script may be forgotten"
+    assert abs(entry.until - time.time() - 86400) < 60
+    assert "atom nodes clear n2" in entry.sentence and "job 7" in entry.sentence
+    assert bad_nodes.clear(Store(tmp_path), ["n2"]) == ["n2"]
+    begun(tmp_path, 1, "n1", "n3")
+    assert run_script(tmp_path, 1, "n1 n3") == "requeue 7\nupdate jobid=7 excnodelist=\n", "the job has it no more"
+
+
+def test_what_fails_on_every_node_is_not_the_fault_of_nodes(tmp_path: Path) -> None:
+    assert run_script(tmp_path, down="n1 n2") == "", "it is not started again"
+    recorded = verdict(tmp_path)
+    assert (recorded.decision, recorded.kind) == (Decision.FAILED, Kind.USER)
+    assert recorded.text.startswith("Python starts on none of n1,n2 (bash: python: not found); correct python")
+    assert avoided(tmp_path) == []
+
+
+def test_a_job_of_one_node_tries_another_one_first(tmp_path: Path) -> None:
+    assert run_script(tmp_path, nodes="n1", down="n1") == "requeue 7\nupdate jobid=7 excnodelist=n1\n"
+    assert avoided(tmp_path) == ["n1"]
+    assert run_script(tmp_path, 1, nodes="n2", down="n2") == ""
+    assert verdict(tmp_path, 1).decision is Decision.FAILED and avoided(tmp_path) == []
+
+
+def test_a_node_that_the_job_needs_is_kept_and_one_sentence_says_so(tmp_path: Path) -> None:
+    assert run_script(tmp_path, down="n2", needed="n2") == "requeue 7\n"
+    (kept,) = Path(batch(tmp_path).launches_folder).glob("*-kept")
+    assert kept.read_text() == (
+        "node n2 is bad, but the job could not start without it, so it is not avoided; have it repaired\n"
+    )
+    assert avoided(tmp_path) == ["n2"], "other jobs avoid it"
+
+
+def test_marks_of_an_array_are_none_of_its_tasks(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    run = Run("tiny-1", tmp_path / "logs/tiny-1", {})
+    ranks = run.node_folder("pretrain") / "shards/ranks"
+    (ranks / "7.1").mkdir(parents=True)
+    Verdict(Decision.SEALED, "3 shards are done").write(ranks / "7.1")
+    (ranks / "7-avoided").touch()
+    (ranks / "7-kept").write_text("node n2 is bad\n")
+    run.note_job("pretrain", "9", False, "6", 5)
+    node = status._add_array_state(NodeStatus("pretrain", "k", "waiting"), run.jobs()["pretrain"], run, {})
+    assert (node.state, node.done, node.total) == ("waiting", 3, 5) and not recwarn.list
+    assert status.kept_nodes(run) == ["pretrain: node n2 is bad"]
+
+
+def test_a_job_that_slurm_ends_blames_nobody(tmp_path: Path) -> None:
+    assert run_script(tmp_path, down="n1 n2", state="COMPLETING") == ""
+    assert avoided(tmp_path) == [] and Verdict.read(Path(f"{batch(tmp_path).launches_folder}/7.0")) is None
+
+
+KILLED = (
+    "srun: error: n2: task 1: Killed\nsrun: Terminating StepId=7.0\nsrun: error: n1: task 0: Exited with exit code 1"
+)
+
+
+def test_a_node_that_loses_a_rank_in_two_starts_in_a_row_is_bad_once_a_job(tmp_path: Path) -> None:
+    for start in range(2):
+        begun(tmp_path, start, "n1", "n2")
+    assert run_script(tmp_path, 0, says=KILLED) == "requeue 7\n"
+    assert verdict(tmp_path).text.startswith("node n2 lost a rank (Killed); ") and avoided(tmp_path) == []
+    assert run_script(tmp_path, 1, says=KILLED) == "requeue 7\nupdate jobid=7 excnodelist=n2\n"
+    assert avoided(tmp_path) == ["n2"]
+    elsewhere = KILLED.replace("n2", "n3")
+    for start in (2, 3):
+        begun(tmp_path, start, "n1", "n3")
+        run_script(tmp_path, start, "n1 n3", says=elsewhere)
+    assert avoided(tmp_path) == ["n2"], "the rank dies elsewhere, too"
+
+
+def test_memory_is_named_and_is_no_nodes_fault(tmp_path: Path) -> None:
+    killed = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\nsrun: error: n2: task 1: Out Of Memory"
+    for start in range(2):
+        begun(tmp_path, start, "n1", "n2")
+        run_script(tmp_path, start, says=killed)
+        assert verdict(tmp_path, start).text == (
+            "memory of n2 ran out: requested 100M, used at most 302040K; raise memory_gb of the profile, or split the "
+            "stage over more ranks"
+        )
+    assert avoided(tmp_path) == []
+
+
+def test_evidence_of_any_characters_is_one_line_of_json(tmp_path: Path) -> None:
+    run_script(tmp_path, down="n2", answer='a "b" \\ & {nodes} $(id) `id`\t\x01c\nsecond line')
+    (entry,) = bad_nodes.read(Store(tmp_path))
+    assert entry.evidence.startswith('Python did not start on n2 (a "b" \\ & {nodes} $(id) `id`c); ')
+    assert len((bad_nodes.folder(Store(tmp_path)) / "n2.json").read_text().splitlines()) == 1
+
+
+def entry(node: str, seconds: int = 60) -> BadNode:
+    return BadNode(int(time.time()) + seconds, node, "its clock is wrong", "tiny-1", "sft", "9")
+
+
+def test_entries_expire_and_damaged_ones_count_for_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert bad_nodes.read(store) == []
+    for node, seconds in (("n2", 60), ("n1", 60), ("old", -1)):
+        bad_nodes.record(store, entry(node, seconds))
+    (bad_nodes.folder(store) / "cut.json").write_text('{"until": 1')
+    (bad_nodes.folder(store) / "other.json").write_text(json.dumps(entry("n9").__dict__))
+    with pytest.warns(UserWarning, match=r"cut\.json is damaged .*that node is not avoided"):
+        assert avoided(tmp_path) == ["n1", "n2"]
+    with pytest.raises(AtomError, match=re.escape("node n3 is not avoided; those that are: n1, n2 (atom nodes)")):
+        bad_nodes.clear(store, ["n1", "n3"])
+    assert avoided(tmp_path) == ["n1", "n2"] and bad_nodes.clear(store, []) == ["n1", "n2"]
+    assert avoided(tmp_path) == []
+
+
+def test_what_is_submitted_avoids_bad_nodes_beside_those_of_the_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.write_text(
+        '#!/bin/bash\ntext=$(cat); ! grep -q "^#SBATCH --exclude=.*n3\\|^#SBATCH --dependency" <<< "$text"\n'
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    settings = Slurm.model_validate({**SLURM, "train": {**SLURM["train"], "exclude": "n7"}})
+    kept: list[str] = []
+    job = script(settings, tmp_path, dependencies=["5"])
+    chosen = slurm.avoiding(job, [entry("n1"), entry("n3"), entry("n4")], kept)
+    assert chosen.sbatch_options["exclude"] == "n7,n1,n4" and chosen.sbatch_options["dependency"] == "afterok:5"
+    assert kept == [
+        "node n3 is bad, but stage pretrain could not start without it, so it is not avoided; have it repaired"
+    ]
+
+
+def test_a_rank_names_its_node_for_a_fault_of_a_device_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n5")
+    store = Store(tmp_path)
+    ecc = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronous")
+    failure = report_failure(ecc, "pretrain", "pretrain", store)
+    assert (failure.kind, failure.bad_node) == (Kind.MACHINE, "n5")
+    assert "a GPU of node n5 failed (CUDA error: uncorrectable ECC error encountered)" in failure.text
+    for error in (RuntimeError("CUDA error: device-side assert triggered"), ValueError("ECC error"), KeyError("Xid (")):
+        failure = report_failure(error, "pretrain", "pretrain", store)
+        assert (failure.kind, failure.bad_node) == (Kind.BUG, ""), error
+    task = Task(str(tmp_path), "tiny-1", "pretrain", "pretrain", {}, {}, "pretrain-0123456789ab", 0.0, 1)
+    limits = JobLimits({}, None, 3, 0.0, None, (), 3600)
+    avoid_node(failure, task, limits, store)
+    assert avoided(tmp_path) == []
+    avoid_node(Failure("its GPU is gone", bad_node="n5"), task, JobLimits({}, None, 3, 0.0, None), store)
+    assert avoided(tmp_path) == [], "the profile says never"
+    avoid_node(Failure("its GPU is gone", bad_node="n5"), task, limits, store)
+    assert avoided(tmp_path) == ["n5"]
+
+
+def test_a_failed_preflight_check_blames_the_node_unless_all_share_the_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    scratch = preflight.check(tmp_path, ranks(tmp_path), 0.0, "/sys")
+    assert scratch is not None and scratch.bad_node == "n7"
+    full = preflight.check(tmp_path, ranks(tmp_path), 1e9, None)
+    assert full is not None and full.bad_node == "", "every node sees that disk"

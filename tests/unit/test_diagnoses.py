@@ -1,0 +1,156 @@
+"""The table of failures against recorded disturbances: what Slurm, srun or an exception said, and the sentence about it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import Kind
+from pipeline.graph.run import CUT_OFF
+from pipeline.launch import diagnoses
+from pipeline.launch.decision import Decision, Verdict
+from pipeline.launch.diagnoses import TABLE
+from pipeline.launch.slurm_client import Job, in_bytes
+from pipeline.operations.status import end_message, waiting_message
+
+ENDED = {
+    "time limit": ("TIMEOUT", "0:0", "n[1-2]", "its time limit came on n[1-2] before it saved; raise minutes or signal_be"),
+    "deadline": ("DEADLINE", "0:0", "n1", "its time limit came on n1 before it saved"),
+    "preemption": ("PREEMPTED", "0:0", "n[1-2]", "a job of higher priority took n[1-2], and Slurm did not queue this one"),
+    "node failure": ("NODE_FAIL", "1:0", "n[1-2]", "Slurm lost a node of n[1-2]; see `sinfo -R`, and `atom retry`"),
+    "node that did not boot": ("BOOT_FAIL", "0:0", "n3", "Slurm lost a node of n3"),
+    "launch failure": ("FAILED", "0:53", "n1", "node n1 could not start the job's script (exit code 0:53); see that it mou"),
+    "another exit code": ("FAILED", "2:0", "n1", "failed exit code 2"),
+    "unknown state": ("SOMETHING_NEW", "0:0", "n1", "something_new exit code 0"),
+}  # fmt: skip
+"""Final states of jobs that left no outcome: state, exit code, nodes; how the sentence begins."""
+
+
+@pytest.mark.parametrize("name", ENDED)
+def test_a_job_that_left_no_outcome(name: str) -> None:
+    state, code, nodes, sentence = ENDED[name]
+    job = Job("7", state, f"exit code {code[0]}", nodes, code=code)
+    for recorded in ("", CUT_OFF):
+        text = end_message(job, recorded, None)
+        assert text.startswith(sentence) or (
+            text == CUT_OFF and recorded and name in ("another exit code", "unknown state")
+        )
+        assert "\n" not in text and "{" not in text
+
+
+def test_what_was_recorded_counts_more() -> None:
+    job = Job("7", "TIMEOUT", nodes="n1", code="0:0")
+    assert end_message(job, "recipe r: no", None) == "recipe r: no"
+    failed, again = (
+        Verdict(decision, "its own words", Kind.MACHINE) for decision in (Decision.FAILED, Decision.RESTART)
+    )
+    assert end_message(job, CUT_OFF, failed) == "its own words"
+    assert end_message(job, "", again).startswith("its time limit came on n1"), "of an earlier moment"
+    assert end_message(Job("7", "FAILED", "exit code 2", code="2:0"), "", again) == "its own words"
+
+
+def test_memory_is_named_from_the_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sacct = tmp_path / "sacct"
+    sacct.write_text('#!/bin/bash\nprintf "100M|\\n100M|8K\\n|1.5G\\n|302040K\\n"\n')
+    sacct.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    text = end_message(Job("7", "OUT_OF_MEMORY", nodes="n2", code="0:125"), "", None)
+    assert text.startswith("memory of n2 ran out: requested 100M, used at most 1.5G; raise memory_gb of the profile")
+    sacct.write_text("#!/bin/bash\nexit 1\n")
+    text = end_message(Job("7", "OUT_OF_MEMORY", nodes="n2", code="0:125"), "", None)
+    assert text.startswith("memory of n2 ran out: requested not known, used at most not known")
+    assert [in_bytes(size) for size in ("8K", "1.5G", "512", "", "?")] == [8192, 1.5 * 2**30, 512, 0, 0]
+
+
+WAITING = {
+    "launch failed requeued held": "Slurm holds the job because a node could not launch it (launch failed requeued held; n4: bad fan); `atom retry` releases it",
+    "JobHeldUser": "the job is held (JobHeldUser; n4: bad fan); `scontrol release 7` lets it start",
+    "job requeued in held state": "the job is held (job requeued in held state",
+    "ReqNodeNotAvail, UnavailableNodes:n4": "the job waits for nodes that are down or drained (ReqNodeNotAvail, UnavailableNodes:n4; n4: bad fan)",
+    "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions": "the job waits for nodes that are down",
+    "PartitionTimeLimit": "the job can never start as it is requested (PartitionTimeLimit",
+    "BadConstraints": "the job can never start as it is requested (BadConstraints",
+    "Priority": "Priority",
+    "Resources": "Resources",
+    "BeginTime": "BeginTime",
+    "Dependency": "Dependency",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", WAITING)
+def test_a_job_that_waits(reason: str) -> None:
+    assert waiting_message(Job("7", "PENDING", reason), "n4: bad fan").startswith(WAITING[reason])
+    assert waiting_message(Job("7", "RUNNING", reason), "") == reason
+
+
+OUT_OF_MEMORY = [
+    "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.",
+    "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.batch",
+    "srun: error: n2: task 1: Out Of Memory",
+    "slurmstepd: error: StepId=7.0 exceeded memory limit (314572800 > 104857600), being killed",
+]
+OTHER = [
+    "srun: error: n2: task 1: Killed",
+    "srun: error: n1: task 0: Exited with exit code 127",
+    "slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-28T12:00:00 DUE TO TIME LIMIT ***",
+    "srun: Force Terminated StepId=7.0",
+]
+DEVICE = [
+    "CUDA error: uncorrectable ECC error encountered",
+    "CUDA error: uncorrectable NVLink error detected during the execution",
+    "CUDA error: no CUDA-capable device is detected",
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+    "CUDA driver initialization failed, you might not have a CUDA gpu.",
+    "NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus.",
+    "CUDA error: system not yet initialized",
+]
+BUGS = [
+    "CUDA error: device-side assert triggered",
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+    "Expected all tensors to be on the same device",
+]
+
+
+def test_patterns_are_the_same_for_grep_and_for_python() -> None:
+    def grep(pattern: str, line: str) -> bool:
+        return subprocess.run(["grep", "-qE", pattern], input=line, text=True).returncode == 0
+
+    for pattern, lines, others in (
+        (diagnoses.MEMORY.pattern, OUT_OF_MEMORY, [*OTHER, *DEVICE]),
+        (diagnoses.DEVICE.pattern, DEVICE, [*BUGS, *OTHER]),
+    ):
+        for line in (*lines, *others):
+            expected = line in lines
+            assert (re.search(pattern, line) is not None, grep(pattern, line)) == (expected, expected), line
+
+
+def test_an_error_of_a_device_is_found_behind_others() -> None:
+    try:
+        try:
+            raise RuntimeError(f"{DEVICE[0]}\nCompile with TORCH_USE_CUDA_DSA")
+        except RuntimeError as error:
+            raise ValueError("a step failed") from error
+    except ValueError as error:
+        assert diagnoses.of_error(error) == (diagnoses.DEVICE, DEVICE[0])
+    for line in BUGS:
+        assert diagnoses.of_error(RuntimeError(line)) is None
+    loop = RuntimeError("a")
+    loop.__cause__ = RuntimeError("b")
+    loop.__cause__.__cause__ = loop
+    assert diagnoses.of_error(loop) is None
+
+
+def test_each_row_is_told_apart_and_names_a_remedy() -> None:
+    names = [row[0] for row in diagnoses.rows()]
+    assert len(names) == len(set(names)) and {"EROFS", "ENOSPC", "EDQUOT", "EIO"} < set(names)
+    states = [state for row in TABLE for state in row.states]
+    assert len(states) == len(set(states))
+    for row in TABLE:
+        text = row.text(detail="why")
+        assert "{" not in text and "\n" not in text
+        assert row.sentence == "{detail}" or ";" in text, "what to do"
+    assert {row.name for row in TABLE if row.bad_node and row.kind.final} == set(), "a final failure blames no node"

@@ -1,0 +1,249 @@
+"""`atom init`, `validate` and `diff`: recipes of one's own, every mistake with its line, and what a change runs again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli.main import app
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Store
+from pipeline.core.yaml_text import parse_yaml
+from pipeline.graph import dag, json_schema
+from pipeline.graph import recipe as recipes
+from pipeline.launch import cluster_profile
+from pipeline.operations import recipe_check, recipe_diff, recipe_template
+from tests.fixtures import ROOT, home_fixtures
+
+SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")
+PACKAGED = sorted(path.stem for path in SMOKE.parent.glob("*.yaml"))
+
+
+def write(path: Path, **replaced: str) -> str:
+    """A copy of atom-smoke in which some lines are replaced, each by the text before its colon and comment."""
+    lines = SMOKE.read_text().split("\n")
+    for number, line in enumerate(lines):
+        for old, new in replaced.items():
+            if line.strip().startswith(old.replace("__", ": ")):
+                lines[number] = line[: len(line) - len(line.lstrip())] + new
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def line_of(path: str, text: str) -> int:
+    return next(n for n, line in enumerate(Path(path).read_text().split("\n"), 1) if text in line)
+
+
+@pytest.mark.parametrize("source", PACKAGED)
+def test_a_recipe_of_ones_own_is_valid_and_differs_by_its_name_alone(tmp_path: Path, source: str) -> None:
+    path = recipe_template.write("my-model", source, tmp_path)
+    findings = recipe_check.check(str(path), Store(tmp_path))
+    assert findings.problems == ()
+    before, after = (dict(recipe_diff.flat(recipes.load(name).config)) for name in (source, str(path)))
+    assert [c.field for c in recipe_diff.field_changes(before, after)] == ["name"]
+    comments = {line.partition(" #")[2] for line in (SMOKE.parent / f"{source}.yaml").read_text().split("\n")}
+    assert comments <= {line.partition(" #")[2] for line in path.read_text().split("\n")}, "comments are kept"
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    path = recipe_template.write("my-model", "atom-smoke", tmp_path)
+    path.write_text("mine")
+    for name, source, sentence in (
+        ("my-model", "atom-smoke", "my-model.yaml exists, and is not overwritten"),
+        ("My Model", "atom-smoke", "is no name of lower-case letters"),
+        ("../up", "atom-smoke", "is no name of lower-case letters"),
+        ("atom-tiny", "atom-smoke", "is the name of a packaged recipe"),
+        ("other", "atom-smok", "did you mean atom-smoke"),
+        ("other", str(path), "is no packaged recipe"),
+    ):
+        with pytest.raises(AtomError, match=sentence):
+            recipe_template.write(name, source, tmp_path)
+    assert path.read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {"my-model.yaml", SCHEMA}
+    for content, is_kept in (("of another program", True), (json_schema.text("recipe") + " ", False)):
+        (tmp_path / SCHEMA).write_text(content)
+        recipe_template.write(f"other-{int(is_kept)}", "atom-smoke", tmp_path)
+        assert ((tmp_path / SCHEMA).read_text() == content) == is_kept
+
+
+SCHEMA = recipe_template.SCHEMA
+FILES = [
+    (kind, path)
+    for kind, folder in (
+        ("recipe", "pipeline/recipes"), ("data_recipe", "data_recipes"), ("cluster_profile", "pipeline/clusters"),
+    )
+    for path in sorted((ROOT / folder).glob("*.yaml")) if not path.name.endswith(recipes.LOCK_SUFFIX)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def validators() -> dict[str, Any]:
+    """By the schemas as they are published."""
+    out = {}
+    for kind in json_schema.models():
+        schema = json.loads((ROOT / f"docs/schemas/{kind}{json_schema.SUFFIX}").read_text())
+        jsonschema.Draft202012Validator.check_schema(schema)
+        out[kind] = jsonschema.Draft202012Validator(schema)
+    return out
+
+
+@pytest.mark.parametrize(("kind", "path"), FILES, ids=[path.name for _, path in FILES])
+def test_every_packaged_file_is_valid_by_its_schema(validators: dict[str, Any], kind: str, path: Path) -> None:
+    raw = parse_yaml(path.read_bytes(), path.name)
+    assert [error.message for error in validators[kind].iter_errors(raw)] == []
+    wrong = {**raw, "name": 3, "colour": 1}
+    places = {tuple(error.path) for error in validators[kind].iter_errors(wrong)}
+    assert {("name",), ()} <= places, "a number is no name, and an unknown field is refused"
+
+
+def test_a_recipe_of_ones_own_names_the_schema_beside_it(tmp_path: Path, validators: dict[str, Any]) -> None:
+    path = recipe_template.write("my-model", "atom-smoke", tmp_path)
+    first = path.read_text().split("\n")[0]
+    assert first == f"# yaml-language-server: $schema={SCHEMA}"
+    assert json.loads((tmp_path / SCHEMA).read_text()) == validators["recipe"].schema
+    raw = parse_yaml(path.read_bytes(), "r")
+    raw["pretrain"]["steps"], raw["model"]["experts"] = 0, "four"
+    places = {".".join(map(str, error.path)) for error in validators["recipe"].iter_errors(raw)}
+    assert places == {"pretrain.steps", "model.experts"} or {"pretrain.steps", "model"} == places
+
+
+def test_a_file_of_another_origin_in_the_place_of_the_schema_stays(tmp_path: Path) -> None:
+    (tmp_path / SCHEMA).write_bytes(b"\xff mine")
+    recipe_template.write("my-model", "atom-smoke", tmp_path)
+    assert (tmp_path / SCHEMA).read_bytes() == b"\xff mine"
+
+
+def test_every_mistake_of_the_fields_has_its_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "r.yaml", steps__60="stepz: 60", layers="layers: two", data="data: nowhere",
+        validation__every="validation: {every: 0, rows: 24}", problems="problems: {add: 40, sort: x}",
+    )  # fmt: skip
+    (tmp_path / "r.yaml").write_text(
+        Path(path).read_text().replace("validation: {every: 30,", "validation: {every: 0,")
+    )
+    problems = recipe_check.check(path, Store(tmp_path)).problems
+    rows = {(problem.field, problem.line) for problem in problems}
+    assert {
+        ("model.layers", line_of(path, "layers: two")),
+        ("pretrain.stepz", line_of(path, "stepz")),
+        ("pretrain.steps", line_of(path, "pretrain:")),
+        ("pretrain.validation.every", line_of(path, "every: 0")),
+        ("evaluation.problems.sort", line_of(path, "sort: x")),
+        ("data", line_of(path, "data: nowhere")),
+    } <= rows
+    for problem in problems:
+        assert "\n" not in problem.text and str(problem).startswith(f"{path}:{problem.line}: ")
+
+
+def test_a_renamed_field_is_one_mistake(tmp_path: Path) -> None:
+    text = SMOKE.read_text().replace("moe_intermediate_size: 64", "expert_ffn_size: 64")
+    (tmp_path / "r.yaml").write_text(text)
+    (problem,) = recipe_check.check(str(tmp_path / "r.yaml"), Store(tmp_path)).problems
+    assert problem.text == "model.expert_ffn_size has another name now: moe_intermediate_size"
+
+
+def test_every_contradiction_between_sections_is_listed(tmp_path: Path) -> None:
+    text = (
+        SMOKE.read_text()
+        .replace("docstrings: 0.55", "docs: 0.5")
+        .replace("sequence_length: 128", "sequence_length: 512")
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    problems = recipe_check.check(str(tmp_path / "r.yaml"), Store(tmp_path)).problems
+    assert [problem.field for problem in problems] == [
+        "pretrain.mix", "pretrain.mix", "midtrain.sequence_length", "sft.sequence_length",
+    ]  # fmt: skip
+    assert all(problem.line for problem in problems)
+
+
+def test_mistakes_of_all_files_come_together(tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text("name: d\nheldout_fraction: 2\nsources: [{name: A}]\n")
+    (tmp_path / "p.yaml").write_text("name: p\nlocal: {jobs: 0}\n")
+    path = write(tmp_path / "r.yaml", data="data: d.yaml", layers="layers: 0")
+    problems = recipe_check.check(path, Store(tmp_path), str(tmp_path / "p.yaml")).problems
+    files = {Path(problem.file).name: problem.field for problem in problems}
+    assert files.keys() == {"r.yaml", "d.yaml", "p.yaml"}
+    fields = {problem.field for problem in problems}
+    assert {"model.layers", "heldout_fraction", "local.jobs", "power"} <= fields
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"a: [1", "r.yaml:2: line 2 is not valid YAML"),
+        (b"- 1", "must be a mapping of sections"),
+        (b"\xff", "is not UTF-8"),
+        (None, "there is no recipe "),
+    ],
+)
+def test_what_is_no_recipe_is_one_mistake(tmp_path: Path, content: bytes | None, sentence: str) -> None:
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    (problem,) = recipe_check.check(str(path), Store(tmp_path)).problems
+    assert sentence in str(problem)
+
+
+def test_what_a_plan_refuses_is_a_mistake_too(tmp_path: Path) -> None:
+    """A checkpoint that is not sealed, and stages that do not fit the profile."""
+    text = SMOKE.read_text().replace("steps: 150", "steps: 150\n  continue_from: midtrain@75")
+    (tmp_path / "r.yaml").write_text(text)
+    (problem,) = recipe_check.check(str(tmp_path / "r.yaml"), Store(tmp_path)).problems
+    assert problem.field == "midtrain.continue_from" and problem.line == line_of(str(tmp_path / "r.yaml"), "continue_")
+    profile = tmp_path / "p.yaml"
+    profile.write_text("name: p\nlocal: {memory_gb: 0.01}\npower: {watts_per_core: 1}\nstorage: {home_files: 3}\n")
+    problems = recipe_check.check("atom-smoke", Store(tmp_path), str(profile)).problems
+    assert any("of memory, and this machine has" in p.text for p in problems)
+    assert any("storage.home_files" in p.text for p in problems)
+
+
+def test_the_command_prints_json_and_exits_with_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_HOME", str(tmp_path / "home"))
+    path = write(tmp_path / "r.yaml", layers="layers: 0")
+    result = CliRunner().invoke(app, ["validate", path, "--json"])
+    body = json.loads(result.stdout)
+    assert result.exit_code == 2 and [p["field"] for p in body["problems"]] == ["model.layers"]
+    fine = CliRunner().invoke(app, ["validate", "atom-smoke"])
+    assert fine.exit_code == 0 and fine.stdout == "atom-smoke: no mistake\n"
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_difference_states_fields_keys_reasons_and_cost(tmp_path: Path) -> None:
+    store, profile = Store(tmp_path / "home"), cluster_profile.load("local")
+    text = SMOKE.read_text().replace("name: atom-smoke", "name: mine").replace("steps: 40\n", "steps: 50\n")
+    (tmp_path / "r.yaml").write_text(text.replace("checkpoint_interval: 20\n\nrlvr", "checkpoint_interval: 10\n\nrlvr"))
+    first, second = (dag.compose(recipes.load(name), store) for name in ("atom-smoke", str(tmp_path / "r.yaml")))
+    difference = recipe_diff.compare(first, second, store, profile)
+    assert {(c.field, c.before, c.after, c.operational) for c in difference.fields} == {
+        ("name", "atom-smoke", "mine", True),
+        ("sft.steps", 40, 50, False),
+        ("sft.checkpoint_interval", 20, 10, True),
+    }
+    changed = {name for name in first.nodes if first.nodes[name].key != second.nodes[name].key}
+    stages = {stage.name: stage for stage in difference.stages}
+    assert stages.keys() == changed and difference.unchanged == len(second.nodes) - len(changed)
+    assert stages["sft"].settings == ("phase.steps",) and stages["sft"].inputs == ("order-sft",)
+    assert stages["rlvr"].because == "input sft"
+    assert {use.name for use in difference.costs.uses} == changed and difference.costs.total.core_hours > 0
+    run = home_fixtures.start(store, second, second.select("order-sft", None))
+    assert run.body["nodes"]
+    again = recipe_diff.compare(first, second, store, profile)
+    assert next(s for s in again.stages if s.name == "order-sft").state in ("sealed", "stale")
+    assert "order-sft" not in {use.name for use in again.costs.uses} and "tokenize" not in again.unsealed
+    assert recipe_diff.compare(second, second, store, profile).stages == ()
+
+
+def test_a_new_and_a_removed_stage_are_told_apart(tmp_path: Path) -> None:
+    store, profile = Store(tmp_path), cluster_profile.load("local")
+    text = SMOKE.read_text()
+    (tmp_path / "r.yaml").write_text(
+        text.replace("  memorization: {documents: 4, prefix_tokens: 16, continuation_tokens: 16}\n", "")
+    )
+    first, second = (dag.compose(recipes.load(name), store) for name in ("atom-smoke", str(tmp_path / "r.yaml")))
+    assert recipe_diff.compare(first, second, store, profile).removed == ("memorization-rlvr",)
+    (stage,) = recipe_diff.compare(second, first, store, profile).stages
+    assert (stage.name, stage.because, stage.before) == ("memorization-rlvr", "new", None)
