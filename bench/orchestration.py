@@ -34,7 +34,7 @@ from pipeline.core.events import EventTail
 from pipeline.core.store import Store
 from pipeline.graph import dag, recipe
 from pipeline.launch import cluster_profile, slurm, slurm_client
-from pipeline.operations import status
+from pipeline.tracking import status
 
 TARGET = 0.5
 PLACE = Path(os.environ.get("SLURM_TEST_DIR", Path(__file__).parent.parent / "build/slurm")).resolve()

@@ -31,8 +31,7 @@ from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.launch.slurm_client import Owner
-from pipeline.operations import status
-from pipeline.tracking import budget
+from pipeline.tracking import budget, status
 
 TARGET = 0.5
 BEHIND = 20

@@ -40,10 +40,14 @@ def status(
     """Show the progress and the resource use of a run.
 
     The use of time, energy and money includes failed attempts. A running stage keeps the same page of HTML up to date
-    in logs/RUN/status.html of $ATOM_HOME.
+    in logs/RUN/status.html of $ATOM_HOME. Only --html and --prometheus may be given together.
 
     Example: atom status --watch
     """
+    files = " and ".join(name for name, file in (("--html", html), ("--prometheus", prometheus)) if file is not None)
+    outputs = [name for name, given in (("--watch", watch), ("--json", as_json), (files, files)) if given]
+    if len(outputs) > 1:
+        raise AtomError(f"atom status: {' and '.join(outputs)} are different outputs; give one of them at a time")
     from rich.console import Group
     from rich.live import Live
     from rich.markup import escape
@@ -51,8 +55,7 @@ def status(
     from pipeline.cli.tables import status_table
     from pipeline.graph import run as runs
     from pipeline.launch import bad_nodes
-    from pipeline.operations import snapshot, status
-    from pipeline.tracking import budget
+    from pipeline.tracking import budget, snapshot, status
 
     store = open_store()
     warn_of_home(store)
@@ -94,7 +97,7 @@ def status(
 
 
 def _write_views(run: Run, store: Store, html: Path | None, prometheus: Path | None) -> None:
-    from pipeline.operations import page, snapshot
+    from pipeline.tracking import page, snapshot
 
     current = snapshot.take(run, store)
     if html is not None:
@@ -125,7 +128,8 @@ def logs(
     Example: atom logs pretrain --follow
     """
     from pipeline.graph import run as runs
-    from pipeline.operations import stage_logs, status
+    from pipeline.operations import stage_logs
+    from pipeline.tracking import status
 
     store = open_store()
     candidates = [runs.find(store, run)] if run else list(reversed(runs.runs(store)))
@@ -247,8 +251,7 @@ def sync(run: RunArgument = None) -> None:
     """
     from pipeline.core.lease import Lease, holder
     from pipeline.graph import run as runs
-    from pipeline.operations import status
-    from pipeline.tracking import mlflow_sync
+    from pipeline.tracking import mlflow_sync, status
 
     store = open_store()
     this = runs.find(store, run)

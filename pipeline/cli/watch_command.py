@@ -49,7 +49,8 @@ def watch(
     Example: atom watch --webhook https://chat.example.org/hook
     """
     from pipeline.graph import run as runs
-    from pipeline.operations import alerts, snapshot
+    from pipeline.operations import alerts
+    from pipeline.tracking import snapshot
 
     store = open_store()
     this = runs.find(store, run)

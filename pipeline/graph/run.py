@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -266,9 +266,10 @@ class NodeStatus:
     slow: str | None = None  # the rank for which the others wait
     message: str = ""
     kind: str | None = None  # of the failure in `message`
+    events: EventSummary | None = field(default=None, repr=False, compare=False)
 
     def json(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if v not in (None, "")}
+        return {k: v for k, v in self.__dict__.items() if v not in (None, "") and k != "events"}
 
 
 def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
@@ -290,6 +291,7 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
         ranks=begun["ranks"] if begun else None,
         eta=eta,
         restarts=max(0, state["attempts"] - 1) or None,
+        events=summary,
     )
     present = holder(store.work(key))
     running = present is not None and present.alive

@@ -127,7 +127,7 @@ LOST = Diagnosis(
 )  # fmt: skip
 LOST_TWICE = Diagnosis(
     "a rank lost twice",
-    "a signal ended a rank on the same node in two launches in a row, and memory was not the cause",
+    "a signal ended a rank on the same node in any two launches in a row, and memory was not the cause",
     Kind.MACHINE,
     "node {nodes} lost a rank in two launches in a row ({detail}); see the system's log of that node",
     bad_node=True,

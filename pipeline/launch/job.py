@@ -35,8 +35,8 @@ from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, node_name, read, write
 from pipeline.launch.worker import STOP, attempt, stop_signals
-from pipeline.operations.live import LiveFiles
 from pipeline.tracking import budget, mlflow_sync
+from pipeline.tracking.live import LiveFiles
 
 MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
 """The MLflow status of the run for each decision; any other decision leaves the run open."""

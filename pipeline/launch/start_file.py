@@ -30,7 +30,7 @@ class Input(TypedDict):
     digest: str
 
 
-class Start(TypedDict):
+class StartSettings(TypedDict):
     """start: the number of the lease, 1 for the first start at the key. config: what is in the key; operation: the
     rest of it. layout: of the ranks of a training phase, in words. flops_per_token: of the model, in training.
     peak_flops: of one GPU in the precision of the phase. job, nodes: of Slurm; else None, and the host."""
@@ -49,7 +49,7 @@ class Start(TypedDict):
     nodes: str
 
 
-START: TypeAdapter[Start] = TypeAdapter(Start)
+START_SETTINGS: TypeAdapter[StartSettings] = TypeAdapter(StartSettings)
 
 
 def write(attempt: Attempt, number: int) -> None:
@@ -61,7 +61,7 @@ def write(attempt: Attempt, number: int) -> None:
         print(f"{attempt.task.node}: {NAME} was not written: {error}", file=sys.stderr, flush=True)
 
 
-def _start(attempt: Attempt, number: int) -> Start:
+def _start(attempt: Attempt, number: int) -> StartSettings:
     task, training = attempt.task, attempt.stage.estimate(attempt.config).training
     peak = None
     if training is not None and task.peaks:
@@ -88,11 +88,11 @@ def _input(artifact: Artifact) -> Input:
     return {"key": artifact.key, "digest": artifact.digest}
 
 
-def read(folder: Path) -> Start | None:
+def read(folder: Path) -> StartSettings | None:
     """The latest start of a stage with this folder of logs; None if there was none, or if the file is damaged, which is
     reported."""
     try:
-        start: Start = json_files.read(folder / NAME, START)
+        start: StartSettings = json_files.read(folder / NAME, START_SETTINGS)
     except FileNotFoundError:  # no start yet, or an older run
         return None
     except Damaged as error:

@@ -29,7 +29,7 @@ from pipeline.launch.early_start import EarlyStart
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
 from pipeline.launch.start_records import StartRecords
-from pipeline.operations.live import LiveFiles
+from pipeline.tracking.live import LiveFiles
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption."""

@@ -29,9 +29,9 @@ from pipeline.core.log_summary import EventSummary
 from pipeline.core.progress import duration
 from pipeline.core.spike_limit import spike_limit
 from pipeline.core.store import Store
-from pipeline.operations.page import write
-from pipeline.operations.snapshot import Snapshot, StageView
 from pipeline.tracking.budget import RESOURCES
+from pipeline.tracking.page import write
+from pipeline.tracking.snapshot import Snapshot, StageView
 
 SECONDS = 30.0
 """The time that a command, a web server or a mail server may take."""

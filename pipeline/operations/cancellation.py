@@ -13,7 +13,7 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run
 from pipeline.launch import slurm_client, submission_lock
-from pipeline.operations.status import is_submitted_job
+from pipeline.tracking.status import is_submitted_job
 
 STOP_SECONDS = 30.0
 """The total time to wait for stages on this machine."""

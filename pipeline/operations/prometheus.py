@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.operations.snapshot import Snapshot, StageView
 from pipeline.tracking.budget import RESOURCES
+from pipeline.tracking.snapshot import Snapshot, StageView
 
 Labels = tuple[tuple[str, str], ...]
 Sample = tuple[str, Labels, float]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
-
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
 
 from pipeline.core.stage import identity
 from pipeline.core.store import Store
@@ -15,6 +12,7 @@ from pipeline.graph import dag
 from pipeline.graph.cost_estimate import Forecast, forecast
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.plan import is_small, plan
+from pipeline.graph.settings import flat
 from pipeline.launch.cluster_profile import Profile
 
 ABSENT = "absent"
@@ -105,37 +103,6 @@ def field_changes(
         (old, old_kind), (new, new_kind) = before.get(field, (ABSENT, True)), after.get(field, (ABSENT, True))
         if old != new and (old, new) not in ((None, ABSENT), (ABSENT, None)):
             yield FieldChange(field, old, new, old_kind and new_kind)
-
-
-def flat(value: Any, prefix: str = "", is_operational: bool = False) -> Iterator[tuple[str, tuple[Any, bool]]]:
-    """(dotted field, (plain value, operational)) of every setting. An item of a list of sections is called by its
-    `name`, else by its number."""
-    if isinstance(value, BaseModel):
-        for name, info in type(value).model_fields.items():
-            extra = info.json_schema_extra
-            inner = isinstance(extra, dict) and extra.get("identity") is False
-            yield from flat(getattr(value, name), f"{prefix}.{name}", is_operational or inner)
-    elif isinstance(value, Mapping) and value:
-        for name, item in value.items():
-            yield from flat(item, f"{prefix}.{name}", is_operational)
-    elif _is_list_of_sections(value):
-        names = [_name(item) for item in value]
-        distinct = None not in names and len(set(names)) == len(names)
-        for number, item in enumerate(value):
-            yield from flat(item, f"{prefix}.{names[number] if distinct else number}", is_operational)
-    else:
-        yield prefix.lstrip("."), (to_jsonable_python(value), is_operational)
-
-
-def _is_list_of_sections(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and any(
-        isinstance(item, (BaseModel, Mapping)) for item in value
-    )  # fmt: skip
-
-
-def _name(section: Any) -> str | None:
-    name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", None)
-    return name if isinstance(name, str) else None
 
 
 def _settings(graph: Graph) -> dict[str, tuple[Any, bool]]:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import json_files, provenance
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import AtomError
 from pipeline.core.events import POINT, Point, Tail, curves_of
 from pipeline.core.figures import scores_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.provenance import Statement
 from pipeline.core.store import Store
-from pipeline.core.yaml_text import parse_yaml, read_file
-from pipeline.graph.recipe import LOCK_SUFFIX
 from pipeline.graph.run import NodeRow, Run
-from pipeline.operations.recipe_diff import ABSENT, flat
+from pipeline.graph.settings import settings_of
+from pipeline.operations.recipe_diff import ABSENT
 
 LAST_BYTES = 4 * 2**20
 """Of a log of metrics, from which the last values come: some 20,000 steps."""
@@ -122,29 +121,6 @@ def differing_settings(rows: Sequence[Measured]) -> dict[str, list[Any]]:
     fields = dict.fromkeys(field for row in rows for field in row.settings)
     values = {field: [row.settings.get(field, ABSENT) for row in rows] for field in fields}
     return {field: each for field, each in values.items() if any(value != each[0] for value in each)}
-
-
-def settings_of(run: Run) -> dict[str, Any]:
-    """The settings that stand in the recipe files with which a run began. Unreadable ones are left out."""
-    data = _settings(run, "data_recipes")
-    return recipe_settings(run) | {f"data recipe: {field}": value for field, value in data.items()}
-
-
-def recipe_settings(run: Run) -> dict[str, Any]:
-    """Those of the recipe alone."""
-    return _settings(run, "recipes")
-
-
-def _settings(run: Run, kind: str) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for path in sorted((run.folder / kind).glob("*.yaml")):
-        title = f"{run.id}/{kind}/{path.name}"
-        if not path.name.endswith(LOCK_SUFFIX):
-            try:
-                fields |= {field: value for field, (value, _) in flat(parse_yaml(read_file(path, title), title))}
-            except RecipeError as error:
-                json_files.note(f"{error}; its settings are left out")
-    return fields
 
 
 def last_values(path: Path) -> dict[str, float]:

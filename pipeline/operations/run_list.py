@@ -20,7 +20,7 @@ from pipeline.core.store import Store
 from pipeline.graph.run import Run
 from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import NoAnswer
-from pipeline.operations.status import is_submitted_job
+from pipeline.tracking.status import is_submitted_job
 
 END_BYTES = 2**16
 """Of a log of events, in which its last event stands."""

@@ -13,7 +13,7 @@ from pipeline.core.figures import estimates, scores_of
 from pipeline.core.provenance import Statement
 from pipeline.core.store import Artifact
 from pipeline.graph.run import NodeStatus, Run
-from pipeline.launch.start_file import Start
+from pipeline.launch.start_file import StartSettings
 
 BATCH, PARAMS_PER_BATCH = 1000, 100
 LONGEST_PARAMETER, LONGEST_TAG = 500, 5000
@@ -36,7 +36,7 @@ def log(client: Any, run: str, params: Mapping[str, str], metrics: list[Any], ta
         client.log_batch(run, params=every[i : i + PARAMS_PER_BATCH])
 
 
-def start_tags(start: Start) -> dict[str, str]:
+def start_tags(start: StartSettings) -> dict[str, str]:
     """How a stage was started. A later start overwrites these."""
     texts = {name: start[name] for name in ("job", "nodes", "layout", "ranks", "gpus", "start")}
     return {
@@ -61,13 +61,13 @@ def error_tags(node: NodeStatus) -> dict[str, str]:
     )
 
 
-def restarts(start: Start) -> list[Any]:
+def restarts(start: StartSettings) -> list[Any]:
     from mlflow.entities import Metric
 
     return [Metric("restarts", float(start["start"] - 1), round(start["time"] * 1000), start["start"])]
 
 
-def points(rows: Iterable[Point], start: Start | None) -> list[Any]:
+def points(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
     """The points of a log of metrics. `mfu`, the share of the GPUs' peak that the model's FLOPs of a step reach, is
     added where the profile states the peak."""
     from mlflow.entities import Metric
@@ -108,7 +108,7 @@ def usage(body: Statement) -> list[Any]:
     return [Metric(name, float(value), 0, 0) for name, value in sorted(numbers.items())]
 
 
-def started_inputs(start: Start) -> list[Any]:
+def started_inputs(start: StartSettings) -> list[Any]:
     """The artifacts that a started stage reads."""
     return _datasets((role, row["key"], row["digest"]) for role, row in start["inputs"].items())
 

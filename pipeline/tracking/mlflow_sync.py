@@ -36,7 +36,7 @@ from pipeline.core.store import Artifact, Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run, status
 from pipeline.launch import start_file
-from pipeline.launch.start_file import Start
+from pipeline.launch.start_file import StartSettings
 from pipeline.tracking import mlflow_records as records
 
 
@@ -145,7 +145,7 @@ class Forwarder:
 
     def _parent(self, client: Any) -> str:
         if "parent" not in self.state:
-            from pipeline.operations.run_comparison import recipe_settings  # which jobs of Slurm need not import
+            from pipeline.graph.settings import recipe_settings  # which jobs of Slurm need not import
 
             name = self.run.body["recipe"]
             existing = client.get_experiment_by_name(name)
@@ -207,7 +207,7 @@ class Forwarder:
         progress["status"], progress["ended"] = text, text == "FINISHED"
         self._save()
 
-    def _metrics(self, client: Any, name: str, progress: dict[str, Any], start: Start | None) -> None:
+    def _metrics(self, client: Any, name: str, progress: dict[str, Any], start: StartSettings | None) -> None:
         tail = Tail(self.run.node_folder(name) / "metrics.jsonl", POINT, progress["offset"], whole=True)
         has_more = True
         while has_more:

@@ -15,7 +15,7 @@ import pytest
 from pipeline.core.errors import Failure, Kind
 from pipeline.core.events import FileReport
 from pipeline.core.lease import Lease
-from pipeline.operations import live, page, snapshot
+from pipeline.tracking import live, page, snapshot
 from tests.fixtures import home_fixtures, live_fixtures
 from tests.fixtures.live_fixtures import append, make_run, train
 from tests.fixtures.run_fixtures import atom

@@ -19,8 +19,9 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
-from pipeline.operations import alerts, snapshot
+from pipeline.operations import alerts
 from pipeline.operations.alerts import Alert, Thresholds, Watcher
+from pipeline.tracking import snapshot
 from tests.fixtures.live_fixtures import RUN, append, make_run, train
 from tests.fixtures.run_fixtures import atom
 

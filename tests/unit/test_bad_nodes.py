@@ -21,17 +21,21 @@ from pipeline.launch.cluster_profile import Slurm
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.job import JobLimits, avoid_node
-from pipeline.operations import status
+from pipeline.tracking import status
 from tests.unit.test_batch_script import SLURM, script
 from tests.unit.test_preflight import ranks
 
 COMMANDS = {
-    # $PLACE/down: on which nodes Python does not start. The first call is the stage, the second starts Python alone.
+    # $PLACE/down: the nodes on which Python does not start; dead: those that do not answer.
     "srun": """
-[[ "$*" = *"-c import pipeline"* ]] || { cat "$PLACE/says" >&2; exit 1; }
-out=$(grep -o -- '--output [^ ]*-%n' <<< "$*"); out=${out#--output }
-i=0; for node in $(cat "$PLACE/nodes"); do
-    grep -qx "$node" "$PLACE/down" && cat "$PLACE/answer" > "${out/\\%n/$i}" || echo ready > "${out/\\%n/$i}"
+case "$*" in
+    *"sh -c echo"*) echo "$*" >> "$PLACE/probed"; grep -vxFf "$PLACE/dead" "$PLACE/nodes"; exit ;;
+    *"-c import os, pipeline"*) echo "$*" >> "$PLACE/probed" ;;
+    *) cat "$PLACE/says" >&2; exit 1 ;;
+esac
+out=$(grep -o -- '--output [^ ]*-%t' <<< "$*"); out=${out#--output }
+i=0; for node in $(grep -vxFf "$PLACE/dead" "$PLACE/nodes"); do
+    grep -qx "$node" "$PLACE/down" && cat "$PLACE/answer" > "${out/\\%t/$i}" || echo "ready $node" > "${out/\\%t/$i}"
     i=$((i + 1))
 done""",
     "squeue": 'cat "$PLACE/state"',
@@ -54,6 +58,7 @@ def run_script(place: Path, start: int = 0, nodes: str = "n1 n2", down: str = ""
         "answer": "bash: python: not found",
         "state": "RUNNING",
         "needed": "none",
+        "dead": "none",
         "nodes": nodes.replace(" ", "\n"),
         "down": down.replace(" ", "\n"),
     }
@@ -169,6 +174,28 @@ def test_a_node_that_loses_a_rank_in_two_starts_in_a_row_is_bad_once_a_job(tmp_p
         begun(tmp_path, start, "n1", "n3")
         run_script(tmp_path, start, "n1 n3", says=elsewhere)
     assert avoided(tmp_path) == ["n2"], "the rank dies elsewhere, too"
+
+
+def test_a_dead_node_is_not_probed_and_not_blamed(tmp_path: Path) -> None:
+    """A job with spare nodes goes on without it: a probe of all nodes would wait for it."""
+    begun(tmp_path, 0, "n1")
+    assert run_script(tmp_path, dead="n2", down="n2") == "requeue 7\n"
+    assert verdict(tmp_path).text == "the stage left no decision on n[1-2], srun's exit code is 1; see its log"
+    asking, probe = (tmp_path / "slurm/probed").read_text().splitlines()
+    assert "--no-kill" in asking and "--nodes=2" in asking
+    assert "--no-kill" in probe and "--nodelist=n1 --nodes=1 --ntasks=1 " in probe
+    assert avoided(tmp_path) == []
+    (tmp_path / "slurm/probed").unlink()
+    assert run_script(tmp_path, 1, "n1 n2 n3", dead="n2", down="n3") == "requeue 7\nupdate jobid=7 excnodelist=n3\n"
+    assert "--nodelist=n1,n3 --nodes=2 --ntasks=2 " in (tmp_path / "slurm/probed").read_text().splitlines()[1]
+    assert verdict(tmp_path, 1).text.startswith("Python did not start on n3 (bash: python: not found); ")
+
+
+def test_a_job_that_slurm_ends_blames_no_node_for_lost_ranks(tmp_path: Path) -> None:
+    for start in range(2):
+        begun(tmp_path, start, "n1", "n2")
+        run_script(tmp_path, start, says=KILLED, state="COMPLETING")
+    assert avoided(tmp_path) == []
 
 
 def test_memory_is_named_and_is_no_nodes_fault(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ outcome=$(tail -n +3 "$launch/decision" 2> /dev/null)
 [ "$start" -lt 3 ] && may_restart=yes
 for n in $(seq 0 3); do [ -e "$launches.$((start - n))/started-0" ] && may_restart=yes; done
 [ -z "$decision" ] && explain
+case $decision in sealed | done) ;; *) blame_lost ;; esac
 
 if [ "$decision" = again ]; then
     # A job that Slurm itself has ended (scancel, requeue) is no longer RUNNING. A controller that is down is awaited.
@@ -192,7 +193,6 @@ if [ "$decision" = again ]; then
         case $state in *Invalid*) break ;; esac
         sleep 5
     done
-    blame_lost
     avoided_nodes
     # Slurm takes a list of excluded nodes only of a job that waits: right after it is queued again, while it ends this
     # start, which the update must survive. The next start is seconds later.
@@ -260,7 +260,7 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
 
 
 STUBS = {
-    "srun": 'env -0 > "$PLACE/environment"; exit 9',
+    "srun": 'case "$*" in *"sh -c echo"*) echo n1; exit ;; esac; env -0 > "$PLACE/environment"; exit 9',
     "squeue": "echo RUNNING",
     # the script would wait 300 s for Slurm to end it
     "scontrol": '[ "$1" = show ] && { echo n1; exit; }; echo "$*" >> "$PLACE/requeued"; exit 1',
@@ -326,8 +326,10 @@ def launched(
     (home / "outcomes").write_text("\n".join(outcomes.split()) + "\n")
     (home / "answering").write_text("".join(f"{node}\n" for node in nodes.split()))
     line = f"""case "$*" in
+        *pipeline.launch.job*)  # Python starts
+            out=$(grep -o -- '--output [^ ]*-%t' <<< "$*"); sed "s/^/ready /" $PLACE/answering > "${{out#--output }}"
+            exit 0 ;;
         *SLURMD_NODENAME*) cat $PLACE/answering; exit 0 ;;
-        *pipeline.launch.job*) exit 0 ;;  # whether Python starts
     esac
     echo "$ATOM_RELAUNCH $*" >> $PLACE/launched
     echo "{says}" >&2
@@ -385,6 +387,19 @@ def test_a_node_that_loses_a_rank_in_two_launches_of_one_start_is_bad(tmp_path: 
         launches, requeued = launched(home, outcomes, answer, says=says, restarts_in_allocation=relaunches)
         assert (len(launches), requeued) == (relaunches, "requeue 7\n")
         assert [entry.node for entry in bad_nodes.read(Store(home))] == ["n2"] * relaunches
+
+
+def test_a_node_is_blamed_for_any_two_launches_in_a_row(tmp_path: Path) -> None:
+    """The launches before the requeue ended otherwise, and the one that fails for good counts, too."""
+    answer = f"RUNNING N/A {LATER} 2"
+    says = """$([ "$ATOM_RELAUNCH" = 2 ] && echo srun: error: n1: task 0: Killed || echo srun: error: n2: task 1: Killed)"""
+    launches, requeued = launched(tmp_path, "relaunch relaunch again", answer, says=says)
+    assert (len(launches), requeued) == (2, "requeue 7\n")
+    assert [entry.node for entry in bad_nodes.read(Store(tmp_path))] == ["n2"]
+    (tmp_path / "final").mkdir()
+    says = "srun: error: n2: task 1: Killed"
+    assert launched(tmp_path / "final", "relaunch failed", answer, says=says) == (["1 --overlap --nodelist=n1,n2"], "")
+    assert [entry.node for entry in bad_nodes.read(Store(tmp_path / "final"))] == ["n2"]
 
 
 def test_a_node_that_does_not_answer_is_left_out(tmp_path: Path) -> None:

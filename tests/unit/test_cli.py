@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
 
 from pipeline.cli.main import app
+from pipeline.cli.run_commands import status
+from pipeline.core.errors import AtomError
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 HERE = [name for name, command in COMMANDS.items() if command.callback.__module__.startswith("pipeline.")]
@@ -32,3 +36,17 @@ def test_help_is_one_sentence_that_the_list_shows_whole_and_an_example_that_pars
     words = shlex.split(example)
     assert words[1] == name
     command.make_context(name, words[2:])  # raises for an option or an argument that is none
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"watch": True, "as_json": True}, "--watch and --json"),
+        ({"watch": True, "html": Path("page.html")}, "--watch and --html"),
+        ({"as_json": True, "html": Path("page.html"), "prometheus": Path("-")}, "--json and --html and --prometheus"),
+    ],
+    ids=["watch", "page", "all"],
+)
+def test_status_has_one_output(options: dict[str, Any], names: str) -> None:
+    with pytest.raises(AtomError, match=rf"^atom status: {names} are different outputs; give one of them at a time$"):
+        status(**options)

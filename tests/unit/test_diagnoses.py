@@ -14,7 +14,7 @@ from pipeline.launch import diagnoses
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.diagnoses import TABLE
 from pipeline.launch.slurm_client import Job, in_bytes
-from pipeline.operations.status import end_message, waiting_message
+from pipeline.tracking.status import end_message, waiting_message
 
 ENDED = {
     "time limit": ("TIMEOUT", "0:0", "n[1-2]", "its time limit came on n[1-2] before it saved; raise minutes or signal_be"),

@@ -6,13 +6,16 @@ from __future__ import annotations
 import importlib
 import math
 import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.core import json_files
 from pipeline.core.lease import Lease
-from pipeline.operations import snapshot
 from pipeline.operations.prometheus import exposition
+from pipeline.tracking import snapshot
 from tests.fixtures.live_fixtures import RUN, append, make_run
 
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
@@ -87,3 +90,17 @@ def test_the_client_of_prometheus_reads_it(text: str) -> None:
     assert {family.type for family in families} == {"gauge"}
     samples = {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
     assert samples == parse(text)
+
+
+def test_a_snapshot_reads_each_log_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, store = make_run(tmp_path, 20)
+    opened, open_file = Counter[str](), json_files.open_file
+
+    def count(path: Path, *arguments: Any) -> Any:
+        opened[str(path.relative_to(run.folder))] += 1
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr(json_files, "open_file", count)
+    snapshot.take(run, store)
+    logs = {name: number for name, number in opened.items() if name.endswith(".jsonl") and "/" in name}
+    assert "pretrain/events.jsonl" in logs and set(logs.values()) == {1}, logs

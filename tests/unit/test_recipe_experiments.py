@@ -14,7 +14,7 @@ from pipeline.cli.main import app
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Store
 from pipeline.core.yaml_text import parse_yaml
-from pipeline.graph import dag, json_schema
+from pipeline.graph import dag, json_schema, settings
 from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
 from pipeline.operations import recipe_check, recipe_diff, recipe_template
@@ -44,7 +44,7 @@ def test_a_recipe_of_ones_own_is_valid_and_differs_by_its_name_alone(tmp_path: P
     path = recipe_template.write("my-model", source, tmp_path)
     findings = recipe_check.check(str(path), Store(tmp_path))
     assert findings.problems == ()
-    before, after = (dict(recipe_diff.flat(recipes.load(name).config)) for name in (source, str(path)))
+    before, after = (dict(settings.flat(recipes.load(name).config)) for name in (source, str(path)))
     assert [c.field for c in recipe_diff.field_changes(before, after)] == ["name"]
     comments = {line.partition(" #")[2] for line in (SMOKE.parent / f"{source}.yaml").read_text().split("\n")}
     assert comments <= {line.partition(" #")[2] for line in path.read_text().split("\n")}, "comments are kept"

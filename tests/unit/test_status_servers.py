@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.graph.run import JobRow
 from pipeline.launch.slurm_client import Job
-from pipeline.operations import status
+from pipeline.tracking import status
 
 
 @pytest.mark.parametrize(

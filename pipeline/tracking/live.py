@@ -13,7 +13,7 @@ from pipeline.core import json_files
 from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.store import Store
 from pipeline.graph.run import BODY, Run
-from pipeline.operations import page, snapshot
+from pipeline.tracking import page, snapshot
 
 SUMMARY_EVERY = 10.0
 PAGE = "status.html"

@@ -15,8 +15,7 @@ from pipeline.core.progress import duration, human
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run
-from pipeline.operations import status
-from pipeline.tracking import budget
+from pipeline.tracking import budget, status
 from pipeline.tracking.budget import RESOURCES, Hours, Limits, Resource
 
 CURVES = (
@@ -33,8 +32,13 @@ class StageView:
     """A stage with its logs. curves: None if it has recorded none."""
 
     status: NodeStatus
-    events: EventSummary
     curves: Curves | None
+
+    @property
+    def events(self) -> EventSummary:
+        """As its status was read from them."""
+        assert self.status.events is not None, "the status of a node of a run has them"
+        return self.status.events
 
     @property
     def gpus(self) -> int:
@@ -119,7 +123,7 @@ def take(run: Run, store: Store, ask_slurm: bool = True) -> Snapshot:
     for node in nodes:
         folder = run.node_folder(node.name)
         curves = Curves(folder) if (folder / "metrics.jsonl").exists() else None
-        stages.append(StageView(node, EventSummary(folder), curves))
+        stages.append(StageView(node, curves))
     now = time.time()
     return Snapshot(run, now, tuple(stages), lack, _spending(run, store, stages, now))
 

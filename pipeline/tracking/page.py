@@ -17,7 +17,7 @@ from pipeline.core.json_files import printable
 from pipeline.core.progress import duration, figures_text, human
 from pipeline.core.provenance import clock
 from pipeline.core.text import escaped
-from pipeline.operations.snapshot import Snapshot, StageView
+from pipeline.tracking.snapshot import Snapshot, StageView
 
 RELOAD = 30
 MAX_ROWS, MAX_STAGES, MAX_CHARTS, MAX_TEXT = 200, 3, 12, 300

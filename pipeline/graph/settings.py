@@ -1,0 +1,69 @@
+"""The settings of recipes as flat fields: of a loaded recipe, and of the files with which a run began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from pipeline.core import json_files
+from pipeline.core.errors import RecipeError
+from pipeline.core.yaml_text import parse_yaml, read_file
+from pipeline.graph.recipe import LOCK_SUFFIX
+from pipeline.graph.run import Run
+
+
+def flat(value: Any, prefix: str = "", is_operational: bool = False) -> Iterator[tuple[str, tuple[Any, bool]]]:
+    """(dotted field, (plain value, operational)) of every setting. An item of a list of sections is called by its
+    `name`, else by its number."""
+    if isinstance(value, BaseModel):
+        for name, info in type(value).model_fields.items():
+            extra = info.json_schema_extra
+            inner = isinstance(extra, dict) and extra.get("identity") is False
+            yield from flat(getattr(value, name), f"{prefix}.{name}", is_operational or inner)
+    elif isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from flat(item, f"{prefix}.{name}", is_operational)
+    elif _is_list_of_sections(value):
+        names = [_name(item) for item in value]
+        distinct = None not in names and len(set(names)) == len(names)
+        for number, item in enumerate(value):
+            yield from flat(item, f"{prefix}.{names[number] if distinct else number}", is_operational)
+    else:
+        yield prefix.lstrip("."), (to_jsonable_python(value), is_operational)
+
+
+def _is_list_of_sections(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and any(
+        isinstance(item, (BaseModel, Mapping)) for item in value
+    )  # fmt: skip
+
+
+def _name(section: Any) -> str | None:
+    name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", None)
+    return name if isinstance(name, str) else None
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """The settings that stand in the recipe files with which a run began. Unreadable ones are left out."""
+    data = _settings(run, "data_recipes")
+    return recipe_settings(run) | {f"data recipe: {field}": value for field, value in data.items()}
+
+
+def recipe_settings(run: Run) -> dict[str, Any]:
+    """Those of the recipe alone."""
+    return _settings(run, "recipes")
+
+
+def _settings(run: Run, kind: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for path in sorted((run.folder / kind).glob("*.yaml")):
+        title = f"{run.id}/{kind}/{path.name}"
+        if not path.name.endswith(LOCK_SUFFIX):
+            try:
+                fields |= {field: value for field, (value, _) in flat(parse_yaml(read_file(path, title), title))}
+            except RecipeError as error:
+                json_files.note(f"{error}; its settings are left out")
+    return fields
