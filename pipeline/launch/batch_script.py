@@ -84,6 +84,7 @@ class BatchScript:
             diagnoses=diagnoses.script_values(),
             check_failed={"kind": Kind.CHECK, "exit_code": Kind.CHECK.exit_code},
             failed_exit_code=Kind.USER.exit_code,
+            stopped=Kind.STOPPED,
         )
 
 
@@ -116,7 +117,7 @@ def batch_script(
     if dependencies:
         options["dependency"] = f"afterok:{':'.join(dependencies)}"
     if tasks:
-        options["array"] = f"0-{tasks - 1}%{min(tasks, slurm.array_tasks)}"
+        options["array"] = f"0-{tasks - 1}%{min(tasks, allocation.jobs.array_tasks or slurm.array_tasks)}"
     if allocation.spare_nodes:
         options["no-kill"] = True  # Slurm takes a lost node out of the job, and leaves the job its other nodes
     script = _script(store, run, node, slurm, allocation.jobs, code, folder, options, comment, is_array=tasks > 0)
@@ -171,7 +172,8 @@ def _script(
     if slurm.scratch:
         variables["TMPDIR"] = slurm.scratch
     log = folder / "submitit" / ("%A_%a_%t_log.out" if is_array else "%j_%t_log.out")
-    srun_options = ["--unbuffered", "--output", str(log), "--export=ALL", "--kill-on-bad-exit=1"]
+    cores = f"--cpus-per-task={options['cpus-per-task']}"  # srun of Slurm 22.05 to 24.05 does not take that of sbatch
+    srun_options = ["--unbuffered", "--output", str(log), "--export=ALL", cores, "--kill-on-bad-exit=1"]
     options |= {
         "job-name": f"atom-{node.name}",
         "comment": comment,
@@ -203,13 +205,14 @@ def _sbatch_options(
     slurm: Slurm, jobs: Resources, nodes: int, tasks_per_node: int, cpus_per_task: int, gpus_per_node: int
 ) -> dict[str, str | int | bool]:
     """The sbatch options of every job of the profile."""
+    gpus = f"{jobs.gpu_type}:{gpus_per_node}" if jobs.gpu_type and gpus_per_node else gpus_per_node
     options: dict[str, str | int | bool | None] = {
         "partition": jobs.partition,
         "time": jobs.minutes,
         "nodes": nodes,
         "ntasks-per-node": tasks_per_node,
         "cpus-per-task": cpus_per_task,
-        "gpus-per-node": gpus_per_node or None,
+        "gpus-per-node": gpus or None,
         "mem": None if jobs.memory_gb is None else f"{round(jobs.memory_gb * 1024)}M" if jobs.memory_gb else "0",
         "exclusive": jobs.exclusive or None,
         "account": jobs.account,

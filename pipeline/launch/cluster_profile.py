@@ -136,6 +136,9 @@ class Resources(Config):
         description="time limit of one start in minutes; a stage that needs more is restarted"
     )
     gpus_per_node: Annotated[int, Range(0, 1024)] = Field(0, description="GPUs per node; 0: none")
+    gpu_type: SlurmName | None = Field(
+        None, description="type of the GPUs, as gpu_type:number of --gpus-per-node; null: any"
+    )
     cpus_per_task: Annotated[int, Range(1, 4096)] = Field(1, description="CPU cores per rank or server")
     memory_gb: Annotated[float, Range(0, 1e6)] | None = Field(
         None, description="memory per node in GiB; 0: all of the node; null: the default of the partition"
@@ -165,6 +168,9 @@ class Jobs(Resources):
         description="idle nodes that a job of several nodes has beside those of its ranks; one takes the place of a "
         "node that is lost, unless it is the job's first one",
     )
+    array_tasks: Annotated[int, Range(1, 1e6)] | None = Field(
+        None, description="maximum number of tasks of a job array that run at once; null: slurm.array_tasks"
+    )
 
 
 class Changes(Config):
@@ -172,6 +178,13 @@ class Changes(Config):
 
     partition: SlurmName | None = Field(None, description="Slurm partition, or several")
     minutes: Annotated[int, Range(1, 525_600)] | None = Field(None, description="time limit of one start in minutes")
+    gpus_per_node: Annotated[int, Range(0, 1024)] | None = Field(None, description="GPUs per node; 0: none")
+    gpu_type: SlurmName | None = Field(None, description="type of the GPUs")
+    tasks_per_node: Annotated[int, Range(1, 1024)] | None = Field(None, description="maximum number of ranks per node")
+    spare_nodes: Annotated[int, Range(0, 1024)] | None = Field(None, description="idle nodes beside those of the ranks")
+    array_tasks: Annotated[int, Range(1, 1e6)] | None = Field(
+        None, description="maximum number of tasks of a job array that run at once"
+    )
     cpus_per_task: Annotated[int, Range(1, 4096)] | None = Field(None, description="CPU cores per rank")
     memory_gb: Annotated[float, Range(0, 1e6)] | None = Field(
         None, description="memory per node in GiB; 0: all of the node"

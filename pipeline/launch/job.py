@@ -33,7 +33,7 @@ from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
-from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, node_name, read, write
+from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, node_name, read, write
 from pipeline.launch.worker import STOP, attempt, stop_signals
 from pipeline.tracking import budget, mlflow_sync
 from pipeline.tracking.live import LiveFiles
@@ -148,7 +148,7 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
     problem = preflight.check_node(Path(task.home), limits.free_gb, limits.scratch)
     if problem:
         avoid_node(problem, task, limits, store)
-        return _decide(launch, restart_count() < limits.restarts, problem)
+        return _decide(launch, _failed_starts(launch) < limits.restarts, problem)
     own_shards: list[int] = []
     if not store.sealed(task.key):
         work = store.work(task.key) / "state"
@@ -169,7 +169,8 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
         except Exception as error:
             failure = report_failure(error, task.node, task.stage, store)
             avoid_node(failure, task, limits, store)
-            restart = not failure.kind.final and ((launch / "further").exists() or restart_count() < limits.restarts)
+            further = (launch / "further").exists()
+            restart = not failure.kind.final and (further or _failed_starts(launch) < limits.restarts)
             return _decide(launch, restart, Failure(f"{location}: {failure.text}", failure.kind))
     write(launch / "usage.json", Usage.now().since(usage_at_start).__dict__)
     Verdict(Decision.SEALED, f"{len(own_shards)} shards are done").write(launch)
@@ -216,7 +217,7 @@ def run_server(task: Task, limits: JobLimits) -> str:
     place = _Place(task, store, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
         avoid_node(problem, task, limits, store)
-        return _decide(launch, restart_count() < limits.restarts, problem)
+        return _decide(launch, _failed_starts(launch) < limits.restarts, problem)
     stage = registry.stage(task.stage)
     assert stage.serve is not None, "only such stages are submitted so"
     try:
@@ -228,7 +229,8 @@ def run_server(task: Task, limits: JobLimits) -> str:
     except Exception as error:
         failure = report_failure(error, task.node, task.stage, store)
         avoid_node(failure, task, limits, store)
-        restart = not failure.kind.final and ((launch / "further").exists() or restart_count() < limits.restarts)
+        further = (launch / "further").exists()
+        restart = not failure.kind.final and (further or _failed_starts(launch) < limits.restarts)
         return _decide(launch, restart, failure)
     Verdict(Decision.SEALED, "the stage has ended").write(launch)
     return Decision.SEALED
@@ -280,9 +282,17 @@ def _earlier_starts(launch: Path, job: str) -> list[dict[str, Any]]:
     return [record for record in records if record is not None]
 
 
-def restart_count() -> int:
-    """The number of earlier starts of this job by Slurm."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+def _failed_starts(launch: Path) -> int:
+    """The number of earlier starts of this task in a row that failed without getting further. One that Slurm preempted,
+    or that was stopped, is no failure."""
+    failures, job = 0, launch.name.partition(".")[0]
+    for path in sorted(launch.parent.glob(f"{job}.*"), key=launch_number):
+        verdict = None if path == launch else Verdict.read(path)
+        if (path / "further").exists():
+            failures = 0
+        elif verdict is not None and verdict.decision is Decision.RESTART and verdict.kind is not Kind.STOPPED:
+            failures += 1
+    return failures
 
 
 @contextmanager

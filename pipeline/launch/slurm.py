@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
@@ -37,6 +38,11 @@ from pipeline.launch.submission_lock import Claim
 from pipeline.tracking import budget
 
 UNLIMITED = 10**6
+OF_ALLOCATION = (
+    "account", "constraint", "cpus-per-task", "exclude", "exclusive", "gpus-per-node", "mem", "nodes",
+    "ntasks-per-node", "partition", "qos", "time",
+)  # fmt: skip
+"""The options that both sbatch and srun have, by which `srun --test-only` knows the job."""
 Arguments = ParamSpec("Arguments")
 
 
@@ -170,7 +176,7 @@ def avoiding(script: BatchScript, bad: list[BadNode], kept: list[str]) -> BatchS
         independent = {name: value for name, value in without.sbatch_options.items() if name != "dependency"}
         try:
             test = replace(without, sbatch_options=independent).text()
-            slurm_client.run_command("sbatch", "--test-only", text=test)
+            slurm_client.test_only("sbatch", text=test)
             script = without
         except slurm_client.Refused:
             sentence = f"node {entry.node} is bad, but stage {script.stage} could not start without it"
@@ -276,7 +282,7 @@ def require_image(profile: Profile) -> None:
 
 @dataclass(frozen=True)
 class Checked:
-    """A written script, and the answer of Slurm to it."""
+    """A written script, and the answer of Slurm to it: when and where the job could start, or why it is refused."""
 
     stage: str
     script: str
@@ -289,7 +295,8 @@ class Checked:
 
 def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> list[Checked]:
     """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/` and tests each with `sbatch
-    --test-only`. Dependencies are comments, because the jobs to wait for do not exist."""
+    --test-only`, and its call of srun with `srun --test-only`. Dependencies are comments, because the jobs to wait for
+    do not exist."""
     require_inputs(graph, store, selected, profile.cluster().container is not None)
     require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
@@ -318,8 +325,11 @@ def _check_script(script: BatchScript, path: Path, dependencies: list[str]) -> C
     head, _, body = script.text().partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}\n# waits for: {', '.join(dependencies) or 'nothing'}\n{body}")
+    options = {name: value for name, value in script.sbatch_options.items() if name in OF_ALLOCATION}
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     try:
-        slurm_client.run_command("sbatch", "--test-only", str(path))
+        answer = slurm_client.test_only("sbatch", str(path))
+        slurm_client.test_only("srun", *words, *shlex.split(script.srun_options), "true")
     except slurm_client.Refused as error:
         return Checked(script.stage, str(path), False, refusal(str(error)))
-    return Checked(script.stage, str(path), True, "Slurm takes it")
+    return Checked(script.stage, str(path), True, f"Slurm takes it, {answer}" if answer else "Slurm takes it")

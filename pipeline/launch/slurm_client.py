@@ -65,9 +65,20 @@ class Job:
         return self.state == "PENDING" and "launch" in self.reason and "held" in self.reason
 
 
-def run_command(*command: str, seconds: float = SECONDS, text: str | None = None) -> str:
-    """The output of a Slurm command; text: its input. Raises NoAnswer with its standard error, or Refused if sbatch
-    refuses."""
+def run_command(*command: str, seconds: float = SECONDS) -> str:
+    """The output of a Slurm command. Raises NoAnswer with its standard error, or Refused if sbatch refuses."""
+    return _run(command, seconds).stdout
+
+
+def test_only(*command: str, text: str | None = None) -> str:
+    """When and where a job could start that sbatch or srun is given with these arguments, in Slurm's words; nothing is
+    submitted. text: the script, if no file has it. Raises Refused."""
+    answer = _run((command[0], "--test-only", *command[1:]), SECONDS, text).stderr
+    _, _, start = answer.partition(" to start at ")
+    return f"to start at {start.splitlines()[0].strip()}" if start else ""
+
+
+def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
         raise NoAnswer(f"there is no {command[0]} here; submit from a host of a Slurm cluster, or use `atom run`")
     try:
@@ -78,10 +89,10 @@ def run_command(*command: str, seconds: float = SECONDS, text: str | None = None
         message = process.stderr.strip() or f"exit code {process.returncode}"
         raise (
             Refused(f"{command[0]}: {message}")
-            if command[0] == "sbatch"
+            if command[0] == "sbatch" or "--test-only" in command
             else NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
         )
-    return process.stdout
+    return process
 
 
 def queued_jobs() -> dict[str, Job]:

@@ -24,7 +24,7 @@ from pipeline.graph.run import Run
 from pipeline.launch import bad_nodes, clean_environment, cluster_profile, job, local, slurm
 from pipeline.launch.attempt import ALIVE, Task, server_seconds
 from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
-from pipeline.launch.cluster_profile import Slurm
+from pipeline.launch.cluster_profile import Changes, Slurm
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.diagnoses import NO_PYTHON
 
@@ -156,6 +156,9 @@ job=$SLURM_JOB_ID
 start=${SLURM_RESTART_COUNT:-0}
 launches=/shared/atom/logs/tiny-1/pretrain/ranks/$SLURM_JOB_ID
 may_restart=
+restarts_left() { # whether another start may follow one without progress
+    [ "$start" -lt 3 ]
+}
 begin_launch() { # FOLDER
     launch=$1
     mkdir -p "$launch"
@@ -170,7 +173,7 @@ begin_launch "$launches.$start"
     assert (
         rest.partition("\n}\n\nexport")[2]
         == """ SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --kill-on-bad-exit=1 /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit 2> "$messages"
+srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --cpus-per-task=1 --kill-on-bad-exit=1 /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit 2> "$messages"
 exit_code=$?
 cat "$messages" >&2
 
@@ -181,7 +184,7 @@ kind=$(sed -n 2p "$launch/decision" 2> /dev/null)
 outcome=$(tail -n +3 "$launch/decision" 2> /dev/null)
 [ "$decision" = relaunch ] && decision=again
 
-[ "$start" -lt 3 ] && may_restart=yes
+restarts_left && may_restart=yes
 for n in $(seq 0 3); do [ -e "$launches.$((start - n))/started-0" ] && may_restart=yes; done
 [ -z "$decision" ] && explain
 case $decision in sealed | done) ;; *) blame_lost ;; esac
@@ -251,12 +254,32 @@ def test_an_array_has_its_own_folder_and_ids() -> None:
     ):
         assert words in text, words
     assert "#SBATCH --array=0-2%3\n" in script(settings, tasks=3).text()
+    throttled = settings.model_copy(update={"stages": {"pre*": Changes(array_tasks=8)}})
+    assert "#SBATCH --array=0-999%8\n" in script(throttled, tasks=1000).text()
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
     settings = Slurm.model_validate({**SLURM, "train": {**SLURM["train"], "tasks_per_node": 8}})
     with pytest.raises(RecipeError, match="12 ranks, which do not fill nodes of 8"):
         script(settings, ranks=12)
+
+
+def test_preemptions_of_an_array_task_are_no_failed_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a preemptible partition a task is started again and again by Slurm itself, and may then still fail."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    batch = script(Slurm.model_validate(SLURM), tmp_path, tasks=3)
+    launches = batch.launches_folder
+    for start in range(9):  # Slurm preempted them: no decision, or that of a stop
+        (launches / f"7.{start}").mkdir(parents=True)
+        (launches / f"7.{start}/started-0").write_text("n1\n")
+    Verdict(Decision.RESTART, "interrupted", Kind.STOPPED).write(launches / "7.3")
+    ids = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "2"}
+    assert end_of(tmp_path, batch.text(), 9, **ids) == (1, "requeue 6_2\n")
+    for start in (4, 5):
+        Verdict(Decision.RESTART, "its node failed", Kind.MACHINE).write(launches / f"7.{start}")
+    code, requeued = end_of(tmp_path, batch.text(), 10, **ids)
+    assert (code, requeued) == (2, "requeue 6_2\n"), "the third failed start was the one before"
+    assert job._failed_starts(launches / "7.10") == 3
 
 
 STUBS = {
@@ -436,6 +459,42 @@ def test_options_of_a_kind_and_of_a_stage_reach_sbatch_and_srun() -> None:
     assert {"NCCL_DEBUG", "A"} <= set(Slurm.model_validate(settings).variables)
 
 
+def test_a_stage_has_gpus_of_its_own_number_and_type() -> None:
+    train = {**SLURM["train"], "gpus_per_node": 8, "tasks_per_node": 8, "cpus_per_task": 12, "gpu_type": "h100"}
+    batch = script(Slurm.model_validate({**SLURM, "train": train}), ranks=16)
+    options = {"gpus-per-node": "h100:8", "nodes": 2, "ntasks-per-node": 8, "cpus-per-task": 12}
+    assert options.items() <= batch.sbatch_options.items()
+    assert " --cpus-per-task=12 " in batch.srun_options, "srun before Slurm 24.11 binds a rank to one core without it"
+    stages = {"pre*": {"gpus_per_node": 4, "tasks_per_node": 4, "gpu_type": "a100", "spare_nodes": 1}}
+    options = {"gpus-per-node": "a100:4", "nodes": 5, "ntasks-per-node": 4, "no-kill": True}
+    settings = Slurm.model_validate({**SLURM, "train": train, "stages": stages})
+    assert options.items() <= script(settings, ranks=16).sbatch_options.items()
+
+
+def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun refuses what sbatch does not read; what it answers of a sound job is shown."""
+    (tmp_path / "bin").mkdir()
+    start = "Job 7 to start at 2026-11-28T16:09:21 using 2 processors on nodes n[1-2] in partition gpu"
+    for name, line in {
+        "sbatch": f"echo sbatch: {start} >&2",
+        "srun": f'echo "$*" >> {tmp_path}/srun; [[ "$*" != *bogus* ]] || {{ echo "srun: error: no bogus" >&2; exit 255; }}',
+    }.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    for option, ok, said in (
+        ("--cpu-bind=cores", True, f"Slurm takes it, {start.partition('7 ')[2]}"),
+        ("--cpu-bind=bogus", False, "no bogus"),
+    ):
+        kind = {**SLURM["train"], "partition": "gpu,low", "srun": [option], "gpus_per_node": 1, "exclusive": True}
+        batch = script(Slurm.model_validate({**SLURM, "train": kind}), tmp_path)
+        checked = slurm._check_script(batch, tmp_path / "job.sh", [])
+        assert (checked.ok, checked.said) == (ok, said)
+    call = (tmp_path / "srun").read_text().splitlines()[0]
+    assert call.startswith("--test-only --cpus-per-task=1 --exclusive --gpus-per-node=1 --nodes=2 ")
+    assert " --partition=gpu,low " in call and call.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores true")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -491,11 +550,14 @@ def test_a_task_that_finished_a_shard_is_started_again_and_one_task_notifies(
     ).text()
     ids = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
     launch = Path(f"{array.launches_folder}/7.8")
-    launch.mkdir(parents=True)
+    for start in range(5, 9):
+        launch.with_name(f"7.{start}").mkdir(parents=True)
     (launch / "further").touch()
     assert end_of(tmp_path, text, 8, **ids) == (1, "requeue 5_1\n")
     (tmp_path / "requeued").unlink()
     (launch / "further").unlink()
+    for start in range(5, 8):
+        Verdict(Decision.RESTART, "its node failed", Kind.MACHINE).write(launch.with_name(f"7.{start}"))
     for _ in range(2):
         (launch / "decision").unlink()
         assert end_of(tmp_path, text, 8, **ids) == (2, "")
@@ -618,11 +680,13 @@ def test_a_server_is_started_again_after_it_has_answered_and_else_a_few_times(
     task = Task(str(tmp_path), "tiny-1", "rlvr", "phase", {}, {}, "rlvr-0123456789ab", 8.0, 1)
     limits = job.JobLimits({}, None, 3, 0.0, None)
     assert run(serves) == Verdict(Decision.SEALED, "the stage has ended")
-    assert run(dies, 2) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE)
-    assert run(dies, 3) == Verdict(Decision.FAILED, "it is gone", Kind.MACHINE)
+    for restart in range(1, 4):
+        assert run(dies, restart) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE)
+    assert run(dies, 4) == Verdict(Decision.FAILED, "it is gone", Kind.MACHINE)
     assert run(answers_and_dies, 90) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE)
     assert run(refuses, 1) == Verdict(Decision.FAILED, "there is no vLLM", Kind.USER)
     assert run(is_stopped, 50) == Verdict(Decision.RESTART, "interrupted", Kind.STOPPED)
+    assert run(dies, 91) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE), "the first since it answered"
 
 
 def test_seconds_of_servers_are_those_within_the_attempt(tmp_path: Path) -> None:
