@@ -54,7 +54,7 @@ def status(
 
     from pipeline.cli.tables import status_table
     from pipeline.graph import run as runs
-    from pipeline.launch import bad_nodes
+    from pipeline.launch import bad_nodes, slurm_client
     from pipeline.tracking import budget, snapshot, status
 
     store = open_store()
@@ -84,9 +84,10 @@ def status(
         for text in (*(entry.sentence for entry in bad_nodes.read(store)), *status.kept_nodes(this)):
             print(text)
         return
+    answers = slurm_client.Answers(slurm_client.ASK_EVERY)
     with Live(table, console=console(), auto_refresh=False) as live:
         while True:
-            current = snapshot.take(this, store)
+            current = snapshot.take(this, store, answers)
             nodes = [stage.status for stage in current.stages]
             used = {"gpu_hours": current.spending.now("gpu_hours"), "core_hours": current.spending.now("core_hours")}
             table = status_table(this.id, nodes, budget.describe(used, this.body.get("prices")))
@@ -128,15 +129,17 @@ def logs(
     Example: atom logs pretrain --follow
     """
     from pipeline.graph import run as runs
+    from pipeline.launch import slurm_client
     from pipeline.operations import stage_logs
     from pipeline.tracking import status
 
     store = open_store()
+    answers = slurm_client.Answers(slurm_client.ASK_EVERY)
     candidates = [runs.find(store, run)] if run else list(reversed(runs.runs(store)))
     this, path = stage_logs.find_log(store, candidates, stage, rank)
 
     def read() -> NodeStatus:
-        return next(s for s in status.status(this, store)[0] if s.name == stage)
+        return next(s for s in status.status(this, store, answers)[0] if s.name == stage)
 
     if (present := read()).state in ("failed", "lost", "cancelled"):
         print(f"{stage} {present.state}: {present.message or present.reason or 'the cause is not known'}\n")

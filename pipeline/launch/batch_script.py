@@ -44,6 +44,7 @@ class BatchScript:
     launches in one allocation after the first. relaunch_seconds: time that the job must have left for one.
     step_nodes: number of nodes on which srun runs.
     served_job, served_comment: the job of the stage with which a job of servers ends, and that job's comment.
+    poll_seconds: how often each of the servers asks Slurm for that job.
     notify: a shell command, on failure and at the end of the run; in an array, the one task that creates
     notified_folder runs it.
     nodes_folder: folder of the bad nodes, each of which is avoided for avoid_seconds.
@@ -71,6 +72,7 @@ class BatchScript:
     step_nodes: int = 1
     served_job: str | None = None
     served_comment: str = ""
+    poll_seconds: int = 10
 
     def text(self) -> str:
         """The script, as sbatch takes it."""
@@ -160,7 +162,8 @@ def servers_script(
     served = Owner(run.id, node.name, node.key)
     comment = replace(served, key=f"{node.key}.servers").comment  # no job of the key itself
     script = _script(store, run, node, slurm, servers, code, folder, options, comment, is_array=True)
-    return replace(script, served_job=job, served_comment=served.comment)
+    poll_seconds = max(10, servers.count)  # all of them together ask Slurm at most once a second
+    return replace(script, served_job=job, served_comment=served.comment, poll_seconds=poll_seconds)
 
 
 def _script(

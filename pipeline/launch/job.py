@@ -22,12 +22,13 @@ from typing import Any
 
 import submitit
 
-from pipeline.core import input_integrity
+from pipeline.core import input_integrity, json_files
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
 from pipeline.core.lease import HEARTBEAT
 from pipeline.core.store import Store
 from pipeline.graph import registry
+from pipeline.graph.run import BODY
 from pipeline.launch import bad_nodes, clean_environment, preflight
 from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
@@ -44,16 +45,23 @@ MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
 
 @dataclass(frozen=True)
 class JobLimits:
-    """nodes: all nodes of the run, with their keys. budget: from the recipe. The rest is from the profile; variables:
-    the names of those that it forwards or sets."""
+    """nodes: all nodes of the run, with their keys; None: by the file of the run, so that the jobs of a large run are
+    not each as large as the run. budget: from the recipe. The rest is from the profile; variables: the names of those
+    that it forwards or sets."""
 
-    nodes: dict[str, str]
+    nodes: dict[str, str] | None
     budget: budget.Limits | None
     restarts: int
     free_gb: float
     scratch: str | None
     variables: tuple[str, ...] = ()
     avoid_seconds: int = 0
+
+    def keys(self, store: Store, run: str) -> list[str]:
+        """The keys of the run, in its order."""
+        if self.nodes is not None:
+            return list(self.nodes.values())
+        return [node["key"] for node in json_files.read(store.logs / run / "run.json", BODY)["nodes"]]
 
 
 def run(task: Task, limits: JobLimits) -> str:
@@ -78,7 +86,7 @@ def run(task: Task, limits: JobLimits) -> str:
             """Called after the outcome is recorded, from the thread that ends the attempt."""
             stall = standstill(folder)
             if outcome == "sealed":
-                is_last = all(store.sealed(key) for key in limits.nodes.values())
+                is_last = all(store.sealed(key) for key in reversed(limits.keys(store, task.run)))
                 decision = Decision.DONE if is_last else Decision.SEALED
             else:
                 failure = outcome if isinstance(outcome, Failure) else Failure(outcome)
@@ -100,7 +108,8 @@ def run(task: Task, limits: JobLimits) -> str:
         problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
         if (stall := standstill(folder)).since > limits.restarts + 1:
             problem = problem or Failure(stall.where, Kind.BUG)
-        if (budget_problem := budget.exceeded(limits.budget, store, limits.nodes.values())) is not None:
+        used_by = limits.keys(store, task.run) if limits.budget else ()
+        if (budget_problem := budget.exceeded(limits.budget, store, used_by)) is not None:
             problem = problem or Failure(budget_problem, Kind.USER)
         if problem is not None:
             ranks.announce(problem)

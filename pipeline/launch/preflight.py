@@ -2,6 +2,7 @@
 
 Each rank checks its node (space, clock, GPU, versions) and sends the result to rank 0 over the network that training
 will use. Rank 0 gathers the results and reports for all. The shared file system holds only the address of rank 0.
+A rank opens two files there, and one more for each second in which it waits for rank 0.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from pipeline.core import environment
 from pipeline.core.errors import Failure
+from pipeline.launch import gpu_health
 from pipeline.launch.rendezvous import Ranks, node_name, polls, read, write
 
 SECONDS = 120.0
@@ -26,6 +28,8 @@ CALLER_SECONDS = 5.0
 """The maximum time for the line of one caller, so that a foreign connection causes no long delay."""
 SKEW_SECONDS = 30.0
 POLL = 0.1
+LOOK_SECONDS = 1.0
+"""How often a waiting rank looks whether another one has failed."""
 LONGEST_LINE = 65536
 
 
@@ -70,7 +74,8 @@ def check_node(home: Path, free_gb: float, scratch: str | None) -> Failure | Non
 
 
 def _gpus(name: str) -> Failure | None:
-    """Checks that the GPUs that Slurm allocated exist, by their device files and without torch."""
+    """Checks that the GPUs that Slurm allocated exist, by their device files and without torch, and that they are
+    sound."""
     assigned = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
     device_files = list(Path("/dev").glob("nvidia[0-9]*"))
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
@@ -79,16 +84,20 @@ def _gpus(name: str) -> Failure | None:
             f"node {name} has {count} GPUs under /dev, and Slurm gave {len(assigned)}; check the NVIDIA driver",
             bad_node=name,
         )
-    return None
+    is_first = os.environ.get("SLURM_LOCALID", "0") == "0"  # of the ranks of this node
+    return gpu_health.check(name) if assigned and is_first else None
 
 
 def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
     """On another rank: sends the state of its node to rank 0."""
-    listener, deadline = None, time.monotonic() + SECONDS
-    for _ in polls(deadline):
-        listener = read(ranks.folder / "listener.json")
-        if listener is not None or ranks.failure() is not None:
+    path, listener, next_look = ranks.folder / "listener.json", None, time.monotonic() + LOOK_SECONDS
+    for _ in polls(time.monotonic() + SECONDS):
+        if path.exists() and (listener := read(path)) is not None:
             break
+        if time.monotonic() > next_look:
+            if ranks.failure() is not None:
+                break
+            next_look = time.monotonic() + LOOK_SECONDS
     if listener is None:
         if (failure := ranks.failure()) is not None:
             return failure.text
@@ -127,7 +136,7 @@ def _gather_reports(ranks: Ranks) -> Failure | None:
             if time.monotonic() > next_look:
                 if (failure := ranks.failure()) is not None:
                     return failure
-                next_look = time.monotonic() + 1.0
+                next_look = time.monotonic() + LOOK_SECONDS
     silent = sorted(set(range(1, ranks.size)) - set(reports))
     if silent:
         started = set(os.listdir(ranks.folder))

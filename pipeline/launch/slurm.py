@@ -95,12 +95,13 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         fields: LauncherFields = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
-        keys = {name: graph.nodes[name].key for name in selected}
-        limits = JobLimits(keys, budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables,
+        limits = JobLimits(None, budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables,
                            slurm.avoid_seconds)  # fmt: skip
         jobs: dict[str, str] = {}
-        note_failed_launches(store, keys.values(), slurm_jobs, slurm.avoid_seconds)
-        bad = bad_nodes.read(store)
+        keys = (graph.nodes[name].key for name in selected)
+        note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)
+        avoidance = Avoidance(bad_nodes.read(store))
+        submission.kept_nodes = avoidance.kept
         try:
             for name in selected:
                 node = graph.nodes[name]
@@ -117,15 +118,15 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                     task = task_of(graph, store, run, node, profile)
                     if tasks := array_of(slurm, node):
                         script = batch_script(store, run, node, slurm, code, dependencies, tasks)
-                        script = avoiding(script, bad, submission.kept_nodes)
+                        script = avoidance.apply(script)
                         dependencies = [start_array(script, task, limits, tasks)]
                         submission.arrays[name] = dependencies[0]
                     script = batch_script(store, run, node, slurm, code, dependencies)
-                    script = avoiding(script, bad, submission.kept_nodes)
+                    script = avoidance.apply(script)
                     jobs[name] = submission.submitted[name] = start(script, task, limits)
                     if servers := servers_of(slurm, node):
                         script = servers_script(store, run, node, slurm, code, servers, jobs[name])
-                        script = avoiding(script, bad, submission.kept_nodes)
+                        script = avoidance.apply(script)
                         submission.servers[name] = start_servers(script, task, limits, servers.count)
                     submission_lock.write(store, Claim(node.key, jobs[name], run.id, name))
                 if name in jobs:
@@ -167,21 +168,59 @@ def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[
         bad_nodes.record(store, BadNode(until, head, row.text(nodes=head), claim.run, claim.node, id))
 
 
-def avoiding(script: BatchScript, bad: list[BadNode], kept: list[str]) -> BatchScript:
-    """The script with the bad nodes excluded, beside those of the profile, but never so many that the job could not
-    start: `kept` gets a sentence about each that stays."""
-    for entry in bad:
-        excluded = ",".join(filter(None, (str(script.sbatch_options.get("exclude", "")), entry.node)))
-        without = replace(script, sbatch_options=dict(sorted({**script.sbatch_options, "exclude": excluded}.items())))
-        independent = {name: value for name, value in without.sbatch_options.items() if name != "dependency"}
-        try:
-            test = replace(without, sbatch_options=independent).text()
-            slurm_client.test_only("sbatch", text=test)
-            script = without
-        except slurm_client.Refused:
+class Avoidance:
+    """Excludes bad nodes from jobs, beside those of the profile, but never so many that a job could not start. Slurm is
+    asked once for all jobs that request the same, and once more for each bad node if it refuses to do without all.
+
+    kept: a sentence about each node that a job may get all the same."""
+
+    def __init__(self, bad: list[BadNode]) -> None:
+        self.bad, self.kept = bad, list[str]()
+        self._excluded: dict[tuple[tuple[str, object], ...], tuple[str, list[BadNode]]] = {}
+
+    def apply(self, script: BatchScript) -> BatchScript:
+        """The script with the bad nodes excluded. Raises NoAnswer without Slurm."""
+        if not self.bad:
+            return script
+        request = tuple((name, value) for name, value in script.sbatch_options.items() if name not in _OF_ONE_JOB)
+        if request not in self._excluded:
+            self._excluded[request] = self._exclude(script)
+        excluded, kept = self._excluded[request]
+        for entry in kept:
             sentence = f"node {entry.node} is bad, but stage {script.stage} could not start without it"
-            kept.append(f"{sentence}, so it is not avoided; have it repaired")
-    return script
+            self.kept.append(f"{sentence}, so it is not avoided; have it repaired")
+        return _without(script, excluded) if excluded else script
+
+    def _exclude(self, script: BatchScript) -> tuple[str, list[BadNode]]:
+        """The nodes to exclude, in Slurm's notation, and the bad ones that are not among them."""
+        present = str(script.sbatch_options.get("exclude", ""))
+        if _can_start(script, everything := ",".join(filter(None, (present, *(entry.node for entry in self.bad))))):
+            return everything, []
+        kept = []
+        for entry in self.bad:
+            if _can_start(script, without := ",".join(filter(None, (present, entry.node)))):
+                present = without
+            else:
+                kept.append(entry)
+        return present, kept
+
+
+_OF_ONE_JOB = ("array", "comment", "dependency", "job-name", "output")
+"""The options that do not decide on which nodes a job can start."""
+
+
+def _without(script: BatchScript, excluded: str) -> BatchScript:
+    return replace(script, sbatch_options=dict(sorted({**script.sbatch_options, "exclude": excluded}.items())))
+
+
+def _can_start(script: BatchScript, excluded: str) -> bool:
+    """Whether Slurm would start the job without these nodes; the jobs that it waits for may not exist yet."""
+    options = {name: value for name, value in script.sbatch_options.items() if name != "dependency"}
+    try:
+        slurm_client.test_only("sbatch", text=_without(replace(script, sbatch_options=options), excluded).text())
+    except slurm_client.Refused:
+        return False
+    return True
 
 
 class _Executor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit has no types
@@ -301,7 +340,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
-    checks, slurm, bad = [], profile.cluster(), bad_nodes.read(store)
+    checks, slurm, avoidance = [], profile.cluster(), Avoidance(bad_nodes.read(store))
     for name in selected:
         node = graph.nodes[name]
         if store.sealed(node.key):
@@ -311,7 +350,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
             script = batch_script(store, run, node, slurm, code, [], tasks)
             checks.append(_check_script(script, run.folder / f"{name}.shards.sh", dependencies))
             dependencies = ["its shards"]
-        script = avoiding(batch_script(store, run, node, slurm, code, []), bad, [])
+        script = avoidance.apply(batch_script(store, run, node, slurm, code, []))
         checks.append(_check_script(script, run.folder / f"{name}.sh", dependencies))
         if servers := servers_of(slurm, node):
             script = servers_script(store, run, node, slurm, code, servers, "")

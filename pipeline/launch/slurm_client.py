@@ -1,15 +1,22 @@
-"""Reads jobs from Slurm: `squeue` for queued and running jobs, `sacct` for ended ones, if there is accounting."""
+"""Reads jobs from Slurm: `squeue` for queued and running jobs, `sacct` for ended ones, if there is accounting.
+
+What asks in a loop does so through `Answers`, so that the controller gets a bounded number of requests a minute.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.core.errors import AtomError
 
 SECONDS = 30.0
+ASK_EVERY = 10.0
+"""How often a command that redraws asks Slurm, in seconds."""
 LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
           "SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT")  # fmt: skip
 
@@ -143,3 +150,39 @@ def unavailable_nodes() -> str:
     """The nodes that are down or drained, with the reasons that were given: `n4: bad fan`. Raises NoAnswer."""
     rows = (row.partition("|") for row in run_command("sinfo", "-h", "-R", "-o", "%N|%E").splitlines())
     return "; ".join(f"{nodes.strip()}: {' '.join(reason.split())}" for nodes, _, reason in rows)
+
+
+@dataclass
+class Answers:
+    """The answers of Slurm to one process, each at most `seconds` old: also that there is none."""
+
+    seconds: float = 0.0
+    _kept: dict[object, tuple[float, Any]] = field(default_factory=dict)
+
+    def queued_jobs(self) -> dict[str, Job]:
+        jobs: dict[str, Job] = self._ask("queue", queued_jobs)
+        return jobs
+
+    def finished_jobs(self, ids: Iterable[str]) -> dict[str, Job]:
+        wanted = tuple(ids)
+        jobs: dict[str, Job] = self._ask(wanted, lambda: finished_jobs(wanted))
+        return jobs
+
+    def memory_of(self, id: str) -> tuple[str, str]:
+        sizes: tuple[str, str] = self._ask(f"memory {id}", lambda: memory_of(id))
+        return sizes
+
+    def unavailable_nodes(self) -> str:
+        return str(self._ask("nodes", unavailable_nodes))
+
+    def _ask(self, question: object, function: Callable[[], Any]) -> Any:
+        asked_at, answer = self._kept.get(question, (float("-inf"), None))
+        if time.monotonic() - asked_at >= self.seconds:
+            try:
+                answer = function()
+            except NoAnswer as error:
+                answer = error
+            self._kept[question] = (time.monotonic(), answer)
+        if isinstance(answer, NoAnswer):
+            raise answer
+        return answer

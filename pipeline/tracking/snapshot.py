@@ -15,6 +15,7 @@ from pipeline.core.progress import duration, human
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run
+from pipeline.launch.slurm_client import Answers
 from pipeline.tracking import budget, status
 from pipeline.tracking.budget import RESOURCES, Hours, Limits, Resource
 
@@ -116,9 +117,10 @@ class Snapshot:
         return lines
 
 
-def take(run: Run, store: Store, ask_slurm: bool = True) -> Snapshot:
-    """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing."""
-    nodes, lack = status.status(run, store) if ask_slurm else (runs.status(run, store), None)
+def take(run: Run, store: Store, answers: Answers | None = None, ask_slurm: bool = True) -> Snapshot:
+    """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing. answers: of Slurm, which a
+    loop keeps."""
+    nodes, lack = status.status(run, store, answers) if ask_slurm else (runs.status(run, store), None)
     stages = []
     for node in nodes:
         folder = run.node_folder(node.name)

@@ -22,7 +22,7 @@ from pipeline.graph.run import CUT_OFF, JobRow, NodeStatus, Run
 from pipeline.launch import diagnoses, slurm_client
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.rendezvous import launch_number
-from pipeline.launch.slurm_client import Job, NoAnswer
+from pipeline.launch.slurm_client import Answers, Job, NoAnswer
 
 FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
 """The final states of an array task that cancel the jobs that depend on the array."""
@@ -31,16 +31,17 @@ ENDING = "ending"
 `running`."""
 
 
-def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
-    """The stages of a run, and one sentence on missing information."""
+def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
+    """The stages of a run, and one sentence on missing information. answers: of Slurm, which a loop keeps."""
+    answers = answers or Answers()
     stages, jobs = runs.status(run, store), run.jobs()
     if not jobs:
         return stages, None
     try:
-        slurm_jobs = slurm_client.queued_jobs()
+        slurm_jobs = answers.queued_jobs()
     except NoAnswer as error:
         return stages, f"{error}; the states are those that the stages recorded"
-    reasons = _node_reasons(slurm_jobs.values())
+    reasons = _node_reasons(slurm_jobs.values(), answers)
     unmatched = [
         row["job"]
         for name, row in jobs.items()
@@ -52,7 +53,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
     try:
         # accounting never learns the end of a job that the controller lost, and keeps it as pending or running
         finished_jobs = {
-            id: ended_job for id, ended_job in slurm_client.finished_jobs(unmatched).items() if not ended_job.alive
+            id: ended_job for id, ended_job in answers.finished_jobs(unmatched).items() if not ended_job.alive
         }
     except NoAnswer as error:
         problem = diagnoses.NO_ACCOUNTING.text(detail=str(error))
@@ -67,7 +68,8 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
             slurm_job = finished_jobs.get(row["job"])
         elif slurm_job is not None and (finished := finished_jobs.get(row["job"])) is not None:
             slurm_job = replace(slurm_job, code=finished.code, reason=finished.reason)
-        with_job = _add_job_state(node, row["job"], slurm_job, _last_verdict(run, node.name, row["job"]), reasons)
+        verdict = _last_verdict(run, node.name, row["job"])
+        with_job = _add_job_state(node, row["job"], slurm_job, verdict, reasons, answers)
         with_job = replace(with_job, servers=_servers(row, slurm_jobs))
         rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
@@ -87,8 +89,9 @@ def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
 
 
 def _add_job_state(
-    node: NodeStatus, id: str, job: Job | None, verdict: Verdict | None, reasons: str = ""
-) -> NodeStatus:
+    node: NodeStatus, id: str, job: Job | None, verdict: Verdict | None, reasons: str = "",
+    answers: Answers | None = None,
+) -> NodeStatus:  # fmt: skip
     """The status of a node from its files and from Slurm's state of its job; an artifact outranks both. verdict: of
     the last start. reasons: why nodes of the cluster are down or drained."""
     node = replace(node, job=id)
@@ -104,19 +107,19 @@ def _add_job_state(
         if node.state == "failed" and node.kind is not None and job.state in ("RUNNING", "COMPLETING"):
             return replace(node, state=ENDING, reason=reason or None)  # its attempt has ended, and the job soon will
         return replace(node, state=job.state.lower(), reason=reason or None, message="", kind=None)
-    message = end_message(job, node.message, verdict)
+    message = end_message(job, node.message, verdict, answers)
     if job.state == "CANCELLED":
         return replace(node, state="cancelled", reason=job.reason or None, message="", kind=None)
     return replace(node, state="failed", message=message)
 
 
-def _node_reasons(slurm_jobs: Iterable[Job]) -> str:
+def _node_reasons(slurm_jobs: Iterable[Job], answers: Answers) -> str:
     """Why nodes are down or drained, if a job waits for such nodes."""
     rows = (diagnoses.of_waiting(job.reason) for job in slurm_jobs if job.state == "PENDING")
     if not any(row in (diagnoses.DRAINED, diagnoses.HELD_LAUNCH) for row in rows):
         return ""
     try:
-        return slurm_client.unavailable_nodes()
+        return answers.unavailable_nodes()
     except NoAnswer:  # the state of the job is shown all the same
         return ""
 
@@ -130,7 +133,7 @@ def waiting_message(job: Job, reasons: str) -> str:
     return row.text(nodes=job.nodes or "a node", detail=detail, job=job.id)
 
 
-def end_message(job: Job, recorded: str, verdict: Verdict | None) -> str:
+def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers | None = None) -> str:
     """The sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final state.
     recorded: the outcome of the stage; empty, or CUT_OFF, if it recorded none."""
     if recorded not in ("", CUT_OFF):
@@ -143,7 +146,7 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None) -> str:
     fields = {"nodes": job.nodes or "its nodes"}
     if row is diagnoses.MEMORY:
         with suppress(NoAnswer):  # the sentence has no figures then
-            requested, used = slurm_client.memory_of(job.id)
+            requested, used = (answers or Answers()).memory_of(job.id)
             fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
     return row.text(**fields)
 

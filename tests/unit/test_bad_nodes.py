@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,18 +243,23 @@ def test_what_is_submitted_avoids_bad_nodes_beside_those_of_the_profile(
     (tmp_path / "bin").mkdir()
     sbatch = tmp_path / "bin/sbatch"
     sbatch.write_text(
-        '#!/bin/bash\ntext=$(cat); ! grep -q "^#SBATCH --exclude=.*n3\\|^#SBATCH --dependency" <<< "$text"\n'
+        f'#!/bin/bash\necho x >> {tmp_path}/calls; text=$(cat); ! grep -q "^#SBATCH --exclude=.*n3\\|^#SBATCH --dependency" <<< "$text"\n'
     )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     settings = Slurm.model_validate({**SLURM, "train": {**SLURM["train"], "exclude": "n7"}})
-    kept: list[str] = []
     job = script(settings, tmp_path, dependencies=["5"])
-    chosen = slurm.avoiding(job, [entry("n1"), entry("n3"), entry("n4")], kept)
+    avoidance = slurm.Avoidance([entry("n1"), entry("n3"), entry("n4")])
+    chosen = avoidance.apply(job)
     assert chosen.sbatch_options["exclude"] == "n7,n1,n4" and chosen.sbatch_options["dependency"] == "afterok:5"
-    assert kept == [
-        "node n3 is bad, but stage pretrain could not start without it, so it is not avoided; have it repaired"
-    ]
+    sentence = "node n3 is bad, but stage {} could not start without it, so it is not avoided; have it repaired"
+    assert avoidance.kept == [sentence.format("pretrain")]
+    assert (tmp_path / "calls").read_text() == "x\n" * 4, "for all of them, and then for each"
+    other = avoidance.apply(replace(job, stage="sft", sbatch_options={**job.sbatch_options, "job-name": "atom-sft"}))
+    assert other.sbatch_options["exclude"] == "n7,n1,n4" and avoidance.kept[1:] == [sentence.format("sft")]
+    assert (tmp_path / "calls").read_text() == "x\n" * 4, "Slurm is not asked again for a job that requests the same"
+    assert slurm.Avoidance([entry("n1")]).apply(job).sbatch_options["exclude"] == "n7,n1"
+    assert (tmp_path / "calls").read_text() == "x\n" * 5, "once, if it can start without all"
 
 
 def test_a_rank_names_its_node_for_a_fault_of_a_device_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from pipeline.launch import job, preflight
 from pipeline.launch.attempt import Task
 from pipeline.launch.decision import Decision
 from pipeline.launch.rendezvous import FAILURES, Ranks, read
+from tests.fixtures import ROOT
 
 
 def ranks(folder: Path, size: int = 1, rank: int = 0) -> Ranks:
@@ -77,6 +80,40 @@ def verdict_of_rank_0(folder: Path, size: int, **free: float) -> str | None:
 def test_ranks_call_rank_0_and_leave_one_file(tmp_path: Path) -> None:
     assert verdict_of_rank_0(tmp_path, 4) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == [FAILURES, "listener.json"], "no file for each rank"
+
+
+OPENS = """
+import sys, threading, time
+from collections import Counter
+from pathlib import Path
+from pipeline.core import environment
+from pipeline.launch import preflight
+from pipeline.launch.rendezvous import FAILURES, Ranks
+
+folder, size, opened = Path(sys.argv[1]), int(sys.argv[2]), Counter()
+(folder / FAILURES).touch()
+environment.fingerprint()  # a process has its own; here they share one
+sys.addaudithook(lambda event, of: event == "open" and opened.update([Path(str(of[0])).name.lstrip(".").split("-")[0]]))
+threading.stack_size(2**18)
+check = lambda rank: preflight.check(folder, Ranks(size, rank, rank, True, folder), 0.0, None)
+threads = [threading.Thread(target=check, args=(rank,)) for rank in range(1, size)]
+begun = time.monotonic()
+for thread in threads: thread.start()
+assert check(0) is None
+for thread in threads: thread.join()
+print(opened["probe"], opened["listener.json"], opened["failures.jsonl"], time.monotonic() - begun)
+"""
+
+
+@pytest.mark.parametrize("size", [32, 512])
+def test_a_rank_opens_two_files_however_many_there_are(size: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", OPENS, str(tmp_path), str(size)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120).stdout
+    probes, listeners, failures, seconds = (float(word) for word in output.split())
+    assert (probes, listeners) == (size, size - 1)
+    assert failures <= size * seconds, "one a second for each rank that waits"
+    if seconds < 1:
+        assert probes + listeners + failures < 2000
 
 
 def test_a_rank_whose_node_is_full_is_reported_by_rank_0(tmp_path: Path) -> None:

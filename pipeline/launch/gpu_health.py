@@ -1,0 +1,61 @@
+"""What nvidia-smi says of the GPUs of this node, before a stage begins: ECC errors, rows to be remapped, clocks that
+the hardware has lowered, and a reset or reboot that the driver asks for after an Xid error.
+
+It has run on no GPU yet: the tests have a program in the place of nvidia-smi.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+from pipeline.core.errors import Failure
+
+SECONDS = 60.0
+SOUND = {
+    "ecc.errors.uncorrected.volatile.total": ("0",),
+    "remapped_rows.pending": ("no", "0"),
+    "remapped_rows.failure": ("no", "0"),
+    "clocks_throttle_reasons.hw_slowdown": ("not active",),
+    "gpu_recovery_action": ("none",),
+}
+"""The fields of `nvidia-smi --query-gpu`, and the values of a sound GPU. The last one is that of newer drivers."""
+UNKNOWN = ("n/a", "not supported", "unknown", "requested functionality has been deprecated", "")
+"""What it answers, in brackets or not, where a GPU or a driver does not have a field."""
+
+
+def check(node: str) -> Failure | None:
+    """The problem of a GPU of this node, in one sentence; None without one. Without nvidia-smi nothing is known, which
+    a line of the log says."""
+    if shutil.which("nvidia-smi") is None:
+        print(
+            f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked", file=sys.stderr
+        )
+        return None
+    fields = list(SOUND)
+    while True:
+        command = ["nvidia-smi", f"--query-gpu=index,{','.join(fields)}", "--format=csv,noheader,nounits"]
+        try:
+            process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            why = f"nvidia-smi gave no answer within {SECONDS:.0f} s"
+            return Failure(f"{why} on node {node}; have its GPUs and their driver checked", bad_node=node)
+        output = " ".join((process.stdout + process.stderr).split())
+        if unknown := [field for field in fields if f'"{field}" is not a valid field' in output]:
+            fields = [field for field in fields if field not in unknown]  # an older driver
+            continue
+        if process.returncode:
+            text = f"nvidia-smi failed on node {node} ({output[:200]}); have its GPUs and their driver checked"
+            return Failure(text, bad_node=node)
+        return _first_problem(node, fields, process.stdout)
+
+
+def _first_problem(node: str, fields: list[str], output: str) -> Failure | None:
+    for line in output.splitlines():
+        index, *values = (value.strip() for value in line.split(","))
+        for field, value in zip(fields, values, strict=False):
+            if value.strip("[]").lower() not in (*SOUND[field], *UNKNOWN):
+                text = f"GPU {index} of node {node} is not sound ({field}: {value}); have it reset or repaired"
+                return Failure(text, bad_node=node)
+    return None
