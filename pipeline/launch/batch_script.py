@@ -175,7 +175,7 @@ def _script(
     if slurm.scratch:
         variables["TMPDIR"] = slurm.scratch
     log = folder / "submitit" / ("%A_%a_%t_log.out" if is_array else "%j_%t_log.out")
-    cores = f"--cpus-per-task={options['cpus-per-task']}"  # srun of Slurm 22.05 to 24.05 does not take that of sbatch
+    cores = f"--cpus-per-task={options['cpus-per-task']}"  # not every version of srun takes that of sbatch
     srun_options = ["--unbuffered", "--output", str(log), "--export=ALL", cores, "--kill-on-bad-exit=1"]
     options |= {
         "job-name": f"atom-{node.name}",

@@ -291,6 +291,14 @@ def test_verify_benchmark() -> None:
     assert "MB/s" in head and ours.startswith("atom verify") and theirs.startswith("sha256sum")
 
 
+def test_the_bookkeeping_of_a_large_graph_is_linear() -> None:
+    """Ten times the stages: ten times the bytes of their jobs, and one request to Slurm for each."""
+    small, large, *_ = run_quick("graph_scale")
+    rows = [re.search(r" ([\d,]+) requests, ([\d,]+) kB of jobs$", line) for line in (small, large)]
+    few, many = ([int(word.replace(",", "")) for word in row.groups()] for row in rows if row)
+    assert 10 < few[0] < 20 and 100 < many[0] < 120 and many[1] < 15 * few[1]
+
+
 @at_length("benchmarks", 12)
 def test_filters_benchmark() -> None:
     """With our words in its blocks, datatrove keeps the same texts and gives the same reasons."""

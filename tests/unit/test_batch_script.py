@@ -464,7 +464,7 @@ def test_a_stage_has_gpus_of_its_own_number_and_type() -> None:
     batch = script(Slurm.model_validate({**SLURM, "train": train}), ranks=16)
     options = {"gpus-per-node": "h100:8", "nodes": 2, "ntasks-per-node": 8, "cpus-per-task": 12}
     assert options.items() <= batch.sbatch_options.items()
-    assert " --cpus-per-task=12 " in batch.srun_options, "srun before Slurm 24.11 binds a rank to one core without it"
+    assert " --cpus-per-task=12 " in batch.srun_options, "not every version of srun takes that of sbatch"
     stages = {"pre*": {"gpus_per_node": 4, "tasks_per_node": 4, "gpu_type": "a100", "spare_nodes": 1}}
     options = {"gpus-per-node": "a100:4", "nodes": 5, "ntasks-per-node": 4, "no-kill": True}
     settings = Slurm.model_validate({**SLURM, "train": train, "stages": stages})
