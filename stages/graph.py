@@ -261,6 +261,7 @@ def _add_post_training(
     if config.reward_model:
         train("reward", "reward", config.reward_model, pairs="dpo", **previous)
         export = {"model": model, "padded_vocab_size": config.tokenizer.padded_vocab_size}
+        export["parity_tolerance"] = config.evaluation.parity_tolerance
         export |= {"dtype": trained["reward"].dtype, "parity_tokens": parity_tokens(model.context_length)}
         graph.add("export-reward", "export", export, tokenizer="tokenizer", checkpoint="reward")
     if online := config.online_rlhf:
@@ -276,6 +277,7 @@ def _add_exports(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[st
         export: dict[str, Any] = {"model": trained[name].model, "dtype": trained[name].dtype, "step": step}
         export["converses"] = which in chat_models
         export["padded_vocab_size"] = config.tokenizer.padded_vocab_size
+        export["parity_tolerance"] = config.evaluation.parity_tolerance
         export["parity_tokens"] = parity_tokens(trained[name].model.context_length)
         inputs = {"checkpoint": name}
         if step == 0 and graph.nodes[name].external:  # a phase that continues has no step 0

@@ -51,6 +51,11 @@ class EvaluationSection(Config):
     problems: Problems = Field(description="number of evaluation problems by task")
     heldout_documents: HeldoutLimit = Field(60, description="maximum number of held-out documents per source")
     max_new_tokens: Context = Field(64, description="maximum number of tokens generated per problem")
+    parity_tolerance: Annotated[float, Range(0, 1, above=True)] = Field(
+        1e-4,
+        description="maximum difference of any fp32 logit between an export and the trainer; rounding grows with the "
+        "logits and the context",
+    )
     bits_per_byte_tolerance: Annotated[float, Range(0, 8, "a byte has 8 bits")] = Field(
         0.05, description="maximum increase in bits per byte after mid-training and long-context phases"
     )
