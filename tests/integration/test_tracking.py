@@ -177,7 +177,7 @@ def test_a_stage_is_described_from_its_start_and_ended_by_what_happened(
     out.mkdir(parents=True)
     (out / "scores.json").write_text('{"accuracy": {"a,b": {"value": 0.25, "se": 0.1}}, "tokens": 7}')
     started(run, graph, store, "evaluate-base", 1)
-    product = store.seal(out, key, lambda made: home_fixtures.state(store, run, graph, "evaluate-base", made))
+    product = store.seal(out, key, lambda artifact: home_fixtures.state(store, run, graph, "evaluate-base", artifact))
     parent, row = child("evaluate-base")
     assert row.data.metrics["accuracy/a_b"] == 0.25 and row.data.metrics["accuracy/a_b/se"] == 0.1
     assert row.data.metrics["tokens"] == 7 and row.data.tags["atom.digest"] == product.digest
