@@ -46,7 +46,7 @@ def recovery(home: Path, relaunches: int) -> float:
     second = [n for n, row in enumerate(rows) if row["event"] == "attempt"][1]
     finished = next(row["time"] for row in rows[second:] if row["event"] == "progress")
     slurm_fixtures.slurm("scancel", slurm_fixtures.job_of(home, "pretrain"))
-    launches = sorted(path.name.partition(".")[2] for path in home.glob("logs/*/pretrain/ranks/*"))
+    launches = sorted(path.name.partition(".")[2] for path in home.glob("logs/*/pretrain/ranks/*/"))
     assert launches == (["0", "0.1"] if relaunches else ["0", "1"]), launches
     return float(finished - killed)
 
