@@ -328,6 +328,7 @@ def launched(
     line = f"""case "$*" in
         *SLURMD_NODENAME*) cat $PLACE/answering; exit 0 ;;
         *pipeline.launch.job*) exit 0 ;;  # whether Python starts
+        *"scontrol requeue"*) exit 0 ;;  # which watches the first node
     esac
     echo "$ATOM_RELAUNCH $*" >> $PLACE/launched
     echo "{says}" >&2
