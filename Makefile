@@ -35,7 +35,7 @@ help:
 	@echo "make test-gpu      fifteen points that a GPU decides, with figures and criteria, into docs/gpu-report.md; on CPU, that they work"
 	@echo "make gpu-wheels    the packages that a machine with a GPU and no network lacks for that, into build/gpu-wheels (64 MiB at most)"
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
-	@echo "make soak PART=layouts   a part of the long tests (at most 90 minutes each, resumable); without PART: lists them"
+	@echo "make soak PART=layouts   a part of the long tests (at most 90 minutes each, resumable); without PART: lists them; STEP=\"seed 0\": one step"
 	@echo "make lint    linters and types only"
 	@echo "make docs    generate docs/cli.md and docs/configuration.md from the commands and the schemas"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt and requirements/"
@@ -126,7 +126,7 @@ slurm-down:
 	tests/slurm/cluster down
 
 soak: $(READY)
-	$(BIN)/python -m tests.soak $(PART)
+	$(BIN)/python -m tests.soak $(PART) $(if $(STEP),"$(STEP)")
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

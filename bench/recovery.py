@@ -30,7 +30,7 @@ from tests.fixtures import slurm_fixtures
 from tests.fixtures.disturbance_fixtures import rank_killed, submit
 from tests.fixtures.run_fixtures import atom
 
-TARGET = 3.0
+TARGET, PATIENCE = 3.0, 900.0
 WAYS = {"restart": 3, "requeue": 0}
 """Launches in one allocation after the first, for each way."""
 
@@ -38,15 +38,15 @@ WAYS = {"restart": 3, "requeue": 0}
 def recovery(home: Path, relaunches: int) -> float:
     """Seconds from the death of a rank to the next finished step. Raises AssertionError if it took the other way."""
     submit(home, restarts_in_allocation=relaunches)
-    slurm_fixtures.until(lambda: slurm_fixtures.reached(home, "pretrain", 12), "step 12")
+    slurm_fixtures.until(lambda: slurm_fixtures.reached(home, "pretrain", 12), "step 12", PATIENCE)
     killed = time.time()
     rank_killed(home)
-    slurm_fixtures.until(lambda: slurm_fixtures.reached(home, "pretrain", 1, 2), "a step of the next launch")
+    slurm_fixtures.until(lambda: slurm_fixtures.reached(home, "pretrain", 1, 2), "the next launch", PATIENCE)
     rows = slurm_fixtures.events(home, "pretrain")
     second = [n for n, row in enumerate(rows) if row["event"] == "attempt"][1]
     finished = next(row["time"] for row in rows[second:] if row["event"] == "progress")
     slurm_fixtures.slurm("scancel", slurm_fixtures.job_of(home, "pretrain"))
-    launches = sorted(path.name.partition(".")[2] for path in home.glob("logs/*/pretrain/ranks/*"))
+    launches = sorted(path.name.partition(".")[2] for path in home.glob("logs/*/pretrain/ranks/*/"))
     assert launches == (["0", "0.1"] if relaunches else ["0", "1"]), launches
     return float(finished - killed)
 

@@ -98,7 +98,7 @@ def show(store: Store) -> None:
     nodes, problem = status.status(run, store)
     assert problem is None and len(nodes) == len(run.body["nodes"]), problem
     used = budget.used(store, (stage.key for stage in nodes))
-    status_table(run.id, nodes, budget.describe(used, None))
+    status_table(run.id, run.owner, nodes, budget.describe(used, None))
 
 
 def processor_seconds() -> float:

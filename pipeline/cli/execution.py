@@ -80,6 +80,9 @@ def print_submission(submission: Submission) -> None:
         return
     parts = [f"{stages(len(submission.submitted))} submitted"] if submission.submitted else []
     parts += [f"{len(submission.attached)} already queued in Slurm"] if submission.attached else []
+    for user in sorted(set(submission.waiting.values())):
+        names = ", ".join(name for name, other in submission.waiting.items() if other == user)
+        parts += [f"{names} after the job of {user}, which Slurm hides"]
     parts += [f"{', '.join(submission.released)} released"] if submission.released else []
     parts += [f"{len(submission.sealed)} sealed already"] if submission.sealed else []
     print(f"run {submission.run.id}: {', '.join(parts)}; watch it: atom status --watch")

@@ -135,11 +135,11 @@ def _cost_table(rows: list[Measured], names: list[str]) -> Table:
 
 
 def run_table(rows: list[RunRow]) -> Table:
-    result = table("run", "recipe", "state", "stages", "hours", "last event (UTC)", "stage", "")
+    result = table("run", "owner", "recipe", "state", "stages", "hours", "last event (UTC)", "stage", "")
     for row in rows:
         result.add_row(
-            row.id, escape(f"{row.recipe} {row.version}"), row.state, f"{row.sealed}/{row.stages}", f"{row.hours:.2f}",
-            row.json()["last_event"].replace("T", " ").rstrip("Z"), row.stage or "",
-            escape(escaped(row.message or "", LONGEST_VALUE)),
+            row.id, escape(row.owner), escape(f"{row.recipe} {row.version}"), row.state,
+            f"{row.sealed}/{row.stages}", f"{row.hours:.2f}", row.json()["last_event"].replace("T", " ").rstrip("Z"),
+            row.stage or "", escape(escaped(row.message or "", LONGEST_VALUE)),
         )  # fmt: skip
     return result

@@ -68,11 +68,13 @@ def status(
     def read() -> tuple[Table, list[NodeStatus], str | None, Hours]:
         nodes, lack = status.status(this, store)
         used = budget.used(store, (stage.key for stage in nodes))
-        return status_table(this.id, nodes, budget.describe(used, this.body.get("prices"))), nodes, lack, used
+        table = status_table(this.id, this.owner, nodes, budget.describe(used, this.body.get("prices")))
+        return table, nodes, lack, used
 
     table, nodes, lack, used = read()
     if as_json:
-        body: dict[str, Any] = {"run": this.id, "unknown": lack, "used": used, "stages": [s.json() for s in nodes]}
+        body: dict[str, Any] = {"run": this.id, "owner": this.owner, "unknown": lack, "used": used}
+        body["stages"] = [s.json() for s in nodes]
         if bad := bad_nodes.read(store):
             body["bad_nodes"] = [asdict(entry) for entry in bad]
         print(json.dumps(body, indent=1))
@@ -90,7 +92,7 @@ def status(
             current = snapshot.take(this, store, answers)
             nodes = [stage.status for stage in current.stages]
             used = {"gpu_hours": current.spending.now("gpu_hours"), "core_hours": current.spending.now("core_hours")}
-            table = status_table(this.id, nodes, budget.describe(used, this.body.get("prices")))
+            table = status_table(this.id, this.owner, nodes, budget.describe(used, this.body.get("prices")))
             live.update(Group(table, *(escape(line) for line in snapshot.lines(current))), refresh=True)
             if current.over:
                 return
@@ -185,24 +187,43 @@ def nodes(
 
 
 @app.command()
-def cancel(run: RunArgument = None) -> None:
+def cancel(
+    run: RunArgument = None,
+    yes: Annotated[bool, typer.Option("--yes", help="cancel what concerns another user without a question")] = False,
+) -> None:
     """Stop the running stages of a run.
 
-    Run the recipe again to resume them.
+    Run the recipe again to resume them. What belongs to another user is confirmed before.
 
     Example: atom cancel
     """
+    from pipeline.core import users
     from pipeline.graph import run as runs
     from pipeline.operations import cancellation
 
     store = open_store()
     this = runs.find(store, run)
+    waiting = cancellation.attached_runs(this, store)
+    concerned = [f"run {this.id} is {this.owner}'s"] if this.owner != users.present() else []
+    concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != users.present()]
+    if concerned and not yes:
+        _confirm("; ".join(concerned))
     if this.jobs():
         names = cancellation.cancel_jobs(this, store)
         print(f"run {this.id}: cancelled {', '.join(names) or 'nothing, Slurm holds no job of it'}")
     else:
         names = cancellation.stop_processes(this, store)
         print(f"run {this.id}: stopped {', '.join(names) or 'nothing, no stage was running'}")
+    for other in waiting:
+        print(f"run {other.id} of {other.owner} waited for these jobs; `atom retry {other.id}` goes on")
+
+
+def _confirm(concerned: str) -> None:
+    """Raises AtomError unless a person at a terminal agrees."""
+    if not sys.stdin.isatty():
+        raise AtomError(f"{concerned}; add --yes to cancel all the same")
+    if not typer.confirm(f"{concerned}. Cancel all the same?"):
+        raise AtomError(f"{concerned}; nothing was cancelled")
 
 
 @app.command()

@@ -163,8 +163,8 @@ def _binary(value: float) -> str:
     return f"{value / 2**30:.3g}Gi" if value >= 2**30 else f"{value / 2**20:.3g}Mi"
 
 
-def status_table(run: str, stages: list[NodeStatus], used: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, title=f"run {run}", title_justify="left")
+def status_table(run: str, owner: str, stages: list[NodeStatus], used: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, title=f"run {run} of {owner}", title_justify="left")
     slurm = any(s.job for s in stages)
     for column in ("stage", "state", *(("job", "nodes", "restarts") if slurm else ()), "progress", "time", "left", ""):
         table.add_column(column, no_wrap=column != "")
@@ -173,7 +173,8 @@ def status_table(run: str, stages: list[NodeStatus], used: str) -> Table:
         servers = f"servers: {s.servers}" if s.servers else ""
         detail = s.message or s.reason or "; ".join(filter(None, (s.slow, servers, figures_text(s.figures or {}))))
         state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
-        where = (s.job or "", s.nodes or "", str(s.restarts or "")) if slurm else ()
+        job = f"{s.job} of {s.user}" if s.user else s.job or ""
+        where = (job, s.nodes or "", str(s.restarts or "")) if slurm else ()
         took = duration(s.seconds) if s.seconds is not None else (s.elapsed or "")
         remaining = duration(s.eta) if s.eta is not None and s.state == "running" else ""
         table.add_row(s.name, state, *where, progress, took, remaining, detail)

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 import pipeline
-from pipeline.core import atomic_files, json_files
+from pipeline.core import atomic_files, json_files, users
 from pipeline.core.environment import git_commit
 from pipeline.core.errors import AtomError
 from pipeline.core.events import Tail, figures_of
@@ -119,6 +119,11 @@ class Run(RunFolder):
             row["servers"] = servers
         with open(self.folder / "jobs.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+
+    @property
+    def owner(self) -> str:
+        """The user who began it. Raises OSError."""
+        return users.owner(self.folder / "run.json")
 
     def jobs(self) -> dict[str, JobRow]:
         """The latest submission of each node; empty for a local run."""
@@ -249,7 +254,7 @@ class NodeStatus:
 
     name: str
     key: str
-    state: str  # sealed | running | failed | waiting; of a Slurm job also a state of Slurm, or lost
+    state: str  # sealed | running | failed | waiting; of a Slurm job also a state of Slurm, lost or hidden
     done: float = 0
     total: float = 0
     unit: str = ""
@@ -258,6 +263,7 @@ class NodeStatus:
     ranks: int | None = None
     eta: float | None = None  # seconds
     job: str | None = None  # of Slurm, and so is what follows
+    user: str | None = None  # whose job it is, if not the run's owner's
     nodes: str | None = None
     elapsed: str | None = None
     restarts: int | None = None

@@ -104,20 +104,24 @@ def _template() -> jinja2.Template:
 
 
 def batch_script(
-    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, dependencies: list[str], tasks: int = 0
-) -> BatchScript:
+    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, dependencies: list[str], tasks: int = 0,
+    previous: str | None = None,
+) -> BatchScript:  # fmt: skip
     """The script of a node's job, or of the array with that many tasks for its shards.
 
-    code: the snapshot to run from. dependencies: ids of the jobs to wait for. Raises RecipeError if the ranks do not
-    fill nodes equally, or if a variable to forward looks like a secret.
+    code: the snapshot to run from. dependencies: ids of the jobs that must succeed before. previous: that of a job to
+    wait for, however it ends. Raises RecipeError if the ranks do not fill nodes equally, or if a variable to forward
+    looks like a secret.
     """
     folder = run.node_folder(node.name) / ("shards" if tasks else "")
     allocation = slurm.allocation(node.name, node.stage.needs(node.config))
     options = _sbatch_options(slurm, allocation.jobs, allocation.all_nodes, allocation.ranks_per_node,
                               allocation.cpus_per_task, allocation.gpus_per_node)  # fmt: skip
     comment = Owner(run.id, node.name, node.key).comment
-    if dependencies:
-        options["dependency"] = f"afterok:{':'.join(dependencies)}"
+    conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
+    conditions += [f"afterany:{previous}"] if previous else []
+    if conditions:
+        options["dependency"] = ",".join(conditions)
     if tasks:
         options["array"] = f"0-{tasks - 1}%{min(tasks, allocation.jobs.array_tasks or slurm.array_tasks)}"
     if allocation.spare_nodes:

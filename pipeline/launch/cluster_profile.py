@@ -166,7 +166,7 @@ class Jobs(Resources):
     spare_nodes: Annotated[int, Range(0, 1024)] = Field(
         0,
         description="idle nodes that a job of several nodes has beside those of its ranks; one takes the place of a "
-        "node that is lost, unless it is the job's first one",
+        "node that is lost; a job that loses its first one is queued again",
     )
     array_tasks: Annotated[int, Range(1, 1e6)] | None = Field(
         None, description="maximum number of tasks of a job array that run at once; null: slurm.array_tasks"

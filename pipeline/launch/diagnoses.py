@@ -157,6 +157,11 @@ LOST_JOB = Diagnosis(
     "lost job", "neither the queue nor the accounting has the job", Kind.MACHINE,
     "Slurm has no record of its job; `atom retry` submits it again", attempt=RETRY,
 )  # fmt: skip
+HIDDEN_JOB = Diagnosis(
+    "hidden job", "Slurm shows no jobs of other users (`PrivateData`), and this one is another's", Kind.MACHINE,
+    "Slurm shows jobs of {detail} to no other user; what the stage recorded itself is all that is known",
+    attempt="as recorded",
+)  # fmt: skip
 NO_DECISION = Diagnosis(
     "no decision", "the job's script ended without a decision of rank 0, and nothing above applies", Kind.MACHINE,
     "the stage left no decision on {nodes}, srun's exit code is {detail}; see its log",
@@ -164,7 +169,7 @@ NO_DECISION = Diagnosis(
 TABLE = (
     MEMORY, TIME_LIMIT, PREEMPTED, NODE_FAILED, NOT_LAUNCHED, HELD_LAUNCH, HELD, DRAINED, IMPOSSIBLE, SETUP,
     SETUP_ANYWHERE, NO_PYTHON, NO_PYTHON_ANYWHERE, LOST, LOST_TWICE, PREFLIGHT, DEVICE, DETERMINISTIC, NO_ACCOUNTING,
-    LOST_JOB, NO_DECISION,
+    LOST_JOB, HIDDEN_JOB, NO_DECISION,
 )  # fmt: skip
 ATTEMPTS = {
     Kind.MACHINE: "at most `restarts` without progress",

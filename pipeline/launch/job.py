@@ -22,7 +22,7 @@ from typing import Any
 
 import submitit
 
-from pipeline.core import input_integrity, json_files
+from pipeline.core import input_integrity, json_files, users
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
 from pipeline.core.lease import HEARTBEAT
@@ -64,11 +64,16 @@ class JobLimits:
         return [node["key"] for node in json_files.read(store.logs / run / "run.json", BODY)["nodes"]]
 
 
+def _begin(task: Task, limits: JobLimits) -> tuple[submitit.JobEnvironment, Store]:
+    clean_environment.require(limits.variables)
+    users.share(Path(task.home))
+    return submitit.JobEnvironment(), Store(Path(task.home))
+
+
 def run(task: Task, limits: JobLimits) -> str:
     """Runs one node as a Slurm job, on each of its ranks. Returns the decision on rank 0, and the outcome on other
     ranks; if a job of several ranks has failed, each of its processes ends with exit code 1 instead."""
-    clean_environment.require(limits.variables)
-    slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
+    slurm_job, store = _begin(task, limits)
     folder = store.logs / task.run / task.node
     launch = launch_folder(folder, slurm_job.raw_job_id)
     launch.mkdir(parents=True, exist_ok=True)
@@ -147,8 +152,7 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
     Returns the decision: after an error the task is started again while it makes progress, and otherwise as often as
     the profile allows. Finished shards are kept.
     """
-    clean_environment.require(limits.variables)
-    slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
+    slurm_job, store = _begin(task, limits)
     launch = launch_folder(store.logs / task.run / task.node / "shards", slurm_job.raw_job_id)
     launch.mkdir(parents=True, exist_ok=True)
     (launch / "started-0").write_text(node_name() + "\n")
@@ -218,8 +222,7 @@ class _Place:
 def run_server(task: Task, limits: JobLimits) -> str:
     """Runs a server for a node, in this task of a job array, until the stage has ended. Returns the decision: a server
     that dies is started again as long as it has answered before, and otherwise as often as the profile allows."""
-    clean_environment.require(limits.variables)
-    slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
+    slurm_job, store = _begin(task, limits)
     launch = launch_folder(store.logs / task.run / task.node / "servers", slurm_job.raw_job_id)
     launch.mkdir(parents=True, exist_ok=True)
     (launch / "started-0").write_text(node_name() + "\n")

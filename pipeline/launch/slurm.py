@@ -33,8 +33,7 @@ from pipeline.launch.batch_script import BatchScript, batch_script, servers_of, 
 from pipeline.launch.cluster_profile import Allocation, Profile, Slurm
 from pipeline.launch.job import JobLimits
 from pipeline.launch.local import damage_of, require_inputs
-from pipeline.launch.slurm_client import Job
-from pipeline.launch.submission_lock import Claim
+from pipeline.launch.slurm_client import Job, Owner
 from pipeline.tracking import budget
 
 UNLIMITED = 10**6
@@ -57,6 +56,8 @@ class Submission:
     sealed: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     """The attached stages whose jobs Slurm held back after a failed launch."""
+    waiting: dict[str, str] = field(default_factory=dict)
+    """The submitted stages that wait for the end of a job that Slurm hides, and whose that is."""
     arrays: dict[str, str] = field(default_factory=dict)
     """The job arrays for the shards of submitted stages."""
     servers: dict[str, str] = field(default_factory=dict)
@@ -115,20 +116,23 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                         submission.released.append(name)
                 else:
                     dependencies = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
+                    previous = None
+                    if claim is not None and claim.is_hidden(slurm_jobs):
+                        previous, submission.waiting[name] = claim.job, claim.user
                     task = task_of(graph, store, run, node, profile)
                     if tasks := array_of(slurm, node):
-                        script = batch_script(store, run, node, slurm, code, dependencies, tasks)
+                        script = batch_script(store, run, node, slurm, code, dependencies, tasks, previous)
                         script = avoidance.apply(script)
                         dependencies = [start_array(script, task, limits, tasks)]
                         submission.arrays[name] = dependencies[0]
-                    script = batch_script(store, run, node, slurm, code, dependencies)
+                    script = batch_script(store, run, node, slurm, code, dependencies, previous=previous)
                     script = avoidance.apply(script)
                     jobs[name] = submission.submitted[name] = start(script, task, limits)
                     if servers := servers_of(slurm, node):
                         script = servers_script(store, run, node, slurm, code, servers, jobs[name])
                         script = avoidance.apply(script)
                         submission.servers[name] = start_servers(script, task, limits, servers.count)
-                    submission_lock.write(store, Claim(node.key, jobs[name], run.id, name))
+                    submission_lock.write(store, Owner(run.id, name, node.key), jobs[name])
                 if name in jobs:
                     array, shards = submission.arrays.get(name), node.stage.shards(node.config)
                     servers_job = submission.servers.get(name)

@@ -5,6 +5,7 @@ What asks in a loop does so through `Answers`, so that the controller gets a bou
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -52,7 +53,7 @@ class Owner:
 @dataclass(frozen=True)
 class Job:
     """One job as Slurm describes it. owner: None if accounting keeps no comments. code: exit code and signal of
-    an ended job."""
+    an ended job. user: who submitted it."""
 
     id: str
     state: str
@@ -61,6 +62,7 @@ class Job:
     elapsed: str = ""
     owner: Owner | None = None
     code: str = ""
+    user: str = ""
 
     @property
     def alive(self) -> bool:
@@ -104,13 +106,22 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
 
 def queued_jobs() -> dict[str, Job]:
     """Every job of atom in the controller, by id: waiting, running and recently ended ones."""
-    rows = run_command("squeue", "-h", "-t", "all", "-o", "%i|%T|%N|%M|%r|%k").splitlines()
+    rows = run_command("squeue", "-h", "-t", "all", "-o", "%i|%T|%N|%M|%r|%u|%k").splitlines()
     jobs = {}
     for row in rows:
-        id, state, nodes, elapsed, reason, comment = (row.split("|", 5) + [""] * 6)[:6]
+        id, state, nodes, elapsed, reason, user, comment = (row.split("|", 6) + [""] * 7)[:7]
         if owner := Owner.read(comment):
-            jobs[id] = Job(id, state, "" if reason == "None" else reason, nodes, elapsed, owner)
+            jobs[id] = Job(id, state, "" if reason == "None" else reason, nodes, elapsed, owner, user=user)
     return jobs
+
+
+def hides_jobs() -> bool:
+    """Whether Slurm shows this user no jobs of others: `PrivateData` has `jobs`. Root sees all. Raises NoAnswer."""
+    if os.geteuid() == 0:
+        return False
+    lines = (line.partition("=") for line in run_command("scontrol", "show", "config").splitlines())
+    settings = {name.strip(): value.strip() for name, _, value in lines}
+    return "jobs" in settings.get("PrivateData", "").split(",")
 
 
 def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
@@ -118,14 +129,14 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
     job_ids = sorted(set(ids), key=len)
     if not job_ids:
         return {}
-    fields = "JobID,State,ExitCode,NodeList,Elapsed,Comment"
+    fields = "JobID,State,ExitCode,NodeList,Elapsed,User,Comment"
     rows = run_command("sacct", "-X", "-n", "-P", "-o", fields, "-j", ",".join(job_ids)).splitlines()
     jobs = {}
     for row in rows:
-        id, state, code, nodes, elapsed, comment = (row.split("|", 5) + [""] * 6)[:6]
+        id, state, code, nodes, elapsed, user, comment = (row.split("|", 6) + [""] * 7)[:7]
         state, _, canceled_by = state.partition(" ")  # "CANCELLED by 0"
         reason = f"exit code {code.split(':')[0]}" if state == "FAILED" else canceled_by
-        jobs[id] = Job(id, state, reason, nodes, elapsed, Owner.read(comment), code)
+        jobs[id] = Job(id, state, reason, nodes, elapsed, Owner.read(comment), code, user)
     return jobs
 
 
@@ -174,6 +185,9 @@ class Answers:
 
     def unavailable_nodes(self) -> str:
         return str(self._ask("nodes", unavailable_nodes))
+
+    def hides_jobs(self) -> bool:
+        return bool(self._ask("hidden", hides_jobs))
 
     def _ask(self, question: object, function: Callable[[], Any]) -> Any:
         asked_at, answer = self._kept.get(question, (float("-inf"), None))

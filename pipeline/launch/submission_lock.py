@@ -1,7 +1,9 @@
 """Records the Slurm job of a key in `$ATOM_HOME/jobs/<key>.json`, so that no stage is submitted twice.
 
 A submitter holds the lease of that folder. A claim counts while Slurm has a job with that id whose comment names the
-same run, node and key, because a controller that lost its state assigns ids again.
+same run, node and key, because a controller that lost its state assigns ids again. Where Slurm hides the jobs of other
+users (`PrivateData`), nobody but its owner can see whether such a job lives: then another job of the key waits for its
+end, so that two never run at once, and takes over.
 """
 
 from __future__ import annotations
@@ -10,18 +12,19 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import atomic_files, json_files
+from pipeline.core import atomic_files, json_files, users
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
 from pipeline.core.store import Store
+from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import Job, Owner
 
 PATIENCE = 300.0
@@ -29,12 +32,13 @@ PATIENCE = 300.0
 
 @dataclass(frozen=True)
 class Claim:
-    """The job of a key, and the run and node that submitted it."""
+    """The job of a key, the run and node that submitted it, and the user, who owns the file."""
 
     key: str
     job: str
     run: str
     node: str
+    user: str
 
     @property
     def owner(self) -> Owner:
@@ -44,6 +48,10 @@ class Claim:
         """Whether Slurm has that job and it has not ended."""
         slurm_job = slurm_jobs.get(self.job)
         return slurm_job is not None and slurm_job.alive and slurm_job.owner == self.owner
+
+    def is_hidden(self, slurm_jobs: Mapping[str, Job]) -> bool:
+        """Whether Slurm may have that job and not show it to this user. Raises NoAnswer."""
+        return self.job not in slurm_jobs and self.user != users.present() and slurm_client.hides_jobs()
 
 
 def folder(store: Store) -> Path:
@@ -65,19 +73,21 @@ def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
     path = folder(store) / f"{key}.json"
     try:
         body = json_files.read(path, _CLAIM)
-        return Claim(*(body[name] for name in ("key", "job", "run", "node")))
+        return Claim(body["key"], body["job"], body["run"], body["node"], users.owner(path))
     except FileNotFoundError:
         return None
     except Damaged as error:
         json_files.report(error, "whether a job makes this key is asked of Slurm")
     for id, job in slurm_jobs.items():
         if job.alive and job.owner is not None and job.owner.key == key:
-            return Claim(key, id, job.owner.run, job.owner.node)
+            return Claim(key, id, job.owner.run, job.owner.node, job.user)
     return None
 
 
-def write(store: Store, claim: Claim) -> None:
-    atomic_files.write(folder(store) / f"{claim.key}.json", json.dumps(asdict(claim)) + "\n")
+def write(store: Store, owner: Owner, job: str) -> None:
+    """Records the job of a key as this user's."""
+    claim: _Claim = {"key": owner.key, "job": job, "run": owner.run, "node": owner.node}
+    atomic_files.write(folder(store) / f"{owner.key}.json", json.dumps(claim) + "\n")
 
 
 def remove(store: Store, key: str) -> None:

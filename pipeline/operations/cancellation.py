@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 
+from pipeline.core import users
 from pipeline.core.errors import AtomError
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
@@ -20,21 +21,41 @@ STOP_SECONDS = 30.0
 
 
 def cancel_jobs(run: Run, store: Store) -> list[str]:
-    """Cancels the run's jobs in Slurm, but not those that other runs submitted. Returns the names of the stages."""
+    """Cancels the run's jobs in Slurm, but not those that other runs submitted. Returns the names of the stages. Raises
+    AtomError if Slurm hides the jobs from this user, or refuses."""
     with submission_lock.submitting(store):
-        slurm_jobs = slurm_client.queued_jobs()
-        own_jobs = {
-            name: row["job"]
-            for name, row in run.jobs().items()
-            if not row["attached"]
-            and is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
-            and slurm_jobs[row["job"]].alive
-        }
-        rows = [row for name, row in run.jobs().items() if name in own_jobs]
+        jobs = _living_jobs(run)
+        rows = [row for name, row in run.jobs().items() if name in jobs]
         arrays = [array for row in rows for array in (row.get("array"), row.get("servers")) if array]
-        if own_jobs:
-            slurm_client.run_command("scancel", *own_jobs.values(), *arrays)
-    return list(own_jobs)
+        if not jobs and run.owner != users.present() and slurm_client.hides_jobs():
+            raise AtomError(f"Slurm shows jobs of {run.owner} to no other user; let {run.owner} cancel run {run.id}")
+        if jobs:
+            slurm_client.run_command("scancel", *jobs.values(), *arrays)
+    return list(jobs)
+
+
+def _living_jobs(run: Run) -> dict[str, str]:
+    """The jobs in Slurm that the run submitted, by stage."""
+    slurm_jobs = slurm_client.queued_jobs()
+    return {
+        name: row["job"]
+        for name, row in run.jobs().items()
+        if not row["attached"]
+        and is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
+        and slurm_jobs[row["job"]].alive
+    }
+
+
+def attached_runs(run: Run, store: Store) -> list[Run]:
+    """The other runs that wait for jobs of this one."""
+    jobs = set(_living_jobs(run).values()) if run.jobs() else set()
+    if not jobs:
+        return []
+    return [
+        other
+        for other in runs.runs(store)
+        if other.id != run.id and any(row["attached"] and row["job"] in jobs for row in other.jobs().values())
+    ]
 
 
 def stop_processes(run: Run, store: Store) -> list[str]:
@@ -58,4 +79,7 @@ def _terminate(store: Store, stage: NodeStatus) -> None:
         return
     if present.host != socket.gethostname():
         raise AtomError(f"stage {stage.name} runs on {present.host}; run `atom cancel` there")
-    os.kill(present.pid, signal.SIGTERM)
+    try:
+        os.kill(present.pid, signal.SIGTERM)
+    except PermissionError:
+        raise AtomError(f"stage {stage.name} is a process of another user, who alone can stop it") from None

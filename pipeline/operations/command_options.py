@@ -22,9 +22,12 @@ ProfileOption = Annotated[str, typer.Option("--cluster", help="name of a cluster
 
 
 def open_store() -> Store:
+    from pipeline.core import users
     from pipeline.core.store import Store, home_folder
 
-    return Store(home_folder())
+    home = home_folder()
+    users.share(home)
+    return Store(home)
 
 
 def console() -> Console:

@@ -29,9 +29,11 @@ END_BYTES = 2**16
 @dataclass(frozen=True)
 class RunRow:
     """One run. state: `sealed` if all of its stages are; `running`; `queued` in Slurm; `failed`; `stopped`; or
-    `unfinished` if its process is gone. began, last_event: seconds since the epoch. message: of the last failure."""
+    `unfinished` if its process is gone, or Slurm hides its jobs. owner: who began it. began, last_event: seconds since
+    the epoch. message: of the last failure."""
 
     id: str
+    owner: str
     recipe: str
     version: str
     state: str
@@ -112,8 +114,8 @@ def _row(run: Run, store: Store, sealed: frozenset[str], working: frozenset[str]
                 break
     final = began if last is None else _last_event(run.node_folder(last) / "events.jsonl").get("time", times[last])
     return RunRow(
-        run.id, run.body["recipe"], run.body["version"], state, len(nodes), done, began, max(began, final), last,
-        message,
+        run.id, run.owner, run.body["recipe"], run.body["version"], state, len(nodes), done, began, max(began, final),
+        last, message,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, open_flags
+from pipeline.core import json_files, open_flags, users
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
@@ -29,6 +29,10 @@ FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
 ENDING = "ending"
 """The state of a stage whose attempt has failed while Slurm still has its job: the cause is shown instead of
 `running`."""
+
+
+HIDDEN = "hidden"
+"""The state of a stage of another user that has recorded no end, and whose job Slurm does not show."""
 
 
 def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
@@ -49,7 +53,7 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         or slurm_jobs[row["job"]].state == "FAILED"  # squeue does not have its exit code
     ]
     finished_jobs: dict[str, Job] = {}
-    problem = None
+    problem, owner = None, run.owner
     try:
         # accounting never learns the end of a job that the controller lost, and keeps it as pending or running
         finished_jobs = {
@@ -57,6 +61,8 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         }
     except NoAnswer as error:
         problem = diagnoses.NO_ACCOUNTING.text(detail=str(error))
+    unknown = set(unmatched) - set(finished_jobs)
+    hidden_of = owner if unknown and owner != users.present() and _hides_jobs(answers) else None
     rows = []
     for node in stages:
         row = jobs.get(node.name)
@@ -69,7 +75,9 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         elif slurm_job is not None and (finished := finished_jobs.get(row["job"])) is not None:
             slurm_job = replace(slurm_job, code=finished.code, reason=finished.reason)
         verdict = _last_verdict(run, node.name, row["job"])
-        with_job = _add_job_state(node, row["job"], slurm_job, verdict, reasons, answers)
+        with_job = _add_job_state(node, row["job"], slurm_job, verdict, reasons, hidden_of, answers)
+        if slurm_job is not None and slurm_job.user not in ("", owner):
+            with_job = replace(with_job, user=slurm_job.user)
         with_job = replace(with_job, servers=_servers(row, slurm_jobs))
         rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
@@ -90,12 +98,15 @@ def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
 
 def _add_job_state(
     node: NodeStatus, id: str, job: Job | None, verdict: Verdict | None, reasons: str = "",
-    answers: Answers | None = None,
+    hidden_of: str | None = None, answers: Answers | None = None,
 ) -> NodeStatus:  # fmt: skip
     """The status of a node from its files and from Slurm's state of its job; an artifact outranks both. verdict: of
-    the last start. reasons: why nodes of the cluster are down or drained."""
+    the last start. reasons: why nodes of the cluster are down or drained. hidden_of: the user whose jobs Slurm does not
+    show to this one."""
     node = replace(node, job=id)
     if job is None:
+        if hidden_of and (node.state == "waiting" or node.message == CUT_OFF):
+            return replace(node, state=HIDDEN, message="", reason=diagnoses.HIDDEN_JOB.text(detail=hidden_of))
         if node.state in ("sealed", "running", "failed"):
             return node
         return replace(node, state="lost", message=diagnoses.LOST_JOB.text())
@@ -111,6 +122,13 @@ def _add_job_state(
     if job.state == "CANCELLED":
         return replace(node, state="cancelled", reason=job.reason or None, message="", kind=None)
     return replace(node, state="failed", message=message)
+
+
+def _hides_jobs(answers: Answers) -> bool:
+    try:
+        return answers.hides_jobs()
+    except NoAnswer:  # the states are shown all the same
+        return False
 
 
 def _node_reasons(slurm_jobs: Iterable[Job], answers: Answers) -> str:
@@ -241,5 +259,5 @@ def kept_nodes(run: Run) -> list[str]:
 
 def over(stages: list[NodeStatus]) -> bool:
     """Whether no stage of a run continues by itself."""
-    active_states = {"running", ENDING, *(state.lower() for state in slurm_client.LIVING)}
+    active_states = {"running", ENDING, HIDDEN, *(state.lower() for state in slurm_client.LIVING)}
     return not any(stage.state in active_states for stage in stages)

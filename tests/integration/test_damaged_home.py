@@ -364,9 +364,9 @@ def test_a_damaged_claim_is_asked_of_slurm(tmp_path: Path) -> None:
     store, key = Store(tmp_path), "pretrain-000000000000"
     submission_lock.folder(store).mkdir()
     (submission_lock.folder(store) / f"{key}.json").write_text("{}")
-    job = Job("7", "RUNNING", "", "n1", "", Owner("run-1", "pretrain", key))
+    job = Job("7", "RUNNING", "", "n1", "", Owner("run-1", "pretrain", key), user="ann")
     assert submission_lock.read(store, key, {}) is None
-    assert submission_lock.read(store, key, {"7": job}) == submission_lock.Claim(key, "7", "run-1", "pretrain")
+    assert submission_lock.read(store, key, {"7": job}) == submission_lock.Claim(key, "7", "run-1", "pretrain", "ann")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What takes too long for every test run, in named parts of at most 90 minutes.
 
     make soak PART=layouts
-    python -m tests.soak [PART]        # without one: lists the parts
+    make soak PART=slurm STEP="seed 0"     # one step of a part
+    python -m tests.soak [PART [STEP]]     # without a part: lists the parts
 
 A part consists of steps. A finished step is recorded in runs/soak/, so that a part that was stopped goes on where it
 was; a step that is recorded for another commit runs again. At its end a part writes its own section of docs/soak.md,
@@ -26,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.fixtures import ROOT
-from tests.soak import layouts, simulated_ranks
+from tests.soak import layouts, simulated_ranks, slurm_seeds
 from tests.soak.layouts import Cells, Step
 
 PAGE, RECORDS = ROOT / "docs/soak.md", ROOT / "runs/soak"
@@ -100,9 +101,14 @@ PARTS = {
     ),
     "slurm-stages": Part(
         test_steps(
-            *(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "relaunch", "nodes", "verdicts", "watch"))
+            *(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "relaunch", "nodes", "users", "verdicts", "watch"))
         ),
         ["tests", "result"], "The tests on Slurm at length: kills, node failures, daemons, a full disk.",
+    ),
+    "slurm": Part(
+        slurm_seeds.steps, slurm_seeds.HEAD,
+        "Sixteen virtual nodes, one of them bad: all stages of atom-smoke by two users in turn, every kind of disturbance "
+        "once for a seed, in random order; the digests are those of a quiet run.",
     ),
     "slurm-parts": Part(
         test_steps("tests/slurm/test_slurm_parts.py"), ["tests", "result"],
@@ -168,13 +174,16 @@ def commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def run_part(name: str, part: Part) -> None:
+def run_part(name: str, part: Part, only: str | None = None) -> None:
+    """only: the step to run, of those that have not finished. Raises SystemExit if there is no such step."""
+    if only not in (None, *part.steps()):
+        raise SystemExit(f"soak: part {name} has no step {only}; it has {', '.join(part.steps())}")
     record, present = RECORDS / f"{name}.jsonl", commit()
     record.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     finished = {line["step"]: line for line in lines if line["commit"] == present}
     for number, (step, function) in enumerate(part.steps().items(), start=1):
-        if step in finished:
+        if step in finished or only not in (None, step):
             continue
         print(f"{name}: step {number} of {len(part.steps())}, {step}", flush=True)
         began = time.monotonic()
@@ -192,7 +201,9 @@ def write_section(name: str, part: Part, present: str, finished: dict[str, dict]
         f"{datetime.now(UTC):%Y-%m-%d}, commit {present}, {minutes:.0f} minutes: Python {platform.python_version()}, torch "
         f"{version('torch')}, megatron-core {version('megatron-core')}, {platform.machine()}."
     )
-    rows = [f"| {' | '.join([step, *finished[step]['cells']])} |" for step in part.steps()]
+    if missing := [step for step in part.steps() if step not in finished]:
+        about += f" Not run: {', '.join(missing)}."
+    rows = [f"| {' | '.join([step, *finished[step]['cells']])} |" for step in part.steps() if step in finished]
     table = [f"| {' | '.join(part.head)} |", "|---" * len(part.head) + "|", *rows]
     section = "\n".join([f"## {name}", "", about, "", part.about, "", *table, ""])
     sections = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL))
@@ -204,15 +215,17 @@ def write_section(name: str, part: Part, present: str, finished: dict[str, dict]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("part", nargs="?", choices=PARTS)
-    name = parser.parse_args().part
+    parser.add_argument("step", nargs="?")
+    arguments = parser.parse_args()
+    name = arguments.part
     if name is None:
         print("\n".join(f"{name:<16} {part.about}" for name, part in PARTS.items()))
         return 0
     if (environment := PARTS[name].environment) and Path(sys.prefix) != ROOT / environment:
         subprocess.run(["make", f"{environment}/.ready"], cwd=ROOT, check=True)
         python = str(ROOT / environment / "bin/python")
-        os.execv(python, [python, "-m", "tests.soak", name])
-    run_part(name, PARTS[name])
+        os.execv(python, [python, "-m", "tests.soak", name, *filter(None, [arguments.step])])
+    run_part(name, PARTS[name], arguments.step)
     return 0
 
 

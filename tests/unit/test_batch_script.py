@@ -353,6 +353,7 @@ def launched(
             out=$(grep -o -- '--output [^ ]*-%t' <<< "$*"); sed "s/^/ready /" $PLACE/answering > "${{out#--output }}"
             exit 0 ;;
         *SLURMD_NODENAME*) cat $PLACE/answering; exit 0 ;;
+        *"scontrol requeue"*) exit 0 ;;  # which watches the first node
     esac
     echo "$ATOM_RELAUNCH $*" >> $PLACE/launched
     echo "{says}" >&2

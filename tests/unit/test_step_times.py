@@ -68,7 +68,7 @@ def test_status_names_the_slow_rank_while_it_is_slow(tmp_path: Path) -> None:
     def slow() -> str | None:
         status = node_status(run, store, row)  # type: ignore[arg-type]
         assert isinstance(status, NodeStatus) and status.state == "running"
-        (cell,) = status_table("r", [status], "0").columns[-1].cells
+        (cell,) = status_table("r", "u", [status], "0").columns[-1].cells
         assert (status.slow or "") in str(cell)
         return status.slow
 
