@@ -51,10 +51,10 @@ def site(release: ReleaseArgument) -> None:
     Example: atom site runs/releases/atom-tiny-0.1.0
     """
     from release.layout import PAGE
-    from release.web_page import build as web_page
+    from release.web_page.rewrite import rewrite
 
     require_release(release)
-    changed = web_page.rewrite(release, print_line)
+    changed = rewrite(release, print_line)
     print(f"{'page written' if changed else 'the page is up to date'}: {(release / PAGE).resolve().as_uri()}")
 
 

@@ -1,4 +1,4 @@
-"""`atom site`: writes the page of a release, and compares a published one with what the release gives.
+"""Writes the page of a release, and compares a published one with what the release gives.
 
     site/index.html       the page, with its style sheet and its script; opens from a file
     site/search/*.js      the index of the kept documents
@@ -10,14 +10,12 @@ All of it follows from the other files of the release, byte for byte.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
 from release import scratch
-from release.layout import RETRACTED, SIGNATURE, SITE
+from release.layout import SITE
 from release.web_page import lineage, outputs, page, search_index
 from release.web_page.script_parts import PartWriter
 
@@ -41,46 +39,17 @@ def write(release: Path, out: Path) -> None:
     search_index.write(release, PartWriter(out))
 
 
-def rewrite(release: Path, progress: Callable[[str], None] = lambda text: None) -> bool:
-    """Makes the page of a release folder again, with the checksums that cover it. Returns whether it changed.
-
-    Raises AtomError if the release is signed and the page would change, and if documents were taken back from it.
-    """
-    from release.assembly.build_release import write_checksums
-
-    if (release / RETRACTED).exists():
-        raise AtomError(
-            f"{release} lacks documents that were taken back, so that its figures and files disagree; it has no page"
-        )
-    with scratch.folder() as folder:
-        progress("reading the release")
-        write(release, folder / SITE)
-        if not list(_differences(release / SITE, folder / SITE)):
-            return False
-        if (release / SIGNATURE).exists():
-            raise AtomError(
-                f"{release} is signed, and another page would break the signature of its root; remove "
-                f"{release / SIGNATURE}, run this again, then `atom sign`"
-            )
-        shutil.rmtree(release / SITE, ignore_errors=True)
-        shutil.copytree(folder / SITE, release / SITE)
-    write_checksums(release)
-    return True
-
-
 def problems(release: Path, make: Callable[[Path, Path], None], is_search: bool) -> list[str]:
     """The files of the published page that are not what the release gives. make: writes the expected ones into a
     folder; is_search: whether these are the index, or all others."""
     with scratch.folder() as folder:
         make(release, folder / SITE)
         return [
-            text
-            for path, text in _differences(release / SITE, folder / SITE)
-            if path.startswith("search/") == is_search
+            text for path, text in differences(release / SITE, folder / SITE) if path.startswith("search/") == is_search
         ]
 
 
-def _differences(published: Path, expected: Path) -> Iterator[tuple[str, str]]:
+def differences(published: Path, expected: Path) -> Iterator[tuple[str, str]]:
     """(path, sentence) of each file that differs."""
     paths = {
         path.relative_to(folder).as_posix()

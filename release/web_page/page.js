@@ -191,7 +191,7 @@ function hit(row, phases, words) {
   item.lastChild.classList.add(text === null ? "meta" : "text");
   const title = heldOut ? "Held out: no phase trains on it" : "Steps, checkpoints and models that saw it";
   item.append(make("details", {}, make("summary", {}, title), seenBy(seen, phases)));
-  item.append(make("p", { class: "meta" }, make("code", {}, foreign(`atom trace . --doc '${id}'`))));
+  item.append(make("p", { class: "meta" }, make("code", {}, foreign(`atom trace . --doc '${id.replaceAll("'", "'\\''")}'`))));
   return item;
 }
 
