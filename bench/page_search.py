@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         release = Path(folder)
         write_documents(release, count)
-        command = [sys.executable, "-c", INDEX, folder]
+        command = [sys.executable, "-P", "-c", INDEX, folder]
         process = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds, memory, before = map(float, process.stdout.split())
         sizes = [path.stat().st_size for path in (release / "site").rglob("*.js")]

@@ -76,7 +76,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     from release.cards import plot
     from release.checks import gates
     from release.layout import SITE
-    from release.web_page import build as web_page
+    from release.web_page import site_files
 
     plot.require()
     assemble.require_nodes(source.artifacts)
@@ -94,7 +94,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         failed = [gate for gate in results if not gate.ok]
         if not failed:
             progress("writing the page")
-            web_page.write(draft, draft / SITE)
+            site_files.write(draft, draft / SITE)
         write_checksums(draft)
         for gate in results:
             progress(f"gate {gate.name}: {'passed' if gate.ok else 'FAILED'}, {gate.detail}")

@@ -10,7 +10,7 @@ from pipeline.core.errors import AtomError
 from release import scratch
 from release.assembly.build_release import write_checksums
 from release.layout import RETRACTED, SIGNATURE, SITE
-from release.web_page import build
+from release.web_page import site_files
 
 
 def rewrite(release: Path, progress: Callable[[str], None] = lambda text: None) -> bool:
@@ -24,8 +24,8 @@ def rewrite(release: Path, progress: Callable[[str], None] = lambda text: None) 
         )
     with scratch.folder() as folder:
         progress("reading the release")
-        build.write(release, folder / SITE)
-        if not any(build.differences(release / SITE, folder / SITE)):
+        site_files.write(release, folder / SITE)
+        if not any(site_files.differences(release / SITE, folder / SITE)):
             return False
         if (release / SIGNATURE).exists():
             raise AtomError(
