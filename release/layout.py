@@ -3,7 +3,7 @@
     model/ model-<name>/ dataset/      one repository each: the final model, the earlier ones, the data
     variant-<name>/                    one repository each: the final model's weights in another form
     checkpoints/<phase>-step-<n>/      one branch each of the checkpoint repository, whose main branch is checkpoints/*
-    README.md code/ evidence/          the evidence repository: the root of the release folder itself
+    README.md code/ evidence/ site/    the evidence repository: the root of the release folder itself
 
 Every repository (and every checkpoint branch) carries its own `SHA256SUMS`, so that a pulled copy can be checked alone,
 and once it is signed a `model.sig`.
@@ -28,6 +28,9 @@ STANDARDS = "evidence/standards"
 """The folder of the documents in the forms of standards, of releases of format 4 and later."""
 GATES = "evidence/gates.json"
 GATES_STATED = "evidence/attestations/gates.json"
+SITE = "site"
+"""The folder of the page for people, made from all other files; a release may lack it."""
+PAGE = f"{SITE}/index.html"
 ROOTS = "merkle.json"
 """Of the dataset repository: the Merkle root of each of its tables."""
 GOLDENS = "goldens.json"

@@ -17,7 +17,9 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store, canonical, sha256_bytes
 
 PACKAGES = ("pipeline", "stages", "release", "data_recipes")
-SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
+SUFFIXES = frozenset(
+    {".py", ".yaml", ".yml", ".jinja", ".js", ".css", ".md", ".toml", ".json", ".txt", ".sh", ".typed"}
+)
 
 
 def roots() -> list[Path]:

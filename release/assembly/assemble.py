@@ -27,6 +27,7 @@ from release.layout import (
     MODEL,
     OPT_OUTS,
     REWARD_EXPORT,
+    SITE,
     SUMS,
     VARIANT,
     WITHOUT_ORDER,
@@ -275,6 +276,10 @@ def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
 
 
 def unexplained(origins: Mapping[str, Any], paths: list[str]) -> list[str]:
-    """Files of a release without an origin; checksum files and the result of the gates need none."""
+    """Files of a release without an origin; checksum files, the result of the gates, and the page need none."""
     unlisted = {ALL_SUMS, GATES, GATES_STATED}
-    return [p for p in paths if p not in origins and p not in unlisted and Path(p).name != SUMS]
+    return [
+        p
+        for p in paths
+        if p not in origins and p not in unlisted and Path(p).name != SUMS and not p.startswith(f"{SITE}/")
+    ]

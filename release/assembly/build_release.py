@@ -75,6 +75,8 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     from release.assembly import assemble
     from release.cards import plot
     from release.checks import gates
+    from release.layout import SITE
+    from release.web_page import site_files
 
     plot.require()
     assemble.require_nodes(source.artifacts)
@@ -89,8 +91,11 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         progress("checking the gates")
         results = gates.run_all(context)
         gates.write(draft, context.release.nodes, results)
-        write_checksums(draft)
         failed = [gate for gate in results if not gate.ok]
+        if not failed:
+            progress("writing the page")
+            site_files.write(draft, draft / SITE)
+        write_checksums(draft)
         for gate in results:
             progress(f"gate {gate.name}: {'passed' if gate.ok else 'FAILED'}, {gate.detail}")
         shutil.rmtree(refused, ignore_errors=True)

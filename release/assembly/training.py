@@ -7,7 +7,7 @@ A model repository carries the log of each phase that made it as `training/<phas
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -30,12 +30,16 @@ def logs(model: Path) -> dict[str, Path]:
 
 def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
     """The lines of a log, with present names. fields: those to keep, all by default; a log can be long."""
-    reader, lines = schema.reader(log), []
+    return [line if fields is None else {name: line[name] for name in fields if name in line} for line in stream(log)]
+
+
+def stream(log: Path) -> Iterator[Facts]:
+    """The lines of a log, one after the other, with present names."""
+    reader = schema.reader(log)
     with log.open(encoding="utf-8") as file:
         for text in file:
             (line,) = reader.fields("training.jsonl", [json.loads(text)])
-            lines.append(line if fields is None else {name: line[name] for name in fields if name in line})
-    return lines
+            yield line
 
 
 class FirstAndLast(TypedDict):

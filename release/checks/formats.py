@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from release import schema, untrusted
 from release.cards import versions
-from release.layout import LOSS, PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SUMS
+from release.layout import LOSS, PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SITE, SUMS
 from release.tree import keeps_modes
 
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
@@ -22,8 +22,11 @@ PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pk
 TEXTS = frozenset({".bib", ".cff", ".csv", ".jinja", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml"})
 TABLES = frozenset({".gguf", ".parquet", ".png", ".safetensors"})
 NAMES = frozenset({"LICENSE", "NOTICE", "Makefile", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
-SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed"})
+SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed", ".js", ".css"})
 """Further kinds that are allowed in `code/` and for the second verifier, which only a release's evidence has."""
+PAGE_FILES = re.compile(rf"{SITE}/(index\.html|(search|outputs|contamination|lineage)/[A-Za-z0-9_.-]+\.js)")
+"""The page and its parts, which only a release's evidence has; a browser runs them. The check `page` makes them again
+where all files of the release are there."""
 TEXT_BYTES = 64 << 20
 """The maximum size of a text; the size of logs (.jsonl) follows from the length of the training."""
 GGUF = b"GGUF"
@@ -54,8 +57,9 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
         if path.startswith(".cache/"):
             continue
         source = archive and (path.startswith("code/") or path == SECOND_VERIFIER)
+        page = archive and PAGE_FILES.fullmatch(path) is not None
         try:
-            problems += [f"{path} {text}" for text in _file_problems(folder / path, path, status, source)]
+            problems += [f"{path} {text}" for text in _file_problems(folder / path, source, page)]
         except CheckFailed as error:
             problems.append(f"{path}: {error}")
         if modes and status.st_mode & 0o111 and not source:
@@ -63,7 +67,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
     return problems
 
 
-def _file_problems(file: Path, path: str, status: Any, source: bool) -> Iterator[str]:
+def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
     """The problem with one file. Raises CheckFailed if it cannot be read."""
     suffix, name = file.suffix.lower(), file.name
     with untrusted.open_regular(file, follow=True) as stream:
@@ -82,7 +86,7 @@ def _file_problems(file: Path, path: str, status: Any, source: bool) -> Iterator
     if start.startswith(GGUF) and suffix != ".gguf":
         yield f"is weights of another format by its first bytes, {RUNS}"
         return
-    allowed = suffix in TEXTS or suffix in TABLES or name in NAMES
+    allowed = suffix in TEXTS or suffix in TABLES or name in NAMES or page
     if not (allowed or (source and (suffix in SOURCES or not suffix))):
         yield "is of a kind that a release does not hold"
     elif suffix == ".gguf" and not (file.parent / LOSS).is_file():

@@ -25,6 +25,7 @@ from release.checks import (
     manifests,
     merkle_roots,
     order,
+    page,
     post_training,
     prediction,
     receipts,
@@ -48,6 +49,7 @@ from release.layout import (
     REFERENCES,
     ROOTS,
     RUNTIMES,
+    SITE,
     STANDARDS,
     VARIANT,
 )
@@ -152,6 +154,8 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         remedy=EXPORT,
     ),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),
+    Check("page", page.page, RELEASE, EVERYTHING, needs=f"{SITE}/*"),
+    Check("page_search", page.search, RELEASE, EVERYTHING, deep=True, needs=f"{SITE}/*"),
     BuildCheck("no_secrets", secret_values.no_secrets, "remove it at its source and run again"),
 )  # fmt: skip
 

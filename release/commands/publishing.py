@@ -42,6 +42,23 @@ def build(
 
 
 @app.command()
+def site(release: ReleaseArgument) -> None:
+    """Write the page of a release for people: results, data, removals, search, curves, outputs, lineage, costs.
+
+    `atom build` has written it. This command makes it again, after an update of atom: `site/index.html` opens in any
+    browser, without a server and without a network. `atom verify` compares it with the other files of the release.
+
+    Example: atom site runs/releases/atom-tiny-0.1.0
+    """
+    from release.layout import PAGE
+    from release.web_page.rewrite import rewrite
+
+    require_release(release)
+    changed = rewrite(release, print_line)
+    print(f"{'page written' if changed else 'the page is up to date'}: {(release / PAGE).resolve().as_uri()}")
+
+
+@app.command()
 def sign(
     release: ReleaseArgument,
     key: Annotated[

@@ -26,7 +26,7 @@ from release import schema
 from release.assembly.assemble import to_json
 from release.assembly.build_release import write_checksums
 from release.audit.tracing.release_data import ReleaseData
-from release.layout import PUBLIC_KEY, RETRACTED, SIGNATURE, SUMS, folders_of
+from release.layout import PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS, folders_of
 from release.repositories import Repository, files_below, files_of, repositories
 from release.retraction import rewrite
 from release.retraction.documents import Reached, find_reached
@@ -246,7 +246,7 @@ def _is_in(path: str, place: Repository) -> bool:
     """Whether a path of a release is a file of a repository."""
     top, _, rest = path.partition("/")
     if place.folder == "":
-        return top in ("code", "evidence") or not rest
+        return top in ("code", "evidence", SITE) or not rest
     if place.folder == "checkpoints":
         return top == "checkpoints" and "/" not in rest
     return path.startswith(f"{place.folder}/")

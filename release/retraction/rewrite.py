@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pipeline.core import atomic_files
 from release.assembly import message_tables
 from release.audit import merkle
 from release.data_layout import ATTRIBUTION
-from release.layout import ROOTS, SUMS
+from release.layout import ROOTS, SITE, SUMS
 from release.repositories import files_below
 from release.retraction.documents import Reached
 from release.schema import CARD
@@ -30,9 +31,10 @@ HEAD = re.compile(r"\A---\r?\n.*?\r?\n---\s*?\n", re.DOTALL)
 def rewrite(release: Path, reached: Reached) -> None:
     """Takes the texts of documents out of every file of a release folder.
 
-    Tables lose the rows that hold a text, logs the lines, cards the text; another file with a text is removed.
-    Dispositions state the removal.
+    Tables lose the rows that hold a text, logs the lines, cards the text; another file with a text is removed, and the
+    page with its search. Dispositions state the removal.
     """
+    shutil.rmtree(release / SITE, ignore_errors=True)
     for path in files_below(release):
         file = release / path
         if path.startswith("code/") or path.endswith(SUMS):

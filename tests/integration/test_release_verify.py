@@ -152,7 +152,7 @@ def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
     path.write_text(json.dumps(manifest))
     resum(copy)
     bad = {c.name: c.detail for c in verify(copy).checks if c.ok is False}
-    assert set(bad) == {"statements"}
+    assert set(bad) == {"statements", "page"}, "the page names the digest"
 
 
 def test_deep_finds_training_on_held_out_text_and_forged_answers(built: Path, tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""The curves of every phase, from its log, and the three scaling axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from release import schema
+from release.assembly import training
+from release.assembly.published_tables import read_json
+from release.layout import when
+from release.web_page.charts import Series, chart
+from stages.evaluation.confidence import Z95
+
+BUCKETS = 120
+"""Points of a curve; each is the mean of successive values, with the smallest and the largest."""
+LEFT_OUT = ("step", "tokens", "experts", "spike", "skipped", "excluded", "generated", "policy", "consumed", "round")
+TITLES = {
+    "loss": ("Training loss", "nats per token"),
+    "heldout_loss": ("Held-out loss", "nats per token, of documents that training does not read"),
+    "lr": ("Learning rate", ""),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "rewards": ("Reward by kind of task", "mean of the sampled answers"),
+    "reward": ("Reward", "mean of the sampled answers"),
+    "validation": ("Validation", "mean reward of greedy answers"),
+    "expert_max_violation": ("Balance of experts", "the busiest one's tokens over a fair share, less 1"),
+    "router_entropy": ("Entropy of the routers", "nats; high: tokens spread over all experts"),
+    "aux_loss": ("Load-balancing loss", "before its weight"),
+}
+"""{field of a log: title, explanation}; the others are shown after these, by name."""
+
+
+@dataclass
+class Curve:
+    """A curve in at most BUCKETS points, whatever its length. width: steps of a point."""
+
+    width: float
+    sums: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, step: int, value: float) -> None:
+        if not math.isfinite(value):
+            return
+        row = self.sums.setdefault(int(step / self.width), [0, 0.0, 0.0, value, value])
+        row[0] += 1
+        row[1] += step
+        row[2] += value
+        row[3], row[4] = min(row[3], value), max(row[4], value)
+
+    def points(self) -> list[tuple[float, float, float, float]]:
+        return [(row[1] / row[0], row[2] / row[0], row[3], row[4]) for _, row in sorted(self.sums.items())]
+
+
+def phase_charts(log: Path) -> list[Markup]:
+    """The charts of a phase: of each field of its log that is a number, and of each group of numbers."""
+    last_step = max((line["step"] for line in training.stream(log)), default=1)
+    curves: dict[str, dict[str, Curve]] = {}
+    for line in training.stream(log):
+        for name, value in line.items():
+            if name not in LEFT_OUT:
+                for group, label, number in _numbers(name, value):
+                    curve = curves.setdefault(group, {}).setdefault(label, Curve((last_step + 1) / BUCKETS))
+                    curve.add(line["step"], number)
+    rank = {name: number for number, name in enumerate(TITLES)}
+    charts = []
+    for group in sorted(curves, key=lambda name: (rank.get(name, len(rank)), name)):
+        title, unit = TITLES.get(group, (group.replace("_", " ").replace(".", ", "), ""))
+        series = [Series(label or title, curve.points()) for label, curve in sorted(curves[group].items())]
+        charts.append(chart(title, series, "step", unit))
+    return charts
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, str, float]]:
+    """(chart, line, number) of a field; a group of groups is one chart for each of them."""
+    if isinstance(value, dict):
+        for label, item in value.items():
+            if isinstance(item, dict):
+                yield from ((f"{name}.{label}", part, number) for _, part, number in _numbers(name, item))
+            elif isinstance(item, (int, float)) and not isinstance(item, bool):
+                yield name, label, item
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield name, "", value
+
+
+def expert_table(log: Path) -> tuple[int, list[tuple[int, list[float]]]] | None:
+    """The step of the last measurement of the experts, and for each layer the load of each expert, of which 1 is a fair
+    share; None without one."""
+    last = None
+    for line in training.stream(log):
+        last = line if "experts" in line else last
+    if last is None:
+        return None
+    rows = zip(last["experts"]["layers"], last["experts"]["share"], strict=True)
+    return last["step"], [(layer, [share * len(row) for share in row]) for layer, row in rows]
+
+
+def text_axis(logs: dict[str, Path]) -> Markup:
+    """Held-out loss against the tokens of all phases so far; each phase measures its own mix."""
+    start, series = 0, []
+    for phase, log in logs.items():
+        points, tokens = [], 0
+        for line in training.stream(log):
+            tokens = line.get("tokens", tokens)
+            if "heldout_loss" in line:
+                points.append((start + tokens, line["heldout_loss"]))
+        start += tokens if points else 0
+        series.append(Series(phase, _plain(points)))
+    return chart("More text: held-out loss", series, "tokens trained on, all phases so far", "nats per token")
+
+
+def reinforcement_axis(logs: dict[str, Path]) -> Markup:
+    """Validation against the tokens that a phase generated."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for phase, log in logs.items():
+        for line in training.stream(log):
+            for kind, value in line.get("validation", {}).items():
+                if "generated" in line:
+                    curves.setdefault(f"{phase}, {kind}", []).append((line["generated"], value))
+    series = [Series(label, _plain(points)) for label, points in curves.items()]
+    return chart("More reinforcement learning: validation", series, "tokens generated in the phase", "greedy answers")
+
+
+def inference_axis(evaluation: Path) -> Markup:
+    """pass@k and maj@k against generated tokens, with intervals of 95 %."""
+    paths = {schema.model(path.parent): path for path in evaluation.glob("*/scores.json")}
+    series = []
+    for model in sorted(paths, key=when):
+        at = (read_json(paths[model])["problems_all"] or {}).get("at", {})
+        for metric in ("pass", "maj"):
+            points = []
+            for k in sorted(at, key=int):
+                value, half = at[k][metric]["value"], Z95 * at[k][metric]["se"]
+                points.append((at[k]["tokens"], value, max(0.0, value - half), min(1.0, value + half)))
+            series.append(Series(f"{model}, {metric}@k", points))
+    return chart("More answers: share of problems right", series, "tokens generated for a problem", "", True)
+
+
+def _plain(points: Iterable[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
+    return [(x, y, y, y) for x, y in points if math.isfinite(y)]

@@ -1,0 +1,159 @@
+"""How every file came about: the artifacts of a release as a graph, and the origin of each file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.core import provenance
+from release.assembly.published_tables import Manifest, read_json, read_manifests
+from release.layout import ORIGINS
+from release.schema import ReleaseInfo
+from release.web_page.script_parts import PartWriter
+
+COLUMN, ROW, BOX, MARGIN = 166, 32, 144, 8
+FILES_PER_PART = 2_000
+STATEMENTS = "evidence/statements"
+
+
+@dataclass
+class Product:
+    """An artifact: its stage, key and digest, the path of the statement that made it, what went in by role, seconds and
+    the step of the phase that it is a checkpoint of. failed: attempts that ended without it."""
+
+    node: str
+    key: str
+    digest: str
+    stage: str = ""
+    statement: str = ""
+    inputs: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    failed: int = 0
+    checkpoint: bool = False
+
+
+def read_products(folder: Path, release: ReleaseInfo) -> dict[str, Product]:
+    """{node: product}, with the artifacts of earlier runs by their keys."""
+    manifests = read_manifests(folder)
+    products = {m.key: Product(node, m.key, m.digest) for node, m in manifests.items()}
+    for path in sorted((folder / STATEMENTS).glob("*.json")):
+        body = read_json(path)
+        parameters = provenance.parameters_of(body)
+        product = products.get(parameters["key"])
+        if product is None:
+            continue
+        product.stage, product.checkpoint = parameters["stage"], provenance.phase_of(body) is not None
+        if {"name": product.key, "digest": {"sha256": product.digest}} not in body["subject"]:
+            product.failed += 1
+            continue
+        product.statement = f"{STATEMENTS}/{path.name}"
+        product.inputs = provenance.material_keys(body)
+        product.seconds = float(provenance.usage(body).get("wall_seconds", 0.0))
+        product.starts = provenance.starts(body)
+    nodes = {product.key: product.node for product in products.values()}
+    for product in products.values():
+        product.inputs = {role: nodes.get(key, key) for role, key in product.inputs.items()}
+    return {product.node: product for product in sorted(products.values(), key=lambda each: each.node)}
+
+
+def for_page(products: Mapping[str, Product]) -> dict[str, list[Any]]:
+    """{node: [stage, key, digest, statement, [[role, node], …], seconds, failed attempts]}"""
+    return {
+        node: [p.stage, p.key, p.digest, p.statement, sorted(p.inputs.items()), round(p.seconds, 1), p.failed]
+        for node, p in products.items()
+    }
+
+
+def drawing(products: Mapping[str, Product]) -> Markup:
+    """The graph as SVG: what was made later stands to the right of what it was made from. Checkpoints are not drawn;
+    they are listed at their phase. Each box is a link that the page's script handles."""
+    drawn = {node: p for node, p in products.items() if not p.checkpoint}
+    depth = _depths(drawn)
+    columns: dict[int, list[str]] = {}
+    for node in sorted(drawn, key=lambda node: (depth[node], node)):
+        columns.setdefault(depth[node], []).append(node)
+    places: dict[str, tuple[float, float]] = {}
+    for number, column in sorted(columns.items()):
+        order = sorted(column, key=lambda node: (_height(drawn[node], places), node))
+        for row, node in enumerate(order):
+            places[node] = MARGIN + number * COLUMN, MARGIN + row * ROW
+    height = MARGIN + ROW * max((len(column) for column in columns.values()), default=1)
+    edges = Markup("").join(
+        _edge(places[source], places[node], source, node)
+        for node, product in drawn.items()
+        for source in sorted(set(product.inputs.values()))
+        if source in places
+    )
+    boxes = Markup("").join(_box(node, *places[node]) for node in drawn)
+    width = MARGIN + COLUMN * (max(columns, default=0) + 1)
+    return Markup('<svg id="graph" width="{}" height="{}" viewBox="0 0 {} {}">{}{}</svg>').format(
+        width, height, width, height, edges, boxes
+    )
+
+
+def _depths(products: Mapping[str, Product]) -> dict[str, int]:
+    """The length of the longest way to each product; without recursion, since a graph may be deep."""
+    depth = dict.fromkeys(products, 0)
+    for _ in products:
+        changed = False
+        for node, product in products.items():
+            deepest = max((depth[i] + 1 for i in product.inputs.values() if i in depth and i != node), default=0)
+            if deepest > depth[node] and deepest < len(products):
+                depth[node], changed = deepest, True
+        if not changed:
+            break
+    return depth
+
+
+def _height(product: Product, places: Mapping[str, tuple[float, float]]) -> float:
+    """The mean height of a product's inputs."""
+    heights = [places[node][1] for node in product.inputs.values() if node in places]
+    return sum(heights) / len(heights) if heights else 0.0
+
+
+def _edge(start: tuple[float, float], end: tuple[float, float], source: str, node: str) -> Markup:
+    (x1, y1), (x2, y2) = (start[0] + BOX, start[1] + 12), (end[0], end[1] + 12)
+    bend = max(18.0, (x2 - x1) / 2)
+    return Markup('<path class="edge" data-from="{}" data-to="{}" d="M{} {}C{} {} {} {} {} {}"/>').format(
+        source, node, x1, y1, x1 + bend, y1, x2 - bend, y2, x2, y2
+    )
+
+
+def _box(node: str, x: float, y: float) -> Markup:
+    label = node if len(node) <= 21 else f"{node[:20]}…"
+    return Markup(
+        '<a class="box" href="#lineage" data-node="{}" aria-label="artifact {}"><rect x="{}" y="{}" width="{}" '
+        'height="24" rx="5"/><text x="{}" y="{}">{}</text></a>'
+    ).format(node, node, x, y, BOX, x + 8, y + 16, label)
+
+
+def write_files(folder: Path, parts: PartWriter) -> int:
+    """Writes the origin of each file in parts: [path, node or null, file of the artifact or reason, digest or null].
+    Returns the number of parts. Source code is left out: its digests are in the checksums."""
+    manifests = read_manifests(folder)
+    rows: list[list[Any]] = []
+    number = 0
+    for row in _origins(folder, manifests):
+        rows.append(row)
+        if len(rows) == FILES_PER_PART:
+            parts.write(f"lineage/files-{number}", rows)
+            rows, number = [], number + 1
+    if rows:
+        parts.write(f"lineage/files-{number}", rows)
+        number += 1
+    return number
+
+
+def _origins(folder: Path, manifests: Mapping[str, Manifest]) -> Iterator[list[Any]]:
+    digests = {node: manifest.digests for node, manifest in manifests.items()}
+    for path, origin in sorted(read_json(folder / ORIGINS).items()):
+        if "artifact" in origin:
+            node, file = origin["artifact"], origin["file"]
+            yield [path, node, file, digests.get(node, {}).get(file)]
+        elif not path.startswith("code/"):
+            yield [path, None, origin["generated"], None]
