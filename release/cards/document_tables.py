@@ -126,8 +126,9 @@ def synthetic(data: DataFacts) -> list[str]:
         tokens = sum(sum(row.tokens.values()) for row in rows)
         parents = sorted({str(row.generated["from_source"]) for row in rows if row.generated})
         body.append([
-            escaped(generator), f"`{escaped(digest)}`", escaped(", ".join(parents)), escaped(license), escaped(terms),
-            count(sum(row.kept for row in rows)), count(tokens), f"{tokens / total:.1%}" if total else "",
+            escaped(generator), f"`{escaped(digest)[:18]}…`", escaped(", ".join(parents)), escaped(license),
+            escaped(terms), count(sum(row.kept for row in rows)), count(tokens),
+            f"{tokens / total:.1%}" if total else "",
         ])  # fmt: skip
     if not body:
         return []

@@ -156,7 +156,7 @@ def test_a_wrong_number_on_a_card_is_found(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built / "model", copy)
     assert cards.model_card(copy).problems == []
     text = (copy / "README.md").read_text()
-    for old, new in (("0.750 ± ", "0.850 ± "), ("value: 0.75", "value: 0.85")):
+    for old, new in (("0.750±", "0.850±"), ("value: 0.75", "value: 0.85")):
         assert old in text
         (copy / "README.md").write_text(text.replace(old, new, 1))
         assert cards.model_card(copy).problems
