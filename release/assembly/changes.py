@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.errors import AtomError
 from release import schema
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
-from release.layout import MODEL, RECIPE
+from release.layout import MODEL, RECIPE, RELEASE
 from stages.evaluation.scores import Figure
 
 FILE = "evidence/changes.json"
@@ -29,7 +30,9 @@ class Changes:
 
 def compare(previous: Path, recipe: Mapping[str, Any], model: ModelFacts) -> dict[str, Any]:
     """The content of FILE. previous: the folder of the earlier release. recipe, model: of the later one, with the
-    final model. Raises CheckFailed if a file of the earlier release is missing or damaged."""
+    final model. Raises AtomError if the folder is no release, CheckFailed if a file of it is damaged."""
+    if not ((previous / RELEASE).is_file() and (previous / RECIPE).is_file()):
+        raise AtomError(f"{previous} is no release folder; --previous takes one that `atom build` made")
     before, after = dict(_leaves(read_json(previous / RECIPE))), dict(_leaves(recipe))
     names = [*before, *(name for name in after if name not in before)]
     old, new = read_model_facts(previous / MODEL).own_scores(), model.own_scores()

@@ -30,8 +30,8 @@ def experts_by_phase(model: ModelFacts) -> list[str]:
             f"{sum(measurement['entropy']) / len(measurement['entropy']):.3f}",
             count(len(measurement["dead"])), count(log.measurements), count(log.dropped),
         ])  # fmt: skip
-    head = ["phase", "last measured at step", "max violation", "mean entropy, nats", "dead experts"]
-    return table([*head, "measurements", "assignments dropped in all of them"], body) if body else []
+    head = ["phase", "last at step", "max violation", "mean entropy, nats", "dead experts", "times", "dropped"]
+    return table(head, body) if body else []
 
 
 def experts(model: ModelFacts) -> list[str]:

@@ -143,7 +143,7 @@ def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
     for words in (
         "| 0 | 1.000 | 1.000 | 1.200 | 0.866 | none |",  # entropy over ln 4
         "| 1 | 0.016 | 1.600 | 0.900 | 0.649 | 0 |",
-        "| long-context training 2 | 2 | 0.600 | 1.050 | 1 |",
+        "| long-context training 2 | 2 | 0.600 | 1.050 | 1 | 1 | 0 |",
         "**Alarm: 1 of 8 experts is dead.** At step 2 of long-context training 2",
         "](experts.png)",
         "](training.png)",
@@ -329,8 +329,8 @@ def test_packed_rows_are_counted_once_and_their_fill_is_reported(release: Path) 
     assert part.packing == Packing(rows=4, sequence_length=32, tokens=meta["tokens"], fill=meta["fill"])
     assert data.order["midtrain"].parts[0].packing is None
     card = (release / "dataset/README.md").read_text()
-    assert "| longcontext-1 | 4 | 32 | 84 | 65.62 % |" in card
-    assert "| longcontext-1 | prose | 64 | 3 | 300 | 2,000 | 800 |" in card
+    assert "| long-context training 1 | 4 | 32 | 84 | 65.62 % |" in card
+    assert "| long-context training 1 | prose | 64 | 3 | 300 | 2,000 | 800 |" in card
     assert list(data.order) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
 
 
