@@ -43,7 +43,8 @@ F = TypeVar("F")
 @dataclass(frozen=True)
 class CardTable(Generic[F]):
     """One table of a card. lines: of Markdown, from facts; none for an empty table. heading: of a section of its own,
-    in the part of the card that `part` names; without one, the template places the table."""
+    in the part of the card that `part` names; without one, the template places the table. until: the first card schema
+    without the table, which only older cards are compared with; 0 for none."""
 
     name: str
     lines: Callable[[F], list[str]]
@@ -51,6 +52,7 @@ class CardTable(Generic[F]):
     changed: int = 0
     heading: str = ""
     part: Literal["results", "use", "data", "training"] = "results"
+    until: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("sources", tables.sources, added=2, changed=5),
-    CardTable("funnel", tables.funnel, added=2, changed=5),
+    CardTable("removals", tables.funnel, added=5),
+    CardTable("funnel", tables.funnel_by_source, added=2, until=5),
     CardTable("order", tables.order, added=2, changed=5),
     CardTable("packing", tables.packing, added=2, changed=5),
     CardTable("long_documents", tables.long_documents, added=2, changed=5),
@@ -172,6 +175,7 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
 """Tables of data.md.jinja that the dataset repository alone can prove."""
 
 RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
+    CardTable("funnel", lambda release: tables.funnel_by_source(release.data), added=2, until=5),
     CardTable("examples", lambda release: chat_tables.examples(release.examples), added=5),
     CardTable("shares", lambda release: tables.shares(release.data, release.model.training), added=5),
     CardTable("licenses", lambda release: tables.licenses_in_short(release.data), added=5),
@@ -209,7 +213,8 @@ VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
 
 
 def lines_by_table(registered: Iterable[CardTable[F]], facts: F) -> dict[str, list[str]]:
-    return {table.name: table.lines(facts) for table in registered}
+    """The lines of the tables that a card of the present schema has."""
+    return {table.name: table.lines(facts) for table in registered if not table.until}
 
 
 LONG = 15
@@ -227,7 +232,7 @@ def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str], mar
     """{part of the card: its nonempty tables with a section of their own}; mark: of their headings"""
     parts: dict[str, list[str]] = {}
     for table in registered:
-        if table.heading and texts[table.name]:
+        if table.heading and not table.until and texts[table.name]:
             lines = f"{mark} {table.heading}\n\n{folded('', texts[table.name])}"
             parts.setdefault(table.part, []).append(lines)
     return {part: "\n\n".join(lines) for part, lines in parts.items()}

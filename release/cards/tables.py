@@ -67,9 +67,13 @@ def table(head: Iterable[str], body: Iterable[Iterable[str]], labels: int = 1) -
     lines: list[str] = []
     for columns in _columns_that_fit([_pixels(column) for column in zip(head, *rows, strict=True)], labels):
         lines += [""] * bool(lines)
-        lines += ["| " + " | ".join(head[n] for n in columns) + " |", "|" + "|".join(["---"] * len(columns)) + "|"]
-        lines += ["| " + " | ".join(row[n] for n in columns) + " |" for row in rows]
+        lines += _one_table([head[n] for n in columns], [[row[n] for n in columns] for row in rows])
     return lines
+
+
+def _one_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * len(head)) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def _columns_that_fit(pixels: Sequence[float], labels: int) -> list[list[int]]:
@@ -326,6 +330,20 @@ def funnel(data: DataFacts) -> list[str]:
         body.append(line(f"removed: {rule}", {name: row.removed.get(rule, 0) for name, row in data.sources.items()}))
     body.append(line("kept", {name: row.kept for name, row in data.sources.items()}))
     return table(["documents", "all", "by source"], body)
+
+
+def funnel_by_source(data: DataFacts) -> list[str]:
+    """The same as cards before schema 5 have it: one column for each source."""
+    names = list(data.sources)
+    rules = sorted({rule for row in data.sources.values() for rule in row.removed})
+
+    def line(label: str, numbers: list[int]) -> list[str]:
+        return [label, *map(count, numbers), count(sum(numbers))]
+
+    body = [line("in", [data.sources[n].documents_in for n in names])]
+    body += [line(f"removed: {rule}", [data.sources[n].removed.get(rule, 0) for n in names]) for rule in rules]
+    body.append(line("kept", [data.sources[n].kept for n in names]))
+    return _one_table(["documents", *names, "all"], body)
 
 
 def order(data: DataFacts) -> list[str]:

@@ -48,7 +48,6 @@ def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
     for words in ("$ atom run atom-smoke", "know before any figure", "trained on", "quality", "What to try next"):
         assert words in process.stdout
     assert "\x1b" not in process.stdout + process.stderr, "control codes where there is no terminal"
-    assert max(map(len, process.stdout.rpartition("know before any figure")[2].splitlines())) < 100
     assert process.stdout.count(": verified\n") == 2 and process.stdout.count("ok      signatures: ") == 2
     release = demo_home / "releases" / "atom-smoke-0.1.0"
     page = atom(demo_home, "show", str(release)).stdout
