@@ -49,7 +49,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard requirements/*)
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python -m release.demo
+	$(BIN)/atom demo
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,217 +1,295 @@
-"""The whole pipeline with one command: run, build, sign, publish to a local Hub, pull back, verify, and a short table.
+"""`atom demo`: the whole pipeline with one command: run, build, sign, publish to a local Hub, pull back, verify, and a
+short table. Every step is the command that a user would type.
 
-    python -m release.demo [RECIPE]
-
-Every step is the command that a user would type; it is printed before it runs. Needs no account and no network.
+On a terminal it is one screen that says what happens, with curves, and what each step proves; elsewhere the output of
+the commands. Needs no account and no network.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.errors import AtomError
+from pipeline.core.progress import duration, human
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import RenderableType
 
     from pipeline.core.store import Store
-    from pipeline.graph.dag import Graph
-    from stages.evaluation.scores import Figure
+    from pipeline.graph.run import Run
 
 NAMESPACE, TOKEN = "local", "hf_local"
+PROVES = {
+    "run": "each stage is sealed under the hash of its inputs",
+    "build": "every gate holds: scores, leaks, secrets, loading",
+    "sign": "the owner of the key vouches for every byte",
+    "publish": "what is on the Hub is what was built",
+    "verify": "a pulled copy agrees with its own evidence",
+    "verify --deep": "the bytes give the same figures again",
+}
+"""{command: what it proves}"""
+STAGES_PROVE = {
+    "acquire": "the origin and the license of each document",
+    "filter": "why each document was removed, by rule and value",
+    "dedup": "no near duplicate and no evaluation problem is left",
+    "tokenize": "each token has a document and a place in it",
+    "order": "which documents each step reads, before it reads them",
+    "pretrain": "checkpoints that anybody can train on from",
+    "midtrain": "the same on longer rows",
+    "sft": "the same on conversations",
+    "rlvr": "every answer that was drawn, with its reward",
+    "dpo": "every pair that it learns from",
+    "reward": "the reward model, with its scores",
+    "online-rlhf": "every answer, and the reward of each of its parts",
+    "export": "transformers computes the trainer's logits",
+    "evaluate": "the output for every held-out problem",
+    "solve": "every answer in conversation",
+    "fresh": "problems that did not exist before the weights",
+    "contamination": "the words that problems share with the training data",
+    "memorization": "how much of its training data the model repeats",
+}
+"""{kind of stage: what its artifact proves}"""
+MOST_STAGES, TAIL = 6, 4000
+"""Stages on the screen, and characters of output that are kept for an error."""
 
 
-def atom(*arguments: str, **environment: str) -> None:
-    """Runs one `atom` command as a user would. Exits with its code if it fails."""
-    print(f"\n$ atom {' '.join(arguments)}", flush=True)
-    process = subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], env={**os.environ, **environment})
-    if process.returncode:
-        sys.exit(process.returncode)
+@dataclass
+class Command:
+    """One `atom` command of the demo. state: waiting, running, done or failed."""
+
+    arguments: tuple[str, ...]
+    state: str = "waiting"
+    began: float = 0.0
+    seconds: float = 0.0
+    output: deque[str] = field(default_factory=lambda: deque(maxlen=400))
+
+    @property
+    def name(self) -> str:
+        return f"{self.arguments[0]} --deep" if "--deep" in self.arguments else self.arguments[0]
 
 
-@contextmanager
-def meanwhile(*arguments: str) -> Iterator[None]:
-    """Runs an `atom` command that only reads beside those of the `with` block, and prints it and its output after them.
-    Exits with its code if it fails."""
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield
-        output = process.communicate()[0]
-    finally:
-        process.kill()
-        process.wait()
-    print(f"\n$ atom {' '.join(arguments)}\n{output}", end="", flush=True)
-    if process.returncode:
-        sys.exit(process.returncode)
+class Screen:
+    """The live screen. Without a terminal it prints each command with its output; quiet, nothing."""
+
+    def __init__(self, recipe: str, store: Store, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.recipe, self.store, self.quiet = recipe, store, quiet
+        self.console = Console()
+        self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
+        self.commands: list[Command] = []
+        self.note = ""
+        self._run: Run | None = None
+        self._display = Live(console=self.console, get_renderable=self._render, refresh_per_second=2, transient=False)
+
+    def __enter__(self) -> Screen:
+        if self.live:
+            self._display.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self._display.stop()
+
+    def say(self, text: str) -> None:
+        """Shows what happens between two commands."""
+        self.note = text
+        if not self.live and not self.quiet:
+            print(f"\n{text}", flush=True)
+
+    def plan(self, *commands: tuple[str, ...]) -> None:
+        self.commands += [Command(arguments) for arguments in commands]
+
+    def start(self, *arguments: str, **environment: str) -> Running:
+        """Starts the next waiting command of that name, with its last arguments now known."""
+        command = next(row for row in self.commands if row.state == "waiting" and row.name == Command(arguments).name)
+        command.arguments, command.state, command.began = arguments, "running", time.monotonic()
+        return Running(self, command, environment)
+
+    def run(self, *arguments: str, **environment: str) -> None:
+        """Runs a command to its end. Exits with its code if it fails."""
+        self.start(*arguments, **environment).wait()
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        title = f"atom demo: {self.recipe}, from raw text to a release that anybody can verify"
+        lines = [Text(title, style="bold"), Text()]
+        marks = {"waiting": ("·", "dim"), "running": ("▸", "yellow"), "done": ("✓", "green"), "failed": ("✗", "red")}
+        for command in self.commands:
+            mark, style = marks[command.state]
+            seconds = time.monotonic() - command.began if command.state == "running" else command.seconds
+            clock = duration(seconds) if command.state != "waiting" else ""
+            words = f"atom {command.name:<14}{clock:>6}  "
+            lines.append(Text.assemble((f"{mark} ", style), words, (PROVES[command.name], "dim")))
+            if command.state == "running":
+                lines += self._stages() if command.name == "run" else self._last_line(command)
+        if self.note:
+            lines += [Text(), Text(self.note, style="dim")]
+        for line in lines:
+            line.truncate(self.console.width - 1, overflow="ellipsis")
+        return Group(*lines)
+
+    def _last_line(self, command: Command) -> list[Any]:
+        from rich.text import Text
+
+        text = next((line for line in reversed(command.output) if line.strip()), "")
+        return [Text(f"    {text.rstrip()}", style="dim")]
+
+    def _stages(self) -> list[Any]:
+        """The stages that run, with their curves, and the last ones that were sealed, with what they prove."""
+        from rich.text import Text
+
+        from pipeline.graph import run as runs
+        from pipeline.operations import snapshot
+
+        lines = [Text()]
+        try:
+            self._run = self._run or runs.find(self.store, None)
+        except AtomError:  # the command has not begun its run yet
+            return lines
+        current = snapshot.take(self._run, self.store, ask_slurm=False)
+        sealed = [stage for stage in current.stages if stage.status.state == "sealed"]
+        lines.append(Text(f"    {len(sealed)} of {len(current.stages)} stages sealed"))
+        for stage in sealed[-MOST_STAGES:]:
+            proof = STAGES_PROVE.get(kind_of(stage.status.name), "")
+            lines.append(Text.assemble(("    ✓ ", "green"), f"{stage.status.name:<22}", (proof, "dim")))
+        for stage in [stage for stage in current.stages if stage.status.state == "running"]:
+            proof = STAGES_PROVE.get(kind_of(stage.status.name), "")
+            lines.append(Text.assemble(("    ▸ ", "yellow"), f"{stage.status.name:<22}", (proof, "dim")))
+            for name in stage.names()[:3]:
+                assert stage.curves is not None
+                values = [mean for _, mean, _, _ in stage.curves.points(name)]
+                lines.append(Text(f"      {name[:20]:<20}{human(values[-1]):>8}  {snapshot.sparkline(values, 36)}"))
+        return [*lines, Text()]
 
 
-def main(recipe: str) -> None:
+def kind_of(node: str) -> str:
+    """The kind of stage of a node: `order` of `order-pretrain`."""
+    return node if node in STAGES_PROVE else node.split("-")[0]
+
+
+class Running:
+    """A command that runs beside the others, until `wait` or the end of the `with` block."""
+
+    def __init__(self, screen: Screen, command: Command, environment: dict[str, str]) -> None:
+        self.screen, self.command = screen, command
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", *command.arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        alone = sum(row.state == "running" for row in self.screen.commands) == 1
+        shown = not self.screen.live and not self.screen.quiet
+        if shown and alone:
+            print(f"\n$ atom {' '.join(self.command.arguments)}", flush=True)
+        for line in self.process.stdout:
+            self.command.output.append(line)
+            if shown and alone:
+                print(line, end="", flush=True)
+        if shown and not alone:
+            print(f"\n$ atom {' '.join(self.command.arguments)}\n{''.join(self.command.output)}", end="", flush=True)
+
+    def wait(self) -> None:
+        """Waits for the end of the command. Exits with its code, and the end of its output, if it fails."""
+        code = self.process.wait()
+        self.reader.join()
+        self.command.seconds = time.monotonic() - self.command.began
+        self.command.state = "failed" if code else "done"
+        if code:
+            self.screen.__exit__()
+            if self.screen.live or self.screen.quiet:
+                print("".join(self.command.output)[-TAIL:], end="", file=sys.stderr)
+            sys.exit(code)
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            self.process.kill()
+            self.process.wait()
+            return
+        self.wait()
+
+
+def demo(recipe: str, quiet: bool = False) -> None:
+    """Runs the demo of a recipe. Exits with the code of the command that fails."""
+    import shutil
+
     from pipeline.core.store import Store, home_folder
-    from pipeline.graph import dag
     from pipeline.graph import recipe as recipes
     from release import signing
     from release.hub.local.server import running
 
     started = time.monotonic()
     store = Store(home_folder())
-    composed = dag.compose(recipes.load(recipe), store)
-    identity = composed.recipe.config
+    identity = recipes.load(recipe).config
     release = store.home / "releases" / f"{identity.name}-{identity.version}"
+    repository = f"{NAMESPACE}/{identity.name}@v{identity.version}"
+    with Screen(recipe, store, quiet) as screen:
+        screen.plan(("run",), ("build",), ("sign",), ("verify", "--deep"), ("publish",), ("verify",))
+        screen.run("run", recipe)
+        screen.run("build", recipe)
+        key = store.home / "keys" / "demo.pem"
+        if not key.exists():
+            screen.say(f"made a key for this demo, {_short_path(key)}")
+            signing.make_key(key)
+        screen.run("sign", str(release), "--key", str(key))
+        name = signing.fingerprint(signing.SigningKey(key).public_key())
+        screen.say("a local Hub with the routes of huggingface.co, empty at first")
+        shutil.rmtree(store.home / "hub", ignore_errors=True)  # a Hub keeps a version forever; this one may be rebuilt
+        with running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:
+            hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
+            publish = screen.start("publish", str(release), "--to", NAMESPACE, **hub)
+            with screen.start("verify", "--deep", str(release), "--key", name):  # it only reads
+                publish.wait()
+                screen.run("verify", repository, "--key", name, **hub)
+        screen.say("")
+    summary(release, store.home / "hub", time.monotonic() - started)
 
-    atom("run", recipe)
-    atom("build", recipe)
-    key = store.home / "keys" / "demo.pem"
-    if not key.exists():
-        print(f"\nmaking a key for this demo, {_short_path(key)}")
-        signing.make_key(key)
-    atom("sign", str(release), "--key", str(key))
-    name = signing.fingerprint(signing.SigningKey(key).public_key())
-    print("\nstarting an empty local Hub with the routes of huggingface.co")
-    shutil.rmtree(store.home / "hub", ignore_errors=True)  # a Hub keeps a version forever, and the demo may be rebuilt
-    deep = meanwhile("verify", "--deep", str(release), "--key", name)
-    with deep, running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:
-        hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
-        atom("publish", str(release), "--to", NAMESPACE, **hub)
-        atom("verify", f"{NAMESPACE}/{identity.name}@v{identity.version}", "--key", name, **hub)
-    summary(composed, store, release, time.monotonic() - started)
 
+def summary(release: Path, hub: Path, seconds: float) -> None:
+    """Prints the page of the release, its places, and three things to try."""
+    import shutil
 
-def summary(composed: Graph, store: Store, release: Path, seconds: float) -> None:
-    """Prints the table at the end; every figure is read from the release or the ledger."""
-    from rich.console import Console
-    from rich.table import Table
+    from release.audit import show
 
-    from pipeline.core import provenance
-    from pipeline.core.progress import duration
-    from pipeline.tracking import mlflow_sync
-    from release.assembly.data_facts import read_data_facts
-    from release.assembly.model_facts import read_model_facts
-    from release.cards import caveats
-    from release.cards.tables import titles, with_error
-
-    data, model = read_data_facts(release / "dataset"), read_model_facts(release / "model")
-    console = Console(width=None if sys.stdout.isatty() else 150)
-
-    def table(title: str, *columns: str) -> Table:
-        grid = Table(
-            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
-        )
-        for i, column in enumerate(columns):
-            grid.add_column(column, justify="left" if i == 0 else "right")
-        return grid
-
-    print()
-    names = list(data.sources)
-    corpus = table("Corpus: documents", "", *names, "all")
-
-    def row(label: str, values: list[int]) -> None:
-        corpus.add_row(label, *(f"{v:,}" for v in values), f"{sum(values):,}")
-
-    row("in", [data.sources[n].documents_in for n in names])
-    families = sorted({rule.split("/")[0] for n in names for rule in data.sources[n].removed})
-    for family in families:
-        row(f"removed: {family}", [_by_family(data.sources[n].removed, family) for n in names])
-    row("kept", [data.sources[n].kept for n in names])
-    row("tokens", [sum(data.sources[n].tokens.values()) for n in names])
-    console.print(corpus)
-
-    sentences = [*caveats.caveat_sentences(model), *caveats.unread(model.scores, data.order)]
-    print("\nWhat to know before any figure")
-    for sentence in sentences:
-        console.print(sentence.replace("**", ""), markup=False, highlight=False)
-
-    scores = data.evaluation
-    phases = list(scores)
-    quality = table("\nHeld-out quality: value ± standard error", "", *titles(phases).values())
-    for source in scores[phases[-1]]["bits_per_byte"]:
-        cells = [with_error(scores[p]["bits_per_byte"][source], 3) for p in phases]
-        quality.add_row(f"bits per byte, {source}", *cells)
-    for task in scores[phases[-1]]["accuracy"]:
-        cells = [with_error(scores[p]["accuracy"][task], 3) for p in phases]
-        quality.add_row(f"exact match, {task}", *cells)
-    console.print(quality)
-
-    if data.chat:
-        conversation(console, table, data.chat)
-
-    p = model.parameters
-    print(f"\nModel: {p.total:,} parameters, {p.active:,} active for one token")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else show.WIDTH
+    print(f"\n{show.text(show.facts_of(release), width)}\n")
+    path, page = _short_path(release), release / "site/index.html"
+    print(f"release       {path}\nlocal Hub     {_short_path(hub)}\nmodel card    {path}/model/README.md")
+    if page.exists():
+        print(f"page          {page.resolve().as_uri()}")
+    print(f"time          {duration(seconds)}; a second run uses what is sealed")
     print(
-        f"Export parity: largest logit difference to the trainer {model.parity['max_abs_logit_delta']:.1e}, "
-        f"allowed {model.parity['tolerance']:.0e}"
+        "\nWhat to try next\n"
+        f"  atom trace {path} --phase pretrain --step 7\n"
+        "      the documents of that training step, with origin and license\n"
+        f"  atom replay {path} pretrain\n"
+        "      train its last steps again, and compare every tensor\n"
+        f"  atom verify {path}\n"
+        "      then flip any byte of it, and verify again"
     )
-
-    times = []
-    for name, node in composed.nodes.items():
-        statement = provenance.sealed(store.ledger, store.open(node.key))
-        if statement:
-            times.append((name, provenance.usage(statement[1])["wall_seconds"]))
-    print("Time of each stage: " + ", ".join(f"{name} {duration(wall)}" for name, wall in times))
-    print(f"This command took {duration(seconds)}; a second run reuses sealed artifacts.")
-
-    uri, release_path = mlflow_sync.shown_uri(store), _short_path(release)
-    print(f"\nRelease  {release_path}\nHub      {_short_path(store.home / 'hub')}\nMLflow   {uri}")
-    name = composed.recipe.path.stem
-    print(
-        "\nWhat to try next (with .venv/bin in front of PATH)\n"
-        "  atom status                     how the run went, stage by stage\n"
-        f"  less {release_path}/model/README.md    the model card: every number in it was measured\n"
-        f"  atom show {release_path}      the release on one page\n"
-        f"  atom trace {release_path} --phase pretrain --step 7    the documents of that batch, and their origin\n"
-        f"  atom replay {release_path} pretrain    retrain its last steps, and compare every tensor\n"
-        f"  atom verify {release_path}    then flip any byte of it, and verify again\n"
-        f"  mlflow ui --backend-store-uri {uri}\n"
-        f"  atom plan {name}             change a field in a copy of the recipe, and plan the copy:\n"
-        "                                  only stages that depend on the field will run"
-    )
-
-
-def conversation(console: Console, table: Any, chat: dict[str, Any]) -> None:
-    """Prints the scores after each phase of post-training: test problems, fresh set, reward by part, preferences."""
-    from release.cards import caveats, chat_tables
-    from release.cards.tables import with_error
-    from stages.evaluation.scores import pass_at_1
-
-    test, fresh, preferences = (chat.get(benchmark, {}) for benchmark in ("test", "fresh", "preferences"))
-    grid = table("\nIn conversation: value ± standard error; pass@1: right answers drawn at temperature 1", "", *test)
-
-    def row(label: str, cells: Sequence[Figure | None]) -> None:
-        grid.add_row(label, *(with_error(c, 3) if c else "" for c in cells))
-
-    for kind in next(iter(test.values()))["problems"]:
-        row(
-            f"pass@1, {kind}", [model_scores["problems"][kind]["samples"]["accuracy"] for model_scores in test.values()]
-        )
-    row("pass@1, all", [pass_at_1(test).get(name) for name in test])
-    totals = [model_scores["problems_all"] for model_scores in test.values()]
-    row("greedy, all", [total["greedy"]["accuracy"] if total else None for total in totals])
-    row("pass@1, fresh set", [pass_at_1(fresh).get(name) for name in test])
-    measured = caveats.parts(chat)
-    for part in chat_tables.ordered([part for model_scores in measured.values() for part in model_scores]):
-        label = f"  its part {part}" if part != "reward" else "preference reward"
-        row(label, [measured.get(name, {}).get(part) for name in test])
-    row(
-        "wins against an earlier model",
-        [preferences[name]["win_rate"] if name in preferences else None for name in test],
-    )
-    console.print(grid)
 
 
 def _short_path(path: Path) -> str:
     """A path below the working folder relative to it, any other in full."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _by_family(removed: dict[str, int], family: str) -> int:
-    return sum(count for rule, count in removed.items() if rule.split("/")[0] == family)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "atom-tiny")

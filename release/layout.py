@@ -19,6 +19,8 @@ SUMS = "SHA256SUMS"
 ALL_SUMS = f"evidence/{SUMS}"
 ORIGINS = "evidence/origins.json"
 RELEASE = "evidence/release.json"
+RECIPE = "evidence/recipe.json"
+"""The recipe with all defaults."""
 FORMAT = 4
 """The format of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and
 costs. 3: phases, models, metrics and settings have the field's names. 4: the tables of documents and orders may be in

@@ -123,7 +123,7 @@ def order(file: Path) -> int:
     if "ON_SLURM" in text:
         return 0
     if "smoke_home" in text:
-        return 1 if "release.demo" in text else 3
+        return 1 if '"demo", "atom-smoke"' in text else 3
     return 4 if "unit" in file.parts else 2
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 
@@ -41,6 +44,33 @@ def stages(number: int) -> str:
 def figures_text(figures: Mapping[str, float]) -> str:
     names = {"tokens_per_s": "tokens/s"}
     return "  ".join(f"{names.get(name, name)} {human(value)}" for name, value in figures.items())
+
+
+class StatusLine:
+    """The progress of a command on stderr, whose stdout is for the result: one line that is drawn again on a terminal,
+    a line for each step elsewhere, and nothing if it is quiet. It starts no thread, since checks fork."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.live = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._begin = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if self.quiet:
+            return
+        if not self.live:
+            print(text, file=sys.stderr, flush=True)
+            return
+        width = shutil.get_terminal_size().columns
+        line = f"{duration(time.monotonic() - self._begin):>5}  {text}"
+        print(f"\r\x1b[2K{line[: width - 1]}", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> StatusLine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live and not self.quiet:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
 class Display:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RecipeArgument = Annotated[str, typer.Argument(help="name of a packaged recipe, or path to its YAML file")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result alone, without progress")]
 RunArgument = Annotated[str | None, typer.Argument(help="run id or its beginning; default: the latest run")]
 UntilOption = Annotated[str | None, typer.Option(help="stop after this stage and what it needs")]
 OnlyOption = Annotated[str | None, typer.Option(help="just this stage; what it needs must be sealed already")]

@@ -152,7 +152,7 @@ def describe(source: BuildInput) -> ReleaseInfo:
 
 def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None]) -> BuildContext:
     """Writes everything except the result of the gates and the checksums; returns the context of the gates."""
-    from release.assembly import assemble, attest, costs, runtimes
+    from release.assembly import assemble, attest, changes, costs, runtimes
     from release.assembly.attribution import write_attribution
     from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
     from release.assembly.data_facts import canary_of, read_data_facts
@@ -162,12 +162,14 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.assembly.variant_facts import read_variants
     from release.audit import independent_verifier, merkle
     from release.cards import croissant, render, tables
-    from release.cards.card_tables import ReleaseFacts
+    from release.cards.card_tables import release_facts
     from release.checks.check import BuildContext
     from release.layout import (
         CANARY,
         FILTER_AGREEMENT,
+        MODEL,
         ORIGINS,
+        RECIPE,
         REFERENCES,
         RELEASE,
         ROOTS,
@@ -191,7 +193,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     for node, path in sorted(source.metrics.items()):
         assembly.include(path, f"evidence/metrics/{node}.jsonl", "timed metrics of the run")
     assembly.json("evidence/environment.json", source.environment, "environment of the build")
-    assembly.json("evidence/recipe.json", source.recipe, "resolved recipe")
+    assembly.json(RECIPE, source.recipe, "resolved recipe")
     assembly.include(Path(independent_verifier.__file__), SECOND_VERIFIER, "a second verifier, from docs/formats.md")
     release = describe(source)
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
@@ -215,14 +217,14 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     for request, receipt in receipts:
         assembly.json(receipt_path(request), receipt, "release.assembly.receipts")
     models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
+    if source.previous is not None:
+        changes_since = changes.compare(source.previous, source.recipe, models[MODEL])
+        assembly.json(changes.FILE, changes_since, "comparison with the release that --previous names")
     steps = read_checkpoints(folder / "checkpoints")
-    changes = find_interventions(steps)
+    resumptions = find_interventions(steps)
     licenses = release.license
     run_costs = costs.usage_by_stage(folder)
-    facts = {
-        name: ReleaseFacts(model, data, changes, run_costs, read_variants(folder, name))
-        for name, model in models.items()
-    }
+    facts = {name: release_facts(folder, name, model, data, resumptions, run_costs) for name, model in models.items()}
     load_reports = _write_models(assembly, release, facts)
     for suffix, variant in read_variants(folder).items():
         card = render.variant_card(suffix, release, variant)
@@ -260,7 +262,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))
     evaluation = _evaluation(source.recipe)
     return BuildContext(
-        folder, release, evaluation, data, models, source.machine_paths, changes, run_costs, canary, load_reports
+        folder, release, evaluation, data, models, source.machine_paths, resumptions, run_costs, canary, load_reports
     )
 
 
@@ -268,6 +270,7 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
     """Writes the card, scores, plots and goldens of each model. Returns what plain transformers makes of each: a
     process of its own loads them while the plots are drawn."""
     from release.assembly import serving
+    from release.assembly.model_facts import rendered_chat
     from release.cards import plot, render, results, scaling_plots
     from release.checks.load_report import load_models
     from release.layout import GOLDENS, MODEL
@@ -277,7 +280,6 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
         loading = pool.submit(load_models, [folder / name for name in facts])
         for name, model_facts in facts.items():
             model = model_facts.model
-            assembly.write(f"{name}/README.md", render.model_card(name, release, model_facts).encode(), CARD_ORIGIN)
             if model.is_chat:
                 repo = f"{release.repository}{name.removeprefix(MODEL)}"
                 config = serving.serve_config(folder / name, repo, release.version)
@@ -286,8 +288,8 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
             assembly.write(
                 f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"
             )
-            if model.has_experts:
-                assembly.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
+            for plot_name, image in plot.training_plots(folder / name, model.has_experts).items():
+                assembly.write(f"{name}/{plot_name}", image, "plot of the logs in training/")
             for plot_name, image in scaling_plots.model_plots(folder / name, model).items():
                 origin = "plot of the scores in evaluation/ and the logs in training/"
                 assembly.write(f"{name}/{plot_name}", image, origin)
@@ -295,6 +297,8 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
     for name, report in reports.items():  # a template renders the fields of a tool in their order
         origin = "what plain transformers makes of fixed inputs"
         assembly.json(f"{name}/{GOLDENS}", report.goldens, origin, sort_keys=False)
+        facts[name].model.rendered_chat = rendered_chat(report.goldens)  # the card shows it
+        assembly.write(f"{name}/README.md", render.model_card(name, release, facts[name]).encode(), CARD_ORIGIN)
     return reports
 
 

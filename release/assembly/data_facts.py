@@ -86,8 +86,12 @@ class OrderFacts:
     steps: int
     parts: list[OrderPart]
 
-    def sources(self) -> set[str]:
-        return {source for part in self.parts for source in part.by_source}
+    def tokens(self) -> dict[str, int]:
+        """{source: predicted tokens}"""
+        tokens: Counter[str] = Counter()
+        for part in self.parts:
+            tokens.update({source: row.tokens for source, row in part.by_source.items()})
+        return dict(tokens)
 
 
 @dataclass
@@ -114,7 +118,11 @@ class DataFacts:
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""
-        return self.order[phase].sources() if phase in self.order else set()
+        return set(self.tokens_read(phase))
+
+    def tokens_read(self, phase: str) -> dict[str, int]:
+        """{source: tokens that a phase predicted}; none for a phase without an order."""
+        return self.order[phase].tokens() if phase in self.order else {}
 
 
 def read_data_facts(dataset: Path) -> DataFacts:

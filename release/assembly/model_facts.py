@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from release.assembly.score_facts import (
     read_scores,
 )
 from release.assembly.training import PhaseLog
-from release.layout import CHAT, when
+from release.layout import CHAT, GOLDENS, when
 from release.prediction import forecast
 from release.prediction.forecast import Outcome, Prediction
 from release.untrusted import tensor_header
@@ -51,7 +52,9 @@ class ModelFacts:
     model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
     report, None without one. training: by phase. memorization: of the model itself, None if it was not measured.
     harness: the same of task sets. outcomes: what was predicted before training, and measured; prediction: the whole of
-    it. base: the published model that pre-training began with, None without one."""
+    it. base: the published model that pre-training began with, None without one. special_tokens: tokens of the
+    tokenizer that stand for no text. rendered_chat: a question in the chat template, as the published goldens have it;
+    "" without them."""
 
     architecture: str
     config: dict[str, Any]
@@ -68,6 +71,8 @@ class ModelFacts:
     prediction: Prediction | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     base: dict[str, Any] | None = None
+    special_tokens: list[str] = field(default_factory=list)
+    rendered_chat: str = ""
 
     def own_scores(self) -> ModelScores:
         """The scores of the model itself, the last ones, because a card compares only with earlier models."""
@@ -109,7 +114,23 @@ def read_model_facts(model: Path) -> ModelFacts:
         prediction=prediction,
         outcomes=forecast.outcomes(prediction, _measured(model, scores)) if prediction else [],
         base=read_json(model / BASE) if (model / BASE).exists() else None,
+        special_tokens=_special_tokens(model),
+        rendered_chat=rendered_chat(read_json(model / GOLDENS)) if (model / GOLDENS).exists() else "",
     )
+
+
+def _special_tokens(model: Path) -> list[str]:
+    """The tokens for padding and the end of a text, then the further ones; a name in an older release is read too."""
+    config = read_json(model / "tokenizer_config.json") if (model / "tokenizer_config.json").exists() else {}
+    further = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    tokens = [config.get("pad_token"), config.get("bos_token"), config.get("eos_token"), *further]
+    return list(dict.fromkeys(token for token in tokens if isinstance(token, str)))
+
+
+def rendered_chat(goldens: Mapping[str, Any]) -> str:
+    """The last text of goldens.json: its messages in the chat template. "" for an empty one."""
+    rows = goldens.get("rows") or [{"text": ""}]
+    return str(rows[-1]["text"])
 
 
 def _measured(model: Path, scores: dict[str, ModelScores]) -> dict[str, float]:

@@ -42,10 +42,9 @@ def write_receipts(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(request, receipt) of each request of a dataset folder.
 
-    earlier: the folder of an earlier release. Raises AtomError if it is none, or without the deny-list.
+    earlier: the folder of an earlier release, which is searched for the documents of the deny-list. Raises AtomError
+    if it is none.
     """
-    if earlier is not None and deny_list is None:
-        raise AtomError("--previous is searched for the documents of the deny-list, and the data recipe has none")
     documents: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in removed_documents(dataset) if opt_outs else ():
         requests = row.pop("requests")

@@ -14,12 +14,15 @@ from release.assembly.data_facts import OrderFacts, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
 from release.cards import caveats, tables
-from release.layout import GATES, PUBLIC_KEY, SIGNATURE
+from release.layout import GATES, PUBLIC_KEY, SIGNATURE, model_name
 from release.repositories import model_folders
 from release.untrusted import cleaned
 from stages.evaluation.scores import Figure, pass_at_1
 
-WIDTH = 118
+WIDTH, WIDEST = 80, 110
+"""Columns of the page where there is no terminal, and at most."""
+MOST_ROWS, MOST_RULES, MOST_CAVEATS = 8, 5, 4
+"""Sources, rules and caveats that the page names; it counts the others."""
 ABOUT = ("name", "version", "title", "description", "license", "commit", "dirty", "stale")
 
 
@@ -57,7 +60,10 @@ def facts_of(release: Path) -> dict[str, Any]:
         "removed": dict(sorted(removed.items(), key=lambda item: (-item[1], item[0]))),
         "seen": {phase: _steps_and_tokens(figures) for phase, figures in data.order.items()},
         "models": {folder: _scores(model) for folder, model in model_metrics.items()},
-        "caveats": [*caveats.caveat_sentences(final_metrics), *caveats.unread(final_metrics.scores, data.order)],
+        "caveats": [
+            *caveats.caveat_sentences(final_metrics),
+            *caveats.data_of_regressions(final_metrics.scores, data.order),
+        ],
         "pass_at_1": pass_at_1(data.chat.get("test", {})),
         "checkpoints": [row.branch for row in read_checkpoints(release / "checkpoints")],
         "gates": {name: gate["ok"] for name, gate in sorted(read_json(release / GATES).items())},
@@ -88,63 +94,86 @@ def _scores(model: ModelFacts) -> dict[str, Figure]:
     return {"bits_per_byte": scores["bits_per_byte_all"], "accuracy": scores["accuracy_all"]}
 
 
-def text(facts: dict[str, Any]) -> str:
-    """The page; control characters in it are escaped."""
+def text(facts: dict[str, Any], width: int = WIDTH) -> str:
+    """The page; control characters in it are escaped. width: its columns."""
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
 
     facts, buffer = cleaned(facts), io.StringIO()
-    console = Console(file=buffer, width=WIDTH, highlight=False, markup=False)  # a title may contain brackets
+    console = Console(file=buffer, width=min(width, WIDEST), highlight=False, markup=False)  # a title may have brackets
 
     def table(*columns: str) -> Table:
         grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
         for number, column in enumerate(columns):
-            grid.add_column(column, justify="right" if number else "left", no_wrap=True)
+            grid.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
         return grid
 
-    console.print(f"{facts['title']} {facts['version']}  {facts['description']}", soft_wrap=False)
-    license, size = facts["license"], facts["parameters"]
-    console.print(
-        f"{size['total']:,} parameters, {size['active']:,} active for one token; weights {license['weights']}, "
-        f"code {license['code']}, documents under their own licenses"
-    )
-    commit = f"commit {facts['commit'][:12]}" if facts["commit"] else "commit unknown"
-    console.print(f"code at {commit}{', with uncommitted changes' if facts['dirty'] else ''}\n")
+    def item(name: str, content: str) -> None:
+        rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        rows.add_column(width=12)
+        rows.add_column(overflow="fold")
+        rows.add_row(name, content)
+        console.print(rows)
 
-    corpus = table("trained on", "documents in", "kept", "tokens", "licenses")
-    for name, row in facts["corpus"].items():
-        corpus.add_row(
-            name, f"{row['documents_in']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", ", ".join(row["licenses"])
-        )
-    console.print(corpus)
-    removed = ", ".join(f"{rule} {count:,}" for rule, count in facts["removed"].items())
-    console.print(f"removed: {removed or 'nothing'}")
-    phases = ", ".join(
-        f"{name} {row['steps']:,} steps, {row['tokens']:,} tokens" for name, row in facts["seen"].items()
-    )
-    console.print(f"training: {phases}\n")
-
-    console.print("caveats")
-    for sentence in facts["caveats"]:
-        console.print(sentence.replace("**", ""))
+    console.print(f"{facts['title']} {facts['version']}")
+    if facts["description"]:
+        console.print(Padding(facts["description"], (0, 0, 0, 2)))
+    license, size, commit = facts["license"], facts["parameters"], facts["commit"]
     console.print()
+    item("size", f"{size['total']:,} parameters, {size['active']:,} active for one token")
+    item("licenses", f"weights {license['weights']}, code {license['code']}, documents under their own")
+    changed = ", with uncommitted changes" if facts["dirty"] else ""
+    item("code", f"commit {commit[:12] if commit else 'unknown'}{changed}")
 
-    quality = table("quality", "bits per byte, all", "exact match, all")
+    console.print()
+    corpus = table("trained on", "documents", "kept", "tokens")
+    rows = sorted(facts["corpus"].items(), key=lambda pair: -pair[1]["tokens"])
+    for name, row in rows[:MOST_ROWS]:
+        corpus.add_row(name, f"{row['documents_in']:,}", f"{row['kept']:,}", f"{row['tokens']:,}")
+    if others := [row for _, row in rows[MOST_ROWS:]]:
+        totals = [sum(row[key] for row in others) for key in ("documents_in", "kept", "tokens")]
+        corpus.add_row(f"{len(others)} others", *(f"{number:,}" for number in totals))
+    console.print(corpus)
+    console.print()
+    removed = list(facts["removed"].items())
+    named = [f"{rule} {count:,}" for rule, count in removed[:MOST_RULES]]
+    if hidden := removed[MOST_RULES:]:
+        named.append(f"{len(hidden)} other rules {sum(count for _, count in hidden):,}")
+    item("removed", ", ".join(named) or "nothing")
+    phases = [
+        f"{tables.title(name, tables.PHASES)} {row['steps']:,} ({row['tokens']:,} tokens)"
+        for name, row in facts["seen"].items()
+    ]
+    item("steps", ", ".join(phases))
+
+    console.print()
+    chat = facts["pass_at_1"]
+    quality = table("quality", "bits per byte", "right, plain text", *(["right, chat"] if chat else []))
     for folder, scores in facts["models"].items():
-        quality.add_row(folder, *(tables.with_error(scores[kind], 3) for kind in ("bits_per_byte", "accuracy")))
+        figures = [tables.with_error(scores[kind], 3) for kind in ("bits_per_byte", "accuracy")]
+        drawn = chat.get(model_name(folder, list(chat)[-1])) if chat else None
+        figures += [tables.with_error(drawn, 3) if drawn else ""] if chat else []
+        quality.add_row(folder, *figures)
     console.print(quality)
-    if facts["pass_at_1"]:
-        pass_rates = ", ".join(f"{name} {tables.with_error(row, 3)}" for name, row in facts["pass_at_1"].items())
-        console.print(f"pass@1 on test problems, in conversation: {pass_rates}")
 
+    console.print("\nknow before any figure")
+    for sentence in facts["caveats"][:MOST_CAVEATS]:
+        console.print(Padding(sentence.replace("**", ""), (0, 0, 0, 2)))
+    if hidden := facts["caveats"][MOST_CAVEATS:]:
+        console.print(f"  - {len(hidden)} more: they begin model/README.md")
+
+    console.print()
     gates, cost = facts["gates"], facts["cost"]
     failed = [name for name, ok in gates.items() if not ok]
-    console.print(f"\nchecks: {len(gates)} gates, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
-    console.print(f"checkpoints: {', '.join(facts['checkpoints'])}")
+    item("checks", f"{len(gates)} gates, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
+    branches = facts["checkpoints"]
+    item("checkpoints", f"{len(branches)}, the last is {branches[-1]}" if branches else "none")
     signer = f"the key {facts['key']}" if facts["key"] else facts["identity"] and f"the identity {facts['identity']}"
-    console.print(f"signed, unchecked, with {signer}; atom verify checks it" if signer else "not signed")
-    console.print(
-        f"cost, failed attempts counted: {cost['attempts']:.0f} attempts ({cost['failed']:.0f} failed), "
-        f"{cost['core_hours']:.3g} core hours, {cost['gpu_hours']:.3g} GPU hours, about {cost['energy_wh']:.3g} Wh"
+    item("signed", f"with {signer}; unchecked, atom verify checks it" if signer else "no")
+    item(
+        "cost",
+        f"{cost['core_hours']:.3g} core hours, {cost['gpu_hours']:.3g} GPU hours, about {cost['energy_wh']:.3g} Wh; "
+        f"{cost['attempts']:.0f} attempts, {cost['failed']:.0f} failed",
     )
-    return buffer.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).rstrip()

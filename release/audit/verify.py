@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
 from release import schema, scratch, signing
 from release.audit import old_copies
@@ -90,6 +91,7 @@ def _verify_folder(
     tree = scan(folder, len(listed_paths))
     contents = Contents(folder, kind, sums, tree)
     verdict.checks.append(listing.check(contents))
+    verdict.digest = sha256_file(folder / SUMS) if SUMS in tree.files else ""
     if tree.overflow:
         return verdict
     progress(f"hashing every file of {verdict.subject}")
@@ -112,14 +114,15 @@ def _verify_folder(
         return verdict
     if bytes_hold:
         verdict.checks += runner.check_tables()
-    for check in registry.verifiers(folder, kind, deep):
+    verifiers = list(registry.verifiers(folder, kind, deep))
+    for number, check in enumerate(verifiers, 1):
         if runner.spent and not check.confined:  # files that were too slow for a check would take even longer here
             continue
         if not bytes_hold:
             reason = "not asked, since the bytes are not what was published"
             verdict.checks.append(CheckResult(check.name, None, reason))
             continue
-        progress(check.name.replace("_", " "))
+        progress(f"check {number} of {len(verifiers)}: {check.name.replace('_', ' ')}")
         verdict.checks.append(runner.ask(check, kind, digests))
     return verdict
 

@@ -8,16 +8,20 @@ its own schema. A new or changed table has the number of the next schema; see `v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
 
+from release.assembly.changes import Changes, read_changes
 from release.assembly.checkpoint_facts import Intervention
 from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
+from release.assembly.example_answers import ExampleAnswer, read_examples
 from release.assembly.model_facts import ModelFacts
+from release.assembly.published_tables import read_json
 from release.assembly.score_facts import ChatScores
-from release.assembly.variant_facts import VariantFacts
+from release.assembly.variant_facts import VariantFacts, read_variants
 from release.cards import (
     caveats,
     chat_tables,
@@ -31,6 +35,7 @@ from release.cards import (
     training_tables,
     variant_tables,
 )
+from release.layout import RECIPE
 
 F = TypeVar("F")
 
@@ -38,29 +43,46 @@ F = TypeVar("F")
 @dataclass(frozen=True)
 class CardTable(Generic[F]):
     """One table of a card. lines: of Markdown, from facts; none for an empty table. heading: of a section of its own,
-    before the card's limits; without one, the template places the table."""
+    in the part of the card that `part` names; without one, the template places the table. until: the first card schema
+    without the table, which only older cards are compared with; 0 for none."""
 
     name: str
     lines: Callable[[F], list[str]]
     added: int
     changed: int = 0
     heading: str = ""
+    part: Literal["results", "use", "data", "training"] = "results"
+    until: int = 0
 
 
 @dataclass(frozen=True)
 class ReleaseFacts:
     """The facts of the whole release for a model's card: of that model, of the data, of resumptions from earlier runs,
-    the cost of each stage, and the model's variants by the end of their repository's name."""
+    the cost of each stage, the model's variants by the end of their repository's name, some of its answers, the
+    resolved recipe, and what changed since the version before, if it is known."""
 
     model: ModelFacts
     data: DataFacts
     interventions: list[Intervention]
     costs: Costs
     variants: Mapping[str, VariantFacts] = field(default_factory=dict)
+    examples: Sequence[ExampleAnswer] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    changes: Changes | None = None
 
     def interventions_of_model(self) -> list[Intervention]:
         """The interventions in the phases that trained the model."""
         return [row for row in self.interventions if row.phase in self.model.training]
+
+
+def release_facts(
+    release: Path, folder: str, model: ModelFacts, data: DataFacts, interventions: list[Intervention], costs: Costs
+) -> ReleaseFacts:
+    """The facts for the card of the model in a folder of a release; model, data, interventions, costs: as read."""
+    examples = read_examples(release / "dataset", model.name())
+    recipe = read_json(release / RECIPE)
+    variants, changes = read_variants(release, folder), read_changes(release)
+    return ReleaseFacts(model, data, interventions, costs, variants, examples, recipe, changes)
 
 
 def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:
@@ -68,107 +90,149 @@ def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:
 
 
 MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
+    CardTable("summary", tables.summary, added=5),
     CardTable("caveats_rule", lambda model: [caveats.RULE], added=3, changed=4),
-    CardTable("caveats", caveats.caveat_sentences, added=3, changed=4),
-    CardTable("evaluation", lambda model: tables.evaluation(model.scores), added=2, changed=4),
+    CardTable("caveats", caveats.caveat_sentences, added=3, changed=5),
+    CardTable("headline", tables.headline, added=5),
+    CardTable("evaluation", lambda model: tables.evaluation(model.scores), added=2, changed=5),
     CardTable("samples", lambda model: tables.samples(model.scores), added=2),
     CardTable(
         "engines",
         lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness),
         added=4,
     ),
-    CardTable("prediction", prediction_tables.outcomes, added=4, heading="Prediction and result"),
+    CardTable("prediction", prediction_tables.outcomes, added=4, changed=5, heading="Prediction and result"),
     CardTable("architecture", tables.architecture, added=2),
     CardTable("parity", tables.parity, added=2),
     CardTable("context", tables.context, added=2),
-    CardTable("passkeys", lambda model: tables.passkeys(model.scores), added=2),
-    CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores), added=2),
-    CardTable("positions", lambda model: tables.positions(model.scores), added=2),
-    CardTable("experts_by_phase", training_tables.experts_by_phase, added=2, changed=4),
-    CardTable("experts", training_tables.experts, added=2),
-    CardTable("experts_verdict", training_tables.verdict, added=2),
-    CardTable("start", training_tables.start, added=4, heading="Where training began"),
-    CardTable("process_rewards", training_tables.process_rewards, added=4, heading="Verified steps"),
-    CardTable("spikes", training_tables.spikes, added=2, changed=4),
-    CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {})), added=2, changed=4),
-    CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {})), added=2, changed=4),
-    CardTable("preferences", lambda model: chat_tables.wins(_preferences(model)), added=2, changed=4),
-    CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat), added=3),
-    CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model)), added=2, changed=4),
+    CardTable("tokenizer", tables.tokenizer, added=5),
+    CardTable("chat_format", tables.chat_format, added=5),
+    CardTable("passkeys", lambda model: tables.passkeys(model.scores), added=2, changed=5),
+    CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores), added=2, changed=5),
+    CardTable("positions", lambda model: tables.positions(model.scores), added=2, changed=5),
+    CardTable("experts_by_phase", training_tables.experts_by_phase, added=2, changed=5),
+    CardTable("experts", training_tables.experts, added=2, changed=5),
+    CardTable("experts_verdict", training_tables.verdict, added=2, changed=5),
+    CardTable("start", training_tables.start, added=4, changed=5, heading="Where training began", part="training"),
+    CardTable(
+        "process_rewards",
+        training_tables.process_rewards,
+        added=4,
+        changed=5,
+        heading="Verified steps",
+        part="training",
+    ),
+    CardTable("spikes", training_tables.spikes, added=2, changed=5),
+    CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {})), added=2, changed=5),
+    CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {})), added=2, changed=5),
+    CardTable("preferences", lambda model: chat_tables.wins(_preferences(model)), added=2, changed=5),
+    CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat), added=3, changed=5),
+    CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model)), added=2, changed=5),
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination), added=2, changed=4),
-    CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination), added=2, changed=4),
+    CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination), added=2, changed=5),
     CardTable("detector", lambda model: chat_tables.detector(model.contamination), added=2, changed=4),
     CardTable(
         "given_away",
         lambda model: memorization_tables.given_away(model.memorization),
         added=4,
+        changed=5,
         heading="What it gives away",
     ),
     CardTable(
         "harness",
         lambda model: harness_tables.results(model.harness),
         added=4,
+        changed=5,
         heading="Task sets of lm-evaluation-harness",
     ),
 )
 """Tables of model.md.jinja that a model repository alone can prove."""
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
-    CardTable("sources", tables.sources, added=2, changed=4),
-    CardTable("funnel", tables.funnel, added=2),
-    CardTable("order", tables.order, added=2, changed=4),
-    CardTable("packing", tables.packing, added=2),
-    CardTable("long_documents", tables.long_documents, added=2),
-    CardTable("licenses", tables.license_evidence, added=2, changed=4),
-    CardTable("scores", lambda data: tables.evaluation(data.evaluation), added=2, changed=4),
-    CardTable("engines", lambda data: tables.engines(data.evaluation, data.chat), added=4),
-    CardTable("passkeys", lambda data: tables.passkeys(data.evaluation), added=2),
-    CardTable("positions", lambda data: tables.positions(data.evaluation), added=2),
-    CardTable("chat_test", lambda data: chat_tables.answers(data.chat.get("test", {})), added=2, changed=4),
-    CardTable("chat_fresh", lambda data: chat_tables.answers(data.chat.get("fresh", {})), added=2, changed=4),
-    CardTable("preferences", lambda data: chat_tables.wins(_preferences(data)), added=2, changed=4),
-    CardTable("reward_parts", lambda data: chat_tables.reward_parts(data.chat), added=3),
-    CardTable("document_licenses", document_tables.licenses, added=4, heading="Licenses of the documents"),
-    CardTable("synthetic", document_tables.synthetic, added=4, heading="Synthetic text"),
-    CardTable("attribution", document_tables.attribution, added=4, heading="Attribution"),
+    CardTable("sources", tables.sources, added=2, changed=5),
+    CardTable("removals", tables.funnel, added=5),
+    CardTable("funnel", tables.funnel_by_source, added=2, until=5),
+    CardTable("order", tables.order, added=2, changed=5),
+    CardTable("packing", tables.packing, added=2, changed=5),
+    CardTable("long_documents", tables.long_documents, added=2, changed=5),
+    CardTable("licenses", tables.license_evidence, added=2, changed=5),
+    CardTable("document_licenses", document_tables.licenses, added=4, changed=5, heading="Licenses of the documents"),
+    CardTable("synthetic", document_tables.synthetic, added=4, changed=5, heading="Synthetic text"),
+    CardTable("attribution", document_tables.attribution, added=4, changed=5, heading="Attribution"),
     CardTable("by_reference", document_tables.by_reference, added=4, heading="Texts by reference"),
-    CardTable("lengths", document_tables.lengths, added=4, heading="Lengths of the documents"),
-    CardTable("languages", document_tables.languages, added=4, heading="Languages of the documents"),
-    CardTable("quality_scores", document_tables.quality_scores, added=4, heading="Quality scores of the documents"),
-    CardTable("opt_outs", opt_out_tables.opt_outs, added=4, heading="Opt-outs"),
-    CardTable("filter_agreement", filter_tables.agreement, added=4, heading="Agreement of the filters"),
+    CardTable("lengths", document_tables.lengths, added=4, changed=5, heading="Lengths of the documents"),
+    CardTable("languages", document_tables.languages, added=4, changed=5, heading="Languages of the documents"),
+    CardTable(
+        "quality_scores",
+        document_tables.quality_scores,
+        added=4,
+        changed=5,
+        heading="Quality scores of the documents",
+    ),
+    CardTable("opt_outs", opt_out_tables.opt_outs, added=4, changed=5, heading="Opt-outs"),
+    CardTable("filter_agreement", filter_tables.agreement, added=4, changed=5, heading="Agreement of the filters"),
 )
 """Tables of data.md.jinja that the dataset repository alone can prove."""
 
 RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
-    CardTable("sources", lambda release: tables.sources(release.data), added=2, changed=4),
-    CardTable("funnel", lambda release: tables.funnel(release.data), added=2),
-    CardTable("order", lambda release: tables.order(release.data), added=2, changed=4),
-    CardTable("conversations", lambda release: tables.conversations(release.data, release.model.training), added=4),
-    CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model()), added=2),
-    CardTable("cost", lambda release: tables.cost(release.costs), added=2),
+    CardTable("funnel", lambda release: tables.funnel_by_source(release.data), added=2, until=5),
+    CardTable("examples", lambda release: chat_tables.examples(release.examples), added=5),
+    CardTable("shares", lambda release: tables.shares(release.data, release.model.training), added=5),
+    CardTable("licenses", lambda release: tables.licenses_in_short(release.data), added=5),
+    CardTable("changes", lambda release: tables.changes(release.changes), added=5),
+    CardTable("settings", lambda release: training_tables.settings(release.recipe, release.model), added=5),
+    CardTable(
+        "conversations", lambda release: tables.conversations(release.data, release.model.training), added=4, changed=5
+    ),
+    CardTable(
+        "interventions", lambda release: tables.interventions(release.interventions_of_model()), added=2, changed=5
+    ),
+    CardTable("cost", lambda release: tables.cost(release.costs), added=2, changed=5),
     CardTable(
         "variants",
         lambda release: variant_tables.overview(release.variants),
         added=4,
+        changed=5,
         heading="Other forms of the weights",
+        part="use",
     ),
-    CardTable("unread", lambda release: caveats.unread(release.model.scores, release.data.order), added=3),
+    CardTable(
+        "data_of_regressions",
+        lambda release: caveats.data_of_regressions(release.model.scores, release.data.order),
+        added=5,
+    ),
 )
 """Tables of model.md.jinja that only the whole release can prove."""
 
 
 VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
-    CardTable("loss", variant_tables.loss, added=4),
+    CardTable("loss", variant_tables.loss, added=4, changed=5),
     CardTable("serving", variant_tables.serving, added=4),
 )
 """Tables of variant.md.jinja."""
 
 
 def lines_by_table(registered: Iterable[CardTable[F]], facts: F) -> dict[str, list[str]]:
-    return {table.name: table.lines(facts) for table in registered}
+    """The lines of the tables that a card of the present schema has."""
+    return {table.name: table.lines(facts) for table in registered if not table.until}
 
 
-def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(heading, text) of the nonempty tables with a section of their own."""
-    return [(table.heading, texts[table.name]) for table in registered if table.heading and texts[table.name]]
+LONG = 15
+"""Lines of a table above which a card shows it folded."""
+
+
+def folded(summary: str, text: str) -> str:
+    """A table below its summary; a long one is shown when a reader opens it."""
+    if text.count("\n") < LONG:
+        return f"{summary}\n\n{text}".lstrip()
+    return f"<details>\n<summary>{summary or 'Show the table'}</summary>\n\n{text}\n\n</details>"
+
+
+def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str], mark: str) -> dict[str, str]:
+    """{part of the card: its nonempty tables with a section of their own}; mark: of their headings"""
+    parts: dict[str, list[str]] = {}
+    for table in registered:
+        if table.heading and not table.until and texts[table.name]:
+            lines = f"{mark} {table.heading}\n\n{folded('', texts[table.name])}"
+            parts.setdefault(table.part, []).append(lines)
+    return {part: "\n\n".join(lines) for part, lines in parts.items()}

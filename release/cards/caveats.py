@@ -4,7 +4,7 @@
 - A rise of a reward from one phase to the next without a measured rise of its task: of the mean reward on held-out
 requests, of a win rate, and of the reward that a phase was trained on. Likewise a rise beside a part of the reward that
 fell, and one that a single part explains.
-- Regressions from one phase to the next, and those on sources that the phase did not read.
+- Regressions from one phase to the next, and what the phases read of the sources in question.
 
 A rise exceeds `SURE` standard errors of the difference; for a regression one standard error is enough.
 """
@@ -19,7 +19,7 @@ from release.assembly.data_facts import OrderFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.score_facts import ChatScores
 from release.assembly.training import FirstAndLast
-from release.cards.tables import count, titles, with_error
+from release.cards.tables import PHASES, count, title, titles, with_error
 from stages.evaluation.scores import AnswerStatistics, Figure, Mean, ModelScores
 from stages.evaluation.settings import SURE
 
@@ -43,19 +43,38 @@ def caveat_sentences(model: ModelFacts) -> list[str]:
     return [f"- {sentence}" for sentence in sentences] or [NONE]
 
 
-def unread(scores: Mapping[str, ModelScores], order: Mapping[str, OrderFacts]) -> list[str]:
-    """Sources with a rise of bits per byte in phases that read none of their documents.
+def data_of_regressions(scores: Mapping[str, ModelScores], order: Mapping[str, OrderFacts]) -> list[str]:
+    """What is known about a rise of the bits per byte of sources: the tokens that the phase and the one before it
+    predicted of them, and their share. No cause is stated, since none was tested.
 
     scores: of a model, in the order of training; order: `order` of the facts of a dataset.
     """
     lines = []
     for before, after in pairwise(scores):
-        phase = PHASE.get(after, after.replace("long-", "longcontext-"))
-        sources_read = order[phase].sources() if phase in order else set()
-        unread_sources = [source for source in _risen(scores[before], scores[after]) if source not in sources_read]
-        if unread_sources:
-            lines.append(f"- Not trained on in {phase}: {', '.join(unread_sources)}.")
+        phases = [phase for phase in (_phase_of(before), _phase_of(after)) if phase in order]
+        if _phase_of(after) not in order or not (risen := _risen(scores[before], scores[after])):
+            continue
+        tokens = {phase: order[phase].tokens() for phase in phases}
+        read = [
+            f"{source} {' → '.join(_tokens_and_share(tokens[phase], source) for phase in phases)}" for source in risen
+        ]
+        names = " → ".join(title(phase, PHASES) for phase in phases)
+        lines.append(
+            f"- Known of the sources that got worse after {title(after)}, their tokens in {names}: {', '.join(read)}. "
+            "No cause was tested."
+        )
     return lines
+
+
+def _tokens_and_share(tokens: Mapping[str, int], source: str) -> str:
+    if not (number := tokens.get(source, 0)):
+        return "none"
+    return f"{count(number)} ({number / sum(tokens.values()):.1%})"
+
+
+def _phase_of(model: str) -> str:
+    """The phase that made an exported model."""
+    return PHASE.get(model, model.replace("long-", "longcontext-"))
 
 
 PHASE = {"base": "pretrain", "mid": "midtrain"}
@@ -99,11 +118,11 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
             gains.append(f"the preference reward rose ({_change(old['reward'], new['reward'])})")
         if row is not None and (rate := row["win_rate"])["low"] > 0.5:
             interval = f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
-            gains.append(f"{after} won {interval} of {count(rate['n'])} comparisons")
+            gains.append(f"{title(after)} won {interval} of {count(rate['n'])} comparisons")
         if not gains:
             continue
         risen, fallen = moved(old, new), moved(new, old)
-        start = f"from {before} to {after} {' and '.join(gains)}, and"
+        start = f"from {title(before)} to {title(after)} {' and '.join(gains)}, and"
         changes = {name: f"{name} ({_change(old[name], new[name])})" for name in (*risen, *fallen)}
         if "task" in new and not rises(old["task"], new["task"]):
             verb = "fell" if rises(new["task"], old["task"]) else "did not"
@@ -136,7 +155,7 @@ def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
             if not rises(reward["first"], reward["last"]):
                 continue
             change = f"({_change(reward['first'], reward['last'])}, means of the first and the last steps)"
-            start = f"while {after} was trained, its reward for {kind} rose {change}, and"
+            start = f"during {title(after)}, its reward for {kind} rose {change}, and"
             if kind in chat[after]["problems"]:
                 target = f"the share of right answers to test problems ({kind})"
                 answers = [chat[name]["problems"][kind]["samples"] for name in (before, after)]

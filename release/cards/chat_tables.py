@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pipeline.core.text import escaped
+from release.assembly.example_answers import ExampleAnswer
 from release.assembly.score_facts import ChatScores
 from release.cards import caveats
-from release.cards.tables import count, table
+from release.cards.tables import count, table, title
 from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Figure, Mean, Proportion
 
-SHOWN = 4
-"""Sample pairs that a card shows."""
+SHOWN, CHARACTERS = 4, 160
+"""Sample pairs that a card shows, and characters of a text."""
 
 
 def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
@@ -24,19 +25,19 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
                 continue
             max_k = max(part["at"], key=int)
             body.append([
-                name, kind, str(part["samples"]["accuracy"]["n"]), _value(part["greedy"]["accuracy"]),
+                kind, title(name), str(part["samples"]["accuracy"]["n"]), _value(part["greedy"]["accuracy"]),
                 _value(part["samples"]["accuracy"]), *(_value(part["at"][max_k][m]) for m in ("pass", "maj")),
                 f"{part['samples']['tokens']:.1f}", f"{part['samples']['truncated']:.1%}",
                 f"{part['samples']['reasoning']:.1%}",
             ])  # fmt: skip
         for kind, row in model_scores["judged"].items():
             cells = ["", _value(row["reward"]), "", "", f"{row['tokens']:.1f}", f"{row['truncated']:.1%}", ""]
-            body.append([name, f"{kind} (preference reward)", str(row["reward"]["n"]), *cells])
+            body.append([f"{kind} (preference reward)", title(name), str(row["reward"]["n"]), *cells])
     totals = [model_scores["problems_all"] for model_scores in scores.values()]
     k = max((max(part["at"], key=int) for part in totals if part), default="k")
     head = [
-        "model",
-        "what",
+        "kind",
+        "model after",
         "items",
         "greedy",
         "pass@1",
@@ -46,7 +47,9 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
         "cut off",
         "with reasoning",
     ]
-    return table(head, body) if body else []
+    kinds = list(dict.fromkeys(row[0] for row in body))
+    body.sort(key=lambda row: kinds.index(row[0]))
+    return table(head, body, labels=3) if body else []
 
 
 def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:
@@ -63,7 +66,7 @@ def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:
         ["parts of it that rose", *(_changes(caveats.moved(old, new), old, new) for old, new in sides)],
         ["parts of it that fell", *(_changes(caveats.moved(new, old), old, new) for old, new in sides)],
     ]
-    return table(["", *(f"{name} against {row['before']}" for name, row in preferences.items())], body)
+    return table(["", *(f"{title(name)} against {title(row['before'])}" for name, row in preferences.items())], body)
 
 
 def _change(name: str, old: Mapping[str, Mean], new: Mapping[str, Mean]) -> str:
@@ -96,7 +99,7 @@ def reward_parts(chat: Mapping[str, ChatScores]) -> list[str]:
         ]
         for name in names
     ]
-    return table(["part of the reward", *measured], body) if body else []
+    return table(["part of the reward", *map(title, measured)], body) if body else []
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -105,14 +108,30 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def samples(preferences: Mapping[str, ComparisonScores]) -> list[str]:
-    """A few pairs of the last comparison, with fenced texts, so that no character of them is markup."""
+    """A few pairs of the last comparison, with texts as code, so that no character of them is markup."""
     if not preferences:
         return []
-    body, comparison = [], preferences[list(preferences)[-1]]
+    comparison, lines = preferences[list(preferences)[-1]], []
     for row in comparison["examples"][:SHOWN]:
-        cells = [f"{_code_cell(row[side]['answer'])} ({row[side]['reward']:.2f})" for side in ("before", "model")]
-        body.append([_code_cell(row["question"]), *cells])
-    return table(["request", f"{comparison['before']} (reward)", f"{comparison['model']} (reward)"], body)
+        lines.append(f"- {_code_cell(row['question'])}")
+        for side in ("before", "model"):
+            answer = f"{_code_cell(row[side]['answer'])} (reward {row[side]['reward']:.2f})"
+            lines.append(f"  - {title(comparison[side])}: {answer}")
+    return lines
+
+
+def examples(answers: Iterable[ExampleAnswer]) -> list[str]:
+    """One item for each answer: the request, and the answer with its reasoning; none without answers."""
+    items = [
+        f"- {answer.kind}, {'right' if answer.right else 'wrong'}: {_code_cell(answer.request)} → "
+        f"{_code_cell(answer.text)}"
+        for answer in answers
+    ]
+    rule = (
+        "The first problems of each kind by their ids, with right answers and wrong ones; reasoning included, cut off "
+        f"at {count(CHARACTERS)} characters. Nobody chose them:"
+    )
+    return [rule, "", *items] if items else []
 
 
 def overlaps(report: ContaminationReport | None) -> list[str]:
@@ -126,19 +145,33 @@ def overlaps(report: ContaminationReport | None) -> list[str]:
     return table(["items", "clean", "overlap", "contaminated"], body)
 
 
+BENCHMARKS = {"evaluate": "in plain text", "solve": "in conversation", "fresh-solve": "on new problems"}
+"""{start of a node: what it measures}"""
+
+
 def clean(report: ContaminationReport | None) -> list[str]:
-    """The score of each table on all items and on clean items."""
+    """The scores that differ between all items and those that share no words with the training data."""
     if report is None:
         return []
-    body = []
+    body, same = [], 0
     for role, kinds in report["scores"].items():
         for kind, row in kinds.items():
             full, subset = row["full"], row["clean"]
             if full is None:
                 continue
+            if subset and subset["n"] == full["n"]:
+                same += 1
+                continue
             cells = [_value(subset), str(subset["n"])] if subset else ["no item is clean", "0"]
-            body.append([role, kind, _value(full), str(full["n"]), *cells])
-    return table(["measured by", "what", "all items", "n", "clean items", "n"], body) if body else []
+            start, _, model = role.rpartition("-solve-") if "-solve-" in role else role.partition("-")
+            start = f"{start}-solve" if "-solve-" in role else start
+            measure = f"{kind}, {BENCHMARKS.get(start, start)}"
+            body.append([measure, title(model), _value(full), str(full["n"]), *cells])
+    sentence = f"For {count(same)} of {count(same + len(body))} scores every item is clean, so nothing changes."
+    if not body:
+        return [sentence]
+    head = ["measure", "model after", "all items", "n", "clean items", "n"]
+    return [f"{sentence} For the others:", "", *table(head, body, labels=2)]
 
 
 def detector(report: ContaminationReport | None) -> list[str]:
@@ -160,4 +193,4 @@ def _value(row: Figure) -> str:
 def _code_cell(text: str) -> str:
     """A text as code in one table cell: without line breaks, bars, backticks, markup and terminal controls."""
     line = " ".join(text.split()).replace("`", "'").replace("|", "/")
-    return f"`{escaped(line[:160])}`" if line else "(nothing)"
+    return f"`{escaped(line[:CHARACTERS])}`" if line else "(nothing)"

@@ -121,22 +121,23 @@ def synthetic(data: DataFacts) -> list[str]:
             stated = (row.generated[name] for name in ("generator", "digest", "generator_license", "generator_terms"))
             by_generator.setdefault(tuple(map(str, stated)), []).append(row)
     total = sum(sum(row.tokens.values()) for row in data.sources.values())
-    body = []
+    items = []
     for (generator, digest, license, terms), rows in sorted(by_generator.items()):
         tokens = sum(sum(row.tokens.values()) for row in rows)
         parents = sorted({str(row.generated["from_source"]) for row in rows if row.generated})
-        body.append([
-            escaped(generator), f"`{escaped(digest)}`", escaped(", ".join(parents)), escaped(license), escaped(terms),
-            count(sum(row.kept for row in rows)), count(tokens), f"{tokens / total:.1%}" if total else "",
-        ])  # fmt: skip
-    if not body:
+        share = f" ({tokens / total:.1%} of all)" if total else ""
+        items.append(
+            f"- **{escaped(generator)}**: {count(sum(row.kept for row in rows))} documents, {count(tokens)} tokens"
+            f"{share}, made from {escaped(', '.join(parents))}. Its license: {escaped(license)}. "
+            f"Its terms for outputs: {escaped(terms)}. Digest of its files: `{escaped(digest)}`."
+        )
+    if not items:
         return []
     sentence = (
         "Language models wrote these texts from documents of other sources. `generated/` has for each the document, "
         "the generator, the prompt, the settings of the sampler and the seed, and `dispositions/` names the generator."
     )
-    head = ["generator", "digest of its files", "made from", "its license", "its terms for outputs"]
-    return [sentence, "", *table([*head, "documents", "tokens", "share of all tokens"], body)]
+    return [sentence, "", *items]
 
 
 def languages(data: DataFacts) -> list[str]:
@@ -159,7 +160,7 @@ def languages(data: DataFacts) -> list[str]:
     return [
         sentence + _not_measured(data, data.documents.languages, "No step identified it in"),
         "",
-        *table(head, body),
+        *table(head, body, labels=2),
     ]
 
 
@@ -184,7 +185,11 @@ def quality_scores(data: DataFacts) -> list[str]:
         "with a share are the score that this share of the documents does not exceed, to a hundredth."
     )
     head = ["source", "classifier", "documents", "mean", *(f"{share:.0%}" for share in QUANTILES)]
-    return [sentence + _not_measured(data, data.documents.scores, "No classifier scored"), "", *table(head, body)]
+    return [
+        sentence + _not_measured(data, data.documents.scores, "No classifier scored"),
+        "",
+        *table(head, body, labels=2),
+    ]
 
 
 def _not_measured(data: DataFacts, measured: Collection[str], start: str) -> str:

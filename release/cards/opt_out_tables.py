@@ -23,5 +23,5 @@ def opt_outs(data: DataFacts) -> list[str]:
         named = sum(number for found, number in row.removed.items() if found not in FOUND[4:])
         others = [count(row.removed[found]) for found in FOUND[4:]]
         body.append([f"`{escaped(row.request[:16])}`", escaped(row.date), count(named), *others])
-    head = ["request", "date", "named documents", "copies", "near duplicates", "rewrites"]
+    head = ["request", "date", "named", "copies", "near duplicates", "rewrites"]
     return [SENTENCE, "", *table(head, body)]

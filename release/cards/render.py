@@ -35,8 +35,9 @@ METRICS: dict[Literal["bits_per_byte", "accuracy"], tuple[str, str, str]] = {
 }
 PHASES = {
     "pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training",
-    "sft": "supervised fine-tuning", "rlvr": "reinforcement learning against verifiers",
-    "dpo": "learning from preferences", "online-rlhf": "reinforcement learning against a reward model",
+    "sft": "supervised fine-tuning (SFT)", "rlvr": "reinforcement learning with verifiable rewards (RLVR)",
+    "dpo": "direct preference optimization (DPO)",
+    "online-rlhf": "reinforcement learning against a reward model (online RLHF)",
 }  # fmt: skip
 
 
@@ -102,7 +103,9 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         dispositions=f"dispositions{_all_parts(facts.data)}",
         prefix=release.repository,
         t=texts,
-        sections=card_tables.sections((*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES), texts),
+        sections=card_tables.sections((*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES), texts, "###"),
+        folded=card_tables.folded,
+        gguf=next((suffix for suffix, variant in facts.variants.items() if variant.file), None),
     )
     return _normalize_text(str(text))
 
@@ -189,8 +192,10 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         generated=any(row.generated for row in data.sources.values()),
         earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
         canary=canary and canary["canary"],
+        chat=bool(data.chat),
         t=texts,
-        sections=card_tables.sections(card_tables.DATA_TABLES, texts),
+        sections=card_tables.sections(card_tables.DATA_TABLES, texts, "##"),
+        folded=card_tables.folded,
     )
     return _normalize_text(str(text))
 

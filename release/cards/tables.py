@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.core.text import escaped
 from release.assembly import costs
+from release.assembly.changes import Changes
 from release.assembly.checkpoint_facts import Checkpoint, Intervention
 from release.assembly.data_facts import DataFacts, OrderPart
 from release.assembly.model_facts import ModelFacts
@@ -15,9 +17,35 @@ from release.layout import RUNTIMES, numbered
 from release.prediction.forecast import FOLDER as PREDICTION
 from stages.evaluation.scores import Figure, ModelScores
 
+MOST_CHANGES = 30
+"""Changed settings that a card lists."""
 MOST_LICENSES = 8
 """Licenses that a source's row lists."""
-TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training", "long": "long context"}
+TITLES = {
+    "init": "random weights", "base": "pre-training", "mid": "mid-training", "long": "long context", "sft": "SFT",
+    "rlvr": "RLVR", "dpo": "DPO", "online-rlhf": "online RLHF",
+}  # fmt: skip
+"""Titles of exported models, after the phase that made them."""
+PHASES = {
+    "pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training", "sft": "SFT",
+    "rlvr": "RLVR", "dpo": "DPO", "reward": "reward model", "online-rlhf": "online RLHF",
+}  # fmt: skip
+"""Titles of training phases."""
+STAGES = {
+    "acquire": "data", "generate": "data", "benchmarks": "data", "items": "data", "classifier": "data",
+    "filter": "data", "duplicates": "data", "representatives": "data", "dedup": "data", "curate": "data",
+    "tokenizer": "tokenizer and order", "tokenize": "tokenizer and order", "order": "tokenizer and order",
+    "tasks": "tasks of post-training", "import": "import of weights", **PHASES,
+    "midtrain": "mid-training and long context", "evaluate": "evaluation", "solve": "evaluation",
+    "fresh": "evaluation", "prefer": "evaluation", "contamination": "evaluation", "memorization": "evaluation",
+    "harness": "evaluation", "export": "export", "variant": "other forms of the weights",
+}  # fmt: skip
+"""The part of the work that a stage belongs to; a stage that is not here is a part of its own."""
+COLUMN_PIXELS, PADDING_PIXELS = 750, 27
+"""The width of a card on the Hub, with a margin, and that of a cell's padding and border."""
+WIDE_PIXELS, NARROW_PIXELS, NARROW = 10.3, 5.2, " .,:;()|il'"
+"""Widths of characters there at 16 px, in DejaVu Sans, the widest of the usual fonts."""
+
 
 IN_PROCESS = "transformers in the stage's process, in fp32"
 CONVERSATION_TITLES = {"system": "system messages", "tools": "tools", "reasoning": "reasoning"}
@@ -28,34 +56,112 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
-def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
-    head = list(head)
+def table(head: Iterable[str], body: Iterable[Iterable[str]], labels: int = 1) -> list[str]:
+    """The lines of a Markdown table. labels: the first columns, which name a row.
+
+    No table is wider than the Hub's column: columns that do not fit are in further tables below it, each with the
+    labels again.
+    """
+    # without spaces around ±, a browser breaks no figure over two lines
+    head, rows = list(head), [[str(cell).replace("|", "\\|").replace(" ± ", "±") for cell in row] for row in body]
+    lines: list[str] = []
+    for columns in _columns_that_fit([_pixels(column) for column in zip(head, *rows, strict=True)], labels):
+        lines += [""] * bool(lines)
+        lines += _one_table([head[n] for n in columns], [[row[n] for n in columns] for row in rows])
+    return lines
+
+
+def _one_table(head: list[str], rows: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * len(head)) + "|"]
-    return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in body]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _columns_that_fit(pixels: Sequence[float], labels: int) -> list[list[int]]:
+    """The numbers of the columns of each table: as few as fit, with equally many columns if these fit as well."""
+    limit, first, columns = COLUMN_PIXELS - sum(pixels[:labels]), list(range(labels)), range(labels, len(pixels))
+    parts: list[list[int]] = [[]]
+    for column in columns:
+        if parts[-1] and sum(pixels[n] for n in [*parts[-1], column]) > limit:
+            parts.append([])
+        parts[-1].append(column)
+    size = -(-len(columns) // len(parts)) or 1
+    even = [list(columns[n : n + size]) for n in range(0, len(columns), size)]
+    if all(sum(pixels[n] for n in part) <= limit for part in even):
+        parts = even or parts
+    return [first + part for part in parts]
+
+
+def _pixels(column: Sequence[str]) -> float:
+    """The least width of a column, which is that of its longest word."""
+    return max((_width(word) for cell in column for word in cell.split()), default=0.0) + PADDING_PIXELS
+
+
+def _width(text: str) -> float:
+    return sum(NARROW_PIXELS if character in NARROW else WIDE_PIXELS for character in text)
 
 
 def with_error(row: Figure, digits: int) -> str:
     return f"{row['value']:.{digits}f} ± {row['se']:.{digits}f}"
 
 
+def title(name: str, names: Mapping[str, str] = TITLES) -> str:
+    """The title of an exported model, or with PHASES of a training phase."""
+    kind, number = numbered(name)
+    return f"{names.get(kind, kind)} {number or ''}".strip()
+
+
 def titles(models: Iterable[str]) -> dict[str, str]:
-    """The column titles of the models, in the order of training."""
-    parts = {model: numbered(model) for model in models}
-    return {model: f"{TITLES.get(kind, kind)} {number or ''}".strip() for model, (kind, number) in parts.items()}
+    """The titles of the models, in the order of training."""
+    return {model: title(model) for model in models}
+
+
+def summary(model: ModelFacts) -> list[str]:
+    """One sentence on the model: its kind, size, context and phases."""
+    size, kind = model.parameters, "mixture-of-experts language model" if model.has_experts else "language model"
+    active = f", {count(size.active)} of them active for one token" if size.active != size.total else ""
+    context = count(model.config["max_position_embeddings"])
+    return [
+        f"A {kind} of {count(size.total)} parameters{active}, with a context of {context} tokens and a vocabulary of "
+        f"{count(model.config['vocab_size'])}. Architecture: `{model.architecture}`, stored as `{model.dtype}` "
+        "safetensors."
+    ]
+
+
+def headline(model: ModelFacts) -> list[str]:
+    """The figures of this model beside those of the model before it and of the base model."""
+    names = list(model.scores)
+    shown = list(dict.fromkeys([*[name for name in names if name == "base"], *names[-2:]]))
+    test = model.chat.get("test", {})
+    last = model.scores[names[-1]]
+    body = [
+        [f"{task}: right, in plain text", *(with_error(model.scores[name]["accuracy"][task], 3) for name in shown)]
+        for task in last["accuracy"]
+    ]
+    for kind in test[names[-1]]["problems"] if names[-1] in test else ():
+        drawn = [test[name]["problems"][kind]["samples"]["accuracy"] if name in test else None for name in shown]
+        cells = [with_error(row, 3) if row else "not measured" for row in drawn]
+        body.append([f"{kind}: right, in conversation", *cells])
+    body.append(["bits per byte of held-out text", *_all_bits(model, shown)])
+    columns = [title(name) for name in shown[:-1]]
+    return table(["measure", *(f"after {name}" for name in columns), "this model"], body)
+
+
+def _all_bits(model: ModelFacts, names: Iterable[str]) -> list[str]:
+    return [with_error(model.scores[name]["bits_per_byte_all"], 3) for name in names]
 
 
 def evaluation(scores: dict[str, ModelScores]) -> list[str]:
     """One row for each measure, one column for each model: value ± standard error."""
     phases, last_scores = list(scores), scores[list(scores)[-1]]
     body = [
-        [f"bits per byte, {source}", *(with_error(scores[p]["bits_per_byte"][source], 4) for p in phases)]
+        [f"bits per byte, {source}", *(with_error(scores[p]["bits_per_byte"][source], 3) for p in phases)]
         for source in last_scores["bits_per_byte"]
     ]
     body += [
         [f"exact match, {task}", *(with_error(scores[p]["accuracy"][task], 3) for p in phases)]
         for task in last_scores["accuracy"]
     ]
-    body.append(["bits per byte, all", *(with_error(scores[p]["bits_per_byte_all"], 4) for p in phases)])
+    body.append(["bits per byte, all", *(with_error(scores[p]["bits_per_byte_all"], 3) for p in phases)])
     body.append(["exact match, all", *(with_error(scores[p]["accuracy_all"], 3) for p in phases)])
     return table(["measure", *titles(phases).values()], body)
 
@@ -67,7 +173,7 @@ def passkeys(scores: dict[str, ModelScores]) -> list[str]:
 
 def positions(scores: dict[str, ModelScores]) -> list[str]:
     """Bits per token of long documents by the token's position, one column for each model."""
-    return _by_model(scores, "loss_by_position", "position of the token", 4)
+    return _by_model(scores, "loss_by_position", "position of the token", 3)
 
 
 def passkeys_by_depth(scores: dict[str, ModelScores]) -> list[str]:
@@ -130,6 +236,17 @@ def architecture(model: ModelFacts) -> list[str]:
     return table(["what", "value"], body)
 
 
+def tokenizer(model: ModelFacts) -> list[str]:
+    """The size of the vocabulary, and the tokens that stand for no text."""
+    special = ", ".join(f"`{escaped(token)}`" for token in model.special_tokens)
+    return [f"{count(model.config['vocab_size'])} ids in the vocabulary. Tokens that stand for no text: {special}."]
+
+
+def chat_format(model: ModelFacts) -> list[str]:
+    """A question in the chat template, as code; none if it is not known."""
+    return ["````text", *map(escaped, model.rendered_chat.splitlines()), "````"] if model.rendered_chat else []
+
+
 def context(model: ModelFacts) -> list[str]:
     """The context length and the position encoding, from config.json."""
     rope = dict(model.rope)
@@ -157,20 +274,33 @@ def number(value: Any) -> str:
 
 
 def sources(data: DataFacts) -> list[str]:
+    """Documents and tokens of each source after curation."""
     body = []
     for name, row in data.sources.items():
-        split = row.by_split
-        tokens = sum(row.tokens.values())
-        counts = [
-            row.documents_in,
-            row.kept,
-            split.get("train", 0),
-            split.get("heldout", 0),
-            row.bytes_kept,
-            tokens,
-        ]
-        body.append([name, few(row.licenses), *map(count, counts)])
-    return table(["source", "license", "documents in", "kept", "train", "held out", "bytes kept", "tokens"], body)
+        split, tokens = row.by_split, sum(row.tokens.values())
+        counts = [row.documents_in, row.kept, split.get("heldout", 0), row.bytes_kept, tokens]
+        body.append([name, *map(count, counts)])
+    return table(["source", "documents in", "kept", "of these held out", "bytes kept", "tokens"], body)
+
+
+def shares(data: DataFacts, phases: Iterable[str]) -> list[str]:
+    """The tokens that each phase of a model predicted, and the share of each source, the largest first."""
+    body = []
+    for phase in (phase for phase in data.order if phase in phases):
+        row, tokens = data.order[phase], data.tokens_read(phase)
+        total = sum(tokens.values())
+        largest = sorted(tokens.items(), key=lambda pair: (-pair[1], pair[0]))
+        mix = ", ".join(f"{name} {number / total:.1%}" for name, number in largest) if total else ""
+        body.append([title(phase, PHASES), count(row.steps), count(total), mix])
+    return table(["phase", "steps", "tokens predicted", "share of each source"], body)
+
+
+def licenses_in_short(data: DataFacts) -> list[str]:
+    """One sentence: the licenses of the sources that the data come from."""
+    by_license: dict[str, list[str]] = {}
+    for name, row in data.sources.items():
+        by_license.setdefault(few(row.licenses) or "no license", []).append(name)
+    return [f"- {license}: {', '.join(names)}" for license, names in by_license.items()]
 
 
 def few(licenses: list[str]) -> str:
@@ -180,12 +310,30 @@ def few(licenses: list[str]) -> str:
 
 
 def license_evidence(data: DataFacts) -> list[str]:
-    body = [[name, few(row.licenses), row.origin, row.license_evidence] for name, row in data.sources.items()]
-    return table(["source", "license", "origin", "evidence of the license"], body)
+    """One line for each source: licenses, origin and evidence of the license."""
+    return [
+        f"- **{name}**: {few(row.licenses)}. Origin: {row.origin}. Evidence of the license: {row.license_evidence}."
+        for name, row in data.sources.items()
+    ]
 
 
 def funnel(data: DataFacts) -> list[str]:
-    """Removed documents, one row for each rule, one column for each source; the last rows balance."""
+    """Removed documents, one row for each rule; the first row less the others is the last."""
+    rules = sorted({rule for row in data.sources.values() for rule in row.removed})
+
+    def line(label: str, numbers: Mapping[str, int]) -> list[str]:
+        parts = [f"{name} {count(number)}" for name, number in numbers.items() if number]
+        return [label, count(sum(numbers.values())), ", ".join(parts)]
+
+    body = [line("in", {name: row.documents_in for name, row in data.sources.items()})]
+    for rule in rules:
+        body.append(line(f"removed: {rule}", {name: row.removed.get(rule, 0) for name, row in data.sources.items()}))
+    body.append(line("kept", {name: row.kept for name, row in data.sources.items()}))
+    return table(["documents", "all", "by source"], body)
+
+
+def funnel_by_source(data: DataFacts) -> list[str]:
+    """The same as cards before schema 5 have it: one column for each source."""
     names = list(data.sources)
     rules = sorted({rule for row in data.sources.values() for rule in row.removed})
 
@@ -195,7 +343,7 @@ def funnel(data: DataFacts) -> list[str]:
     body = [line("in", [data.sources[n].documents_in for n in names])]
     body += [line(f"removed: {rule}", [data.sources[n].removed.get(rule, 0) for n in names]) for rule in rules]
     body.append(line("kept", [data.sources[n].kept for n in names]))
-    return table(["documents", *names, "all"], body)
+    return _one_table(["documents", *names, "all"], body)
 
 
 def order(data: DataFacts) -> list[str]:
@@ -204,11 +352,14 @@ def order(data: DataFacts) -> list[str]:
     for phase, row in data.order.items():
         for part in row.parts:
             first, last = part.first_step, part.last_step
-            label = phase if len(row.parts) == 1 else f"{phase}, steps {count(first)} to {count(last)}"
+            name_of_phase = title(phase, PHASES)
+            label = name_of_phase if len(row.parts) == 1 else f"{name_of_phase}, steps {count(first)} to {count(last)}"
             for name, figures in part.by_source.items():
                 cells = [count(number) for number in (figures.rows, figures.tokens, figures.documents)]
                 body.append([label, count(last - first + 1), name, *cells])
-    return table(["phase", "steps", "source", "rows that hold it", "tokens predicted", "different documents"], body)
+    return table(
+        ["phase", "steps", "source", "rows that hold it", "tokens predicted", "different documents"], body, labels=3
+    )
 
 
 def conversations(data: DataFacts, phases: Iterable[str]) -> list[str]:
@@ -264,7 +415,7 @@ def _packed(data: DataFacts) -> Iterator[tuple[str, OrderPart]]:
         for part in row.parts:
             if part.packing is not None:
                 label = f", steps {count(part.first_step)} to {count(part.last_step)}"
-                yield phase + (label if len(row.parts) > 1 else ""), part
+                yield title(phase, PHASES) + (label if len(row.parts) > 1 else ""), part
 
 
 def interventions(rows: list[Intervention]) -> list[str]:
@@ -276,10 +427,28 @@ def interventions(rows: list[Intervention]) -> list[str]:
         )
         settings = f"with other settings: {changes}" if changes else "with the same settings"
         lines.append(
-            f"- {row.phase}: steps {count(row.first)} to {count(row.step)} by `{row.by}`; "
+            f"- {title(row.phase, PHASES)}: steps {count(row.first)} to {count(row.step)} by `{row.by}`; "
             f"from step {count(row.step + 1)} on {settings}."
         )
     return lines
+
+
+def changes(since: Changes | None) -> list[str]:
+    """The settings and the final model's figures that changed since the version before."""
+    if since is None:
+        return ["No earlier version was named when this release was built (`atom build --previous`)."]
+    settings = [
+        f"- `{escaped(name)}`: {escaped(_setting_text(before))} → {escaped(_setting_text(after))}"
+        for name, before, after in since.settings[:MOST_CHANGES]
+    ]
+    if len(since.settings) > MOST_CHANGES:
+        settings.append(f"- {count(len(since.settings) - MOST_CHANGES)} further settings")
+    figures = [
+        f"- {name}: {with_error(before, 3)} → {with_error(after, 3)}" for name, (before, after) in since.figures.items()
+    ]
+    lines = [f"Since version {escaped(since.version)}, settings of the recipe:", ""]
+    lines += settings or ["- none"]
+    return [*lines, "", "Figures of the final model:", "", *figures] if figures else lines
 
 
 def _setting_text(value: Any) -> str:
@@ -288,10 +457,18 @@ def _setting_text(value: Any) -> str:
 
 
 def checkpoints(rows: list[Checkpoint]) -> list[str]:
-    return table(["branch", "phase", "step"], [[row.branch, row.phase, count(row.step)] for row in rows])
+    body = [[f"`{row.branch}`", title(row.phase, PHASES), count(row.step)] for row in rows]
+    return table(["branch", "phase", "step"], body)
 
 
 def cost(run_costs: costs.Costs) -> list[str]:
-    """The cost of the whole release, by stage."""
-    head = ["stage", "attempts", "failed", "core hours", "GPU hours", "energy, Wh"]
-    return table(head, costs.rows(run_costs))
+    """The cost of the whole release, by part of the work."""
+    parts: costs.Costs = {}
+    for stage, row in run_costs.items():
+        part = parts.setdefault(STAGES.get(stage, stage), dict.fromkeys(costs.COLUMNS, 0.0))
+        for column in costs.COLUMNS:
+            part[column] += row[column]
+    order_of_parts = {part: number for number, part in enumerate(dict.fromkeys(STAGES.values()))}
+    parts = dict(sorted(parts.items(), key=lambda pair: (order_of_parts.get(pair[0], len(order_of_parts)), pair[0])))
+    head = ["part", "attempts", "of these failed", "core hours", "GPU hours", "energy, Wh"]
+    return table(head, costs.rows(parts))

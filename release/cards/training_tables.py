@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.core.text import escaped
+from release.assembly.example_answers import settings_of
 from release.assembly.model_facts import ModelFacts
-from release.cards.tables import count, table
+from release.cards.tables import PHASES, count, table, title
 
 Facts = dict[str, Any]
 
@@ -20,16 +22,16 @@ def experts_by_phase(model: ModelFacts) -> list[str]:
     for phase, log in model.training.items():
         measurement = log.experts
         if measurement is None:
-            body.append([phase, "never", *[""] * 5])
+            body.append([title(phase, PHASES), "never", *[""] * 5])
             continue
         busiest = max(max(row) for row in _loads(measurement))
         body.append([
-            phase, count(measurement["step"]), f"{busiest - 1:.3f}",
+            title(phase, PHASES), count(measurement["step"]), f"{busiest - 1:.3f}",
             f"{sum(measurement['entropy']) / len(measurement['entropy']):.3f}",
             count(len(measurement["dead"])), count(log.measurements), count(log.dropped),
         ])  # fmt: skip
-    head = ["phase", "last measured at step", "max violation", "mean entropy, nats", "dead experts"]
-    return table([*head, "measurements", "assignments dropped in all of them"], body) if body else []
+    head = ["phase", "last at step", "max violation", "mean entropy, nats", "dead experts", "times", "dropped"]
+    return table(head, body) if body else []
 
 
 def experts(model: ModelFacts) -> list[str]:
@@ -64,8 +66,8 @@ def verdict(model: ModelFacts) -> list[str]:
     verb, pronoun = ("is", "it") if dead == 1 else ("are", "them")
     return [
         f"**Alarm: {count(dead)} of {count(total)} experts {verb} dead.** At step {count(measurement['step'])} of "
-        f"{measurement['phase']}, the last one measured, hardly any token was sent to {pronoun}; the table by layer "
-        f"names {pronoun}. These weights take memory and do next to nothing."
+        f"{title(measurement['phase'], PHASES)}, the last one measured, hardly any token was sent to {pronoun}; the "
+        f"table by layer names {pronoun}. These weights take memory and do next to nothing."
     ]
 
 
@@ -76,21 +78,22 @@ def last_measurement(model: ModelFacts) -> Facts | None:
 
 
 def spikes(model: ModelFacts) -> list[str]:
-    """One line for each spike, one for the steps that the recipe excludes, and one for each phase that has neither."""
-    lines = []
+    """One line for each spike, one for the steps that the recipe excludes, and one for all phases without either."""
+    lines, without = [], []
     for phase, log in model.training.items():
+        name = title(phase, PHASES)
         for spike in log.spikes:
             documents = len(spike["documents"])
             batch_size = f"{count(documents)} document{'s' if documents != 1 else ''}"
             lines.append(
-                f"- {phase}, step {count(spike['step'])}: {spike['reason']}; action {spike['action']}: "
+                f"- {name}, step {count(spike['step'])}: {spike['reason']}; action {spike['action']}: "
                 f"{_skipped_steps(spike['excluded'])}; the batch that spiked held {batch_size}."
             )
         if log.excluded:
-            lines.append(f"- {phase}: {_skipped_steps(log.excluded)}, because the recipe says so.")
+            lines.append(f"- {name}: {_skipped_steps(log.excluded)}, because the recipe says so.")
         if not log.spikes and not log.excluded:
-            lines.append(f"- {phase}, steps {count(log.first)} to {count(log.last)}: no step was skipped.")
-    return lines
+            without.append(f"{name} ({count(log.first)} to {count(log.last)})")
+    return [*lines, *([f"- No step was skipped in: {', '.join(without)}."] if without else [])]
 
 
 def _skipped_steps(numbers: list[int]) -> str:
@@ -110,11 +113,46 @@ def _loads(measurement: Facts) -> list[list[float]]:
     return [[share * len(row) for share in row] for row in measurement["share"]]
 
 
+SETTINGS = {
+    "steps": ("steps",),
+    "tokens of a row": ("sequence_length",),
+    "tokens of a step": ("batch", "global_tokens"),
+    "peak learning rate": ("optimizer", "lr"),
+    "last learning rate": ("optimizer", "final_lr"),
+    "warm-up steps": ("optimizer", "warmup_steps"),
+    "weight decay": ("optimizer", "weight_decay"),
+    "Adam β1": ("optimizer", "beta1"),
+    "Adam β2": ("optimizer", "beta2"),
+    "largest gradient norm": ("optimizer", "clip"),
+    "requests of a step": ("prompts_per_step",),
+    "answers to a request": ("num_generations",),
+    "longest answer, tokens": ("sampling", "max_new_tokens"),
+    "β of the preference loss": ("beta",),
+}
+"""{title: the place of a setting in the section of a phase}"""
+
+
+def settings(recipe: Mapping[str, Any], model: ModelFacts) -> list[str]:
+    """The hyper-parameters of the phases of a model: one row for each setting that any of them has."""
+    sections = {phase: settings_of(recipe, phase) for phase in model.training}
+    body = [[name, *(_setting(section, path) for section in sections.values())] for name, path in SETTINGS.items()]
+    body = [row for row in body if any(row[1:])]
+    return table(["setting", *(title(phase, PHASES) for phase in sections)], body) if body else []
+
+
+def _setting(section: Any, path: Sequence[str]) -> str:
+    for name in path:
+        section = section.get(name) if isinstance(section, Mapping) else None
+    if section is None or isinstance(section, (Mapping, list)):
+        return ""
+    return count(section) if type(section) is int else f"{section:g}" if isinstance(section, float) else str(section)
+
+
 def process_rewards(model: ModelFacts) -> list[str]:
     """One row for each phase, kind of task and logged part of its reward: its mean over the first and the last quarter
     of the steps."""
     body = [
-        [phase, kind, part, *(f"{x['value']:.3f} ± {x['se']:.3f}" for x in (row["first"], row["last"]))]
+        [title(phase, PHASES), kind, part, *(f"{x['value']:.3f} ± {x['se']:.3f}" for x in (row["first"], row["last"]))]
         for phase, log in model.training.items()
         for kind, parts in log.parts.items()
         for part, row in parts.items()
@@ -127,5 +165,11 @@ def start(model: ModelFacts) -> list[str]:
     if model.base is None:
         return []
     sentence = "Pre-training began with the weights and the tokenizer of a published model, with a fresh optimizer:"
-    row = [f"`{escaped(model.base['repo'])}`", escaped(model.base["license"]), f"`{escaped(model.base['digest'])}`"]
-    return [sentence, "", *table(["model", "license of its weights", "digest of its SHA256SUMS"], [row])]
+    base = {name: escaped(model.base[name]) for name in ("repo", "license", "digest")}
+    return [
+        sentence,
+        "",
+        f"- model: `{base['repo']}`",
+        f"- license of its weights: {base['license']}",
+        f"- digest of its `SHA256SUMS`: `{base['digest']}`",
+    ]

@@ -7,8 +7,9 @@ does not require later parts, and reports the parts that it skips.
 
 from __future__ import annotations
 
-SCHEMA = 4
-"""4: the phases that learn from preferences have other names. 3: cards state their versions, and start with caveats."""
+SCHEMA = 5
+"""5: in the order of a reader, with further plots; no table twice in a release, and none wider than the Hub's column.
+4: the phases that learn from preferences have other names. 3: cards state their versions, and start with caveats."""
 ESCAPED = 3
 """The schema that introduced the escaping of unprintable characters in model output."""
 FIGURES: dict[str, int] = {}

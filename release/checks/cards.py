@@ -38,8 +38,8 @@ def _cards_of_release(folder: Path) -> Findings:
     run_costs = costs.usage_by_stage(folder)
     for name in model_folders(folder):
         findings.add(model_card(folder / name, release), f"{name}/")
-        model, variants = read_model_facts(folder / name), read_variants(folder, name)
-        facts = card_tables.ReleaseFacts(model, data_facts, interventions, run_costs, variants)
+        model = read_model_facts(folder / name)
+        facts = card_tables.release_facts(folder, name, model, data_facts, interventions, run_costs)
         tables = Findings()
         tables.compare_tables((folder / name / "README.md").read_text(), card_tables.RELEASE_TABLES, facts, stated)
         findings.add(tables, f"{name}/")
@@ -73,10 +73,12 @@ def _model_index(card: str, facts: ModelFacts) -> list[str]:
 
 
 def _plots(model: Path) -> list[str]:
-    drawn = model / plot.NAME
-    if drawn.exists() and plot.source_of(drawn.read_bytes()) != plot.source(model):
-        return [f"{plot.NAME} was not drawn from the logs in training/"]
-    return []
+    drawn = [model / name for name in (plot.EXPERTS, plot.LOSS) if (model / name).exists()]
+    return [
+        f"{path.name} was not drawn from the logs in training/"
+        for path in drawn
+        if plot.source_of(path.read_bytes()) != plot.source(model)
+    ]
 
 
 def data_card(subject: Subject) -> Findings:
@@ -100,13 +102,12 @@ def rendered_cards(build: BuildContext) -> Findings:
     """Checks that cards and plots rendered again from the published files have the same bytes."""
     findings = Findings()
     for folder, model in build.models.items():
-        variants = read_variants(build.folder, folder)
-        facts = card_tables.ReleaseFacts(model, build.data, build.interventions, build.costs, variants)
+        facts = card_tables.release_facts(build.folder, folder, model, build.data, build.interventions, build.costs)
         if (build.folder / folder / "README.md").read_text() != render.model_card(folder, build.release, facts):
             findings.problems.append(f"{folder}/README.md is not what the artifacts give")
-        drawn = build.folder / folder / plot.NAME
-        if model.has_experts and drawn.read_bytes() != plot.draw(build.folder / folder):
-            findings.problems.append(f"{folder}/{plot.NAME} is not what the logs of training give")
+        for name, image in plot.training_plots(build.folder / folder, model.has_experts).items():
+            if (build.folder / folder / name).read_bytes() != image:
+                findings.problems.append(f"{folder}/{name} is not what the logs of training give")
     for suffix, variant in read_variants(build.folder).items():
         if (build.folder / f"{VARIANT}{suffix}/README.md").read_text() != render.variant_card(
             suffix, build.release, variant

@@ -49,7 +49,7 @@ class Findings:
         have unescaped model output, which is escaped now."""
         present = {escaped(line) for line in card.splitlines()}
         for table in tables:
-            if table.added > stated.cards:
+            if table.added > stated.cards or 0 < table.until <= stated.cards:
                 continue
             if reason := versions.skip_reason(table.changed, stated.cards):
                 self.skipped[f"table {table.name}"] = f"table {table.name}: {reason}"

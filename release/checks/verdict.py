@@ -46,13 +46,15 @@ def _printable_texts(texts: list[str]) -> list[str]:
 @dataclass
 class Verdict:
     """All checks of one subject. kind: release, evidence, dataset, model, variant, checkpoint or repository. retracted:
-    what was taken back from it, or "": of an old copy since then, and of a rewritten one before."""
+    what was taken back from it, or "": of an old copy since then, and of a rewritten one before. digest: the SHA-256 of
+    its SHA256SUMS, which stands for all of its bytes, or "" if that could not be read."""
 
     subject: str
     kind: str
     deep: bool
     checks: list[CheckResult] = field(default_factory=list)
     retracted: str = ""
+    digest: str = ""
 
     def __post_init__(self) -> None:
         self.subject = printable(self.subject)
@@ -62,10 +64,21 @@ class Verdict:
         return all(check.ok is not False for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """{schema, subject, kind, deep, ok, retracted, checks: [{name, ok, detail, wrong, skipped}]}; fields are only
-        added."""
+        """{schema, subject, kind, deep, ok, retracted, digest, checks: [{name, ok, detail, wrong, skipped}]}; fields
+        are only added."""
         body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
-        return {**body, "retracted": self.retracted, "checks": [asdict(check) for check in self.checks]}
+        body |= {"retracted": self.retracted, "digest": self.digest}
+        return {**body, "checks": [asdict(check) for check in self.checks]}
+
+    def in_one_sentence(self) -> str:
+        """A sentence to quote: the number of checks by their result, and the digest that stands for the bytes."""
+        bad = [check.name for check in self.checks if check.ok is False]
+        skipped = sum(check.ok is None for check in self.checks)
+        parts = [f"{sum(check.ok is True for check in self.checks)} of {len(self.checks)} checks hold"]
+        parts += [f"{skipped} skipped"] if skipped else []
+        parts += [f"{len(bad)} bad ({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''})"] if bad else []
+        parts += [f"SHA256SUMS is sha256:{self.digest}"] if self.digest else []
+        return ", ".join(parts)
 
     def require(self) -> None:
         """Raises CheckFailed with the first problem."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.core.errors import AtomError
-from pipeline.operations.command_options import JsonOption, open_store
+from pipeline.core.progress import StatusLine
+from pipeline.operations.command_options import JsonOption, QuietOption, open_store
 from release.commands.options import (
     AnyReleaseArgument,
     ReleaseArgument,
     TrustConfigOption,
-    print_progress,
     require_release,
 )
 
@@ -71,10 +73,13 @@ def verify(
     openness: Annotated[
         bool, typer.Option("--openness", help="also answer twenty questions on how open the release is, from its files")
     ] = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check every byte of a release, and who signed it.
 
+    The line before the last is one to quote: the checks by their result, and the digest that stands for all bytes.
+    With --quiet it prints that, what is bad, and the verdict.
     Exit code 1 says which file or claim is bad; 3 that the bytes are the published ones, and documents of them were
     taken back since then.
 
@@ -86,14 +91,15 @@ def verify(
     from release.signing import Trust
 
     trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config, keys, tuple(timestamp_authority or ()))
-    verdict = verify_release(target, deep, print_progress, trust, retracted, ask_hub=True)
+    with StatusLine(quiet) as progress:
+        verdict = verify_release(target, deep, progress, trust, retracted, ask_hub=True)
     from release.audit import openness as audit
 
     table = list(audit.rows(Path(target))) if openness and verdict.ok else []
     if as_json:
         print(json.dumps(verdict.to_json() | ({"openness": audit.to_json(table)} if table else {}), indent=1))
     else:
-        print("\n".join([_verdict_text(verdict), *([audit.text(table)] if table else [])]))
+        print("\n".join([_verdict_text(verdict, quiet), *([audit.text(table)] if table else [])]))
     if not verdict.ok:
         raise typer.Exit(1)
     if verdict.retracted:
@@ -129,7 +135,8 @@ def show(
 
     require_release(release)
     facts = page.facts_of(release)
-    print(json.dumps(facts, indent=1) if as_json else page.text(facts))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else page.WIDTH
+    print(json.dumps(facts, indent=1) if as_json else page.text(facts, width))
 
 
 @app.command()
@@ -165,13 +172,14 @@ def trace(
         raise AtomError("--report is about a document; give it with --doc ID")
     require_release(release, "dispositions", "dispositions.parquet")
     answer: tracing.Answer
-    if step is not None:
-        answer = tracing.trace_step(release, phase, step)
-    elif text is not None:
-        answer = tracing.trace_text(release, text, open_store().home / "trace", print_progress)
-    else:
-        assert doc is not None, "one of the three was given"
-        answer = tracing.trace_removal(release, doc, print_progress) if report else tracing.trace_document(release, doc)
+    with StatusLine() as progress:
+        if step is not None:
+            answer = tracing.trace_step(release, phase, step)
+        elif text is not None:
+            answer = tracing.trace_text(release, text, open_store().home / "trace", progress)
+        else:
+            assert doc is not None, "one of the three was given"
+            answer = tracing.trace_removal(release, doc, progress) if report else tracing.trace_document(release, doc)
     print(json.dumps(answer.to_json(), indent=1) if as_json else tracing.text(answer))
 
 
@@ -204,7 +212,8 @@ def rebuild_data(
         if not mark or not Path(folder).exists():
             raise AtomError(f"--source {text} names no folder that exists; write NAME=FOLDER")
         folders[name] = Path(folder)
-    result = rebuild.rebuild(release, to or rebuild.folder_of(release), folders, print_progress)
+    with StatusLine() as progress:
+        result = rebuild.rebuild(release, to or rebuild.folder_of(release), folders, progress)
     print(json.dumps(result.to_json(), indent=1) if as_json else rebuild.text(result))
 
 
@@ -234,7 +243,8 @@ def replay(
 
     require_release(release)
     first, last = _span(steps)
-    result = replays.replay(release, stage, first, last, print_progress, unconfined)
+    with StatusLine() as progress:
+        result = replays.replay(release, stage, first, last, progress, unconfined)
     print(json.dumps(result.to_json(), indent=1) if as_json else replays.text(result), flush=True)
     if certificate is not None:
         certificate.write_text(json.dumps(replays.certificate(result, release), indent=1, sort_keys=True) + "\n")
@@ -252,16 +262,19 @@ def _span(steps: str | None) -> tuple[int | None, int | None]:
     return int(first), int(last)
 
 
-def _verdict_text(verdict: Verdict) -> str:
-    """One line for each check, its problems below it, and the verdict last."""
+def _verdict_text(verdict: Verdict, quiet: bool = False) -> str:
+    """One line for each check, its problems below it, a sentence to quote, and the verdict last. quiet: of the checks
+    only those that are bad or noted."""
     marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
     lines = []
     for check in verdict.checks:
         mark = "noted  " if check.name == RETRACTION and verdict.retracted else marks[check.ok]
+        if quiet and mark in (marks[True], marks[None]):
+            continue
         lines.append(f"{mark} {check.name}: {check.detail}")
         lines += [f"          {text}" for text in check.wrong]
         lines += [f"{marks[None]} {check.name}: {text}" for text in check.skipped]
     outcome = "verified" if verdict.ok else "NOT what it claims to be"
     if verdict.ok and verdict.retracted:
         outcome = f"retracted: {verdict.retracted}"
-    return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {outcome}"])
+    return "\n".join([*lines, verdict.in_one_sentence(), f"{verdict.kind} {verdict.subject}: {outcome}"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +28,3 @@ def require_release(folder: Path, *marks: str) -> None:
 def print_line(text: str) -> None:
     """Progress on stdout, at once."""
     print(text, flush=True)
-
-
-def print_progress(text: str) -> None:
-    """Progress on stderr, at once: stdout is for the result."""
-    print(text, file=sys.stderr, flush=True)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.core.errors import AtomError
+from pipeline.core.progress import StatusLine
 from pipeline.operations.command_options import JsonOption, RecipeArgument, graph_of, open_store
-from release.commands.options import ReleaseArgument, TrustConfigOption, print_line, print_progress, require_release
+from release.commands.options import ReleaseArgument, TrustConfigOption, print_line, require_release
 
 if TYPE_CHECKING:
     from release.hub.publish import PublishReport
@@ -24,7 +25,7 @@ def build(
     recipe: RecipeArgument,
     previous: Annotated[
         Path | None,
-        typer.Option(metavar="RELEASE", help="an earlier release: receipts of opt-outs say what had reached it"),
+        typer.Option(metavar="RELEASE", help="an earlier release: cards and receipts of opt-outs compare with it"),
     ] = None,
 ) -> None:
     """Make the release folder, with its gates.
@@ -138,7 +139,7 @@ def publish(
     """
     from release.hub.publish import publish as publish_release
 
-    progress = print_progress if as_json else print_line
+    progress = StatusLine() if as_json else print_line
     report = publish_release(release, to, public, progress, acknowledge or ())
     print(json.dumps(report.to_json(), indent=1) if as_json else _published_text(report))
 
@@ -184,7 +185,7 @@ def retract(
         signing_key,
         dry_run,
         not local,
-        print_progress if as_json else print_line,
+        StatusLine() if as_json else print_line,
     )
     print(json.dumps(result.to_json(), indent=1) if as_json else retraction.text(result))
 

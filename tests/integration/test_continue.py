@@ -293,7 +293,8 @@ def test_a_release_states_the_earlier_run_that_its_own_went_on_from(smoke_home: 
     assert subprocess.run([sys.executable, "-I", release / "evidence/independent_verifier.py", release]).returncode == 0
     card = (release / "model/README.md").read_text()
     assert (
-        f"- midtrain: steps 1 to 75 by `{first.nodes['midtrain'].key}`; from step 76 on with other settings: " in card
+        f"- mid-training: steps 1 to 75 by `{first.nodes['midtrain'].key}`; from step 76 on with other settings: "
+        in card
     )
     assert "`mix.sums` 0.05 → not set" in card and "`optimizer.lr` 0.003 → 0.002" in card
     assert "went on from" not in (release / "model-base/README.md").read_text()

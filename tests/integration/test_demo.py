@@ -39,27 +39,21 @@ def demo_home(smoke_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "release.demo", "atom-smoke"],
+        [sys.executable, "-m", "pipeline.cli", "demo", "atom-smoke"],
         env={**os.environ, "ATOM_HOME": str(demo_home)},
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    for words in (
-        "What to know before any figure",
-        "its part task",
-        "Corpus: documents",
-        "Held-out quality",
-        "Export parity",
-        "Time of each stage",
-        "What to try next",
-    ):
+    for words in ("$ atom run atom-smoke", "know before any figure", "trained on", "quality", "What to try next"):
         assert words in process.stdout
+    assert "\x1b" not in process.stdout + process.stderr, "control codes where there is no terminal"
     assert process.stdout.count(": verified\n") == 2 and process.stdout.count("ok      signatures: ") == 2
     release = demo_home / "releases" / "atom-smoke-0.1.0"
     page = atom(demo_home, "show", str(release)).stdout
     gates = json.loads((release / "evidence/gates.json").read_text())
-    assert f"checks: {len(gates)} gates, all passed" in page and "the key sha256:" in page
+    assert f"checks        {len(gates)} gates, all passed" in page and "the key sha256:" in page
+    assert max(map(len, page.splitlines())) <= 80
     second = subprocess.run([sys.executable, "-I", release / "evidence/independent_verifier.py", release])
     assert second.returncode == 0
 

@@ -256,8 +256,16 @@ def test_curation_marks_them_and_the_card_counts_them(calm: Artifact, place: Pat
     sources = data_facts._read_sources(dataset)
     *_, line = document_tables.synthetic(data_facts.DataFacts(sources))
     count, others = sources["rewritten"].kept, sources["notes"].kept
-    origin = f"| tiny | `{digest_of(place)}` | notes | Apache-2.0 | outputs are free |"
-    assert count and others and line == f"{origin} {count} | {10 * count} | {count / (count + others):.1%} |"
+    origin = "made from notes. Its license: Apache-2.0. Its terms for outputs: outputs are free."
+    assert (
+        count
+        and others
+        and line
+        == (
+            f"- **tiny**: {count} documents, {10 * count} tokens ({count / (count + others):.1%} of all), {origin} Digest of "
+            f"its files: `{digest_of(place)}`."
+        )
+    )
     (dataset / "generated/rewritten/part-00001.parquet").unlink()
     with pytest.raises(CheckFailed, match="generated/rewritten has records of 7 texts, and 11 documents"):
         data_facts._read_sources(dataset)

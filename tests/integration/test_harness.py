@@ -302,7 +302,7 @@ def test_a_release_holds_the_results_and_verifies_them(tmp_path: Path) -> None:
     stated = {"license": "CC0-1.0", "license_evidence": "this test", "revision": None}
     write_json(folder / "tasks.json", {"own": stated})
     lines = harness_tables.results(read_harness(folder))
-    assert "| own | sums | acc | 4 | 0.500 ± 0.289 |" in lines
+    assert "| own | sums | acc | 4 | 0.500±0.289 |" in lines
     assert lines[-1] == "Licenses of the data: own: CC0-1.0 (this test)."
     assert harness_tables.results(read_harness(tmp_path)) == []
     rows[0]["value"] = 1.0

@@ -214,7 +214,7 @@ def test_what_goes_not_together_is_reported(arguments: list[str], words: str, bu
 
 
 def test_they_are_published_and_come_back(client, release: Path, config: Path, tmp_path: Path) -> None:  # noqa: F811
-    assert f"signed, unchecked, with the identity {IDENTITY} ({ISSUER}); atom verify checks it" in " ".join(
+    assert f"signed with the identity {IDENTITY} ({ISSUER}); unchecked, atom verify checks it" in " ".join(
         show.text(show.facts_of(release)).split()
     )
     with running(tmp_path / "hub") as endpoint:

@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from release.assembly.opt_outs import read_opt_outs
-from release.assembly.receipts import EarlierRelease, receipt_path, write_receipts
+from release.assembly.receipts import EarlierRelease, receipt_path
 from release.audit.verify import verify
 from release.checks.check import Subject
 from release.checks.receipts import receipts
 from tests.fixtures.opt_out_fixtures import hashed
 from tests.fixtures.opt_out_release_fixtures import MATCHES
-from tests.fixtures.release_fixtures import release_info
 
 
 def receipt(release: Path, request: str) -> Any:
@@ -107,12 +105,6 @@ def test_a_receipt_that_says_something_else_is_found(
     assert len(unnamed) == len(MATCHES) and "for a request that opt_out.json does not name" in unnamed[0]
 
 
-def test_an_earlier_release_is_a_release_and_needs_a_deny_list(tmp_path: Path, later_release: Path) -> None:
+def test_an_earlier_release_is_a_release(tmp_path: Path) -> None:
     with pytest.raises(AtomError, match="is no release folder; --previous takes one"):
         EarlierRelease(tmp_path)
-    with pytest.raises(AtomError, match="--previous is searched for the documents of the deny-list, and the data"):
-        list(
-            write_receipts(
-                later_release / "dataset", release_info(), read_opt_outs(later_release / "dataset"), later_release, None
-            )
-        )

@@ -204,7 +204,7 @@ VERSIONS: dict[str, tuple[dict[str, object], str]] = {
     "a negative format": ({"format": -7}, "states format -7, and the first that there was is 1"),
     "a huge format": ({"format": 10**30}, f"states format {10**30}, {LATER.format(4)}"),
     "a format that is no number": ({"format": "2"}, "evidence/release.json does not state its format as a number"),
-    "a later card schema": ({"card_schema": 9}, f"states card schema 9, {LATER.format(4)}"),
+    "a later card schema": ({"card_schema": 9}, f"states card schema 9, {LATER.format(versions.SCHEMA)}"),
     "card schema 0": ({"card_schema": 0}, "states card schema 0, and the first that there was is 2"),
 }
 

@@ -119,13 +119,13 @@ def test_the_cards_say_so(release: Path) -> None:
         "the final model, after pre-training, mid-training, long-context training 1 and long-context training 2, of",
         "| context length, tokens | 256 |", "| scaling of the rotary embedding | yarn |", "| yarn: factor | 4 |",
         "| yarn: original max position embeddings | 64 |",
-        "| random weights | pre-training (base) | mid-training | long context 1 | long context 2 |",
+        "| measure | random weights | pre-training | mid-training |", "| measure | long context 1 | long context 2 |",
     ):  # fmt: skip
         assert words in card, words
     assert "the model after pre-training and mid-training, on the way" in (release / "model-mid/README.md").read_text()
     card = (release / "model-base/README.md").read_text()
     assert "| context length, tokens | 64 |" in card and "| scaling of the rotary embedding | none |" in card
-    assert "long" not in card.split("## Load it")[0]
+    assert "long" not in card.split("## Results")[0]
 
 
 def test_it_is_verified_whole_and_each_model_alone(release: Path, model: Path) -> None:
@@ -143,9 +143,11 @@ def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
     for words in (
         "| 0 | 1.000 | 1.000 | 1.200 | 0.866 | none |",  # entropy over ln 4
         "| 1 | 0.016 | 1.600 | 0.900 | 0.649 | 0 |",
-        "| longcontext-2 | 2 | 0.600 | 1.050 | 1 | 1 | 0 |",
-        "**Alarm: 1 of 8 experts is dead.** At step 2 of longcontext-2",
+        "| long-context training 2 | 2 | 0.600 | 1.050 | 1 | 1 | 0 |",
+        "**Alarm: 1 of 8 experts is dead.** At step 2 of long-context training 2",
         "](experts.png)",
+        "](training.png)",
+        "](progress.png)",
     ):
         assert words in card, words
     card = (release / "model-base/README.md").read_text()
@@ -189,12 +191,12 @@ def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: 
 def test_every_spike_has_its_line(release: Path, model: Path) -> None:
     card = (model / "README.md").read_text()
     assert (
-        "- longcontext-2, step 1: the loss is 9.1, above 6.2 (median 5 of 64 steps); action skip: step 1 moved no "
+        "- long-context training 2, step 1: the loss is 9.1, above 6.2 (median 5 of 64 steps); action skip: step 1 moved no "
         "weight; the batch that spiked held 2 documents." in card
     )
-    assert "- longcontext-2: step 3 moved no weight, because the recipe says so." in card
-    assert "- longcontext-1, steps 1 to 2: no step was skipped." in card
-    assert "longcontext-2, steps 1 to 3: no step was skipped" not in card
+    assert "- long-context training 2: step 3 moved no weight, because the recipe says so." in card
+    (others,) = [line for line in card.splitlines() if line.startswith("- No step was skipped in: ")]
+    assert others.endswith(", long-context training 1 (1 to 2).") and "training 2" not in others
     lines = log_of(model, "longcontext-2")
     spike = next(line["spike"] for line in lines if "spike" in line)
     spike |= {"action": "rewind", "excluded": [1, 2, 4], "documents": ["prose/001"]}
@@ -213,8 +215,8 @@ def test_a_phase_without_a_measurement_is_reported_as_such(model: Path) -> None:
     assert lines["experts"] == [] and lines["experts_verdict"] == [
         "Where the routers sent the tokens was not measured."
     ]
-    assert "| midtrain | never |" in "".join(lines["experts_by_phase"])
-    assert plot.source_of(plot.draw(model)) == plot.source(model)
+    assert "| mid-training | never |" in "".join(lines["experts_by_phase"])
+    assert plot.source_of(plot.draw_experts(model)) == plot.source(model)
 
 
 def test_the_plot_is_the_same_bytes_and_names_its_logs(release: Path, monkeypatch) -> None:
@@ -222,8 +224,9 @@ def test_the_plot_is_the_same_bytes_and_names_its_logs(release: Path, monkeypatc
 
     before = (release / "model/experts.png").read_bytes()
     monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "black")
-    plot._draw.cache_clear()
-    assert plot.draw(release / "model") == before
+    plot._draw_experts.cache_clear()
+    assert plot.draw_experts(release / "model") == before
+    assert plot.draw_losses(release / "model") == (release / "model/training.png").read_bytes()
     assert b"Software" not in before and b"Creation" not in before
     source = plot.source_of(before)
     assert source == plot.source(release / "model") and source.count("\n") == 3 and "training/midtrain.jsonl" in source
@@ -290,13 +293,12 @@ def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
     facts.scores["long-2"]["passkey_by_depth"] = {"1024": {"1": keys(_0=0.5)["0"], "0.5": keys(_0=0.9)["0"]}}
     card = render.model_card("model", read_release(release), card_tables.ReleaseFacts(facts, data, [], {}))
     for words in (
-        "| tokens of the text | mid-training | long context 2 |", "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |",
-        "| tokens of the text | depth 0.5 | depth 1 |", "| 1,024 | 0.900 ± 0.100 | 0.500 ± 0.100 |",
+        "| tokens of the text | mid-training | long context 2 |", "| 1,024 | 0.250±0.100 | 0.750±0.100 |",
+        "| tokens of the text | depth 0.5 | depth 1 |", "| 1,024 | 0.900±0.100 | 0.500±0.100 |",
         "| position of the token | mid-training | long context 2 |",
     ):  # fmt: skip
         assert words in card, words
     assert card.index("| 0 to 63 |") < card.index("| 64 to 127 |") < card.index("| 128 to 255 |")
-    assert "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |" in render.data_card(read_release(release), data)
     assert "asskeys" not in (release / "model/README.md").read_text()
 
 
@@ -327,8 +329,8 @@ def test_packed_rows_are_counted_once_and_their_fill_is_reported(release: Path) 
     assert part.packing == Packing(rows=4, sequence_length=32, tokens=meta["tokens"], fill=meta["fill"])
     assert data.order["midtrain"].parts[0].packing is None
     card = (release / "dataset/README.md").read_text()
-    assert "| longcontext-1 | 4 | 32 | 84 | 65.62 % |" in card
-    assert "| longcontext-1 | prose | 64 | 3 | 300 | 2,000 | 800 |" in card
+    assert "| long-context training 1 | 4 | 32 | 84 | 65.62 % |" in card
+    assert "| long-context training 1 | prose | 64 | 3 | 300 | 2,000 | 800 |" in card
     assert list(data.order) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
 
 

@@ -102,13 +102,13 @@ def make(folder: Path) -> Path:
 def test_a_planted_hack_is_named_and_an_honest_reward_is_not(place: Path, tmp_path: Path) -> None:
     hacked, honest = (card_of(place, tmp_path / name, name) for name in ("hacked", "honest"))
     top, top_of_honest = (
-        card.partition("## Read this first")[2].partition("## Load it")[0] for card in (hacked, honest)
+        card.partition("## Read this first")[2].partition("## Results")[0] for card in (hacked, honest)
     )
     print(top, top_of_honest)
     sentences = [line for line in top.splitlines() if line.startswith("- **A reward rose and its task ")]
-    assert any("from sft to rlvr the preference reward rose (" in line and "What rose: flattery (" in line
+    assert any("from SFT to RLVR the preference reward rose (" in line and "What rose: flattery (" in line
                for line in sentences), top  # fmt: skip
-    assert any("while rlvr was trained, its reward for courtesy rose (" in line
+    assert any("during RLVR, its reward for courtesy rose (" in line
                and "what changed instead: flattery (" in line for line in sentences), top  # fmt: skip
     assert "| parts of it that rose | flattery 0." in hacked
     assert "**" not in top_of_honest and "This model does all of what was asked in" in top_of_honest, top_of_honest

@@ -81,7 +81,7 @@ def test_a_judge_that_is_pleased_by_style_alone_is_named(task: float, expected: 
         "before": side(0.26, 0.002, 0.32),
         "model": side(0.43, task, 0.95),
     }
-    lines = caveat_lines(model, "A reward rose and its task did not**: from rlvr to dpo")
+    lines = caveat_lines(model, "A reward rose and its task did not**: from RLVR to DPO")
     assert bool(lines) == expected
     if lines:
         assert (
@@ -93,28 +93,35 @@ def test_a_judge_that_is_pleased_by_style_alone_is_named(task: float, expected: 
 def test_a_phase_whose_training_reward_rises_alone_is_named() -> None:
     model = facts()
     model.chat["test"]["rlvr"] = problems(0.41, 0.3)
-    (line,) = caveat_lines(model, "while rlvr was trained")
+    (line,) = caveat_lines(model, "during RLVR")
     assert "for add rose (0.305 ± 0.005 → 0.795 ± 0.005" in line and "(0.400 ± 0.010 → 0.410 ± 0.010)" in line
     model = facts()
     model.chat["preferences"]["dpo"]["sides"]["model"] = side(0.3, 0.3, 0.3)
-    assert len(caveat_lines(model, "while dpo was trained, its reward for courtesy rose")) == 1
+    assert len(caveat_lines(model, "during DPO, its reward for courtesy rose")) == 1
     model.training["dpo"] = log(0.3, 0.6, 0.3, 0.6, 0.3, kind="courtesy")
-    assert not caveat_lines(model, "while dpo"), "within its standard errors nothing rose"
+    assert not caveat_lines(model, "during DPO"), "within its standard errors nothing rose"
     model.training["dpo"] = log(0.1, 0.1, 0.5, 0.5, kind="code")
-    assert len(caveat_lines(model, "and no task was measured**: while dpo was trained, its reward for code rose")) == 1
+    assert len(caveat_lines(model, "and no task was measured**: during DPO, its reward for code rose")) == 1
 
 
-def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
+def test_what_got_worse_is_listed_with_what_the_phases_read_of_it() -> None:
     model = facts()
     model.scores["sft"]["bits_per_byte"]["sums"] = value(9.1, 0.3)
     model.scores["sft"]["accuracy"]["add"] = value(0.1)
     (line,) = caveat_lines(model, "got worse")
     assert line == (
-        "- From mid-training to sft these got worse: bits per byte of sums (1.900 ± 0.010 → 9.100 ± 0.300), "
+        "- From mid-training to SFT these got worse: bits per byte of sums (1.900 ± 0.010 → 9.100 ± 0.300), "
         "exact match of add (0.200 ± 0.010 → 0.100 ± 0.010)."
     )
-    assert caveats.unread(model.scores, order("prose")) == ["- Not trained on in sft: sums."]
-    assert caveats.unread(model.scores, order("sums")) == []
+    start = "- Known of the sources that got worse after SFT, their tokens in SFT: sums"
+    for source, tokens in (("prose", "none"), ("sums", "1 (100.0%)")):
+        (line,) = caveats.data_of_regressions(model.scores, order(source))
+        assert line == f"{start} {tokens}. No cause was tested."
+    before = {
+        "midtrain": OrderFacts(1, [OrderPart(1, 1, {"sums": SourceInOrder(1, 30, 1), "b": SourceInOrder(1, 10, 1)})])
+    }
+    (line,) = caveats.data_of_regressions(model.scores, before | order("prose"))
+    assert "their tokens in mid-training → SFT: sums 30 (75.0%) → none." in line
     model.scores["sft"]["bits_per_byte"]["sums"] = value(1.91, 0.3)
     assert "bits per byte" not in caveat_lines(model, "got worse")[0], "less than a standard error"
 
@@ -123,9 +130,9 @@ def test_a_reward_without_a_task_is_named_where_it_was_trained_on() -> None:
     model = facts()
     model.chat["preferences"]["dpo"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
     one_part, line = caveats.caveat_sentences(model)
-    assert "no task was measured**: while dpo was trained, its reward for courtesy rose" in line
+    assert "no task was measured**: during DPO, its reward for courtesy rose" in line
     assert one_part == (
-        "- **One part alone explains a reward**: from rlvr to dpo the preference reward rose (0.200 ± 0.010 → 0.500 ± "
+        "- **One part alone explains a reward**: from RLVR to DPO the preference reward rose (0.200 ± 0.010 → 0.500 ± "
         "0.010), and of its parts only ending (0.300 ± 0.010 → 0.900 ± 0.010) rose."
     )
     assert caveats.caveat_sentences(replace(model, training={})) == [one_part], "logs of older releases have no rewards"
@@ -140,7 +147,7 @@ def test_a_win_rate_beside_a_part_that_falls_is_named(won: float, expected: int)
     model = facts()
     sides = {"before": side(0.3, 0.3, 0.9, thing=0.8), "model": side(0.3, 0.35, 0.9, thing=0.6)}
     model.chat["preferences"]["online"] = compared("rlvr", sides, won)
-    lines = caveat_lines(model, "**A reward rose and a part of it fell**: from rlvr to online")
+    lines = caveat_lines(model, "**A reward rose and a part of it fell**: from RLVR to online")
     assert len(lines) == expected
     if lines:
         assert "online won 0.545 (0.505 to 0.585) of 400 comparisons, and of its parts fell thing (0.800" in lines[0]
@@ -150,7 +157,7 @@ def test_a_task_that_falls_while_its_reward_rises_is_named() -> None:
     model = facts()
     sides = {"before": side(0.3, 0.3, 0.3, thing=0.8), "model": side(0.5, 0.1, 0.3, thing=0.5)}
     model.chat["preferences"]["dpo"] = compared("rlvr", sides)
-    (line,) = caveat_lines(model, "**A reward rose and its task fell**: from rlvr to dpo")
+    (line,) = caveat_lines(model, "**A reward rose and its task fell**: from RLVR to DPO")
     assert line.endswith("fell (0.300 ± 0.010 → 0.100 ± 0.010). What rose: no part by itself. What fell: thing (0.800 ± "
                          "0.010 → 0.500 ± 0.010).")  # fmt: skip
 
@@ -159,36 +166,36 @@ def test_what_changed_instead_of_the_task_is_beside_it() -> None:
     model = facts()
     model.chat["test"]["dpo"] = problems(0.8, 0.6, tokens=26.0)
     model.chat["preferences"]["dpo"]["sides"]["model"] = side(0.3, 0.3, 0.9)
-    (line,) = caveat_lines(model, "while dpo was trained")
+    (line,) = caveat_lines(model, "during DPO")
     assert line.endswith("; what changed instead: ending (0.300 ± 0.010 → 0.900 ± 0.010), the length of answers (20.0 → "
                          "26.0 tokens).")  # fmt: skip
     model.chat["test"]["dpo"] = problems(0.8, 0.6, tokens=24.0)
-    assert "length" not in caveat_lines(model, "while dpo was trained")[0]
+    assert "length" not in caveat_lines(model, "during DPO")[0]
 
 
 def test_the_task_and_the_parts_are_beside_the_win_rate() -> None:
     model = facts()
     model.chat["preferences"]["dpo"] = compared("rlvr", {"before": side(0.3, 0.3, 0.9), "model": side(0.5, 0.5, 0.1)})
     assert chat_tables.wins(model.chat["preferences"]) == [
-        "|  | dpo against rlvr |",
+        "|  | DPO against RLVR |",
         "|---|---|",
         "| requests: won, tied, lost | 400: 4, 5, 6 |",
         "| wins, ties as half (95 %) | 0.500 (0.460 to 0.540) |",
-        "| does what was asked (`task`) | 0.300 ± 0.010 → 0.500 ± 0.010 |",
-        "| preference reward | 0.300 ± 0.010 → 0.500 ± 0.010 |",
+        "| does what was asked (`task`) | 0.300±0.010 → 0.500±0.010 |",
+        "| preference reward | 0.300±0.010 → 0.500±0.010 |",
         "| parts of it that rose | none |",
-        "| parts of it that fell | ending 0.900 ± 0.010 → 0.100 ± 0.010 |",
+        "| parts of it that fell | ending 0.900±0.010 → 0.100±0.010 |",
     ]
     assert chat_tables.wins({}) == []
 
 
 def test_parts_of_the_reward_by_model() -> None:
     rows = chat_tables.reward_parts(facts().chat)
-    assert rows[0] == "| part of the reward | rlvr | dpo |"
+    assert rows[0] == "| part of the reward | RLVR | DPO |"
     assert rows[2:] == [
-        "| reward | 0.300 ± 0.010 | 0.600 ± 0.010 |",
-        "| task | 0.300 ± 0.010 | 0.600 ± 0.010 |",
-        "| ending | 0.300 ± 0.010 | 0.500 ± 0.010 |",
+        "| reward | 0.300±0.010 | 0.600±0.010 |",
+        "| task | 0.300±0.010 | 0.600±0.010 |",
+        "| ending | 0.300±0.010 | 0.500±0.010 |",
     ]
     assert chat_tables.reward_parts({}) == []
 

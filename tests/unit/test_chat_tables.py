@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from release.cards import chat_tables
+from release.cards import chat_tables, tables
 from stages.evaluation.contamination import scores_by_verdict
 from stages.evaluation.pass_at_k import Answer, summary
 from stages.evaluation.scores import pass_at_1
@@ -18,9 +18,8 @@ def test_a_model_with_judged_requests_only_has_no_row_of_problems() -> None:
         for n in range(3)
     ]  # fmt: skip
     scores = {"dpo": summary(answered)}
-    _, _, *rows = chat_tables.answers(scores)
-    (row,) = rows
-    assert row.startswith("| dpo | courtesy (preference reward) | 3 |")
+    rows = [line for line in chat_tables.answers(scores) if line.startswith("| courtesy")]
+    assert rows[0].startswith("| courtesy (preference reward) | DPO | 3 |")
     assert pass_at_1(scores) == {}
 
 
@@ -28,4 +27,27 @@ def test_a_kind_with_a_single_item_has_no_row_of_clean_scores() -> None:
     scores = {"a": ("sort", 1.0), "b": ("add", 1.0), "c": ("add", 0.0)}
     kinds = scores_by_verdict(scores, dict.fromkeys(scores, "clean"))
     lines = chat_tables.clean({"scores": {"solve-dpo": kinds}})  # type: ignore[typeddict-item]
-    assert [line.split(" | ")[1] for line in lines[2:]] == ["add"]
+    assert lines == ["For 1 of 1 scores every item is clean, so nothing changes."]
+
+
+def test_scores_on_clean_items_have_no_names_of_nodes() -> None:
+    scores = {"a": ("add", 1.0), "b": ("add", 1.0), "c": ("add", 0.0)}
+    kinds = scores_by_verdict(scores, {"a": "clean", "b": "clean", "c": "overlap"})
+    names = ("evaluate-mid", "solve-online-rlhf", "fresh-solve-dpo")
+    lines = chat_tables.clean({"scores": dict.fromkeys(names, kinds)})  # type: ignore[typeddict-item]
+    assert lines[0] == "For 0 of 3 scores every item is clean, so nothing changes. For the others:"
+    assert [line.split(" | ")[:2] for line in lines[4:]] == [
+        ["| add, in plain text", "mid-training"],
+        ["| add, in conversation", "online RLHF"],
+        ["| add, on new problems", "DPO"],
+    ]
+
+
+def test_no_table_is_wider_than_the_column_of_the_hub() -> None:
+    head = ["measure", *(f"model {n}" for n in range(9))]
+    lines = tables.table(head, [["bits per byte, docstrings", *["12.345 ± 0.678"] * 9]])
+    widths = [line.count("|") - 1 for line in lines if line.startswith("| measure")]
+    assert widths == [4, 4, 4] and lines.count("") == 2
+    assert all(line.startswith("| bits per byte, docstrings |") for line in lines if "±" in line)
+    assert sum(line.count("12.345±0.678") for line in lines) == 9
+    assert tables.table(["a", "b"], [["x" * 200, "1"]]) == ["| a | b |", "|---|---|", f"| {'x' * 200} | 1 |"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,16 +10,25 @@ import jinja2
 import pytest
 
 from release.assembly.model_facts import ModelFacts, Parameters
+from release.cards import card_tables
 from release.cards.render import TEMPLATES
 
 
 def card(phases: list[str], chat: dict[str, Any]) -> str:
     training: Any = dict.fromkeys(phases)
     model = ModelFacts("Qwen3ForCausalLM", {}, "float32", Parameters(1, 1, 1), {}, {}, {}, chat=chat, training=training)
-    release = SimpleNamespace(title="Tiny", description="A test.", version="0.1.0", contact=None)
+    names: Any = dict(name="tiny", namespace="local", title="Tiny", description="A test.")
+    release = SimpleNamespace(version="0.1.0", contact=None, **names)
     template = jinja2.Template((TEMPLATES / "model.md.jinja").read_text())
     return template.render(
-        release=release, model=model, title="", trained_by="SFT", repo="local/tiny", t={}, sections=[]
+        release=release,
+        model=model,
+        title="",
+        trained_by="SFT",
+        repo="local/tiny",
+        t=defaultdict(str),
+        sections={},
+        folded=card_tables.folded,
     )
 
 
@@ -26,7 +36,7 @@ def card(phases: list[str], chat: dict[str, Any]) -> str:
 def test_a_model_that_was_trained_to_converse_is_called_so(chat: dict[str, Any]) -> None:
     text = card(["pretrain", "midtrain", "sft"], chat)
     assert "It was trained to converse" in text and "vllm serve --config serve.yaml" in text
-    assert "no dialogue was trained" not in text and ("as for pass@k below" in text) == bool(chat)
+    assert "no dialogue was trained" not in text and ("as for pass@k above" in text) == bool(chat)
 
 
 def test_another_model_is_called_a_base_model() -> None:

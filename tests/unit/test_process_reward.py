@@ -170,8 +170,8 @@ def test_the_log_and_the_card_have_the_parts() -> None:
              for n in range(8)]  # fmt: skip
     facts = ModelFacts("Qwen3MoeForCausalLM", {}, None, {}, {}, {}, {}, training={"rlvr": training.log_facts(lines)})
     assert training_tables.process_rewards(facts)[2:] == [
-        "| rlvr | trace | steps | 1.000 ± 0.000 | 1.000 ± 0.000 |",
-        "| rlvr | trace | task | 0.062 ± 0.062 | 0.812 ± 0.062 |",
+        "| RLVR | trace | steps | 1.000±0.000 | 1.000±0.000 |",
+        "| RLVR | trace | task | 0.062±0.062 | 0.812±0.062 |",
     ]
     facts.training["rlvr"] = training.log_facts([{k: v for k, v in line.items() if k != "parts"} for line in lines])
     assert training_tables.process_rewards(facts) == []

@@ -92,7 +92,7 @@ def test_names_are_those_that_were_published() -> None:
 def test_a_card_shows_every_registered_table_and_no_other() -> None:
     for template, registered in CARDS.items():
         shown = set(re.findall(r"\bt\.(\w+)", (render.TEMPLATES / template).read_text()))
-        names = [table.name for table in registered if not table.heading]
+        names = [table.name for table in registered if not table.heading and not table.until]
         assert len(names) == len(set(names)), f"two tables of {template} have one name"
         for name in sorted(set(names) - shown):
             raise AssertionError(f"release/cards/{template} shows no table {name}; write {{{{ t.{name} }}}} into it")

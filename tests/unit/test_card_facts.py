@@ -1,0 +1,75 @@
+"""What the cards show beside the figures: answers by a rule, hyper-parameters, changes since the version before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import AtomError
+from release.assembly.changes import Changes, _leaves, compare, read_changes
+from release.assembly.example_answers import SHOWN, read_examples, settings_of
+from release.assembly.model_facts import ModelFacts, Parameters
+from release.cards import chat_tables, tables, training_tables
+from tests.fixtures.release_fixtures import table
+
+
+def test_answers_are_chosen_by_their_ids(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"{kind}/{n}", "kind": kind, "sample": sample, "text": f"answer {n}", "reward": reward}
+        for kind, rewards in {"add": (1.0, 0.0, 1.0, 1.0), "courtesy": (0.4, 0.5, 0.6, 0.7)}.items()
+        for n, reward in enumerate(rewards)
+        for sample in (0, -1)
+    ]
+    table(tmp_path / "evaluation/test/sft/answers.parquet", rows[::-1])
+    questions = [{"id": row["id"], "question": f"ask {row['id']}"} for row in rows]
+    (tmp_path / "evaluation/chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    examples = read_examples(tmp_path, "sft")
+    assert [(row.kind, row.right, row.request) for row in examples] == [
+        ("add", True, "ask add/0"), ("add", True, "ask add/2"), ("add", False, "ask add/1"),
+    ]  # fmt: skip
+    assert SHOWN == 2 and chat_tables.examples(examples)[2] == "- add, right: `ask add/0` → `answer 0`"
+    assert read_examples(tmp_path, "base") == [] and chat_tables.examples([]) == []
+
+
+def test_a_model_without_conversation_has_continuations(tmp_path: Path) -> None:
+    rows = [{"id": "add/0", "task": "add", "prompt": "1+1=", "output": "2|\n`x` <b>", "score": 1}]
+    table(tmp_path / "evaluation/base/items.parquet", rows)
+    (line,) = chat_tables.examples(read_examples(tmp_path, "base"))[2:]
+    assert line == "- add, right: `1+1=` → `2/ 'x' <b>`"
+
+
+def test_hyper_parameters_of_each_phase() -> None:
+    optimizer = {"lr": 3e-3, "final_lr": 3e-4, "warmup_steps": 20}
+    recipe: dict[str, Any] = {
+        "pretrain": {"steps": 6000, "optimizer": optimizer, "batch": {"global_tokens": 4096}},
+        "long_context": [{"steps": 5}, {"steps": 7}], "online_rlhf": {"num_generations": 4}, "sft": "damaged",
+    }  # fmt: skip
+    phases: Any = dict.fromkeys(("pretrain", "longcontext-2", "sft", "online-rlhf"))
+    model = ModelFacts("Qwen3ForCausalLM", {}, None, Parameters(1, 1, 1), {}, {}, {}, training=phases)
+    lines = training_tables.settings(recipe, model)
+    assert lines[0] == "| setting | pre-training | long-context training 2 | SFT | online RLHF |"
+    assert lines[2] == "| steps | 6,000 | 7 |  |  |" and "| peak learning rate | 0.003 |  |  |  |" in lines
+    assert lines[-1] == "| answers to a request |  |  |  | 4 |"
+    assert training_tables.settings({}, model) == [] and settings_of(recipe, "longcontext-9") == {}
+
+
+def test_changes_since_the_version_before(tmp_path: Path) -> None:
+    sections = [{"name": "x", "e": 3}]
+    leaves = {"a.b": 1, "c": [1, 2], "d.x.name": "x", "d.x.e": 3}
+    assert dict(_leaves({"a": {"b": 1}, "c": [1, 2], "d": sections})) == leaves
+    with pytest.raises(AtomError, match="is no release folder; --previous takes one that `atom build` made"):
+        compare(tmp_path, {}, None)  # type: ignore[arg-type]
+    assert read_changes(tmp_path) is None and len(tables.changes(None)) == 1
+    figures = {"right, in plain text": [{"value": 0.5, "se": 0.1}, {"value": 0.75, "se": 0.1}]}
+    body = {"version": "0.1.0", "settings": [["pretrain.steps", 60, 90]], "figures": figures}
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence/changes.json").write_text(json.dumps(body))
+    assert tables.changes(read_changes(tmp_path)) == [
+        "Since version 0.1.0, settings of the recipe:", "", "- `pretrain.steps`: 60 → 90", "",
+        "Figures of the final model:", "", "- right, in plain text: 0.500 ± 0.100 → 0.750 ± 0.100",
+    ]  # fmt: skip
+    many = Changes("0.1.0", [(f"s{n}", None, n) for n in range(50)], {})
+    assert tables.changes(many)[-1] == "- 20 further settings" and len(tables.changes(many)) == 33
