@@ -5,43 +5,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.fixtures import ROOT, page_fixtures
-from tests.fixtures.run_fixtures import SOAK, UNTRACKED, at_length
+from tests.fixtures.run_fixtures import SOAK, at_length
 
-PAGES = ROOT / "docs/tutorials"
 AT_LENGTH = "run: at length"
 NOTES = (AT_LENGTH,) if SOAK else ()
-
-
-def reader(folder: Path) -> dict[str, str]:
-    """Makes a folder a checkout as a reader has it, with `runs` still to come. Returns the environment: the commands `atom`
-    and `python` are those of this environment."""
-    for name in ("docs", "examples", "pipeline", "tests"):
-        (folder / name).symlink_to(ROOT / name)
-    for name, arguments in (("atom", "-P -m pipeline.cli "), ("python", "")):
-        command = folder / ".bin" / name
-        command.parent.mkdir(exist_ok=True)
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
-        command.chmod(0o755)
-    path = f"{folder / '.bin'}:{os.environ['PATH']}"
-    environment = {**UNTRACKED, **os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    environment.pop("ATOM_HOME", None)
-    return environment
 
 
 @pytest.fixture(scope="module")
 def place(smoke_home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("reader")
-    environment = reader(folder)
+    environment = page_fixtures.checkout(folder)
     shutil.copytree(smoke_home, folder / "runs")
-    page_fixtures.run(PAGES / "first-release.md", folder, environment)
+    page_fixtures.run(page_fixtures.TUTORIALS / "first-release.md", folder, environment)
     return folder, environment
 
 
@@ -50,13 +33,15 @@ def test_the_first_release_is_there(place: tuple[Path, dict[str, str]]) -> None:
     assert (place[0] / "runs/releases/atom-smoke-0.1.0/evidence/SHA256SUMS").is_file()
 
 
-@pytest.mark.parametrize("name", ["audit", "own-corpus", "fine-tune", "cluster"])
+@pytest.mark.parametrize(
+    "name", ["audit", "own-corpus", pytest.param("fine-tune", marks=at_length("release", 60)), "cluster"]
+)
 def test_a_tutorial_runs_to_its_end(place: tuple[Path, dict[str, str]], name: str) -> None:
-    page_fixtures.run(PAGES / f"{name}.md", *place, NOTES)
+    page_fixtures.run(page_fixtures.TUTORIALS / f"{name}.md", *place, NOTES)
 
 
 def test_the_notebook_runs_to_its_end(place: tuple[Path, dict[str, str]]) -> None:
-    notebook = json.loads((PAGES / "audit.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((page_fixtures.TUTORIALS / "audit.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(cells) >= 5 and all(cell["outputs"] == [] for cell in cells)
     code = "\n".join("".join(cell["source"]) for cell in cells)
@@ -69,11 +54,23 @@ def test_the_notebook_runs_to_its_end(place: tuple[Path, dict[str, str]]) -> Non
 
 @at_length("release", 300)
 def test_the_first_tutorial_needs_nothing_before(tmp_path: Path) -> None:
-    page_fixtures.run(PAGES / "first-release.md", tmp_path, reader(tmp_path))
+    page_fixtures.run(page_fixtures.TUTORIALS / "first-release.md", tmp_path, page_fixtures.checkout(tmp_path))
+
+
+def test_the_page_of_metrics_has_every_curve_of_a_run(smoke_home: Path) -> None:
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    names = {name for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)}
+    patterns = [re.compile(re.sub(r"<\w+>|…", r"\\w+", name)) for name in names if name[0] != "<"]
+    curves: set[str] = set()
+    for path in smoke_home.glob("logs/*/*/metrics.jsonl"):
+        curves |= {name for line in path.read_text().splitlines() for name in json.loads(line)}
+    assert len(curves) > 30
+    missing = {name for name in curves - {"time", "step"} if not any(p.fullmatch(name) for p in patterns)}
+    assert not missing
 
 
 def test_every_block_is_run_or_says_who_runs_it() -> None:
-    for page in sorted(PAGES.glob("*.md")):
+    for page in sorted(page_fixtures.TUTORIALS.glob("*.md")):
         for block in page_fixtures.blocks(page):
             assert block.language in page_fixtures.LANGUAGES and (block.language != "yaml" or block.file), block
             assert block.note is None or block.note.startswith(("run: ", "not run: ")), block

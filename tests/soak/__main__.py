@@ -100,7 +100,7 @@ PARTS = {
     ),
     "slurm-stages": Part(
         test_steps(
-            *(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "relaunch", "nodes", "verdicts", "watch"))
+            *(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "relaunch", "nodes", "verdicts", "watch", "tutorial"))
         ),
         ["tests", "result"], "The tests on Slurm at length: kills, node failures, daemons, a full disk.",
     ),
