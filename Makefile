@@ -17,10 +17,12 @@ VENV_NEMO     ?= .venv-nemo
 VENV_RUNTIMES ?= .venv-runtimes
 # Transformer Engine on the CPU, and Megatron-Bridge, which wants an older transformers.
 VENV_TE       ?= .venv-te
+# What builds the documentation site.
+VENV_SITE     ?= .venv-site
 LATEST_TESTS  := tests/integration/test_fake_fp8.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
 	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_layouts.py tests/integration/test_export.py
 
-.PHONY: help demo check test tests test-latest test-processors test-vllm test-runtimes test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak lint lock docs clean
+.PHONY: help demo check test tests test-latest test-processors test-vllm test-runtimes test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak lint lock docs site clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
@@ -38,6 +40,7 @@ help:
 	@echo "make soak PART=layouts   a part of the long tests (at most 90 minutes each, resumable); without PART: lists them; STEP=\"seed 0\": one step"
 	@echo "make lint    linters and types only"
 	@echo "make docs    generate docs/cli.md and docs/configuration.md from the commands and the schemas"
+	@echo "make site    build the documentation site from docs/ into site/; a link that leads nowhere is an error"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt and requirements/"
 	@echo "make clean   remove the environment and everything produced"
 
@@ -130,6 +133,17 @@ soak: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+
+$(VENV_SITE)/.ready: requirements/site.lock
+	$(PYTHON) -m venv $(VENV_SITE)
+	$(VENV_SITE)/bin/python -m pip install --quiet --require-hashes -r requirements/site.lock
+	@touch $@
+
+# The pages lie beside theirs as Markdown, to which llms.txt leads.
+site: $(VENV_SITE)/.ready
+	rm -rf site
+	$(VENV_SITE)/bin/zensical build --strict
+	cd docs && find . -name '*.md' -exec cp --parents -t ../site {} +
 
 lock:
 	rm -rf build/lock

@@ -37,6 +37,8 @@ IMAGE_PYTHON = "3.12"
 """That of NVIDIA's PyTorch image, on which the images of containers/ are built."""
 IMAGE_EXTRAS = ("data", "harness", "hub", "report", "rl", "track", "train")
 VLLM = "vllm==0.32.0"
+SITE = "zensical==0.0.73"
+"""Later versions need `zensical-ui`, which the package index does not have."""
 HEAD = "# Written by `make lock`; docs/install.md explains it. Do not edit.\n"
 
 
@@ -76,6 +78,11 @@ def write_image() -> None:
     (HERE / "vllm.lock").write_text(HEAD + "\n".join(compile_entries(IMAGE_PYTHON, "-", stdin=VLLM)) + "\n")
 
 
+def write_site() -> None:
+    """site.lock."""
+    (HERE / "site.lock").write_text(HEAD + "\n".join(compile_entries("3.11", "-", stdin=SITE)) + "\n")
+
+
 def cpu_torch(torch: str, python: str) -> str:
     """The entry of the CPU build of this torch that pip finds without an index; empty if there is none."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,6 +115,7 @@ def main() -> None:
     write_te()
     write_gpu()
     write_image()
+    write_site()
 
 
 if __name__ == "__main__":

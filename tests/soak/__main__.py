@@ -101,7 +101,7 @@ PARTS = {
     ),
     "slurm-stages": Part(
         test_steps(
-            *(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "relaunch", "nodes", "users", "verdicts", "watch"))
+            *(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "relaunch", "nodes", "users", "verdicts", "watch", "tutorial"))
         ),
         ["tests", "result"], "The tests on Slurm at length: kills, node failures, daemons, a full disk.",
     ),
@@ -163,7 +163,7 @@ PARTS = {
         test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("big_uploads", "continue", "demo", "downstream", "failures", "hub_limits", "lora", "other_platforms", "prediction", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "wheel", "damaged_home"))),
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("big_uploads", "continue", "demo", "downstream", "failures", "hub_limits", "lora", "other_platforms", "prediction", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "tutorials", "wheel", "damaged_home"))),
         ["tests", "result"], "Every request of a publication fails once, and a thousand bytes of a release are flipped.",
     ),
 }  # fmt: skip

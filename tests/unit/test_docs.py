@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -12,12 +14,13 @@ from typer.main import get_command
 
 from pipeline.cli.main import app
 from tests.fixtures import ROOT
+from tests.fixtures.page_fixtures import FENCE
 
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
-PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").glob("*.md"))]
-LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)")
+DOCS = ROOT / "docs"
+PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted(DOCS.rglob("*.md"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 URL = re.compile(r"https?://[^\s`)|,;'\"]+")
-FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 FOLDERS = ("containers/", "pipeline/", "stages/", "release/", "data_recipes/", "tests/", "docs/", "bench/")
 FILE = re.compile(r"[\w./-]+\.(?:py|md|yaml|toml|jinja|txt)")
@@ -57,6 +60,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{page.name}: {target}"
         assert not fragment or fragment in anchors(file), f"{page.name}: {target}"
+        assert DOCS not in page.parents or DOCS in file.parents, f"{page.name}: {target} is not part of the site"
+
+
+def test_the_navigation_has_every_page_once() -> None:
+    def listed(entries: list[dict[str, Any]]) -> list[str]:
+        contents = [content for entry in entries for content in entry.values()]
+        return [page for each in contents for page in ([each] if isinstance(each, str) else listed(each))]
+
+    navigation = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
+    assert sorted(listed(navigation)) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
 @pages
@@ -79,6 +92,7 @@ def test_files_in_backticks_exist(page: Path) -> None:
 def test_commands_exist_with_their_options(page: Path) -> None:
     known = get_command(app).commands  # type: ignore[attr-defined]
     for command in commands(page.read_text()):
+        command = re.split(r" \|\|? ", command)[0]
         words = shlex.split(re.sub(r"[\[\]<>…|()]", " ", command))[1:]
         if words[0] in ("--help", "--version"):
             continue
@@ -99,6 +113,14 @@ def test_prose_is_narrow(page: Path) -> None:
         else:
             text = URL.sub("", re.sub(r"\]\([^)\s]+\)", "]", line))
             assert len(text) <= LINE_WIDTH, f"{page.name}: {line}"
+
+
+@pages
+def test_a_list_is_no_part_of_a_paragraph(page: Path) -> None:
+    """The site wants a blank line before a list, which GitHub does not."""
+    for paragraph in re.split(r"\n\s*\n", FENCE.sub("", page.read_text())):
+        if item := re.search(r"^- .*", paragraph, re.MULTILINE):
+            assert paragraph.lstrip("\n").startswith("- "), f"{page.name}: put a blank line before {item[0]!r}"
 
 
 def test_something_was_looked_at() -> None:
