@@ -151,7 +151,7 @@ class Screen:
         from rich.text import Text
 
         from pipeline.graph import run as runs
-        from pipeline.operations import snapshot
+        from pipeline.tracking import snapshot
 
         lines = [Text()]
         try:

@@ -219,7 +219,10 @@ def _value(figure: Any, path: str, digits: int, share: bool = False) -> Markup:
 
 
 def _caveats(facts: PageFacts) -> Markup:
-    sentences = [*caveats.caveat_sentences(facts.final), *caveats.unread(facts.final.scores, facts.data.order)]
+    sentences = [
+        *caveats.caveat_sentences(facts.final),
+        *caveats.data_of_regressions(facts.final.scores, facts.data.order),
+    ]
     return markdown_html.blocks(sentences)
 
 
