@@ -87,8 +87,8 @@ def set_tasks(home: Path, stages: int, tasks: int) -> None:
     for n, name in enumerate(names):
         run.note_job(name, str(n + 1), False, *(("99999", 3 * tasks) if name == names[-1] and tasks else ()))
     owners = [Owner(RUN, name, f"{name}-key").comment for name in names]
-    lines = [f"{n + 1}|PENDING||0:00|Priority|{owner}" for n, owner in enumerate(owners)]
-    lines += [f"99999_{n}|RUNNING|n{n}|1:00|None|{owners[-1]}" for n in range(tasks)]
+    lines = [f"{n + 1}|PENDING||0:00|Priority|root|{owner}" for n, owner in enumerate(owners)]
+    lines += [f"99999_{n}|RUNNING|n{n}|1:00|None|root|{owners[-1]}" for n in range(tasks)]
     (home / "squeue.txt").write_text("\n".join(lines) + "\n")
 
 
