@@ -44,7 +44,7 @@ def build(
 
 @app.command()
 def site(release: ReleaseArgument) -> None:
-    """Write the page of a release for people: results, data, removals, search, curves, outputs, lineage, costs.
+    """Write the page of a release for people.
 
     `atom build` has written it. This command makes it again, after an update of atom: `site/index.html` opens in any
     browser, without a server and without a network. `atom verify` compares it with the other files of the release.

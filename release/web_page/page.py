@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from pipeline.core.text import escaped
@@ -82,6 +81,8 @@ def read_facts(folder: Path, outputs: list[Written], contamination: tuple[list[s
 
 def render(facts: PageFacts) -> str:
     """The page. It is allowed to run its own script and to load scripts beside it, and nothing else."""
+    import jinja2  # which `verify` needs for this alone
+
     script, style = ((FOLDER / name).read_text(encoding="utf-8") for name in (SCRIPT, STYLE))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),

@@ -23,10 +23,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     nodes = [{"name": name, "stage": "acquire", "key": f"{name}-0123456789ab", "inputs": {}} for name in names]
     run = Run("tiny-1", tmp_path / "logs/tiny-1", {"id": "tiny-1", "recipe": "tiny", "nodes": nodes})  # type: ignore[typeddict-item]
     run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text("{}")  # its owner is the run's
     for n, name in enumerate(names):
         run.note_job(name, str(n + 1), False)
-    waits = f"1|PENDING||0:00|ReqNodeNotAvail|{Owner(run.id, names[0], nodes[0]['key']).comment}"
-    ended = f"2|OUT_OF_MEMORY|0:125|n1|1:00|{Owner(run.id, names[1], nodes[1]['key']).comment}"
+    waits = f"1|PENDING||0:00|ReqNodeNotAvail|root|{Owner(run.id, names[0], nodes[0]['key']).comment}"
+    ended = f"2|OUT_OF_MEMORY|0:125|n1|1:00|root|{Owner(run.id, names[1], nodes[1]['key']).comment}"
     (tmp_path / "bin").mkdir()
     for name, line in {"squeue": waits, "sacct": ended, "sinfo": "n1|bad fan"}.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/calls\necho '{line}'\n")
