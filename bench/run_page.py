@@ -256,7 +256,7 @@ def main() -> None:
     commit = facts["commit"] and f"commit `{facts['commit'][:12]}`"
     about = (
         f"Release {facts['name']} {facts['version']}, made by {commit or 'code outside a repository'} on "
-        f"{device or 'a device without a name'}. All figures are of this one run."
+        f"{device or 'a device without a name'}.\nAll figures are of this one run."
     )
     axes = f"## Three axes\n\n![Held-out loss, validation accuracy and pass@k against tokens]({drawing.name})"
     parts = [head, MARK, about, loss_tables(losses), reward_tables(evaluation), axes, preference_table(evaluation)]
