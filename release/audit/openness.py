@@ -27,8 +27,10 @@ from release.layout import (
     GATES,
     MODEL,
     ORIGINS,
+    PAGE,
     REFERENCES,
     SIGNATURE,
+    SITE,
     TRAINING,
     WITHOUT_ORDER,
     numbered,
@@ -193,7 +195,7 @@ def _replay(release: Published) -> Answer:
             Plan.read(source, phase, *select_steps(source, phase, None, None))
         except (AtomError, KeyError, TypeError, ValueError, AttributeError) as error:
             reasons.append(f"{phase} ({error})")
-    command = f"`atom replay . --phase PHASE` has all it needs of {', '.join(release.phases)}"
+    command = f"`atom replay . PHASE` has all it needs of {', '.join(release.phases)}"
     evidence = ["checkpoints", "dataset", "evidence/statements"]
     return _complete(reasons, len(release.phases), command, "not of", evidence)
 
@@ -216,11 +218,6 @@ def _signatures(release: Published) -> Answer:
     missing = release.without({path: path for path in places})
     whole, present = f"{len(places)} repositories and branches", [path for path in places if path not in missing]
     return _complete(missing, len(places), whole, "`atom sign` has not written", present)
-
-
-def _one_of(release: Published, patterns: Sequence[str], what: str) -> Answer:
-    paths = [path.relative_to(release.folder).as_posix() for p in patterns for path in release.folder.glob(p)]
-    return ("Y", what, paths) if paths else ("N", f"there is no {what}", [])
 
 
 def _of_standards(release: Published, paths: Sequence[str], reason: Callable[[], str]) -> Answer:
@@ -271,7 +268,11 @@ def _framework(release: Published) -> Answer:
 
 @_row("data browser")
 def _browser(release: Published) -> Answer:
-    return _one_of(release, ["site/index.html"], "page that shows and searches the data")
+    search = f"{SITE}/search/about.js"
+    if missing := release.without({"page that shows the data": PAGE, "search in the kept documents": search}):
+        has_page = len(missing) == 1 and (release.folder / PAGE).exists()
+        return "P" if has_page else "N", f"there is no {missing[0]}", [PAGE] * has_page
+    return "Y", "a page that shows the data and searches the kept documents", [PAGE, search]
 
 
 @_row("tracing")
