@@ -30,19 +30,17 @@ def inline(text: str) -> Markup:
 
 
 def blocks(lines: Iterable[str], links: Mapping[str, str] | None = None) -> Markup:
-    """Lines of Markdown as HTML. links: {text of a head of a column or a row: path of its file}."""
+    """Lines of Markdown as HTML; an empty line ends a table or a list. links: {text of a head of a column or a row:
+    path of its file}."""
     groups: list[list[str]] = []
+    before = ""
     for line in lines:
-        kind = line[:1] if line[:1] in "|-" else "text"
-        if groups and line and groups[-1] and _kind(groups[-1]) == kind and kind != "text":
+        if line.startswith(("|", "-")) and line[:1] == before[:1]:
             groups[-1].append(line)
         elif line:
             groups.append([line])
+        before = line
     return Markup("").join(_block(group, links or {}) for group in groups)
-
-
-def _kind(group: Sequence[str]) -> str:
-    return group[0][:1] if group[0][:1] in "|-" else "text"
 
 
 def _block(group: Sequence[str], links: Mapping[str, str]) -> Markup:

@@ -77,10 +77,10 @@ const onHub = /(^|\.)(huggingface\.co|hf\.space)$/.test(location.hostname);
 function hubAddress(path) {
   const [top, ...rest] = path.split("/");
   const escaped = (names) => names.map(encodeURIComponent).join("/");
-  const view = path.endsWith("/") || !/\.[a-z0-9]+$/i.test(path) ? "tree" : "blob";
+  const view = /(\.[A-Za-z0-9]+|(^|\/)[A-Z][A-Za-z0-9]+)$/.test(path) ? "blob" : "tree"; // NOTICE and LICENSE are files
   const hub = "https://huggingface.co/", name = DATA.repository;
   if (top === "dataset") return `${hub}datasets/${name}-data/${view}/main/${escaped(rest)}`;
-  if (top === "checkpoints" && rest.length) return `${hub}${name}-checkpoints/${view}/${escaped(rest.length > 1 ? rest : [rest[0]])}`;
+  if (top === "checkpoints") return `${hub}${name}-checkpoints/${view}/${escaped(/-step-\d+$/.test(rest[0]) ? rest : ["main", ...rest])}`;
   if (/^model(-|$)/.test(top)) return `${hub}${name}${top.slice(5)}/${view}/main/${escaped(rest)}`;
   if (/^variant-/.test(top)) return `${hub}${name}${top.slice(7)}/${view}/main/${escaped(rest)}`;
   return `${hub}datasets/${name}-evidence/${view}/main/${escaped([top, ...rest])}`;

@@ -110,7 +110,8 @@ def render(facts: PageFacts) -> str:
         measured=_measured(facts),
         sources=_sources(facts),
         seen=markdown_html.blocks(
-            tables.order(facts.data), {phase: f"dataset/order/{phase}/meta.json" for phase in facts.data.order}
+            tables.order(facts.data),
+            {tables.title(phase, tables.PHASES): f"dataset/order/{phase}/meta.json" for phase in facts.data.order},
         ),
         data_tables=_sections(card_tables.DATA_TABLES, facts.data, DATA_SHOWN),
         removals=removals.read_removals(facts.folder / "dataset"),
@@ -249,22 +250,24 @@ CONTAMINATION_SHOWN = {
 }  # fmt: skip
 
 
+IN_PLAIN_TEXT = ("evaluation", "passkeys", "positions")
+"""Tables of MODEL_SHOWN whose columns are from `dataset/evaluation/<model>/scores.json`."""
+
+
 def _measured(facts: PageFacts) -> list[tuple[str, Markup]]:
-    return _sections(card_tables.MODEL_TABLES, facts.final, MODEL_SHOWN, _score_links(facts))
-
-
-def _score_links(facts: PageFacts) -> dict[str, str]:
-    """{title of a model's column: its scores}"""
     titles = tables.titles(facts.data.evaluation)
-    return {title: f"dataset/evaluation/{model}/scores.json" for model, title in titles.items()}
+    scores = {title: f"dataset/evaluation/{model}/scores.json" for model, title in titles.items()}
+    return _sections(card_tables.MODEL_TABLES, facts.final, MODEL_SHOWN, dict.fromkeys(IN_PLAIN_TEXT, scores))
 
 
 def _sections(
-    registered: Any, facts: Any, titles: Mapping[str, str], links: Mapping[str, str] | None = None
+    registered: Any, facts: Any, titles: Mapping[str, str], links: Mapping[str, Mapping[str, str]] | None = None
 ) -> list[tuple[str, Markup]]:
-    """(title, content) of the tables that are not empty, in the order of `titles`."""
-    lines = card_tables.lines_by_table(registered, facts)
-    return [(title, markdown_html.blocks(lines[name], links)) for name, title in titles.items() if lines.get(name)]
+    """(title, content) of the tables that are not empty, in the order of `titles`. links: by table."""
+    lines, links = card_tables.lines_by_table(registered, facts), links or {}
+    return [
+        (title, markdown_html.blocks(lines[name], links.get(name))) for name, title in titles.items() if lines.get(name)
+    ]
 
 
 def _sources(facts: PageFacts) -> Markup:

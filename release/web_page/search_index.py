@@ -5,7 +5,7 @@ divided by the number of these parts. `search/documents-N` has the rows of PER_P
 of its words and of the hits that it shows.
 
 Documents are streamed once, in the order of the tables. Their postings go to bins on the disk, and so do the rows of
-the orders; a bin holds what one part needs. In memory are 4 bytes for each document, and one bin.
+the orders; a bin holds what one part needs. In memory are 4 bytes for each document, one bin, and the ids of one part.
 """
 
 from __future__ import annotations

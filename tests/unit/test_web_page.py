@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from release.cards import tables
 from release.web_page import charts, curves, markdown_html, search_index
 from release.web_page.script_parts import PartWriter, embedded
 from release.web_page.spill import Spill
@@ -27,12 +28,16 @@ def test_nothing_in_embedded_json_is_markup(tmp_path: Path) -> None:
 
 
 def test_tables_lists_and_links_escape_everything() -> None:
-    table = ["| measure | base |", "|---|---|", "| <b>x</b> \\| y | 1.5 |", ""]
-    lines = [*table, "- **bold** <i>", "- two", "text & more"]
+    rows = ["| measure | base |", "|---|---|", "| <b>x</b> \\| y | 1.5 |", ""]
+    lines = [*rows, "- **bold** <i>", "- two", "text & more"]
     html = markdown_html.blocks(lines, {"base": "dataset/a b#c.json"})
     assert "<b>x</b>" not in html and "&lt;b&gt;x&lt;/b&gt; | y" in html and '<td class="number">1.5</td>' in html
     assert '<a class="file" href="../dataset/a%20b%23c.json" data-path="dataset/a b#c.json">base</a>' in html
     assert "<ul><li><b>bold</b> &lt;i&gt;</li><li>two</li></ul><p>text &amp; more</p>" in html
+    two = markdown_html.blocks(
+        tables.table(["measure", *(f"model {'w' * 30} {n}" for n in range(5))], [["x", *"12345"]])
+    )
+    assert two.count("<table>") > 1 and "---" not in two, "a wide table of a card is several"
     link = markdown_html.file_link("javascript:alert(1)//\"'>")
     assert 'href="../javascript%3Aalert' in link and "\"'>" not in link, (
         "every link begins in the folder of the release"
