@@ -271,13 +271,13 @@ def summary(release: Path, hub: Path, seconds: float) -> None:
     import shutil
 
     from release.audit import show
+    from release.layout import PAGE
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else show.WIDTH
     print(f"\n{show.text(show.facts_of(release), width)}\n")
-    path, page = _short_path(release), release / "site/index.html"
+    path = _short_path(release)
     print(f"release       {path}\nlocal Hub     {_short_path(hub)}\nmodel card    {path}/model/README.md")
-    if page.exists():
-        print(f"page          {page.resolve().as_uri()}")
+    print(f"page          {(release / PAGE).resolve().as_uri()}")
     print(f"time          {duration(seconds)}; a second run uses what is sealed")
     print(
         "\nWhat to try next\n"
