@@ -39,7 +39,7 @@ PROVES = {
 STAGES_PROVE = {
     "acquire": "the origin and the license of each document",
     "filter": "why each document was removed, by rule and value",
-    "dedup": "no near duplicate and no evaluation problem is left",
+    "dedup": "which duplicates and evaluation problems it removed",
     "tokenize": "each token has a document and a place in it",
     "order": "which documents each step reads, before it reads them",
     "pretrain": "checkpoints that anybody can train on from",

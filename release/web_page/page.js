@@ -153,7 +153,7 @@ window.atomSearch = async (query) => (await matches(query)).hits;
 function seenBy(seen, phases) {
   const list = make("ul");
   if (!seen.length) {
-    list.append(make("li", {}, "No phase read it from its order."));
+    list.append(make("li", {}, "No step in the orders of this run read it."));
     return list;
   }
   let first = null;
@@ -195,17 +195,17 @@ function hit(row, phases, words) {
   return item;
 }
 
-let asked = 0;
+let latest = 0;
 
 async function search(query) {
-  const turn = ++asked, status = byId("search-status"), list = byId("hits"), pager = byId("search-more");
+  const turn = ++latest, status = byId("search-status"), list = byId("hits"), pager = byId("search-more");
   list.replaceChildren();
   pager.hidden = true;
   status.textContent = query.trim() ? "Searching …" : "";
   if (!query.trim()) return;
   try {
     const { words, hits, about, missing } = await matches(query);
-    if (turn !== asked) return;
+    if (turn !== latest) return;
     const known = new Set(words);
     const scope = about.documents < about.of ? `${count(about.documents)} searchable of ${count(about.of)}` : count(about.of);
     status.textContent = missing ? `No document has the word ${missing.join(", ")}.` : `${plural(hits.length, "document")} of ${scope} with all words.`;
@@ -213,7 +213,7 @@ async function search(query) {
     const more = async () => {
       const next = hits.slice(shown, shown + SHOWN);
       const rows = await Promise.all(next.map(([n]) => part(`search/documents-${Math.floor(n / about.perPart)}`)));
-      if (turn !== asked) return;
+      if (turn !== latest) return;
       next.forEach(([n], at) => list.append(hit(rows[at][n % about.perPart], about.phases, known)));
       shown += next.length;
       pager.hidden = shown >= hits.length;

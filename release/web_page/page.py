@@ -92,8 +92,7 @@ def render(facts: PageFacts) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= {
-        "file": file_link, "blocks": markdown_html.blocks, "count": tables.count, "short": charts.short,
-        "shown": escaped, "table": markdown_html.table,
+        "file": file_link, "count": tables.count, "short": charts.short, "shown": escaped,
     }  # fmt: skip
     return environment.get_template(TEMPLATE).render(
         facts=facts,
@@ -174,10 +173,10 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
         tiles.append((f"{rates[last]['value']:.3f}", "pass@1 in conversation: drawn answers that are right", link))
     if (report := final.contamination) is not None:
         counts = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
-        found = sum(verdicts["contaminated"] for verdicts in counts)
+        overlapping = sum(verdicts["contaminated"] for verdicts in counts)
         link = file_link("dataset/evaluation/contamination/report.json", "report.json")
         items = sum(sum(verdicts.values()) for verdicts in counts)
-        tiles.append((f"{found} of {items:,}", "test items found in the training data", link))
+        tiles.append((f"{overlapping} of {items:,}", "test items found in the training data", link))
     gates = read_json(facts.folder / GATES)
     passed = sum(gate["ok"] for gate in gates.values())
     tiles.append((f"{passed} of {len(gates)}", "gates passed", file_link(GATES, "gates.json")))
