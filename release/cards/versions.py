@@ -14,7 +14,7 @@ ESCAPED = 3
 """The schema that introduced the escaping of unprintable characters in model output."""
 FIGURES: dict[str, int] = {}
 """{figure of a scores.json, with dots between names: the schema that added it}. Older files may lack it."""
-PARTS = {"metadata": 2, "plots": 2, "eval_results": 4, "croissant": 4, "attestations": 2, "standards": 4, "page": 4}
+PARTS = {"metadata": 2, "plots": 2, "eval_results": 4, "croissant": 4, "attestations": 2, "standards": 4, "page": 5}
 """{part other than a table: the schema in which it last changed}. In an older card it is not compared."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,37 +39,68 @@ TITLES = {
 class Curve:
     """A curve in at most BUCKETS points, whatever its length. width: steps of a point."""
 
-    width: float
+    width: int = 1
     sums: dict[int, list[float]] = field(default_factory=dict)
 
     def add(self, step: int, value: float) -> None:
         if not math.isfinite(value):
             return
-        row = self.sums.setdefault(int(step / self.width), [0, 0.0, 0.0, value, value])
-        row[0] += 1
-        row[1] += step
-        row[2] += value
-        row[3], row[4] = min(row[3], value), max(row[4], value)
+        self._merge(step // self.width, [1, step, value, value, value])
+        if len(self.sums) > BUCKETS:
+            self.width *= 2
+            rows, self.sums = self.sums, {}
+            for number, row in rows.items():
+                self._merge(number // 2, row)
+
+    def _merge(self, number: int, row: list[float]) -> None:
+        if (known := self.sums.get(number)) is None:
+            self.sums[number] = row
+            return
+        for n in range(3):
+            known[n] += row[n]
+        known[3], known[4] = min(known[3], row[3]), max(known[4], row[4])
 
     def points(self) -> list[tuple[float, float, float, float]]:
         return [(row[1] / row[0], row[2] / row[0], row[3], row[4]) for _, row in sorted(self.sums.items())]
 
 
-def phase_charts(log: Path) -> list[Markup]:
-    """The charts of a phase: of each field of its log that is a number, and of each group of numbers."""
-    last_step = max((line["step"] for line in training.stream(log)), default=1)
-    curves: dict[str, dict[str, Curve]] = {}
+@dataclass
+class PhaseCurves:
+    """What the page shows of the log of a phase. groups: curves by chart and line. experts: the line with the last
+    measurement of the experts. heldout: (tokens, held-out loss). validation: (generated tokens, value) by kind."""
+
+    groups: dict[str, dict[str, Curve]] = field(default_factory=dict)
+    experts: dict[str, Any] | None = None
+    tokens: int = 0
+    heldout: list[tuple[float, float]] = field(default_factory=list)
+    validation: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+def read_curves(log: Path) -> PhaseCurves:
+    """Reads a log once."""
+    phase = PhaseCurves()
     for line in training.stream(log):
         for name, value in line.items():
             if name not in LEFT_OUT:
                 for group, label, number in _numbers(name, value):
-                    curve = curves.setdefault(group, {}).setdefault(label, Curve((last_step + 1) / BUCKETS))
-                    curve.add(line["step"], number)
+                    phase.groups.setdefault(group, {}).setdefault(label, Curve()).add(line["step"], number)
+        phase.experts = line if "experts" in line else phase.experts
+        phase.tokens = line.get("tokens", phase.tokens)
+        if "heldout_loss" in line:
+            phase.heldout.append((phase.tokens, line["heldout_loss"]))
+        if "generated" in line:
+            for kind, value in line.get("validation", {}).items():
+                phase.validation.setdefault(kind, []).append((line["generated"], value))
+    return phase
+
+
+def phase_charts(phase: PhaseCurves) -> list[Markup]:
+    """The charts of a phase: of each field of its log that is a number, and of each group of numbers."""
     rank = {name: number for number, name in enumerate(TITLES)}
     charts = []
-    for group in sorted(curves, key=lambda name: (rank.get(name, len(rank)), name)):
+    for group in sorted(phase.groups, key=lambda name: (rank.get(name, len(rank)), name)):
         title, unit = TITLES.get(group, (group.replace("_", " ").replace(".", ", "), ""))
-        series = [Series(label or title, curve.points()) for label, curve in sorted(curves[group].items())]
+        series = [Series(label or title, curve.points()) for label, curve in sorted(phase.groups[group].items())]
         charts.append(chart(title, series, "step", unit))
     return charts
 
@@ -86,41 +117,31 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, str, float]]:
         yield name, "", value
 
 
-def expert_table(log: Path) -> tuple[int, list[tuple[int, list[float]]]] | None:
+def expert_table(phase: PhaseCurves) -> tuple[int, list[tuple[int, list[float]]]] | None:
     """The step of the last measurement of the experts, and for each layer the load of each expert, of which 1 is a fair
     share; None without one."""
-    last = None
-    for line in training.stream(log):
-        last = line if "experts" in line else last
-    if last is None:
+    if phase.experts is None:
         return None
-    rows = zip(last["experts"]["layers"], last["experts"]["share"], strict=True)
-    return last["step"], [(layer, [share * len(row) for share in row]) for layer, row in rows]
+    rows = zip(phase.experts["experts"]["layers"], phase.experts["experts"]["share"], strict=True)
+    return phase.experts["step"], [(layer, [share * len(row) for share in row]) for layer, row in rows]
 
 
-def text_axis(logs: dict[str, Path]) -> Markup:
-    """Held-out loss against the tokens of all phases so far; each phase measures its own mix."""
+def text_axis(phases: Mapping[str, PhaseCurves]) -> Markup:
+    """Held-out loss against the tokens of all phases with such a loss so far; each phase measures its own mix."""
     start, series = 0, []
-    for phase, log in logs.items():
-        points, tokens = [], 0
-        for line in training.stream(log):
-            tokens = line.get("tokens", tokens)
-            if "heldout_loss" in line:
-                points.append((start + tokens, line["heldout_loss"]))
-        start += tokens if points else 0
-        series.append(Series(phase, _plain(points)))
+    for name, phase in phases.items():
+        series.append(Series(name, _plain((start + tokens, loss) for tokens, loss in phase.heldout)))
+        start += phase.tokens if phase.heldout else 0
     return chart("More text: held-out loss", series, "tokens trained on, all phases so far", "nats per token")
 
 
-def reinforcement_axis(logs: dict[str, Path]) -> Markup:
+def reinforcement_axis(phases: Mapping[str, PhaseCurves]) -> Markup:
     """Validation against the tokens that a phase generated."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for phase, log in logs.items():
-        for line in training.stream(log):
-            for kind, value in line.get("validation", {}).items():
-                if "generated" in line:
-                    curves.setdefault(f"{phase}, {kind}", []).append((line["generated"], value))
-    series = [Series(label, _plain(points)) for label, points in curves.items()]
+    series = [
+        Series(f"{name}, {kind}", _plain(points))
+        for name, phase in phases.items()
+        for kind, points in phase.validation.items()
+    ]
     return chart("More reinforcement learning: validation", series, "tokens generated in the phase", "greedy answers")
 
 

@@ -35,13 +35,16 @@ SCRIPT, STYLE, TEMPLATE = "page.js", "page.css", "page.html.jinja"
 
 @dataclass(frozen=True)
 class PageFacts:
-    """What the page shows beside its parts. models: by folder, the final one first."""
+    """What the page shows beside its parts. models: by folder, the final one first. logs, phase_curves: by phase, in
+    the order of training."""
 
     folder: Path
     release: ReleaseInfo
     data: DataFacts
     models: Mapping[str, ModelFacts]
     checkpoints: list[Checkpoint]
+    logs: Mapping[str, Path]
+    phase_curves: Mapping[str, curves.PhaseCurves]
     products: Mapping[str, lineage.Product]
     outputs: list[Written]
     contamination: tuple[list[str], int]
@@ -54,8 +57,7 @@ class PageFacts:
     @property
     def phases(self) -> list[str]:
         """All phases, in the order of training."""
-        logs = {path.parent.name for path in (self.folder / "evidence/training").glob("*/training.jsonl")}
-        names = {schema.reader(self.folder).phase(name) for name in logs} | {row.phase for row in self.checkpoints}
+        names = {*self.logs, *(row.phase for row in self.checkpoints)}
         return sorted(names | set(self.data.order), key=when)
 
     def segments(self) -> list[tuple[str, int, int]]:
@@ -66,12 +68,16 @@ class PageFacts:
 
 def read_facts(folder: Path, outputs: list[Written], contamination: tuple[list[str], int], files: int) -> PageFacts:
     release = schema.read_release(folder)
+    logs = {schema.phase(path.parent): path for path in (folder / "evidence/training").glob("*/training.jsonl")}
+    logs = {phase: logs[phase] for phase in sorted(logs, key=when)}
     return PageFacts(
         folder=folder,
         release=release,
         data=read_data_facts(folder / "dataset"),
         models={name: read_model_facts(folder / name) for name in model_folders(folder)},
         checkpoints=read_checkpoints(folder / "checkpoints"),
+        logs=logs,
+        phase_curves={phase: curves.read_curves(log) for phase, log in logs.items()},
         products=lineage.read_products(folder, release),
         outputs=outputs,
         contamination=contamination,
@@ -294,29 +300,23 @@ def _removal_table(removal: removals.Removal) -> Markup:
 def _phases(facts: PageFacts) -> list[dict[str, Any]]:
     """Of each phase: its charts, the load of its experts at the end, and the path of its log."""
     rows = []
-    for phase, log in _logs(facts).items():
-        experts = curves.expert_table(log)
+    for phase, drawn in facts.phase_curves.items():
+        experts = curves.expert_table(drawn)
         table = None
         if experts is not None:
             step, layers = experts
             width = max(len(loads) for _, loads in layers)
             head = ["layer", *(f"expert {n}" for n in range(width))]
             table = step, markdown_html.table([head, *([str(n), *(f"{x:.2f}" for x in row)] for n, row in layers)])
-        path = log.relative_to(facts.folder).as_posix()
-        rows.append({"name": phase, "charts": curves.phase_charts(log), "experts": table, "path": path})
+        path = facts.logs[phase].relative_to(facts.folder).as_posix()
+        rows.append({"name": phase, "charts": curves.phase_charts(drawn), "experts": table, "path": path})
     return rows
 
 
-def _logs(facts: PageFacts) -> dict[str, Path]:
-    paths = {schema.phase(path.parent): path for path in (facts.folder / "evidence/training").glob("*/training.jsonl")}
-    return {phase: paths[phase] for phase in sorted(paths, key=when)}
-
-
 def _axes(facts: PageFacts) -> list[Markup]:
-    logs = _logs(facts)
     drawn = [
-        curves.text_axis(logs),
-        curves.reinforcement_axis(logs),
+        curves.text_axis(facts.phase_curves),
+        curves.reinforcement_axis(facts.phase_curves),
         curves.inference_axis(facts.folder / "dataset/evaluation/test"),
     ]
     return [each for each in drawn if each]

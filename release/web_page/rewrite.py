@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.core.errors import AtomError
 from release import scratch
 from release.assembly.build_release import write_checksums
-from release.layout import RETRACTED, SIGNATURE, SITE
+from release.layout import RETRACTED, SIGNATURE, SITE, SUMS
 from release.web_page import site_files
 
 
@@ -25,13 +25,14 @@ def rewrite(release: Path, progress: Callable[[str], None] = lambda text: None) 
     with scratch.folder() as folder:
         progress("reading the release")
         site_files.write(release, folder / SITE)
-        if not any(site_files.differences(release / SITE, folder / SITE)):
+        if not any(site_files.differences(release / SITE, folder / SITE)) and (release / SUMS).exists():
             return False
         if (release / SIGNATURE).exists():
             raise AtomError(
                 f"{release} is signed, and another page would break the signature of its root; remove "
                 f"{release / SIGNATURE}, run this again, then `atom sign`"
             )
+        (release / SUMS).unlink(missing_ok=True)  # a call that is cut off leaves none, and the next one completes it
         shutil.rmtree(release / SITE, ignore_errors=True)
         shutil.copytree(folder / SITE, release / SITE)
     write_checksums(release)

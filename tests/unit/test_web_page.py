@@ -63,14 +63,14 @@ def test_charts_are_well_formed_and_say_their_ends() -> None:
 
 
 def test_a_curve_has_the_same_size_for_any_length() -> None:
-    short, long = curves.Curve(101 / curves.BUCKETS), curves.Curve(100_001 / curves.BUCKETS)
+    short, long = curves.Curve(), curves.Curve()
     for step in range(1, 101):
         short.add(step, float(step))
     for step in range(1, 100_001):
         long.add(step, float(step % 7))
     long.add(5, float("nan"))
     assert len(short.points()) == 100 and short.points()[0] == (1, 1, 1, 1)
-    assert len(long.points()) == curves.BUCKETS
+    assert curves.BUCKETS / 2 <= len(long.points()) <= curves.BUCKETS
     assert all(low == 0 and high == 6 and low < mean < high for _, mean, low, high in long.points())
 
 
