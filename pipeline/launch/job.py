@@ -45,11 +45,8 @@ MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
 
 @dataclass(frozen=True)
 class JobLimits:
-    """nodes: all nodes of the run, with their keys; None: by the file of the run, so that the jobs of a large run are
-    not each as large as the run. budget: from the recipe. The rest is from the profile; variables: the names of those
-    that it forwards or sets."""
+    """budget: from the recipe. The rest is from the profile; variables: the names of those that it forwards or sets."""
 
-    nodes: dict[str, str] | None
     budget: budget.Limits | None
     restarts: int
     free_gb: float
@@ -57,11 +54,10 @@ class JobLimits:
     variables: tuple[str, ...] = ()
     avoid_seconds: int = 0
 
-    def keys(self, store: Store, run: str) -> list[str]:
-        """The keys of the run, in its order."""
-        if self.nodes is not None:
-            return list(self.nodes.values())
-        return [node["key"] for node in json_files.read(store.logs / run / "run.json", BODY)["nodes"]]
+
+def _keys(store: Store, run: str) -> list[str]:
+    """The keys of a run, in its order: from its file, so that the jobs of a large run are not each as large as it."""
+    return [node["key"] for node in json_files.read(store.logs / run / "run.json", BODY)["nodes"]]
 
 
 def _begin(task: Task, limits: JobLimits) -> tuple[submitit.JobEnvironment, Store]:
@@ -91,7 +87,7 @@ def run(task: Task, limits: JobLimits) -> str:
             """Called after the outcome is recorded, from the thread that ends the attempt."""
             stall = standstill(folder)
             if outcome == "sealed":
-                is_last = all(store.sealed(key) for key in reversed(limits.keys(store, task.run)))
+                is_last = all(store.sealed(key) for key in reversed(_keys(store, task.run)))
                 decision = Decision.DONE if is_last else Decision.SEALED
             else:
                 failure = outcome if isinstance(outcome, Failure) else Failure(outcome)
@@ -113,7 +109,7 @@ def run(task: Task, limits: JobLimits) -> str:
         problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
         if (stall := standstill(folder)).since > limits.restarts + 1:
             problem = problem or Failure(stall.where, Kind.BUG)
-        used_by = limits.keys(store, task.run) if limits.budget else ()
+        used_by = _keys(store, task.run) if limits.budget else ()
         if (budget_problem := budget.exceeded(limits.budget, store, used_by)) is not None:
             problem = problem or Failure(budget_problem, Kind.USER)
         if problem is not None:

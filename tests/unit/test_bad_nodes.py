@@ -273,10 +273,10 @@ def test_a_rank_names_its_node_for_a_fault_of_a_device_only(tmp_path: Path, monk
         failure = report_failure(error, "pretrain", "pretrain", store)
         assert (failure.kind, failure.bad_node) == (Kind.BUG, ""), error
     task = Task(str(tmp_path), "tiny-1", "pretrain", "pretrain", {}, {}, "pretrain-0123456789ab", 0.0, 1)
-    limits = JobLimits({}, None, 3, 0.0, None, (), 3600)
+    limits = JobLimits(None, 3, 0.0, None, (), 3600)
     avoid_node(failure, task, limits, store)
     assert avoided(tmp_path) == []
-    avoid_node(Failure("its GPU is gone", bad_node="n5"), task, JobLimits({}, None, 3, 0.0, None), store)
+    avoid_node(Failure("its GPU is gone", bad_node="n5"), task, JobLimits(None, 3, 0.0, None), store)
     assert avoided(tmp_path) == [], "the profile says never"
     avoid_node(Failure("its GPU is gone", bad_node="n5"), task, limits, store)
     assert avoided(tmp_path) == ["n5"]
