@@ -23,6 +23,7 @@ from typing import Any
 import submitit
 
 from pipeline.core import input_integrity, json_files, users
+from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
 from pipeline.core.lease import HEARTBEAT
@@ -34,7 +35,7 @@ from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
-from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, node_name, read, write
+from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, read, write
 from pipeline.launch.worker import STOP, attempt, stop_signals
 from pipeline.tracking import budget, mlflow_sync
 from pipeline.tracking.live import LiveFiles
