@@ -42,7 +42,7 @@ def check(node: str) -> Failure | None:
             stdout, stderr = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            with suppress(subprocess.TimeoutExpired):  # a driver that hangs may keep a killed process, and is not awaited
+            with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps a killed process
                 process.communicate(timeout=1.0)
             why = f"nvidia-smi gave no answer within {SECONDS:.0f} s"
             return Failure(f"{why} on node {node}; have its GPUs and their driver checked", bad_node=node)

@@ -26,6 +26,7 @@ from pipeline.core import input_integrity, json_files, users
 from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
+from pipeline.core.json_files import Damaged
 from pipeline.core.lease import HEARTBEAT
 from pipeline.core.store import Store
 from pipeline.graph import registry
@@ -81,14 +82,14 @@ def run(task: Task, limits: JobLimits) -> str:
     report = FileReport(folder)
     report.event("attempt", job=slurm_job.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
     companion: mlflow_sync.Companion | None = None
-    begun = False
+    begun, keys = False, list[str]()
     with watch_stop_signals() as stop_signals_received:
 
         def record_outcome(outcome: str | Failure) -> None:
             """Called after the outcome is recorded, from the thread that ends the attempt."""
             stall = standstill(folder)
             if outcome == "sealed":
-                is_last = all(store.sealed(key) for key in reversed(_keys(store, task.run)))
+                is_last = all(store.sealed(key) for key in reversed(keys))
                 decision = Decision.DONE if is_last else Decision.SEALED
             else:
                 failure = outcome if isinstance(outcome, Failure) else Failure(outcome)
@@ -110,8 +111,13 @@ def run(task: Task, limits: JobLimits) -> str:
         problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
         if (stall := standstill(folder)).since > limits.restarts + 1:
             problem = problem or Failure(stall.where, Kind.BUG)
-        used_by = _keys(store, task.run) if limits.budget else ()
-        if (budget_problem := budget.exceeded(limits.budget, store, used_by)) is not None:
+        try:
+            keys = _keys(store, task.run)
+        except (FileNotFoundError, Damaged) as error:
+            problem = problem or Failure(
+                f"run.json of {task.run} cannot be read ({error}); restore it, or submit again"
+            )
+        if (budget_problem := budget.exceeded(limits.budget, store, keys)) is not None:
             problem = problem or Failure(budget_problem, Kind.USER)
         if problem is not None:
             ranks.announce(problem)
