@@ -49,6 +49,7 @@ def watch(
     Example: atom watch --webhook https://chat.example.org/hook
     """
     from pipeline.graph import run as runs
+    from pipeline.launch import slurm_client
     from pipeline.operations import alerts
     from pipeline.tracking import snapshot
 
@@ -59,8 +60,12 @@ def watch(
     senders += [alerts.by_webhook(webhook)] if webhook else []
     senders += [alerts.by_mail(mail, smtp, f"{getpass.getuser()}@{socket.getfqdn()}")] if mail else []
     watcher = alerts.Watcher(this.id, state or this.folder / "watch.json", senders)
+    answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None
     while True:
-        current = snapshot.take(this, store)
+        current = snapshot.take(this, store, answers)
+        if current.lack and current.lack != lack:
+            print(f"atom: {current.lack}", file=sys.stderr, flush=True)
+        lack = current.lack
         standing = alerts.alerts(current, store, limits)
         new, problems = watcher.send(standing)
         for alert in standing if once else new:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -15,6 +16,11 @@ from typing import Any
 from pipeline.core import json_files
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import canonical, sha256_bytes
+
+
+def node_name() -> str:
+    """The name of this node in Slurm, or in the system without Slurm."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @cache

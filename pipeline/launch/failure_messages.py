@@ -10,10 +10,10 @@ import traceback
 from pathlib import Path
 
 from pipeline.core import os_errors
+from pipeline.core.environment import node_name
 from pipeline.core.errors import AtomError, Failure, Interrupted, Kind
 from pipeline.core.store import Store
 from pipeline.launch import diagnoses
-from pipeline.launch.rendezvous import node_name
 
 
 def report_failure(error: BaseException, node: str, stage: str, store: Store) -> Failure:

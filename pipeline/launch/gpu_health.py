@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 
 from pipeline.core.errors import Failure
 
@@ -36,19 +37,23 @@ def check(node: str) -> Failure | None:
     fields = list(SOUND)
     while True:
         command = ["nvidia-smi", f"--query-gpu=index,{','.join(fields)}", "--format=csv,noheader,nounits"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            stdout, stderr = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps a killed process
+                process.communicate(timeout=1.0)
             why = f"nvidia-smi gave no answer within {SECONDS:.0f} s"
             return Failure(f"{why} on node {node}; have its GPUs and their driver checked", bad_node=node)
-        output = " ".join((process.stdout + process.stderr).split())
+        output = " ".join((stdout + stderr).split())
         if unknown := [field for field in fields if f'"{field}" is not a valid field' in output]:
             fields = [field for field in fields if field not in unknown]  # an older driver
             continue
         if process.returncode:
             text = f"nvidia-smi failed on node {node} ({output[:200]}); have its GPUs and their driver checked"
             return Failure(text, bad_node=node)
-        return _first_problem(node, fields, process.stdout)
+        return _first_problem(node, fields, stdout)
 
 
 def _first_problem(node: str, fields: list[str], output: str) -> Failure | None:

@@ -23,8 +23,10 @@ from typing import Any
 import submitit
 
 from pipeline.core import input_integrity, json_files, users
+from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
+from pipeline.core.json_files import Damaged
 from pipeline.core.lease import HEARTBEAT
 from pipeline.core.store import Store
 from pipeline.graph import registry
@@ -34,7 +36,7 @@ from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
-from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, node_name, read, write
+from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, read, write
 from pipeline.launch.worker import STOP, attempt, stop_signals
 from pipeline.tracking import budget, mlflow_sync
 from pipeline.tracking.live import LiveFiles
@@ -45,11 +47,8 @@ MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
 
 @dataclass(frozen=True)
 class JobLimits:
-    """nodes: all nodes of the run, with their keys; None: by the file of the run, so that the jobs of a large run are
-    not each as large as the run. budget: from the recipe. The rest is from the profile; variables: the names of those
-    that it forwards or sets."""
+    """budget: from the recipe. The rest is from the profile; variables: the names of those that it forwards or sets."""
 
-    nodes: dict[str, str] | None
     budget: budget.Limits | None
     restarts: int
     free_gb: float
@@ -57,11 +56,10 @@ class JobLimits:
     variables: tuple[str, ...] = ()
     avoid_seconds: int = 0
 
-    def keys(self, store: Store, run: str) -> list[str]:
-        """The keys of the run, in its order."""
-        if self.nodes is not None:
-            return list(self.nodes.values())
-        return [node["key"] for node in json_files.read(store.logs / run / "run.json", BODY)["nodes"]]
+
+def _keys(store: Store, run: str) -> list[str]:
+    """The keys of a run, in its order: from its file, so that the jobs of a large run are not each as large as it."""
+    return [node["key"] for node in json_files.read(store.logs / run / "run.json", BODY)["nodes"]]
 
 
 def _begin(task: Task, limits: JobLimits) -> tuple[submitit.JobEnvironment, Store]:
@@ -84,14 +82,14 @@ def run(task: Task, limits: JobLimits) -> str:
     report = FileReport(folder)
     report.event("attempt", job=slurm_job.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
     companion: mlflow_sync.Companion | None = None
-    begun = False
+    begun, keys = False, list[str]()
     with watch_stop_signals() as stop_signals_received:
 
         def record_outcome(outcome: str | Failure) -> None:
             """Called after the outcome is recorded, from the thread that ends the attempt."""
             stall = standstill(folder)
             if outcome == "sealed":
-                is_last = all(store.sealed(key) for key in reversed(limits.keys(store, task.run)))
+                is_last = all(store.sealed(key) for key in reversed(keys))
                 decision = Decision.DONE if is_last else Decision.SEALED
             else:
                 failure = outcome if isinstance(outcome, Failure) else Failure(outcome)
@@ -113,8 +111,13 @@ def run(task: Task, limits: JobLimits) -> str:
         problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
         if (stall := standstill(folder)).since > limits.restarts + 1:
             problem = problem or Failure(stall.where, Kind.BUG)
-        used_by = limits.keys(store, task.run) if limits.budget else ()
-        if (budget_problem := budget.exceeded(limits.budget, store, used_by)) is not None:
+        try:
+            keys = _keys(store, task.run)
+        except (FileNotFoundError, Damaged) as error:
+            problem = problem or Failure(
+                f"run.json of {task.run} cannot be read ({error}); restore it, or submit again"
+            )
+        if (budget_problem := budget.exceeded(limits.budget, store, keys)) is not None:
             problem = problem or Failure(budget_problem, Kind.USER)
         if problem is not None:
             ranks.announce(problem)

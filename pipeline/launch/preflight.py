@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import environment
+from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure
 from pipeline.launch import gpu_health
-from pipeline.launch.rendezvous import Ranks, node_name, polls, read, write
+from pipeline.launch.rendezvous import Ranks, polls, read, write
 
 SECONDS = 120.0
 """The maximum difference between the starts of the ranks of a launch, and the maximum duration of a call."""

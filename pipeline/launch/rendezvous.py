@@ -38,6 +38,7 @@ import submitit
 from submitit.core.utils import environment_variables
 
 from pipeline.core import atomic_files, lease
+from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
 
 RENDEZVOUS_SECONDS = 600.0
@@ -335,11 +336,6 @@ def polls(deadline: float = float("inf")) -> Iterator[None]:
             return
         time.sleep(min(pause, remaining))
         pause = min(SLOWEST_POLL, pause * 1.3)
-
-
-def node_name() -> str:
-    """The name of this node in Slurm, or in the system without Slurm."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _end(folder: Path, rank: int) -> Path:

@@ -96,8 +96,9 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         fields: LauncherFields = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
-        limits = JobLimits(None, budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables,
-                           slurm.avoid_seconds)  # fmt: skip
+        limits = JobLimits(
+            budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables, slurm.avoid_seconds
+        )
         jobs: dict[str, str] = {}
         keys = (graph.nodes[name].key for name in selected)
         note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)

@@ -24,6 +24,8 @@ from pipeline.tracking.status import is_submitted_job
 
 END_BYTES = 2**16
 """Of a log of events, in which its last event stands."""
+LATEST = 1e11
+"""Seconds since the epoch that are still a time of an event: those of the year 5138."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,6 @@ def _last_event(path: Path) -> Mapping[str, Any]:
     for line in reversed(lines):
         with suppress(ValueError):
             event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("time"), (int, float)):
+            if isinstance(event, dict) and isinstance(event.get("time"), (int, float)) and 0 <= event["time"] < LATEST:
                 return event
     return {}

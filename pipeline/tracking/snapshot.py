@@ -181,4 +181,4 @@ def lines(snapshot: Snapshot) -> list[str]:
             text.append(f"  {name[:24]:<24} {human(values[-1]):>8}  {sparkline(values)}")
         for event in stage.events.state["notes"][-3:]:
             text.append(f"  {duration(max(0.0, snapshot.time - event['time']))} ago: {event['text'][:200]}")
-    return text + snapshot.spending_text()
+    return text + snapshot.spending_text() + ([snapshot.lack] if snapshot.lack else [])

@@ -8,8 +8,6 @@ a synchronization. Every few steps the ranks exchange three numbers.
 
 from __future__ import annotations
 
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from pipeline.core.environment import node_name
 
 INTERVAL = 5
 """Steps from one exchange to the next: a rank that becomes slow is named within two intervals."""
@@ -76,11 +76,6 @@ def first_missing(places: list[Place]) -> str:
         )
     first = min(places, key=lambda place: place.number)
     return f"all ranks are in a collective, rank {first.rank} on {first.node} in the earliest ({first.number})"
-
-
-def node_name() -> str:
-    """The name of this node in Slurm, or in the system without Slurm."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 WAITS = Waits()

@@ -61,7 +61,7 @@ class Watchdog:
         text = f"{self.phase}: no step was finished for {self.limit:g} s"
         try:
             text += self._stacks()
-        except OSError as error:  # a full disk must not keep a hang alive
+        except Exception as error:  # a full disk, or NCCL's recorder, must not keep a hang alive
             text += f"; the stacks could not be written ({error})"
         self.report.abandon(f"{text}; run again to go on from the last work checkpoint")
 

@@ -42,7 +42,7 @@ def start(folder: Path, way: str, ranks: int, **settings: Any) -> tuple[Store, R
     (node,) = graph.nodes.values()
     run = runs.start(graph, store, [node.name], "dev")
     cluster = loaded.cluster()
-    limits = JobLimits({node.name: node.key}, None, cluster.restarts, 0.0, None, (), cluster.avoid_seconds)
+    limits = JobLimits(None, cluster.restarts, 0.0, None, (), cluster.avoid_seconds)
     script = batch_script(store, run, node, cluster, code_snapshot.freeze(store, {}), [])
     job = slurm.start(script, slurm.task_of(graph, store, run, node, loaded), limits)
     run.note_job(node.name, job, False)

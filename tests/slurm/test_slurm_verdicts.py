@@ -46,7 +46,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
         (run.node_folder(node.name) / "events.jsonl").write_text('{"time": 1.0, "event": "attempt"}\n' * 3)
     limits = {"gpu_hours": None, "core_hours": 0.0} if name == "budget" else None
     free = 1e9 if name == "preflight" else 0.0
-    terms = JobLimits({node.name: node.key}, limits, retried, free, None)
+    terms = JobLimits(limits, retried, free, None)
     script = batch_script(store, run, node, settings.cluster(), code_snapshot.freeze(store, {}), [])
     job = slurm.start(script, slurm.task_of(graph, store, run, node, settings), terms)
     run.note_job(node.name, job, False)

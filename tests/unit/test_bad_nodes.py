@@ -116,6 +116,12 @@ def test_a_node_on_which_python_does_not_start_is_left_out_of_the_next_start(tmp
     assert run_script(tmp_path, 1, "n1 n3") == "requeue 7\nupdate jobid=7 excnodelist=\n", "the job has it no more"
 
 
+def test_an_answer_that_is_cut_within_a_character_stays_readable(tmp_path: Path) -> None:
+    run_script(tmp_path, down="n2", answer="x" + "é" * 150)
+    assert verdict(tmp_path).text.startswith("Python did not start on n2 (x); ")
+    assert avoided(tmp_path) == ["n2"]
+
+
 def test_what_fails_on_every_node_is_not_the_fault_of_nodes(tmp_path: Path) -> None:
     assert run_script(tmp_path, down="n1 n2") == "", "it is not started again"
     recorded = verdict(tmp_path)
@@ -273,10 +279,10 @@ def test_a_rank_names_its_node_for_a_fault_of_a_device_only(tmp_path: Path, monk
         failure = report_failure(error, "pretrain", "pretrain", store)
         assert (failure.kind, failure.bad_node) == (Kind.BUG, ""), error
     task = Task(str(tmp_path), "tiny-1", "pretrain", "pretrain", {}, {}, "pretrain-0123456789ab", 0.0, 1)
-    limits = JobLimits({}, None, 3, 0.0, None, (), 3600)
+    limits = JobLimits(None, 3, 0.0, None, (), 3600)
     avoid_node(failure, task, limits, store)
     assert avoided(tmp_path) == []
-    avoid_node(Failure("its GPU is gone", bad_node="n5"), task, JobLimits({}, None, 3, 0.0, None), store)
+    avoid_node(Failure("its GPU is gone", bad_node="n5"), task, JobLimits(None, 3, 0.0, None), store)
     assert avoided(tmp_path) == [], "the profile says never"
     avoid_node(Failure("its GPU is gone", bad_node="n5"), task, limits, store)
     assert avoided(tmp_path) == ["n5"]

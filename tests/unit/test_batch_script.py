@@ -679,7 +679,7 @@ def test_a_server_is_started_again_after_it_has_answered_and_else_a_few_times(
     for name, value in {"JOB_ID": "8", "ARRAY_JOB_ID": "6", "ARRAY_TASK_ID": "2"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     task = Task(str(tmp_path), "tiny-1", "rlvr", "phase", {}, {}, "rlvr-0123456789ab", 8.0, 1)
-    limits = job.JobLimits({}, None, 3, 0.0, None)
+    limits = job.JobLimits(None, 3, 0.0, None)
     assert run(serves) == Verdict(Decision.SEALED, "the stage has ended")
     for restart in range(1, 4):
         assert run(dies, restart) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE)
@@ -746,7 +746,7 @@ def test_every_task_of_an_array_loads_the_same_job_and_does_its_share(
     monkeypatch.setattr(registry, "stage", lambda name: stage)
     monkeypatch.setattr(clean_environment, "require", lambda names: None)
     task = Task(str(tmp_path), "tiny-1", "pretrain", "sharded", {}, {}, "pretrain-0", 8.0, 1)
-    limits = job.JobLimits({"pretrain": "pretrain-0"}, None, 0, 0.0, None)
+    limits = job.JobLimits(None, 0, 0.0, None)
     array = script(Slurm.model_validate(SLURM), tmp_path, tasks=2)
     assert slurm.start_array(array, task, limits, 2) == "7"
 

@@ -185,6 +185,22 @@ def test_attempts_are_counted_until_one_gets_further(tmp_path: Path) -> None:
         assert job.standstill(tmp_path).repeated == repeated, rows
 
 
+def be_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "1", "LOCAL_GLOBALID": "0"}.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    monkeypatch.setattr(job.clean_environment, "require", lambda names: None)
+
+
+def test_a_job_whose_run_has_lost_its_file_is_not_started_again_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_a_job(monkeypatch)
+    task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
+    assert job.run(task, job.JobLimits(None, 0, 0.0, None)) == Decision.FAILED
+    decided = (tmp_path / "logs/run/n/ranks/7.0/decision").read_text()
+    assert decided.startswith("failed\nmachine\nrun.json of run cannot be read ("), decided
+
+
 @pytest.mark.parametrize(("outcome", "quick"), [("sealed", False), (Failure("the disk failed"), True)], ids=str)
 def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
     outcome: str | Failure, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,13 +217,16 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
         ended(outcome)
         return outcome
 
-    for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "1", "LOCAL_GLOBALID": "0"}.items():
-        monkeypatch.setenv(f"SUBMITIT_{name}", value)
-    monkeypatch.setattr(job.clean_environment, "require", lambda names: None)
+    be_a_job(monkeypatch)
     monkeypatch.setattr(job.mlflow_sync, "Companion", Companion)
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
-    decision = job.run(task, job.JobLimits({"n": "n-0"}, None, 0, 0.0, None))
+    body = {"id": "run", "recipe": "r", "version": "1.0.0", "recipe_path": "/r.yaml", "profile": "local"}
+    (tmp_path / "logs/run").mkdir(parents=True)
+    (tmp_path / "logs/run/run.json").write_text(
+        json.dumps({**body, "nodes": [{"name": "n", "stage": "n", "key": "n-0"}]})
+    )
+    decision = job.run(task, job.JobLimits(None, 0, 0.0, None))
     assert decision == (Decision.FAILED if quick else Decision.SEALED) and closed == [quick]
 
 

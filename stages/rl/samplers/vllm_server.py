@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.environment import node_name
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerPlace, ServerSearch
 from stages.rl.direct_requests import DIRECT
@@ -298,8 +299,6 @@ def serve(settings: SamplingSettings, place: ServerPlace) -> None:
             return
         time.sleep(POLL_SECONDS)
     import torch
-
-    from pipeline.launch.rendezvous import node_name
 
     gpus = (torch.cuda.device_count(), 1.0) if torch.cuda.is_available() else None
     server = Server.start(python, place.folder, place.log, settings.options, gpus, node_name())
