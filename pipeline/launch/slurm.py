@@ -168,6 +168,8 @@ def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[
         row = None if slurm_job is None else diagnoses.of_job(slurm_job.state, slurm_job.code)
         if slurm_job is None or row is None or not row.bad_node or slurm_job.owner not in (None, claim.owner):
             continue
+        if slurm_job.nodes in ("", "None assigned"):
+            continue
         head = slurm_client.run_command("scontrol", "show", "hostnames", slurm_job.nodes).split()[0]
         until = int(time.time()) + seconds
         bad_nodes.record(store, BadNode(until, head, row.text(nodes=head), claim.run, claim.node, id))
