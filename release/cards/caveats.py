@@ -60,7 +60,7 @@ def data_of_regressions(scores: Mapping[str, ModelScores], order: Mapping[str, O
         ]
         names = " → ".join(title(phase, PHASES) for phase in phases)
         lines.append(
-            f"- Known of the sources that got worse after {title(after)}, their tokens in {names}: {', '.join(read)}. "
+            f"- Tokens read of the sources that got worse after {title(after)} ({names}): {', '.join(read)}. "
             "No cause was tested."
         )
     return lines

@@ -57,7 +57,10 @@ def test_a_sound_release(built: Path) -> None:
     verdict = verify(built, deep=True)
     assert verdict.ok and verdict.kind == "release", verdict.to_json()
     body = json.loads(json.dumps(verdict.to_json()))
-    assert set(body) == {"schema", "subject", "kind", "deep", "ok", "retracted", "checks"} and body["schema"] == 1
+    assert (
+        set(body) == {"schema", "subject", "kind", "deep", "ok", "retracted", "digest", "checks"}
+        and body["schema"] == 1
+    )
     assert {c["name"] for c in body["checks"]} >= {
         "statements",
         "dispositions_balance",
@@ -269,7 +272,7 @@ def test_deep_without_torch_keeps_what_it_found(copy: Path, monkeypatch) -> None
     verdict = audit.verify(copy, deep=True)
     checks = {check.name: check for check in verdict.checks}
     failed = {name: check.detail for name, check in checks.items() if check.ok is False}
-    assert not verdict.ok and failed.keys() == {"gates", "attestations"}, failed
+    assert not verdict.ok and failed.keys() == {"gates", "attestations", "page"}, failed
     assert {name for name, check in checks.items() if check.ok is None} == {
         "signatures",
         "weights",

@@ -113,7 +113,7 @@ def test_what_got_worse_is_listed_with_what_the_phases_read_of_it() -> None:
         "- From mid-training to SFT these got worse: bits per byte of sums (1.900 ± 0.010 → 9.100 ± 0.300), "
         "exact match of add (0.200 ± 0.010 → 0.100 ± 0.010)."
     )
-    start = "- Known of the sources that got worse after SFT, their tokens in SFT: sums"
+    start = "- Tokens read of the sources that got worse after SFT (SFT): sums"
     for source, tokens in (("prose", "none"), ("sums", "1 (100.0%)")):
         (line,) = caveats.data_of_regressions(model.scores, order(source))
         assert line == f"{start} {tokens}. No cause was tested."
@@ -121,7 +121,7 @@ def test_what_got_worse_is_listed_with_what_the_phases_read_of_it() -> None:
         "midtrain": OrderFacts(1, [OrderPart(1, 1, {"sums": SourceInOrder(1, 30, 1), "b": SourceInOrder(1, 10, 1)})])
     }
     (line,) = caveats.data_of_regressions(model.scores, before | order("prose"))
-    assert "their tokens in mid-training → SFT: sums 30 (75.0%) → none." in line
+    assert "(mid-training → SFT): sums 30 (75.0%) → none." in line
     model.scores["sft"]["bits_per_byte"]["sums"] = value(1.91, 0.3)
     assert "bits per byte" not in caveat_lines(model, "got worse")[0], "less than a standard error"
 
