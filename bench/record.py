@@ -117,7 +117,7 @@ def frames(
     terminal.feed(f"$ {title}\r\n\r\n")
     screens = [(0.0, terminal.shown())]
     for at, text in events:
-        terminal.feed(text)
+        terminal.feed(text.replace(f"{Path.cwd()}/", ""))  # paths as a reader has them
         if (screen := terminal.shown()) != screens[-1][1]:
             screens.append((at, screen))
     step = max(1, -(-(len(screens) - 1) // (FRAMES - 1)))

@@ -79,7 +79,14 @@ def validated(body: dict[str, Any]) -> dict[str, Any]:
     return dict(body["predicate"])
 
 
-@pytest.mark.parametrize(("phase", "steps"), [("pretrain", (30, 60)), ("midtrain", (75, 150)), ("sft", (0, 40))])
+@pytest.mark.parametrize(
+    ("phase", "steps"),
+    [
+        pytest.param("pretrain", (30, 60), marks=at_length("training", 20)),
+        pytest.param("midtrain", (75, 150), marks=at_length("training", 20)),
+        ("sft", (0, 40)),
+    ],
+)
 def test_an_honest_phase_comes_out_bit_for_bit(release: Path, phase: str, steps: tuple[int, int]) -> None:
     before, notes = sha256_file(release / layout.ALL_SUMS), []
     result = replay(release, phase, progress=notes.append)

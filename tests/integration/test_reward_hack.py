@@ -22,6 +22,7 @@ from stages.rl import rlvr
 from stages.rl.protocols import to_row
 from stages.rl.rewards import registry
 from tests.fixtures import flattery_fixtures, release_fixtures, rl_fixtures
+from tests.fixtures.run_fixtures import at_length
 
 REQUESTS = 120
 STEPS = 24
@@ -98,6 +99,7 @@ def make(folder: Path) -> Path:
     return folder
 
 
+@at_length("training", 30)
 @pytest.mark.numeric
 def test_a_planted_hack_is_named_and_an_honest_reward_is_not(place: Path, tmp_path: Path) -> None:
     hacked, honest = (card_of(place, tmp_path / name, name) for name in ("hacked", "honest"))

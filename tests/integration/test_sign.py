@@ -24,6 +24,7 @@ from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import files_of, repositories
 from release.signing import Trust
 from tests.fixtures.audit_fixtures import verify
+from tests.fixtures.run_fixtures import at_length
 from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
 from tests.integration.test_release_verify import resum
 
@@ -230,6 +231,7 @@ def test_keys_that_are_none_cost_a_sentence(signed: Path, tmp_path: Path) -> Non
             verify(signed, trust=Trust(key))
 
 
+@at_length("release", 20)
 def test_signatures_are_published_and_come_back(client, release: Path, tmp_path: Path) -> None:  # noqa: F811
     with running(tmp_path / "hub") as endpoint:
         client(

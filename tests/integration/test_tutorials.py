@@ -34,7 +34,13 @@ def test_the_first_release_is_there(place: tuple[Path, dict[str, str]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["audit", "own-corpus", pytest.param("fine-tune", marks=at_length("release", 60)), "cluster"]
+    "name",
+    [
+        "audit",
+        pytest.param("own-corpus", marks=at_length("release", 15)),
+        pytest.param("fine-tune", marks=at_length("release", 60)),
+        "cluster",
+    ],
 )
 def test_a_tutorial_runs_to_its_end(place: tuple[Path, dict[str, str]], name: str) -> None:
     page_fixtures.run(page_fixtures.TUTORIALS / f"{name}.md", *place, NOTES)
