@@ -170,7 +170,7 @@ def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[
             continue
         if slurm_job.nodes in ("", "None assigned"):
             continue
-        head = slurm_client.run_command("scontrol", "show", "hostnames", slurm_job.nodes).split()[0]
+        head = slurm_client.first_node(slurm_job.nodes)
         until = int(time.time()) + seconds
         bad_nodes.record(store, BadNode(until, head, row.text(nodes=head), claim.run, claim.node, id))
 

@@ -163,6 +163,12 @@ def unavailable_nodes() -> str:
     return "; ".join(f"{nodes.strip()}: {' '.join(reason.split())}" for nodes, _, reason in rows)
 
 
+def first_node(nodes: str) -> str:
+    """The first of a list of nodes as Slurm writes it, such as `n[1-3]`: the one that runs a job's script. Raises
+    NoAnswer."""
+    return run_command("scontrol", "show", "hostnames", nodes).split()[0]
+
+
 @dataclass
 class Answers:
     """The answers of Slurm to one process, each at most `seconds` old: also that there is none."""
@@ -182,6 +188,9 @@ class Answers:
     def memory_of(self, id: str) -> tuple[str, str]:
         sizes: tuple[str, str] = self._ask(f"memory {id}", lambda: memory_of(id))
         return sizes
+
+    def first_node(self, nodes: str) -> str:
+        return str(self._ask(f"first of {nodes}", lambda: first_node(nodes)))
 
     def unavailable_nodes(self) -> str:
         return str(self._ask("nodes", unavailable_nodes))

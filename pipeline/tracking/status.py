@@ -162,6 +162,9 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
     if row is None:
         return (verdict.text if verdict else "") or recorded or f"{job.state.lower()} {job.reason}".strip()
     fields = {"nodes": job.nodes or "its nodes"}
+    if row is diagnoses.NOT_LAUNCHED and job.nodes:
+        with suppress(NoAnswer):  # the sentence has all nodes then
+            fields["nodes"] = (answers or Answers()).first_node(job.nodes)
     if row is diagnoses.MEMORY:
         with suppress(NoAnswer):  # the sentence has no figures then
             requested, used = (answers or Answers()).memory_of(job.id)

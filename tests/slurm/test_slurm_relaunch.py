@@ -88,8 +88,11 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(tmp_path: Path) -> None:
     slurm_fixtures.until(lambda: slurm_fixtures.reached(home, "counting", 5), "step 5")
     first, second, spare = slurm_fixtures.nodes_of(home, "counting")
     assert slurm_fixtures.processes(second, b"submitit") and not slurm_fixtures.processes(spare, b"submitit")
-    crash(second)
-    assert end(home) == COUNTED
+    crash(second, comes_back=False)
+    try:
+        assert end(home) == COUNTED
+    finally:
+        slurm_fixtures.cluster("up")
     assert launches(home, "counting") == ["0", "0.1"]
     log = next(home.glob(f"logs/*/counting/submitit/{job}_0_log.out")).read_text()
     assert f"launch 1 in the same allocation: --overlap --nodelist={first},{spare}\n" in log
