@@ -67,9 +67,9 @@ check: lint
 
 test: lint tests
 
-# Four workers on two cores: many tests wait. One does all tests of Slurm.
+# Three workers on two cores: many tests wait; four take longer. One does all tests of Slurm.
 tests: $(READY)
-	$(BIN)/python -m pytest -n 4 --dist loadscope --durations 20
+	$(BIN)/python -m pytest -n 3 --dist loadscope --durations 20
 
 test-latest:
 	$(MAKE) VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) $(VENV_LATEST)/.ready

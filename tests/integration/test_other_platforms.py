@@ -39,6 +39,7 @@ def elsewhere(platform: str, home: Path, *arguments: str, code: int = 0, **envir
         "PYTHONPATH": str(ROOT),
         "ATOM_HOME": str(home),
         "HOME": str(home),
+        "TMPDIR": str(home),  # no process with locks, such as a test beside this one, sweeps it
         "PATH": str(home / "none"),
         **environment,
     }
