@@ -183,6 +183,14 @@ def test_a_node_that_loses_a_rank_in_two_starts_in_a_row_is_bad_once_a_job(tmp_p
     assert avoided(tmp_path) == ["n2"], "the rank dies elsewhere, too"
 
 
+def test_no_node_is_blamed_for_ranks_that_slurm_killed(tmp_path: Path) -> None:
+    for start in range(2):
+        begun(tmp_path, start, "n1", "n2")
+        run_script(tmp_path, start, says="srun: error: Node failure on n3\nsrun: error: n1: task 0: Killed")
+        assert "lost a rank" not in verdict(tmp_path, start).text
+    assert avoided(tmp_path) == []
+
+
 def test_a_dead_node_is_not_probed_and_not_blamed(tmp_path: Path) -> None:
     """A job with spare nodes goes on without it: a probe of all nodes would wait for it."""
     begun(tmp_path, 0, "n1")
