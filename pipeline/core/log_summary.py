@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import statistics
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast
@@ -50,7 +51,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Row = TypeVar("Row")
 
 
-class LogSummary(Generic[Row]):
+class LogSummary(ABC, Generic[Row]):
     """The state of a log up to its last complete line. A subclass defines the state and how a line changes it."""
 
     log: ClassVar[str]
@@ -75,11 +76,13 @@ class LogSummary(Generic[Row]):
         self.tail: Tail[Row] = Tail(log, self.line, offset, chunk=CHUNK)
         self.read()
 
+    @abstractmethod
     def empty(self) -> Any:
-        raise NotImplementedError
+        """The state before the first line."""
 
+    @abstractmethod
     def add(self, row: Row) -> None:
-        raise NotImplementedError
+        """Adds a line to the state."""
 
     def read(self) -> None:
         """Adds the lines that were appended since."""

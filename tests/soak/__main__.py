@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.fixtures import ROOT
-from tests.soak import layouts, simulated_ranks, slurm_seeds
+from tests.soak import layouts, processes, simulated_ranks, slurm_seeds
 from tests.soak.layouts import Cells, Step
 
 PAGE, RECORDS = ROOT / "docs/soak.md", ROOT / "runs/soak"
@@ -73,15 +73,8 @@ def bench_step(name: str, *arguments: str) -> Callable[[], dict[str, Step]]:
     """A benchmark, whose result is its last line."""
 
     def run(folder: Path) -> Cells:
-        command, lines = [sys.executable, f"bench/{name}.py", *arguments], []
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout or ():
-                lines.append(line)
-                print(line, end="", flush=True)
-        if process.returncode:
-            raise SystemExit(f"soak: bench/{name}.py failed; its last lines are above")
-        result = json.loads(lines[-1])
-        return [f"{result['ratio']} ({result['unit']})"]
+        figures = processes.result([sys.executable, f"bench/{name}.py", *arguments])
+        return [f"{figures['ratio']} ({figures['unit']})"]
 
     return lambda: {f"bench/{name}.py {' '.join(arguments)}": run}
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fixtures import ROOT
+from tests.soak import processes
 from tests.soak.layouts import Cells, Step
 
 NODES, BAD_NODE, SEEDS, RESTARTS = 16, "n1", 3, 30
@@ -40,14 +40,7 @@ def run_apart(seed: int, folder: Path) -> Cells:
     fails."""
     command = [sys.executable, "-m", "tests.soak.slurm_seeds", str(seed)]
     environment = {**os.environ, "SLURM_TEST_NODES": str(NODES), "SLURM_TEST_DIR": str(ROOT / f"build/slurm-{NODES}")}
-    lines: list[str] = []
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout or ():
-            lines.append(line)
-            print(line, end="", flush=True)
-    if process.returncode:
-        raise SystemExit(f"soak: {' '.join(command)} failed; its last lines are above")
-    cells = json.loads(lines[-1])
+    cells = processes.result(command, environment)
     assert isinstance(cells, list)
     return cells
 
@@ -116,19 +109,19 @@ class Disturbed:
                 time.sleep(3)
                 slurm_fixtures.cluster("up")  # a node may be drained since a start on it failed
         assert not kinds, f"all is sealed before {[kind.__name__ for kind in kinds]}"
-        made, quiet = digests(self.team.home), digests(place / "quiet")
-        assert made == quiet, {key: (made.get(key), quiet.get(key)) for key in {*made, *quiet}}
+        disturbed, quiet = digests(self.team.home), digests(place / "quiet")
+        assert disturbed == quiet, {key: (disturbed.get(key), quiet.get(key)) for key in {*disturbed, *quiet}}
         assert (closed := self.team.closed_paths()) == [], closed[:10]
         assert self.bad_starts() > 0, f"no job came upon {BAD_NODE}"
         avoided = [row["node"] for row in json.loads(self.team.atom(self.user, "nodes", "--json"))["bad_nodes"]]
         assert BAD_NODE in avoided, avoided
-        return len(made)
+        return len(disturbed)
 
     def kinds(self) -> list[Callable[[Path, str], None]]:
         from tests.fixtures import disturbance_fixtures as fixtures
 
-        more = (fixtures.suspended, fixtures.requeued_and_held, fixtures.drained, fixtures.step_killed)
-        return [*fixtures.RESTARTED, *fixtures.AT_LENGTH, *more, self.taken_over, self.taken_over]
+        of_slurm = (fixtures.suspended, fixtures.requeued_and_held, fixtures.drained, fixtures.step_killed)
+        return [*fixtures.RESTARTED, *fixtures.AT_LENGTH, *of_slurm, self.taken_over, self.taken_over]
 
     def disturb(self, kinds: list[Callable[[Path, str], None]], active: list[str]) -> None:
         """Takes the next kind that fits something that runs. One that comes too late, since that has just ended, is left

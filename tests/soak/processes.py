@@ -1,0 +1,22 @@
+"""Processes of the soak whose output is shown while they run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+from tests.fixtures import ROOT
+
+
+def result(command: list[str], environment: Mapping[str, str] | None = None) -> Any:
+    """The last line that a command prints, which is JSON. Raises SystemExit if it fails."""
+    lines: list[str] = []
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            lines.append(line)
+            print(line, end="", flush=True)
+    if process.returncode:
+        raise SystemExit(f"soak: {' '.join(command)} failed; its last lines are above")
+    return json.loads(lines[-1])
