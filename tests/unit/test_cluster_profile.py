@@ -54,6 +54,7 @@ def test_a_new_file_is_found_without_further_registration(tmp_path: Path, monkey
         patched.setattr(recipe.resources, "files", lambda package: packaged)
         found = cluster_profile.load("site")
     assert found.cluster().allocation("pretrain", Needs(8, trains=True)).gpus == 8
+    monkeypatch.chdir(tmp_path)  # the root of the repository has a folder `site` after `make site`
     with pytest.raises(RecipeError, match="there is no cluster profile site, neither packaged nor a file"):
         cluster_profile.load("site")
 
