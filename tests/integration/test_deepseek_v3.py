@@ -247,7 +247,7 @@ def test_the_small_proxy_keeps_the_proportions_and_every_matrix_is_rounded() -> 
     assert all(linear.tokens for linear in record.values())
 
 
-@at_length("training", 60)
+@at_length("training", 70)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_layouts_train_alike(corpora: dict[bool, Path], packed: bool, tmp_path: Path) -> None:
     config = settings(batch=layout_fixtures.BATCH, pack=packed)
