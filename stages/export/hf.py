@@ -30,6 +30,7 @@ from pipeline.core.store import Artifact
 from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
 from stages.mcore.parallel_layout import Layout
+from stages.mcore.param_names import BUFFERS
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
 from stages.models.registry import Model
@@ -129,13 +130,15 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 
 class Rounded(Mapping[str, "torch.Tensor"]):
-    """Tensors of another mapping in the data type of the export, each made on access."""
+    """Tensors of another mapping in the data type of the export, each made on access. Biases that choose experts stay
+    fp32, as in training and in the classes of transformers: a step changes them by less than bf16 can hold."""
 
     def __init__(self, full: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         self.full, self.dtype = full, dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.full[name].to(self.dtype)
+        tensor = self.full[name]
+        return tensor if name.endswith(BUFFERS) else tensor.to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.full)

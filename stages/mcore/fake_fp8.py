@@ -25,8 +25,11 @@ from typing import Any
 
 import torch
 
+from stages.mcore.latent_attention import WholeLinear
 from stages.mcore.megatron_imports import GPTModel, tensor_parallel
 from stages.mcore.quantize import KINDS, Counts, Fp8Recipe, Kind, Quantized, quantize
+
+LINEARS = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear, WholeLinear)
 
 
 @dataclass
@@ -63,7 +66,7 @@ def attach(chunks: Sequence[GPTModel], recipe: Fp8Recipe) -> Record:
     record: Record = {}
     for gpt in chunks:
         for path, module in gpt.decoder.named_modules():
-            if not isinstance(module, tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear):
+            if not isinstance(module, LINEARS):
                 continue
             match = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
             assert match, path
