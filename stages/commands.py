@@ -36,7 +36,7 @@ def simulate_precision(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure on any machine what rounding to FP8 or FP4 costs.
+    """Measure on any machine what FP8 and FP4 cost.
 
     A small proxy of the recipe's model is trained on Python's standard library with linear layers that round, and
     without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs are inconclusive; 2: a usage
