@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds and few steps")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    seeds, steps, measured = (2, 20, 32) if quick else (3, 600, 256)
+    seeds, steps, measured = (2, 20, 32) if quick else (3, 400, 256)
     text = b"".join(path.read_bytes() for _, path in library_files())
     end = len(text) * 19 // 20
     heldout = windows(text[end:], measured, "held out", 0)

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds and few steps")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    seeds, steps, rows = (2, (16, 8), 16) if quick else (6, (256, 96), 128)
+    seeds, steps, rows = (2, (16, 8), 16) if quick else (6, (128, 64), 128)
     model = build_proxy(recipes.load("atom-tiny").config.model, WIDTH)
     text, _ = read_library()
     results = [losses(model, text, steps, rows, seed) for seed in range(seeds)]
