@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +136,16 @@ def test_what_is_refused() -> None:
 def test_the_layers_in_bf16_are_stated(phase: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TrainConfig.model_validate(train_fixtures.config(**phase))
+
+
+def test_the_card_states_them() -> None:
+    from release.cards import training_tables
+
+    facts: Any = SimpleNamespace(training={"pretrain": None, "sft": None})
+    recipe = {"pretrain": {"precision": "nvfp4", "bf16_layers": 8}, "sft": {"weight_format": "mxfp4"}}
+    table = training_tables.settings(recipe, facts)
+    assert "| last layers in bf16, the others in NVFP4 | 8 |  |" in table
+    assert "| format of published weights |  | mxfp4 |" in table
 
 
 def test_nvfp4_without_its_hardware_is_one_sentence(corpus: Path, tmp_path: Path) -> None:
