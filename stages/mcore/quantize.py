@@ -134,8 +134,12 @@ Embeddings, router, norms and output head stay as they are."""
 
 def to_weight_format(weight: torch.Tensor) -> torch.Tensor:
     """A weight, [outputs, inputs], rounded to numbers of MXFP4, by blocks along its inputs; exact in fp32 and bf16. Of
-    its own result it gives the same."""
-    return quantize(weight, RECIPES["mxfp4"], "weight").values
+    its own result it gives the same. Like `quantize`, without its counts, which a simulated rank does not have."""
+    recipe, columns = RECIPES["mxfp4"], weight.shape[1]
+    blocks = F.pad(weight.float(), (0, -columns % WEIGHT_BLOCK)).unflatten(1, (-1, WEIGHT_BLOCK))
+    multiplier = _multiplier(blocks.abs().amax(-1, keepdim=True), recipe.forward.largest, recipe.scale)
+    rounded = _round(blocks * multiplier, recipe.forward).mul_(1 / multiplier)
+    return rounded.flatten(1)[:, :columns].to(weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -98,10 +98,9 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
     activations = activation_bytes(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank)
-    states = state_bytes(share, layout, phase.precision)
     if isinstance(phase, PhaseConfig) and phase.weight_format:  # the unrounded weights, while the rounded ones compute
-        states += (4 if phase.precision == "fp32" else 2) * (share.all - share.table)
-    return share, states, activations
+        activations += (4 if phase.precision == "fp32" else 2) * (share.all - share.table)
+    return share, state_bytes(share, layout, phase.precision), activations
 
 
 def release_checkpoints(phase: PhaseConfig) -> int:

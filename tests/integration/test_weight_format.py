@@ -18,15 +18,34 @@ from pipeline.graph import recipe as recipes
 from stages.export import hf
 from stages.graph import problems
 from stages.mcore.model import named_tensors
-from stages.mcore.quantize import FORMATTED, to_weight_format
+from stages.mcore.quantize import FORMATTED, RECIPES, quantize, to_weight_format
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine
+from stages.train.rank_simulation import simulate
 from tests.fixtures import train_fixtures
 from tests.fixtures.train_fixtures import VOCAB
 from tests.integration.test_fp4 import scalar
+from tests.integration.test_quantize import spread_out
 
 pytestmark = pytest.mark.numeric
+
+
+def test_the_format_is_that_of_the_simulation() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = spread_out(40, 70, 2, dtype)
+        assert torch.equal(to_weight_format(x), quantize(x, RECIPES["mxfp4"], "weight").values)
+
+
+def test_a_simulated_rank_needs_what_the_plan_says() -> None:
+    """The unrounded weights, one copy more than without the format."""
+    peaks = {}
+    for kind in (None, "mxfp4"):
+        result = simulate(TrainConfig.model_validate(train_fixtures.config(weight_format=kind)), 0)
+        peaks[kind] = result.peak_bytes, result.planned_peak_bytes
+    (without, plan_without), (within, plan_within) = peaks.values()
+    assert plan_within > plan_without and within > without
+    assert within - without == pytest.approx(plan_within - plan_without, rel=0.25), peaks
 
 
 def names(tensors: Any) -> set[str]:
