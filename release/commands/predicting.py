@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,15 +14,6 @@ if TYPE_CHECKING:
     from stages.evaluation.ladder_laws import Form
 
 app = typer.Typer()
-
-
-class LawName(StrEnum):
-    """Names of stages.evaluation.ladder_laws.FORMS, which a test compares."""
-
-    PRETRAINING = "pretraining"
-    COMPUTE = "compute"
-    REINFORCEMENT = "reinforcement"
-    INFERENCE = "inference"
 
 
 @app.command()
@@ -61,12 +51,14 @@ def predict(
 @app.command()
 def ladder(
     recipes: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE]...", help="recipes whose sealed runs are points")
+        list[str] | None, typer.Argument(metavar="RECIPE...", help="recipes whose sealed runs are points")
     ] = None,
     points: Annotated[
         list[Path] | None, typer.Option("--points", metavar="FILE", help="CSV or JSON file of points; repeatable")
     ] = None,
-    law: Annotated[LawName, typer.Option("--law", help="what is fitted")] = LawName.PRETRAINING,
+    law: Annotated[
+        str, typer.Option("--law", help="what is fitted: pretraining, compute, reinforcement or inference")
+    ] = "pretraining",
     following: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,11 +89,14 @@ def ladder(
     Example: atom ladder --points runs.csv --next 7e9,1.4e11 --budget 1e22 --serve 2e12 --out ladder
     """
     from pipeline.core.errors import AtomError
+    from pipeline.core.text import escaped
     from release.prediction import ladder as instrument
     from release.prediction import ladder_points
     from stages.evaluation.ladder_laws import FORMS
 
-    form = FORMS[law.value]
+    if law not in FORMS:
+        raise AtomError(f"--law {escaped(law, 40)} is none of {', '.join(FORMS)}")
+    form = FORMS[law]
     if not recipes and not points:
         raise AtomError("no points: name recipes whose runs are sealed, or give --points FILE")
     if not 0 <= served < float("inf") or (budget is not None and not 0 < budget < float("inf")):

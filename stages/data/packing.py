@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from pipeline.core.bounds import Context, Range, Share
+from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, added
 from stages.data.chunks import LONG, SHORT
 from stages.data.seeds import permutation

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from pipeline.cli.main import app
 from pipeline.core.errors import AtomError
-from release.commands.predicting import LawName
 from release.prediction import ladder, ladder_points, lifetime
 from stages.evaluation import ladder_laws
 from stages.evaluation.ladder_laws import FORMS, PRETRAINING
@@ -52,10 +51,6 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
-
-
-def test_the_commands_laws_are_those_that_exist() -> None:
-    assert [name.value for name in LawName] == list(FORMS)
 
 
 def test_a_law_without_scatter_is_found_exactly() -> None:
@@ -173,6 +168,7 @@ def test_bad_points_cost_one_sentence(tmp_path: Path) -> None:
     good = write_csv(tmp_path / "good.csv", rows)
     for options, words in (
         ([], "no points: name recipes"),
+        (["--law", "pretrain"], "--law pretrain is none of pretraining, compute, reinforcement, inference"),
         (["--points", str(tmp_path / "none.csv")], "none.csv does not exist"),
         (["--points", str(good), "--next", "1e9"], "must be 2 numbers above 0 (parameters, tokens), or a recipe"),
         (["--points", str(good), "--serve", "1e9"], "--serve has no effect without --budget"),
