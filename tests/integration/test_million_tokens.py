@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.fixtures.long_recipe_fixtures import PHASE, TOKENS, write_recipe
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import at_length, atom
 
 
 def planned(folder: Path, cp: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -33,3 +33,17 @@ def test_a_million_tokens_fit_over_eight_nodes_and_not_over_one(tmp_path: Path) 
     assert row["hours"] > 0 and row["cost"] > 0 and row["energy_wh"] > 0
     one_node, _ = planned(tmp_path, 8)
     assert not one_node["fits"] and any("GPU" in reason or "memory" in reason for reason in one_node["reasons"])
+
+
+@at_length("training", 15)
+def test_a_rank_of_it_needs_what_the_plan_says(tmp_path: Path) -> None:
+    """Two layers at full width on a row of full length; the soak has all 48."""
+    recipe = write_recipe(tmp_path, layers=2)
+    body = json.loads(atom(tmp_path / "home", "plan", recipe, "--only", PHASE, "--simulate", "0", "--json").stdout)
+    simulated = body["simulations"][PHASE]
+    assert simulated["parameters"] == simulated["planned_parameters"] and simulated["ranks"] == 256
+    assert simulated["planned_state_bytes"] == pytest.approx(simulated["state_bytes"], rel=0.05)
+    assert simulated["planned_peak_bytes"] == pytest.approx(simulated["peak_bytes"], rel=0.05)
+    # keys and values of the whole row are gathered in each layer, 4 heads of 128 in bf16
+    gathered = [row for row in simulated["traffic"] if row["group"] == "cp" and row["operation"] == "allgather"]
+    assert {(row["ranks"], row["bytes"]) for row in gathered} == {(64, TOKENS * 4 * 128 * 2)}

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -137,6 +138,7 @@ def test_the_command_writes_points_fit_and_plot(tmp_path: Path) -> None:
     assert len(body["points"]) == 20 and body["points"][0]["name"] == "point 1"
     assert all(row["low"] <= LAW[name] <= row["high"] for name, row in body["fit"].items())
     drawn = (tmp_path / "out/ladder.svg").read_text()
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
     assert drawn.startswith("<svg xmlns") and drawn.count('r="3"') == 20 + 1 + 7  # points, prediction, legend
     again = CliRunner().invoke(app, ["ladder", "--points", str(tmp_path / "out/ladder.json"), "--json", *command[3:]])
     assert json.loads(again.output) == body  # what it publishes can be fitted again
