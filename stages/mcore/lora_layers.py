@@ -1,0 +1,51 @@
+"""Puts low-rank adapters on the matrices of Megatron's model, and freezes all else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from stages.mcore.lora import Lora
+from stages.mcore.tensor_sharding import is_cut
+
+
+class Adapted(torch.nn.Module):  # type: ignore[misc]
+    """W -> W + scale * B A, of this tensor rank's part of W. A layer then computes with one matrix, as a merged model
+    does, and its activations are those of the base."""
+
+    def __init__(self, weight: torch.nn.Parameter, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.lora_A = torch.nn.Parameter(weight.new_zeros(rank, weight.shape[1]))
+        self.lora_B = torch.nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        if hasattr(weight, "allreduce"):  # Megatron's mark of tensors that belong to no expert rank alone
+            self.lora_A.allreduce = self.lora_B.allreduce = weight.allreduce
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
+
+
+def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
+    """Freezes this rank's part of the model and gives its targets adapters, which alone require gradients."""
+    # imported here: naming needs the chunks of `build`
+    from stages.mcore.model import named_tensors
+
+    names = {id(parameter): name for name, parameter in named_tensors(chunks)}
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        config: Any = chunk.config
+        config.moe_router_bias_update_rate = 0.0  # Megatron moves the biases of routers without a gradient
+        for module in list(chunk.modules()):
+            weight = module._parameters.get("weight")
+            if weight is not None and lora.is_target(names[id(weight)]):
+                adapted = Adapted(weight, lora.rank, lora.scale)
+                parametrize.register_parametrization(module, "weight", adapted, unsafe=True)
+    for name, parameter in named_tensors(chunks):
+        if parameter.requires_grad:
+            # a factor that each tensor rank has whole gets a part of its gradient from each: Megatron sums those that
+            # are marked. An expert, which no rank splits, is another one on each tensor rank.
+            parameter.tensor_model_parallel = is_cut(name) or ".experts." in name
+            parameter.sequence_parallel = not parameter.tensor_model_parallel
