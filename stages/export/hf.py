@@ -153,7 +153,7 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
 
     Raises AtomError if the checkpoint is not of the model.
     """
-    from stages.export.variants.adapter_files import Merged
+    from stages.mcore.lora_layers import Merged
     from stages.mcore.model import check_tensors
     from stages.mcore.weight_init import Initial
     from stages.train.checkpoint import release_checkpoint

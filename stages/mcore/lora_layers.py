@@ -1,14 +1,14 @@
-"""Puts low-rank adapters on the matrices of Megatron's model, and freezes all else."""
+"""Low-rank adapters on the matrices of Megatron's model, whose other tensors are frozen; and their sums."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
 
-from stages.mcore.lora import Lora
+from stages.mcore.lora import A, B, Lora, factor
 from stages.mcore.tensor_sharding import is_cut
 
 
@@ -49,3 +49,22 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
             # are marked. An expert, which no rank splits, is another one on each tensor rank.
             parameter.tensor_model_parallel = is_cut(name) or ".experts." in name
             parameter.sequence_parallel = not parameter.tensor_model_parallel
+
+
+class Merged(Mapping[str, torch.Tensor]):
+    """Megatron's tensors of a base with an adapter in them, each computed on access."""
+
+    def __init__(self, base: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], lora: Lora) -> None:
+        self.base, self.adapter, self.lora = base, adapter, lora
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if not self.lora.is_target(name):
+            return self.base[name]
+        a, b = (self.adapter[factor(name, kind)] for kind in (A, B))
+        return torch.addmm(self.base[name], b, a, alpha=self.lora.scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)

@@ -34,25 +34,6 @@ ROUNDING = 8
 """Units in the last place of the largest weight by which two ways to add a product of low rank may differ."""
 
 
-class Merged(Mapping[str, torch.Tensor]):
-    """Megatron's tensors of a base with an adapter in them, each computed on access."""
-
-    def __init__(self, base: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], lora: Lora) -> None:
-        self.base, self.adapter, self.lora = base, adapter, lora
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if not self.lora.is_target(name):
-            return self.base[name]
-        a, b = (self.adapter[factor(name, kind)] for kind in (A, B))
-        return torch.addmm(self.base[name], b, a, alpha=self.lora.scale)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-
 class _Marked(Mapping[str, torch.Tensor]):
     """Megatron's tensors, each with its own place in their order as every value; they take no memory."""
 
