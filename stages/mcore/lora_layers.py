@@ -38,6 +38,8 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
         chunk.requires_grad_(False)
         config: Any = chunk.config
         config.moe_router_bias_update_rate = 0.0  # Megatron moves the biases of routers without a gradient
+        if chunk.pre_process:
+            chunk.embedding.register_forward_hook(_require_gradient)
         for module in list(chunk.modules()):
             weight = module._parameters.get("weight")
             if weight is not None and lora.is_target(names[id(weight)]):
@@ -49,6 +51,12 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
             # are marked. An expert, which no rank splits, is another one on each tensor rank.
             parameter.tensor_model_parallel = is_cut(name) or ".experts." in name
             parameter.sequence_parallel = not parameter.tensor_model_parallel
+
+
+def _require_gradient(embedding: Any, inputs: Any, output: torch.Tensor) -> None:
+    """A hook of the frozen embedding. A layer that is computed again has no gradients, without an error, unless its
+    input requires one."""
+    output.requires_grad_(torch.is_grad_enabled())
 
 
 class Merged(Mapping[str, torch.Tensor]):

@@ -96,7 +96,7 @@ def test_peft_computes_the_merged_model(corpus: Path, adapter: Artifact, tmp_pat
     adapter_files.write(tensors, Lora(**LORA), MODEL, train_fixtures.VOCAB, folders[0], "local/base", peft)
     difference, explained = adapter_files.largest_difference(folders[0], peft, folders[1])
     assert difference <= explained < 1e-5
-    assert adapter_files.settings_of(peft)["base_model_name_or_path"] == "local/base"
+    assert json.loads((peft / "adapter_config.json").read_text())["base_model_name_or_path"] == "local/base"
     assert (peft / "adapter_model.safetensors").stat().st_size < (
         adapter / LAST / "optimizer.safetensors"
     ).stat().st_size
@@ -129,6 +129,13 @@ def test_a_kill_leaves_the_same_bytes(corpus: Path, adapter: Artifact, tmp_path:
     assert report.notes[0] in (f"pretrain: going on after step {step}" for step in (4, 6))  # 6 may be half written
     (tmp_path / "out/manifest.json").write_bytes((adapter / "manifest.json").read_bytes())
     assert train_fixtures.digest(tmp_path / "out") == train_fixtures.digest(adapter.path)
+
+
+def test_layers_that_are_computed_again_have_gradients(corpus: Path, adapter: Artifact, tmp_path: Path) -> None:
+    """Their input is that of a frozen table, which requires none."""
+    again = settings(parallelism={"recompute": "layer"})
+    train_fixtures.pretrain(corpus, tmp_path / "work", tmp_path / "out", again)
+    assert train_fixtures.losses(tmp_path / "out") == train_fixtures.losses(adapter.path)
 
 
 ATTENTION = {**LORA, "targets": ["attention"]}
