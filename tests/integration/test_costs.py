@@ -102,6 +102,26 @@ def test_flops() -> None:
     assert tied.matrices(VOCAB) == model.matrices(VOCAB)
 
 
+def test_a_long_text_is_compared_with_full_attention() -> None:
+    """By hand: a window keeps its own tokens, heads are shared by ranks or copied, and full attention keeps all."""
+    full, window = AttentionCost(3, 8, 16, 16, kv_heads=4), AttentionCost(2, 8, 16, 16, 128, 4)
+    assert full.cached(1000, 1) == 3 * 4 * 32 * 1000 and AttentionCost(1, 8, 16, 4).cached(10, 1) == 8 * 20 * 10
+    assert [full.cached(1000, ranks) for ranks in (2, 4, 8)] == [full.cached(1000, 1) / n for n in (2, 4, 4)]
+    assert [window.cached(tokens, 1) for tokens in (100, 128, 1000)] == [2 * 4 * 32 * n for n in (100, 128, 128)]
+
+    class Windowed(Qwen3MoeConfig):
+        def attention(self) -> list[AttentionCost]:
+            return [full, window]
+
+    cost, tokens = Windowed(**MODEL).long_context(VOCAB), 131_072
+    assert cost.cache_bytes == 2 * 4 * 32 * (3 * tokens + 2 * 128)
+    assert cost.full_cache_bytes == 2 * 4 * 32 * 5 * tokens
+    unseen = 2 * 8 * 32 * (tokens / 2 - 128 + 128 * 128 / (2 * tokens))
+    assert cost.full_flops_per_token - cost.flops_per_token == pytest.approx(6 * unseen)
+    same = Qwen3MoeConfig(**MODEL).long_context(VOCAB)
+    assert same.cache_bytes == same.full_cache_bytes and same.flops_per_token == same.full_flops_per_token
+
+
 def test_micro_batches_in_flight() -> None:
     """1F1B keeps as many as ranks lie behind, and its own; interleaving more, by chunks; never more than there are."""
     one = Layout(ranks=4, pp=4)
