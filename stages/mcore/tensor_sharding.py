@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from stages.mcore.megatron_imports import parallel_state
-from stages.mcore.param_names import CUT_MATRICES
+from stages.mcore.param_names import CUT_MATRICES, CUT_VECTORS, VECTORS
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dimension of the full tensor."""
@@ -34,18 +34,24 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         n = shape[1] // size
         return ((full_box[0], (rank * n, (rank + 1) * n)),)
-    blocks = 2 if name.endswith("linear_fc1.weight") else 1  # gate above up, each cut separately
+    blocks = 2 if ".linear_fc1." in name else 1  # gate above up, each cut separately
     block, n = shape[0] // blocks, shape[0] // blocks // size
     return tuple(((b * block + rank * n, b * block + (rank + 1) * n), *full_box[1:]) for b in range(blocks))
 
 
 def is_cut(name: str) -> bool:
     """Whether tensor parallelism cuts the tensor of that global name. Raises ValueError for a name without a rule."""
-    if name.endswith(("layernorm.weight", ".router.weight", ".expert_bias")):
-        return False
-    if not name.endswith(CUT_MATRICES):
+    if name.endswith((*CUT_MATRICES, *CUT_VECTORS)):
+        return True
+    if not name.endswith(("layernorm.weight", ".router.weight", ".expert_bias", *VECTORS)):
         raise ValueError(f"there is no rule for the cut of {name}; add one to stages/mcore/tensor_sharding.py")
-    return True
+    return False
+
+
+def is_copied(name: str) -> bool:
+    """Whether tensor ranks may hold copies of the tensor of that global name: not of parts, nor of the experts that
+    they share out among themselves."""
+    return not is_cut(name) and (".experts." not in name or _expert_tensor_size() > 1)
 
 
 def cut(full: torch.Tensor, parts: tuple[Box, ...]) -> torch.Tensor:

@@ -12,19 +12,19 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from stages.mcore.param_names import MATRICES
+from stages.mcore.param_names import MATRICES, VECTORS
 from stages.models.base import ModelConfig
 
 
 def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
     """The whole initial fp32 tensor of that global name.
 
-    Ones for norms, zeros for biases of experts, otherwise normal with standard deviation `init_std`, divided by
+    Ones for norms, zeros for biases and sinks, otherwise normal with standard deviation `init_std`, divided by
     sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling).
     """
     if name.endswith("layernorm.weight"):
         return torch.ones(shape)
-    if name.endswith("expert_bias"):
+    if name.endswith(("expert_bias", *VECTORS)):
         return torch.zeros(shape)
     if not name.endswith(MATRICES):
         raise ValueError(f"there is no rule for the initial weights of {name}; add one to stages/mcore/weight_init.py")

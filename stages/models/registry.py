@@ -10,12 +10,14 @@ from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter
 
 from pipeline.core.text import shown
 from stages.models.base import ModelConfig
+from stages.models.gpt_oss.config import GptOssConfig
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "qwen3_moe": Qwen3MoeConfig,
     "qwen3": Qwen3Config,
+    "gpt_oss": GptOssConfig,
 }
 DEFAULT = "qwen3_moe"
 """The architecture of a section without `architecture`."""
