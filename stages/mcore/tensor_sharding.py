@@ -49,9 +49,9 @@ def is_cut(name: str) -> bool:
 
 
 def is_copied(name: str) -> bool:
-    """Whether tensor ranks may hold copies of the tensor of that global name: not of parts, nor of the experts that
-    they share out among themselves."""
-    return not is_cut(name) and (".experts." not in name or _expert_tensor_size() > 1)
+    """Whether each tensor rank holds the same of the tensor of that global name: not of one that is cut, nor of
+    experts, of which each rank has its own if they are whole."""
+    return not is_cut(name) and ".experts." not in name
 
 
 def cut(full: torch.Tensor, parts: tuple[Box, ...]) -> torch.Tensor:

@@ -182,6 +182,11 @@ class ModelConfig(Config, ABC):
         """The widths inside of a layer, by name."""
         return {}
 
+    def layout_obstacle(self, layout: Layout) -> str | None:
+        """The setting of a layout in which the model cannot be trained, as a sentence that starts with it; None without
+        one. What `split_sizes` states is not repeated."""
+        return None
+
     def export_obstacle(self) -> str | None:
         """The property of the model that its class in transformers cannot express, in one sentence; None without
         one."""
@@ -237,6 +242,8 @@ class ModelSpec:
     stages.mcore.language_model.TokenLosses; None: Megatron's GPTModel.
     layer_of: (Megatron's layer, from 0) -> the layer of the model of which it is a part. Megatron's HybridModel counts
     attention and feed-forward parts as layers of their own; global names have the model's.
+    stacks_experts: whether a tensor of transformers is made of those of all experts of a layer, which one rank then has
+    to hand over.
     """
 
     megatron: Callable[[Any], dict[str, Any]]
@@ -246,3 +253,4 @@ class ModelSpec:
     hf_config: Callable[[Any], dict[str, Any]]
     language_model: Callable[..., Any] | None = None
     layer_of: Callable[[int], int] = int
+    stacks_experts: bool = False

@@ -79,9 +79,7 @@ def obstacle(name: VariantName, model: ModelConfig) -> str | None:
     """The reason why a model has no such variant, in one sentence; None if it has."""
     writer = VARIANTS[name].writer
     if writer == "compressed-tensors" and model.architecture in STACKED_EXPERTS:
-        return (
-            f"the stacked experts of the architecture {model.architecture} have no form in {writer}; leave {name} out"
-        )
+        return f"stacked experts, as those of {model.architecture}, have no form in {writer}; leave {name} out"
     if writer != "gguf":
         return None
     if model.architecture not in GGUF_MODEL_TYPES:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Context
+from pipeline.core.bounds import Context, Flag
 from pipeline.core.stage import added
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import LossWeight, Precision, Routing, Width
@@ -28,6 +28,9 @@ class GptOssConfig(GroupedQueryConfig):
     qk_norm: ClassVar[bool] = False
     architecture: Literal["gpt_oss"] = Field(
         description="gpt_oss: a mixture of experts whose layers see a window and all tokens in turns"
+    )
+    tie_embeddings: Flag = Field(
+        False, description="always false: vLLM's class of the architecture has a head of its own"
     )
     sliding_window: Context = Field(
         description="tokens that the first, third, ... layer sees, its own among them; the other layers see all"
@@ -46,13 +49,27 @@ class GptOssConfig(GroupedQueryConfig):
     )
 
     @model_validator(mode="after")
-    def _possible_experts(self) -> GptOssConfig:
+    def _possible(self) -> GptOssConfig:
+        if self.tie_embeddings:
+            raise ValueError(
+                "tie_embeddings = true leaves vLLM's class of the architecture gpt_oss without an output head; "
+                "set it to false"
+            )
         require_choice(self.experts, self.num_experts_per_tok)
         return self
 
     @property
     def routing(self) -> Routing:
         return Routing(self.experts, self.num_experts_per_tok, range(self.layers), self.z_loss > 0)
+
+    def layout_obstacle(self, layout: Layout) -> str | None:
+        if layout.split_experts == 1:
+            return None
+        field = f"tp = {layout.tp} without etp" if layout.etp is None else f"etp = {layout.etp}"
+        return (
+            f"parallelism.{field} splits experts, and Megatron-core splits none that have biases; "
+            "set etp to 1 and ep to a multiple of tp"
+        )
 
     def attention(self) -> list[AttentionCost]:
         (full,) = super().attention()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stages.mcore import layer_spec as kernels
-from stages.mcore.megatron_imports import RowParallelLinear, parallel_state, quick_gelu
+from stages.mcore.megatron_imports import RowParallelLinear, quick_gelu
 from stages.models.base import ModelSpec
 from stages.models.gpt_oss.config import GptOssConfig
 from stages.models.grouped_query_spec import map_from_hf, map_to_hf, megatron_attention
@@ -62,18 +62,16 @@ def layer_spec(config: Any, virtual_stage: int | None = None, packed: bool = Fal
 
 
 class ExpertOutput(RowParallelLinear):  # type: ignore[misc]
-    """The second matrix of an expert and its bias, which Megatron's MLP weights and adds in place: to a view that
-    autograd does not let it change, and on each of the ranks that split the expert, whose results are then summed."""
+    """The second matrix of an expert. Megatron's MLP weights its bias and adds it in place, to a view that autograd
+    does not let it change; and would sum its gradient over tensor ranks, which have experts of their own."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.parts = parallel_state.get_expert_tensor_parallel_world_size()
-        # the ranks that split an expert sum the gradient; tensor ranks with experts of their own must not
-        self.bias.sequence_parallel = self.sequence_parallel and self.parts > 1
+        self.bias.sequence_parallel = False
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output, bias = super().forward(x)
-        return output.clone(), bias / self.parts if self.parts > 1 else bias
+        return output.clone(), bias
 
 
 def to_hf(
@@ -148,4 +146,4 @@ def hf_config(model: GptOssConfig) -> dict[str, Any]:
     }
 
 
-SPEC = ModelSpec(megatron, layer_spec, to_hf, from_hf, hf_config)
+SPEC = ModelSpec(megatron, layer_spec, to_hf, from_hf, hf_config, stacks_experts=True)
