@@ -43,15 +43,15 @@ class SinkAttention(torch.autograd.Function):  # type: ignore[misc]
         )
         with_sink = torch.logaddexp(log_sums, sinks.float()[:, None])
         out = out.mul_((log_sums - with_sink).exp_()[..., None])
-        ctx.save_for_backward(q, k, v, sinks, out, with_sink)
-        ctx.mask, ctx.scale = mask, scale
+        ctx.save_for_backward(q, k, v, sinks, mask, out, with_sink)
+        ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, sinks, out, with_sink = ctx.saved_tensors
+        q, k, v, sinks, mask, out, with_sink = ctx.saved_tensors
         d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, q, k, v, out, with_sink, 0.0, ctx.mask is None, attn_mask=ctx.mask, scale=ctx.scale
+            gradient, q, k, v, out, with_sink, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
         )
         probability = (sinks.float()[:, None] - with_sink).exp_()
         d_sinks = -(probability * (gradient.float() * out.float()).sum(-1)).sum((0, 2))

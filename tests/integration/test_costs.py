@@ -21,6 +21,7 @@ from stages.mcore.parallel_layout import Layout
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
 from stages.models.grouped_query import SLICE
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.registry import parse
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
 from stages.train.estimate import estimate, layout_label, release_checkpoints
@@ -31,11 +32,12 @@ MODEL = dict(
     layers=4, hidden_size=64, heads=8, kv_heads=4, head_dim=16, experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
     context_length=512, tie_embeddings=False,
 )  # fmt: skip
+WINDOWED = {"architecture": "gpt_oss", "sliding_window": 64}
 EXTRAS = st.fixed_dictionaries({
     "tie_embeddings": st.booleans(),
     "router_bias_update_rate": st.sampled_from([0.0, 1e-3]),
     "shared_expert_intermediate_size": st.sampled_from([None, 32]),
-}) | st.just({"dense_layers": 1, "intermediate_size": 96})  # fmt: skip
+}) | st.just({"dense_layers": 1, "intermediate_size": 96}) | st.just(WINDOWED)  # fmt: skip
 LAYOUTS = st.builds(
     Layout,
     ranks=st.sampled_from([8, 16, 32]),
@@ -51,7 +53,7 @@ LAYOUTS = st.builds(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(extra=EXTRAS, layout=LAYOUTS, data=st.data())
 def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, Any], layout: Layout, data: Any) -> None:
-    model = Qwen3MoeConfig(**{**MODEL, **extra})
+    model = parse({**MODEL, **extra})
     if layout.data == 0 or problem(layout, model, VOCAB, [32 * layout.data]):
         return
     place, part = fake_rank_fixtures.part(model, VOCAB, layout, data.draw(st.integers(0, layout.ranks - 1)), "bf16")
@@ -151,13 +153,13 @@ def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize(
-    "extra", [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}]
+    "extra", [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED]
 )
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
-    model, rows = Qwen3MoeConfig(**{**MODEL, **extra}), Rows(2, 512, packed=True)
+    model, rows = parse({**MODEL, **extra}), Rows(2, 512, packed=True)
     layout, saved = Layout(recompute=recompute), {}
     with parallel.session(0), _gpu_like(monkeypatch):
         (gpt,) = build(model, VOCAB, layout, precision, packed=True)
@@ -184,6 +186,8 @@ def test_activations_are_what_autograd_saves(
         predicted -= tokens * 8 * model.rotary_dim * rows.packed
     else:  # on CPU attention goes by slices of queries, and all layers share their masks; half of a row on average
         predicted += tokens * element * (rows.length + SLICE) / 2
+        if extra == WINDOWED:  # those of the window: the first slice has no keys before it
+            predicted += tokens * element * (SLICE + (extra["sliding_window"] - 1) * (1 - SLICE / rows.length))
     # ids, labels and the like are some bytes a token, whatever the model's size
     assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
 
