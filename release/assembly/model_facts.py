@@ -32,7 +32,7 @@ from stages.train.imported_weights import NAME as BASE
 
 CONFIG_KEYS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size",
+    "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size", "sliding_window",
 )  # fmt: skip
 """Fields of config.json, if the architecture has them."""
 
@@ -100,7 +100,7 @@ def read_model_facts(model: Path) -> ModelFacts:
     prediction = forecast.read(model / forecast.FILE) if (model / forecast.FILE).exists() else None
     return ModelFacts(
         architecture=config["architectures"][0],
-        config={key: config[key] for key in _config_keys(config) if key in config},
+        config={key: config[key] for key in _config_keys(config) if config.get(key) is not None},
         dtype=config.get("dtype") or config.get("torch_dtype"),
         parameters=_count_parameters(model, config),
         parity=read_json(model / "parity.json"),

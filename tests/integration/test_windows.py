@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from pipeline.core.store import write_manifest
+from release.assembly.model_facts import read_model_facts
+from release.cards import tables
 from stages.export import hf
 from stages.export.variants.registry import obstacle
 from stages.mcore.layout_check import problem
@@ -95,6 +98,17 @@ def test_the_published_models(layers: int, experts: int, total: float, active: f
     kept = 2 * 2 * 8 * 64 * layers / 2  # bytes of a token in half of the layers
     assert (long.cache_bytes, long.full_cache_bytes) == (kept * (131_072 + 128), kept * 2 * 131_072)
     assert long.flops_per_token < long.full_flops_per_token
+
+
+def test_a_small_proxy_keeps_the_proportions() -> None:
+    model = published(24, 32)
+    changes = model.scaled(360, lambda width: width // 8)
+    assert changes is not None
+    proxy = GptOssConfig.model_validate(model.model_dump() | changes)
+    assert proxy.proportions() == model.proportions() and proxy.sliding_window == model.sliding_window
+    assert (proxy.heads * proxy.head_dim, proxy.moe_intermediate_size) == (512, 360)
+    with pytest.raises(ValueError, match=r"without an output head; set it to false"):
+        GptOssConfig.model_validate(model.model_dump() | {"tie_embeddings": True})
 
 
 def test_layouts_that_do_not_divide_are_refused() -> None:
@@ -207,3 +221,11 @@ def test_the_export_is_the_trained_model(trained: Path, tmp_path: Path, monkeypa
     written = json.loads((tmp_path / "out/model/config.json").read_text())
     assert written["architectures"] == ["GptOssForCausalLM"] and written["sliding_window"] == 12
     assert written["layer_types"] == ["sliding_attention", "full_attention"]
+    shutil.copy(tmp_path / "out/parity.json", tmp_path / "out/model/parity.json")
+    facts = read_model_facts(tmp_path / "out/model")
+    assert facts.has_experts and "| sliding window | 12 |" in tables.architecture(facts)
+    assert "| tokens that every other layer sees, from the first on | 12 |" in tables.context(facts)
+    unused = VOCAB - written["vocab_size"]  # rows of table and head that only pad the vocabulary
+    counts, padding = config.model.parameters(VOCAB), 2 * unused * config.model.hidden_size
+    stated = facts.parameters.total, facts.parameters.active
+    assert stated == (counts["total"] - padding, counts["active"] - padding)
