@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from stages.mcore.megatron_imports import parallel_state
-from stages.mcore.tensor_sharding import boxes, is_copied, is_cut, paste
+from stages.mcore.tensor_sharding import boxes, is_cut, paste
 
 EXPERTS = ".mlp.experts."
 """In the names of the tensors that expert ranks share out."""
@@ -109,7 +109,12 @@ def speaks_for(name: str, tied: bool, by_turns: bool = True) -> bool:
 def is_repeated(name: str, tied: bool) -> bool:
     """Whether an earlier tensor or pipeline rank has the same part of a tensor: what tensor ranks do not split, and the
     last stage's copy of a tied table."""
-    if parallel_state.get_tensor_model_parallel_rank() and is_copied(name):
+    group = (
+        parallel_state.get_expert_tensor_parallel_rank
+        if EXPERTS in name
+        else parallel_state.get_tensor_model_parallel_rank
+    )
+    if group() and not is_cut(name):
         return True
     return tied and name.startswith("embedding") and not parallel_state.is_pipeline_first_stage(ignore_virtual=True)
 

@@ -18,7 +18,7 @@ from stages.mcore.parallel_layout import Layout
 from stages.models.base import LossWeight, Precision, Routing, Width
 from stages.models.costs import AttentionCost, MemoryShare
 from stages.models.grouped_query import GroupedQueryConfig, swiglu_shapes
-from stages.models.qwen3_moe.config import Experts, proxy_experts, require_choice, sent_tokens
+from stages.models.mixture import Experts, proxy_experts, require_choice, sent_tokens
 
 
 class GptOssConfig(GroupedQueryConfig):
