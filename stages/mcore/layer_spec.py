@@ -134,7 +134,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+        self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **_: Any
     ) -> None:  # fmt: skip
         super().__init__(config=config)
         self.scale = softmax_scale
@@ -210,11 +210,11 @@ class EngineAttention(Attention):
     prefix have fewer queries than keys, and go by PyTorch's."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **settings: Any
+        self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **settings: Any
     ) -> None:  # fmt: skip
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        super().__init__(config, layer_number, softmax_scale)
+        super().__init__(config, softmax_scale, layer_number)
         self.kernel = TEDotProductAttention(
             config=config, layer_number=layer_number, softmax_scale=softmax_scale, **settings
         )
