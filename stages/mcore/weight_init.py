@@ -12,20 +12,20 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from stages.mcore.param_names import MATRICES
+from stages.mcore.param_names import MATRICES, VECTORS
 from stages.models.base import ModelConfig
 
 
 def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
     """The whole initial fp32 tensor of that global name.
 
-    Ones for norms, zeros for biases of experts, otherwise normal with standard deviation `init_std`, divided by
+    Ones for norms, zeros for biases and sinks, otherwise normal with standard deviation `init_std`, divided by
     sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling). Of an adapter, B is zero and A
     uniform up to 1 / sqrt(its columns), as PEFT draws it.
     """
     if name.endswith("layernorm.weight"):
         return torch.ones(shape)
-    if name.endswith(("expert_bias", ".lora_B")):
+    if name.endswith(("expert_bias", ".lora_B", *VECTORS)):
         return torch.zeros(shape)
     if name.endswith(".lora_A"):
         bound = 1 / math.sqrt(shape[1])
