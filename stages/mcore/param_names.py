@@ -31,11 +31,18 @@ CUT_MATRICES = (
     ".linear_proj.weight",
     ".linear_fc1.weight",
     ".linear_fc2.weight",
+    ".in_proj.weight",
+    ".conv1d.weight",
+    ".out_proj.weight",
     "output_layer.weight",
 )
 """Endings of the names of matrices that tensor parallelism cuts."""
-MATRICES = (*CUT_MATRICES, ".router.weight")
+MATRICES = (*CUT_MATRICES, ".router.weight", ".gate_weight")
 """Endings of the names of all matrices."""
+CUT_VECTORS = (".dt_bias", ".A_log")
+"""Endings of the names of vectors with a number for each head, which tensor parallelism cuts."""
+INTO_THE_STREAM = (".linear_proj.weight", ".linear_fc2.weight", ".out_proj.weight")
+"""Endings of the names of matrices that write into the residual stream: their columns are cut."""
 
 
 def global_name(local: str, layers: Sequence[int] | None = None, first_expert: int = 0) -> str:

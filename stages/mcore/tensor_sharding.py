@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from stages.mcore.megatron_imports import parallel_state
-from stages.mcore.param_names import CUT_MATRICES
+from stages.mcore.param_names import CUT_MATRICES, CUT_VECTORS, INTO_THE_STREAM
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dimension of the full tensor."""
@@ -31,7 +31,7 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
     full_box = tuple((0, n) for n in shape)
     if size == 1 or not is_cut(name):
         return (full_box,)
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    if name.endswith(INTO_THE_STREAM):
         n = shape[1] // size
         return ((full_box[0], (rank * n, (rank + 1) * n)),)
     blocks = 2 if name.endswith("linear_fc1.weight") else 1  # gate above up, each cut separately
@@ -41,9 +41,9 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
 
 def is_cut(name: str) -> bool:
     """Whether tensor parallelism cuts the tensor of that global name. Raises ValueError for a name without a rule."""
-    if name.endswith(("layernorm.weight", ".router.weight", ".expert_bias")):
+    if name.endswith(("norm.weight", ".router.weight", ".expert_bias", ".gate_weight")):
         return False
-    if not name.endswith(CUT_MATRICES):
+    if not name.endswith((*CUT_MATRICES, *CUT_VECTORS)):
         raise ValueError(f"there is no rule for the cut of {name}; add one to stages/mcore/tensor_sharding.py")
     return True
 

@@ -103,6 +103,8 @@ class ModelConfig(Config, ABC):
     yarn: Yarn | None = added(None, "YaRN scaling of the rotary frequencies; null: none")
     stated_parameters: StatedParameters | None = operational(None, "expected parameter counts; null: not checked")
 
+    zero_centered_norms: ClassVar[bool] = False
+    """Whether the norms around and in an attention layer multiply by 1 + weight, so that weights start as zeros."""
     spec_module: ClassVar[str]
     """The module that defines SPEC, the architecture's ModelSpec."""
     if TYPE_CHECKING:  # each architecture declares the field with its name as the only value
@@ -181,6 +183,11 @@ class ModelConfig(Config, ABC):
     def inner_widths(self) -> dict[str, int]:
         """The widths inside of a layer, by name."""
         return {}
+
+    def layout_obstacle(self, layout: Layout) -> str | None:
+        """The setting of a layout in which the model cannot be trained, as a sentence that starts with it; None without
+        one. What `split_sizes` states is not repeated."""
+        return None
 
     def export_obstacle(self) -> str | None:
         """The property of the model that its class in transformers cannot express, in one sentence; None without

@@ -12,10 +12,12 @@ from pipeline.core.text import shown
 from stages.models.base import ModelConfig
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.qwen3_next.config import Qwen3NextConfig
 
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "qwen3_moe": Qwen3MoeConfig,
     "qwen3": Qwen3Config,
+    "qwen3_next": Qwen3NextConfig,
 }
 DEFAULT = "qwen3_moe"
 """The architecture of a section without `architecture`."""
