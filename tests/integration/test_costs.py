@@ -18,6 +18,7 @@ from stages.mcore.megatron_imports import Float16Module
 from stages.mcore.memory import layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.model import build
 from stages.mcore.parallel_layout import Layout
+from stages.models import registry
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
 from stages.models.grouped_query import SLICE
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
@@ -30,6 +31,10 @@ VOCAB = 128
 MODEL = dict(
     layers=4, hidden_size=64, heads=8, kv_heads=4, head_dim=16, experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
     context_length=512, tie_embeddings=False,
+)  # fmt: skip
+HYBRID = dict(
+    architecture="qwen3_next", full_attention_interval=2, shared_expert_intermediate_size=32, linear_num_key_heads=4,
+    linear_num_value_heads=8, linear_key_head_dim=16, linear_value_head_dim=24,
 )  # fmt: skip
 EXTRAS = st.fixed_dictionaries({
     "tie_embeddings": st.booleans(),
@@ -151,13 +156,15 @@ def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize(
-    "extra", [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}]
+    "extra",
+    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, HYBRID],
+    ids=["experts", "dense layer", "shared expert", "hybrid"],
 )
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
-    model, rows = Qwen3MoeConfig(**{**MODEL, **extra}), Rows(2, 512, packed=True)
+    model, rows = registry.parse({**MODEL, **extra}), Rows(2, 512, packed=True)
     layout, saved = Layout(recompute=recompute), {}
     with parallel.session(0), _gpu_like(monkeypatch):
         (gpt,) = build(model, VOCAB, layout, precision, packed=True)

@@ -124,6 +124,12 @@ class Qwen3NextConfig(Qwen3MoeConfig):
     def mlp_matrices(self) -> int:
         return super().mlp_matrices() + self._gates
 
+    def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
+        tensors = super().mlp_activations(layout, size, layer, fused)
+        if layer >= self.dense_layers:
+            tensors["shared expert's output, before its gate"] = size * self.hidden_size
+        return tensors
+
     def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
         whole, cut, experts = super().mlp_memory(layout, layer)
         return whole + self.hidden_size * (layer >= self.dense_layers), cut, experts
@@ -216,31 +222,28 @@ class Qwen3NextConfig(Qwen3MoeConfig):
 
     def _gated_activations(self, size: int, rows: Rows) -> dict[str, float]:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        turned = self.partial_rotary_factor
         return {
             "queries, keys, values and gates as projected": size * (2 * q + 2 * kv),
-            "queries and keys, normed": (4 + size) * (q + kv),
-            "their rotary part": 4 * 2 * turned * (q + kv),
-            "queries, keys and values of the kernel": size * (q + 2 * kv),
-            "attention's output, by rows and gated": size * q * (3 + rows.packed),
-            "gates, fp32": 4 * q,
+            "queries and keys, normed and turned": size * (q + kv),
+            "attention's output by slices, as a row, and gated": size * 3 * q,
+            "gates": 4 * q,
             "log-sum-exp of the scores": 4 * self.heads,
         }
 
     def _delta_activations(self, size: int, rows: Rows) -> dict[str, float]:
-        keys, values, heads = self.key_width, self.value_width, self.linear_num_value_heads
+        values, heads = self.value_width, self.linear_num_value_heads
         key, value = self.linear_key_head_dim, self.linear_value_head_dim
-        channels = 2 * keys + values
-        copies = 1 + self.linear_conv_kernel_dim if rows.packed else 2
+        copies = self.linear_conv_kernel_dim + 1 if rows.packed else 2
         return {
-            "queries, keys, values and gates as projected": size * (channels + values + 2 * heads),
-            "the convolution's inputs": size * channels * copies,
-            "its output": size * channels,
-            "queries and keys, of length 1, for each value head": 4 * heads * 6 * key,
+            "the convolution's inputs": size * (2 * self.key_width + values) * copies,
+            "queries and keys before they have length 1, fp32": 4 * 2 * self.key_width + (size == 4) * 4 * values,
+            "queries and keys, for each value head": 4 * heads * 10 * key,
             "products within a chunk": 4 * heads * 6 * CHUNK,
             "values, read and written": 4 * heads * 3 * value,
             "states between chunks": 4 * heads * key * value / CHUNK,
-            "output, normed and gated": size * 4 * values,
+            "rates and decays": 4 * heads * 8,
+            "output, normed and gated": size * 3 * values,
+            "output gates, fp32": 4 * 2 * values,
         }
 
     def layout_obstacle(self, layout: Layout) -> str | None:
