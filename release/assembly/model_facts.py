@@ -33,6 +33,8 @@ from stages.train.imported_weights import NAME as BASE
 CONFIG_KEYS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
     "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size",
+    "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim", "shared_expert_intermediate_size",
 )  # fmt: skip
 """Fields of config.json, if the architecture has them."""
 
