@@ -92,6 +92,8 @@ class Runtime:
 def _vllm_lacks(variant: Variant, config: Mapping[str, Any]) -> str:
     if config["head_dim"] < VLLM_HEAD:
         return f"its kernels for the CPU know heads of {VLLM_HEAD} and larger, and these have {config['head_dim']}"
+    if "linear_num_value_heads" in config and _vllm_dtype(variant) == ["float32"]:
+        return "its kernel of gated delta nets for the CPU takes bf16 only, and this comparison is in fp32"
     if "num_experts" not in config:
         return ""
     if variant.encoding == "fp8":

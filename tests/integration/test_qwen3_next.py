@@ -217,7 +217,7 @@ def test_it_is_megatrons_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         groups = gpt.decoder.layers[0].self_attention.in_proj.tp_group
         collection = type("Groups", (), {"tp": groups})()
         layer = theirs.GatedDeltaNet(gpt.config, parts, layer_number=1, pg_collection=collection)
-        layer.out_norm.zero_centered = False
+        layer.out_norm.offset = 0
         rows, channels = spec._parts(model, 0)
         state = dict(ours.named_parameters())
         for name, sizes in (("in_proj.weight", rows), ("conv1d.weight", channels)):

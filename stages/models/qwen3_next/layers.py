@@ -74,7 +74,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         self.dt_bias = torch.nn.Parameter(torch.ones(self.heads * self.group))
         self.A_log = torch.nn.Parameter(torch.zeros(self.heads * self.group))
         self.out_norm = layers.RMSNorm(config, self.value, config.layernorm_epsilon)
-        self.out_norm.zero_centered = False
+        self.out_norm.offset = 0
         self.out_proj = tensor_parallel.RowParallelLinear(
             config.linear_num_value_heads * self.value, config.hidden_size, init_method=config.output_layer_init_method,
             input_is_parallel=True, skip_bias_add=True, **words,
