@@ -23,26 +23,33 @@ def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int
     deviation `init_std`, divided by sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling).
     A gated delta net starts as Megatron's: ones for the biases of the decay, its rates uniform from 1 to 16, and a
     convolution as PyTorch's.
+    Of an adapter, B is zero and A uniform up to 1 / sqrt(its columns), as PEFT draws it.
     """
     if name.endswith("layernorm.weight"):
         return torch.zeros(shape) if model.zero_centered_norms else torch.ones(shape)
     if name.endswith(("out_norm.weight", ".dt_bias")):
         return torch.ones(shape)
-    if name.endswith("expert_bias"):
+    if name.endswith(("expert_bias", ".lora_B")):
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if name.endswith(".lora_A"):
+        bound = 1 / math.sqrt(shape[1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
     if name.endswith(".A_log"):
-        return torch.empty(shape).uniform_(1.0, 16.0, generator=generator).log_()
+        return torch.empty(shape).uniform_(1.0, 16.0, generator=_generator(name, seed)).log_()
     if name.endswith(".conv1d.weight"):
         bound = 1 / math.sqrt(shape[-1])
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
     if not name.endswith(MATRICES):
         raise ValueError(f"there is no rule for the initial weights of {name}; add one to stages/mcore/weight_init.py")
     std = model.init_std
     if name.endswith(INTO_THE_STREAM):
         std /= math.sqrt(2 * model.layers)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=_generator(name, seed))
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class Initial(Mapping[str, torch.Tensor]):

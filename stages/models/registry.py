@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter
 
 from pipeline.core.text import shown
 from stages.models.base import ModelConfig
+from stages.models.deepseek_v3.config import DeepseekV3Config
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.models.qwen3_next.config import Qwen3NextConfig
@@ -17,6 +18,7 @@ from stages.models.qwen3_next.config import Qwen3NextConfig
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "qwen3_moe": Qwen3MoeConfig,
     "qwen3": Qwen3Config,
+    "deepseek_v3": DeepseekV3Config,
     "qwen3_next": Qwen3NextConfig,
 }
 DEFAULT = "qwen3_moe"
