@@ -264,6 +264,8 @@ def context(model: ModelFacts) -> list[str]:
     """The context length and the position encoding, from config.json."""
     rope = dict(model.rope)
     body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
+    if "sliding_window" in model.config:
+        body += [["tokens that every other layer sees, from the first on", count(model.config["sliding_window"])]]
     body += [["base of the rotary embedding", f"{rope.pop('rope_theta'):,.10g}"]]
     kind = rope.pop("rope_type", "default")
     body += [["scaling of the rotary embedding", "none" if kind == "default" else kind]]

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from stages.mcore.param_names import INTO_THE_STREAM, MATRICES
+from stages.mcore.param_names import INTO_THE_STREAM, MATRICES, VECTORS
 from stages.models.base import ModelConfig
 
 
 def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
     """The whole initial fp32 tensor of that global name.
 
-    Ones for norms (zeros where 1 is added to them), zeros for biases of experts, otherwise normal with standard
+    Ones for norms (zeros where 1 is added to them), zeros for biases and sinks, otherwise normal with standard
     deviation `init_std`, divided by sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling).
     A gated delta net starts as Megatron's: ones for the biases of the decay, its rates uniform from 1 to 16, and a
     convolution as PyTorch's.
@@ -29,7 +29,7 @@ def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int
         return torch.zeros(shape) if model.zero_centered_norms else torch.ones(shape)
     if name.endswith(("out_norm.weight", ".dt_bias")):
         return torch.ones(shape)
-    if name.endswith(("expert_bias", ".lora_B")):
+    if name.endswith(("expert_bias", ".lora_B", *VECTORS)):
         return torch.zeros(shape)
     if name.endswith(".lora_A"):
         bound = 1 / math.sqrt(shape[1])

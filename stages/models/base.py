@@ -247,6 +247,8 @@ class ModelSpec:
     stages.mcore.language_model.TokenLosses; None: Megatron's GPTModel.
     layer_of: (Megatron's layer, from 0) -> the layer of the model of which it is a part. Megatron's HybridModel counts
     attention and feed-forward parts as layers of their own; global names have the model's.
+    stacks_experts: whether a tensor of transformers is made of those of all experts of a layer, which one rank then has
+    to hand over.
     """
 
     megatron: Callable[[Any], dict[str, Any]]
@@ -256,3 +258,4 @@ class ModelSpec:
     hf_config: Callable[[Any], dict[str, Any]]
     language_model: Callable[..., Any] | None = None
     layer_of: Callable[[int], int] = int
+    stacks_experts: bool = False

@@ -18,10 +18,10 @@ from stages.mcore.megatron_imports import Float16Module
 from stages.mcore.memory import layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.model import build
 from stages.mcore.parallel_layout import Layout
-from stages.models import registry
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
 from stages.models.grouped_query import SLICE
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.registry import parse
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
 from stages.train.estimate import estimate, layout_label, release_checkpoints
@@ -36,11 +36,12 @@ HYBRID = dict(
     architecture="qwen3_next", full_attention_interval=2, shared_expert_intermediate_size=32, linear_num_key_heads=4,
     linear_num_value_heads=8, linear_key_head_dim=16, linear_value_head_dim=24,
 )  # fmt: skip
+WINDOWED = {"architecture": "gpt_oss", "sliding_window": 64}
 EXTRAS = st.fixed_dictionaries({
     "tie_embeddings": st.booleans(),
     "router_bias_update_rate": st.sampled_from([0.0, 1e-3]),
     "shared_expert_intermediate_size": st.sampled_from([None, 32]),
-}) | st.just({"dense_layers": 1, "intermediate_size": 96})  # fmt: skip
+}) | st.just({"dense_layers": 1, "intermediate_size": 96}) | st.just(WINDOWED)  # fmt: skip
 LAYOUTS = st.builds(
     Layout,
     ranks=st.sampled_from([8, 16, 32]),
@@ -56,7 +57,7 @@ LAYOUTS = st.builds(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(extra=EXTRAS, layout=LAYOUTS, data=st.data())
 def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, Any], layout: Layout, data: Any) -> None:
-    model = Qwen3MoeConfig(**{**MODEL, **extra})
+    model = parse({**MODEL, **extra})
     if layout.data == 0 or problem(layout, model, VOCAB, [32 * layout.data]):
         return
     place, part = fake_rank_fixtures.part(model, VOCAB, layout, data.draw(st.integers(0, layout.ranks - 1)), "bf16")
@@ -157,14 +158,14 @@ def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, HYBRID],
-    ids=["experts", "dense layer", "shared expert", "hybrid"],
+    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED, HYBRID],
+    ids=["experts", "dense layer", "shared expert", "windows", "hybrid"],
 )
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
-    model, rows = registry.parse({**MODEL, **extra}), Rows(2, 512, packed=True)
+    model, rows = parse({**MODEL, **extra}), Rows(2, 512, packed=True)
     layout, saved = Layout(recompute=recompute), {}
     with parallel.session(0), _gpu_like(monkeypatch):
         (gpt,) = build(model, VOCAB, layout, precision, packed=True)
@@ -191,6 +192,8 @@ def test_activations_are_what_autograd_saves(
         predicted -= tokens * 8 * model.rotary_dim * rows.packed
     else:  # on CPU attention goes by slices of queries, and all layers share their masks; half of a row on average
         predicted += tokens * element * (rows.length + SLICE) / 2
+        if extra == WINDOWED:  # those of the window: the first slice has no keys before it
+            predicted += tokens * element * (SLICE + (extra["sliding_window"] - 1) * (1 - SLICE / rows.length))
     # ids, labels and the like are some bytes a token, whatever the model's size
     assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
 
