@@ -42,7 +42,7 @@ def settings(**phase: Any) -> dict[str, Any]:
     "change",
     [
         {},
-        {"tie_embeddings": False, "full_attention_interval": 2, "kv_heads": 4},
+        {"full_attention_interval": 2, "kv_heads": 4},
         {"dense_layers": 1, "intermediate_size": 48, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 3},
     ],
 )
@@ -130,6 +130,7 @@ def test_what_does_not_apply_is_refused_in_one_sentence() -> None:
         hf_config(biased, VOCAB, 1, 0, "float32")
     for change, sentence in (
         ({"linear_num_value_heads": 3}, "no multiple of linear_num_key_heads = 2; nearest: 2 or 4"),
+        ({"tie_embeddings": True}, "leaves vLLM's class of the architecture qwen3_next without an output head"),
         ({"partial_rotary_factor": 0.3}, "turns pairs; nearest: 0.25"),
     ):
         with pytest.raises(ValueError, match=sentence):

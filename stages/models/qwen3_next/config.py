@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Range
+from pipeline.core.bounds import Flag, Range
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import Layers, Precision, Width
 from stages.models.costs import AttentionCost, MemoryShare, Rows, StateCost
@@ -34,6 +34,9 @@ class Qwen3NextConfig(Qwen3MoeConfig):
     architecture: Literal["qwen3_next"] = Field(  # type: ignore[assignment]
         description="qwen3_next: gated delta nets and gated attention, with experts"
     )
+    tie_embeddings: Flag = Field(
+        False, description="always false: vLLM's class of the architecture has a head of its own"
+    )
     shared_expert_intermediate_size: Width = Field(  # type: ignore[assignment]
         description="inner width of the shared expert, which has a gate"
     )
@@ -54,7 +57,12 @@ class Qwen3NextConfig(Qwen3MoeConfig):
     )
 
     @model_validator(mode="after")
-    def _possible_linear_heads(self) -> Qwen3NextConfig:
+    def _possible_hybrid(self) -> Qwen3NextConfig:
+        if self.tie_embeddings:
+            raise ValueError(
+                "tie_embeddings = true leaves vLLM's class of the architecture qwen3_next without an output head; set "
+                "it to false"
+            )
         keys, values = self.linear_num_key_heads, self.linear_num_value_heads
         if values % keys:
             below, above = max(1, values // keys) * keys, -(-values // keys) * keys
@@ -168,14 +176,11 @@ class Qwen3NextConfig(Qwen3MoeConfig):
             out |= {f"{at}self_attention.{name}": shape for name, shape in attention.items()}
             out[at + "pre_mlp_layernorm.weight"] = (hidden,)
             out |= {f"{at}mlp.{name}": shape for name, shape in self.mlp_shapes(layer).items()}
-        out["decoder.final_layernorm.weight"] = (hidden,)
-        if not self.tie_embeddings:
-            out["output_layer.weight"] = (padded_vocab_size, hidden)
-        return out
+        return out | {"decoder.final_layernorm.weight": (hidden,), "output_layer.weight": (padded_vocab_size, hidden)}
 
     def parameters(self, padded_vocab_size: int) -> dict[str, int]:
         embedding = padded_vocab_size * self.hidden_size
-        rest = embedding * (1 if self.tie_embeddings else 2) + self.hidden_size
+        rest = 2 * embedding + self.hidden_size
         rest += sum(self._matrices_of(layer) + sum(self._vectors_of(layer)) for layer in range(self.layers))
         total, active = self.mlp_parameters()
         return {"total": rest + total, "active": rest + active, "embedding": embedding}

@@ -84,8 +84,7 @@ def _join(parts: list[torch.Tensor]) -> torch.Tensor:
 def to_hf(tensors: Tensors, model: Qwen3NextConfig, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
     yield "model.embed_tokens.weight", tensors["embedding.word_embeddings.weight"][:vocab_size]
     yield "model.norm.weight", tensors["decoder.final_layernorm.weight"]
-    if not model.tie_embeddings:
-        yield "lm_head.weight", tensors["output_layer.weight"][:vocab_size]
+    yield "lm_head.weight", tensors["output_layer.weight"][:vocab_size]
     for layer in range(model.layers):
         a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for megatron_name, hf_name in _same(model, layer).items():
@@ -119,8 +118,7 @@ def from_hf(tensors: Tensors, model: Qwen3NextConfig) -> Iterator[tuple[str, tor
 
     yield "embedding.word_embeddings.weight", take("model.embed_tokens.weight")
     yield "decoder.final_layernorm.weight", take("model.norm.weight")
-    if not model.tie_embeddings:
-        yield "output_layer.weight", take("lm_head.weight")
+    yield "output_layer.weight", take("lm_head.weight")
     for layer in range(model.layers):
         a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for megatron_name, hf_name in _same(model, layer).items():
