@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from release import scratch
+from release.assembly.model_facts import EXPERTS
 from release.assembly.published_tables import read_json
 from release.assembly.variant_facts import base_of
 from release.layout import GOLDENS, LOSS, MODEL
@@ -33,6 +34,8 @@ SECONDS = 3600
 """The limit for one run."""
 VLLM_HEAD = 32
 """vLLM's kernels for the CPU know heads of this size and larger ones."""
+VLLM_LATENT = (512, 64)
+"""Of latent attention, they know this latent and this rotary part (its `CPUMLABackend`)."""
 ORIGINAL = Variant("safetensors", "", 0, "", "")
 """The final model among the variants."""
 
@@ -92,9 +95,14 @@ class Runtime:
 
 
 def _vllm_lacks(variant: Variant, config: Mapping[str, Any]) -> str:
-    if config["head_dim"] < VLLM_HEAD:
+    if "kv_lora_rank" in config:
+        latent = config["kv_lora_rank"], config["qk_rope_head_dim"]
+        if latent != VLLM_LATENT:
+            sizes = [f"{keys} + {rotary}" for keys, rotary in (VLLM_LATENT, latent)]
+            return f"its kernels for the CPU know latents of {sizes[0]}, and these are {sizes[1]}"
+    elif config["head_dim"] < VLLM_HEAD:
         return f"its kernels for the CPU know heads of {VLLM_HEAD} and larger, and these have {config['head_dim']}"
-    if "num_experts" not in config:
+    if not any(key in config for key in EXPERTS):
         return ""
     if variant.encoding == "fp8":
         return "its FP8 experts for the CPU have a scale for each block of 128 weights, and these have one a channel"

@@ -25,6 +25,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
 """Endings of the names of a target's matrices. `mlp` are the feed-forward matrices, those of each expert among them."""
 
 
+ARCHITECTURES = ("qwen3", "qwen3_moe")
+"""Those whose matrices have the names above."""
+
+
 class Lora(Config):
     """Low-rank adapters on a frozen base."""
 
@@ -64,6 +68,9 @@ class Lora(Config):
         they can."""
         if precision not in ("fp32", "bf16"):
             return f"precision = {precision} does not train lora, whose matrices are sums of two; use fp32 or bf16"
+        if model.architecture not in ARCHITECTURES:
+            known = " or ".join(ARCHITECTURES)
+            return f"lora has no rules for the matrices of model.architecture = {model.architecture}; use {known}"
         shapes = model.shapes(1)
         if not (narrow := [min(shape) for name, shape in shapes.items() if self.is_target(name)]):
             return f"lora.targets = {', '.join(self.targets)} names no matrix of this architecture; name other ones"

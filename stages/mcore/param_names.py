@@ -31,15 +31,20 @@ BUFFERS = (".expert_bias",)
 CUT_MATRICES = (
     ".word_embeddings.weight",
     ".linear_qkv.weight",
+    ".linear_q_proj.weight",
+    ".linear_q_up_proj.weight",
+    ".linear_kv_up_proj.weight",
     ".linear_proj.weight",
     ".linear_fc1.weight",
     ".linear_fc2.weight",
     "output_layer.weight",
 )
 """Endings of the names of matrices that tensor parallelism cuts."""
+WHOLE_MATRICES = (".router.weight", ".linear_q_down_proj.weight", ".linear_kv_down_proj.weight")
+"""Endings of the names of matrices that each tensor rank has whole."""
 CUT_FACTORS = (".linear_qkv.lora_B", ".linear_proj.lora_A", ".linear_fc1.lora_B", ".linear_fc2.lora_A")
 """Endings of the names of an adapter's factors that tensor parallelism cuts; it leaves the others whole."""
-MATRICES = (*CUT_MATRICES, ".router.weight")
+MATRICES = (*CUT_MATRICES, *WHOLE_MATRICES)
 """Endings of the names of all matrices."""
 
 

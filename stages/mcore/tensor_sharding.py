@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from stages.mcore.megatron_imports import parallel_state
-from stages.mcore.param_names import CUT_FACTORS, CUT_MATRICES
+from stages.mcore.param_names import BUFFERS, CUT_FACTORS, CUT_MATRICES, WHOLE_MATRICES
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dimension of the full tensor."""
@@ -41,7 +41,7 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
 
 def is_cut(name: str) -> bool:
     """Whether tensor parallelism cuts the tensor of that global name. Raises ValueError for a name without a rule."""
-    if name.endswith(("layernorm.weight", ".router.weight", ".expert_bias")):
+    if name.endswith(("layernorm.weight", *WHOLE_MATRICES, *BUFFERS)):
         return False
     if name.endswith((".lora_A", ".lora_B")):
         return name.endswith(CUT_FACTORS)

@@ -76,7 +76,7 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
     for last, batch_rows in (*phase.row_ramp, (phase.steps, phase.rows_of(phase.steps))):
         micro_batches = batch_rows // rows.rows // layout.data
         if last >= first:
-            run = StepSetup(layout, phase.precision, rows, micro_batches)
+            run = StepSetup(layout, phase.precision, rows, micro_batches, bf16_layers=phase.bf16_layers or 0)
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
     return TrainingTime(seconds, *UNFITTED_ERRORS)
@@ -109,6 +109,8 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
     activations = activation_bytes(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank)
+    if isinstance(phase, PhaseConfig) and phase.weight_format:  # the unrounded weights, while the rounded ones compute
+        activations += (4 if phase.precision == "fp32" else 2) * (share.all - share.table)
     state = state_bytes(share, layout, phase.precision)
     if phase.adapter:  # of the base only the weights; adapters are counted as if no rank shared them
         weight, master = (4, 0) if phase.precision == "fp32" else (2, MASTER)
