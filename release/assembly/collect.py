@@ -65,6 +65,8 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
 
 def _prediction(graph: Graph, store: Store) -> tuple[Artifact, Path] | None:
     """The sealed prediction of this run and its statement, if it has one."""
+    if PHASE not in graph.nodes:  # it begins with a published model
+        return None
     key = prediction_key(graph.nodes[PHASE].key)
     if not store.sealed(key):
         return None
