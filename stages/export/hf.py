@@ -29,7 +29,9 @@ from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Sta
 from pipeline.core.store import Artifact
 from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
+from stages.mcore.lora import Lora
 from stages.mcore.parallel_layout import Layout
+from stages.mcore.param_names import BUFFERS
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
 from stages.models.registry import Model
@@ -71,6 +73,8 @@ class ExportConfig(Config):
         None, "tokens of the longest compared row, spread over the context; null: as many as the context"
     )
 
+    lora: Lora | None = added(None, "adapter that the checkpoint is, on the weights of the input `base`; null: none")
+
     @property
     def longest_row(self) -> int:
         return min(self.parity_tokens or self.model.context_length, self.model.context_length)
@@ -84,7 +88,8 @@ class ExportConfig(Config):
 
 def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["checkpoint"]: a pretrain or midtrain artifact, unless the config has a seed; inputs["tokenizer"]: the
-    tokenizer artifact.
+    tokenizer artifact; inputs["base"]: if the checkpoint is an adapter, the phase before it, into whose last weights
+    the adapter is merged.
 
     Fills `out` with model/ (config.json, generation_config.json, the tokenizer's files, and model.safetensors or, above
     5 GB, shards with an index) and parity.json. Raises CheckFailed if the export is not the checkpoint's model,
@@ -134,8 +139,9 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 
 class Rounded(Mapping[str, "torch.Tensor"]):
-    """Tensors of another mapping in the data type of the export, each made on access. in_format: weights of linear
-    layers are numbers of the weight format, as the phase computed with them."""
+    """Tensors of another mapping in the data type of the export, each made on access. Biases that choose experts stay
+    fp32, as in training and in the classes of transformers: a step changes them by less than bf16 can hold. in_format:
+    weights of linear layers are numbers of the weight format, as the phase computed with them."""
 
     def __init__(self, full: Mapping[str, torch.Tensor], dtype: torch.dtype, in_format: bool = False) -> None:
         self.full, self.dtype, self.in_format = full, dtype, in_format
@@ -143,10 +149,11 @@ class Rounded(Mapping[str, "torch.Tensor"]):
     def __getitem__(self, name: str) -> torch.Tensor:
         from stages.mcore.quantize import FORMATTED, to_weight_format
 
-        tensor = self.full[name].to(self.dtype)
-        if self.in_format and FORMATTED.fullmatch(name):
-            return to_weight_format(tensor)
-        return tensor
+        tensor = self.full[name]
+        if name.endswith(BUFFERS):
+            return tensor
+        tensor = tensor.to(self.dtype)
+        return to_weight_format(tensor) if self.in_format and FORMATTED.fullmatch(name) else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.full)
@@ -160,6 +167,7 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
 
     Raises AtomError if the checkpoint is not of the model.
     """
+    from stages.mcore.lora_layers import Merged
     from stages.mcore.model import check_tensors
     from stages.mcore.weight_init import Initial
     from stages.train.checkpoint import release_checkpoint
@@ -168,8 +176,13 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
     if config.seed is not None:
         return Initial(shapes, config.model, config.seed)
     tensors = release_checkpoint.Tensors(_checkpoint(inputs["checkpoint"], config.step))
-    check_tensors(shapes, tensors.shapes(), "the checkpoint")
-    return tensors
+    if config.lora is None:
+        check_tensors(shapes, tensors.shapes(), "the checkpoint")
+        return tensors
+    base = release_checkpoint.Tensors(_checkpoint(inputs["base"], None))
+    check_tensors(shapes, base.shapes(), "the base of the adapter")
+    check_tensors(config.lora.shapes(shapes), tensors.shapes(), "the adapter")
+    return Merged(base, tensors, config.lora)
 
 
 def generation_config(converses: bool, ids: Mapping[str, int]) -> dict[str, Any]:

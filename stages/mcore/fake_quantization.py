@@ -28,8 +28,11 @@ from typing import Any
 import torch
 
 from stages.data.seeds import seed_of
+from stages.mcore.latent_attention import WholeLinear
 from stages.mcore.megatron_imports import GPTModel, tensor_parallel
 from stages.mcore.quantize import HADAMARD, KINDS, Counts, Kind, QuantizationRecipe, Quantized, hadamard, quantize
+
+LINEARS = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear, WholeLinear)
 
 
 @dataclass
@@ -83,7 +86,7 @@ def attach(
     record: Record = {}
     for gpt in chunks:
         for path, module in gpt.decoder.named_modules():
-            if not isinstance(module, tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear):
+            if not isinstance(module, LINEARS):
                 continue
             match = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
             assert match, path
@@ -92,7 +95,7 @@ def attach(
                 continue
             rows, columns = module.weight.shape
             linear = record.setdefault(key, LinearRecord(columns, rows, name=f"{key[0]} {key[1]}", seed=seed))
-            module._forward_impl = _product(recipe, module.tp_group, linear)
+            module._forward_impl = _product(recipe, module.tp_group, linear)  # type: ignore[method-assign]
     return record
 
 

@@ -13,7 +13,13 @@ from pipeline.core.errors import AtomError, RecipeError
 from stages.mcore import fusions, gpu, megatron_compat
 from stages.mcore.language_model import LanguageModel
 from stages.mcore.layer_spec import uses_transformer_engine
-from stages.mcore.megatron_imports import GPTModel, TopKRouter, TransformerConfig, parallel_state
+from stages.mcore.megatron_imports import (
+    GPTModel,
+    MLATransformerConfig,
+    TopKRouter,
+    TransformerConfig,
+    parallel_state,
+)
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.precision import keywords
@@ -31,12 +37,13 @@ def transformer_config(
     """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
     the precision. routing_replay: routers can be given the experts of their tokens. bf16_layers: the last layers whose
     products stay in bf16."""
-    words = keywords(precision, bf16_layers)
+    words, of_model = keywords(precision, bf16_layers), model.spec().megatron(model)
     engine = uses_transformer_engine(words["params_dtype"])
     megatron_compat.multiply_routers_with_transformer_engine(engine)
-    config = TransformerConfig(
+    kind = MLATransformerConfig if of_model.get("multi_latent_attention") else TransformerConfig
+    config = kind(
         **words,
-        **{"num_layers": model.layers, **model.spec().megatron(model)},
+        **{"num_layers": model.layers, **of_model},
         hidden_size=model.hidden_size,
         layernorm_epsilon=model.norm_eps,
         hidden_dropout=0.0,

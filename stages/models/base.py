@@ -101,6 +101,9 @@ class ModelConfig(Config, ABC):
 
     spec_module: ClassVar[str]
     """The module that defines SPEC, the architecture's ModelSpec."""
+    yarn_scales_heads: ClassVar[bool] = False
+    """Whether YaRN's factor is of whole queries and keys, where a part of them has no rotary embedding; as the
+    architecture's class in transformers has it."""
     if TYPE_CHECKING:  # each architecture declares the field with its name as the only value
         architecture: str
 

@@ -15,6 +15,7 @@ from pipeline.core.text import shown
 from stages.data.order_config import rows_from
 from stages.data.packing import LongDocuments
 from stages.mcore.layout_check import multiples_around, problem
+from stages.mcore.lora import Lora
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import MOST_PARAMETERS, PositiveInt, Precision, Rope
 from stages.models.registry import Model
@@ -152,6 +153,11 @@ class PhaseBase(Config):
     parallelism: Annotated[Layout, Renamed("cluster")] = operational(
         Layout(), "distribution of the phase over processes"
     )
+
+    @property
+    def adapter(self) -> Lora | None:
+        """The adapters that are trained in place of the model's weights, if any are."""
+        return None
 
     @property
     def quantized(self) -> bool:
@@ -302,6 +308,27 @@ class PhaseConfig(PhaseBase):
         return [size // self.batch.micro_tokens for size in sizes]
 
 
+class SftPhase(PhaseConfig):
+    """Supervised fine-tuning: of all weights, or of adapters on them."""
+
+    lora: Lora | None = added(
+        None, "train low-rank adapters on the frozen model of the previous phase; null: train all weights"
+    )
+
+    @model_validator(mode="after")
+    def _one_change(self) -> SftPhase:
+        if self.lora and self.weight_format:
+            raise ValueError(
+                f"weight_format = {self.weight_format} rounds the weights, and lora leaves them as they are; leave one "
+                "out"
+            )
+        return self
+
+    @property
+    def adapter(self) -> Lora | None:
+        return self.lora
+
+
 LongContext = Annotated[tuple[PhaseConfig, ...], Field(max_length=16)]
 """The `long_context` section: mid-training phases on longer and longer rows."""
 
@@ -335,6 +362,8 @@ class TrainerConfig(Config):
     def _possible_layout(self) -> TrainerConfig:
         phase = self.phase
         wrong = problem(phase.parallelism, self.model, self.padded_vocab_size, phase.micro_batch_counts, phase.packed)
+        if phase.adapter and not wrong:
+            wrong = phase.adapter.problem(phase.parallelism, phase.precision, self.model)
         if wrong:
             raise ValueError(wrong)
         return self
@@ -377,3 +406,9 @@ class TrainConfig(TrainerConfig):
                 f"{counts['total']} and {counts['active']}; correct one or the other"
             )
         return self
+
+
+class SftConfig(TrainConfig):
+    """Config of supervised fine-tuning."""
+
+    phase: SftPhase = Field(description="section of the phase")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import RecipeError
-from stages.mcore import gpu, moe_metrics, precision
+from stages.mcore import gpu, lora_layers, moe_metrics, precision
+from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -113,7 +114,10 @@ class Engine:
         kind, model = config.phase.precision, config.model
         if reason := precision.missing_requirement(kind):
             raise RecipeError(reason)
-        self.shapes = model.shapes(config.padded_vocab_size)
+        self.model_shapes = model.shapes(config.padded_vocab_size)
+        self.lora = config.phase.adapter
+        self.shapes = self.lora.shapes(self.model_shapes) if self.lora else self.model_shapes
+        """Of the tensors that training changes, which checkpoints hold."""
         if vocab_size > config.padded_vocab_size:
             raise RecipeError(
                 f"tokenizer.padded_vocab_size = {config.padded_vocab_size} is less than the {vocab_size} tokens of the "
@@ -123,6 +127,13 @@ class Engine:
             model, config.padded_vocab_size, self.layout, kind, config.phase.packed, vocab_size,
             routing_replay=config.phase.replays_routing, bf16_layers=config.phase.bf16_layers or 0,
         )  # fmt: skip
+        if self.lora:
+            if uses_transformer_engine(self.chunks[0].config.params_dtype):
+                raise RecipeError(
+                    f"lora with precision = {kind} needs PyTorch's layers, and this machine has Transformer Engine's, "
+                    "which compute with their own copies of a matrix; use precision = fp32"
+                )
+            lora_layers.install(self.chunks, self.lora)
         self.replay: RoutingReplay | None = None
         if config.phase.replays_routing:
             assert model.routing is not None, "the recipe's check"
@@ -133,7 +144,7 @@ class Engine:
         modules = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
         self.buffers = named_buffers(self.chunks)
         for name, buffer in self.buffers.items():
-            buffer.data = torch.zeros(self.shapes[name], dtype=torch.float32, device=buffer.device)
+            buffer.data = torch.zeros(self.model_shapes[name], dtype=torch.float32, device=buffer.device)
         overlap = self.layout.overlap_gradients
         if overlap is None:
             overlap = self.layout.overlap_weights or (gpu.device().type == "cuda" and ranks.data_ranks > 1)
@@ -261,8 +272,8 @@ class Engine:
         return result
 
     def full_tensors(self, by_turns: bool = True) -> FullTensors:
-        """The full tensors that the model computes with, by global name, each put together when it is read. by_turns:
-        whether data ranks take turns at it."""
+        """The full tensors that training changes, as the model computes with them, by global name, each put together
+        when it is read. by_turns: whether data ranks take turns at it."""
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
         return FullTensors(tensors, self.shapes, self.config.model.tie_embeddings, by_turns)
@@ -426,7 +437,7 @@ class Engine:
             yield piece, {"weight": buffer.flatten()}
 
     def _buffer_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
-        for name, buffer in self.buffers.items():
+        for name, buffer in ({} if self.lora else self.buffers).items():
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
     def load_state(self, read: Callable[[str, Piece], torch.Tensor], step: int, moments: bool = True) -> None:
@@ -453,6 +464,12 @@ class Engine:
         for chunk in self.ddp:
             chunk.start_param_sync(force_sync=True)
         self.step_done = step if moments else 0
+
+    def load_frozen(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Loads the tensors that an adapter leaves as they are. tensors: full ones by global name."""
+        frozen = [(name, tensor) for name, tensor in named_tensors(self.chunks) if not tensor.requires_grad]
+        for name, tensor in [*frozen, *self.buffers.items()]:
+            tensor.data.copy_(cut(tensors[name], boxes(name, self.model_shapes[name])))
 
     def _distributed_optimizers(self) -> list[Any]:
         """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""

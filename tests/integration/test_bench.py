@@ -183,13 +183,6 @@ def test_planner_benchmark() -> None:
     assert {name: float(value) for name, value in fitted.items()} == pytest.approx(asdict(CONSTANTS), rel=0.01)
 
 
-@at_length("benchmarks", 40)
-def test_ladder_benchmark() -> None:
-    table = run_quick("ladder")
-    losses = [float(line.split()[-2]) for line in table if " active" in line]
-    assert len(losses) == 4 and losses[-1] < losses[0]  # more compute, less loss
-
-
 @at_length("benchmarks", 5)
 def test_generation_benchmark() -> None:
     table = run_quick("generate")

@@ -56,7 +56,9 @@ def simulate(
     smallest = max(RECIPES[name].smallest_dimension for name in chosen_recipes)
     sections = recipe.config
     assert isinstance(sections, ReleaseRecipe)
-    model, phase = sections.model, sections.pretrain
+    if (phase := sections.pretrain) is None:
+        raise AtomError(f"{recipe.title} has no pretrain section, whose settings are simulated; add it")
+    model = sections.model
     proxy = build_proxy(model, smallest, hidden)
     if layers is not None:
         min_layers = proxy.routing.layers[0] + 1 if proxy.routing else 1
