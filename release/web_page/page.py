@@ -30,6 +30,8 @@ from release.web_page.script_parts import embedded
 from stages.evaluation.scores import pass_at_1
 
 FOLDER = Path(__file__).parent
+STARTS = 40
+"""Starts of training that the page lists, the last ones."""
 SCRIPT, STYLE, TEMPLATE = "page.js", "page.css", "page.html.jinja"
 
 
@@ -143,12 +145,12 @@ def _embedded_data(facts: PageFacts) -> dict[str, Any]:
     phases, items = facts.contamination
     return {
         "repository": facts.release.repository,
+        "tag": facts.release.tag,
         "phases": facts.phases,
         "checkpoints": [[row.phase, row.step] for row in facts.checkpoints],
         "models": sorted(trained, key=lambda row: when(row[0])),
         "outputs": [vars(row) for row in facts.outputs],
         "contamination": {"phases": phases, "items": items, "perPart": ITEMS_PER_PART},
-        "products": lineage.for_page(facts.products),
         "fileParts": facts.file_parts,
     }
 
@@ -334,7 +336,11 @@ def _starts(facts: PageFacts) -> Markup:
                 tables.count(replayed.get("lines") or 0), tables.count(replayed.get("deviating") or 0),
             ]  # fmt: skip
             rows.append([node, *cells, file_link(product.statement, "statement")])
-    return markdown_html.table(rows) if len(rows) > 1 else Markup()
+    if len(rows) < 2:
+        return Markup()
+    left_out = len(rows) - 1 - STARTS
+    note = f"{tables.count(left_out)} starts before these are in the statements" if left_out > 0 else ""
+    return markdown_html.table([rows[0], *rows[1:][-STARTS:]]) + markdown_html.blocks(filter(None, [note]))
 
 
 def _cost(facts: PageFacts) -> Markup:
