@@ -25,6 +25,7 @@ from release.assembly.variant_facts import VariantFacts, read_variants
 from release.cards import (
     caveats,
     chat_tables,
+    composition,
     document_tables,
     filter_tables,
     harness_tables,
@@ -104,7 +105,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("prediction", prediction_tables.outcomes, added=4, changed=5, heading="Prediction and result"),
     CardTable("architecture", tables.architecture, added=2),
     CardTable("parity", tables.parity, added=2),
-    CardTable("context", tables.context, added=2),
+    CardTable("context", tables.context, added=2, changed=5),
     CardTable("tokenizer", tables.tokenizer, added=5),
     CardTable("chat_format", tables.chat_format, added=5),
     CardTable("passkeys", lambda model: tables.passkeys(model.scores), added=2, changed=5),
@@ -136,7 +137,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
         lambda model: memorization_tables.given_away(model.memorization),
         added=4,
         changed=5,
-        heading="What it gives away",
+        heading="Memorization",
     ),
     CardTable(
         "harness",
@@ -150,6 +151,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("sources", tables.sources, added=2, changed=5),
+    CardTable("example_documents", composition.examples, added=5),
     CardTable("removals", tables.funnel, added=5),
     CardTable("funnel", tables.funnel_by_source, added=2, until=5),
     CardTable("order", tables.order, added=2, changed=5),

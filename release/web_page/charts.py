@@ -1,9 +1,9 @@
-"""Line charts as inline SVG, with axes, ticks and a legend. Colors are those of the style sheet."""
+"""Line charts, with axes, ticks and a legend, and bars, as inline SVG. Colors are those of the style sheet."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -13,6 +13,8 @@ from pipeline.core.text import escaped
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
 COLORS = 8
+BAR, NAMES, VALUES, NAME_CHARACTERS = 20, 150, 84, 24
+"""Of bars: the height of a row, the widths of names and of values, and the characters of a name."""
 MOST_SERIES = 2 * COLORS
 """Lines of one chart; further ones are counted in the legend. Those after COLORS are dashed."""
 
@@ -53,6 +55,30 @@ def chart(title: str, series: Sequence[Series], x_label: str, unit: str = "", lo
         escaped(title, 80), note, WIDTH, HEIGHT, escaped(f"{title} by {x_label}: {words}", 600),
         Markup("").join(parts), legend,
     )  # fmt: skip
+
+
+def bars(title: str, rows: Mapping[str, int], unit: str) -> Markup:
+    """A figure with a bar, its value and its share for each row; the first row is the largest. Nothing without rows."""
+    total = sum(rows.values())
+    if not total:
+        return Markup()
+    largest, height = max(rows.values()), BAR * len(rows)
+    parts = Markup("").join(
+        Markup(
+            '<text class="name" x="0" y="{}">{}</text><rect class="filled" x="{}" y="{}" width="{}" height="{}"/>'
+            '<text class="tick" x="{}" y="{}">{} · {}</text>'
+        ).format(
+            BAR * n + 14, escaped(name, NAME_CHARACTERS), NAMES, BAR * n + 4, round(length, 1), BAR - 8,
+            round(NAMES + length + 5, 1), BAR * n + 14, short(value), f"{value / total:.1%}",
+        )
+        for n, (name, value) in enumerate(rows.items())
+        for length in [max(1.0, value / largest * (WIDTH - NAMES - VALUES))]
+    )  # fmt: skip
+    words = "; ".join(f"{name} {short(value)}" for name, value in rows.items())
+    return Markup(
+        '<figure class="chart"><figcaption><b>{}</b> <small>{}</small></figcaption>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg></figure>'
+    ).format(escaped(title, 80), unit, WIDTH, height, escaped(f"{title}: {words}", 600), parts)
 
 
 @dataclass(frozen=True)

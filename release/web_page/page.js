@@ -380,7 +380,7 @@ async function showReplays() {
     status.textContent = error.message;
   }
 }
-whenNear("replays", showReplays);
+showReplays();
 
 // --- lineage ---
 

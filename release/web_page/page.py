@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from release.assembly.checkpoint_facts import Checkpoint, read_checkpoints
 from release.assembly.data_facts import DataFacts, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
-from release.cards import card_tables, caveats, tables
+from release.cards import card_tables, caveats, composition, tables
 from release.layout import GATES, MODEL, REFERENCES, STANDARDS, when
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
@@ -101,6 +102,7 @@ def render(facts: PageFacts) -> str:
     )
     environment.globals |= {
         "file": file_link, "count": tables.count, "short": charts.short, "shown": escaped,
+        "breakable": _breakable,
     }  # fmt: skip
     return environment.get_template(TEMPLATE).render(
         facts=facts,
@@ -116,6 +118,7 @@ def render(facts: PageFacts) -> str:
         caveats=_caveats(facts),
         measured=_measured(facts),
         sources=_sources(facts),
+        composition=[charts.bars(title, rows, "tokens") for title, rows in composition.amounts(facts.data).items()],
         seen=markdown_html.blocks(
             tables.order(facts.data),
             {tables.title(phase, tables.PHASES): f"dataset/order/{phase}/meta.json" for phase in facts.data.order},
@@ -133,6 +136,11 @@ def render(facts: PageFacts) -> str:
         cost=_cost(facts),
         energy=read_json(facts.folder / STANDARDS / "energy.json"),
     )
+
+
+def _breakable(name: str) -> Markup:
+    """A name that a narrow window breaks after a slash or an underscore only."""
+    return Markup("<wbr>").join(re.split("(?<=[/_])", escaped(name, 80)))
 
 
 def _hash(text: str) -> str:
@@ -240,7 +248,7 @@ MODEL_SHOWN = {
     "chat_fresh": "In conversation, on problems that are newer than the weights",
     "preferences": "Which answers the preference reward prefers", "reward_parts": "Parts of the preference reward",
     "passkeys": "Keys found in texts of each length", "positions": "Bits per token by position",
-    "prediction": "Prediction and result", "given_away": "What it gives away of its training data",
+    "prediction": "Prediction and result", "given_away": "Memorization: the training data that it repeats",
     "harness": "Task sets of lm-evaluation-harness", "samples": "What was measured", "architecture": "Architecture",
     "context": "Context", "parity": "The export against the trainer", "start": "Where training began",
 }  # fmt: skip

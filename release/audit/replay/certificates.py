@@ -58,10 +58,11 @@ def read_certificates(release: Path) -> list[Certificate]:
     if len(paths) > MOST_CERTIFICATES:
         raise AtomError(f"{folder_of(release)} has {len(paths)} certificates; the page takes {MOST_CERTIFICATES}")
     source = Source(release)
-    return [_read(path, source) for path in paths]
+    return [read_certificate(path, source) for path in paths]
 
 
-def _read(path: Path, source: Source) -> Certificate:
+def read_certificate(path: Path, source: Source) -> Certificate:
+    """A certificate about the release of a source. Raises AtomError if it is none."""
     if not NAME.fullmatch(path.stem):
         raise AtomError(f"{path}: the name of a certificate has 1 to 64 letters, digits, points, dashes, underscores")
     try:
