@@ -13,7 +13,7 @@ from pipeline.core.text import escaped
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
 COLORS = 8
-BAR, NAMES, VALUES, NAME_CHARACTERS = 20, 150, 84, 24
+BAR, NAMES, VALUES, NAME_CHARACTERS = 20, 150, 104, 24
 """Of bars: the height of a row, the widths of names and of values, and the characters of a name."""
 MOST_SERIES = 2 * COLORS
 """Lines of one chart; further ones are counted in the legend. Those after COLORS are dashed."""
