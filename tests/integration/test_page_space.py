@@ -105,7 +105,9 @@ def test_the_space_is_published_updated_and_retracted(copy: Path, tmp_path: Path
         assert "is no certificate of a replay; remove it" in atom(tmp_path, *publish, code=2, **hub).stderr
         assert space(tmp_path / "hub") == files, "a refused certificate changes nothing"
 
-        retract = ["retract", str(release), "--documents", "prose/001", "--request", "a"]
+        card = (release / "dataset/README.md").read_text()
+        (example,) = re.findall(r"^- `(\S+)` of prose: `", card, re.MULTILINE)
+        retract = ["retract", str(release), "--documents", example, "--request", "a"]
         preview = atom(tmp_path, *retract, "--dry-run", **hub).stdout
         assert (
             "local/tiny-page, the Space of the page, would be deleted" in preview and space(tmp_path / "hub") == files
@@ -113,6 +115,7 @@ def test_the_space_is_published_updated_and_retracted(copy: Path, tmp_path: Path
         done = atom(tmp_path, *retract, **hub).stdout
         assert "local/tiny-page, the Space of the page, is deleted" in done
         assert space(tmp_path / "hub") is None and not (release / SITE).exists()
+        assert f"- `{example}`" not in (release / "dataset/README.md").read_text(), "its beginning left the card"
         assert "local/tiny-page" not in {item["id"] for item in json.loads(collection.read_text())["items"]}
         assert "Space" not in atom(tmp_path, *retract, **hub).stdout, "nothing is left to delete"
 
