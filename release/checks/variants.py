@@ -52,7 +52,7 @@ def conversions(subject: Subject) -> Findings:
     adapter, that its base in the release and it together are the final model."""
     from stages.export.variants import conversion
 
-    folder, problems, texts = subject.folder, [], []
+    folder, problems, texts = subject.folder, list[str](), list[str]()
     for name in variant_folders(folder):
         facts = read_variant_facts(folder / name)
         variant = facts.loss["variant"]

@@ -319,7 +319,8 @@ class SftPhase(PhaseConfig):
     def _one_change(self) -> SftPhase:
         if self.lora and self.weight_format:
             raise ValueError(
-                f"weight_format = {self.weight_format} rounds the weights, and lora leaves them as they are; remove one"
+                f"weight_format = {self.weight_format} rounds the weights, and lora leaves them as they are; leave one "
+                "out"
             )
         return self
 

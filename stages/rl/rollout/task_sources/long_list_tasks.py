@@ -63,8 +63,8 @@ def row_of(id: str, operation: Operation, numbers: Sequence[int], shown_parts: i
     best = max(numbers) if operation == "largest" else min(numbers)
     return make_row(
         id, operation, [str(n) for n in numbers], shown_parts, "exact", operation, level,
-        expected_answer=str(best), **PROVENANCE,
-    )  # fmt: skip
+        expected_answer=str(best),
+    ) | PROVENANCE  # fmt: skip
 
 
 SOURCE: type[TaskSource] = LongListTasks
