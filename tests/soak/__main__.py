@@ -156,7 +156,7 @@ PARTS = {
         test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("adapter", "big_uploads", "continue", "demo", "downstream", "failures", "hub_limits", "lora", "other_platforms", "prediction", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "sign", "tutorials", "wheel", "damaged_home"))),
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("adapter", "big_uploads", "continue", "demo", "downstream", "failures", "hub_limits", "lora", "other_platforms", "page_space", "prediction", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "sign", "terminal_commands", "tutorials", "wheel", "damaged_home"))),
         ["tests", "result"], "Every request of a publication fails once, and a thousand bytes of a release are flipped.",
     ),
 }  # fmt: skip
