@@ -162,16 +162,11 @@ PARTS = {
 }  # fmt: skip
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def run_part(name: str, part: Part, only: str | None = None) -> None:
     """only: the step to run, of those that have not finished. Raises SystemExit if there is no such step."""
     if only not in (None, *part.steps()):
         raise SystemExit(f"soak: part {name} has no step {only}; it has {', '.join(part.steps())}")
-    record, present = RECORDS / f"{name}.jsonl", commit()
+    record, present = RECORDS / f"{name}.jsonl", processes.commit()
     record.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     finished = {line["step"]: line for line in lines if line["commit"] == present}
