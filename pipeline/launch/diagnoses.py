@@ -61,8 +61,8 @@ MEMORY = Diagnosis(
 )  # fmt: skip
 TIME_LIMIT = Diagnosis(
     "time limit", "state `TIMEOUT` or `DEADLINE`: the stage was signaled, and did not save in time", Kind.MACHINE,
-    f"its time limit came on {{nodes}} before it saved; raise minutes or signal_before_limit_seconds of the profile, "
-    f"and {AGAIN}",
+    "its time limit came on {nodes} before it saved: requested {requested}, used {used}; raise minutes or "
+    f"signal_before_limit_seconds of the profile, and {AGAIN}",
     states=("TIMEOUT", "DEADLINE"), attempt=RETRY,
 )  # fmt: skip
 PREEMPTED = Diagnosis(

@@ -148,6 +148,14 @@ def memory_of(id: str) -> tuple[str, str]:
     return requested, max((row[1] for row in rows if len(row) > 1 and row[1]), key=in_bytes, default="")
 
 
+def time_of(id: str) -> tuple[str, str]:
+    """(time limit of a job, time that it ran) in the notation of Slurm, from the accounting; empty where it knows none.
+    Raises NoAnswer without accounting."""
+    rows = run_command("sacct", "-X", "-n", "-P", "-o", "Timelimit,Elapsed", "-j", id).splitlines()
+    limit, _, elapsed = rows[-1].partition("|") if rows else ("", "", "")
+    return limit, elapsed
+
+
 def in_bytes(size: str) -> float:
     """A size in the notation of Slurm: 302040K, 1.5G. Zero if it is none."""
     unit = " KMGTP".find(size[-1:].upper())
@@ -189,6 +197,10 @@ class Answers:
         sizes: tuple[str, str] = self._ask(f"memory {id}", lambda: memory_of(id))
         return sizes
 
+    def time_of(self, id: str) -> tuple[str, str]:
+        times: tuple[str, str] = self._ask(f"time {id}", lambda: time_of(id))
+        return times
+
     def first_node(self, nodes: str) -> str:
         return str(self._ask(f"first of {nodes}", lambda: first_node(nodes)))
 
@@ -205,7 +217,9 @@ class Answers:
                 answer = function()
             except NoAnswer as error:
                 answer = error
-            self._kept[question] = (time.monotonic(), answer)
+            now = time.monotonic()
+            self._kept = {key: kept for key, kept in self._kept.items() if now - kept[0] < self.seconds}
+            self._kept[question] = (now, answer)
         if isinstance(answer, NoAnswer):
             raise answer
         return answer

@@ -124,7 +124,7 @@ PARTS = {
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
     ),
     "training": Part(
-        test_steps(*(f"tests/integration/test_{n}.py" for n in ("asynchronous", "cluster_recipes", "dense_model", "fake_fp8", "start_records", "layouts", "model_rope", "precision_simulation", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop"))),
+        test_steps(*(f"tests/integration/test_{n}.py" for n in ("asynchronous", "cluster_recipes", "dense_model", "device_test", "fake_fp8", "start_records", "layouts", "model_rope", "precision_simulation", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop"))),
         ["tests", "result"],
         "Every feature in every layout, runs that are killed, stopped and simulated, and the memory of simulated layouts.",
     ),

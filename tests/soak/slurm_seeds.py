@@ -28,6 +28,8 @@ from tests.soak import processes
 from tests.soak.layouts import Cells, Step
 
 NODES, BAD_NODE, SEEDS, RESTARTS = 16, "n1", 3, 30
+TASKS = 4
+"""Of a job array, at most: each costs a start of Python on two cores."""
 QUIET = ROOT / "runs/soak/quiet"
 """Folder of the digests of the quiet run, a file for each commit: the seeds share it."""
 HEAD = ["seed", "disturbances", "stages disturbed", "starts of jobs", "starts on the bad node", "digests", "minutes"]
@@ -109,8 +111,9 @@ class Disturbed:
         bad.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" != {BAD_NODE} ] || exit 127\nexec {self.team.python} "$@"\n')
         bad.chmod(0o755)
         self.cluster = self.team.profile(
-            python=str(bad), cpu={"partition": "low"}, train={"partition": "low"}, restarts=RESTARTS, free_gb=0.0
-        )
+            python=str(bad), cpu={"partition": "low"}, train={"partition": "low"}, restarts=RESTARTS, free_gb=0.0,
+            array_size=TASKS,
+        )  # fmt: skip
         self.team.atom(self.user, "submit", self.recipe, "--cluster", self.cluster)
         kinds = self.kinds()
         self.rng.shuffle(kinds)

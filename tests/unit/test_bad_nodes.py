@@ -40,7 +40,8 @@ i=0; for node in $(grep -vxFf "$PLACE/dead" "$PLACE/nodes"); do
     i=$((i + 1))
 done""",
     "squeue": 'cat "$PLACE/state"',
-    "scontrol": '[ "$1" = show ] && { cat "$PLACE/nodes"; exit; }; echo "$*" >> "$PLACE/requests"',
+    "scontrol": '[ "$1" = show ] && { cat "$PLACE/nodes"; exit; }; echo "$*" >> "$PLACE/requests"; '
+    '[ "$1" = requeue ] || { cat "$PLACE/refusal" >&2; [ -z "$(cat "$PLACE/refusal")" ]; }',
     "sbatch": 'echo "$*" >> "$PLACE/tested"; ! grep -qE -- "--exclude=[^ ]*($(cat "$PLACE/needed"))" <<< "$*"',
     "sacct": 'printf "100M|\\n100M|302040K\\n|8K\\n"',
     "sleep": "",
@@ -60,6 +61,7 @@ def run_script(place: Path, start: int = 0, nodes: str = "n1 n2", down: str = ""
         "state": "RUNNING",
         "needed": "none",
         "dead": "none",
+        "refusal": "",
         "nodes": nodes.replace(" ", "\n"),
         "down": down.replace(" ", "\n"),
     }
@@ -144,6 +146,25 @@ def test_a_node_that_the_job_needs_is_kept_and_one_sentence_says_so(tmp_path: Pa
         "node n2 is bad, but the job could not start without it, so it is not avoided; have it repaired\n"
     )
     assert avoided(tmp_path) == ["n2"], "other jobs avoid it"
+
+
+def test_that_slurm_refuses_the_nodes_to_avoid_is_shown(tmp_path: Path) -> None:
+    run_script(tmp_path, down="n2", refusal="Unable to contact slurm controller")
+    (kept,) = Path(batch(tmp_path).launches_folder).glob("*-kept")
+    refused = "Slurm did not take the nodes to avoid, n2, for the next start (Unable to contact slurm controller)\n"
+    assert kept.read_text() == refused
+    begun(tmp_path, 1, "n1", "n3")
+    run_script(tmp_path, 1, "n1 n3")
+    assert not kept.exists(), "it is of the last start alone"
+
+
+def test_expired_entries_are_removed_by_the_next_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old, new = (BadNode(until, node, "dust", "tiny-1", "sft", "7") for until, node in ((1, "n1"), (2**40, "n2")))
+    bad_nodes.record(store, old)
+    assert avoided(tmp_path) == [] and (tmp_path / "nodes/n1.json").exists()
+    bad_nodes.record(store, new)
+    assert [path.name for path in (tmp_path / "nodes").iterdir()] == ["n2.json"]
 
 
 def test_marks_of_an_array_are_none_of_its_tasks(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
