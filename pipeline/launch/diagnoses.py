@@ -55,8 +55,8 @@ class _Fields(dict[str, str]):
 
 MEMORY = Diagnosis(
     "out of memory", "state `OUT_OF_MEMORY`, or an `oom_kill` that srun reports", Kind.MACHINE,
-    "memory of {nodes} ran out: requested {requested}, used at most {used}; raise memory_gb of the profile, or split "
-    "the stage over more ranks",
+    "memory of {nodes} ran out: requested {requested}, the most that Slurm saw in use {used}; raise memory_gb of the "
+    "profile, or split the stage over more ranks",
     states=("OUT_OF_MEMORY",), pattern="oom[-_]kill|OOM Killed|Out Of Memory|[Ee]xceeded memory limit",
 )  # fmt: skip
 TIME_LIMIT = Diagnosis(

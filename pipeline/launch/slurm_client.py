@@ -141,11 +141,12 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
 
 
 def memory_of(id: str) -> tuple[str, str]:
-    """(memory that a job requested, the most that a task of it used) in the notation of Slurm, from the accounting;
-    empty where it knows none. Raises NoAnswer without accounting."""
-    rows = [row.split("|") for row in run_command("sacct", "-n", "-P", "-o", "ReqMem,MaxRSS", "-j", id).splitlines()]
-    requested = next((row[0] for row in rows if row[0]), "")
-    return requested, max((row[1] for row in rows if len(row) > 1 and row[1]), key=in_bytes, default="")
+    """(memory that a job requested on all of its nodes, the most that a task of it was seen to use) in the notation of
+    Slurm, from the accounting; empty where it knows none. Raises NoAnswer without accounting."""
+    lines = run_command("sacct", "-n", "-P", "-o", "ReqMem,NNodes,MaxRSS", "-j", id).splitlines()
+    rows = [[*line.split("|"), "", ""][:3] for line in lines]
+    requested = next((f"{size} on {nodes} nodes" if nodes != "1" else size for size, nodes, _ in rows if size), "")
+    return requested, max((used for *_, used in rows if used), key=in_bytes, default="")
 
 
 def time_of(id: str) -> tuple[str, str]:

@@ -90,7 +90,8 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
     if state not in ("running", HIDDEN):
         return
     if stalled := _stalled(stage.events, now, limits):
-        yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}")
+        hidden = f"; {stage.status.reason}" if state == HIDDEN else ""
+        yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}{hidden}")
     if curves is None:
         return
     recent = [loss for _, loss in curves.state["recent"]]

@@ -171,9 +171,8 @@ def test_a_stage_that_meets_its_memory_limit(tmp_path: Path) -> None:
         pytest.skip("the test cluster holds steps to their memory only where the first kind of cgroups may be written")
     store, run, job = start(tmp_path, "memory", 2, train={"memory_gb": 0.5}, restarts=0)
     message = ended(store, "failed")["message"]
-    match = re.search(
-        r"memory of n1 ran out: requested 512M, used at most (\S+); raise memory_gb of the profile", message
-    )
+    sentence = r"memory of n1 ran out: requested 1G on 2 nodes, the most that Slurm saw in use (\S+); raise memory_gb"
+    match = re.search(sentence, message)
     assert match and 2**26 < slurm_client.in_bytes(match[1]) <= 2**29, message
     (folder,) = [run.node_folder(node["name"]) for node in run.body["nodes"]]
     launches = sorted(path.name for path in folder.glob(f"ranks/{job}.[0-9]*"))

@@ -43,7 +43,8 @@ done""",
     "scontrol": '[ "$1" = show ] && { cat "$PLACE/nodes"; exit; }; echo "$*" >> "$PLACE/requests"; '
     '[ "$1" = requeue ] || { cat "$PLACE/refusal" >&2; [ -z "$(cat "$PLACE/refusal")" ]; }',
     "sbatch": 'echo "$*" >> "$PLACE/tested"; ! grep -qE -- "--exclude=[^ ]*($(cat "$PLACE/needed"))" <<< "$*"',
-    "sacct": 'printf "100M|\\n100M|302040K\\n|8K\\n"',
+    # the job, its script and its step
+    "sacct": 'case "$*" in *MaxRSS) printf "\\n302040K\\n8K\\n" ;; *) printf "200M|2\\n|1\\n|2\\n" ;; esac',
     "sleep": "",
 }
 """Commands in the place of Slurm's, which keep what they are given."""
@@ -240,8 +241,8 @@ def test_memory_is_named_and_is_no_nodes_fault(tmp_path: Path) -> None:
         begun(tmp_path, start, "n1", "n2")
         run_script(tmp_path, start, says=killed)
         assert verdict(tmp_path, start).text == (
-            "memory of n2 ran out: requested 100M, used at most 302040K; raise memory_gb of the profile, or split the "
-            "stage over more ranks"
+            "memory of n2 ran out: requested 200M on 2 nodes, the most that Slurm saw in use 302040K; raise memory_gb "
+            "of the profile, or split the stage over more ranks"
         )
     assert avoided(tmp_path) == []
 

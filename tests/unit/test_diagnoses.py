@@ -57,14 +57,14 @@ def test_what_was_recorded_counts_more() -> None:
 
 def test_memory_and_time_are_named_from_the_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sacct = tmp_path / "sacct"
-    sacct.write_text('#!/bin/bash\nprintf "100M|\\n100M|8K\\n|1.5G\\n|302040K\\n"\n')
+    sacct.write_text('#!/bin/bash\nprintf "200M|2|\\n|1|8K\\n|2|1.5G\\n|2|302040K\\n"\n')
     sacct.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     text = end_message(Job("7", "OUT_OF_MEMORY", nodes="n2", code="0:125"), "", None)
-    assert text.startswith("memory of n2 ran out: requested 100M, used at most 1.5G; raise memory_gb of the profile")
+    assert text.startswith("memory of n2 ran out: requested 200M on 2 nodes, the most that Slurm saw in use 1.5G; rai")
     sacct.write_text("#!/bin/bash\nexit 1\n")
     text = end_message(Job("7", "OUT_OF_MEMORY", nodes="n2", code="0:125"), "", None)
-    assert text.startswith("memory of n2 ran out: requested not known, used at most not known")
+    assert text.startswith("memory of n2 ran out: requested not known, the most that Slurm saw in use not known")
     sacct.write_text('#!/bin/bash\n[[ "$*" = *Timelimit,Elapsed* ]] && echo "1-00:00:00|1-00:00:27"\n')
     text = end_message(Job("7", "TIMEOUT", nodes="n2", code="0:0"), "", None)
     assert text.startswith("its time limit came on n2 before it saved: requested 1-00:00:00, used 1-00:00:27; raise mi")
