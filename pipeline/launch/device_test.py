@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
@@ -56,7 +57,11 @@ def check(ranks: Ranks, least: float) -> Failure | None:
         return Failure(f"node {name} got no address for the test of devices within {SECONDS:.0f} s")
     numbers = (ranks.rank, ranks.size, ranks.local_rank, place["host"], place["port"], least)
     command = [sys.executable, "-m", __spec__.name, *map(str, numbers)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        tempfile.TemporaryFile("w+") as output,  # of any length, as with NCCL_DEBUG: a pipe would fill
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=output, stderr=errors) as process,
+    ):
         for _ in polls(time.monotonic() + LIMIT):
             if process.poll() is not None:
                 break
@@ -66,11 +71,13 @@ def check(ranks: Ranks, least: float) -> Failure | None:
         else:
             process.kill()
             return Failure(f"node {name} did not end the test of devices within {LIMIT:.0f} s", bad_node=name)
-        stdout, stderr = process.communicate()
+        output.seek(0)
+        errors.seek(0)
+        lines, messages = output.read().splitlines(), errors.read().strip().splitlines()
     if process.returncode:
-        why = (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1][:300]
+        why = (messages or [f"exit code {process.returncode}"])[-1][:300]
         return Failure(f"node {name} failed the test of devices ({why}); have its GPUs checked", bad_node=name)
-    problem = json.loads(stdout.splitlines()[-1])
+    problem = json.loads(lines[-1])
     if problem is None or problem["rank"] is None:
         return None if problem is None else Failure(f"node {name}: {problem['text']}")
     node = (ranks.folder / f"started-{problem['rank']}").read_text().strip() if ranks.size > 1 else name
@@ -118,6 +125,7 @@ def main(rank: int, size: int, local_rank: int, host: str, port: int, least: flo
         return {"rank": None, "text": f"rank 0 at {host}:{port} cannot be reached ({str(error).splitlines()[0][:300]})"}
     table.write(rank, "product", product_problem(device, least))
     if size > 1:
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else NCCL's watchdog would end a process that waits too long
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         try:
             dist.init_process_group(backend, store=table.store, rank=rank, world_size=size, timeout=patience)
