@@ -355,12 +355,12 @@ def standstill(folder: Path) -> Standstill:
     """Computes the standstill from the events of all attempts at a node."""
     best, since, position = -1.0, 0, "the start"
     ends: list[tuple[str, str | None]] = []
-    launches: list[str | None] = []
+    launches: list[str] = []
     outcomes: dict[int, str] = {}
     for event in EventTail(folder / "events.jsonl").read():
         if event["event"] == "attempt":
             since += 1
-            launches.append(event.get("launch"))
+            launches.append(str(event.get("launch", "")))
         elif event["event"] == "progress" and event["done"] > best:
             best, since, ends = event["done"], 0, []
             position = f"{event['done']}/{event['total']} {event['unit']}"
@@ -368,7 +368,7 @@ def standstill(folder: Path) -> Standstill:
             ends.append((event["outcome"], event.get("kind")))
             outcomes[len(launches)] = event["outcome"]
     # what a killed rank 0 could not record, the job's script may have
-    earlier = launches[-2] if len(launches) > 1 else None
+    earlier = launches[-2] if len(launches) > 1 else ""
     verdict = Verdict.read(folder / "ranks" / earlier) if earlier else None
     last_outcome = outcomes.get(len(launches) - 1) or (verdict.text if verdict else "it was killed")
     text = f"{since - 1} attempts ended at {position} without getting further; of the last one: {last_outcome}"
