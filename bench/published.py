@@ -16,8 +16,9 @@ from pathlib import Path
 
 from pipeline.core.stage import Accelerator
 from pipeline.launch import cluster_profile
-from stages.mcore.throughput import LayerShape, Shape, shape_of
+from stages.mcore.throughput import Shape, shape_of
 from stages.models.costs import AttentionCost
+from stages.models.deepseek_v3.config import DeepseekV3Config
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
@@ -25,6 +26,23 @@ QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8, conte
 QWEN3_30B = Qwen3MoeConfig(layers=48, hidden_size=2048, heads=32, moe_intermediate_size=768, **QWEN3)
 QWEN3_235B = Qwen3MoeConfig(layers=94, hidden_size=4096, heads=64, moe_intermediate_size=1536, **QWEN3)
 QWEN3_VOCABULARY = 151_936
+LATENT = dict(
+    architecture="deepseek_v3", layers=61, hidden_size=7168, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+    qk_rope_head_dim=64, v_head_dim=128, num_experts_per_tok=8, moe_intermediate_size=2048, intermediate_size=18432,
+    context_length=4096, tie_embeddings=False,
+)  # fmt: skip
+DEEPSEEK_V3 = DeepseekV3Config(
+    **LATENT, heads=128, experts=256, n_group=8, topk_group=4, dense_layers=3, routed_scaling_factor=2.5
+)
+"""arXiv:2412.19437, section 4.2."""
+KIMI_K2 = DeepseekV3Config(**LATENT, heads=64, experts=384, dense_layers=1, routed_scaling_factor=2.827)
+"""arXiv:2507.20534."""
+MOONLIGHT = DeepseekV3Config(**LATENT | dict(
+    layers=27, hidden_size=2048, heads=16, q_lora_rank=None, experts=64, num_experts_per_tok=6, n_shared_experts=2,
+    moe_intermediate_size=1408, dense_layers=1, intermediate_size=11264, routed_scaling_factor=2.446,
+))  # fmt: skip
+"""arXiv:2502.16982."""
+DEEPSEEK_VOCABULARY, MOONSHOT_VOCABULARY = 129_280, 163_840
 
 
 def dense(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 8, vocabulary: int = 128_256) -> Shape:
@@ -37,27 +55,12 @@ def dense(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 8, voc
     return shape_of(model, vocabulary)
 
 
-def latent(
-    layers: int, heads: int, experts: int, vocabulary: int, hidden: int = 7168, queries: int = 1536, dense: int = 1,
-    ffn: int = 18432, width: int = 2048, top_k: int = 8, shared: int = 1, mtp: int = 0,
-) -> Shape:  # fmt: skip
-    """DeepSeek-V3 (arXiv:2412.19437, section 4.2), Kimi K2 (arXiv:2507.20534) and Moonlight (arXiv:2502.16982):
-    multi-head latent attention with latents of `queries` (0: none) for queries and 512 for keys and values, heads of
-    128 and 64 rotary dimensions. A module of multi-token prediction is a layer, the projection that joins two states,
-    and the head again."""
-    qk, v, keys = 128 + 64, 128, 512
-    q = hidden * queries + queries * heads * qk if queries else hidden * heads * qk
-    attention = q + hidden * (keys + 64) + keys * heads * (128 + v) + heads * v * hidden
-    kept = 2 * (4 * hidden + 2 * (queries + keys) + 64 + heads * (2 * qk + 2 * v)) + 4 * heads
-    swiglu, sent = 6 * width, 2 * hidden * top_k
-    sparse = LayerShape(
-        layers - dense, attention + hidden * experts + shared * 3 * hidden * width, experts * 3 * hidden * width,
-        kept + 13 * experts + sent + swiglu * (top_k + shared), 4 * sent,
-    )  # fmt: skip
-    first = LayerShape(dense, attention + 3 * hidden * ffn, 0, kept + 6 * ffn, 0)
-    module = replace(sparse, layers=mtp, dense=sparse.dense + 2 * hidden * hidden)
-    return Shape(hidden, vocabulary, (first, sparse, module), (AttentionCost(layers + mtp, heads, qk, v),),
-                 experts, top_k, heads=1 + mtp)  # fmt: skip
+def latent(model: DeepseekV3Config, vocabulary: int, mtp: int = 0) -> Shape:
+    """A module of multi-token prediction is a layer, the projection that joins two states, and the head again."""
+    shape = shape_of(model, vocabulary)
+    module = replace(shape.layers[-1], layers=mtp, dense=shape.layers[-1].dense + 2 * model.hidden_size**2)
+    attention = tuple(replace(a, layers=a.layers + mtp) for a in shape.attention)
+    return replace(shape, layers=(*shape.layers, module), attention=attention, heads=1 + mtp)
 
 
 def gpt_oss() -> Shape:
@@ -86,10 +89,10 @@ MODELS = {
     "Llama 3 8B": dense(32, 4096, 32, 14336),
     "Llama 3 70B": dense(80, 8192, 64, 28672),
     "Llama 3.1 405B": dense(126, 16384, 128, 53248),
-    "DeepSeek-V3 without MTP": latent(61, 128, 256, 129_280, dense=3),
-    "DeepSeek-V3": latent(61, 128, 256, 129_280, dense=3, mtp=1),
-    "Kimi K2": latent(61, 64, 384, 163_840),
-    "Moonlight 16B-A3B": latent(27, 16, 64, 163_840, 2048, 0, ffn=11264, width=1408, top_k=6, shared=2),
+    "DeepSeek-V3 without MTP": latent(DEEPSEEK_V3, DEEPSEEK_VOCABULARY),
+    "DeepSeek-V3": latent(DEEPSEEK_V3, DEEPSEEK_VOCABULARY, mtp=1),
+    "Kimi K2": latent(KIMI_K2, MOONSHOT_VOCABULARY),
+    "Moonlight 16B-A3B": latent(MOONLIGHT, MOONSHOT_VOCABULARY),
     "Qwen3-30B-A3B": shape_of(QWEN3_30B, QWEN3_VOCABULARY),
     "Qwen3-235B-A22B": shape_of(QWEN3_235B, QWEN3_VOCABULARY),
     "GPT-OSS 120B": gpt_oss(),
@@ -97,24 +100,26 @@ MODELS = {
 }
 
 
-def _blackwell(bf16: float, domain: int, network: float, watts: int) -> Accelerator:
+def _blackwell(bf16: float, fp4: float, domain: int, network: float, watts: int) -> Accelerator:
     """HBM3e of 8 TB/s and NVLink 5 of 900 GB/s in one direction; FP8 has twice the rate of bf16."""
-    return Accelerator({"bf16": bf16 * 1e12, "fp8": 2 * bf16 * 1e12}, 8e12, 900e9, domain, network, watts)
+    peaks = {"bf16": bf16 * 1e12, "fp8": 2 * bf16 * 1e12, "fp4": fp4 * 1e12}
+    return Accelerator(peaks, 8e12, 900e9, domain, network, watts)
 
 
 def systems() -> dict[str, Accelerator]:
     """Peaks without sparsity. B300: HGX B300, 4.5 PFLOP/s in FP8, 1.6 TB/s of network for 8 GPUs both ways
     (nvidia.com/data-center/hgx). GB200: NVL72, 720 PFLOP/s in FP8 with sparsity for 72 GPUs, one ConnectX-7 of 400 Gb/s
     each (nvidia.com/data-center/gb200-nvl72). GB300: NVL72, the same with ConnectX-8 of 800 Gb/s
-    (nvidia.com/data-center/gb300-nvl72). Power: verda.com/blog/gb300-nvl72-architecture. H100: as the profile
+    (nvidia.com/data-center/gb300-nvl72). FP4: GB200 1,440 PFLOP/s with sparsity for 72 GPUs; GB300 and B300, and power:
+    verda.com/blog/gb300-nvl72-architecture. H100: as the profile
     h100-pyxis states it."""
     h100 = cluster_profile.load("h100-pyxis").accelerator
     assert h100 is not None
     return {
         "H100": h100,
-        "B300": _blackwell(2250, 8, 100e9, 1100),
-        "GB200": _blackwell(2500, 72, 50e9, 1200),
-        "GB300": _blackwell(2500, 72, 100e9, 1400),
+        "B300": _blackwell(2250, 14000, 8, 100e9, 1100),
+        "GB200": _blackwell(2500, 10000, 72, 50e9, 1200),
+        "GB300": _blackwell(2500, 15000, 72, 100e9, 1400),
     }
 
 

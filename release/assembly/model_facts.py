@@ -32,9 +32,13 @@ from stages.train.imported_weights import NAME as BASE
 
 CONFIG_KEYS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size",
+    "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size", "n_routed_experts",
+    "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 """Fields of config.json, if the architecture has them."""
+EXPERTS = ("num_experts", "n_routed_experts")
+"""Of these, the one with the experts of a layer."""
 
 
 @dataclass
@@ -80,7 +84,7 @@ class ModelFacts:
 
     @property
     def has_experts(self) -> bool:
-        return "num_experts" in self.config
+        return any(key in self.config for key in EXPERTS)
 
     @property
     def is_chat(self) -> bool:
@@ -100,7 +104,7 @@ def read_model_facts(model: Path) -> ModelFacts:
     prediction = forecast.read(model / forecast.FILE) if (model / forecast.FILE).exists() else None
     return ModelFacts(
         architecture=config["architectures"][0],
-        config={key: config[key] for key in _config_keys(config) if key in config},
+        config={key: config[key] for key in _config_keys(config) if config.get(key) is not None},
         dtype=config.get("dtype") or config.get("torch_dtype"),
         parameters=_count_parameters(model, config),
         parity=read_json(model / "parity.json"),
@@ -145,7 +149,7 @@ def _measured(model: Path, scores: dict[str, ModelScores]) -> dict[str, float]:
 
 def _config_keys(config: dict[str, Any]) -> tuple[str, ...]:
     """What the card shows: of a mixture of experts, whose layers have none, not `intermediate_size`."""
-    return CONFIG_KEYS if "num_experts" in config else (*CONFIG_KEYS, "intermediate_size")
+    return CONFIG_KEYS if any(key in config for key in EXPERTS) else (*CONFIG_KEYS, "intermediate_size")
 
 
 def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
@@ -154,9 +158,10 @@ def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
         shapes |= tensor_shapes(path)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
-    if experts and not {"num_experts", "num_experts_per_tok"} <= config.keys():
+    count = next((config[key] for key in EXPERTS if key in config), None)
+    if experts and not (count and "num_experts_per_tok" in config):
         raise CheckFailed(f"{model.name}/config.json does not state num_experts and num_experts_per_tok")
-    idle = experts and experts * (config["num_experts"] - config["num_experts_per_tok"]) // config["num_experts"]
+    idle = experts and experts * (count - config["num_experts_per_tok"]) // count
     return Parameters(total, total - idle, len(shapes))
 
 

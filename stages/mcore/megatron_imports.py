@@ -31,7 +31,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule  # no
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "GPTModel",
     "IndexedDataset",
     "IndexedDatasetBuilder",
+    "MLATransformerConfig",
     "MegatronModule",
     "OptimizerConfig",
     "PackedSeqParams",

@@ -19,6 +19,9 @@ _RENAMED = {
     # Transformer Engine keeps a norm inside the linear layer that follows it.
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    # lora_layers.py: a matrix with an adapter
+    ".parametrizations.weight.original": ".weight",
+    ".parametrizations.weight.0.lora_": ".lora_",
 }
 
 BUFFERS = (".expert_bias",)
@@ -28,13 +31,20 @@ BUFFERS = (".expert_bias",)
 CUT_MATRICES = (
     ".word_embeddings.weight",
     ".linear_qkv.weight",
+    ".linear_q_proj.weight",
+    ".linear_q_up_proj.weight",
+    ".linear_kv_up_proj.weight",
     ".linear_proj.weight",
     ".linear_fc1.weight",
     ".linear_fc2.weight",
     "output_layer.weight",
 )
 """Endings of the names of matrices that tensor parallelism cuts."""
-MATRICES = (*CUT_MATRICES, ".router.weight")
+WHOLE_MATRICES = (".router.weight", ".linear_q_down_proj.weight", ".linear_kv_down_proj.weight")
+"""Endings of the names of matrices that each tensor rank has whole."""
+CUT_FACTORS = (".linear_qkv.lora_B", ".linear_proj.lora_A", ".linear_fc1.lora_B", ".linear_fc2.lora_A")
+"""Endings of the names of an adapter's factors that tensor parallelism cuts; it leaves the others whole."""
+MATRICES = (*CUT_MATRICES, *WHOLE_MATRICES)
 """Endings of the names of all matrices."""
 
 

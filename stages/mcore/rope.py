@@ -28,7 +28,13 @@ def frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
     low, high = max(math.floor(pair_index(yarn.beta_fast)), 0), min(math.ceil(pair_index(yarn.beta_slow)), dim - 1)
     width = high - low or 0.001  # equal ends turn the ramp into a step
     ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / width, 0, 1)
-    return base / yarn.factor * ramp + base * (1 - ramp), 0.1 * math.log(yarn.factor) + 1.0
+    factor = 1.0 if model.yarn_scales_heads else yarn_factor(model)
+    return base / yarn.factor * ramp + base * (1 - ramp), factor
+
+
+def yarn_factor(model: ModelConfig) -> float:
+    """The factor of queries and of keys."""
+    return 0.1 * math.log(model.yarn.factor) + 1.0 if model.yarn else 1.0
 
 
 def megatron_yarn(model: ModelConfig) -> dict[str, Any]:
@@ -58,4 +64,5 @@ def hf_rope(model: ModelConfig) -> dict[str, Any]:
         "beta_fast": model.yarn.beta_fast,
         "beta_slow": model.yarn.beta_slow,
         "attention_factor": frequencies(model)[1],
+        **({"mscale": 1.0, "mscale_all_dim": 1.0} if model.yarn_scales_heads else {}),
     }

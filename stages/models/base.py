@@ -29,7 +29,7 @@ Layers = Annotated[int, Range(1, 1024, "Llama 3 405B: 126")]
 Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-forward layers 53248")]
 RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
 LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
-Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
+Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4"]
 """The precision of matrix products. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
 PositiveCount = Annotated[int, Range(1, 1e15)]
 MOST_PARAMETERS = 10**14
@@ -101,6 +101,9 @@ class ModelConfig(Config, ABC):
 
     spec_module: ClassVar[str]
     """The module that defines SPEC, the architecture's ModelSpec."""
+    yarn_scales_heads: ClassVar[bool] = False
+    """Whether YaRN's factor is of whole queries and keys, where a part of them has no rotary embedding; as the
+    architecture's class in transformers has it."""
     if TYPE_CHECKING:  # each architecture declares the field with its name as the only value
         architecture: str
 

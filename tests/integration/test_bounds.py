@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from bench import published
 from pipeline.core import bounds
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Store
@@ -199,13 +200,9 @@ PUBLISHED = {
     # model; learning rate, tokens of a step, steps, length of a row; what its report says
     "GPT-2 small": (dict(layers=12, hidden_size=768, heads=12, kv_heads=12, head_dim=64, moe_intermediate_size=1536), 50304,
                     6e-4, 2**19, 600_000, 1024, {}),
-    "DeepSeek-V3": (dict(layers=61, hidden_size=7168, heads=128, kv_heads=128, head_dim=128, experts=256,
-                         num_experts_per_tok=8, moe_intermediate_size=2048, shared_expert_intermediate_size=2048, dense_layers=3,
-                         intermediate_size=18432, router_bias_update_rate=1e-3, aux_loss=1e-4, init_std=0.006, tie_embeddings=False), 129280,
+    "DeepSeek-V3": (published.DEEPSEEK_V3.model_dump() | dict(aux_loss=1e-4, init_std=0.006), 129280,
                     2.2e-4, 15360 * 4096, 235_000, 4096, {"precision": "fp8-blockwise"}),
-    "Kimi K2": (dict(layers=61, hidden_size=7168, heads=64, kv_heads=64, head_dim=128, experts=384, num_experts_per_tok=8,
-                     moe_intermediate_size=2048, shared_expert_intermediate_size=2048, dense_layers=1, intermediate_size=18432), 163840,
-                2e-4, 2**26, 231_000, 4096, {}),
+    "Kimi K2": (published.KIMI_K2.model_dump(), 163840, 2e-4, 2**26, 231_000, 4096, {}),
     "Llama 3 405B": (dict(layers=126, hidden_size=16384, heads=128, kv_heads=8, head_dim=128, moe_intermediate_size=26624,
                           rope_theta=5e5, tie_embeddings=False), 128256, 8e-5, 2**24, 1_000_000, 8192, {}),
     "Qwen3-235B-A22B": (dict(layers=94, hidden_size=4096, heads=64, kv_heads=4, head_dim=128, experts=128,

@@ -8,6 +8,7 @@ from release.assembly import runtimes
 from stages.export.variants.registry import VARIANTS, VariantName
 
 MOE, DENSE = {"head_dim": 64, "num_experts": 8}, {"head_dim": 64}
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_routed_experts": 8}
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,9 @@ MOE, DENSE = {"head_dim": 64, "num_experts": 8}, {"head_dim": 64}
         ("fp8", DENSE, False, ""),
         ("fp8-attention", MOE, False, ""),
         ("bf16", {**MOE, "head_dim": 16}, True, "heads of 32 and larger"),
+        ("bf16", LATENT, True, ""),
+        ("bf16", {**LATENT, "kv_lora_rank": 32}, True, "latents of 512 + 64, and these are 32 + 64"),
+        ("int8", LATENT, False, "INT8 experts for x86 processors need AMX"),
     ],
 )
 def test_what_vllm_lacks_on_a_cpu(

@@ -35,8 +35,8 @@ class Encoding:
     convert: Callable[[torch.Tensor], torch.Tensor]
 
 
-ALL = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj\.weight")
-ATTENTION = re.compile(r"model\.layers\.\d+\.self_attn\..*_proj\.weight")
+ALL = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
+ATTENTION = re.compile(r"model\.layers\.\d+\.self_attn\..*_proj(_with_mqa)?\.weight")
 HEAD, ROUTERS, FEED_FORWARD = "lm_head", r"re:.*mlp\.gate$", r"re:.*\.mlp\..*"
 
 

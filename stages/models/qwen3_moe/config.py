@@ -10,78 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
-
-from pipeline.core.bounds import Range
 from pipeline.core.stage import Renamed, added
-from stages.mcore.parallel_layout import Layout
-from stages.models.base import LossWeight, Precision, Routing, Width
-from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_shapes
-
-Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
-PROXY_EXPERTS = 32
-"""Maximum experts of a small proxy."""
+from stages.models.base import Width
+from stages.models.grouped_query import GroupedQueryConfig
+from stages.models.mixture import MixtureConfig
 
 
-class Qwen3MoeConfig(GroupedQueryConfig):
+class Qwen3MoeConfig(MixtureConfig, GroupedQueryConfig):
     """A mixture of experts: `architecture: qwen3_moe`, the default of a section without this setting."""
 
     spec_module: ClassVar[str] = "stages.models.qwen3_moe.spec"
     architecture: Literal["qwen3_moe"] = added("qwen3_moe", "qwen3_moe: a mixture of experts")
-    experts: Experts = Field(description="experts in each layer")
-    num_experts_per_tok: Annotated[Experts, Renamed("experts_per_token")] = Field(
-        description="experts to which each token is routed (top-k)"
-    )
-    moe_intermediate_size: Annotated[Width, Renamed("expert_ffn_size")] = Field(description="inner width of one expert")
-    aux_loss: LossWeight = Field(
-        1e-3, description="weight of the load-balancing loss, summed over layers as in Megatron-Core"
-    )
-    balance: Literal["batch", "sequence"] = added(
-        "batch", "tokens over which aux_loss balances experts: those of a micro-batch or of each row"
-    )
-    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001"), Renamed("bias_rate")] = added(
-        0.0, "change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"
-    )
-    z_loss: LossWeight = added(
-        0.0, "weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"
-    )
-    dense_layers: Annotated[int, Range(0, 1023)] = added(
-        0, "number of first layers with a dense SwiGLU instead of experts"
-    )
-    intermediate_size: Annotated[Width | None, Renamed("dense_ffn_size")] = added(
-        None, "inner width of the SwiGLU in dense layers"
-    )
     shared_expert_intermediate_size: Annotated[Width | None, Renamed("shared_expert_ffn_size")] = added(
         None, "inner width of a shared expert that every token uses; null: none"
     )
 
-    @model_validator(mode="after")
-    def _possible_experts(self) -> Qwen3MoeConfig:
-        if self.num_experts_per_tok == 1:
-            raise ValueError(
-                "num_experts_per_tok = 1 gives the router no gradient from the loss, since the one weight is always 1; "
-                "nearest: 2"
-            )
-        if self.num_experts_per_tok > self.experts:
-            raise ValueError(
-                f"num_experts_per_tok = {self.num_experts_per_tok} is more than experts = {self.experts}; "
-                f"nearest: num_experts_per_tok {self.experts} or experts {self.num_experts_per_tok}"
-            )
-        if self.dense_layers >= self.layers:
-            raise ValueError(
-                f"dense_layers = {self.dense_layers} leaves no layer of {self.layers} with experts; "
-                f"use at most {self.layers - 1}"
-            )
-        if bool(self.dense_layers) != bool(self.intermediate_size):
-            raise ValueError(
-                f"dense_layers = {self.dense_layers} and intermediate_size = {self.intermediate_size} go "
-                "together; set both or neither"
-            )
-        return self
-
     @property
-    def routing(self) -> Routing:
-        return Routing(self.experts, self.num_experts_per_tok, range(self.dense_layers, self.layers), self.z_loss > 0)
+    def shared_width(self) -> int:
+        return self.shared_expert_intermediate_size or 0
 
     def export_obstacle(self) -> str | None:
         for field, value, what in (
@@ -93,118 +39,20 @@ class Qwen3MoeConfig(GroupedQueryConfig):
                         f"and others load unchanged, has {what}; leave it out, or stop before the export")  # fmt: skip
         return None
 
-    def mlp_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        hidden = self.hidden_size
-        if layer < self.dense_layers:
-            return swiglu_shapes(hidden, self.intermediate_size or 0)
-        out: dict[str, tuple[int, ...]] = {"router.weight": (self.experts, hidden)}
-        if self.router_bias_update_rate:
-            out["router.expert_bias"] = (self.experts,)
-        if self.shared_expert_intermediate_size:
-            out |= swiglu_shapes(hidden, self.shared_expert_intermediate_size, "shared_experts.")
-        for expert in range(self.experts):
-            out |= swiglu_shapes(hidden, self.moe_intermediate_size, f"experts.local_experts.{expert}.")
-        return out
-
-    def mlp_parameters(self) -> tuple[int, int]:
-        hidden, sparse = self.hidden_size, self.layers - self.dense_layers
-        router = self.experts * (hidden + bool(self.router_bias_update_rate))
-        shared = 3 * hidden * (self.shared_expert_intermediate_size or 0)
-        dense = self.dense_layers * 3 * hidden * (self.intermediate_size or 0)
-        rest, expert = dense + sparse * (router + shared), 3 * hidden * self.moe_intermediate_size
-        return rest + sparse * self.experts * expert, rest + sparse * self.num_experts_per_tok * expert
-
-    def mlp_matrices(self) -> int:
-        hidden, sparse = self.hidden_size, self.layers - self.dense_layers
-        shared = self.shared_expert_intermediate_size or 0
-        expert = 3 * hidden * (self.num_experts_per_tok * self.moe_intermediate_size + shared)
-        dense = 3 * hidden * (self.intermediate_size or 0)
-        return sparse * (self.experts * hidden + expert) + self.dense_layers * dense
-
-    def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
-        """Routers are whole on each tensor rank. (Biases of experts are no parameters: a few kilobytes.)"""
-        hidden = self.hidden_size
-        if layer < self.dense_layers:
-            return 0, 3 * hidden * (self.intermediate_size or 0), 0
-        experts = self.experts // layout.ep * 3 * hidden * self.moe_intermediate_size // layout.split_experts
-        return self.experts * hidden, 3 * hidden * (self.shared_expert_intermediate_size or 0), experts
-
-    def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
-        if layer < self.dense_layers:
-            return swiglu_activations(size, self.intermediate_size or 0, fused)
-        copies, ffn, saved = self.num_experts_per_tok, self.moe_intermediate_size, 1 if fused else 3
-        return {
-            # fp32 logits, their softmax for the balance loss, sparse probabilities, and the map of bytes
-            "router": 13 * self.experts,
-            "tokens sent to experts": size * self.hidden_size * copies * layout.split_experts,
-            "experts' gate and up": 2 * size * ffn * copies,
-            "experts' SwiGLU, and weighted": (saved if fused else saved + 1) * size * ffn * copies,
-            "shared expert": (2 + saved) * size * (self.shared_expert_intermediate_size or 0),
-        }
-
-    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
-        """The tokens on their way to experts and back: as sorted for the ranks that have them, as received, as the
-        experts return them and as sorted back. With all experts on one rank these are what each expert returns, and
-        that side by side. Ranks that split experts sum what these return, below fp32 after another copy in fp32, and
-        have their part of the sum; unless they gather all tokens."""
-        if layer < self.dense_layers:
-            return 0.0
-        size, split = 4 if precision == "fp32" else 2, layout.split_experts
-        copies = self.hidden_size * self.num_experts_per_tok
-        if layout.ep * split == 1:
-            return 2 * size * copies
-        if split == 1 or layout.dispatcher == "allgather":
-            return (2 + 2 * split) * size * copies
-        summed = 4 * split * (precision != "fp32") + 4
-        return ((1 + (layout.ep > 1) + 2 * split) * size + summed) * copies
-
     def split_sizes(self) -> list[tuple[str, str, int]]:
-        return [
-            *super().split_sizes(),
-            ("etp", "moe_intermediate_size", self.moe_intermediate_size),
-            ("tp", "intermediate_size", self.intermediate_size or 0),
-            ("tp", "shared_expert_intermediate_size", self.shared_expert_intermediate_size or 0),
-            ("ep", "experts", self.experts),
-        ]
+        return [*super().split_sizes(), *self.expert_split_sizes()]
 
     def proportions(self) -> dict[str, float]:
-        return {**super().proportions(), "experts / experts a token visits": self.experts / self.num_experts_per_tok}
+        return {**super().proportions(), **self.expert_proportions()}
 
     def describe(self) -> str:
-        return (
-            f"{super().describe()}, {self.experts} experts of {self.moe_intermediate_size}, of which a token visits "
-            f"{self.num_experts_per_tok}"
-        )
+        return f"{super().describe()}, {self.describe_experts()}"
 
     def inner_widths(self) -> dict[str, int]:
-        widths = {**super().inner_widths(), "expert": self.moe_intermediate_size}
-        widths |= {"dense": self.intermediate_size or 0, "shared expert": self.shared_expert_intermediate_size or 0}
-        return {name: size for name, size in widths.items() if size}
+        return {**super().inner_widths(), **self.expert_widths()}
 
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        """At most PROXY_EXPERTS experts."""
-        changes = super().scaled(hidden_size, width)
-        if changes is None:
-            return None
-        experts, top_k = _proxy_experts(self.experts, self.num_experts_per_tok)
-        shared = self.shared_expert_intermediate_size
-        return {
-            **changes,
-            "experts": experts,
-            "num_experts_per_tok": top_k,
-            "moe_intermediate_size": width(self.moe_intermediate_size),
-            "dense_layers": min(self.dense_layers, 1),
-            "intermediate_size": self.intermediate_size and width(self.intermediate_size),
-            "shared_expert_intermediate_size": shared and width(shared),
-        }
-
-
-def _proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
-    """At most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible; of equally
-    near choices, the fewest."""
-    if experts <= PROXY_EXPERTS:
-        return experts, top_k
-    pairs = [
-        (max(k, min(PROXY_EXPERTS, round(k * experts / top_k))), k) for k in range(2, min(top_k, PROXY_EXPERTS) + 1)
-    ]
-    return min(pairs, key=lambda pair: (abs(pair[0] / pair[1] - experts / top_k), pair[1]))
+        changes, shared = super().scaled(hidden_size, width), self.shared_expert_intermediate_size
+        return changes and {
+            **changes, **self.scaled_experts(width), "shared_expert_intermediate_size": shared and width(shared),
+        }  # fmt: skip

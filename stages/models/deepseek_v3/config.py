@@ -1,0 +1,265 @@
+"""A mixture of experts of the DeepSeek-V3 shape (arXiv:2412.19437), which Kimi K2 and Moonlight share.
+
+Every layer is multi-head latent attention: queries, and keys with values, are computed from two narrow latents of a
+token, and a part of each head turns with the position. The feed-forward part is a mixture of SwiGLU experts with shared
+ones, chosen by sigmoid scores with a bias, within the best groups of experts; the first `dense_layers` have one SwiGLU.
+Without multi-token prediction. transformers loads its export as DeepseekV3ForCausalLM. No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import Range
+from stages.mcore.parallel_layout import Layout
+from stages.models.base import Precision
+from stages.models.costs import AttentionCost, MemoryShare, Rows
+from stages.models.grouped_query import Heads
+from stages.models.mixture import Experts, MixtureConfig
+
+HeadPart = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128, of which the rotary part has 64 more")]
+Rank = Annotated[int, Range(1, 2**16, "DeepSeek-V3: 1536 for queries, 512 for keys and values")]
+BEST = 2
+"""The score of a group of experts is the sum of its two best ones (DeepSeek-V3, section 2.1.2)."""
+LATENT_EPS = 1e-6
+"""Epsilon of the norms of latents in transformers' class, which no setting changes."""
+
+
+class DeepseekV3Config(MixtureConfig):
+    """A mixture of experts with multi-head latent attention: `architecture: deepseek_v3`."""
+
+    spec_module: ClassVar[str] = "stages.models.deepseek_v3.spec"
+    yarn_scales_heads: ClassVar[bool] = True
+    architecture: Literal["deepseek_v3"] = Field(
+        description="deepseek_v3: a mixture of experts with latent attention and shared experts"
+    )
+    heads: Heads = Field(description="attention heads")
+    q_lora_rank: Rank | None = Field(None, description="width of the latent of queries; null: queries have none")
+    kv_lora_rank: Rank = Field(description="width of the latent of keys and values, which a cache keeps")
+    qk_nope_head_dim: HeadPart = Field(description="width of the part of a query or key without rotary embedding")
+    qk_rope_head_dim: HeadPart = Field(
+        description="width of the part with rotary embedding; must be even. All heads share that of the key"
+    )
+    v_head_dim: HeadPart = Field(description="width of a head's values")
+    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = Field(
+        1e-3, description="change of an expert's bias per step in auxiliary-loss-free balancing; 0: biases stay zero"
+    )
+    n_shared_experts: Annotated[int, Range(1, 64, "DeepSeek-V3: 1, Moonlight: 2")] = Field(
+        1, description="experts that every token uses"
+    )
+    n_group: Experts = Field(1, description="groups of the experts of a layer; 1: no groups")
+    topk_group: Experts = Field(1, description="groups from which the experts of a token are chosen")
+    routed_scaling_factor: Annotated[float, Range(0, 100, "DeepSeek-V3: 2.5, Kimi K2: 2.827", above=True)] = Field(
+        1.0, description="factor of the sum of the routed experts, whose weights sum to 1"
+    )
+
+    @model_validator(mode="after")
+    def _possible_attention(self) -> DeepseekV3Config:
+        if self.qk_rope_head_dim % 2:
+            near = f"{self.qk_rope_head_dim - 1} or {self.qk_rope_head_dim + 1}" if self.qk_rope_head_dim > 1 else "2"
+            raise ValueError(
+                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd, but rotary embedding turns pairs; nearest: {near}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _possible_groups(self) -> DeepseekV3Config:
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group = {self.topk_group} is more than n_group = {self.n_group}; lower it")
+        if self.experts % self.n_group or self.experts // self.n_group < BEST:
+            divisors = [n for n in range(1, self.experts // BEST + 1) if self.experts % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.n_group), default=1)
+            raise ValueError(
+                f"n_group = {self.n_group} does not divide experts = {self.experts} into groups of at least {BEST}; "
+                f"nearest: {nearest}"
+            )
+        if self.n_group > 1 and self.num_experts_per_tok // self.topk_group != BEST:
+            raise ValueError(
+                f"topk_group = {self.topk_group} does not fit num_experts_per_tok = {self.num_experts_per_tok}: "
+                f"Megatron-Core scores a group by its num_experts_per_tok / topk_group best experts, and transformers "
+                f"by its {BEST} best; use topk_group = {max(1, self.num_experts_per_tok // BEST)}, or n_group = 1"
+            )
+        if self.num_experts_per_tok > self.topk_group * self.experts // self.n_group:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} is more than the experts of topk_group = "
+                f"{self.topk_group} groups of {self.experts // self.n_group}; raise topk_group or lower n_group"
+            )
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def shared_width(self) -> int:
+        return self.n_shared_experts * self.moe_intermediate_size
+
+    @property
+    def has_expert_bias(self) -> bool:
+        return True
+
+    def export_obstacle(self) -> str | None:
+        if self.norm_eps != LATENT_EPS:
+            return (f"model.norm_eps = {self.norm_eps:g} cannot be exported: DeepseekV3ForCausalLM normalizes latents "
+                    f"with {LATENT_EPS:g}, whatever its config says; use {LATENT_EPS:g}")  # fmt: skip
+        return None
+
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The matrices of a layer's attention, by their names after `self_attention.`. A head of `linear_q_up_proj` is
+        its part without rotary embedding and the one with it; of `linear_kv_up_proj`, its key and its value."""
+        hidden, q, kv = self.hidden_size, self.q_lora_rank, self.kv_lora_rank
+        queries = {"linear_q_proj": (self.heads * self.qk_head_dim, hidden)}
+        if q is not None:
+            queries = {"linear_q_down_proj": (q, hidden), "linear_q_up_proj": (self.heads * self.qk_head_dim, q)}
+        return {
+            **queries,
+            "linear_kv_down_proj": (kv + self.qk_rope_head_dim, hidden),
+            "linear_kv_up_proj": (self.heads * (self.qk_nope_head_dim + self.v_head_dim), kv),
+            "linear_proj": (hidden, self.heads * self.v_head_dim),
+        }
+
+    def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
+        hidden = self.hidden_size
+        out: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (padded_vocab_size, hidden)}
+        for layer in range(self.layers):
+            at = f"decoder.layers.{layer}."
+            out[at + "input_layernorm.weight"] = (hidden,)
+            out |= {f"{at}self_attention.{name}.weight": shape for name, shape in self.attention_shapes().items()}
+            if self.q_lora_rank is not None:
+                out[at + "self_attention.q_layernorm.weight"] = (self.q_lora_rank,)
+            out[at + "self_attention.kv_layernorm.weight"] = (self.kv_lora_rank,)
+            out[at + "pre_mlp_layernorm.weight"] = (hidden,)
+            out |= {f"{at}mlp.{name}": shape for name, shape in self.mlp_shapes(layer).items()}
+        out["decoder.final_layernorm.weight"] = (hidden,)
+        if not self.tie_embeddings:
+            out["output_layer.weight"] = (padded_vocab_size, hidden)
+        return out
+
+    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
+        hidden = self.hidden_size
+        embedding = padded_vocab_size * hidden
+        layer = self._attention_matrices + self._norms
+        rest = embedding * (1 if self.tie_embeddings else 2) + hidden + self.layers * layer
+        total, active = self.mlp_parameters()
+        return {"total": rest + total, "active": rest + active, "embedding": embedding}
+
+    def matrices(self, padded_vocab_size: int) -> int:
+        return self.layers * self._attention_matrices + self.mlp_matrices() + padded_vocab_size * self.hidden_size
+
+    @property
+    def _norms(self) -> int:
+        return 2 * self.hidden_size + (self.q_lora_rank or 0) + self.kv_lora_rank
+
+    @property
+    def _attention_matrices(self) -> int:
+        return sum(math.prod(shape) for shape in self.attention_shapes().values())
+
+    def attention(self) -> list[AttentionCost]:
+        return [AttentionCost(self.layers, self.heads, self.qk_head_dim, self.v_head_dim)]
+
+    def cache_bytes(self, size: int, ranks: int) -> int:
+        """The latent of keys and values, and the part of the key that heads share: each rank holds a copy."""
+        return self.layers * (self.kv_lora_rank + self.qk_rope_head_dim) * size
+
+    def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
+        """Norms, and the matrices that give latents, are whole on each tensor rank, the other matrices are cut."""
+        replicated, cut, experts = self.mlp_memory(layout, layer)
+        whole = sum(math.prod(s) for name, s in self.attention_shapes().items() if name.endswith("_down_proj"))
+        cut += self._attention_matrices - whole
+        return MemoryShare(replicated + self._norms + whole + cut // layout.tp, experts)
+
+    def layer_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool = False
+    ) -> dict[str, float]:
+        """As of grouped-query attention. A latent is kept before and after its norm; this project's attention, of
+        packed rows and of fp32, widens the narrower ones of queries, keys and values, and narrows its output again."""
+        size = 4 if precision == "fp32" else 2
+        hidden, qk, v = self.hidden_size, self.heads * self.qk_head_dim, self.heads * self.v_head_dim
+        keys, copied = 1.0, False
+        if rows.packed or precision == "fp32":
+            if rows.packed:
+                keys = layout.cp + rows.prefixed / (rows.rows * rows.length)  # for each token
+            copied = qk != v or rows.rows > 1
+            wide = max(qk, v)
+        else:
+            wide = 0
+        q_wide, v_wide = max(qk, wide), max(v, wide)
+        tensors: dict[str, float] = {
+            "layer's input": size * hidden,
+            "its norm, input of the projections": size * hidden,
+            "latents, and normed": 2 * size * ((self.q_lora_rank or 0) + self.kv_lora_rank),
+            "rotary part of the key, as projected": size * self.qk_rope_head_dim,
+            "queries, keys (turned) and values": size * (q_wide + (q_wide + v_wide) * keys),
+            "attention's output": size * v_wide,
+            "attention's output, narrowed or by rows": size * v * copied,
+            "log-sum-exp of the scores": 4 * self.heads,
+            "input of the second half": size * hidden,
+            "its norm": size * hidden,
+        }
+        return tensors | self.mlp_activations(layout, size, layer, fused)
+
+    def split_sizes(self) -> list[tuple[str, str, int]]:
+        return [("tp", "heads", self.heads), *self.expert_split_sizes()]
+
+    def proportions(self) -> dict[str, float]:
+        return {
+            "rotary part / part without": self.qk_rope_head_dim / self.qk_nope_head_dim,
+            **self.expert_proportions(),
+            "groups / groups a token visits": self.n_group / self.topk_group,
+        }
+
+    def describe(self) -> str:
+        queries = f"latents of {self.q_lora_rank} for queries and" if self.q_lora_rank else "a latent of"
+        return (
+            f"{self.layers} layers, hidden size {self.hidden_size}, {self.heads} heads of {self.qk_nope_head_dim} + "
+            f"{self.qk_rope_head_dim} from {queries} {self.kv_lora_rank} for keys and values, "
+            f"{self.describe_experts()}, and {self.n_shared_experts} that all visit"
+        )
+
+    def inner_widths(self) -> dict[str, int]:
+        latents = {"query latent": self.q_lora_rank, "key latent": self.kv_lora_rank}
+        widths = {name: size for name, size in latents.items() if size}
+        return {**widths, "attention": self.heads * self.v_head_dim, **self.expert_widths()}
+
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        """Heads keep the shares of their parts; None if the attention cannot be divided into such heads."""
+        attention, nope, rope = width(self.heads * self.v_head_dim), self.qk_nope_head_dim, self.qk_rope_head_dim
+        choices = [
+            n for n in range(1, self.heads + 1)
+            if attention % n == 0 and attention // n * nope % self.v_head_dim == 0
+            and attention // n * rope % (2 * self.v_head_dim) == 0
+        ]  # fmt: skip
+        if not choices:
+            return None
+        heads = min(choices, key=lambda n: abs(attention / n - self.v_head_dim))
+        dim, experts = attention // heads, self.scaled_experts(width)
+        return {
+            "hidden_size": hidden_size,
+            "heads": heads,
+            "q_lora_rank": self.q_lora_rank and width(self.q_lora_rank),
+            "kv_lora_rank": width(self.kv_lora_rank),
+            "qk_nope_head_dim": dim * nope // self.v_head_dim,
+            "qk_rope_head_dim": dim * rope // self.v_head_dim,
+            "v_head_dim": dim,
+            **experts,
+            **self._scaled_groups(experts["experts"], experts["num_experts_per_tok"]),
+        }
+
+    def _scaled_groups(self, experts: int, top_k: int) -> dict[str, int]:
+        """Groups for a proxy with so many experts, of which a token visits as large a share as possible of the
+        recipe's; one group if no other number fits."""
+        chosen = top_k // BEST
+        wanted = self.n_group * chosen / self.topk_group
+        sizes = [n for n in range(chosen, experts // BEST + 1) if experts % n == 0 and chosen * experts // n >= top_k]
+        if self.n_group == 1 or not sizes or top_k // chosen != BEST:
+            return {"n_group": 1, "topk_group": 1}
+        return {"n_group": min(sizes, key=lambda n: abs(n - wanted)), "topk_group": chosen}
