@@ -90,8 +90,13 @@ def map_to_hf(
             yield b + f + "gate_proj.weight", gate
             yield b + f + "up_proj.weight", up
             yield b + f + "down_proj.weight", tensors[a + e + "linear_fc2.weight"]
-        for name, tensor in rest(lambda name, a=a: tensors[a + name], layer) if rest else ():
+        for name, tensor in rest(_reader(tensors.__getitem__, a), layer) if rest else ():
             yield b + name, tensor
+
+
+def _reader(read: Callable[[str], torch.Tensor], at: str) -> Callable[[str], torch.Tensor]:
+    """Reads the tensors of a layer by their names there. at: what these begin with in the model."""
+    return lambda name: read(at + name)
 
 
 def map_from_hf(
@@ -124,7 +129,7 @@ def map_from_hf(
             halves = [take(b + f + "gate_proj.weight"), take(b + f + "up_proj.weight")]
             yield a + e + "linear_fc1.weight", torch.cat(halves, 0)
             yield a + e + "linear_fc2.weight", take(b + f + "down_proj.weight")
-        for name, tensor in rest(lambda name, b=b: take(b + name), layer) if rest else ():
+        for name, tensor in rest(_reader(take, b), layer) if rest else ():
             yield a + name, tensor
     if remaining:
         raise ValueError(f"tensors that {model.architecture} does not have: {', '.join(sorted(remaining)[:3])}")

@@ -26,7 +26,8 @@ from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.library_decode import LibraryDecoder
 from stages.train import parallel
-from tests.fixtures import layout_fixtures, train_fixtures
+from stages.train.checkpoint import release_checkpoint
+from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import at_length
 
 MODEL: dict[str, Any] = {
@@ -48,10 +49,10 @@ def published(layers: int, experts: int) -> GptOssConfig:
     )  # fmt: skip
 
 
-def tensors_of(model: GptOssConfig) -> dict[str, torch.Tensor]:
+def tensors_of(model: GptOssConfig, vocabulary: int = VOCAB) -> dict[str, torch.Tensor]:
     """Random tensors. Biases and sinks are zero at first, which would hide where they go; large gates are cut off."""
     generator = torch.Generator().manual_seed(0)
-    tensors = dict(Initial(model.shapes(VOCAB), model, 0).items())
+    tensors = dict(Initial(model.shapes(vocabulary), model, 0).items())
     for name, tensor in tensors.items():
         if tensor.dim() == 1:
             tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
@@ -180,6 +181,23 @@ def test_answers_are_drawn_beyond_the_window() -> None:
         assert logits.argmax(-1).tolist() == list(answer.ids) and len(answer.ids) == 20
         expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_policy_computes_what_its_sampler_drew(tmp_path: Path) -> None:
+    """Answers behind a shared question, packed, with windows that reach into it. The sampler is transformers' model."""
+    model = GptOssConfig(**{**MODEL, "sliding_window": 6})
+    tensors = tensors_of(model, rl_fixtures.PADDED)
+    rl_fixtures.make(tmp_path)
+    place = tmp_path / "policy" / release_checkpoint.name_of(3)
+    release_checkpoint.write(
+        place, model.shapes(rl_fixtures.PADDED), (), lambda kind, name, shape: tensors[name],
+        {"step": 3, "optimizer_step": 0},
+    )  # fmt: skip
+    settings = {**rl_fixtures.config(steps=2, release_checkpoint_interval=2), "model": model.model_dump()}
+    init = write_manifest(place.parent, "policy-test")
+    rl_fixtures.rlvr(tmp_path, tmp_path / "work", tmp_path / "out", settings, init=init)
+    gaps = [line["max_sampler_gap"] for line in rl_fixtures.lines(tmp_path / "out") if "max_sampler_gap" in line]
+    assert len(gaps) == 2 and max(gaps) < 1e-4
 
 
 @at_length("training", 60)
