@@ -100,24 +100,26 @@ MODELS = {
 }
 
 
-def _blackwell(bf16: float, domain: int, network: float, watts: int) -> Accelerator:
+def _blackwell(bf16: float, fp4: float, domain: int, network: float, watts: int) -> Accelerator:
     """HBM3e of 8 TB/s and NVLink 5 of 900 GB/s in one direction; FP8 has twice the rate of bf16."""
-    return Accelerator({"bf16": bf16 * 1e12, "fp8": 2 * bf16 * 1e12}, 8e12, 900e9, domain, network, watts)
+    peaks = {"bf16": bf16 * 1e12, "fp8": 2 * bf16 * 1e12, "fp4": fp4 * 1e12}
+    return Accelerator(peaks, 8e12, 900e9, domain, network, watts)
 
 
 def systems() -> dict[str, Accelerator]:
     """Peaks without sparsity. B300: HGX B300, 4.5 PFLOP/s in FP8, 1.6 TB/s of network for 8 GPUs both ways
     (nvidia.com/data-center/hgx). GB200: NVL72, 720 PFLOP/s in FP8 with sparsity for 72 GPUs, one ConnectX-7 of 400 Gb/s
     each (nvidia.com/data-center/gb200-nvl72). GB300: NVL72, the same with ConnectX-8 of 800 Gb/s
-    (nvidia.com/data-center/gb300-nvl72). Power: verda.com/blog/gb300-nvl72-architecture. H100: as the profile
+    (nvidia.com/data-center/gb300-nvl72). FP4: GB200 1,440 PFLOP/s with sparsity for 72 GPUs; GB300 and B300, and power:
+    verda.com/blog/gb300-nvl72-architecture. H100: as the profile
     h100-pyxis states it."""
     h100 = cluster_profile.load("h100-pyxis").accelerator
     assert h100 is not None
     return {
         "H100": h100,
-        "B300": _blackwell(2250, 8, 100e9, 1100),
-        "GB200": _blackwell(2500, 72, 50e9, 1200),
-        "GB300": _blackwell(2500, 72, 100e9, 1400),
+        "B300": _blackwell(2250, 14000, 8, 100e9, 1100),
+        "GB200": _blackwell(2500, 10000, 72, 50e9, 1200),
+        "GB300": _blackwell(2500, 15000, 72, 100e9, 1400),
     }
 
 

@@ -20,11 +20,11 @@ def simulate_precision(
     recipe: RecipeArgument,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="fp8-tensorwise, fp8-blockwise or mxfp8; repeatable; default: all three"),
+        typer.Option(help="fp8-tensorwise, fp8-blockwise, mxfp8, nvfp4 or mxfp4; repeatable; default: FP8's three"),
     ] = None,
     steps: Annotated[int, typer.Option(help="optimizer steps of each run; the last quarter counts")] = 64,
     seeds: Annotated[int, typer.Option(help="initial weights and data orders, each run in every precision")] = 3,
-    baseline: Annotated[str, typer.Option(help="what FP8 is compared with, and around it: bf16 or fp32")] = "bf16",
+    baseline: Annotated[str, typer.Option(help="what is compared with, and around it: bf16 or fp32")] = "bf16",
     bound: Annotated[float, typer.Option(help="largest relative deviation of the loss")] = 0.0025,
     hidden: Annotated[
         int | None, typer.Option(help="width of the proxy; default: the smallest of two blocks everywhere")
@@ -36,10 +36,10 @@ def simulate_precision(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure on any machine what FP8 rounding costs.
+    """Measure on any machine what FP8 and FP4 cost.
 
-    A small proxy of the recipe's model is trained on Python's standard library with linear layers that round to FP8,
-    and without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs are inconclusive; 2: a usage
+    A small proxy of the recipe's model is trained on Python's standard library with linear layers that round, and
+    without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs are inconclusive; 2: a usage
     error. Ctrl-C stops cleanly; the same command continues after the finished runs.
 
     Example: atom simulate-precision atom-tiny --precision mxfp8

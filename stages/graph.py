@@ -6,6 +6,7 @@ Only this module has their names; the engine (`pipeline/`) runs any graph.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from stages.data.recipe import loads as load_data_recipe
 from stages.evaluation import estimates
 from stages.export import parity_tokens
 from stages.export.variants import registry as variants
+from stages.mcore.lora import Lora
 from stages.models.base import ModelConfig
 from stages.recipe import ReleaseRecipe
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
@@ -81,16 +83,23 @@ class Phase:
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a phase: the config of the model after it, and the type of its published weights."""
+    """The result of a phase: the config of the model after it, the type of its published weights, the format to whose
+    numbers they are rounded, and, if it is an adapter, its settings and the node of its base."""
 
     model: ModelConfig
     dtype: Dtype
+    weight_format: str | None = None
+    lora: Lora | None = None
+    base: str = ""
 
 
 def phases(config: ReleaseRecipe) -> list[Phase]:
     """The phases of a recipe that train on text, in order."""
-    sections = [Phase("pretrain", "pretrain", "pretrain", config.pretrain)]
-    sections += [Phase("midtrain", "midtrain", "midtrain", config.midtrain)]
+    sections = []
+    if config.pretrain is not None:
+        sections.append(Phase("pretrain", "pretrain", "pretrain", config.pretrain))
+    if config.midtrain is not None:
+        sections.append(Phase("midtrain", "midtrain", "midtrain", config.midtrain))
     for number, section in enumerate(config.long_context):
         sections.append(Phase(f"longcontext-{number + 1}", "midtrain", f"long_context.{number}", section))
     if config.sft is not None:
@@ -100,8 +109,11 @@ def phases(config: ReleaseRecipe) -> list[Phase]:
 
 def models(config: ReleaseRecipe) -> dict[str, tuple[str, int | None]]:
     """Exported models, the final one last: name → (node of the phase, step); None is the phase's last step."""
-    exported: dict[str, tuple[str, int | None]] = {"init": ("pretrain", 0), "base": ("pretrain", None)}
-    exported["mid"] = ("midtrain", None)
+    exported: dict[str, tuple[str, int | None]] = {"base": ("import", None)}
+    if config.pretrain is not None:
+        exported = {"init": ("pretrain", 0), "base": ("pretrain", None)}
+    if config.midtrain is not None:
+        exported["mid"] = ("midtrain", None)
     exported |= {f"long-{n + 1}": (f"longcontext-{n + 1}", None) for n in range(len(config.long_context))}
     later = {"sft": config.sft, "rlvr": config.rlvr, "dpo": config.dpo, "online-rlhf": config.online_rlhf}
     return exported | {name: (name, None) for name, section in later.items() if section is not None}
@@ -141,6 +153,13 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_generated(config, data)
     yield from _problems_of_lengths(config)
     yield from _problems_of_engine(config)
+    yield from _problems_of_weight_format(config)
+    if config.sft and config.sft.lora and (config.rlvr or config.dpo):
+        later = "rlvr" if config.rlvr else "dpo"
+        yield (
+            f"sft.lora trains an adapter, and {later} would train the weights that it leaves as they are; leave out "
+            f"{later}, or sft.lora"
+        )
 
 
 def _benchmarks(recipe: Recipe, config: ReleaseRecipe) -> dict[str, Any]:
@@ -172,7 +191,7 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe, benc
         graph.add(node, "classifier", data.classifier_config(classifier.name, config.seed), **examples)
     imported: dict[str, str] = {}
     if config.start_from is not None:
-        model = config.model.with_rope(config.pretrain.rope, config.model.context_length)
+        model = _imported_model(config)
         begin = {"model": model, "padded_vocab_size": config.tokenizer.padded_vocab_size}
         graph.add("import", "import", config.start_from.model_dump() | begin)
         imported = {"import": "import"}
@@ -188,6 +207,11 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe, benc
     graph.add("tokenize", "tokenize", data.tokenize_config(), dedup="dedup", tokenizer="tokenizer")
 
 
+def _imported_model(config: ReleaseRecipe) -> ModelConfig:
+    """The model that training begins with; the section of the first phase may say more of it."""
+    return config.model.with_rope(config.pretrain.rope if config.pretrain else None, config.model.context_length)
+
+
 def _add_training(
     graph: GraphBuilder, title: str, config: ReleaseRecipe, store: Store
 ) -> tuple[dict[str, Trained], dict[str, str]]:
@@ -195,11 +219,14 @@ def _add_training(
     role and node of the last one."""
     previous = {"init": "import"} if config.start_from else {}
     model, trained = config.model, {}
+    if config.pretrain is None:
+        trained["import"] = Trained(_imported_model(config), _dtype(config, phases(config)[0].config))
     for phase in phases(config):
         section, name, earlier = phase.config, phase.node, {}
         longest = section.sequence_length if phase.where.startswith("long_context") else model.context_length
         model = model.with_rope(section.rope, longest)
-        trained[name] = Trained(model, _dtype(config, section))
+        base = previous.get("init", "")
+        trained[name] = Trained(model, _dtype(config, section), section.weight_format, section.adapter, base)
         if section.continue_from:
             where = f"{title}: {phase.where}.continue_from"
             checkpoint = checkpoints.find(section.continue_from, name, where, store)
@@ -276,10 +303,13 @@ def _add_exports(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[st
     for which, (name, step) in models(config).items():
         export: dict[str, Any] = {"model": trained[name].model, "dtype": trained[name].dtype, "step": step}
         export["converses"] = which in chat_models
+        export["weight_format"] = trained[name].weight_format if step is None else None
         export["padded_vocab_size"] = config.tokenizer.padded_vocab_size
         export["parity_tolerance"] = config.evaluation.parity_tolerance
         export["parity_tokens"] = parity_tokens(trained[name].model.context_length)
         inputs = {"checkpoint": name}
+        if lora := trained[name].lora:
+            export["lora"], inputs["base"] = lora, trained[name].base
         if step == 0 and graph.nodes[name].external:  # a phase that continues has no step 0
             export, inputs = {**export, "seed": config.seed}, {}
         graph.add(f"export-{which}", "export", export, tokenizer="tokenizer", **inputs)
@@ -301,6 +331,19 @@ def _evaluation(config: ReleaseRecipe, trained: Trained, data: DataRecipe) -> di
 def _add_variants(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], data: DataRecipe) -> None:
     """Adds the variants of the final model. Raises RecipeError for one that the model cannot have."""
     which, (node, _) = list(models(config).items())[-1]
+    if lora := trained[node].lora:
+        names = {model_node: name for name, (model_node, step) in models(config).items() if step is None}
+        before = names[trained[node].base]
+        repo = f"{config.release.namespace}/{config.name}-{before}"
+        if config.start_from and trained[node].base == "import":
+            repo = config.start_from.repo
+        source = {"lora": lora, "model": trained[node].model, "repo": repo}
+        inputs = {"model": f"export-{which}", "scores": f"evaluate-{which}", "dedup": "dedup", "items": "items"}
+        inputs |= {"base": f"export-{before}", "checkpoint": node}
+        settings = {"variant": variants.ADAPTER, "adapter": source}
+        graph.add(
+            f"variant-{variants.ADAPTER}", "variant", _evaluation(config, trained[node], data) | settings, **inputs
+        )
     for name in config.release.variants:
         if problem := variants.obstacle(name, trained[node].model):
             raise RecipeError(f"{graph.title}: release.variants: {problem}")
@@ -464,6 +507,19 @@ def _problems_of_generated(config: ReleaseRecipe, data: DataRecipe) -> Iterator[
             )
     for name in sorted(set(config.release.publish_generated) - set(hidden)):
         yield (f"release.publish_generated names {name}, which is not generated from a source by reference; remove it")
+
+
+def _problems_of_weight_format(config: ReleaseRecipe) -> Iterator[str]:
+    """What trains after a phase with a weight format would leave the format."""
+    later = {"rlvr": config.rlvr, "dpo": config.dpo, "online_rlhf": config.online_rlhf}
+    sections = [(phase.where, phase.config.weight_format) for phase in phases(config)]
+    sections += [(where, None) for where, section in later.items() if section is not None]
+    for (where, weight_format), (after, after_format) in itertools.pairwise(sections):
+        if weight_format and not after_format:
+            yield (
+                f"{where}.weight_format = {weight_format}, but {after} trains on without it, which leaves the format; "
+                "state it in the last phases only, and none after them may be one of reinforcement or preferences"
+            )
 
 
 def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:

@@ -16,7 +16,7 @@ from stages.export.variants.registry import VARIANTS, VariantName
 from stages.maker import Maker
 from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
-from stages.train.config import LongContext, PhaseConfig
+from stages.train.config import LongContext, PhaseConfig, SftPhase
 from stages.train.imported_weights import StartFrom
 
 
@@ -71,10 +71,10 @@ class ReleaseRecipe(Identity):
         None, "published model whose weights and tokenizer pretraining begins with; null: initial weights"
     )
     model: Model = Field(description="architecture of the model")
-    pretrain: PhaseConfig = Field(description="pretraining")
-    midtrain: PhaseConfig = Field(description="mid-training")
+    pretrain: PhaseConfig | None = added(None, "pretraining; null, only with start_from: none")
+    midtrain: PhaseConfig | None = added(None, "mid-training; null, only with start_from: none")
     long_context: LongContext = Field((), description="mid-training phases on longer and longer rows, in order")
-    sft: PhaseConfig | None = Field(None, description="supervised fine-tuning; null: none")
+    sft: SftPhase | None = Field(None, description="supervised fine-tuning; null: none")
     rlvr: RlPhase | None = Field(None, description="reinforcement learning with verifiable rewards; null: none")
     dpo: Annotated[DpoPhase | None, Renamed("rlhf")] = Field(
         None, description="direct preference optimization; null: none"
@@ -92,6 +92,19 @@ class ReleaseRecipe(Identity):
         {}, "further stages by name, each with its settings; they read what is there and feed nothing"
     )
     release: ReleaseSection = Field(description="metadata of the model and dataset cards")
+
+    @model_validator(mode="after")
+    def _begins(self) -> ReleaseRecipe:
+        for name in ("pretrain", "midtrain"):
+            if getattr(self, name) is None and self.start_from is None:
+                raise ValueError(
+                    f"{name} is missing, and only a recipe with start_from can do without; add the section"
+                )
+        if self.pretrain is None and self.midtrain is None and self.sft is None:
+            raise ValueError("the recipe trains nothing; add one of the sections pretrain, midtrain and sft")
+        if self.midtrain is None and self.long_context:
+            raise ValueError("long_context lengthens the rows of midtrain; add the section midtrain")
+        return self
 
     @model_validator(mode="after")
     def _together(self) -> ReleaseRecipe:

@@ -219,11 +219,16 @@ RECOMPUTED = 4 / 3
 three units."""
 
 
+def family(precision: str) -> str:
+    """The precisions of equal speed: that of a precision in a cluster profile and an accelerator."""
+    return "fp8" if "fp8" in precision else "fp4" if "fp4" in precision else precision
+
+
 @dataclass(frozen=True)
 class Accelerator:
     """What a GPU and its links can do, as their makers state it. Bandwidths in bytes/s; of links, in one direction."""
 
-    peaks: Mapping[str, float]  # FLOP/s of dense matrix products, by family of precisions: fp32, bf16, fp8
+    peaks: Mapping[str, float]  # FLOP/s of dense matrix products, by family of precisions: fp32, bf16, fp8, fp4
     memory: float
     nvlink: float
     nvlink_gpus: int  # in one domain

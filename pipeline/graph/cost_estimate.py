@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.core.stage import RECOMPUTED, TrainingTime
+from pipeline.core.stage import RECOMPUTED, TrainingTime, family
 from pipeline.graph.plan import StagePlan
-from pipeline.launch.cluster_profile import Profile, Rate, Servers, Slurm, family
+from pipeline.launch.cluster_profile import Profile, Rate, Servers, Slurm
 from pipeline.tracking.budget import Hours
 
 
@@ -141,7 +141,7 @@ def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
         return rate
     without = f"{name} has no utilization for {training.precision} in its section gpu, and the model of training time"
     if row.time is None or training.precision == "fp32":
-        return f"{without} knows bf16 and FP8 alone"
+        return f"{without} knows bf16, FP8 and NVFP4 alone"
     if (accelerator := profile.accelerator) is None:
         return f"{without} needs bf16, memory_tb_s, nvlink_gb_s and network_gb_s"
     return row.time(accelerator)

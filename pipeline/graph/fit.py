@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.core.errors import RecipeError
+from pipeline.core.stage import family
 from pipeline.core.store import Store
 from pipeline.graph.cost_estimate import Use, forecast, servers_of
 from pipeline.graph.dag import Graph, states
@@ -47,7 +48,7 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
         files += estimate.files or FILES + FILES_PER_SHARD * row.shards
         published += estimate.published_bytes
         if row.state.text == "to run":
-            reasons += _memory(row, profile) + _server_memory(row, profile)
+            reasons += _format(row, profile) + _memory(row, profile) + _server_memory(row, profile)
             if (use := uses.get(name)) is not None and use.why is None:
                 reasons += _time(row, use, profile)
         at_most = disk + estimate.work_bytes
@@ -113,6 +114,15 @@ def unpublishable(rows: list[StagePlan]) -> list[str]:
             f"{REPOSITORY_FILES:,}; lower the parts of the sources; the most are in {largest}"
         )
     return refused
+
+
+def _format(row: StagePlan, profile: Profile) -> list[str]:
+    """Products in FP4, where the profile states its GPUs and no rate for them."""
+    training, gpu, slurm = row.estimate.training, profile.gpu, profile.slurm
+    on_gpus = slurm is not None and slurm.allocation(row.state.name, row.needs).gpus
+    if training is None or gpu is None or not on_gpus or family(training.precision) != "fp4" or gpu.fp4 is not None:
+        return []
+    return [f"it trains in {training.precision}, and {gpu.name} has no FP4 (gpu.fp4)"]
 
 
 def _memory(row: StagePlan, profile: Profile) -> list[str]:

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Accelerator, Config, Needs, Renamed
+from pipeline.core.stage import Accelerator, Config, Needs, Renamed, family
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
@@ -85,6 +85,7 @@ class Gpu(Config):
     fp32: Rate | None = Field(None, description="speed in fp32; null: no estimate")
     bf16: Rate | None = Field(None, description="speed in bf16; null: no estimate")
     fp8: Rate | None = Field(None, description="speed in all FP8 precisions; null: no estimate")
+    fp4: Rate | None = Field(None, description="speed in NVFP4; null: the GPU does not have it")
     memory_tb_s: Bandwidth | None = Field(None, description="bandwidth of the memory in TB/s; H100: 3.35")
     nvlink_gb_s: Bandwidth | None = Field(
         None, description="bandwidth of NVLink per GPU in one direction in GB/s; H100: 450"
@@ -98,11 +99,6 @@ class Gpu(Config):
     def rate(self, precision: str) -> Rate | None:
         rate: Rate | None = getattr(self, family(precision), None)
         return rate
-
-
-def family(precision: str) -> str:
-    """The field of a profile that holds the rate of a precision."""
-    return "fp8" if "fp8" in precision else precision
 
 
 class Container(Config):
@@ -406,7 +402,7 @@ class Profile(Config):
 
     def peaks(self) -> dict[str, float]:
         """FLOP/s of one GPU, by family of precisions; empty if the profile states none."""
-        rates = {name: getattr(self.gpu, name, None) for name in ("fp32", "bf16", "fp8")}
+        rates = {name: getattr(self.gpu, name, None) for name in ("fp32", "bf16", "fp8", "fp4")}
         return {name: rate.peak for name, rate in rates.items() if rate}
 
     def costs(self) -> RunPrices | None:

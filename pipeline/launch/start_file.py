@@ -65,7 +65,7 @@ def _start(attempt: Attempt, number: int) -> StartSettings:
     task, training = attempt.task, attempt.stage.estimate(attempt.config).training
     peak = None
     if training is not None and task.peaks:
-        from pipeline.launch.cluster_profile import family
+        from pipeline.core.stage import family
 
         peak = task.peaks.get(family(training.precision))
     return {

@@ -9,6 +9,7 @@ the program, and not of the rounding of weights, which `loss.json` states.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from release import scratch
 from release.assembly.model_facts import EXPERTS
 from release.assembly.published_tables import read_json
+from release.assembly.variant_facts import base_of
 from release.layout import GOLDENS, LOSS, MODEL
 from release.repositories import variant_folders
 from stages.export import runtimes as scripts
@@ -122,11 +124,16 @@ def _vllm_dtype(variant: Variant) -> list[str]:
     return ["bfloat16" if variant.writer == "compressed-tensors" else "float32"]
 
 
+def _peft_lacks() -> str:
+    return "" if importlib.util.find_spec("peft") else "it is not installed here; pip install peft"
+
+
 REFERENCE = "transformers 5"
 RUNTIMES = {
     REFERENCE: Runtime("transformers_run.py", None, ("safetensors",)),
     "transformers 4": Runtime("transformers_run.py", "ATOM_TRANSFORMERS4_PYTHON", ("safetensors",)),
     "vLLM": Runtime("vllm_run.py", "ATOM_VLLM_PYTHON", ("safetensors", "compressed-tensors"), _vllm_lacks, _vllm_dtype),
+    "PEFT": Runtime("transformers_run.py", None, ("peft",), lambda variant, config: _peft_lacks()),
     "llama.cpp": Runtime("llama_cpp_run.py", "ATOM_LLAMA_CPP_PYTHON", ("gguf",)),
 }
 
@@ -191,7 +198,9 @@ def _reference(model: Path, folder: Path, place: Path, rows: Sequence[Mapping[st
     if folder != model:
         from stages.export.variants import conversion
 
-        conversion.write_dequantized(read_json(folder / LOSS)["variant"], model, folder, place)
+        variant = read_json(folder / LOSS)["variant"]
+        base = base_of(folder.parent, folder) if VARIANTS[variant].writer == "peft" else None
+        conversion.write_dequantized(variant, model, folder, place, base)
         request = [{"text": row["text"], "ids": row["ids"], "draw": len(row["greedy"])} for row in rows]
     read = _run(RUNTIMES[REFERENCE], model if folder == model else place, ORIGINAL, request)["rows"]
     request = [{**row, "greedy": answer["greedy"]} for row, answer in zip(rows, read, strict=True)]
@@ -254,6 +263,8 @@ def _run(
     subject = next(iter(sorted(folder.glob("*.gguf"))), folder)
     script = Path(scripts.__path__[0]) / runtime.script
     command = [python, "-P", str(script), str(subject.resolve()), *runtime.arguments(variant)]
+    if variant.writer == "peft":
+        command.append(str(base_of(folder.parent, folder).resolve()))
     try:
         process = subprocess.run(
             command,

@@ -32,11 +32,11 @@ def read_scores(path: Path) -> Any:
 
 
 def compute_scores(folder: Path) -> ModelScores:
-    """The scores of one phase, recomputed from its tables: two, or four with long contexts."""
-    from stages.evaluation.model_evaluation import summary
+    """The scores of one phase, recomputed from its tables: two, and further ones with long contexts."""
+    from stages.evaluation.model_evaluation import KINDS, summary
 
-    files = [folder / f"{name}.parquet" for name in ("documents", "items", "passkey", "positions")]
-    tables: list[Any] = [read_rows(path) for path in files if path.is_file() or path in files[:2]]
+    files = [folder / f"{name}.parquet" for name in KINDS]
+    tables: list[Any] = [read_rows(path) if path.is_file() or path in files[:2] else [] for path in files]
     return cast(ModelScores, {**summary(*tables), **_stated(folder, "engine")})
 
 

@@ -10,19 +10,22 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from release.assembly.published_tables import read_json, read_rows
 from release.layout import LOSS, MODEL, VARIANT
-from release.repositories import variant_folders
+from release.repositories import model_folders, variant_folders
 from stages.evaluation.scores import ModelScores
 from stages.export.variants.loss import VariantLoss
 from stages.export.variants.registry import VARIANTS, Variant
+from stages.train.imported_weights import NAME as BASE
 
 
 @dataclass(frozen=True)
 class VariantFacts:
-    """The content of a variant's repository. file: of its weights, if it is one; else ""."""
+    """The content of a variant's repository. file: of its weights, if it is one; else "". base: the repository on
+    whose model it is an adapter; else ""."""
 
     variant: Variant
     loss: VariantLoss
     file: str
+    base: str = ""
 
     def figures(self) -> dict[str, float]:
         """The measured figures of the variant, for bills of materials."""
@@ -47,7 +50,20 @@ def read_variant_facts(folder: Path) -> VariantFacts:
     loss: VariantLoss = read_json(folder / LOSS)
     if (name := loss["variant"]) not in VARIANTS:
         raise CheckFailed(f"{LOSS} names the variant {name}, which this atom does not know; use a later one")
-    return VariantFacts(VARIANTS[name], loss, next((path.name for path in sorted(folder.glob("*.gguf"))), ""))
+    file = next((path.name for path in sorted(folder.glob("*.gguf"))), "")
+    base = str(read_json(folder / BASE)["repo"]) if VARIANTS[name].writer == "peft" else ""
+    return VariantFacts(VARIANTS[name], loss, file, base)
+
+
+def base_of(release: Path, folder: Path) -> Path:
+    """The model in a release on which the variant in a folder is an adapter. Raises CheckFailed if it holds none."""
+    from stages.export.variants.adapter_files import digests
+
+    stated = read_json(folder / BASE)["files"]
+    for name in model_folders(release):
+        if digests(release / name) == stated:
+            return release / name
+    raise CheckFailed(f"{folder.name}/{BASE} names weights that are none of the release's models; build it again")
 
 
 def read_variants(release: Path, folder: str = MODEL) -> dict[str, VariantFacts]:

@@ -118,13 +118,13 @@ def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> str:
     card_data = hub.ModelCardData(
         model_name=repo.partition("/")[2],
         **license_fields(release.license.weights),
-        library_name="gguf" if facts.file else "transformers",
+        library_name="gguf" if facts.file else "peft" if facts.base else "transformers",
         pipeline_tag="text-generation",
         language=list(release.languages) or None,
         datasets=[data_id(release)],
-        base_model=release.repository,
-        base_model_relation="quantized",
-        tags=[facts.variant.writer, facts.variant.encoding.lower(), "open-data", "reproducible"],
+        base_model=facts.base or release.repository,
+        base_model_relation="adapter" if facts.base else "quantized",
+        tags=[facts.variant.writer, *filter(None, [facts.variant.encoding.lower()]), "open-data", "reproducible"],
         **schema.head(),
     )
     text = hub.ModelCard.from_template(

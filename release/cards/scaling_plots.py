@@ -1,8 +1,8 @@
-"""The plots of scores: after each phase, and the three scaling plots: more answers to a question, more reinforcement
-learning, more pre-training.
+"""The plots of scores: after each phase, and two scaling plots: more answers to a question, more reinforcement
+learning.
 
 Each function returns the bytes of a PNG, equal for one version of matplotlib and its fonts. The data are read from
-artifacts: scores.json of stage `solve`, training.jsonl of stage `rlvr`, the ladder's JSON of bench/ladder.py.
+artifacts: scores.json of stage `solve`, training.jsonl of stage `rlvr`.
 """
 
 from __future__ import annotations
@@ -153,38 +153,6 @@ def reinforcement(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         _label_ends(axis, ends)
 
     return png((7.0, 3.8), paint)
-
-
-def pretraining(ladder: Mapping[str, Any]) -> bytes:
-    """Held-out loss against pre-training FLOPs: every run, the fitted power law, and its bootstrap band.
-
-    ladder: the output of bench/ladder.py: `runs` of flops, loss and size; `curve` of flops, loss, low and high; `law`.
-    """
-
-    def paint(figure: Figure) -> None:
-        axis = figure.add_subplot()
-        curve, runs, law = ladder["curve"], ladder["runs"], ladder["law"]
-        axis.fill_between(curve["flops"], curve["low"], curve["high"], color="#cccccc", linewidth=0)
-        label = f"{law['a']:.3g} · C^-{law['b']:.3g} + {law['c']:.3g}"
-        axis.plot(curve["flops"], curve["loss"], color="#444444", linewidth=1, label=label)
-        sizes = list(dict.fromkeys(run["size"] for run in runs))
-        for color, size in zip(_colors(sizes), sizes, strict=True):
-            size_runs = [run for run in runs if run["size"] == size]
-            label = f"{size}, {size_runs[0]['tokens']:,} tokens"
-            axis.plot(
-                [run["flops"] for run in size_runs],
-                [run["loss"] for run in size_runs],
-                "o",
-                color=color,
-                markersize=4,
-                label=label,
-            )
-        axis.set_xscale("log")
-        _panel(axis, "Held-out loss against compute (band: 90 % of bootstraps)", "nats per token")
-        axis.set_xlabel("training FLOPs")
-        axis.legend(fontsize=7, frameon=False)
-
-    return png((7.0, 4.2), paint)
 
 
 def _colors(series: Mapping[str, Any] | Sequence[Any]) -> list[str]:

@@ -124,6 +124,8 @@ SETTINGS = {
     "Adam β1": ("optimizer", "beta1"),
     "Adam β2": ("optimizer", "beta2"),
     "largest gradient norm": ("optimizer", "clip"),
+    "last layers in bf16, the others in NVFP4": ("bf16_layers",),
+    "format of published weights": ("weight_format",),
     "requests of a step": ("prompts_per_step",),
     "answers to a request": ("num_generations",),
     "longest answer, tokens": ("sampling", "max_new_tokens"),

@@ -7,14 +7,15 @@ does not require later parts, and reports the parts that it skips.
 
 from __future__ import annotations
 
-SCHEMA = 5
-"""5: in the order of a reader, with further plots; no table twice in a release, and none wider than the Hub's column.
-4: the phases that learn from preferences have other names. 3: cards state their versions, and start with caveats."""
+SCHEMA = 6
+"""6: tasks in long texts, and the ladder of a prediction on the page. 5: in the order of a reader, with further plots;
+no table twice in a release, and none wider than the Hub's column. 4: the phases that learn from preferences have other
+names. 3: cards state their versions, and start with caveats."""
 ESCAPED = 3
 """The schema that introduced the escaping of unprintable characters in model output."""
 FIGURES: dict[str, int] = {}
 """{figure of a scores.json, with dots between names: the schema that added it}. Older files may lack it."""
-PARTS = {"metadata": 2, "plots": 2, "eval_results": 4, "croissant": 4, "attestations": 2, "standards": 4, "page": 5}
+PARTS = {"metadata": 2, "plots": 2, "eval_results": 4, "croissant": 4, "attestations": 2, "standards": 4, "page": 6}
 """{part other than a table: the schema in which it last changed}. In an older card it is not compared."""
 
 

@@ -75,7 +75,7 @@ REFERENCED = Reads((REFERENCES, "kept/", "sources/"))
 RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_out/"))
 SCORED = Reads(("evaluation/",))
 LOSSES = Reads((f"{VARIANT}-", "dataset/evaluation/"))
-CONVERTED = Reads((f"{VARIANT}-", "model/"), weights=True)
+CONVERTED = Reads((f"{VARIANT}-", "model"), weights=True)
 RENDERED = Reads(("model", "variant", "goldens", "tokenizer"))
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 

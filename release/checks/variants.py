@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from release import schema, scratch
 from release.assembly.published_tables import read_json
-from release.assembly.variant_facts import Original, compute_loss, read_original, read_variant_facts
+from release.assembly.variant_facts import Original, base_of, compute_loss, read_original, read_variant_facts
 from release.cards import card_tables
 from release.checks.check import Subject
 from release.checks.findings import Findings
@@ -47,12 +48,17 @@ def _loss(folder: Path, original: Original | None) -> Findings:
 
 
 def conversions(subject: Subject) -> Findings:
-    """Checks that the files of each variant are what the weights of the final model give, byte for byte."""
+    """Checks that the files of each variant are what the weights of the final model give, byte for byte; and of an
+    adapter, that its base in the release and it together are the final model."""
     from stages.export.variants import conversion
 
-    folder, problems = subject.folder, []
+    folder, problems, texts = subject.folder, list[str](), list[str]()
     for name in variant_folders(folder):
-        variant = read_variant_facts(folder / name).loss["variant"]
+        facts = read_variant_facts(folder / name)
+        variant = facts.loss["variant"]
+        if facts.base:
+            texts.append(_sum(folder, name, problems))
+            continue
         published = {path.name for path in (folder / name).iterdir() if path.is_file()} - WITH_VARIANT
         with scratch.folder() as place:
             conversion.write(variant, folder / MODEL, place / "again")  # type: ignore[arg-type]
@@ -64,4 +70,15 @@ def conversions(subject: Subject) -> Findings:
                 for file in sorted(written.keys() & published)
                 if sha256_file(written[file]) != subject.digest(folder / name / file)
             ]
-    return Findings(problems)
+    return Findings(problems, detail="; ".join(filter(None, texts)) or "holds")
+
+
+def _sum(release: Path, name: str, problems: list[str]) -> str:
+    """The sentence on how far an adapter on its base is the final model; "" if it is not, which is a problem."""
+    from stages.export.variants import adapter_files
+
+    try:
+        return adapter_files.require_sum(base_of(release, release / name), release / name, release / MODEL)
+    except (CheckFailed, AtomError, KeyError, ValueError, RuntimeError) as error:
+        problems.append(f"{name} is no adapter of {MODEL}: {error}")
+        return ""

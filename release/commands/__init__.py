@@ -1,4 +1,4 @@
-"""The commands about a release: build, sign, publish, verify, show, trace, replay, keys, predict, demo."""
+"""The commands about a release: build, sign, publish, verify, show, trace, replay, keys, predict, ladder, demo."""
 
 import typer
 

@@ -1,13 +1,17 @@
-"""The command that seals a prediction."""
+"""The commands that predict runs: `predict` seals what it says of one, `ladder` fits a law and answers questions."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.operations.command_options import JsonOption, RecipeArgument, graph_of, open_store
+
+if TYPE_CHECKING:
+    from stages.evaluation.ladder_laws import Form
 
 app = typer.Typer()
 
@@ -42,3 +46,97 @@ def predict(
     for row in prediction.forecasts:
         print(f"  {NAMES[row.figure]}: {row.value:.4f} ({row.low:.4f} to {row.high:.4f})")
     print(f"sealed as {artifact.key}, digest {artifact.digest}; next: atom run {recipe}")
+
+
+@app.command()
+def ladder(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(metavar="RECIPE...", help="recipes whose sealed runs are points")
+    ] = None,
+    points: Annotated[
+        list[Path] | None, typer.Option("--points", metavar="FILE", help="CSV or JSON file of points; repeatable")
+    ] = None,
+    law: Annotated[
+        str, typer.Option("--law", help="what is fitted: pretraining, compute, reinforcement or inference")
+    ] = "pretraining",
+    following: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--next",
+            metavar="RUN",
+            help="predict this run: a recipe, or its figures with commas between them, such as 7e9,1.4e11; repeatable",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", metavar="FLOPS", help="say what to train for so many FLOPs in all")
+    ] = None,
+    served: Annotated[
+        float, typer.Option("--serve", metavar="TOKENS", help="tokens that the model serves over its life")
+    ] = 0.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="write ladder.json and ladder.svg there")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a scaling law to runs, and say what follows.
+
+    Points are sealed runs of recipes, and files of points that others measured: columns parameters, tokens and loss of
+    the law pretraining; flops and loss of compute; compute and score of reinforcement and of inference. The law has
+    bands of 90 %. It predicts the next run before it is run, and says which size to train on how many tokens for a
+    budget, of which serving takes a part: a model that serves much should be smaller and trained for longer
+    (arXiv:2401.00448). An answer beyond ten times the points is marked. Nothing is run.
+
+    Example: atom ladder --points runs.csv --next 7e9,1.4e11 --budget 1e22 --serve 2e12 --out ladder
+    """
+    from pipeline.core.errors import AtomError
+    from pipeline.core.text import escaped
+    from release.prediction import ladder as instrument
+    from release.prediction import ladder_points
+    from stages.evaluation.ladder_laws import FORMS
+
+    if law not in FORMS:
+        raise AtomError(f"--law {escaped(law, 40)} is none of {', '.join(FORMS)}")
+    form = FORMS[law]
+    if not recipes and not points:
+        raise AtomError("no points: name recipes whose runs are sealed, or give --points FILE")
+    if not 0 <= served < float("inf") or (budget is not None and not 0 < budget < float("inf")):
+        raise AtomError("--budget must be a number of FLOPs above 0, and --serve a number of tokens from 0 on")
+    if served and budget is None:
+        raise AtomError("--serve has no effect without --budget, the FLOPs that training and serving cost in all")
+    rows = ladder_points.read_runs([graph_of(name) for name in recipes or ()], open_store(), form) if recipes else []
+    for path in points or ():
+        rows += ladder_points.read_file(path, form)
+    runs = [(name, _figures(name, form)) for name in following or ()]
+    result = instrument.make(form, rows, runs, budget, served)
+    if out is not None:
+        instrument.write(result, out)
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1, sort_keys=True, allow_nan=False))
+        return
+    print(*instrument.sentences(result), sep="\n")
+    if out is not None:
+        print(f"written: {out / instrument.REPORT}, {out / instrument.PLOT}")
+
+
+def _figures(run: str, form: Form) -> dict[str, float]:
+    """The columns of a law for `--next`: numbers with commas between them, or the size of a recipe."""
+    from pipeline.core.errors import AtomError
+    from pipeline.core.text import escaped
+    from release.prediction import ladder_points
+
+    parts = run.split(",")
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        if not form.is_loss:
+            raise AtomError(
+                f"--next {escaped(run, 80)} is no {form.columns[0]}, and the law {form.name} takes no recipe"
+            ) from None
+        size = ladder_points.size_of(graph_of(run, without_data=True))
+        return {name: size[name] for name in form.columns}
+    if len(values) != len(form.columns) or not all(0 < value < float("inf") for value in values):
+        raise AtomError(
+            f"--next {escaped(run, 80)} must be {len(form.columns)} number{'s' if len(form.columns) > 1 else ''} above "
+            f"0 ({', '.join(form.columns)}), or a recipe"
+        )
+    return dict(zip(form.columns, values, strict=True))

@@ -38,11 +38,11 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
     points, materials = [], dict[str, Artifact]()
     for graph in ladder:
         _require_comparable(target, graph)
-        artifacts = {role: _sealed(graph, role, store) for role in (NODE, EVALUATION)}
+        artifacts = {role: sealed(graph, role, store, EVALUATION) for role in (NODE, EVALUATION)}
         points.append(_point(graph, artifacts))
         materials |= {f"{graph.recipe.config.name}/{role}": artifact for role, artifact in artifacts.items()}
     try:
-        prediction = forecast.predict(RunSize(**_size(target)), points)
+        prediction = forecast.predict(RunSize(**size_of(target)), points)
     except ValueError as error:
         raise AtomError(f"the ladder of {name} carries no prediction: {error}; give --from other recipes") from None
     return write(prediction, materials, store, key, name), prediction
@@ -50,6 +50,14 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
 
 def _require_comparable(target: Graph, graph: Graph) -> None:
     """The figures of two runs are comparable if their texts, tokens and items are the same."""
+    require_same_text(target, graph)
+    if _scoring(target) != _scoring(graph):
+        names = target.recipe.config.name, graph.recipe.config.name
+        raise AtomError(f"{names[1]} is evaluated in another way than {names[0]}; make their evaluation equal")
+
+
+def require_same_text(target: Graph, graph: Graph) -> None:
+    """The held-out losses of two runs are comparable if their texts, tokens and rows are the same."""
     names = target.recipe.config.name, graph.recipe.config.name
     for node in ("tokenize", "items"):
         if target.nodes[node].key != graph.nodes[node].key:
@@ -61,8 +69,6 @@ def _require_comparable(target: Graph, graph: Graph) -> None:
             raise AtomError(
                 f"{names[1]} has {NODE}.{field} = {values[1]}, and {names[0]} has {values[0]}; make them equal"
             )
-    if _scoring(target) != _scoring(graph):
-        raise AtomError(f"{names[1]} is evaluated in another way than {names[0]}; make their evaluation equal")
 
 
 def _value(phase: Any, field: str) -> Any:
@@ -77,16 +83,17 @@ def _scoring(graph: Graph) -> Any:
     return {name: value for name, value in config.items() if name not in ("model", "expected", "shard")}
 
 
-def _sealed(graph: Graph, role: str, store: Store) -> Artifact:
+def sealed(graph: Graph, role: str, store: Store, until: str) -> Artifact:
+    """The artifact of a node. until: the node that a run must reach. Raises AtomError if it is not sealed."""
     key = graph.nodes[role].key
     if not store.sealed(key):
         recipe = graph.recipe.config.name
-        raise AtomError(f"{role} of {recipe} is not sealed; run it first: atom run {recipe} --until {EVALUATION}")
+        raise AtomError(f"{role} of {recipe} is not sealed; run it first: atom run {recipe} --until {until}")
     return store.open(key)
 
 
-def _size(graph: Graph) -> dict[str, Any]:
-    """The fields of RunSize."""
+def size_of(graph: Graph) -> dict[str, Any]:
+    """The fields of RunSize of a recipe's pre-training. Raises AtomError if it reads no tokens."""
     node, name = graph.nodes[NODE], graph.recipe.config.name
     config: Any = node.config
     vocabulary, phase = config.padded_vocab_size, config.phase
@@ -102,7 +109,7 @@ def _point(graph: Graph, artifacts: dict[str, Artifact]) -> Point:
     summary = json.loads((artifacts[NODE] / "summary.json").read_text())
     scores = json.loads((artifacts[EVALUATION] / "scores.json").read_text())
     return Point(
-        **_size(graph),
+        **size_of(graph),
         digest=artifacts[NODE].digest,
         scores_key=artifacts[EVALUATION].key,
         scores_digest=artifacts[EVALUATION].digest,

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, with axes, ticks and a legend. Colors are those of the style sheet."""
+"""Line charts as inline SVG, with axes, ticks and a legend, or as SVG files. Colors are those of the style sheet."""
 
 from __future__ import annotations
 
@@ -12,17 +12,30 @@ from pipeline.core.text import escaped
 
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
+TITLE = 22
+"""Height of the title of a file."""
 COLORS = 8
 MOST_SERIES = 2 * COLORS
 """Lines of one chart; further ones are counted in the legend. Those after COLORS are dashed."""
 
+INKS = ("#1f6fb2", "#b6420c", "#1d7a46", "#7b3fa0", "#8a6a00", "#a8255f", "#0b7a80", "#5b5f66")
+"""The colors of a file, which has no style sheet: those of page.css on white."""
+FILE_STYLE = (
+    "text{font-family:sans-serif;fill:#1c1f23}.title{font-size:11px;font-weight:bold}.tick{font-size:9.5px}"
+    ".axis{font-size:10px}.sheet{fill:#fff}.grid{stroke:#e3e5e0}.line{fill:none;stroke-width:1.8}"
+    ".band{opacity:.17;stroke:none}.dashed{stroke-dasharray:5 3}"
+    + "".join(f".line.c{n}{{stroke:{ink}}}.band.c{n},.dot.c{n}{{fill:{ink}}}" for n, ink in enumerate(INKS))
+)
+
 
 @dataclass(frozen=True)
 class Series:
-    """points: (x, y, the smallest y, the largest y), by x; a band is drawn where the last two differ."""
+    """points: (x, y, the smallest y, the largest y), by x; a band is drawn where the last two differ. dots: they are
+    measurements that no line joins, and have a whisker instead of a band."""
 
     label: str
     points: Sequence[tuple[float, float, float, float]]
+    dots: bool = False
 
 
 def chart(title: str, series: Sequence[Series], x_label: str, unit: str = "", logarithmic: bool = False) -> Markup:
@@ -32,6 +45,50 @@ def chart(title: str, series: Sequence[Series], x_label: str, unit: str = "", lo
     shown = drawn[:MOST_SERIES]
     if not shown:
         return Markup()
+    legend = _legend(shown, len(drawn) - len(shown)) if len(shown) > 1 else Markup()
+    note = Markup(" <small>{}</small>").format(unit) if unit else Markup()
+    return Markup(
+        '<figure class="chart"><figcaption><b>{}</b>{}</figcaption>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>{}</figure>'
+    ).format(
+        escaped(title, 80), note, WIDTH, HEIGHT, _label(title, shown, x_label), _drawing(shown, x_label, logarithmic),
+        legend,
+    )  # fmt: skip
+
+
+def standalone(title: str, series: Sequence[Series], x_label: str) -> str:
+    """An SVG file of a chart with a logarithmic x axis, with its title above and the legend below. Further series than
+    MOST_SERIES are left out. Raises ValueError without any point."""
+    shown = [each for each in series if each.points][:MOST_SERIES]
+    if not shown:
+        raise ValueError("a chart needs a point")
+    rows = Markup("").join(
+        Markup('<circle class="dot c{}" cx="{}" cy="{}" r="3"/><text class="tick" x="{}" y="{}">{}</text>').format(
+            n % COLORS, LEFT + 6, y := HEIGHT + 12 + 13 * n, LEFT + 15, y + 3.5,
+            f"{escaped(each.label, 60)}: {short(each.points[-1][1])}",
+        )
+        for n, each in enumerate(shown)
+    )  # fmt: skip
+    height = HEIGHT + TITLE + 13 * len(shown) + 12
+    return str(
+        Markup(
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}" role="img" aria-label="{}">'
+            '<style>{}</style><rect class="sheet" width="100%" height="100%"/>'
+            '<text class="title" x="{}" y="14">{}</text><g transform="translate(0 {})">{}{}</g></svg>\n'
+        ).format(
+            WIDTH, height, 2 * WIDTH, _label(title, shown, x_label), Markup(FILE_STYLE), LEFT, escaped(title, 80),
+            TITLE, _drawing(shown, x_label, True), rows,
+        )
+    )  # fmt: skip
+
+
+def _label(title: str, shown: Sequence[Series], x_label: str) -> str:
+    words = "; ".join(_spoken(each) for each in shown)
+    return escaped(f"{title} by {x_label}: {words}", 600)
+
+
+def _drawing(shown: Sequence[Series], x_label: str, logarithmic: bool) -> Markup:
+    """Axes and lines."""
     xs = [point[0] for each in shown for point in each.points]
     lows, highs = (min(p[2] for e in shown for p in e.points), max(p[3] for e in shown for p in e.points))
     place = _Scale(_log(min(xs), logarithmic), _log(max(xs), logarithmic), lows, highs)
@@ -43,16 +100,7 @@ def chart(title: str, series: Sequence[Series], x_label: str, unit: str = "", lo
             WIDTH - RIGHT, HEIGHT - 4, escaped(x_label, 60)
         )
     )
-    words = "; ".join(_spoken(each) for each in shown)
-    legend = _legend(shown, len(drawn) - len(shown)) if len(shown) > 1 else Markup()
-    note = Markup(" <small>{}</small>").format(unit) if unit else Markup()
-    return Markup(
-        '<figure class="chart"><figcaption><b>{}</b>{}</figcaption>'
-        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>{}</figure>'
-    ).format(
-        escaped(title, 80), note, WIDTH, HEIGHT, escaped(f"{title} by {x_label}: {words}", 600),
-        Markup("").join(parts), legend,
-    )  # fmt: skip
+    return Markup("").join(parts)
 
 
 @dataclass(frozen=True)
@@ -103,6 +151,8 @@ def _axes(place: _Scale, first: float, last: float, logarithmic: bool) -> list[M
 def _line(series: Series, number: int, place: _Scale, logarithmic: bool) -> Markup:
     color = f"c{number % COLORS}" + (" dashed" if number >= COLORS else "")
     xs = [place.x(_log(point[0], logarithmic)) for point in series.points]
+    if series.dots:
+        return _dots(series, xs, place, f"c{number % COLORS}")
     path = _path((x, place.y(point[1])) for x, point in zip(xs, series.points, strict=True))
     parts = Markup()
     if any(point[2] < point[3] for point in series.points):
@@ -114,6 +164,17 @@ def _line(series: Series, number: int, place: _Scale, logarithmic: bool) -> Mark
             color, xs[0], place.y(series.points[0][1])
         )
     return parts + Markup('<polyline class="line {}" points="{}"/>').format(color, path)
+
+
+def _dots(series: Series, xs: Sequence[float], place: _Scale, color: str) -> Markup:
+    parts = Markup()
+    for x, (_, y, low, high) in zip(xs, series.points, strict=True):
+        if low < high:
+            parts += Markup('<line class="line {}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
+                color, x, x, place.y(low), place.y(high)
+            )
+        parts += Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(color, x, place.y(y))
+    return parts
 
 
 def _path(points: object) -> str:
@@ -149,8 +210,10 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number in few characters: 1.5M, 20k, 0.25, 3e-05."""
+    """A number in few characters: 1.5M, 20k, 0.25, 3e-05, 1e21."""
     size = abs(value)
+    if size >= 1e15:
+        return f"{value:.3g}".replace("e+", "e")
     for limit, sign in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             divisor = 1e3 if sign == "k" else limit

@@ -1,4 +1,4 @@
-"""The curves of every phase, from its log, and the three scaling axes."""
+"""The curves of every phase, from its log, and the scaling axes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from markupsafe import Markup
 
 from release import schema
 from release.assembly import training
+from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import read_json
 from release.layout import when
+from release.prediction.forecast import LOSS
 from release.web_page.charts import Series, chart
 from stages.evaluation.confidence import Z95
 
 BUCKETS = 120
 """Points of a curve; each is the mean of successive values, with the smallest and the largest."""
+LADDER_PLACES = 40
+"""Places of the drawn law of a prediction, less one."""
 LEFT_OUT = ("step", "tokens", "experts", "spike", "skipped", "excluded", "generated", "policy", "consumed", "round")
 TITLES = {
     "loss": ("Training loss", "nats per token"),
@@ -158,6 +162,27 @@ def inference_axis(evaluation: Path) -> Markup:
                 points.append((at[k]["tokens"], value, max(0.0, value - half), min(1.0, value + half)))
             series.append(Series(f"{model}, {metric}@k", points))
     return chart("More answers: share of problems right", series, "tokens generated for a problem", "", True)
+
+
+def ladder_axis(models: Iterable[ModelFacts]) -> Markup:
+    """Held-out loss against training FLOPs of the runs that a prediction is made from, its law from the least run to
+    the predicted one, its band there, and what was measured; empty without a prediction."""
+    for model in models:
+        if (prediction := model.prediction) is None:
+            continue
+        (forecast,) = (row for row in prediction.forecasts if row.figure == LOSS)
+        runs, target, law = prediction.points, prediction.target.flops, forecast.law
+        least = min(point.flops for point in runs)
+        grid = [least * (target / least) ** (n / LADDER_PLACES) for n in range(LADDER_PLACES + 1)]
+        series = [
+            Series("law of the runs", _plain((x, law["a"] * x ** -law["b"] + law["c"]) for x in grid)),
+            Series("runs", _plain((point.flops, point.heldout_loss) for point in runs), dots=True),
+            Series("predicted", [(target, forecast.value, forecast.low, forecast.high)], dots=True),
+        ]
+        measured = [(target, row.measured) for row in model.outcomes if row.forecast.figure == LOSS]
+        series.append(Series("measured", _plain(measured), dots=True))
+        return chart("Larger runs: held-out loss", series, "training FLOPs", "nats per token; bar: 90 %", True)
+    return Markup()
 
 
 def _plain(points: Iterable[tuple[float, float]]) -> list[tuple[float, float, float, float]]:

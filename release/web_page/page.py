@@ -237,7 +237,8 @@ MODEL_SHOWN = {
     "evaluation": "Every measure, every model", "chat_test": "In conversation, on the test problems",
     "chat_fresh": "In conversation, on problems that are newer than the weights",
     "preferences": "Which answers the preference reward prefers", "reward_parts": "Parts of the preference reward",
-    "passkeys": "Keys found in texts of each length", "positions": "Bits per token by position",
+    "passkeys": "Keys found in texts of each length", "retrieval": "Tasks in long texts",
+    "positions": "Bits per token by position",
     "prediction": "Prediction and result", "given_away": "What it gives away of its training data",
     "harness": "Task sets of lm-evaluation-harness", "samples": "What was measured", "architecture": "Architecture",
     "context": "Context", "parity": "The export against the trainer", "start": "Where training began",
@@ -255,7 +256,7 @@ CONTAMINATION_SHOWN = {
 }  # fmt: skip
 
 
-IN_PLAIN_TEXT = ("evaluation", "passkeys", "positions")
+IN_PLAIN_TEXT = ("evaluation", "passkeys", "retrieval", "positions")
 """Tables of MODEL_SHOWN whose columns are from `dataset/evaluation/<model>/scores.json`."""
 
 
@@ -318,6 +319,7 @@ def _axes(facts: PageFacts) -> list[Markup]:
         curves.text_axis(facts.phase_curves),
         curves.reinforcement_axis(facts.phase_curves),
         curves.inference_axis(facts.folder / "dataset/evaluation/test"),
+        curves.ladder_axis(facts.models.values()),
     ]
     return [each for each in drawn if each]
 

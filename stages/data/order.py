@@ -28,6 +28,7 @@ from pipeline.core.store import Artifact
 from stages.data.chunks import ChunkIndex
 from stages.data.computed_order import FUNCTION_VERSION, ComputedOrder, read_indexes
 from stages.data.order_config import MEMORY_BYTES, ROW_BYTES, OrderConfig
+from stages.data.packing import require_enough
 from stages.data.row_draw import DataCursor
 from stages.data.streams import stream_name
 from stages.data.table import order_files, read_table, write_json, write_table
@@ -51,7 +52,7 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     Every source is read in a seeded permutation of its chunks, a new one each epoch.
     inputs["continue"], if present: a checkpoint, at whose data position the cursors continue.
     Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
-    another step.
+    another step, or for long documents of which more are missing than the recipe allows.
     """
     order, start = _open(config, inputs, work)
     parts = []
@@ -94,7 +95,10 @@ def _open(
     cursor, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
         cursor, start = _resume_cursor(config, inputs["continue"], indexes)
-    return ComputedOrder(config, indexes, cursor, work, turn), start
+    order = ComputedOrder(config, indexes, cursor, work, turn)
+    if config.long_documents is not None:
+        require_enough(order.long, config.long_documents)
+    return order, start
 
 
 def _seal_block(order: ComputedOrder, work: Path, n: int) -> Part:

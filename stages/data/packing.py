@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from pipeline.core.bounds import Context, Range
-from pipeline.core.stage import Config
+from pipeline.core.bounds import Context, Range, Share
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config, added
 from stages.data.chunks import LONG, SHORT
 from stages.data.seeds import permutation
 
@@ -37,6 +38,9 @@ class LongDocuments(Config):
     )
     max_epochs: Annotated[float, Range(0, 1000, above=True)] = Field(
         4.0, description="maximum number of times that a long chunk is read"
+    )
+    max_missing: Share = added(
+        1.0, "share of the asked long tokens of a source that may be missing; the order is refused beyond it"
     )
 
 
@@ -61,6 +65,22 @@ def split(
         "wanted_tokens": round(wanted),
         "missing_tokens": round(wanted - allowed),
     }
+
+
+def require_enough(long: Mapping[str, Mapping[str, int]], rule: LongDocuments) -> None:
+    """long: the report on the long chunks of each source. Raises AtomError with the sources that lack more of them than
+    the rule allows."""
+    lacks = [
+        f"{source} has {row['available_tokens']:,} tokens in {row['chunks']:,} chunks of more than {row['over']:,}, "
+        f"and {row['missing_tokens']:,} of {row['wanted_tokens']:,} asked tokens are missing"
+        for source, row in long.items()
+        if row["missing_tokens"] > rule.max_missing * row["wanted_tokens"]
+    ]
+    if lacks:
+        raise AtomError(
+            f"order: {'; '.join(lacks)}; long_documents.max_missing = {rule.max_missing:g} allows no more: "
+            "add long documents (reader retrieval), lower share, or raise max_epochs or max_missing"
+        )
 
 
 def pack(segments: Mapping[str, Any], capacity: int, rows: int, label: str, seed: int) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class LongContextScores(TypedDict):
 
 class ModelScores(TypedDict):
     """Of the stage evaluate. bits_per_byte: by source. accuracy: by task. The others exist for a recipe with long
-    contexts, as in LongContextScores."""
+    contexts, as in LongContextScores. retrieval: by kind of task and length of the text, if it is asked for."""
 
     bits_per_byte: dict[str, Ratio]
     bits_per_byte_all: Ratio
@@ -56,6 +56,7 @@ class ModelScores(TypedDict):
     passkey: NotRequired[dict[str, Mean]]
     passkey_by_depth: NotRequired[dict[str, dict[str, Mean]]]
     loss_by_position: NotRequired[dict[str, Ratio]]
+    retrieval: NotRequired[dict[str, dict[str, Mean]]]
     engine: NotRequired[str]
 
 

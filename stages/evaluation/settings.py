@@ -63,7 +63,9 @@ class EvaluationSection(Config):
         0.0, description="gain in accuracy from mid-training that must be exceeded"
     )
     chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
-    context: ContextSection | None = added(None, "evaluation on long texts: passkeys and loss by position; null: none")
+    context: ContextSection | None = added(
+        None, "evaluation on long texts: passkeys, retrieval, and loss by position; null: none"
+    )
     memorization: MemorizationSection | None = added(
         None, "what models give away of their training data: verbatim continuations and canaries; null: not measured"
     )
@@ -74,13 +76,12 @@ class EvaluationSection(Config):
         """Tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""
         read = sources * self.heldout_documents * DOCUMENT_TOKENS
         if (context := self.context) is not None:
-            read += len(context.depths) * context.per_cell * sum(context.lengths)
-            read += context.documents * context.lengths[-1]
+            read += context.tokens
         return read + sum(self.problems.values()) * (QUESTION_TOKENS + self.max_new_tokens)
 
     def pieces(self, sources: int) -> int:
         """Pieces of the evaluation of one model, at most, on documents of so many sources."""
-        long = 0 if self.context is None else len(self.context.lengths) + 1
+        long = 0 if self.context is None else self.context.pieces
         problems = count(sum(self.problems.values()), ROWS_PER_BATCH)
         return count(sources * self.heldout_documents, ROWS_PER_BATCH) + problems + long
 

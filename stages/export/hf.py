@@ -29,6 +29,7 @@ from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Sta
 from pipeline.core.store import Artifact
 from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
+from stages.mcore.lora import Lora
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.param_names import BUFFERS
 from stages.models.base import PositiveInt
@@ -65,9 +66,14 @@ class ExportConfig(Config):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of the exported weights")
     converses: Flag = added(False, "sample by default, as chat models do; else decode greedily")
+    weight_format: Literal["mxfp4"] | None = added(
+        None, "format to whose numbers the phase rounded the weights of linear layers; null: none"
+    )
     parity_tokens: Context | None = added(
         None, "tokens of the longest compared row, spread over the context; null: as many as the context"
     )
+
+    lora: Lora | None = added(None, "adapter that the checkpoint is, on the weights of the input `base`; null: none")
 
     @property
     def longest_row(self) -> int:
@@ -82,7 +88,8 @@ class ExportConfig(Config):
 
 def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["checkpoint"]: a pretrain or midtrain artifact, unless the config has a seed; inputs["tokenizer"]: the
-    tokenizer artifact.
+    tokenizer artifact; inputs["base"]: if the checkpoint is an adapter, the phase before it, into whose last weights
+    the adapter is merged.
 
     Fills `out` with model/ (config.json, generation_config.json, the tokenizer's files, and model.safetensors or, above
     5 GB, shards with an index) and parity.json. Raises CheckFailed if the export is not the checkpoint's model,
@@ -101,7 +108,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     if vocab_size > config.padded_vocab_size:
         raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
                         f"{config.padded_vocab_size}; raise it in the recipe")  # fmt: skip
-    tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype))
+    tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype), config.weight_format is not None)
     mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
     _write(folder / "config.json", hf_config(config.model, vocab_size, ids[STOPS[0]], ids[PAD], config.dtype))
@@ -123,6 +130,8 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         "tensors_compared": tensors_compared,
         "dtype": config.dtype,
     }  # fmt: skip
+    if config.weight_format:
+        parity["weight_format"] = config.weight_format
     for tokens, step in steps.items():
         parity["spread_over"] = (tokens - 1) * step + 1
     _write(out / "parity.json", parity)
@@ -131,14 +140,20 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 class Rounded(Mapping[str, "torch.Tensor"]):
     """Tensors of another mapping in the data type of the export, each made on access. Biases that choose experts stay
-    fp32, as in training and in the classes of transformers: a step changes them by less than bf16 can hold."""
+    fp32, as in training and in the classes of transformers: a step changes them by less than bf16 can hold. in_format:
+    weights of linear layers are numbers of the weight format, as the phase computed with them."""
 
-    def __init__(self, full: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-        self.full, self.dtype = full, dtype
+    def __init__(self, full: Mapping[str, torch.Tensor], dtype: torch.dtype, in_format: bool = False) -> None:
+        self.full, self.dtype, self.in_format = full, dtype, in_format
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        from stages.mcore.quantize import FORMATTED, to_weight_format
+
         tensor = self.full[name]
-        return tensor if name.endswith(BUFFERS) else tensor.to(self.dtype)
+        if name.endswith(BUFFERS):
+            return tensor
+        tensor = tensor.to(self.dtype)
+        return to_weight_format(tensor) if self.in_format and FORMATTED.fullmatch(name) else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.full)
@@ -152,6 +167,7 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
 
     Raises AtomError if the checkpoint is not of the model.
     """
+    from stages.mcore.lora_layers import Merged
     from stages.mcore.model import check_tensors
     from stages.mcore.weight_init import Initial
     from stages.train.checkpoint import release_checkpoint
@@ -160,8 +176,13 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
     if config.seed is not None:
         return Initial(shapes, config.model, config.seed)
     tensors = release_checkpoint.Tensors(_checkpoint(inputs["checkpoint"], config.step))
-    check_tensors(shapes, tensors.shapes(), "the checkpoint")
-    return tensors
+    if config.lora is None:
+        check_tensors(shapes, tensors.shapes(), "the checkpoint")
+        return tensors
+    base = release_checkpoint.Tensors(_checkpoint(inputs["base"], None))
+    check_tensors(shapes, base.shapes(), "the base of the adapter")
+    check_tensors(config.lora.shapes(shapes), tensors.shapes(), "the adapter")
+    return Merged(base, tensors, config.lora)
 
 
 def generation_config(converses: bool, ids: Mapping[str, int]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ GRADIENT = 4
 """Bytes of a gradient: summed over micro-batches and ranks in fp32."""
 MOMENTS = 8
 """Bytes of Adam's two moments, fp32."""
+NVFP4 = 4.5 / 8
+"""Bytes of a number of NVFP4: 4 bits, and its part of the 8 of a scale."""
 MASTER = 4
 """Bytes of an fp32 weight; below fp32 it is a copy of the optimizer's, in fp32 the model's own."""
 
@@ -46,11 +48,13 @@ def state_bytes(share: MemoryShare, layout: Layout, precision: Precision) -> flo
     bf16: 2 (weight) + 4 (gradient) + 12 (fp32 weight, two moments) / ranks that share them: "18 bytes a parameter".
     fp32: 4 + 4 + 8 / ranks, since the optimizer's weights are slices of the model's. FP8 keeps bf16 weights, and
     Transformer Engine keeps two quantized copies of each layer's matrices for the micro-batches of a step (one as it
-    is, one transposed): 2 more. That is how FP8 can run out of memory where bf16 fits.
+    is, one transposed): 2 more, and in NVFP4, of 4 bits and a scale of 8 for 16 of them, 1.125. That is how FP8 can run
+    out of memory where bf16 fits.
     """
     weight, optimizer_bytes = (4, MOMENTS) if precision == "fp32" else (2, MASTER + MOMENTS)
     dense, experts = sharing(layout)
-    quantized = 2 * (share.all - share.table) if precision not in ("fp32", "bf16") else 0
+    copies = {"fp32": 0.0, "bf16": 0.0, "nvfp4": 2 * NVFP4}.get(precision, 2.0)
+    quantized = copies * (share.all - share.table)
     return (
         (weight + GRADIENT) * share.all + optimizer_bytes * (share.dense / dense + share.experts / experts) + quantized
     )

@@ -19,6 +19,9 @@ _RENAMED = {
     # Transformer Engine keeps a norm inside the linear layer that follows it.
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    # lora_layers.py: a matrix with an adapter
+    ".parametrizations.weight.original": ".weight",
+    ".parametrizations.weight.0.lora_": ".lora_",
 }
 
 BUFFERS = (".expert_bias",)
@@ -39,6 +42,8 @@ CUT_MATRICES = (
 """Endings of the names of matrices that tensor parallelism cuts."""
 WHOLE_MATRICES = (".router.weight", ".linear_q_down_proj.weight", ".linear_kv_down_proj.weight")
 """Endings of the names of matrices that each tensor rank has whole."""
+CUT_FACTORS = (".linear_qkv.lora_B", ".linear_proj.lora_A", ".linear_fc1.lora_B", ".linear_fc2.lora_A")
+"""Endings of the names of an adapter's factors that tensor parallelism cuts; it leaves the others whole."""
 MATRICES = (*CUT_MATRICES, *WHOLE_MATRICES)
 """Endings of the names of all matrices."""
 

@@ -1,5 +1,4 @@
-"""FP8 quantization of Transformer Engine's recipes in plain PyTorch: rounds to a format's numbers and back, block by
-block.
+"""FP8 and FP4 quantization in plain PyTorch: rounds to a format's numbers and back, block by block.
 
 A recipe has, for each operand of a matrix product, its format and the block of values that share a scale:
 
@@ -8,14 +7,22 @@ A recipe has, for each operand of a matrix product, its format and the block of 
 | fp8-tensorwise | e4m3, e4m3, e5m2        | the whole tensor                                          | fp32         |
 | fp8-blockwise  | e4m3                    | 1 x 128 along the summed dimension; 128 x 128 of a weight | power of two |
 | mxfp8          | e4m3                    | 1 x 32 along the summed dimension                         | e8m0         |
+| nvfp4          | e2m1                    | 1 x 16 along the summed dimension; 16 x 16 of a weight    | e4m3, fp32   |
+| mxfp4          | e2m1                    | 1 x 32 along the summed dimension                         | e8m0         |
 
 Formats: OCP 8-bit Floating Point (2023); Microscaling: OCP MX 1.0 (2023); blockwise: DeepSeek-V3 (arXiv:2412.19437)
-with scales rounded as Transformer Engine rounds them by default. No Megatron here.
+with scales rounded as Transformer Engine rounds them by default; nvfp4: NVIDIA (arXiv:2509.25149), whose blocks have an
+e4m3 scale, and the tensor an fp32 one on top. mxfp8 has Transformer Engine's scale, rounded up so that nothing
+overflows; mxfp4 that of OCP MX 1.0, section 6.3, rounded down, so that the largest of a block may saturate.
+
+The recipes of FP4 have three further parts of the NVFP4 paper: gradients are rounded stochastically, both operands of a
+weight's gradient pass a random Hadamard transform by 16 tokens, and the last layers stay in bf16. No Megatron here.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -36,7 +43,7 @@ EXPONENT = 0x7F800000
 
 @dataclass(frozen=True)
 class Format:
-    """An 8-bit floating-point format, defined by its numbers."""
+    """A floating-point format of 8 or 4 bits, defined by its numbers."""
 
     name: str
     mantissa_bits: int
@@ -52,10 +59,14 @@ class Format:
 
 E4M3 = Format("e4m3", 3, -6, 448.0)
 E5M2 = Format("e5m2", 2, -14, 57344.0)
+E2M1 = Format("e2m1", 1, 0, 6.0)
+
+HADAMARD = 16
+"""Tokens that a Hadamard transform mixes, in every recipe that has one."""
 
 
 @dataclass(frozen=True)
-class Fp8Recipe:
+class QuantizationRecipe:
     """The rounding of the operands of a matrix product."""
 
     forward: Format
@@ -66,7 +77,13 @@ class Fp8Recipe:
     """Values that share a scale, along the summed dimension; None: all of the tensor."""
     square_weights: bool = False
     """Whether a weight's blocks are block x block, and therefore the same for both of its products."""
-    scale: Literal["fp32", "power of two", "e8m0"] = "fp32"
+    scale: Literal["fp32", "power of two", "e8m0", "e8m0, rounded down", "e4m3"] = "fp32"
+    stochastic_gradients: bool = False
+    """Whether gradients are rounded up or down at random, so that their expectation is the value."""
+    hadamard: bool = False
+    """Whether both operands of a weight's gradient are transformed."""
+    bf16_share: float = 0.0
+    """Share of the layers, from the last one backwards, whose products stay in bf16; rounded up."""
 
     def format(self, kind: Kind) -> Format:
         return self.backward if kind == "gradient" else self.forward
@@ -79,6 +96,10 @@ class Fp8Recipe:
             return self.block, self.block
         return (self.block, 1) if summed == 0 else (1, self.block)
 
+    def layers_in_bf16(self, layers: int) -> range:
+        """The layers of a model of so many, from 0, whose products are not rounded."""
+        return range(layers - math.ceil(self.bf16_share * layers), layers)
+
     @property
     def smallest_dimension(self) -> int:
         """The minimum of every dimension of a product for its blocks to act as in a large model: two blocks.
@@ -86,13 +107,39 @@ class Fp8Recipe:
         return 2 * (self.block or 16)
 
 
-RECIPES: Mapping[str, Fp8Recipe] = MappingProxyType(
+RECIPES: Mapping[str, QuantizationRecipe] = MappingProxyType(
     {
-        "fp8-tensorwise": Fp8Recipe(E4M3, E5M2, None),
-        "fp8-blockwise": Fp8Recipe(E4M3, E4M3, 128, square_weights=True, scale="power of two"),
-        "mxfp8": Fp8Recipe(E4M3, E4M3, 32, scale="e8m0"),
+        "fp8-tensorwise": QuantizationRecipe(E4M3, E5M2, None),
+        "fp8-blockwise": QuantizationRecipe(E4M3, E4M3, 128, square_weights=True, scale="power of two"),
+        "mxfp8": QuantizationRecipe(E4M3, E4M3, 32, scale="e8m0"),
+        # the paper keeps about 15 % of the linear layers in bf16, and finds the last layers to be enough
+        "nvfp4": QuantizationRecipe(
+            E2M1, E2M1, 16, square_weights=True, scale="e4m3", stochastic_gradients=True, hadamard=True, bf16_share=0.15
+        ),
+        "mxfp4": QuantizationRecipe(
+            E2M1, E2M1, 32, scale="e8m0, rounded down", stochastic_gradients=True, hadamard=True, bf16_share=0.15
+        ),
     }
 )
+FP8 = ("fp8-tensorwise", "fp8-blockwise", "mxfp8")
+FP4 = ("nvfp4", "mxfp4")
+
+
+WEIGHT_BLOCK = 32
+"""Weights of a row that share a scale in a weight format (MXFP4)."""
+FORMATTED = re.compile(r"decoder\.layers\..*\.linear_\w+\.weight")
+"""The global names of the matrices that a weight format holds for: all linear layers of the decoder, the experts' too.
+Embeddings, router, norms and output head stay as they are."""
+
+
+def to_weight_format(weight: torch.Tensor) -> torch.Tensor:
+    """A weight, [outputs, inputs], rounded to numbers of MXFP4, by blocks along its inputs; exact in fp32 and bf16. Of
+    its own result it gives the same. Like `quantize`, without its counts, which a simulated rank does not have."""
+    recipe, columns = RECIPES["mxfp4"], weight.shape[1]
+    blocks = F.pad(weight.float(), (0, -columns % WEIGHT_BLOCK)).unflatten(1, (-1, WEIGHT_BLOCK))
+    multiplier = _multiplier(blocks.abs().amax(-1, keepdim=True), recipe.forward.largest, recipe.scale)
+    rounded = _round(blocks * multiplier, recipe.forward).mul_(1 / multiplier)
+    return rounded.flatten(1)[:, :columns].to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -117,7 +164,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix of rounded values: `values` times `factor`, a power of two of each block being in the values already.
+    """A matrix of rounded values: `values` times `factor`; the scale of a block is in the values already.
 
     The factor is separate, because values are then exact in bf16 as in fp32, and a product of such matrices is rounded
     once, as on a tensor core: its scales are applied to the sum.
@@ -128,20 +175,26 @@ class Quantized:
     counts: Counts
 
 
-def quantize(x: torch.Tensor, recipe: Fp8Recipe, kind: Kind, summed: int = 1, group: Any = None) -> Quantized:
+def quantize(
+    x: torch.Tensor, recipe: QuantizationRecipe, kind: Kind, summed: int = 1, group: Any = None,
+    noise: torch.Generator | None = None,
+) -> Quantized:  # fmt: skip
     """Rounds a matrix to the format's nearest numbers (ties to even), scaled so that each block's largest magnitude
     comes as near to the format's largest number as the scale allows, and saturating there.
 
     x: [rows, columns], fp32 or bf16, which is what `values` are as well. summed: the dimension that the product sums
     over, along which 1-D blocks lie; where it is no multiple of the block, the last block of each line is shorter.
     group: ranks over which the tensor is cut; one scale for a tensor is then that of all its parts. Blocks are not
-    exchanged, so cuts must fall between them for a split product to round as a whole one does.
+    exchanged, so cuts must fall between them for a split product to round as a whole one does. noise: rounds
+    stochastically instead, up or down with probabilities by the distance to either number, drawn from this generator in
+    the order of the values.
 
     A block of zeros stays as it is. Magnitudes below the format's smallest normal number are rounded to its
     subnormals, and from half the smallest of these downwards (inclusive) to zero. A block whose largest magnitude is
     too small for its scale to be an fp32 number gets the largest one. In a block with an infinity or a NaN: fp32 and
     power-of-two scales are 1, an infinity saturates, a NaN stays; an e8m0 scale of an infinity is the largest (so the
-    block's other values vanish), of a NaN it is a NaN, and so is then all of the block.
+    block's other values vanish), of a NaN it is a NaN, and so is then all of the block. An e4m3 scale that would be
+    zero makes its block zero.
     """
     format_, shape = recipe.format(kind), recipe.shape(kind, summed)
     values, counts, factor = torch.empty_like(x), Counts(), 1.0
@@ -149,11 +202,14 @@ def quantize(x: torch.Tensor, recipe: Fp8Recipe, kind: Kind, summed: int = 1, gr
         return Quantized(values, factor, counts)
     shared = None
     if shape is None:
-        shared = _multiplier(_max_magnitude(x, group), format_, recipe.scale)
+        shared = _multiplier(_max_magnitude(x, group), format_.largest, "fp32")
+        factor = float(1 / shared)
+    elif recipe.scale == "e4m3":
+        shared = _multiplier(_max_magnitude(x, group), format_.largest * E4M3.largest, "fp32")
         factor = float(1 / shared)
     height, width = shape or (1, x.shape[1])
     for rounded, part in zip(_slabs(values, height), _slabs(x, height), strict=True):
-        counts += _quantize(part, rounded, format_, height, width, shared, recipe.scale)
+        counts += _quantize(part, rounded, format_, height, width, shared, recipe.scale, noise)
     return Quantized(values, factor, counts)
 
 
@@ -178,43 +234,96 @@ def _max_magnitude(x: torch.Tensor, group: Any) -> torch.Tensor:
 
 def _quantize(
     x: torch.Tensor, out: torch.Tensor, format_: Format, height: int, width: int, shared: torch.Tensor | None,
-    scale: str,
+    scale: str, noise: torch.Generator | None,
 ) -> Counts:  # fmt: skip
     """Fills `out` with the rounded values of x, [rows, columns], in blocks of height x width that are scaled each by
-    itself; with a `shared` multiplier, the values stay multiplied."""
+    itself; with a `shared` multiplier, the values stay multiplied by it."""
     rows, columns = x.shape
     padding = (0, -columns % width, 0, -rows % height)
     padded = F.pad(x, padding) if any(padding) else x
-    y = padded.reshape(-1, height, padded.shape[1] // width, width).to(torch.float32, copy=True)
+    blocks = (-1, height, padded.shape[1] // width, width)
+    y = padded.reshape(blocks).to(torch.float32, copy=True)
     largest = y.abs().amax((1, 3), keepdim=True)
-    multiplier = _multiplier(largest, format_, scale) if shared is None else shared
+    block_scale = None
+    if scale == "e4m3":
+        assert shared is not None
+        block_scale = _block_scale(largest, shared, format_)
+        multiplier = 1 / (block_scale * (1 / shared))
+        multiplier[block_scale == 0] = 0.0
+        multiplier.clamp_max_(FP32_MAX)
+    else:
+        multiplier = _multiplier(largest, format_.largest, scale) if shared is None else shared
     nonzero = int(torch.count_nonzero(y))
     y.mul_(multiplier)
     clips = not bool((largest * multiplier < format_.overflow).all())
     overflow = int((~(y.abs() < format_.overflow)).sum()) if clips else 0
-    _round(y, format_)
+    if noise is None:
+        _round(y, format_)
+    else:
+        draws = torch.rand(rows, columns, generator=noise, device=x.device)
+        _round_stochastically(y, format_, (F.pad(draws, padding) if any(padding) else draws).reshape(blocks))
     counts = Counts(x.numel(), nonzero, nonzero - int(torch.count_nonzero(y)), overflow)
-    if shared is None:
+    if block_scale is not None:
+        y.mul_(block_scale)
+    elif shared is None:
         y.mul_(1 / multiplier)
     out.copy_(y.view(padded.shape)[:rows, :columns])
     return counts
 
 
-def _multiplier(largest: torch.Tensor, format_: Format, scale: str) -> torch.Tensor:
-    """The factor of each block before rounding: the inverse of its scale.
+def _multiplier(largest: torch.Tensor, limit: float, scale: str) -> torch.Tensor:
+    """The factor of each block before rounding: the inverse of its scale. limit: the format's largest number.
 
-    Powers of two are the largest one with which no value overflows. For e8m0 that is the scale 2^e with e from -127 to
-    127, rounded up.
+    Powers of two are the largest one with which no value overflows; for e8m0 that is the scale 2^e with e from -127 to
+    127, rounded up. Rounded down, 2^e is the largest power of two in the block by the largest one in the format.
     """
-    # a number by a tensor would be the number times a rounded reciprocal
-    multiplier = torch.full_like(largest, format_.largest).div_(largest).clamp_max_(FP32_MAX)
-    if scale != "fp32":
-        multiplier = (multiplier.view(torch.int32) & EXPONENT).view(torch.float32)
+    if scale == "e8m0, rounded down":
+        power = (largest.view(torch.int32) & EXPONENT).view(torch.float32)  # 0 of a subnormal
+        multiplier = torch.full_like(largest, 2.0 ** (math.frexp(limit)[1] - 1)).div_(power).clamp_max_(2.0**127)
+    else:
+        # a number by a tensor would be the number times a rounded reciprocal
+        multiplier = torch.full_like(largest, limit).div_(largest).clamp_max_(FP32_MAX)
+        if scale != "fp32":
+            multiplier = (multiplier.view(torch.int32) & EXPONENT).view(torch.float32)
     multiplier[~largest.isfinite() | (largest == 0)] = 1.0
-    if scale == "e8m0":
+    if scale.startswith("e8m0"):
         multiplier[largest.isinf()] = 2.0**-127
         multiplier[largest.isnan()] = math.nan
     return multiplier
+
+
+def _block_scale(largest: torch.Tensor, shared: torch.Tensor, format_: Format) -> torch.Tensor:
+    """The e4m3 scale of each block of nvfp4, by which its rounded numbers are multiplied before the tensor's fp32
+    scale (arXiv:2509.25149, appendix B). shared: the inverse of the tensor's scale."""
+    scale = largest.div(torch.full_like(largest, format_.largest)).mul_(shared)
+    return _round(scale, E4M3)
+
+
+def _round_stochastically(y: torch.Tensor, format_: Format, draws: torch.Tensor) -> torch.Tensor:
+    """Rounds fp32 values in place to one of the two neighboring numbers of the format; up, in magnitude, where the draw
+    from [0, 1) is less than the distance from the lower one in spacings. Saturates; NaN stays."""
+    y.clamp_(-format_.largest, format_.largest)
+    power = (y.view(torch.int32) & EXPONENT).view(torch.float32).clamp_min_(2.0**format_.smallest_exponent)
+    spacing = power.mul_(2.0**-format_.mantissa_bits)
+    size = y.abs().div_(spacing)  # exact: the spacing is a power of two
+    lower = size.floor()
+    return y.copy_((lower + (draws < size - lower)).mul_(spacing).copysign_(y))
+
+
+def hadamard(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """A random Hadamard transform along the rows: each 16 rows times diag(signs) H / 4, where H is Sylvester's matrix.
+
+    x: [rows, columns]; missing rows of the last 16 count as zeros. Returns fp32 [rows up to a multiple of 16, columns].
+    The transform is orthogonal: a product that sums over the rows of two transformed matrices is that of the matrices.
+    """
+    padded = F.pad(x.float(), (0, 0, 0, -x.shape[0] % HADAMARD))
+    y = padded.view(-1, HADAMARD, x.shape[1]) * signs[:, None]
+    width = 1
+    while width < HADAMARD:  # butterflies: the same sums in the same order on every machine
+        pairs = y.view(-1, HADAMARD // (2 * width), 2, width, x.shape[1])
+        y = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2)
+        width *= 2
+    return y.reshape(padded.shape).mul_(HADAMARD**-0.5)
 
 
 def _round(y: torch.Tensor, format_: Format) -> torch.Tensor:

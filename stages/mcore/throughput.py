@@ -4,14 +4,14 @@ this file.
 A micro-batch passes each layer forward and backward. Its time is the sum of what a GPU does one after the other:
 
 - matrix products: their FLOPs by the peak of the precision and the share of it that large products reach; those of
-  experts reach less, and the output head is bf16 in every precision;
+  experts reach less, and the output head is bf16 in every precision, as are NVFP4's exempt layers;
 - attention: FLOPs by the bf16 peak in every precision. The backward pass computes the scores again (Dao, 2023), and a
   score costs an exponential, so narrow heads are no faster than heads of 128;
 - what lies between products (norms, residuals, SwiGLU, permutation of tokens, router): the bytes that a layer keeps or
-  has at work, by the memory's bandwidth, several times; FP8 moves what it quantizes once more, and where one scale
-  holds for a whole tensor, again for its maximum;
+  has at work, by the memory's bandwidth, several times; FP8 and NVFP4 move what they quantize once more, and where
+  one scale holds for a whole tensor, again for its maximum;
 - weights and gradients of the rank, read and summed in each micro-batch, which makes experts slow that get few tokens;
-- launches of kernels by the host, more of them by each expert on the rank, and most in FP8;
+- launches of kernels by the host, more of them by each expert on the rank, and most in FP8 and NVFP4;
 - traffic of tensor and expert ranks: by NVLink inside a domain, by the network outside.
 
 A step adds the pipeline's bubble of (pp - 1) / vpp micro-batches (Narayanan et al., 2021), the reduction of gradients
@@ -28,8 +28,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
-from pipeline.core.stage import RECOMPUTED, Accelerator
-from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, sharing
+from pipeline.core.stage import RECOMPUTED, Accelerator, family
+from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, NVFP4, sharing
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import ModelConfig
 from stages.models.costs import AttentionCost, Rows
@@ -42,11 +42,13 @@ NARROWEST = 256
 """Widths of a query and a value together below which exponentials take as long as products."""
 LOGIT = 16
 """Bytes moved for a logit: bf16 written and read, its exponential in fp32, its gradient written and read twice."""
+READ = {"bf16": 2.0, "fp8": 1.0, "fp4": NVFP4}
+"""Bytes of a weight that products read, by family of precisions."""
 CLOCK = 0.6
 """Watts for a TFLOP/s of bf16 at which the constants hold. The rest of the power decides the clock under load."""
 LAYER_KERNELS, SPARSE_KERNELS, EXPERT_KERNELS, EXPERT_KERNELS_FP8 = 80, 40, 6, 18
 """Kernels of a micro-batch: of a layer; of its routing and exchange; of each expert on the rank, whose three products
-are six, and which quantizes inputs and gradients in three kernels each under FP8."""
+are six, and which quantizes inputs and gradients in three kernels each under FP8 and NVFP4."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,12 @@ class Constants:
     passes: float  # times that a kept or temporary byte is moved, by the share of the bandwidth
     link: float  # share of NVLink and network by what is waited for; above 1 if a part is hidden
     launch: float  # seconds of a kernel in which nothing is computed
+    fp4: float  # share of large matrix products in NVFP4: of one run, the other constants being given
 
 
-CONSTANTS = Constants(bf16=0.642, fp8=0.670, grouped=0.565, attention=0.570, passes=5.68, link=1.10, launch=14.8e-6)
+CONSTANTS = Constants(
+    bf16=0.642, fp8=0.670, grouped=0.565, attention=0.570, passes=5.68, link=1.10, launch=14.8e-6, fp4=0.589
+)  # fmt: skip
 UNFITTED_ERRORS = (0.12, 0.51)
 """Median and largest relative error of the throughput of published runs, fitted without all runs of that model."""
 
@@ -140,6 +145,7 @@ class StepSetup:
     rows: Rows
     micro_batches: int
     gradient: int = GRADIENT
+    bf16_layers: int = 0  # whose products are bf16 in any precision
     graphs: Literal["none", "partial", "full"] = "none"
     hides_experts: bool = False
     balanced: bool = False
@@ -177,12 +183,16 @@ def step_time(shape: Shape, gpu: Accelerator, run: StepSetup, constants: Constan
 
 
 def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> StepTime:
-    layout, total, fp8 = run.layout, shape.total, "fp8" in run.precision
+    layout, total, low = run.layout, shape.total, family(run.precision)
+    quantizes = low in ("fp8", "fp4")
     clock = math.sqrt(gpu.watts / (gpu.peaks["bf16"] * CLOCK / 1e12)) if gpu.watts else 1.0
     bf16 = gpu.peaks["bf16"] * min(1.0, c.bf16 * clock)
-    rate = gpu.peaks["fp8"] * min(1.0, c.fp8 * clock) if fp8 else bf16
+    rate = gpu.peaks[low] * min(1.0, getattr(c, low) * clock) if quantizes else bf16
+    exempt = run.bf16_layers / shape.depth
+    rate = 1 / ((1 - exempt) / rate + exempt / bf16)
     scoring = gpu.peaks["bf16"] * min(1.0, c.attention * clock) / RESCORED
-    quantized = (4 if run.precision == "fp8-tensorwise" else 2) if fp8 else 0
+    # a scale of a whole tensor takes a pass for its maximum
+    quantized = (4 if run.precision in ("fp8-tensorwise", "nvfp4") else 2) if quantizes else 0
     gathered = run.rows.rows * run.rows.length / layout.cp  # tokens that tensor ranks work on together
     tokens = gathered / layout.tp
 
@@ -198,7 +208,7 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
         "attention": FLOPS * tokens * scores / scoring,
         "between": tokens * moved / gpu.memory,
         # read forward and backward; a gradient is read and written
-        "weights": held * 2 * ((1 if fp8 else 2) + run.gradient) / gpu.memory,
+        "weights": held * 2 * (READ[low] + run.gradient) / gpu.memory,
         "launches": c.launch * _kernels(shape, run),
         "tensor": (2 * shape.depth - shape.sparse) * 5 * gather,
         "experts": shape.sparse * 4 * send,
@@ -222,7 +232,7 @@ def _kernels(shape: Shape, run: StepSetup) -> float:
     if run.graphs == "full":
         return 0.0
     local = shape.experts / run.layout.ep
-    of_experts = SPARSE_KERNELS + local * (EXPERT_KERNELS_FP8 if "fp8" in run.precision else EXPERT_KERNELS)
+    of_experts = SPARSE_KERNELS + local * (EXPERT_KERNELS if run.precision == "bf16" else EXPERT_KERNELS_FP8)
     return shape.sparse * of_experts + (shape.depth * LAYER_KERNELS if run.graphs == "none" else 0)
 
 

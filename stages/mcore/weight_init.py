@@ -20,20 +20,27 @@ def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int
     """The whole initial fp32 tensor of that global name.
 
     Ones for norms, zeros for biases of experts, otherwise normal with standard deviation `init_std`, divided by
-    sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling).
+    sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling). Of an adapter, B is zero and A
+    uniform up to 1 / sqrt(its columns), as PEFT draws it.
     """
     if name.endswith("layernorm.weight"):
         return torch.ones(shape)
-    if name.endswith("expert_bias"):
+    if name.endswith(("expert_bias", ".lora_B")):
         return torch.zeros(shape)
+    if name.endswith(".lora_A"):
+        bound = 1 / math.sqrt(shape[1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
     if not name.endswith(MATRICES):
         raise ValueError(f"there is no rule for the initial weights of {name}; add one to stages/mcore/weight_init.py")
     std = model.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * model.layers)
+    return torch.empty(shape).normal_(0.0, std, generator=_generator(name, seed))
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class Initial(Mapping[str, torch.Tensor]):

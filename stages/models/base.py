@@ -29,7 +29,7 @@ Layers = Annotated[int, Range(1, 1024, "Llama 3 405B: 126")]
 Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-forward layers 53248")]
 RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
 LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
-Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
+Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4"]
 """The precision of matrix products. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
 PositiveCount = Annotated[int, Range(1, 1e15)]
 MOST_PARAMETERS = 10**14

@@ -120,7 +120,9 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
     """The time of all updates, by stages/mcore/throughput.py, with answers of full length in rows of equal length."""
     phase, layout = config.phase, config.phase.parallelism
     length = math.ceil(_update_tokens(config) / phase.micro_batches)
-    run = StepSetup(layout, phase.precision, Rows(1, length), phase.micro_batches // layout.data)
+    run = StepSetup(
+        layout, phase.precision, Rows(1, length), phase.micro_batches // layout.data, bf16_layers=phase.bf16_layers or 0
+    )
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
     return TrainingTime(seconds * (1 + _readings(config) / 3), *UNFITTED_ERRORS)
 

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +15,7 @@ from pipeline.core.text import shown
 from stages.data.order_config import rows_from
 from stages.data.packing import LongDocuments
 from stages.mcore.layout_check import multiples_around, problem
+from stages.mcore.lora import Lora
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import MOST_PARAMETERS, PositiveInt, Precision, Rope
 from stages.models.registry import Model
@@ -135,6 +137,9 @@ class PhaseBase(Config):
     steps: Steps = Field(description="optimizer steps, counted from the beginning of the phase")
     optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
     precision: Precision = Field("fp32", description="data type of matrix multiplications")
+    bf16_layers: Annotated[int, Range(1, 1024, "NVFP4's paper: about 15 % of the layers")] | None = added(
+        None, "last layers whose products stay in bf16; only for precision = nvfp4, which requires it"
+    )
     release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
         description="steps between sealed checkpoints"
     )
@@ -150,7 +155,13 @@ class PhaseBase(Config):
     )
 
     @property
-    def fp8(self) -> bool:
+    def adapter(self) -> Lora | None:
+        """The adapters that are trained in place of the model's weights, if any are."""
+        return None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether products are of numbers of 8 or 4 bits."""
         return self.precision not in ("fp32", "bf16")
 
     @property
@@ -191,6 +202,9 @@ class PhaseConfig(PhaseBase):
     excluded_steps: tuple[Steps, ...] = added(
         (), "steps whose batch is skipped because its data is known to be bad", max_length=MOST_EXCLUDED
     )
+    weight_format: Literal["mxfp4"] | None = added(
+        None, "format to whose numbers the forward pass and the export round the weights of linear layers; null: none"
+    )
     continue_from: Line | None = added(
         None, "release checkpoint to continue from, such as pretrain@1200; only later steps are trained"
     )
@@ -222,6 +236,11 @@ class PhaseConfig(PhaseBase):
             raise ValueError(
                 f"optimizer.decay_steps = {decay} and warmup_steps = {self.optimizer.warmup_steps} are more than "
                 f"steps = {self.steps}; use at most {self.steps - self.optimizer.warmup_steps}"
+            )
+        if self.weight_format and self.parallelism.overlap_weights:
+            raise ValueError(
+                f"weight_format = {self.weight_format} rounds the weights before a step, and "
+                "parallelism.overlap_weights gathers them during it; leave overlap_weights out"
             )
         if self.long_documents and not self.pack:
             raise ValueError("long_documents = … weighs chunks by their tokens, which only packed rows do; set pack")
@@ -289,6 +308,27 @@ class PhaseConfig(PhaseBase):
         return [size // self.batch.micro_tokens for size in sizes]
 
 
+class SftPhase(PhaseConfig):
+    """Supervised fine-tuning: of all weights, or of adapters on them."""
+
+    lora: Lora | None = added(
+        None, "train low-rank adapters on the frozen model of the previous phase; null: train all weights"
+    )
+
+    @model_validator(mode="after")
+    def _one_change(self) -> SftPhase:
+        if self.lora and self.weight_format:
+            raise ValueError(
+                f"weight_format = {self.weight_format} rounds the weights, and lora leaves them as they are; leave one "
+                "out"
+            )
+        return self
+
+    @property
+    def adapter(self) -> Lora | None:
+        return self.lora
+
+
 LongContext = Annotated[tuple[PhaseConfig, ...], Field(max_length=16)]
 """The `long_context` section: mid-training phases on longer and longer rows."""
 
@@ -304,9 +344,26 @@ class TrainerConfig(Config):
         phase: PhaseBase
 
     @model_validator(mode="after")
+    def _possible_precision(self) -> TrainerConfig:
+        kept, layers = self.phase.bf16_layers, self.model.layers
+        if (self.phase.precision == "nvfp4") != (kept is not None):
+            raise ValueError(
+                f"bf16_layers = {kept} with precision = {self.phase.precision}: nvfp4 needs it, and no other precision "
+                f"has it; the NVFP4 paper keeps about 15 % of the layers in bf16, here {math.ceil(0.15 * layers)}"
+            )
+        if kept is not None and kept >= layers:
+            raise ValueError(
+                f"bf16_layers = {kept} leaves none of the model's {layers} layers in nvfp4; use at most {layers - 1}, "
+                "or precision = bf16"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _possible_layout(self) -> TrainerConfig:
         phase = self.phase
         wrong = problem(phase.parallelism, self.model, self.padded_vocab_size, phase.micro_batch_counts, phase.packed)
+        if phase.adapter and not wrong:
+            wrong = phase.adapter.problem(phase.parallelism, phase.precision, self.model)
         if wrong:
             raise ValueError(wrong)
         return self
@@ -349,3 +406,9 @@ class TrainConfig(TrainerConfig):
                 f"{counts['total']} and {counts['active']}; correct one or the other"
             )
         return self
+
+
+class SftConfig(TrainConfig):
+    """Config of supervised fine-tuning."""
+
+    phase: SftPhase = Field(description="section of the phase")

@@ -229,7 +229,7 @@ class Prefetcher:
         rows = self.order.rows(step)
         phase = self.phase
         return rows, RankBatch.read(
-            rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.fp8, phase.least_slots
+            rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.quantized, phase.least_slots
         )
 
 

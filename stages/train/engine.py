@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import RecipeError
-from stages.mcore import gpu, moe_metrics, precision
+from stages.mcore import gpu, lora_layers, moe_metrics, precision
+from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -27,11 +28,12 @@ from stages.mcore.megatron_imports import (
 )
 from stages.mcore.model import build, named_buffers, named_tensors
 from stages.mcore.moe_metrics import Experts, RouterWatch
+from stages.mcore.quantize import FORMATTED, WEIGHT_BLOCK, to_weight_format
 from stages.mcore.routing_replay import RoutingReplay
 from stages.mcore.row_tables import context_positions
 from stages.mcore.tensor_sharding import Box, boxes, cut
 from stages.mcore.weight_init import full_tensor
-from stages.train.config import TrainerConfig
+from stages.train.config import PhaseConfig, TrainerConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.full_tensors import FullTensors, is_repeated
 from stages.train.parallel import Ranks
@@ -112,7 +114,10 @@ class Engine:
         kind, model = config.phase.precision, config.model
         if reason := precision.missing_requirement(kind):
             raise RecipeError(reason)
-        self.shapes = model.shapes(config.padded_vocab_size)
+        self.model_shapes = model.shapes(config.padded_vocab_size)
+        self.lora = config.phase.adapter
+        self.shapes = self.lora.shapes(self.model_shapes) if self.lora else self.model_shapes
+        """Of the tensors that training changes, which checkpoints hold."""
         if vocab_size > config.padded_vocab_size:
             raise RecipeError(
                 f"tokenizer.padded_vocab_size = {config.padded_vocab_size} is less than the {vocab_size} tokens of the "
@@ -120,18 +125,26 @@ class Engine:
             )
         self.chunks = build(
             model, config.padded_vocab_size, self.layout, kind, config.phase.packed, vocab_size,
-            routing_replay=config.phase.replays_routing,
+            routing_replay=config.phase.replays_routing, bf16_layers=config.phase.bf16_layers or 0,
         )  # fmt: skip
+        if self.lora:
+            if uses_transformer_engine(self.chunks[0].config.params_dtype):
+                raise RecipeError(
+                    f"lora with precision = {kind} needs PyTorch's layers, and this machine has Transformer Engine's, "
+                    "which compute with their own copies of a matrix; use precision = fp32"
+                )
+            lora_layers.install(self.chunks, self.lora)
         self.replay: RoutingReplay | None = None
         if config.phase.replays_routing:
             assert model.routing is not None, "the recipe's check"
             self.replay = RoutingReplay(self.chunks, model.routing)
+        self._formatted = self._formatted_weights()
         self.routers = RouterWatch(self.chunks, model.routing) if model.routing else None
         megatron = self.chunks[0].config
         modules = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
         self.buffers = named_buffers(self.chunks)
         for name, buffer in self.buffers.items():
-            buffer.data = torch.zeros(self.shapes[name], dtype=torch.float32, device=buffer.device)
+            buffer.data = torch.zeros(self.model_shapes[name], dtype=torch.float32, device=buffer.device)
         overlap = self.layout.overlap_gradients
         if overlap is None:
             overlap = self.layout.overlap_weights or (gpu.device().type == "cuda" and ranks.data_ranks > 1)
@@ -205,7 +218,8 @@ class Engine:
         self.optimizer.zero_grad()
         self._is_stale = False
         saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
+        with self._weights_in_format():
+            loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
         router = self._router_figures(len(rank_batch.micro))
         reason, norm = check_update(loss, None), math.nan
         if reason or norm_first:
@@ -252,14 +266,14 @@ class Engine:
         self._gather_weights()
         for chunk in self.ddp:
             chunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._weights_in_format():
             result = self._run(rank_batch, forward_only=True, objective=objective)
         moe_metrics.collect_losses()
         return result
 
     def full_tensors(self, by_turns: bool = True) -> FullTensors:
-        """The full tensors that the model computes with, by global name, each put together when it is read. by_turns:
-        whether data ranks take turns at it."""
+        """The full tensors that training changes, as the model computes with them, by global name, each put together
+        when it is read. by_turns: whether data ranks take turns at it."""
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
         return FullTensors(tensors, self.shapes, self.config.model.tie_embeddings, by_turns)
@@ -281,6 +295,34 @@ class Engine:
     def _compute_with(self, weights: Sequence[torch.Tensor]) -> None:
         for tensor, value in zip(self._computed_with(), weights, strict=True):
             tensor.copy_(value)
+
+    def _formatted_weights(self) -> list[torch.nn.Parameter]:
+        """This rank's weights that the phase's format holds for. Raises RecipeError if the layout cuts a block."""
+        phase = self.config.phase
+        if not isinstance(phase, PhaseConfig) or phase.weight_format is None:
+            return []
+        weights = [(name, weight) for name, weight in named_tensors(self.chunks) if FORMATTED.fullmatch(name)]
+        for name, weight in weights:
+            if weight.shape[1] != self.shapes[name][1] and weight.shape[1] % WEIGHT_BLOCK:
+                raise RecipeError(
+                    f"weight_format = {phase.weight_format} scales {WEIGHT_BLOCK} weights together, and parallelism.tp "
+                    f"or etp leaves {weight.shape[1]} inputs of {name} on a rank; use fewer ranks"
+                )
+        return [weight for _, weight in weights]
+
+    @contextmanager
+    def _weights_in_format(self) -> Iterator[None]:
+        """Within it, the model computes with the numbers of the phase's weight format. Gradients, which are those at
+        the rounded weights, go to the unrounded ones: the straight-through estimator (Bengio et al., 2013,
+        arXiv:1308.3432)."""
+        unrounded = [weight.detach().clone() for weight in self._formatted]
+        try:
+            for weight in self._formatted:
+                weight.data.copy_(to_weight_format(weight.data))
+            yield
+        finally:
+            for weight, value in zip(self._formatted, unrounded, strict=True):
+                weight.data.copy_(value)
 
     def _gather_weights(self) -> None:
         """Gathers the weights that the last step has updated, if its successor has not."""
@@ -395,7 +437,7 @@ class Engine:
             yield piece, {"weight": buffer.flatten()}
 
     def _buffer_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
-        for name, buffer in self.buffers.items():
+        for name, buffer in ({} if self.lora else self.buffers).items():
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
     def load_state(self, read: Callable[[str, Piece], torch.Tensor], step: int, moments: bool = True) -> None:
@@ -422,6 +464,12 @@ class Engine:
         for chunk in self.ddp:
             chunk.start_param_sync(force_sync=True)
         self.step_done = step if moments else 0
+
+    def load_frozen(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Loads the tensors that an adapter leaves as they are. tensors: full ones by global name."""
+        frozen = [(name, tensor) for name, tensor in named_tensors(self.chunks) if not tensor.requires_grad]
+        for name, tensor in [*frozen, *self.buffers.items()]:
+            tensor.data.copy_(cut(tensors[name], boxes(name, self.model_shapes[name])))
 
     def _distributed_optimizers(self) -> list[Any]:
         """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order_config import ROW_BYTES
 from stages.mcore.activations import activation_bytes
-from stages.mcore.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
+from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.costs import MemoryShare, Rows
@@ -29,13 +30,14 @@ def estimate(config: TrainConfig) -> Estimate:
     per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
     rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
     states, activations, owned, memory = fullest(config, rows)
-    checkpoint = (MASTER + MOMENTS) * parameters["total"]
+    trained = trained_parameters(config)
+    checkpoint = (MASTER + MOMENTS) * trained
     releases, first = release_checkpoints(phase), phase.first_step == 1
     # step 0 has no moments yet; while a work checkpoint is written there is one more than is kept
     work = phase.work_checkpoints_kept + 1
     if phase.spikes and phase.spikes.action == "rewind":
         work += 2  # the one to which a spike at the next step would rewind, and the next one
-    disk = checkpoint * (releases - first + work) + first * MASTER * parameters["total"]
+    disk = checkpoint * (releases - first + work) + first * MASTER * trained
     order_rows = phase.rows_from(phase.first_step)
     return Estimate(
         cpu_seconds=tokens * per_token / CPU_FLOPS if phase.precision == "fp32" else None,
@@ -44,8 +46,8 @@ def estimate(config: TrainConfig) -> Estimate:
         memory_bytes=memory,
         host_bytes=owned,
         disk_bytes=disk,
-        files=work * (2 * layout.ranks + 1) + releases * release_files(parameters["total"]),
-        published=checkpoints(parameters["total"], releases - first, first),
+        files=work * (2 * layout.ranks + 1) + releases * release_files(trained),
+        published=checkpoints(trained, releases - first, first),
         parameters=parameters,
         training=TrainingEstimate(
             steps=steps,
@@ -74,10 +76,17 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
     for last, batch_rows in (*phase.row_ramp, (phase.steps, phase.rows_of(phase.steps))):
         micro_batches = batch_rows // rows.rows // layout.data
         if last >= first:
-            run = StepSetup(layout, phase.precision, rows, micro_batches)
+            run = StepSetup(layout, phase.precision, rows, micro_batches, bf16_layers=phase.bf16_layers or 0)
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
     return TrainingTime(seconds, *UNFITTED_ERRORS)
+
+
+def trained_parameters(config: TrainerConfig) -> int:
+    """The parameters that the phase trains and its checkpoints hold: all, or those of its adapters."""
+    if (lora := config.phase.adapter) is None:
+        return config.model.parameters(config.padded_vocab_size)["total"]
+    return sum(math.prod(shape) for shape in lora.shapes(config.model.shapes(config.padded_vocab_size)).values())
 
 
 def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
@@ -86,7 +95,9 @@ def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
     layout = config.phase.parallelism
     shares, states, activations = zip(*(rank_memory(config, rows, rank) for rank in range(layout.pp)), strict=True)
     sums = [state + activation for state, activation in zip(states, activations, strict=True)]
-    owned = [owned_bytes(share, layout) for share in shares]
+    owned: list[float] = [owned_bytes(share, layout) for share in shares]
+    if config.phase.adapter:
+        owned = [(MASTER + MOMENTS) * trained_parameters(config)]
     state, activation, own, memory = (round(max(column)) for column in (states, activations, owned, sums))
     return state, activation, own, memory
 
@@ -98,7 +109,13 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
     activations = activation_bytes(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank)
-    return share, state_bytes(share, layout, phase.precision), activations
+    if isinstance(phase, PhaseConfig) and phase.weight_format:  # the unrounded weights, while the rounded ones compute
+        activations += (4 if phase.precision == "fp32" else 2) * (share.all - share.table)
+    state = state_bytes(share, layout, phase.precision)
+    if phase.adapter:  # of the base only the weights; adapters are counted as if no rank shared them
+        weight, master = (4, 0) if phase.precision == "fp32" else (2, MASTER)
+        state = weight * share.all + (weight + master + GRADIENT + MOMENTS) * trained_parameters(config)
+    return share, state, activations
 
 
 def release_checkpoints(phase: PhaseConfig) -> int:

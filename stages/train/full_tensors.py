@@ -82,7 +82,12 @@ def speaks_for(name: str, tied: bool, by_turns: bool = True) -> bool:
 def is_repeated(name: str, tied: bool) -> bool:
     """Whether an earlier tensor or pipeline rank has the same part of a tensor: what tensor ranks do not split, and the
     last stage's copy of a tied table."""
-    if parallel_state.get_tensor_model_parallel_rank() and not is_cut(name):
+    group = (
+        parallel_state.get_expert_tensor_parallel_rank
+        if EXPERTS in name
+        else parallel_state.get_tensor_model_parallel_rank
+    )
+    if group() and not is_cut(name):
         return True
     return tied and name.startswith("embedding") and not parallel_state.is_pipeline_first_stage(ignore_virtual=True)
 

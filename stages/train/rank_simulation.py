@@ -100,7 +100,7 @@ def simulate_updates(
 def full_batch(config: TrainConfig, micro_batches: int) -> RankBatch:
     """Micro-batches without padding, all tokens of which carry loss."""
     phase = config.phase
-    shape = (phase.micro_rows, padded_width(phase.sequence_length, phase.parallelism, phase.fp8))
+    shape = (phase.micro_rows, padded_width(phase.sequence_length, phase.parallelism, phase.quantized))
     ids = torch.zeros(shape, dtype=torch.int64)
     no_padding = torch.zeros(shape, dtype=torch.bool)
     batch = Batch(ids, ids, torch.ones(shape), no_padding, torch.zeros_like(ids) if phase.packed else None)

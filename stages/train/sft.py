@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from pipeline.core.stage import Stage
 from stages.train import TRAINING_LIBRARIES
-from stages.train.config import TrainConfig
+from stages.train.config import SftConfig
 from stages.train.estimate import estimate, training_time
 from stages.train.midtrain import run
 from stages.train.pretrain import simulate
 
 VERSION = 2
 STAGE = Stage(
-    "sft", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
+    "sft", VERSION, SftConfig, run, estimate=estimate, time=training_time,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True, imports=("stages.train.text_trainer", *TRAINING_LIBRARIES),
     simulate=simulate,
 )  # fmt: skip

@@ -4,12 +4,13 @@ spikes.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Inputs
+from pipeline.core.stage import Inputs, identity
 from stages.data.order import position
 from stages.mcore.megatron_imports import parallel_state
 from stages.mcore.moe_metrics import DEAD_SHARE
@@ -44,7 +45,7 @@ class TextTrainer(Trainer):
             self.engine.ranks,
         )
         self.heldout = RankBatch.read(
-            rows, shards, micro_rows=phase.micro_rows, ranks=ranks, fp8=phase.fp8, slots=phase.least_slots
+            rows, shards, micro_rows=phase.micro_rows, ranks=ranks, fp8=phase.quantized, slots=phase.least_slots
         )
         self.heldout_rows = len(rows)
         self.prefetcher = Prefetcher(self.order, self.shards, phase, ranks)
@@ -75,12 +76,16 @@ class TextTrainer(Trainer):
     def last_learning_rate(self, step: int) -> float:
         return self.learning_rate(step) if step else 0.0
 
+    def load_base(self) -> None:
+        if self.phase.adapter is not None:
+            self.previous_checkpoint().load_frozen(self.engine)
+
     def initialize(self) -> int:
         if self.origin is not None:
             self.tokens = self.origin.load(self.engine, self.config, self.tokenizer)
             self.report.note(f"{self.name}: continues from {self.origin.artifact.key}")
             return self.origin.step
-        if "init" in self.inputs:
+        if "init" in self.inputs and self.phase.adapter is None:
             self.load_previous_phase()
         else:
             self.engine.initialize()
@@ -172,7 +177,17 @@ class TextTrainer(Trainer):
             "excluded_steps": [x["step"] for x in log_lines if "excluded" in x],
             "dead_experts": experts[-1]["dead"] if experts else [],
             "dropped_tokens": sum(x["dropped"] for x in experts),
+            **self._adapter(),
         }
+
+    def _adapter(self) -> dict[str, Any]:
+        """The entries of summary.json about an adapter: its settings, its parameters and its frozen base."""
+        if (lora := self.phase.adapter) is None:
+            return {}
+        base = self.inputs["init"]
+        parameters = sum(math.prod(shape) for shape in self.engine.shapes.values())
+        settings = {**identity(lora), "parameters": parameters}
+        return {"lora": settings, "base": {"artifact": base.key, "digest": base.digest}}
 
     def waits(self) -> dict[str, float]:
         return {"data": self.data_wait or 0.0, **super().waits()}

@@ -80,6 +80,9 @@ class Trainer(ABC):
     def measure(self, step: int) -> dict[str, Any] | None:
         """The validation metrics after a step, for the log; None if the step is not measured."""
 
+    def load_base(self) -> None:  # noqa: B027 - optional
+        """Loads what no checkpoint of the phase has."""
+
     def initialize(self) -> int:
         """Sets the initial weights of the phase. Returns the step from which it continues."""
         self.load_previous_phase()
@@ -184,8 +187,12 @@ class Trainer(ABC):
 
     def load_previous_phase(self) -> None:
         """Loads the weights of the last checkpoint of the previous phase (inputs["init"])."""
+        self.previous_checkpoint().load_weights(self.engine)
+
+    def previous_checkpoint(self) -> Origin:
+        """The last checkpoint of the previous phase."""
         init = self.inputs["init"]
-        Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])).load_weights(self.engine)
+        return Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1]))
 
     def update_check(self, step: int) -> Callable[[float, float | None], str | None]:
         """A check for `Engine.step` that stops the phase when a loss or gradient norm is not finite."""
@@ -200,6 +207,7 @@ class Trainer(ABC):
 
     def _start(self) -> int:
         """Restores engine, log and counts, or initializes them. Returns the last finished step."""
+        self.load_base()
         state = self.checkpoints.load(self.is_release_step)
         self._record_start(None if state is None else int(state["step"]))
         if state is not None:

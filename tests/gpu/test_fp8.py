@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.mcore import gpu
-from stages.mcore.fake_fp8 import multiply
+from stages.mcore.fake_quantization import multiply
 from stages.mcore.quantize import RECIPES, Kind, quantize
 from tests.gpu.conftest import Report
 

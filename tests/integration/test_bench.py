@@ -54,6 +54,20 @@ def test_one_of_two_data_ranks_is_connected_with_a_server() -> None:
     assert (ranks, servers) == (2, 1) and 0 < sending < everyone
 
 
+@at_length("benchmarks", 15)
+def test_qat_benchmark() -> None:
+    table = run_quick("qat")
+    losses = [float(line.split()[-5]) for line in table[2:]]
+    assert len(losses) == 3 and losses[0] < min(losses[1:]), "numbers of MXFP4 cost something"
+
+
+@at_length("benchmarks", 15)
+def test_diffusion_benchmark() -> None:
+    table = run_quick("diffusion")
+    next_token, diffusion, *samples = [float(line.split()[-3]) for line in table[2:]]
+    assert next_token < diffusion < 8 and len(samples) == 3
+
+
 @at_length("benchmarks", 10)
 def test_process_reward_benchmark() -> None:
     table = run_quick("process_reward")
@@ -167,13 +181,6 @@ def test_planner_benchmark() -> None:
     assert max(median) < 0.15
     fitted = dict(part.split() for part in lines["constants:"].removeprefix("constants: ").split(", "))
     assert {name: float(value) for name, value in fitted.items()} == pytest.approx(asdict(CONSTANTS), rel=0.01)
-
-
-@at_length("benchmarks", 40)
-def test_ladder_benchmark() -> None:
-    table = run_quick("ladder")
-    losses = [float(line.split()[-2]) for line in table if " active" in line]
-    assert len(losses) == 4 and losses[-1] < losses[0]  # more compute, less loss
 
 
 @at_length("benchmarks", 5)

@@ -21,7 +21,7 @@ from stages.export.hf import Rounded
 from stages.export.variants import registry as variants
 from stages.mcore import layer_spec
 from stages.mcore.activations import saved_bytes
-from stages.mcore.fake_fp8 import attach
+from stages.mcore.fake_quantization import attach
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share
 from stages.mcore.model import build, load_tensors, named_buffers, named_tensors

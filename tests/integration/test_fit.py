@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ def reasons(rows: list[plan.StagePlan], hours: float = 0.5, body: dict[str, Any]
 )  # fmt: skip
 def test_each_limit(estimate: Estimate, trains: bool, said: str | None) -> None:
     assert reasons([row(estimate, trains)]) == [(said,) if said else ()]
+
+
+def test_fp4_needs_a_gpu_that_has_it() -> None:
+    in_fp4 = row(Estimate(training=replace(TRAINING, precision="nvfp4")), trains=True)
+    assert reasons([in_fp4]) == [("it trains in nvfp4, and G has no FP4 (gpu.fp4)",)]
+    blackwell = BODY | {"gpu": BODY["gpu"] | {"fp4": {"peak_tflops": 9000, "utilization": 0.2}}}
+    assert reasons([in_fp4], body=blackwell) == [()]
+    assert reasons([in_fp4], body=BODY | {"gpu": None}) == [()], "nothing is stated"
 
 
 def test_what_earlier_stages_leave_counts_and_what_is_sealed_needs_no_memory() -> None:

@@ -32,14 +32,18 @@ BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bf
         ("fp8-tensorwise", {**BF16, "fp8": "hybrid", "fp8_recipe": "tensorwise"}),
         ("fp8-blockwise", {**BF16, "fp8": "e4m3", "fp8_recipe": "blockwise"}),
         ("mxfp8", {**BF16, "fp8": "e4m3", "fp8_recipe": "mxfp8"}),
+        ("nvfp4", {**BF16, "fp4": "e2m1", "fp4_recipe": "nvfp4", "first_last_layers_bf16": True,
+                   "num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": 2}),
     ],
-)
+)  # fmt: skip
 def test_megatrons_words(kind: Any, expected: dict[str, Any]) -> None:
-    assert precision.keywords(kind) == expected
-    from megatron.core.enums import Fp8Recipe
+    assert precision.keywords(kind, expected.get("num_layers_at_end_in_bf16", 0)) == expected
+    from megatron.core.enums import Fp4Recipe, Fp8Recipe
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     assert set(expected) <= set(TransformerConfig.__dataclass_fields__)
+    if "fp4_recipe" in expected:
+        assert Fp4Recipe.nvfp4 == "nvfp4"
     if "fp8_recipe" in expected:
         assert expected["fp8_recipe"] in {
             str(getattr(x, "value", x)) for x in vars(Fp8Recipe).values() if isinstance(x, str)
@@ -64,6 +68,14 @@ def test_megatrons_words(kind: Any, expected: dict[str, Any]) -> None:
             (False, "CUDA version 12.9 or higher required."),
             "says Transformer Engine: CUDA ver",
         ),
+        ("nvfp4", None, None, "needs a GPU of the Blackwell generation or newer and Transformer Engine"),
+        (
+            "nvfp4",
+            (9, 0),
+            (False, "Device compute capability 10.0 or higher required."),
+            "lacks, says Transformer Engine",
+        ),
+        ("nvfp4", (10, 0), (True, ""), None),
         ("bf16", (7, 5), None, "Ampere generation or newer"),
         ("fp8-tensorwise", (8, 9), (True, ""), None),
         ("fp8-blockwise", (10, 0), (True, ""), None),
@@ -80,7 +92,7 @@ def test_what_a_machine_lacks(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", engine is not None)
-    questions = {question: lambda return_reason: engine for _, question in precision.FP8.values()}
+    questions = {question: lambda return_reason: engine for _, question in precision.QUANTIZED.values()}
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.SimpleNamespace(**questions))
     problem = precision.missing_requirement(kind)
     assert (

@@ -17,7 +17,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.progress import Display
 from pipeline.graph import recipe as recipes
 from stages.mcore import quantize
-from stages.mcore.quantize import RECIPES, Format, Fp8Recipe
+from stages.mcore.quantize import RECIPES, Format, QuantizationRecipe
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.precision_simulation import plot, report, runner, simulation
 from stages.train.precision_simulation.proxy_model import build_proxy, dimensions, ratios, step_tokens
@@ -132,7 +132,7 @@ def test_a_bad_format_fails(
 ) -> None:
     """Powers of two between 1 and 4, and nothing below: what is rounded so does not train like bf16."""
     coarse = Format("coarse", 0, 0, 4.0)
-    bad = {**RECIPES, "bad": Fp8Recipe(coarse, coarse, None)}
+    bad = {**RECIPES, "bad": QuantizationRecipe(coarse, coarse, None)}
     monkeypatch.setattr(quantize, "RECIPES", bad)
     monkeypatch.setattr(report, "RECIPES", bad)
     runs = {("bad", seed): runner.train(settings, "bad", seed) for seed in (0, 1)}
@@ -152,7 +152,14 @@ def run(precision: str, seed: int, loss: float, **changes: Any) -> dict[str, Any
         "tokens": {"384": 8},
         "counts": dict.fromkeys(quantize.KINDS, none),
     }
-    body = {"precision": precision, "seed": seed, "losses": [loss] * 8, "diverged_at": None, "linears": [linear]}
+    body = {
+        "precision": precision,
+        "seed": seed,
+        "losses": [loss] * 8,
+        "grad_norms": [1.0] * 8,
+        "diverged_at": None,
+        "linears": [linear],
+    }
     return {**body, **changes}
 
 
@@ -222,7 +229,10 @@ def test_a_twin_has_the_recipes_ratios_and_two_blocks(sizes: dict[str, Any] | No
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"precisions": ["fp4"]}, "--precision fp4 is not known; choose of fp8-tensorwise, fp8-blockwise, mxfp8"),
+        (
+            {"precisions": ["fp4"]},
+            "--precision fp4 is not known; choose of fp8-tensorwise, fp8-blockwise, mxfp8, nvfp4, mxfp4",
+        ),
         ({"baseline": "fp16"}, "--baseline fp16 is not known; choose bf16 or fp32"),
         ({"steps": 7}, "--steps 7 leaves fewer than two steps in the last quarter; use at least 8"),
         ({"seeds": 1}, "--seeds 1 shows no spread, so nothing could be concluded; use at least 2"),
@@ -265,4 +275,7 @@ def test_without_matplotlib_it_says_so(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_mistake_on_the_command_line_has_exit_code_2(tmp_path: Path) -> None:
     process = atom(tmp_path, "simulate-precision", "atom-tiny", "--precision", "fp8", code=2)
-    assert process.stderr == "atom: --precision fp8 is not known; choose of fp8-tensorwise, fp8-blockwise, mxfp8\n"
+    assert (
+        process.stderr
+        == "atom: --precision fp8 is not known; choose of fp8-tensorwise, fp8-blockwise, mxfp8, nvfp4, mxfp4\n"
+    )

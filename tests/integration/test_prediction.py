@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,14 @@ def test_the_card_compares_prediction_and_result(release: Path) -> None:
     assert (release / "model-base" / FILE).read_bytes() == (release / FOLDER / FILE).read_bytes()
     gates = json.loads((release / "evidence/gates.json").read_text())
     assert gates["prediction"]["ok"]
+
+
+def test_the_page_draws_the_runs_the_law_and_the_result(release: Path) -> None:
+    page = (release / "site/index.html").read_text()
+    (drawn,) = re.findall(r'<figure class="chart"><figcaption><b>Larger runs.*?</figure>', page)
+    sealed = forecast.read(release / FOLDER / FILE)
+    # the runs, and what was predicted and measured of the next one
+    assert drawn.count("<circle") == len(sealed.points) + 2 and "evidence/prediction/prediction.json" in page
 
 
 def test_verify_checks_the_chain(release: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ PARTS = {
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
     ),
     "training": Part(
-        test_steps(*(f"tests/integration/test_{n}.py" for n in ("asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "fake_fp8", "start_records", "layouts", "model_rope", "precision_simulation", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop"))),
+        test_steps(*(f"tests/integration/test_{n}.py" for n in ("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "fake_quantization", "start_records", "layouts", "model_rope", "precision_simulation", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop"))),
         ["tests", "result"],
         "Every feature in every layout, runs that are killed, stopped and simulated, and the memory of simulated layouts.",
     ),
@@ -156,7 +156,7 @@ PARTS = {
         test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("big_uploads", "continue", "demo", "downstream", "failures", "hub_limits", "lora", "other_platforms", "prediction", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "sign", "tutorials", "wheel", "damaged_home"))),
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("adapter", "big_uploads", "continue", "demo", "downstream", "failures", "hub_limits", "lora", "other_platforms", "prediction", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "sign", "tutorials", "wheel", "damaged_home"))),
         ["tests", "result"], "Every request of a publication fails once, and a thousand bytes of a release are flipped.",
     ),
 }  # fmt: skip

@@ -10,7 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tests.fixtures import ROOT
+from tests.fixtures import ROOT, long_recipe_fixtures
 from tests.soak.layouts import Cells, Step
 
 HEAD = ["rank", "parameters", "state, GiB", "peak, GiB", "planned, GiB", "difference", "sent a step, GB", "minutes", "memory used"]  # fmt: skip
@@ -30,7 +30,12 @@ RANKS = (
 
 
 def steps() -> dict[str, Step]:
-    return {f"{recipe}, {phase}, rank {rank}": partial(simulate, recipe, phase, rank) for recipe, phase, rank in RANKS}
+    packaged = {f"{name}, {phase}, rank {rank}": partial(simulate, name, phase, rank) for name, phase, rank in RANKS}
+    return packaged | {"a million tokens, rank 0": simulate_million_tokens}
+
+
+def simulate_million_tokens(folder: Path) -> Cells:
+    return simulate(long_recipe_fixtures.write_recipe(folder), long_recipe_fixtures.PHASE, 0, folder)
 
 
 def simulate(recipe: str, phase: str, rank: int, folder: Path) -> Cells:

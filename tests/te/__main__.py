@@ -19,7 +19,7 @@ DEVICES = {"hopper": stand_ins.HOPPER, "blackwell": stand_ins.BLACKWELL}
 
 def simulate_fp8() -> None:
     """Has the engine train runs of an FP8 precision in bf16 with layers that round: what `atom simulate-precision` does."""
-    from stages.mcore.fake_fp8 import attach
+    from stages.mcore.fake_quantization import attach
     from stages.mcore.quantize import RECIPES
     from stages.train.engine import Engine
 

@@ -18,8 +18,8 @@ from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8Bloc
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 
-from stages.mcore import fake_fp8
-from stages.mcore.quantize import KINDS, RECIPES, Kind
+from stages.mcore import fake_quantization
+from stages.mcore.quantize import FP8, KINDS, RECIPES, Kind
 from tests.fixtures.quantize_fixtures import quantize_dequantize
 from tests.te import stand_ins
 
@@ -53,7 +53,7 @@ def matrix(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 def quantizers() -> Iterator[tuple[str, float]]:
     """TE's tensors hold the numbers that the project's simulation rounds to, in the copies of both directions."""
-    for recipe in RECIPES:
+    for recipe in FP8:
         for kind in KINDS:
             for number, shape in enumerate(SHAPES):
                 x = matrix(shape, number)
@@ -125,7 +125,7 @@ def rounded_products() -> Iterator[tuple[str, float]]:
             theirs = x.clone().requires_grad_()
             leaves = [w.clone().requires_grad_() for w in weights[: len(parts)]]
             expected = torch.cat([
-                fake_fp8.Linear.apply(part, w, RECIPES[recipe], None, fake_fp8.LinearRecord(256, 128))
+                fake_quantization.Linear.apply(part, w, RECIPES[recipe], None, fake_quantization.LinearRecord(256, 128))
                 for part, w in zip(theirs.split(parts), leaves, strict=True)
             ])  # fmt: skip
             expected.backward(dy)

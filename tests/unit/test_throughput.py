@@ -23,8 +23,10 @@ from stages.mcore.throughput import (
 from stages.models.costs import AttentionCost, Rows
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
-GPU = Accelerator({"bf16": 1000.0, "fp8": 2000.0}, memory=100.0, nvlink=50.0, nvlink_gpus=8, network=10.0)
-PLAIN = Constants(bf16=0.5, fp8=0.5, grouped=0.5, attention=0.7, passes=2, link=0.5, launch=0.1)
+GPU = Accelerator(
+    {"bf16": 1000.0, "fp8": 2000.0, "fp4": 6000.0}, memory=100.0, nvlink=50.0, nvlink_gpus=8, network=10.0
+)
+PLAIN = Constants(bf16=0.5, fp8=0.5, grouped=0.5, attention=0.7, passes=2, link=0.5, launch=0.1, fp4=0.5)
 DENSE = Shape(10, 20, (LayerShape(4, 300, 0, 50, 0),), (AttentionCost(4, 2, 128, 128),))
 SPARSE = Shape(10, 20, (LayerShape(4, 300, 800, 50, 40),), (AttentionCost(4, 2, 128, 128),), experts=8, top_k=2)
 QWEN3_30B = shape_of(
@@ -76,6 +78,16 @@ def test_fp8_moves_what_it_quantizes_and_keeps_attention_and_head_in_bf16() -> N
     assert blockwise.between - bf16.between == pytest.approx(8 * 200 * 2 / 100)
     assert tensorwise.between - bf16.between == pytest.approx(8 * 200 * 4 / 100)
     assert tensorwise.launches - bf16.launches == pytest.approx(4 * 8 * 12 * 0.1)
+
+
+def test_nvfp4_leaves_its_last_layers_in_bf16() -> None:
+    """Three quarters of the layers at 3000, the rest at 500 FLOP/s; weights of 4.5 bits."""
+    run_ = replace(run("nvfp4"), bf16_layers=1)
+    bf16, nvfp4 = step_time(SPARSE, GPU, run("bf16"), PLAIN), step_time(SPARSE, GPU, run_, PLAIN)
+    layers = 6 * 8 * (1200 + 4 * 2 * 100 / 0.5)
+    assert bf16.products - nvfp4.products == pytest.approx(layers * 0.75 * (1 / 500 - 1 / 3000))
+    assert nvfp4.between - bf16.between == pytest.approx(8 * 200 * 4 / 100)
+    assert bf16.weights - nvfp4.weights == pytest.approx((1200 + 3200) * 2 * (2 - 4.5 / 8) / 100)
 
 
 @pytest.mark.parametrize("pp, vpp", [(1, 1), (2, 1), (4, 1), (2, 2)])

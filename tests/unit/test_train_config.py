@@ -150,7 +150,7 @@ def test_work_checkpoints_are_not_identity() -> None:
         ({"excluded_steps": list(range(1, 13))}, "leaves no step to train; leave some in"),
         ({"excluded_steps": [3, 13]}, "excluded_steps = [3, 13] goes beyond steps = 12; leave later ones out"),
         ({"spikes": {"action": "skip", "window": 1}}, "is out of range; use 4 to 100000"),
-        ({"precision": "fp8"}, "'fp32', 'bf16', 'fp8-tensorwise', 'fp8-blockwise' or 'mxfp8'"),
+        ({"precision": "fp8"}, "'fp32', 'bf16', 'fp8-tensorwise', 'fp8-blockwise', 'mxfp8' or 'nvfp4'"),
         ({"rope": {"yarn": {"factor": 4, "original_length": 16, "beta_fast": 1}}}, "beta_slow = 1.0 is not below beta_fast"),
     ],
 )  # fmt: skip

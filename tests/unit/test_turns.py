@@ -21,7 +21,7 @@ from pipeline.graph import recipe as recipes
 from stages.data import chat
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout.generation import Chat
-from stages.rl.rollout.turns import CALL_TEXT, Toolbox, is_result, read_call
+from stages.rl.rollout.turns import CALL_TEXT, Request, Toolbox, is_result, read_call
 from stages.rl.tools.base import Call, Result, RunningTool, ToolFailed
 from stages.rl.tools.corpus_search import SearchTool, cut
 from stages.rl.tools.settings import Tools
@@ -126,7 +126,7 @@ def test_results_are_cut_with_a_mark(tmp_path: Path) -> None:
     open_search(tmp_path).close()
     toolbox = Toolbox(tools, {"documents": Artifact("", "", tmp_path, ())}, tmp_path / "work")
     request = json.dumps({"name": "search", "arguments": {"query": "elbe"}})
-    (call, refused) = toolbox.answer([({}, [request]), ({}, ["?"])])
+    (call, refused) = toolbox.answer([Request({}, [request]), Request({}, ["?"])], lambda _: [])
     toolbox.close()
     assert call["result"] == "[rivers/0]\nthe elbe \n[cut: 10 more characters]"
     assert refused["result"] == "error: the call is n\n[cut: 48 more characters]"

@@ -67,7 +67,7 @@ class Plan:
     config: of the phase, with what a replay by one process needs. start: the folder of the checkpoint that the replay
     begins with. start_state, end_state: state.json of the two checkpoints; start_state is None if the phase begins
     there, with the weights of the phase before. reference: the folder of the checkpoint to whose policy a KL term
-    refers. materials: {role: key} of the phase's inputs. environment: {name:
+    refers, or on which an adapter is trained. materials: {role: key} of the phase's inputs. environment: {name:
     value} in which it was trained. ranks: processes that trained it. order_files: paths in the release. files: {role:
     path} of what a phase of post-training reads beside. log: lines of training.jsonl, none if it is not published.
     """
@@ -127,7 +127,7 @@ class Plan:
         stage = registry.stage(parameters["stage"])
         config: Any = stage.config.model_validate(parameters["config"])
         reference = None
-        if isinstance(config, RlTrainConfig) and config.phase.kl_coef is not None:
+        if config.phase.adapter or (isinstance(config, RlTrainConfig) and config.phase.kl_coef is not None):
             reference = post_training.previous_checkpoint(source, materials["init"])
             for file in checkpoint_files(source, reference):
                 source.file(file)
@@ -186,7 +186,8 @@ class Plan:
 
     @property
     def init(self) -> str | None:
-        """The folder of the checkpoint of the phase before, if the replay begins with it or has a KL term to it."""
+        """The folder of the checkpoint of the phase before, if the replay begins with it, has a KL term to it or trains
+        an adapter on it."""
         return self.start if self.start_state is None else self.reference
 
     @property

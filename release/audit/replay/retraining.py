@@ -146,6 +146,8 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
 
     published = plan.source.folder / plan.start
     shapes, tensors = plan.config.model.shapes(plan.config.padded_vocab_size), release_checkpoint.Tensors(published)
+    if plan.config.phase.adapter:
+        shapes = plan.config.phase.adapter.shapes(shapes)
     check_tensors(shapes, tensors.shapes(), plan.start)
     flat = {f"weight.{name}": tensor.flatten() for name, tensor in tensors.items()}
     if state["optimizer_step"]:

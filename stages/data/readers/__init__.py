@@ -11,6 +11,7 @@ READERS = {
     "hub": "stages.data.readers.hub",
     "problems": "stages.data.readers.problems",
     "passkeys": "stages.data.readers.passkeys",
+    "retrieval": "stages.data.readers.retrieval",
     "chat-problems": "stages.data.readers.chat_problems",
     "courtesies": "stages.data.readers.courtesies",
     "generated": "stages.data.readers.generated",

@@ -58,18 +58,29 @@ def draw(
     chars: least and most characters of a document, drawn log-uniformly: as many from 100 to 200 as from 1000 to 2000.
     The key is before a line or a word, at a uniformly drawn depth.
     """
-    low, high = chars
     for _ in range(count):
-        size = min(high, int(low * math.exp(rng.random() * math.log((high + 1) / low))))
+        size = draw_size(chars, rng)
         start, depth, key = rng.randrange(len(texts)), rng.random(), draw_key(rng, digits)
-        filler = _filler(texts, start, size - min_characters(digits))
-        offset = round(depth * len(filler))
-        cut = max(filler.rfind("\n", 0, offset), filler.rfind(" ", 0, offset)) + 1 if offset < len(filler) else offset
+        filler = cut_filler(texts, start, size - min_characters(digits))
+        cut = word_start(filler, round(depth * len(filler)))
         prompt = filler[:cut] + STATEMENT.format(key) + filler[cut:] + QUESTION
         yield prompt + ANSWER.format(key), len(prompt), texts[start][1]
 
 
-def _filler(texts: Sequence[tuple[str, str]], start: int, size: int) -> str:
+def draw_size(chars: tuple[int, int], rng: random.Random) -> int:
+    """Characters of a document, log-uniform from least to most."""
+    low, high = chars
+    return min(high, int(low * math.exp(rng.random() * math.log((high + 1) / low))))
+
+
+def word_start(filler: str, offset: int) -> int:
+    """The last start of a line or a word up to an offset; the end of the filler is one."""
+    if offset >= len(filler):
+        return offset
+    return max(filler.rfind("\n", 0, offset), filler.rfind(" ", 0, offset)) + 1
+
+
+def cut_filler(texts: Sequence[tuple[str, str]], start: int, size: int) -> str:
     """`size` characters of texts in order from `start` on, with an empty line between them; the last is cut."""
     parts: list[str] = []
     remaining, n = size, start

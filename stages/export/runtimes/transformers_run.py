@@ -1,6 +1,8 @@
 """What transformers makes of a model, in an interpreter of any version of it.
 
-    python -P transformers_run.py FOLDER < REQUEST
+    python -P transformers_run.py FOLDER [BASE] < REQUEST
+
+With BASE, the folder of a model, FOLDER is an adapter that PEFT puts on it.
 
 REQUEST is JSON: `rows`, each with `text`, its token `ids`, and the `greedy` continuation that is expected or the number
 of tokens to `draw`; and further `texts`. The last line printed is `RUN` with JSON: `program`, `version`; for each row
@@ -42,10 +44,17 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, request = sys.argv[1], json.load(sys.stdin)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    base = sys.argv[2] if len(sys.argv) > 2 else folder
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, torch_dtype=torch.float32).eval()
+    if base != folder:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, folder).eval()
     rows = [run_row(tokenizer, model, row) for row in request["rows"]]
     texts = [encode(tokenizer, text) for text in request.get("texts", [])]
     stated = {"program": "transformers", "version": transformers.__version__}
+    if base != folder:
+        stated = {"program": "PEFT", "version": f"{peft.__version__} (transformers {transformers.__version__})"}
     print("RUN " + json.dumps({**stated, "rows": rows, "texts": texts}))
 
 

@@ -30,7 +30,7 @@ def write(name: VariantName, model: Path, folder: Path) -> None:
 
         gguf_file.write(model, folder, variant.encoding)
         return
-    _copy(model, folder)
+    copy_tokenizer(model, folder)
     if variant.writer == "compressed-tensors":
         compressed_weights.write(model, folder, variant.encoding)
     else:
@@ -39,18 +39,23 @@ def write(name: VariantName, model: Path, folder: Path) -> None:
         _write_config(model, folder, variant.encoding)
 
 
-def write_dequantized(name: VariantName, model: Path, folder: Path, target: Path) -> None:
+def write_dequantized(name: VariantName, model: Path, folder: Path, target: Path, base: Path | None = None) -> None:
     """Writes the weights of the variant in `folder` in fp32, as a model that transformers loads, into `target`, which
-    is made anew. model: the exported model of the variant."""
+    is made anew. model: the exported model of the variant. base: that of an adapter."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    _copy(model, target)
+    copy_tokenizer(model, target)
     _write_config(model, target, "float32")
-    release_checkpoint.write_shards(target, release_checkpoint.MODEL, _dequantized(name, model, folder))
+    release_checkpoint.write_shards(target, release_checkpoint.MODEL, _dequantized(name, model, folder, base))
 
 
-def _dequantized(name: VariantName, model: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _dequantized(name: VariantName, model: Path, folder: Path, base: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
     variant = VARIANTS[name]
+    if variant.writer == "peft":
+        from stages.export.variants import adapter_files
+
+        assert base is not None, "an adapter has a base"
+        return adapter_files.combined(base, folder)
     if variant.writer == "gguf":
         from stages.export.variants import gguf_file
 
@@ -60,7 +65,8 @@ def _dequantized(name: VariantName, model: Path, folder: Path) -> Iterator[tuple
     return ((name, tensor.float()) for name, tensor in Tensors(folder).items())
 
 
-def _copy(model: Path, folder: Path) -> None:
+def copy_tokenizer(model: Path, folder: Path) -> None:
+    """Copies what a variant has unchanged beside its weights."""
     for name in COPIED:
         if (model / name).exists():
             shutil.copyfile(model / name, folder / name)

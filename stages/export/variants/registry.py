@@ -8,9 +8,21 @@ from typing import Literal
 from stages.models.base import ModelConfig
 
 VariantName = Literal[
-    "bf16", "gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m", "fp8", "fp8-attention", "int8"
+    "bf16",
+    "gguf-f32",
+    "gguf-f16",
+    "gguf-bf16",
+    "gguf-q8_0",
+    "gguf-q4_0",
+    "gguf-q4_k_m",
+    "fp8",
+    "fp8-attention",
+    "int8",
+    "adapter",
 ]
-Writer = Literal["safetensors", "gguf", "compressed-tensors"]
+Writer = Literal["safetensors", "gguf", "compressed-tensors", "peft"]
+ADAPTER: VariantName = "adapter"
+"""The variant of a model that is an adapter on an earlier one."""
 GGUF_MODEL_TYPES = ("qwen3", "qwen3_moe")
 """Of config.json: the models for which llama.cpp's names are known (gguf_names.py)."""
 SUPER_BLOCK = 256
@@ -69,12 +81,21 @@ VARIANTS: dict[VariantName, Variant] = {
         "INT8 (compressed-tensors)",
         f"vLLM reads the format. Experts in INT8 need a GPU there, or a processor with AMX. {ACTIVATIONS}",
     ),
+    "adapter": Variant(
+        "peft",
+        "",
+        32,
+        "LoRA adapter (PEFT)",
+        "PEFT puts it on its base, which `base.json` names by the digests of its weights.",
+    ),
 }
 """AWQ and GPTQ are not among them: both need calibration, and a GPU to be served (point 15 of the GPU kit)."""
 
 
 def obstacle(name: VariantName, model: ModelConfig) -> str | None:
     """The reason why a model has no such variant, in one sentence; None if it has."""
+    if name == ADAPTER:
+        return f"{name} is of a model whose sft has lora, and needs no mention; leave it out"
     if VARIANTS[name].writer != "gguf":
         return None
     if model.architecture not in GGUF_MODEL_TYPES:

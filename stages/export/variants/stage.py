@@ -11,6 +11,7 @@ the gate `runtimes` of a release compares programs.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.core.stage import Estimate, Inputs, Published, Report, Stage
+from pipeline.core.bounds import Line
+from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from stages.data.table import read_table, write_json, write_rows
 from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.bits_per_byte import token_ids
@@ -29,6 +31,8 @@ from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, m
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.export.variants.loss import DIVERGENCES, DivergenceRow, measured_by, summary
 from stages.export.variants.registry import VARIANTS, VariantName
+from stages.mcore.lora import Lora
+from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
 
 if TYPE_CHECKING:
@@ -45,24 +49,31 @@ FILES = 12
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 
+class AdapterSource(Config):
+    """What the variant `adapter` is written from, beside the inputs."""
+
+    lora: Lora = Field(description="settings of the adapter")
+    model: Model = Field(description="model section, with the rotary embedding of the phase")
+    repo: Line = Field(description="repository of the base on the Hub, for adapter_config.json")
+
+
 class VariantConfig(EvaluateConfig):
     """A variant, and what it is measured on."""
 
     variant: VariantName = Field(description="form of the weights")
+    adapter: AdapterSource | None = added(None, "of the variant adapter; null: another variant")
 
 
 def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["model"]: an export; inputs["scores"]: its evaluation; inputs["dedup"], inputs["items"]: those that it was
-    evaluated on.
+    evaluated on. The variant adapter has more: inputs["base"], the export of its base, and inputs["checkpoint"], the
+    phase that trained it.
 
     Seals `model/`, the tables `documents.parquet`, `items.parquet` and `divergence.parquet`, and `loss.json`. Raises
-    AtomError if the model has no such variant.
+    AtomError if the model has no such variant, CheckFailed if base and adapter are not the model.
     """
-    from stages.export.variants import conversion
-
     original, folder, dequantized = inputs["model"] / "model", out / MODEL, work / "dequantized"
-    conversion.write(config.variant, original, folder)
-    conversion.write_dequantized(config.variant, original, folder, dequantized)
+    _convert(config, inputs, folder, dequantized)
     scores = measure(config, dequantized, inputs, work, out, report)
     rows = list(compute(list(_pieces(config, inputs)), work, partial(_load, original, dequantized)))
     write_rows(out / "divergence.parquet", DIVERGENCES, rows)
@@ -85,15 +96,28 @@ def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
 def run_shard(config: VariantConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Measures one shard's documents, problems and texts, on weights that it converts for itself."""
-    from stages.export.variants import conversion
-
     shards = estimates.shards(config.expected, MODELS, config.engine)
     original, place = inputs["model"] / "model", work / f"shard-{shard}"
-    conversion.write(config.variant, original, place / MODEL)
-    conversion.write_dequantized(config.variant, original, place / MODEL, place / "dequantized")
+    _convert(config, inputs, place / MODEL, place / "dequantized")
     measure_shard(config, place / "dequantized", inputs, work, shard, shards)
     compute_shard(list(_pieces(config, inputs)), work, partial(_load, original, place / "dequantized"), shard, shards)
     shutil.rmtree(place)
+
+
+def _convert(config: VariantConfig, inputs: Inputs, folder: Path, dequantized: Path) -> None:
+    """Writes the variant into one folder, and its weights in fp32 as a model into another."""
+    from stages.export.variants import adapter_files, conversion
+
+    original = inputs["model"] / "model"
+    if (source := config.adapter) is None:
+        conversion.write(config.variant, original, folder)
+        conversion.write_dequantized(config.variant, original, folder, dequantized)
+        return
+    base = inputs["base"] / "model"
+    adapter_files.write_trained(inputs["checkpoint"], source.lora, source.model, base, source.repo, folder)
+    conversion.copy_tokenizer(original, folder)
+    adapter_files.require_sum(base, folder, original)
+    conversion.write_dequantized(config.variant, original, folder, dequantized, base)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -141,6 +165,10 @@ def estimate(config: VariantConfig) -> Estimate:
         return estimates.estimate(None)
     variant = VARIANTS[config.variant]
     size, whole = round(expected.parameters * variant.bits / 8), 4 * expected.parameters
+    if config.adapter:
+        shapes = config.adapter.lora.shapes(config.adapter.model.shapes(1))
+        size = 4 * sum(math.prod(shape) for shape in shapes.values())
+    remedy = "" if config.adapter else f"leave {config.variant} out of release.variants"
     base = estimates.estimate(expected, MODELS, config.engine)
     count = estimates.shards(expected, MODELS, config.engine)
     shards = 1 if variant.writer == "gguf" else -(-size // SHARD_BYTES)
@@ -150,7 +178,7 @@ def estimate(config: VariantConfig) -> Estimate:
         disk_bytes=(base.disk_bytes or 0) + size,
         work_bytes=whole if count == 1 else (count + 1) * whole + count * size,
         files=FILES + shards,
-        published=(Published("model", "", shards, size, f"leave {config.variant} out of release.variants"),),
+        published=(Published("model", "", shards, size, remedy),),
     )
 
 

@@ -4,6 +4,8 @@ results.
 A call is `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Hermes and Qwen write it, after the reasoning
 of a turn that ends with `<|im_end|>`. An answer is exact by token: it is the ids of its question, those drawn, those of
 the results in the chat template, those drawn next, and so on. Drawn ids are never made into text and encoded again.
+
+A tool may hand a call back to the policy as a task, whose answer is the result: recursive calls.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from stages.data.seeds import seed_of
 from stages.rl.protocols import AnswerGenerator, Completion, Prompt, Row, ToolCall, Turn
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
-from stages.rl.tools.base import Call
+from stages.rl.tools.base import Call, Result, Subtask
 from stages.rl.tools.settings import Tools
 from stages.scorers import answer_of
 
@@ -40,6 +42,16 @@ class Limits:
     context_length: int
 
 
+@dataclass(frozen=True)
+class Request:
+    """A call to answer. texts: of all calls of its answer so far, its own the last; seed: of the task that it may
+    be."""
+
+    row: Row
+    texts: Sequence[str]
+    seed: int = 0
+
+
 class Toolbox:
     """The running tools of a phase."""
 
@@ -57,16 +69,24 @@ class Toolbox:
             self.close()
             raise
 
-    def answer(self, requests: Sequence[tuple[Row, Sequence[str]]]) -> list[ToolCall]:
-        """The calls with their results, in order. requests: of each call its task, and the text of all calls of its
-        answer so far, its own the last. Raises ToolFailed if a tool cannot answer."""
-        calls = [read_call(texts[-1], self.tools, row, texts[:-1]) for row, texts in requests]
+    def answer(
+        self, requests: Sequence[Request], solve: Callable[[Sequence[tuple[Row, int]]], Sequence[Result]]
+    ) -> list[ToolCall]:
+        """The calls with their results, in order. solve: the policy's answers to (task, seed). Raises ToolFailed if a
+        tool cannot answer."""
+        calls = [read_call(r.texts[-1], self.tools, r.row, r.texts[:-1]) for r in requests]
         answered = {n: call for n, call in enumerate(calls) if not isinstance(call, Call)}
         for name, tool in self.running.items():
             chosen = {n: call for n, call in enumerate(calls) if isinstance(call, Call) and call.tool == name}
-            results = tool.run(list(chosen.values())) if chosen else []
-            for (n, call), result in zip(chosen.items(), results, strict=True):
-                answered[n] = finished_call(requests[n][1][-1], call.name, result.status, result.text, self.tools)
+            replies = dict(zip(chosen, tool.run(list(chosen.values())) if chosen else [], strict=True))
+            subtasks = {n: reply.row for n, reply in replies.items() if isinstance(reply, Subtask)}
+            solved = solve([(row, requests[n].seed) for n, row in subtasks.items()]) if subtasks else []
+            results = replies | dict(zip(subtasks, solved, strict=True))
+            for n, result in results.items():
+                assert isinstance(result, Result)
+                answered[n] = finished_call(
+                    requests[n].texts[-1], chosen[n].name, result.status, result.text, self.tools
+                )
         return [answered[n] for n in range(len(calls))]
 
     def close(self) -> None:
@@ -150,23 +170,37 @@ class Episode:
         self.is_finished = drawn.finished and not calls
         return calls if len(self.turns) < self.limits.max_turns else []
 
-    def requests(self, calls: Sequence[str]) -> list[tuple[Row, Sequence[str]]]:
+    def requests(self, calls: Sequence[str]) -> list[Request]:
         """The calls of the last turn, each with its task and all calls so far."""
         before = [call["request"] for turn in self.turns for call in turn["calls"]]
-        return [(self.row, [*before, *calls[: n + 1]]) for n in range(len(calls))]
+        texts = [[*before, *calls[: n + 1]] for n in range(len(calls))]
+        return [Request(self.row, each, seed_of(f"call/{len(each)}", self.seed)) for each in texts]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the context has room for the next turn."""
+        return len(self.question) + len(self.ids) + self.limits.max_new_tokens <= self.limits.context_length
 
     def resume(self, calls: Sequence[ToolCall]) -> bool:
         """Appends the results of the last turn's calls. Returns whether there is room for another turn; if not, the
         answer ends unfinished, without the results."""
         self.turns[-1]["calls"] = list(calls)
         appended = self.chat.encode_results([call["result"] for call in calls])
-        length = len(self.question) + len(self.ids) + len(appended)
-        if length + self.limits.max_new_tokens > self.limits.context_length:
-            return False
         self.ids += appended
+        if not self.has_room:
+            del self.ids[-len(appended) :]
+            return False
         self.logprobs += [0.0] * len(appended)
         self.turns[-1]["appended"] = len(appended)
         return True
+
+    def result(self) -> Result:
+        """The answer, as the result of the call that asked for it."""
+        if not self.turns:
+            return Result("error", "error: the question is too long for the context; ask for less")
+        if not self.is_finished:
+            return Result("unfinished", "error: the answer has no end; ask for less")
+        return Result("ok", self.chat.response(self.completion()).answer)
 
     def completion(self) -> Completion:
         return Completion(
@@ -182,13 +216,25 @@ def draw(
     """One completion for each (task, seed), all of them turn by turn. Raises what the sampler raises, and ToolFailed if
     a tool cannot answer."""
     episodes = [Episode(chat, row, seed, limits) for row, seed in requests]
-    active = episodes
+    _draw(sampler, toolbox, episodes, greedy)
+    return [episode.completion() for episode in episodes]
+
+
+def _draw(sampler: AnswerGenerator, toolbox: Toolbox, episodes: Sequence[Episode], greedy: bool) -> None:
+    """Draws the episodes to their ends."""
+
+    def solve(subtasks: Sequence[tuple[Row, int]]) -> list[Result]:
+        nested = [Episode(episodes[0].chat, row, seed, episodes[0].limits) for row, seed in subtasks]
+        _draw(sampler, toolbox, [episode for episode in nested if episode.has_room], greedy)
+        return [episode.result() for episode in nested]
+
+    active = list(episodes)
     while active:
         drawn = sampler.generate([episode.prompt() for episode in active], greedy)
         calling = [(e, calls) for e, turn in zip(active, drawn, strict=True) if (calls := e.take(turn))]
-        answered = iter(toolbox.answer([request for episode, calls in calling for request in episode.requests(calls)]))
+        requests = [request for episode, calls in calling for request in episode.requests(calls)]
+        answered = iter(toolbox.answer(requests, solve))
         active = [episode for episode, calls in calling if episode.resume([next(answered) for _ in calls])]
-    return [episode.completion() for episode in episodes]
 
 
 def problem(r: Rollout, chat: Chat, row: Row, limits: Limits | None) -> str | None:

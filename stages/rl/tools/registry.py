@@ -14,6 +14,7 @@ TOOLS = {
     "python": "stages.rl.tools.python_program",
     "nemo-gym": "stages.rl.tools.gym_environment",
     "search": "stages.rl.tools.corpus_search",
+    "recurse": "stages.rl.tools.recursive_call",
 }
 """{tool: its module}."""
 

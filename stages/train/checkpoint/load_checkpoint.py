@@ -30,6 +30,13 @@ class Origin:
         self._require_intact(engine)
         self._load(engine, moments=False)
 
+    def load_frozen(self, engine: Engine) -> None:
+        """Loads the base of an adapter, which training leaves as it is. Raises AtomError as above."""
+        self._require_intact(engine)
+        weights = release_checkpoint.Tensors(self.artifact / self.subfolder)
+        check_tensors(engine.model_shapes, weights.shapes(), self.artifact.key)
+        engine.load_frozen(weights)
+
     def load(self, engine: Engine, config: TrainConfig, tokenizer: str) -> int:
         """Loads weights, Adam's moments and step count. Returns the targets seen so far.
 

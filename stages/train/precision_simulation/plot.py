@@ -14,7 +14,13 @@ from matplotlib.figure import Figure
 from stages.mcore.quantize import KINDS
 from stages.train.precision_simulation.report import Runs
 
-COLORS = {"fp8-tensorwise": "#d1603d", "fp8-blockwise": "#2a7f9e", "mxfp8": "#5b8c3a"}
+COLORS = {
+    "fp8-tensorwise": "#d1603d",
+    "fp8-blockwise": "#2a7f9e",
+    "mxfp8": "#5b8c3a",
+    "nvfp4": "#8a4fa0",
+    "mxfp4": "#a08a2a",
+}
 SMOOTH = 5
 """Steps over which a point of the deviation is averaged."""
 FLOOR = 1e-6
@@ -57,14 +63,22 @@ def losses(report: Mapping[str, Any], runs: Runs, path: Path) -> None:
 def rates(report: Mapping[str, Any], path: Path) -> None:
     """Underflow of every linear layer, by precision and tensor kind, in per cent."""
     entries = report["precisions"]
-    rows = [f"{x['layer']} {x['linear']}" for x in entries[0]["linears"]]
+    rows = list(dict.fromkeys((x["layer"], x["linear"]) for entry in entries for x in entry["linears"]))
+    rows.sort(key=lambda row: row[0])  # stable: by layer, then in the model's order
     figure = Figure(figsize=(3.2 + 2.6 * len(entries), 1.6 + 0.32 * len(rows)), dpi=120, layout="constrained")
     for number, (axes, entry) in enumerate(zip(np.ravel(figure.subplots(1, len(entries))), entries, strict=True)):
-        values = np.array([[x["rates"][kind]["underflow"] for kind in KINDS] for x in entry["linears"]])
+        rounded = {
+            (x["layer"], x["linear"]): [x["rates"][kind]["underflow"] for kind in KINDS] for x in entry["linears"]
+        }
+        values = np.array([rounded.get(row, [np.nan] * len(KINDS)) for row in rows])  # nan: the layer is in bf16
         axes.imshow(np.maximum(values, FLOOR), norm=LogNorm(FLOOR, 1.0), cmap="YlOrRd", aspect="auto")
         axes.set_xticks(range(len(KINDS)), KINDS)
-        axes.set_yticks(range(len(rows)), rows if number == 0 else [""] * len(rows), fontsize=8)
+        axes.set_yticks(
+            range(len(rows)), [f"{x} {y}" for x, y in rows] if number == 0 else [""] * len(rows), fontsize=8
+        )
         for (row, column), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
             color = "white" if value > 0.05 else "black"
             axes.text(column, row, f"{100 * value:.2g}" if value else "0", ha="center", va="center", fontsize=7,
                       color=color)  # fmt: skip

@@ -132,12 +132,18 @@ def _compare_precision(
         "formats": {kind: recipe.format(kind).name for kind in KINDS},
         "blocks": {kind: _shape(recipe.shape(kind, 1)) for kind in KINDS},
         "scale": recipe.scale,
+        "stochastic_gradients": recipe.stochastic_gradients,
+        "hadamard": recipe.hadamard,
+        "layers_in_bf16": list(recipe.layers_in_bf16(settings.model.layers)),
         "verdict": verdict,
         "reason": reason,
         "deviation": {
             "by_seed": deviations,
             **(spread(finite_deviations) if finite_deviations and len(finite_deviations) == seeds else {}),
         },
+        "grad_norm_deviation": _norm_deviation(
+            precision_runs, [runs[settings.baseline, s] for s in range(seeds)], window
+        ),
         "multiply_adds_over_few_tokens": short,
         "rates": {kind: _rates([x["counts"][kind] for x in linears]) for kind in KINDS},
         "linears": [
@@ -152,6 +158,19 @@ def _compare_precision(
             for x in linears
         ],
     }
+
+
+def _norm_deviation(
+    precision_runs: Sequence[Mapping[str, Any]], base_runs: Sequence[Mapping[str, Any]], window: int
+) -> dict[str, Any]:
+    """The deviation of the gradient norm from the baseline's: in the first step, whose weights are equal, and of the
+    mean over the last steps. Empty if a run ended earlier."""
+    if any(run["diverged_at"] for run in (*precision_runs, *base_runs)):
+        return {}
+    pairs = [(run["grad_norms"], base["grad_norms"]) for run, base in zip(precision_runs, base_runs, strict=True)]
+    first = [norms[0] / base[0] - 1 for norms, base in pairs]
+    last = [statistics.fmean(norms[-window:]) / statistics.fmean(base[-window:]) - 1 for norms, base in pairs]
+    return {"first_step": {"by_seed": first, **spread(first)}, "last_steps": {"by_seed": last, **spread(last)}}
 
 
 def _merge_linears(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -233,6 +252,15 @@ def markdown(report: Mapping[str, Any]) -> str:
                 _percent(d["standard_error"]),
             ]
         lines.append(f"| {' | '.join([x['precision'], *cells, x['verdict'], x['reason'].replace('|', '∣')])} |")
+    lines += ["", "Deviation of the gradient norm, before clipping:", ""]
+    lines += ["| precision | first step, mean ± standard error | last steps | least | most |", "|---|---|---|---|---|"]
+    for x in report["precisions"]:
+        cells = ["none"] * 4
+        if norms := x["grad_norm_deviation"]:
+            first, last = norms["first_step"], norms["last_steps"]
+            cells = [f"{_signed_percent(y['mean'])} ± {_percent(y['standard_error'])}" for y in (first, last)]
+            cells += [_signed_percent(last["min"]), _signed_percent(last["max"])]
+        lines.append(f"| {' | '.join([x['precision'], *cells])} |")
     lines += [
         "",
         f"For scale: the {base['precision']} loss is {base['mean']:.4f}, and by seed {', '.join(by_seed)} of that."
@@ -259,8 +287,13 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _format_summary(entry: Mapping[str, Any]) -> str:
     formats, blocks = entry["formats"], entry["blocks"]
     words = [f"{kind} {formats[kind]} by {blocks[kind]}" for kind in KINDS]
+    parts = ["gradients rounded stochastically"] if entry["stochastic_gradients"] else []
+    parts += ["a random Hadamard transform of the operands of weight gradients"] if entry["hadamard"] else []
+    if layers := entry["layers_in_bf16"]:
+        parts.append(f"in bf16: layers {', '.join(map(str, layers))} (from 0)")
+    parts = [f"scales: {entry['scale']}", *parts]
     return (
-        f"{', '.join(words)}; scales: {entry['scale']}. Underflow: of the values that were not zero, those that "
+        f"{', '.join(words)}; {'; '.join(parts)}. Underflow: of the values that were not zero, those that "
         f"became zero. Overflow: of all values, those that were clipped or no finite number. "
         f"{_percent(entry['multiply_adds_over_few_tokens'])} of the multiply-adds were over fewer tokens than two "
         f"blocks."

@@ -84,7 +84,7 @@ def describe(text: bytes, files: int) -> Data:
 
 def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
     """Losses by step and the records of the linear layers. Ends early at a loss that is not finite."""
-    from stages.mcore.fake_fp8 import attach
+    from stages.mcore.fake_quantization import attach
     from stages.mcore.quantize import RECIPES
     from stages.train import parallel
     from stages.train.engine import Engine
@@ -94,21 +94,27 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
     if describe(text, files) != settings.data:
         raise SystemExit("the standard library is not the one that this simulation began with")
     losses: list[float] = []
+    norms: list[float] = []
+    recipe = RECIPES.get(precision)
     with parallel.session(seed) as ranks:
         engine = Engine(settings.config(seed), ranks, VOCABULARY)
         engine.initialize()
-        record = attach(engine.chunks, RECIPES[precision]) if precision in RECIPES else {}
+        in_bf16 = recipe.layers_in_bf16(settings.model.layers) if recipe else ()
+        record = attach(engine.chunks, recipe, seed, in_bf16) if recipe else {}
         for step in range(1, settings.steps + 1):
             lr = learning_rate(step, settings.steps, settings.optimizer)
-            figures = engine.step(_rank_batch(text, settings, seed, step), lr, lambda loss, norm: _not_finite(loss))
+            batch = byte_windows(text, settings.rows, settings.sequence_length, f"rehearsal {seed} {step}")
+            figures = engine.step(batch, lr, lambda loss, norm: _not_finite(loss))
             if figures.refused:
                 break
             losses.append(figures.loss)
+            norms.append(figures.grad_norm)
             print(step, figures.loss, flush=True)
     return {
         "precision": precision,
         "seed": seed,
         "losses": losses,
+        "grad_norms": norms,
         "diverged_at": len(losses) + 1 if len(losses) < settings.steps else None,
         "linears": [{"layer": layer, "linear": name, **linear.json()} for (layer, name), linear in record.items()],
     }
@@ -118,15 +124,15 @@ def _not_finite(loss: float) -> str | None:
     return None if math.isfinite(loss) else "the loss is not a number"
 
 
-def _rank_batch(text: bytes, settings: Settings, seed: int, step: int) -> Any:
-    """The batch of a step: windows of the text that start at random positions."""
+def byte_windows(text: bytes, rows: int, length: int, label: str) -> Any:
+    """A rank's batch: windows of the text, each of so many bytes, that start at positions drawn from the label."""
     import numpy as np
     import torch
 
     from stages.train import data
 
-    rng, length = random.Random(f"rehearsal {seed} {step}"), settings.sequence_length
-    starts = [rng.randrange(len(text) - length) for _ in range(settings.rows)]
+    rng = random.Random(label)
+    starts = [rng.randrange(len(text) - length) for _ in range(rows)]
     windows = np.stack([np.frombuffer(text, np.uint8, length + 1, start) for start in starts]).astype(np.int64)
     ids, labels = torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
     batch = data.Batch(ids, labels, torch.ones(ids.shape), torch.zeros(ids.shape, dtype=torch.bool))

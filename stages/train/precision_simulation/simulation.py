@@ -1,4 +1,4 @@
-"""FP8 simulation on any machine: trains a small proxy of a recipe's model with and without it, run by run.
+"""FP8 and FP4 simulation on any machine: trains a small proxy of a recipe's model with and without it, run by run.
 
 atom simulate-precision atom-tiny
 
@@ -29,7 +29,7 @@ from pipeline.core.progress import Display, duration
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.core.text import shown
 from pipeline.graph.recipe import Recipe
-from stages.mcore.quantize import RECIPES
+from stages.mcore.quantize import FP8, RECIPES
 from stages.recipe import ReleaseRecipe
 from stages.train.config import Optimizer, PhaseConfig
 from stages.train.precision_simulation.proxy_model import CONTEXT, build_proxy, dimensions, ratios, step_tokens
@@ -52,11 +52,13 @@ def simulate(
     setting, for a folder with other content, and for a failed run.
     """
     baseline_kind = _check(precisions, steps, seeds, baseline, bound)
-    chosen_recipes = [name for name in RECIPES if name in precisions or not precisions]
+    chosen_recipes = [name for name in RECIPES if name in (precisions or FP8)]
     smallest = max(RECIPES[name].smallest_dimension for name in chosen_recipes)
     sections = recipe.config
     assert isinstance(sections, ReleaseRecipe)
-    model, phase = sections.model, sections.pretrain
+    if (phase := sections.pretrain) is None:
+        raise AtomError(f"{recipe.title} has no pretrain section, whose settings are simulated; add it")
+    model = sections.model
     proxy = build_proxy(model, smallest, hidden)
     if layers is not None:
         min_layers = proxy.routing.layers[0] + 1 if proxy.routing else 1

@@ -15,6 +15,7 @@ TASK_SOURCES = {
     "worked-problems": "stages.rl.rollout.task_sources.worked_tasks",
     "courtesies": "stages.rl.rollout.task_sources.courtesy_tasks",
     "instructions": "stages.rl.rollout.task_sources.instruction_tasks",
+    "long-lists": "stages.rl.rollout.task_sources.long_list_tasks",
     "reasoning-gym": "stages.rl.rollout.task_sources.reasoning_tasks",
     "hub": "stages.rl.rollout.task_sources.hub_tasks",
     "rows": "stages.rl.rollout.task_sources.file_tasks",

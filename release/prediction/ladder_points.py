@@ -1,0 +1,150 @@
+"""The points of a ladder: from sealed runs in `$ATOM_HOME`, or from a file of points that others measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from pipeline.core import json_files
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Store
+from pipeline.core.text import escaped
+from pipeline.graph.dag import Graph
+from release.prediction import sealing
+from stages.evaluation.ladder_laws import Form
+
+MOST_POINTS = 2000
+"""The refits of a band hold 16 kB for each."""
+ALIASES = {"parameters": "active", "loss": "heldout_loss"}
+"""{figure: its name in prediction.json of a release}"""
+ANY = TypeAdapter(Any)
+
+
+@dataclass(frozen=True)
+class Point:
+    """name: of the run, or its place in a file. figures: columns and value of a law, by name."""
+
+    name: str
+    figures: Mapping[str, float]
+
+
+def read_file(path: Path, form: Form) -> list[Point]:
+    """The points of a CSV file with a header, or of a JSON file: a list of objects, or an object with `points` (such as
+    prediction.json of a release, or ladder.json). Columns and fields that the law does not have are not read.
+
+    Raises AtomError with the file, the point and the figure that is wrong.
+    """
+    try:
+        text = json_files.read_text(path)
+    except FileNotFoundError:
+        raise AtomError(f"{json_files.printable(path)} does not exist; give a CSV or JSON file of points") from None
+    if path.suffix == ".json":
+        body = json_files.parse(text.encode(), path, ANY)
+        rows = body.get("points") if isinstance(body, dict) else body
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise AtomError(f"{json_files.printable(path)} is no list of points, and has none in `points`")
+    else:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    if len(rows) > MOST_POINTS:
+        raise AtomError(f"{json_files.printable(path)} has {len(rows)} points; at most {MOST_POINTS} are fitted")
+    return [_point(row, form, f"{json_files.printable(path)}, point {number}") for number, row in enumerate(rows, 1)]
+
+
+def _point(row: Mapping[str, Any], form: Form, where: str) -> Point:
+    name = row.get("name") or row.get("recipe") or where.rpartition(", ")[2]
+    return Point(escaped(str(name), 80), {key: _figure(row, key, form, where) for key in (*form.columns, form.value)})
+
+
+def _figure(row: Mapping[str, Any], name: str, form: Form, where: str) -> float:
+    stated = next((row[key] for key in (name, ALIASES.get(name, name)) if key in row), None)
+    if stated is None:
+        raise AtomError(f"{where} has no {name}; the law {form.name} needs {', '.join((*form.columns, form.value))}")
+    try:
+        value = float(stated) if isinstance(stated, str | int | float) and not isinstance(stated, bool) else math.nan
+    except (ValueError, OverflowError):
+        value = math.nan
+    limits = "a number above 0"
+    valid = 0 < value < math.inf
+    if name == "score":
+        valid = 0 <= value <= 1 if form.name == "reinforcement" else 0 < value < 1
+        limits = "a number from 0 to 1" if form.name == "reinforcement" else "a number between 0 and 1"
+    elif form.name == "reinforcement":
+        valid, limits = 0 <= value < math.inf, "a number from 0 on"
+    if not valid:
+        raise AtomError(f"{where} has {name} = {escaped(str(stated), 40)}; it must be {limits}")
+    return value
+
+
+def read_runs(graphs: Sequence[Graph], store: Store, form: Form) -> list[Point]:
+    """The points of sealed runs.
+
+    Of the pre-training laws one for each run: active parameters, tokens, FLOPs and held-out loss after pre-training. Of
+    reinforcement each measurement in the log of `rlvr`: tokens generated so far, and the mean over the kinds of
+    validation. Of inference each k of the last model that answers problems: tokens of k answers, and pass@k.
+
+    Raises AtomError if a stage is not sealed or has no such figures, or if runs were measured on different text.
+    """
+    if form.is_loss:
+        for graph in graphs[1:]:
+            sealing.require_same_text(graphs[0], graph)
+        return [_pretrained(graph, store) for graph in graphs]
+    read = _reinforced if form.name == "reinforcement" else _answered
+    return [point for graph in graphs for point in read(graph, store)]
+
+
+def size_of(graph: Graph) -> dict[str, float]:
+    """Parameters, tokens and FLOPs of the pre-training of a recipe."""
+    size = sealing.size_of(graph)
+    return {"parameters": float(size["active"]), "tokens": float(size["tokens"]), "flops": float(size["flops"])}
+
+
+def _pretrained(graph: Graph, store: Store) -> Point:
+    artifact = sealing.sealed(graph, sealing.NODE, store, sealing.NODE)
+    loss = json.loads((artifact / "summary.json").read_text())["heldout_loss"]["last"]
+    return Point(graph.recipe.config.name, {**size_of(graph), "loss": float(loss)})
+
+
+def _reinforced(graph: Graph, store: Store) -> list[Point]:
+    from release.assembly import training
+
+    name = graph.recipe.config.name
+    _require_node(graph, "rlvr", "trains no policy")
+    log = sealing.sealed(graph, "rlvr", store, "rlvr") / "training.jsonl"
+    points = [
+        Point(f"{name}, step {line['step']}", {"compute": float(line["generated"]), "score": sum(kinds) / len(kinds)})
+        for line in training.stream(log)
+        if "generated" in line and (kinds := list(line.get("validation", {}).values()))
+    ]
+    if not points:
+        raise AtomError(f"the log of rlvr of {name} has no validation; give its recipe rlvr.validation, and run it")
+    return points
+
+
+def _answered(graph: Graph, store: Store) -> list[Point]:
+    name = graph.recipe.config.name
+    nodes = [node for node in graph.nodes if node.startswith("solve-")]
+    _require_node(graph, nodes[-1] if nodes else "solve", "has no model that answers problems in conversation")
+    scores = json.loads((sealing.sealed(graph, nodes[-1], store, nodes[-1]) / "scores.json").read_text())
+    at = (scores["problems_all"] or {}).get("at", {})
+    rows = [(int(k), float(row["tokens"]), float(row["pass"]["value"])) for k, row in at.items()]
+    points = [
+        Point(f"{name}, {nodes[-1]}, k = {k}", {"compute": tokens, "score": score})
+        for k, tokens, score in sorted(rows)
+        if 0 < score < 1
+    ]
+    if not points:
+        raise AtomError(f"{nodes[-1]} of {name} has no pass@k between 0 and 1, so that no law can be fitted to it")
+    return points
+
+
+def _require_node(graph: Graph, node: str, lack: str) -> None:
+    if node not in graph.nodes:
+        raise AtomError(f"{graph.recipe.config.name} {lack}; give another recipe")

@@ -1,0 +1,197 @@
+"""An adapter in PEFT's format, and the model that it makes of its base.
+
+`adapter_config.json` and `adapter_model.safetensors` are those of PEFT's `save_pretrained`. The rows of each B are
+split as the export splits the matrix itself, so queries, keys and values repeat their common A. transformers 5 holds
+the experts of a layer in two stacked tensors, for which PEFT takes the factors of all experts in one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from pipeline.core.errors import CheckFailed
+from pipeline.core.store import Artifact, sha256_file
+from stages.data.table import write_json
+from stages.mcore.lora import A, B, Lora, factor
+from stages.models.base import ModelConfig
+from stages.train.checkpoint import release_checkpoint
+from stages.train.checkpoint.release_checkpoint import Tensors
+from stages.train.imported_weights import NAME as BASE
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
+PREFIX = "base_model.model."
+EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""Stacked tensors of a layer's experts. PEFT wraps a module once for each; the first one is inside."""
+PLACES = {"gate_up": "base_layer.", "down": ""}
+"""Where PEFT has the factors of a stacked tensor, in its module."""
+ROUNDING = 8
+"""Units in the last place of the largest weight by which two ways to add a product of low rank may differ."""
+
+
+class _Marked(Mapping[str, torch.Tensor]):
+    """Megatron's tensors, each with its own place in their order as every value; they take no memory."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes, self.places = shapes, {name: place for place, name in enumerate(shapes)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.tensor(float(self.places[name]), dtype=torch.float64).expand(self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class _Rows(_Marked):
+    """Megatron's matrices with an adapter, whose first columns are those of its B and the others zero."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], adapter: Mapping[str, torch.Tensor], lora: Lora) -> None:
+        super().__init__(shapes)
+        self.adapter, self.lora = adapter, lora
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if not self.lora.is_target(name):
+            return torch.zeros(1).expand(self.shapes[name])
+        b = self.adapter[factor(name, B)]
+        return torch.nn.functional.pad(b, (0, self.shapes[name][1] - b.shape[1]))
+
+
+def factors(
+    adapter: Mapping[str, torch.Tensor], lora: Lora, model: ModelConfig, vocab_size: int
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(transformers' name of a matrix, A, B) of all matrices with an adapter. adapter: Megatron's, by global name."""
+    shapes, to_hf = model.shapes(vocab_size), model.spec().to_hf
+    names = list(shapes)
+    marked, rows = to_hf(_Marked(shapes), model, vocab_size), to_hf(_Rows(shapes, adapter, lora), model, vocab_size)
+    for (hf_name, place), (_, padded) in zip(marked, rows, strict=True):
+        name = names[int(place.flatten()[0])]
+        if lora.is_target(name):
+            yield hf_name, adapter[factor(name, A)], padded[:, : lora.rank]
+
+
+def write(
+    adapter: Mapping[str, torch.Tensor], lora: Lora, model: ModelConfig, vocab_size: int, base: Path, repo: str,
+    folder: Path,
+) -> None:  # fmt: skip
+    """Writes the adapter into a folder, beside base.json with the digests of its base's weights. adapter: Megatron's
+    tensors by global name. base: the folder of the exported model. repo: its repository on the Hub."""
+    plain: dict[str, torch.Tensor] = {}
+    stacks: dict[str, dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]] = {}
+    for name, a, b in factors(adapter, lora, model, vocab_size):
+        if match := EXPERT.fullmatch(name):
+            stacks.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = a, b
+        else:
+            module = PREFIX + name.removesuffix(".weight")
+            plain |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    modules = sorted({name.split(".")[-3] for name in plain})
+    for module, experts in stacks.items():
+        for stacked, parts in {"gate_up": ("gate", "up"), "down": ("down",)}.items():
+            a = torch.cat([experts[n][parts[0]][0] for n in sorted(experts)])  # gate and up share theirs
+            b = torch.stack([torch.cat([experts[n][part][1] for part in parts]) for n in sorted(experts)], -1)
+            place = f"{PREFIX}{module}.{PLACES[stacked]}"
+            plain |= {f"{place}lora_A.weight": a, f"{place}lora_B.weight": b.flatten(1)}
+    folder.mkdir(parents=True, exist_ok=True)
+    release_checkpoint.save_tensors(folder / f"{WEIGHTS}.safetensors", dict(sorted(plain.items())))
+    settings = {
+        "base_model_name_or_path": repo, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "modules_to_save": None,
+        "peft_type": "LORA", "r": lora.rank, "target_modules": modules or None,
+        "target_parameters": list(STACKED) if stacks else None, "task_type": "CAUSAL_LM", "use_rslora": False,
+    }  # fmt: skip
+    write_json(folder / CONFIG, settings)
+    write_json(folder / BASE, {"repo": repo, "files": digests(base)})
+
+
+def write_trained(checkpoint: Artifact, lora: Lora, model: ModelConfig, base: Path, repo: str, folder: Path) -> None:
+    """`write` of the last release checkpoint of a phase."""
+    step = release_checkpoint.steps_of(checkpoint.path)[-1]
+    tensors = release_checkpoint.Tensors(checkpoint / release_checkpoint.name_of(step))
+    vocab_size = json.loads((base / "config.json").read_text())["vocab_size"]
+    write(tensors, lora, model, vocab_size, base, repo, folder)
+
+
+def digests(model: Path) -> dict[str, str]:
+    """The SHA-256 of each file of weights of an exported model."""
+    return {path.name: sha256_file(path) for path in sorted(model.glob("model*.safetensors*"))}
+
+
+def combined(base: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers' tensors of the base with the adapter of a folder in them, in fp32, by PEFT's formulas.
+
+    Raises CheckFailed if the adapter is another base's, or does not fit it.
+    """
+    stated = json.loads((folder / BASE).read_text())["files"]
+    if stated != digests(base):
+        raise CheckFailed(f"{folder} is an adapter of other weights than those of {base}; take the base that it names")
+    config = json.loads((folder / CONFIG).read_text())
+    rank, scale = int(config["r"]), float(config["lora_alpha"]) / int(config["r"])
+    pairs = _pairs(Tensors(folder, WEIGHTS), rank)
+    weights = Tensors(base)
+    if strange := sorted(pairs.keys() - set(weights)):
+        raise CheckFailed(f"{folder} changes {strange[0]}, which {base} does not have")
+    for name, weight in weights.items():
+        tensor = weight.float()
+        if name in pairs:
+            a, b = pairs[name]
+            tensor = tensor + scale * (b.float() @ a.float())
+        yield name, tensor
+
+
+def _pairs(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{transformers' name of a matrix: its A and B}, from PEFT's tensors."""
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name in tensors:
+        if not name.endswith(".lora_A.weight"):
+            continue
+        a, b = tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
+        module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        if not re.search(r"\.mlp\.experts(\.base_layer)?$", module):
+            pairs[f"{module}.weight"] = a, b
+            continue
+        layer, is_inner = module.removesuffix(".base_layer"), module.endswith(".base_layer")
+        experts = len(a) // rank
+        for number in range(experts):
+            of_expert = a[number * rank : (number + 1) * rank], b.unflatten(1, (rank, experts))[:, :, number]
+            if not is_inner:
+                pairs[f"{layer}.{number}.down_proj.weight"] = of_expert
+                continue
+            for part, rows in zip(("gate", "up"), of_expert[1].chunk(2), strict=True):
+                pairs[f"{layer}.{number}.{part}_proj.weight"] = of_expert[0], rows
+    return pairs
+
+
+def largest_difference(base: Path, folder: Path, merged: Path) -> tuple[float, float]:
+    """The largest difference of a weight between base and adapter together and the merged model, and the largest one
+    that rounding explains. Raises CheckFailed if they have other tensors."""
+    expected, worst, largest, eps = Tensors(merged), 0.0, 0.0, 0.0
+    seen = set()
+    for name, tensor in combined(base, folder):
+        seen.add(name)
+        if name not in expected or expected[name].shape != tensor.shape:
+            raise CheckFailed(f"{merged} does not have {name} of {folder} on its base")
+        eps = max(eps, torch.finfo(expected[name].dtype).eps)
+        worst = max(worst, float((tensor - expected[name].float()).abs().max()))
+        largest = max(largest, float(tensor.abs().max()))
+    if missing := sorted(set(expected) - seen):
+        raise CheckFailed(f"{folder} on its base does not have {missing[0]} of {merged}")
+    return worst, ROUNDING * eps * largest
+
+
+def require_sum(base: Path, folder: Path, merged: Path) -> str:
+    """The largest difference, in one sentence. Raises CheckFailed if the adapter in a folder does not make the merged
+    model of its base."""
+    difference, explained = largest_difference(base, folder, merged)
+    if not difference <= explained:  # not a number fails too
+        raise CheckFailed(
+            f"{folder} on its base differs from {merged} by {difference:.3g} in a weight, which rounding explains up "
+            f"to {explained:.3g}; run sft and its export again"
+        )
+    return f"base and adapter are the merged model to {difference:.3g}, allowed {explained:.3g}"
