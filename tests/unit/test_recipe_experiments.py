@@ -107,8 +107,8 @@ def test_a_recipe_of_ones_own_names_the_schema_beside_it(tmp_path: Path, validat
     assert json.loads((tmp_path / SCHEMA).read_text()) == validators["recipe"].schema
     raw = parse_yaml(path.read_bytes(), "r")
     raw["pretrain"]["steps"], raw["model"]["experts"] = 0, "four"
-    places = {".".join(map(str, error.path)) for error in validators["recipe"].iter_errors(raw)}
-    assert places == {"pretrain.steps", "model.experts"} or {"pretrain.steps", "model"} == places
+    sections = {error.path[0] for error in validators["recipe"].iter_errors(raw)}
+    assert sections == {"pretrain", "model"}
 
 
 def test_a_file_of_another_origin_in_the_place_of_the_schema_stays(tmp_path: Path) -> None:
