@@ -137,7 +137,10 @@ def test_parameters_and_cache_are_those_that_were_published() -> None:
     counts = model.parameters(vocabulary)
     assert counts["total"] == pytest.approx(671e9, rel=0.001)
     assert counts["active"] - counts["embedding"] == pytest.approx(36.6e9, rel=0.001)
-    assert model.cache_bytes(2, 1) == model.cache_bytes(2, 8) == 2 * 61 * 4.5 * 128
+    assert model.cache_bytes(2, 1, 10) == model.cache_bytes(2, 8, 10) == 10 * 2 * 61 * 4.5 * 128
+    long = model.long_context(vocabulary)  # heads with keys of 192 and values of 128, beside the latent
+    assert long.full_cache_bytes / long.cache_bytes == pytest.approx(128 * (192 + 128) / 576)
+    assert long.flops_per_token == long.full_flops_per_token
     model, vocabulary = SHAPES["Kimi K2"]
     counts = model.parameters(vocabulary)
     assert counts["total"] == pytest.approx(1.026e12, rel=0.001)

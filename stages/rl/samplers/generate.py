@@ -166,7 +166,7 @@ def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     parameters = model.state_dict()  # with biases of experts, which are buffers
     if model.config.tie_word_embeddings:
         parameters.pop("lm_head.weight", None)
-    experts = {name for name in parameters if ".mlp.experts." in name}
+    experts = {name for name in parameters if ".mlp.experts." in name and name not in tensors}
     for name in parameters.keys() - experts:
         parameters[name].data.copy_(tensors[name])
     loaded = parameters.keys() - experts
