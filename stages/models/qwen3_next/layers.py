@@ -120,8 +120,8 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         ends, first = documents.keys.long(), documents.queries.long()
         counts = first.diff()
         starts = ends[:-1].repeat_interleave(ends.diff())[None]
-        inputs_of, others_of = (x.flatten(0, 1).index_select(0, documents.gathered)[None] for x in (inputs, others))
-        out = self._attend(inputs_of, others_of, starts)[0]
+        values, rates = (x.flatten(0, 1).index_select(0, documents.gathered)[None] for x in (inputs, others))
+        out = self._attend(values, rates, starts)[0]
         places = torch.arange(int(first[-1]), device=out.device) + (ends[1:] - first[1:]).repeat_interleave(counts)
         return out.index_select(0, places).unflatten(0, inputs.shape[:2])
 
