@@ -86,16 +86,23 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
 
 class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
     """PyTorch's, marked so that its gradient is summed over sequence-parallel ranks (Megatron's local one refuses
-    sequence parallelism). On a CPU in fp32, where PyTorch has no kernel, its bits from fewer passes over memory."""
+    sequence parallelism). On a CPU in fp32, where PyTorch has no kernel, its bits from fewer passes over memory.
+    With an offset it computes in fp32, and multiplies by offset + weight: by 1 + weight for norms around zero."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel
+        self.offset = 1 if config.layernorm_zero_centered_gamma else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            return Norm.apply(x, x, self.weight, self.eps)
-        return super().forward(x)
+        if self.offset is None:
+            return self._normed(x, self.weight)
+        return self._normed(x.float(), self.offset + self.weight.float()).to(x.dtype)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+            return Norm.apply(x, x, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class Norm(torch.autograd.Function):  # type: ignore[misc]

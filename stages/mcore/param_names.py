@@ -37,19 +37,26 @@ CUT_MATRICES = (
     ".linear_proj.weight",
     ".linear_fc1.weight",
     ".linear_fc2.weight",
+    ".in_proj.weight",
+    ".conv1d.weight",
+    ".out_proj.weight",
     "output_layer.weight",
 )
 """Endings of the names of matrices that tensor parallelism cuts."""
-WHOLE_MATRICES = (".router.weight", ".linear_q_down_proj.weight", ".linear_kv_down_proj.weight")
+WHOLE_MATRICES = (".router.weight", ".gate_weight", ".linear_q_down_proj.weight", ".linear_kv_down_proj.weight")
 """Endings of the names of matrices that each tensor rank has whole."""
 CUT_FACTORS = (".linear_qkv.lora_B", ".linear_proj.lora_A", ".linear_fc1.lora_B", ".linear_fc2.lora_A")
 """Endings of the names of an adapter's factors that tensor parallelism cuts; it leaves the others whole."""
 MATRICES = (*CUT_MATRICES, *WHOLE_MATRICES)
 """Endings of the names of all matrices."""
-CUT_VECTORS = (".linear_qkv.bias", ".linear_fc1.bias", ".softmax_offset")
+CUT_BIASES = (".linear_qkv.bias", ".linear_fc1.bias", ".softmax_offset")
 """Endings of the names of biases, and of the attention sinks of heads, that tensor parallelism cuts."""
-VECTORS = (*CUT_VECTORS, ".linear_proj.bias", ".linear_fc2.bias", ".router.bias")
-"""Endings of the names of all of these, which are zero at first."""
+CUT_VECTORS = (*CUT_BIASES, ".dt_bias", ".A_log")
+"""Endings of the names of these, and of what the decay of linear attention has for each head."""
+VECTORS = (*CUT_BIASES, ".linear_proj.bias", ".linear_fc2.bias", ".router.bias")
+"""Endings of the names of all biases and sinks, which are zero at first."""
+INTO_THE_STREAM = (".linear_proj.weight", ".linear_fc2.weight", ".out_proj.weight")
+"""Endings of the names of matrices that write into the residual stream: their columns are cut."""
 
 
 def global_name(local: str, layers: Sequence[int] | None = None, first_expert: int = 0) -> str:

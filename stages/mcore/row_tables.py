@@ -67,6 +67,11 @@ class Tables:
         starts = None if self.local_starts is None else gpu.upload(self.local_starts, self.device)
         return gpu.upload(self.positions, self.device), starts
 
+    @property
+    def device_starts(self) -> torch.Tensor | None:
+        """`local_starts` on the device."""
+        return self._on_device[1]
+
     @cached_property
     def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, fp32: [length, dim], or [batch, 1, 1, length, dim] if rows hold several documents, each of

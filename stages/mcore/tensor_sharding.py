@@ -15,6 +15,7 @@ from stages.mcore.param_names import (
     CUT_FACTORS,
     CUT_MATRICES,
     CUT_VECTORS,
+    INTO_THE_STREAM,
     VECTORS,
     WHOLE_MATRICES,
 )
@@ -38,7 +39,7 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
     full_box = tuple((0, n) for n in shape)
     if size == 1 or not is_cut(name):
         return (full_box,)
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight", "linear_proj.lora_A", "linear_fc2.lora_A")):
+    if name.endswith((*INTO_THE_STREAM, "linear_proj.lora_A", "linear_fc2.lora_A")):
         n = shape[1] // size
         return ((full_box[0], (rank * n, (rank + 1) * n)),)
     blocks = 2 if ".linear_fc1." in name else 1  # gate above up, each cut separately
@@ -52,7 +53,7 @@ def is_cut(name: str) -> bool:
         return True
     if name.endswith((".lora_A", ".lora_B")):
         return name.endswith(CUT_FACTORS)
-    if not name.endswith(("layernorm.weight", *WHOLE_MATRICES, *BUFFERS, *VECTORS)):
+    if not name.endswith(("norm.weight", *WHOLE_MATRICES, *BUFFERS, *VECTORS)):
         raise ValueError(f"there is no rule for the cut of {name}; add one to stages/mcore/tensor_sharding.py")
     return False
 

@@ -33,6 +33,20 @@ class AttentionCost:
         return self.layers * heads * (self.qk + self.v) * min(self.window or tokens, tokens)
 
 
+@dataclass(frozen=True)
+class StateCost(AttentionCost):
+    """Equal layers of linear attention: each head has a state of `qk` x `v` numbers, whatever the length of a row."""
+
+    def keys(self, sequence_length: int) -> float:
+        """The keys that cost as much as a token's products with the state: four of its size, as NVIDIA counts the
+        delta rule (flop_utils.py of Megatron-Bridge)."""
+        return 4 * self.qk * self.v / (self.qk + self.v)
+
+    def cached(self, tokens: int, ranks: int) -> int:
+        """No keys and values: the model counts its states."""
+        return 0
+
+
 def training_flops(matrices: int, attention: Iterable[AttentionCost], sequence_length: int) -> float:
     """Training FLOPs of one token: 2 forward and 4 backward for each matrix parameter that the token uses (including
     the output head, but not the input table, which is a lookup), and the same for each product of its query with a key

@@ -32,6 +32,10 @@ MODEL = dict(
     layers=4, hidden_size=64, heads=8, kv_heads=4, head_dim=16, experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
     context_length=512, tie_embeddings=False,
 )  # fmt: skip
+HYBRID = dict(
+    architecture="qwen3_next", full_attention_interval=2, shared_expert_intermediate_size=32, linear_num_key_heads=4,
+    linear_num_value_heads=8, linear_key_head_dim=16, linear_value_head_dim=24,
+)  # fmt: skip
 WINDOWED = {"architecture": "gpt_oss", "sliding_window": 64}
 EXTRAS = st.fixed_dictionaries({
     "tie_embeddings": st.booleans(),
@@ -153,7 +157,9 @@ def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize(
-    "extra", [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED]
+    "extra",
+    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED, HYBRID],
+    ids=["experts", "dense layer", "shared expert", "windows", "hybrid"],
 )
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
