@@ -1,6 +1,6 @@
 """Masked text diffusion beside next-token prediction, on a tiny model: the try that docs/diffusion.md reports.
 
-    .venv/bin/python bench/diffusion.py            # three seeds, a few minutes of one core
+    .venv/bin/python bench/diffusion.py            # three seeds, about a minute of one core
     .venv/bin/python bench/diffusion.py --quick    # to see that it works
 
 One transformer, twice, of equal shape, with equal optimizer, rows and steps, on the bytes of Python's standard
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds and few steps")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    seeds, steps, measured = (2, 20, 32) if quick else (3, 400, 256)
+    seeds, steps, measured = (2, 20, 32) if quick else (3, 160, 128)
     text = b"".join(path.read_bytes() for _, path in library_files())
     end = len(text) * 19 // 20
     heldout = windows(text[end:], measured, "held out", 0)

@@ -1,6 +1,6 @@
 """Weights in MXFP4: what a last phase that rounds them in its forward pass gains over rounding them afterwards.
 
-    .venv/bin/python bench/qat.py            # six seeds, a few minutes of one core
+    .venv/bin/python bench/qat.py            # three seeds, about a minute of one core
     .venv/bin/python bench/qat.py --quick    # to see that it works
 
 A proxy of atom-tiny's model is trained on the bytes of Python's standard library in fp32. From its weights a last phase
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds and few steps")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    seeds, steps, rows = (2, (16, 8), 16) if quick else (6, (128, 64), 128)
+    seeds, steps, rows = (2, (16, 8), 16) if quick else (3, (96, 48), 64)
     model = build_proxy(recipes.load("atom-tiny").config.model, WIDTH)
     text, _ = read_library()
     results = [losses(model, text, steps, rows, seed) for seed in range(seeds)]

@@ -129,9 +129,10 @@ def test_this_machine_holds_as_many_processes_as_run_at_once() -> None:
     assert clauses == ("it needs 22.0 GiB of memory, and this machine has 20.0",)
 
 
-def planned(recipe: str, tmp_path: Path, **engine: Any) -> list[plan.StagePlan]:
-    """The plan of a packaged recipe, with another engine if one is given."""
+def planned(recipe: str, tmp_path: Path, pretrain: dict[str, Any] | None = None, **engine: Any) -> list[plan.StagePlan]:
+    """The plan of a packaged recipe, with other settings of pre-training and another engine if they are given."""
     body = yaml.safe_load((ROOT / f"pipeline/recipes/{recipe}.yaml").read_text())
+    body["pretrain"] |= pretrain or {}
     body["evaluation"] |= {"engine": engine} if engine else {}
     (tmp_path / f"{recipe}.yaml").write_text(yaml.safe_dump(body))
     store = Store(tmp_path / "home")
@@ -161,6 +162,16 @@ def test_every_stage_of_a_packaged_recipe_fits_each_packaged_cluster(recipe: str
         )
     assert all(row.estimate.memory_bytes for row in rows)
     assert {row.gpus > 0 for row in rows if row.state.name.startswith("evaluate-")} == {True}
+
+
+@pytest.mark.parametrize("recipe, layers", [("atom-30b-a3b", 8), ("atom-235b-a22b", 15)])
+def test_a_recipe_in_nvfp4_fits_blackwell_alone(recipe: str, layers: int, tmp_path: Path) -> None:
+    """Servers of evaluation spread a model over the four GPUs of a node."""
+    pretrain = {"precision": "nvfp4", "bf16_layers": layers}
+    rows = planned(recipe, tmp_path, pretrain=pretrain, kind="vllm", gpus=4)
+    assert misfits(rows, cluster_profile.load("gb200-pyxis")) == {}
+    refused = misfits(rows, cluster_profile.load("h100-pyxis"))
+    assert refused["pretrain"] == ("it trains in nvfp4, and H100 SXM has no FP4 (gpu.fp4)",)
 
 
 def test_atom_mini_takes_two_hours_on_two_cores(tmp_path: Path) -> None:
