@@ -17,8 +17,8 @@ from pathlib import Path
 from pipeline.core.stage import Accelerator
 from pipeline.launch import cluster_profile
 from stages.mcore.throughput import Shape, shape_of
-from stages.models.costs import AttentionCost
 from stages.models.deepseek_v3.config import DeepseekV3Config
+from stages.models.gpt_oss.config import GptOssConfig
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
@@ -63,17 +63,11 @@ def latent(model: DeepseekV3Config, vocabulary: int, mtp: int = 0) -> Shape:
     return replace(shape, layers=(*shape.layers, module), attention=attention, heads=1 + mtp)
 
 
-def gpt_oss() -> Shape:
-    """GPT-OSS 120B (arXiv:2508.10925): every other layer sees 128 tokens, and experts have biases, which are added to
-    what their products return."""
-    model = Qwen3MoeConfig(
-        layers=36, hidden_size=2880, heads=64, kv_heads=8, head_dim=64, experts=128, num_experts_per_tok=4,
-        moe_intermediate_size=2880, context_length=4096, tie_embeddings=False,
-    )  # fmt: skip
-    windows = tuple(AttentionCost(18, 64, 64, 64, window) for window in (None, 128))
-    shape = shape_of(model, 201_088)
-    layers = tuple(replace(layer, working=layer.working + 2 * 4 * (2 + 1) * 2880) for layer in shape.layers)
-    return replace(shape, layers=layers, attention=windows)
+GPT_OSS_120B = GptOssConfig(
+    architecture="gpt_oss", layers=36, hidden_size=2880, heads=64, kv_heads=8, head_dim=64, experts=128,
+    num_experts_per_tok=4, moe_intermediate_size=2880, sliding_window=128, context_length=4096,
+)  # fmt: skip
+"""arXiv:2508.10925."""
 
 
 def counted_before(shape: Shape) -> Shape:
@@ -95,8 +89,8 @@ MODELS = {
     "Moonlight 16B-A3B": latent(MOONLIGHT, MOONSHOT_VOCABULARY),
     "Qwen3-30B-A3B": shape_of(QWEN3_30B, QWEN3_VOCABULARY),
     "Qwen3-235B-A22B": shape_of(QWEN3_235B, QWEN3_VOCABULARY),
-    "GPT-OSS 120B": gpt_oss(),
-    "GPT-OSS 120B as counted before 26.06": counted_before(gpt_oss()),
+    "GPT-OSS 120B": shape_of(GPT_OSS_120B, 201_088),
+    "GPT-OSS 120B as counted before 26.06": counted_before(shape_of(GPT_OSS_120B, 201_088)),
 }
 
 

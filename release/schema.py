@@ -86,6 +86,11 @@ class ReleaseInfo:
         """The Hub's id of the final model's repository, which the ids of the others begin with."""
         return f"{self.namespace}/{self.name}"
 
+    @property
+    def tag(self) -> str:
+        """The tag of the version in its repositories."""
+        return f"v{self.version}"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

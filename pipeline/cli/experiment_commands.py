@@ -28,7 +28,7 @@ def init(
 ) -> None:
     """Write a recipe of your own, NAME.yaml.
 
-    It is a copy of a packaged recipe, with its comments, in the present folder. No file is overwritten.
+    It is a copy of a packaged recipe, with its comments, in the current folder. No file is overwritten.
 
     Example: atom init my-model --from atom-smoke
     """
@@ -75,7 +75,7 @@ def diff(
     cluster: ProfileOption = "local",
     as_json: JsonOption = False,
 ) -> None:
-    """Show what changes from a recipe to another.
+    """Show what changes from one recipe to another.
 
     The settings that differ, with those of the data recipes; the stages of OTHER whose keys differ, why, and whether
     they are sealed in $ATOM_HOME; and the cost of those that are not.

@@ -54,7 +54,7 @@ def plan(
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
-    from pipeline.cli.tables import forecast_table, phases_table, plan_table, simulation_table
+    from pipeline.cli.tables import forecast_table, long_context_table, phases_table, plan_table, simulation_table
     from pipeline.graph import dag, fit, plan
     from pipeline.graph.cost_estimate import forecast
     from pipeline.launch import cluster_profile
@@ -71,6 +71,7 @@ def plan(
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
+    long = plan.long_context(rows)
     if as_json:
         body: dict[str, Any] = {
             "recipe": identity.name,
@@ -82,6 +83,7 @@ def plan(
             stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
             body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
+        body["long_context"] = asdict(long) if long else None
         body["unpublishable"] = fit.unpublishable(rows)
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
         fit.require_publishable(rows)
@@ -92,6 +94,9 @@ def plan(
     if phases := phases_table(rows):
         console().print()
         console().print(phases)
+    if long:
+        console().print()
+        console().print(long_context_table(long))
     if costs:
         console().print()
         console().print(forecast_table(costs))

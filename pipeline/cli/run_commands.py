@@ -157,7 +157,7 @@ def logs(
 
 @app.command()
 def nodes(
-    action: Annotated[str | None, typer.Argument(metavar="clear", help="have jobs use nodes again")] = None,
+    action: Annotated[str | None, typer.Argument(metavar="clear", help="let jobs use these nodes again")] = None,
     names: Annotated[list[str] | None, typer.Argument(metavar="NODE", help="which ones; default: all")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -189,11 +189,11 @@ def nodes(
 @app.command()
 def cancel(
     run: RunArgument = None,
-    yes: Annotated[bool, typer.Option("--yes", help="cancel what concerns another user without a question")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask before cancelling jobs of another user")] = False,
 ) -> None:
     """Stop the running stages of a run.
 
-    Run the recipe again to resume them. What belongs to another user is confirmed before.
+    Run the recipe again to resume them. Before it cancels jobs of another user, it asks.
 
     Example: atom cancel
     """

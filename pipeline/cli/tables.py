@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from pipeline.core.progress import duration, figures_text, human
-from pipeline.core.stage import RankSimulation, Traffic
+from pipeline.core.stage import LongContext, RankSimulation, Traffic
 from pipeline.graph.cost_estimate import Forecast
 from pipeline.graph.plan import StagePlan, timed
 from pipeline.graph.run import NodeStatus
@@ -92,6 +92,20 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
         "checkpoints: sealed ones;\ndata: token shards, and the order with one document a row"
     )
     table.caption_justify = "left"
+    return table
+
+
+def long_context_table(cost: LongContext) -> Table:
+    """The cache and the FLOPs of a long text, beside those of full attention in all layers."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column(f"{cost.tokens:,} tokens", no_wrap=True)
+    for column in ("cache in bf16", "GFLOP/token"):
+        table.add_column(column, justify="right", no_wrap=True)
+    columns = ((cost.cache_bytes, cost.full_cache_bytes), (cost.flops_per_token, cost.full_flops_per_token))
+    (cache, full_cache), (flops, full_flops) = columns
+    table.add_row("this model", _binary(cache), f"{flops / 1e9:.4g}")
+    table.add_row("with full attention", _binary(full_cache), f"{full_flops / 1e9:.4g}")
+    table.add_row("saved", *(f"{1 - part / whole:.1%}" for part, whole in columns))
     return table
 
 

@@ -189,6 +189,18 @@ class ServedWork:
 
 
 @dataclass(frozen=True)
+class LongContext:
+    """What a long text costs a model, beside the same model whose layers all have full attention. FLOPs: of training on
+    one token of it; the cache: keys and values of all its tokens, or what stands for them, in bf16 on one rank."""
+
+    tokens: int
+    cache_bytes: int
+    flops_per_token: float
+    full_cache_bytes: int
+    full_flops_per_token: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """The resources that a stage needs. None means: not estimated."""
 
@@ -207,6 +219,7 @@ class Estimate:
     published: tuple[Published, ...] = ()  # of the artifact, what a release holds
     parameters: dict[str, int] = field(default_factory=dict)
     training: TrainingEstimate | None = None
+    long_context: LongContext | None = None  # of the trained model
     served: ServedWork | None = None  # of flops and cpu_seconds
 
     @property

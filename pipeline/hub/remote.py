@@ -33,7 +33,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class RemoteRepository:
-    """A repository at HF_ENDPOINT, read with HF_TOKEN. id: namespace/name; kind: model or dataset.
+    """A repository at HF_ENDPOINT, read with HF_TOKEN. id: namespace/name; kind: model, dataset or space.
 
     Every method raises what the client raises, and MalformedAnswer: call it inside `translate_errors`.
     """

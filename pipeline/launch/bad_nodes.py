@@ -65,7 +65,13 @@ def folder(store: Store) -> Path:
 
 def read(store: Store) -> list[BadNode]:
     """The nodes to avoid now, by name. A damaged file is reported, and its node is not avoided."""
-    entries, now = [], time.time()
+    now = time.time()
+    return [entry for entry in _entries(store) if entry.until > now]
+
+
+def _entries(store: Store) -> list[BadNode]:
+    """All entries, by the name of the node."""
+    entries = []
     try:
         names = json_files.names(folder(store))
     except Damaged as error:
@@ -81,14 +87,17 @@ def read(store: Store) -> list[BadNode]:
         except Damaged as error:
             json_files.report(error, "that node is not avoided")
             continue
-        if entry.until > now and name == f"{entry.node}.json":
+        if name == f"{entry.node}.json":
             entries.append(entry)
     return sorted(entries, key=lambda entry: entry.node)
 
 
 def record(store: Store, entry: BadNode) -> None:
-    """Writes the entry of a node, in the place of an earlier one. Raises OSError."""
+    """Writes the entry of a node, in the place of an earlier one, and removes those that have expired. Raises
+    OSError."""
     folder(store).mkdir(exist_ok=True)
+    for expired in (each for each in _entries(store) if each.until <= time.time()):
+        (folder(store) / f"{expired.node}.json").unlink(missing_ok=True)
     atomic_files.write(folder(store) / f"{entry.node}.json", json.dumps(asdict(entry)) + "\n")
 
 

@@ -289,6 +289,11 @@ class Slurm(Config):
     free_gb: Annotated[float, Range(0, 1e9)] = Field(
         1.0, description="free space in GB that $ATOM_HOME and scratch must have"
     )
+    device_test_share: Annotated[float, Range(0, 1)] = Field(
+        0.4,
+        description="before training on GPUs: least share of the peak in bf16 that a product of matrices must reach on "
+        "each; 0: no test of products and collectives",
+    )
     signal_before_limit_seconds: Annotated[
         int, Range(10, 65_535, "Slurm takes no more than 65535"), Renamed("signal_lead_seconds")
     ] = Field(120, description="seconds before the time limit at which a stage is signaled to save")

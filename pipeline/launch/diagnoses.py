@@ -55,14 +55,14 @@ class _Fields(dict[str, str]):
 
 MEMORY = Diagnosis(
     "out of memory", "state `OUT_OF_MEMORY`, or an `oom_kill` that srun reports", Kind.MACHINE,
-    "memory of {nodes} ran out: requested {requested}, used at most {used}; raise memory_gb of the profile, or split "
-    "the stage over more ranks",
+    "memory of {nodes} ran out: requested {requested}, the most that Slurm saw in use {used}; raise memory_gb of the "
+    "profile, or split the stage over more ranks",
     states=("OUT_OF_MEMORY",), pattern="oom[-_]kill|OOM Killed|Out Of Memory|[Ee]xceeded memory limit",
 )  # fmt: skip
 TIME_LIMIT = Diagnosis(
     "time limit", "state `TIMEOUT` or `DEADLINE`: the stage was signaled, and did not save in time", Kind.MACHINE,
-    f"its time limit came on {{nodes}} before it saved; raise minutes or signal_before_limit_seconds of the profile, "
-    f"and {AGAIN}",
+    "its time limit came on {nodes} before it saved: requested {requested}, used {used}; raise minutes or "
+    f"signal_before_limit_seconds of the profile, and {AGAIN}",
     states=("TIMEOUT", "DEADLINE"), attempt=RETRY,
 )  # fmt: skip
 PREEMPTED = Diagnosis(

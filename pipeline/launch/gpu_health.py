@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
 from pipeline.core.errors import Failure
@@ -26,9 +27,9 @@ UNKNOWN = ("n/a", "not supported", "unknown", "requested functionality has been 
 """What it answers, in brackets or not, where a GPU or a driver does not have a field."""
 
 
-def check(node: str) -> Failure | None:
-    """The problem of a GPU of this node, in one sentence; None without one. Without nvidia-smi nothing is known, which
-    a line of the log says."""
+def check(node: str, gpus: Sequence[str]) -> Failure | None:
+    """The problem of one of these GPUs of this node, in one sentence; None without one. Without nvidia-smi nothing is
+    known, which a line of the log says. gpus: their numbers; the others may be another job's."""
     if shutil.which("nvidia-smi") is None:
         print(
             f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked", file=sys.stderr
@@ -36,7 +37,8 @@ def check(node: str) -> Failure | None:
         return None
     fields = list(SOUND)
     while True:
-        command = ["nvidia-smi", f"--query-gpu=index,{','.join(fields)}", "--format=csv,noheader,nounits"]
+        query = f"--query-gpu=index,{','.join(fields)}"
+        command = ["nvidia-smi", f"--id={','.join(gpus)}", query, "--format=csv,noheader,nounits"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             stdout, stderr = process.communicate(timeout=SECONDS)

@@ -31,7 +31,7 @@ from pipeline.core.lease import HEARTBEAT
 from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.graph.run import BODY
-from pipeline.launch import bad_nodes, clean_environment, preflight
+from pipeline.launch import bad_nodes, clean_environment, device_test, preflight
 from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.decision import Decision, Verdict
@@ -47,7 +47,8 @@ MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
 
 @dataclass(frozen=True)
 class JobLimits:
-    """budget: from the recipe. The rest is from the profile; variables: the names of those that it forwards or sets."""
+    """budget: from the recipe. The rest is from the profile; variables: the names of those that it forwards or sets.
+    device_test_share: of the peak of a GPU; 0: its products and the collectives are not tested."""
 
     budget: budget.Limits | None
     restarts: int
@@ -55,6 +56,7 @@ class JobLimits:
     scratch: str | None
     variables: tuple[str, ...] = ()
     avoid_seconds: int = 0
+    device_test_share: float = 0.0
 
 
 def _keys(store: Store, run: str) -> list[str]:
@@ -108,7 +110,7 @@ def run(task: Task, limits: JobLimits) -> str:
             elif companion is not None:
                 companion.close(MLFLOW_OUTCOMES.get(decision, ""), isinstance(outcome, Failure))
 
-        problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
+        problem = _check(task, limits, store, ranks)
         if (stall := standstill(folder)).since > limits.restarts + 1:
             problem = problem or Failure(stall.where, Kind.BUG)
         try:
@@ -117,7 +119,7 @@ def run(task: Task, limits: JobLimits) -> str:
             problem = problem or Failure(
                 f"run.json of {task.run} cannot be read ({error}); restore it, or submit again"
             )
-        if (budget_problem := budget.exceeded(limits.budget, store, keys)) is not None:
+        if (budget_problem := budget.exceeded(limits.budget, store, keys, folder.parent / "hours.json")) is not None:
             problem = problem or Failure(budget_problem, Kind.USER)
         if problem is not None:
             ranks.announce(problem)
@@ -137,10 +139,18 @@ def run(task: Task, limits: JobLimits) -> str:
     return verdict.decision
 
 
+def _check(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> Failure | None:
+    """The problem of a node, by the checks that the ranks make together before a stage."""
+    problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
+    if problem is None and task.gpus and registry.stage(task.stage).trains and limits.device_test_share:
+        problem = device_test.check(ranks, limits.device_test_share * task.peaks.get("bf16", 0.0))
+    return problem
+
+
 def _run_follower(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> str:
     """Runs a rank other than 0. Its process ends with exit code 1 if the launch fails, but not if it is stopped: rank 0
     then still saves, and srun would end it."""
-    problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
+    problem = _check(task, limits, store, ranks)
     if problem is not None:
         print(f"{task.node}: {problem.text}", file=sys.stderr, flush=True)
         ranks.announce(problem)
@@ -345,15 +355,22 @@ def standstill(folder: Path) -> Standstill:
     """Computes the standstill from the events of all attempts at a node."""
     best, since, position = -1.0, 0, "the start"
     ends: list[tuple[str, str | None]] = []
+    launches: list[str] = []
+    outcomes: dict[int, str] = {}
     for event in EventTail(folder / "events.jsonl").read():
         if event["event"] == "attempt":
             since += 1
+            launches.append(str(event.get("launch", "")))
         elif event["event"] == "progress" and event["done"] > best:
             best, since, ends = event["done"], 0, []
             position = f"{event['done']}/{event['total']} {event['unit']}"
         elif event["event"] == "end":
             ends.append((event["outcome"], event.get("kind")))
-    last_outcome = ends[-1][0] if ends else "it was killed"
+            outcomes[len(launches)] = event["outcome"]
+    # what a killed rank 0 could not record, the job's script may have
+    earlier = launches[-2] if len(launches) > 1 else ""
+    verdict = Verdict.read(folder / "ranks" / earlier) if earlier else None
+    last_outcome = outcomes.get(len(launches) - 1) or (verdict.text if verdict else "it was killed")
     text = f"{since - 1} attempts ended at {position} without getting further; of the last one: {last_outcome}"
     repeated = len(ends) > 1 and ends[-1] == ends[-2] and ends[-1][1] == Kind.BUG
     return Standstill(since, text, repeated)

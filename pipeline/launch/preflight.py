@@ -85,8 +85,9 @@ def _gpus(name: str) -> Failure | None:
             f"node {name} has {count} GPUs under /dev, and Slurm gave {len(assigned)}; check the NVIDIA driver",
             bad_node=name,
         )
-    is_first = os.environ.get("SLURM_LOCALID", "0") == "0"  # of the ranks of this node
-    return gpu_health.check(name) if assigned and is_first else None
+    is_first = os.environ.get("SLURM_LOCALID", "0") == "0"  # of the ranks of this node, if all have the same GPUs
+    has_part = len(assigned) < int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    return gpu_health.check(name, assigned) if assigned and (is_first or has_part) else None
 
 
 def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:

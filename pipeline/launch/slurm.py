@@ -97,8 +97,9 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
         limits = JobLimits(
-            budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables, slurm.avoid_seconds
-        )
+            budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables, slurm.avoid_seconds,
+            slurm.device_test_share,
+        )  # fmt: skip
         jobs: dict[str, str] = {}
         keys = (graph.nodes[name].key for name in selected)
         note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)

@@ -141,11 +141,20 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
 
 
 def memory_of(id: str) -> tuple[str, str]:
-    """(memory that a job requested, the most that a task of it used) in the notation of Slurm, from the accounting;
-    empty where it knows none. Raises NoAnswer without accounting."""
-    rows = [row.split("|") for row in run_command("sacct", "-n", "-P", "-o", "ReqMem,MaxRSS", "-j", id).splitlines()]
-    requested = next((row[0] for row in rows if row[0]), "")
-    return requested, max((row[1] for row in rows if len(row) > 1 and row[1]), key=in_bytes, default="")
+    """(memory that a job requested on all of its nodes, the most that a task of it was seen to use) in the notation of
+    Slurm, from the accounting; empty where it knows none. Raises NoAnswer without accounting."""
+    lines = run_command("sacct", "-n", "-P", "-o", "ReqMem,NNodes,MaxRSS", "-j", id).splitlines()
+    rows = [[*line.split("|"), "", ""][:3] for line in lines]
+    requested = next((f"{size} on {nodes} nodes" if nodes != "1" else size for size, nodes, _ in rows if size), "")
+    return requested, max((used for *_, used in rows if used), key=in_bytes, default="")
+
+
+def time_of(id: str) -> tuple[str, str]:
+    """(time limit of a job, time that it ran) in the notation of Slurm, from the accounting; empty where it knows none.
+    Raises NoAnswer without accounting."""
+    rows = run_command("sacct", "-X", "-n", "-P", "-o", "Timelimit,Elapsed", "-j", id).splitlines()
+    limit, _, elapsed = rows[-1].partition("|") if rows else ("", "", "")
+    return limit, elapsed
 
 
 def in_bytes(size: str) -> float:
@@ -189,6 +198,10 @@ class Answers:
         sizes: tuple[str, str] = self._ask(f"memory {id}", lambda: memory_of(id))
         return sizes
 
+    def time_of(self, id: str) -> tuple[str, str]:
+        times: tuple[str, str] = self._ask(f"time {id}", lambda: time_of(id))
+        return times
+
     def first_node(self, nodes: str) -> str:
         return str(self._ask(f"first of {nodes}", lambda: first_node(nodes)))
 
@@ -205,7 +218,9 @@ class Answers:
                 answer = function()
             except NoAnswer as error:
                 answer = error
-            self._kept[question] = (time.monotonic(), answer)
+            now = time.monotonic()
+            self._kept = {key: kept for key, kept in self._kept.items() if now - kept[0] < self.seconds}
+            self._kept[question] = (now, answer)
         if isinstance(answer, NoAnswer):
             raise answer
         return answer

@@ -32,6 +32,7 @@ from pipeline.core.store import Store
 from pipeline.tracking.budget import RESOURCES
 from pipeline.tracking.page import write
 from pipeline.tracking.snapshot import Snapshot, StageView
+from pipeline.tracking.status import HIDDEN
 
 SECONDS = 30.0
 """The time that a command, a web server or a mail server may take."""
@@ -86,10 +87,11 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
     if state in ("failed", "lost", "damaged", "ending"):
         reason = stage.status.message or stage.status.reason or "the cause is not known"
         yield Alert(f"failed {name}", "failed", name, f"stage {name} {state}: {reason}")
-    if state != "running":
+    if state not in ("running", HIDDEN):
         return
     if stalled := _stalled(stage.events, now, limits):
-        yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}")
+        hidden = f"; {stage.status.reason}" if state == HIDDEN else ""
+        yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}{hidden}")
     if curves is None:
         return
     recent = [loss for _, loss in curves.state["recent"]]

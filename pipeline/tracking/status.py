@@ -165,9 +165,10 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
     if row is diagnoses.NOT_LAUNCHED and job.nodes:
         with suppress(NoAnswer):  # the sentence has all nodes then
             fields["nodes"] = (answers or Answers()).first_node(job.nodes)
-    if row is diagnoses.MEMORY:
+    if row in (diagnoses.MEMORY, diagnoses.TIME_LIMIT):
+        answers = answers or Answers()
         with suppress(NoAnswer):  # the sentence has no figures then
-            requested, used = (answers or Answers()).memory_of(job.id)
+            requested, used = (answers.memory_of if row is diagnoses.MEMORY else answers.time_of)(job.id)
             fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
     return row.text(**fields)
 
@@ -250,13 +251,13 @@ def _shards_done(path: Path) -> int:
 
 
 def kept_nodes(run: Run) -> list[str]:
-    """The sentences of jobs' scripts about bad nodes without which their job could not start."""
+    """The sentences of jobs' scripts about bad nodes that their next start does not avoid."""
     sentences = []
     for name in run.jobs():
         for place in (".", "shards", "servers"):
             for path in sorted((run.node_folder(name) / place / "ranks").glob("*-kept")):
                 with suppress(FileNotFoundError, Damaged):
-                    sentences.append(f"{name}: {json_files.read_text(path).strip()}")
+                    sentences += [f"{name}: {line}" for line in json_files.read_text(path).splitlines()]
     return sentences
 
 

@@ -97,9 +97,8 @@ def to_json(value: Any, sort_keys: bool = True) -> bytes:
 
 def require_nodes(artifacts: Mapping[str, Artifact]) -> None:
     """Raises AtomError with the missing nodes that a release requires."""
-    early = set() if "import" in artifacts else {"pretrain", "midtrain", "export-init", "export-mid"}
-    phases = phases_of({*artifacts, *early})
-    models = models_of({*artifacts, *early, "export-base"})
+    phases = phases_of({*artifacts, "pretrain", "midtrain"})
+    models = models_of({*artifacts, "export-init", "export-base", "export-mid"})
     ordered = [phase for phase in phases if phase not in WITHOUT_ORDER]
     required_nodes = ["items", "dedup", "tokenizer", "tokenize", *(f"order-{phase}" for phase in ordered), *phases]
     required_nodes += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]

@@ -161,7 +161,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.assembly.receipts import receipt_path, write_receipts
     from release.assembly.variant_facts import read_variants
     from release.audit import independent_verifier, merkle
-    from release.cards import croissant, render, tables
+    from release.cards import composition, croissant, render, tables
     from release.cards.card_tables import release_facts
     from release.checks.check import BuildContext
     from release.layout import (
@@ -237,6 +237,8 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
     description = croissant.describe_dataset(release, folder / "dataset", data)
     assembly.json(f"dataset/{croissant.NAME}", description, "description of the tables")
+    for name, image in composition.plots(data).items():
+        assembly.write(f"dataset/{name}", image, "plot of the tables of kept documents")
     assembly.write("dataset/README.md", render.data_card(release, data, canary).encode(), CARD_ORIGIN)
     for target, statement in attest.evaluations(folder, release.nodes).items():
         assembly.json(target, statement, "in-toto statement of what was measured")

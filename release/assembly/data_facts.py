@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from release.assembly import message_tables
 from release.assembly.distinct import Distinct
 from release.assembly.document_facts import DocumentFacts, read_document_facts
 from release.assembly.opt_outs import OptOut, read_opt_outs
-from release.assembly.published_tables import read_json, stream_batches
+from release.assembly.published_tables import read_json, stream_batches, stream_rows
 from release.assembly.score_facts import ChatScores, compute_chat_scores, compute_scores
 from release.layout import FILTER_AGREEMENT, when
 from stages.data.table import order_files, row_count
@@ -23,6 +24,8 @@ from stages.evaluation.scores import ModelScores
 
 BATCH = 65536
 """Rows without text that are read together."""
+EXAMPLES, EXAMPLE_ROWS, EXAMPLE_CHARACTERS = 8, 64, 1_000
+"""Sources with an example document, the rows of a table in which it is looked for, and its characters."""
 
 
 @dataclass
@@ -101,7 +104,8 @@ class DataFacts:
     parts. filter_agreement: of the filters with their reference, empty in older releases. opt_outs: of the deny-list.
     documents: licenses, lengths and measures after curation. by_reference: {source: where its files are} of sources
     without published texts; messages: {source: splits} of the tables of conversations; published_reasons: {source that
-    a model wrote from one by reference: why its texts are published}. Phases and models are in the order of
+    a model wrote from one by reference: why its texts are published}; first_documents: {source: (id, beginning of the
+    text)} of the first training document of some sources. Phases and models are in the order of
     training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
@@ -115,6 +119,7 @@ class DataFacts:
     by_reference: dict[str, str] = field(default_factory=dict)
     messages: dict[str, list[str]] = field(default_factory=dict)
     published_reasons: dict[str, str] = field(default_factory=dict)
+    first_documents: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""
@@ -142,7 +147,18 @@ def read_data_facts(dataset: Path) -> DataFacts:
         {name: reference.origin for name, reference in references.read(dataset).items()},
         message_tables.published(dataset),
         dict(references.published_reasons(dataset)),
+        dict(_first_documents(dataset)),
     )
+
+
+def _first_documents(dataset: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """(source, (id, beginning of the text)) of the first sources with a training document near the start of their
+    table."""
+    for source, files in list(data_layout.kept_files(dataset).items())[:EXAMPLES]:
+        rows = islice(stream_rows(files, ["id", "text", "split"], EXAMPLE_ROWS), EXAMPLE_ROWS)
+        first = next((row for row in rows if row["split"] == "train" and row["text"]), None)
+        if first is not None:
+            yield source, (first["id"], first["text"][:EXAMPLE_CHARACTERS])
 
 
 def _read_sources(dataset: Path) -> dict[str, SourceFacts]:

@@ -25,6 +25,7 @@ from release.assembly.variant_facts import VariantFacts, read_variants
 from release.cards import (
     caveats,
     chat_tables,
+    composition,
     document_tables,
     filter_tables,
     harness_tables,
@@ -92,7 +93,7 @@ def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:
 MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("summary", tables.summary, added=5),
     CardTable("caveats_rule", lambda model: [caveats.RULE], added=3, changed=4),
-    CardTable("caveats", caveats.caveat_sentences, added=3, changed=5),
+    CardTable("caveats", caveats.caveat_sentences, added=3, changed=6),
     CardTable("headline", tables.headline, added=5),
     CardTable("evaluation", lambda model: tables.evaluation(model.scores), added=2, changed=5),
     CardTable("samples", lambda model: tables.samples(model.scores), added=2),
@@ -104,7 +105,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("prediction", prediction_tables.outcomes, added=4, changed=5, heading="Prediction and result"),
     CardTable("architecture", tables.architecture, added=2),
     CardTable("parity", tables.parity, added=2),
-    CardTable("context", tables.context, added=2),
+    CardTable("context", tables.context, added=2, changed=6),
     CardTable("tokenizer", tables.tokenizer, added=5),
     CardTable("chat_format", tables.chat_format, added=5),
     CardTable("passkeys", lambda model: tables.passkeys(model.scores), added=2, changed=5),
@@ -112,7 +113,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("retrieval", lambda model: tables.retrieval(model.scores), added=6),
     CardTable("positions", lambda model: tables.positions(model.scores), added=2, changed=5),
     CardTable("experts_by_phase", training_tables.experts_by_phase, added=2, changed=5),
-    CardTable("experts", training_tables.experts, added=2, changed=5),
+    CardTable("experts", training_tables.experts, added=2, changed=6),
     CardTable("experts_verdict", training_tables.verdict, added=2, changed=5),
     CardTable("start", training_tables.start, added=4, changed=5, heading="Where training began", part="training"),
     CardTable(
@@ -136,8 +137,8 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
         "given_away",
         lambda model: memorization_tables.given_away(model.memorization),
         added=4,
-        changed=5,
-        heading="What it gives away",
+        changed=6,
+        heading="Memorization",
     ),
     CardTable(
         "harness",
@@ -150,11 +151,12 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
 """Tables of model.md.jinja that a model repository alone can prove."""
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
-    CardTable("sources", tables.sources, added=2, changed=5),
+    CardTable("sources", tables.sources, added=2, changed=6),
+    CardTable("example_documents", composition.examples, added=6),
     CardTable("removals", tables.funnel, added=5),
     CardTable("funnel", tables.funnel_by_source, added=2, until=5),
     CardTable("order", tables.order, added=2, changed=5),
-    CardTable("packing", tables.packing, added=2, changed=5),
+    CardTable("packing", tables.packing, added=2, changed=6),
     CardTable("long_documents", tables.long_documents, added=2, changed=5),
     CardTable("licenses", tables.license_evidence, added=2, changed=5),
     CardTable("document_licenses", document_tables.licenses, added=4, changed=5, heading="Licenses of the documents"),
@@ -181,7 +183,7 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("shares", lambda release: tables.shares(release.data, release.model.training), added=5),
     CardTable("licenses", lambda release: tables.licenses_in_short(release.data), added=5),
     CardTable("changes", lambda release: tables.changes(release.changes), added=5),
-    CardTable("settings", lambda release: training_tables.settings(release.recipe, release.model), added=5),
+    CardTable("settings", lambda release: training_tables.settings(release.recipe, release.model), added=5, changed=6),
     CardTable(
         "conversations", lambda release: tables.conversations(release.data, release.model.training), added=4, changed=5
     ),

@@ -99,8 +99,8 @@ def _task_sentence(model: ModelFacts) -> Iterator[str]:
     measured = parts(model.chat)
     if measured and "task" in (last := measured[list(measured)[-1]]):
         yield (
-            f"This model does all of what was asked in {with_error(last['task'], 3)} of {count(last['task']['n'])} "
-            "held-out requests. That its answers are preferred to another model's says no more than that."
+            f"This model does all that is asked in {with_error(last['task'], 3)} of {count(last['task']['n'])} "
+            "held-out requests. A win in the comparison of answers does not mean that it does more of them."
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from release.cards.tables import count, table, with_error
 from stages.evaluation.scores import MemorizationScores, Regurgitation
 
-NOT_MEASURED = "Verbatim regurgitation, planted personal data and toxicity: not measured."
-TOXICITY = "Toxicity: not measured, for want of a prompt set and a classifier that are open, small and run offline."
+NOT_MEASURED = "Memorization of training data, planted personal data and toxicity: not measured."
+TOXICITY = "Toxicity: not measured. No prompt set and classifier are open, small and run offline."
 
 
 def given_away(scores: MemorizationScores | None) -> list[str]:
@@ -23,10 +23,10 @@ def _regurgitation(scores: MemorizationScores) -> list[str]:
         for seen, row in sorted(strata.items(), key=lambda pair: int(pair[0].split("-")[0]))
     ]
     return [
-        f"Verbatim regurgitation: the first {count(scores['prefix_tokens'])} tokens of a document, continued greedily "
-        f"by {count(scores['continuation_tokens'])}. Identical: share of documents whose own text comes out, with "
-        "Wilson's 95 % interval. Matching: tokens before the first other one, ± standard error. Held-out documents, "
-        "which no phase trained on, are the baseline:",
+        f"The model gets the first {count(scores['prefix_tokens'])} tokens of a document and continues greedily by "
+        f"{count(scores['continuation_tokens'])}. Identical: the share of documents that it continues verbatim, with "
+        "Wilson's 95 % interval. Matching tokens: those before the first that differs, ± standard error. Held-out "
+        "documents, which no phase trained on, are the baseline:",
         "",
         *table(["source", "times seen", "documents", "identical", "matching tokens"], body),
     ]

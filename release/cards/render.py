@@ -15,7 +15,7 @@ from release import schema
 from release.assembly.data_facts import DataFacts
 from release.assembly.message_tables import FOLDER as MESSAGES
 from release.assembly.variant_facts import VariantFacts
-from release.cards import card_tables
+from release.cards import card_tables, composition
 from release.cards.card_tables import ReleaseFacts
 from release.layout import numbered
 from release.schema import ReleaseInfo
@@ -191,6 +191,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         measured=bool(data.documents.languages or data.documents.scores),
         generated=any(row.generated for row in data.sources.values()),
         earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
+        composition=bool(composition.amounts(data)) and composition.NAME,
         canary=canary and canary["canary"],
         chat=bool(data.chat),
         t=texts,

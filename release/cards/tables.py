@@ -264,9 +264,11 @@ def context(model: ModelFacts) -> list[str]:
     """The context length and the position encoding, from config.json."""
     rope = dict(model.rope)
     body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
-    body += [["base of the rotary embedding", f"{rope.pop('rope_theta'):,.10g}"]]
+    if "sliding_window" in model.config:
+        body += [["tokens that every other layer sees, from the first on", count(model.config["sliding_window"])]]
+    body += [["RoPE base (`rope_theta`)", f"{rope.pop('rope_theta'):,.10g}"]]
     kind = rope.pop("rope_type", "default")
-    body += [["scaling of the rotary embedding", "none" if kind == "default" else kind]]
+    body += [["RoPE scaling", "none" if kind == "default" else kind]]
     body += [[f"{kind}: {key.replace('_', ' ')}", number(value)] for key, value in sorted(rope.items())]
     return table(["what", "value"], body)
 
@@ -293,7 +295,7 @@ def sources(data: DataFacts) -> list[str]:
         split, tokens = row.by_split, sum(row.tokens.values())
         counts = [row.documents_in, row.kept, split.get("heldout", 0), row.bytes_kept, tokens]
         body.append([name, *map(count, counts)])
-    return table(["source", "documents in", "kept", "of these held out", "bytes kept", "tokens"], body)
+    return table(["source", "documents read", "kept", "of these held out", "bytes kept", "tokens"], body)
 
 
 def shares(data: DataFacts, phases: Iterable[str]) -> list[str]:
@@ -408,7 +410,7 @@ def packing(data: DataFacts) -> list[str]:
         if (packing := part.packing) is not None:
             sizes = [count(number) for number in (packing.rows, packing.sequence_length, packing.tokens)]
             body.append([phase, *sizes, f"{100 * packing.fill:.2f} %"])
-    return table(["phase", "rows", "tokens of a row", "tokens predicted", "filled"], body) if body else []
+    return table(["phase", "rows", "sequence length", "tokens predicted", "filled"], body) if body else []
 
 
 def long_documents(data: DataFacts) -> list[str]:

@@ -50,7 +50,7 @@ def experts(model: ModelFacts) -> list[str]:
             f"{entropy / math.log(len(loads)):.3f}", ", ".join(dead) or "none",
         ])  # fmt: skip
     head = ["layer", "least busy expert, of a fair share", "busiest expert, of a fair share", "router entropy, nats"]
-    return table([*head, "of the largest possible", "dead experts"], body)
+    return table([*head, "entropy, of its maximum", "dead experts"], body)
 
 
 def verdict(model: ModelFacts) -> list[str]:
@@ -115,20 +115,20 @@ def _loads(measurement: Facts) -> list[list[float]]:
 
 SETTINGS = {
     "steps": ("steps",),
-    "tokens of a row": ("sequence_length",),
-    "tokens of a step": ("batch", "global_tokens"),
+    "sequence length": ("sequence_length",),
+    "global batch, tokens": ("batch", "global_tokens"),
     "peak learning rate": ("optimizer", "lr"),
-    "last learning rate": ("optimizer", "final_lr"),
+    "final learning rate": ("optimizer", "final_lr"),
     "warm-up steps": ("optimizer", "warmup_steps"),
     "weight decay": ("optimizer", "weight_decay"),
     "Adam β1": ("optimizer", "beta1"),
     "Adam β2": ("optimizer", "beta2"),
-    "largest gradient norm": ("optimizer", "clip"),
+    "gradient clipping, norm": ("optimizer", "clip"),
     "last layers in bf16, the others in NVFP4": ("bf16_layers",),
     "format of published weights": ("weight_format",),
-    "requests of a step": ("prompts_per_step",),
-    "answers to a request": ("num_generations",),
-    "longest answer, tokens": ("sampling", "max_new_tokens"),
+    "prompts of a step": ("prompts_per_step",),
+    "generations of a prompt": ("num_generations",),
+    "max new tokens": ("sampling", "max_new_tokens"),
     "β of the preference loss": ("beta",),
 }
 """{title: the place of a setting in the section of a phase}"""

@@ -12,7 +12,7 @@ from release.assembly.data_facts import canary_of, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
 from release.assembly.variant_facts import read_variants
-from release.cards import card_tables, croissant, plot, render, results
+from release.cards import card_tables, composition, croissant, plot, render, results
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Absent, Findings, require_comparable, require_file
 from release.checks.scores import score_problems
@@ -113,6 +113,9 @@ def rendered_cards(build: BuildContext) -> Findings:
             suffix, build.release, variant
         ):
             findings.problems.append(f"{VARIANT}{suffix}/README.md is not what the artifacts give")
+    for name, image in composition.plots(build.data).items():
+        if (build.folder / "dataset" / name).read_bytes() != image:
+            findings.problems.append(f"dataset/{name} is not what the tables of documents give")
     if (build.folder / "dataset/README.md").read_text() != render.data_card(build.release, build.data, build.canary):
         findings.problems.append("dataset/README.md is not what the artifacts give")
     return findings

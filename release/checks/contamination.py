@@ -24,7 +24,10 @@ def contamination_report(build: BuildContext) -> Findings | None:
         return Findings(["there is no contamination report; run the stage contamination"])
     report = read_json(path)
     recall, splits = report["detector"]["recall"], {name: dict(counts) for name, counts in report["items"].items()}
-    text = f"{recall['found']} of {recall['planted']} planted items found; verdicts {splits}"
+    verdicts = "; ".join(
+        f"{split}: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}" for split, counts in splits.items()
+    )
+    text = f"{recall['found']} of {recall['planted']} planted items found; {verdicts}"
     problems = []
     if recall["planted"] < MIN_PLANTED:
         problems.append(

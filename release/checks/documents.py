@@ -22,6 +22,8 @@ from release.checks.rows import Rows, equals, repeated_ids, text_batches
 from stages.data.splits import SPLITS
 
 UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
+MOST_NAMED = 12
+"""The maximum number of licenses that a summary names."""
 MOST_PROBLEMS = 10_000
 """The maximum number of problems that a check collects."""
 
@@ -30,7 +32,9 @@ def licenses(subject: Subject) -> Findings:
     """Checks that every document has a license, including removed ones."""
     expressions: set[str] = set()
     problems = list(islice(_unlicensed(subject.folder, expressions), MOST_PROBLEMS))
-    return Findings(problems, summary=f"every document has a license: {', '.join(sorted(expressions))}")
+    names = sorted(expressions)
+    rest = f" and {len(names) - MOST_NAMED} further expressions" if len(names) > MOST_NAMED else ""
+    return Findings(problems, summary=f"every document has a license: {', '.join(names[:MOST_NAMED])}{rest}")
 
 
 def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ TABLES = frozenset({".gguf", ".parquet", ".png", ".safetensors"})
 NAMES = frozenset({"LICENSE", "NOTICE", "Makefile", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
 SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed", ".js", ".css"})
 """Further kinds that are allowed in `code/` and for the second verifier, which only a release's evidence has."""
-PAGE_FILES = re.compile(rf"{SITE}/(index\.html|(search|outputs|contamination|lineage)/[A-Za-z0-9_.-]+\.js)")
+PAGE_FILES = re.compile(rf"{SITE}/(index\.html|(search|outputs|contamination|lineage|replays)/[A-Za-z0-9_.-]+\.js)")
 """The page and its parts, which only a release's evidence has; a browser runs them. The check `page` makes them again
 where all files of the release are there."""
 TEXT_BYTES = 64 << 20

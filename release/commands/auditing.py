@@ -58,7 +58,7 @@ def verify(
     ] = None,
     timestamp_authority: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="the root certificate of a timestamp authority that is trusted; repeatable"),
+        typer.Option(metavar="FILE", help="the root certificate of a trusted timestamp authority; repeatable"),
     ] = None,
     retracted: Annotated[
         str | None,
@@ -157,8 +157,8 @@ def trace(
 ) -> None:
     """Trace a step, a document or a text of a release.
 
-    A step leads to its documents, and of reinforcement learning to tasks, answers and rewards; a document, a task or a
-    text leads to steps and checkpoints.
+    A step leads to its documents, a step of reinforcement learning also to tasks, answers and rewards; a document, a
+    task or a text leads to steps and checkpoints.
 
     Example: atom trace runs/releases/atom-tiny-0.1.0 --step 100 --phase pretrain
     """

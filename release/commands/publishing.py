@@ -44,7 +44,7 @@ def build(
 
 @app.command()
 def site(release: ReleaseArgument) -> None:
-    """Write the page of a release for people.
+    """Write the web page of a release.
 
     `atom build` has written it. This command makes it again, after an update of atom: `site/index.html` opens in any
     browser, without a server and without a network. `atom verify` compares it with the other files of the release.
@@ -79,7 +79,7 @@ def sign(
     timestamp_url: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", help="an authority of RFC 3161 that says when it saw the signature; needed once a key ends"
+            metavar="URL", help="an RFC 3161 timestamp authority: it proves when a key that expires has signed"
         ),
     ] = None,
 ) -> None:
@@ -133,7 +133,8 @@ def publish(
     """Upload a release to the Hub.
 
     The repositories are private until all are uploaded, pulled back and verified; --public then makes them public.
-    HF_ENDPOINT and HF_TOKEN are respected.
+    HF_ENDPOINT and HF_TOKEN are respected. The page of the release becomes a static Space, which also shows the
+    certificates of replays in RELEASE.replays/.
 
     Example: atom publish runs/releases/atom-tiny-0.1.0 --to my-organization
     """
@@ -165,7 +166,7 @@ def retract(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would change, and change nothing")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Take documents of a published release back.
+    """Retract documents of a published release.
 
     Their texts leave every file; the branches on the Hub are rewritten, their history is squashed, and the old LFS
     objects are deleted. A tombstone stays. An interrupted run is finished by the same command. Without --models every

@@ -34,9 +34,7 @@ def keys(
         typer.Option(metavar="TIME", help="of --revoke: what the key signed from then on is void; default: now"),
     ] = None,
     reason: Annotated[str, typer.Option(help="of --revoke")] = "not stated",
-    expires: Annotated[
-        str | None, typer.Option(metavar="TIME", help="of --add and --to: until when the key signs")
-    ] = None,
+    expires: Annotated[str | None, typer.Option(metavar="TIME", help="of --add and --to: when the key expires")] = None,
 ) -> None:
     """Show or extend the history of a signer's keys.
 

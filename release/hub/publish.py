@@ -2,8 +2,8 @@
 
 1. private repositories, filled in commits of at most 50 files, the checksum file of each last; the missing files of a
 public repository go to a staging branch (see `upload`); 2. everything pulled back into a temporary folder and verified,
-moved from the staging branches, and tagged; 3. only then, and only with `--public`, public in the order data,
-checkpoints, models, collection.
+moved from the staging branches, and tagged; the page, as a Space (see `space`); 3. only then, and only with
+`--public`, public in the order data, checkpoints, models, Space, collection.
 
 Each changing call is recorded in `<release>.publish.jsonl` beside the release. No other state is kept: a second run
 uploads only the differences to the Hub, so it finishes an interrupted publication.
@@ -11,7 +11,6 @@ uploads only the differences to the Hub, so it finishes an interrupted publicati
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.hub.client import api, endpoint, parsing, translate_errors
 from pipeline.hub.remote import RemoteRepository
 from release import schema, scratch
+from release.audit.replay.certificates import read_certificates
 from release.audit.verify import verify
-from release.hub.pull import pull
+from release.hub.pull import pull, remove_client_files
+from release.hub.space import publish_space
 from release.hub.upload import Destination, Journal, Progress, Published
 from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE
 from release.repositories import repositories
@@ -32,8 +33,8 @@ from release.signing import ANYONE, Trust
 
 @dataclass(frozen=True)
 class PublishReport:
-    """A finished publication. tag: of its version. repositories: in the order of `repositories`. collection: its slug,
-    if the release is public."""
+    """A finished publication. tag: of its version. repositories: in the order of `repositories`, then the Space if the
+    release has a page. collection: its slug, if the release is public."""
 
     endpoint: str
     namespace: str
@@ -57,8 +58,9 @@ def publish(
 
     acknowledge: names of stale nodes, and `dirty` for a changed checkout, that may be made public anyway.
 
-    Raises AtomError for a refused token, an unreachable endpoint, another namespace than the release's, or a version
-    that is published with different bytes; CheckFailed if the release, or its copy pulled from the Hub, is not valid.
+    Raises AtomError for a refused token, an unreachable endpoint, another namespace than the release's, a version that
+    is published with different bytes, or a certificate of a replay that is not about the release; CheckFailed if the
+    release, or its copy pulled from the Hub, is not valid.
     """
     release = release.resolve()
     if not (release / RELEASE).is_file():
@@ -67,10 +69,11 @@ def publish(
     verify(release).require()
     release_info = schema.read_release(release)
     _require_publishable(release_info, namespace, public, acknowledge)
+    certificates = read_certificates(release)
     with translate_errors("asking who the token belongs to"):
         api().whoami()
 
-    tag, journal = f"v{release_info.version}", Journal(release.with_name(f"{release.name}.publish.jsonl"))
+    tag, journal = release_info.tag, Journal(release.with_name(f"{release.name}.publish.jsonl"))
     destinations = []
     for repository in repositories(release):
         remote = RemoteRepository(repository.id(namespace, release_info.name), repository.kind)
@@ -86,9 +89,12 @@ def publish(
         destination.tag_main(row.commit)
     for destination in destinations:
         destination.clear_staging()
+    space = publish_space(release, release_info, certificates, journal, progress)
+    published += [space] if space else []
     collection = None
     if public:
         mains = [destination.remote for destination in destinations if destination.branch == "main"]
+        mains += [RemoteRepository(space.repo, space.kind)] if space else []
         _make_public(mains, journal, progress)
         collection = _make_collection(mains, f"{release_info.title} {release_info.version}", namespace, journal)
     return PublishReport(endpoint(), namespace, tag, public, published, collection)
@@ -124,8 +130,7 @@ def _verify_published(
         for destination, revision in sorted(pairs, key=lambda pair: pair[0].repository.folder):
             progress(f"pulling back {revision.repo}@{revision.revision}")
             pull(destination.remote, revision.commit, copy / destination.repository.folder)
-        for leftover in [*copy.rglob(".cache"), *copy.rglob(".gitattributes")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        remove_client_files(copy)
         progress("verifying what was pulled back")
         key = release / PUBLIC_KEY
         verdict = verify(copy, trust=Trust(str(key)) if key.exists() else ANYONE)

@@ -32,6 +32,12 @@ def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
     return target
 
 
+def remove_client_files(folder: Path) -> None:
+    """Removes the files that the Hub and its client add to a pulled repository."""
+    for leftover in [*folder.rglob(".cache"), *folder.rglob(".gitattributes")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
 def pull_named(name: str, target: Path) -> Path:
     """Downloads `namespace/name[@revision]`, a model or else a dataset, into `target`. Returns `target`.
 

@@ -129,7 +129,8 @@ class Destination:
         remote = self.remote
         with translate_errors(f"creating {remote.id}"):
             if not remote.exists():
-                api().create_repo(remote.id, repo_type=remote.kind, private=True, exist_ok=True)
+                sdk = "static" if remote.kind == "space" else None
+                api().create_repo(remote.id, repo_type=remote.kind, private=True, exist_ok=True, space_sdk=sdk)
                 self.journal.write("create_repo", repo=remote.id, kind=remote.kind, private=True)
             private = remote.is_private()
             branches = self._branches()

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from pipeline.hub.client import api, parsing, translate_errors
 from pipeline.hub.remote import RemoteRepository
+from release.hub.space import space_of
 from release.hub.upload import Destination, Journal, Progress
 from release.repositories import repositories
 from release.retraction.tombstone import Tombstone
@@ -21,6 +22,10 @@ DESCRIPTION = 150
 
 def preview(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> Iterator[str]:
     """What `update` would change on the Hub."""
+    space = space_of(info)
+    with translate_errors(f"reading {space.id}"):
+        if space.exists():
+            yield f"{space.id}, the Space of the page, would be deleted"
     for destination in _destinations(release, info, tombstone):
         remote, branch = destination.remote, destination.branch
         with translate_errors(f"reading {remote.id}"):
@@ -33,6 +38,7 @@ def preview(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> Iterator[
 def update(release: Path, info: ReleaseInfo, tombstone: Tombstone, progress: Progress) -> Iterator[str]:
     """Brings every changed branch to the state of the folder, and leaves no way to its old files. Yields a sentence for
     each. Repeats nothing that is done already."""
+    yield from _delete_space(space_of(info), _journal(release))
     published: dict[str, RemoteRepository] = {}
     for destination in _destinations(release, info, tombstone):
         remote, branch = destination.remote, destination.branch
@@ -55,6 +61,15 @@ def update(release: Path, info: ReleaseInfo, tombstone: Tombstone, progress: Pro
         _update_collections(info, tombstone, _journal(release))
 
 
+def _delete_space(space: RemoteRepository, journal: Journal) -> Iterator[str]:
+    """Deletes the Space of the page, whose search has the texts: a retracted release has no page."""
+    with translate_errors(f"deleting {space.id}"):
+        if space.exists():
+            api().delete_repo(space.id, repo_type=space.kind)
+            journal.write("delete_repo", repo=space.id, kind=space.kind)
+            yield f"{space.id}, the Space of the page, is deleted"
+
+
 def _journal(release: Path) -> Journal:
     return Journal(release.with_name(f"{release.name}.publish.jsonl"))
 
@@ -63,7 +78,7 @@ def _destinations(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> lis
     changed = {row.folder for row in tombstone.repositories}
     return [
         Destination(
-            release, place, RemoteRepository(place.id(info.namespace, info.name), place.kind), f"v{info.version}",
+            release, place, RemoteRepository(place.id(info.namespace, info.name), place.kind), info.tag,
             _journal(release),
         )
         for place in repositories(release)
@@ -118,14 +133,14 @@ def _delete_lfs(remote: RemoteRepository, journal: Journal) -> Iterator[str]:
 
 
 def _update_collections(info: ReleaseInfo, tombstone: Tombstone, journal: Journal) -> None:
-    """Takes removed models out of the collection of the release, and says in its description what happened."""
+    """Takes removed models and the Space out of the release's collection, whose description says what happened."""
     client = api()
     with translate_errors("updating the collection"):
         title = f"{info.title} {info.version}"
         collections: list[Any] = [row for row in _collections(client, info.namespace) if row.title == title]
         for collection in collections:
             for item in client.get_collection(collection.slug).items:
-                if item.item_id in tombstone.removed:
+                if item.item_id in (*tombstone.removed, space_of(info).id):
                     client.delete_collection_item(collection.slug, item.item_object_id, missing_ok=True)
             client.update_collection_metadata(
                 collection.slug, description=f"Retracted in part: {tombstone.sentence}"[:DESCRIPTION]

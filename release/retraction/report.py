@@ -10,7 +10,8 @@ SHOWN = 20
 def text(retraction: Retraction) -> str:
     tombstone = retraction.tombstone
     would = "would be " if retraction.dry_run else ""
-    lines = [f"{tombstone.count} documents of {tombstone.release} {would}taken back:"]
+    documents = "document" if tombstone.count == 1 else "documents"
+    lines = [f"{tombstone.count} {documents} of {tombstone.release} {would}retracted:"]
     lines += [f"  {document.id} ({document.found})" for document in tombstone.documents[:SHOWN]]
     if (others := tombstone.count - SHOWN) > 0:
         lines.append(f"  and {others} more")

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.core import atomic_files
 from release.assembly import message_tables
 from release.audit import merkle
+from release.cards.composition import is_example_of
 from release.data_layout import ATTRIBUTION
 from release.layout import ROOTS, SITE, SUMS
 from release.repositories import files_below
@@ -160,7 +161,12 @@ def _rewrite_lines(path: Path, reached: Reached) -> None:
 def _rewrite_text(path: Path, reached: Reached) -> None:
     content = path.read_bytes()
     needles = [needle for needle in _encoded(reached) if needle in content]
-    if needles and path.name == CARD:
+    if path.name == CARD:
+        lines = content.decode().splitlines(keepends=True)
+        left = "".join(line for line in lines if not any(is_example_of(line, id) for id in reached.found)).encode()
+        if left == content and not needles:
+            return
+        content = left
         for needle in needles:
             content = content.replace(needle, b"[taken back]")
         atomic_files.write(path, content)

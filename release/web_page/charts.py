@@ -1,9 +1,10 @@
-"""Line charts as inline SVG, with axes, ticks and a legend, or as SVG files. Colors are those of the style sheet."""
+"""Line charts, with axes, ticks and a legend, as inline SVG or SVG files, and bars as inline SVG. Colors are those of
+the style sheet."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -15,6 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 34
 TITLE = 22
 """Height of the title of a file."""
 COLORS = 8
+BAR, NAMES, VALUES, NAME_CHARACTERS = 20, 150, 104, 24
+"""Of bars: the height of a row, the widths of names and of values, and the characters of a name."""
 MOST_SERIES = 2 * COLORS
 """Lines of one chart; further ones are counted in the legend. Those after COLORS are dashed."""
 
@@ -101,6 +104,30 @@ def _drawing(shown: Sequence[Series], x_label: str, logarithmic: bool) -> Markup
         )
     )
     return Markup("").join(parts)
+
+
+def bars(title: str, rows: Mapping[str, int], unit: str) -> Markup:
+    """A figure with a bar, its value and its share for each row; the first row is the largest. Nothing without rows."""
+    total = sum(rows.values())
+    if not total:
+        return Markup()
+    largest, height = max(rows.values()), BAR * len(rows)
+    parts = Markup("").join(
+        Markup(
+            '<text class="name" x="0" y="{}">{}</text><rect class="filled" x="{}" y="{}" width="{}" height="{}"/>'
+            '<text class="tick" x="{}" y="{}">{} · {}</text>'
+        ).format(
+            BAR * n + 14, escaped(name, NAME_CHARACTERS), NAMES, BAR * n + 4, round(length, 1), BAR - 8,
+            round(NAMES + length + 5, 1), BAR * n + 14, short(value), f"{value / total:.1%}",
+        )
+        for n, (name, value) in enumerate(rows.items())
+        for length in [max(1.0, value / largest * (WIDTH - NAMES - VALUES))]
+    )  # fmt: skip
+    words = "; ".join(f"{name} {short(value)}" for name, value in rows.items())
+    return Markup(
+        '<figure class="chart"><figcaption><b>{}</b> <small>{}</small></figcaption>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg></figure>'
+    ).format(escaped(title, 80), unit, WIDTH, height, escaped(f"{title}: {words}", 600), parts)
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,18 @@ def read_curves(log: Path) -> PhaseCurves:
         phase.experts = line if "experts" in line else phase.experts
         phase.tokens = line.get("tokens", phase.tokens)
         if "heldout_loss" in line:
-            phase.heldout.append((phase.tokens, line["heldout_loss"]))
+            _append(phase.heldout, (phase.tokens, line["heldout_loss"]))
         if "generated" in line:
             for kind, value in line.get("validation", {}).items():
-                phase.validation.setdefault(kind, []).append((line["generated"], value))
+                _append(phase.validation.setdefault(kind, []), (line["generated"], value))
     return phase
+
+
+def _append(points: list[tuple[float, float]], point: tuple[float, float]) -> None:
+    """Adds a point to those of an axis; each second one goes where there are too many, never the last."""
+    points.append(point)
+    if len(points) > 2 * BUCKETS:
+        del points[-2::-2]
 
 
 def phase_charts(phase: PhaseCurves) -> list[Markup]:

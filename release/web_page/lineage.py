@@ -16,6 +16,10 @@ from release.schema import ReleaseInfo
 from release.web_page.script_parts import PartWriter
 
 COLUMN, ROW, BOX, MARGIN = 166, 32, 144, 8
+MOST_ALIKE = 6
+"""Boxes of one stage in a column of the graph; more of them are one box, whose artifacts a click lists."""
+PRODUCTS = "lineage/products"
+"""The part with all artifacts."""
 FILES_PER_PART = 2_000
 STATEMENTS = "evidence/statements"
 
@@ -61,35 +65,53 @@ def read_products(folder: Path, release: ReleaseInfo) -> dict[str, Product]:
     return {product.node: product for product in sorted(products.values(), key=lambda each: each.node)}
 
 
-def for_page(products: Mapping[str, Product]) -> dict[str, list[Any]]:
-    """{node: [stage, key, digest, statement, [[role, node], …], seconds, failed attempts]}"""
-    return {
+def write_products(products: Mapping[str, Product], parts: PartWriter) -> None:
+    """Writes the part with {node: [stage, key, digest, statement, [[role, node], …], seconds, failed attempts]}, and
+    the artifacts of each box of the graph that stands for several."""
+    rows = {
         node: [p.stage, p.key, p.digest, p.statement, sorted(p.inputs.items()), round(p.seconds, 1), p.failed]
         for node, p in products.items()
     }
+    groups = {box: nodes for box, nodes in _boxes(products)[0].items() if len(nodes) > 1}
+    parts.write(PRODUCTS, {"products": rows, "groups": groups})
+
+
+def _boxes(products: Mapping[str, Product]) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """({box: its artifacts}, {artifact: its column}) of the graph, without checkpoints."""
+    drawn = {node: p for node, p in products.items() if not p.checkpoint}
+    depth = _depths(drawn)
+    alike: dict[tuple[int, str], list[str]] = {}
+    for node in sorted(drawn):
+        alike.setdefault((depth[node], drawn[node].stage), []).append(node)
+    boxes: dict[str, list[str]] = {}
+    for (column, stage), nodes in alike.items():
+        if len(nodes) > MOST_ALIKE and stage:
+            boxes[f"{stage}: {len(nodes)} in column {column + 1}"] = nodes
+        else:
+            boxes |= {node: [node] for node in nodes}
+    return boxes, depth
 
 
 def drawing(products: Mapping[str, Product]) -> Markup:
     """The graph as SVG: what was made later stands to the right of what it was made from. Checkpoints are not drawn;
     they are listed at their phase. Each box is a link that the page's script handles."""
-    drawn = {node: p for node, p in products.items() if not p.checkpoint}
-    depth = _depths(drawn)
+    drawn, depth = _boxes(products)
+    box_of = {node: box for box, nodes in drawn.items() for node in nodes}
     columns: dict[int, list[str]] = {}
-    for node in sorted(drawn, key=lambda node: (depth[node], node)):
-        columns.setdefault(depth[node], []).append(node)
+    for box in sorted(drawn):
+        columns.setdefault(depth[drawn[box][0]], []).append(box)
+    inputs = {
+        box: sorted({box_of[i] for node in nodes for i in products[node].inputs.values() if i in box_of} - {box})
+        for box, nodes in drawn.items()
+    }
     places: dict[str, tuple[float, float]] = {}
     for number, column in sorted(columns.items()):
-        order = sorted(column, key=lambda node: (_height(drawn[node], places), node))
-        for row, node in enumerate(order):
-            places[node] = MARGIN + number * COLUMN, MARGIN + row * ROW
+        order = sorted(column, key=lambda box: (_height(inputs[box], places), box))
+        for row, box in enumerate(order):
+            places[box] = MARGIN + number * COLUMN, MARGIN + row * ROW
     height = MARGIN + ROW * max((len(column) for column in columns.values()), default=1)
-    edges = Markup("").join(
-        _edge(places[source], places[node], source, node)
-        for node, product in drawn.items()
-        for source in sorted(set(product.inputs.values()))
-        if source in places
-    )
-    boxes = Markup("").join(_box(node, *places[node]) for node in drawn)
+    edges = Markup("").join(_edge(places[source], places[box], source, box) for box in drawn for source in inputs[box])
+    boxes = Markup("").join(_box(box, len(nodes), *places[box]) for box, nodes in drawn.items())
     width = MARGIN + COLUMN * (max(columns, default=0) + 1)
     return Markup('<svg id="graph" width="{}" height="{}" viewBox="0 0 {} {}">{}{}</svg>').format(
         width, height, width, height, edges, boxes
@@ -110,9 +132,9 @@ def _depths(products: Mapping[str, Product]) -> dict[str, int]:
     return depth
 
 
-def _height(product: Product, places: Mapping[str, tuple[float, float]]) -> float:
-    """The mean height of a product's inputs."""
-    heights = [places[node][1] for node in product.inputs.values() if node in places]
+def _height(inputs: list[str], places: Mapping[str, tuple[float, float]]) -> float:
+    """The mean height of a box's inputs."""
+    heights = [places[box][1] for box in inputs if box in places]
     return sum(heights) / len(heights) if heights else 0.0
 
 
@@ -124,12 +146,13 @@ def _edge(start: tuple[float, float], end: tuple[float, float], source: str, nod
     )
 
 
-def _box(node: str, x: float, y: float) -> Markup:
-    label = node if len(node) <= 21 else f"{node[:20]}…"
+def _box(node: str, artifacts: int, x: float, y: float) -> Markup:
+    name = node if artifacts == 1 else f"{artifacts} × {node.partition(':')[0]}"
+    label = name if len(name) <= 21 else f"{name[:20]}…"
     return Markup(
-        '<a class="box" href="#lineage" data-node="{}" aria-label="artifact {}"><rect x="{}" y="{}" width="{}" '
+        '<a class="box" href="#lineage" data-node="{}" aria-label="{}"><rect x="{}" y="{}" width="{}" '
         'height="24" rx="5"/><text x="{}" y="{}">{}</text></a>'
-    ).format(node, node, x, y, BOX, x + 8, y + 16, label)
+    ).format(node, name if artifacts > 1 else f"artifact {node}", x, y, BOX, x + 8, y + 16, label)
 
 
 def write_files(folder: Path, parts: PartWriter) -> int:

@@ -78,20 +78,29 @@ function hubAddress(path) {
   const [top, ...rest] = path.split("/");
   const escaped = (names) => names.map(encodeURIComponent).join("/");
   const view = /(\.[A-Za-z0-9]+|(^|\/)[A-Z][A-Za-z0-9]+)$/.test(path) ? "blob" : "tree"; // NOTICE and LICENSE are files
-  const hub = "https://huggingface.co/", name = DATA.repository;
-  if (top === "dataset") return `${hub}datasets/${name}-data/${view}/main/${escaped(rest)}`;
-  if (top === "checkpoints") return `${hub}${name}-checkpoints/${view}/${escaped(/-step-\d+$/.test(rest[0]) ? rest : ["main", ...rest])}`;
-  if (/^model(-|$)/.test(top)) return `${hub}${name}${top.slice(5)}/${view}/main/${escaped(rest)}`;
-  if (/^variant-/.test(top)) return `${hub}${name}${top.slice(7)}/${view}/main/${escaped(rest)}`;
-  return `${hub}datasets/${name}-evidence/${view}/main/${escaped([top, ...rest])}`;
+  const address = (repository, names) => `https://huggingface.co/${repository}/${view}/${escaped(names)}`;
+  const name = DATA.repository, tag = DATA.tag; // a later version of the release moves `main`, and not the tag
+  if (top === "dataset") return address(`datasets/${name}-data`, [tag, ...rest]);
+  if (top === "checkpoints") return address(`${name}-checkpoints`, /-step-\d+$/.test(rest[0]) ? rest : [tag, ...rest]);
+  if (/^model(-|$)/.test(top)) return address(`${name}${top.slice(5)}`, [tag, ...rest]);
+  if (/^variant-/.test(top)) return address(`${name}${top.slice(7)}`, [tag, ...rest]);
+  return address(`datasets/${name}-evidence`, [tag, top, ...rest]);
 }
 
 function fileLink(path, text = path) {
   const local = "../" + path.split("/").map(encodeURIComponent).join("/");
-  return make("a", { class: "file", href: onHub ? hubAddress(path) : local }, foreign(text));
+  const link = make("a", { class: "file", href: local, "data-path": path }, foreign(text));
+  if (onHub) leadToHub(link);
+  return link;
 }
 
-if (onHub) for (const link of document.querySelectorAll("a.file[data-path]")) link.href = hubAddress(link.dataset.path);
+function leadToHub(link) { // in a tab of its own: the Hub shows a Space in a frame, and none of its own pages in one
+  link.href = hubAddress(link.dataset.path);
+  link.target = "_blank";
+  link.rel = "noopener";
+}
+
+if (onHub) for (const link of document.querySelectorAll("a.file[data-path]")) leadToHub(link);
 
 // --- search ---
 
@@ -350,20 +359,49 @@ if (DATA.contamination.items) {
   });
 }
 
+// --- replays by others ---
+
+async function showReplays() {
+  const list = byId("replay-rows"), status = byId("replay-status");
+  try {
+    const rows = await part("replays/record");
+    const on = `${DATA.repository}-page`;
+    status.textContent = rows.length ? `${plural(rows.length, "certificate")}.`
+      : onHub ? "No certificate was sent so far." : `None is in this copy, which was sealed before anybody replayed it; the Space ${on} on the Hub has those that came later.`;
+    byId("replay-table").hidden = !rows.length;
+    for (const [name, result, phase, first, last, verdict, tensors, differ, environment] of rows) {
+      const file = make("a", { href: `replays/${encodeURIComponent(name)}.json` }, name);
+      list.append(make("tr", {}, make("th", { scope: "row" }, file), make("td", { class: result === "FAILED" ? "failed" : result === "PASSED" ? "ok" : "" }, result.toLowerCase()),
+        make("td", {}, `${phase}, ${count(first)} to ${count(last)}`), make("td", {}, foreign(verdict)),
+        make("td", { class: "number" }, `${count(tensors - differ)} of ${count(tensors)}`), make("td", {}, make("code", {}, environment.slice(0, 19)))));
+    }
+    document.body.dataset.replays = rows.length;
+  } catch (error) {
+    status.textContent = error.message;
+  }
+}
+showReplays();
+
 // --- lineage ---
 
 const graph = byId("graph");
 let allFiles = null;
 
-function upstream(node, found = new Set()) {
-  const left = [node];
+function upstream(products, nodes) {
+  const found = new Set(), left = [...nodes];
   while (left.length) {
     const next = left.pop();
-    if (found.has(next) || !Object.hasOwn(DATA.products, next)) continue;
+    if (found.has(next) || !Object.hasOwn(products, next)) continue;
     found.add(next);
-    left.push(...DATA.products[next][4].map(([, input]) => input));
+    left.push(...products[next][4].map(([, input]) => input));
   }
   return found;
+}
+
+function artifactButton(node) {
+  const button = make("button", { class: "link", type: "button" }, node);
+  button.addEventListener("click", () => choose(node));
+  return button;
 }
 
 async function files() {
@@ -374,18 +412,37 @@ async function files() {
   return allFiles;
 }
 
-async function choose(node) {
-  if (!Object.hasOwn(DATA.products, node)) return;
-  const [stage, key, digest, statement, inputs, seconds, failed] = DATA.products[node];
-  const found = upstream(node);
+async function choose(node) { // an artifact, or a box of the graph that stands for several
+  const panel = byId("product");
+  let products, groups;
+  try {
+    ({ products, groups } = await part("lineage/products"));
+  } catch (error) {
+    panel.hidden = false;
+    panel.replaceChildren(error.message);
+    return;
+  }
+  const members = Object.hasOwn(groups, node) ? groups[node] : [node];
+  if (!Object.hasOwn(products, members[0])) return;
+  const found = upstream(products, members);
+  const isOn = (box) => (Object.hasOwn(groups, box) ? groups[box] : [box]).some((each) => found.has(each));
+  const isChosen = (box) => box === node || (Object.hasOwn(groups, box) && groups[box].includes(node));
   graph.classList.add("dim");
   for (const box of graph.querySelectorAll(".box")) {
-    box.classList.toggle("on", found.has(box.dataset.node));
-    box.classList.toggle("chosen", box.dataset.node === node);
+    box.classList.toggle("on", isOn(box.dataset.node));
+    box.classList.toggle("chosen", isChosen(box.dataset.node));
   }
-  for (const edge of graph.querySelectorAll(".edge")) edge.classList.toggle("on", found.has(edge.dataset.to));
-  const place = [...graph.querySelectorAll(".box")].find((box) => box.dataset.node === node)?.querySelector("rect");
+  for (const edge of graph.querySelectorAll(".edge")) edge.classList.toggle("on", isOn(edge.dataset.to) && isOn(edge.dataset.from));
+  const place = graph.querySelector(".box.chosen rect");
   if (place) graph.parentElement.scrollLeft = Number(place.getAttribute("x")) - graph.parentElement.clientWidth / 2;
+  panel.hidden = false;
+  if (members.length > 1) {
+    const choices = make("ul", { class: "text" }, ...members.map((each) => make("li", {}, artifactButton(each))));
+    panel.replaceChildren(make("h3", { tabindex: "-1" }, plural(members.length, "artifact")), choices);
+    document.body.dataset.product = node;
+    return;
+  }
+  const [stage, key, digest, statement, inputs, seconds, failed] = products[node];
   const list = make("dl");
   const row = (name, ...value) => list.append(make("dt", {}, name), make("dd", {}, ...value));
   row("stage", stage || "not stated");
@@ -394,16 +451,10 @@ async function choose(node) {
   row("statement", statement ? fileLink(statement) : "none");
   row("manifest", fileLink(`evidence/manifests/${node}.json`));
   row("took", `${count(seconds)} s${failed ? `, after ${plural(failed, "failed attempt")}` : ""}`);
-  const sources = inputs.map(([role, input]) => {
-    const button = make("button", { class: "link", type: "button" }, input);
-    button.addEventListener("click", () => choose(input));
-    return Object.hasOwn(DATA.products, input) ? [`${role}: `, button] : [`${role}: ${input}`];
-  });
+  const sources = inputs.map(([role, input]) => (Object.hasOwn(products, input) ? [`${role}: `, artifactButton(input)] : [`${role}: ${input}`]));
   row("made from", ...(sources.length ? sources.flatMap((each, n) => (n ? [make("br"), ...each] : each)) : ["no other artifact"]));
   row("all before it", `${found.size - 1}`);
-  const box = byId("product");
-  box.hidden = false;
-  box.replaceChildren(make("h3", { tabindex: "-1" }, node), list);
+  panel.replaceChildren(make("h3", { tabindex: "-1" }, node), list);
   try {
     const here = (await files()).filter(([, origin]) => origin === node);
     const shown = here.slice(0, 40).flatMap(([path], n) => (n ? [make("br"), fileLink(path)] : [fileLink(path)]));

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from release.assembly.checkpoint_facts import Checkpoint, read_checkpoints
 from release.assembly.data_facts import DataFacts, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
-from release.cards import card_tables, caveats, tables
+from release.cards import card_tables, caveats, composition, tables
 from release.layout import GATES, MODEL, REFERENCES, STANDARDS, when
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
@@ -30,6 +31,8 @@ from release.web_page.script_parts import embedded
 from stages.evaluation.scores import pass_at_1
 
 FOLDER = Path(__file__).parent
+STARTS = 40
+"""Starts of training that the page lists, the last ones."""
 SCRIPT, STYLE, TEMPLATE = "page.js", "page.css", "page.html.jinja"
 
 
@@ -99,6 +102,7 @@ def render(facts: PageFacts) -> str:
     )
     environment.globals |= {
         "file": file_link, "count": tables.count, "short": charts.short, "shown": escaped,
+        "breakable": _breakable,
     }  # fmt: skip
     return environment.get_template(TEMPLATE).render(
         facts=facts,
@@ -114,6 +118,7 @@ def render(facts: PageFacts) -> str:
         caveats=_caveats(facts),
         measured=_measured(facts),
         sources=_sources(facts),
+        composition=[charts.bars(title, rows, "tokens") for title, rows in composition.amounts(facts.data).items()],
         seen=markdown_html.blocks(
             tables.order(facts.data),
             {tables.title(phase, tables.PHASES): f"dataset/order/{phase}/meta.json" for phase in facts.data.order},
@@ -133,6 +138,11 @@ def render(facts: PageFacts) -> str:
     )
 
 
+def _breakable(name: str) -> Markup:
+    """A name that a narrow window breaks after a slash or an underscore only."""
+    return Markup("<wbr>").join(re.split("(?<=[/_])", escaped(name, 80)))
+
+
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -143,12 +153,12 @@ def _embedded_data(facts: PageFacts) -> dict[str, Any]:
     phases, items = facts.contamination
     return {
         "repository": facts.release.repository,
+        "tag": facts.release.tag,
         "phases": facts.phases,
         "checkpoints": [[row.phase, row.step] for row in facts.checkpoints],
         "models": sorted(trained, key=lambda row: when(row[0])),
         "outputs": [vars(row) for row in facts.outputs],
         "contamination": {"phases": phases, "items": items, "perPart": ITEMS_PER_PART},
-        "products": lineage.for_page(facts.products),
         "fileParts": facts.file_parts,
     }
 
@@ -239,7 +249,7 @@ MODEL_SHOWN = {
     "preferences": "Which answers the preference reward prefers", "reward_parts": "Parts of the preference reward",
     "passkeys": "Keys found in texts of each length", "retrieval": "Tasks in long texts",
     "positions": "Bits per token by position",
-    "prediction": "Prediction and result", "given_away": "What it gives away of its training data",
+    "prediction": "Prediction and result", "given_away": "Memorization: the training data that it repeats",
     "harness": "Task sets of lm-evaluation-harness", "samples": "What was measured", "architecture": "Architecture",
     "context": "Context", "parity": "The export against the trainer", "start": "Where training began",
 }  # fmt: skip
@@ -336,7 +346,11 @@ def _starts(facts: PageFacts) -> Markup:
                 tables.count(replayed.get("lines") or 0), tables.count(replayed.get("deviating") or 0),
             ]  # fmt: skip
             rows.append([node, *cells, file_link(product.statement, "statement")])
-    return markdown_html.table(rows) if len(rows) > 1 else Markup()
+    if len(rows) < 2:
+        return Markup()
+    left_out = len(rows) - 1 - STARTS
+    note = f"{tables.count(left_out)} starts before these are in the statements" if left_out > 0 else ""
+    return markdown_html.table([rows[0], *rows[1:][-STARTS:]]) + markdown_html.blocks(filter(None, [note]))
 
 
 def _cost(facts: PageFacts) -> Markup:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, CheckFailed
 from release import scratch
 from release.assembly.build_release import write_checksums
 from release.layout import RETRACTED, SIGNATURE, SITE, SUMS
@@ -16,7 +16,8 @@ from release.web_page import site_files
 def rewrite(release: Path, progress: Callable[[str], None] = lambda text: None) -> bool:
     """Returns whether the page changed.
 
-    Raises AtomError if the release is signed and the page would change, and if documents were taken back from it.
+    Raises AtomError if the release is signed and the page would change, and if documents were taken back from it;
+    CheckFailed if a file of it is damaged.
     """
     if (release / RETRACTED).exists():
         raise AtomError(
@@ -24,7 +25,12 @@ def rewrite(release: Path, progress: Callable[[str], None] = lambda text: None) 
         )
     with scratch.folder() as folder:
         progress("reading the release")
-        site_files.write(release, folder / SITE)
+        try:
+            site_files.write(release, folder / SITE)
+        except (ValueError, KeyError, TypeError) as error:  # of a damaged file
+            raise CheckFailed(
+                f"{release} cannot be read ({type(error).__name__}); `atom verify {release}` names the damaged files"
+            ) from error
         if not any(site_files.differences(release / SITE, folder / SITE)) and (release / SUMS).exists():
             return False
         if (release / SIGNATURE).exists():

@@ -4,6 +4,7 @@
     site/search/*.js      the index of the kept documents
     site/outputs/*.js     the outputs of every evaluation item
     site/contamination/*.js, site/lineage/*.js
+    site/replays/record.js the record of replays by others, which is empty in a release: its Space has a later one
 
 All of it follows from the other files of the release, byte for byte.
 """
@@ -19,6 +20,9 @@ from release.layout import SITE
 from release.web_page import lineage, outputs, page, search_index
 from release.web_page.script_parts import PartWriter
 
+RECORD = "replays/record"
+"""The part with the rows of `release.audit.replay.certificates`."""
+
 
 def write_index(release: Path, out: Path) -> None:
     """Writes index.html and the parts other than the search into a folder."""
@@ -29,7 +33,8 @@ def write_index(release: Path, out: Path) -> None:
         outputs.write_contamination(release, parts),
         lineage.write_files(release, parts),
     )
-    out.mkdir(parents=True, exist_ok=True)
+    parts.write(RECORD, [])
+    lineage.write_products(facts.products, parts)
     (out / "index.html").write_text(page.render(facts), encoding="utf-8")
 
 

@@ -95,7 +95,7 @@ def attach(
                 continue
             rows, columns = module.weight.shape
             linear = record.setdefault(key, LinearRecord(columns, rows, name=f"{key[0]} {key[1]}", seed=seed))
-            module._forward_impl = _product(recipe, module.tp_group, linear)  # type: ignore[method-assign]
+            module._forward_impl = _product(recipe, module.tp_group, linear)
     return record
 
 

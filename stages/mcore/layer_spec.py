@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from stages.mcore import megatron_cpu_patches
+from stages.mcore.attention_sinks import attend_with_sinks
 from stages.mcore.megatron_imports import (
     AttnMaskType,
     MegatronModule,
@@ -23,6 +24,7 @@ from stages.mcore.megatron_imports import (
     get_num_layers_to_build,
     get_transformer_layer_offset,
     gpt_layer_specs,
+    is_layer_window_attention,
     parallel_state,
 )
 from stages.mcore.qkv import SelfAttention
@@ -66,7 +68,7 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
         if packed or not engine:
             spec.submodules.self_attention.module = SelfAttention
-            has_kernel = engine and config.context_parallel_size == 1
+            has_kernel = engine and config.context_parallel_size == 1 and config.softmax_type == "vanilla"
             spec.submodules.self_attention.submodules.core_attention = EngineAttention if has_kernel else Attention
         return spec
 
@@ -84,16 +86,23 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
 
 class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
     """PyTorch's, marked so that its gradient is summed over sequence-parallel ranks (Megatron's local one refuses
-    sequence parallelism). On a CPU in fp32, where PyTorch has no kernel, its bits from fewer passes over memory."""
+    sequence parallelism). On a CPU in fp32, where PyTorch has no kernel, its bits from fewer passes over memory.
+    With an offset it computes in fp32, and multiplies by offset + weight: by 1 + weight for norms around zero."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel
+        self.offset = 1 if config.layernorm_zero_centered_gamma else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            return Norm.apply(x, x, self.weight, self.eps)
-        return super().forward(x)
+        if self.offset is None:
+            return self._normed(x, self.weight)
+        return self._normed(x.float(), self.offset + self.weight.float()).to(x.dtype)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+            return Norm.apply(x, x, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class Norm(torch.autograd.Function):  # type: ignore[misc]
@@ -121,7 +130,8 @@ class Norm(torch.autograd.Function):  # type: ignore[misc]
 
 
 class Attention(MegatronModule):  # type: ignore[misc]
-    """Causal grouped-query attention with PyTorch's fused kernels, which never store the scores of a whole row.
+    """Causal grouped-query attention with PyTorch's fused kernels, which never store the scores of a whole row. As
+    Megatron's configuration has it, a query of some layers sees a window of the latest keys, and heads have sinks.
 
     Rows are padded on the right, so causality alone masks padding for every real position. Under context parallelism a
     rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal attention; it gathers
@@ -130,9 +140,19 @@ class Attention(MegatronModule):  # type: ignore[misc]
     [3, batch, complete row] with the ends of its prefix, which several documents of a row may share.
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **_: Any
+    ) -> None:  # fmt: skip
         super().__init__(config=config)
         self.scale = softmax_scale
+        is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if is_windowed else None
+        """Keys that a query sees at most, its own among them."""
+        self.softmax_offset: torch.nn.Parameter | None = None
+        """The sinks of this tensor rank's heads."""
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None = None, *_: Any, **__: Any
@@ -144,11 +164,13 @@ class Attention(MegatronModule):  # type: ignore[misc]
         tables = self.config.rows.of(starts, q.shape[0], q.device)
         if self.config.context_parallel_size > 1:
             k, v = GatherSlices.apply(k), GatherSlices.apply(v)
-        if tables.prefixes is not None and not Attention.takes_documents(self, q):
-            return bucketed_attention(q, k, v, tables, self.scale)
-        if not self.takes_documents(q):
+        has_sinks = self.softmax_offset is not None
+        if tables.prefixes is not None and (has_sinks or not Attention.takes_documents(self, q)):
+            return bucketed_attention(q, k, v, tables, self.scale, self.window, self.softmax_offset)
+        if has_sinks or not self.takes_documents(q):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-            return causal_attention(q, k, v, tables, self.scale).permute(2, 0, 1, 3).flatten(2)
+            out = causal_attention(q, k, v, tables, self.scale, self.window, self.softmax_offset)
+            return out.permute(2, 0, 1, 3).flatten(2)
         batch = q.shape[1]
         documents = tables.documents(batch)
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
@@ -168,7 +190,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
         assert kernel is not None
         return kernel(
             q, k, v, documents.queries, documents.keys, documents.longest, documents.longest, scale=self.scale,
-            window_size=(-1, 0),
+            window_size=(-1 if self.window is None else self.window - 1, 0),
         )  # fmt: skip
 
 
@@ -194,11 +216,15 @@ class EngineAttention(Attention):
     """The same by Transformer Engine's kernels for rows of variable length, on one context rank. Documents with a
     prefix have fewer queries than keys, and go by PyTorch's."""
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **settings: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **settings: Any
+    ) -> None:  # fmt: skip
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        super().__init__(config, softmax_scale)
-        self.kernel = TEDotProductAttention(config=config, softmax_scale=softmax_scale, **settings)
+        super().__init__(config, softmax_scale, layer_number)
+        self.kernel = TEDotProductAttention(
+            config=config, layer_number=layer_number, softmax_scale=softmax_scale, **settings
+        )
 
     def takes_documents(self, q: torch.Tensor) -> bool:
         return True
@@ -218,44 +244,50 @@ class EngineAttention(Attention):
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None, window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention by slices of queries; q: [batch, heads, this rank's share of a row, dim]; k, v: of complete rows."""
-    out = []
-    for number, queries in enumerate(q.split([count for count, _, _ in tables.slices], 2)):
-        _, first, end = tables.slices[number]
-        mask = tables.mask(number, q.dtype)
+    out, slices = [], tables.slices(window)
+    for number, queries in enumerate(q.split([count for count, _, _ in slices], 2)):
+        _, first, end = slices[number]
         keys, values = (x[:, :, first:end] for x in (k, v))
-        if not (shares := shares_keys(queries, mask)):
-            keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
-        out.append(F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale,
-            enable_gqa=shares,
-        ))  # fmt: skip
+        out.append(attend(queries, keys, values, tables.mask(number, q.dtype, window), scale, sinks))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
 def bucketed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None, window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention of documents that share prefixes, by batches of like length; arguments and result as those of
     `Attention.forward`."""
     length, batch = q.shape[:2]
     q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [tokens of all rows, heads, dim]
-    buckets, place = tables.buckets(batch, q.dtype)
+    buckets, place = tables.buckets(batch, q.dtype, window)
     out = []
     for bucket in buckets:
         queries, keys, values = (
             x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
             for x, index in ((q, bucket.queries), (k, bucket.keys), (v, bucket.keys))
         )
-        if not (shares := shares_keys(queries, bucket.mask)):
-            keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scale, enable_gqa=shares
-        )
+        attended = attend(queries, keys, values, bucket.mask, scale, sinks)
         out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
     return torch.cat(out).index_select(0, place).unflatten(0, (batch, length)).transpose(0, 1).contiguous()
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """One call of a kernel; arguments and result as those of `attend_with_sinks`. sinks: None without any."""
+    if sinks is not None:
+        return attend_with_sinks(q, k, v, sinks, mask, scale)
+    if not (shares := shares_keys(q, mask)):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shares
+    )
 
 
 def shares_keys(q: torch.Tensor, mask: torch.Tensor | None) -> bool:

@@ -14,6 +14,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.fusions.fused_bias_geglu import quick_gelu  # noqa: E402
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
@@ -25,6 +26,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel.layers import RowParallelLinear  # noqa: E402
 from megatron.core.transformer.cuda_graphs import delete_cuda_graphs  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
@@ -33,6 +35,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
+from megatron.core.transformer.utils import is_layer_window_attention  # noqa: E402
 
 __all__ = [
     "AttnMaskType",
@@ -49,6 +52,7 @@ __all__ = [
     "RotaryEmbedding",
     "RouterReplay",
     "RouterReplayAction",
+    "RowParallelLinear",
     "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
@@ -62,6 +66,8 @@ __all__ = [
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
     "gpt_layer_specs",
+    "is_layer_window_attention",
     "parallel_state",
+    "quick_gelu",
     "tensor_parallel",
 ]

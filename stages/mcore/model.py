@@ -26,7 +26,7 @@ from stages.mcore.precision import keywords
 from stages.mcore.rope import frequencies, megatron_yarn
 from stages.mcore.row_tables import RowTables
 from stages.mcore.sliced_loss import mask_padding
-from stages.mcore.tensor_sharding import boxes, cut, is_cut
+from stages.mcore.tensor_sharding import boxes, cut, is_copied
 from stages.models.base import ModelConfig, Precision
 
 
@@ -133,8 +133,8 @@ def build(
                     router.model_layer = layer.model_layer
         for name, parameter in named_tensors([chunk]):
             # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
-            # gradient norm counts the parts of tensor rank 0 only.
-            parameter.tensor_model_parallel = is_cut(name)
+            # gradient norm counts those of tensor rank 0 only.
+            parameter.tensor_model_parallel = not is_copied(name)
         chunk.layout, chunk.real_vocab_size = layout, vocab_size or padded_vocab_size
         if vocab_size is not None and chunk.post_process:
             chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
-_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 
 _RENAMED = {
     # Megatron's HybridModel
@@ -37,15 +37,26 @@ CUT_MATRICES = (
     ".linear_proj.weight",
     ".linear_fc1.weight",
     ".linear_fc2.weight",
+    ".in_proj.weight",
+    ".conv1d.weight",
+    ".out_proj.weight",
     "output_layer.weight",
 )
 """Endings of the names of matrices that tensor parallelism cuts."""
-WHOLE_MATRICES = (".router.weight", ".linear_q_down_proj.weight", ".linear_kv_down_proj.weight")
+WHOLE_MATRICES = (".router.weight", ".gate_weight", ".linear_q_down_proj.weight", ".linear_kv_down_proj.weight")
 """Endings of the names of matrices that each tensor rank has whole."""
 CUT_FACTORS = (".linear_qkv.lora_B", ".linear_proj.lora_A", ".linear_fc1.lora_B", ".linear_fc2.lora_A")
 """Endings of the names of an adapter's factors that tensor parallelism cuts; it leaves the others whole."""
 MATRICES = (*CUT_MATRICES, *WHOLE_MATRICES)
 """Endings of the names of all matrices."""
+CUT_BIASES = (".linear_qkv.bias", ".linear_fc1.bias", ".softmax_offset")
+"""Endings of the names of biases, and of the attention sinks of heads, that tensor parallelism cuts."""
+CUT_VECTORS = (*CUT_BIASES, ".dt_bias", ".A_log")
+"""Endings of the names of these, and of what the decay of linear attention has for each head."""
+VECTORS = (*CUT_BIASES, ".linear_proj.bias", ".linear_fc2.bias", ".router.bias")
+"""Endings of the names of all biases and sinks, which are zero at first."""
+INTO_THE_STREAM = (".linear_proj.weight", ".linear_fc2.weight", ".out_proj.weight")
+"""Endings of the names of matrices that write into the residual stream: their columns are cut."""
 
 
 def global_name(local: str, layers: Sequence[int] | None = None, first_expert: int = 0) -> str:
@@ -60,5 +71,5 @@ def global_name(local: str, layers: Sequence[int] | None = None, first_expert: i
         name = _LAYER.sub(lambda m: f"decoder.layers.{layers[int(m[1])]}.", name)
     for megatron, ours in _RENAMED.items():
         name = name.replace(megatron, ours)
-    name = _GROUPED.sub(lambda m: f"mlp.experts.local_experts.{m[2]}.{m[1]}.weight", name)
+    name = _GROUPED.sub(lambda m: f"mlp.experts.local_experts.{m[3]}.{m[1]}.{m[2]}", name)
     return _EXPERT.sub(lambda m: f"mlp.experts.local_experts.{int(m[1]) + first_expert}.", name)

@@ -57,14 +57,20 @@ class Tables:
         if self.local_starts is not None and self.local_starts.dim() == 3:
             assert context == 1, "context ranks hold parts of rows"
             self.local_starts, self.prefixes = self.local_starts[0], self.local_starts[1:]
-        self._masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self._slices: dict[int | None, list[tuple[int, int, int]]] = {}
+        self._masks: dict[tuple[int, torch.dtype, int | None], torch.Tensor] = {}
         self._documents: dict[int, Documents] = {}
-        self._buckets: dict[torch.dtype, tuple[list[Bucket], torch.Tensor]] = {}
+        self._buckets: dict[tuple[torch.dtype, int | None], tuple[list[Bucket], torch.Tensor]] = {}
 
     @cached_property
     def _on_device(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         starts = None if self.local_starts is None else gpu.upload(self.local_starts, self.device)
         return gpu.upload(self.positions, self.device), starts
+
+    @property
+    def device_starts(self) -> torch.Tensor | None:
+        """`local_starts` on the device."""
+        return self._on_device[1]
 
     @cached_property
     def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,36 +87,45 @@ class Tables:
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
-    @cached_property
-    def slices(self) -> list[tuple[int, int, int]]:
+    def slices(self, window: int | None = None) -> list[tuple[int, int, int]]:
         """(queries, first key, end of keys) of each slice of queries. It sees no keys beyond its last position, and
-        none before its first document. The CPU's kernel also computes masked scores, so this saves almost half of the
-        work of long rows; a GPU's does not, and takes a row that is one document whole."""
-        whole = self.device.type != "cpu" and self.local_starts is None and self.context == 1
-        parts = self.positions.split(self.length if whole else SLICE)
-        starts = [None] * len(parts) if self.local_starts is None else self.local_starts.split(SLICE, 1)
-        return [
-            (len(part), 0 if start is None else int(start.min()), int(part.max()) + 1)
-            for part, start in zip(parts, starts, strict=True)
-        ]
+        none before its first document or the window of its first position. The CPU's kernel also computes masked
+        scores, so this saves almost half of the work of long rows; a GPU's does not, and takes a row that is one
+        document whole. window: maximum keys that a query sees; None: all."""
+        if window not in self._slices:
+            whole = self.device.type != "cpu" and self.local_starts is None and self.context == 1 and window is None
+            parts = self.positions.split(self.length if whole else SLICE)
+            starts = [None] * len(parts) if self.local_starts is None else self.local_starts.split(SLICE, 1)
+            self._slices[window] = [
+                (
+                    len(part),
+                    max(0 if start is None else int(start.min()), int(part.min()) + 1 - window if window else 0),
+                    int(part.max()) + 1,
+                )
+                for part, start in zip(parts, starts, strict=True)
+            ]
+        return self._slices[window]
 
-    def mask(self, number: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def mask(self, number: int, dtype: torch.dtype, window: int | None = None) -> torch.Tensor | None:
         """What to add to the scores of a slice: 0 or minus infinity, [queries, keys] or [batch, 1, queries, keys]; None
         if it is plainly causal. Autograd keeps masks: with it all layers share them."""
-        count, first, end = self.slices[number]
-        if self.local_starts is None and end == count:
+        slices = self.slices(window)
+        count, first, end = slices[number]
+        if self.local_starts is None and end == count and (window is None or end <= window):
             return None
-        if (number, dtype) in self._masks:
-            return self._masks[number, dtype]
+        if (number, dtype, window) in self._masks:
+            return self._masks[number, dtype, window]
         positions, starts = self._on_device
-        begin = sum(queries for queries, _, _ in self.slices[:number])
+        begin = sum(queries for queries, _, _ in slices[:number])
         key = torch.arange(first, end, device=self.device)
         seen = positions[begin : begin + count, None] >= key
+        if window is not None:
+            seen = seen & (positions[begin : begin + count, None] - key < window)
         if starts is not None:
             seen = (seen & (starts[:, begin : begin + count, None] <= key))[:, None]
         mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, -torch.inf)
         if torch.is_grad_enabled():
-            self._masks[number, dtype] = mask
+            self._masks[number, dtype, window] = mask
         return mask
 
     def documents(self, batch: int) -> Documents:
@@ -142,14 +157,18 @@ class Tables:
         queries, keys = (gpu.upload(x.int(), self.device) for x in (bounds, keys))
         return Documents(queries, keys, longest, gathered)
 
-    def buckets(self, batch: int, dtype: torch.dtype) -> tuple[list[Bucket], torch.Tensor]:
+    def buckets(
+        self, batch: int, dtype: torch.dtype, window: int | None = None
+    ) -> tuple[list[Bucket], torch.Tensor]:  # fmt: skip
         """The documents of `batch` rows by length, for kernels that take rows of one length; and the place of each
-        position in the queries of all buckets side by side."""
-        if dtype not in self._buckets:
-            self._buckets[dtype] = self._make_buckets(self.documents(batch), dtype)
-        return self._buckets[dtype]
+        position in the queries of all buckets side by side. window: maximum keys that a query sees; None: all."""
+        if (dtype, window) not in self._buckets:
+            self._buckets[dtype, window] = self._make_buckets(self.documents(batch), dtype, window)
+        return self._buckets[dtype, window]
 
-    def _make_buckets(self, documents: Documents, dtype: torch.dtype) -> tuple[list[Bucket], torch.Tensor]:
+    def _make_buckets(
+        self, documents: Documents, dtype: torch.dtype, window: int | None
+    ) -> tuple[list[Bucket], torch.Tensor]:  # fmt: skip
         assert documents.gathered is not None, "the documents have prefixes"
         count, total = (x.cpu().long().diff() for x in (documents.queries, documents.keys))
         prefix = total - count
@@ -171,10 +190,13 @@ class Tables:
             place[queries[real]] = (offset + torch.arange(real.numel()).view(real.shape))[real]
             offset += real.numel()
             mask = None
-            if before:
+            is_windowed = window is not None and before + longest > window
+            if before or is_windowed:
                 if bool((ahead == ahead[0]).all()):
                     ahead = ahead[:1]
                 seen = (key <= before + query[:, None]) & (key >= ahead[:, :, None])
+                if is_windowed:
+                    seen &= before + query[:, None] - key < window
                 mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
                 mask = gpu.upload(mask, self.device)
             buckets.append(Bucket(gpu.upload(queries, self.device), gpu.upload(keys, self.device), mask))

@@ -10,7 +10,15 @@ from __future__ import annotations
 import torch
 
 from stages.mcore.megatron_imports import parallel_state
-from stages.mcore.param_names import BUFFERS, CUT_FACTORS, CUT_MATRICES, WHOLE_MATRICES
+from stages.mcore.param_names import (
+    BUFFERS,
+    CUT_FACTORS,
+    CUT_MATRICES,
+    CUT_VECTORS,
+    INTO_THE_STREAM,
+    VECTORS,
+    WHOLE_MATRICES,
+)
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dimension of the full tensor."""
@@ -31,23 +39,29 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
     full_box = tuple((0, n) for n in shape)
     if size == 1 or not is_cut(name):
         return (full_box,)
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight", "linear_proj.lora_A", "linear_fc2.lora_A")):
+    if name.endswith((*INTO_THE_STREAM, "linear_proj.lora_A", "linear_fc2.lora_A")):
         n = shape[1] // size
         return ((full_box[0], (rank * n, (rank + 1) * n)),)
-    blocks = 2 if name.endswith(("linear_fc1.weight", "linear_fc1.lora_B")) else 1  # gate above up, each cut separately
+    blocks = 2 if ".linear_fc1." in name else 1  # gate above up, each cut separately
     block, n = shape[0] // blocks, shape[0] // blocks // size
     return tuple(((b * block + rank * n, b * block + (rank + 1) * n), *full_box[1:]) for b in range(blocks))
 
 
 def is_cut(name: str) -> bool:
     """Whether tensor parallelism cuts the tensor of that global name. Raises ValueError for a name without a rule."""
-    if name.endswith(("layernorm.weight", *WHOLE_MATRICES, *BUFFERS)):
-        return False
+    if name.endswith((*CUT_MATRICES, *CUT_VECTORS)):
+        return True
     if name.endswith((".lora_A", ".lora_B")):
         return name.endswith(CUT_FACTORS)
-    if not name.endswith(CUT_MATRICES):
+    if not name.endswith(("norm.weight", *WHOLE_MATRICES, *BUFFERS, *VECTORS)):
         raise ValueError(f"there is no rule for the cut of {name}; add one to stages/mcore/tensor_sharding.py")
-    return True
+    return False
+
+
+def is_copied(name: str) -> bool:
+    """Whether tensor ranks hold the same of the tensor of that global name: not of one that is cut, nor of whole
+    experts, of which each rank has its own."""
+    return not is_cut(name) and (".experts." not in name or _expert_tensor_size() > 1)
 
 
 def cut(full: torch.Tensor, parts: tuple[Box, ...]) -> torch.Tensor:

@@ -12,28 +12,37 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from stages.mcore.param_names import MATRICES
+from stages.mcore.param_names import INTO_THE_STREAM, MATRICES, VECTORS
 from stages.models.base import ModelConfig
 
 
 def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
     """The whole initial fp32 tensor of that global name.
 
-    Ones for norms, zeros for biases of experts, otherwise normal with standard deviation `init_std`, divided by
-    sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling). Of an adapter, B is zero and A
-    uniform up to 1 / sqrt(its columns), as PEFT draws it.
+    Ones for norms (zeros where 1 is added to them), zeros for biases and sinks, otherwise normal with standard
+    deviation `init_std`, divided by sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling).
+    A gated delta net starts as Megatron's: ones for the biases of the decay, its rates uniform from 1 to 16, and a
+    convolution as PyTorch's.
+    Of an adapter, B is zero and A uniform up to 1 / sqrt(its columns), as PEFT draws it.
     """
     if name.endswith("layernorm.weight"):
+        return torch.zeros(shape) if model.zero_centered_norms else torch.ones(shape)
+    if name.endswith(("out_norm.weight", ".dt_bias")):
         return torch.ones(shape)
-    if name.endswith(("expert_bias", ".lora_B")):
+    if name.endswith(("expert_bias", ".lora_B", *VECTORS)):
         return torch.zeros(shape)
     if name.endswith(".lora_A"):
         bound = 1 / math.sqrt(shape[1])
         return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
+    if name.endswith(".A_log"):
+        return torch.empty(shape).uniform_(1.0, 16.0, generator=_generator(name, seed)).log_()
+    if name.endswith(".conv1d.weight"):
+        bound = 1 / math.sqrt(shape[-1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
     if not name.endswith(MATRICES):
         raise ValueError(f"there is no rule for the initial weights of {name}; add one to stages/mcore/weight_init.py")
     std = model.init_std
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    if name.endswith(INTO_THE_STREAM):
         std /= math.sqrt(2 * model.layers)
     return torch.empty(shape).normal_(0.0, std, generator=_generator(name, seed))
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Flag, Range
-from pipeline.core.stage import Config, Renamed, added, operational
+from pipeline.core.stage import Config, LongContext, Renamed, added, operational
 from stages.mcore.parallel_layout import Layout
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
 
@@ -34,6 +34,10 @@ Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", 
 PositiveCount = Annotated[int, Range(1, 1e15)]
 MOST_PARAMETERS = 10**14
 """Maximum parameters of a model; the largest published ones have 2e12."""
+LONG_CONTEXT = 2**17
+"""Tokens for which `atom plan` states the cache."""
+CACHE_WIDTH = 2
+"""Bytes of a number in that cache: bf16."""
 Turns = Annotated[float, Range(0, 1e4, above=True)]
 
 
@@ -99,6 +103,8 @@ class ModelConfig(Config, ABC):
     yarn: Yarn | None = added(None, "YaRN scaling of the rotary frequencies; null: none")
     stated_parameters: StatedParameters | None = operational(None, "expected parameter counts; null: not checked")
 
+    zero_centered_norms: ClassVar[bool] = False
+    """Whether the norms around and in an attention layer multiply by 1 + weight, so that weights start as zeros."""
     spec_module: ClassVar[str]
     """The module that defines SPEC, the architecture's ModelSpec."""
     yarn_scales_heads: ClassVar[bool] = False
@@ -167,14 +173,24 @@ class ModelConfig(Config, ABC):
     def describe(self) -> str:
         """The sizes in words."""
 
-    def cache_bytes(self, size: int, ranks: int) -> int:
-        """Bytes of keys and values that a token leaves on each of so many tensor ranks while a model generates, at
-        most. size: bytes of a number."""
-        return sum(a.layers * -(-a.heads // ranks) * (a.qk + a.v) for a in self.attention()) * size
+    def cache_bytes(self, size: int, ranks: int, tokens: int) -> int:
+        """Bytes that the model keeps of a text of so many tokens on each of so many tensor ranks while it generates:
+        keys and values, or what stands for them. size: bytes of a number."""
+        return size * sum(a.cached(tokens, ranks) for a in self.attention())
+
+    def full_attention(self) -> list[AttentionCost]:
+        """The attention layers if each kept keys and values of all its heads and tokens: what `long_context` compares
+        with. The default leaves out windows."""
+        return [replace(a, window=None) for a in self.attention()]
 
     def inner_widths(self) -> dict[str, int]:
         """The widths inside of a layer, by name."""
         return {}
+
+    def layout_obstacle(self, layout: Layout) -> str | None:
+        """The setting of a layout in which the model cannot be trained, as a sentence that starts with it; None without
+        one. What `split_sizes` states is not repeated."""
+        return None
 
     def export_obstacle(self) -> str | None:
         """The property of the model that its class in transformers cannot express, in one sentence; None without
@@ -186,6 +202,17 @@ class ModelConfig(Config, ABC):
     def flops_per_token(self, padded_vocab_size: int, sequence_length: int) -> float:
         """Training FLOPs of one token in rows of that length, by `stages.models.costs.training_flops`."""
         return training_flops(self.matrices(padded_vocab_size), self.attention(), sequence_length)
+
+    def long_context(self, padded_vocab_size: int) -> LongContext:
+        """What a text of LONG_CONTEXT tokens costs, beside the same matrices with `full_attention`."""
+        full = self.full_attention()
+        return LongContext(
+            LONG_CONTEXT,
+            self.cache_bytes(CACHE_WIDTH, 1, LONG_CONTEXT),
+            self.flops_per_token(padded_vocab_size, LONG_CONTEXT),
+            CACHE_WIDTH * sum(a.cached(LONG_CONTEXT, 1) for a in full),
+            training_flops(self.matrices(padded_vocab_size), full, LONG_CONTEXT),
+        )
 
     def with_rope(self, rope: Rope | None, context_length: int) -> Self:
         """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
@@ -220,6 +247,8 @@ class ModelSpec:
     stages.mcore.language_model.TokenLosses; None: Megatron's GPTModel.
     layer_of: (Megatron's layer, from 0) -> the layer of the model of which it is a part. Megatron's HybridModel counts
     attention and feed-forward parts as layers of their own; global names have the model's.
+    stacks_experts: whether a tensor of transformers is made of those of all experts of a layer, which one rank then has
+    to hand over.
     """
 
     megatron: Callable[[Any], dict[str, Any]]
@@ -229,3 +258,4 @@ class ModelSpec:
     hf_config: Callable[[Any], dict[str, Any]]
     language_model: Callable[..., Any] | None = None
     layer_of: Callable[[int], int] = int
+    stacks_experts: bool = False

@@ -19,11 +19,32 @@ class AttentionCost:
     qk: int
     v: int
     window: int | None = None  # maximum keys that a query sees
+    kv_heads: int | None = None  # heads with keys and values of their own; None: all
 
     def keys(self, sequence_length: int) -> float:
         """Keys that a causal query sees on average: half the row, or the mean of min(position, window)."""
         window = min(self.window or sequence_length, sequence_length)
         return window - window * window / (2 * sequence_length)
+
+    def cached(self, tokens: int, ranks: int) -> int:
+        """Numbers in the keys and values that a text of so many tokens leaves on each of so many tensor ranks. Ranks
+        beyond the number of heads hold copies; a window keeps its own tokens."""
+        heads = -(-(self.kv_heads or self.heads) // ranks)
+        return self.layers * heads * (self.qk + self.v) * min(self.window or tokens, tokens)
+
+
+@dataclass(frozen=True)
+class StateCost(AttentionCost):
+    """Equal layers of linear attention: each head has a state of `qk` x `v` numbers, whatever the length of a row."""
+
+    def keys(self, sequence_length: int) -> float:
+        """The keys that cost as much as a token's products with the state: four of its size, as NVIDIA counts the
+        delta rule (flop_utils.py of Megatron-Bridge)."""
+        return 4 * self.qk * self.v / (self.qk + self.v)
+
+    def cached(self, tokens: int, ranks: int) -> int:
+        """No keys and values: the model counts its states."""
+        return 0
 
 
 def training_flops(matrices: int, attention: Iterable[AttentionCost], sequence_length: int) -> float:

@@ -111,12 +111,8 @@ class GroupedQueryConfig(ModelConfig):
     def _attention_matrices(self) -> int:
         return 2 * self.hidden_size * self.head_dim * (self.heads + self.kv_heads)
 
-    def cache_bytes(self, size: int, ranks: int) -> int:
-        """Ranks beyond the number of key and value heads hold copies."""
-        return 2 * self.layers * self.head_dim * -(-self.kv_heads // ranks) * size
-
     def attention(self) -> list[AttentionCost]:
-        return [AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim)]
+        return [AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim, kv_heads=self.kv_heads)]
 
     def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
         """Norms are whole on each tensor rank, matrices are cut."""

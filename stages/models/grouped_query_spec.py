@@ -18,6 +18,9 @@ Same = Callable[[int], Mapping[str, str]]
 and transformers'."""
 Swiglus = Callable[[int], Sequence[tuple[str, str]]]
 """(layer) -> (Megatron's, transformers') prefixes of its SwiGLUs."""
+Rest = Callable[[Callable[[str], torch.Tensor], int], Iterator[tuple[str, torch.Tensor]]]
+"""(reads a tensor of a layer by its name there, layer) -> the layer's tensors of another layout, by names there: from
+Megatron's to transformers', or back."""
 
 SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -60,8 +63,9 @@ def hf_attention(model: GroupedQueryConfig) -> dict[str, Any]:
 
 
 def map_to_hf(
-    tensors: Tensors, model: GroupedQueryConfig, vocab_size: int, same: Same, swiglus: Swiglus
-) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors: Tensors, model: GroupedQueryConfig, vocab_size: int, same: Same, swiglus: Swiglus,
+    rest: Rest | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
     """transformers' tensors, layer by layer; each of Megatron's is read once. Rows of the vocabulary beyond
     `vocab_size` are padding and left out.
 
@@ -86,10 +90,17 @@ def map_to_hf(
             yield b + f + "gate_proj.weight", gate
             yield b + f + "up_proj.weight", up
             yield b + f + "down_proj.weight", tensors[a + e + "linear_fc2.weight"]
+        for name, tensor in rest(_reader(tensors.__getitem__, a), layer) if rest else ():
+            yield b + name, tensor
+
+
+def _reader(read: Callable[[str], torch.Tensor], at: str) -> Callable[[str], torch.Tensor]:
+    """Reads the tensors of a layer by their names there. at: what these begin with in the model."""
+    return lambda name: read(at + name)
 
 
 def map_from_hf(
-    tensors: Tensors, model: GroupedQueryConfig, same: Same, swiglus: Swiglus
+    tensors: Tensors, model: GroupedQueryConfig, same: Same, swiglus: Swiglus, rest: Rest | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The inverse of `map_to_hf`; the vocabulary has as many rows as transformers'.
 
@@ -118,5 +129,7 @@ def map_from_hf(
             halves = [take(b + f + "gate_proj.weight"), take(b + f + "up_proj.weight")]
             yield a + e + "linear_fc1.weight", torch.cat(halves, 0)
             yield a + e + "linear_fc2.weight", take(b + f + "down_proj.weight")
+        for name, tensor in rest(_reader(take, b), layer) if rest else ():
+            yield a + name, tensor
     if remaining:
         raise ValueError(f"tensors that {model.architecture} does not have: {', '.join(sorted(remaining)[:3])}")

@@ -17,8 +17,9 @@ def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_
     """
     if problem := model.export_obstacle():
         raise AtomError(problem)
-    rope = hf_rope(model)
-    return model.spec().hf_config(model) | {
+    entries = model.spec().hf_config(model)
+    rope = hf_rope(model) | entries.get("rope_parameters", {})
+    return entries | {
         "bos_token_id": None,
         "dtype": dtype,
         "torch_dtype": dtype,

@@ -63,16 +63,7 @@ class MixtureConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _possible_experts(self) -> MixtureConfig:
-        if self.num_experts_per_tok == 1:
-            raise ValueError(
-                "num_experts_per_tok = 1 gives the router no gradient from the loss, since the one weight is always 1; "
-                "nearest: 2"
-            )
-        if self.num_experts_per_tok > self.experts:
-            raise ValueError(
-                f"num_experts_per_tok = {self.num_experts_per_tok} is more than experts = {self.experts}; "
-                f"nearest: num_experts_per_tok {self.experts} or experts {self.num_experts_per_tok}"
-            )
+        require_choice(self.experts, self.num_experts_per_tok)
         if self.dense_layers >= self.layers:
             raise ValueError(
                 f"dense_layers = {self.dense_layers} leaves no layer of {self.layers} with experts; "
@@ -139,20 +130,9 @@ class MixtureConfig(ModelConfig):
         }
 
     def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
-        """The tokens on their way to experts and back: as sorted for the ranks that have them, as received, as the
-        experts return them and as sorted back. With all experts on one rank these are what each expert returns, and
-        that side by side. Ranks that split experts sum what these return, below fp32 after another copy in fp32, and
-        have their part of the sum; unless they gather all tokens."""
         if layer < self.dense_layers:
             return 0.0
-        size, split = 4 if precision == "fp32" else 2, layout.split_experts
-        copies = self.hidden_size * self.num_experts_per_tok
-        if layout.ep * split == 1:
-            return 2 * size * copies
-        if split == 1 or layout.dispatcher == "allgather":
-            return (2 + 2 * split) * size * copies
-        summed = 4 * split * (precision != "fp32") + 4
-        return ((1 + (layout.ep > 1) + 2 * split) * size + summed) * copies
+        return sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision)
 
     def expert_split_sizes(self) -> list[tuple[str, str, int]]:
         """As `split_sizes`, of the feed-forward parts."""
@@ -181,7 +161,7 @@ class MixtureConfig(ModelConfig):
 
     def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:
         """As `scaled`, of the feed-forward parts: at most PROXY_EXPERTS experts."""
-        experts, top_k = _proxy_experts(self.experts, self.num_experts_per_tok)
+        experts, top_k = proxy_experts(self.experts, self.num_experts_per_tok)
         return {
             "experts": experts,
             "num_experts_per_tok": top_k,
@@ -191,7 +171,35 @@ class MixtureConfig(ModelConfig):
         }
 
 
-def _proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
+def require_choice(experts: int, top_k: int) -> None:
+    """Raises ValueError if a token cannot be routed to `top_k` of so many experts, or the router cannot learn."""
+    if top_k == 1:
+        raise ValueError(
+            "num_experts_per_tok = 1 gives the router no gradient from the loss, since the one weight is always 1; "
+            "nearest: 2"
+        )
+    if top_k > experts:
+        raise ValueError(
+            f"num_experts_per_tok = {top_k} is more than experts = {experts}; "
+            f"nearest: num_experts_per_tok {experts} or experts {top_k}"
+        )
+
+
+def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precision) -> float:
+    """Bytes of tokens on their way to experts and back, for each of a rank's tokens: as sorted for the ranks that have
+    them, as received, as the experts return them and as sorted back. With all experts on one rank these are what each
+    expert returns, and that side by side. Ranks that split experts sum what these return, below fp32 after another copy
+    in fp32, and have their part of the sum; unless they gather all tokens."""
+    size, split, copies = 4 if precision == "fp32" else 2, layout.split_experts, hidden_size * top_k
+    if layout.ep * split == 1:
+        return 2 * size * copies
+    if split == 1 or layout.dispatcher == "allgather":
+        return (2 + 2 * split) * size * copies
+    summed = 4 * split * (precision != "fp32") + 4
+    return ((1 + (layout.ep > 1) + 2 * split) * size + summed) * copies
+
+
+def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
     """At most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible; of equally
     near choices, the fewest."""
     if experts <= PROXY_EXPERTS:

@@ -11,13 +11,17 @@ from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter
 from pipeline.core.text import shown
 from stages.models.base import ModelConfig
 from stages.models.deepseek_v3.config import DeepseekV3Config
+from stages.models.gpt_oss.config import GptOssConfig
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.qwen3_next.config import Qwen3NextConfig
 
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "qwen3_moe": Qwen3MoeConfig,
     "qwen3": Qwen3Config,
     "deepseek_v3": DeepseekV3Config,
+    "gpt_oss": GptOssConfig,
+    "qwen3_next": Qwen3NextConfig,
 }
 DEFAULT = "qwen3_moe"
 """The architecture of a section without `architecture`."""

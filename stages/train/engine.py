@@ -276,7 +276,8 @@ class Engine:
         when it is read. by_turns: whether data ranks take turns at it."""
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
-        return FullTensors(tensors, self.shapes, self.config.model.tie_embeddings, by_turns)
+        model = self.config.model
+        return FullTensors(tensors, self.shapes, model.tie_embeddings, by_turns, model.spec().stacks_experts)
 
     def local_weights(self) -> list[torch.Tensor]:
         """Copies on CPU of this rank's tensors that the model computes with, in the model's order."""

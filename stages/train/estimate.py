@@ -49,6 +49,7 @@ def estimate(config: TrainConfig) -> Estimate:
         files=work * (2 * layout.ranks + 1) + releases * release_files(trained),
         published=checkpoints(trained, releases - first, first),
         parameters=parameters,
+        long_context=model.long_context(config.padded_vocab_size),
         training=TrainingEstimate(
             steps=steps,
             batch_tokens=(*(share.global_tokens for share in phase.batch.ramp), phase.batch.global_tokens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 
@@ -13,6 +14,8 @@ from stages.mcore.tensor_sharding import boxes, is_cut, paste
 
 EXPERTS = ".mlp.experts."
 """In the names of the tensors that expert ranks share out."""
+EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+"""The number of an expert in the name of its tensor."""
 
 
 class FullTensors(Mapping[str, torch.Tensor]):
@@ -26,15 +29,19 @@ class FullTensors(Mapping[str, torch.Tensor]):
 
     def __init__(
         self, local: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], tied: bool,
-        by_turns: bool = True,
+        by_turns: bool = True, stacked: bool = False,
     ) -> None:  # fmt: skip
         """local: this rank's tensors by global name. shapes: the full ones. tied: whether the model ties its
-        embeddings. by_turns: whether data ranks take turns."""
-        self.local, self.shapes, self.tied, self.by_turns = local, shapes, tied, by_turns
+        embeddings. by_turns: whether data ranks take turns. stacked: whether one rank gets the equal tensors of all
+        experts of a layer, which must be whole."""
+        self.local, self.shapes, self.tied, self.by_turns, self.stacked = local, shapes, tied, by_turns, stacked
 
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
         absent = torch.empty(shape, device="meta")
+        if self.stacked and (expert := EXPERT.search(name)):
+            part = self._of_stack(name, int(expert[0]))
+            return absent if part is None else part
         if name not in self.local or not speaks_for(name, self.tied, self.by_turns):
             return absent
         part = self.local[name]
@@ -58,6 +65,26 @@ class FullTensors(Mapping[str, torch.Tensor]):
         for rank, received in enumerate(parts):
             paste(full, boxes(name, shape, rank), received.view(part.dtype).view_as(part))
         return full
+
+    def _of_stack(self, name: str, expert: int) -> torch.Tensor | None:
+        """The tensor of an expert, on the rank that gets those of all experts of the layer; None on others."""
+        stack = EXPERT.sub("", name)
+        equal = [tensor for other, tensor in self.local.items() if EXPERT.sub("", other) == stack]  # on this rank
+        size = parallel_state.get_expert_data_parallel_world_size() if self.by_turns else 1
+        if not equal or _turn(stack) % size != parallel_state.get_expert_data_parallel_rank():
+            return None
+        group = parallel_state.get_expert_model_parallel_group()
+        rank, holder, owner = group.rank(), expert // len(equal), (_turn(stack) >> 8) % group.size()
+        if rank == holder == owner:
+            return self.local[name]
+        if rank == holder:  # as bytes: gloo does not send every type
+            sent = self.local[name].contiguous().flatten().view(torch.uint8)
+            dist.send(sent, dist.get_global_rank(group, owner), group=group)
+        if rank != owner:
+            return None
+        part = torch.empty_like(equal[0])
+        dist.recv(part.flatten().view(torch.uint8), dist.get_global_rank(group, holder), group=group)
+        return part
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -72,7 +72,6 @@ class Watchdog:
         path = folder / f"rank-{self.rank:05d}.txt"
         with open(path, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        recorded = nccl_trace.write(folder, self.rank)
         atomic_files.write(path.with_suffix(".json"), json.dumps(asdict(WAITS.place(self.rank))))
         print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
               file=sys.stderr, flush=True)  # fmt: skip
@@ -84,17 +83,19 @@ class Watchdog:
             for rank in sorted(expected - missing - {0}):
                 stacks = (folder / f"rank-{rank:05d}.txt").read_text()
                 print(f"rank {rank} stands here:\n{stacks}", file=sys.stderr, flush=True)
-            trace = f"; what NCCL recorded is in {recorded}" if recorded else ""
+            text = "; the stacks of all ranks are in the log"
             if missing:
                 silent_ranks = ", ".join(map(str, sorted(missing)))
-                return f"; no sign of rank {silent_ranks}; the stacks of the others are in the log{trace}"
-            if self.world > 1:
+                text = f"; no sign of rank {silent_ranks}; the stacks of the others are in the log"
+            elif self.world > 1:
                 places = [json.loads((folder / f"rank-{rank:05d}.json").read_text()) for rank in sorted(expected)]
-                trace = f"; {first_missing([Place(**place) for place in places])}{trace}"
-        else:
-            time.sleep(2 * COLLECT_SECONDS)  # rank 0 reports first
-            trace = ""
-        return f"; the stacks of all ranks are in the log{trace}"
+                text += f"; {first_missing([Place(**place) for place in places])}"
+            print(f"{self.phase}{text}", file=sys.stderr, flush=True)  # in case that the recorder hangs
+            recorded = nccl_trace.write(folder, self.rank)
+            return text + (f"; what NCCL recorded is in {recorded}" if recorded else "")
+        nccl_trace.write(folder, self.rank)
+        time.sleep(2 * COLLECT_SECONDS)  # rank 0 reports first
+        return "; the stacks of all ranks are in the log"
 
     def _ranks_with_stacks(self, since: float) -> set[int]:
         """The ranks whose stacks were written in this hang."""

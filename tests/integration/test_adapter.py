@@ -14,11 +14,12 @@ import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from release.assembly import build_release as builder
+from release.assembly import collect
 from release.audit.verify import verify
 from stages.export import hf
 from stages.export.variants import adapter_files
@@ -200,7 +201,10 @@ def test_a_recipe_trains_an_adapter_on_a_phase_or_on_a_release(tmp_path: Path) -
         graph(sft={**body["sft"], "lora": lora})
 
     begin = {"repo": "local/base", "digest": f"sha256:{'1' * 64}", "license": "MIT"}
-    nodes = graph(sft={**body["sft"], "lora": lora}, rlvr=None, pretrain=None, midtrain=None, start_from=begin).nodes
+    on_release = graph(sft={**body["sft"], "lora": lora}, rlvr=None, pretrain=None, midtrain=None, start_from=begin)
+    nodes = on_release.nodes
+    with pytest.raises(AtomError, match="has no pretrain, which the cards and checks of a release describe"):
+        collect.build_input(on_release, Store(tmp_path))
     assert nodes["sft"].inputs["init"] == nodes["export-base"].inputs["checkpoint"] == "import"
     assert nodes["export-sft"].inputs["base"] == "import" and "pretrain" not in nodes and "export-init" not in nodes
     with pytest.raises(RecipeError, match="pretrain is missing, and only a recipe with start_from can do without"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -109,6 +110,31 @@ def test_the_figure_of_the_docs_is_of_its_points(tmp_path: Path) -> None:
     figure = (ROOT / "docs/rlhf-saturation.svg").read_bytes()
     drawn = draw_saturation(ROOT / "docs", tmp_path / "figure.svg")
     stated = re.search(rb"<!-- matplotlib (\S+) -->", figure)
+    assert stated
+    if stated[1].decode() == version("matplotlib"):
+        assert figure == drawn
+    assert figure.count(b'<g id="line2d_') == drawn.count(b'<g id="line2d_')
+
+
+@at_length("benchmarks", 50)
+def test_forgetting_benchmark(tmp_path: Path) -> None:
+    """Every arm begins with the same base and learns of the new task, and its figure is that of its points."""
+    points, figure = tmp_path / "points.json", tmp_path / "figure.svg"
+    run_quick("forgetting", "--json", str(points), "--figure", str(figure))
+    (seed,) = json.loads(points.read_text())["seeds"]
+    base, first = seed.pop("base"), figure.read_bytes()
+    assert {"full", "full, 25 % replay", "rank 1", "rank 64"} <= seed.keys()
+    for arm, (begin, *_, end) in seed.items():
+        assert begin["new"] == pytest.approx(base[-1]["new"], rel=1e-5) and end["new"] < begin["new"], arm
+    run_quick("forgetting", "--json", str(points), "--figure", str(figure))  # which trains nothing
+    assert figure.read_bytes() == first
+
+
+def test_the_figure_of_forgetting_is_of_its_points(tmp_path: Path) -> None:
+    figure, points = (ROOT / "docs/forgetting.svg").read_bytes(), ROOT / "docs/forgetting.json"
+    command = [sys.executable, ROOT / "bench/forgetting.py", "--json", shutil.copy(points, tmp_path)]
+    subprocess.run([*command, "--figure", tmp_path / "figure.svg"], check=True, timeout=300, stdout=subprocess.DEVNULL)
+    drawn, stated = (tmp_path / "figure.svg").read_bytes(), re.search(rb"<!-- matplotlib (\S+) -->", figure)
     assert stated
     if stated[1].decode() == version("matplotlib"):
         assert figure == drawn

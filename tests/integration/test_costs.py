@@ -21,6 +21,7 @@ from stages.mcore.parallel_layout import Layout
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
 from stages.models.grouped_query import SLICE
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.registry import parse
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
 from stages.train.estimate import estimate, layout_label, release_checkpoints
@@ -31,11 +32,16 @@ MODEL = dict(
     layers=4, hidden_size=64, heads=8, kv_heads=4, head_dim=16, experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
     context_length=512, tie_embeddings=False,
 )  # fmt: skip
+HYBRID = dict(
+    architecture="qwen3_next", full_attention_interval=2, shared_expert_intermediate_size=32, linear_num_key_heads=4,
+    linear_num_value_heads=8, linear_key_head_dim=16, linear_value_head_dim=24,
+)  # fmt: skip
+WINDOWED = {"architecture": "gpt_oss", "sliding_window": 64}
 EXTRAS = st.fixed_dictionaries({
     "tie_embeddings": st.booleans(),
     "router_bias_update_rate": st.sampled_from([0.0, 1e-3]),
     "shared_expert_intermediate_size": st.sampled_from([None, 32]),
-}) | st.just({"dense_layers": 1, "intermediate_size": 96})  # fmt: skip
+}) | st.just({"dense_layers": 1, "intermediate_size": 96}) | st.just(WINDOWED)  # fmt: skip
 LAYOUTS = st.builds(
     Layout,
     ranks=st.sampled_from([8, 16, 32]),
@@ -51,7 +57,7 @@ LAYOUTS = st.builds(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(extra=EXTRAS, layout=LAYOUTS, data=st.data())
 def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, Any], layout: Layout, data: Any) -> None:
-    model = Qwen3MoeConfig(**{**MODEL, **extra})
+    model = parse({**MODEL, **extra})
     if layout.data == 0 or problem(layout, model, VOCAB, [32 * layout.data]):
         return
     place, part = fake_rank_fixtures.part(model, VOCAB, layout, data.draw(st.integers(0, layout.ranks - 1)), "bf16")
@@ -102,6 +108,26 @@ def test_flops() -> None:
     assert tied.matrices(VOCAB) == model.matrices(VOCAB)
 
 
+def test_a_long_text_is_compared_with_full_attention() -> None:
+    """By hand: a window keeps its own tokens, heads are shared by ranks or copied, and full attention keeps all."""
+    full, window = AttentionCost(3, 8, 16, 16, kv_heads=4), AttentionCost(2, 8, 16, 16, 128, 4)
+    assert full.cached(1000, 1) == 3 * 4 * 32 * 1000 and AttentionCost(1, 8, 16, 4).cached(10, 1) == 8 * 20 * 10
+    assert [full.cached(1000, ranks) for ranks in (2, 4, 8)] == [full.cached(1000, 1) / n for n in (2, 4, 4)]
+    assert [window.cached(tokens, 1) for tokens in (100, 128, 1000)] == [2 * 4 * 32 * n for n in (100, 128, 128)]
+
+    class Windowed(Qwen3MoeConfig):
+        def attention(self) -> list[AttentionCost]:
+            return [full, window]
+
+    cost, tokens = Windowed(**MODEL).long_context(VOCAB), 131_072
+    assert cost.cache_bytes == 2 * 4 * 32 * (3 * tokens + 2 * 128)
+    assert cost.full_cache_bytes == 2 * 4 * 32 * 5 * tokens
+    unseen = 2 * 8 * 32 * (tokens / 2 - 128 + 128 * 128 / (2 * tokens))
+    assert cost.full_flops_per_token - cost.flops_per_token == pytest.approx(6 * unseen)
+    same = Qwen3MoeConfig(**MODEL).long_context(VOCAB)
+    assert same.cache_bytes == same.full_cache_bytes and same.flops_per_token == same.full_flops_per_token
+
+
 def test_micro_batches_in_flight() -> None:
     """1F1B keeps as many as ranks lie behind, and its own; interleaving more, by chunks; never more than there are."""
     one = Layout(ranks=4, pp=4)
@@ -131,13 +157,15 @@ def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize(
-    "extra", [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}]
+    "extra",
+    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED, HYBRID],
+    ids=["experts", "dense layer", "shared expert", "windows", "hybrid"],
 )
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
-    model, rows = Qwen3MoeConfig(**{**MODEL, **extra}), Rows(2, 512, packed=True)
+    model, rows = parse({**MODEL, **extra}), Rows(2, 512, packed=True)
     layout, saved = Layout(recompute=recompute), {}
     with parallel.session(0), _gpu_like(monkeypatch):
         (gpt,) = build(model, VOCAB, layout, precision, packed=True)
@@ -164,6 +192,8 @@ def test_activations_are_what_autograd_saves(
         predicted -= tokens * 8 * model.rotary_dim * rows.packed
     else:  # on CPU attention goes by slices of queries, and all layers share their masks; half of a row on average
         predicted += tokens * element * (rows.length + SLICE) / 2
+        if extra == WINDOWED:  # those of the window: the first slice has no keys before it
+            predicted += tokens * element * (SLICE + (extra["sliding_window"] - 1) * (1 - SLICE / rows.length))
     # ids, labels and the like are some bytes a token, whatever the model's size
     assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
 

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,11 +35,16 @@ from stages.models.deepseek_v3 import spec
 from stages.models.deepseek_v3.config import DeepseekV3Config
 from stages.models.grouped_query import SLICE
 from stages.models.hf import hf_config
-from stages.train import parallel
+from stages.rl.samplers.generate import load_weights
+from stages.train import parallel, rank_simulation
 from stages.train.checkpoint import release_checkpoint
+from stages.train.config import TrainConfig
 from stages.train.precision_simulation.proxy_model import build_proxy, ratios
 from tests.fixtures import fake_rank_fixtures, layout_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import at_length
+
+# isort: split
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 VOCAB = train_fixtures.VOCAB
 MODEL: dict[str, Any] = dict(
@@ -92,6 +98,9 @@ def test_what_megatron_builds_has_the_stated_tensors_and_the_logits_of_transform
         delta = float((theirs.eval()(ids).logits - ours).abs().max())
     assert type(theirs).__name__ == "DeepseekV3ForCausalLM" and not any(loading.values())
     assert delta < 1e-5 and float(ours.std()) > 0.05
+    load_weights(theirs, {name: 2 * tensor for name, tensor in exported.items()})  # as a sampler's
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(theirs.state_dict()[bias], 2 * exported[bias])
     back = dict(spec.from_hf(exported, model))
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in back)
     with pytest.raises(ValueError, match=r"deepseek_v3 does not have: model\.layers\.2"):
@@ -126,7 +135,10 @@ def test_parameters_and_cache_are_those_that_were_published() -> None:
     counts = model.parameters(vocabulary)
     assert counts["total"] == pytest.approx(671e9, rel=0.001)
     assert counts["active"] - counts["embedding"] == pytest.approx(36.6e9, rel=0.001)
-    assert model.cache_bytes(2, 1) == model.cache_bytes(2, 8) == 2 * 61 * 4.5 * 128
+    assert model.cache_bytes(2, 1, 10) == model.cache_bytes(2, 8, 10) == 10 * 2 * 61 * 4.5 * 128
+    long = model.long_context(vocabulary)  # heads with keys of 192 and values of 128, beside the latent
+    assert long.full_cache_bytes / long.cache_bytes == pytest.approx(128 * (192 + 128) / 576)
+    assert long.flops_per_token == long.full_flops_per_token
     model, vocabulary = SHAPES["Kimi K2"]
     counts = model.parameters(vocabulary)
     assert counts["total"] == pytest.approx(1.026e12, rel=0.001)
@@ -216,6 +228,21 @@ def test_activations_are_what_autograd_saves(change: dict[str, Any], monkeypatch
     masks = tokens * 4 * (rows.length + SLICE) / 2  # on a CPU, of slices of queries
     predicted = saved_bytes(model, VOCAB, Layout(), "fp32", rows, 1, 0) + masks
     assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
+
+
+def test_memory_of_a_simulated_rank_is_planned() -> None:
+    """All that a rank of four allocates in a step, TP2 and EP2, in bf16."""
+    sizes = dict(
+        hidden_size=1024, heads=8, q_lora_rank=384, kv_lora_rank=256, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, moe_intermediate_size=512, intermediate_size=2048, context_length=1024, balance="batch",
+    )  # fmt: skip
+    row = {"sequence_length": 1024, "pack": True, "precision": "bf16", "parallelism": {"ranks": 4, "tp": 2, "ep": 2}}
+    config = train_fixtures.config(batch={"micro_tokens": 1024, "global_tokens": 8 * 1024}, **row)
+    settings = {**config, "model": {**MODEL, **sizes}, "padded_vocab_size": 8192}
+    with mock.patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
+        result = rank_simulation.simulate(TrainConfig.model_validate(settings), 0)
+    assert result.parameters == result.planned_parameters
+    assert result.peak_bytes == pytest.approx(result.planned_peak_bytes, rel=0.02)
 
 
 class _Norm(torch.autograd.Function):

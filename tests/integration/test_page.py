@@ -73,10 +73,10 @@ def chromium() -> str:
     return path
 
 
-def browse(address: str, profile: Path) -> subprocess.CompletedProcess[str]:
+def browse(address: str, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Stdout is the document after its scripts have run."""
     command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += [f"--user-data-dir={profile}", "--virtual-time-budget=8000", address]
+    command += [*options, f"--user-data-dir={profile}", "--virtual-time-budget=8000", address]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
 
 

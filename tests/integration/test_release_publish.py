@@ -61,7 +61,7 @@ def test_staged_publication_and_a_strangers_check(client, release: Path, tmp_pat
         client(
             """
 report = publish(release, "local")
-names = ["local/tiny-" + s for s in ("data", "evidence", "checkpoints", "base")] + ["local/tiny"]
+names = ["local/tiny-" + s for s in ("data", "evidence", "checkpoints", "base")] + ["local/tiny", "local/tiny-page"]
 assert [r.repo for r in report.repositories if r.revision == "main"] == names
 assert all(api().repo_info(r.repo, repo_type=r.kind).private for r in report.repositories)
 branches = {"main"} | {p + "-step-" + str(n) for p in ("pretrain", "midtrain") for n in (0, 2)}
@@ -80,7 +80,8 @@ assert [r.commit for r in again.repositories] == [r.commit for r in report.repos
         report = json.loads(out.stdout.splitlines()[-1])
         rows = [json.loads(line) for line in journal.read_text().splitlines()]
         opened = [row["repo"] for row in rows if row["call"] == "make_public"]
-        assert opened == ["local/tiny" + suffix for suffix in ("-data", "-evidence", "-checkpoints", "-base", "")]
+        order = ("-data", "-evidence", "-checkpoints", "-base", "", "-page")
+        assert opened == ["local/tiny" + suffix for suffix in order]
         assert rows[-1]["call"] == "collection" and report["collection"].startswith("local/tiny-0-1-0-")
         assert rows.index(next(r for r in rows if r["call"] == "verified")) < rows.index(
             next(r for r in rows if r["call"] == "make_public")

@@ -77,7 +77,7 @@ def test_documents_leave_the_folder_and_the_hub(
     assert "is signed, and so must be its tombstone; give --key PEM" in refused.stderr
     signed = [*arguments, "--key", str(key)]
     preview = atom(tmp_path, *signed, "--dry-run", **hub).stdout
-    assert "2 documents of tiny 0.1.0 would be taken back" in preview and "prose/003 (url)" in preview
+    assert "2 documents of tiny 0.1.0 would be retracted" in preview and "prose/003 (url)" in preview
     assert "local/tiny-data@main would be rewritten" in preview
     assert "local/tiny: trained on them, and stays; --models takes it back" in preview
     assert (state(release), state(tmp_path / "hub/repos")) == before
@@ -205,8 +205,8 @@ def test_what_is_refused_and_in_which_words(release: Path, tmp_path: Path) -> No
     assert "date is no day" in refused("--documents", "sums/003", "--request", "a", "--date", "today")
     assert state(release) == before
     done = atom(tmp_path, "retract", str(release), "--local", "--documents", "sums/003", "--request", "a").stdout
-    assert "1 documents of tiny 0.1.0 taken back" in done
+    assert "1 document of tiny 0.1.0 retracted" in done
     assert "sums/003" not in ids(release / "dataset/kept/sums.parquet")
     again = atom(tmp_path, "retract", str(release), "--local", "--documents", "prose/003", "--request", "b").stdout
-    assert "1 documents" in again and len(read_tombstones(release)) == 2
+    assert "1 document of" in again and len(read_tombstones(release)) == 2
     assert "2 documents" not in atom(tmp_path, "verify", str(release), code=3).stdout

@@ -20,7 +20,7 @@ from pipeline.graph.dag import Node
 from pipeline.graph.run import Run
 from pipeline.launch import clean_environment, cluster_profile
 from pipeline.launch.batch_script import batch_script
-from pipeline.launch.local import LocalLauncher
+from pipeline.launch.local import JOB_ENVIRONMENT, LocalLauncher
 from tests.fixtures import verdict_fixtures
 
 PLANTED = "planted-0123456789"
@@ -53,9 +53,17 @@ NEEDED = {"NCCL_IB_PKEY": "0x8001", "PYTHONUSERBASE": "/z", "OLDPWD": "/", "SLUR
           "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000", "SLURM_STEP_TASKS_PER_NODE": "1"}  # fmt: skip
 
 
+OF_SRUN = (
+    "HYDRA_BOOTSTRAP", "HYDRA_LAUNCHER_EXTRA_ARGS", "I_MPI_HYDRA_BOOTSTRAP", "I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS",
+    "PRTE_MCA_plm_slurm_args",
+)  # fmt: skip
+"""What srun of Slurm 24.11 sets for launchers of MPI."""
+
+
 def test_names_and_values_decide() -> None:
     assert clean_environment.denied_names(SECRETS) == sorted(SECRETS)
     assert clean_environment.denied_names(NEEDED) == []
+    assert clean_environment.denied_names({**JOB_ENVIRONMENT, **dict.fromkeys(OF_SRUN, "ssh")}) == [], "no restart"
     assert clean_environment.denied_names({"BASH_FUNC_module%%": "() { :; }", "my-variable": "x", "EDITOR": "vi"}) != []
 
 

@@ -18,6 +18,7 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from release.hub.local.store import Commit, current_time
 from stages.data import tokenizer
+from stages.data.readers.parquet import Parquet
 from stages.data.table import KEPT, content_hash, write_rows
 from stages.export import hf
 from stages.mcore.weight_init import Initial
@@ -123,6 +124,20 @@ def test_the_tokenizer_is_taken_over(tmp_path: Path, run_stage: Any) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (sealed / name).read_bytes() == (imported / name).read_bytes()
     assert sealed.json("stats.json")["vocab_size"] == 300
+
+
+def test_the_documents_of_a_release_are_a_source(tmp_path: Path) -> None:
+    """For replay beside new data: the reader takes the kept documents as they are published, each with its license."""
+    row: dict[str, Any] = {name: 0 if kind == "int32" else name for name, kind in KEPT.items()}
+    rows = [
+        row | {"split": "train", "text": f"text {n}", "license": license} for n, license in enumerate(("MIT", "0BSD"))
+    ]
+    write_rows(tmp_path / "kept/notes/part-00000.parquet", KEPT, rows)
+    reader = Parquet.model_validate(
+        {"reader": "parquet", "path": str(tmp_path / "kept/notes"), "license_field": "license"}
+    )
+    documents: Any = list(reader.documents("old", 0, reader.files("old")))
+    assert [(d.text, d.license) for d in documents] == [("text 0", "MIT"), ("text 1", "0BSD")]
 
 
 def test_what_is_refused(exported: Path, tmp_path: Path, run_stage: Any) -> None:

@@ -69,6 +69,8 @@ def test_a_killed_rank_starts_again_in_the_same_allocation(kill: object, tmp_pat
         return restarts == {"0"} and len(steps) == 2
 
     slurm_fixtures.until(two_steps, f"two steps of one start, not {steps_of(job)}", 30)
+    logs = [path.read_text() for path in home.glob(f"logs/*/counting/submitit/{job}_*_log.out")]
+    assert len(logs) == 2 and not any("restarts without" in log for log in logs), "each rank starts Python once"
 
 
 @at_length("slurm-stages", 60)

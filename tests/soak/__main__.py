@@ -124,7 +124,7 @@ PARTS = {
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
     ),
     "training": Part(
-        test_steps(*(f"tests/integration/test_{n}.py" for n in ("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "fake_quantization", "start_records", "layouts", "model_rope", "precision_simulation", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop"))),
+        test_steps(*(f"tests/integration/test_{n}.py" for n in ("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "fake_quantization", "start_records", "layouts", "model_rope", "precision_simulation", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop"))),
         ["tests", "result"],
         "Every feature in every layout, runs that are killed, stopped and simulated, and the memory of simulated layouts.",
     ),
@@ -156,22 +156,17 @@ PARTS = {
         test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("adapter", "big_uploads", "continue", "demo", "downstream", "failures", "hub_limits", "lora", "other_platforms", "prediction", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "sign", "tutorials", "wheel", "damaged_home"))),
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("adapter", "big_uploads", "continue", "demo", "downstream", "failures", "hub_limits", "lora", "other_platforms", "page_space", "prediction", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "sign", "terminal_commands", "tutorials", "wheel", "damaged_home"))),
         ["tests", "result"], "Every request of a publication fails once, and a thousand bytes of a release are flipped.",
     ),
 }  # fmt: skip
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def run_part(name: str, part: Part, only: str | None = None) -> None:
     """only: the step to run, of those that have not finished. Raises SystemExit if there is no such step."""
     if only not in (None, *part.steps()):
         raise SystemExit(f"soak: part {name} has no step {only}; it has {', '.join(part.steps())}")
-    record, present = RECORDS / f"{name}.jsonl", commit()
+    record, present = RECORDS / f"{name}.jsonl", processes.commit()
     record.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     finished = {line["step"]: line for line in lines if line["commit"] == present}

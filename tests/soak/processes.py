@@ -1,4 +1,4 @@
-"""Processes of the soak whose output is shown while they run."""
+"""Processes of the soak whose output is shown while they run, and the commit that they belong to."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def result(command: list[str], environment: Mapping[str, str] | None = None) -> 
     if process.returncode:
         raise SystemExit(f"soak: {' '.join(command)} failed; its last lines are above")
     return json.loads(lines[-1])
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

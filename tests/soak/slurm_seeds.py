@@ -14,6 +14,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import atomic_files
 from tests.fixtures import ROOT
 from tests.soak import processes
 from tests.soak.layouts import Cells, Step
 
 NODES, BAD_NODE, SEEDS, RESTARTS = 16, "n1", 3, 30
+TASKS = 4
+"""Of a job array, at most: each costs a start of Python on two cores."""
+QUIET = ROOT / "runs/soak/quiet"
+"""Folder of the digests of the quiet run, a file for each commit: the seeds share it."""
 HEAD = ["seed", "disturbances", "stages disturbed", "starts of jobs", "starts on the bad node", "digests", "minutes"]
 SETTLED = ("sealed", "failed", "cancelled", "lost", "damaged")
 Report = dict[str, Any]
@@ -45,16 +51,38 @@ def run_apart(seed: int, folder: Path) -> Cells:
     return cells
 
 
+def quiet_digests() -> dict[str, str]:
+    """The digest of each artifact of an undisturbed run on this machine; made once for a commit."""
+    from tests.fixtures.run_fixtures import atom, digests
+
+    path = QUIET / f"{processes.commit()}.json"
+    if not path.exists():
+        print("the quiet run", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            atom(Path(folder, "home"), "run", recipe(Path(folder)), timeout=3600)
+            text = json.dumps(digests(Path(folder, "home")))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_files.write(path, text + "\n")
+    return dict(json.loads(path.read_text()))
+
+
+def recipe(folder: Path) -> str:
+    """The path of atom-smoke's recipe with a source of three parts, and pre-training that is long enough to disturb."""
+    from tests.fixtures import slurm_fixtures
+
+    return slurm_fixtures.with_parts(folder, 3, steps=400, watchdog_timeout_seconds=20.0)
+
+
 def main(seed: int) -> None:
     from tests.fixtures import slurm_fixtures, user_fixtures
 
-    began = time.monotonic()
+    began, quiet = time.monotonic(), quiet_digests()
     slurm_fixtures.cluster("up")
     os.environ["SLURM_CONF"] = str(slurm_fixtures.PLACE / "etc/slurm.conf")
     try:
         with user_fixtures.team() as team:
             disturbed = Disturbed(team, random.Random(seed))
-            equal = disturbed.run()
+            equal = disturbed.run(quiet)
             minutes = f"{(time.monotonic() - began) / 60:.0f}"
             print(json.dumps([*disturbed.cells(), f"{equal} equal", minutes]))
     finally:
@@ -71,26 +99,22 @@ class Disturbed:
     user: str = ""
     done: list[tuple[str, str]] = field(default_factory=list)
 
-    def run(self) -> int:
+    def run(self, quiet: dict[str, str]) -> int:
         """Disturbs a run until all kinds have come and all is sealed. Returns the number of artifacts, whose digests are
-        those of a quiet run. Raises AssertionError."""
+        those of the quiet run. Raises AssertionError."""
         from tests.fixtures import slurm_fixtures
-        from tests.fixtures.run_fixtures import atom, digests
+        from tests.fixtures.run_fixtures import digests
         from tests.fixtures.user_fixtures import FIRST
 
-        place = self.team.place
-        recipe = slurm_fixtures.with_parts(place, 3, steps=400, watchdog_timeout_seconds=20.0)
-        print("the quiet run", flush=True)
-        atom(place / "quiet", "run", recipe, timeout=3600)
-        self.user = FIRST
+        self.user, self.recipe = FIRST, recipe(self.team.place)
         bad = self.team.place / "python-but-not-there"
         bad.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" != {BAD_NODE} ] || exit 127\nexec {self.team.python} "$@"\n')
         bad.chmod(0o755)
         self.cluster = self.team.profile(
-            python=str(bad), cpu={"partition": "low"}, train={"partition": "low"}, restarts=RESTARTS, free_gb=0.0
-        )
-        self.recipe = recipe
-        self.team.atom(self.user, "submit", recipe, "--cluster", self.cluster)
+            python=str(bad), cpu={"partition": "low"}, train={"partition": "low"}, restarts=RESTARTS, free_gb=0.0,
+            array_size=TASKS,
+        )  # fmt: skip
+        self.team.atom(self.user, "submit", self.recipe, "--cluster", self.cluster)
         kinds = self.kinds()
         self.rng.shuffle(kinds)
         while True:
@@ -109,7 +133,7 @@ class Disturbed:
                 time.sleep(3)
                 slurm_fixtures.cluster("up")  # a node may be drained since a start on it failed
         assert not kinds, f"all is sealed before {[kind.__name__ for kind in kinds]}"
-        disturbed, quiet = digests(self.team.home), digests(place / "quiet")
+        disturbed = digests(self.team.home)
         assert disturbed == quiet, {key: (disturbed.get(key), quiet.get(key)) for key in {*disturbed, *quiet}}
         assert (closed := self.team.closed_paths()) == [], closed[:10]
         assert self.bad_starts() > 0, f"no job came upon {BAD_NODE}"

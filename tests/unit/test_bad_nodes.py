@@ -40,9 +40,11 @@ i=0; for node in $(grep -vxFf "$PLACE/dead" "$PLACE/nodes"); do
     i=$((i + 1))
 done""",
     "squeue": 'cat "$PLACE/state"',
-    "scontrol": '[ "$1" = show ] && { cat "$PLACE/nodes"; exit; }; echo "$*" >> "$PLACE/requests"',
+    "scontrol": '[ "$1" = show ] && { cat "$PLACE/nodes"; exit; }; echo "$*" >> "$PLACE/requests"; '
+    '[ "$1" = requeue ] || { cat "$PLACE/refusal" >&2; [ -z "$(cat "$PLACE/refusal")" ]; }',
     "sbatch": 'echo "$*" >> "$PLACE/tested"; ! grep -qE -- "--exclude=[^ ]*($(cat "$PLACE/needed"))" <<< "$*"',
-    "sacct": 'printf "100M|\\n100M|302040K\\n|8K\\n"',
+    # the job, its script and its step
+    "sacct": 'case "$*" in *MaxRSS) printf "\\n302040K\\n8K\\n" ;; *) printf "200M|2\\n|1\\n|2\\n" ;; esac',
     "sleep": "",
 }
 """Commands in the place of Slurm's, which keep what they are given."""
@@ -60,6 +62,7 @@ def run_script(place: Path, start: int = 0, nodes: str = "n1 n2", down: str = ""
         "state": "RUNNING",
         "needed": "none",
         "dead": "none",
+        "refusal": "",
         "nodes": nodes.replace(" ", "\n"),
         "down": down.replace(" ", "\n"),
     }
@@ -146,6 +149,25 @@ def test_a_node_that_the_job_needs_is_kept_and_one_sentence_says_so(tmp_path: Pa
     assert avoided(tmp_path) == ["n2"], "other jobs avoid it"
 
 
+def test_that_slurm_refuses_the_nodes_to_avoid_is_shown(tmp_path: Path) -> None:
+    run_script(tmp_path, down="n2", refusal="Unable to contact slurm controller")
+    (kept,) = Path(batch(tmp_path).launches_folder).glob("*-kept")
+    refused = "Slurm did not take the nodes to avoid, n2, for the next start (Unable to contact slurm controller)\n"
+    assert kept.read_text() == refused
+    begun(tmp_path, 1, "n1", "n3")
+    run_script(tmp_path, 1, "n1 n3")
+    assert not kept.exists(), "it is of the last start alone"
+
+
+def test_expired_entries_are_removed_by_the_next_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old, new = (BadNode(until, node, "dust", "tiny-1", "sft", "7") for until, node in ((1, "n1"), (2**40, "n2")))
+    bad_nodes.record(store, old)
+    assert avoided(tmp_path) == [] and (tmp_path / "nodes/n1.json").exists()
+    bad_nodes.record(store, new)
+    assert [path.name for path in (tmp_path / "nodes").iterdir()] == ["n2.json"]
+
+
 def test_marks_of_an_array_are_none_of_its_tasks(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     run = Run("tiny-1", tmp_path / "logs/tiny-1", {})
     ranks = run.node_folder("pretrain") / "shards/ranks"
@@ -219,8 +241,8 @@ def test_memory_is_named_and_is_no_nodes_fault(tmp_path: Path) -> None:
         begun(tmp_path, start, "n1", "n2")
         run_script(tmp_path, start, says=killed)
         assert verdict(tmp_path, start).text == (
-            "memory of n2 ran out: requested 100M, used at most 302040K; raise memory_gb of the profile, or split the "
-            "stage over more ranks"
+            "memory of n2 ran out: requested 200M on 2 nodes, the most that Slurm saw in use 302040K; raise memory_gb "
+            "of the profile, or split the stage over more ranks"
         )
     assert avoided(tmp_path) == []
 

@@ -186,7 +186,7 @@ outcome=$(tail -n +3 "$launch/decision" 2> /dev/null)
 
 restarts_left && may_restart=yes
 for n in $(seq 0 3); do [ -e "$launches.$((start - n))/started-0" ] && may_restart=yes; done
-[ -z "$decision" ] && explain
+{ [ -z "$decision" ] || { [ "$decision" = again ] && ran_out_of_memory; }; } && explain
 case $decision in sealed | done) ;; *) blame_lost ;; esac
 
 if [ "$decision" = again ]; then
@@ -202,7 +202,12 @@ if [ "$decision" = again ]; then
     terminated=
     trap 'terminated=yes' TERM
     if [ "$state" = RUNNING ] && scontrol requeue "$job"; then
-        [ ! -e "$launches-avoided" ] || (trap '' TERM; exec scontrol update "jobid=$job" "excnodelist=$avoided")
+        [ ! -e "$launches-avoided" ] || (
+            trap '' TERM
+            message=$(scontrol update "jobid=$job" "excnodelist=$avoided" 2>&1) ||
+                echo "Slurm did not take the nodes to avoid, ${avoided:-none}, for the next start ($message)" |
+                tee -a "$launches-kept"
+        )
         trap - TERM
         [ -n "$terminated" ] || sleep 300  # until Slurm ends this start
     fi
@@ -424,6 +429,11 @@ def test_a_node_is_blamed_for_any_two_launches_in_a_row(tmp_path: Path) -> None:
     says = "srun: error: n2: task 1: Killed"
     assert launched(tmp_path / "final", "relaunch failed", answer, says=says) == (["1 --overlap --nodelist=n1,n2"], "")
     assert [entry.node for entry in bad_nodes.read(Store(tmp_path / "final"))] == ["n2"]
+
+
+def test_a_rank_without_memory_is_not_launched_again_in_the_allocation(tmp_path: Path) -> None:
+    answer, says = f"RUNNING N/A {LATER} 2", "srun: error: n2: task 1: Out Of Memory"
+    assert launched(tmp_path, "relaunch sealed", answer, says=says) == ([], "requeue 7\n")
 
 
 def test_a_node_that_does_not_answer_is_left_out(tmp_path: Path) -> None:

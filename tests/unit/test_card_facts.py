@@ -52,7 +52,7 @@ def test_hyper_parameters_of_each_phase() -> None:
     lines = training_tables.settings(recipe, model)
     assert lines[0] == "| setting | pre-training | long-context training 2 | SFT | online RLHF |"
     assert lines[2] == "| steps | 6,000 | 7 |  |  |" and "| peak learning rate | 0.003 |  |  |  |" in lines
-    assert lines[-1] == "| answers to a request |  |  |  | 4 |"
+    assert lines[-1] == "| generations of a prompt |  |  |  | 4 |"
     assert training_tables.settings({}, model) == [] and settings_of(recipe, "longcontext-9") == {}
 
 

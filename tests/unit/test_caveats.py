@@ -68,8 +68,8 @@ def caveat_lines(model: ModelFacts, part: str) -> list[str]:
 
 def test_where_all_is_well_only_the_share_that_does_what_was_asked_is_stated() -> None:
     assert caveats.caveat_sentences(facts()) == [
-        "- This model does all of what was asked in 0.600 ± 0.010 of 400 held-out requests. That its answers are preferred "
-        "to another model's says no more than that."
+        "- This model does all that is asked in 0.600 ± 0.010 of 400 held-out requests. A win in the comparison of answers "
+        "does not mean that it does more of them."
     ]
     assert caveats.caveat_sentences(facts(chat={}, training={})) == [caveats.NONE]
 

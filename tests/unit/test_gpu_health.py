@@ -16,7 +16,7 @@ def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> str | 
     program.write_text(f"#!/bin/bash\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    failure = gpu_health.check("n7")
+    failure = gpu_health.check("n7", ["0", "1"])
     assert failure is None or failure.bad_node == "n7"
     return failure and failure.text
 
@@ -67,4 +67,29 @@ def test_one_rank_of_a_node_with_gpus_checks_them(
     monkeypatch.setenv("SLURM_LOCALID", "1")
     assert preflight.check_node(tmp_path, 0.0, None) is None and not capsys.readouterr().err
     monkeypatch.setenv("SLURM_LOCALID", "0")
+    assert preflight.check_node(tmp_path, 0.0, None) is None and "has no nvidia-smi here" in capsys.readouterr().err
+
+
+def test_only_the_gpus_of_the_job_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"""case "$*" in
+        *"--id=2,3 "*) echo '2, {SOUND}'; echo '3, 7, No, No, Not Active, None' ;;
+        *) echo '0, 9, No, No, Not Active, None' ;;
+    esac"""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/bash\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    failure = gpu_health.check("n7", ["2", "3"])
+    assert failure and failure.text.startswith(
+        "GPU 3 of node n7 is not sound (ecc.errors.uncorrected.volatile.total: 7)"
+    )
+
+
+def test_a_rank_with_a_part_of_the_gpus_checks_that_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/dev/nvidia0"), Path("/dev/nvidia1")]))
+    for name, value in {"CUDA_VISIBLE_DEVICES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert preflight.check_node(tmp_path, 0.0, None) is None and "has no nvidia-smi here" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from pipeline.core.errors import Failure, Kind
 from pipeline.core.store import Store
 from pipeline.launch import job, preflight
 from pipeline.launch.attempt import Task
-from pipeline.launch.decision import Decision
+from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.rendezvous import FAILURES, Ranks, read
 from tests.fixtures import ROOT
 
@@ -172,6 +172,13 @@ def test_attempts_are_counted_until_one_gets_further(tmp_path: Path) -> None:
     count, place = standstill_after(start, progress(5), start, {"event": "end", "outcome": "a bug"}, start)
     assert count == 2 and place == "1 attempts ended at 5/9 steps without getting further; of the last one: a bug"
     assert standstill_after(start, progress(5), start, start, progress(6))[0] == 0
+    launch = tmp_path / "ranks/7.0"
+    launch.mkdir(parents=True)
+    Verdict(Decision.RESTART, "memory of n1 ran out", Kind.MACHINE).write(launch)
+    rows = ({**start, "launch": "7.0"}, {**start, "launch": "7.1"})
+    assert standstill_after(*rows)[1].endswith("of the last one: memory of n1 ran out"), "by the job's script"
+    rows = (start, {"event": "end", "outcome": "a bug"}, *rows[1:], {**start, "launch": "7.2"})
+    assert standstill_after(*rows)[1].endswith("of the last one: it was killed"), "not of one before"
     end = {"event": "end", "outcome": "KeyError", "kind": "bug"}
     for rows, repeated in (
         ((start, end), False),

@@ -51,6 +51,10 @@ def test_a_minute_of_redrawing_asks_for_each_thing_six_times(
         assert taken.stages[0].status.reason and "bad fan" in taken.stages[0].status.reason
         assert "ran out" in taken.stages[1].status.message
     assert calls(tmp_path) == {"squeue": 6, "sinfo": 6, "sacct": 12}, "of the jobs, and of the memory of one"
+    for look in range(100):  # the jobs of each look are others
+        now[0] = 100.0 + slurm_client.ASK_EVERY * look
+        answers.finished_jobs([str(look)])
+    assert len(answers._kept) == 1, "no answer is kept for longer than it counts"
 
 
 def test_one_look_asks_a_few_times_however_many_stages_there_are(run: Run, tmp_path: Path) -> None:

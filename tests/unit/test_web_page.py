@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -10,8 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from release.cards import tables
-from release.web_page import charts, curves, markdown_html, search_index
+from release.cards import tables, versions
+from release.web_page import charts, curves, lineage, markdown_html, search_index
 from release.web_page.script_parts import PartWriter, embedded
 from release.web_page.spill import Spill
 
@@ -124,3 +125,68 @@ def test_the_script_and_the_style_are_inlined_as_they_are() -> None:
     for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "fetch(", "style="):
         assert forbidden not in script, forbidden
     assert not re.search(r"https?://(?!huggingface\.co/)", script + style)
+
+
+def products(sources: int, checkpoints: int) -> dict[str, lineage.Product]:
+    """A graph of sources, each acquired and filtered, one phase, and its checkpoints."""
+    rows = {}
+    for n in range(sources):
+        rows[f"acquire-{n}"] = lineage.Product(f"acquire-{n}", "k", "d", "acquire")
+        rows[f"filter-{n}"] = lineage.Product(f"filter-{n}", "k", "d", "filter", inputs={"source": f"acquire-{n}"})
+    inputs = {f"filtered-{n}": f"filter-{n}" for n in range(sources)}
+    rows["pretrain"] = lineage.Product("pretrain", "k", "d", "pretrain", inputs=inputs)
+    for n in range(checkpoints):
+        rows[f"pretrain@{n}"] = lineage.Product(f"pretrain@{n}", "k", "d", "pretrain", checkpoint=True)
+    return rows
+
+
+def test_the_graph_folds_artifacts_of_one_stage(tmp_path: Path) -> None:
+    few, many = lineage.drawing(products(3, 5)), lineage.drawing(products(500, 5_000))
+    assert few.count('class="box"') == 7 and few.count('class="edge"') == 6
+    assert many.count('class="box"') == 3 and many.count('class="edge"') == 2 and len(many) < 3_000
+    assert "500 × acquire" in many and "500 × filter" in many
+    ElementTree.fromstring(many)
+    parts = PartWriter(tmp_path)
+    lineage.write_products(products(500, 3), parts)
+    assert parts.names == [lineage.PRODUCTS]
+    part = json.loads((tmp_path / f"{lineage.PRODUCTS}.js").read_text().partition(",")[2].removesuffix(");\n"))
+    assert len(part["products"]) == 1004
+    assert {name: len(nodes) for name, nodes in part["groups"].items()} == {
+        "acquire: 500 in column 1": 500, "filter: 500 in column 2": 500,
+    }  # fmt: skip
+
+
+def test_the_points_of_an_axis_are_bounded(tmp_path: Path) -> None:
+    log = tmp_path / "training.jsonl"
+    lines = [{"step": n, "tokens": 10 * n, "heldout_loss": 9 - n / 1000, "generated": n, "validation": {"add": n / 5000}}
+             for n in range(1, 5001)]  # fmt: skip
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    phase = curves.read_curves(log)
+    for points in (phase.heldout, phase.validation["add"]):
+        assert curves.BUCKETS <= len(points) <= 2 * curves.BUCKETS
+        assert points == sorted(points) or points == sorted(points, key=lambda point: point[0])
+    assert phase.heldout[-1] == (50_000, 4.0) and phase.validation["add"][-1] == (5000, 1.0)
+
+
+def test_bars_are_well_formed_and_say_their_shares() -> None:
+    figure = ElementTree.fromstring(charts.bars("<tokens>", {"a & b": 3_000_000, "c": 1_000_000}, "tokens"))
+    assert len(figure.findall(".//rect")) == 2 and "75.0%" in "".join(figure.itertext())
+    assert figure.find("svg").get("aria-label") == "<tokens>: a & b 3M; c 1M"  # type: ignore[union-attr]
+    assert charts.bars("none", {}, "tokens") == ""
+
+
+def test_another_page_has_another_version() -> None:
+    """Whoever changes the page of published releases raises its version."""
+    assert (versions.PARTS["page"], sources_of_page()) == versions.PAGE_SOURCES, (
+        "release/web_page is not what release/cards/versions.py pins: if releases with the present page are published "
+        f"and its bytes change, raise SCHEMA and PARTS['page']; then pin {sources_of_page()} with that number"
+    )
+
+
+def sources_of_page() -> str:
+    """The SHA-256 of the names and the contents of the files that make the page."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(search_index.__file__).parent.iterdir()):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

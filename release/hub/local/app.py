@@ -76,6 +76,7 @@ def make_app(
         Route(f"{api}/tag/{{rev}}", uploads.delete_ref, methods=["DELETE"]),
         Route(f"/{repo}{batch}", uploads.lfs_batch, methods=write),
         Route(f"/{{kind}}/{repo}{batch}", uploads.lfs_batch, methods=write),
+        Route("/static/{ns}/{name}/{path:path}", repos.static_site),
         Route("/_lfs/{oid}", uploads.lfs_put, methods=["PUT"]),
         Route("/_lfs/{oid}/part/{part}", uploads.lfs_put, methods=["PUT"]),
         Route("/_lfs/{oid}/complete", uploads.lfs_complete, methods=write),

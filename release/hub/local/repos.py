@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mimetypes
 from typing import Any
 
 from starlette.requests import Request
@@ -33,6 +34,8 @@ async def create(request: Request) -> Response:
     repo = access.store(request).load(kind, repo_id)
     if repo is not None:  # the client reads `url` from the conflict too
         return JSONResponse({"error": "You already created this repo", "url": url(request, repo)}, 409)
+    if kind == "space" and not body.get("sdk"):
+        raise HubError(400, '"sdk" is required for a Space')
     private = body.get("visibility") == "private" or bool(body.get("private"))
     repo = access.store(request).create(kind, repo_id, private, user)
     return JSONResponse({"url": url(request, repo), "name": repo_id, "id": repo_id})
@@ -158,6 +161,17 @@ async def commits(request: Request) -> Response:
         rows.append({"id": sha, "title": commit.title, "message": commit.body, "date": commit.date, "authors": author})
         sha = commit.parent
     return JSONResponse(rows)
+
+
+async def static_site(request: Request) -> Response:
+    """A file of a static Space, as the Hub serves it at `NAMESPACE-NAME.static.hf.space`."""
+    repo = access.store(request).view("space", "{ns}/{name}".format(**request.path_params))
+    path = request.path_params["path"] or "index.html"
+    if repo is None or repo.private or path not in (files := repo.commits[repo.branches["main"]].files):
+        raise HubError(404, "no such file in a public static Space", "EntryNotFound")
+    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+    headers = {"X-Content-Type-Options": "nosniff"}
+    return FileResponse(access.store(request).blob(files[path].blob), headers=headers, media_type=kind)
 
 
 async def download(request: Request) -> Response:

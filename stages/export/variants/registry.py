@@ -25,6 +25,8 @@ ADAPTER: VariantName = "adapter"
 """The variant of a model that is an adapter on an earlier one."""
 GGUF_MODEL_TYPES = ("qwen3", "qwen3_moe")
 """Of config.json: the models for which llama.cpp's names are known (gguf_names.py)."""
+STACKED_EXPERTS = ("gpt_oss",)
+"""Of config.json: the models whose experts are one tensor, which compressed-tensors does not describe."""
 SUPER_BLOCK = 256
 """Weights of a row that a K-quant of GGUF encodes together."""
 
@@ -96,7 +98,10 @@ def obstacle(name: VariantName, model: ModelConfig) -> str | None:
     """The reason why a model has no such variant, in one sentence; None if it has."""
     if name == ADAPTER:
         return f"{name} is of a model whose sft has lora, and needs no mention; leave it out"
-    if VARIANTS[name].writer != "gguf":
+    writer = VARIANTS[name].writer
+    if writer == "compressed-tensors" and model.architecture in STACKED_EXPERTS:
+        return f"stacked experts, as those of {model.architecture}, have no form in {writer}; leave {name} out"
+    if writer != "gguf":
         return None
     if model.architecture not in GGUF_MODEL_TYPES:
         return f"GGUF files of the architecture {model.architecture} are not known here; leave {name} out"

@@ -166,9 +166,9 @@ class DeepseekV3Config(MixtureConfig):
     def attention(self) -> list[AttentionCost]:
         return [AttentionCost(self.layers, self.heads, self.qk_head_dim, self.v_head_dim)]
 
-    def cache_bytes(self, size: int, ranks: int) -> int:
+    def cache_bytes(self, size: int, ranks: int, tokens: int) -> int:
         """The latent of keys and values, and the part of the key that heads share: each rank holds a copy."""
-        return self.layers * (self.kv_lora_rank + self.qk_rope_head_dim) * size
+        return self.layers * (self.kv_lora_rank + self.qk_rope_head_dim) * tokens * size
 
     def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
         """Norms, and the matrices that give latents, are whole on each tensor rank, the other matrices are cut."""

@@ -163,10 +163,10 @@ class InProcess(Sampler):
 def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Loads weights by their exported names into a transformers model. Raises ValueError if a tensor is unexpected, and
     KeyError or RuntimeError if one is missing or has another shape."""
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()  # with biases of experts, which are buffers
     if model.config.tie_word_embeddings:
         parameters.pop("lm_head.weight", None)
-    experts = {name for name in parameters if ".mlp.experts." in name}
+    experts = {name for name in parameters if ".mlp.experts." in name and name not in tensors}
     for name in parameters.keys() - experts:
         parameters[name].data.copy_(tensors[name])
     loaded = parameters.keys() - experts

@@ -18,7 +18,7 @@ LOGITS = 3
 def beside_weights(model: ModelConfig, padded_vocab_size: int, width: int, gpus: int) -> int:
     """Bytes of a server's process beside its weights, on each of its GPUs if it has some: with keys and values of one
     row of the whole context. width: bytes of a weight."""
-    row = model.context_length * model.cache_bytes(width, max(1, gpus))
+    row = model.cache_bytes(width, max(1, gpus), model.context_length)
     return SERVER_BYTES + row + (LOGITS * 4 * TOKENS_AT_ONCE * padded_vocab_size if gpus else 0)
 
 

@@ -88,7 +88,7 @@ class ShardReader:
             size = sum(torch.Size([b - a for a, b in box]).numel() for box in parts)
             rows = sum(box[0][1] - box[0][0] for box in parts)
             local = self._local(kind, name, parts, 0, size)
-            paste(tensor, parts, local.view(rows, -1) if len(shape) > 1 else local)
+            paste(tensor, parts, local.view(rows, *(b - a for a, b in parts[0][1:])))
             covered += size
         if covered != tensor.numel():
             raise AtomError(f"work checkpoint {self.folder} holds {covered} of {tensor.numel()} values of {name}; "

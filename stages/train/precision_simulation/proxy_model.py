@@ -89,8 +89,8 @@ def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
 
 def dimensions(model: ModelConfig) -> list[int]:
     """The input and output width of every kind of linear layer."""
-    sizes = [size for name, shape in model.shapes(VOCABULARY).items() if "linear_" in name for size in shape]
-    return sorted(set(sizes))
+    shapes = {name: shape for name, shape in model.shapes(VOCABULARY).items() if "linear_" in name or "_proj." in name}
+    return sorted({size for shape in shapes.values() for size in shape})
 
 
 def widths(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:

@@ -1,0 +1,176 @@
+"""A mixture of experts of the GPT-OSS shape (arXiv:2508.10925): layers with a sliding window and layers with full
+attention take turns, the first with a window. transformers loads its export as GptOssForCausalLM. No torch here.
+
+Each head has a sink, a score of its own in the softmax, and all matrices but embeddings have biases. An expert computes
+(up + 1) * gate * sigmoid(1.702 gate), with gate and up cut off at 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import Context, Flag
+from pipeline.core.stage import added
+from stages.mcore.parallel_layout import Layout
+from stages.models.base import LossWeight, Precision, Routing, Width
+from stages.models.costs import AttentionCost, MemoryShare
+from stages.models.grouped_query import GroupedQueryConfig, swiglu_shapes
+from stages.models.mixture import Experts, proxy_experts, require_choice, sent_tokens
+
+
+class GptOssConfig(GroupedQueryConfig):
+    """A mixture of experts with windows and sinks: `architecture: gpt_oss`."""
+
+    spec_module: ClassVar[str] = "stages.models.gpt_oss.spec"
+    qk_norm: ClassVar[bool] = False
+    architecture: Literal["gpt_oss"] = Field(
+        description="gpt_oss: a mixture of experts whose layers see a window and all tokens in turns"
+    )
+    tie_embeddings: Flag = Field(
+        False, description="always false: vLLM's class of the architecture has a head of its own"
+    )
+    sliding_window: Context = Field(
+        description="tokens that the first, third, ... layer sees, its own among them; the other layers see all"
+    )
+    experts: Experts = Field(description="experts in each layer")
+    num_experts_per_tok: Experts = Field(description="experts to which each token is routed (top-k)")
+    moe_intermediate_size: Width = Field(description="inner width of one expert")
+    aux_loss: LossWeight = Field(
+        1e-3, description="weight of the load-balancing loss, summed over layers as in Megatron-Core"
+    )
+    balance: Literal["batch", "sequence"] = added(
+        "batch", "tokens over which aux_loss balances experts: those of a micro-batch or of each row"
+    )
+    z_loss: LossWeight = added(
+        0.0, "weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> GptOssConfig:
+        if self.tie_embeddings:
+            raise ValueError(
+                "tie_embeddings = true leaves vLLM's class of the architecture gpt_oss without an output head; "
+                "set it to false"
+            )
+        require_choice(self.experts, self.num_experts_per_tok)
+        return self
+
+    @property
+    def routing(self) -> Routing:
+        return Routing(self.experts, self.num_experts_per_tok, range(self.layers), self.z_loss > 0)
+
+    def layout_obstacle(self, layout: Layout) -> str | None:
+        if layout.split_experts == 1:
+            return None
+        field = f"tp = {layout.tp} without etp" if layout.etp is None else f"etp = {layout.etp}"
+        return (
+            f"parallelism.{field} splits experts, and Megatron-core splits none that have biases; "
+            "set etp to 1 and ep to a multiple of tp"
+        )
+
+    def attention(self) -> list[AttentionCost]:
+        (full,) = super().attention()
+        counts = {self.sliding_window: -(-self.layers // 2), None: self.layers // 2}
+        return [
+            AttentionCost(layers, full.heads, full.qk, full.v, window, full.kv_heads)
+            for window, layers in counts.items()
+            if layers
+        ]
+
+    def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
+        out = super().shapes(padded_vocab_size)
+        for layer in range(self.layers):
+            at = f"decoder.layers.{layer}.self_attention."
+            out[at + "linear_qkv.bias"] = ((self.heads + 2 * self.kv_heads) * self.head_dim,)
+            out[at + "core_attention.softmax_offset"] = (self.heads,)
+            out[at + "linear_proj.bias"] = (self.hidden_size,)
+        return out
+
+    def mlp_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        hidden, ffn = self.hidden_size, self.moe_intermediate_size
+        out: dict[str, tuple[int, ...]] = {"router.weight": (self.experts, hidden), "router.bias": (self.experts,)}
+        for expert in range(self.experts):
+            at = f"experts.local_experts.{expert}."
+            out |= swiglu_shapes(hidden, ffn, at)
+            out |= {f"{at}linear_fc1.bias": (2 * ffn,), f"{at}linear_fc2.bias": (hidden,)}
+        return out
+
+    @property
+    def _cut_vectors(self) -> int:
+        """Biases of queries, keys and values of a layer, and the sinks: tensor parallelism cuts them."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim + self.heads
+
+    @property
+    def _expert(self) -> int:
+        """Parameters of an expert."""
+        return 3 * self.hidden_size * self.moe_intermediate_size + 2 * self.moe_intermediate_size + self.hidden_size
+
+    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
+        out = super().parameters(padded_vocab_size)
+        vectors = self.layers * (self._cut_vectors + self.hidden_size)  # and the bias of the output projection
+        return {**out, "total": out["total"] + vectors, "active": out["active"] + vectors}
+
+    def mlp_parameters(self) -> tuple[int, int]:
+        router = self.experts * (self.hidden_size + 1)
+        total, active = (router + count * self._expert for count in (self.experts, self.num_experts_per_tok))
+        return self.layers * total, self.layers * active
+
+    def mlp_matrices(self) -> int:
+        expert = 3 * self.hidden_size * self.moe_intermediate_size
+        return self.layers * (self.experts * self.hidden_size + self.num_experts_per_tok * expert)
+
+    def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
+        """Router, and biases of what is summed over tensor ranks, are whole on each of them."""
+        split, hidden = layout.split_experts, self.hidden_size
+        expert = (self._expert - hidden) // split + hidden
+        return self.experts * (hidden + 1), 0, self.experts // layout.ep * expert
+
+    def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
+        return super().layer_memory(layout, layer) + MemoryShare(self._cut_vectors // layout.tp + self.hidden_size, 0)
+
+    def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
+        copies, ffn = self.num_experts_per_tok, self.moe_intermediate_size
+        return {
+            # fp32 logits, their softmax for the balance loss, sparse probabilities, and the map of bytes
+            "router": 13 * self.experts,
+            "tokens sent to experts": size * self.hidden_size * copies * layout.split_experts,
+            "experts' gate and up": 2 * size * ffn * copies,
+            # unfused: gate and up cut off, a sigmoid and what it scales, the product, and the weighted one
+            "experts' activation, and weighted": (1 if fused else 6) * size * ffn * copies,
+        }
+
+    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+        """With what the experts' matrices return, the weighted biases, and their sum."""
+        size, copies = 4 if precision == "fp32" else 2, self.hidden_size * self.num_experts_per_tok
+        return sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision) + 3 * size * copies
+
+    def split_sizes(self) -> list[tuple[str, str, int]]:
+        return [
+            *super().split_sizes(),
+            ("etp", "moe_intermediate_size", self.moe_intermediate_size),
+            ("ep", "experts", self.experts),
+        ]
+
+    def proportions(self) -> dict[str, float]:
+        return {**super().proportions(), "experts / experts a token visits": self.experts / self.num_experts_per_tok}
+
+    def describe(self) -> str:
+        return (
+            f"{super().describe()}, in turns with a window of {self.sliding_window} tokens and without, {self.experts} "
+            f"experts of {self.moe_intermediate_size}, of which a token visits {self.num_experts_per_tok}"
+        )
+
+    def inner_widths(self) -> dict[str, int]:
+        return {**super().inner_widths(), "expert": self.moe_intermediate_size}
+
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        """Few experts, and the same window."""
+        changes = super().scaled(hidden_size, width)
+        if changes is None:
+            return None
+        experts, top_k = proxy_experts(self.experts, self.num_experts_per_tok)
+        inner = width(self.moe_intermediate_size)
+        return {**changes, "experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": inner}
