@@ -37,9 +37,7 @@ class Qwen3NextConfig(Qwen3MoeConfig):
     tie_embeddings: Flag = Field(
         False, description="always false: vLLM's class of the architecture has a head of its own"
     )
-    shared_expert_intermediate_size: Width = Field(
-        description="inner width of the shared expert, which has a gate"
-    )
+    shared_expert_intermediate_size: Width = Field(description="inner width of the shared expert, which has a gate")
     full_attention_interval: Layers = Field(
         4, description="every layer whose number this divides has full attention, the others are gated delta nets"
     )
