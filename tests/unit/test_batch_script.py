@@ -234,7 +234,7 @@ def test_what_is_not_asked_for_is_not_there() -> None:
     assert "#SBATCH --partition=cpu\n" in text and "#SBATCH --time=60\n" in text
     for words in (
         "gpus-per-node",
-        "--mem",
+        "#SBATCH --mem",
         "exclusive",
         "account",
         "#SBATCH --dependency",
@@ -398,7 +398,7 @@ LATER, SOON = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + s
 def test_ranks_start_again_in_the_same_allocation(
     outcomes: str, answer: str, launches: int, requeued: str, tmp_path: Path
 ) -> None:
-    expected = [f"{number} --overlap --nodelist=n1,n2" for number in range(1, launches + 1)]
+    expected = [f"{number} --overlap --mem=0 --nodelist=n1,n2" for number in range(1, launches + 1)]
     assert launched(tmp_path, outcomes, answer) == (expected, requeued)
 
 
@@ -427,7 +427,10 @@ def test_a_node_is_blamed_for_any_two_launches_in_a_row(tmp_path: Path) -> None:
     assert [entry.node for entry in bad_nodes.read(Store(tmp_path))] == ["n2"]
     (tmp_path / "final").mkdir()
     says = "srun: error: n2: task 1: Killed"
-    assert launched(tmp_path / "final", "relaunch failed", answer, says=says) == (["1 --overlap --nodelist=n1,n2"], "")
+    assert launched(tmp_path / "final", "relaunch failed", answer, says=says) == (
+        ["1 --overlap --mem=0 --nodelist=n1,n2"],
+        "",
+    )
     assert [entry.node for entry in bad_nodes.read(Store(tmp_path / "final"))] == ["n2"]
 
 
@@ -442,7 +445,7 @@ def test_a_node_that_does_not_answer_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "spare").mkdir()
     train = {**SLURM["train"], "spare_nodes": 1}
     launches, requeued = launched(tmp_path / "spare", "relaunch sealed", answer, "n10 n1", train=train)
-    assert launches == ["1 --overlap --nodelist=n1,n10 --nodes=2 --ntasks=2"] and not requeued
+    assert launches == ["1 --overlap --mem=0 --nodelist=n1,n10 --nodes=2 --ntasks=2"] and not requeued
     options = script(Slurm.model_validate({**SLURM, "train": train})).sbatch_options
     assert (options["nodes"], options["no-kill"]) == (3, True)
     options = script(Slurm.model_validate({**SLURM, "train": train}), ranks=1).sbatch_options
