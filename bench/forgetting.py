@@ -220,8 +220,8 @@ def draw(seeds: Sequence[Mapping[str, Any]]) -> bytes:
                 means, lows, highs = zip(*band, strict=True)
                 axis.plot(tokens, means, style, color=color, linewidth=1.2, label=arm)
                 axis.fill_between(tokens, lows, highs, color=color, alpha=0.12, linewidth=0)
-            means = [[mean for mean, _, _ in band] for band in bands]
-            trade.plot(*means, style, color=color, linewidth=1.2, marker="o", markersize=3, label=arm)
+            ends = [[mean for mean, _, _ in band] for band in bands]
+            trade.plot(*ends, style, color=color, linewidth=1.2, marker="o", markersize=3, label=arm)
         for axis, title, unit in (
             (learnt, "Learnt: held-out problems", "bits per byte that fell"),
             (forgotten, "Forgotten: held-out text and code", "bits per byte that rose"),

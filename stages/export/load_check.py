@@ -64,7 +64,9 @@ def check_model(folder: str, whole_bytes: int) -> dict[str, object]:
     if not all(math.isfinite(value) for row in rows for value in row["logits"]):
         problems.append(("model", "the model's logits are not finite"))
     problems += [("model", text) for text in source.keys]  # of layers, these are known after a pass
-    parameters = sum(p.numel() for p in model.parameters())
+    saved = model.state_dict().keys()  # with buffers that are loaded: biases that choose experts
+    loaded = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in saved)]
+    parameters = sum(tensor.numel() for tensor in loaded)
     return {"problems": problems, "parameters": parameters, "goldens": {} if problems else outputs}
 
 

@@ -144,7 +144,10 @@ class WholeLinear(torch.nn.Module):  # type: ignore[misc]
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, tp_group: Any) -> None:
         super().__init__()
-        self.tp_group, self._forward_impl = tp_group, F.linear  # by these names, as fake_fp8 replaces the product
+        self.tp_group, self._forward_impl = (
+            tp_group,
+            F.linear,
+        )  # names that fake_quantization uses
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 

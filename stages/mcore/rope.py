@@ -56,6 +56,7 @@ def hf_rope(model: ModelConfig) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, which vLLM reads as well."""
     if model.yarn is None:
         return {"rope_theta": model.rope_theta, "rope_type": "default"}
+    factor = frequencies(model)[1]
     return {
         "rope_theta": model.rope_theta,
         "rope_type": "yarn",
@@ -63,6 +64,6 @@ def hf_rope(model: ModelConfig) -> dict[str, Any]:
         "original_max_position_embeddings": model.yarn.original_length,
         "beta_fast": model.yarn.beta_fast,
         "beta_slow": model.yarn.beta_slow,
-        "attention_factor": frequencies(model)[1],
-        **({"mscale": 1.0, "mscale_all_dim": 1.0} if model.yarn_scales_heads else {}),
+        # vLLM scales complete heads only if no attention_factor is stated
+        **({"mscale": 1.0, "mscale_all_dim": 1.0} if model.yarn_scales_heads else {"attention_factor": factor}),
     }

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
@@ -117,7 +117,7 @@ def test_peft_computes_the_merged_model(corpus: Path, adapter: Artifact, tmp_pat
 
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(folders[1] / name, tmp_path / name)
-    with pytest.raises(adapter_files.CheckFailed, match="is an adapter of other weights"):
+    with pytest.raises(CheckFailed, match="is an adapter of other weights"):
         list(adapter_files.combined(tmp_path, peft))
 
 

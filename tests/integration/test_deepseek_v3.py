@@ -97,6 +97,8 @@ def test_what_megatron_builds_has_the_stated_tensors_and_the_logits_of_transform
     with torch.no_grad():
         delta = float((theirs.eval()(ids).logits - ours).abs().max())
     assert type(theirs).__name__ == "DeepseekV3ForCausalLM" and not any(loading.values())
+    stated = theirs.config.rope_parameters  # vLLM leaves the scores as they are if an attention_factor is stated
+    assert "attention_factor" not in stated and (stated.get("mscale_all_dim") == 1.0) == (model.yarn is not None)
     assert delta < 1e-5 and float(ours.std()) > 0.05
     load_weights(theirs, {name: 2 * tensor for name, tensor in exported.items()})  # as a sampler's
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"

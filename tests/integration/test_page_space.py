@@ -76,7 +76,7 @@ def test_the_space_is_published_updated_and_retracted(copy: Path, tmp_path: Path
     body = certificate_of(release)
     (folder / "university-lab.json").write_text(json.dumps(body))
     with running(tmp_path / "hub") as endpoint:
-        hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": LOCAL_TOKEN, "HF_HOME": str(tmp_path / "hf")}
+        hub: Any = {"HF_ENDPOINT": endpoint, "HF_TOKEN": LOCAL_TOKEN, "HF_HOME": str(tmp_path / "hf")}
         publish = ["publish", str(release), "--to", "local", "--public"]
         assert re.search(r"^space local/tiny-page@main \w{12}$", atom(tmp_path, *publish, **hub).stdout, re.MULTILINE)
         files = space(tmp_path / "hub")
