@@ -265,7 +265,7 @@ def context(model: ModelFacts) -> list[str]:
     rope = dict(model.rope)
     body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
     if "sliding_window" in model.config:
-        body += [["tokens that every other layer sees, from the first on", count(model.config["sliding_window"])]]
+        body += [["sliding window of the first, third, … layer, tokens", count(model.config["sliding_window"])]]
     body += [["RoPE base (`rope_theta`)", f"{rope.pop('rope_theta'):,.10g}"]]
     kind = rope.pop("rope_type", "default")
     body += [["RoPE scaling", "none" if kind == "default" else kind]]

@@ -99,13 +99,19 @@ class Destination:
         return f"upload-{self.tag}" + ("" if self.branch == "main" else f"-{self.branch}")
 
     def refuse_changed_version(self) -> None:
-        """Raises AtomError if the version is on the Hub with another checksum file. Changes nothing."""
+        """Raises AtomError if the version is on the Hub with another checksum file, or if a later one took its place in
+        main. Changes nothing."""
         with translate_errors(f"reading {self.remote.id}"):
             if self.branch != "main" or not self.remote.exists() or self.tag not in self.remote.refs().tags:
                 return
         published = self._files(self.tag).get(SUMS)
         if published is None or published.id not in _file_ids(self.folder / SUMS):
             raise self._version_conflict()
+        if (latest := self._files("main").get(SUMS)) is None or latest.id != published.id:
+            raise AtomError(
+                f"{self.remote.id} has another version in main since {self.tag} was published, which would move back; "
+                f"{self.tag} stays as it is"
+            )
 
     def refuse_beyond_limits(self) -> None:
         """Raises AtomError if a folder has more files, or a file more bytes, than the Hub takes. Changes nothing."""

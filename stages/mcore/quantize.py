@@ -127,7 +127,7 @@ FP4 = ("nvfp4", "mxfp4")
 
 WEIGHT_BLOCK = 32
 """Weights of a row that share a scale in a weight format (MXFP4)."""
-FORMATTED = re.compile(r"decoder\.layers\..*\.linear_\w+\.weight")
+FORMATTED = re.compile(r"decoder\.layers\..*\.(linear_\w+|in_proj|out_proj)\.weight")
 """The global names of the matrices that a weight format holds for: all linear layers of the decoder, the experts' too.
 Embeddings, router, norms and output head stay as they are."""
 

@@ -264,6 +264,8 @@ assert {r.repo + "@" + r.revision: r.commit for r in report.repositories} == {n:
 assert all(after[n] != before[n] for n in after) and not [n for n in after if "upload-" in n]
 again = publish(later, "local", public=True)
 assert [r.commit for r in again.repositories] == [r.commit for r in report.repositories] and heads() == after
+refusal = said(AtomError, publish, release, "local", public=True)
+assert "has another version in main since v0.1.0 was published" in refusal and heads() == after
 """,
             endpoint,
         )

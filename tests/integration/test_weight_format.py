@@ -14,16 +14,18 @@ from safetensors.torch import load_file
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
+from pipeline.core.yaml_text import parse_yaml
 from pipeline.graph import recipe as recipes
 from stages.export import hf
 from stages.graph import problems
 from stages.mcore.model import named_tensors
 from stages.mcore.quantize import FORMATTED, RECIPES, quantize, to_weight_format
+from stages.models import registry
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine
 from stages.train.rank_simulation import simulate
-from tests.fixtures import train_fixtures
+from tests.fixtures import ROOT, train_fixtures
 from tests.fixtures.train_fixtures import VOCAB
 from tests.integration.test_fp4 import scalar
 from tests.integration.test_quantize import spread_out
@@ -50,6 +52,15 @@ def test_a_simulated_rank_needs_what_the_plan_says() -> None:
 
 def names(tensors: Any) -> set[str]:
     return {name for name in tensors if FORMATTED.fullmatch(name)}
+
+
+@pytest.mark.parametrize("architecture", ["", "-dense", "-mla", "-window", "-hybrid"])
+def test_the_format_holds_for_all_linear_layers(architecture: str) -> None:
+    path = ROOT / f"pipeline/recipes/atom-smoke{architecture}.yaml"
+    shapes = registry.parse(parse_yaml(path.read_bytes(), path.name)["model"]).shapes(320)
+    matrices = {name for name, shape in shapes.items() if name.startswith("decoder.layers.") and len(shape) == 2}
+    rest = {name.partition(".mlp.")[2] for name in matrices - names(matrices)}
+    assert names(matrices) and rest <= {"router.weight", "shared_experts.gate_weight"}
 
 
 def test_gradients_at_rounded_weights_move_the_unrounded_ones(corpus: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from release.assembly import runtimes
@@ -23,11 +25,13 @@ LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_routed_experts": 8}
         ("bf16", {**MOE, "head_dim": 16}, True, "heads of 32 and larger"),
         ("bf16", LATENT, True, ""),
         ("bf16", {**LATENT, "kv_lora_rank": 32}, True, "latents of 512 + 64, and these are 32 + 64"),
+        ("bf16", {**MOE, "model_type": "gpt_oss"}, True, "with YaRN only"),
+        ("bf16", {**MOE, "model_type": "gpt_oss", "rope_scaling": {"rope_type": "yarn"}}, True, ""),
         ("int8", LATENT, False, "INT8 experts for x86 processors need AMX"),
     ],
 )
 def test_what_vllm_lacks_on_a_cpu(
-    name: VariantName, config: dict[str, int], amx: bool, lack: str, monkeypatch: pytest.MonkeyPatch
+    name: VariantName, config: dict[str, Any], amx: bool, lack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtimes, "_has_amx", lambda: amx)
     stated = runtimes.RUNTIMES["vLLM"].lack(VARIANTS[name], config)
