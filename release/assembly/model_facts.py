@@ -89,6 +89,15 @@ class ModelFacts:
         return any(key in self.config for key in EXPERTS)
 
     @property
+    def attention_modules(self) -> list[str]:
+        """The names of the linear modules of attention in its class of transformers."""
+        if "kv_lora_rank" in self.config:
+            queries = ["q_a_proj", "q_b_proj"] if "q_lora_rank" in self.config else ["q_proj"]
+            return [*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+        linear = ["in_proj_qkvz", "in_proj_ba", "out_proj"] if "linear_num_value_heads" in self.config else []
+        return ["q_proj", "k_proj", "v_proj", "o_proj", *linear]
+
+    @property
     def is_chat(self) -> bool:
         """Whether it was trained to converse."""
         return any(phase in self.training for phase in CHAT)
