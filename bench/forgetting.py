@@ -263,7 +263,7 @@ def make_tokens(home: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, few steps; the figures mean nothing")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds, from 0")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="number of seeds, from 0 on")
     parser.add_argument("--json", type=Path, help="file of the points; seeds that it has are not trained again")
     parser.add_argument("--figure", type=Path, help="where to write the SVG")
     parser.add_argument("--home", type=Path, help="an ATOM_HOME whose data stages are taken, or made")

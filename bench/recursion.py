@@ -169,11 +169,10 @@ class Counting:
     """A sampler that counts the tokens that it has read and drawn."""
 
     def __init__(self, sampler: Sampler) -> None:
-        self.sampler, self.tokens, self.calls = sampler, 0, 0
+        self.sampler, self.tokens = sampler, 0
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         drawn = self.sampler.generate(prompts, greedy)
-        self.calls += len(prompts)
         self.tokens += sum(len(prompt.ids) + len(c.ids) for prompt, c in zip(prompts, drawn, strict=True))
         return drawn
 

@@ -511,6 +511,13 @@ def _problems_of_generated(config: ReleaseRecipe, data: DataRecipe) -> Iterator[
 
 def _problems_of_weight_format(config: ReleaseRecipe) -> Iterator[str]:
     """What trains after a phase with a weight format would leave the format."""
+    for phase in phases(config):
+        section = phase.config
+        if section.weight_format and section.precision == "fp32" and _dtype(config, section) == "bfloat16":
+            yield (
+                f"{phase.where}.weight_format = {section.weight_format} with precision = fp32 rounds weights of fp32, "
+                "and a model of this size is published in bf16; use precision: bf16"
+            )
     later = {"rlvr": config.rlvr, "dpo": config.dpo, "online_rlhf": config.online_rlhf}
     sections = [(phase.where, phase.config.weight_format) for phase in phases(config)]
     sections += [(where, None) for where, section in later.items() if section is not None]

@@ -144,10 +144,9 @@ class WholeLinear(torch.nn.Module):  # type: ignore[misc]
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, tp_group: Any) -> None:
         super().__init__()
-        self.tp_group, self._forward_impl = (
-            tp_group,
-            F.linear,
-        )  # names that fake_quantization uses
+        # fake_quantization uses these names
+        self.tp_group = tp_group
+        self._forward_impl = F.linear
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 

@@ -35,6 +35,11 @@ class FullTensors(Mapping[str, torch.Tensor]):
         embeddings. by_turns: whether data ranks take turns. stacked: whether one rank gets the equal tensors of all
         experts of a layer, which must be whole."""
         self.local, self.shapes, self.tied, self.by_turns, self.stacked = local, shapes, tied, by_turns, stacked
+        self.stacks: dict[str, list[torch.Tensor]] = {}
+        """The tensors of experts on this rank, by their name without the number of the expert."""
+        for name, tensor in local.items() if stacked else ():
+            if EXPERT.search(name):
+                self.stacks.setdefault(EXPERT.sub("", name), []).append(tensor)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
@@ -69,7 +74,7 @@ class FullTensors(Mapping[str, torch.Tensor]):
     def _of_stack(self, name: str, expert: int) -> torch.Tensor | None:
         """The tensor of an expert, on the rank that gets those of all experts of the layer; None on others."""
         stack = EXPERT.sub("", name)
-        equal = [tensor for other, tensor in self.local.items() if EXPERT.sub("", other) == stack]  # on this rank
+        equal = self.stacks.get(stack, [])
         size = parallel_state.get_expert_data_parallel_world_size() if self.by_turns else 1
         if not equal or _turn(stack) % size != parallel_state.get_expert_data_parallel_rank():
             return None

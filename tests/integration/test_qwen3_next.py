@@ -132,6 +132,7 @@ def test_what_does_not_apply_is_refused_in_one_sentence() -> None:
     sentence = problem(Layout(ranks=4, tp=4), wide, VOCAB, [4])
     assert sentence == "parallelism.tp = 4 does not divide linear_num_key_heads = 2; nearest: 2"
     assert "qwen3_next are not known" in (obstacle("gguf-q8_0", model) or "")
+    assert "gated delta nets are not known" in (obstacle("fp8", model) or "")
     biased = Qwen3NextConfig(**{**MODEL, "router_bias_update_rate": 1e-3})
     with pytest.raises(AtomError, match=r"Qwen3NextForCausalLM.* no bias of experts"):
         hf_config(biased, VOCAB, 1, 0, "float32")

@@ -152,6 +152,15 @@ def test_a_task_that_lacks_a_field_is_named() -> None:
     assert TOOLS.functions(row) == {}
 
 
+def test_an_answer_has_a_bounded_number_of_subtasks(chat: Chat, tmp_path: Path) -> None:
+    row = list(SOURCE.rows(0, set()))[3]
+    program = Program(chat)
+    solve(chat, program, [row], tmp_path, Limits(max_turns=2, max_new_tokens=200, context_length=1200, max_subtasks=5))
+    assert len(program.prompts) == 2 * (1 + 2 + 3), "the whole, its halves and three of its quarters, in two turns each"
+    texts = [chat.decode(prompt.ids) for prompt in program.prompts]
+    assert any("error: there are 5 calls at most; answer without one" in text for text in texts)
+
+
 def test_an_answer_without_room_or_end_is_a_result_that_says_so(chat: Chat, tmp_path: Path) -> None:
     rows = list(SOURCE.rows(0, set()))
     long = {**rows[3], "parts": ["x" * 400] * 32}

@@ -16,8 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-CHUNK = 64
-"""Tokens that are computed together."""
+from stages.models.qwen3_next.config import CHUNK
 
 
 def gated_delta_rule(

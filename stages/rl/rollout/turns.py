@@ -35,21 +35,24 @@ FORM = '{"name": ..., "arguments": {...}}'
 
 @dataclass(frozen=True)
 class Limits:
-    """Of an answer: its turns, the tokens of one, and those of the question with all that follows."""
+    """Of an answer: its turns, the tokens of one, those of the question with all that follows, and the tasks that the
+    policy solves for it, whichever call asks for them."""
 
     max_turns: int
     max_new_tokens: int
     context_length: int
+    max_subtasks: int = 64
 
 
 @dataclass(frozen=True)
 class Request:
-    """A call to answer. texts: of all calls of its answer so far, its own the last; seed: of the task that it may
-    be."""
+    """A call to answer. texts: of all calls of its answer so far, its own the last; seed: of the task that it may be;
+    root: the answer that it is part of, itself or by the calls that led to it."""
 
     row: Row
     texts: Sequence[str]
     seed: int = 0
+    root: Episode | None = None
 
 
 class Toolbox:
@@ -70,17 +73,17 @@ class Toolbox:
             raise
 
     def answer(
-        self, requests: Sequence[Request], solve: Callable[[Sequence[tuple[Row, int]]], Sequence[Result]]
+        self, requests: Sequence[Request], solve: Callable[[Sequence[tuple[Row, Request]]], Sequence[Result]]
     ) -> list[ToolCall]:
-        """The calls with their results, in order. solve: the policy's answers to (task, seed). Raises ToolFailed if a
-        tool cannot answer."""
+        """The calls with their results, in order. solve: the policy's answers to (task, the request for it). Raises
+        ToolFailed if a tool cannot answer."""
         calls = [read_call(r.texts[-1], self.tools, r.row, r.texts[:-1]) for r in requests]
         answered = {n: call for n, call in enumerate(calls) if not isinstance(call, Call)}
         for name, tool in self.running.items():
             chosen = {n: call for n, call in enumerate(calls) if isinstance(call, Call) and call.tool == name}
             replies = dict(zip(chosen, tool.run(list(chosen.values())) if chosen else [], strict=True))
             subtasks = {n: reply.row for n, reply in replies.items() if isinstance(reply, Subtask)}
-            solved = solve([(row, requests[n].seed) for n, row in subtasks.items()]) if subtasks else []
+            solved = solve([(row, requests[n]) for n, row in subtasks.items()]) if subtasks else []
             results = replies | dict(zip(subtasks, solved, strict=True))
             for n, result in results.items():
                 assert isinstance(result, Result)
@@ -135,8 +138,10 @@ def is_result(text: str, tools: Tools) -> bool:
 class Episode:
     """An answer that is drawn turn by turn: `take` a drawn turn, `resume` with the results of its calls."""
 
-    def __init__(self, chat: Chat, row: Row, seed: int, limits: Limits) -> None:
+    def __init__(self, chat: Chat, row: Row, seed: int, limits: Limits, root: Episode | None = None) -> None:
+        """root: the answer that asks for this one."""
         self.chat, self.row, self.seed, self.limits = chat, row, seed, limits
+        self.root, self.subtasks = root or self, 0
         self.offers_tools = bool(chat.functions(row))
         self.question = chat.encode_prompt(row)
         self.ids: list[int] = []
@@ -174,7 +179,7 @@ class Episode:
         """The calls of the last turn, each with its task and all calls so far."""
         before = [call["request"] for turn in self.turns for call in turn["calls"]]
         texts = [[*before, *calls[: n + 1]] for n in range(len(calls))]
-        return [Request(self.row, each, seed_of(f"call/{len(each)}", self.seed)) for each in texts]
+        return [Request(self.row, each, seed_of(f"call/{len(each)}", self.seed), self.root) for each in texts]
 
     @property
     def has_room(self) -> bool:
@@ -188,16 +193,23 @@ class Episode:
         appended = self.chat.encode_results([call["result"] for call in calls])
         self.ids += appended
         if not self.has_room:
-            del self.ids[-len(appended) :]
+            del self.ids[len(self.ids) - len(appended) :]
             return False
         self.logprobs += [0.0] * len(appended)
         self.turns[-1]["appended"] = len(appended)
         return True
 
+    def is_admitted(self) -> bool:
+        """Whether a call may have this answer: it has room, and the answer that asks has tasks left. Counts it."""
+        self.root.subtasks += 1
+        return self.has_room and self.root.subtasks <= self.limits.max_subtasks
+
     def result(self) -> Result:
         """The answer, as the result of the call that asked for it."""
-        if not self.turns:
+        if not self.has_room and not self.turns:
             return Result("error", "error: the question is too long for the context; ask for less")
+        if not self.turns:
+            return Result("error", f"error: there are {self.limits.max_subtasks} calls at most; answer without one")
         if not self.is_finished:
             return Result("unfinished", "error: the answer has no end; ask for less")
         return Result("ok", self.chat.response(self.completion()).answer)
@@ -223,9 +235,11 @@ def draw(
 def _draw(sampler: AnswerGenerator, toolbox: Toolbox, episodes: Sequence[Episode], greedy: bool) -> None:
     """Draws the episodes to their ends."""
 
-    def solve(subtasks: Sequence[tuple[Row, int]]) -> list[Result]:
-        nested = [Episode(episodes[0].chat, row, seed, episodes[0].limits) for row, seed in subtasks]
-        _draw(sampler, toolbox, [episode for episode in nested if episode.has_room], greedy)
+    def solve(subtasks: Sequence[tuple[Row, Request]]) -> list[Result]:
+        nested = [
+            Episode(episodes[0].chat, row, request.seed, episodes[0].limits, request.root) for row, request in subtasks
+        ]
+        _draw(sampler, toolbox, [episode for episode in nested if episode.is_admitted()], greedy)
         return [episode.result() for episode in nested]
 
     active = list(episodes)
