@@ -18,6 +18,7 @@ from stages.rl import gym_session
 from stages.rl.protocols import Parts, Response, Row, Verifier, VerifierFailed
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.generation import Chat
+from stages.rl.rollout.turns import Request
 from stages.rl.tools.base import ToolFailed
 from stages.rl.tools.settings import Tools
 from tests.fixtures import rl_fixtures
@@ -205,7 +206,7 @@ def test_an_environment_that_is_away_ends_the_phase(counter: Counter, tmp_path: 
     with pytest.raises(
         ToolFailed, match=r"^tool nemo-gym, task c1: .*/seed_session did not answer .*, 5 times; see to"
     ):
-        toolbox.answer([(counter_row(), [INCREMENT])])
+        toolbox.answer([Request(counter_row(), [INCREMENT])])
 
 
 def test_tools_of_a_task_are_named_once_and_hold_no_control_token(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_results_are_cut_with_a_mark(tmp_path: Path) -> None:
     open_search(tmp_path).close()
     toolbox = Toolbox(tools, {"documents": Artifact("", "", tmp_path, ())}, tmp_path / "work")
     request = json.dumps({"name": "search", "arguments": {"query": "elbe"}})
-    (call, refused) = toolbox.answer([Request({}, [request]), Request({}, ["?"])], lambda _: [])
+    (call, refused) = toolbox.answer([Request({}, [request]), Request({}, ["?"])])
     toolbox.close()
     assert call["result"] == "[rivers/0]\nthe elbe \n[cut: 10 more characters]"
     assert refused["result"] == "error: the call is n\n[cut: 48 more characters]"

@@ -55,6 +55,10 @@ class Request:
     root: Episode | None = None
 
 
+Solve = Callable[[Sequence[tuple[Row, Request]]], Sequence[Result]]
+"""The policy's answers to (task, the request for it)."""
+
+
 class Toolbox:
     """The running tools of a phase."""
 
@@ -72,18 +76,16 @@ class Toolbox:
             self.close()
             raise
 
-    def answer(
-        self, requests: Sequence[Request], solve: Callable[[Sequence[tuple[Row, Request]]], Sequence[Result]]
-    ) -> list[ToolCall]:
-        """The calls with their results, in order. solve: the policy's answers to (task, the request for it). Raises
-        ToolFailed if a tool cannot answer."""
+    def answer(self, requests: Sequence[Request], solve: Solve | None = None) -> list[ToolCall]:
+        """The calls with their results, in order. solve: for tools that hand tasks back to the policy. Raises ToolFailed
+        if a tool cannot answer."""
         calls = [read_call(r.texts[-1], self.tools, r.row, r.texts[:-1]) for r in requests]
         answered = {n: call for n, call in enumerate(calls) if not isinstance(call, Call)}
         for name, tool in self.running.items():
             chosen = {n: call for n, call in enumerate(calls) if isinstance(call, Call) and call.tool == name}
             replies = dict(zip(chosen, tool.run(list(chosen.values())) if chosen else [], strict=True))
             subtasks = {n: reply.row for n, reply in replies.items() if isinstance(reply, Subtask)}
-            solved = solve([(row, requests[n]) for n, row in subtasks.items()]) if subtasks else []
+            solved = solve([(row, requests[n]) for n, row in subtasks.items()]) if solve and subtasks else []
             results = replies | dict(zip(subtasks, solved, strict=True))
             for n, result in results.items():
                 assert isinstance(result, Result)
