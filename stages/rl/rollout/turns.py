@@ -77,8 +77,10 @@ class Toolbox:
             raise
 
     def answer(self, requests: Sequence[Request], solve: Solve | None = None) -> list[ToolCall]:
-        """The calls with their results, in order. solve: for tools that hand tasks back to the policy. Raises ToolFailed
-        if a tool cannot answer."""
+        """The calls with their results, in order. solve: for tools that hand tasks back to the policy.
+
+        Raises ToolFailed if a tool cannot answer.
+        """
         calls = [read_call(r.texts[-1], self.tools, r.row, r.texts[:-1]) for r in requests]
         answered = {n: call for n, call in enumerate(calls) if not isinstance(call, Call)}
         for name, tool in self.running.items():
