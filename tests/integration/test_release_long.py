@@ -117,14 +117,14 @@ def test_the_cards_say_so(release: Path) -> None:
     card = (release / "model/README.md").read_text()
     for words in (
         "the final model, after pre-training, mid-training, long-context training 1 and long-context training 2, of",
-        "| context length, tokens | 256 |", "| scaling of the rotary embedding | yarn |", "| yarn: factor | 4 |",
+        "| context length, tokens | 256 |", "| RoPE scaling | yarn |", "| yarn: factor | 4 |",
         "| yarn: original max position embeddings | 64 |",
         "| measure | random weights | pre-training | mid-training |", "| measure | long context 1 | long context 2 |",
     ):  # fmt: skip
         assert words in card, words
     assert "the model after pre-training and mid-training, on the way" in (release / "model-mid/README.md").read_text()
     card = (release / "model-base/README.md").read_text()
-    assert "| context length, tokens | 64 |" in card and "| scaling of the rotary embedding | none |" in card
+    assert "| context length, tokens | 64 |" in card and "| RoPE scaling | none |" in card
     assert "long" not in card.split("## Results")[0]
 
 

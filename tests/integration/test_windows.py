@@ -242,7 +242,7 @@ def test_the_export_is_the_trained_model(trained: Path, tmp_path: Path, monkeypa
     shutil.copy(tmp_path / "out/parity.json", tmp_path / "out/model/parity.json")
     facts = read_model_facts(tmp_path / "out/model")
     assert facts.has_experts and "| sliding window | 12 |" in tables.architecture(facts)
-    assert "| tokens that every other layer sees, from the first on | 12 |" in tables.context(facts)
+    assert "| sliding window of the first, third, … layer, tokens | 12 |" in tables.context(facts)
     unused = VOCAB - written["vocab_size"]  # rows of table and head that only pad the vocabulary
     counts, padding = config.model.parameters(VOCAB), 2 * unused * config.model.hidden_size
     stated = facts.parameters.total, facts.parameters.active
