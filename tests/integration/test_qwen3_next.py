@@ -206,6 +206,9 @@ def test_it_is_megatrons_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.mcore.megatron_imports import tensor_parallel
     from stages.models.qwen3_next import layers, spec
 
+    if not hasattr(theirs, "causal_conv1d_fn"):
+        pytest.skip("from megatron-core 0.17 on, its layer needs the package flash-linear-attention, which needs CUDA")
+
     def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
         return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 

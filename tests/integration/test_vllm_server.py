@@ -380,7 +380,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> vllm_serv
 
 
 def test_a_server_that_dies_at_its_start_leaves_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = start(tmp_path, monkeypatch, "print('one'); raise SystemExit('no such device')")
+    server = start(tmp_path, monkeypatch, "print('one', flush=True); raise SystemExit('no such device')")
     with pytest.raises(
         AtomError, match=r"is gone \(exit code 1\); its log .*server.log ends: .*no such device; see to it"
     ):

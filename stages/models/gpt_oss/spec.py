@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from stages.mcore import layer_spec as kernels
+from stages.mcore.megatron_compat import submodules_of
 from stages.mcore.megatron_imports import RowParallelLinear, quick_gelu
 from stages.models.base import ModelSpec
 from stages.models.gpt_oss.config import GptOssConfig
@@ -57,7 +58,8 @@ def layer_spec(config: Any, virtual_stage: int | None = None, packed: bool = Fal
     block = kernels.layer_spec(config, virtual_stage, packed)
     if not kernels.uses_transformer_engine(config.params_dtype):
         for layer in {id(layer): layer for layer in block.layer_specs}.values():
-            layer.submodules.mlp.submodules.experts.submodules.linear_fc2 = ExpertOutput
+            experts = submodules_of(layer.submodules.mlp).experts
+            submodules_of(experts).linear_fc2 = ExpertOutput
     return block
 
 
