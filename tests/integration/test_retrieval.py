@@ -129,8 +129,8 @@ def test_a_reader_earns_by_its_reach(loaded: Any, tmp_path: Path) -> None:
         assert [piece.name for piece in wanted] == ["retrieval-700", "retrieval-900"] and section.pieces == len(pieces)
         solver: Any = Solver(loaded, reach)
         (tmp_path / name).mkdir()
-        found = [row for part in compute(wanted, tmp_path / name, lambda solver=solver: solver) for row in part]
-        rows[name] = {"retrieval": long_context.summarize_retrieval(found)}
+        answers = [row for part in compute(wanted, tmp_path / name, lambda solver=solver: solver) for row in part]
+        rows[name] = {"retrieval": long_context.summarize_retrieval(answers)}
     assert all(row["value"] == 1.0 for task in rows["long-1"]["retrieval"].values() for row in task.values())
     blind = [row["value"] for task in rows["mid"]["retrieval"].values() for row in task.values()]
     assert sum(blind) / len(blind) < 0.6

@@ -55,10 +55,10 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def test_a_law_without_scatter_is_found_exactly() -> None:
-    made = ladder.make(PRETRAINING, points(grid(0.0)), [("next", {"parameters": 7e9, "tokens": 1.4e11})])
-    for name, row in made.fit.published().items():
+    report = ladder.make(PRETRAINING, points(grid(0.0)), [("next", {"parameters": 7e9, "tokens": 1.4e11})])
+    for name, row in report.fit.published().items():
         assert row.value == pytest.approx(LAW[name], rel=1e-4)
-    (expected,) = made.expectations
+    (expected,) = report.expectations
     assert expected.band.value == pytest.approx(loss(7e9, 1.4e11), rel=1e-6)
     assert expected.band.high - expected.band.low < 1e-4 and not expected.remarks
 
