@@ -133,6 +133,12 @@ def group(file: Path) -> str:
     return "ON_SLURM" if order(file) == 0 else file.name
 
 
+def pytest_collection_finish() -> None:
+    """What the imports have left never ends: no collection walks over it."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order(item.path))
 

@@ -19,7 +19,7 @@ from pipeline.cli import (
     run_commands,
     watch_command,
 )
-from pipeline.core import os_errors
+from pipeline.core import collector, os_errors
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import DamagedFile
 from pipeline.graph import registry
@@ -79,6 +79,7 @@ def main() -> None:
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
         # All text files of atom are UTF-8, whatever the locale: restart in Python's UTF-8 mode.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "pipeline.cli", *sys.argv[1:]])
+    collector.collect_rarely()
     warnings.showwarning = _show_warning
     try:
         app()

@@ -22,7 +22,7 @@ from typing import Any
 
 import submitit
 
-from pipeline.core import input_integrity, json_files, users
+from pipeline.core import collector, input_integrity, json_files, users
 from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
@@ -66,6 +66,7 @@ def _keys(store: Store, run: str) -> list[str]:
 
 def _begin(task: Task, limits: JobLimits) -> tuple[submitit.JobEnvironment, Store]:
     clean_environment.require(limits.variables)
+    collector.collect_rarely()
     users.share(Path(task.home))
     return submitit.JobEnvironment(), Store(Path(task.home))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.core import input_integrity, json_files
+from pipeline.core import collector, input_integrity, json_files
 from pipeline.core.errors import Failure, Interrupted, Kind, MachineError, PeerLost
 from pipeline.core.events import FileReport, FollowerReport
 from pipeline.core.json_files import Damaged
@@ -45,6 +45,7 @@ def work(task: Task, early_start: EarlyStart | None = None) -> str:
     stage. With several ranks, each process ends with exit code 1 if the launch has failed.
     early_start: the gate to wait at, if the inputs are not sealed yet.
     """
+    collector.collect_rarely()
     if early_start is not None and not early_start.wait(registry.stage(task.stage).imports):
         return "interrupted"
     store = Store(Path(task.home))

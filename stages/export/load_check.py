@@ -12,6 +12,7 @@ which it loads by their paths, import a module of this project, on purpose.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import resource
@@ -21,9 +22,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-import torch
-from jinja2 import TemplateError
-from transformers import AutoTokenizer
+gc.set_threshold(20_000)  # the imports leave half a million objects that never end
+
+import torch  # noqa: E402
+from jinja2 import TemplateError  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 
 def load_beside(name: str) -> Any:

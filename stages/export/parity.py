@@ -12,14 +12,17 @@ this project, on purpose: the CPU patches of Megatron must not affect the compar
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.utils import logging
+gc.set_threshold(20_000)  # the imports leave half a million objects that never end
+
+import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 spec: Any = spec_from_file_location("streamed_model", Path(__file__).with_name("streamed_model.py"))
 streamed_model: Any = module_from_spec(spec)
