@@ -78,6 +78,7 @@ def test_only_the_adapter_is_trained_and_sealed(corpus: Path, adapter: Artifact)
     assert after[0] == pytest.approx(before[-1], rel=1e-6) and after[-1] < after[0] - 0.1
 
 
+@at_length("training", 35)
 def test_peft_computes_the_merged_model(corpus: Path, adapter: Artifact, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -121,6 +122,7 @@ def test_peft_computes_the_merged_model(corpus: Path, adapter: Artifact, tmp_pat
         list(adapter_files.combined(tmp_path, peft))
 
 
+@at_length("training", 12)
 def test_a_kill_leaves_the_same_bytes(corpus: Path, adapter: Artifact, tmp_path: Path) -> None:
     killed = train_fixtures.fresh(corpus, tmp_path, at=7, number=signal.SIGKILL, settings=settings())
     _, errors = killed.communicate()

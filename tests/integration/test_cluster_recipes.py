@@ -192,7 +192,7 @@ def test_where_fp8_pays_on_h100() -> None:
     ]
 
 
-@each
+@pytest.mark.parametrize("name", RECIPES if SOAK else RECIPES[:2])
 def test_plan_without_the_data(name: str, tmp_path: Path) -> None:
     """Plan shows everything and says what is absent; run refuses, in one sentence."""
     plan = atom(tmp_path, "plan", name).stdout

@@ -28,7 +28,7 @@ from pipeline.launch import submission_lock
 from pipeline.launch.failure_messages import failure_kind, failure_message
 from pipeline.launch.slurm_client import Job, Owner
 from tests.fixtures import home_fixtures
-from tests.fixtures.run_fixtures import SOAK, atom
+from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
 pytestmark = pytest.mark.filterwarnings("ignore::pipeline.core.json_files.DamagedFile")
 
@@ -203,6 +203,7 @@ def test_a_run_that_cannot_be_read_stops_only_who_asks_for_it(home: Path) -> Non
     assert process.stderr.count("\n") == 1 and str(path) in process.stderr
 
 
+@at_length("release", 25)
 def test_a_flipped_bit_of_an_input_is_named_once_a_run(home: Path, composed: Graph) -> None:
     store = Store(home)
     for name in composed.nodes["filter"].inputs.values():
@@ -283,6 +284,7 @@ def mounted(script: str) -> str:
     return process.stdout + process.stderr
 
 
+@at_length("release", 13)
 def test_looking_writes_nothing(home: Path, composed: Graph) -> None:
     """On a file system that is read-only, and on one that is full."""
     python, recipe = f"{sys.executable} -m pipeline.cli", composed.recipe.path

@@ -21,7 +21,6 @@ from stages.data import acquire, chat
 from stages.data.python_stdlib import read_docstrings, read_functions
 from stages.data.readers import jsonl
 from stages.data.readers.base import Document, Unreadable
-from stages.data.recipe import load
 from stages.data.seeds import seed_of
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.synthetic.problems import FORMS, TASKS, add, draw
@@ -409,10 +408,12 @@ def test_a_limit_takes_those_of_the_smallest_hashes(folder: Path, run_stage: Any
     assert [row["id"] for row in some] == [row["id"] for row in everything if row["id"] in chosen]
 
 
-def test_standard_library_documents(run_stage: Any) -> None:
-    recipe = load("smoke").resolved()
-    docs = documents(run_stage(acquire.STAGE, recipe.acquire_config("docstrings", 0), {}))
-    code = documents(run_stage(acquire.STAGE, recipe.acquire_config("code", 0), {}))
+def test_standard_library_documents(smoke_data: Path) -> None:
+    (docs, code) = (
+        documents(Artifact.open(folder))
+        for name in ("docstrings", "code")
+        for folder in (smoke_data / "artifacts").glob(f"acquire-{name}-*")
+    )
     assert len(docs) == 400 and len(code) == 300
     assert len({d["id"] for d in docs + code}) == 700
     # a docstring may be held out, so it must not stand in the function that it documents

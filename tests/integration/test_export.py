@@ -27,6 +27,7 @@ from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import train_fixtures
+from tests.fixtures.run_fixtures import at_length
 
 pytestmark = pytest.mark.numeric
 
@@ -101,6 +102,7 @@ def test_which_step(inputs: dict[str, Artifact], tmp_path: Path) -> None:
         hf._checkpoint(inputs["checkpoint"], 3)
 
 
+@at_length("release", 24)
 def test_a_broken_expert_is_refused(exported: Path, tmp_path: Path) -> None:
     """Both halves of the gate see it: the inverse map names the tensor, the logits say where they part."""
     folder = tmp_path / "model"

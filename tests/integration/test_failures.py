@@ -130,6 +130,7 @@ def test_a_failed_attempt_leaves_no_place_of_the_machine_in_its_statement(tmp_pa
     assert len(bodies) == 1 and str(tmp_path) not in bodies[0] and "text.jsonl" in bodies[0]
 
 
+@at_length("release", 25)
 def test_the_environment_of_a_launcher_around_us_does_not_reach_the_stages(smoke_home: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(smoke_home, home)

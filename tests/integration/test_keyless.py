@@ -23,6 +23,7 @@ from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import files_below, files_of, repositories
 from release.signing import Trust
 from tests.fixtures import sigstore_fixtures
+from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.sigstore_fixtures import IDENTITY, ISSUER, Sigstore
 from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
 from tests.integration.test_release_verify import resum
@@ -213,6 +214,7 @@ def test_what_goes_not_together_is_reported(arguments: list[str], words: str, bu
     assert words in str(result.exception) and "\n" not in str(result.exception)
 
 
+@at_length("release", 16)
 def test_they_are_published_and_come_back(client, release: Path, config: Path, tmp_path: Path) -> None:  # noqa: F811
     assert f"signed with the identity {IDENTITY} ({ISSUER}); unchecked, atom verify checks it" in " ".join(
         show.text(show.facts_of(release)).split()

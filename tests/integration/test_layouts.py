@@ -160,6 +160,7 @@ def test_a_killed_rank_changes_no_byte(corpus: Path, tmp_path: Path) -> None:
     assert train_fixtures.digest(tmp_path / "killed" / "out") == train_fixtures.digest(tmp_path / "calm" / "out")
 
 
+@at_length("training", 12)
 def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
     """The rows that ranks really read, by step, are those of the order index, each by one data-parallel rank."""
     from stages.data.order import documents_of_step

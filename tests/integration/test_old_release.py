@@ -23,6 +23,7 @@ from release.repositories import model_folders
 from tests.fixtures import old_release_fixtures
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.old_release_fixtures import Tree
+from tests.fixtures.run_fixtures import at_length
 
 PHASE, STEP = "pretrain", 30
 MODELS = ["model", "model-base", "model-mid", "model-sft", "model-rlvr", "model-rlhf"]
@@ -276,6 +277,7 @@ def rename_everything(tree: Tree) -> None:
     tree.replace_all(r"changed=[45]\b", "changed=6", "release")
 
 
+@at_length("release", 19)
 def test_it_outlives_a_rename_of_everything(old_release: Path, tree: Tree) -> None:
     rename_everything(tree)
     code, checks = tree.verify(old_release)

@@ -19,6 +19,7 @@ from release.repositories import files_below
 from release.schema import read_release
 from stages.recipe import ReleaseSection
 from tests.fixtures import release_fixtures
+from tests.fixtures.run_fixtures import at_length
 
 
 def replace_artifact(source: builder.BuildInput, node: str, tmp_path: Path, change) -> builder.BuildInput:
@@ -240,6 +241,7 @@ def test_lost_tensor_is_refused(source, tmp_path: Path) -> None:
     )
 
 
+@at_length("release", 11)
 def test_generation_that_does_not_stop_is_refused(source, tmp_path: Path) -> None:
     def endless(folder: Path) -> None:
         release_fixtures.write_json(folder / "model/generation_config.json", {"eos_token_id": 3, "pad_token_id": 0})
@@ -248,6 +250,7 @@ def test_generation_that_does_not_stop_is_refused(source, tmp_path: Path) -> Non
         builder.build(replace_artifact(source, "export-mid", tmp_path, endless), tmp_path / "home")
 
 
+@at_length("release", 11)
 def test_template_that_drops_words_is_refused(source, tmp_path: Path) -> None:
     def drop(folder: Path) -> None:
         (folder / "model/chat_template.jinja").write_text(
@@ -272,6 +275,7 @@ def test_template_that_runtimes_render_otherwise_is_refused(source, tmp_path: Pa
     require_refusal(folder, tmp_path, "chat_template_round_trip", sentence)
 
 
+@at_length("release", 11)
 def test_tokenizer_that_other_loaders_refuse_is_refused(source, tmp_path: Path) -> None:
     def list_tokens(folder: Path) -> None:
         path = folder / "model/tokenizer_config.json"

@@ -115,6 +115,7 @@ def test_plain_transformers_loads_the_pulled_model(client, release: Path, tmp_pa
         subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, timeout=120)
 
 
+@at_length("release", 14)
 def test_an_interrupted_publication_is_finished_by_the_next(client, release: Path, tmp_path: Path) -> None:
     with running(tmp_path / "hub") as endpoint:
         cut = """
@@ -328,6 +329,7 @@ assert "times without success" in said(AtomError, many._commit, "main", Differen
 """
 
 
+@at_length("release", 9)
 def test_a_commit_of_thousands_of_files_and_a_folder_of_too_many(client, tmp_path: Path) -> None:
     """The client names the files of a commit in many requests to one address."""
     with running(tmp_path / "hub") as endpoint:

@@ -300,6 +300,7 @@ def test_a_phase_of_other_settings_comes_out_bit_for_bit(settings: dict[str, Any
     assert result.diverges is None, "the log is the same too"
 
 
+@at_length("training", 20)
 def test_spikes_are_judged_by_the_log_before_the_checkpoint(copy: Path, tmp_path: Path) -> None:
     """A policy that calls every little rise a spike: right after step 30, by the steps before it."""
     from stages.train.config import Spikes

@@ -145,6 +145,7 @@ main()
 """
 
 
+@at_length("release", 21)
 def test_models_go_with_the_flag_alone(release: Path, deny_list: Path, tmp_path: Path, hub: dict[str, str]) -> None:
     weights = sha256_file(release / "model/model.safetensors")
     atom(tmp_path, "publish", str(release), "--to", "local", "--public", **hub)

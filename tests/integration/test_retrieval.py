@@ -22,6 +22,7 @@ from stages.data.synthetic import passkeys, retrieval
 from stages.evaluation import long_context, model_evaluation
 from stages.evaluation.long_context import ContextSection, RetrievalSection
 from stages.evaluation.pieces import compute
+from tests.fixtures.run_fixtures import at_length
 from tests.integration.test_context import CONFIG, SECTION, long_documents
 from tests.integration.test_context import inputs as inputs
 from tests.integration.test_context import loaded as loaded
@@ -166,6 +167,7 @@ def test_bad_sections_cost_one_sentence(loaded: Any, tmp_path: Path) -> None:
         RetrievalSection(per_length=1, lengths=[900, 700])
 
 
+@at_length("data-plane", 17)
 def test_long_documents_are_made_from_the_library(run_stage: Any) -> None:
     reader = {"reader": "retrieval", "count": 10, "min_chars": 2000, "max_chars": 9000}
     settings = {**source(), "reader": reader}

@@ -138,6 +138,7 @@ def test_a_rewind_leaves_out_the_batches_before_as_well(poisoned: Path, tmp_path
     assert "spikes_pending" not in state and state["optimizer_step"] == 20
 
 
+@at_length("training", 15)
 def test_a_rewind_is_the_same_whatever_is_saved_and_killed_on_the_way(poisoned: Path, tmp_path: Path) -> None:
     rewind = {"action": "rewind", "rewind_steps": 4, **POLICY}
     undisturbed = run(poisoned, tmp_path / "whole", spikes=rewind)

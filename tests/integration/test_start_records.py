@@ -92,6 +92,7 @@ print(work(Task(sys.argv[1], "run", "pretrain", "pretrain", config, inputs, sys.
 """
 
 
+@at_length("training", 11)
 def test_the_statement_of_a_phase_has_its_starts(corpus: Path, tmp_path: Path) -> None:
     store, key = Store(tmp_path / "home"), "pretrain-0123456789ab"
     for name in ("tokens", "order"):

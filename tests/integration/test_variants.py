@@ -24,7 +24,7 @@ from stages.export.variants.registry import ADAPTER, VARIANTS
 from stages.export.variants.stage import STAGE
 from stages.graph import compose
 from tests.fixtures import release_fixtures, variant_fixtures
-from tests.fixtures.run_fixtures import RecordingReport
+from tests.fixtures.run_fixtures import RecordingReport, at_length
 
 NAMES = ("gguf-q8_0", "fp8-attention", "int8")
 LARGEST = {"gguf-f32": 0, "gguf-f16": 5e-4, "bf16": 4e-3, "gguf-bf16": 4e-3, "gguf-q8_0": 0.01, "int8": 0.02, "fp8": 0.07,
@@ -72,6 +72,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return builder.build(source, tmp_path_factory.mktemp("home"))
 
 
+@at_length("release", 14)
 def test_shards_leave_the_same_bytes(release: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Two tasks of a job array measure, and the stage joins what they left."""
     home = tmp_path_factory.mktemp("shards")
@@ -147,6 +148,7 @@ def test_absent_programs_are_in_the_evidence_with_their_reason(release: Path, co
     assert "evidence/runtimes.json does not say what vLLM makes of model" in bad(copy)["runtimes"]
 
 
+@at_length("release", 16)
 def test_one_repository_verifies_alone_signed_and_altered(copy: Path, tmp_path: Path) -> None:
     signing.sign(copy, signing_key(tmp_path))
     assert not bad(copy)

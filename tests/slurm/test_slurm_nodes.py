@@ -20,7 +20,7 @@ from pipeline.launch.batch_script import batch_script
 from pipeline.launch.job import JobLimits
 from tests.fixtures import slurm_fixtures, verdict_fixtures
 from tests.fixtures.disturbance_fixtures import finish, status, submit
-from tests.fixtures.run_fixtures import at_length, atom
+from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
 pytestmark = slurm_fixtures.ON_SLURM
 
@@ -81,7 +81,7 @@ FAULTS = {
 """What the interpreter does on one of the four nodes, which one that is, and the evidence."""
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", list(FAULTS)[: None if SOAK else 1])
 def test_a_bad_node_is_left_out_of_the_next_start(name: str, tmp_path: Path) -> None:
     condition, bad, evidence = FAULTS[name]
     store, run, job = start(tmp_path, "seal", 2, python=python_that(tmp_path, condition))

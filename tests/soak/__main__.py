@@ -112,7 +112,7 @@ PARTS = {
         "Growth of the data stages up to three million documents; a ratio of 1 or more holds every limit.",
     ),
     "data-plane": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("data_curate", "planted", "large_release"))), ["tests", "result"],
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("data_curate", "planted", "large_release", "retrieval"))), ["tests", "result"],
         "Planted duplicates and leaks in a thousand parts; traces and checks of a million documents by brute force.",
     ),
     "slurm-servers": Part(
@@ -156,7 +156,7 @@ PARTS = {
         test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("adapter", "big_uploads", "continue", "demo", "downstream", "failures", "hub_limits", "lora", "other_platforms", "page_space", "prediction", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "sign", "terminal_commands", "tutorials", "wheel", "damaged_home"))),
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("adapter", "big_uploads", "continue", "demo", "downstream", "export", "failures", "hub_limits", "keyless", "lora", "old_release", "other_platforms", "page_space", "prediction", "release_build", "release_faults", "release_flips", "release_publish", "release_verify", "retract", "sign", "terminal_commands", "tutorials", "variants", "wheel", "damaged_home"))),
         ["tests", "result"], "Every request of a publication fails once, and a thousand bytes of a release are flipped.",
     ),
 }  # fmt: skip
