@@ -1,12 +1,14 @@
 """From the death of a rank to the next finished step: launched again in the same allocation, against requeued.
 
     make slurm-up && .venv/bin/python bench/recovery.py                 # some minutes
+    SLURM_TEST_CRED_EXPIRE=120 make slurm-up                            # as long as Slurm lets a requeue wait by itself
     .venv/bin/python bench/recovery.py --rounds 1
 
 Each round pre-trains atom-smoke on two nodes of the test cluster, once with `restarts_in_allocation` and once without,
 in alternating order, and kills the process of the last rank after step 12. Seconds are by the clock, from the kill to
-the first step that the next launch finishes. A requeue waits for what Slurm's `cred_expire` says: 10 s here, 120 s by
-default; nothing else stands in the queue. The last line is one JSON object: the ratio is requeue / restart.
+the first step that the next launch finishes. A requeue waits for what Slurm's `cred_expire` says: 10 s on the test
+cluster, 120 s by default; nothing else stands in the queue. The last line is one JSON object: the ratio is
+requeue / restart.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -68,6 +71,7 @@ def measure(rounds: int) -> dict[str, Any]:
     for name, each in {**seconds, "requeue / restart": ratios}.items():
         print(f"{name:20}{statistics.median(each):16.2f}{min(each):9.2f}{max(each):9.2f}")
     version = slurm_fixtures.slurm("sinfo", "--version").split()[-1]
+    authentication = re.search(r"cred_expire=(\d+)", slurm_fixtures.slurm("scontrol", "show", "config"))
     return {
         "name": "recovery",
         "ratio": round(statistics.median(ratios), 2),
@@ -76,6 +80,7 @@ def measure(rounds: int) -> dict[str, Any]:
         "target": TARGET,
         "unit": "seconds to the next step, requeue / restart; low and high: of all rounds",
         "seconds": {way: [round(value, 2) for value in each] for way, each in seconds.items()},
+        "cred_expire": int(authentication[1]) if authentication else None,
         "load": round(os.getloadavg()[0], 1),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Slurm {version}",
     }
