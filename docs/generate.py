@@ -57,7 +57,7 @@ Editors complete and check these files by their JSON Schemas: add
 `# yaml-language-server: $schema=PATH` as the first line of a file, with the path of one of
 [recipe](schemas/recipe.schema.json), [data recipe](schemas/data_recipe.schema.json) and
 [cluster profile](schemas/cluster_profile.schema.json). `atom init` writes that line, and the schema
-beside the recipe. What two fields together contradict only `atom validate` says.
+beside the recipe. Only `atom validate` finds contradictions between fields.
 """
 DOCUMENTS = {
     "recipe": "One release. Packaged recipes are in `pipeline/recipes/`.",

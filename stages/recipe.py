@@ -36,15 +36,15 @@ class ReleaseSection(Config):
     title: Line | None = Field(None, description="heading of the cards; null: the name of the recipe")
     contact: Line | None = Field(None, description="URL or address for questions and removal requests")
     variants: Annotated[tuple[VariantName, ...], Field(max_length=len(VARIANTS))] = added(
-        (), "further forms of the final model's weights, each with its measured loss in a repository of its own"
+        (), "further forms of the final model's weights, each in its own repository with its measured loss of quality"
     )
     languages: tuple[Language, ...] = Field(
         min_length=1, max_length=200, description="ISO 639 language codes for the metadata of the cards"
     )
     by_reference: Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)] = added(
         (),
-        "sources whose texts are not published, because their size or license does not allow it: only where each "
-        "document stands and its hash, from which `atom rebuild-data` gets them again",
+        "sources whose texts are not published, because their size or license does not allow it: the release has "
+        "only origin and hash of each document, from which `atom rebuild-data` restores the texts",
     )
     publish_generated: Annotated[dict[SourceName, Line], Field(max_length=MOST_SOURCES)] = added(
         {},
@@ -52,7 +52,7 @@ class ReleaseSection(Config):
         "the recipe is refused",
     )
     maker: Maker = added(
-        Maker.model_validate({}), "statements of the maker for the documents of standards; none by default"
+        Maker.model_validate({}), "statements of the maker for the documents in standard formats; none by default"
     )
 
     @field_validator("variants")
@@ -68,7 +68,7 @@ class ReleaseRecipe(Identity):
 
     tokenizer: TokenizerSection = Field(description="training of the tokenizer")
     start_from: StartFrom | None = added(
-        None, "published model whose weights and tokenizer pretraining begins with; null: initial weights"
+        None, "published model from whose weights pretraining starts, with its tokenizer; null: initial weights"
     )
     model: Model = Field(description="architecture of the model")
     pretrain: PhaseConfig | None = added(None, "pretraining; null, only with start_from: none")
@@ -89,7 +89,7 @@ class ReleaseRecipe(Identity):
         description="measurements after each phase, and thresholds of the release gates"
     )
     extra_stages: Annotated[dict[Key, Settings], Field(max_length=100)] = added(
-        {}, "further stages by name, each with its settings; they read what is there and feed nothing"
+        {}, "further stages by name, each with its settings; they read artifacts, and no other stage reads theirs"
     )
     release: ReleaseSection = Field(description="metadata of the model and dataset cards")
 

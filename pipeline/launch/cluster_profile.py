@@ -161,8 +161,8 @@ class Jobs(Resources):
     )
     spare_nodes: Annotated[int, Range(0, 1024)] = Field(
         0,
-        description="idle nodes that a job of several nodes has beside those of its ranks; one takes the place of a "
-        "node that is lost; a job that loses its first one is queued again",
+        description="additional idle nodes of a job with several nodes; one replaces a node that is lost; a job that "
+        "loses its first node is requeued",
     )
     array_tasks: Annotated[int, Range(1, 1e6)] | None = Field(
         None, description="maximum number of tasks of a job array that run at once; null: slurm.array_tasks"
@@ -208,7 +208,7 @@ class Servers(Resources):
 
     count: Annotated[int, Range(1, 10_000)] = Field(description="number of servers")
     wait_minutes: Annotated[int, Range(1, 525_600)] = Field(
-        15, description="minutes that the stage waits while no server is there; it goes on with any number"
+        15, description="minutes that the stage waits while there is no server; it works with any number of servers"
     )
 
 
@@ -269,7 +269,7 @@ class Slurm(Config):
     stages: dict[StagePattern, Changes] = Field(
         {},
         max_length=1000,
-        description="what jobs of some stages request otherwise, by the stage's name or a pattern such as evaluate-*",
+        description="other requests for the jobs of some stages, by the stage's name or a pattern such as evaluate-*",
     )
     container: Container | None = Field(None, description="container of the stages; null: none")
     python: LongLine | None = Field(
@@ -291,8 +291,8 @@ class Slurm(Config):
     )
     device_test_share: Annotated[float, Range(0, 1)] = Field(
         0.4,
-        description="before training on GPUs: least share of the peak in bf16 that a product of matrices must reach on "
-        "each; 0: no test of products and collectives",
+        description="before training on GPUs: minimum share of the peak in bf16 that a product of matrices must "
+        "reach on each GPU; 0: no test of products and collectives",
     )
     signal_before_limit_seconds: Annotated[
         int, Range(10, 65_535, "Slurm takes no more than 65535"), Renamed("signal_lead_seconds")

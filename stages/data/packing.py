@@ -40,7 +40,7 @@ class LongDocuments(Config):
         4.0, description="maximum number of times that a long chunk is read"
     )
     max_missing: Share = added(
-        1.0, "share of the asked long tokens of a source that may be missing; the order is refused beyond it"
+        1.0, "share of the requested long tokens of a source that may be missing; with more, the order is refused"
     )
 
 

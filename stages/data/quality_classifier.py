@@ -40,7 +40,7 @@ class ClassifierSettings(Config):
     positive: Sources = Field(description="sources whose documents are examples of good text")
     negative: Sources = Field(description="sources whose documents are examples of other text")
     documents: Annotated[int, Range(20, 1e8)] = Field(
-        200_000, description="maximum number of examples of each source, those with the least content hashes"
+        200_000, description="maximum number of examples of each source, those with the smallest content hashes"
     )
     heldout_fraction: Share = Field(0.1, description="share of the examples on which the classifier is measured")
     dimension: Annotated[int, Range(1, 1000)] = Field(64, description="size of the vector of a word")

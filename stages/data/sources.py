@@ -34,7 +34,7 @@ class Source(Config):
     name: SourceName = Field(description="name of the source, as in the mix of a phase")
     kind: Kind = Field(description="kind of the documents; chat: conversations")
     license: License = Field(
-        description="SPDX license of every document; of the collection alone where documents have their own, or "
+        description="SPDX license of every document; only of the collection if documents have their own, or if "
         "document_license is set"
     )
     license_evidence: Text = Field(description="text or URL that shows the license")
@@ -45,11 +45,11 @@ class Source(Config):
     reader: AnyReader = Field(description="reader of the documents")
     document_license: License | None = added(
         None,
-        "SPDX license of documents whose own is not known, where `license` covers the collection alone, such as "
+        "SPDX license of documents of unknown license, if `license` covers only the collection, such as "
         "LicenseRef-unknown-web; null: `license`",
     )
     parts: PartCount = added(
-        1, "parts that the files of the source are dealt into, in their order; jobs process the parts one by one"
+        1, "parts into which the files of the source are divided, in their order; jobs process the parts one by one"
     )
     expected: Size | None = operational(None, "expected size of the source, for `atom plan`; null: unknown")
 

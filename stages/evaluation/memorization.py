@@ -89,17 +89,17 @@ class Measures(Config):
     documents: Annotated[int, Range(2, 1e5)] = Field(
         50, description="maximum number of documents per source and range of times seen"
     )
-    prefix_tokens: Context = Field(50, description="tokens of a document that the model is given")
-    continuation_tokens: Context = Field(50, description="tokens after them that it is compared in")
+    prefix_tokens: Context = Field(50, description="tokens of a document that the model receives")
+    continuation_tokens: Context = Field(50, description="tokens after them that are compared")
     alternatives: Annotated[int, Range(1, 1e6)] = Field(
-        1023, description="random secrets that the secret of a canary is ranked among"
+        1023, description="random secrets among which the secret of a canary is ranked"
     )
 
 
 class MemorizationSection(Measures):
     """Memorization of the training data: verbatim continuations, and the exposure of canaries."""
 
-    every_model: Flag = Field(False, description="measure every trained model, not the final one alone")
+    every_model: Flag = Field(False, description="measure every trained model, not only the final one")
 
     def tokens(self, sources: int, planted: Iterable[Canaries]) -> int:
         """Tokens that the evaluation of one model reads, at most."""

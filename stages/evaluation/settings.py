@@ -67,7 +67,8 @@ class EvaluationSection(Config):
         None, "evaluation on long texts: passkeys, retrieval, and loss by position; null: none"
     )
     memorization: MemorizationSection | None = added(
-        None, "what models give away of their training data: verbatim continuations and canaries; null: not measured"
+        None,
+        "how much of its training data a model reproduces: verbatim continuations and canaries; null: not measured",
     )
     harness: HarnessSection | None = added(None, "task sets of lm-evaluation-harness; null: none")
     engine: Engine = Field(Engine(), description="what computes evaluations: the stages' processes, or vLLM")

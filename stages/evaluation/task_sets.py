@@ -91,7 +91,7 @@ def _set_error(name: str) -> str | None:
 
 
 class TaskFolder(Config):
-    """Tasks of one's own: YAML files as the harness reads them, and data files beside them."""
+    """Your own tasks: YAML files in the form of the harness, and data files beside them."""
 
     name: SourceName = Field(description="name of the set")
     path: Text = Field(description="folder of the YAML files, from that of the recipe; data files are named from it")
@@ -107,9 +107,11 @@ class HarnessSection(Config):
     sets: Annotated[tuple[Annotated[str, Words(40, test=_set_error)], ...], Field(max_length=100)] = Field(
         (), description="task sets by name"
     )
-    folders: Annotated[tuple[TaskFolder, ...], Field(max_length=100)] = Field((), description="task sets of your own")
+    folders: Annotated[tuple[TaskFolder, ...], Field(max_length=100)] = Field(
+        (), description="task sets from your own folders"
+    )
     limit: Annotated[int, Range(2, 1e6)] | None = Field(None, description="first items of a task; null: all")
-    every_model: Flag = Field(False, description="measure every trained model, not the final one alone")
+    every_model: Flag = Field(False, description="measure every trained model, not only the final one")
 
     @model_validator(mode="after")
     def _check_names(self) -> HarnessSection:

@@ -52,14 +52,15 @@ class Replay(Config):
 
 
 class Asynchronous(Config):
-    """Drawing of answers while the policy is updated: groups wait in a bounded queue, and a step takes those that are
-    finished."""
+    """Generation of answers while the policy is updated: groups wait in a bounded queue, and a step takes the finished
+    ones."""
 
     max_staleness: Staleness = Field(
-        1, description="maximum age, in steps, of the policy that drew a token when a step takes it"
+        1, description="maximum age, in steps, of the policy that generated a token when a step takes it"
     )
     queue_groups: Prompts | None = Field(
-        None, description="maximum number of groups drawn or in flight; null: max_staleness times prompts_per_step"
+        None,
+        description="maximum number of groups, finished or in flight; null: max_staleness times prompts_per_step",
     )
     starvation_timeout_seconds: Patience = operational(
         1500.0, "seconds without a finished group after which a step that waits for one stops the phase"
@@ -106,7 +107,9 @@ class Sampling(Config):
 class PostTrainingPhase(PhaseBase):
     """Common settings of all phases of post-training."""
 
-    steps: Steps = Field(description="draws of answers, each with its updates; rounds in dpo; updates in reward_model")
+    steps: Steps = Field(
+        description="rounds of generated answers, each with its updates; rounds in dpo; updates in reward_model"
+    )
     micro_batches: Annotated[int, Range(1, 1e6)] = Field(
         description="micro-batches of one update, over all data-parallel ranks"
     )
@@ -166,7 +169,7 @@ class RlPhase(PostTrainingPhase):
         None, description="upper range of the clip; null: the algorithm's, if it has one"
     )
     kl_coef: KlCoefficient | None = added(
-        None, "weight of the KL divergence from the policy with which the phase began (k3 estimator); null: none"
+        None, "weight of the KL divergence from the policy at the start of the phase (k3 estimator); null: none"
     )
     tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = Field(
         2.0, description="cap of a token's importance weight, trainer over sampler"
@@ -178,7 +181,7 @@ class RlPhase(PostTrainingPhase):
         2, description="extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"
     )
     asynchronous: Asynchronous | None = added(
-        None, "drawing of answers while the policy is updated; null: the steps draw and update in turn"
+        None, "generation of answers while the policy is updated; null: each step generates, then updates"
     )
     tools: Tools | None = added(None, "tools that the model may call while it answers, in turns; null: none")
     curriculum: CurriculumConfig = Field(CurriculumConfig(), description="selection of tasks by difficulty")
@@ -277,7 +280,7 @@ class RlPhase(PostTrainingPhase):
 
     @property
     def queue_groups(self) -> int:
-        """The maximum number of groups drawn or in flight, of an asynchronous phase."""
+        """The maximum number of groups that are finished or in flight, of an asynchronous phase."""
         assert self.asynchronous is not None
         return self.asynchronous.queue_groups or self.asynchronous.max_staleness * self.prompts_per_step
 

@@ -33,7 +33,7 @@ class ByLanguage(Filter):
         min_length=1, max_length=len(LANGUAGES), description="steps by language; a language may have none"
     )
     language_threshold: Share = Field(0.65, description="score that the most probable language must exceed")
-    others: Literal["remove", "keep"] = Field("remove", description="what becomes of documents in other languages")
+    others: Literal["remove", "keep"] = Field("remove", description="treatment of documents in other languages")
 
     @property
     def classifiers(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Generated(Reader):
     generator's files, and must be given."""
 
     reader: Literal["generated"] = Field(description="selects this reader")
-    from_source: SourceName = Field(description="source of the documents that the texts are made from")
+    from_source: SourceName = Field(description="source of the documents from which the texts are written")
     share: PositiveShare = Field(1.0, description="share of these documents, chosen by a seeded hash of the id")
     generator: Line = Field(description="name of the generator, for cards and records")
     path: LongLine = operational(..., "folder of the generator in the format of transformers")
@@ -38,15 +38,15 @@ class Generated(Reader):
     output_license: License | None = Field(
         None, description="SPDX license that these terms put on outputs, beside that of the document; null: none"
     )
-    prompt: Text = Field(description="what the generator is asked; {text} stands for the document")
+    prompt: Text = Field(description="prompt of the generator; {text} is replaced by the document")
     form: Literal["chat", "text"] = Field(
         "chat", description="chat: the prompt is a user's message in the generator's template; text: it is continued"
     )
-    greedy: Flag = Field(False, description="take the likeliest tokens; false: draw at temperature 1")
+    greedy: Flag = Field(False, description="take the most probable tokens; false: sample at temperature 1")
     max_new_tokens: Context = Field(description="maximum number of tokens of a text")
     unfinished: Literal["remove", "keep"] = Field("remove", description="texts that did not end within max_new_tokens")
     batch: Annotated[int, Range(1, 100_000)] = Field(
-        256, description="documents that are drawn together and resumed as one"
+        256, description="documents whose texts are generated together; a kill loses at most one batch"
     )
     engine: Engine = engine_field()
 

@@ -70,7 +70,7 @@ class RowReader(FileReader):
         None, "field with the author of a document, or a list of them, such as metadata.authors.name; null: not stated"
     )
     derived_from_field: Column | None = added(
-        None, "field with the id or URL of the document that a rewritten one was made from, or a list; null: not stated"
+        None, "field with the id or URL of the original of a rewritten document, or a list; null: not stated"
     )
 
     @model_validator(mode="after")

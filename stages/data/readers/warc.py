@@ -30,7 +30,7 @@ PAGE_TYPES = ("text/html", "application/xhtml+xml")
 class Warc(WebReader):
     """Web pages of WARC files, plain or gzip; `path` is a file or a folder of *.warc and *.warc.gz.
 
-    Pages that are not 200 or not HTML are no documents. robots.txt files in a WARC file hold for its pages.
+    Pages that are not 200 or not HTML are no documents. robots.txt files in a WARC file apply to its pages.
     """
 
     suffixes: ClassVar = (".warc", ".warc.gz")

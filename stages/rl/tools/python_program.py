@@ -36,7 +36,7 @@ class PythonTool(Tool):
 
     tool: Literal["python"] = Field(description="selects this tool")
     cpu_seconds: Annotated[int, Range(1, 3600)] = Field(
-        4, description="processor time of a program, in seconds; one that sleeps has ten times as long"
+        4, description="processor time of a program, in seconds; its wall-clock limit is ten times as long"
     )
     memory_mib: Annotated[int, Range(64, 2**20)] = Field(512, description="memory of a program, in MiB")
     workers: Annotated[int, Range(1, 4096)] | None = operational(

@@ -47,7 +47,7 @@ class RecursiveTool(Tool):
     parameters: ClassVar = {"first": "number of the first part", "last": "number of the last part"}
 
     tool: Literal["recurse"] = Field(description="selects this tool")
-    max_depth: Annotated[int, Range(1, 20)] = Field(4, description="maximum calls inside of each other")
+    max_depth: Annotated[int, Range(1, 20)] = Field(4, description="maximum nesting of calls")
 
     def functions(self, row: Row) -> list[dict[str, Any]]:
         """None for a task without parts, or whose text is all in its prompt. Raises AtomError for a task with parts and

@@ -28,10 +28,11 @@ class Tools(Config):
         (), max_length=1000, description="kinds of tasks that offer them; empty: all"
     )
     max_turns: Annotated[int, Range(2, 1000, "usual: 2 to 20")] = Field(
-        4, description="maximum turns of an answer, each of at most sampling.max_new_tokens; the last calls nothing"
+        4,
+        description="maximum turns of an answer, each of at most sampling.max_new_tokens; the last calls no tool",
     )
     max_subtasks: Annotated[int, Range(1, 10_000)] = added(
-        64, "maximum tasks that the tool recurse gives the policy for one answer, those inside of others too"
+        64, "maximum subtasks of the tool recurse for one answer, nested ones included"
     )
     max_result_characters: Annotated[int, Range(1, 1e7)] = Field(
         2000, description="maximum characters of a result; a longer one is cut, with a mark"

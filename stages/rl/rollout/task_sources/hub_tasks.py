@@ -63,9 +63,10 @@ class HubTasks(Config):
         description="math-verify: field with the answer; python-tests: field with asserts, a list or its JSON"
     )
     answer_after: Annotated[str, Words(100)] | None = Field(
-        None, description="math-verify: the answer is what follows the last of these in its field; null: all of it"
+        None,
+        description="math-verify: the answer is the text after the last of these in its field; null: the whole field",
     )
-    solution_field: Column | None = Field(None, description="python-tests: field with a right answer")
+    solution_field: Column | None = Field(None, description="python-tests: field with a correct solution")
     setup_field: Column | None = Field(
         None, description="python-tests: field with code that runs before answers and tests; null: none"
     )

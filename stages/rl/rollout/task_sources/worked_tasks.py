@@ -16,8 +16,8 @@ from stages.rl.rollout.task_sources.problem_tasks import ProblemSource
 class StepWeights(Config):
     """Weights of the parts of a process reward."""
 
-    answer: Share = Field(default=0.5, description="weight of the right result")
-    steps: Share = Field(default=0.5, description="weight of the share of right intermediate values")
+    answer: Share = Field(default=0.5, description="weight of the correct result")
+    steps: Share = Field(default=0.5, description="weight of the share of correct intermediate values")
 
     @model_validator(mode="after")
     def _check_sum(self) -> StepWeights:
