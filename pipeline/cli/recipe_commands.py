@@ -172,9 +172,9 @@ def submit(
             print(json.dumps({"scripts": [row.json() for row in checked]}, indent=1))
         else:
             for row in checked:
-                print(f"{row.script}: {row.said}")
+                print(f"{row.script}: {row.answer}")
         if bad := [row for row in checked if not row.ok]:
-            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].said}; fix the cluster profile")
+            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].answer}; fix the cluster profile")
         slurm.Submission(damaged=damage_of(composed, store, selected)).require_undamaged()
         return
     submission = slurm.submit(composed, store, selected, settings, cluster)

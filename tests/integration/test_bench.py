@@ -83,7 +83,7 @@ def test_saturation_benchmark(tmp_path: Path) -> None:
     table = run_quick("rlhf_saturation", "--out", str(tmp_path))
     measured = [re.findall(r"seed 0: (\w+), (\d) updates", line) for line in table]
     arms = ("rlvr", "rlhf", "rules")
-    assert [found[0] for found in measured if found] == [(arm, str(n)) for arm in arms for n in range(3)]
+    assert [updates[0] for updates in measured if updates] == [(arm, str(n)) for arm in arms for n in range(3)]
     (curves,) = json.loads((tmp_path / "rlhf-saturation.json").read_text())
     flops = {arm: [point["flops"] for point in curves[arm]] for arm in arms}
     assert flops["rlvr"][0] == flops["rules"][0] == 0 < flops["rlhf"][0], "the reward model was trained before"

@@ -48,7 +48,7 @@ def reasons(rows: list[plan.StagePlan], hours: float = 0.5, body: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("estimate", "trains", "said"),
+    ("estimate", "trains", "reason"),
     [
         (Estimate(memory_bytes=64 * GIB), False, None),
         (
@@ -73,8 +73,8 @@ def reasons(rows: list[plan.StagePlan], hours: float = 0.5, body: dict[str, Any]
         ),
     ],
 )  # fmt: skip
-def test_each_limit(estimate: Estimate, trains: bool, said: str | None) -> None:
-    assert reasons([row(estimate, trains)]) == [(said,) if said else ()]
+def test_each_limit(estimate: Estimate, trains: bool, reason: str | None) -> None:
+    assert reasons([row(estimate, trains)]) == [(reason,) if reason else ()]
 
 
 def test_fp4_needs_a_gpu_that_has_it() -> None:

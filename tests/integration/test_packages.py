@@ -87,8 +87,8 @@ def test_documents_have_the_licenses_of_their_files(folder: Path, run_stage: Any
     )
     (origin,) = (row["origin"] for row in rows(artifact) if row["id"].endswith("README"))
     assert origin == "a test#pool/garden_1.0_all.deb:usr/share/doc/garden/README"
-    found = {row["license"]: row["found"] for row in artifact.json("source.json")["licenses"]}
-    assert {license: how for license, how in found.items() if "unmapped" not in license} == dict.fromkeys(
+    bases = {row["license"]: row["found"] for row in artifact.json("source.json")["licenses"]}
+    assert {license: how for license, how in bases.items() if "unmapped" not in license} == dict.fromkeys(
         ("GPL-2.0-or-later", "MIT", "ISC", "Apache-2.0"), "file"
     )
 

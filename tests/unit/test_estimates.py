@@ -64,10 +64,10 @@ def test_an_estimate_is_the_law_at_the_size_of_all_sources(tmp_path: Path) -> No
 
 
 def test_steps_take_their_time_beside_the_law(tmp_path: Path) -> None:
-    plain, more = estimates_of(tmp_path, SIZE), estimates_of(tmp_path, SIZE, steps=("language", "c4"))
+    plain, filtered = estimates_of(tmp_path, SIZE), estimates_of(tmp_path, SIZE, steps=("language", "c4"))
     seconds = 8000 * (estimates.STEP_SECONDS["language"] + estimates.STEP_SECONDS["c4"])
-    assert more["filter"].cpu_seconds == pytest.approx(plain["filter"].cpu_seconds + seconds)
-    assert more["filter"].serial_seconds == plain["filter"].serial_seconds
+    assert filtered["filter"].cpu_seconds == pytest.approx(plain["filter"].cpu_seconds + seconds)
+    assert filtered["filter"].serial_seconds == plain["filter"].serial_seconds
 
 
 def test_packages_take_longer_to_read_than_plain_text() -> None:
