@@ -8,6 +8,7 @@ Each head has a sink, a score of its own in the softmax, and all matrices but em
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -15,8 +16,8 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Context, Flag
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import Precision
-from stages.models.costs import AttentionCost, MemoryShare
-from stages.models.grouped_query import GroupedQueryConfig, swiglu_shapes
+from stages.models.costs import AttentionCost, MemoryShare, Rows
+from stages.models.grouped_query import SLICE, GroupedQueryConfig, swiglu_shapes
 from stages.models.mixture import RoutedConfig, sent_tokens
 
 
@@ -113,6 +114,23 @@ class GptOssConfig(RoutedConfig, GroupedQueryConfig):
     def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
         return super().layer_memory(layout, layer) + MemoryShare(self._cut_vectors // layout.tp + self.hidden_size, 0)
 
+    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> dict[str, float]:
+        """Packed rows have no kernel with sinks on a GPU: there plain products keep the scores of every query, in fp32
+        and rounded, and the keys and values of each slice of queries for all heads. fp32 is counted as on a CPU, whose
+        kernel keeps none."""
+        if not rows.packed or precision == "fp32":
+            return super().attention_activations(layout, precision, rows, layer)
+        q, (scores, keys) = (
+            self.heads * self.head_dim,
+            plain_attention(rows, None if layer % 2 else self.sliding_window),
+        )
+        return {
+            "queries, turned": 2 * q,
+            "keys and values of each slice, for all heads": 2 * 2 * q * keys,
+            "softmax of the scores and the sink, fp32, and rounded": self.heads * (4 * (scores + 1) + 2 * scores),
+            "attention's output": 2 * q,
+        }
+
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
         copies, ffn = self.num_experts_per_tok, self.moe_intermediate_size
         return {
@@ -146,3 +164,17 @@ class GptOssConfig(RoutedConfig, GroupedQueryConfig):
         """Few experts, and the same window."""
         changes = super().scaled(hidden_size, width)
         return changes and {**changes, **self.scaled_experts(width)}
+
+
+@cache
+def plain_attention(rows: Rows, window: int | None) -> tuple[float, float]:
+    """(scores, keys) of packed rows for each query, when each slice of SLICE queries is computed by itself, with one
+    document in a row unless `rows` states its longest. A slice sees no keys before its window or its first document.
+    Documents with prefixes are computed as batches, each with its own keys."""
+    if rows.prefixed:
+        return rows.longest or rows.length, 1 + rows.prefixed / (rows.rows * rows.length)
+    most = min(window or rows.length, rows.longest or rows.length)
+    slices = [(start, min(start + SLICE, rows.length)) for start in range(0, rows.length, SLICE)]
+    keys = [end - max(0, start + 1 - most) for start, end in slices]
+    scores = sum((end - start) * count for (start, end), count in zip(slices, keys, strict=True))
+    return scores / rows.length, sum(keys) / rows.length
