@@ -5,6 +5,7 @@ initial weights, and one process a seed.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
 import warnings
@@ -17,7 +18,7 @@ import torch
 
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.table import ITEMS, write_jsonl, write_rows
-from stages.data.tokenizer import bpe_trainer, untrained
+from stages.data.tokenizer import END, PAD, bpe_trainer, untrained
 from stages.mcore.tensor_sharding import cut
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
@@ -54,6 +55,8 @@ def write_inputs(
     for path in (folder / "tokenizer", folder / "items", *arms.values()):
         path.mkdir(parents=True)
     bpe.save(str(folder / "tokenizer" / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PAD}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
     write_rows(folder / "items" / "items.parquet", ITEMS, [])
     write_jsonl(folder / "items" / "chat.jsonl", items)
     for arm, path in arms.items():

@@ -76,6 +76,11 @@ def test_process_reward_benchmark() -> None:
     assert [re.findall(r"(steps|tokens) (\d+)", line) for line in costs] == [[("steps", "1"), ("tokens", "32")]] * 2
 
 
+@at_length("benchmarks", 10)
+def test_recursion_benchmark() -> None:
+    assert run_quick("recursion")[-1].startswith("gain, mean of 1 seeds: ")
+
+
 @at_length("benchmarks", 30)
 def test_saturation_benchmark(tmp_path: Path) -> None:
     """Three policies from the same weights: each measured before its first update and after the others, in equal
