@@ -19,7 +19,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import sha256_bytes
@@ -56,6 +56,14 @@ def match_text(kind: str, requests: str) -> str:
     return f"{kind} {requests}"
 
 
+class DeniedRequest(TypedDict):
+    """A request in the evidence: the SHA-256 of its reference, its date, and the number of its entries by kind."""
+
+    request: str
+    date: str
+    entries: dict[str, int]
+
+
 class DenyList:
     """The entries of a deny-list, by what they name."""
 
@@ -70,8 +78,8 @@ class DenyList:
                 raise RecipeError(f"{place}: more than {MOST_ENTRIES} entries; name hosts instead of their pages")
             self._add(place, line)
 
-    def requests(self) -> list[dict[str, Any]]:
-        """Every request for the evidence: the SHA-256 of its reference, its date, and its entries by kind."""
+    def requests(self) -> list[DeniedRequest]:
+        """Every request for the evidence."""
         return [
             {"request": request, "date": self.dates[request], "entries": dict(sorted(self.counts[request].items()))}
             for request in sorted(self.dates)
