@@ -26,8 +26,8 @@ from stages.data.table import KEPT, content_hash, order_files, part_files, write
 from stages.data.tree_digest import tree_digest
 from tests.fixtures import ROOT
 from tests.fixtures.package_fixtures import COPYRIGHT, Files, deb_of, lock_folder, member, sdist_of
+from tests.fixtures.recipe_fixtures import SMOKE
 from tests.fixtures.run_fixtures import at_length, atom
-from tests.unit.test_recipe import SMOKE
 
 GARDEN: Files = {
     "usr/share/doc/garden/copyright": COPYRIGHT,
