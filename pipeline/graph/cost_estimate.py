@@ -33,7 +33,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class CostEstimate:
     """The estimates of the stages to run. total: the sum of the estimated stages; its hours assume one stage after the
     other."""
 
@@ -58,14 +58,14 @@ class Forecast:
         }
 
 
-def forecast(rows: list[StagePlan], profile: Profile, small: bool) -> Forecast:
+def estimate_costs(rows: list[StagePlan], profile: Profile, small: bool) -> CostEstimate:
     """small: `planner.is_small` of the graph.
 
     Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
     """
     uses = tuple(_priced(_use(row, profile, small), profile) for row in rows if row.state.text == "to run")
     total = Use("all", *(sum(values) for values in zip(*(_figures(use) for use in uses), strict=True)))
-    return Forecast(profile, uses, total, tuple(_assumed(rows, uses, profile)))
+    return CostEstimate(profile, uses, total, tuple(_assumed(rows, uses, profile)))
 
 
 def _figures(use: Use) -> tuple[float, ...]:

@@ -187,7 +187,7 @@ def test_permutations_are_fixed_and_mix_well() -> None:
     assert ((counts - seeds / n) ** 2 / (seeds / n)).sum() / (n - 1) ** 2 < 1.5
     pairs = np.bincount(images[:, 2] * n + images[:, 3], minlength=n * n).reshape(n, n)[~np.eye(n, dtype=bool)]
     assert ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum() / (len(pairs) - 1) < 1.5
-    # neighbours do not stay neighbours, and the order is no trend
+    # neighbors do not stay neighbors, and the order is no trend
     images = Permutation(100_000, "mix", 0)(np.arange(100_000))
     assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.02
     assert abs(np.corrcoef(images, np.arange(100_000))[0, 1]) < 0.02
