@@ -204,12 +204,12 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
             recomputes = any(_recomputes(row) for row, _ in measured)
             again = ", a third more FLOPs where layers are computed again" if recomputes else ""
             sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
-        if modelled := [(row, time) for row, time in used if isinstance(time, TrainingTime)]:
+        if modeled := [(row, time) for row, time in used if isinstance(time, TrainingTime)]:
             phases: dict[str, list[str]] = {}
-            for row, time in modelled:
+            for row, time in modeled:
                 phases.setdefault(_reached(row, time, profile), []).append(row.state.name)
             shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
-            time = modelled[0][1]
+            time = modeled[0][1]
             sentences.append(
                 f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
                 f"published runs of models that it was not fitted to: median {time.median_error:.0%}, largest "
