@@ -143,10 +143,10 @@ def test_a_server_in_a_job_is_announced_while_it_answers_and_ends_with_its_stage
 
     def announcements(count: int) -> list[Announced]:
         for _ in range(1000):
-            if len(found := server_files.read(tmp_path, "run-1")) == count:
-                return found
+            if len(present := server_files.read(tmp_path, "run-1")) == count:
+                return present
             time.sleep(0.02)
-        raise AssertionError(f"{found} were announced, not {count}; {outcomes}")
+        raise AssertionError(f"{present} were announced, not {count}; {outcomes}")
 
     for is_killed in (True, False):
         thread = threading.Thread(target=run)
