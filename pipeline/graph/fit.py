@@ -35,7 +35,7 @@ class Fit:
 
 
 def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> list[Fit]:
-    """For each stage. uses: of the cost estimate, by stage. What earlier stages leave on disk counts for the later ones.
+    """For each stage. uses: of the cost estimate, by stage. What earlier stages leave on disk counts for later ones.
 
     Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
     """
