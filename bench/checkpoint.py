@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quiet import Quiet
 from train import FULL, OPTIMIZER, QUICK, Size, Tokens
 
 from stages.train.checkpoint.work_checkpoint import Checkpoints
@@ -31,18 +32,6 @@ from stages.train.parallel import session
 
 TARGET = 0.8  # a copy and what it takes to name 700 pieces and start a thread
 ROUNDS = 12
-
-
-class Quiet:
-    """A report that nobody reads."""
-
-    def metric(self, step: int, **values: float) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def slow_rank(self, text: str | None) -> None: ...
-
-    def seal_checkpoint(self, step: int, folder: Path) -> None: ...
 
 
 def measure(size: Size, folder: Path, rounds: int) -> dict[str, Any]:

@@ -66,7 +66,7 @@ SEARCH, DRAW, READER = "contamination", "memorization", "a rank's reader"
 
 @dataclass(frozen=True)
 class Measured:
-    """One process. peak: its largest resident memory; own: without pages of mapped files; read: bytes that it read;
+    """One process. peak: its largest resident memory; private: without pages of mapped files; read: bytes that it read;
     work, out: bytes that it left on disk."""
 
     stage: str
@@ -76,7 +76,7 @@ class Measured:
     parts: int
     seconds: float
     peak: int
-    own: int
+    private: int
     read: int
     work: int
     out: int
@@ -220,12 +220,12 @@ def used() -> tuple[float, int]:
 
 def child(home: Path, recipe: Path, name: str, mode: str) -> None:
     """Does the work of one process and prints its processor seconds, the bytes that it read, and its peak memory."""
-    own, ended = [0], threading.Event()
+    private, ended = [0], threading.Event()
 
     def sample() -> None:
         while not ended.wait(0.02):
             resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
-            own[0] = max(own[0], (int(resident) - int(shared)) * resource.getpagesize())
+            private[0] = max(private[0], (int(resident) - int(shared)) * resource.getpagesize())
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -246,7 +246,7 @@ def child(home: Path, recipe: Path, name: str, mode: str) -> None:
     thread.join()
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     peak = 1024 * max(int(re.search(r"VmHWM:\s+(\d+)", status)[1]), children)
-    print(json.dumps({"seconds": seconds, "peak": peak, "own": own[0], "read": read}))
+    print(json.dumps({"seconds": seconds, "peak": peak, "private": private[0], "read": read}))
 
 
 # --- all processes, and what follows from them
@@ -278,7 +278,7 @@ def measure(documents: int, place: Path, words: int = SHORT, file_size: int = FI
             out = bytes_below(home / "artifacts") if (home / "artifacts").exists() else 0
             parts = -(-documents // file_size)
             rows.append(Measured(name, mode, documents, text, parts, **usage, work=work, out=out))
-            figures = f"{usage['seconds']:9.1f} s {usage['peak'] / 1e6:7.0f} MB {usage['own'] / 1e6:7.0f} MB"
+            figures = f"{usage['seconds']:9.1f} s {usage['peak'] / 1e6:7.0f} MB {usage['private'] / 1e6:7.0f} MB"
             disk = f"{work / text:6.2f}{out / text:6.2f}"
             print(f"{documents:>9,} {name:>16} {mode:>6}{figures}{disk}", flush=True)
         shutil.rmtree(home / "work", ignore_errors=True)
@@ -326,7 +326,7 @@ def summarize(rows: list[Measured], long: list[Measured]) -> dict[str, Any]:
     serial, parallel = {1.2e9: 0.0, 6e9: 0.0}, {1.2e9: 0.0, 6e9: 0.0}
     for stage, mode in processes:
         mine = [row for row in rows if (row.stage, row.mode) == (stage, mode)]
-        peak, (_, slope) = max(row.peak for row in mine), fit(filled(mine), "documents", "own")
+        peak, (_, slope) = max(row.peak for row in mine), fit(filled(mine), "documents", "private")
         line = f"{stage + ' ' + mode:>24}{peak / 1e6:9.0f}{slope:12.1f}"
         if mode == "parts":
             (_, by_text), by_document, by_part = fit(mine, "text", "seconds"), 0.0, 0.0

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import three_panels
 from intervals import interval
+from quiet import Quiet
 
 from pipeline.core.store import Artifact, write_manifest
 from release.cards.plot import COLORS
@@ -107,15 +108,8 @@ def order_of(tokens: Artifact, settings: Mapping[str, Any], seed: int, folder: P
     config |= {"steps": settings["steps"], "seed": seed}
     (folder / "work").mkdir(parents=True)
     (folder / "order").mkdir()
-    STAGE.run(STAGE.config.model_validate(config), {"tokens": tokens}, folder / "work", folder / "order", _Quiet())  # type: ignore[arg-type]
+    STAGE.run(STAGE.config.model_validate(config), {"tokens": tokens}, folder / "work", folder / "order", Quiet())  # type: ignore[arg-type]
     return write_manifest(folder / "order", "order-forgetting")
-
-
-class _Quiet:
-    lease = None
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None
 
 
 class Heldout:
@@ -164,6 +158,7 @@ def train(
 
 def run_seed(home: Path, seed: int, base_steps: int, measured: Sequence[int], folder: Path) -> dict[str, Any]:
     """{arm: its points} of one seed: of the base, of the orders and of the adapters."""
+    import small_policies
     import torch
 
     graph = graph_of(home)
@@ -176,7 +171,7 @@ def run_seed(home: Path, seed: int, base_steps: int, measured: Sequence[int], fo
         engine.initialize()
         order = order_of(tokens, settings, seed, folder / f"base-{seed}")
         points = {"base": train(engine, config, tokens, order, heldout, (base_steps,))}
-        base = {name: tensor.clone() for name, tensor in engine.full_tensors().items()}
+        base = small_policies.weights_of(engine)
     for number, (arm, (rank, mix)) in enumerate(ARMS.items()):
         settings = phase(mix, max(measured), RATES["lora" if rank else "full"], rank)
         order = order_of(tokens, settings, seed, folder / f"{number}-{seed}")
@@ -191,13 +186,13 @@ def run_seed(home: Path, seed: int, base_steps: int, measured: Sequence[int], fo
 
 def load(engine: Engine, base: Mapping[str, Any]) -> None:
     """Gives an engine the weights of the base, with a fresh adapter if it has one."""
-    from stages.mcore.tensor_sharding import cut
+    import small_policies
 
     if engine.lora:
         engine.initialize()
         engine.load_frozen(base)
     else:
-        engine.load_state(lambda kind, piece: cut(base[piece.name], piece.boxes).flatten()[piece.start : piece.stop], 0)
+        small_policies.load(engine, base)
 
 
 def changes(points: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:

@@ -72,8 +72,8 @@ class Sides:
         config = hf_config(size.model, size.vocab, 1, 0, "float32")
         shapes = size.model.shapes(size.vocab)
         tensors = dict(spec.to_hf(Initial(shapes, size.model, 0), size.model, size.vocab))
-        self.own, other = (InProcess(config, stops=(), max_new_tokens=size.new) for _ in range(2))
-        for sampler in (self.own, other):
+        self.sampler, other = (InProcess(config, stops=(), max_new_tokens=size.new) for _ in range(2))
+        for sampler in (self.sampler, other):
             sampler.load(tensors)
         self.model: Any = other.model  # of the same class, in memory of its own
         self.model.generation_config.eos_token_id = None  # a setting of None in a call is filled in from here
@@ -87,7 +87,7 @@ class Sides:
         return [Prompt(tuple(row.tolist()), seed) for seed, row in enumerate(rows)]
 
     def ours(self, prompts: list[Prompt], greedy: bool = False) -> list[list[int]]:
-        return [list(completion.ids) for completion in self.own.generate(prompts, greedy)]
+        return [list(completion.ids) for completion in self.sampler.generate(prompts, greedy)]
 
     def transformers(self, prompts: list[Prompt], greedy: bool = False) -> list[list[int]]:
         width = max(len(p.ids) for p in prompts)

@@ -22,41 +22,34 @@ The last line is one JSON object, whose `ratio`, `low` and `high` are 1 plus the
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
-import multiprocessing
 import platform
 import random
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import small_policies
 import torch
 from intervals import interval
-from rl import CLIP, Quiet
+from quiet import Quiet
+from small_policies import Encode, example_of, load, prepare_process, run_seeds, weights_of, write_inputs
 
-from pipeline.core.store import Artifact, write_manifest
+from pipeline.core.store import Artifact
 from stages.data import chat
 from stages.data.seeds import seed_of
 from stages.data.synthetic import problems
-from stages.data.table import ITEMS, write_jsonl, write_rows
-from stages.data.tokenizer import bpe_trainer, untrained
 from stages.evaluation.confidence import clustered
-from stages.mcore.tensor_sharding import cut
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Row
-from stages.rl.rollout.batches import Example, build_rank_batch
+from stages.rl.rollout.batches import Example
 from stages.rl.rollout.task_sources.worked_tasks import WorkedTasks
-from stages.train.data import Batch
-from stages.train.engine import Engine, Piece
+from stages.train.engine import Engine
 from stages.train.parallel import session
 
 ARMS = {"result": {"answer": 1.0, "steps": 0.0}, "process": {"answer": 0.5, "steps": 0.5}}
@@ -95,80 +88,46 @@ QUICK = replace(FULL, tuning=2, rows=4, prompts=2, generations=2, new=8, steps=1
 
 def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact], dict[str, Artifact], list[Row]]:
     """Tokenizer and items, the tasks of each arm, and held-out problems that are no task."""
-    bpe = untrained()
     rng = random.Random(seed_of("bench/process/tokenizer", seed))
     texts = [chat.render(problems.messages(problems.TASKS[size.task](rng), True)) for _ in range(2000)]
-    bpe.train_from_iterator(texts, bpe_trainer(size.vocab))
-    arms = {name: folder / f"tasks-{name}" for name in ARMS}
-    for path in (folder / "tokenizer", folder / "items", *arms.values()):
-        path.mkdir(parents=True)
-    bpe.save(str(folder / "tokenizer" / "tokenizer.json"))
-    write_rows(folder / "items" / "items.parquet", ITEMS, [])
-    write_jsonl(folder / "items" / "chat.jsonl", [])
     count = size.items + 40 * size.prompts
+    tasks: dict[str, list[Row]] = {}
     heldout: list[Row] = []
-    for name, path in arms.items():
+    for arm, weights in ARMS.items():
         source = WorkedTasks.model_validate(
             {"source": "worked-problems", "task": size.task, "levels": [size.level], "count": count,
-             "weights": ARMS[name]})  # fmt: skip
+             "weights": weights})  # fmt: skip
         rows = list(source.rows(seed, set()))
-        heldout = rows[: size.items]
-        write_jsonl(path / "tasks.jsonl", rows[size.items :])
-    shared = {name: write_manifest(folder / name, f"{name}-bench") for name in ("tokenizer", "items")}
-    return shared, {name: write_manifest(path, f"{path.name}-bench") for name, path in arms.items()}, heldout
+        heldout, tasks[arm] = rows[: size.items], rows[size.items :]
+    return (*write_inputs(folder, texts, size.vocab, tasks), heldout)
 
 
 def configuration(size: Size, seed: int) -> RlTrainConfig:
-    optimizer = dict(lr=2e-4, final_lr=2e-4, warmup_steps=0, weight_decay=0.0, beta1=0.9, beta2=0.99, clip=CLIP)
-    phase = dict(
-        tasks=[{"source": "worked-problems", "task": size.task, "levels": [size.level], "count": size.prompts}],
-        steps=10**6, prompts_per_step=size.prompts, num_generations=size.generations,
-        sampling={"max_new_tokens": size.new}, micro_batches=2, optimizer=optimizer, validate_every=10**6,
-        release_checkpoint_interval=10**6, max_resample_rounds=0,
-    )  # fmt: skip
-    return RlTrainConfig.model_validate(dict(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=seed))
+    source = {"source": "worked-problems", "task": size.task, "levels": [size.level], "count": size.prompts}
+    return small_policies.configuration(size, seed, source)
 
 
 def fine_tune(trainer: GrpoTrainer, size: Size, seed: int, heldout: Sequence[Row]) -> int:
     """Trains on conversations about problems of all levels, none of them held out, until ENOUGH answers to tasks are
     right. Returns the number of steps."""
-    engine, policy_chat, excluded = trainer.engine, trainer.policy.chat, {row["question"] for row in heldout}
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = policy_chat.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def objective(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return (losses * batch.loss_mask).sum(), {}
-
+    excluded = {row["question"] for row in heldout}
     rng = random.Random(seed_of("bench/process/tuning", seed))
-    for step in range(1, size.tuning + 1):
-        examples = []
+
+    def draw(encode: Encode) -> list[Example]:
+        examples: list[Example] = []
         while len(examples) < size.rows:
             problem = problems.TASKS[size.task](rng)
-            if problem.question in excluded:
-                continue
-            ((text, start),) = chat.turns(problems.messages(problem, rng.random() < THINKING))
-            question = encode(text[:start])
-            examples.append(Example([*question, *encode(text[start:])], len(question)))
-        targets = sum(len(example.ids) - example.start for example in examples)
-        batch = build_rank_batch([[example] for example in examples], 2, engine.ranks, policy_chat.pad, targets)
-        engine.step(batch, 3e-3 * min(1.0, step / 20), lambda loss, norm: None, objective=objective)
-        if step % CHECK_EVERY == 0:
-            right = statistics.fmean(accuracies(trainer, trainer.rows[:100], 1, seed)["task"])
-            print(f"seed {seed}: {right:.2f} right after {step} steps of fine-tuning", flush=True)
-            if right >= ENOUGH:
-                break
-    return step
+            if problem.question not in excluded:
+                ((text, start),) = chat.turns(problems.messages(problem, rng.random() < THINKING))
+                examples.append(example_of(encode, text, start))
+        return examples
 
+    def is_enough(step: int) -> bool:
+        right = statistics.fmean(accuracies(trainer, trainer.rows[:100], 1, seed)["task"])
+        print(f"seed {seed}: {right:.2f} right after {step} steps of fine-tuning", flush=True)
+        return right >= ENOUGH
 
-def load(engine: Engine, weights: Mapping[str, torch.Tensor]) -> None:
-    """Puts weights into the engine, with an optimizer that has made no update."""
-
-    def read(kind: str, piece: Piece) -> torch.Tensor:
-        return cut(weights[piece.name], piece.boxes).flatten()[piece.start : piece.stop]
-
-    engine.load_state(read, 0)
+    return small_policies.fine_tune(trainer, size.tuning, draw, CHECK_EVERY, is_enough)
 
 
 def accuracies(trainer: GrpoTrainer, rows: Sequence[Row], samples: int, seed: int) -> dict[str, list[float]]:
@@ -182,9 +141,7 @@ def accuracies(trainer: GrpoTrainer, rows: Sequence[Row], samples: int, seed: in
 
 def run_seed(size: Size, seed: int) -> dict[str, Any]:
     """The figures of one seed."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    prepare_process()
     config, result = configuration(size, seed), dict[str, Any](seed=seed)
     with tempfile.TemporaryDirectory() as place, session(0) as ranks:
         folder = Path(place)
@@ -200,8 +157,7 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
                 if not weights:
                     start = time.process_time()
                     result["tuning"] = fine_tune(trainer, size, seed, heldout)
-                    full = engine.full_tensors()
-                    weights = {tensor: full[tensor].clone() for tensor in engine.shapes}
+                    weights = weights_of(engine)
                     result["before"] = accuracies(trainer, heldout, size.samples, seed)
                     print(f"seed {seed}: fine-tuned in {time.process_time() - start:.0f} s, "
                           f"pass@1 {statistics.fmean(result['before']['task']):.3f}", flush=True)  # fmt: skip
@@ -255,21 +211,12 @@ def report(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(size: Size, seeds: int, processes: int) -> dict[str, Any]:
-    """Trains all seeds and reports."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        results = list(pool.map(run_seed, [size] * seeds, range(seeds)))
-    return report(results)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps of one seed; the figures mean nothing")
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="number of seeds, from 0 on")
+    parser = small_policies.argument_parser(__doc__)
     parser.add_argument("--task", choices=sorted(problems.TASKS), default=FULL.task, help="the kind of problem")
     arguments = parser.parse_args()
     if arguments.quick:
-        print(json.dumps(measure(QUICK, seeds=1, processes=1)))
+        results = run_seeds(run_seed, QUICK, seeds=1, processes=1)
     else:
-        print(json.dumps(measure(replace(FULL, task=arguments.task), arguments.seeds, processes=2)))
+        results = run_seeds(run_seed, replace(FULL, task=arguments.task), arguments.seeds, processes=2)
+    print(json.dumps(report(results)))

@@ -24,11 +24,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from small_policies import load
 
 from pipeline.graph import recipe as recipes
 from stages.mcore.model import named_tensors
 from stages.mcore.quantize import FORMATTED, to_weight_format
-from stages.mcore.tensor_sharding import cut
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine
@@ -61,8 +61,7 @@ def train(
         if begin is None:
             engine.initialize()
         else:
-            start = begin
-            engine.load_state(lambda kind, p: cut(start[p.name], p.boxes).flatten()[p.start : p.stop], 0)
+            load(engine, begin)
         for step in range(1, settings.phase.steps + 1):
             batch = byte_windows(text, ROWS, LENGTH, f"{label} {settings.seed} {step}")
             engine.step(batch, learning_rate(step, settings.phase.steps, settings.phase.optimizer), lambda *_: None)

@@ -23,41 +23,34 @@ The last line is one JSON object, whose `ratio`, `low` and `high` are 1 plus the
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
-import multiprocessing
 import platform
 import random
 import statistics
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import small_policies
 import torch
 from intervals import interval
-from process_reward import load
-from rl import CLIP, Quiet
+from quiet import Quiet
+from small_policies import Encode, example_of, load, prepare_process, run_seeds, weights_of, write_inputs
 
-from pipeline.core.store import Artifact, write_manifest
+from pipeline.core.store import Artifact
 from stages.data import chat
 from stages.data.seeds import seed_of
-from stages.data.table import ITEMS, write_jsonl, write_rows
-from stages.data.tokenizer import bpe_trainer, untrained
 from stages.evaluation.confidence import clustered
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Completion, Prompt, Row, Sampler, question
-from stages.rl.rollout.batches import Example, build_rank_batch
+from stages.rl.rollout.batches import Example
 from stages.rl.rollout.task_sources.long_list_tasks import draw_numbers, row_of
 from stages.rl.tools.recursive_call import RecursiveTool
-from stages.train.data import Batch
 from stages.train.engine import Engine
 from stages.train.parallel import session
 
@@ -130,16 +123,8 @@ def conversation(rng: random.Random, size: Size) -> tuple[list[dict[str, Any]], 
 
 def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact], dict[str, Artifact], list[Row]]:
     """Tokenizer and items, the tasks of each arm, and held-out questions that are no task."""
-    bpe = untrained()
     rng = random.Random(seed_of("bench/recursion/tokenizer", seed))
     texts = [text for _ in range(2000) for text, _ in chat.turns(*conversation(rng, size))]
-    bpe.train_from_iterator(texts, bpe_trainer(size.vocab))
-    arms = {name: folder / f"tasks-{name}" for name in ARMS}
-    for path in (folder / "tokenizer", folder / "items", *arms.values()):
-        path.mkdir(parents=True)
-    bpe.save(str(folder / "tokenizer" / "tokenizer.json"))
-    write_rows(folder / "items" / "items.parquet", ITEMS, [])
-    write_jsonl(folder / "items" / "chat.jsonl", [])
     rng = random.Random(seed_of("bench/recursion/tasks", seed))
     rows = [
         row_of(f"{OPERATION}/{size.level}/{i:06d}", OPERATION,
@@ -147,22 +132,16 @@ def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact
         for i in range(size.items + 40 * size.prompts)
     ]  # fmt: skip
     heldout, training = rows[: size.items], rows[size.items :]
-    write_jsonl(arms["recursive"] / "tasks.jsonl", training)
-    write_jsonl(arms["single"] / "tasks.jsonl", [shortened(row, size.fits) for row in training])
-    shared = {name: write_manifest(folder / name, f"{name}-bench") for name in ("tokenizer", "items")}
-    return shared, {name: write_manifest(path, f"{path.name}-bench") for name, path in arms.items()}, heldout
+    tasks = {"recursive": training, "single": [shortened(row, size.fits) for row in training]}
+    return (*write_inputs(folder, texts, size.vocab, tasks), heldout)
 
 
 def configuration(size: Size, arm: str, seed: int) -> RlTrainConfig:
-    optimizer = dict(lr=2e-4, final_lr=2e-4, warmup_steps=0, weight_decay=0.0, beta1=0.9, beta2=0.99, clip=CLIP)
-    phase = dict(
-        tasks=[{"source": "long-lists", "operation": OPERATION, "shown_parts": size.shown, "levels": [size.level],
-                "count": size.prompts}],
-        steps=10**6, prompts_per_step=size.prompts, num_generations=size.generations,
-        sampling={"max_new_tokens": size.new}, micro_batches=2, optimizer=optimizer, validate_every=10**6,
-        release_checkpoint_interval=10**6, max_resample_rounds=0, tools=TOOLS if arm == "recursive" else None,
-    )  # fmt: skip
-    return RlTrainConfig.model_validate(dict(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=seed))
+    source = {
+        "source": "long-lists", "operation": OPERATION, "shown_parts": size.shown, "levels": [size.level],
+        "count": size.prompts,
+    }  # fmt: skip
+    return small_policies.configuration(size, seed, source, tools=TOOLS if arm == "recursive" else None)
 
 
 class Counting:
@@ -182,34 +161,23 @@ class Counting:
 
 def fine_tune(trainer: GrpoTrainer, size: Size, seed: int, heldout: Sequence[Row]) -> int:
     """Trains on conversations until ENOUGH recursive answers to tasks are right. Returns the number of steps."""
-    engine, policy_chat = trainer.engine, trainer.policy.chat
     excluded = {tuple(row["parts"]) for row in heldout}
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = policy_chat.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def objective(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return (losses * batch.loss_mask).sum(), {}
-
-    rng = random.Random(seed_of("bench/recursion/tuning", seed))
     assert not any(tuple(row["parts"]) in excluded for row in trainer.rows)
-    for step in range(1, size.tuning + 1):
-        examples = []
+    rng = random.Random(seed_of("bench/recursion/tuning", seed))
+
+    def draw(encode: Encode) -> list[Example]:
+        examples: list[Example] = []
         while len(examples) < size.rows:
-            for text, start in chat.turns(*conversation(rng, size)):
-                before = encode(text[:start])
-                examples.append(Example([*before, *encode(text[start:])], len(before)))
-        targets = sum(len(example.ids) - example.start for example in examples)
-        examples += examples[: len(examples) % 2]
-        batch = build_rank_batch([[example] for example in examples], 2, engine.ranks, policy_chat.pad, targets)
-        engine.step(batch, 3e-3 * min(1.0, step / 20), lambda loss, norm: None, objective=objective)
-        if step % CHECK_EVERY == 0:
-            right, _ = answers(trainer, trainer.rows[:60], 1, seed)
-            print(f"seed {seed}: {statistics.fmean(right):.2f} right after {step} steps of fine-tuning", flush=True)
-            if statistics.fmean(right) >= ENOUGH:
-                break
-    return step
+            turns = chat.turns(*conversation(rng, size))
+            examples += (example_of(encode, text, start) for text, start in turns)
+        return examples
+
+    def is_enough(step: int) -> bool:
+        right = statistics.fmean(answers(trainer, trainer.rows[:60], 1, seed)[0])
+        print(f"seed {seed}: {right:.2f} right after {step} steps of fine-tuning", flush=True)
+        return right >= ENOUGH
+
+    return small_policies.fine_tune(trainer, size.tuning, draw, CHECK_EVERY, is_enough)
 
 
 def answers(trainer: GrpoTrainer, rows: Sequence[Row], tries: int, seed: int) -> tuple[list[float], float]:
@@ -231,9 +199,7 @@ def answers(trainer: GrpoTrainer, rows: Sequence[Row], tries: int, seed: int) ->
 
 def run_seed(size: Size, seed: int) -> dict[str, Any]:
     """The figures of one seed."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    prepare_process()
     result = dict[str, Any](seed=seed)
     with tempfile.TemporaryDirectory() as place, session(0) as ranks:
         folder = Path(place)
@@ -251,8 +217,7 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
                 start = time.process_time()
                 if not weights:
                     result["tuning"] = fine_tune(trainer, size, seed, heldout)
-                    full = engine.full_tensors()
-                    weights = {tensor: full[tensor].clone() for tensor in engine.shapes}
+                    weights = weights_of(engine)
                 load(engine, weights)
                 rows = heldout if arm == "recursive" else [shortened(row, size.fits) for row in heldout]
                 if arm == "recursive":
@@ -304,20 +269,10 @@ def report(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(size: Size, seeds: int, processes: int) -> dict[str, Any]:
-    """Trains all seeds and reports."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        results = list(pool.map(run_seed, [size] * seeds, range(seeds)))
-    return report(results)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps of one seed; the figures mean nothing")
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="number of seeds, from 0 on")
-    arguments = parser.parse_args()
+    arguments = small_policies.argument_parser(__doc__).parse_args()
     if arguments.quick:
-        print(json.dumps(measure(QUICK, seeds=1, processes=1)))
+        results = run_seeds(run_seed, QUICK, seeds=1, processes=1)
     else:
-        print(json.dumps(measure(FULL, arguments.seeds, processes=2)))
+        results = run_seeds(run_seed, FULL, arguments.seeds, processes=2)
+    print(json.dumps(report(results)))

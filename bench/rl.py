@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 from peer_kernels import plain_kernels
+from quiet import Quiet
 
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.chat import render
@@ -162,13 +163,6 @@ def end_at(lengths: Sequence[int], end: int) -> Any:
             return scores
 
     return EndAt()
-
-
-class Quiet:
-    """A report that nobody reads."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
 
 
 def make_inputs(folder: Path, size: Size) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rl import BETAS, CLIP, FULL, QUICK, RATE, Letters, Quiet, Size, make_inputs
+from quiet import Quiet
+from rl import BETAS, CLIP, FULL, QUICK, RATE, Letters, Size, make_inputs
 
 from stages.models.hf import hf_config
 from stages.rl.algorithms.grpo import GrpoTrainer

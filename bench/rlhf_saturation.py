@@ -26,34 +26,29 @@ the late rise of the task's own success by RLVR less that by RLHF, with its 95 %
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
-import multiprocessing
 import platform
 import random
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import small_policies
 import torch
 from intervals import interval
-from process_reward import load
-from rl import CLIP, Quiet
+from quiet import Quiet
 from saturation_figure import draw as draw_figure
+from small_policies import OPTIMIZER, Encode, example_of, load, prepare_process, run_seeds, weights_of, write_inputs
 
 from pipeline.core.store import Artifact, write_manifest
 from stages.data import chat
 from stages.data.seeds import seed_of
 from stages.data.synthetic import courtesy_notes, problems
-from stages.data.table import ITEMS, write_jsonl, write_rows
-from stages.data.tokenizer import bpe_trainer, untrained
+from stages.data.table import write_rows
 from stages.evaluation import win_rate
 from stages.evaluation.eval_set import courtesy_row
 from stages.export import hf
@@ -63,26 +58,18 @@ from stages.rl.algorithms.preferences import PAIRS, pair_rows
 from stages.rl.config import RlTrainConfig
 from stages.rl.policy import scored, unscored
 from stages.rl.protocols import Row, question, to_row
-from stages.rl.rollout.batches import Example, build_rank_batch
+from stages.rl.rollout.batches import Example
 from stages.rl.rollout.task_sources.courtesy_tasks import CourtesyTasks
 from stages.rl.rollout.task_sources.problem_tasks import ProblemTasks
 from stages.train.checkpoint import release_checkpoint
-from stages.train.data import Batch
 from stages.train.engine import Engine
 from stages.train.parallel import session
 
 ARMS = {"rlvr": "exact", "rlhf": "reward-model", "rules": "courtesy"}
 """{policy: the verifier of its tasks}."""
-OPTIMIZER = dict(lr=2e-4, final_lr=2e-4, warmup_steps=0, weight_decay=0.0, beta1=0.9, beta2=0.99, clip=CLIP)
 NOTES, RIGHT, DONE, CHECK_EVERY = 0.8, 1 / 3, 0.1, 50
 """Of fine-tuning: the share of conversations about notes; the shares of right results and of notes that do what was
 asked which together end it; and the steps between two measurements of them."""
-
-
-class Unread(Quiet):
-    """A report that nobody reads, of a stage as a whole."""
-
-    lease = None
 
 
 @dataclass(frozen=True)
@@ -124,13 +111,7 @@ def configuration(size: Size, seed: int, arm: str) -> RlTrainConfig:
     source = {"source": "problems", "task": "sort", "levels": [size.level], "count": size.prompts}
     if arm != "rlvr":
         source = {"source": "courtesies", "count": size.prompts, "verifier": ARMS[arm]}
-    phase = dict(
-        tasks=[source], steps=10**6, prompts_per_step=size.prompts, num_generations=size.generations,
-        sampling={"max_new_tokens": size.new}, micro_batches=2, optimizer=OPTIMIZER, validate_every=10**6,
-        release_checkpoint_interval=10**6, max_resample_rounds=0,
-    )  # fmt: skip
-    config = dict(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=seed)
-    return RlTrainConfig.model_validate(config | {"name": "online-rlhf" if arm == "rlhf" else "rlvr"})
+    return small_policies.configuration(size, seed, source, name="online-rlhf" if arm == "rlhf" else "rlvr")
 
 
 def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact], dict[str, Artifact], list[Row]]:
@@ -138,8 +119,6 @@ def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact
     held-out combinations."""
     rng = random.Random(seed_of("bench/saturation/tokenizer", seed))
     texts = [chat.render(conversation(rng, kind)) for kind in ("sort", "courtesy") for _ in range(1500)]
-    bpe = untrained()
-    bpe.train_from_iterator(texts, bpe_trainer(size.vocab))
     source = ProblemTasks(source="problems", task="sort", levels=(size.level,), count=size.items + 40 * size.prompts)
     sorts = list(source.rows(seed, set()))
     requests = courtesy_notes.draw_distinct(size.items, rng, heldout=True)
@@ -150,16 +129,7 @@ def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact
     for arm in ("rlhf", "rules"):
         notes = CourtesyTasks(source="courtesies", count=max(40 * size.prompts, size.requests), verifier=ARMS[arm])
         rows[arm] = list(notes.rows(seed, set()))
-    for name in ("tokenizer", "items", *(f"tasks-{arm}" for arm in ARMS)):
-        (folder / name).mkdir()
-    bpe.save(str(folder / "tokenizer" / "tokenizer.json"))
-    write_rows(folder / "items" / "items.parquet", ITEMS, [])
-    write_jsonl(folder / "items" / "chat.jsonl", heldout)
-    for arm in ARMS:
-        write_jsonl(folder / f"tasks-{arm}" / "tasks.jsonl", rows[arm])
-    shared = {name: write_manifest(folder / name, f"{name}-bench") for name in ("tokenizer", "items")}
-    tasks = {arm: write_manifest(folder / f"tasks-{arm}", f"tasks-{arm}-bench") for arm in ARMS}
-    return shared, tasks, heldout
+    return (*write_inputs(folder, texts, size.vocab, rows, heldout), heldout)
 
 
 def _split(row: Row) -> dict[str, Any]:
@@ -177,37 +147,26 @@ def conversation(rng: random.Random, kind: str) -> list[dict[str, str]]:
 def fine_tune(trainer: GrpoTrainer, size: Size, seed: int, heldout: Sequence[Row]) -> int:
     """Trains on conversations, of which none is held out, until RIGHT and DONE are reached. Returns the number of
     steps."""
-    engine, policy_chat, excluded = trainer.engine, trainer.policy.chat, {question(row) for row in heldout}
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = policy_chat.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def objective(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return (losses * batch.loss_mask).sum(), {}
-
+    excluded = {question(row) for row in heldout}
     rng = random.Random(seed_of("bench/saturation/tuning", seed))
-    for step in range(1, size.tuning + 1):
-        examples = []
+
+    def draw(encode: Encode) -> list[Example]:
+        examples: list[Example] = []
         while len(examples) < size.rows:
             messages = conversation(rng, "courtesy" if rng.random() < NOTES else "sort")
-            if messages[0]["content"] in excluded:
-                continue
-            ((text, start),) = chat.turns(messages)
-            prompt = encode(text[:start])
-            examples.append(Example([*prompt, *encode(text[start:])], len(prompt)))
-        targets = sum(len(example.ids) - example.start for example in examples)
-        batch = build_rank_batch([[example] for example in examples], 2, engine.ranks, policy_chat.pad, targets)
-        engine.step(batch, 3e-3 * min(1.0, step / 20), lambda loss, norm: None, objective=objective)
-        if step % CHECK_EVERY == 0:
-            checked = {arm: Measurement.of(trainer, seed, arm, trainer_rows(heldout, arm)[:100]) for arm in
-                       ("rlvr", "rules")}  # fmt: skip
-            right = checked["rlvr"].task
-            print(f"seed {seed}: {right:.2f} right, {checked['rules'].task:.2f} done after {step} steps of fine-tuning",
-                  flush=True)  # fmt: skip
-            if right >= RIGHT and checked["rules"].task >= DONE:
-                break
-    return step
+            if messages[0]["content"] not in excluded:
+                ((text, start),) = chat.turns(messages)
+                examples.append(example_of(encode, text, start))
+        return examples
+
+    def is_enough(step: int) -> bool:
+        right, done = (
+            Measurement.of(trainer, seed, arm, trainer_rows(heldout, arm)[:100]).task for arm in ("rlvr", "rules")
+        )
+        print(f"seed {seed}: {right:.2f} right, {done:.2f} done after {step} steps of fine-tuning", flush=True)
+        return right >= RIGHT and done >= DONE
+
+    return small_policies.fine_tune(trainer, size.tuning, draw, CHECK_EVERY, is_enough)
 
 
 def trainer_rows(heldout: Sequence[Row], arm: str) -> list[Row]:
@@ -289,10 +248,10 @@ def train_reward_model(
     for name in ("reward", "export", "work", "export-work"):
         (folder / name).mkdir()
     config = reward_model.STAGE.config.model_validate(dict(common, phase=phase, seed=seed))
-    reward_model.STAGE.run(config, dict(inputs), folder / "work", folder / "reward", Unread())
+    reward_model.STAGE.run(config, dict(inputs), folder / "work", folder / "reward", Quiet())
     trained = write_manifest(folder / "reward", "reward-bench")
     exported = {"checkpoint": trained, "tokenizer": inputs["tokenizer"]}
-    hf.STAGE.run(hf.STAGE.config.model_validate(common), exported, folder / "export-work", folder / "export", Unread())
+    hf.STAGE.run(hf.STAGE.config.model_validate(common), exported, folder / "export-work", folder / "export", Quiet())
     artifacts = {"reward": trained, "reward_model": write_manifest(folder / "export", "export-reward-bench")}
     return artifacts, trained.json("summary.json")
 
@@ -326,9 +285,7 @@ def train_arm(
 
 def run_seed(size: Size, seed: int) -> dict[str, Any]:
     """The curves of one seed."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    prepare_process()
     started = time.process_time()
     result: dict[str, Any] = {"seed": seed}
     with tempfile.TemporaryDirectory() as place:
@@ -342,8 +299,7 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
             trainer = GrpoTrainer("rlvr", config, inputs, folder / "tuning", Quiet(), engine, None)
             try:
                 result["tuning"] = fine_tune(trainer, size, seed, heldout)
-                full = engine.full_tensors()
-                weights = {name: full[name].clone() for name in engine.shapes}
+                weights = weights_of(engine)
                 starts = {
                     arm: Measurement.of(trainer, seed, arm, trainer_rows(heldout, arm)) for arm in ("rlvr", "rules")
                 }
@@ -418,9 +374,7 @@ def report(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def measure(size: Size, seeds: int, processes: int, out: Path) -> dict[str, Any]:
     """Trains all seeds, reports, and writes `rlhf-saturation.json` and the figure into `out`."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        results = list(pool.map(run_seed, [size] * seeds, range(seeds)))
+    results = run_seeds(run_seed, size, seeds, processes)
     curves = [{"seed": result["seed"], **{arm: result[arm] for arm in ARMS}} for result in results]
     out.mkdir(parents=True, exist_ok=True)
     (out / "rlhf-saturation.json").write_text(json.dumps(curves, sort_keys=True) + "\n")
@@ -429,9 +383,7 @@ def measure(size: Size, seeds: int, processes: int, out: Path) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps of one seed; the figures mean nothing")
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="number of seeds, from 0 on")
+    parser = small_policies.argument_parser(__doc__)
     parser.add_argument("--processes", type=int, default=2, help="seeds that are trained at once")
     parser.add_argument("--out", type=Path, help="folder of the figure and its points; docs/ by default, if not quick")
     arguments = parser.parse_args()

@@ -57,7 +57,7 @@ def compare(
     run: Annotated[list[str], typer.Argument(metavar="RUN...", help="ids of runs, or their beginnings")],
     curve: Annotated[
         list[str] | None,
-        typer.Option(metavar="STAGE.METRIC", help="show this metric by step, such as pretrain.loss; repeatable"),
+        typer.Option(metavar="STAGE.METRIC", help="show this metric of a stage by step; repeatable"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

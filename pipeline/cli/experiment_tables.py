@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.cli.tables import forecast_table
+from pipeline.cli.tables import cost_table
 from pipeline.core.figures import estimates
 from pipeline.core.progress import stages
 from pipeline.core.text import escaped
@@ -60,7 +60,7 @@ def print_difference(difference: Difference, first: str, second: str, console: C
     to_run = [row.name for row in difference.stages if row.state == "to run"]
     if to_run:
         console.print()
-        console.print(forecast_table(difference.costs))
+        console.print(cost_table(difference.costs))
         print(*difference.costs.assumed, sep="\n")
     sealed = len(difference.stages) - len(to_run)
     print(

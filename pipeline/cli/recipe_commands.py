@@ -54,9 +54,9 @@ def plan(
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
-    from pipeline.cli.tables import forecast_table, long_context_table, phases_table, plan_table, simulation_table
+    from pipeline.cli.tables import cost_table, long_context_table, phases_table, plan_table, simulation_table
     from pipeline.graph import dag, fit, plan
-    from pipeline.graph.cost_estimate import forecast
+    from pipeline.graph.cost_estimate import estimate_costs
     from pipeline.launch import cluster_profile
     from pipeline.tracking import budget
 
@@ -66,7 +66,7 @@ def plan(
     costs, beyond, fitting, identity = None, [], [], composed.recipe.config
     if cluster is not None:
         profile = cluster_profile.load(cluster)
-        costs = forecast(rows, profile, plan.is_small(composed))
+        costs = estimate_costs(rows, profile, plan.is_small(composed))
         fitting = fit.fits(rows, {use.name: use for use in costs.uses}, profile)
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
@@ -99,7 +99,7 @@ def plan(
         console().print(long_context_table(long))
     if costs:
         console().print()
-        console().print(forecast_table(costs))
+        console().print(cost_table(costs))
         for text in (*costs.assumed, *filter(None, [fit.unlimited(rows, profile)]), *beyond):
             print(text)
         for stage_fit in fitting:
@@ -172,9 +172,9 @@ def submit(
             print(json.dumps({"scripts": [row.json() for row in checked]}, indent=1))
         else:
             for row in checked:
-                print(f"{row.script}: {row.said}")
+                print(f"{row.script}: {row.answer}")
         if bad := [row for row in checked if not row.ok]:
-            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].said}; fix the cluster profile")
+            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].answer}; fix the cluster profile")
         slurm.Submission(damaged=damage_of(composed, store, selected)).require_undamaged()
         return
     submission = slurm.submit(composed, store, selected, settings, cluster)

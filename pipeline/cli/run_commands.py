@@ -117,7 +117,7 @@ def _write_views(run: Run, store: Store, html: Path | None, prometheus: Path | N
 
 @app.command()
 def logs(
-    stage: Annotated[str, typer.Argument(help="stage name, for example pretrain")],
+    stage: Annotated[str, typer.Argument(help="name of a stage, as `atom plan` lists it")],
     run: Annotated[
         str | None, typer.Option(help="run id or its beginning; default: the latest run with that stage")
     ] = None,

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from pipeline.core.progress import duration, figures_text, human
 from pipeline.core.stage import LongContext, RankSimulation, Traffic
-from pipeline.graph.cost_estimate import Forecast
+from pipeline.graph.cost_estimate import CostEstimate
 from pipeline.graph.plan import StagePlan, timed
 from pipeline.graph.run import NodeStatus
 
@@ -145,17 +145,17 @@ def _volume(row: Traffic) -> int:
     return row.bytes * row.calls
 
 
-def forecast_table(forecast: Forecast) -> Table:
+def cost_table(estimate: CostEstimate) -> Table:
     """The expected use of each stage to run on a cluster, without the stages that have no estimate."""
-    prices, total = forecast.profile.prices, forecast.total
+    prices, total = estimate.profile.prices, estimate.total
     hours = {"GPU hours": "gpu_hours", "core hours": "core_hours"}
     if total.server_gpu_hours or total.server_core_hours:
         hours["of servers"] = "server_gpu_hours" if total.server_gpu_hours else "server_core_hours"
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column(f"on {forecast.profile.name}", no_wrap=True)
+    table.add_column(f"on {estimate.profile.name}", no_wrap=True)
     for column in ("hours", *hours, *([prices.currency] if prices else []), "energy"):
         table.add_column(column, justify="right", no_wrap=True)
-    for use in (*(use for use in forecast.uses if use.why is None), forecast.total):
+    for use in (*(use for use in estimate.uses if use.why is None), estimate.total):
         table.add_row(
             use.name,
             _hours(use.hours),

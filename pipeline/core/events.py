@@ -291,7 +291,7 @@ class Tail(Generic[Row]):
         self.chunk = ONE_READ if chunk is None else chunk
         self.cut = False
         """Whether bytes follow the last complete line: a line that is being written, or that was cut."""
-        self.more = False
+        self.has_more = False
         """Whether another call would read further lines at once."""
 
     def read(self) -> list[Row]:
@@ -323,7 +323,7 @@ class Tail(Generic[Row]):
                         rows.append(json_files.parse(line, self.path, self.kind, location))
                     except Damaged as error:
                         json_files.report(error, "the other lines count")
-                self.more = file.tell() >= end_offset and not self.cut
+                self.has_more = file.tell() >= end_offset and not self.cut
         except FileNotFoundError:
             pass
         except Damaged as error:

@@ -89,7 +89,7 @@ class LogSummary(ABC, Generic[Row]):
         while True:
             for row in self.tail.read():
                 self.add(row)
-            if not self.tail.more:
+            if not self.tail.has_more:
                 return
 
     def save(self) -> None:

@@ -92,6 +92,39 @@ class Byproduct(TypedDict):
     annotations: Any
 
 
+class Deviation(TypedDict):
+    """A line of a log that came out otherwise. fields: {name: [before, now]}."""
+
+    step: int | None
+    fields: dict[str, list[Any]]
+
+
+class Replayed(TypedDict):
+    """The comparison of a start's first steps with the log of the attempt before. first, last: of the steps that this
+    one had finished after the checkpoint, None without any. lines: compared; deviating: those that differ, of which
+    `deviations` names the first."""
+
+    first: int | None
+    last: int | None
+    lines: int
+    deviating: int
+    deviations: list[Deviation]
+
+
+class Start(TypedDict):
+    """A start of a stage that trains: the number of its lease, when it began, the code's commit and the digest of the
+    sealed prediction; and what the stage adds, unless it was killed before."""
+
+    start: int
+    startedOn: str
+    commit: str | None
+    dirty: bool
+    prediction: str | None
+    restored_step: NotRequired[int | None]
+    device: NotRequired[dict[str, Any]]
+    replayed: NotRequired[Replayed]
+
+
 class _Usage(TypedDict):
     wall_seconds: NotRequired[FiniteFloat]
     cpu_seconds: NotRequired[FiniteFloat]
@@ -158,7 +191,7 @@ def statement(
     kind: str | None = None,
     checkpoint_of: CheckpointOf | None = None,
     product: Artifact | None = None,
-    starts: list[dict[str, Any]] | None = None,
+    starts: list[Start] | None = None,
 ) -> Statement:
     """A statement about one attempt of a stage.
 
@@ -284,7 +317,7 @@ def summary(body: Statement) -> Byproduct | None:
     return next(summaries, None)
 
 
-def starts(body: Statement) -> list[dict[str, Any]]:
+def starts(body: Statement) -> list[Start]:
     """The records of the starts of a stage that trains; none of another stage, or of an older statement."""
     products = body["predicate"]["runDetails"]["byproducts"]
     return next((list(p["annotations"]["starts"]) for p in products if p["name"] == STARTS), [])

@@ -33,7 +33,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class CostEstimate:
     """The estimates of the stages to run. total: the sum of the estimated stages; its hours assume one stage after the
     other."""
 
@@ -58,14 +58,14 @@ class Forecast:
         }
 
 
-def forecast(rows: list[StagePlan], profile: Profile, small: bool) -> Forecast:
+def estimate_costs(rows: list[StagePlan], profile: Profile, small: bool) -> CostEstimate:
     """small: `planner.is_small` of the graph.
 
     Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
     """
     uses = tuple(_priced(_use(row, profile, small), profile) for row in rows if row.state.text == "to run")
     total = Use("all", *(sum(values) for values in zip(*(_figures(use) for use in uses), strict=True)))
-    return Forecast(profile, uses, total, tuple(_assumed(rows, uses, profile)))
+    return CostEstimate(profile, uses, total, tuple(_assumed(rows, uses, profile)))
 
 
 def _figures(use: Use) -> tuple[float, ...]:
@@ -204,12 +204,12 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
             recomputes = any(_recomputes(row) for row, _ in measured)
             again = ", a third more FLOPs where layers are computed again" if recomputes else ""
             sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
-        if modelled := [(row, time) for row, time in used if isinstance(time, TrainingTime)]:
+        if modeled := [(row, time) for row, time in used if isinstance(time, TrainingTime)]:
             phases: dict[str, list[str]] = {}
-            for row, time in modelled:
+            for row, time in modeled:
                 phases.setdefault(_reached(row, time, profile), []).append(row.state.name)
             shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
-            time = modelled[0][1]
+            time = modeled[0][1]
             sentences.append(
                 f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
                 f"published runs of models that it was not fitted to: median {time.median_error:.0%}, largest "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import family
 from pipeline.core.store import Store
-from pipeline.graph.cost_estimate import Use, forecast, servers_of
+from pipeline.graph.cost_estimate import Use, estimate_costs, servers_of
 from pipeline.graph.dag import Graph, states
 from pipeline.graph.plan import StagePlan, is_small, plan
 from pipeline.hub.repository_limits import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
@@ -35,7 +35,7 @@ class Fit:
 
 
 def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> list[Fit]:
-    """For each stage. uses: the forecast, by stage. What earlier stages leave on disk counts for the later ones.
+    """For each stage. uses: of the cost estimate, by stage. What earlier stages leave on disk counts for later ones.
 
     Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
     """
@@ -68,7 +68,7 @@ def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     """Raises RecipeError if a selected stage does not fit, or if the Hub would not take what it publishes."""
     rows = plan(graph, states(graph, store), selected)
     require_publishable(rows)
-    uses = {use.name: use for use in forecast(rows, profile, is_small(graph)).uses}
+    uses = {use.name: use for use in estimate_costs(rows, profile, is_small(graph)).uses}
     misfits = [result for result in fits(rows, uses, profile) if result.reasons]
     if misfits:
         count = len(misfits) - 1

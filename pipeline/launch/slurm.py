@@ -12,7 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -334,10 +334,11 @@ class Checked:
     stage: str
     script: str
     ok: bool
-    said: str
+    answer: str
 
     def json(self) -> dict[str, Any]:
-        return asdict(self)
+        """With the published name of the answer."""
+        return {"stage": self.stage, "script": self.script, "ok": self.ok, "said": self.answer}
 
 
 def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> list[Checked]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter
 
 import pipeline
 from pipeline.core import atomic_files, environment, json_files, provenance
 from pipeline.core.json_files import Damaged
+from pipeline.core.provenance import Start
 from pipeline.core.store import Store
 
 RECORDS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
@@ -41,7 +42,7 @@ class StartRecords:
         """Adds this start. Its prediction is the digest of the one that is sealed at this moment, None without one."""
         commit, dirty = environment.git_commit(Path(pipeline.__path__[0]).parent)
         predicted = prediction_key(key)
-        record = {
+        record: Start = {
             "start": self.number,
             "startedOn": provenance.clock(started),
             "commit": commit,
@@ -50,14 +51,14 @@ class StartRecords:
         }
         atomic_files.write(self.path, json.dumps([*self._read(), record]))
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Start]:
         """All starts at the key, each with what its stage added."""
-        return [{**record, **self._of_stage(record)} for record in self._read()]
+        return [cast(Start, {**record, **self._of_stage(record)}) for record in self._read()]
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> list[Start]:
         return _read(self.path, RECORDS) or []
 
-    def _of_stage(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _of_stage(self, record: Start) -> dict[str, Any]:
         return _read(self.folder / "state/starts" / f"{record.get('start', 0):04d}.json", RECORD) or {}
 
 

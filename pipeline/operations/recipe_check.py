@@ -14,7 +14,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Store
 from pipeline.core.yaml_text import line_of, parse_yaml, read_file
 from pipeline.graph import dag, fit, recipe, registry
-from pipeline.graph.cost_estimate import forecast
+from pipeline.graph.cost_estimate import estimate_costs
 from pipeline.graph.dag import Graph
 from pipeline.graph.plan import is_small, plan
 from pipeline.launch import cluster_profile
@@ -145,7 +145,7 @@ def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str
     if cluster is not None:
         profile = cluster_profile.load(cluster)
         try:
-            costs = forecast(rows, profile, is_small(graph))
+            costs = estimate_costs(rows, profile, is_small(graph))
             misfits = fit.fits(rows, {use.name: use for use in costs.uses}, profile)
         except RecipeError as error:  # ranks that do not fill nodes
             return [*problems, str(error)], notes

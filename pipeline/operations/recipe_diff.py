@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.core.stage import identity
 from pipeline.core.store import Store
 from pipeline.graph import dag
-from pipeline.graph.cost_estimate import Forecast, forecast
+from pipeline.graph.cost_estimate import CostEstimate, estimate_costs
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.plan import is_small, plan
 from pipeline.graph.settings import flat
@@ -58,7 +58,7 @@ class Difference:
     removed: tuple[str, ...]
     unchanged: int
     unsealed: tuple[str, ...]
-    costs: Forecast
+    costs: CostEstimate
 
     def json(self) -> dict[str, Any]:
         return {
@@ -90,7 +90,7 @@ def compare(first: Graph, second: Graph, store: Store, profile: Profile) -> Diff
         removed=tuple(name for name in first.nodes if name not in second.nodes),
         unchanged=len(unchanged),
         unsealed=tuple(name for name in unchanged if states[name].text == "to run"),
-        costs=forecast(plan(second, states, names), profile, is_small(second)),
+        costs=estimate_costs(plan(second, states, names), profile, is_small(second)),
     )
 
 

@@ -148,7 +148,7 @@ def _rows(path: Path) -> Iterator[Point]:
     tail = Tail(path, POINT, whole=True)
     while True:
         yield from tail.read()
-        if not tail.more:
+        if not tail.has_more:
             return
 
 

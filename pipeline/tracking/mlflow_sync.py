@@ -212,7 +212,7 @@ class Forwarder:
         has_more = True
         while has_more:
             points = records.points(tail.read(), start)
-            has_more = tail.more
+            has_more = tail.has_more
             for i in range(0, len(points), records.BATCH):
                 client.log_batch(progress["id"], metrics=points[i : i + records.BATCH])
             if tail.offset != progress["offset"]:

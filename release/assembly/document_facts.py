@@ -29,12 +29,12 @@ SCORE_BINS = 100
 
 @dataclass
 class LicenseFacts:
-    """The documents of one license after curation. found: acquired documents by how the license was found: `field` of
+    """The documents of one license after curation. bases: acquired documents by how the license was found: `field` of
     a row, `file` of a package, `page`, `none`, or empty where it is the source's declaration."""
 
     documents: int = 0
     tokens: int = 0
-    found: Counter[str] = field(default_factory=Counter)
+    bases: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -130,7 +130,7 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
         everything = {"license": declared.get("license"), "found": "", "documents": declared.get("documents", 0)}
         for row in declared.get("licenses", [everything]):
             if row["license"] in facts.licenses:
-                facts.licenses[row["license"]].found[row["found"]] += row["documents"]
+                facts.licenses[row["license"]].bases[row["found"]] += row["documents"]
     facts.licenses = dict(sorted(facts.licenses.items(), key=lambda item: (-item[1].tokens, item[0])))
     facts.lengths = dict(sorted(facts.lengths.items()))
     facts.attributed = _count_attributed(dataset, asking)

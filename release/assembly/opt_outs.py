@@ -49,5 +49,5 @@ def removed_documents(dataset: Path) -> Iterator[dict[str, Any]]:
 
     for batch in stream_batches(data_layout.all_files(data_layout.disposition_files(dataset)), COLUMNS, BATCH):
         for row in batch.filter(pc.equal(batch.column("rule"), OPT_OUT_RULE)).to_pylist():
-            found, *requests = (row.pop("match") or "").split(" ")
-            yield {**row, "found": found, "requests": requests}
+            kind, *requests = (row.pop("match") or "").split(" ")
+            yield {**row, "found": kind, "requests": requests}

@@ -74,17 +74,17 @@ def write_receipts(
 
 @dataclass
 class Reach:
-    """What the documents of a request had reached. found: how each document was found; documents: all of them, of
-    which at most MOST_TRACED are in `found`."""
+    """What the documents of a request had reached. kinds: how each document was found; documents: all of them, of
+    which at most MOST_TRACED are in `kinds`."""
 
     documents: int = 0
-    found: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
-    def add(self, id: str, found: str) -> None:
-        if id not in self.found:
+    def add(self, id: str, kind: str) -> None:
+        if id not in self.kinds:
             self.documents += 1
-            if len(self.found) < MOST_TRACED:
-                self.found[id] = found
+            if len(self.kinds) < MOST_TRACED:
+                self.kinds[id] = kind
 
 
 class EarlierRelease:
@@ -108,12 +108,12 @@ class EarlierRelease:
         ids and hashes, since a deny-list names only the documents themselves.
         """
         progress(f"looking for denied documents in {self.folder.name}")
-        found = self._find(deny_list, removed)
+        reaches = self._find(deny_list, removed)
         about = {
             "release": {"name": self.info.name, "version": self.info.version},
             "checksums": f"sha256:{sha256_file(self.folder / ALL_SUMS)}",
         }
-        return {row["request"]: about | self._trace(found[row["request"]]) for row in deny_list.requests()}
+        return {row["request"]: about | self._trace(reaches[row["request"]]) for row in deny_list.requests()}
 
     def _find(self, deny_list: DenyList, removed: Mapping[str, list[dict[str, Any]]]) -> dict[str, Reach]:
         reach: dict[str, Reach] = defaultdict(Reach)
@@ -126,19 +126,19 @@ class EarlierRelease:
             hashes = [row["content_hash"], row["kept_hash"] or ""]
             if denial := deny_list.find(row["id"], "", hashes):
                 for request in denial.requests:
-                    reach[request].add(row["id"], denial.found)
+                    reach[request].add(row["id"], denial.kind)
             for name in (row["id"], *hashes) if later else ():
                 for request, kind in later.get(name, ()):
                     reach[request].add(row["id"], kind)
         for row in stream_rows(self.data.kept(), ["id", "origin"]):
             if denial := deny_list.find("", row["origin"], ()):
                 for request in denial.requests:
-                    reach[request].add(row["id"], denial.found)
+                    reach[request].add(row["id"], denial.kind)
         return reach
 
     def _trace(self, reach: Reach) -> dict[str, Any]:
         documents: list[Document] = []
-        ids = sorted(reach.found)
+        ids = sorted(reach.kinds)
         for start in range(0, len(ids), TRACED_TOGETHER):
             documents += find_documents(self.data, ids[start : start + TRACED_TOGETHER]).values()
         listed = documents[:MOST_LISTED]
@@ -146,7 +146,7 @@ class EarlierRelease:
             "documents": reach.documents,
             "traced": len(documents),
             **self._places(documents),
-            "reached": [{"id": each.id, "found": reach.found[each.id], **self._places([each])} for each in listed],
+            "reached": [{"id": each.id, "found": reach.kinds[each.id], **self._places([each])} for each in listed],
             "unknown": sorted({sentence for each in documents for sentence in each.unknown}),
         }
 

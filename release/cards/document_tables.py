@@ -15,7 +15,7 @@ MOST_LICENSES = 30
 MOST_LANGUAGES = 10
 """Languages of a source with a row of their own, those of most tokens; the others share one."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-FOUND = {
+BASES = {
     "": "declared by the source", "field": "in a field of the document", "file": "in a file of its package",
     "page": "on its page", "parent": "of the document that it was made from", "none": "none was found",
 }  # fmt: skip
@@ -29,7 +29,7 @@ def licenses(data: DataFacts) -> list[str]:
     if others:
         rest = LicenseFacts(sum(row.documents for row in others), sum(row.tokens for row in others))
         for row in others:
-            rest.found.update(row.found)
+            rest.bases.update(row.bases)
         shown.append((f"{count(len(others))} other expressions", rest))
     body = [
         [
@@ -37,16 +37,16 @@ def licenses(data: DataFacts) -> list[str]:
             count(row.documents),
             count(row.tokens),
             f"{row.tokens / total:.1%}" if total else "",
-            _found(row),
+            _bases(row),
         ]
         for name, row in shown
     ]
     return table(["license of the document", "documents", "tokens", "share of tokens", "found"], body)
 
 
-def _found(row: LicenseFacts) -> str:
+def _bases(row: LicenseFacts) -> str:
     """How the license was found, and of how many acquired documents where there are several ways."""
-    ways = [(FOUND.get(found, escaped(found)), number) for found, number in sorted(row.found.items())]
+    ways = [(BASES.get(basis, escaped(basis)), number) for basis, number in sorted(row.bases.items())]
     return "; ".join(way if len(ways) == 1 else f"{way}: {count(number)}" for way, number in ways)
 
 

@@ -21,18 +21,18 @@ COLUMNS = ["id", "content_hash", "kept_hash", "duplicate_of", "disposition", "ru
 
 @dataclass
 class Reached:
-    """found: {id: how it was found}; requests: {id: SHA-256 of their references}; texts: of the kept documents."""
+    """kinds: {id: how it was found}; requests: {id: SHA-256 of their references}; texts: of the kept documents."""
 
-    found: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
     requests: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     texts: set[str] = field(default_factory=set)
     models: set[str] = field(default_factory=set)
     checkpoints: set[str] = field(default_factory=set)
 
-    def add(self, id: str, found: str, requests: set[str] | tuple[str, ...]) -> bool:
+    def add(self, id: str, kind: str, requests: set[str] | tuple[str, ...]) -> bool:
         """Whether that is new."""
-        is_new = id not in self.found or not set(requests) <= self.requests[id]
-        self.found.setdefault(id, found)
+        is_new = id not in self.kinds or not set(requests) <= self.requests[id]
+        self.kinds.setdefault(id, kind)
         self.requests[id].update(requests)
         return is_new
 
@@ -43,8 +43,8 @@ def find_reached(release: Path, deny_list: DenyList) -> Reached:
     _find_named(data, deny_list, reached)
     while _find_related(data, reached):
         pass
-    kept = {row["id"] for row in _rows(data) if row["disposition"] == "kept" and row["id"] in reached.found}
-    reached.found = {id: found for id, found in reached.found.items() if id in kept}
+    kept = {row["id"] for row in _rows(data) if row["disposition"] == "kept" and row["id"] in reached.kinds}
+    reached.kinds = {id: kind for id, kind in reached.kinds.items() if id in kept}
     for row in stream_rows(data.kept(), ["id", "text"]):
         if row["id"] in kept and row["text"] is not None:
             reached.texts.add(row["text"])
@@ -61,17 +61,17 @@ def _rows(data: ReleaseData) -> Iterator[dict[str, str]]:
 def _find_named(data: ReleaseData, deny_list: DenyList, reached: Reached) -> None:
     for row in _rows(data):
         if denial := deny_list.find(row["id"], "", [row["content_hash"], row["kept_hash"] or ""]):
-            reached.add(row["id"], denial.found, denial.requests)
+            reached.add(row["id"], denial.kind, denial.requests)
     for row in stream_rows(data.kept(), ["id", "origin"]):
         if denial := deny_list.find("", row["origin"], ()):
-            reached.add(row["id"], denial.found, denial.requests)
+            reached.add(row["id"], denial.kind, denial.requests)
 
 
 def _find_related(data: ReleaseData, reached: Reached) -> bool:
     """Adds the documents with the text of a reached one, and those that it duplicates. Whether there was one."""
     by_hash: dict[str, set[str]] = defaultdict(set)
     for row in _rows(data):
-        if row["id"] in reached.found:
+        if row["id"] in reached.kinds:
             for digest in (row["content_hash"], row["kept_hash"]):
                 if digest:
                     by_hash[digest] |= reached.requests[row["id"]]
@@ -80,7 +80,7 @@ def _find_related(data: ReleaseData, reached: Reached) -> bool:
         for digest in (row["content_hash"], row["kept_hash"]):
             if digest in by_hash:
                 grew |= reached.add(row["id"], "copy", by_hash[digest])
-        if row["id"] in reached.found and row["duplicate_of"] and row["rule"] != "opt_out":
+        if row["id"] in reached.kinds and row["duplicate_of"] and row["rule"] != "opt_out":
             kind = "copy" if row["rule"] == "exact_duplicate" else "near_duplicate"
             grew |= reached.add(row["duplicate_of"], kind, reached.requests[row["id"]])
     return grew

@@ -79,7 +79,7 @@ def retract(
     release = release.resolve()
     info, before = schema.read_release(release), read_tombstones(release)
     reached = find_reached(release, deny_list)
-    if not reached.found:
+    if not reached.kinds:
         if not (before and _is_of(before[-1], deny_list)):
             raise AtomError(f"{release} holds none of these documents; atom trace finds documents by id and by text")
         progress("the folder has its tombstone already")
@@ -133,7 +133,7 @@ def _rewrite_folder(
 ) -> Tombstone:
     """Makes the folder without the documents, and puts it in place unless it is a dry run."""
     draft = _draft(release)
-    progress(f"writing {release.name} without {len(reached.found)} documents")
+    progress(f"writing {release.name} without {len(reached.kinds)} documents")
     shutil.copytree(release, draft, copy_function=_link)
     try:
         places = {place.folder: place for place in repositories(release)}
@@ -191,7 +191,7 @@ def _add_notices(
     draft: Path, reached: Reached, info: ReleaseInfo, trained: list[str], remove_models: bool
 ) -> list[str]:
     """Puts a notice on the cards of the data, of the checkpoints and of the trained models. Returns their folders."""
-    count = len(reached.found)
+    count = len(reached.kinds)
     documents = f"{count} {'document was' if count == 1 else 'documents were'} taken back on request"
     data = f"**Retracted in part.** {documents}; `{RETRACTED}` names them by id, and the requests by hash."
     weights = f"**Trained on retracted data.** After the training, {documents} from the data; see `{RETRACTED}`."
@@ -219,9 +219,9 @@ def _tombstone(
         place.id(info.namespace, info.name) + ("" if place.branch == "main" else f"@{place.branch}")
         for place in trained
     )
-    requests = {request for id in reached.found for request in reached.requests[id]}
+    requests = {request for id in reached.kinds for request in reached.requests[id]}
     documents = tuple(
-        RetractedDocument(id, found, tuple(sorted(reached.requests[id]))) for id, found in sorted(reached.found.items())
+        RetractedDocument(id, kind, tuple(sorted(reached.requests[id]))) for id, kind in sorted(reached.kinds.items())
     )
     dates = {request: deny_list.dates[request] for request in sorted(requests)}
     removed = names if remove_models else ()

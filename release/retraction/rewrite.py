@@ -100,7 +100,7 @@ def _has_id(batch: Any, reached: Reached) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    return pc.is_in(batch.column("id"), value_set=pa.array(sorted(reached.found), batch.column("id").type))
+    return pc.is_in(batch.column("id"), value_set=pa.array(sorted(reached.kinds), batch.column("id").type))
 
 
 def _without_ids(batch: Any, reached: Reached) -> Any:
@@ -143,8 +143,8 @@ def _decide(batch: Any, reached: Reached, schema: Any) -> Any:
 
     rows = batch.to_pylist()
     for row in rows:
-        if row["id"] in reached.found and row["disposition"] == "kept":
-            match = match_text(reached.found[row["id"]], " ".join(sorted(reached.requests[row["id"]])))
+        if row["id"] in reached.kinds and row["disposition"] == "kept":
+            match = match_text(reached.kinds[row["id"]], " ".join(sorted(reached.requests[row["id"]])))
             row |= {"disposition": "removed", "split": None, "kept_hash": None, "rule": OPT_OUT_RULE}
             row |= {"value": 1.0, "threshold": 1.0, "match": match}
     return pa.RecordBatch.from_pylist(rows, schema=schema)
@@ -163,7 +163,7 @@ def _rewrite_text(path: Path, reached: Reached) -> None:
     needles = [needle for needle in _encoded(reached) if needle in content]
     if path.name == CARD:
         lines = content.decode().splitlines(keepends=True)
-        left = "".join(line for line in lines if not any(is_example_of(line, id) for id in reached.found)).encode()
+        left = "".join(line for line in lines if not any(is_example_of(line, id) for id in reached.kinds)).encode()
         if left == content and not needles:
             return
         content = left

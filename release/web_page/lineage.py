@@ -36,7 +36,7 @@ class Product:
     statement: str = ""
     inputs: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    starts: list[dict[str, Any]] = field(default_factory=list)
+    starts: list[provenance.Start] = field(default_factory=list)
     failed: int = 0
     checkpoint: bool = False
 

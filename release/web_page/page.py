@@ -339,11 +339,12 @@ def _starts(facts: PageFacts) -> Markup:
     rows: list[list[str]] = [["phase", "start", "went on from step", "steps repeated", "that differed", "statement"]]
     for node, product in facts.products.items():
         for start in product.starts if not product.checkpoint else ():
-            replayed = start.get("replayed") or {}
+            replayed = start.get("replayed")
+            lines, deviating = (replayed.get("lines") or 0, replayed.get("deviating") or 0) if replayed else (0, 0)
             step = start.get("restored_step")
             cells = [
                 str(start["start"]), "its beginning" if step is None else tables.count(step),
-                tables.count(replayed.get("lines") or 0), tables.count(replayed.get("deviating") or 0),
+                tables.count(lines), tables.count(deviating),
             ]  # fmt: skip
             rows.append([node, *cells, file_link(product.statement, "statement")])
     if len(rows) < 2:

@@ -124,7 +124,7 @@ def summary(rows: Sequence[ItemResult]) -> HarnessScores:
         by_metric = values.setdefault(row["set"], {}).setdefault(row["task"], {})
         by_metric.setdefault(f"{row['metric']},{row['filter']}", []).append(row["value"])
     return {
-        task_set: {task: {name: clustered(found) for name, found in metrics.items()} for task, metrics in tasks.items()}
+        task_set: {task: {name: clustered(each) for name, each in metrics.items()} for task, metrics in tasks.items()}
         for task_set, tasks in values.items()
     }
 

@@ -274,7 +274,7 @@ def _sigmoid_starts(x: Array, y: Array) -> Array:
     low, high = np.clip((y.min(), y.max()), 1e-3, 1 - 1e-3)
     first, won = np.log(low / (1 - low)), np.log(max(high - low, 1e-3) / (1 - high))
     return np.asarray(
-        [[first, won + more, m, np.log(b)] for more in (0.0, 1.5) for m in np.quantile(logs, (0.1, 0.5, 0.9))
+        [[first, won + rise, m, np.log(b)] for rise in (0.0, 1.5) for m in np.quantile(logs, (0.1, 0.5, 0.9))
          for b in (0.5, 1.0, 2.0)]
     )  # fmt: skip
 

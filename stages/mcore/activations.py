@@ -3,9 +3,9 @@ imports this file.
 
 The layers are those of this project: Megatron's with its unfused SwiGLU, between matrices of Transformer Engine or
 PyTorch. Assumed: routing is balanced (each rank's experts get their share of the tokens; real routing is less even, and
-the fullest rank needs more); the attention kernel saves queries, keys, values, output and log-sum-exp, but no scores;
-FP8's smaller
-copies of matrix inputs are counted as bf16. Left out: communication buffers and the allocator's fragments.
+the fullest rank needs more); the attention kernel saves queries, keys, values, output and log-sum-exp, but no scores,
+unless the architecture states otherwise; FP8's smaller copies of matrix inputs are counted as bf16. Left out:
+communication buffers and the allocator's fragments.
 `tests/integration/test_costs.py` compares with what autograd saves, `tests/integration/test_rank_simulation.py` with
 every byte that a simulated rank allocates.
 """

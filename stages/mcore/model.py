@@ -26,7 +26,7 @@ from stages.mcore.precision import keywords
 from stages.mcore.rope import frequencies, megatron_yarn
 from stages.mcore.row_tables import RowTables
 from stages.mcore.sliced_loss import mask_padding
-from stages.mcore.tensor_sharding import boxes, cut, is_copied
+from stages.mcore.tensor_sharding import is_copied
 from stages.models.base import ModelConfig, Precision
 
 
@@ -203,14 +203,3 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], actual: Mapping[str, Se
             raise AtomError(
                 f"{origin} does not fit the model section of the recipe: {name} is {actual_shape}, not {expected_shape}"
             )
-
-
-def load_tensors(
-    chunks: Sequence[GPTModel], model: ModelConfig, padded_vocab_size: int, tensors: Mapping[str, torch.Tensor],
-    origin: str,
-) -> None:  # fmt: skip
-    """Fills this rank's tensors from full tensors by global name. Raises AtomError if they are not this model's."""
-    shapes = model.shapes(padded_vocab_size)
-    check_tensors(shapes, {name: t.shape for name, t in tensors.items()}, origin)
-    for name, tensor in [*named_tensors(chunks), *named_buffers(chunks).items()]:
-        tensor.data.copy_(cut(tensors[name], boxes(name, shapes[name])))

@@ -17,7 +17,7 @@ import torch
 from stages.mcore.megatron_imports import GPTModel, RouterReplay, RouterReplayAction, TopKRouter
 from stages.models.base import Routing
 
-OWN = -1
+UNRECORDED = -1
 """In the place of an expert: the router chooses for this token, which has no record."""
 
 
@@ -41,7 +41,7 @@ class Replay(RouterReplay):  # type: ignore[misc]
 
 
 def _fill(target: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    return torch.where(target == OWN, chosen, target)
+    return torch.where(target == UNRECORDED, chosen, target)
 
 
 class RoutingReplay:
@@ -61,9 +61,9 @@ class RoutingReplay:
 
     @contextmanager
     def forward(self, chunk: int, routes: torch.Tensor | None) -> Iterator[None]:
-        """Within it a chunk computes with these experts: [tokens, layers with experts, experts of a token], or `OWN`;
-        None: with those that its routers choose. A layer that is computed again in the backward pass takes them in the
-        order of the forward passes."""
+        """Within it a chunk computes with these experts: [tokens, layers with experts, experts of a token], or
+        `UNRECORDED`; None: with those that its routers choose. A layer that is computed again in the backward pass
+        takes them in the order of the forward passes."""
         if routes is None:
             yield
             return

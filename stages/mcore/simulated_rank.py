@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.mcore import gpu, layer_spec, moe_metrics
+from stages.mcore import attention_sinks, gpu, layer_spec, moe_metrics
 from stages.mcore.megatron_imports import TopKRouter, parallel_state, tensor_parallel
 from stages.mcore.parallel_layout import Layout
 
@@ -248,6 +248,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
         for target, name, replacement in (
             (torch.nn.Module, "bfloat16", _to_bfloat16),
             (layer_spec.Attention, "takes_documents", lambda attention, q: layer_spec.fits_flash_attention(q)),
+            (layer_spec, "attend_with_sinks", _attend_with_sinks),
             (layer_spec.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.weight)),
             (TopKRouter, "routing", balanced(TopKRouter.routing)),
             (clip_grads, "l2_norm_impl", _norms),
@@ -271,6 +272,12 @@ def _to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.bfloat16)
     return module
+
+
+def _attend_with_sinks(q: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """As on a GPU, but fp32 as on a CPU, which is what the plan counts."""
+    attend = attention_sinks.attend_with_sinks if q.dtype == torch.float32 else attention_sinks.plain_attention
+    return attend(q, *arguments)
 
 
 def balanced(route: Callable[..., Any]) -> Callable[..., Any]:

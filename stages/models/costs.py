@@ -80,10 +80,12 @@ class MemoryShare:
 @dataclass(frozen=True)
 class Rows:
     """One micro-batch: `rows` rows of `length` tokens. packed: several documents in a row. targets: tokens for which
-    logits are computed; None: all. prefixed: keys that documents have in common, counted with each but the first."""
+    logits are computed; None: all. prefixed: keys that documents have in common, counted with each but the first.
+    longest: keys of the longest document, its prefix among them; None: those of a row."""
 
     rows: int
     length: int
     packed: bool = False
     targets: int | None = None
     prefixed: int = 0
+    longest: int | None = None

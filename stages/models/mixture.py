@@ -1,8 +1,8 @@
-"""A mixture of SwiGLU experts as the feed-forward part of a layer: its settings, and its costs in closed form, for
-decoders with any attention. No torch here.
+"""A mixture of experts as the feed-forward part of a layer: its settings, and its costs in closed form, for decoders
+with any attention. No torch here.
 
-A token visits `num_experts_per_tok` of the experts of a layer, and the shared ones if there are some; the first
-`dense_layers` have one SwiGLU instead.
+A token visits `num_experts_per_tok` of the experts of a layer. Of `MixtureConfig` these are SwiGLUs, all tokens visit
+the shared ones if there are some, and the first `dense_layers` have one SwiGLU instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Renamed, added
 from stages.mcore.parallel_layout import Layout
-from stages.models.base import LossWeight, ModelConfig, Precision, Routing, Width
+from stages.models.base import LossWeight, Precision, Routing, Width
+from stages.models.decoder import DecoderConfig
 from stages.models.grouped_query import swiglu_activations, swiglu_shapes
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
@@ -23,9 +24,9 @@ PROXY_EXPERTS = 32
 """Maximum experts of a small proxy."""
 
 
-class MixtureConfig(ModelConfig):
-    """A decoder whose layers have experts. An architecture derives its config from this class and states its attention,
-    and joins the two in the methods of every config."""
+class RoutedConfig(DecoderConfig):
+    """A decoder whose layers have experts of any kind. An architecture derives its config from this class and states
+    its attention and its experts, and joins the two in the methods of every config."""
 
     experts: Experts = Field(description="experts in each layer")
     num_experts_per_tok: Annotated[Experts, Renamed("experts_per_token")] = Field(
@@ -38,11 +39,57 @@ class MixtureConfig(ModelConfig):
     balance: Literal["batch", "sequence"] = added(
         "batch", "tokens over which aux_loss balances experts: those of a micro-batch or of each row"
     )
-    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001"), Renamed("bias_rate")] = added(
-        0.0, "change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"
-    )
     z_loss: LossWeight = added(
         0.0, "weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"
+    )
+
+    @model_validator(mode="after")
+    def _possible_choice(self) -> RoutedConfig:
+        """A token can be routed to its number of experts, and the router can learn."""
+        experts, top_k = self.experts, self.num_experts_per_tok
+        if top_k == 1:
+            raise ValueError(
+                "num_experts_per_tok = 1 gives the router no gradient from the loss, since the one weight is always 1; "
+                "nearest: 2"
+            )
+        if top_k > experts:
+            raise ValueError(
+                f"num_experts_per_tok = {top_k} is more than experts = {experts}; "
+                f"nearest: num_experts_per_tok {experts} or experts {top_k}"
+            )
+        return self
+
+    @property
+    def routing(self) -> Routing:
+        return Routing(self.experts, self.num_experts_per_tok, range(self.layers), self.z_loss > 0)
+
+    def expert_split_sizes(self) -> list[tuple[str, str, int]]:
+        """As `split_sizes`, of the feed-forward parts."""
+        return [("etp", "moe_intermediate_size", self.moe_intermediate_size), ("ep", "experts", self.experts)]
+
+    def expert_proportions(self) -> dict[str, float]:
+        """As `proportions`, of the feed-forward parts."""
+        return {"experts / experts a token visits": self.experts / self.num_experts_per_tok}
+
+    def describe_experts(self) -> str:
+        """As `describe`, of the feed-forward parts."""
+        return (
+            f"{self.experts} experts of {self.moe_intermediate_size}, of which a token visits "
+            f"{self.num_experts_per_tok}"
+        )
+
+    def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:
+        """As `scaled`, of the feed-forward parts: at most PROXY_EXPERTS experts."""
+        experts, top_k = proxy_experts(self.experts, self.num_experts_per_tok)
+        inner = width(self.moe_intermediate_size)
+        return {"experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": inner}
+
+
+class MixtureConfig(RoutedConfig):
+    """A decoder whose layers have SwiGLUs as experts."""
+
+    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001"), Renamed("bias_rate")] = added(
+        0.0, "change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"
     )
     dense_layers: Annotated[int, Range(0, 1023)] = added(
         0, "number of first layers with a dense SwiGLU instead of experts"
@@ -62,8 +109,7 @@ class MixtureConfig(ModelConfig):
         return self.router_bias_update_rate > 0
 
     @model_validator(mode="after")
-    def _possible_experts(self) -> MixtureConfig:
-        require_choice(self.experts, self.num_experts_per_tok)
+    def _possible_layers(self) -> MixtureConfig:
         if self.dense_layers >= self.layers:
             raise ValueError(
                 f"dense_layers = {self.dense_layers} leaves no layer of {self.layers} with experts; "
@@ -135,24 +181,9 @@ class MixtureConfig(ModelConfig):
         return sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision)
 
     def expert_split_sizes(self) -> list[tuple[str, str, int]]:
-        """As `split_sizes`, of the feed-forward parts."""
-        return [
-            ("etp", "moe_intermediate_size", self.moe_intermediate_size),
-            ("tp", "intermediate_size", self.intermediate_size or 0),
-            ("tp", "shared_expert_intermediate_size", self.shared_width),
-            ("ep", "experts", self.experts),
-        ]
-
-    def expert_proportions(self) -> dict[str, float]:
-        """As `proportions`, of the feed-forward parts."""
-        return {"experts / experts a token visits": self.experts / self.num_experts_per_tok}
-
-    def describe_experts(self) -> str:
-        """As `describe`, of the feed-forward parts."""
-        return (
-            f"{self.experts} experts of {self.moe_intermediate_size}, of which a token visits "
-            f"{self.num_experts_per_tok}"
-        )
+        inner, experts = super().expert_split_sizes()
+        dense = ("tp", "intermediate_size", self.intermediate_size or 0)
+        return [inner, dense, ("tp", "shared_expert_intermediate_size", self.shared_width), experts]
 
     def expert_widths(self) -> dict[str, int]:
         """As `inner_widths`, of the feed-forward parts."""
@@ -160,29 +191,11 @@ class MixtureConfig(ModelConfig):
         return {name: size for name, size in {**widths, "shared expert": self.shared_width}.items() if size}
 
     def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:
-        """As `scaled`, of the feed-forward parts: at most PROXY_EXPERTS experts."""
-        experts, top_k = proxy_experts(self.experts, self.num_experts_per_tok)
         return {
-            "experts": experts,
-            "num_experts_per_tok": top_k,
-            "moe_intermediate_size": width(self.moe_intermediate_size),
+            **super().scaled_experts(width),
             "dense_layers": min(self.dense_layers, 1),
             "intermediate_size": self.intermediate_size and width(self.intermediate_size),
         }
-
-
-def require_choice(experts: int, top_k: int) -> None:
-    """Raises ValueError if a token cannot be routed to `top_k` of so many experts, or the router cannot learn."""
-    if top_k == 1:
-        raise ValueError(
-            "num_experts_per_tok = 1 gives the router no gradient from the loss, since the one weight is always 1; "
-            "nearest: 2"
-        )
-    if top_k > experts:
-        raise ValueError(
-            f"num_experts_per_tok = {top_k} is more than experts = {experts}; "
-            f"nearest: num_experts_per_tok {experts} or experts {top_k}"
-        )
 
 
 def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precision) -> float:

@@ -66,7 +66,8 @@ class Examples:
         questions = -(-examples // self.shared)
         tokens = questions * self.question + examples * (self.answer - 1)
         prefixed = examples * self.question * (self.answer > 1)
-        return Rows(1, tokens, packed=True, targets=examples * self.answer, prefixed=prefixed)
+        longest = self.question + self.answer - 1
+        return Rows(1, tokens, packed=True, targets=examples * self.answer, prefixed=prefixed, longest=longest)
 
 
 def fullest_row(config: AnyConfig) -> tuple[Examples, int]:

@@ -90,7 +90,7 @@ def digest_of(tensors: Tensors, ranks: Ranks) -> str:
 def describe(tensors: Tensors, ranks: Ranks) -> tuple[list[str], list[Rows]]:
     """The names of all of a policy's `hf_tensors`, in order, and the entries of those of each rank. Collective."""
     names: list[str] = []
-    rows = {name: row_of(tensor) for name, tensor in _own(tensors, names)}
+    rows = {name: row_of(tensor) for name, tensor in _held_tensors(tensors, names)}
     return names, ranks.gather(rows)
 
 
@@ -105,7 +105,7 @@ def write(tensors: Tensors, ranks: Ranks, folder: Path) -> tuple[str, Path]:
         (folder / PARTIAL).mkdir(parents=True)
     ranks.barrier()
     names: list[str] = []
-    shares = ranks.gather(write_share(folder, ranks.rank, _own(tensors, names)))
+    shares = ranks.gather(write_share(folder, ranks.rank, _held_tensors(tensors, names)))
     return ranks.from_first(seal(folder, names, shares) if ranks.first else ("", folder))
 
 
@@ -147,7 +147,7 @@ def remove_earlier(place: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _own(tensors: Tensors, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _held_tensors(tensors: Tensors, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """This rank's tensors, on CPU. Fills `names` with the names of all."""
     for name, tensor in tensors:
         names.append(name)

@@ -38,7 +38,7 @@ from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks
 
 ALIGN = 8  # rows are padded to a multiple of this many tokens
-FP8_ALIGN = 128  # and of this many on each rank where matrices are made of quantization blocks
+BLOCK_ALIGN = 128  # and of this many on each rank where matrices are quantized, which some formats do by blocks
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Batch:
     `targets`, where not each input has one target: of each target the input in the one row, and the place in `labels`,
     `loss_mask` and `extras`, which then have a shape of their own, flat; int64 [2, targets].
     `routes`, with routing replay: the experts of each position of the one row, int16 [width, layers with experts,
-    experts of a token], or `routing_replay.OWN`; None: those that the routers choose.
+    experts of a token], or `routing_replay.UNRECORDED`; None: those that the routers choose.
     """
 
     ids: torch.Tensor
@@ -161,9 +161,9 @@ class Shards:
         return Batch(*(torch.from_numpy(x) for x in arrays))
 
 
-def padded_width(slots: int, layout: Layout, fp8: bool = False) -> int:
+def padded_width(slots: int, layout: Layout, quantized: bool = False) -> int:
     """The width of rows of which the longest has that many slots."""
-    multiple = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
+    multiple = BLOCK_ALIGN * layout.width_unit if quantized else math.lcm(ALIGN, layout.width_unit)
     return -(-slots // multiple) * multiple
 
 
@@ -178,7 +178,7 @@ class RankBatch:
     @classmethod
     def read(
         cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False,
-        fp8: bool = False, slots: int = 0,
+        quantized: bool = False, slots: int = 0,
     ) -> RankBatch:  # fmt: skip
         """slots: that each row has at least.
 
@@ -189,7 +189,7 @@ class RankBatch:
         per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
         if layout.vpp > 1:  # the interleaved schedule needs groups of micro-batches
             per_rank = -(-per_rank // layout.pp) * layout.pp
-        width = padded_width(max(slots, *(row.slots for row in rows)), layout, fp8)
+        width = padded_width(max(slots, *(row.slots for row in rows)), layout, quantized)
         first = ranks.data_rank * per_rank * micro_rows
         rank_rows: list[Row | None] = list(rows[first : first + per_rank * micro_rows])
         rank_rows += [None] * (per_rank * micro_rows - len(rank_rows))

@@ -99,8 +99,8 @@ def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
     owned: list[float] = [owned_bytes(share, layout) for share in shares]
     if config.phase.adapter:
         owned = [(MASTER + MOMENTS) * trained_parameters(config)]
-    state, activation, own, memory = (round(max(column)) for column in (states, activations, owned, sums))
-    return state, activation, own, memory
+    state, activation, owned_size, memory = (round(max(column)) for column in (states, activations, owned, sums))
+    return state, activation, owned_size, memory
 
 
 def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[MemoryShare, float, float]:

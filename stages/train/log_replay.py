@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import atomic_files
+from pipeline.core.provenance import Deviation, Replayed
 
 FOLDER = "starts"
 MOST_DEVIATIONS = 10
@@ -36,7 +37,7 @@ class LogReplay:
         self.lines, self.done = lines, done
         self.steps = sorted({line["step"] for line in lines})
         self.compared, self.deviating = 0, 0
-        self.deviations: list[dict[str, Any]] = []
+        self.deviations: list[Deviation] = []
 
     @property
     def active(self) -> bool:
@@ -62,11 +63,14 @@ class LogReplay:
         """Ends the comparison: after a rewind the steps come in another order."""
         self.lines = self.lines[: self.compared]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Replayed:
         """first, last: of the steps that the earlier attempt had finished after the checkpoint, None without any.
         lines: compared so far."""
-        ends = {"first": self.steps[0], "last": self.steps[-1]} if self.steps else {"first": None, "last": None}
-        return {**ends, "lines": self.compared, "deviating": self.deviating, "deviations": self.deviations}
+        first, last = (self.steps[0], self.steps[-1]) if self.steps else (None, None)
+        return {
+            "first": first, "last": last, "lines": self.compared, "deviating": self.deviating,
+            "deviations": self.deviations,
+        }  # fmt: skip
 
     def sentence(self) -> str:
         """What the comparison of at least one step gave."""

@@ -61,7 +61,7 @@ def simulate_updates(
                           f"which count from 0 to {layout.ranks - 1}")  # fmt: skip
     micro_batches = max(phase.micro_batch_counts) // layout.data
     unit = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule takes them in groups
-    counts = [min(micro_batches, layout.pp * layout.vpp + more) for more in (0, unit)]
+    counts = [min(micro_batches, layout.pp * layout.vpp + extra) for extra in (0, unit)]
     # the engine wants Megatron's gloo groups for checkpoints in another format only
     optimizer = partial(get_megatron_optimizer, use_gloo_process_groups=False)
     with simulated(layout, rank) as machine, mock.patch.object(engines, "get_megatron_optimizer", optimizer):

@@ -45,7 +45,7 @@ class TextTrainer(Trainer):
             self.engine.ranks,
         )
         self.heldout = RankBatch.read(
-            rows, shards, micro_rows=phase.micro_rows, ranks=ranks, fp8=phase.quantized, slots=phase.least_slots
+            rows, shards, micro_rows=phase.micro_rows, ranks=ranks, quantized=phase.quantized, slots=phase.least_slots
         )
         self.heldout_rows = len(rows)
         self.prefetcher = Prefetcher(self.order, self.shards, phase, ranks)

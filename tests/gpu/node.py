@@ -30,7 +30,7 @@ from tests.fixtures import gpu_fixtures, train_fixtures
 
 WARM = 2
 """Steps before those that are timed."""
-ASKED = "" if gpu_fixtures.ON_GPU else ", asked of a GPU"
+GPU_CRITERION = "" if gpu_fixtures.ON_GPU else ", asked of a GPU"
 """The end of a criterion that a CPU's figure does not decide."""
 
 
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> bool:
         share, state, activations = rank_memory(config, rows, parallel_state.get_pipeline_model_parallel_rank())
         worst = max(engine.ranks.gather(peak[0] / (state + activations)), key=lambda ratio: abs(ratio - 1))
         figure, is_near = f"{worst - 1:+.1%}", not gpu_fixtures.ON_GPU or abs(worst - 1) < 0.1
-        report("peak memory, the rank furthest from its plan", figure, f"within 10 %{ASKED}", is_near)
+        report("peak memory, the rank furthest from its plan", figure, f"within 10 %{GPU_CRITERION}", is_near)
         if options.losses and rank == 0:
             options.losses.write_text(json.dumps(losses))
         if options.like:
@@ -102,14 +102,14 @@ def run(options: argparse.Namespace) -> bool:
         report(
             "stall of a checkpoint",
             figure,
-            f"> 10 GB/s{ASKED}",
+            f"> 10 GB/s{GPU_CRITERION}",
             not gpu_fixtures.ON_GPU or stall < bytes_of_a_rank / 1e10,
         )
         with gpu_fixtures.peak_bytes() as peak:
             for _ in engine.full_tensors().values():
                 pass
         grown = max(engine.ranks.gather(peak[0])) / 2**30
-        report("growth of a rank while the ranks hand the weights over", f"{grown:.2f} GiB", f"< 1 GiB{ASKED}", not gpu_fixtures.ON_GPU or grown < 1)  # fmt: skip
+        report("growth of a rank while the ranks hand the weights over", f"{grown:.2f} GiB", f"< 1 GiB{GPU_CRITERION}", not gpu_fixtures.ON_GPU or grown < 1)  # fmt: skip
     return all(held)
 
 

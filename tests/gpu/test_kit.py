@@ -93,8 +93,8 @@ def test_the_measure_of_a_node(tmp_path: Path) -> None:
     common = ["atom-smoke", "--precision", "fp32", *sizes]
     runs = {1: ["--losses", f"{tmp_path}/one.json"],
             2: ["--layout", '{"ep": 2}', "--like", f"{tmp_path}/one.json", "--tolerance", "1e-5"]}  # fmt: skip
-    for ranks, more in runs.items():
-        processes = layout_fixtures.spawn("tests.gpu.node", [*common, *more], ranks, {"CUDA_VISIBLE_DEVICES": ""})
+    for ranks, options in runs.items():
+        processes = layout_fixtures.spawn("tests.gpu.node", [*common, *options], ranks, {"CUDA_VISIBLE_DEVICES": ""})
         codes, logs = layout_fixtures.end(processes)
         assert not any(codes), logs
     assert "losses against" in logs[0] and "EP2" in logs[0] and "DOES NOT HOLD" not in logs[0]

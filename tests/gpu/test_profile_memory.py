@@ -111,10 +111,10 @@ def test_attention_is_a_small_part_of_a_step(report: Report) -> None:
             gpu_fixtures.train_step(engine, batch)
         with torch.profiler.profile(activities=activities) as profile:
             gpu_fixtures.train_step(engine, batch)
-    name, own = ("device_time_total", "self_device_time_total") if gpu_fixtures.ON_GPU else ("cpu_time_total", "self_cpu_time_total")  # fmt: skip
+    name, self_time = ("device_time_total", "self_device_time_total") if gpu_fixtures.ON_GPU else ("cpu_time_total", "self_cpu_time_total")  # fmt: skip
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
     attention = sum(getattr(e, name) for e in events if _is_attention(e) and not _is_attention(e.cpu_parent))
-    total = sum(getattr(event, own) for event in events)
+    total = sum(getattr(event, self_time) for event in events)
     share = attention / total
     figure = f"{share:.1%} of {total / 1000:.1f} ms of {kind} time, {batch.targets} tokens"
     if gpu_fixtures.ON_GPU:

@@ -1,6 +1,8 @@
 """An asynchronous phase: answers are drawn while the policy is updated, in a process of its own that may die. Its
 recorded answers, taken in their order, move the same weights; another order is named."""
 
+# ruff: noqa: F811 - fixtures are imported, and are arguments
+
 from __future__ import annotations
 
 import json
@@ -27,8 +29,9 @@ from stages.rl.rollout.asynchronous import LiveGroups
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.subprocess_sampler import SubprocessSampler
 from tests.fixtures import ROOT, layout_fixtures, rl_fixtures, train_fixtures, weights_fixtures
+from tests.fixtures.rl_fixtures import place, rewrite, without_sampler  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import at_length
-from tests.integration.test_recorded_rollouts import first, rewrite
+from tests.integration.test_recorded_rollouts import first
 from tests.unit import test_generate
 
 SUBPROCESS = {"kind": "subprocess", "max_new_tokens": 12}
@@ -38,13 +41,6 @@ def settings(**phase: Any) -> dict[str, Any]:
     defaults: dict[str, Any] = dict(steps=6, release_checkpoint_interval=2, checkpoint_interval=1, sampling=SUBPROCESS)
     defaults |= {"asynchronous": {"queue_groups": 8}}
     return rl_fixtures.config(**{**defaults, **phase})
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rl")
-    rl_fixtures.make(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +63,6 @@ def live(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         rl_fixtures.rlvr(place, folder / "work", folder / "out", settings(), report)
     assert sum("the sampler's process died (exit code -9)" in note for note in report.notes) == 1
     return folder / "out"
-
-
-@pytest.fixture
-def without_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
-        raise AssertionError("a replay draws and scores nothing")
-
-    monkeypatch.setattr("stages.rl.policy.make_sampler", refuse)
-    monkeypatch.setattr("stages.rl.policy.make_verifiers", refuse)
 
 
 def test_the_process_draws_what_the_in_process_sampler_draws(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def test_process_reward_benchmark() -> None:
     assert [re.findall(r"(steps|tokens) (\d+)", line) for line in costs] == [[("steps", "1"), ("tokens", "32")]] * 2
 
 
+@at_length("benchmarks", 10)
+def test_recursion_benchmark() -> None:
+    assert run_quick("recursion")[-1].startswith("gain, mean of 1 seeds: ")
+
+
 @at_length("benchmarks", 30)
 def test_saturation_benchmark(tmp_path: Path) -> None:
     """Three policies from the same weights: each measured before its first update and after the others, in equal
@@ -83,7 +88,7 @@ def test_saturation_benchmark(tmp_path: Path) -> None:
     table = run_quick("rlhf_saturation", "--out", str(tmp_path))
     measured = [re.findall(r"seed 0: (\w+), (\d) updates", line) for line in table]
     arms = ("rlvr", "rlhf", "rules")
-    assert [found[0] for found in measured if found] == [(arm, str(n)) for arm in arms for n in range(3)]
+    assert [updates[0] for updates in measured if updates] == [(arm, str(n)) for arm in arms for n in range(3)]
     (curves,) = json.loads((tmp_path / "rlhf-saturation.json").read_text())
     flops = {arm: [point["flops"] for point in curves[arm]] for arm in arms}
     assert flops["rlvr"][0] == flops["rules"][0] == 0 < flops["rlhf"][0], "the reward model was trained before"

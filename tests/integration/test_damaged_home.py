@@ -420,7 +420,7 @@ def test_of_a_huge_file_of_events_the_end_is_read(tmp_path: Path, monkeypatch: p
     path.write_text(line * 10)
     monkeypatch.setattr(events, "ONE_READ", len(line) * 4)
     from_start = Tail(path, EVENT, whole=True)
-    assert [(len(from_start.read()), from_start.more) for _ in range(3)] == [(4, True), (4, True), (2, False)]
+    assert [(len(from_start.read()), from_start.has_more) for _ in range(3)] == [(4, True), (4, True), (2, False)]
 
 
 def test_a_statement_is_believed_only_under_its_name(home: Path, composed: Graph) -> None:

@@ -116,8 +116,8 @@ def test_nested_fields_and_maps_of_license_strings(tmp_path: Path, run_stage: An
     assert (source["documents"], source["documents_failed"], source["documents_unmapped"]) == (6, 0, 2)
     size = len("Document 0.")
     assert source["licenses"] == [
-        {"license": license, "found": found, "documents": 1, "bytes": size}
-        for license, found in sorted([*((name, "field") for name in expected), *UNMAPPED])
+        {"license": license, "found": basis, "documents": 1, "bytes": size}
+        for license, basis in sorted([*((name, "field") for name in expected), *UNMAPPED])
     ]
     assert source["licenses_unmapped"] == [
         {"string": "", "documents": 1}, {"string": "A license of 2031", "documents": 1},
@@ -401,11 +401,11 @@ def test_one_id_in_two_parts_is_refused(folder: Path, run_stage: Any) -> None:
 
 
 def test_a_limit_takes_those_of_the_smallest_hashes(folder: Path, run_stage: Any) -> None:
-    everything, some = (documents(run_stage(acquire.STAGE, config(folder, limit=limit), {})) for limit in (None, 9))
+    everything, sample = (documents(run_stage(acquire.STAGE, config(folder, limit=limit), {})) for limit in (None, 9))
     salt = f"{seed_of('limit/notes', 0)}/"
     ids = [f"notes/{n}.jsonl:{i}" for n in range(1, 7) for i in range(1, 6 + n + (n == 3))]
     chosen = sorted(ids, key=lambda id: hashlib.sha256((salt + id).encode()).digest())[:9]
-    assert [row["id"] for row in some] == [row["id"] for row in everything if row["id"] in chosen]
+    assert [row["id"] for row in sample] == [row["id"] for row in everything if row["id"] in chosen]
 
 
 def test_standard_library_documents(smoke_data: Path) -> None:

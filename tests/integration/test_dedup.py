@@ -106,8 +106,8 @@ def test_duplicates_name_the_first_document(tmp_path: Path) -> None:
     artifact = deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)["dedup"]
     rows = dispositions(artifact)
     assert set(rows) == {f"{source}/{name}" for source, parts in SOURCES.items() for part in parts for name in part}
-    found = {id: (row["rule"], row["duplicate_of"]) for id, row in rows.items() if row["duplicate_of"]}
-    assert found == DUPLICATES
+    duplicates = {id: (row["rule"], row["duplicate_of"]) for id, row in rows.items() if row["duplicate_of"]}
+    assert duplicates == DUPLICATES
     assert {id for id, row in rows.items() if row["rule"] == REMOVED} == {"prose/filtered", "code/none"}
     for id, row in rows.items():
         kept = row["disposition"] == "kept"
@@ -217,11 +217,11 @@ def test_a_frequent_hash_takes_no_more_memory(tmp_path: Path, monkeypatch: pytes
 
 def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
-    found = []
+    results = []
     for cores in ({0}, {0, 1}):
         monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: cores)
-        found.append(digests(deduplicate(config, artifact, tmp_path / str(len(cores)))))
-    assert found[0] == found[1]
+        results.append(digests(deduplicate(config, artifact, tmp_path / str(len(cores)))))
+    assert results[0] == results[1]
 
 
 def test_killed_and_damaged_pieces_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,13 +387,13 @@ def test_clusters_are_those_of_datatrove(tmp_path: Path) -> None:
     parts = [dict(list(texts.items())[start : start + 300]) for start in range(0, 1000, 300)]
     sources = {"prose": parts}
     artifact = deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path)["dedup"]
-    found: dict[str, set[str]] = defaultdict(set)
+    removed: dict[str, set[str]] = defaultdict(set)
     for id, row in dispositions(artifact).items():
         if row["rule"]:
             kept = row["duplicate_of"].removeprefix("prose/")
             assert int(kept) < int(id.removeprefix("prose/")), "the first one is kept"
-            found[kept] |= {kept, id.removeprefix("prose/")}
-    assert sorted(map(sorted, found.values())) == sorted(map(sorted, expected.values()))
+            removed[kept] |= {kept, id.removeprefix("prose/")}
+    assert sorted(map(sorted, removed.values())) == sorted(map(sorted, expected.values()))
     assert 100 < sum(map(len, expected.values())) - len(expected) < 500
     removed = len((tmp_path / "clusters/000000.remove").read_bytes()) // 4
     assert removed == sum(1 for row in dispositions(artifact).values() if row["rule"])

@@ -16,16 +16,16 @@ from stages.evaluation.engine import Engine
 from stages.rl.samplers import vllm_server
 from tests.fixtures.release_fixtures import ENGINE
 
-OWN = "transformers in the stage's process, in fp32"
+IN_PROCESS = "transformers in the stage's process, in fp32"
 SERVED = f"vLLM ({ENGINE}), in the data type of the exported weights"
 
 
 def test_the_cards_name_it_and_are_compared(copy: Path) -> None:
     documents, others = "evaluation on documents and problems", "what it gives away, task sets"
-    assert f"\nComputed by {OWN}: {documents}, {others}; by {SERVED}: {documents}.\n" in (
+    assert f"\nComputed by {IN_PROCESS}: {documents}, {others}; by {SERVED}: {documents}.\n" in (
         (copy / "model/README.md").read_text()
     )
-    assert f"\nComputed by {OWN}.\n" in (copy / "model-base/README.md").read_text()
+    assert f"\nComputed by {IN_PROCESS}.\n" in (copy / "model-base/README.md").read_text()
     (results,) = (copy / "model/.eval_results").glob("*.yaml")
     assert all(row["notes"].endswith(f"; by vLLM ({ENGINE})") for row in yaml.safe_load(results.read_text()))
     assert verify(copy / "model").ok

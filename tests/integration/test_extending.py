@@ -60,11 +60,11 @@ class Example:
 
 
 def examples() -> list[Example]:
-    found = []
+    sections = []
     for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
         title, _, text = section.partition("\n")
-        found.append(Example(title, dict(FILE.findall(text)), LINE.findall(text)))
-    return [example for example in found if example.files]
+        sections.append(Example(title, dict(FILE.findall(text)), LINE.findall(text)))
+    return [example for example in sections if example.files]
 
 
 def copy_tree(folder: Path) -> Path:

@@ -14,8 +14,8 @@ import yaml
 from pipeline.core import provenance
 from pipeline.core.lease import holder
 from pipeline.graph.recipe import find
+from tests.fixtures.recipe_fixtures import SMOKE
 from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
-from tests.unit.test_recipe import SMOKE
 
 
 def recipe_with_documents(folder: Path, lines: list[str]) -> str:

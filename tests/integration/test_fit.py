@@ -15,7 +15,7 @@ from pipeline.core.stage import Estimate, Published, TrainingEstimate
 from pipeline.core.store import Store
 from pipeline.graph import dag, fit, plan
 from pipeline.graph import recipe as recipes
-from pipeline.graph.cost_estimate import Use, forecast
+from pipeline.graph.cost_estimate import Use, estimate_costs
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
@@ -48,7 +48,7 @@ def reasons(rows: list[plan.StagePlan], hours: float = 0.5, body: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("estimate", "trains", "said"),
+    ("estimate", "trains", "reason"),
     [
         (Estimate(memory_bytes=64 * GIB), False, None),
         (
@@ -73,8 +73,8 @@ def reasons(rows: list[plan.StagePlan], hours: float = 0.5, body: dict[str, Any]
         ),
     ],
 )  # fmt: skip
-def test_each_limit(estimate: Estimate, trains: bool, said: str | None) -> None:
-    assert reasons([row(estimate, trains)]) == [(said,) if said else ()]
+def test_each_limit(estimate: Estimate, trains: bool, reason: str | None) -> None:
+    assert reasons([row(estimate, trains)]) == [(reason,) if reason else ()]
 
 
 def test_fp4_needs_a_gpu_that_has_it() -> None:
@@ -141,7 +141,7 @@ def planned(recipe: str, tmp_path: Path, pretrain: dict[str, Any] | None = None,
 
 
 def misfits(rows: list[plan.StagePlan], profile: Profile) -> dict[str, tuple[str, ...]]:
-    uses = {use.name: use for use in forecast(rows, profile, small=False).uses}
+    uses = {use.name: use for use in estimate_costs(rows, profile, small=False).uses}
     return {result.name: result.reasons for result in fit.fits(rows, uses, profile) if result.reasons}
 
 
@@ -153,7 +153,7 @@ def test_every_stage_of_a_packaged_recipe_fits_each_packaged_cluster(recipe: str
     for name in ("h100-pyxis", "h100-apptainer", "h100-modules"):
         profile = cluster_profile.load(name)
         assert misfits(rows, profile) == {}
-        uses = {use.name: use for use in forecast(rows, profile, small=False).uses}
+        uses = {use.name: use for use in estimate_costs(rows, profile, small=False).uses}
         assert all(uses[phase].hours > 0 and uses[phase].why is None for phase in phases)
         servers = profile.slurm.servers if profile.slurm else None
         ranks = {row.state.name: row.ranks for row in rows}
@@ -178,7 +178,7 @@ def test_atom_mini_takes_two_hours_on_two_cores(tmp_path: Path) -> None:
     """At most four million active parameters and ten tokens for each, in the phases of the recipe that it is a model of."""
     rows = {row.state.name: row for row in planned("atom-mini", tmp_path)}
     profile = cluster_profile.load("local")
-    assert profile.local.jobs == 2 and forecast([*rows.values()], profile, small=True).total.hours <= 2
+    assert profile.local.jobs == 2 and estimate_costs([*rows.values()], profile, small=True).total.hours <= 2
     estimate = rows["pretrain"].estimate
     active = estimate.parameters["active"]
     assert active <= 4_000_000 and (estimate.tokens or 0) >= 10 * active
@@ -224,7 +224,7 @@ def test_gpus_of_a_stage_that_does_not_train() -> None:
     gpu = {"partition": "g", "minutes": 240, "gpus_per_node": 4, "memory_gb": 100}
     with_gpus = BODY | {"slurm": {**BODY["slurm"], "gpu": gpu}}
     assert misfits([asks], Profile.model_validate(with_gpus)) == {}
-    (use,) = forecast([asks], Profile.model_validate(with_gpus), small=False).uses
+    (use,) = estimate_costs([asks], Profile.model_validate(with_gpus), small=False).uses
     assert (use.gpu_hours, use.hours, use.core_hours) == (36, 1 + (9 - 1) / 2, 0)
     reasons = misfits([asks], Profile.model_validate(BODY))["it"]
     assert reasons == (
@@ -328,5 +328,5 @@ def test_the_stages_that_do_not_fit_are_counted(tmp_path: Path) -> None:
 def test_the_forecast_has_what_fits_needs() -> None:
     profile = cluster_profile.load("h100-pyxis")
     rows = [row(Estimate(7200, 3600), shards=10)]
-    uses = {use.name: use for use in forecast(rows, profile, small=False).uses}
+    uses = {use.name: use for use in estimate_costs(rows, profile, small=False).uses}
     assert [result.reasons for result in fit.fits(rows, uses, profile)] == [()]

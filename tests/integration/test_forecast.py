@@ -17,7 +17,7 @@ from pipeline.core.stage import Estimate
 from pipeline.core.store import Store
 from pipeline.graph import dag, plan
 from pipeline.graph import recipe as recipes
-from pipeline.graph.cost_estimate import Use, forecast
+from pipeline.graph.cost_estimate import Use, estimate_costs
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from stages.mcore.throughput import StepSetup, shape_of, step_time
@@ -67,7 +67,7 @@ def write_profile(folder: Path, **changed: Any) -> str:
 
 def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
     """3.6e21 FLOPs at 2.5e14 a second are 1.44e7 seconds: 4,000 GPU hours, 500 hours on 8, 10,000 USD, 2.8 MWh."""
-    estimate = forecast(rows_by_hand(), cluster_profile.load(write_profile(tmp_path)), small=False)
+    estimate = estimate_costs(rows_by_hand(), cluster_profile.load(write_profile(tmp_path)), small=False)
     assert estimate.uses == (
         Use("order", 2, 0, 2, pytest.approx(0.1), 16),
         Use("evaluate", why="no estimate"),
@@ -96,7 +96,7 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_without_rates_one_sentence_says_why_there_is_no_time(tmp_path: Path, changed: Any, why: str) -> None:
-    estimate = forecast(rows_by_hand(), cluster_profile.load(write_profile(tmp_path, **changed)), small=False)
+    estimate = estimate_costs(rows_by_hand(), cluster_profile.load(write_profile(tmp_path, **changed)), small=False)
     assert estimate.assumed[-2:] == (
         f"no time is given for pretrain, midtrain: {why}",
         "no time is given for dedup: known of small corpora only",
@@ -144,7 +144,7 @@ def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> Non
     (pretrain,) = plan.plan(graph, {"pretrain": State("pretrain", "pretrain-0", "to run")}, ["pretrain"])
     node = graph.nodes["pretrain"]
     profile = cluster_profile.load("h100-pyxis")
-    estimate = forecast([pretrain], profile, small=False)
+    estimate = estimate_costs([pretrain], profile, small=False)
     gpu, phase, shape = (
         profile.accelerator,
         node.config.phase,
@@ -166,7 +166,7 @@ def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> Non
     assert profile.gpu is not None and profile.gpu.bf16 is not None
     rate = profile.gpu.bf16.model_copy(update={"utilization": 0.25})
     gpu_section = profile.gpu.model_copy(update={"bf16": rate, "source": "our run"})
-    measured = forecast([pretrain], profile.model_copy(update={"gpu": gpu_section}), small=False)
+    measured = estimate_costs([pretrain], profile.model_copy(update={"gpu": gpu_section}), small=False)
     assert measured.total.gpu_hours == pytest.approx(pretrain.estimate.flops / 989e12 / 0.25 / 3600)  # type: ignore[operator]
     assert measured.assumed[0] == "assumed: H100 SXM at 0.25 of 989 TFLOP/s in bf16; our run"
 
@@ -196,7 +196,7 @@ def test_kinds_of_fp8_have_one_rate() -> None:
 def test_ranks_that_do_not_fill_nodes_are_reported(tmp_path: Path) -> None:
     (row,) = [replace(row, ranks=12) for row in rows_by_hand() if row.state.name == "pretrain"]
     with pytest.raises(RecipeError, match="stage pretrain has 12 ranks, which do not fill nodes of 8 alike"):
-        forecast([row], cluster_profile.load(write_profile(tmp_path)), small=True)
+        estimate_costs([row], cluster_profile.load(write_profile(tmp_path)), small=True)
 
 
 @pytest.mark.parametrize("shards, tasks, hours", [(1, 1000, 21.0), (100, 1000, 1.2), (100, 10, 3.0)])
@@ -206,5 +206,5 @@ def test_tasks_divide_all_but_the_serial_time(tmp_path: Path, shards: int, tasks
     row = plan.StagePlan(State("filter", "filter-0", "to run"), estimate, {}, 1, {}, shards=shards)
     body = yaml.safe_load((ROOT / "pipeline/clusters/h100-pyxis.yaml").read_text())
     profile = write_profile(tmp_path, slurm=body["slurm"] | {"array_size": tasks})
-    (use,) = forecast([row], cluster_profile.load(profile), small=False).uses
+    (use,) = estimate_costs([row], cluster_profile.load(profile), small=False).uses
     assert (use.hours, use.core_hours) == (pytest.approx(hours), pytest.approx(21))

@@ -207,7 +207,7 @@ def test_each_task_set_names_tasks_of_the_harness_that_read_one_dataset() -> Non
     """By the YAML files alone: the harness's own index takes seconds. A revision is of one dataset."""
     from lm_eval import tasks as harness_tasks
 
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for folder in ("arc", "gsm8k", "mmlu/default", "truthfulqa"):
         for path in sorted((Path(harness_tasks.__file__).parent / folder).glob("*.yaml")):
             loader = yaml.SafeLoader(path.read_text())
@@ -216,14 +216,14 @@ def test_each_task_set_names_tasks_of_the_harness_that_read_one_dataset() -> Non
             while isinstance(body.get("task"), str) and (base := body.pop("include", None)):
                 body = {**yaml.safe_load((path.parent / base).read_text()), **body}
             if isinstance(body.get("task"), str):
-                found[body["task"]] = body["dataset_path"]
+                paths[body["task"]] = body["dataset_path"]
     datasets = {"arc": "allenai/ai2_arc", "gsm8k": "openai/gsm8k", "mmlu": "cais/mmlu"}
     datasets["truthfulqa"] = "truthfulqa/truthful_qa"
     assert TASK_SETS.keys() == datasets.keys()
     for name, task_set in TASK_SETS.items():
-        assert {found[task] for task in task_set.tasks} == {datasets[name]}
+        assert {paths[task] for task in task_set.tasks} == {datasets[name]}
         assert re.fullmatch("[0-9a-f]{40}", str(task_set.revision))
-    assert sum(task.startswith("mmlu_") for task in found) == len(TASK_SETS["mmlu"].tasks) == 57
+    assert sum(task.startswith("mmlu_") for task in paths) == len(TASK_SETS["mmlu"].tasks) == 57
 
 
 def write_model(folder: Path, tmp_path: Path) -> Artifact:

@@ -18,7 +18,7 @@ from pipeline.core.store import canonical
 from release.assembly import build_release as builder
 from release.audit import independent_verifier
 from tests.fixtures import release_fixtures
-from tests.integration.test_release_verify import resum
+from tests.fixtures.release_fixtures import resum
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import files_below, files_of, repositories
 from release.signing import Trust
 from tests.fixtures import sigstore_fixtures
+from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.sigstore_fixtures import IDENTITY, ISSUER, Sigstore
 from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
-from tests.integration.test_release_verify import resum
 from tests.integration.test_sign import certificate, verdict, write_key
 
 

@@ -47,12 +47,12 @@ def test_sealed_runs_predict_the_next_size(runs: tuple[Store, list[dag.Graph]]) 
 def test_other_data_and_missing_runs_are_refused(runs: tuple[Store, list[dag.Graph]], tmp_path: Path) -> None:
     store, graphs = runs
     other = graph(recipe(tmp_path, "s3", tokenizer={"vocab_size": 380}), store.home)
-    for more, words in (
+    for added, words in (
         (other, "s3 has other data than s1: its tokenize has another key"),
         (graph("atom-smoke", store.home), "pretrain of atom-smoke is not sealed; run it first: atom run"),
     ):
         with pytest.raises(AtomError, match=words):
-            ladder_points.read_runs([*graphs, more], store, PRETRAINING)
+            ladder_points.read_runs([*graphs, added], store, PRETRAINING)
 
 
 def seal(store: Store, of: dag.Graph, node: str, name: str, text: str) -> None:

@@ -48,9 +48,9 @@ OUTSIDE = """
 """
 
 
-def search(sql: str, files: list[Path], **more: list[Path]) -> list[dict[str, Any]]:
+def search(sql: str, files: list[Path], **tables: list[Path]) -> list[dict[str, Any]]:
     """The rows of a search through every row of some tables, by DuckDB."""
-    parameters = {name: list(map(str, paths)) for name, paths in {"files": files, **more}.items()}
+    parameters = {name: list(map(str, paths)) for name, paths in {"files": files, **tables}.items()}
     with duckdb.connect() as database:
         rows: list[dict[str, Any]] = database.sql(sql, params=parameters).to_arrow_table().to_pylist()
     return rows

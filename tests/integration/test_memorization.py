@@ -24,7 +24,7 @@ from stages.data.synthetic import canaries
 from stages.data.table import KEPT, ORDER, content_hash, read_table, write_rows
 from stages.evaluation import memorization
 from tests.fixtures import chat_fixtures, release_fixtures
-from tests.unit.test_recipe import write
+from tests.fixtures.recipe_fixtures import write
 
 STEPS = 125
 PLANTED = {"reader": "canaries", "count": 2, "repetitions": [1]}

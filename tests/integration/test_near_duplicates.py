@@ -70,8 +70,8 @@ def test_bands_agree_exactly_where_signatures_do(settings: MinHash) -> None:
             by_signature[band][tuple(values)].add(int(bands[n, band]))
     assert all(len(values) == 1 for tables in (by_hash, by_signature) for table in tables for values in table.values())
     assert any(len(table) < len(texts) - short.sum() for table in by_signature), "some texts share a band"
-    own = [np.unique(each) for each in shingles]
-    assert all(np.array_equal(a, b) for a, b in zip(own, shingle_sets(texts, settings.n_grams), strict=True))
+    expected = [np.unique(each) for each in shingles]
+    assert all(np.array_equal(a, b) for a, b in zip(expected, shingle_sets(texts, settings.n_grams), strict=True))
 
 
 def test_signatures_are_exact_where_the_sum_of_their_parts_passes_the_prime() -> None:

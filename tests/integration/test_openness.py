@@ -15,7 +15,7 @@ from pipeline.core.errors import AtomError
 from release.assembly import build_release as builder
 from release.audit import openness
 from tests.fixtures import release_fixtures
-from tests.integration.test_release_verify import resum
+from tests.fixtures.release_fixtures import resum
 
 
 @pytest.fixture(scope="module")

@@ -137,8 +137,8 @@ def test_a_request_reaches_copies_near_duplicates_and_rewrites(
     filtered, artifact = curated(tmp_path, run_stage, *entries)
     rows = dispositions(artifact)
     opted_out = {id: row for id, row in rows.items() if row["rule"] == "opt_out"}
-    found = {id: (*row["match"].split(" "), row["duplicate_of"]) for id, row in opted_out.items()}
-    assert found == {id: (kind, hashed(request), of) for id, (kind, request, of) in EXPECTED.items()}
+    matches = {id: (*row["match"].split(" "), row["duplicate_of"]) for id, row in opted_out.items()}
+    assert matches == {id: (kind, hashed(request), of) for id, (kind, request, of) in EXPECTED.items()}
     assert all(row["disposition"] == "removed" and row["kept_hash"] is None for row in opted_out.values())
     kept = {row["id"] for row in rows_of(artifact, "kept")}
     assert kept == rows.keys() - opted_out.keys(), "nothing else goes: not what is near a near duplicate only"

@@ -187,7 +187,7 @@ def test_permutations_are_fixed_and_mix_well() -> None:
     assert ((counts - seeds / n) ** 2 / (seeds / n)).sum() / (n - 1) ** 2 < 1.5
     pairs = np.bincount(images[:, 2] * n + images[:, 3], minlength=n * n).reshape(n, n)[~np.eye(n, dtype=bool)]
     assert ((pairs - pairs.mean()) ** 2 / pairs.mean()).sum() / (len(pairs) - 1) < 1.5
-    # neighbours do not stay neighbours, and the order is no trend
+    # neighbors do not stay neighbors, and the order is no trend
     images = Permutation(100_000, "mix", 0)(np.arange(100_000))
     assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.02
     assert abs(np.corrcoef(images, np.arange(100_000))[0, 1]) < 0.02
@@ -325,17 +325,17 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changes", LOOKED_UP)
 def test_the_verifier_computes_an_order_again(tmp_path: Path, run_stage: Any, changes: dict[str, Any]) -> None:
-    made = run_stage(order.STAGE, config(**changes), {"tokens": tokens(tmp_path / "dataset/tokens")})
+    artifact = run_stage(order.STAGE, config(**changes), {"tokens": tokens(tmp_path / "dataset/tokens")})
     folder = tmp_path / "dataset/order/pretrain"
-    original = shutil.copytree(made.path, folder)
+    original = shutil.copytree(artifact.path, folder)
 
     def problems(**meta: Any) -> list[str]:
-        (folder / "meta.json").write_text(json.dumps(made.json("meta.json") | meta))
+        (folder / "meta.json").write_text(json.dumps(artifact.json("meta.json") | meta))
         return segments(Subject(tmp_path / "dataset", "dataset")).problems
 
     assert problems() == []
     files = order_files(folder)
-    assert "another function" in problems(function=made.json("meta.json")["function"] | {"block_steps": 999})[0]
+    assert "another function" in problems(function=artifact.json("meta.json")["function"] | {"block_steps": 999})[0]
     assert "merkle_root" in problems(merkle_root="0" * 64)[0]
     differs = problems(seed=1)
     assert differs and all("rows that the function" in text or "other place" in text for text in differs), differs
@@ -345,9 +345,9 @@ def test_the_verifier_computes_an_order_again(tmp_path: Path, run_stage: Any, ch
     assert "differs from the rows that the function of the order gives" in problems()[0]
     files[-1].unlink()  # the function alone is no published order
     assert "its files are not the parts part-00000.parquet to" in problems()[0]
-    shutil.copytree(made.path, original, dirs_exist_ok=True)
+    shutil.copytree(artifact.path, original, dirs_exist_ok=True)
     if changes.get("pack"):
-        parts = made.json("meta.json")["parts"]
+        parts = artifact.json("meta.json")["parts"]
         name, (position, targets) = next(iter(parts[1]["start"].items()))
         parts[1]["start"][name] = [position + 1, targets]
         assert "another place" in problems(parts=parts)[0]
@@ -369,16 +369,16 @@ def test_a_sample_of_many_blocks_is_computed_again(
     tmp_path: Path, run_stage: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the places in the streams that meta.json states, without sums over the streams."""
-    made = run_stage(order.STAGE, config(**changes), {"tokens": tokens(tmp_path / "dataset/tokens")})
+    artifact = run_stage(order.STAGE, config(**changes), {"tokens": tokens(tmp_path / "dataset/tokens")})
     folder = tmp_path / "dataset/order/pretrain"
-    shutil.copytree(made.path, folder)
+    shutil.copytree(artifact.path, folder)
     blocks, block = [], ComputedOrder.block
     monkeypatch.setattr(ComputedOrder, "block", lambda self, n: blocks.append(n) or block(self, n))
     monkeypatch.setattr("stages.data.streams.Stream.sums", None)
     check = partial(segments, Subject(tmp_path / "dataset", "dataset"))
     assert check().problems == [] and len(set(blocks)) == 8 < len(order_files(folder))
     if changes.get("pack"):
-        meta = made.json("meta.json")
+        meta = artifact.json("meta.json")
         for part in meta["parts"][1:]:  # a chunk earlier everywhere, in places and in tokens
             name, (position, targets) = next(iter(part["start"].items()))
             part["start"][name] = [position + 40, targets + 400]

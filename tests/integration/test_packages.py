@@ -26,8 +26,8 @@ from stages.data.table import KEPT, content_hash, order_files, part_files, write
 from stages.data.tree_digest import tree_digest
 from tests.fixtures import ROOT
 from tests.fixtures.package_fixtures import COPYRIGHT, Files, deb_of, lock_folder, member, sdist_of
+from tests.fixtures.recipe_fixtures import SMOKE
 from tests.fixtures.run_fixtures import at_length, atom
-from tests.unit.test_recipe import SMOKE
 
 GARDEN: Files = {
     "usr/share/doc/garden/copyright": COPYRIGHT,
@@ -87,8 +87,8 @@ def test_documents_have_the_licenses_of_their_files(folder: Path, run_stage: Any
     )
     (origin,) = (row["origin"] for row in rows(artifact) if row["id"].endswith("README"))
     assert origin == "a test#pool/garden_1.0_all.deb:usr/share/doc/garden/README"
-    found = {row["license"]: row["found"] for row in artifact.json("source.json")["licenses"]}
-    assert {license: how for license, how in found.items() if "unmapped" not in license} == dict.fromkeys(
+    bases = {row["license"]: row["found"] for row in artifact.json("source.json")["licenses"]}
+    assert {license: how for license, how in bases.items() if "unmapped" not in license} == dict.fromkeys(
         ("GPL-2.0-or-later", "MIT", "ISC", "Apache-2.0"), "file"
     )
 

@@ -144,10 +144,11 @@ def test_a_packed_phase_goes_on_as_it_was_or_packs_the_rest_anew(tmp_path: Path,
 
 def test_a_document_in_company_computes_as_alone(tmp_path: Path) -> None:
     """Logits and gradients of three documents in one packed row are those of three rows; positions start anew."""
-    from stages.mcore.model import build, load_tensors
+    from stages.mcore.model import build
     from stages.mcore.weight_init import full_tensor
     from stages.models.qwen3_moe.config import Qwen3MoeConfig
     from stages.train import parallel
+    from tests.fixtures.model_fixtures import load_tensors
 
     model = Qwen3MoeConfig(**train_fixtures.MODEL)
     full = {n: full_tensor(n, s, model, 0) for n, s in model.shapes(train_fixtures.VOCAB).items()}
@@ -155,7 +156,7 @@ def test_a_document_in_company_computes_as_alone(tmp_path: Path) -> None:
     parts = [torch.randint(6, train_fixtures.VOCAB, (n,), generator=generator) for n in (19, 7, 30)]
     with parallel.session(0):
         (gpt,) = build(model, train_fixtures.VOCAB, packed=True)
-        load_tensors([gpt], model, train_fixtures.VOCAB, full, "test")
+        load_tensors([gpt], model, train_fixtures.VOCAB, full)
 
         def gradients(outputs: torch.Tensor) -> list[torch.Tensor]:
             gpt.zero_grad()

@@ -15,7 +15,7 @@ from stages.export import hf
 from stages.export.variants.registry import obstacle
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share
-from stages.mcore.model import build, load_tensors, named_tensors
+from stages.mcore.model import build, named_tensors
 from stages.mcore.parallel_layout import Layout
 from stages.models.hf import hf_config
 from stages.models.qwen3_next.config import Qwen3NextConfig
@@ -25,6 +25,7 @@ from stages.rl.samplers.library_decode import LibraryDecoder
 from stages.train import parallel
 from stages.train.precision_simulation.proxy_model import build_proxy, ratios
 from tests.fixtures import fake_rank_fixtures, layout_fixtures, qwen3_next_fixtures, train_fixtures
+from tests.fixtures.model_fixtures import load_tensors
 from tests.fixtures.qwen3_next_fixtures import MODEL, PUBLISHED, VOCABULARY
 from tests.fixtures.run_fixtures import at_length
 
@@ -161,7 +162,7 @@ def logits(model: Qwen3NextConfig, ids: torch.Tensor, mask: torch.Tensor | None 
     """Megatron's, of one row or several."""
     with parallel.session(0):
         (gpt,) = build(model, VOCAB, packed=mask is not None)
-        load_tensors([gpt], model, VOCAB, qwen3_next_fixtures.tensors_of(model), "the test")
+        load_tensors([gpt], model, VOCAB, qwen3_next_fixtures.tensors_of(model))
         with torch.no_grad():
             result: torch.Tensor = gpt.eval()(ids, torch.arange(ids.shape[1]).expand_as(ids), mask)
     return result
@@ -219,7 +220,7 @@ def test_it_is_megatrons_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Qwen3NextConfig(**MODEL)
     with parallel.session(0):
         (gpt,) = build(model, VOCAB)
-        load_tensors([gpt], model, VOCAB, qwen3_next_fixtures.tensors_of(model), "the test")
+        load_tensors([gpt], model, VOCAB, qwen3_next_fixtures.tensors_of(model))
         ours = gpt.decoder.layers[0].self_attention
         assert isinstance(ours, layers.GatedDeltaNet)
         parts = theirs.GatedDeltaNetSubmodules(

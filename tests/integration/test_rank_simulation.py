@@ -182,6 +182,15 @@ def test_memory_of_split_experts_in_long_rows_is_planned(name: str) -> None:
         assert result.peak_bytes == pytest.approx(result.planned_peak_bytes, rel=0.05)
 
 
+@at_length("training", 20)
+def test_memory_of_attention_with_sinks_is_planned() -> None:
+    """Plain products keep the scores of packed rows: a twentieth of the memory here."""
+    for layout in ({}, {"ranks": 2, "cp": 2}, {"ranks": 4, "tp": 2, "ep": 2, "etp": 1}):
+        result = simulate_large(layout, architecture="gpt_oss", sliding_window=128)
+        assert result.parameters == result.planned_parameters
+        assert result.peak_bytes == pytest.approx(result.planned_peak_bytes, rel=0.01)
+
+
 @at_length("training", 400)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", MORE_MEMORY)

@@ -28,9 +28,9 @@ from pipeline.launch.attempt import Task
 from pipeline.launch.local import visible_gpus
 from pipeline.launch.worker import _record_operation, attempt, work
 from stages.mcore import gpu
+from tests.fixtures.recipe_fixtures import SMOKE
 from tests.fixtures.run_fixtures import SOAK, at_length, atom, digests
 from tests.integration.test_run import start, wait_for
-from tests.unit.test_recipe import SMOKE
 
 SLOW = 40  # steps: enough to be disturbed in
 

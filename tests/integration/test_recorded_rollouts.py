@@ -1,6 +1,8 @@
 """A phase that reads the answers of an earlier run draws and scores nothing, moves the same weights, and names answers
 that were changed."""
 
+# ruff: noqa: F811 - fixtures are imported, and are arguments
+
 from __future__ import annotations
 
 import json
@@ -9,25 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed, Interrupted
-from pipeline.core.store import Artifact
 from stages.mcore.weight_init import Initial
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.rollout import rollouts
 from tests.fixtures import rl_fixtures, train_fixtures
+from tests.fixtures.rl_fixtures import place, rewrite, without_sampler  # noqa: F401 - fixtures
 
 STEPS = rl_fixtures.config(steps=4, release_checkpoint_interval=2, checkpoint_interval=1)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rl")
-    rl_fixtures.make(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +30,6 @@ def calm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calm")
     rl_fixtures.rlvr(place, folder / "work", folder / "out", STEPS)
     return folder / "out"
-
-
-@pytest.fixture
-def without_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
-        raise AssertionError("a replay draws and scores nothing")
-
-    monkeypatch.setattr("stages.rl.policy.make_sampler", refuse)
-    monkeypatch.setattr("stages.rl.policy.make_verifiers", refuse)
 
 
 def test_recorded_answers_move_the_same_weights(place: Path, calm: Path, tmp_path: Path, without_sampler: None) -> None:
@@ -63,14 +48,6 @@ def test_so_they_do_from_a_checkpoint_on(place: Path, calm: Path, tmp_path: Path
         rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "a", STEPS, reporter, rollouts=recorded)
     rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "b", STEPS, rollouts=recorded)
     assert rl_fixtures.trained(tmp_path / "b") == rl_fixtures.trained(calm)
-
-
-def rewrite(recorded: Artifact, change: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Changes the recorded answers."""
-    table = pq.read_table(recorded / "rollouts.parquet")
-    rows = table.to_pylist()
-    change(rows)
-    pq.write_table(pa.Table.from_pylist(rows, table.schema), recorded / "rollouts.parquet")
 
 
 def test_answers_of_an_earlier_version_name_policies_as_it_did(

@@ -38,7 +38,7 @@ from release.layout import ALL_SUMS, SUMS
 from release.repositories import files_below
 from tests.fixtures import ROOT
 from tests.fixtures.audit_fixtures import verify
-from tests.integration.test_release_verify import resum
+from tests.fixtures.release_fixtures import resum
 
 SECONDS, MEGABYTES = 10, 500
 """What is promised: processor time, and memory of the largest process."""

@@ -12,8 +12,8 @@ from release import signing
 from release.layout import SIGNATURE
 from release.signing import Trust
 from tests.fixtures.audit_fixtures import verify
+from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import SOAK
-from tests.integration.test_release_verify import resum
 from tests.integration.test_sign import signed, signer  # noqa: F401 - fixtures
 
 FLIPS, SWAPS = (1000, 200) if SOAK else (20, 6)

@@ -31,7 +31,7 @@ from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
 from stages.export.conversations import CONVERSATIONS
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
-from tests.integration.test_release_verify import resum
+from tests.fixtures.release_fixtures import resum
 
 
 class LeavesFile:

@@ -13,11 +13,11 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from release.audit import verify as audit
 from release.audit.verify import kind_of
-from release.checksums import write_sums
 from release.layout import ALL_SUMS, SUMS
 from release.repositories import files_below, files_of, repositories
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
+from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import SOAK, at_length
 
 
@@ -34,16 +34,6 @@ def pulled(release: Path, target: Path) -> dict[str, Path]:
         (folder / ".cache/huggingface/download/x.metadata").write_text("x\n")
         folders[place.folder] = folder
     return folders
-
-
-def resum(release: Path) -> None:
-    """What a forger would do: write all the checksums anew."""
-    places = repositories(release)
-    for place in places:
-        if place.folder:
-            write_sums(release / place.folder / SUMS, release / place.folder, files_of(release, place))
-    write_sums(release / ALL_SUMS, release, [p for p in files_below(release) if p not in (SUMS, ALL_SUMS)])
-    write_sums(release / SUMS, release, files_of(release, next(p for p in places if not p.folder)))
 
 
 def flip(path: Path) -> bytes:

@@ -1,6 +1,8 @@
 """The loop of reinforcement learning: it learns, keeps every answer, comes back from any stop, and believes no verifier
 that is out of order."""
 
+# ruff: noqa: F811 - fixtures are imported, and are arguments
+
 from __future__ import annotations
 
 import json
@@ -17,14 +19,8 @@ from stages.rl.rewards.instructions import Instructions
 from stages.rl.rollout import rollouts
 from stages.rl.samplers.generate import InProcess
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
+from tests.fixtures.rl_fixtures import place  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import SOAK
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rl")
-    rl_fixtures.make(folder)
-    return folder
 
 
 def test_what_is_promised_and_what_stands_in_the_way_are_known_before_a_run(

@@ -1,5 +1,7 @@
 """Routing replay: the trainer's tokens visit the experts that the sampler chose."""
 
+# ruff: noqa: F811 - fixtures are imported, and are arguments
+
 from __future__ import annotations
 
 import math
@@ -15,16 +17,10 @@ from stages.models.base import Routing
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout import rollouts, routes
 from tests.fixtures import rl_fixtures
+from tests.fixtures.rl_fixtures import place  # noqa: F401 - fixtures
 
 ROUTING = Routing(experts=4, top_k=2, layers=range(2), z_loss=False)
 REPLAYED: dict[str, Any] = {"routing_replay": True, "steps": 2, "validate_every": 1}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rl")
-    rl_fixtures.make(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +118,18 @@ def test_recorded_experts_that_no_router_chose_are_refused(place: Path, replayed
 
 
 def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() -> None:
-    from stages.mcore.model import build, load_tensors
-    from stages.mcore.routing_replay import OWN, RoutingReplay
+    from stages.mcore.model import build
+    from stages.mcore.routing_replay import UNRECORDED, RoutingReplay
     from stages.mcore.weight_init import full_tensor
     from stages.models.qwen3_moe.config import Qwen3MoeConfig
     from stages.train import parallel
+    from tests.fixtures.model_fixtures import load_tensors
 
     model = Qwen3MoeConfig.model_validate(rl_fixtures.MODEL)
     full = {n: full_tensor(n, s, model, 0) for n, s in model.shapes(rl_fixtures.PADDED).items()}
     with parallel.session(0):
         (gpt,) = build(model, rl_fixtures.PADDED, packed=True, routing_replay=True)
-        load_tensors([gpt], model, rl_fixtures.PADDED, full, "test")
+        load_tensors([gpt], model, rl_fixtures.PADDED, full)
         assert model.routing is not None
         replay = RoutingReplay([gpt], model.routing)
         ids = torch.arange(6, 30)[None]
@@ -151,11 +148,11 @@ def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() 
             return torch.stack(maps, 1), logits
 
         routed, logits = run(None)
-        again, same = run(torch.full((24, 2, 2), OWN, dtype=torch.int16))
+        again, same = run(torch.full((24, 2, 2), UNRECORDED, dtype=torch.int16))
         assert torch.equal(routed, again) and torch.equal(logits, same)
         other = (~routed).int().topk(2).indices.short()  # the two that it did not choose
         mixed = other.clone()
-        mixed[::2] = OWN
+        mixed[::2] = UNRECORDED
         chosen, _ = run(mixed)
         assert torch.equal(chosen[1::2], ~routed[1::2])
         assert torch.equal(chosen[::2, 0], routed[::2, 0])

@@ -24,9 +24,9 @@ from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import files_of, repositories
 from release.signing import Trust
 from tests.fixtures.audit_fixtures import verify
+from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import at_length
 from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
-from tests.integration.test_release_verify import resum
 
 
 def write_key(path: Path, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None) -> Path:

@@ -66,16 +66,16 @@ def history(
 ) -> Path:
     """A history of the old key."""
     old, new = (key.public_key().decode() for key in keys.values())
-    name, made = signing.fingerprint(old.encode()), KeyHistory()
+    name, history = signing.fingerprint(old.encode()), KeyHistory()
     until = expires and format_time(expires)
-    made.add(signed_statement({"kind": "key", "key": old, "expires": until}, keys["old"]))
+    history.add(signed_statement({"kind": "key", "key": old, "expires": until}, keys["old"]))
     if rotated:
         statement = {"kind": "rotation", "key": name, "successor": new, "expires": None, "time": format_time(rotated)}
-        made.add(signed_statement(statement, keys["old"], keys["new"]))
+        history.add(signed_statement(statement, keys["old"], keys["new"]))
     if revoked:
         statement = {"kind": "revocation", "key": name, "time": format_time(revoked), "reason": "stolen"}
-        made.add(signed_statement(statement, keys["new" if rotated else "old"]))
-    made.write(path)
+        history.add(signed_statement(statement, keys["new" if rotated else "old"]))
+    history.write(path)
     return path
 
 

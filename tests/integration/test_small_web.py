@@ -72,7 +72,7 @@ def test_a_page_has_the_disposition_written_for_it(page: dict[str, Any], read_pa
     if page.get("rule") == "opt_out/page":
         assert isinstance(read, Refused) and f"{read.kind}: {read.reason}" == page["reason"]
     elif page["license"] == "LicenseRef-unmapped":
-        assert isinstance(read, Unmapped) and read.found == page["found"] and read.license in page["reason"]
+        assert isinstance(read, Unmapped) and read.license_found == page["found"] and read.license in page["reason"]
     else:
         assert isinstance(read, Document), read
         assert (read.license, read.license_found, read.url) == (page["license"], page["found"], page["url"])
@@ -92,8 +92,8 @@ def test_the_small_web_through_acquire_and_filter(crawl: Path, tmp_path: Path, r
     failed = {row["id"]: row["reason"] for row in rows(acquired, "failed")}
     assert failed == {id: page["reason"] for id, page in names.items() if "reason" in page}
     counts = acquired.json("source.json")
-    found = Counter((page["license"], page["found"]) for page in PAGES if "license" in page)
-    assert {(row["license"], row["found"]): row["documents"] for row in counts["licenses"]} == found
+    expected = Counter((page["license"], page["found"]) for page in PAGES if "license" in page)
+    assert {(row["license"], row["found"]): row["documents"] for row in counts["licenses"]} == expected
     assert counts["documents"] == len(PAGES) and counts["documents_failed"] == 0
     assert counts["documents_opted_out"] == sum(page.get("rule") == "opt_out/page" for page in PAGES)
     assert counts["documents_unmapped"] == sum(row["documents"] for row in counts["licenses_unmapped"]) == 2
@@ -203,8 +203,8 @@ def test_saved_pages(tmp_path: Path) -> None:
     """The reader html: an address from the folder, or from the page itself; other encodings than UTF-8."""
     body = html_of({**PAGE, "article": "<p>Grüße</p>"})
     (tmp_path / "a b.html").write_bytes(body.encode("cp1252"))
-    own = '<link rel="canonical" href="https://meadow.example/own">'
-    (tmp_path / "c.htm").write_text(html_of({**PAGE, "head": own + OPEN}))
+    canonical = '<link rel="canonical" href="https://meadow.example/own">'
+    (tmp_path / "c.htm").write_text(html_of({**PAGE, "head": canonical + OPEN}))
     (tmp_path / "d.xhtml").write_bytes(b"x" * 6_000_000)
     reader = Html(reader="html", path=str(tmp_path))
     first, second, third = reader.documents("web", 0, reader.files("web"))

@@ -20,7 +20,8 @@ from release.standards import bundle, notices
 from stages.rl.rollout import rollouts
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
-from tests.integration.test_release_verify import pulled, resum
+from tests.fixtures.release_fixtures import resum
+from tests.integration.test_release_verify import pulled
 
 
 def checks_of(folder: Path) -> dict[str, CheckResult]:

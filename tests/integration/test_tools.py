@@ -28,9 +28,9 @@ from stages.rl.tools.python_program import PythonTool
 from stages.rl.tools.settings import Tools
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, rl_fixtures, tool_fixtures, train_fixtures
+from tests.fixtures.rl_fixtures import rewrite
 from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
-from tests.integration.test_recorded_rollouts import rewrite
 
 pytestmark = NEEDS_BUBBLEWRAP
 

@@ -69,7 +69,7 @@ def test_gradients_at_rounded_weights_move_the_unrounded_ones(corpus: Path) -> N
 
     text = bytes(range(2, 50)) * 20
     batch = byte_windows(text, 4, 32, "a")
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with parallel.session(0) as ranks:
         for kind in (None, "mxfp4"):
             engine = Engine(TrainConfig.model_validate(train_fixtures.config(weight_format=kind)), ranks, VOCAB)
@@ -83,10 +83,10 @@ def test_gradients_at_rounded_weights_move_the_unrounded_ones(corpus: Path) -> N
             figures = engine.step(batch, 0.0, lambda *_: None)
             grads = {name: tensor.main_grad.clone() for name, tensor in named_tensors(engine.chunks)}
             after = {name: tensor.detach().clone() for name, tensor in named_tensors(engine.chunks)}
-            found[str(kind)] = loss, figures.loss, figures.grad_norm, grads
+            results[str(kind)] = loss, figures.loss, figures.grad_norm, grads
             if kind:
                 assert names(weights) and all(torch.equal(after[name], weights[name]) for name in weights)
-    (loss, trained, norm, grads), (loss_, trained_, norm_, grads_) = found.values()
+    (loss, trained, norm, grads), (loss_, trained_, norm_, grads_) = results.values()
     assert (loss, trained, norm) == (loss_, trained_, norm_)
     assert all(torch.equal(grads[name], grads_[name]) for name in grads)
 

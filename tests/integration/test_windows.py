@@ -17,7 +17,7 @@ from stages.export import hf
 from stages.export.variants.registry import obstacle
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share
-from stages.mcore.model import build, load_tensors, named_tensors
+from stages.mcore.model import build, named_tensors
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.weight_init import Initial
 from stages.models.gpt_oss.config import GptOssConfig
@@ -28,6 +28,7 @@ from stages.rl.samplers.library_decode import LibraryDecoder
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
+from tests.fixtures.model_fixtures import load_tensors
 from tests.fixtures.run_fixtures import at_length
 
 MODEL: dict[str, Any] = {
@@ -146,7 +147,7 @@ def test_logits_are_those_of_transformers_in_rows_of_one_and_of_several_document
     lengths, prefix = (34, 9, 17), 20  # the last of them continues the first 20 tokens
     with parallel.session(0), torch.no_grad():
         (gpt,) = build(model, VOCAB, packed=True)
-        load_tensors([gpt], model, VOCAB, tensors, "test")
+        load_tensors([gpt], model, VOCAB, tensors)
         gpt.eval()
         where = torch.arange(60)[None]
         alone = theirs.model(text).logits

@@ -34,7 +34,7 @@ def test_the_bridge_loads_every_architecture(tmp_path: Path, device: Spawn) -> N
     report = json.loads((tmp_path / "report.json").read_text())
     # as docs/users.md says: experts without weights in a layer that has none
     assert report.pop("ignored")["different"] and set(report) == set(MODELS)
-    for name, found in report.items():
+    for name, comparison in report.items():
         lists = ("different", "unexpected", "written back differently", "written back in addition")
-        assert not any(found[key] for key in lists), (name, found)
-        assert found["logits"] <= 1e-6 * found["largest"] and found["largest"] > 0.1, (name, found)
+        assert not any(comparison[key] for key in lists), (name, comparison)
+        assert comparison["logits"] <= 1e-6 * comparison["largest"] and comparison["largest"] > 0.1, (name, comparison)

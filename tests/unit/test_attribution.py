@@ -72,7 +72,7 @@ def test_documents_that_ask_for_it_are_listed_with_what_their_source_states(tmp_
     list(write_attribution(tmp_path / "release/dataset", {"web": artifact.path}))
     assert path.read_bytes() == before
 
-    reached = Reached(found={"web/f.jsonl:3": "id"}, texts={"a text that is long enough, and in no table"})
+    reached = Reached(kinds={"web/f.jsonl:3": "id"}, texts={"a text that is long enough, and in no table"})
     rewrite(tmp_path / "release", reached)
     assert [row["id"] for row in read_table(path).to_pylist()] == ["web/f.jsonl:1", "web/f.jsonl:5"], "taken back"
 

@@ -23,7 +23,7 @@ from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.job import JobLimits, avoid_node
 from pipeline.tracking import status
-from tests.unit.test_batch_script import SLURM, script
+from tests.fixtures.batch_fixtures import SLURM, script
 from tests.unit.test_preflight import ranks
 
 COMMANDS = {

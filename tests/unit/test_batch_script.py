@@ -1,12 +1,10 @@
-"""The scripts of Slurm jobs: what sbatch reads of each profile, and what the shell does with the job at its end."""
+"""The scripts of Slurm jobs: what sbatch reads of each profile and of each stage."""
 
 from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +12,17 @@ import pytest
 import yaml
 from submitit.core.utils import DelayedSubmission
 
-from pipeline.core import json_files
-from pipeline.core.errors import AtomError, Failure, Kind, MachineError, RecipeError
-from pipeline.core.stage import Config, ServerPlace, ServerSearch, Stage
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.stage import Config, Stage
 from pipeline.core.store import Store
 from pipeline.graph import recipe, registry
 from pipeline.graph.dag import Graph, Node
-from pipeline.graph.run import Run
-from pipeline.launch import bad_nodes, clean_environment, cluster_profile, job, local, slurm
-from pipeline.launch.attempt import ALIVE, Task, server_seconds
-from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
+from pipeline.launch import clean_environment, cluster_profile, job, local, slurm
+from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Changes, Slurm
 from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.diagnoses import NO_PYTHON
+from tests.fixtures.batch_fixtures import SLURM, script
 
-SLURM = {"cpu": {"partition": "cpu", "minutes": 60}, "train": {"partition": "gpu", "minutes": 90}}
 OF_PROFILES = {
     "dev": ["#SBATCH --partition=test", "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --requeue"],
     "h100-pyxis": [
@@ -56,26 +50,6 @@ OF_PROFILES = {
         "ulimit -n 65536\n",
     ],
 }
-
-
-def node(ranks: int, trains: bool = True, gpus: int = 0) -> Node:
-    stage = Stage(
-        "phase", 1, Config, lambda *_: None, ranks=lambda config: ranks, trains=trains, gpus=lambda config: gpus
-    )
-    return Node("pretrain", stage, Config(), {}, "pretrain-0123456789ab")
-
-
-def script(settings: Slurm, home: str | Path = "/shared/atom", ranks: int = 2, **options: Any) -> BatchScript:
-    store = Store(Path(home))
-    run = Run("tiny-1", store.logs / "tiny-1", {})
-    return batch_script(
-        store,
-        run,
-        node(ranks, options.pop("trains", True), options.pop("gpus", 0)),
-        settings,
-        Path("/code"),
-        **{"dependencies": [], **options},
-    )
 
 
 def test_a_stage_that_asks_for_gpus_gets_them_and_their_cores() -> None:
@@ -269,189 +243,6 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
         script(settings, ranks=12)
 
 
-def test_preemptions_of_an_array_task_are_no_failed_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a preemptible partition a task is started again and again by Slurm itself, and may then still fail."""
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    batch = script(Slurm.model_validate(SLURM), tmp_path, tasks=3)
-    launches = batch.launches_folder
-    for start in range(9):  # Slurm preempted them: no decision, or that of a stop
-        (launches / f"7.{start}").mkdir(parents=True)
-        (launches / f"7.{start}/started-0").write_text("n1\n")
-    Verdict(Decision.RESTART, "interrupted", Kind.STOPPED).write(launches / "7.3")
-    ids = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "2"}
-    assert end_of(tmp_path, batch.text(), 9, **ids) == (1, "requeue 6_2\n")
-    for start in (4, 5):
-        Verdict(Decision.RESTART, "its node failed", Kind.MACHINE).write(launches / f"7.{start}")
-    code, requeued = end_of(tmp_path, batch.text(), 10, **ids)
-    assert (code, requeued) == (2, "requeue 6_2\n"), "the third failed start was the one before"
-    assert job._failed_starts(launches / "7.10") == 3
-
-
-STUBS = {
-    "srun": 'case "$*" in *"sh -c echo"*) echo n1; exit ;; esac; env -0 > "$PLACE/environment"; exit 9',
-    "squeue": "echo RUNNING",
-    # the script would wait 300 s for Slurm to end it
-    "scontrol": '[ "$1" = show ] && { echo n1; exit; }; echo "$*" >> "$PLACE/requeued"; exit 1',
-    "sbatch": "exit 0",
-}
-
-
-def end_of(home: Path, text: str, start: int = 0, **variables: str) -> tuple[int, str]:
-    """Runs a script with commands in the place of Slurm's. Returns its exit code, and what it asked scontrol for."""
-    commands = home / "bin"
-    commands.mkdir(exist_ok=True)
-    for name, line in STUBS.items():
-        (commands / name).write_text(f"#!/bin/bash\nPLACE={home}\n{line}\n")
-        (commands / name).chmod(0o755)
-    environment = {"PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start)}
-    code = subprocess.run(["bash", "-c", text], env={**environment, **variables}, stderr=subprocess.DEVNULL).returncode
-    requeued = home / "requeued"
-    return code, requeued.read_text() if requeued.exists() else ""
-
-
-@pytest.mark.parametrize(
-    ("decision", "starts", "end"),
-    [
-        ("sealed\n\nsealed\n", 0, (0, "")),
-        ("done\n\nsealed\n", 0, (0, "")),
-        ("failed\nuser\nrecipe r: no\n", 0, (2, "")),
-        ("failed\ncheck\nother weights\n", 0, (1, "")),
-        ("again\nmachine\nits node failed\n", 0, (1, "requeue 7\n")),
-        (None, 0, (1, "requeue 7\n")),
-        (None, 3, (2, "")),
-    ],
-    ids=["sealed", "done", "user", "check", "again", "no decision", "no decision, often"],
-)
-def test_what_rank_0_decided_is_done(
-    decision: str | None, starts: int, end: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    notify = f'echo "$ATOM_RUN $ATOM_STAGE: $ATOM_OUTCOME" >> {tmp_path}/notes'
-    batch = script(Slurm.model_validate({**SLURM, "notify": notify}), tmp_path)
-    if decision is not None:
-        launch = Path(f"{batch.launches_folder}/7.{starts}")
-        launch.mkdir(parents=True)
-        (launch / "decision").write_text(decision)
-    assert end_of(tmp_path, batch.text(), starts) == end
-    notes = (tmp_path / "notes").read_text() if (tmp_path / "notes").exists() else ""
-    is_over = decision is None or not decision.startswith(("sealed", "again"))
-    expected = (
-        decision.split("\n", 2)[2] if decision else f"{NO_PYTHON.text(nodes='n1', detail='it printed nothing')}\n"
-    )
-    assert notes == (f"tiny-1 pretrain: {expected}" if is_over and not end[1] else "")
-
-
-def launched(
-    home: Path, outcomes: str, answer: str, nodes: str = "n1 n2", says: str = "", **settings: Any
-) -> tuple[list[str], str]:
-    """Runs the script of a job whose launches end with these decisions, `-` for none, one after the other.
-
-    answer: of squeue. nodes: those that answer. says: what srun reports of each launch. Returns the options of srun for
-    each launch after the first one, and what scontrol is asked for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{home / 'bin'}:/usr/bin:/bin")
-        batch = script(Slurm.model_validate({**SLURM, **settings}), home)
-    (home / "outcomes").write_text("\n".join(outcomes.split()) + "\n")
-    (home / "answering").write_text("".join(f"{node}\n" for node in nodes.split()))
-    line = f"""case "$*" in
-        *pipeline.launch.job*)  # Python starts
-            out=$(grep -o -- '--output [^ ]*-%t' <<< "$*"); sed "s/^/ready /" $PLACE/answering > "${{out#--output }}"
-            exit 0 ;;
-        *SLURMD_NODENAME*) cat $PLACE/answering; exit 0 ;;
-        *"scontrol requeue"*) exit 0 ;;  # which watches the first node
-    esac
-    echo "$ATOM_RELAUNCH $*" >> $PLACE/launched
-    echo "{says}" >&2
-    launch={batch.launches_folder}/7.0${{ATOM_RELAUNCH:+.$ATOM_RELAUNCH}}
-    mkdir -p $launch; touch $launch/started-0
-    outcome=$(sed -n $(wc -l < $PLACE/launched)p $PLACE/outcomes)
-    [ "$outcome" = - ] || printf '%s\\n\\nas it is\\n' $outcome > $launch/decision
-    exit 1"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STUBS, "srun", line)
-        patch.setitem(STUBS, "squeue", f"""case "$*" in *EndTime*) echo "{answer}" ;; *) echo RUNNING ;; esac""")
-        _, requeued = end_of(home, batch.text(), SLURM_JOB_NUM_NODES="2")
-    first, *others = (home / "launched").read_text().splitlines()
-    assert first.startswith(" --unbuffered") and "--overlap" not in first
-    return [re.sub(r" --unb.*bad-exit=1| \S+ -u -m.*", "", each) for each in others], requeued
-
-
-LATER, SOON = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds)) for seconds in (3600, 170))
-
-
-@pytest.mark.parametrize(
-    ("outcomes", "answer", "launches", "requeued"),
-    [
-        ("relaunch sealed", f"RUNNING N/A {LATER} 2", 1, ""),
-        ("relaunch relaunch relaunch relaunch", f"RUNNING N/A {LATER} 2", 3, "requeue 7\n"),
-        ("- - sealed", f"RUNNING N/A {LATER} 2", 1, "requeue 7\n"),
-        ("- relaunch - sealed", f"RUNNING N/A {LATER} 2", 3, ""),
-        ("failed", f"RUNNING N/A {LATER} 2", 0, ""),
-        ("again", f"RUNNING N/A {LATER} 2", 0, "requeue 7\n"),
-        ("relaunch sealed", f"RUNNING N/A {SOON} 2", 0, "requeue 7\n"),
-        ("relaunch sealed", f"RUNNING {LATER} {LATER} 2", 0, "requeue 7\n"),
-        ("relaunch sealed", f"COMPLETING N/A {LATER} 2", 0, "requeue 7\n"),
-        ("relaunch sealed", "", 0, "requeue 7\n"),
-    ],
-    ids=["once", "limit", "unknown", "mixed", "final", "stopped", "late", "preempted", "canceled", "controller"],
-)
-def test_ranks_start_again_in_the_same_allocation(
-    outcomes: str, answer: str, launches: int, requeued: str, tmp_path: Path
-) -> None:
-    expected = [f"{number} --overlap --mem=0 --nodelist=n1,n2" for number in range(1, launches + 1)]
-    assert launched(tmp_path, outcomes, answer) == (expected, requeued)
-
-
-def test_without_launches_in_the_allocation_the_job_is_requeued(tmp_path: Path) -> None:
-    answer = f"RUNNING N/A {LATER} 2"
-    assert launched(tmp_path, "relaunch", answer, restarts_in_allocation=0) == ([], "requeue 7\n")
-
-
-def test_a_node_that_loses_a_rank_in_two_launches_of_one_start_is_bad(tmp_path: Path) -> None:
-    says = "srun: error: n2: task 1: Killed"
-    answer = f"RUNNING N/A {LATER} 2"
-    for outcomes, relaunches in (("relaunch", 0), ("relaunch relaunch", 1)):
-        home = tmp_path / str(relaunches)
-        home.mkdir()
-        launches, requeued = launched(home, outcomes, answer, says=says, restarts_in_allocation=relaunches)
-        assert (len(launches), requeued) == (relaunches, "requeue 7\n")
-        assert [entry.node for entry in bad_nodes.read(Store(home))] == ["n2"] * relaunches
-
-
-def test_a_node_is_blamed_for_any_two_launches_in_a_row(tmp_path: Path) -> None:
-    """The launches before the requeue ended otherwise, and the one that fails for good counts, too."""
-    answer = f"RUNNING N/A {LATER} 2"
-    says = """$([ "$ATOM_RELAUNCH" = 2 ] && echo srun: error: n1: task 0: Killed || echo srun: error: n2: task 1: Killed)"""
-    launches, requeued = launched(tmp_path, "relaunch relaunch again", answer, says=says)
-    assert (len(launches), requeued) == (2, "requeue 7\n")
-    assert [entry.node for entry in bad_nodes.read(Store(tmp_path))] == ["n2"]
-    (tmp_path / "final").mkdir()
-    says = "srun: error: n2: task 1: Killed"
-    assert launched(tmp_path / "final", "relaunch failed", answer, says=says) == (
-        ["1 --overlap --mem=0 --nodelist=n1,n2"],
-        "",
-    )
-    assert [entry.node for entry in bad_nodes.read(Store(tmp_path / "final"))] == ["n2"]
-
-
-def test_a_rank_without_memory_is_not_launched_again_in_the_allocation(tmp_path: Path) -> None:
-    answer, says = f"RUNNING N/A {LATER} 2", "srun: error: n2: task 1: Out Of Memory"
-    assert launched(tmp_path, "relaunch sealed", answer, says=says) == ([], "requeue 7\n")
-
-
-def test_a_node_that_does_not_answer_is_left_out(tmp_path: Path) -> None:
-    answer = f"RUNNING N/A {LATER} 3"
-    assert launched(tmp_path, "relaunch sealed", answer, "n1") == ([], "requeue 7\n")
-    (tmp_path / "spare").mkdir()
-    train = {**SLURM["train"], "spare_nodes": 1}
-    launches, requeued = launched(tmp_path / "spare", "relaunch sealed", answer, "n10 n1", train=train)
-    assert launches == ["1 --overlap --mem=0 --nodelist=n1,n10 --nodes=2 --ntasks=2"] and not requeued
-    options = script(Slurm.model_validate({**SLURM, "train": train})).sbatch_options
-    assert (options["nodes"], options["no-kill"]) == (3, True)
-    options = script(Slurm.model_validate({**SLURM, "train": train}), ranks=1).sbatch_options
-    assert options["nodes"] == 1 and "no-kill" not in options, "one node has no spare"
-
-
 def test_options_of_a_kind_and_of_a_stage_reach_sbatch_and_srun() -> None:
     kind = {
         **SLURM["train"], "memory_gb": 0, "sbatch": ["--reservation=llm", "--nice=100", "--hint=nomultithread"],
@@ -496,14 +287,14 @@ def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monke
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    for option, ok, said in (
+    for option, ok, answer in (
         ("--cpu-bind=cores", True, f"Slurm takes it, {start.partition('7 ')[2]}"),
         ("--cpu-bind=bogus", False, "no bogus"),
     ):
         kind = {**SLURM["train"], "partition": "gpu,low", "srun": [option], "gpus_per_node": 1, "exclusive": True}
         batch = script(Slurm.model_validate({**SLURM, "train": kind}), tmp_path)
         checked = slurm._check_script(batch, tmp_path / "job.sh", [])
-        assert (checked.ok, checked.said) == (ok, said)
+        assert (checked.ok, checked.answer) == (ok, answer)
     call = (tmp_path / "srun").read_text().splitlines()[0]
     assert call.startswith("--test-only --cpus-per-task=1 --exclusive --gpus-per-node=1 --nodes=2 ")
     assert " --partition=gpu,low " in call and call.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores true")
@@ -525,204 +316,6 @@ def test_options_that_a_profile_may_not_give(tmp_path: Path, changes: dict[str, 
     with pytest.raises(RecipeError) as error:
         cluster_profile.load(str(tmp_path / "p.yaml"))
     assert words in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(("starts", "end"), [(0, (1, "requeue 7\n")), (3, (2, ""))])
-def test_a_node_on_which_the_setup_fails_does_not_run_the_stage(
-    starts: int, end: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    batch = script(Slurm.model_validate({**SLURM, "setup": ["A=1", "test -e /no/such/driver", "true"]}), tmp_path)
-    assert end_of(tmp_path, batch.text(), starts) == end
-    verdict = Verdict.read(Path(f"{batch.launches_folder}/7.{starts}"))
-    assert verdict is not None and verdict.kind is Kind.MACHINE
-    assert re.fullmatch(
-        r"line 2 of setup of the cluster profile failed with exit code 1 on node \S+; see .*", verdict.text
-    )
-    assert not (tmp_path / "environment").exists(), "srun was not called"
-
-
-def test_a_job_that_dies_after_it_began_is_started_again_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its attempts are counted from its events, not here."""
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    batch = script(Slurm.model_validate(SLURM), tmp_path)
-    (Path(f"{batch.launches_folder}/7.90")).mkdir(parents=True)
-    (Path(f"{batch.launches_folder}/7.90") / "started-0").touch()
-    assert end_of(tmp_path, batch.text(), 93) == (1, "requeue 7\n")
-    (tmp_path / "requeued").unlink()
-    assert end_of(tmp_path, batch.text(), 94) == (2, "")
-
-
-def test_a_task_that_finished_a_shard_is_started_again_and_one_task_notifies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    text = (
-        array := script(Slurm.model_validate({**SLURM, "notify": f"echo x >> {tmp_path}/notes"}), tmp_path, tasks=2)
-    ).text()
-    ids = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
-    launch = Path(f"{array.launches_folder}/7.8")
-    for start in range(5, 9):
-        launch.with_name(f"7.{start}").mkdir(parents=True)
-    (launch / "further").touch()
-    assert end_of(tmp_path, text, 8, **ids) == (1, "requeue 5_1\n")
-    (tmp_path / "requeued").unlink()
-    (launch / "further").unlink()
-    for start in range(5, 8):
-        Verdict(Decision.RESTART, "its node failed", Kind.MACHINE).write(launch.with_name(f"7.{start}"))
-    for _ in range(2):
-        (launch / "decision").unlink()
-        assert end_of(tmp_path, text, 8, **ids) == (2, "")
-    assert (tmp_path / "notes").read_text() == "x\n"
-
-
-def served_node(serve: Any = lambda config, place: None) -> Node:
-    stage = Stage("phase", 1, Config, lambda *_: None, trains=True, takes_servers=lambda config: True, serve=serve)
-    return Node("rlvr", stage, Config(), {}, "rlvr-0123456789ab")
-
-
-WITH_SERVERS = Slurm.model_validate(
-    {**SLURM, "servers": {"partition": "infer", "minutes": 600, "gpus_per_node": 4, "count": 3, "wait_minutes": 2}}
-)
-
-
-def scripts_with_servers(home: Path) -> tuple[BatchScript, BatchScript]:
-    """The script of a stage's job, which is job 9, and that of its servers."""
-    store = Store(home)
-    run = Run("tiny-1", store.logs / "tiny-1", {})
-    job_script = batch_script(store, run, served_node(), WITH_SERVERS, Path("/code"), [])
-    assert WITH_SERVERS.servers is not None
-    return job_script, servers_script(store, run, served_node(), WITH_SERVERS, Path("/code"), WITH_SERVERS.servers, "9")
-
-
-def test_servers_are_an_array_beside_the_job_of_their_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    job_script, servers = scripts_with_servers(Path("/shared/atom"))
-    folder = "/shared/atom/logs/tiny-1/rlvr/servers"
-    text = servers.text()
-    for words in (
-        "#SBATCH --array=0-2\n",
-        "#SBATCH --dependency=after:9\n",
-        "#SBATCH --gpus-per-node=4\n",
-        "#SBATCH --nodes=1\n",
-        "#SBATCH --ntasks-per-node=1\n",
-        "#SBATCH --partition=infer\n",
-        "#SBATCH --comment='atom tiny-1 rlvr rlvr-0123456789ab.servers'\n",
-        f"#SBATCH --output={folder}/submitit/%A_%a_0_log.out\n",
-        "comment=$(squeue -h -j 9 -o %k 2>&1)",
-        "[ \"$comment\" = 'atom tiny-1 rlvr rlvr-0123456789ab' ] && continue\n",
-    ):
-        assert words in text, words
-    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    assert "ATOM_SERVERS" not in text and "squeue -h -j 9" not in job_script.text()
-    monkeypatch.setenv("ATOM_SERVERS", job_script.variables["ATOM_SERVERS"])
-    assert ServerSearch.of_environment() == ServerSearch(f"{folder}/announced", "tiny-1", 120.0)
-    without = script(Slurm.model_validate(SLURM)).text()
-    assert "ATOM_SERVERS" not in without and "squeue -h -j 9" not in without
-
-
-@pytest.mark.parametrize(
-    ("answers", "ends"),
-    [
-        (["atom tiny-1 rlvr rlvr-0123456789ab"], False),
-        (["atom tiny-1 rlvr rlvr-0123456789ab", ""], True),  # it has ended, or was canceled
-        (["atom other-2 rlvr rlvr-0123456789ab"], True),  # a controller that lost its jobs gives numbers again
-        (["exit 1", "atom tiny-1 rlvr rlvr-0123456789ab"], False),  # the controller is away
-        (["echo slurm_load_jobs error: Invalid job id specified; exit 1"], True),
-    ],
-)
-def test_servers_end_with_the_job_of_their_stage(
-    answers: list[str], ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    _, servers = scripts_with_servers(tmp_path)
-    launch = Path(f"{servers.launches_folder}/7.0")
-    launch.mkdir(parents=True)
-    lines = [answer if "exit 1" in answer else f'echo "{answer}"' for answer in answers]
-    replies = "\n".join(f"[ $count = {n} ] && {{ {line}; exit; }}" for n, line in enumerate(lines[:-1], start=1))
-    monkeypatch.setitem(STUBS, "squeue", f"echo >> $PLACE/asked; count=$(wc -l < $PLACE/asked)\n{replies}\n{lines[-1]}")
-    monkeypatch.setitem(STUBS, "sleep", "case $1 in 120) exec /bin/sleep 20 ;; *) exec /bin/sleep 0.05 ;; esac")
-    # the server ends when it sees the file, or after the controller was asked some times
-    decide = f"printf 'sealed\\n\\nover\\n' > {launch}/decision; exit 0"
-    server = f'[ -e {launch}/ended ] || [ "$(cat $PLACE/asked 2> /dev/null | wc -l)" -ge 5 ]'
-    monkeypatch.setitem(
-        STUBS, "srun", f"for _ in $(seq 400); do {server} && {{ {decide}; }}; /bin/sleep 0.02; done; exit 9"
-    )
-    ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
-    assert end_of(tmp_path, servers.text(), **ids) == (0, "")
-    assert (launch / "ended").exists() == ends
-
-
-def test_a_server_is_started_again_after_it_has_answered_and_else_a_few_times(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(serve: Any, restart: int = 0) -> Verdict | None:
-        stage = served_node(serve).stage
-        monkeypatch.setattr(registry, "stage", lambda name: stage)
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        decision = job.run_server(task, limits)
-        verdict = Verdict.read(tmp_path / f"logs/tiny-1/rlvr/servers/ranks/8.{restart}")
-        assert verdict is not None and verdict.decision == decision
-        return verdict
-
-    def serves(config: Config, place: ServerPlace) -> None:
-        assert (place.run, place.number, place.folder.name) == ("tiny-1", 2, "announced") and place.folder.is_dir()
-        assert not place.ended()
-        (place.log.parent / "ended").touch()
-        assert place.ended()
-
-    def dies(config: Config, place: ServerPlace) -> None:
-        raise MachineError("it is gone")
-
-    def answers_and_dies(config: Config, place: ServerPlace) -> None:
-        place.ready()
-        raise MachineError("it is gone")
-
-    def refuses(config: Config, place: ServerPlace) -> None:
-        raise AtomError("there is no vLLM")
-
-    def is_stopped(config: Config, place: ServerPlace) -> None:
-        signal.raise_signal(signal.SIGUSR2)
-        raise AssertionError("the signal did not stop it")
-
-    monkeypatch.setattr(clean_environment, "require", lambda names: None)
-    for name, value in {"EXECUTOR": "slurm"}.items():
-        monkeypatch.setenv(f"SUBMITIT_{name}", value)
-    for name, value in {"JOB_ID": "8", "ARRAY_JOB_ID": "6", "ARRAY_TASK_ID": "2"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    task = Task(str(tmp_path), "tiny-1", "rlvr", "phase", {}, {}, "rlvr-0123456789ab", 8.0, 1)
-    limits = job.JobLimits(None, 3, 0.0, None)
-    assert run(serves) == Verdict(Decision.SEALED, "the stage has ended")
-    for restart in range(1, 4):
-        assert run(dies, restart) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE)
-    assert run(dies, 4) == Verdict(Decision.FAILED, "it is gone", Kind.MACHINE)
-    assert run(answers_and_dies, 90) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE)
-    assert run(refuses, 1) == Verdict(Decision.FAILED, "there is no vLLM", Kind.USER)
-    assert run(is_stopped, 50) == Verdict(Decision.RESTART, "interrupted", Kind.STOPPED)
-    assert run(dies, 91) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE), "the first since it answered"
-
-
-def test_seconds_of_servers_are_those_within_the_attempt(tmp_path: Path) -> None:
-    """Of each start, from its beginning to its last sign of life: here 100 to 160 and, after it died, 170 to 200."""
-    for start, (begin, last) in enumerate(((100, 160), (170, 200))):
-        launch = tmp_path / f"ranks/8.{start}"
-        launch.mkdir(parents=True)
-        for name, when in (("started-0", begin), (ALIVE, last)):
-            (launch / name).touch()
-            os.utime(launch / name, (when, when))
-    (tmp_path / "ranks/9.0").mkdir()  # it waits for its stage
-    assert [server_seconds(tmp_path, *times) for times in ((0, 999), (150, 180), (0, 100), (200, 300))] == [
-        90,
-        20,
-        0,
-        0,
-    ]
-    assert server_seconds(tmp_path / "none", 0, 999) == 0
-    with job.touching(tmp_path / ALIVE):
-        begun = (tmp_path / ALIVE).stat().st_mtime_ns
-        time.sleep(0.02)
-    assert (tmp_path / ALIVE).stat().st_mtime_ns > begun
 
 
 def test_what_this_host_lacks_does_not_keep_a_stage_from_a_container(tmp_path: Path) -> None:
@@ -773,16 +366,3 @@ def test_every_task_of_an_array_loads_the_same_job_and_does_its_share(
         assert submitted.function is job.run_shards and submitted.result() == "sealed" and done == share
         launch = Path(f"{array.launches_folder}/{8 + number}.0")
         assert Verdict.read(launch) == Verdict(Decision.SEALED, f"{len(share)} shards are done")
-
-
-def test_a_verdict_is_read_as_it_was_written(tmp_path: Path) -> None:
-    for verdict in (
-        Verdict(Decision.DONE, "sealed"),
-        Verdict.of(Decision.RESTART, Failure("a disk\nfailed", Kind.MACHINE)),
-    ):
-        verdict.write(tmp_path)
-        assert Verdict.read(tmp_path) == verdict
-    (tmp_path / "decision").write_text("perhaps\n\n\n")
-    with pytest.warns(json_files.DamagedFile, match="it holds no decision"):
-        assert Verdict.read(tmp_path) is None
-    assert Verdict.read(tmp_path / "none") is None

@@ -52,8 +52,8 @@ def test_a_new_file_is_found_without_further_registration(tmp_path: Path, monkey
     (packaged / "site.yaml").write_text(OURS)
     with monkeypatch.context() as patched:
         patched.setattr(recipe.resources, "files", lambda package: packaged)
-        found = cluster_profile.load("site")
-    assert found.cluster().allocation("pretrain", Needs(8, trains=True)).gpus == 8
+        profile = cluster_profile.load("site")
+    assert profile.cluster().allocation("pretrain", Needs(8, trains=True)).gpus == 8
     monkeypatch.chdir(tmp_path)  # the root of the repository has a folder `site` after `make site`
     with pytest.raises(RecipeError, match="there is no cluster profile site, neither packaged nor a file"):
         cluster_profile.load("site")
@@ -62,7 +62,7 @@ def test_a_new_file_is_found_without_further_registration(tmp_path: Path, monkey
     folder.mkdir()
     (folder / "site.yaml").write_text(OURS)
     monkeypatch.setenv("ATOM_CLUSTERS", str(folder))
-    assert cluster_profile.load("site") == cluster_profile.load(str(folder / "site.yaml")) == found
+    assert cluster_profile.load("site") == cluster_profile.load(str(folder / "site.yaml")) == profile
     assert cluster_profile.load("local").name == "local", "the packaged ones are still there"
 
 

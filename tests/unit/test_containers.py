@@ -19,16 +19,16 @@ FOLDER = ROOT / "containers"
 
 def sections(definition: str) -> dict[str, list[str]]:
     """The lines of an Apptainer definition by section, without comments; those before the first belong to `header`."""
-    found: dict[str, list[str]] = {"header": []}
+    sections: dict[str, list[str]] = {"header": []}
     name = "header"
     for line in definition.splitlines():
         if line.startswith("%"):
             name = line[1:].strip()
-            assert name in {"files", "post", "test", "environment"} and name not in found, line
-            found[name] = []
+            assert name in {"files", "post", "test", "environment"} and name not in sections, line
+            sections[name] = []
         elif line.strip() and not line.startswith("#"):
-            found[name].append(line.strip())
-    return found
+            sections[name].append(line.strip())
+    return sections
 
 
 def test_both_definitions_have_the_same_base_files_steps_check_and_path() -> None:

@@ -13,9 +13,8 @@ from typing import get_args
 import pytest
 
 from pipeline.core.code_digests import code_digests
-from pipeline.core.errors import AtomError
 from stages.data import acquire, filter, filters, readers
-from stages.data.filters.base import Filter, datatrove_function
+from stages.data.filters.base import Filter
 from stages.data.filters.gopher_quality import GopherQuality
 from stages.data.readers.base import Reader
 
@@ -60,15 +59,6 @@ def test_the_code_of_every_module_is_in_the_digest_of_its_stage(
     code = code_digests(stage.__name__)
     assert set(getattr(package, registry_name).values()) <= set(code)
     assert "stages.graph" not in code and "stages.data.recipe" not in code
-
-
-def test_a_reason_without_a_score_is_refused() -> None:
-    class Block:
-        def filter(self, document: object) -> tuple[bool, str]:
-            return False, "new_rule"
-
-    with pytest.raises(AtomError, match="Block gave the reason 'new_rule', which has no score"):
-        datatrove_function(Block(), {})("text")
 
 
 def test_a_removal_states_the_value_and_the_threshold() -> None:

@@ -33,13 +33,13 @@ def write_dataset(folder: Path, licenses: tuple[str, ...] = LICENSES) -> list[di
             ]  # fmt: skip
             write_rows(folder / "tokens/documents" / source / part_file(part), TOKENIZED, rows_of_part)
             rows += rows_of_part
-    found = [
+    counts = [
         {"license": "CC-BY-4.0", "found": "page", "documents": 7, "bytes": 1},
         {"license": "CC-BY-4.0", "found": "field", "documents": 5, "bytes": 1},
         {"license": "LicenseRef-unmapped", "found": "none", "documents": 9, "bytes": 1},
     ]
     (folder / "sources").mkdir()
-    web = {"license": "CC0-1.0", "documents": 100, "licenses": found}
+    web = {"license": "CC0-1.0", "documents": 100, "licenses": counts}
     (folder / "sources/web.json").write_text(json.dumps(web))
     (folder / "sources/books.json").write_text(json.dumps({"license": "CC0-1.0", "documents": 60}))
     return rows
@@ -55,8 +55,8 @@ def test_facts_are_the_sums_over_all_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert [row.tokens for row in facts.licenses.values()] == sorted(
         (r.tokens for r in facts.licenses.values()), reverse=True
     )
-    assert dict(facts.licenses["CC-BY-4.0"].found) == {"page": 7, "field": 5}
-    assert dict(facts.licenses["CC0-1.0"].found) == {"": 60}, "of books, whose license is that of every document"
+    assert dict(facts.licenses["CC-BY-4.0"].bases) == {"page": 7, "field": 5}
+    assert dict(facts.licenses["CC0-1.0"].bases) == {"": 60}, "of books, whose license is that of every document"
     for source, lengths in facts.lengths.items():
         tokens = [row["tokens"] for row in rows if row["source"] == source]
         low = [n for n in tokens if n <= 256]
@@ -157,8 +157,8 @@ def test_quantiles_are_known_to_a_bin() -> None:
 
     values = np.random.default_rng(0).beta(2, 5, 2000)
     row = document_facts.ScoreFacts()
-    for some in np.array_split(values, 7):
-        row.add(some)
+    for part in np.array_split(values, 7):
+        row.add(part)
     for share in document_tables.QUANTILES:
         assert abs(row.quantile(share) - np.quantile(values, share)) < 0.01
     single = document_facts.ScoreFacts()

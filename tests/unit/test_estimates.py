@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.core.stage import Estimate
 from pipeline.graph import plan
-from pipeline.graph.cost_estimate import forecast
+from pipeline.graph.cost_estimate import estimate_costs
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from stages.data import (
@@ -64,10 +64,10 @@ def test_an_estimate_is_the_law_at_the_size_of_all_sources(tmp_path: Path) -> No
 
 
 def test_steps_take_their_time_beside_the_law(tmp_path: Path) -> None:
-    plain, more = estimates_of(tmp_path, SIZE), estimates_of(tmp_path, SIZE, steps=("language", "c4"))
+    plain, filtered = estimates_of(tmp_path, SIZE), estimates_of(tmp_path, SIZE, steps=("language", "c4"))
     seconds = 8000 * (estimates.STEP_SECONDS["language"] + estimates.STEP_SECONDS["c4"])
-    assert more["filter"].cpu_seconds == pytest.approx(plain["filter"].cpu_seconds + seconds)
-    assert more["filter"].serial_seconds == plain["filter"].serial_seconds
+    assert filtered["filter"].cpu_seconds == pytest.approx(plain["filter"].cpu_seconds + seconds)
+    assert filtered["filter"].serial_seconds == plain["filter"].serial_seconds
 
 
 def test_packages_take_longer_to_read_than_plain_text() -> None:
@@ -112,13 +112,15 @@ def test_tasks_shorten_an_order() -> None:
     profile: Any = cluster_profile.load(str(ROOT / "pipeline/clusters/h100-pyxis.yaml"))
     shards = order.STAGE.shards(config)
     row = plan.StagePlan(State("order-pretrain", "order-0", "to run"), order.estimate(config), {}, 1, {}, None)
-    (alone,), (array,) = (forecast([replace(row, shards=count)], profile, small=False).uses for count in (1, shards))
+    (alone,), (array,) = (
+        estimate_costs([replace(row, shards=count)], profile, small=False).uses for count in (1, shards)
+    )
     assert 0.8 < alone.hours < 1 and 4 / 60 < array.hours < 6 / 60
 
 
 def test_the_tasks_of_an_array_divide_what_is_not_serial() -> None:
     profile: Any = cluster_profile.load(str(ROOT / "pipeline/clusters/h100-pyxis.yaml"))
     row = plan.StagePlan(State("dedup", "dedup-0", "to run"), Estimate(7200, 3600), {}, 1, {}, None, shards=10)
-    (alone,) = forecast([replace(row, shards=1)], profile, small=False).uses
-    (array,) = forecast([row], profile, small=False).uses
+    (alone,) = estimate_costs([replace(row, shards=1)], profile, small=False).uses
+    (array,) = estimate_costs([row], profile, small=False).uses
     assert (alone.hours, array.hours) == pytest.approx((2, 1.1)) and alone.core_hours == array.core_hours == 2

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.mcore.model import build, load_tensors, named_tensors
+from stages.mcore.model import build, named_tensors
 from stages.mcore.param_names import global_name
 from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import train_fixtures
+from tests.fixtures.model_fixtures import load_tensors
 
 pytestmark = pytest.mark.numeric
 
@@ -19,9 +20,7 @@ TINY = Qwen3MoeConfig(**train_fixtures.MODEL)
 
 def initialize(gpt, model: Qwen3MoeConfig, seed: int) -> None:
     shapes = model.shapes(train_fixtures.VOCAB)
-    load_tensors(
-        [gpt], model, train_fixtures.VOCAB, {n: full_tensor(n, s, model, seed) for n, s in shapes.items()}, "test"
-    )
+    load_tensors([gpt], model, train_fixtures.VOCAB, {n: full_tensor(n, s, model, seed) for n, s in shapes.items()})
 
 
 @pytest.mark.parametrize("change", [{}, {"tie_embeddings": False}, {"kv_heads": 1, "layers": 3, "experts": 3}])
@@ -92,7 +91,7 @@ def test_ids_that_pad_the_vocabulary_have_no_probability() -> None:
     with parallel.session(0):
         for size in (train_fixtures.VOCAB, padded):
             (gpt,) = build(TINY, size, vocab_size=train_fixtures.VOCAB)
-            load_tensors([gpt], TINY, size, {**full, table: full[table][:size]}, "test")
+            load_tensors([gpt], TINY, size, {**full, table: full[table][:size]})
             losses[size] = gpt(ids[:, :-1], torch.arange(16)[None], None, labels=ids[:, 1:])
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as Megatron's schedule does before a backward pass
         losses[padded].sum().backward()

@@ -33,13 +33,13 @@ def read_until_error(folder: Path, content: bytes, name: str = "a_1_all.deb") ->
 
 @pytest.mark.parametrize("compression", ["xz", "gz", "zst"])
 def test_members_of_a_deb(tmp_path: Path, compression: str) -> None:
-    found = read(tmp_path, deb_of(NOTES, compression))
-    assert found == [Member("usr/share/doc/a/one.txt", b"one"), Member("usr/share/doc/a/two.txt", b"two" * 1000)]
+    members_read = read(tmp_path, deb_of(NOTES, compression))
+    assert members_read == [Member("usr/share/doc/a/one.txt", b"one"), Member("usr/share/doc/a/two.txt", b"two" * 1000)]
 
 
 def test_members_of_a_source_distribution(tmp_path: Path) -> None:
-    found = read(tmp_path, sdist_of("a-1.0", {"a.py": "1", "docs/b.txt": "b"}), "a-1.0.tar.gz")
-    assert found == [Member("a-1.0/docs/b.txt", b"b")]
+    members_read = read(tmp_path, sdist_of("a-1.0", {"a.py": "1", "docs/b.txt": "b"}), "a-1.0.tar.gz")
+    assert members_read == [Member("a-1.0/docs/b.txt", b"b")]
 
 
 def test_links_and_devices_are_no_members(tmp_path: Path) -> None:
@@ -54,24 +54,24 @@ def test_links_and_devices_are_no_members(tmp_path: Path) -> None:
 def test_a_path_that_leaves_the_package_is_refused_alone(tmp_path: Path, name: str) -> None:
     content = sdist_of("a-1.0", {"b.txt": "b"})
     packed = gzip.compress(tar_of({name: "x"})[:1024] + gzip.decompress(content))
-    found = read(tmp_path, packed, "a-1.0.tar.gz")
-    assert found == [Member(name, None, "its path leaves the package"), Member("a-1.0/b.txt", b"b")]
+    members_read = read(tmp_path, packed, "a-1.0.tar.gz")
+    assert members_read == [Member(name, None, "its path leaves the package"), Member("a-1.0/b.txt", b"b")]
 
 
 def test_a_member_of_too_many_bytes_is_refused_alone(tmp_path: Path) -> None:
     size = archives.MAX_MEMBER + 1
-    found = read(tmp_path, deb_of({"big.txt": bytes(size), "small.txt": "small"}, "zst"))
+    members_read = read(tmp_path, deb_of({"big.txt": bytes(size), "small.txt": "small"}, "zst"))
     problem = f"it has {size} bytes; at most {archives.MAX_MEMBER} are read"
-    assert found == [Member("big.txt", None, problem), Member("small.txt", b"small")]
+    assert members_read == [Member("big.txt", None, problem), Member("small.txt", b"small")]
 
 
 def test_a_member_that_claims_more_than_there_is(tmp_path: Path) -> None:
     claims: Files = {"a.txt": "a", "1": member("./b.txt", tarfile.REGTYPE, size=10_000_000), "c.txt": "c"}
-    found, problem = read_until_error(tmp_path, deb_of(claims))
-    assert [member.path for member in found] == ["a.txt"] and problem.startswith("it is cut short or corrupt")
+    members_read, problem = read_until_error(tmp_path, deb_of(claims))
+    assert [member.path for member in members_read] == ["a.txt"] and problem.startswith("it is cut short or corrupt")
     huge: Files = {"a.txt": "a", "1": member("./b.bin", tarfile.REGTYPE, size=2**50)}
-    found, problem = read_until_error(tmp_path, deb_of(huge))
-    assert [member.path for member in found] == ["a.txt"]
+    members_read, problem = read_until_error(tmp_path, deb_of(huge))
+    assert [member.path for member in members_read] == ["a.txt"]
     assert problem == f"it unpacks to more than {archives.MAX_UNPACKED} bytes"
 
 
@@ -91,19 +91,21 @@ def test_nested_headers_are_no_traceback(tmp_path: Path) -> None:
 def test_a_bomb_is_read_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_UNPACKED", 10**6)
     entries: Files = {"a.txt": "a", **{f"{n}.bin": bytes(300_000) for n in range(5)}, "z.txt": "z"}
-    found, problem = read_until_error(tmp_path, deb_of(entries))
-    assert [member.path for member in found] == ["a.txt"] and problem == "it unpacks to more than 1000000 bytes"
+    members_read, problem = read_until_error(tmp_path, deb_of(entries))
+    assert [member.path for member in members_read] == ["a.txt"] and problem == "it unpacks to more than 1000000 bytes"
     monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
-    found, problem = read_until_error(tmp_path, deb_of({f"{n}.txt": "" for n in range(5)}))
-    assert len(found) == 3 and problem == "it has more than 3 members"
+    members_read, problem = read_until_error(tmp_path, deb_of({f"{n}.txt": "" for n in range(5)}))
+    assert len(members_read) == 3 and problem == "it has more than 3 members"
 
 
 @pytest.mark.parametrize("compression", ["xz", "gz", "zst"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
 def test_a_deb_that_is_cut_short(tmp_path: Path, compression: str, share: float) -> None:
     content = deb_of({f"{n}.txt": f"{n**n}" for n in range(300)}, compression)
-    found, problem = read_until_error(tmp_path, content[: int(len(content) * share)])
-    assert len(found) < 300 and problem.startswith(("it is no package, or cut short", "it is cut short or corrupt"))
+    members_read, problem = read_until_error(tmp_path, content[: int(len(content) * share)])
+    assert len(members_read) < 300 and problem.startswith(
+        ("it is no package, or cut short", "it is cut short or corrupt")
+    )
 
 
 def test_damaged_bytes_are_no_traceback(tmp_path: Path) -> None:
@@ -114,10 +116,10 @@ def test_damaged_bytes_are_no_traceback(tmp_path: Path) -> None:
             path = tmp_path / "a_1_all.deb"
             path.write_bytes(damaged)
             try:
-                found = list(members(path, lambda path: path.endswith(".txt")))
+                members_read = list(members(path, lambda path: path.endswith(".txt")))
             except ArchiveError:
                 continue
-            assert len(found) <= 2
+            assert len(members_read) <= 2
 
 
 @pytest.mark.parametrize(
@@ -132,13 +134,13 @@ def test_damaged_bytes_are_no_traceback(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_package(tmp_path: Path, content: bytes, words: str) -> None:
-    found, problem = read_until_error(tmp_path, content)
-    assert found == [] and words in problem and "\n" not in problem
+    members_read, problem = read_until_error(tmp_path, content)
+    assert members_read == [] and words in problem and "\n" not in problem
 
 
 def test_names_are_printable(tmp_path: Path) -> None:
-    (found,) = read(tmp_path, deb_of({"a\n\x1b[31m.txt": "a"}))
-    assert found.path == r"a\n\x1b[31m.txt"
+    (members_read,) = read(tmp_path, deb_of({"a\n\x1b[31m.txt": "a"}))
+    assert members_read.path == r"a\n\x1b[31m.txt"
 
 
 def test_gzip_members() -> None:

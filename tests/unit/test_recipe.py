@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from pipeline.core.errors import RecipeError
@@ -15,24 +14,7 @@ from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
-
-SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")
-
-
-def write(path: Path, **changes: Any) -> str:
-    """A copy of the smoke recipe with dotted fields changed; None removes a field."""
-    body = yaml.safe_load(SMOKE.read_text())
-    for dotted, value in changes.items():
-        *parents, last = dotted.split("__")
-        at = body
-        for name in parents:
-            at = at[name]
-        if value is None:
-            del at[last]
-        else:
-            at[last] = value
-    path.write_text(yaml.safe_dump(body, sort_keys=False))
-    return str(path)
+from tests.fixtures.recipe_fixtures import SMOKE, write
 
 
 @pytest.mark.parametrize(

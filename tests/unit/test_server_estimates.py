@@ -14,7 +14,7 @@ from pipeline.core.stage import Estimate, ServedWork
 from pipeline.core.store import Store
 from pipeline.graph import dag, fit, plan
 from pipeline.graph import recipe as recipes
-from pipeline.graph.cost_estimate import Use, forecast
+from pipeline.graph.cost_estimate import Use, estimate_costs
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
@@ -58,7 +58,7 @@ def row(estimate: Estimate = PHASE, takes_servers: bool = True) -> plan.StagePla
 )
 def test_hours_money_and_energy_by_hand(servers: dict[str, Any] | None, overlaps: bool, expected: Use) -> None:
     estimate = replace(PHASE, served=replace(SERVED, overlaps=overlaps))
-    costs = forecast([row(estimate)], profile(servers), small=False)
+    costs = estimate_costs([row(estimate)], profile(servers), small=False)
     assert costs.uses == (expected,) and costs.total == replace(expected, name="all")
     assert costs.json()["stages"] == [costs.uses[0].json()] and "server_gpu_hours" in costs.uses[0].json()
     on_gpus = servers is None or servers["gpus_per_node"] > 0
@@ -72,16 +72,16 @@ def test_hours_money_and_energy_by_hand(servers: dict[str, Any] | None, overlaps
 
 def test_servers_of_a_stage_without_a_time_are_in_no_figure() -> None:
     body = profile().model_dump() | {"gpu": None}
-    costs = forecast([row()], Profile.model_validate(body), small=False)
+    costs = estimate_costs([row()], Profile.model_validate(body), small=False)
     assert costs.total == Use("all")
     assert costs.assumed[0] == "beside it, while it runs: 2 jobs of a server with 4 GPUs, in no figure"
 
 
 def test_a_stage_that_takes_no_servers_gets_none() -> None:
-    (use,) = forecast([row(takes_servers=False)], profile(), small=False).uses
+    (use,) = estimate_costs([row(takes_servers=False)], profile(), small=False).uses
     assert (use.hours, use.gpu_hours, use.server_gpu_hours) == (17, 136, 0)
     of_others = replace(PHASE, served=replace(SERVED, places=4))
-    (use,) = forecast([row(of_others, takes_servers=False)], profile(), small=False).uses
+    (use,) = estimate_costs([row(of_others, takes_servers=False)], profile(), small=False).uses
     assert (use.hours, use.gpu_hours) == (5, 40)
 
 
@@ -92,7 +92,7 @@ def test_on_cores(servers: dict[str, Any] | None, hours: float) -> None:
     """Eight ranks compute for eight core hours, beside the 16 of drawing."""
     estimate = Estimate(cpu_seconds=24 * 3600, flops=1e18, served=SERVED)
     body = profile(servers, train=BODY["slurm"]["train"] | {"gpus_per_node": 0})
-    (use,) = forecast([row(estimate)], body, small=False).uses
+    (use,) = estimate_costs([row(estimate)], body, small=False).uses
     on_gpus = bool(servers and servers["gpus_per_node"])
     assert (use.hours, use.gpu_hours, use.server_gpu_hours) == (hours, 24 * on_gpus, 24 * on_gpus)
     assert (use.core_hours, use.server_core_hours) == (8 if on_gpus else 24, 16 if servers and not on_gpus else 0)
@@ -101,7 +101,7 @@ def test_on_cores(servers: dict[str, Any] | None, hours: float) -> None:
 def test_servers_must_fit_and_a_checkpoint_comes_with_its_answers() -> None:
     """TRAINING saves ten times: a tenth of 3 hours fits into a start of 15 minutes no more."""
     short = profile(train=BODY["slurm"]["train"] | {"minutes": 15}, servers=SERVERS | {"memory_gb": 59})
-    (use,) = forecast([row()], short, small=False).uses
+    (use,) = estimate_costs([row()], short, small=False).uses
     (result,) = fit.fits([row()], {"it": use}, short)
     assert result.reasons == (
         "its server needs 60.0 GiB of memory, and its job has 59.0 (slurm.servers.memory_gb)",
@@ -132,7 +132,7 @@ def test_the_phase_of_a_recipe(tmp_path: Path) -> None:
     body["slurm"] |= {"train": body["slurm"]["train"] | {"tasks_per_node": 1}, "servers": SERVERS}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(body))
     clusters = cluster_profile.load(str(tmp_path / "p.yaml"))
-    costs = forecast(rows, clusters, small=False)
+    costs = estimate_costs(rows, clusters, small=False)
     use = next(use for use in costs.uses if use.name == "rlvr")
     (phase,) = (row for row in rows if row.state.name == "rlvr")
     assert phase.time is not None and clusters.accelerator is not None and phase.estimate.served is not None
@@ -151,6 +151,6 @@ def test_evaluation_by_vllm_in_the_stages_own_gpus_is_counted() -> None:
     graph = dag.compose(recipes.load("atom-30b-a3b"), Store(Path("none")), without_data=True)
     names = [name for name in graph.nodes if name.startswith("evaluate-")]
     rows = plan.plan(graph, {name: State(name, f"{name}-0", "to run") for name in names}, names)
-    costs = forecast(rows, cluster_profile.load("h100-pyxis"), small=False)
+    costs = estimate_costs(rows, cluster_profile.load("h100-pyxis"), small=False)
     hours = sum((row.estimate.gpu_seconds or 0) / 3600 for row in rows)
     assert hours > 0 and costs.hours["gpu_hours"] == pytest.approx(hours)

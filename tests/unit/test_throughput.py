@@ -139,9 +139,9 @@ LAYOUTS = [
 @pytest.mark.parametrize("field", ["peaks", "memory", "nvlink", "nvlink_gpus", "network", "watts"])
 def test_more_of_anything_is_never_slower(layout: Layout, precision: str, field: str) -> None:
     value = getattr(H100, field)
-    more = replace(H100, **{field: {k: 2 * v for k, v in value.items()} if field == "peaks" else 2 * value})
+    faster = replace(H100, **{field: {k: 2 * v for k, v in value.items()} if field == "peaks" else 2 * value})
     before, after = (
-        step_time(QWEN3_30B, gpu, StepSetup(layout, precision, Rows(1, 4096), 8)).total for gpu in (H100, more)
+        step_time(QWEN3_30B, gpu, StepSetup(layout, precision, Rows(1, 4096), 8)).total for gpu in (H100, faster)
     )
     assert 0 < after <= before
 

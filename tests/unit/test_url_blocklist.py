@@ -24,7 +24,7 @@ def list_of(*lines: str) -> UrlBlocklist:
 
 
 @pytest.mark.parametrize(
-    ("entry", "origin", "found"),
+    ("entry", "origin", "match"),
     [
         ("example.org", "https://example.org", "example.org"),
         ("example.org", "HTTP://example.org/", None),  # no URL that the deny-list knows either
@@ -49,8 +49,8 @@ def list_of(*lines: str) -> UrlBlocklist:
         ("https://example.org/", "https://example.organic/", None),
     ],
 )
-def test_an_entry_blocks_a_host_or_the_beginning_of_an_address(entry: str, origin: str, found: str | None) -> None:
-    assert list_of("# a comment", "other.example", entry, "  ").find(origin) == found
+def test_an_entry_blocks_a_host_or_the_beginning_of_an_address(entry: str, origin: str, match: str | None) -> None:
+    assert list_of("# a comment", "other.example", entry, "  ").find(origin) == match
 
 
 def test_of_several_entries_the_broadest_is_the_match() -> None:

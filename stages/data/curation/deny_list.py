@@ -19,7 +19,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import sha256_bytes
@@ -31,7 +31,7 @@ OPT_OUT_RULE = "opt_out"
 """The rule of the dispositions."""
 Kind = Literal["id", "content_hash", "url", "host"]
 KINDS: tuple[Kind, ...] = ("id", "content_hash", "url", "host")
-Found = Literal["id", "content_hash", "url", "host", "derived"]
+Match = Literal["id", "content_hash", "url", "host", "derived"]
 MOST_ENTRIES = 1_000_000
 """The maximum number of lines: each takes some 200 bytes of memory in every task. A host stands for all its pages."""
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
@@ -39,21 +39,29 @@ REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 
 @dataclass(frozen=True)
 class Denial:
-    """The requests that a document falls under. found: how the first one names it; requests: the SHA-256 of each
+    """The requests that a document falls under. kind: how the first one names it; requests: the SHA-256 of each
     reference, sorted."""
 
-    found: Found
+    kind: Match
     requests: tuple[str, ...]
 
     @property
     def match(self) -> str:
         """The column `match` of its disposition."""
-        return match_text(self.found, " ".join(self.requests))
+        return match_text(self.kind, " ".join(self.requests))
 
 
-def match_text(found: str, requests: str) -> str:
+def match_text(kind: str, requests: str) -> str:
     """The column `match` of a document that was removed on request. requests: hashes with spaces between them."""
-    return f"{found} {requests}"
+    return f"{kind} {requests}"
+
+
+class DeniedRequest(TypedDict):
+    """A request in the evidence: the SHA-256 of its reference, its date, and the number of its entries by kind."""
+
+    request: str
+    date: str
+    entries: dict[str, int]
 
 
 class DenyList:
@@ -70,8 +78,8 @@ class DenyList:
                 raise RecipeError(f"{place}: more than {MOST_ENTRIES} entries; name hosts instead of their pages")
             self._add(place, line)
 
-    def requests(self) -> list[dict[str, Any]]:
-        """Every request for the evidence: the SHA-256 of its reference, its date, and its entries by kind."""
+    def requests(self) -> list[DeniedRequest]:
+        """Every request for the evidence."""
         return [
             {"request": request, "date": self.dates[request], "entries": dict(sorted(self.counts[request].items()))}
             for request in sorted(self.dates)
@@ -83,7 +91,7 @@ class DenyList:
         origin: a URL if it starts with http; hashes: SHA-256 of its text, as acquired and as kept; parents: the ids or
         URLs of the documents that it was made from.
         """
-        matches: list[tuple[Found, str]] = []
+        matches: list[tuple[Match, str]] = []
         matches += [("id", request) for request in self._by_id(id)]
         matches += [("content_hash", r) for hash in hashes for r in self.entries["content_hash"].get(hash, ())]
         matches += self._by_address(origin)
@@ -101,12 +109,12 @@ class DenyList:
             yield from ids.get(id, ())
             yield from ids.get(id.rpartition("#")[0], ()) if "#" in id else ()
 
-    def _by_address(self, origin: str) -> list[tuple[Found, str]]:
+    def _by_address(self, origin: str) -> list[tuple[Match, str]]:
         """An entry of a page also names its parts, and one of a part the page that is stored as a whole."""
         if not (self.pages or self.entries["host"]) or (address := page_address(origin)) is None:
             return []
         part, pages = address.fragment, self.pages.get(address.page, ())
-        matches: list[tuple[Found, str]] = []
+        matches: list[tuple[Match, str]] = []
         matches += [("url", request) for stated, request in pages if stated == part or not (stated and part)]
         for host in host_and_parents(address.host):
             matches += [("host", request) for request in self.entries["host"].get(host, ())]

@@ -122,18 +122,18 @@ class _Search:
             )
             self.database.execute(f"CREATE TABLE {name} AS {members}")
 
-    def _add_copies(self, found: str) -> None:
+    def _add_copies(self, kind: str) -> None:
         """Adds the documents whose text equals that of a reached one."""
-        self.database.execute(f"INSERT INTO removed {self._members('exact', found, 'NULL')}")
+        self.database.execute(f"INSERT INTO removed {self._members('exact', kind, 'NULL')}")
 
     def _add_near(self) -> None:
         """Adds the documents that share a band with a reached one."""
         self.database.execute(f"INSERT INTO removed {self._members('near', 'near_duplicate', 'count(DISTINCT band)')}")
 
-    def _members(self, groups: str, found: str, bands: str) -> str:
+    def _members(self, groups: str, kind: str, bands: str) -> str:
         """The other members of the groups of reached texts that are not removed yet."""
         return f"""
-            SELECT address, min(id), {_JOINED}, '{found}', {bands} FROM (
+            SELECT address, min(id), {_JOINED}, '{kind}', {bands} FROM (
                 SELECT other.address, reached.id, reached.requests, other.band FROM reached
                 JOIN {groups} AS member ON member.address = reached.address
                 JOIN {groups} AS other ON other.first = member.first AND other.band = member.band

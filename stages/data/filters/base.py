@@ -3,21 +3,20 @@
 A filter is a class in a module of its own in this folder, with the module named in FILTERS. Its module is imported when
 a recipe is planned, so heavy imports are inside `function`.
 
-Settings have the names of the datatrove block that runs them, so that datatrove's documentation applies; defaults are
-the published ones (Gopher, C4, FineWeb), and a recipe lists its changes.
+Settings have the names of the datatrove block with the same rule, so that datatrove's documentation applies; defaults
+are the published ones (Gopher, C4, FineWeb), and a recipe lists its changes.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 from pydantic import Field, PrivateAttr
 
 from pipeline.core.bounds import Range
-from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs
 
 Amount = Annotated[int, Range(0, 1e9)]
@@ -37,8 +36,6 @@ class Removal:
 
 FilterFunction = Callable[[str], str | Removal]
 """From the text of a document to the kept text, edited or not, or to a removal."""
-Score = Callable[[str], tuple[float, float]]
-"""From the text of a removed document to the value that a rule compared and its threshold."""
 Record = Callable[[str, str | float], None]
 """Takes the name of a measure and its value for the document that is filtered."""
 
@@ -87,28 +84,3 @@ class Filter(Config):
             minimum, maximum = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if minimum > maximum:
                 raise ValueError(f"min_{name} = {minimum} is above max_{name} = {maximum}; nothing would be kept")
-
-
-def datatrove_function(block: Any, scores: Mapping[str, Score]) -> FilterFunction:
-    """The function of a datatrove filter.
-
-    scores: by the block's reason for a removal. datatrove states the reason but neither value nor threshold, so a score
-    repeats the block's comparison, for removed documents only. A kept text is unchanged.
-
-    The function raises AtomError for a reason without a score.
-    """
-    from datatrove.data import Document
-
-    def function(text: str) -> str | Removal:
-        result = block.filter(Document(text=text, id=""))
-        passes, reason = result if isinstance(result, tuple) else (result, "")
-        if passes:
-            return text
-        if reason not in scores:
-            raise AtomError(
-                f"{type(block).__name__} gave the reason {reason!r}, which has no score; add it to its filter"
-            )
-        value, threshold = scores[reason](text)
-        return Removal(reason, float(value), float(threshold))
-
-    return function

@@ -23,12 +23,12 @@ class LicenseTally:
         self.bytes = Counter[tuple[str, str]]()
         self.unmapped = Counter[str]()
 
-    def add(self, license: str, found: str, size: int) -> None:
-        self.documents[license, found] += 1
-        self.bytes[license, found] += size
+    def add(self, license: str, basis: str, size: int) -> None:
+        self.documents[license, basis] += 1
+        self.bytes[license, basis] += size
 
     def add_unmapped(self, document: Unmapped) -> None:
-        self.add(UNMAPPED, document.found if document.license else "none", len(document.text.encode()))
+        self.add(UNMAPPED, document.license_found if document.license else "none", len(document.text.encode()))
         string = " ".join(document.license.split())[:200]
         if string in self.unmapped or len(self.unmapped) < MOST_STRINGS:
             self.unmapped[string] += 1
@@ -36,11 +36,11 @@ class LicenseTally:
     def facts(self) -> dict[str, Any]:
         """The counts as JSON: `licenses`, and `licenses_unmapped` of the most frequent strings. Empty for a source
         whose license is that of every document."""
-        if all(found == "" for _, found in self.documents):
+        if all(basis == "" for _, basis in self.documents):
             return {}
         rows = [
-            {"license": license, "found": found, "documents": count, "bytes": self.bytes[license, found]}
-            for (license, found), count in sorted(self.documents.items())
+            {"license": license, "found": basis, "documents": count, "bytes": self.bytes[license, basis]}
+            for (license, basis), count in sorted(self.documents.items())
         ]
         strings = sorted(self.unmapped.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
         listed = [{"string": string, "documents": count} for string, count in strings]
@@ -56,8 +56,8 @@ class LicenseTally:
         """The counts of all parts."""
         tally = cls()
         for part in parts:
-            for license, found, documents, size in part["counts"]:
-                tally.documents[license, found] += documents
-                tally.bytes[license, found] += size
+            for license, basis, documents, size in part["counts"]:
+                tally.documents[license, basis] += documents
+                tally.bytes[license, basis] += size
             tally.unmapped.update(dict(part["unmapped"]))
         return tally

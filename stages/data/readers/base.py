@@ -83,13 +83,13 @@ class Failed:
 class Unmapped:
     """A document whose license has no SPDX expression. Curation removes it with the rule `license/unmapped`.
 
-    license: what the document states, in its own words; empty if it states nothing. found: where it states it.
+    license: what the document states, in its own words; empty if it states nothing. license_found: where it states it.
     """
 
     name: str
     text: str
     license: str
-    found: LicenseFound = "field"
+    license_found: LicenseFound = "field"
 
 
 @dataclass(frozen=True, slots=True)

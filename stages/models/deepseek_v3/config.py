@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Range
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import Precision
-from stages.models.costs import AttentionCost, MemoryShare, Rows
+from stages.models.costs import AttentionCost, Rows
 from stages.models.grouped_query import Heads
 from stages.models.mixture import Experts, MixtureConfig
 
@@ -113,9 +113,19 @@ class DeepseekV3Config(MixtureConfig):
                     f"with {LATENT_EPS:g}, whatever its config says; use {LATENT_EPS:g}")  # fmt: skip
         return None
 
-    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The matrices of a layer's attention, by their names after `self_attention.`. A head of `linear_q_up_proj` is
-        its part without rotary embedding and the one with it; of `linear_kv_up_proj`, its key and its value."""
+    def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """A head of `linear_q_up_proj` is its part without rotary embedding and the one with it; of
+        `linear_kv_up_proj`, its key and its value."""
+        matrices, q = self._attention_matrices, self.q_lora_rank
+        return {
+            **{f"{name}.weight": shape for name, shape in matrices.items()},
+            **({"q_layernorm.weight": (q,)} if q is not None else {}),
+            "kv_layernorm.weight": (self.kv_lora_rank,),
+        }
+
+    @property
+    def _attention_matrices(self) -> dict[str, tuple[int, ...]]:
+        """Those of a layer, by name."""
         hidden, q, kv = self.hidden_size, self.q_lora_rank, self.kv_lora_rank
         queries = {"linear_q_proj": (self.heads * self.qk_head_dim, hidden)}
         if q is not None:
@@ -127,41 +137,11 @@ class DeepseekV3Config(MixtureConfig):
             "linear_proj": (hidden, self.heads * self.v_head_dim),
         }
 
-    def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
-        hidden = self.hidden_size
-        out: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (padded_vocab_size, hidden)}
-        for layer in range(self.layers):
-            at = f"decoder.layers.{layer}."
-            out[at + "input_layernorm.weight"] = (hidden,)
-            out |= {f"{at}self_attention.{name}.weight": shape for name, shape in self.attention_shapes().items()}
-            if self.q_lora_rank is not None:
-                out[at + "self_attention.q_layernorm.weight"] = (self.q_lora_rank,)
-            out[at + "self_attention.kv_layernorm.weight"] = (self.kv_lora_rank,)
-            out[at + "pre_mlp_layernorm.weight"] = (hidden,)
-            out |= {f"{at}mlp.{name}": shape for name, shape in self.mlp_shapes(layer).items()}
-        out["decoder.final_layernorm.weight"] = (hidden,)
-        if not self.tie_embeddings:
-            out["output_layer.weight"] = (padded_vocab_size, hidden)
-        return out
-
-    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
-        hidden = self.hidden_size
-        embedding = padded_vocab_size * hidden
-        layer = self._attention_matrices + self._norms
-        rest = embedding * (1 if self.tie_embeddings else 2) + hidden + self.layers * layer
-        total, active = self.mlp_parameters()
-        return {"total": rest + total, "active": rest + active, "embedding": embedding}
-
-    def matrices(self, padded_vocab_size: int) -> int:
-        return self.layers * self._attention_matrices + self.mlp_matrices() + padded_vocab_size * self.hidden_size
-
-    @property
-    def _norms(self) -> int:
-        return 2 * self.hidden_size + (self.q_lora_rank or 0) + self.kv_lora_rank
-
-    @property
-    def _attention_matrices(self) -> int:
-        return sum(math.prod(shape) for shape in self.attention_shapes().values())
+    def attention_memory(self, layer: int) -> tuple[int, int]:
+        """Norms, and the matrices that give latents, are whole on each tensor rank, the other matrices are cut."""
+        sizes = {name: math.prod(shape) for name, shape in self._attention_matrices.items()}
+        whole = sum(size for name, size in sizes.items() if name.endswith("_down_proj"))
+        return (self.q_lora_rank or 0) + self.kv_lora_rank + whole, sum(sizes.values()) - whole
 
     def attention(self) -> list[AttentionCost]:
         return [AttentionCost(self.layers, self.heads, self.qk_head_dim, self.v_head_dim)]
@@ -170,20 +150,11 @@ class DeepseekV3Config(MixtureConfig):
         """The latent of keys and values, and the part of the key that heads share: each rank holds a copy."""
         return self.layers * (self.kv_lora_rank + self.qk_rope_head_dim) * tokens * size
 
-    def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
-        """Norms, and the matrices that give latents, are whole on each tensor rank, the other matrices are cut."""
-        replicated, cut, experts = self.mlp_memory(layout, layer)
-        whole = sum(math.prod(s) for name, s in self.attention_shapes().items() if name.endswith("_down_proj"))
-        cut += self._attention_matrices - whole
-        return MemoryShare(replicated + self._norms + whole + cut // layout.tp, experts)
-
-    def layer_activations(
-        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool = False
-    ) -> dict[str, float]:
-        """As of grouped-query attention. A latent is kept before and after its norm; this project's attention, of
-        packed rows and of fp32, widens the narrower ones of queries, keys and values, and narrows its output again."""
+    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> dict[str, float]:
+        """A latent is kept before and after its norm; this project's attention, of packed rows and of fp32, widens the
+        narrower ones of queries, keys and values, and narrows its output again."""
         size = 4 if precision == "fp32" else 2
-        hidden, qk, v = self.hidden_size, self.heads * self.qk_head_dim, self.heads * self.v_head_dim
+        qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
         keys, copied = 1.0, False
         if rows.packed or precision == "fp32":
             if rows.packed:
@@ -193,19 +164,14 @@ class DeepseekV3Config(MixtureConfig):
         else:
             wide = 0
         q_wide, v_wide = max(qk, wide), max(v, wide)
-        tensors: dict[str, float] = {
-            "layer's input": size * hidden,
-            "its norm, input of the projections": size * hidden,
+        return {
             "latents, and normed": 2 * size * ((self.q_lora_rank or 0) + self.kv_lora_rank),
             "rotary part of the key, as projected": size * self.qk_rope_head_dim,
             "queries, keys (turned) and values": size * (q_wide + (q_wide + v_wide) * keys),
             "attention's output": size * v_wide,
             "attention's output, narrowed or by rows": size * v * copied,
             "log-sum-exp of the scores": 4 * self.heads,
-            "input of the second half": size * hidden,
-            "its norm": size * hidden,
         }
-        return tensors | self.mlp_activations(layout, size, layer, fused)
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [("tp", "heads", self.heads), *self.expert_split_sizes()]

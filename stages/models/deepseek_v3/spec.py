@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,9 @@ from stages.mcore.latent_attention import latent_layer_spec
 from stages.mcore.rope import yarn_factor
 from stages.models.base import ModelSpec
 from stages.models.deepseek_v3.config import DeepseekV3Config
+from stages.models.hf_mapping import map_from_hf, map_to_hf
+from stages.models.mixture_spec import expert_swiglus, megatron_experts
 
-OUTSIDE = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
 IN_LAYER = {
     "input_layernorm": "input_layernorm",
     "self_attention.linear_q_proj": "self_attn.q_proj",
@@ -36,6 +34,7 @@ IN_LAYER = {
     "mlp.router": "mlp.gate",
 }
 """Megatron's and transformers' modules in a layer whose `weight` is the same."""
+NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 BIAS = {"mlp.router.expert_bias": "mlp.gate.e_score_correction_bias"}
 
 
@@ -56,10 +55,7 @@ def megatron(model: DeepseekV3Config) -> dict[str, Any]:
         "activation_func": F.silu,
         "add_bias_linear": False,
         "ffn_hidden_size": model.intermediate_size or model.moe_intermediate_size,
-        "num_moe_experts": model.experts,
-        "moe_ffn_hidden_size": model.moe_intermediate_size,
-        "moe_router_topk": model.num_experts_per_tok,
-        "moe_layer_freq": [0] * model.dense_layers + [1] * (model.layers - model.dense_layers),
+        **megatron_experts(model),
         "moe_shared_expert_intermediate_size": model.shared_width,
         "moe_router_score_function": "sigmoid",
         "moe_router_pre_softmax": True,
@@ -68,62 +64,34 @@ def megatron(model: DeepseekV3Config) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": True,
         "moe_router_bias_update_rate": model.router_bias_update_rate,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": {"batch": "aux_loss", "sequence": "seq_aux_loss"}[model.balance],
-        "moe_aux_loss_coeff": model.aux_loss,
-        "moe_z_loss_coeff": model.z_loss or None,
     }
 
 
-def _same(model: DeepseekV3Config) -> Iterator[tuple[str, str]]:
-    """(Megatron's, transformers') names of tensors of one layout in both, as the model has them: the table, the last
-    norm and the head, then layer by layer. A SwiGLU is (prefix, prefix) with a last dot."""
-    shapes = model.shapes(1)
-    yield from ((a, b) for a, b in OUTSIDE.items() if a in shapes)
-    for layer in range(model.layers):
-        a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        names = {**{f"{x}.weight": f"{y}.weight" for x, y in IN_LAYER.items()}, **BIAS}
-        yield from ((a + x, b + y) for x, y in names.items() if a + x in shapes)
-        if layer < model.dense_layers:
-            yield a + "mlp.", b + "mlp."
-        else:
-            yield a + "mlp.shared_experts.", b + "mlp.shared_experts."
-            for e in range(model.experts):
-                yield f"{a}mlp.experts.local_experts.{e}.", f"{b}mlp.experts.{e}."
+def _same(model: DeepseekV3Config, layer: int) -> dict[str, str]:
+    """Tensors of a layer with one layout in both, as the model has them: Megatron's name, and transformers'."""
+    names = {**{f"{x}.weight": f"{y}.weight" for x, y in IN_LAYER.items()}, **BIAS}
+    attention = (f"self_attention.{name}" for name in model.attention_shapes(layer))
+    present = {*NORMS, *attention, *(f"mlp.{name}" for name in model.mlp_shapes(layer))}
+    return {ours: theirs for ours, theirs in names.items() if ours in present}
+
+
+def _swiglus(model: DeepseekV3Config, layer: int) -> list[tuple[str, str]]:
+    """(Megatron's, transformers') prefixes of a layer's SwiGLUs."""
+    if layer < model.dense_layers:
+        return [("mlp.", "mlp.")]
+    return [("mlp.shared_experts.", "mlp.shared_experts."), *expert_swiglus(model)]
 
 
 def to_hf(
     tensors: Mapping[str, torch.Tensor], model: DeepseekV3Config, vocab_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A `linear_fc1` is gate above up. transformers pairs the rotary dimensions of a head as Megatron's do: two
-    neighbors turn together (`rope_interleave`)."""
-    for ours, theirs in _same(model):
-        if theirs.endswith("."):
-            gate, up = tensors[ours + "linear_fc1.weight"].chunk(2, 0)
-            yield theirs + "gate_proj.weight", gate
-            yield theirs + "up_proj.weight", up
-            yield theirs + "down_proj.weight", tensors[ours + "linear_fc2.weight"]
-        else:
-            has_vocabulary = theirs in ("model.embed_tokens.weight", "lm_head.weight")
-            yield theirs, tensors[ours][:vocab_size] if has_vocabulary else tensors[ours]
+    """transformers pairs the rotary dimensions of a head as Megatron's do: two neighbors turn together
+    (`rope_interleave`)."""
+    return map_to_hf(tensors, model, vocab_size, partial(_same, model), partial(_swiglus, model))
 
 
 def from_hf(tensors: Mapping[str, torch.Tensor], model: DeepseekV3Config) -> Iterator[tuple[str, torch.Tensor]]:
-    remaining = set(tensors)
-
-    def take(name: str) -> torch.Tensor:
-        remaining.discard(name)
-        return tensors[name]
-
-    for ours, theirs in _same(model):
-        if theirs.endswith("."):
-            halves = [take(theirs + "gate_proj.weight"), take(theirs + "up_proj.weight")]
-            yield ours + "linear_fc1.weight", torch.cat(halves, 0)
-            yield ours + "linear_fc2.weight", take(theirs + "down_proj.weight")
-        else:
-            yield ours, take(theirs)
-    if remaining:
-        raise ValueError(f"tensors that {model.architecture} does not have: {', '.join(sorted(remaining)[:3])}")
+    return map_from_hf(tensors, model, partial(_same, model), partial(_swiglus, model))
 
 
 def hf_config(model: DeepseekV3Config) -> dict[str, Any]:

@@ -8,20 +8,20 @@ Each head has a sink, a score of its own in the softmax, and all matrices but em
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Flag
-from pipeline.core.stage import added
 from stages.mcore.parallel_layout import Layout
-from stages.models.base import LossWeight, Precision, Routing, Width
-from stages.models.costs import AttentionCost, MemoryShare
-from stages.models.grouped_query import GroupedQueryConfig, swiglu_shapes
-from stages.models.mixture import Experts, proxy_experts, require_choice, sent_tokens
+from stages.models.base import Precision
+from stages.models.costs import AttentionCost, MemoryShare, Rows
+from stages.models.grouped_query import SLICE, GroupedQueryConfig, swiglu_shapes
+from stages.models.mixture import RoutedConfig, sent_tokens
 
 
-class GptOssConfig(GroupedQueryConfig):
+class GptOssConfig(RoutedConfig, GroupedQueryConfig):
     """A mixture of experts with windows and sinks: `architecture: gpt_oss`."""
 
     spec_module: ClassVar[str] = "stages.models.gpt_oss.spec"
@@ -35,32 +35,15 @@ class GptOssConfig(GroupedQueryConfig):
     sliding_window: Context = Field(
         description="tokens that the first, third, ... layer sees, its own among them; the other layers see all"
     )
-    experts: Experts = Field(description="experts in each layer")
-    num_experts_per_tok: Experts = Field(description="experts to which each token is routed (top-k)")
-    moe_intermediate_size: Width = Field(description="inner width of one expert")
-    aux_loss: LossWeight = Field(
-        1e-3, description="weight of the load-balancing loss, summed over layers as in Megatron-Core"
-    )
-    balance: Literal["batch", "sequence"] = added(
-        "batch", "tokens over which aux_loss balances experts: those of a micro-batch or of each row"
-    )
-    z_loss: LossWeight = added(
-        0.0, "weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"
-    )
 
     @model_validator(mode="after")
-    def _possible(self) -> GptOssConfig:
+    def _possible_head(self) -> GptOssConfig:
         if self.tie_embeddings:
             raise ValueError(
                 "tie_embeddings = true leaves vLLM's class of the architecture gpt_oss without an output head; "
                 "set it to false"
             )
-        require_choice(self.experts, self.num_experts_per_tok)
         return self
-
-    @property
-    def routing(self) -> Routing:
-        return Routing(self.experts, self.num_experts_per_tok, range(self.layers), self.z_loss > 0)
 
     def layout_obstacle(self, layout: Layout) -> str | None:
         if layout.split_experts == 1:
@@ -131,6 +114,23 @@ class GptOssConfig(GroupedQueryConfig):
     def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
         return super().layer_memory(layout, layer) + MemoryShare(self._cut_vectors // layout.tp + self.hidden_size, 0)
 
+    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> dict[str, float]:
+        """Packed rows have no kernel with sinks on a GPU: there plain products keep the scores of every query, in fp32
+        and rounded, and the keys and values of each slice of queries for all heads. fp32 is counted as on a CPU, whose
+        kernel keeps none."""
+        if not rows.packed or precision == "fp32":
+            return super().attention_activations(layout, precision, rows, layer)
+        q, (scores, keys) = (
+            self.heads * self.head_dim,
+            plain_attention(rows, None if layer % 2 else self.sliding_window),
+        )
+        return {
+            "queries, turned": 2 * q,
+            "keys and values of each slice, for all heads": 2 * 2 * q * keys,
+            "softmax of the scores and the sink, fp32, and rounded": self.heads * (4 * (scores + 1) + 2 * scores),
+            "attention's output": 2 * q,
+        }
+
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
         copies, ffn = self.num_experts_per_tok, self.moe_intermediate_size
         return {
@@ -148,20 +148,14 @@ class GptOssConfig(GroupedQueryConfig):
         return sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision) + 3 * size * copies
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
-        return [
-            *super().split_sizes(),
-            ("etp", "moe_intermediate_size", self.moe_intermediate_size),
-            ("ep", "experts", self.experts),
-        ]
+        return [*super().split_sizes(), *self.expert_split_sizes()]
 
     def proportions(self) -> dict[str, float]:
-        return {**super().proportions(), "experts / experts a token visits": self.experts / self.num_experts_per_tok}
+        return {**super().proportions(), **self.expert_proportions()}
 
     def describe(self) -> str:
-        return (
-            f"{super().describe()}, in turns with a window of {self.sliding_window} tokens and without, {self.experts} "
-            f"experts of {self.moe_intermediate_size}, of which a token visits {self.num_experts_per_tok}"
-        )
+        window = f"in turns with a window of {self.sliding_window} tokens and without"
+        return f"{super().describe()}, {window}, {self.describe_experts()}"
 
     def inner_widths(self) -> dict[str, int]:
         return {**super().inner_widths(), "expert": self.moe_intermediate_size}
@@ -169,8 +163,18 @@ class GptOssConfig(GroupedQueryConfig):
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
         """Few experts, and the same window."""
         changes = super().scaled(hidden_size, width)
-        if changes is None:
-            return None
-        experts, top_k = proxy_experts(self.experts, self.num_experts_per_tok)
-        inner = width(self.moe_intermediate_size)
-        return {**changes, "experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": inner}
+        return changes and {**changes, **self.scaled_experts(width)}
+
+
+@cache
+def plain_attention(rows: Rows, window: int | None) -> tuple[float, float]:
+    """(scores, keys) of packed rows for each query, when each slice of SLICE queries is computed by itself, with one
+    document in a row unless `rows` states its longest. A slice sees no keys before its window or its first document.
+    Documents with prefixes are computed as batches, each with its own keys."""
+    if rows.prefixed:
+        return rows.longest or rows.length, 1 + rows.prefixed / (rows.rows * rows.length)
+    most = min(window or rows.length, rows.longest or rows.length)
+    slices = [(start, min(start + SLICE, rows.length)) for start in range(0, rows.length, SLICE)]
+    keys = [end - max(0, start + 1 - most) for start, end in slices]
+    scores = sum((end - start) * count for (start, end), count in zip(slices, keys, strict=True))
+    return scores / rows.length, sum(keys) / rows.length

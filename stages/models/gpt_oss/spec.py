@@ -16,6 +16,7 @@ from stages.mcore.megatron_imports import RowParallelLinear, quick_gelu
 from stages.models.base import ModelSpec
 from stages.models.gpt_oss.config import GptOssConfig
 from stages.models.grouped_query_spec import map_from_hf, map_to_hf, megatron_attention
+from stages.models.mixture_spec import megatron_experts
 
 LIMIT = 7.0
 """Where gate and up of an expert are cut off."""
@@ -42,15 +43,8 @@ def megatron(model: GptOssConfig) -> dict[str, Any]:
         "window_size": (model.sliding_window - 1, 0),
         "window_attn_skip_freq": 2,  # every second layer sees all
         "ffn_hidden_size": model.moe_intermediate_size,
-        "num_moe_experts": model.experts,
-        "moe_ffn_hidden_size": model.moe_intermediate_size,
-        "moe_router_topk": model.num_experts_per_tok,
-        "moe_layer_freq": [1] * model.layers,
+        **megatron_experts(model),
         "moe_router_pre_softmax": False,  # softmax over the chosen experts
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": {"batch": "aux_loss", "sequence": "seq_aux_loss"}[model.balance],
-        "moe_aux_loss_coeff": model.aux_loss,
-        "moe_z_loss_coeff": model.z_loss or None,
     }
 
 

@@ -6,6 +6,7 @@ Experts are written one by one, as `save_pretrained` writes them; transformers 5
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,26 +14,20 @@ import torch
 from stages.mcore.layer_spec import layer_spec
 from stages.models.base import ModelSpec
 from stages.models.grouped_query_spec import hf_attention, map_from_hf, map_to_hf, megatron_attention
+from stages.models.mixture_spec import expert_swiglus, megatron_experts
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
 
 def megatron(model: Qwen3MoeConfig) -> dict[str, Any]:
     return megatron_attention(model) | {
         "ffn_hidden_size": model.intermediate_size or model.moe_intermediate_size,
-        "num_moe_experts": model.experts,
-        "moe_ffn_hidden_size": model.moe_intermediate_size,
-        "moe_router_topk": model.num_experts_per_tok,
-        "moe_layer_freq": [0] * model.dense_layers + [1] * (model.layers - model.dense_layers),
+        **megatron_experts(model),
         "moe_shared_expert_intermediate_size": model.shared_expert_intermediate_size,
         "moe_router_pre_softmax": False,  # softmax over the chosen experts = Hugging Face's norm_topk_prob
         # Megatron's biases are for sigmoids
         "moe_router_score_function": "sigmoid" if model.router_bias_update_rate else "softmax",
         "moe_router_enable_expert_bias": model.router_bias_update_rate > 0,
         "moe_router_bias_update_rate": model.router_bias_update_rate,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": {"batch": "aux_loss", "sequence": "seq_aux_loss"}[model.balance],
-        "moe_aux_loss_coeff": model.aux_loss,
-        "moe_z_loss_coeff": model.z_loss or None,
     }
 
 
@@ -45,19 +40,17 @@ def _swiglus(model: Qwen3MoeConfig, layer: int) -> list[tuple[str, str]]:
     """(Megatron's, transformers') prefixes of a layer's SwiGLUs: one in a dense layer, else one for each expert."""
     if layer < model.dense_layers:
         return [("mlp.", "mlp.")]
-    return [(f"mlp.experts.local_experts.{e}.", f"mlp.experts.{e}.") for e in range(model.experts)]
+    return expert_swiglus(model)
 
 
 def to_hf(
     tensors: Mapping[str, torch.Tensor], model: Qwen3MoeConfig, vocab_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    return map_to_hf(
-        tensors, model, vocab_size, lambda layer: _router(model, layer), lambda layer: _swiglus(model, layer)
-    )
+    return map_to_hf(tensors, model, vocab_size, partial(_router, model), partial(_swiglus, model))
 
 
 def from_hf(tensors: Mapping[str, torch.Tensor], model: Qwen3MoeConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    return map_from_hf(tensors, model, lambda layer: _router(model, layer), lambda layer: _swiglus(model, layer))
+    return map_from_hf(tensors, model, partial(_router, model), partial(_swiglus, model))
 
 
 def hf_config(model: Qwen3MoeConfig) -> dict[str, Any]:

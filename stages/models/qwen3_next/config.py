@@ -7,6 +7,7 @@ A gated delta net keeps a state of fixed size where attention keeps the keys and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Flag, Range
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import Layers, Precision, Width
-from stages.models.costs import AttentionCost, MemoryShare, Rows, StateCost
+from stages.models.costs import AttentionCost, Rows, StateCost
 from stages.models.grouped_query import Heads
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
@@ -99,20 +100,6 @@ class Qwen3NextConfig(Qwen3MoeConfig):
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
 
-    def _matrices_of(self, layer: int) -> int:
-        """Matrix parameters of a layer's attention, the convolution's among them."""
-        keys, values, hidden = self.key_width, self.value_width, self.hidden_size
-        if not self.is_linear(layer):
-            return hidden * self.head_dim * (3 * self.heads + 2 * self.kv_heads)
-        projected = 2 * keys + 2 * values + 2 * self.linear_num_value_heads
-        return hidden * (projected + values) + self.linear_conv_kernel_dim * (2 * keys + values)
-
-    def _vectors_of(self, layer: int) -> tuple[int, int]:
-        """Parameters of a layer's norms and of the decay: (whole on each tensor rank, cut by tensor parallelism)."""
-        if self.is_linear(layer):
-            return 2 * self.hidden_size + self.linear_value_head_dim, 2 * self.linear_num_value_heads
-        return 2 * self.hidden_size + 2 * self.head_dim, 0
-
     # -- the feed-forward part: experts, and a shared one with a gate -------------------------------------------------
 
     def mlp_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
@@ -142,7 +129,7 @@ class Qwen3NextConfig(Qwen3MoeConfig):
 
     # -- the interface of every architecture --------------------------------------------------------------------------
 
-    def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
+    def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Rows are in the order of heads, so that tensor parallelism cuts them anywhere between key heads.
 
         `linear_qkv` holds, for each key and value head, its queries, their gates, its key and its value. `in_proj`
@@ -151,41 +138,27 @@ class Qwen3NextConfig(Qwen3MoeConfig):
         """
         keys, values, heads = self.key_width, self.value_width, self.linear_num_value_heads
         hidden = self.hidden_size
-        out: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (padded_vocab_size, hidden)}
-        for layer in range(self.layers):
-            at = f"decoder.layers.{layer}."
-            out[at + "input_layernorm.weight"] = (hidden,)
-            if self.is_linear(layer):
-                attention: dict[str, tuple[int, ...]] = {
-                    "in_proj.weight": (2 * keys + 2 * values + 2 * heads, hidden),
-                    "conv1d.weight": (2 * keys + values, 1, self.linear_conv_kernel_dim),
-                    "dt_bias": (heads,),
-                    "A_log": (heads,),
-                    "out_norm.weight": (self.linear_value_head_dim,),
-                    "out_proj.weight": (hidden, values),
-                }
-            else:
-                attention = {
-                    "linear_qkv.weight": (2 * (self.heads + self.kv_heads) * self.head_dim, hidden),
-                    "q_layernorm.weight": (self.head_dim,),
-                    "k_layernorm.weight": (self.head_dim,),
-                    "linear_proj.weight": (hidden, self.heads * self.head_dim),
-                }
-            out |= {f"{at}self_attention.{name}": shape for name, shape in attention.items()}
-            out[at + "pre_mlp_layernorm.weight"] = (hidden,)
-            out |= {f"{at}mlp.{name}": shape for name, shape in self.mlp_shapes(layer).items()}
-        return out | {"decoder.final_layernorm.weight": (hidden,), "output_layer.weight": (padded_vocab_size, hidden)}
+        if self.is_linear(layer):
+            return {
+                "in_proj.weight": (2 * keys + 2 * values + 2 * heads, hidden),
+                "conv1d.weight": (2 * keys + values, 1, self.linear_conv_kernel_dim),
+                "dt_bias": (heads,),
+                "A_log": (heads,),
+                "out_norm.weight": (self.linear_value_head_dim,),
+                "out_proj.weight": (hidden, values),
+            }
+        return {
+            "linear_qkv.weight": (2 * (self.heads + self.kv_heads) * self.head_dim, hidden),
+            "q_layernorm.weight": (self.head_dim,),
+            "k_layernorm.weight": (self.head_dim,),
+            "linear_proj.weight": (hidden, self.heads * self.head_dim),
+        }
 
-    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
-        embedding = padded_vocab_size * self.hidden_size
-        rest = 2 * embedding + self.hidden_size
-        rest += sum(self._matrices_of(layer) + sum(self._vectors_of(layer)) for layer in range(self.layers))
-        total, active = self.mlp_parameters()
-        return {"total": rest + total, "active": rest + active, "embedding": embedding}
-
-    def matrices(self, padded_vocab_size: int) -> int:
-        attention = sum(self._matrices_of(layer) for layer in range(self.layers))
-        return attention + self.mlp_matrices() + padded_vocab_size * self.hidden_size
+    def attention_memory(self, layer: int) -> tuple[int, int]:
+        """Norms are whole on each tensor rank, the other tensors are cut."""
+        sizes = {name: math.prod(shape) for name, shape in self.attention_shapes(layer).items()}
+        whole = sum(size for name, size in sizes.items() if "norm" in name)
+        return whole, sum(sizes.values()) - whole
 
     def attention(self) -> list[AttentionCost]:
         full = AttentionCost(
@@ -207,21 +180,11 @@ class Qwen3NextConfig(Qwen3MoeConfig):
         inputs = size * (self.linear_conv_kernel_dim - 1) * -(-channels // ranks)
         return super().cache_bytes(size, ranks, tokens) + self.linear_layers * (state + inputs)
 
-    def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
-        replicated, cut, experts = self.mlp_memory(layout, layer)
-        whole, heads = self._vectors_of(layer)
-        return MemoryShare(replicated + whole + (self._matrices_of(layer) + heads + cut) // layout.tp, experts)
-
-    def layer_activations(
-        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool = False
-    ) -> dict[str, float]:
+    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> dict[str, float]:
         """As this project's PyTorch code keeps them: the delta rule in fp32, by chunks. A kernel written for it keeps
         much less."""
-        size, hidden = 4 if precision == "fp32" else 2, self.hidden_size
-        tensors: dict[str, float] = {"layer's input": size * hidden, "its norm, input of the projection": size * hidden}
-        tensors |= self._delta_activations(size, rows) if self.is_linear(layer) else self._gated_activations(size, rows)
-        tensors |= {"input of the second half": size * hidden, "its norm": size * hidden}
-        return tensors | self.mlp_activations(layout, size, layer, fused)
+        size = 4 if precision == "fp32" else 2
+        return self._delta_activations(size, rows) if self.is_linear(layer) else self._gated_activations(size, rows)
 
     def _gated_activations(self, size: int, rows: Rows) -> dict[str, float]:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim

@@ -5,18 +5,19 @@ Experts are written one by one, as `save_pretrained` writes them; transformers 5
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from stages.models.base import ModelSpec
 from stages.models.grouped_query_spec import QK_NORMS, SAME
+from stages.models.hf_mapping import Read, Tensors, map_from_hf, map_to_hf
+from stages.models.mixture_spec import expert_swiglus
 from stages.models.qwen3_moe import spec as qwen3_moe
 from stages.models.qwen3_next.config import Qwen3NextConfig
 from stages.models.qwen3_next.layers import layer_spec
-
-Tensors = Mapping[str, torch.Tensor]
 
 NORMS = {name: SAME[name] for name in ("input_layernorm.weight", "pre_mlp_layernorm.weight")}
 FULL = {"self_attention.linear_proj.weight": "self_attn.o_proj.weight", **QK_NORMS}
@@ -56,8 +57,7 @@ def _swiglus(model: Qwen3NextConfig, layer: int) -> list[tuple[str, str]]:
     """(Megatron's, transformers') prefixes of a layer's SwiGLUs."""
     if layer < model.dense_layers:
         return [("mlp.", "mlp.")]
-    experts = [(f"mlp.experts.local_experts.{e}.", f"mlp.experts.{e}.") for e in range(model.experts)]
-    return [*experts, ("mlp.shared_experts.", "mlp.shared_expert.")]
+    return [*expert_swiglus(model), ("mlp.shared_experts.", "mlp.shared_expert.")]
 
 
 def _parts(model: Qwen3NextConfig, layer: int) -> tuple[list[int], list[int]]:
@@ -82,68 +82,41 @@ def _join(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def to_hf(tensors: Tensors, model: Qwen3NextConfig, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
-    yield "model.embed_tokens.weight", tensors["embedding.word_embeddings.weight"][:vocab_size]
-    yield "model.norm.weight", tensors["decoder.final_layernorm.weight"]
-    yield "lm_head.weight", tensors["output_layer.weight"][:vocab_size]
-    for layer in range(model.layers):
-        a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for megatron_name, hf_name in _same(model, layer).items():
-            yield b + hf_name, tensors[a + megatron_name]
+    def attention(read: Read, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
         rows, channels = _parts(model, layer)
         if model.is_linear(layer):
-            parts = _split(tensors[a + "self_attention.in_proj.weight"], model.linear_num_key_heads, rows)
-            yield b + "linear_attn.in_proj_qkvz.weight", _join(parts[:4])
-            yield b + "linear_attn.in_proj_ba.weight", _join(parts[4:])
-            parts = _split(tensors[a + "self_attention.conv1d.weight"], model.linear_num_key_heads, channels)
-            yield b + "linear_attn.conv1d.weight", torch.cat([part.flatten(0, 1) for part in parts])
+            parts = _split(read("self_attention.in_proj.weight"), model.linear_num_key_heads, rows)
+            yield "linear_attn.in_proj_qkvz.weight", _join(parts[:4])
+            yield "linear_attn.in_proj_ba.weight", _join(parts[4:])
+            parts = _split(read("self_attention.conv1d.weight"), model.linear_num_key_heads, channels)
+            yield "linear_attn.conv1d.weight", torch.cat([part.flatten(0, 1) for part in parts])
         else:
-            queries, gates, keys, values = _split(tensors[a + "self_attention.linear_qkv.weight"], model.kv_heads, rows)
+            queries, gates, keys, values = _split(read("self_attention.linear_qkv.weight"), model.kv_heads, rows)
             heads = [part.unflatten(1, (-1, model.head_dim)).flatten(0, 1) for part in (queries, gates)]
-            yield b + "self_attn.q_proj.weight", _join(heads)
-            yield b + "self_attn.k_proj.weight", keys.flatten(0, 1)
-            yield b + "self_attn.v_proj.weight", values.flatten(0, 1)
-        for e, f in _swiglus(model, layer):
-            gate, up = tensors[a + e + "linear_fc1.weight"].chunk(2, 0)
-            yield b + f + "gate_proj.weight", gate
-            yield b + f + "up_proj.weight", up
-            yield b + f + "down_proj.weight", tensors[a + e + "linear_fc2.weight"]
+            yield "self_attn.q_proj.weight", _join(heads)
+            yield "self_attn.k_proj.weight", keys.flatten(0, 1)
+            yield "self_attn.v_proj.weight", values.flatten(0, 1)
+
+    return map_to_hf(tensors, model, vocab_size, partial(_same, model), partial(_swiglus, model), attention)
 
 
 def from_hf(tensors: Tensors, model: Qwen3NextConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    remaining = set(tensors)
-
-    def take(name: str) -> torch.Tensor:
-        remaining.discard(name)
-        return tensors[name]
-
-    yield "embedding.word_embeddings.weight", take("model.embed_tokens.weight")
-    yield "decoder.final_layernorm.weight", take("model.norm.weight")
-    yield "output_layer.weight", take("lm_head.weight")
-    for layer in range(model.layers):
-        a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for megatron_name, hf_name in _same(model, layer).items():
-            yield a + megatron_name, take(b + hf_name)
+    def attention(read: Read, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
         rows, channels = _parts(model, layer)
         if model.is_linear(layer):
             heads = model.linear_num_key_heads
-            parts = _split(take(b + "linear_attn.in_proj_qkvz.weight"), heads, rows[:4])
-            parts += _split(take(b + "linear_attn.in_proj_ba.weight"), heads, rows[4:])
-            yield a + "self_attention.in_proj.weight", _join(parts)
-            kinds = take(b + "linear_attn.conv1d.weight").split([heads * size for size in channels])
-            yield a + "self_attention.conv1d.weight", _join([part.unflatten(0, (heads, -1)) for part in kinds])
+            parts = _split(read("linear_attn.in_proj_qkvz.weight"), heads, rows[:4])
+            parts += _split(read("linear_attn.in_proj_ba.weight"), heads, rows[4:])
+            yield "self_attention.in_proj.weight", _join(parts)
+            kinds = read("linear_attn.conv1d.weight").split([heads * size for size in channels])
+            yield "self_attention.conv1d.weight", _join([part.unflatten(0, (heads, -1)) for part in kinds])
         else:
-            query = take(b + "self_attn.q_proj.weight").unflatten(0, (model.heads, 2, model.head_dim))
+            query = read("self_attn.q_proj.weight").unflatten(0, (model.heads, 2, model.head_dim))
             queries, gates = (part.flatten(0, 1).unflatten(0, (model.kv_heads, -1)) for part in query.unbind(1))
-            keys, values = (
-                take(b + f"self_attn.{kind}_proj.weight").unflatten(0, (model.kv_heads, -1)) for kind in "kv"
-            )
-            yield a + "self_attention.linear_qkv.weight", _join([queries, gates, keys, values])
-        for e, f in _swiglus(model, layer):
-            halves = [take(b + f + "gate_proj.weight"), take(b + f + "up_proj.weight")]
-            yield a + e + "linear_fc1.weight", torch.cat(halves, 0)
-            yield a + e + "linear_fc2.weight", take(b + f + "down_proj.weight")
-    if remaining:
-        raise ValueError(f"tensors that {model.architecture} does not have: {', '.join(sorted(remaining)[:3])}")
+            keys, values = (read(f"self_attn.{kind}_proj.weight").unflatten(0, (model.kv_heads, -1)) for kind in "kv")
+            yield "self_attention.linear_qkv.weight", _join([queries, gates, keys, values])
+
+    return map_from_hf(tensors, model, partial(_same, model), partial(_swiglus, model), attention)
 
 
 def hf_config(model: Qwen3NextConfig) -> dict[str, Any]:

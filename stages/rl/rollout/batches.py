@@ -16,7 +16,7 @@ from itertools import accumulate
 
 import torch
 
-from stages.mcore.routing_replay import OWN
+from stages.mcore.routing_replay import UNRECORDED
 from stages.train.data import ALIGN, Batch, RankBatch
 from stages.train.parallel import Ranks
 
@@ -143,7 +143,7 @@ def _routes(
     the segment of each example's answer."""
     if recorded is None:
         return None
-    routes = recorded.new_full((width, *recorded.shape[1:]), OWN)
+    routes = recorded.new_full((width, *recorded.shape[1:]), UNRECORDED)
     for example, (begin, end, first, last, _) in zip(examples, answers, strict=True):
         if example.routes is not None:
             routes[first:last], routes[begin:end] = example.routes.split((example.start, end - begin))

@@ -1,0 +1,172 @@
+"""The jobs of servers beside that of their stage: their script, when they end, and what is counted of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import AtomError, Kind, MachineError
+from pipeline.core.stage import Config, ServerPlace, ServerSearch, Stage
+from pipeline.core.store import Store
+from pipeline.graph import registry
+from pipeline.graph.dag import Node
+from pipeline.graph.run import Run
+from pipeline.launch import clean_environment, job
+from pipeline.launch.attempt import ALIVE, Task, server_seconds
+from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
+from pipeline.launch.cluster_profile import Slurm
+from pipeline.launch.decision import Decision, Verdict
+from tests.fixtures.batch_fixtures import SLURM, STUBS, end_of, script
+
+
+def served_node(serve: Any = lambda config, place: None) -> Node:
+    stage = Stage("phase", 1, Config, lambda *_: None, trains=True, takes_servers=lambda config: True, serve=serve)
+    return Node("rlvr", stage, Config(), {}, "rlvr-0123456789ab")
+
+
+WITH_SERVERS = Slurm.model_validate(
+    {**SLURM, "servers": {"partition": "infer", "minutes": 600, "gpus_per_node": 4, "count": 3, "wait_minutes": 2}}
+)
+
+
+def scripts_with_servers(home: Path) -> tuple[BatchScript, BatchScript]:
+    """The script of a stage's job, which is job 9, and that of its servers."""
+    store = Store(home)
+    run = Run("tiny-1", store.logs / "tiny-1", {})
+    job_script = batch_script(store, run, served_node(), WITH_SERVERS, Path("/code"), [])
+    assert WITH_SERVERS.servers is not None
+    return job_script, servers_script(store, run, served_node(), WITH_SERVERS, Path("/code"), WITH_SERVERS.servers, "9")
+
+
+def test_servers_are_an_array_beside_the_job_of_their_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    job_script, servers = scripts_with_servers(Path("/shared/atom"))
+    folder = "/shared/atom/logs/tiny-1/rlvr/servers"
+    text = servers.text()
+    for words in (
+        "#SBATCH --array=0-2\n",
+        "#SBATCH --dependency=after:9\n",
+        "#SBATCH --gpus-per-node=4\n",
+        "#SBATCH --nodes=1\n",
+        "#SBATCH --ntasks-per-node=1\n",
+        "#SBATCH --partition=infer\n",
+        "#SBATCH --comment='atom tiny-1 rlvr rlvr-0123456789ab.servers'\n",
+        f"#SBATCH --output={folder}/submitit/%A_%a_0_log.out\n",
+        "comment=$(squeue -h -j 9 -o %k 2>&1)",
+        "[ \"$comment\" = 'atom tiny-1 rlvr rlvr-0123456789ab' ] && continue\n",
+    ):
+        assert words in text, words
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    assert "ATOM_SERVERS" not in text and "squeue -h -j 9" not in job_script.text()
+    monkeypatch.setenv("ATOM_SERVERS", job_script.variables["ATOM_SERVERS"])
+    assert ServerSearch.of_environment() == ServerSearch(f"{folder}/announced", "tiny-1", 120.0)
+    without = script(Slurm.model_validate(SLURM)).text()
+    assert "ATOM_SERVERS" not in without and "squeue -h -j 9" not in without
+
+
+@pytest.mark.parametrize(
+    ("answers", "ends"),
+    [
+        (["atom tiny-1 rlvr rlvr-0123456789ab"], False),
+        (["atom tiny-1 rlvr rlvr-0123456789ab", ""], True),  # it has ended, or was canceled
+        (["atom other-2 rlvr rlvr-0123456789ab"], True),  # a controller that lost its jobs gives numbers again
+        (["exit 1", "atom tiny-1 rlvr rlvr-0123456789ab"], False),  # the controller is away
+        (["echo slurm_load_jobs error: Invalid job id specified; exit 1"], True),
+    ],
+)
+def test_servers_end_with_the_job_of_their_stage(
+    answers: list[str], ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    _, servers = scripts_with_servers(tmp_path)
+    launch = Path(f"{servers.launches_folder}/7.0")
+    launch.mkdir(parents=True)
+    lines = [answer if "exit 1" in answer else f'echo "{answer}"' for answer in answers]
+    replies = "\n".join(f"[ $count = {n} ] && {{ {line}; exit; }}" for n, line in enumerate(lines[:-1], start=1))
+    monkeypatch.setitem(STUBS, "squeue", f"echo >> $PLACE/asked; count=$(wc -l < $PLACE/asked)\n{replies}\n{lines[-1]}")
+    monkeypatch.setitem(STUBS, "sleep", "case $1 in 120) exec /bin/sleep 20 ;; *) exec /bin/sleep 0.05 ;; esac")
+    # the server ends when it sees the file, or after the controller was asked some times
+    decide = f"printf 'sealed\\n\\nover\\n' > {launch}/decision; exit 0"
+    server = f'[ -e {launch}/ended ] || [ "$(cat $PLACE/asked 2> /dev/null | wc -l)" -ge 5 ]'
+    monkeypatch.setitem(
+        STUBS, "srun", f"for _ in $(seq 400); do {server} && {{ {decide}; }}; /bin/sleep 0.02; done; exit 9"
+    )
+    ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    assert end_of(tmp_path, servers.text(), **ids) == (0, "")
+    assert (launch / "ended").exists() == ends
+
+
+def test_a_server_is_started_again_after_it_has_answered_and_else_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(serve: Any, restart: int = 0) -> Verdict | None:
+        stage = served_node(serve).stage
+        monkeypatch.setattr(registry, "stage", lambda name: stage)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        decision = job.run_server(task, limits)
+        verdict = Verdict.read(tmp_path / f"logs/tiny-1/rlvr/servers/ranks/8.{restart}")
+        assert verdict is not None and verdict.decision == decision
+        return verdict
+
+    def serves(config: Config, place: ServerPlace) -> None:
+        assert (place.run, place.number, place.folder.name) == ("tiny-1", 2, "announced") and place.folder.is_dir()
+        assert not place.ended()
+        (place.log.parent / "ended").touch()
+        assert place.ended()
+
+    def dies(config: Config, place: ServerPlace) -> None:
+        raise MachineError("it is gone")
+
+    def answers_and_dies(config: Config, place: ServerPlace) -> None:
+        place.ready()
+        raise MachineError("it is gone")
+
+    def refuses(config: Config, place: ServerPlace) -> None:
+        raise AtomError("there is no vLLM")
+
+    def is_stopped(config: Config, place: ServerPlace) -> None:
+        signal.raise_signal(signal.SIGUSR2)
+        raise AssertionError("the signal did not stop it")
+
+    monkeypatch.setattr(clean_environment, "require", lambda names: None)
+    for name, value in {"EXECUTOR": "slurm"}.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    for name, value in {"JOB_ID": "8", "ARRAY_JOB_ID": "6", "ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    task = Task(str(tmp_path), "tiny-1", "rlvr", "phase", {}, {}, "rlvr-0123456789ab", 8.0, 1)
+    limits = job.JobLimits(None, 3, 0.0, None)
+    assert run(serves) == Verdict(Decision.SEALED, "the stage has ended")
+    for restart in range(1, 4):
+        assert run(dies, restart) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE)
+    assert run(dies, 4) == Verdict(Decision.FAILED, "it is gone", Kind.MACHINE)
+    assert run(answers_and_dies, 90) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE)
+    assert run(refuses, 1) == Verdict(Decision.FAILED, "there is no vLLM", Kind.USER)
+    assert run(is_stopped, 50) == Verdict(Decision.RESTART, "interrupted", Kind.STOPPED)
+    assert run(dies, 91) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE), "the first since it answered"
+
+
+def test_seconds_of_servers_are_those_within_the_attempt(tmp_path: Path) -> None:
+    """Of each start, from its beginning to its last sign of life: here 100 to 160 and, after it died, 170 to 200."""
+    for start, (begin, last) in enumerate(((100, 160), (170, 200))):
+        launch = tmp_path / f"ranks/8.{start}"
+        launch.mkdir(parents=True)
+        for name, when in (("started-0", begin), (ALIVE, last)):
+            (launch / name).touch()
+            os.utime(launch / name, (when, when))
+    (tmp_path / "ranks/9.0").mkdir()  # it waits for its stage
+    assert [server_seconds(tmp_path, *times) for times in ((0, 999), (150, 180), (0, 100), (200, 300))] == [
+        90,
+        20,
+        0,
+        0,
+    ]
+    assert server_seconds(tmp_path / "none", 0, 999) == 0
+    with job.touching(tmp_path / ALIVE):
+        begun = (tmp_path / ALIVE).stat().st_mtime_ns
+        time.sleep(0.02)
+    assert (tmp_path / ALIVE).stat().st_mtime_ns > begun
