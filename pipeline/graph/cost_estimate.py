@@ -59,7 +59,7 @@ class CostEstimate:
 
 
 def estimate_costs(rows: list[StagePlan], profile: Profile, small: bool) -> CostEstimate:
-    """small: `planner.is_small` of the graph.
+    """small: `plan.is_small` of the graph.
 
     Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
     """

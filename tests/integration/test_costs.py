@@ -194,9 +194,8 @@ def test_activations_are_what_autograd_saves(
     predicted = saved_bytes(model, VOCAB, layout, precision, rows, 1, 0)
     if recompute == "layer":  # the tables are there, and autograd does not keep them
         predicted -= tokens * 8 * model.rotary_dim * rows.packed
-    elif (
-        not is_plain
-    ):  # on CPU attention goes by slices of queries, and all layers share their masks; half of a row on average
+    elif not is_plain:
+        # on CPU attention goes by slices of queries, and all layers share their masks; half of a row on average
         predicted += tokens * element * (rows.length + SLICE) / 2
         if extra == WINDOWED:  # those of the window: the first slice has no keys before it
             predicted += tokens * element * (SLICE + (extra["sliding_window"] - 1) * (1 - SLICE / rows.length))

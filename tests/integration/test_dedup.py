@@ -387,13 +387,13 @@ def test_clusters_are_those_of_datatrove(tmp_path: Path) -> None:
     parts = [dict(list(texts.items())[start : start + 300]) for start in range(0, 1000, 300)]
     sources = {"prose": parts}
     artifact = deduplicate(config_of(sources, {}), filtered(tmp_path / "filtered", sources), tmp_path)["dedup"]
-    removed: dict[str, set[str]] = defaultdict(set)
+    clusters: dict[str, set[str]] = defaultdict(set)
     for id, row in dispositions(artifact).items():
         if row["rule"]:
             kept = row["duplicate_of"].removeprefix("prose/")
             assert int(kept) < int(id.removeprefix("prose/")), "the first one is kept"
-            removed[kept] |= {kept, id.removeprefix("prose/")}
-    assert sorted(map(sorted, removed.values())) == sorted(map(sorted, expected.values()))
+            clusters[kept] |= {kept, id.removeprefix("prose/")}
+    assert sorted(map(sorted, clusters.values())) == sorted(map(sorted, expected.values()))
     assert 100 < sum(map(len, expected.values())) - len(expected) < 500
     removed = len((tmp_path / "clusters/000000.remove").read_bytes()) // 4
     assert removed == sum(1 for row in dispositions(artifact).values() if row["rule"])

@@ -19,16 +19,16 @@ FOLDER = ROOT / "containers"
 
 def sections(definition: str) -> dict[str, list[str]]:
     """The lines of an Apptainer definition by section, without comments; those before the first belong to `header`."""
-    sections: dict[str, list[str]] = {"header": []}
+    lines: dict[str, list[str]] = {"header": []}
     name = "header"
     for line in definition.splitlines():
         if line.startswith("%"):
             name = line[1:].strip()
-            assert name in {"files", "post", "test", "environment"} and name not in sections, line
-            sections[name] = []
+            assert name in {"files", "post", "test", "environment"} and name not in lines, line
+            lines[name] = []
         elif line.strip() and not line.startswith("#"):
-            sections[name].append(line.strip())
-    return sections
+            lines[name].append(line.strip())
+    return lines
 
 
 def test_both_definitions_have_the_same_base_files_steps_check_and_path() -> None:

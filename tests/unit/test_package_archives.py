@@ -139,8 +139,8 @@ def test_what_is_no_package(tmp_path: Path, content: bytes, words: str) -> None:
 
 
 def test_names_are_printable(tmp_path: Path) -> None:
-    (members_read,) = read(tmp_path, deb_of({"a\n\x1b[31m.txt": "a"}))
-    assert members_read.path == r"a\n\x1b[31m.txt"
+    (only,) = read(tmp_path, deb_of({"a\n\x1b[31m.txt": "a"}))
+    assert only.path == r"a\n\x1b[31m.txt"
 
 
 def test_gzip_members() -> None:

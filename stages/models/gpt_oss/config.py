@@ -120,10 +120,8 @@ class GptOssConfig(RoutedConfig, GroupedQueryConfig):
         kernel keeps none."""
         if not rows.packed or precision == "fp32":
             return super().attention_activations(layout, precision, rows, layer)
-        q, (scores, keys) = (
-            self.heads * self.head_dim,
-            plain_attention(rows, None if layer % 2 else self.sliding_window),
-        )
+        q = self.heads * self.head_dim
+        scores, keys = plain_attention(rows, None if layer % 2 else self.sliding_window)
         return {
             "queries, turned": 2 * q,
             "keys and values of each slice, for all heads": 2 * 2 * q * keys,
