@@ -68,12 +68,12 @@ class Terminal:
         row[self.column : self.column + len(characters)] = [(character, self.color) for character in characters]
         self.column += len(characters)
 
-    def shown(self) -> Shown:
-        """The last rows that are filled."""
+    def shown(self, most: int = VISIBLE) -> Shown:
+        """The last rows that are filled, so many at most."""
         filled = len(self.rows)
         while filled and not any(character.strip() for character, _ in self.rows[filled - 1]):
             filled -= 1
-        return tuple(_parts(row) for row in self.rows[max(0, filled - VISIBLE) : filled])
+        return tuple(_parts(row) for row in self.rows[max(0, filled - most) : filled])
 
 
 def _parts(row: Row) -> tuple[tuple[str, str], ...]:

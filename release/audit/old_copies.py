@@ -81,7 +81,7 @@ def recognize(
             if _has_tombstone(name):
                 _compare(verdict, folder, _located(name, temporary), policy, verify_folder)
     except AtomError as error:
-        verdict.checks.append(CheckResult(NAME, None, f"not asked: {error}"))
+        verdict.checks.append(CheckResult(NAME, None, f"not checked: {error}"))
     return verdict
 
 

@@ -119,7 +119,7 @@ def _verify_folder(
         if runner.spent and not check.confined:  # files that were too slow for a check would take even longer here
             continue
         if not bytes_hold:
-            reason = "not asked, since the bytes are not what was published"
+            reason = "not checked, because the bytes are not what was published"
             verdict.checks.append(CheckResult(check.name, None, reason))
             continue
         progress(f"check {number} of {len(verifiers)}: {check.name.replace('_', ' ')}")
@@ -162,7 +162,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     """Checks that all repositories are signed by one trusted key or identity, or that none is signed."""
     name, folder = "signatures", contents.folder
     if contents.kind == "release" and contents.missing:
-        return CheckResult(name, None, "not asked, since parts of the release are missing")
+        return CheckResult(name, None, "not checked, because parts of the release are missing")
     repositories = contents.places
     problems: Problems = []
     signers: dict[str, str | None] = {}

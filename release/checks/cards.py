@@ -30,7 +30,7 @@ def cards(subject: Subject) -> Findings:
 def _cards_of_release(folder: Path) -> Findings:
     stated = schema.stated(folder)
     if stated.format < 2:
-        raise Absent("not asked, since it was made by an older version of atom, whose cards had other tables")
+        raise Absent("not checked: it was made by an older version of atom, whose cards had other tables")
     findings = Findings(summary="every table and score equals the artifacts'")
     release, data = schema.read_release(folder), folder / "dataset"
     data_facts = read_data_facts(data)

@@ -41,7 +41,7 @@ def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
         ok = not problems if problems or findings.compared else None
         return CheckResult(name, ok, problems[0] if problems else findings.detail, problems, skipped)
     except ImportError as error:
-        return CheckResult(name, None, f"not asked, since it needs {error.name or error}; install atom-release[train]")
+        return CheckResult(name, None, f"not checked, because it needs {error.name or error}; install atom-release[train]")
     except CheckFailed as error:
         return answer(name, [str(error)])
     except Absent as error:
@@ -92,7 +92,7 @@ class CheckRunner:
 
     def run(self, name: str, question: Callable[[], CheckResult], reads: Reads = NOTHING_LARGE) -> CheckResult:
         if self.spent:
-            return CheckResult(name, None, f"not asked, since {self.spent}")
+            return CheckResult(name, None, f"not checked, because {self.spent}")
         try:
             return CheckResult(**self._run_confined(lambda: asdict(question()), self._allowance(reads)))
         except CheckFailed as error:

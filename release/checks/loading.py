@@ -32,7 +32,7 @@ def loads_with_goldens(subject: Subject) -> Findings:
     """Checks that each model loads within limits, that its chat template round-trips, and that fixed inputs give the
     outputs of the build."""
     if lacking := confine.missing():
-        raise Absent(f"not asked, since loading a model within limits needs {lacking}")
+        raise Absent(f"not checked, because loading a model within limits needs {lacking}")
     for name in ("torch", "transformers"):  # the fresh interpreter would report their absence as a fault of the model
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -41,5 +41,5 @@ def valid(subject: Subject) -> Findings:
     try:
         problems = validation.problems(subject.folder)
     except ImportError as error:
-        raise Absent(f"not asked, since it needs {error.name or error}; install atom-release[report]") from None
+        raise Absent(f"not checked, because it needs {error.name or error}; install atom-release[report]") from None
     return Findings(problems, summary=f"{len(validation.VALIDATORS)} valid by their standards")

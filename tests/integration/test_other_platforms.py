@@ -63,10 +63,10 @@ def test_verify_gives_the_same_verdict_and_says_what_it_lacks(release: Path, tmp
 def test_a_deep_verification_says_what_it_lacks(release: Path, tmp_path: Path) -> None:
     deep = elsewhere("macos", tmp_path, "verify", "--deep", str(release))
     assert (
-        f"skipped reload_in_transformers: not asked, since loading a model within limits needs {LACKING['macos']}"
+        f"skipped reload_in_transformers: not checked, because loading a model within limits needs {LACKING['macos']}"
         in deep
     )
-    assert "skipped weights: not asked, since it needs torch; install atom-release[train]" in deep
+    assert "skipped weights: not checked, because it needs torch; install atom-release[train]" in deep
     assert "ok      order" in deep and "ok      documents" in deep and deep.endswith(": verified\n")
 
 

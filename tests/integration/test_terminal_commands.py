@@ -21,7 +21,7 @@ COLOR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
 
 
 def on_terminal(home: Path, *arguments: str, **environment: str) -> tuple[int, str, list[str]]:
-    """(exit code, what the command sent, what the terminal of 80 columns shows in the end) of an `atom` command."""
+    """(exit code, what the command sent, the rows of a high terminal of 80 columns in the end) of an `atom` command."""
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", record.ROWS, COLUMNS, 0, 0))
     names = ("COLUMNS", "NO_COLOR", "FORCE_COLOR")
@@ -37,7 +37,7 @@ def on_terminal(home: Path, *arguments: str, **environment: str) -> tuple[int, s
     os.close(main)
     screen = record.Terminal()
     screen.feed(text)
-    return process.wait(), text, ["".join(part for _, part in row).rstrip() for row in screen.shown()]
+    return process.wait(), text, ["".join(part for _, part in row).rstrip() for row in screen.shown(record.ROWS)]
 
 
 def test_show_is_the_same_page_on_a_terminal_and_in_a_pipe(built: Path, tmp_path: Path) -> None:
