@@ -27,7 +27,7 @@ LATEST_TESTS  := tests/integration/test_fake_quantization.py tests/integration/t
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
 	@echo "make check   linters, types and unit tests (under a minute on two cores)"
-	@echo "make test    linters, types and all tests (about 26 minutes on two cores); make tests without the linters"
+	@echo "make test    linters, types and all tests (about 18 minutes on two cores); make tests without the linters"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
 	@echo "make test-vllm     vLLM on CPU against transformers, as the sampler of RL, and as a generator of texts (3 GB of download)"
