@@ -216,7 +216,7 @@ def test_what_is_no_database_is_reported_at_once(tmp_path: Path, kind: str) -> N
 @at_length("training", 20)
 def test_the_sentence_about_a_failed_stage_is_a_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "home")
-    run = home_fixtures.start(store, home_fixtures.graphs(tmp_path)[0], ["acquire-sums"])
+    run = home_fixtures.start(store, home_fixtures.graphs(tmp_path)[0], ["acquire-sums"], stop_before="acquire-sums")
     uri = f"sqlite:///{store.home / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     report = FileReport(run.node_folder("acquire-sums"))
@@ -224,7 +224,7 @@ def test_the_sentence_about_a_failed_stage_is_a_tag(tmp_path: Path, monkeypatch:
     report.end(Failure("node n7 has 0 GPUs; see http://user:secret@host/x"))
     report.close()
     mlflow_sync.Forwarder(run, store).sync()
-    tracked = tracked_runs(uri)["acquire-sums"]
+    tracked = tracked_runs(uri, "one")["acquire-sums"]
     assert tracked.data.tags["atom.error"] == "node n7 has 0 GPUs; see http://host/x"
     assert tracked.info.status == "FAILED"
 
