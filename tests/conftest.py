@@ -28,6 +28,7 @@ from release.assembly import build_release as builder
 from tests.fixtures import audit_fixtures, load_fixtures, release_fixtures, slurm_fixtures, train_fixtures
 from tests.fixtures.hub_fixtures import hub  # noqa: F401 - fixtures
 from tests.fixtures.opt_out_release_fixtures import earlier_release, later_release  # noqa: F401 - fixtures
+from tests.fixtures.publish_fixtures import client, release  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import RecordingReport, atom, copy_sealed
 from tests.fixtures.verifier_fixtures import gym, maths, serve  # noqa: F401 - fixtures
 

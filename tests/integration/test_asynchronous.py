@@ -29,10 +29,9 @@ from stages.rl.rollout.asynchronous import LiveGroups
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.subprocess_sampler import SubprocessSampler
 from tests.fixtures import ROOT, layout_fixtures, rl_fixtures, train_fixtures, weights_fixtures
-from tests.fixtures.rl_fixtures import place, rewrite, without_sampler  # noqa: F401 - fixtures
+from tests.fixtures.rl_fixtures import first, place, rewrite, without_sampler  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import at_length
-from tests.integration.test_recorded_rollouts import first
-from tests.unit import test_generate
+from tests.fixtures.sampler_fixtures import MODEL, VOCAB, tensors
 
 SUBPROCESS = {"kind": "subprocess", "max_new_tokens": 12}
 
@@ -66,17 +65,17 @@ def live(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_process_draws_what_the_in_process_sampler_draws(tmp_path: Path) -> None:
-    config, notes = hf_config(test_generate.MODEL, test_generate.VOCAB, 1, 0, "float32"), []
+    config, notes = hf_config(MODEL, VOCAB, 1, 0, "float32"), []
     requests = [Prompt(tuple(range(6, 6 + n)), 7 * n) for n in (3, 9, 3, 17, 5)]
     sampler = SubprocessSampler(config, (1, 3), 12, tmp_path / "served", note=notes.append)
-    given = weights_fixtures.written(tmp_path / "served", test_generate.tensors(0))
+    given = weights_fixtures.written(tmp_path / "served", tensors(0))
     sampler.load(given)
     inside = InProcess(config, (1, 3), 12)
-    inside.load(test_generate.tensors(0))
+    inside.load(tensors(0))
     expected = [replace(c, versions=((given.digest, len(c.ids)),)) for c in inside.generate(requests)]
     assert sampler.generate(requests) == expected and not notes
 
-    changed = weights_fixtures.written(tmp_path / "changed", test_generate.tensors(1))
+    changed = weights_fixtures.written(tmp_path / "changed", tensors(1))
     assert changed.folder is not None
     path = changed.folder / "rank-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")

@@ -1,5 +1,7 @@
 """What is said of long contexts: exact lengths and depths, scores that a known reader earns, losses against a slow way."""
 
+# ruff: noqa: F811 - fixtures are imported, and are arguments
+
 from __future__ import annotations
 
 import math
@@ -12,62 +14,15 @@ import pytest
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
-from pipeline.core.store import Artifact, write_manifest
 from release.assembly.score_facts import compute_scores
 from stages.data.synthetic import passkeys
-from stages.evaluation import bits_per_byte, long_context, model_evaluation
+from stages.evaluation import long_context, model_evaluation
 from stages.evaluation.long_context import ContextSection
 from stages.evaluation.pieces import compute
 from tests.fixtures import release_fixtures
+from tests.fixtures.long_context_fixtures import CONFIG, SECTION, inputs, loaded, long_documents  # noqa: F401
 
 pytestmark = pytest.mark.numeric
-
-SECTION = {"lengths": [60, 150, 300], "depths": [0, 0.3, 1], "per_cell": 2, "documents": 3, "digits": 4}
-"""Lengths in bytes, which are the tokens of the test's tokenizer; 300 is far beyond the model's 64."""
-CONFIG = {"heldout_documents": 2, "max_new_tokens": 4}
-
-
-def long_documents() -> list[dict[str, Any]]:
-    rows = []
-    for n, repeats in enumerate((3, 30, 30, 30, 30)):
-        text = f"Document {n} says: " + f"the quick brown fox {n} jumps. " * repeats
-        row = {
-            "id": f"prose/{n}",
-            "text": text,
-            "source": "prose",
-            "content_hash": release_fixtures.sha(text),
-            "prompt_chars": 0,
-        }
-        rows.append({**row, "split": "heldout"})
-    return rows
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    root = tmp_path_factory.mktemp("inputs")
-    for role, node in {"model": "export-mid", "items": "items"}.items():
-        release_fixtures.make_node(node, root / role)
-    problem = {**long_documents()[1], "id": "sums/0", "source": "sums", "prompt_chars": 6}
-    release_fixtures.table(root / "dedup/kept/prose.parquet", long_documents())
-    release_fixtures.table(root / "dedup/kept/sums.parquet", [problem, {**problem, "id": "sums/1"}])
-    return {role: write_manifest(root / role, role) for role in ("model", "dedup", "items")}
-
-
-@pytest.fixture(scope="module")
-def loaded(inputs: dict[str, Artifact]) -> Any:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from stages.evaluation.transformers_model import TransformersModel
-
-    folder = inputs["model"] / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return SimpleNamespace(
-        model=model,
-        oracle=TransformersModel(model, tokenizer),
-        tokenizer=tokenizer,
-        encode=lambda text: bits_per_byte.token_ids(tokenizer, text),
-    )
 
 
 def test_scores_are_recomputed_from_the_tables_alone(run_stage: Any, inputs: Any, tmp_path: Path) -> None:

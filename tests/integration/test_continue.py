@@ -27,10 +27,10 @@ from pipeline.launch.checkpoint_artifacts import CheckpointArtifacts
 from pipeline.launch.rendezvous import Ranks
 from stages.data import order
 from stages.data.table import write_json
+from tests.fixtures.order_fixtures import config as order_config
+from tests.fixtures.order_fixtures import tokens
 from tests.fixtures.recipe_fixtures import SMOKE, write
 from tests.fixtures.run_fixtures import at_length, atom
-from tests.integration.test_order import config as order_config
-from tests.integration.test_order import tokens
 
 
 def rows(artifact: Artifact) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from pipeline.core import provenance
 from pipeline.core.lease import holder
 from pipeline.graph.recipe import find
 from tests.fixtures.recipe_fixtures import SMOKE
-from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
+from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed, start, wait_for
 
 
 def recipe_with_documents(folder: Path, lines: list[str]) -> str:
@@ -165,8 +165,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
 
 @at_length("release", 25)
 def test_cancel_stops_a_run_from_another_terminal(smoke_home: Path, tmp_path: Path) -> None:
-    from tests.integration.test_run import start, wait_for
-
     home = tmp_path / "home"
     copy_sealed(smoke_home, home, *DATA)
     run = start(home, "run", "atom-smoke", "--until", "pretrain")

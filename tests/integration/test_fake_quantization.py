@@ -9,24 +9,14 @@ import pytest
 import torch
 
 from stages.mcore import fake_quantization
-from stages.mcore.model import build
 from stages.mcore.quantize import FP8, RECIPES, Counts, QuantizationRecipe
-from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
-from tests.fixtures import fp8_layout_fixtures, train_fixtures
-from tests.fixtures.quantize_fixtures import quantize_dequantize
+from tests.fixtures import fp8_layout_fixtures
+from tests.fixtures.quantize_fixtures import SIZES, loss_of, model, quantize_dequantize
 from tests.fixtures.run_fixtures import at_length
 
 pytestmark = pytest.mark.numeric
 
-SIZES: dict[str, Any] = {
-    **train_fixtures.MODEL,
-    "layers": 3,
-    "dense_layers": 1,
-    "intermediate_size": 64,
-    "shared_expert_intermediate_size": 48,
-}
 QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 EXPECTED = {(layer, name) for layer in range(3) for name in (QKV, PROJ)}
 EXPECTED |= {(0, "mlp.linear_fc1"), (0, "mlp.linear_fc2")}
@@ -34,28 +24,6 @@ EXPECTED |= {
     (layer, f"mlp.{part}.{name}")
     for layer in (1, 2) for part in ("experts", "shared_experts") for name in ("linear_fc1", "linear_fc2")
 }  # fmt: skip
-
-
-def model() -> Any:
-    """A GPTModel with a dense layer and shared experts, and its initial weights."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    # What Megatron's schedule does before a backward pass. Without it the router makes a scale of its own for the whole
-    # process, of a shape that the schedule of a later test cannot write to.
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    config = Qwen3MoeConfig.model_validate(SIZES)
-    (gpt,) = build(config, train_fixtures.VOCAB)
-    shapes = config.shapes(train_fixtures.VOCAB)
-    for name, parameter in gpt.named_parameters():
-        parameter.data.copy_(full_tensor(name, shapes[name], config, seed=0))
-    return gpt
-
-
-def loss_of(gpt: Any) -> torch.Tensor:
-    ids = torch.randint(0, train_fixtures.VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
-    where = torch.arange(32).expand_as(ids)
-    loss: torch.Tensor = gpt(ids, where, None, labels=ids.roll(-1, 1)).float().mean()
-    return loss
 
 
 def test_every_linear_layer_and_nothing_else_is_rounded() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Estimate, Published, TrainingEstimate
+from pipeline.core.stage import Estimate, Published
 from pipeline.core.store import Store
 from pipeline.graph import dag, fit, plan
 from pipeline.graph import recipe as recipes
@@ -20,22 +20,8 @@ from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from tests.fixtures import ROOT
+from tests.fixtures.fit_fixtures import BODY, GIB, TRAINING
 from tests.fixtures.run_fixtures import atom
-
-GIB = 2**30
-TRAINING = TrainingEstimate(
-    steps=1000, batch_tokens=(1,), sequence_length=1, precision="bf16", layout="", recomputes=False, gflop_per_token=1.0,
-    state_bytes=0, activation_bytes=0, checkpoint_bytes=0, release_checkpoints=1, work_checkpoints=1,
-    checkpoint_interval=100, order_rows=1, data_bytes=0,
-)  # fmt: skip
-BODY: dict[str, Any] = {
-    "name": "p", "power": {"watts_per_core": 8}, "storage": {"home_gb": 100, "home_files": 1000, "hub_gb": 50},
-    "gpu": {"name": "G", "memory_gb": 76, "bf16": {"peak_tflops": 1000, "utilization": 0.25}, "source": "a guess"},
-    "slurm": {
-        "cpu": {"partition": "cpu", "minutes": 60, "memory_gb": 64},
-        "train": {"partition": "gpu", "minutes": 60, "tasks_per_node": 8, "gpus_per_node": 8, "memory_gb": 100},
-    },
-}  # fmt: skip
 
 
 def row(estimate: Estimate, trains: bool = False, shards: int = 1, text: str = "to run") -> plan.StagePlan:

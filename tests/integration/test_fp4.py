@@ -1,6 +1,4 @@
-"""FP4's arithmetic against a second implementation that knows neither torch's casts nor ours: a table of the sixteen
-numbers of e2m1 with their codes (OCP MX 1.0, table 5), searched one value at a time, and scales by their definitions.
-"""
+"""FP4's arithmetic against the second implementation of fp4_fixtures, number by number, and by hand."""
 
 from __future__ import annotations
 
@@ -16,82 +14,12 @@ from stages.mcore import fake_quantization
 from stages.mcore.fake_quantization import LinearRecord
 from stages.mcore.quantize import E2M1, FP4, RECIPES, Kind, _round, hadamard, quantize
 from stages.train import parallel
-from tests.fixtures.quantize_fixtures import quantize_dequantize
-from tests.integration.test_fake_quantization import loss_of, model
-from tests.integration.test_quantize import spread_out
+from tests.fixtures.fp4_fixtures import TABLE, decode, f32, nearest, scalar, tensor_encode
+from tests.fixtures.quantize_fixtures import loss_of, model, quantize_dequantize, spread_out
 
 pytestmark = pytest.mark.numeric
 
-f32 = np.float32
 KINDS: tuple[Kind, ...] = ("input", "weight", "gradient")
-
-
-def decode(code: int) -> float:
-    """The number of a code: sign, two bits of an exponent with bias 1, one bit of a mantissa."""
-    sign, exponent, mantissa = -1 if code & 8 else 1, code >> 1 & 3, code & 1
-    return sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
-
-
-TABLE = [decode(code) for code in range(8)]
-
-
-def nearest(x: float) -> float:
-    """The number of e2m1 nearest to x; of two, the one with an even code."""
-    code = min(range(8), key=lambda code: (abs(abs(x) - TABLE[code]), code % 2))
-    return math.copysign(TABLE[code], x)
-
-
-def e8m0(code: int) -> float:
-    """PyTorch's reading of a scale byte."""
-    return float(torch.tensor([code], dtype=torch.uint8).view(torch.float8_e8m0fnu).float())
-
-
-def e4m3(x: float) -> float:
-    """Every finite number of the format is one of 127 codes; the nearest, ties to an even code."""
-    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().tolist()
-    code = min(range(127), key=lambda code: (abs(x - values[code]), code % 2))
-    return float(values[code])
-
-
-def mx_block(block: np.ndarray) -> np.ndarray:
-    """OCP MX 1.0, section 6.3: the scale is the largest power of two in the block by the largest of the format, 4."""
-    largest = float(np.abs(block).max())
-    if largest == 0:
-        return block * 0.0
-    code = min(max(math.frexp(largest)[1] - 1 - 2 + 127, 0), 254)
-    scale = e8m0(code)
-    return np.array([nearest(float(f32(v) / f32(scale))) * scale for v in block.flat]).reshape(block.shape)
-
-
-def tensor_encode(largest: float) -> Any:
-    """The inverse of the tensor's scale: 6 x 448 by its largest value, as far as fp32 goes."""
-    return f32(min(6 * 448 / largest, float(np.finfo(f32).max))) if largest else f32(1)
-
-
-def nv_block(block: np.ndarray, tensor_largest: float) -> np.ndarray:
-    """arXiv:2509.25149, appendix B: the numbers of the block, times its e4m3 scale; the fp32 scale is the caller's."""
-    encode = tensor_encode(tensor_largest)
-    scale = e4m3(float(np.abs(block).max() / f32(6) * encode))
-    if scale == 0:
-        return block * 0.0
-    factor = f32(1) / (f32(scale) * (f32(1) / encode))
-    return np.array([nearest(float(f32(v) * factor)) * scale for v in block.flat]).reshape(block.shape)
-
-
-def scalar(x: torch.Tensor, recipe: str, kind: str, summed: int) -> np.ndarray:
-    """The values that a product sees, without nvfp4's scale of the tensor."""
-    numbers = x.float().numpy()
-    size = 16 if recipe == "nvfp4" else 32
-    height, width = (size, 1) if summed == 0 else (1, size)
-    if recipe == "nvfp4" and kind == "weight":
-        height = width = 16
-    out = np.zeros(numbers.shape)
-    for top in range(0, numbers.shape[0], height):
-        for left in range(0, numbers.shape[1], width):
-            part = np.s_[top : top + height, left : left + width]
-            block = numbers[part]
-            out[part] = mx_block(block) if recipe == "mxfp4" else nv_block(block, float(np.abs(numbers).max()))
-    return out
 
 
 def test_the_numbers_are_those_of_the_specification() -> None:

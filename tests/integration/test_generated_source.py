@@ -24,60 +24,15 @@ from stages import graph
 from stages.data import dedup, duplicate_search, filter, generate, representative_copies
 from stages.data.licenses.derivatives import forbids_derivatives
 from stages.data.readers.generated import Generated
-from stages.data.recipe import DataRecipe, load
-from stages.data.table import TOKENIZED, part_files, write_rows
+from stages.data.recipe import load
+from stages.data.table import TOKENIZED, write_rows
 from stages.evaluation import eval_set
 from stages.recipe import ReleaseRecipe
 from stages.scorers import answer_of
 from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.generated_source_fixtures import READER, TEXTS, acquire_notes, digest_of, rows, run, write_recipe
 from tests.fixtures.home_fixtures import SMOKE
 from tests.fixtures.run_fixtures import RecordingReport
-
-WORDS = [
-    "the",
-    "parser",
-    "reads",
-    "one",
-    "line",
-    "after",
-    "the",
-    "other",
-    "and",
-    "gives",
-    "back",
-    "what",
-    "it",
-    "has",
-    "read",
-    "so",
-    "far",
-]
-TEXTS = {  # by file, of which each is a part
-    "a.jsonl": [(" ".join(WORDS[n:]), "CC-BY-4.0") for n in range(7)],
-    "b.jsonl": [
-        ("A text that nobody may change.", "CC-BY-NC-ND-4.0"),
-        ("It holds <|im_end|>, a token of the generator.", "CC0-1.0"),
-        ("word " * 60, "CC0-1.0"),
-        ("A last one.", "CC0-1.0"),
-    ],
-}
-READER = {
-    "reader": "generated", "from_source": "notes", "generator": "tiny", "path": "model",
-    "generator_license": "Apache-2.0", "generator_terms": "outputs are free", "output_license": "MIT",
-    "prompt": "Rewrite: {text}", "max_new_tokens": 16, "unfinished": "keep", "batch": 3,
-}  # fmt: skip
-
-
-def write_recipe(folder: Path, digest: str, **reader: Any) -> DataRecipe:
-    common = {"kind": "prose", "license_evidence": "LICENSE", "origin": "by hand", "license": "CC-BY-4.0", "parts": 2}
-    notes = {"reader": "jsonl", "path": "notes", "license_field": "license"}
-    sources = [
-        {"name": "rewritten", **common, "tree_digest": digest, "reader": {**READER, **reader}},
-        {"name": "notes", **common, "reader": notes},
-    ]
-    path = folder / ("data.yaml" if digest != "auto" else "without-a-pin.yaml")
-    path.write_text(json.dumps({"name": "data", "description": "test", "sources": sources}))
-    return load(path)
 
 
 def test_texts_from_a_source_by_reference_are_published_for_a_stated_reason(tmp_path: Path) -> None:
@@ -98,49 +53,19 @@ def test_texts_from_a_source_by_reference_are_published_for_a_stated_reason(tmp_
     )
 
 
-def digest_of(folder: Path) -> str:
-    """The digest of the generator, as the error names it for a source without one."""
-    with pytest.raises(RecipeError, match="tree_digest must pin the generator tiny") as caught:
-        write_recipe(folder, "auto").resolved()
-    return str(caught.value).split()[-1]
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, a generator and a recipe that pins it."""
     folder = tmp_path_factory.mktemp("generated")
     release_fixtures.save_model(folder / "model", seed=3, context=128)
-    (folder / "notes").mkdir()
-    for name, documents in TEXTS.items():
-        rows = [json.dumps({"text": text, "license": license}) for text, license in documents]
-        (folder / "notes" / name).write_text("\n".join(rows) + "\n")
-    write_recipe(folder, digest_of(folder))
-    (folder / "notes-out").mkdir()
-    run("acquire", folder, "notes", folder / "notes-work", folder / "notes-out")
-    write_manifest(folder / "notes-out", "acquire-notes")
+    acquire_notes(folder)
     return folder
-
-
-def run(stage: str, folder: Path, source: str, work: Path, out: Path, shards: tuple[int, ...] = ()) -> None:
-    """Runs a stage on a source of the recipe, after `shards` of it."""
-    module = __import__(f"stages.data.{stage}", fromlist=["STAGE"])
-    config = module.STAGE.config.model_validate(load(folder / "data.yaml").resolved().acquire_config(source, 0))
-    inputs = {"parent": Artifact.open(folder / "notes-out")} if stage == "generate" else {}
-    work.mkdir(exist_ok=True)
-    for shard in shards:
-        module.STAGE.run_shard(config, inputs, work, shard)
-    out.mkdir(exist_ok=True)
-    module.STAGE.run(config, inputs, work, out, RecordingReport())
 
 
 @pytest.fixture(scope="module")
 def calm(place: Path) -> Artifact:
     run("generate", place, "rewritten", place / "calm-work", place / "calm")
     return write_manifest(place / "calm", "acquire-rewritten")
-
-
-def rows(artifact: Artifact, table: str) -> list[dict[str, Any]]:
-    return [row for path in part_files(artifact.path, table) for row in pq.read_table(path).to_pylist()]
 
 
 def test_each_text_states_its_origin(calm: Artifact, place: Path) -> None:
@@ -199,7 +124,7 @@ def test_a_killed_run_ends_in_the_same_bytes(calm: Artifact, place: Path, tmp_pa
         "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return draw(*arguments)\n"
         "inference.draw = killed\n"
-        "from tests.integration.test_generated_source import run\n"
+        "from tests.fixtures.generated_source_fixtures import run\n"
         "run('generate', *map(lambda x: x if x == 'rewritten' else Path(x), sys.argv[1:]))\n"
     )
     work, out = tmp_path / "work", tmp_path / "out"

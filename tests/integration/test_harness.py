@@ -30,20 +30,8 @@ from stages.evaluation.task_sets import TASK_SETS, HarnessSection
 from stages.rl.protocols import to_row
 from stages.rl.rollout import tasks
 from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.harness_fixtures import CHOICES, OWN_TASKS, TASK, section_of, write_tasks
 from tests.fixtures.run_fixtures import evaluate_in_shards
-
-TASK = """
-task: next_words
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{label}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -105,41 +93,9 @@ def test_what_is_missing_is_reported_in_a_sentence(
     )
 
 
-OWN_TASKS = {
-    "next_words": TASK.format(data="rows.jsonl").replace(
-        "task: next_words", "task: next_words\nmetadata: {version: 1}"
-    ),
-    "own_sums": """
-task: own_sums
-dataset_path: json
-dataset_kwargs: {data_files: {test: sums.jsonl, train: sums.jsonl}}
-test_split: test
-fewshot_split: train
-num_fewshot: 1
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-""",
-}
-CHOICES = [
-    {"question": "the quick brown:", "choices": ["fox", "dog", "sum"], "label": 0},
-    {"question": "2+2=", "choices": ["4", "5"], "label": 1},
-    {"question": "never asked:", "choices": ["a", "b"], "label": 1},
-]
-SUMS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(4)]
-
-
 @pytest.fixture
 def own_tasks(tmp_path: Path) -> Path:
-    folder = tmp_path / "own"
-    folder.mkdir()
-    for name, text in OWN_TASKS.items():
-        (folder / f"{name}.yaml").write_text(text)
-    for name, rows in (("rows", CHOICES), ("sums", SUMS)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_tasks(tmp_path / "own")
 
 
 def test_a_plan_counts_the_items_of_known_sets(tmp_path: Path) -> None:
@@ -149,11 +105,6 @@ def test_a_plan_counts_the_items_of_known_sets(tmp_path: Path) -> None:
     assert HarnessSection(sets=("mmlu",), limit=10).tokens(served=True) == 57 * 10 * 500
     assert HarnessSection(sets=("arc",), limit=10_000).tokens(served=True) == 3548 * 500
     assert not {"items", "letters"} & identity(TASK_SETS["mmlu"]).keys()
-
-
-def section_of(folder: Path, **settings: object) -> HarnessSection:
-    task_folder = {"name": "own", "path": folder.name, "tasks": list(OWN_TASKS), "license": "CC0-1.0"}
-    return HarnessSection.model_validate({"folders": [{**task_folder, "license_evidence": "this test"}], **settings})
 
 
 def test_the_stage_seals_the_results_of_every_item(

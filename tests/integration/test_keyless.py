@@ -25,9 +25,8 @@ from release.signing import Trust
 from tests.fixtures import sigstore_fixtures
 from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import at_length
+from tests.fixtures.signing_fixtures import certificate, verdict, write_key
 from tests.fixtures.sigstore_fixtures import IDENTITY, ISSUER, Sigstore
-from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
-from tests.integration.test_sign import certificate, verdict, write_key
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +214,7 @@ def test_what_goes_not_together_is_reported(arguments: list[str], words: str, bu
 
 
 @at_length("release", 16)
-def test_they_are_published_and_come_back(client, release: Path, config: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_they_are_published_and_come_back(client, release: Path, config: Path, tmp_path: Path) -> None:
     assert f"signed with the identity {IDENTITY} ({ISSUER}); unchecked, atom verify checks it" in " ".join(
         show.text(show.facts_of(release)).split()
     )

@@ -13,7 +13,7 @@ from pipeline.core.store import Store, write_manifest
 from pipeline.graph import dag
 from release.prediction import ladder, ladder_points
 from stages.evaluation.ladder_laws import FORMS, PRETRAINING
-from tests.integration.test_prediction import SIZES, graph, recipe, seal_run
+from tests.fixtures.prediction_fixtures import SIZES, graph, recipe, seal_run
 
 pytestmark = pytest.mark.numeric
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import time
 from html.parser import HTMLParser
@@ -19,6 +18,7 @@ from pipeline.tracking import live, page, snapshot
 from tests.fixtures import home_fixtures, live_fixtures
 from tests.fixtures.live_fixtures import append, make_run, train
 from tests.fixtures.run_fixtures import atom
+from tests.fixtures.web_page_fixtures import chromium
 
 BUDGET = {"gpu_hours": 20.0, "core_hours": None}
 PRICES = {"gpu_hour": 2.5, "core_hour": 0.01, "currency": "EUR"}
@@ -154,13 +154,6 @@ def test_a_run_leaves_a_page_and_status_writes_one(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before, "to look writes nothing"
     process = atom(home, "status", "--html", str(tmp_path / "nowhere" / "page.html"), code=2)
     assert process.stderr.count("\n") == 1 and "cannot be written (No such file or directory)" in process.stderr
-
-
-def chromium() -> str:
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("there is no chromium here; apt-get install chromium")
-    return path
 
 
 def browse(path: Path, *options: str) -> subprocess.CompletedProcess[str]:

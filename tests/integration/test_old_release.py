@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from release.repositories import model_folders
 from tests.fixtures import old_release_fixtures
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.old_release_fixtures import Tree
+from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import at_length
 
 PHASE, STEP = "pretrain", 30
@@ -138,10 +140,6 @@ def test_post_training_is_not_replayed(old_release: Path, phase: str) -> None:
 
 
 def test_carried_code_that_is_not_the_code_that_trained_is_not_run(old_release: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from tests.integration.test_replay import resum
-
     copy = Path(shutil.copytree(old_release, tmp_path / "copy"))
     assert carried_code.find(Source(copy), PHASE, STEP) is not None
     engine = copy / "code/stages/train/engine.py"

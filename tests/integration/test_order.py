@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.store import Artifact, sha256_file, write_manifest
+from pipeline.core.store import sha256_file, write_manifest
 from pipeline.hub.repository_limits import FOLDER_FILES
 from release.checks.check import Subject
 from release.checks.order import segments
@@ -28,36 +28,11 @@ from stages.data.order_config import OrderConfig
 from stages.data.permutation import Permutation
 from stages.data.row_draw import DataCursor, SourceDraw, apportion
 from stages.data.seeds import permutation
-from stages.data.table import TOKENIZED, order_files, write_rows
+from stages.data.table import order_files
+from tests.fixtures.order_fixtures import config, tokens
 from tests.fixtures.train_fixtures import Reporter
 
 FIXED = [3, 7, 2, 9, 6, 1, 0, 5, 8, 4]
-
-
-def tokens(folder: Path) -> Artifact:
-    """Shards are absent on purpose: the order is made from the table of documents alone."""
-    rows: list[dict[str, Any]] = []
-    for source, lengths, loss_from in (("a", [5, 40, 9, 17, 2, 8, 33, 8], 0), ("b", [6] * 50, 3), ("empty", [1], 0)):
-        for ordinal, length in enumerate(lengths):
-            common = {"source": source, "split": "train", "content_hash": "", "license": "CC0-1.0", "bytes": 1}
-            rows.append({"id": f"{source}/{ordinal}", "tokens": length, "loss_from": loss_from, **common})
-    common = {"source": "a", "split": "heldout", "content_hash": "", "license": "CC0-1.0", "bytes": 1}
-    rows.append({"id": "a/held", "tokens": 12, "loss_from": 0, **common})
-    for source in ("a", "b", "empty"):
-        for part in (0, 1):  # documents of a part, by ordinal, from 0 in each part and split
-            part_rows = [row for row in rows if row["source"] == source]
-            part_rows = part_rows[: len(part_rows) // 2] if part == 0 else part_rows[len(part_rows) // 2 :]
-            count = Counter[str]()
-            for row in part_rows:
-                row |= {"part": part, "ordinal": count[row["split"]]}
-                count[row["split"]] += 1
-            write_rows(folder / f"documents/{source}/part-{part:05d}.parquet", TOKENIZED, part_rows)
-    return write_manifest(folder, "tokenize")
-
-
-def config(**changes: Any) -> dict[str, Any]:
-    mix = {"a": 0.75, "b": 0.25}
-    return {"phase": "pretrain", "mix": mix, "sequence_length": 8, "rows": 5, "steps": 20, "seed": 0, **changes}
 
 
 def test_shares_are_exact_and_every_chunk_comes_once_an_epoch(tmp_path: Path, run_stage: Any) -> None:

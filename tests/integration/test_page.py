@@ -7,7 +7,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from release.web_page.rewrite import rewrite
 from release.web_page.script_parts import PartWriter
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
+from tests.fixtures.web_page_fixtures import browse, contents
 
 ATTACK = "</script><script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
 TURNED = "\u202egnirts\u2066 \0end"
@@ -60,24 +60,6 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     release = builder.build(source, tmp_path_factory.mktemp("home"))
     patch.undo()
     return release
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def chromium() -> str:
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("there is no chromium here; apt-get install chromium")
-    return path
-
-
-def browse(address: str, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Stdout is the document after its scripts have run."""
-    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += [*options, f"--user-data-dir={profile}", "--virtual-time-budget=8000", address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
 
 
 def test_the_page_is_made_again_with_the_same_bytes_and_verified(built: Path, copy: Path, tmp_path: Path) -> None:

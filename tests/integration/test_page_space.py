@@ -24,7 +24,7 @@ from release.hub.local.store import HubStore
 from release.hub.space import write_space
 from release.layout import RETRACTED, SIGNATURE, SITE
 from tests.fixtures.run_fixtures import at_length, atom
-from tests.integration.test_page import browse, contents
+from tests.fixtures.web_page_fixtures import browse, contents
 
 
 def certificate_of(release: Path) -> dict[str, Any]:

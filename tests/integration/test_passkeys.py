@@ -21,12 +21,12 @@ from stages.data.python_stdlib import read_modules
 from stages.data.readers.base import Document, Unreadable
 from stages.data.readers.stdlib_source import StdlibSource
 from stages.data.recipe import load
-from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import split_of
 from stages.data.synthetic import passkeys
 from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, write_rows
 from stages.data.tokenization import encode
 from tests.fixtures.dedup_fixtures import deduplicate
+from tests.fixtures.passkey_fixtures import passkey_source
 
 TEXTS = [(f"Text {n} speaks of nothing much.\n\nIt has a second line, which is longer.", f"{n}.py") for n in range(9)]
 
@@ -84,20 +84,8 @@ def test_no_filler_is_held_out_elsewhere() -> None:
             assert text not in fillers
 
 
-def source(**reader: Any) -> dict[str, Any]:
-    settings = {
-        "name": "keys",
-        "kind": "problems",
-        "license": "PSF-2.0 AND Apache-2.0",
-        "license_evidence": "LICENSE",
-        "origin": "procedural",
-        "reader": {"reader": "passkeys", "count": 30, "min_chars": 80, "max_chars": 500, **reader},
-    }
-    return {**settings, "tree_digest": resolve_tree_digest(Source.model_validate(settings))}
-
-
 def test_acquired_from_the_library_and_the_same_twice(run_stage: Any) -> None:
-    config = {"source": source(), "seed": 3}
+    config = {"source": passkey_source(), "seed": 3}
     first, second = (run_stage(acquire.STAGE, config, {}) for _ in range(2))
     assert first.digest == second.digest
     rows = pq.read_table(first / "documents/part-00000.parquet").to_pylist()

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
-from pipeline.core.store import Artifact, Store, write_manifest
+from pipeline.core.store import Artifact, Store
 from pipeline.graph import dag
-from pipeline.graph import recipe as recipes
 from pipeline.launch.start_records import prediction_key
 from release.assembly import build_release as builder
 from release.audit import verify as audit
@@ -24,47 +22,9 @@ from release.checks import prediction as check_of_prediction
 from release.checks import registry
 from release.prediction import forecast, sealing
 from release.prediction.forecast import FILE, FOLDER, Point, RunSize
-from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures import release_fixtures
+from tests.fixtures.prediction_fixtures import SIZES, graph, recipe, seal_run
 from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
-
-SIZES = {"s1": 16, "s2": 32, "s3": 48}
-"""{recipe: hidden size}, of which atom-smoke has 64"""
-
-
-def recipe(folder: Path, name: str, **changed: Any) -> str:
-    """A smaller recipe of atom-smoke's family. changed: settings of sections."""
-    body = yaml.safe_load((ROOT / "pipeline/recipes/atom-smoke.yaml").read_text())
-    hidden = SIZES[name]
-    body["name"] = name
-    body["model"] |= {"hidden_size": hidden, "moe_intermediate_size": hidden, "head_dim": hidden // 4}
-    for section, settings in changed.items():
-        body[section] |= settings
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(body))
-    return str(path)
-
-
-def graph(path: str, home: Path) -> dag.Graph:
-    return dag.compose(recipes.load(path), Store(home))
-
-
-def seal_run(store: Store, of: dag.Graph, loss: float) -> None:
-    """The artifacts that a finished run would have left, in their form."""
-    files = {
-        "pretrain": {"summary.json": {"heldout_loss": {"first": 6.0, "last": loss, "rows": 24}}},
-        "evaluate-base": {
-            "scores.json": {
-                "bits_per_byte_all": {"value": loss, "se": 0.1},
-                "accuracy_all": {"value": 0.1, "se": 0.1, "n": 80},
-            }
-        },
-    }
-    for node, contents in files.items():
-        folder = store.artifacts / of.nodes[node].key
-        folder.mkdir(parents=True)
-        for name, content in contents.items():
-            (folder / name).write_text(json.dumps(content))
-        write_manifest(folder, folder.name)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from stages.mcore.fake_quantization import multiply
 from stages.mcore.quantize import E4M3, E5M2, FP8, RECIPES, Counts, Format, _round, quantize
-from tests.fixtures.quantize_fixtures import quantize_dequantize
+from tests.fixtures.quantize_fixtures import quantize_dequantize, spread_out
 
 pytestmark = pytest.mark.numeric
 
@@ -87,21 +87,6 @@ def scalar(x: torch.Tensor, recipe: str, kind: str, summed: int) -> tuple[list[l
                 underflows += exact[r][c] != 0 and value == 0
                 out[r][c] = value * fp32(1 / float(multiplier))
     return out, Counts(rows * columns, nonzero, underflows, 0)
-
-
-def spread_out(rows: int, columns: int, seed: int, kind: torch.dtype, wild: bool = True) -> torch.Tensor:
-    """Random values of many magnitudes, some zeros, a row and a column of zeros; if wild, up to the ends of fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = 10.0 ** ((16 if wild else 6) * (torch.rand(rows, columns, generator=generator) - 0.5))
-    x = torch.randn(rows, columns, generator=generator) * sizes
-    x[torch.rand(rows, columns, generator=generator) < 0.1] = 0
-    x[rows // 2] = 0
-    x[:, columns // 2] = 0
-    if wild:
-        x[0] *= 1e-30
-        x[:, -1] *= 1e25
-    x[-1, 0] = 1e-42  # subnormal in fp32
-    return x.to(kind)
 
 
 CASES = [(recipe, kind, summed) for recipe in FP8 for kind in ("input", "weight", "gradient") for summed in (0, 1)]

@@ -12,7 +12,6 @@ import torch
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import RankSimulation, Traffic
-from pipeline.launch.rendezvous import free_port
 from stages.mcore.model import transformer_config
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.simulated_rank import Collective, CollectiveLog
@@ -21,7 +20,13 @@ from stages.train import parallel, rank_simulation
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine
 from stages.train.estimate import rank_memory
-from tests.fixtures import layout_fixtures, rank_simulation_fixtures, train_fixtures
+from tests.fixtures import rank_simulation_fixtures, train_fixtures
+from tests.fixtures.rank_simulation_fixtures import (
+    LARGE,
+    VOCABULARY,
+    compare_phases_with_real_ranks,
+    require_planned_memory,
+)
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
 REAL: dict[str, dict[str, Any]] = {
@@ -36,11 +41,6 @@ MORE_REAL: dict[str, dict[str, Any]] = {
     "TP2 EP2 ETP1": {"tp": 2, "ep": 2, "etp": 1},
     "PP2 interleaved": {"pp": 2, "vpp": 2},
 }
-VOCABULARY = 8192
-LARGE: dict[str, Any] = dict(
-    layers=2, hidden_size=1024, heads=16, kv_heads=4, head_dim=64, experts=8, num_experts_per_tok=4,
-    moe_intermediate_size=512, context_length=2048, tie_embeddings=False,
-)  # fmt: skip
 MEMORY: dict[str, dict[str, Any]] = {
     "EP4": {"ranks": 4, "ep": 4},
     "TP2 EP4 ETP1 PP2 overlap": {
@@ -77,24 +77,6 @@ def compare_with_real_ranks(layouts: dict[str, dict[str, Any]], folder: Path, **
     compare_phases_with_real_ranks("text", dict(zip(layouts, configs, strict=True)), folder)
 
 
-def compare_phases_with_real_ranks(kind: str, phases: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Two processes over gloo: the same operations of the same groups, ranks and bytes, in the same order."""
-    configs, simulation = list(phases.values()), rank_simulation_fixtures.simulation(kind)
-    ports: set[int] = set()
-    while len(ports) < len(configs):  # a store that an earlier layout left behind would answer at its port
-        ports.add(free_port())
-    arguments = [kind, json.dumps(configs), json.dumps(sorted(ports)), str(folder)]
-    codes, logs = layout_fixtures.end(layout_fixtures.spawn(rank_simulation_fixtures.MODULE, arguments, 2))
-    assert codes == [0, 0], [log[-2000:] for log in logs]
-    for rank in (0, 1):
-        real = json.loads((folder / f"{rank}.json").read_text())
-        for name, settings, step in zip(phases, configs, real, strict=True):
-            if rank or "pp" in settings["phase"]["parallelism"]:  # other layouts' ranks do the same
-                result = simulation.simulate(rank_simulation_fixtures.CONFIGS[kind].model_validate(settings), rank)
-                assert [list(row) for row in result.sequence] == step["sequence"], f"{name}, rank {rank}"
-                assert result.parameters == result.planned_parameters == step["parameters"], f"{name}, rank {rank}"
-
-
 @at_length("training", 40)
 def test_collectives_are_those_of_real_ranks(tmp_path: Path) -> None:
     compare_with_real_ranks(REAL, tmp_path)
@@ -108,13 +90,6 @@ def test_collectives_of_more_layouts_are_those_of_real_ranks(tmp_path: Path) -> 
 def simulate_large(layout: dict[str, Any], rank: int = 0, precision: str = "bf16", **model: Any) -> RankSimulation:
     settings = config(layout, {**LARGE, **model}, VOCABULARY, 1024, precision=precision)
     return rank_simulation.simulate(TrainConfig.model_validate(settings), rank)
-
-
-def require_planned_memory(result: RankSimulation, tolerance: float = 0.05) -> None:
-    assert result.parameters == result.planned_parameters
-    assert result.peak_bytes == pytest.approx(result.planned_peak_bytes, rel=tolerance)
-    # between steps some tensors of the rows stay: gathered inputs, received activations, masks
-    assert result.state_bytes == pytest.approx(result.planned_state_bytes, abs=tolerance * result.peak_bytes)
 
 
 @pytest.mark.parametrize("name", MEMORY)

@@ -29,8 +29,7 @@ from pipeline.launch.local import visible_gpus
 from pipeline.launch.worker import _record_operation, attempt, work
 from stages.mcore import gpu
 from tests.fixtures.recipe_fixtures import SMOKE
-from tests.fixtures.run_fixtures import SOAK, at_length, atom, digests
-from tests.integration.test_run import start, wait_for
+from tests.fixtures.run_fixtures import SOAK, at_length, atom, digests, start, wait_for
 
 SLOW = 40  # steps: enough to be disturbed in
 

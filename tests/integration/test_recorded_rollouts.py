@@ -19,7 +19,7 @@ from stages.mcore.weight_init import Initial
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.rollout import rollouts
 from tests.fixtures import rl_fixtures, train_fixtures
-from tests.fixtures.rl_fixtures import place, rewrite, without_sampler  # noqa: F401 - fixtures
+from tests.fixtures.rl_fixtures import first, place, rewrite, without_sampler  # noqa: F401 - fixtures
 
 STEPS = rl_fixtures.config(steps=4, release_checkpoint_interval=2, checkpoint_interval=1)
 
@@ -63,11 +63,6 @@ def test_answers_of_an_earlier_version_name_policies_as_it_did(
     given_log, log = given.pop("log"), again.pop("log")
     assert again == given and log[0]["policy"] == drew
     assert [{**a, "policy": ""} for a in log] == [{**b, "policy": ""} for b in given_log]
-
-
-def first(rows: list[dict[str, Any]], step: int, **columns: Any) -> dict[str, Any]:
-    """The first answer of a step with these values."""
-    return next(row for row in rows if row["step"] == step and {**row, **columns} == row)
 
 
 FORGERIES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {

@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse
 from release.hub.local.app import make_app
 from release.hub.local.server import LOCAL_TOKEN, free_port
 from tests.fixtures.run_fixtures import at_length
-from tests.integration.test_release_publish import client, release  # noqa: F401 - fixtures
 
 WAYS = ("busy", "gone", "lost answer", "slow down")
 
@@ -47,11 +46,7 @@ class Faulty:
 
 @at_length("release", 600)
 @pytest.mark.timeout(3600)
-def test_every_request_fails_once_and_the_publication_is_finished(
-    client,  # noqa: F811
-    release: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_every_request_fails_once_and_the_publication_is_finished(client, release: Path, tmp_path: Path) -> None:
     hub, port = tmp_path / "hub", free_port()
     app = Faulty(make_app(hub, {LOCAL_TOKEN: "local"}))
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="critical", access_log=False))

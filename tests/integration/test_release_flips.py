@@ -14,7 +14,7 @@ from release.signing import Trust
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import SOAK
-from tests.integration.test_sign import signed, signer  # noqa: F401 - fixtures
+from tests.fixtures.signing_fixtures import signed, signer  # noqa: F401 - fixtures
 
 FLIPS, SWAPS = (1000, 200) if SOAK else (20, 6)
 

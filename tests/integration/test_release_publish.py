@@ -13,46 +13,9 @@ from pathlib import Path
 import pytest
 
 from release.assembly import build_release as builder
-from release.hub.local.server import LOCAL_TOKEN, free_port, running
-from tests.fixtures import ROOT, release_fixtures
+from release.hub.local.server import free_port, running
+from tests.fixtures import release_fixtures
 from tests.fixtures.run_fixtures import at_length
-
-PRELUDE = """
-import json, sys, pathlib
-from release.hub.publish import publish
-from release.audit.verify import verify
-from pipeline.hub.client import api
-from pipeline.core.errors import AtomError, CheckFailed, MachineError
-release = pathlib.Path(sys.argv[1])
-def said(error, call, *a, **k):
-    try: call(*a, **k)
-    except error as e:
-        assert type(e) in (error, MachineError) and "\\n" not in str(e), e
-        return str(e)
-    raise AssertionError("was not refused")
-"""
-
-
-@pytest.fixture
-def release(copy: Path) -> Path:
-    return copy
-
-
-@pytest.fixture
-def client(release: Path, tmp_path: Path):
-    def run(
-        code: str, endpoint: str, token: str | None = LOCAL_TOKEN, check: bool = True, timeout: float = 240
-    ) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
-        env.pop("HF_TOKEN", None)
-        if token:
-            env["HF_TOKEN"] = token
-        command = [sys.executable, "-c", PRELUDE + code, str(release)]
-        process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
-        assert not check or process.returncode == 0, process.stderr
-        return process
-
-    return run
 
 
 def test_staged_publication_and_a_strangers_check(client, release: Path, tmp_path: Path) -> None:

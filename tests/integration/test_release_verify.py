@@ -17,23 +17,8 @@ from release.layout import ALL_SUMS, SUMS
 from release.repositories import files_below, files_of, repositories
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
-from tests.fixtures.release_fixtures import resum
+from tests.fixtures.release_fixtures import pulled, resum
 from tests.fixtures.run_fixtures import SOAK, at_length
-
-
-def pulled(release: Path, target: Path) -> dict[str, Path]:
-    """Each repository alone, as snapshot_download leaves it."""
-    folders = {}
-    for place in repositories(release):
-        folder = target / (place.folder.replace("/", "_") or "root")
-        for path in [*files_of(release, place), SUMS]:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(release / place.folder / path, folder / path)
-        (folder / ".gitattributes").write_text("x\n")
-        (folder / ".cache/huggingface/download").mkdir(parents=True)
-        (folder / ".cache/huggingface/download/x.metadata").write_text("x\n")
-        folders[place.folder] = folder
-    return folders
 
 
 def flip(path: Path) -> bytes:

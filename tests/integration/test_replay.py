@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.core.store import Artifact, Store, sha256_file
-from pipeline.graph import dag, registry
-from pipeline.graph import recipe as recipes
-from release import checksums, layout, repositories
+from pipeline.core.store import Artifact, sha256_file
+from pipeline.graph import registry
+from release import layout
 from release.audit.replay import certificate, replay, retraining, text
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
+from tests.fixtures.release_fixtures import resum
+from tests.fixtures.replay_fixtures import build, validated
 from tests.fixtures.run_fixtures import SOAK, at_length
 
 END = "checkpoints/pretrain-step-60"
@@ -31,25 +32,12 @@ ORDER = "dataset/order/pretrain/part-00000.parquet"
 
 @pytest.fixture(scope="module")
 def release(smoke_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from release.assembly.build_release import build
-    from release.assembly.collect import build_input
-
-    store = Store(smoke_home)
-    source = build_input(dag.compose(recipes.load("atom-smoke"), store), store)
-    return build(source, tmp_path_factory.mktemp("home"))
+    return build(smoke_home, "atom-smoke", tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture
 def copy(release: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(release, tmp_path / release.name))
-
-
-def resum(release: Path) -> None:
-    """What a forger does who knows the format."""
-    sums = layout.ALL_SUMS, layout.SUMS
-    checksums.write_sums(release / sums[0], release, [p for p in repositories.files_below(release) if p not in sums])
-    root = next(place for place in repositories.repositories(release) if not place.folder)
-    checksums.write_sums(release / sums[1], release, repositories.files_of(release, root))
 
 
 def statement_of(release: Path, phase: str) -> Path:
@@ -64,19 +52,6 @@ def edit(path: Path, change: Any) -> None:
     body = json.loads(path.read_text())
     change(body)
     path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
-
-
-def validated(body: dict[str, Any]) -> dict[str, Any]:
-    """The predicate, after in-toto's own classes have read statement and predicate, unknown fields forbidden."""
-    from google.protobuf import json_format
-    from in_toto_attestation.predicates.test_result.v0.test_result_pb2 import TestResult
-    from in_toto_attestation.v1.statement import Statement
-    from in_toto_attestation.v1.statement_pb2 import Statement as Message
-
-    Statement.copy_from_pb(json_format.ParseDict(body, Message())).validate()
-    json_format.ParseDict(body["predicate"], TestResult())
-    assert body["predicateType"] == "https://in-toto.io/attestation/test-result/v0.1"
-    return dict(body["predicate"])
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.core.store import Store, sha256_file
-from pipeline.graph import dag
-from pipeline.graph import recipe as recipes
+from pipeline.core.store import sha256_file
 from release.audit.replay import certificate, replay, text
 from tests.fixtures.home_fixtures import SMOKE
 from tests.fixtures.old_release_fixtures import Tree
+from tests.fixtures.release_fixtures import resum
+from tests.fixtures.replay_fixtures import build, validated
 from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
-from tests.integration.test_replay import resum, validated
 
 ROLLOUTS = "dataset/rl/rlvr/rollouts.parquet"
 PREFERENCES = """
@@ -63,14 +62,6 @@ online_rlhf:
 
 evaluation:"""
 """Every phase of post-training on next to no work, for the recipe of atom-smoke; the last one is asynchronous."""
-
-
-def build(home: Path, recipe: str, folder: Path) -> Path:
-    from release.assembly.build_release import build
-    from release.assembly.collect import build_input
-
-    store = Store(home)
-    return build(build_input(dag.compose(recipes.load(recipe), store), store), folder)
 
 
 @pytest.fixture(scope="module")

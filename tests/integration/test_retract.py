@@ -23,7 +23,7 @@ from tests.fixtures import ROOT
 from tests.fixtures.opt_out_fixtures import hashed, write_deny_list
 from tests.fixtures.release_fixtures import corpus
 from tests.fixtures.run_fixtures import at_length, atom
-from tests.integration.test_sign import write_key
+from tests.fixtures.signing_fixtures import write_key
 
 TEXTS = {source: rows[3]["text"] for source, rows in corpus().items()}
 """The texts that go: document 3 of prose by its URL, and that of sums by its id."""

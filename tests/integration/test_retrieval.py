@@ -1,6 +1,8 @@
 """Tasks in long texts that need several statements: what an independent reader answers is the answer, items have their
 length, evaluation shares no key with training, and scores reach the card."""
 
+# ruff: noqa: F811 - fixtures are imported, and are arguments
+
 from __future__ import annotations
 
 import random
@@ -18,15 +20,14 @@ from pipeline.core.store import Artifact
 from release.assembly.score_facts import compute_scores
 from release.cards import tables
 from stages.data import acquire
+from stages.data.sources import Source
 from stages.data.synthetic import passkeys, retrieval
 from stages.evaluation import long_context, model_evaluation
 from stages.evaluation.long_context import ContextSection, RetrievalSection
 from stages.evaluation.pieces import compute
+from tests.fixtures.long_context_fixtures import CONFIG, SECTION, inputs, loaded, long_documents  # noqa: F401
+from tests.fixtures.passkey_fixtures import passkey_source
 from tests.fixtures.run_fixtures import at_length
-from tests.integration.test_context import CONFIG, SECTION, long_documents
-from tests.integration.test_context import inputs as inputs
-from tests.integration.test_context import loaded as loaded
-from tests.integration.test_passkeys import source
 
 pytestmark = pytest.mark.numeric
 
@@ -170,11 +171,7 @@ def test_bad_sections_cost_one_sentence(loaded: Any, tmp_path: Path) -> None:
 @at_length("data-plane", 17)
 def test_long_documents_are_made_from_the_library(run_stage: Any) -> None:
     reader = {"reader": "retrieval", "count": 10, "min_chars": 2000, "max_chars": 9000}
-    settings = {**source(), "reader": reader}
-    settings.pop("tree_digest")
-    from stages.data.sources import Source, resolve_tree_digest
-
-    settings["tree_digest"] = resolve_tree_digest(Source.model_validate(settings))
+    settings = passkey_source(**reader)
     first, second = (run_stage(acquire.STAGE, {"source": settings, "seed": 3}, {}) for _ in range(2))
     assert first.digest == second.digest
     rows = pq.read_table(first / "documents/part-00000.parquet").to_pylist()

@@ -11,9 +11,15 @@ from stages.rl import estimates, rank_simulation
 from stages.train import parallel
 from stages.train.engine import Engine
 from tests.fixtures import rank_simulation_fixtures
-from tests.fixtures.rank_simulation_fixtures import POST_TRAINING, post_training
+from tests.fixtures.rank_simulation_fixtures import (
+    LARGE,
+    POST_TRAINING,
+    VOCABULARY,
+    compare_phases_with_real_ranks,
+    post_training,
+    require_planned_memory,
+)
 from tests.fixtures.run_fixtures import at_length
-from tests.integration import test_rank_simulation as text
 
 REPLAY = {"mix": {"code": 1.0}, "rows": 64, "sequence_length": 1024, "weight": 0.1}
 MEMORY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -42,14 +48,14 @@ MORE_MEMORY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def configured(kind: str, layout: dict[str, Any], **phase: Any) -> Any:
-    body = post_training(kind, layout, text.LARGE, text.VOCABULARY, **{"precision": "bf16", **phase})
+    body = post_training(kind, layout, LARGE, VOCABULARY, **{"precision": "bf16", **phase})
     return rank_simulation_fixtures.CONFIGS[kind].model_validate(body)
 
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_planned(name: str) -> None:
     kind, layout, phase = MEMORY[name]
-    text.require_planned_memory(rank_simulation.simulate(configured(kind, layout, **phase), 0))
+    require_planned_memory(rank_simulation.simulate(configured(kind, layout, **phase), 0))
 
 
 @at_length("training", 150)
@@ -60,7 +66,7 @@ def test_memory_of_more_phases_is_planned(name: str, precision: str) -> None:
     kind, layout, phase = MORE_MEMORY[name]
     for rank in {0, layout.get("ranks", 1) - 1}:
         result = rank_simulation.simulate(configured(kind, layout, **phase, precision=precision), rank)
-        text.require_planned_memory(result)
+        require_planned_memory(result)
 
 
 def test_the_reference_of_a_kl_term_is_on_the_host() -> None:
@@ -68,7 +74,7 @@ def test_the_reference_of_a_kl_term_is_on_the_host() -> None:
     result = rank_simulation.simulate(
         configured("rlvr", {"ranks": 4, "ep": 4}, kl_coef=0.1, routing_replay=True, prompts_per_step=2), 0
     )
-    text.require_planned_memory(result)
+    require_planned_memory(result)
     assert result.copies_bytes == result.planned_copies_bytes == 2 * 2 * result.parameters
 
 
@@ -94,4 +100,4 @@ def test_collectives_are_those_of_real_ranks(kind: str, tmp_path: Path) -> None:
     phase |= {"kl_coef": 0.1, "updates": 2, "routing_replay": True} if kind == "rlvr" else {}
     model = {**rank_simulation_fixtures.MODEL, "context_length": 16}
     phases = {name: post_training(kind, {"ranks": 2, **x}, model, 64, **phase) for name, x in layouts.items()}
-    text.compare_phases_with_real_ranks(kind, phases, tmp_path)
+    compare_phases_with_real_ranks(kind, phases, tmp_path)

@@ -18,28 +18,7 @@ from pipeline.core import environment, provenance
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
 from tests.fixtures import ROOT
-from tests.fixtures.run_fixtures import DATA, SOAK, UNTRACKED, at_length, atom, copy_sealed, digests
-
-
-def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`atom` in a process group of its own, as a terminal would give it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        env={**UNTRACKED, **os.environ, "ATOM_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(home: Path, pattern: str, text: str, seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if any(text in path.read_text() for path in home.glob(pattern)):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"no {text} in {pattern}")
+from tests.fixtures.run_fixtures import DATA, SOAK, at_length, atom, copy_sealed, digests, start, wait_for
 
 
 def processes_of(home: Path) -> list[int]:

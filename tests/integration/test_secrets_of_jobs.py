@@ -22,31 +22,8 @@ from pipeline.launch import clean_environment, cluster_profile
 from pipeline.launch.batch_script import batch_script
 from pipeline.launch.local import JOB_ENVIRONMENT, LocalLauncher
 from tests.fixtures import verdict_fixtures
+from tests.fixtures.secret_fixtures import PLANTED, SECRETS
 
-PLANTED = "planted-0123456789"
-SECRETS = {
-    "HF_TOKEN": PLANTED,
-    "AWS_SECRET_ACCESS_KEY": PLANTED,
-    "WANDB_API_KEY": PLANTED,
-    "ATOM_KEY_PASSWORD": PLANTED,
-    "SLURM_JWT": PLANTED,
-    "MLFLOW_TRACKING_PASSWORD": PLANTED,
-    "MLFLOW_TRACKING_URI": f"https://me:{PLANTED}@tracking.example",
-    "NCCL_AUTH": PLANTED,
-    "my_github_token": PLANTED,
-    "TEAM_LOGIN": f"no word of the name says it, and\nthe second line has it: {PLANTED}",
-    "PYTHON_DATABASE": f"postgres://me:{PLANTED}@db/x",
-    "TORCH_HUB_ACCESS": f"hf_{PLANTED.replace('-', '')}",
-    "ATOM_GHTOKEN": PLANTED,
-    "SLURM_ACCESSKEY": PLANTED,
-    "TORCH_AUTH0": PLANTED,
-    "CUDA_PASSWORD1": PLANTED,
-    "PYTHON_GITHUBPAT": PLANTED,
-    "MLFLOW_DBPWD": PLANTED,
-    "MLFLOW_REGISTRY_URI": f"https://{PLANTED}@tracking.example",
-    "GITLABTOKEN": PLANTED,
-}
-"""Variables that no stage may have, whichever the pattern that they would fit."""
 NEEDED = {"NCCL_IB_PKEY": "0x8001", "PYTHONUSERBASE": "/z", "OLDPWD": "/", "SLURM_TOPOLOGY_ADDR_PATTERN": "node",
           "NCCL_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": "0,1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
           "ATEN_CPU_CAPABILITY": "avx2", "SLURM_JOB_ID": "7", "PYTHONPATH": "/x", "LC_ALL": "C.UTF-8", "ATOM_HOME": "/y",

@@ -1,9 +1,10 @@
 """Signatures: the stock tool takes each repository, and every way of tampering has a verdict of its own."""
 
+# ruff: noqa: F811 - fixtures are imported, and are arguments
+
 from __future__ import annotations
 
 import base64
-import datetime
 import json
 import shutil
 import string
@@ -12,10 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import NameOID
 
 from pipeline.core.errors import AtomError
 from release import signing
@@ -26,39 +24,12 @@ from release.signing import Trust
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import at_length
-from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
-
-
-def write_key(path: Path, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None) -> Path:
-    key = key or ec.generate_private_key(ec.SECP256R1())
-    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, none))
-    return path
-
-
-@pytest.fixture(scope="module")
-def signer(tmp_path_factory: pytest.TempPathFactory) -> signing.SigningKey:
-    return signing.SigningKey(write_key(tmp_path_factory.mktemp("keys") / "key.pem"))
-
-
-@pytest.fixture(scope="module")
-def signed(built: Path, signer: signing.SigningKey, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = Path(shutil.copytree(built, tmp_path_factory.mktemp("signed") / built.name))
-    signing.sign(copy, signer)
-    return copy
+from tests.fixtures.signing_fixtures import certificate, signed, signer, verdict, write_key  # noqa: F401 - fixtures
 
 
 @pytest.fixture
 def release(signed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(signed, tmp_path / "tiny-0.1.0"))
-
-
-ANYONE = Trust()
-
-
-def verdict(folder: Path, trust: Trust = ANYONE) -> tuple[bool | None, list[str] | str]:
-    result = next(check for check in verify(folder, trust=trust).checks if check.name == "signatures")
-    return result.ok, result.wrong or result.detail
 
 
 def test_a_signed_release_and_every_repository_alone(signed: Path, signer: signing.SigningKey, tmp_path: Path) -> None:
@@ -165,23 +136,6 @@ def test_one_repository_without_and_a_release_without(release: Path, signer: sig
     assert verdict(release, Trust(signing.fingerprint(signer.public_key())))[0] is False
 
 
-def certificate(name: str, issuer: str, of: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey) -> bytes:
-    def common_name(text: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-    start = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
-    builder = x509.CertificateBuilder(
-        common_name(issuer), common_name(name), of.public_key(), x509.random_serial_number()
-    )
-    builder = builder.not_valid_before(start).not_valid_after(start + datetime.timedelta(days=3650))
-    root = name == issuer
-    builder = builder.add_extension(x509.BasicConstraints(ca=root, path_length=None), critical=True)
-    usage = x509.KeyUsage(not root, False, False, False, False, root, root, False, False)
-    return (
-        builder.add_extension(usage, critical=True).sign(by, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    )
-
-
 def test_a_certificate_names_the_signer(release: Path, tmp_path: Path) -> None:
     root, leaf, stranger = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
     (tmp_path / "root.pem").write_bytes(certificate("root", "root", root, root))
@@ -205,13 +159,13 @@ def test_certificates_that_are_not_there_and_a_stripped_release(release: Path, t
             (release / place.folder / name).unlink()
     assert verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0] is False
     key = write_key(tmp_path / "key.pem")
-    for signer in (
+    for unusable in (
         signing.SigningKey(key, key),
         signing.SigningKey(key, key, (key,), "secret"),
         signing.SigningKey(key, key, (key,)),
     ):
         with pytest.raises(AtomError) as error:
-            signing.sign(release, signer)
+            signing.sign(release, unusable)
         assert "\n" not in str(error.value)
 
 
@@ -232,7 +186,7 @@ def test_keys_that_are_none_cost_a_sentence(signed: Path, tmp_path: Path) -> Non
 
 
 @at_length("release", 20)
-def test_signatures_are_published_and_come_back(client, release: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_signatures_are_published_and_come_back(client, release: Path, tmp_path: Path) -> None:
     with running(tmp_path / "hub") as endpoint:
         client(
             """

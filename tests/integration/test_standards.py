@@ -20,8 +20,7 @@ from release.standards import bundle, notices
 from stages.rl.rollout import rollouts
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
-from tests.fixtures.release_fixtures import resum
-from tests.integration.test_release_verify import pulled
+from tests.fixtures.release_fixtures import pulled, resum
 
 
 def checks_of(folder: Path) -> dict[str, CheckResult]:

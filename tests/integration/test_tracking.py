@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +23,7 @@ from pipeline.tracking import mlflow_sync
 from release.hub.local.server import free_port
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import at_length, atom
-
-
-@contextmanager
-def tracking_server(folder: Path, port: int) -> Iterator[str]:
-    """The address of a real server, whose data is under `folder`."""
-    uri = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "files")],
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(uri + "/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield uri
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait()
-
-
-def runs(uri: str) -> dict[str, object]:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("atom-smoke")
-    assert experiment
-    return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+from tests.fixtures.tracking_fixtures import tracked_runs, tracking_server
 
 
 def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_home: Path, smoke_data: Path) -> None:
@@ -67,7 +31,7 @@ def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_h
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{smoke_home / 'mlflow.db'}"
-    runs_by_name = runs(uri)
+    runs_by_name = tracked_runs(uri)
     (parent,) = [r for name, r in runs_by_name.items() if name.startswith("atom-smoke-")]
     sealed_before = len(list((smoke_data / "artifacts").iterdir()))
     assert parent.info.status == "FINISHED" and len(runs_by_name) == 1 + 40 - sealed_before, "the run and its stages"
@@ -229,7 +193,7 @@ def test_a_dead_server_stops_nothing_and_a_real_one_gets_everything_later(tmp_pa
     assert "atom: MLflow at" in atom(home, "sync", code=2, MLFLOW_TRACKING_URI=dead).stderr
     with tracking_server(tmp_path, free_port()) as uri:
         atom(home, "sync", MLFLOW_TRACKING_URI=uri)
-        run = runs(uri)["items"]
+        run = tracked_runs(uri)["items"]
         assert run.info.status == "FINISHED" and run.data.params["problems.add"] == "40"
     assert not (home / "mlflow.db").exists()
     assert "MLFLOW_TRACKING_URI = none, so nothing is sent" in atom(home, "sync", code=2).stderr
@@ -252,7 +216,7 @@ def test_what_is_no_database_is_reported_at_once(tmp_path: Path, kind: str) -> N
 @at_length("training", 20)
 def test_the_sentence_about_a_failed_stage_is_a_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "home")
-    run = home_fixtures.start(store, home_fixtures.graphs(tmp_path)[0], ["acquire-sums"])
+    run = home_fixtures.start(store, home_fixtures.graphs(tmp_path)[0], ["acquire-sums"], stop_before="acquire-sums")
     uri = f"sqlite:///{store.home / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     report = FileReport(run.node_folder("acquire-sums"))
@@ -260,7 +224,7 @@ def test_the_sentence_about_a_failed_stage_is_a_tag(tmp_path: Path, monkeypatch:
     report.end(Failure("node n7 has 0 GPUs; see http://user:secret@host/x"))
     report.close()
     mlflow_sync.Forwarder(run, store).sync()
-    tracked = runs(uri)["acquire-sums"]
+    tracked = tracked_runs(uri, "one")["acquire-sums"]
     assert tracked.data.tags["atom.error"] == "node n7 has 0 GPUs; see http://host/x"
     assert tracked.info.status == "FAILED"
 

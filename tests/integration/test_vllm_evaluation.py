@@ -25,7 +25,7 @@ from stages.evaluation.engine import Engine
 from stages.evaluation.harness_vllm import Served
 from stages.evaluation.transformers_model import TransformersModel
 from stages.evaluation.vllm_model import Client, ServedModel
-from tests.fixtures import chat_fixtures, release_fixtures
+from tests.fixtures import chat_fixtures, harness_fixtures, release_fixtures
 
 pytestmark = pytest.mark.skipif(
     "ATOM_VLLM_PYTHON" not in os.environ, reason="vLLM needs an environment of its own; see `make test-vllm`"
@@ -136,16 +136,9 @@ def test_stages_give_the_scores_of_the_process(
 def test_the_harness_gives_the_results_of_the_process(
     client: Client, folder: Path, tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.integration import test_harness as own
-
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    tasks = tmp_path / "own"
-    tasks.mkdir()
-    for name, text in own.OWN_TASKS.items():
-        (tasks / f"{name}.yaml").write_text(text)
-    for name, rows in (("rows", own.CHOICES), ("sums", own.SUMS)):
-        (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config: dict[str, Any] = {"sets": own.section_of(tasks).task_sets(tmp_path, "recipe")}
+    section = harness_fixtures.section_of(harness_fixtures.write_tasks(tmp_path / "own"))
+    config: dict[str, Any] = {"sets": section.task_sets(tmp_path, "recipe")}
     inputs = {"model": write_manifest(folder, "export-1"), "benchmarks": run_stage(benchmarks.STAGE, config, {})}
     served, oracle = (run_stage(harness.STAGE, {**config, **kind}, inputs) for kind in (VLLM, {}))
     assert served.json("scores.json") == oracle.json("scores.json")

@@ -23,7 +23,7 @@ from stages.data.readers.generated import Generated
 from stages.evaluation.vllm_model import Client
 from stages.rl.samplers.vllm_server import ServerLost
 from tests.fixtures import release_fixtures
-from tests.integration.test_generated_source import READER, TEXTS, digest_of, rows, run, write_recipe
+from tests.fixtures.generated_source_fixtures import READER, acquire_notes, digest_of, rows, run, write_recipe
 
 pytestmark = pytest.mark.skipif(
     "ATOM_VLLM_PYTHON" not in os.environ, reason="vLLM needs an environment of its own; see `make test-vllm`"
@@ -41,14 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "model/config.json").read_text())
     config["torch_dtype"] = config.pop("dtype")
     (folder / "model/config.json").write_text(json.dumps(config))
-    (folder / "notes").mkdir()
-    for name, documents in TEXTS.items():
-        lines = [json.dumps({"text": text, "license": license}) for text, license in documents]
-        (folder / "notes" / name).write_text("\n".join(lines) + "\n")
-    write_recipe(folder, digest_of(folder))
-    (folder / "notes-out").mkdir()
-    run("acquire", folder, "notes", folder / "notes-work", folder / "notes-out")
-    write_manifest(folder / "notes-out", "acquire-notes")
+    acquire_notes(folder)
     return folder
 
 

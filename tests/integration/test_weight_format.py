@@ -26,9 +26,9 @@ from stages.train.config import TrainConfig
 from stages.train.engine import Engine
 from stages.train.rank_simulation import simulate
 from tests.fixtures import ROOT, train_fixtures
+from tests.fixtures.fp4_fixtures import scalar
+from tests.fixtures.quantize_fixtures import spread_out
 from tests.fixtures.train_fixtures import VOCAB
-from tests.integration.test_fp4 import scalar
-from tests.integration.test_quantize import spread_out
 
 pytestmark = pytest.mark.numeric
 

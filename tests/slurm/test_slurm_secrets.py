@@ -13,7 +13,7 @@ import pytest
 from pipeline.core.store import Store
 from pipeline.launch import cluster_profile, slurm
 from tests.fixtures import slurm_fixtures, verdict_fixtures
-from tests.integration.test_secrets_of_jobs import PLANTED, SECRETS
+from tests.fixtures.secret_fixtures import PLANTED, SECRETS
 
 pytestmark = slurm_fixtures.ON_SLURM
 

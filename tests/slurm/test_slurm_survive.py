@@ -24,8 +24,7 @@ from tests.fixtures.disturbance_fixtures import (
     submit,
 )
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
-from tests.integration.test_tracking import runs as tracked
-from tests.integration.test_tracking import tracking_server
+from tests.fixtures.tracking_fixtures import tracked_runs, tracking_server
 
 pytestmark = slurm_fixtures.ON_SLURM
 
@@ -73,7 +72,7 @@ def test_jobs_send_to_a_tracking_server_and_go_on_without_it(home: Path, tmp_pat
 
     def steps(uri: str) -> list[int]:
         client = MlflowClient(tracking_uri=uri)
-        runs_by_name = tracked(uri) if client.get_experiment_by_name("atom-smoke") else {}
+        runs_by_name = tracked_runs(uri) if client.get_experiment_by_name("atom-smoke") else {}
         run = runs_by_name.get("pretrain")
         return [m.step for m in client.get_metric_history(run.info.run_id, "loss")] if run else []
 

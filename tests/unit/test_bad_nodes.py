@@ -24,7 +24,7 @@ from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.job import JobLimits, avoid_node
 from pipeline.tracking import status
 from tests.fixtures.batch_fixtures import SLURM, script
-from tests.unit.test_preflight import ranks
+from tests.fixtures.preflight_fixtures import ranks
 
 COMMANDS = {
     # $PLACE/down: the nodes on which Python does not start; dead: those that do not answer.

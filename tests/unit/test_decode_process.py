@@ -1,5 +1,7 @@
 """Weights that come while the decoder draws: the tokens before are of the old policy, those after of the new one."""
 
+# ruff: noqa: F811 - a fixture is imported, and is an argument
+
 from __future__ import annotations
 
 import pytest
@@ -9,9 +11,8 @@ from stages.models.hf import hf_config
 from stages.rl.protocols import Completion, Prompt
 from stages.rl.samplers.decode_process import Decoding
 from stages.rl.samplers.generate import InProcess
-from tests.unit.test_generate import MODEL, VOCAB, prompts, tensors
+from tests.fixtures.sampler_fixtures import MODEL, VOCAB, prompts, tensors  # noqa: F401 - a fixture
 
-__all__ = ["prompts"]
 TOKENS, CHANGE = 12, 5
 
 

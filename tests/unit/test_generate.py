@@ -1,5 +1,7 @@
 """The in-process sampler draws what transformers would, and returns the probabilities that it drew by."""
 
+# ruff: noqa: F811 - a fixture is imported, and is an argument
+
 from __future__ import annotations
 
 from collections import Counter
@@ -8,39 +10,19 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from stages.mcore.weight_init import full_tensor
 from stages.models.hf import hf_config
-from stages.models.qwen3_moe import spec
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
-from tests.fixtures import rl_fixtures
+from tests.fixtures.sampler_fixtures import MODEL, STOPS, VOCAB, prompts, tensors  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.numeric
-
-MODEL = Qwen3MoeConfig.model_validate(rl_fixtures.MODEL)
-VOCAB, STOPS = rl_fixtures.PADDED, (1, 3)
-
-
-def tensors(seed: int = 0, model: Qwen3MoeConfig = MODEL) -> dict[str, torch.Tensor]:
-    weights = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
-    return dict(spec.to_hf(weights, model, VOCAB))
 
 
 def sampler(new: int = 12, temperature: float = 1.0, rows: int = 256, model: Qwen3MoeConfig = MODEL) -> InProcess:
     engine = InProcess(hf_config(model, VOCAB, 1, 0, "float32"), STOPS, new, temperature, rows)
     engine.load(tensors(model=model))
     return engine
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[Prompt]:
-    rng = torch.Generator().manual_seed(0)
-    lengths = [3, 9, 3, 17, 5, 1, 9, 30]
-    return [
-        Prompt(tuple(torch.randint(6, VOCAB, (n,), generator=rng).tolist()), 2**63 + 7 * i)
-        for i, n in enumerate(lengths)
-    ]
 
 
 @pytest.mark.parametrize("tied", [True, False])

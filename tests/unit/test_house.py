@@ -1,8 +1,10 @@
-"""Rules of the source tree that no linter knows: packages, names of modules, directions of imports, child processes."""
+"""Rules of the source tree that no linter knows: packages, names of modules, directions of imports, child processes,
+where helpers of tests are."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,9 @@ AT_ANY_DEPTH = {
 
 BEGIN_ANEW = ["pipeline/launch/clean_environment.py: [sys.executable, *sys.orig_argv[1:]]"]
 """A process that begins anew with the arguments that it had: -P or -m is among them if it was before."""
+
+OF_A_TEST = re.compile(r"\b(?:from|import) tests\.(?:[\w.]+\.test_\w+|\w+ import (?:\([^)]*|.*)\btest_\w+)")
+"""An import of a test module, or of a part of one; in the text of a child process, too."""
 
 
 @cache
@@ -112,6 +117,13 @@ def test_children_do_not_import_from_the_folder_they_start_in() -> None:
                 if not {"-P", "-m"} & arguments:
                     unguarded.append(f"{file.relative_to(ROOT)}: {ast.unparse(command)}")
     assert unguarded == BEGIN_ANEW
+
+
+def test_no_test_module_is_imported() -> None:
+    """What two of them need is in tests/fixtures/<thing>_fixtures.py."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    imports_of_tests = {str(file.relative_to(ROOT)): OF_A_TEST.findall(file.read_text()) for file in files}
+    assert {name: texts for name, texts in imports_of_tests.items() if texts} == {}
 
 
 def test_imports_run_one_way() -> None:

@@ -21,11 +21,7 @@ from pipeline.launch.attempt import Task
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.rendezvous import FAILURES, Ranks, read
 from tests.fixtures import ROOT
-
-
-def ranks(folder: Path, size: int = 1, rank: int = 0) -> Ranks:
-    (folder / FAILURES).touch()
-    return Ranks(size, rank, rank, True, folder)
+from tests.fixtures.preflight_fixtures import ranks
 
 
 def check(home: Path, free_gb: float = 0.0, scratch: str | None = None) -> str | None:

@@ -20,8 +20,8 @@ from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from pipeline.tracking import budget
 from tests.fixtures import ROOT
+from tests.fixtures.fit_fixtures import BODY, GIB, TRAINING
 from tests.fixtures.run_fixtures import atom
-from tests.integration.test_fit import BODY, GIB, TRAINING
 
 SERVED = ServedWork(
     flops=5.76e17, gpu_flops=1e13, cpu_flops=1e13, overlaps=False, memory=lambda gpus: (gpus * 10 * GIB, 60 * GIB),
