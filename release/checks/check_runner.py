@@ -41,7 +41,8 @@ def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
         ok = not problems if problems or findings.compared else None
         return CheckResult(name, ok, problems[0] if problems else findings.detail, problems, skipped)
     except ImportError as error:
-        return CheckResult(name, None, f"not checked, because it needs {error.name or error}; install atom-release[train]")
+        lacking = error.name or error
+        return CheckResult(name, None, f"not checked, because it needs {lacking}; install atom-release[train]")
     except CheckFailed as error:
         return answer(name, [str(error)])
     except Absent as error:
