@@ -74,7 +74,7 @@ def transformer_config(
         config.moe_enable_routing_replay = True
         config.moe_router_fusion = False  # that kernel would choose experts of its own, without a word
     # for this project's attention; Megatron's own reads the following
-    config.rows = RowTables(frequencies(model), layout.cp)
+    config.rows = RowTables(frequencies(model), layout.cp, config.softmax_type == "learnable")
     for name, value in megatron_yarn(model).items():
         setattr(config, name, value)
     return config

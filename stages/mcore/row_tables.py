@@ -41,14 +41,15 @@ class Tables:
 
     def __init__(
         self, starts: torch.Tensor | None, length: int, context: int, device: torch.device,
-        rope: tuple[torch.Tensor, float], step: int = 1,
+        rope: tuple[torch.Tensor, float], step: int = 1, has_sinks: bool = False,
     ) -> None:  # fmt: skip
         """starts: the first position of the document of each position, int64 [batch, complete row], on any device; or
         [3, batch, complete row] with the first position and the end of what the document continues, its prefix in the
         same row; None if each row is one document. length: of this context rank's share of a row. rope: frequencies and
-        factor. step: the distance of neighbors' positions for the rotary embedding."""
+        factor. step: the distance of neighbors' positions for the rotary embedding. has_sinks: of the heads, for
+        which a GPU has no kernel."""
         self.starts, self.length, self.context, self.device, self.rope = starts, length, context, device, rope
-        self.step = step
+        self.step, self.has_sinks = step, has_sinks
         self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
         self.local_starts = None if starts is None else starts.cpu()[..., self.positions]
         """[batch, length], on the host."""
@@ -90,10 +91,12 @@ class Tables:
     def slices(self, window: int | None = None) -> list[tuple[int, int, int]]:
         """(queries, first key, end of keys) of each slice of queries. It sees no keys beyond its last position, and
         none before its first document or the window of its first position. The CPU's kernel also computes masked
-        scores, so this saves almost half of the work of long rows; a GPU's does not, and takes a row that is one
-        document whole. window: maximum keys that a query sees; None: all."""
+        scores, so this saves almost half of the work of long rows, and with sinks, whose scores are kept, almost half
+        of their memory on a GPU; a GPU's kernel does not compute them, and takes a row that is one document whole.
+        window: maximum keys that a query sees; None: all."""
         if window not in self._slices:
-            whole = self.device.type != "cpu" and self.local_starts is None and self.context == 1 and window is None
+            has_kernel = self.device.type != "cpu" and not self.has_sinks
+            whole = has_kernel and self.local_starts is None and self.context == 1 and window is None
             parts = self.positions.split(self.length if whole else SLICE)
             starts = [None] * len(parts) if self.local_starts is None else self.local_starts.split(SLICE, 1)
             self._slices[window] = [
@@ -207,8 +210,8 @@ class RowTables:
     """The tables of the latest rows. A layer finds them by the tensor of starts, of which it may get another view: the
     recomputation of a layer unpacks it anew."""
 
-    def __init__(self, rope: tuple[torch.Tensor, float], context: int) -> None:
-        self.rope, self.context = rope, context
+    def __init__(self, rope: tuple[torch.Tensor, float], context: int, has_sinks: bool = False) -> None:
+        self.rope, self.context, self.has_sinks = rope, context, has_sinks
         self.steps: dict[int, int] = {}
         """{tokens of a row: distance of its neighbors' positions}, where it is not 1: to compute at far positions."""
         self.key: Any = None
@@ -221,7 +224,8 @@ class RowTables:
         key = place, length, device
         if self.tables is None or key != self.key:
             step = self.steps.get(length, 1)
-            self.key, self.tables = key, Tables(starts, length, self.context, device, self.rope, step)
+            self.key = key
+            self.tables = Tables(starts, length, self.context, device, self.rope, step, self.has_sinks)
         return self.tables
 
 

@@ -27,8 +27,11 @@ class DecoderConfig(ModelConfig):
         it is cut."""
 
     @abstractmethod
-    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> dict[str, float]:
-        """Bytes by tensor that the attention of a layer keeps for each of the rank's tokens, without its input."""
+    def attention_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
+    ) -> dict[str, float]:
+        """Bytes by tensor that the attention of a layer keeps for each of the rank's tokens, without its input. fused:
+        as in `layer_activations`."""
 
     # -- the feed-forward part of a layer -----------------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ class DecoderConfig(ModelConfig):
         return {
             "layer's input": tokens,
             "its norm, input of the projections": tokens,
-            **self.attention_activations(layout, precision, rows, layer),
+            **self.attention_activations(layout, precision, rows, layer, fused),
             "input of the second half": tokens,
             "its norm": tokens,
             **self.mlp_activations(layout, size, layer, fused),

@@ -66,7 +66,9 @@ class GroupedQueryConfig(DecoderConfig):
     def attention(self) -> list[AttentionCost]:
         return [AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim, kv_heads=self.kv_heads)]
 
-    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> dict[str, float]:
+    def attention_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
+    ) -> dict[str, float]:
         size = 4 if precision == "fp32" else 2
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         tensors: dict[str, float]

@@ -1,4 +1,4 @@
-"""The kit for a GPU: fifteen points, each with a figure and a criterion, in sections of at most eight minutes.
+"""The kit for a GPU: sixteen points, each with a figure and a criterion, in sections of at most eight minutes.
 
     make test-gpu
     python -m tests.gpu [--section NAME] [--out FOLDER]
@@ -49,6 +49,7 @@ POINTS = {
     13: "FP8 products",
     14: "CUDA graphs",
     15: "variants in vLLM",
+    16: "the device test before training",
 }
 ON_CPU = "**No GPU has run this kit.** These figures are a CPU's, on tiny models: they show that it works."
 Section = Mapping[str, Any]

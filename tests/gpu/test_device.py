@@ -1,9 +1,11 @@
-"""Points 1 to 3: groups of ranks, attention's kernels, and where the model is."""
+"""Points 1 to 4 and 16: groups of ranks, attention's kernels, where the model is, and the device test before training."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
+from pipeline.launch import cluster_profile, device_test
+from pipeline.launch.rendezvous import Ranks
 from stages.mcore import gpu
 from stages.mcore.layer_spec import Attention
 from stages.mcore.model import build, transformer_config
@@ -19,6 +23,7 @@ from stages.models.base import Precision
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import gpu_fixtures, train_fixtures
+from tests.fixtures.device_test_fixtures import BREAKS, verdicts
 from tests.gpu.conftest import Report
 
 pytestmark = pytest.mark.numeric
@@ -142,3 +147,50 @@ def test_fp32_products_are_not_in_tf32(report: Report) -> None:
     exact = a.double() @ b.double()
     error = float((result - exact).norm() / exact.norm())
     report("a product in fp32", f"relative difference {error:.1e}", "< 1e-6", error < 1e-6)
+
+
+@pytest.mark.point(16)
+def test_the_rate_of_a_product_is_measured(report: Report) -> None:
+    """By the process that a job starts before training, which names it in its complaint of a slow device."""
+    profile = cluster_profile.load("h100-pyxis")
+    assert profile.accelerator is not None and profile.slurm is not None
+    least = profile.slurm.device_test_share * profile.accelerator.peaks["bf16"]
+    failure = device_test.check(Ranks(), 1e18)
+    assert failure is not None
+    rate = re.search(r"a product of matrices reaches (\S+) TFLOP/s", failure.text)
+    assert rate is not None, failure.text
+    name, figure, criterion = "a product of matrices", f"{rate[1]} TFLOP/s", f"{least / 1e12:.0f} TFLOP/s"
+    if gpu_fixtures.ON_GPU:
+        passes = device_test.product_problem(gpu.device(), least) is None
+        report(f"{name}, bf16", figure, f"> {criterion}", passes and float(rate[1]) * 1e12 > least)
+    else:
+        passes = device_test.product_problem(gpu.device(), 1.0) is None
+        report(f"{name}, fp32", figure, f"measured; {criterion} in bf16 are asked of an H100", passes)
+
+
+@pytest.mark.point(16)
+def test_numbers_of_a_collective_are_known(monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
+    """In a world of one, as NCCL takes one rank for each GPU."""
+    gather = dist.all_gather
+    with parallel.session(0) as ranks:
+        wrong = device_test.wrong_senders(ranks.device, 1, 0)
+        monkeypatch.setattr(dist, "all_gather", lambda rows, row: gather(rows, row + (torch.arange(len(row), device=row.device) == 9)))  # fmt: skip
+        found = device_test.wrong_senders(ranks.device, 1, 0)
+    figure = f"{len(wrong)} wrong, {len(found)} with a number changed on purpose"
+    report(f"{device_test.ROW:,} numbers from each rank", figure, "0, 1", (wrong, found) == ([], [0]))
+
+
+@gpu_fixtures.at_length(12)
+@pytest.mark.point(16)
+@pytest.mark.parametrize("name", ["sound", "product"])
+def test_ranks_test_their_devices(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
+    """A rank on each GPU by NCCL; with fewer than two GPUs, two ranks on the CPU."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        count = 2
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    broken, sentence = BREAKS[name]
+    verdict, *others = verdicts(tmp_path, monkeypatch, broken, count, seconds=30.0)
+    text = verdict.text if verdict else "no rank complains" if others == [None] * len(others) else str(others)
+    criterion = "rank 0 names it" if sentence else "none complains"
+    report(f"{count} ranks, {'one with a broken product' if sentence else 'sound'}", text, criterion, text == (sentence or "no rank complains"))  # fmt: skip

@@ -19,6 +19,7 @@ from stages.mcore.megatron_imports import Float16Module
 from stages.mcore.memory import layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.model import build
 from stages.mcore.parallel_layout import Layout
+from stages.models.base import ModelConfig, Precision
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
 from stages.models.grouped_query import SLICE
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
@@ -165,14 +166,42 @@ def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
-    model, rows = parse({**MODEL, **extra}), Rows(2, 512, packed=True)
-    layout, saved = Layout(recompute=recompute), {}
+    """With the kernels that packed rows have everywhere."""
+    model, rows, layout = parse({**MODEL, **extra}), Rows(2, 512, packed=True), Layout(recompute=recompute)
     is_plain = extra == WINDOWED and precision == "bf16"
     if is_plain:  # as on a GPU
         monkeypatch.setattr(layer_spec, "attend_with_sinks", plain_attention)
+    measured = _bytes_kept(model, rows, layout, precision, monkeypatch)
+    tokens, element = rows.rows * rows.length, 4 if precision == "fp32" else 2
+    predicted = saved_bytes(model, VOCAB, layout, precision, rows, 1, 0)
+    if recompute == "layer":  # the tables are there, and autograd does not keep them
+        predicted -= tokens * 8 * model.rotary_dim * rows.packed
+    elif not is_plain:
+        # on CPU attention goes by slices of queries, and all layers share their masks; half of a row on average
+        predicted += tokens * element * (rows.length + SLICE) / 2
+        if extra == WINDOWED:  # those of the window: the first slice has no keys before it
+            predicted += tokens * element * (SLICE + (extra["sliding_window"] - 1) * (1 - SLICE / rows.length))
+    # ids, labels and the like are some bytes a token, whatever the model's size
+    assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
+
+
+def test_sinks_keep_the_scores_of_plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one document in bf16, as on a GPU without Transformer Engine, whose kernel would keep no scores."""
+    model, rows, layout = parse({**MODEL, **WINDOWED}), Rows(2, 512), Layout()
+    monkeypatch.setattr(layer_spec, "attend_with_sinks", plain_attention)
+    measured = _bytes_kept(model, rows, layout, "bf16", monkeypatch)
+    predicted = saved_bytes(model, VOCAB, layout, "bf16", rows, 1, 0)
+    assert measured == pytest.approx(predicted, rel=0.01, abs=64 * rows.rows * rows.length)
+    assert saved_bytes(model, VOCAB, layout, "bf16", rows, 1, 0, fused=True) < predicted / 2
+
+
+def _bytes_kept(
+    model: ModelConfig, rows: Rows, layout: Layout, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Bytes of all distinct tensors that autograd keeps of one forward pass."""
+    saved: dict[int, tuple[int, torch.Tensor]] = {}
     with parallel.session(0), _gpu_like(monkeypatch):
-        (gpt,) = build(model, VOCAB, layout, precision, packed=True)
+        (gpt,) = build(model, VOCAB, layout, precision, packed=rows.packed)
         for parameter in gpt.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         net = gpt if precision == "fp32" else Float16Module(gpt.config, gpt)
@@ -186,21 +215,11 @@ def test_activations_are_what_autograd_saves(
 
         ids = torch.randint(VOCAB, (rows.rows, rows.length), generator=torch.Generator().manual_seed(0))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            net(ids, torch.arange(rows.length).expand_as(ids), torch.zeros_like(ids), labels=ids,
-                padding_mask=torch.zeros_like(ids, dtype=torch.bool))  # fmt: skip
+            net(ids, torch.arange(rows.length).expand_as(ids), torch.zeros_like(ids) if rows.packed else None,
+                labels=ids, padding_mask=torch.zeros_like(ids, dtype=torch.bool))  # fmt: skip
     measured = sum(size for size, _ in saved.values())
     saved.clear()  # the graph holds what packs its tensors, and that held the graph
-    tokens, element = rows.rows * rows.length, 4 if precision == "fp32" else 2
-    predicted = saved_bytes(model, VOCAB, layout, precision, rows, 1, 0)
-    if recompute == "layer":  # the tables are there, and autograd does not keep them
-        predicted -= tokens * 8 * model.rotary_dim * rows.packed
-    elif not is_plain:
-        # on CPU attention goes by slices of queries, and all layers share their masks; half of a row on average
-        predicted += tokens * element * (rows.length + SLICE) / 2
-        if extra == WINDOWED:  # those of the window: the first slice has no keys before it
-            predicted += tokens * element * (SLICE + (extra["sliding_window"] - 1) * (1 - SLICE / rows.length))
-    # ids, labels and the like are some bytes a token, whatever the model's size
-    assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
+    return measured
 
 
 def test_parallel_ranks_share_activations() -> None:

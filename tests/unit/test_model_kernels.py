@@ -129,6 +129,12 @@ def test_windows_and_sinks(
             torch.testing.assert_close(actual, right, **tolerances)
 
 
+@pytest.mark.parametrize(("has_sinks", "count"), [(False, 1), (True, 3)])
+def test_a_gpu_takes_a_row_whole_unless_scores_are_kept(has_sinks: bool, count: int) -> None:
+    rope = torch.ones(2), 1.0
+    assert len(Tables(None, 300, 1, torch.device("cuda"), rope, has_sinks=has_sinks).slices()) == count
+
+
 @pytest.mark.parametrize("positions", [ALL, ENDS, MIDDLE])
 @pytest.mark.parametrize("starts", [None, PACKED])
 def test_documents_side_by_side(positions: torch.Tensor, starts: torch.Tensor | None) -> None:

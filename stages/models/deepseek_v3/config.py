@@ -150,7 +150,9 @@ class DeepseekV3Config(MixtureConfig):
         """The latent of keys and values, and the part of the key that heads share: each rank holds a copy."""
         return self.layers * (self.kv_lora_rank + self.qk_rope_head_dim) * tokens * size
 
-    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> dict[str, float]:
+    def attention_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
+    ) -> dict[str, float]:
         """A latent is kept before and after its norm; this project's attention, of packed rows and of fp32, widens the
         narrower ones of queries, keys and values, and narrows its output again."""
         size = 4 if precision == "fp32" else 2

@@ -114,12 +114,16 @@ class GptOssConfig(RoutedConfig, GroupedQueryConfig):
     def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
         return super().layer_memory(layout, layer) + MemoryShare(self._cut_vectors // layout.tp + self.hidden_size, 0)
 
-    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> dict[str, float]:
-        """Packed rows have no kernel with sinks on a GPU: there plain products keep the scores of every query, in fp32
-        and rounded, and the keys and values of each slice of queries for all heads. fp32 is counted as on a CPU, whose
-        kernel keeps none."""
-        if not rows.packed or precision == "fp32":
-            return super().attention_activations(layout, precision, rows, layer)
+    def attention_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
+    ) -> dict[str, float]:
+        """PyTorch has no kernel with sinks for a GPU: there plain products keep the scores of every query, in fp32 and
+        rounded, and the keys and values of each slice of queries for all heads. Transformer Engine, which FP8 needs,
+        has one for rows of one document; a plan in bf16 does not count on it. fp32 is counted as on a CPU, whose kernel
+        keeps none."""
+        has_kernel = not rows.packed and (fused or precision != "bf16")
+        if has_kernel or precision == "fp32":
+            return super().attention_activations(layout, precision, rows, layer, fused)
         q = self.heads * self.head_dim
         scores, keys = plain_attention(rows, None if layer % 2 else self.sliding_window)
         return {
@@ -166,9 +170,9 @@ class GptOssConfig(RoutedConfig, GroupedQueryConfig):
 
 @cache
 def plain_attention(rows: Rows, window: int | None) -> tuple[float, float]:
-    """(scores, keys) of packed rows for each query, when each slice of SLICE queries is computed by itself, with one
-    document in a row unless `rows` states its longest. A slice sees no keys before its window or its first document.
-    Documents with prefixes are computed as batches, each with its own keys."""
+    """(scores, keys) for each query, when each slice of SLICE queries is computed by itself, with one document in a row
+    unless `rows` states its longest. A slice sees no keys before its window or its first document. Documents with
+    prefixes are computed as batches, each with its own keys."""
     if rows.prefixed:
         return rows.longest or rows.length, 1 + rows.prefixed / (rows.rows * rows.length)
     most = min(window or rows.length, rows.longest or rows.length)

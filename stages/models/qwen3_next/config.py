@@ -180,7 +180,9 @@ class Qwen3NextConfig(Qwen3MoeConfig):
         inputs = size * (self.linear_conv_kernel_dim - 1) * -(-channels // ranks)
         return super().cache_bytes(size, ranks, tokens) + self.linear_layers * (state + inputs)
 
-    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> dict[str, float]:
+    def attention_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
+    ) -> dict[str, float]:
         """As this project's PyTorch code keeps them: the delta rule in fp32, by chunks. A kernel written for it keeps
         much less."""
         size = 4 if precision == "fp32" else 2
