@@ -103,6 +103,11 @@ class Layout(Config):
         out causal attention), each cut again by sequence parallelism."""
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
+    @property
+    def needs_engine(self) -> bool:
+        """Whether it names a kernel of Transformer Engine, without which its phase is refused."""
+        return not {"permute", "router", "cross_entropy", "rope"}.isdisjoint(self.fusions or ())
+
     def slices_loss(self, tokens: float, hidden_size: int, padded_vocab_size: int) -> bool:
         """Whether the loss of a micro-batch is computed by slices of tokens: if it has many logits, which take more
         memory than a slice and the fp32 sum of the head's gradients. tokens: on one context rank."""

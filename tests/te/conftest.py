@@ -26,7 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def spawn_on(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What layout_fixtures spawns from now on runs on that device, see `tests.te.__main__`."""
+    """What layout_fixtures spawns from now on runs on that device, see `tests.te.__main__`. It writes the bytecode of
+    four thousand modules, which every process would otherwise compile again, for half a minute of the processor."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
 
     def spawn(module: str, arguments: list[str], *args: Any, **options: Any) -> list[Any]:
         return SPAWN("tests.te", [name, module, *arguments], *args, **options)

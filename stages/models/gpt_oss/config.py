@@ -118,10 +118,10 @@ class GptOssConfig(RoutedConfig, GroupedQueryConfig):
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
         """PyTorch has no kernel with sinks for a GPU: there plain products keep the scores of every query, in fp32 and
-        rounded, and the keys and values of each slice of queries for all heads. Transformer Engine, which FP8 needs,
-        has one for rows of one document; a plan in bf16 does not count on it. fp32 is counted as on a CPU, whose kernel
-        keeps none."""
-        has_kernel = not rows.packed and (fused or precision != "bf16")
+        rounded, and the keys and values of each slice of queries for all heads. Transformer Engine has one for rows of
+        one document; it is counted on if the precision or the layout needs it. fp32 is counted as on a CPU, whose
+        kernel keeps none."""
+        has_kernel = not rows.packed and (fused or layout.needs_engine or precision != "bf16")
         if has_kernel or precision == "fp32":
             return super().attention_activations(layout, precision, rows, layer, fused)
         q = self.heads * self.head_dim
