@@ -131,7 +131,12 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat), added=3, changed=5),
     CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model)), added=2, changed=5),
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination), added=2, changed=4),
-    CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination), added=2, changed=5),
+    CardTable(
+        "clean_scores",
+        lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores)),
+        added=2,
+        changed=5,
+    ),
     CardTable("detector", lambda model: chat_tables.detector(model.contamination), added=2, changed=4),
     CardTable(
         "given_away",

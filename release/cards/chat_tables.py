@@ -8,7 +8,7 @@ from pipeline.core.text import escaped
 from release.assembly.example_answers import ExampleAnswer
 from release.assembly.score_facts import ChatScores
 from release.cards import caveats
-from release.cards.tables import count, table, title, titles
+from release.cards.tables import count, table, title
 from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Figure, Mean, Proportion
 
 SHOWN, CHARACTERS = 4, 160
@@ -149,13 +149,12 @@ BENCHMARKS = {"evaluate": "in plain text", "solve": "in conversation", "fresh-so
 """{start of a node: what it measures}"""
 
 
-def clean(report: ContaminationReport | None) -> list[str]:
-    """The scores that differ between all items and those that share no words with the training data."""
+def clean(report: ContaminationReport | None, names: Mapping[str, str]) -> list[str]:
+    """The scores that differ between all items and those that share no words with the training data. names: titles of
+    models."""
     if report is None:
         return []
     body, same = [], 0
-    evaluated = [role.partition("-")[2] for role in report["scores"] if role.startswith("evaluate-")]
-    model_titles = titles(evaluated)
     for role, kinds in report["scores"].items():
         for kind, row in kinds.items():
             full, subset = row["full"], row["clean"]
@@ -168,7 +167,7 @@ def clean(report: ContaminationReport | None) -> list[str]:
             start, _, model = role.rpartition("-solve-") if "-solve-" in role else role.partition("-")
             start = f"{start}-solve" if "-solve-" in role else start
             measure = f"{kind}, {BENCHMARKS.get(start, start)}"
-            body.append([measure, model_titles.get(model) or title(model), _value(full), str(full["n"]), *cells])
+            body.append([measure, names.get(model) or title(model), _value(full), str(full["n"]), *cells])
     sentence = f"For {count(same)} of {count(same + len(body))} scores every item is clean, so nothing changes."
     if not body:
         return [sentence]
