@@ -86,7 +86,7 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         language=list(release.languages) or None,
-        datasets=[dataset],
+        datasets=None if model.is_copy else [dataset],
         base_model=base,
         **relation,
         metrics=[metric for metric, _, _ in METRICS.values()],
@@ -150,9 +150,9 @@ def data_id(release: ReleaseInfo) -> str:
 
 
 def data_of(card: str) -> str:
-    """The data repository named in a model's card."""
+    """The data repository named in a model's card; a copy of a published model was only measured on its data."""
     data: Any = load().ModelCard(card).data
-    return str(data.datasets[0])
+    return str(data.datasets[0] if data.datasets else data.eval_results[0].dataset_type)
 
 
 def _title(phase: str) -> str:
