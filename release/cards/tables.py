@@ -29,6 +29,7 @@ TITLES = {
 PHASES = {
     "pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training", "sft": "SFT",
     "rlvr": "RLVR", "dpo": "DPO", "reward": "reward model", "online-rlhf": "online RLHF",
+    "size": "smaller model",
 }  # fmt: skip
 """Titles of training phases."""
 STAGES = {
