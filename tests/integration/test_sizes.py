@@ -201,9 +201,9 @@ def test_a_changed_figure_or_recipe_is_found(
     assert any(problem in text for text in problems), problems
 
 
-def test_a_size_is_trained(smoke_home: Path, tmp_path: Path) -> None:
+def test_a_size_is_trained(smoke_data: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    copy_sealed(smoke_home, home, *DATA)
+    copy_sealed(smoke_data, home, *DATA)
     path = recipe(tmp_path)
     atom(home, "run", path, "--until", "size-1")
     store = Store(home)
