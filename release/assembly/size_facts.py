@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from release.assembly.published_tables import read_json
-from release.layout import RECIPE, numbered, sizes_of
+from release.layout import RECIPE, SIZE, sizes_of
 
 TRAINING = "evidence/training"
 BASE = "pretrain"
@@ -43,7 +43,7 @@ def read_sizes(release: Path) -> list[Trained]:
     """The recipe's model after pre-training, and its smaller ones; none of a release without smaller ones."""
     phases = names(release)
     stated = read_json(release / RECIPE).get("sizes", []) if phases else []
-    settings = {name: stated[numbered(name)[1] - 1]["model"] for name in phases}
+    settings = {f"{SIZE}-{number}": section["model"] for number, section in enumerate(stated, 1)}
     return [_read(release, name, settings.get(name, {})) for name in (BASE, *phases)] if phases else []
 
 
