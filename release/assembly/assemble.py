@@ -44,6 +44,8 @@ from stages.data.table import MEASURES
 from stages.train.imported_weights import NAME as BASE
 
 DISTRIBUTION = "atom-release"
+IMPORT = "import"
+"""The node of the published model that training begins with; after it, the recipe may leave out phases."""
 CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
 
 
@@ -99,8 +101,9 @@ def to_json(value: Any, sort_keys: bool = True) -> bytes:
 
 def require_nodes(artifacts: Mapping[str, Artifact]) -> None:
     """Raises AtomError with the missing nodes that a release requires."""
-    phases = phases_of({*artifacts, "pretrain", "midtrain"})
-    models = models_of({*artifacts, "export-init", "export-base", "export-mid"})
+    trained_here = () if IMPORT in artifacts else ("pretrain", "midtrain", "export-init", "export-mid")
+    phases = phases_of({*artifacts, *trained_here})
+    models = models_of({*artifacts, *trained_here, "export-base"})
     ordered = [phase for phase in phases if phase not in WITHOUT_ORDER]
     required_nodes = ["items", "dedup", "tokenizer", "tokenize", *(f"order-{phase}" for phase in ordered), *phases]
     required_nodes += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
@@ -125,7 +128,7 @@ def placement(
             yield path, f"dataset/{GENERATED}/{suffix}/{name}"
         elif node == "filter" and (path == OPT_OUTS or path.startswith(f"{MEASURES}/")):
             yield path, f"dataset/{path}"
-        elif node == "import" and path == BASE:
+        elif node == IMPORT and path == BASE:
             yield path, f"evidence/{BASE}"
             yield from ((path, f"{folder}/{BASE}") for folder in folders.values())
         elif kind == "items":

@@ -257,6 +257,8 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     )
     for repository in repos:
         spdx = {"dataset": licenses.data_compilation, "": licenses.code}.get(repository.folder, licenses.weights)
+        if repository.folder in models:
+            spdx = models[repository.folder].license(spdx)
         text = assemble.license_text(spdx, licenses.code, source.code_roots)
         assembly.write(f"{repository.folder}/LICENSE".lstrip("/"), text, "license")
     _write_standards(assembly, source, release, data, models, run_costs)

@@ -25,14 +25,8 @@ from stages.recipe import ReleaseRecipe
 def build_input(graph: Graph, store: Store, previous: Path | None = None) -> BuildInput:
     """Opens every artifact of the graph. previous: the folder of an earlier release.
 
-    Raises AtomError with the nodes that are not sealed or have no statement, and for a recipe without the phases that
-    every release describes.
+    Raises AtomError with the nodes that are not sealed or have no statement.
     """
-    if absent := [name for name in ("pretrain", "midtrain") if name not in graph.nodes]:
-        raise AtomError(
-            f"{graph.recipe.title} has no {absent[0]}, which the cards and checks of a release describe; add the "
-            "section, or publish the artifacts of its last stages by themselves"
-        )
     missing = [name for name, node in graph.nodes.items() if not store.sealed(node.key)]
     if missing:
         remainder = f" and {len(missing) - 1} more stages are" if len(missing) > 1 else " is"
@@ -70,7 +64,9 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
 
 
 def _prediction(graph: Graph, store: Store) -> tuple[Artifact, Path] | None:
-    """The sealed prediction of this run and its statement, if it has one."""
+    """The sealed prediction of this run and its statement, if it has one; only pre-training is predicted."""
+    if PHASE not in graph.nodes:
+        return None
     key = prediction_key(graph.nodes[PHASE].key)
     if not store.sealed(key):
         return None

@@ -58,7 +58,7 @@ class ModelFacts:
     model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
     report, None without one. training: by phase. memorization: of the model itself, None if it was not measured.
     harness: the same of task sets. outcomes: what was predicted before training, and measured; prediction: the whole of
-    it. base: the published model that pre-training began with, None without one. special_tokens: tokens of the
+    it. base: the published model that training began with, None without one. special_tokens: tokens of the
     tokenizer that stand for no text. rendered_chat: a question in the chat template, as the published goldens have it;
     "" without them."""
 
@@ -101,6 +101,20 @@ class ModelFacts:
     def is_chat(self) -> bool:
         """Whether it was trained to converse."""
         return any(phase in self.training for phase in CHAT)
+
+    @property
+    def on_published(self) -> bool:
+        """Whether it was trained on a published model as it is, which is the release's base, or is that base."""
+        return self.base is not None and "init" not in self.scores
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is the published model itself, which no phase trained."""
+        return self.on_published and not self.training
+
+    def license(self, release: str) -> str:
+        """The license of its weights: of a copy, the one of its original; else that of the release's weights."""
+        return str(self.base["license"]) if self.base and self.is_copy else release
 
     def name(self) -> str:
         """The name of this exported model."""

@@ -40,6 +40,7 @@ from release.layout import (
 )
 from release.repositories import repositories
 from release.standards import bundle
+from stages.train.imported_weights import NAME as BASE
 
 SMALL_BYTES = 4_000_000_000
 """Of weights: a billion parameters in fp32, which a laptop holds."""
@@ -78,6 +79,12 @@ class Published:
     @cached_property
     def statements(self) -> list[Any]:
         return [read_json(path) for path in sorted((self.folder / "evidence/statements").glob("*.json"))]
+
+    @cached_property
+    def published_base(self) -> str | None:
+        """The repository of the published model that training began with; None without one."""
+        path = self.folder / "evidence" / BASE
+        return str(read_json(path)["repo"]) if path.exists() else None
 
     def without(self, paths: dict[str, str]) -> list[str]:
         """The names whose path, or pattern, matches no file."""
@@ -126,6 +133,9 @@ def _documents(release: Published) -> Answer:
         named = ", ".join(f"{name} ({each.origin})" for name, each in by_reference.items())
         reason = f"of {kept:,} kept documents the texts, or how `atom rebuild-data` gets them again: {named}"
         return ("Y" if texts == kept else "P"), reason, [*evidence, f"dataset/{REFERENCES}"]
+    if texts == kept and (base := release.published_base) is not None:
+        reason = f"the texts of all {kept:,} documents of this training; those of {base}, which it began with, are not"
+        return "P", reason, [*evidence, f"evidence/{BASE}"]
     if texts == kept:
         return "Y", f"the texts of all {kept:,} documents that were kept", evidence
     return "P" if texts else "N", f"the texts of {texts:,} of {kept:,} documents", evidence

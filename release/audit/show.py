@@ -29,8 +29,9 @@ ABOUT = ("name", "version", "title", "description", "license", "commit", "dirty"
 def facts_of(release: Path) -> dict[str, Any]:
     """The content of the page, for `--json`; fields are only ever added.
 
-    corpus: {source: documents in, kept, tokens, licenses}. removed: {rule: documents}. seen: {phase: steps, tokens}.
-    models: {folder: {measure: {value, se}}} in the order of training. pass_at_1: of chat models. caveats: the sentences
+    base: repo, digest and license of the published model that training began with, or None. corpus: {source:
+    documents in, kept, tokens, licenses}. removed: {rule: documents}. seen: {phase: steps, tokens}. models: {folder:
+    {measure: {value, se}}} in the order of training. pass_at_1: of chat models. caveats: the sentences
     at the head of the final model's card. gates: {name: ok}. key: the fingerprint of the key beside the
     signature, unchecked, or None. identity: the one in a signature without a key, unchecked, or None.
 
@@ -47,6 +48,7 @@ def facts_of(release: Path) -> dict[str, Any]:
     return {
         "schema": 1,
         **{name: release_info[name] for name in ABOUT},
+        "base": final_metrics.base and {name: final_metrics.base[name] for name in ("repo", "digest", "license")},
         "parameters": asdict(final_metrics.parameters),
         "corpus": {
             name: {
@@ -122,6 +124,8 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
     license, size, commit = facts["license"], facts["parameters"], facts["commit"]
     console.print()
     item("size", f"{size['total']:,} parameters, {size['active']:,} active for one token")
+    if base := facts["base"]:
+        item("trained from", f"{base['repo']}, {base['license']}, {base['digest']}")
     item("licenses", f"weights {license['weights']}, code {license['code']}, documents under their own")
     changed = ", with uncommitted changes" if facts["dirty"] else ""
     item("code", f"commit {commit[:12] if commit else 'unknown'}{changed}")

@@ -131,7 +131,12 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat), added=3, changed=5),
     CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model)), added=2, changed=5),
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination), added=2, changed=4),
-    CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination), added=2, changed=5),
+    CardTable(
+        "clean_scores",
+        lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores)),
+        added=2,
+        changed=5,
+    ),
     CardTable("detector", lambda model: chat_tables.detector(model.contamination), added=2, changed=4),
     CardTable(
         "given_away",
@@ -177,11 +182,21 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
 )
 """Tables of data.md.jinja that the dataset repository alone can prove."""
 
+
+def _shares(release: ReleaseFacts) -> list[str]:
+    """None of a copy of a published model, which no phase trained."""
+    return [] if release.model.is_copy else tables.shares(release.data, release.model.training)
+
+
+def _licenses(release: ReleaseFacts) -> list[str]:
+    return [] if release.model.is_copy else tables.licenses_in_short(release.data)
+
+
 RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("funnel", lambda release: tables.funnel_by_source(release.data), added=2, until=5),
     CardTable("examples", lambda release: chat_tables.examples(release.examples), added=5),
-    CardTable("shares", lambda release: tables.shares(release.data, release.model.training), added=5),
-    CardTable("licenses", lambda release: tables.licenses_in_short(release.data), added=5),
+    CardTable("shares", _shares, added=5),
+    CardTable("licenses", _licenses, added=5),
     CardTable("changes", lambda release: tables.changes(release.changes), added=5),
     CardTable("settings", lambda release: training_tables.settings(release.recipe, release.model), added=5, changed=6),
     CardTable(

@@ -149,8 +149,9 @@ BENCHMARKS = {"evaluate": "in plain text", "solve": "in conversation", "fresh-so
 """{start of a node: what it measures}"""
 
 
-def clean(report: ContaminationReport | None) -> list[str]:
-    """The scores that differ between all items and those that share no words with the training data."""
+def clean(report: ContaminationReport | None, names: Mapping[str, str]) -> list[str]:
+    """The scores that differ between all items and those that share no words with the training data. names: titles of
+    models."""
     if report is None:
         return []
     body, same = [], 0
@@ -166,7 +167,7 @@ def clean(report: ContaminationReport | None) -> list[str]:
             start, _, model = role.rpartition("-solve-") if "-solve-" in role else role.partition("-")
             start = f"{start}-solve" if "-solve-" in role else start
             measure = f"{kind}, {BENCHMARKS.get(start, start)}"
-            body.append([measure, title(model), _value(full), str(full["n"]), *cells])
+            body.append([measure, names.get(model) or title(model), _value(full), str(full["n"]), *cells])
     sentence = f"For {count(same)} of {count(same + len(body))} scores every item is clean, so nothing changes."
     if not body:
         return [sentence]

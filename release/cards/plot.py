@@ -64,7 +64,9 @@ def source_of(png: bytes) -> str | None:
 
 
 def training_plots(model: Path, has_experts: bool) -> dict[str, bytes]:
-    """The plots of a model repository that its training logs give, by name."""
+    """The plots of a model repository that its training logs give, by name; none without logs."""
+    if not training.logs(model):
+        return {}
     return {LOSS: draw_losses(model), **({EXPERTS: draw_experts(model)} if has_experts else {})}
 
 

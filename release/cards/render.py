@@ -76,14 +76,19 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
     name, model = release.name, facts.model
     dataset = data_id(release)
     title = {"model": "", "model-base": "base"}.get(folder, folder.removeprefix("model-"))
+    base = f"{release.repository}-base" if title != "base" else None
+    if model.base and (title == "base" or model.on_published):
+        base = model.base["repo"]
+    relation = {"base_model_relation": "finetune"} if model.on_published and not model.is_copy else {}
     card_data = hub.ModelCardData(
         model_name=f"{name}-{title}".rstrip("-"),
-        **license_fields(release.license.weights),
+        **license_fields(model.license(release.license.weights)),
         library_name="transformers",
         pipeline_tag="text-generation",
         language=list(release.languages) or None,
-        datasets=[dataset],
-        base_model=f"{release.repository}-base" if title != "base" else model.base and model.base["repo"],
+        datasets=None if model.is_copy else [dataset],
+        base_model=base,
+        **relation,
         metrics=[metric for metric, _, _ in METRICS.values()],
         tags=[*(["mixture-of-experts"] if model.has_experts else []), "open-data", "reproducible"],
         eval_results=model_index(model.own_scores(), dataset),
@@ -145,9 +150,9 @@ def data_id(release: ReleaseInfo) -> str:
 
 
 def data_of(card: str) -> str:
-    """The data repository named in a model's card."""
+    """The data repository named in a model's card; a copy of a published model was only measured on its data."""
     data: Any = load().ModelCard(card).data
-    return str(data.datasets[0])
+    return str(data.datasets[0] if data.datasets else data.eval_results[0].dataset_type)
 
 
 def _title(phase: str) -> str:

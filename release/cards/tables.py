@@ -26,6 +26,8 @@ TITLES = {
     "rlvr": "RLVR", "dpo": "DPO", "online-rlhf": "online RLHF",
 }  # fmt: skip
 """Titles of exported models, after the phase that made them."""
+PUBLISHED = "published base"
+"""The title of a base that no phase of the release made."""
 PHASES = {
     "pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training", "sft": "SFT",
     "rlvr": "RLVR", "dpo": "DPO", "reward": "reward model", "online-rlhf": "online RLHF",
@@ -112,8 +114,11 @@ def title(name: str, names: Mapping[str, str] = TITLES) -> str:
 
 
 def titles(models: Iterable[str]) -> dict[str, str]:
-    """The titles of the models, in the order of training."""
-    return {model: title(model) for model in models}
+    """The titles of all models of a release, in the order of training. Without an untrained model, the base is a
+    published one."""
+    names = list(models)
+    published = {"base": PUBLISHED} if "init" not in names else {}
+    return {model: published.get(model) or title(model) for model in names}
 
 
 def summary(model: ModelFacts) -> list[str]:
@@ -143,8 +148,9 @@ def headline(model: ModelFacts) -> list[str]:
         cells = [with_error(row, 3) if row else "not measured" for row in drawn]
         body.append([f"{kind}: right, in conversation", *cells])
     body.append(["bits per byte of held-out text", *_all_bits(model, shown)])
-    columns = [title(name) for name in shown[:-1]]
-    return table(["measure", *(f"after {name}" for name in columns), "this model"], body)
+    columns = [titles(names)[name] for name in shown[:-1]]
+    heads = (name if name == PUBLISHED else f"after {name}" for name in columns)
+    return table(["measure", *heads, "this model"], body)
 
 
 def _all_bits(model: ModelFacts, names: Iterable[str]) -> list[str]:

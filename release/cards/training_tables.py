@@ -163,10 +163,13 @@ def process_rewards(model: ModelFacts) -> list[str]:
 
 
 def start(model: ModelFacts) -> list[str]:
-    """The published model that pre-training began with; none without one."""
+    """The published model that training began with; none without one."""
     if model.base is None:
         return []
-    sentence = "Pre-training began with the weights and the tokenizer of a published model, with a fresh optimizer:"
+    first = "Training" if model.on_published else "Pre-training"
+    sentence = f"{first} began with the weights and the tokenizer of a published model, with a fresh optimizer:"
+    if model.is_copy:
+        sentence = "These are the weights and the tokenizer of a published model:"
     base = {name: escaped(model.base[name]) for name in ("repo", "license", "digest")}
     return [
         sentence,

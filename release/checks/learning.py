@@ -16,16 +16,20 @@ ALL = "over all"
 BEYOND = f", beyond {SURE} standard errors of the difference"
 
 
-def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings:
+def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
     """Over all held-out text, and for each source that pre-training read, so that a large source does not hide a small
-    one."""
+    one. None without pre-training."""
+    if "init" not in build.data.evaluation:
+        return None
     init, base = (build.data.evaluation[name] for name in ("init", "base"))
     changes = _changes(_bits(init), _bits(base), {ALL, *build.data.sources_read("pretrain")})
     return Findings.of_measurement(max(_rises(changes)) < 0, f"bits per byte {_changes_text(changes)}")
 
 
-def midtraining_raises_accuracy(build: BuildContext) -> Findings:
-    """By more than the recipe requires."""
+def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
+    """By more than the recipe requires. None without mid-training."""
+    if "mid" not in build.data.evaluation:
+        return None
     before, after = (build.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))
     required = build.evaluation["min_accuracy_gain"]
     text = (
@@ -35,8 +39,10 @@ def midtraining_raises_accuracy(build: BuildContext) -> Findings:
     return Findings.of_measurement(after["value"] - before["value"] > required, text)
 
 
-def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings:
-    """The loss over all sources read so far is within the recipe's limit."""
+def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
+    """The loss over all sources read so far is within the recipe's limit. None without mid-training."""
+    if "mid" not in build.data.evaluation:
+        return None
     base, mid = (build.data.evaluation[name] for name in ("base", "mid"))
     sources = {ALL, *build.data.sources_read("pretrain"), *build.data.sources_read("midtrain")}
     changes, allowed = _changes(_bits(base), _bits(mid), sources), build.evaluation["bits_per_byte_tolerance"]

@@ -15,6 +15,7 @@ from release.assembly.size_facts import TRAINING
 from release.checks import (
     answers,
     attestations,
+    base_model,
     cards,
     chat_templates,
     contamination,
@@ -43,6 +44,7 @@ from release.checks import (
     weights,
 )
 from release.checks.check import BuildCheck, Check, Reads, Scope
+from release.layout import BASE as MODEL_BASE
 from release.layout import (
     EXPORTED,
     GATES_STATED,
@@ -57,6 +59,7 @@ from release.layout import (
     VARIANT,
 )
 from release.prediction.forecast import FILE, FOLDER
+from stages.train.imported_weights import NAME as BASE
 
 RELEASE = Scope(("release",))
 EVIDENCE = Scope(("release", "evidence"))
@@ -77,6 +80,7 @@ STATEMENTS = Reads(("evidence/", "dataset/"))
 FATES = Reads(("dispositions", "kept/"))
 REFERENCED = Reads((REFERENCES, "kept/", "sources/"))
 RECEIPTS = Reads(("dataset/dispositions", f"dataset/{OPT_OUTS}", "evidence/opt_out/"))
+BASE_FILES = Reads(("evidence/", f"{MODEL_BASE}/"))
 SCORED = Reads(("evaluation/",))
 LOSSES = Reads((f"{VARIANT}-", "dataset/evaluation/"))
 CONVERTED = Reads((f"{VARIANT}-", "model"), weights=True)
@@ -146,6 +150,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         remedy="fix release/standards",
     ),
     Check("weights", weights.tensors, TENSORS, WEIGHTS, deep=True),
+    Check("base", base_model.published_base, RELEASE, BASE_FILES, needs=f"evidence/{BASE}", gate="base"),
     Check("variants", variants.losses, RELEASE, LOSSES, needs=f"{VARIANT}-*/{LOSS}", gate="variants", remedy=AGAIN),
     Check("variant", variants.loss, VARIANTS, EVERYTHING),
     Check("variant_weights", variants.conversions, RELEASE, CONVERTED, deep=True, needs=f"{VARIANT}-*/{LOSS}"),

@@ -92,7 +92,8 @@ def _model(facts: StandardFacts) -> list[Json]:
     names = [f"{facts.release.name}{folder.removeprefix('model')} {facts.release.version}" for folder in facts.models]
     origin = "None: the weights were initialized at random and trained in this run"
     if base := facts.models[MODEL].base:
-        origin = f"{base['repo']}, digest {base['digest']}: pre-training began with its weights and tokenizer"
+        begin = "training" if facts.models[MODEL].on_published else "pre-training"
+        origin = f"{base['repo']}, digest {base['digest']}: {begin} began with its weights and tokenizer"
     return [
         _computed("Versioned names of the models", names),
         _computed("Models that it depends on", origin),

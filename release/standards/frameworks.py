@@ -118,6 +118,8 @@ def _absent(facts: StandardFacts, component: Component, license: str) -> str:
         return f"there is no {component.location}"
     if component.name == "Datasets" and facts.data.by_reference:
         return f"the texts of {', '.join(facts.data.by_reference)} are by reference"
+    if component.name == "Datasets" and facts.published_base:
+        return f"the data of {facts.published_base}, which training began with, is not in this release"
     if component.kind == "code":
         return "" if _open(license, OSI_APPROVED) else f"its license {license} is not known to be approved by OSI"
     return "" if _open(license, OPEN_DATA) else f"its license {license} is not known to be open"
@@ -151,6 +153,8 @@ def checklist(facts: StandardFacts) -> Json:
     texts = f"the texts of {rows - referenced} of {kept} kept documents are in the release"
     if referenced:
         texts += f"; `atom rebuild-data` gets the other {referenced} from {', '.join(facts.data.by_reference.values())}"
+    if base := facts.published_base:
+        texts += f"; those of {base}, which training began with, are not"
     as_run = any(folder.glob("code/as-run/**/*.yaml"))
     undeclared = sorted(name for name, row in sources.items() if not row.origin or not row.license_evidence)
     unknown = sorted(text for text in facts.data.documents.licenses if text.startswith(UNKNOWN))
@@ -166,7 +170,8 @@ def checklist(facts: StandardFacts) -> Json:
         _item("data", "how the data was selected and processed is described", as_run,
               f"the recipes {'as run' if as_run else 'are missing'}, and a decision for each document",
               "code/as-run"),
-        _item("data", "all data of training is listed, and where to get it", rows == kept, texts, "dataset/kept"),
+        _item("data", "all data of training is listed, and where to get it", rows == kept and not base, texts,
+              "dataset/kept"),
         _item("data", "licenses of all documents are known", not unknown,
               "each kept document has one" if not unknown else f"not known: {', '.join(unknown)}", "dataset/kept"),
         _item("data", "data that the model made for its own training is described", drawn == wanted,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core.store import canonical
+from release.assembly.model_facts import ModelFacts
 from release.layout import MODEL, SIZE, VARIANT, numbered
 from release.standards.energy_report import energy
 from release.standards.package_list import normalized
@@ -71,10 +72,10 @@ def _model(facts: StandardFacts, folder: str) -> Json:
         "bom-ref": f"model:{folder}",
         "name": f"{release.name}{folder.removeprefix(MODEL)}",
         "version": release.version,
-        "licenses": _licenses([release.license.weights]),
+        "licenses": _licenses([model.license(release.license.weights)]),
         "externalReferences": [{"type": "distribution", "url": address(facts.model_url(folder))}],
         "components": _files(f"model:{folder}/", facts.weights(folder)),
-        "pedigree": _start(model.base) if model.base else {},
+        "pedigree": _start(model) if model.base else {},
         "modelCard": _card(facts, folder),
         "properties": [
             {"name": f"{PROPERTY}parameters", "value": str(model.parameters.total)},
@@ -97,8 +98,9 @@ def _files(place: str, digests: Mapping[str, str]) -> list[Json]:
     ]
 
 
-def _start(base: Mapping[str, Any]) -> Json:
-    """The pedigree of a model whose pre-training began with a published one."""
+def _start(model: ModelFacts) -> Json:
+    """The pedigree of a model whose training began with a published one."""
+    base = model.base or {}
     weights = {path: digest for path, digest in sorted(base["files"].items()) if path.endswith(WEIGHTS)}
     ancestor = {
         "type": "machine-learning-model",
@@ -108,7 +110,9 @@ def _start(base: Mapping[str, Any]) -> Json:
         "externalReferences": [{"type": "distribution", "url": address(f"{HUB}/{base['repo']}")}],
         "components": _files("", weights),
     }
-    notes = "Pre-training began with these weights and their tokenizer; the version is the digest of SHA256SUMS."
+    begin = "Training began" if model.on_published else "Pre-training began"
+    relation = "It is a copy of" if model.is_copy else f"{begin} with"
+    notes = f"{relation} these weights and their tokenizer; the version is the digest of SHA256SUMS."
     return {"ancestors": [{key: value for key, value in ancestor.items() if value}], "notes": notes}
 
 

@@ -114,12 +114,12 @@ def _model(graph: _Graph, facts: StandardFacts, folder: str, provider: str) -> s
         ai_energyConsumption=consumed,
         verifiedUsing=[_hash(digest, path) for path, digest in facts.weights(folder).items()],
     )
-    graph.license(id, [release.license.weights])
+    graph.license(id, [model.license(release.license.weights)])
     return id
 
 
 def _base(graph: _Graph, folder: str, base: Mapping[str, Any]) -> str:
-    """The published model that the pre-training of a model began with. No AIPackage: its supplier and the time of its
+    """The published model that the training of a model began with. No AIPackage: its supplier and the time of its
     release are not known here."""
     id = graph.add(
         "software_Package",

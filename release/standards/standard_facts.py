@@ -65,6 +65,12 @@ class StandardFacts:
         return self.maker.address or self.release.contact or NOT_STATED
 
     @property
+    def published_base(self) -> str:
+        """The repository of the published model that a phase other than pre-training began with; else ""."""
+        final = self.models[MODEL]
+        return str(final.base["repo"]) if final.base and final.on_published else ""
+
+    @property
     def phases(self) -> list[str]:
         return phases_of(self.release.nodes)
 

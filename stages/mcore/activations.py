@@ -12,6 +12,7 @@ every byte that a simulated rank allocates.
 
 from __future__ import annotations
 
+from stages.mcore.lora import Lora
 from stages.mcore.memory import layers_of
 from stages.mcore.parallel_layout import LOSS_SLICE, Layout
 from stages.models.base import ModelConfig, Precision
@@ -86,6 +87,22 @@ def activation_bytes(
         working += hidden + is_tied * size * model.hidden_size * padded_vocab_size / layout.tp
     loss = _loss(model, padded_vocab_size, layout, precision, rows)[1]
     return saved + max(working, _inputs_of_loss(model, layout, precision, rows) + loss)
+
+
+def merged_bytes(
+    lora: Lora, model: ModelConfig, layout: Layout, precision: Precision, micro_batches: int, pipeline_rank: int
+) -> float:
+    """Bytes of the sums of matrices and adapters at the peak of a step on a rank at that position of the pipeline, and
+    of the gradient of the largest one. Each micro-batch in flight keeps the sums of all layers; with recompute =
+    layer, only the layer at work has them."""
+    sums = lora.sums(model, layout)
+    layers = [sums[layer] for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
+    by_layer = [sum(sizes) for sizes in layers]
+    if layout.recompute == "layer":
+        kept = max(by_layer)
+    else:
+        kept = in_flight(layout, pipeline_rank, micro_batches) * sum(by_layer)
+    return _size(precision) * (kept + max(size for sizes in layers for size in sizes))
 
 
 def _saved_by_layers(

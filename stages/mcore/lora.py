@@ -7,6 +7,8 @@ in Megatron, and so are gate and up: they share A and have rows of B of their ow
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -25,6 +27,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 """Endings of the names of a target's matrices. `mlp` are the feed-forward matrices, those of each expert among them."""
 
 
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 ARCHITECTURES = ("qwen3", "qwen3_moe")
 """Those whose matrices have the names above."""
 
@@ -62,6 +65,15 @@ class Lora(Config):
             if self.is_target(name):
                 shapes |= {factor(name, A): (self.rank, shape[1]), factor(name, B): (shape[0], self.rank)}
         return shapes
+
+    def sums(self, model: ModelConfig, layout: Layout) -> dict[int, list[float]]:
+        """The numbers of each sum W + alpha / rank * B A on one rank, by layer."""
+        sizes: dict[int, list[float]] = {}
+        for name, shape in model.shapes(1).items():
+            if self.is_target(name) and (match := LAYER.match(name)):
+                ranks = layout.ep * layout.split_experts if ".experts." in name else layout.tp
+                sizes.setdefault(int(match[1]), []).append(math.prod(shape) / ranks)
+        return sizes
 
     def problem(self, layout: Layout, precision: Precision, model: ModelConfig) -> str | None:
         """The reason why these adapters cannot be trained in this way, as a sentence that starts with a field; None if

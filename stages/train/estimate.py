@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order_config import ROW_BYTES
-from stages.mcore.activations import activation_bytes
+from stages.mcore.activations import activation_bytes, merged_bytes
 from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
@@ -116,6 +116,7 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     if phase.adapter:  # of the base only the weights; adapters are counted as if no rank shared them
         weight, master = (4, 0) if phase.precision == "fp32" else (2, MASTER)
         state = weight * share.all + (weight + master + GRADIENT + MOMENTS) * trained_parameters(config)
+        activations += merged_bytes(phase.adapter, model, layout, phase.precision, micro_batches, pipeline_rank)
     return share, state, activations
 
 

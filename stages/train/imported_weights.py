@@ -70,7 +70,6 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     recipe's.
     """
     from stages.export.hf import PAD, STOPS
-    from stages.mcore.model import check_tensors
     from stages.models.hf import hf_config
     from stages.train.checkpoint import release_checkpoint
 
@@ -91,9 +90,23 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
                 f"{config.repo} is another model than the recipe's: its config.json has {name} = "
                 f"{printable(str(stated.get(name)))}, the model section gives {value}"
             )
+    count = write_checkpoint(folder, config, out / release_checkpoint.name_of(0))
+    for name in TOKENIZER_FILES:
+        if name in digests:
+            shutil.copyfile(folder / name, out / name)
+    about = {"repo": config.repo, "license": config.license, "digest": config.digest, "files": digests}
+    write_json(out / NAME, about)
+    report.note(f"imported {count} tensors of {config.repo}, {config.digest}")
+
+
+def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
+    """Writes the checkpoint of step 0 from the exported model in `folder`. Returns the number of its tensors. Raises
+    RecipeError for a model that is another than the config's."""
+    from stages.mcore.model import check_tensors
+    from stages.train.checkpoint import release_checkpoint
+
     tensors = release_checkpoint.Tensors(folder)
     shapes = config.model.shapes(config.padded_vocab_size)
-    step = out / release_checkpoint.name_of(0)
     step.mkdir(parents=True)
     try:
         mapped = config.model.spec().from_hf(tensors, config.model)
@@ -104,12 +117,7 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     check_tensors(shapes, release_checkpoint.Tensors(step).shapes(), config.repo)
     state = {"phase": "import", "step": 0, "tokens": 0, "optimizer_step": 0}
     write_json(step / release_checkpoint.STATE, state)
-    for name in TOKENIZER_FILES:
-        if name in digests:
-            shutil.copyfile(folder / name, out / name)
-    about = {"repo": config.repo, "license": config.license, "digest": config.digest, "files": digests}
-    write_json(out / NAME, about)
-    report.note(f"imported {len(shapes)} tensors of {config.repo}, {config.digest}")
+    return len(shapes)
 
 
 def _pull(config: ImportConfig) -> Path:

@@ -205,7 +205,7 @@ def test_a_recipe_trains_an_adapter_on_a_phase_or_on_a_release(tmp_path: Path) -
     begin = {"repo": "local/base", "digest": f"sha256:{'1' * 64}", "license": "MIT"}
     on_release = graph(sft={**body["sft"], "lora": lora}, rlvr=None, pretrain=None, midtrain=None, start_from=begin)
     nodes = on_release.nodes
-    with pytest.raises(AtomError, match="has no pretrain, which the cards and checks of a release describe"):
+    with pytest.raises(AtomError, match="acquire-docstrings and 2. more stages are not sealed yet"):
         collect.build_input(on_release, Store(tmp_path))
     assert nodes["sft"].inputs["init"] == nodes["export-base"].inputs["checkpoint"] == "import"
     assert nodes["export-sft"].inputs["base"] == "import" and "pretrain" not in nodes and "export-init" not in nodes

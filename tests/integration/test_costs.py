@@ -11,14 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.mcore import layer_spec
-from stages.mcore.activations import activation_bytes, in_flight, saved_bytes
+from stages.mcore import layer_spec, lora_layers
+from stages.mcore.activations import activation_bytes, in_flight, merged_bytes, saved_bytes
 from stages.mcore.attention_sinks import plain_attention
 from stages.mcore.layout_check import problem
+from stages.mcore.lora import Lora
 from stages.mcore.megatron_imports import Float16Module
 from stages.mcore.memory import layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.model import build
 from stages.mcore.parallel_layout import Layout
+from stages.models.base import ModelConfig
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
 from stages.models.grouped_query import SLICE
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
@@ -155,26 +157,22 @@ def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recompute", ["none", "layer"])
-@pytest.mark.parametrize(
-    "extra",
-    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED, HYBRID],
-    ids=["experts", "dense layer", "shared expert", "windows", "hybrid"],
-)
-def test_activations_are_what_autograd_saves(
-    precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
-    model, rows = parse({**MODEL, **extra}), Rows(2, 512, packed=True)
-    layout, saved = Layout(recompute=recompute), {}
-    is_plain = extra == WINDOWED and precision == "bf16"
-    if is_plain:  # as on a GPU
-        monkeypatch.setattr(layer_spec, "attend_with_sinks", plain_attention)
+def _saved_by_autograd(
+    model: ModelConfig,
+    rows: Rows,
+    layout: Layout,
+    precision: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: Lora | None = None,
+) -> int:
+    """Bytes of all distinct tensors that a forward pass saves, without weights."""
+    saved: dict[int, tuple[int, torch.Tensor]] = {}
     with parallel.session(0), _gpu_like(monkeypatch):
         (gpt,) = build(model, VOCAB, layout, precision, packed=True)
         for parameter in gpt.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
+        if lora is not None:
+            lora_layers.install([gpt], lora)
         net = gpt if precision == "fp32" else Float16Module(gpt.config, gpt)
         weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
 
@@ -190,6 +188,61 @@ def test_activations_are_what_autograd_saves(
                 padding_mask=torch.zeros_like(ids, dtype=torch.bool))  # fmt: skip
     measured = sum(size for size, _ in saved.values())
     saved.clear()  # the graph holds what packs its tensors, and that held the graph
+    return measured
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("targets", [("attention", "mlp"), ("attention",)], ids=["all", "attention"])
+def test_a_pass_saves_the_sums_of_matrices_and_adapters(
+    precision: Any, targets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what full fine-tuning saves. The inputs of matrices without an adapter need not be kept."""
+    model, rows, lora = parse(MODEL), Rows(2, 512, packed=True), Lora(rank=4, alpha=8, targets=targets)
+    full = _saved_by_autograd(model, rows, Layout(), precision, monkeypatch)
+    measured = _saved_by_autograd(model, rows, Layout(), precision, monkeypatch, lora)
+    sums = [size for sizes in lora.sums(model, Layout()).values() for size in sizes]
+    element = 4 if precision == "fp32" else 2
+    matrices = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + ("mlp" in targets) * 4 * 8 * 3 * 64 * 48
+    assert sum(sums) == matrices
+    assert merged_bytes(lora, model, Layout(), precision, 1, 0) == element * (matrices + max(sums))
+    if targets == ("attention",):
+        assert measured < full + element * matrices
+    else:
+        assert measured == pytest.approx(full + element * matrices, rel=0.01)
+
+
+def test_ranks_share_the_sums() -> None:
+    """By hand: tensor ranks share attention, expert ranks experts; a stage keeps those of each micro-batch in flight."""
+    model, lora = Qwen3MoeConfig(**MODEL), Lora(rank=4, alpha=8, targets=("attention", "mlp"))
+    attention, expert = 64 * 16 * (8 + 2 * 4) + 8 * 16 * 64, 3 * 64 * 48
+    largest = 64 * 16 * (8 + 2 * 4)
+
+    def numbers(rank: int = 0, micro: int = 8, **layout: Any) -> float:
+        return merged_bytes(lora, model, Layout(**layout), "bf16", micro, rank) / 2
+
+    assert numbers() == 4 * (attention + 8 * expert) + largest
+    assert numbers(ranks=2, tp=2, ep=2, etp=1) == 4 * (attention / 2 + 4 * expert) + largest / 2
+    assert numbers(ranks=2, pp=2) == 2 * 2 * (attention + 8 * expert) + largest
+    assert numbers(rank=1, ranks=2, pp=2) == 2 * (attention + 8 * expert) + largest
+    assert numbers(recompute="layer") == attention + 8 * expert + largest
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED, HYBRID],
+    ids=["experts", "dense layer", "shared expert", "windows", "hybrid"],
+)
+def test_activations_are_what_autograd_saves(
+    precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
+    model, rows, layout = parse({**MODEL, **extra}), Rows(2, 512, packed=True), Layout(recompute=recompute)
+    is_plain = extra == WINDOWED and precision == "bf16"
+    if is_plain:  # as on a GPU
+        monkeypatch.setattr(layer_spec, "attend_with_sinks", plain_attention)
+    measured = _saved_by_autograd(model, rows, layout, precision, monkeypatch)
     tokens, element = rows.rows * rows.length, 4 if precision == "fp32" else 2
     predicted = saved_bytes(model, VOCAB, layout, precision, rows, 1, 0)
     if recompute == "layer":  # the tables are there, and autograd does not keep them

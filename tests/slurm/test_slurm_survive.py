@@ -122,3 +122,16 @@ def test_a_full_disk_for_a_while(upstream: Path, calm: str, tmp_path: Path) -> N
             lambda: not slurm_fixtures.slurm("squeue", "-h", "-t", "running,completing"), "an empty cluster", 60
         )
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@at_length("slurm-stages", 240)
+def test_a_time_limit_reached_again_and_again(upstream: Path, home: Path) -> None:
+    """One minute, with a signal some twenty seconds after the start (Slurm may send it much earlier)."""
+    folder = home.parent
+    recipe = slurm_fixtures.write_recipe(folder, steps=240)
+    shutil.copytree(upstream, folder / "calm/home")
+    atom(folder / "calm/home", "run", recipe, "--until", "pretrain")
+    cluster = slurm_fixtures.write_profile(folder, train={"minutes": 1}, signal_before_limit_seconds=40, restarts=9)
+    atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain")
+    assert finish(home) == slurm_fixtures.digest(folder / "calm/home", "pretrain")
+    assert slurm_fixtures.attempts(home, "pretrain") > 1

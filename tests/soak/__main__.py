@@ -119,10 +119,6 @@ PARTS = {
         test_steps("tests/slurm/test_slurm_servers.py"), ["tests", "result"],
         "Real vLLM servers in Slurm jobs beside RL: canceled, started again, orphaned; ATOM_VLLM_PYTHON names their Python.",
     ),
-    "slurm-recipe": Part(
-        test_steps("tests/slurm/test_slurm_soak.py"), ["tests", "result"],
-        "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
-    ),
     "training": Part(
         test_steps(*(f"tests/integration/test_{n}.py" for n in ("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "fake_quantization", "start_records", "layouts", "million_tokens", "model_rope", "precision_simulation", "qwen3_next", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop", "windows"))),
         ["tests", "result"],

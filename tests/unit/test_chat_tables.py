@@ -26,7 +26,7 @@ def test_a_model_with_judged_requests_only_has_no_row_of_problems() -> None:
 def test_a_kind_with_a_single_item_has_no_row_of_clean_scores() -> None:
     scores = {"a": ("sort", 1.0), "b": ("add", 1.0), "c": ("add", 0.0)}
     kinds = scores_by_verdict(scores, dict.fromkeys(scores, "clean"))
-    lines = chat_tables.clean({"scores": {"solve-dpo": kinds}})  # type: ignore[typeddict-item]
+    lines = chat_tables.clean({"scores": {"solve-dpo": kinds}}, {})  # type: ignore[typeddict-item]
     assert lines == ["For 1 of 1 scores every item is clean, so nothing changes."]
 
 
@@ -34,7 +34,7 @@ def test_scores_on_clean_items_have_no_names_of_nodes() -> None:
     scores = {"a": ("add", 1.0), "b": ("add", 1.0), "c": ("add", 0.0)}
     kinds = scores_by_verdict(scores, {"a": "clean", "b": "clean", "c": "overlap"})
     names = ("evaluate-mid", "solve-online-rlhf", "fresh-solve-dpo")
-    lines = chat_tables.clean({"scores": dict.fromkeys(names, kinds)})  # type: ignore[typeddict-item]
+    lines = chat_tables.clean({"scores": dict.fromkeys(names, kinds)}, {})  # type: ignore[typeddict-item]
     assert lines[0] == "For 0 of 3 scores every item is clean, so nothing changes. For the others:"
     assert [line.split(" | ")[:2] for line in lines[4:]] == [
         ["| add, in plain text", "mid-training"],

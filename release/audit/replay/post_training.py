@@ -14,7 +14,9 @@ from typing import Any
 from pipeline.core import provenance
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, FileRow, rows_of
+from release.assembly.assemble import IMPORT
 from release.audit.replay.source import Source
+from release.layout import BASE
 
 MODULE = "code/release/audit/replay/post_training.py"
 """This file in a release whose code can replay these phases."""
@@ -103,11 +105,13 @@ def require_same_consumption(path: Path, log: Iterable[Mapping[str, Any]]) -> No
 
 
 def previous_checkpoint(source: Source, key: str) -> str:
-    """The published folder of the last checkpoint of the phase before. key: of its artifact. Raises CheckFailed if it
-    is not published."""
+    """The published folder of the last checkpoint of the phase before; without one, that of the published model that
+    the first phase began with. key: of its artifact. Raises CheckFailed if it is not published."""
     steps = {int(match[1]): file for file in source.listed(key) if (match := STATE.fullmatch(file))}
     if not steps:
         raise CheckFailed(f"the manifest of {key} lists no checkpoint; it was changed")
+    if source.manifests[key].node == IMPORT and source.place(key, steps[max(steps)]) is None:
+        return BASE
     return source.copy(key, steps[max(steps)]).parent.relative_to(source.folder).as_posix()
 
 
@@ -118,7 +122,25 @@ def inputs(source: Source, files: Mapping[str, str], init: str | None, folder: P
     if init is not None:
         step = folder / "init" / "step-000000"
         step.parent.mkdir()
-        step.symlink_to(source.folder / init)
+        if init == BASE:
+            _import(source, step)
+        else:
+            step.symlink_to(source.folder / init)
         rows = (FileRow(f"{step.name}/{row.path}", row.size, row.sha256) for row in rows_of(step))
         artifacts["init"] = Artifact(init, "", step.parent, tuple(rows))
     return artifacts
+
+
+def _import(source: Source, step: Path) -> None:
+    """Writes the checkpoint that the stage `import` made of the published model, whose copy is `model-base`. Raises
+    CheckFailed if the files differ from its manifest."""
+    from stages.train.imported_weights import ImportConfig, write_checkpoint
+
+    key, body = source.statement(IMPORT)
+    config = ImportConfig.model_validate(provenance.parameters_of(body)["config"])
+    write_checkpoint(source.folder / BASE, config, step)
+    listed, prefix = source.listed(key), f"{step.name}/"
+    expected = {path.removeprefix(prefix): digest for path, digest in listed.items() if path.startswith(prefix)}
+    written = {row.path: row.sha256 for row in rows_of(step)}
+    if written != expected:
+        raise CheckFailed(f"{BASE} does not give the weights that {key} lists; the model or the manifest was changed")

@@ -1,0 +1,158 @@
+"""Releases whose first phase begins with a published model: what they hold of it, and adapters on a release at length."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pipeline.core.errors import AtomError
+from pipeline.core.store import sha256_file
+from release.assembly import assemble
+from release.assembly import build_release as builder
+from release.assembly.published_tables import read_json
+from release.audit.verify import verify
+from release.checks.base_model import published_base
+from release.checks.check import Subject
+from tests.fixtures import release_fixtures
+from tests.fixtures.home_fixtures import SMOKE
+from tests.fixtures.replay_fixtures import build
+from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
+
+pytestmark = pytest.mark.numeric
+
+REPO, LICENSE = "local/published", "MIT"
+INPUTS = {
+    node: [{"pretrain": "import"}.get(parent, parent) for parent in parents if parent != "order-pretrain"]
+    for node, parents in {"import": [], **release_fixtures.INPUTS}.items()
+    if node not in ("pretrain", "order-pretrain", "export-init", "evaluate-init")
+}
+"""The graph of a run whose mid-training begins with a published model."""
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> builder.BuildInput:
+    make_node = release_fixtures.make_node
+
+    def make(name: str, out: Path) -> None:
+        if name != "import":
+            return make_node(name, out)
+        make_node("export-base", out)
+        files = {path.name: sha256_file(path) for path in (out / "model").iterdir()}
+        about = {"repo": REPO, "license": LICENSE, "digest": f"sha256:{'1' * 64}", "files": files}
+        release_fixtures.write_json(out / "base.json", about)
+        return None
+
+    monkeypatch.setattr(release_fixtures, "make_node", make)
+    return release_fixtures.build_input(tmp_path, INPUTS, parts=1)
+
+
+def metadata(card: Path) -> dict[str, Any]:
+    fields: dict[str, Any] = yaml.safe_load(card.read_text().split("---\n")[1])
+    return fields
+
+
+def test_its_evidence_and_its_cards_name_the_published_model(source: builder.BuildInput, tmp_path: Path) -> None:
+    release = builder.build(source, tmp_path / "home")
+    base, gates = read_json(release / "evidence/base.json"), read_json(release / "evidence/gates.json")
+    assert gates["base"] == {"ok": True, "detail": f"2 files of {REPO}, sha256:{'1' * 64}"}
+    assert "midtraining_keeps_bits_per_byte" in gates and "pretraining_lowers_bits_per_byte" not in gates
+    weights = "model.safetensors"
+    assert base["files"][weights] == sha256_file(release / f"model-base/{weights}")
+    final, copy = (metadata(release / f"{name}/README.md") for name in ("model", "model-base"))
+    assert (final["base_model"], final["base_model_relation"], final["license"]) == (REPO, "finetune", "apache-2.0")
+    assert (copy["base_model"], copy["license"]) == (REPO, "mit") and not {"base_model_relation", "datasets"} & set(
+        copy
+    )
+    text = (release / "model-base/README.md").read_text()
+    assert f"This is a copy of the published model [{REPO}]" in text and "after pre-training" not in text
+    text = (release / "model/README.md").read_text()
+    assert "final model, after mid-training, of release" in text and "| measure | published base | this model |" in text
+    assert "spdx.org/licenses/MIT" in (release / "model-base/LICENSE").read_text()
+    bom = read_json(next((release / "evidence/standards").glob("*cdx.json")))
+    osaid = {row["requirement"]: row for row in read_json(release / "evidence/standards/osaid.json")["requirements"]}
+    listed = osaid["all data of training is listed, and where to get it"]
+    assert not listed["met"] and f"those of {REPO}, which training began with, are not" in listed["reason"]
+    models = {c["name"]: c for c in [bom["metadata"]["component"], *bom["components"]] if "pedigree" in c}
+    assert models["tiny-base"]["licenses"] == [{"expression": LICENSE}]
+    assert models["tiny-base"]["pedigree"]["notes"].startswith("It is a copy of these weights")
+
+    verdict = verify(release)
+    assert verdict.ok and {check.name: check.ok for check in verdict.checks}["base"] is True
+    assert verify(Path(shutil.copytree(release / "model-base", tmp_path / "alone"))).ok
+    second = [sys.executable, str(release / "evidence/independent_verifier.py"), str(release)]
+    assert subprocess.run(second, check=False).returncode == 0
+
+    changed = bytearray((release / f"model-base/{weights}").read_bytes())
+    changed[-1] ^= 1
+    (release / f"model-base/{weights}").write_bytes(changed)
+    assert published_base(Subject(release)).problems == [
+        f"model-base/{weights} is not that of {REPO}; a release holds the published model bit for bit, so train it in "
+        "the precision in which it was published"
+    ]
+
+
+def test_only_the_published_model_replaces_a_phase(source: builder.BuildInput) -> None:
+    without = {node: artifact for node, artifact in source.artifacts.items() if node != "import"}
+    assemble.require_nodes(source.artifacts)
+    with pytest.raises(AtomError, match="the release needs the artifact of order-pretrain, which is not sealed"):
+        assemble.require_nodes(without)
+
+
+ADAPTER = {"rank": 4, "alpha": 8, "targets": ["attention", "mlp"]}
+TOLERANCE = 5e-5
+"""Of a logit: PEFT adds the product of an adapter to a layer's result, and a merged model to its matrix."""
+
+
+@at_length("release", 200)
+def test_an_adapter_on_a_release_is_released(smoke_home: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = build(smoke_home, "atom-smoke", tmp_path / "base")
+    home, body = tmp_path / "home", yaml.safe_load(SMOKE.read_text())
+    copy_sealed(smoke_home, home, *DATA)
+    for section in ("pretrain", "midtrain", "rlvr"):
+        del body[section]
+    digest = f"sha256:{sha256_file(base / 'model/SHA256SUMS')}"
+    begin = {"repo": "local/atom-smoke", "digest": digest, "license": "Apache-2.0", "folder": str(base / "model")}
+    body |= {"name": "adapted", "start_from": begin, "sft": {**body["sft"], "lora": ADAPTER}}
+    recipe = tmp_path / "adapted.yaml"
+    recipe.write_text(yaml.safe_dump(body))
+    atom(home, "run", str(recipe), timeout=1800)
+    atom(home, "build", str(recipe), timeout=1800)
+    release = home / "releases/adapted-0.1.0"
+
+    verdict = json.loads(atom(home, "verify", str(release), "--deep", "--json").stdout)
+    checks = {check["name"]: check["ok"] for check in verdict["checks"]}
+    assert verdict["ok"] and checks["base"] is checks["variant_weights"] is True
+    adapter = metadata(release / "variant-adapter/README.md")
+    assert (adapter["base_model"], adapter["base_model_relation"]) == ("local/atom-smoke", "adapter")
+    stated = read_json(release / "variant-adapter/base.json")["files"]
+    assert stated == {name: sha256_file(base / "model" / name) for name in stated}, "those of the published model"
+
+    ids = torch.randint(0, 384, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(release / "model", dtype=torch.float32)(ids).logits
+        published = AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.float32)
+        plain = published(ids).logits
+        wrapped = PeftModel.from_pretrained(published, release / "variant-adapter")
+        adapted = wrapped(ids).logits
+        unloaded = wrapped.merge_and_unload()(ids).logits
+    differences = [float((logits - merged).abs().max()) for logits in (adapted, unloaded, plain)]
+    print(f"PEFT {differences[0]:.2e}, merged by PEFT {differences[1]:.2e}, without the adapter {differences[2]:.2e}")
+    assert max(differences[:2]) < TOLERANCE and differences[2] > 0.1
+
+    rows = json.loads(atom(home, "verify", str(release), "--openness", "--json").stdout)["openness"]
+    openness = {row["name"]: row for row in rows}
+    assert openness["every document"]["answer"] == "P" and openness["executable replay of every phase"]["answer"] == "Y"
+    assert "trained from  local/atom-smoke, Apache-2.0," in atom(home, "show", str(release)).stdout
+    assert "of sft" in atom(home, "trace", str(release), "--step", "1").stdout
+    assert ": bitwise" in atom(home, "replay", str(release), "sft").stdout
