@@ -44,6 +44,7 @@ STAGES_PROVE = {
     "order": "which documents each step reads, before it reads them",
     "pretrain": "checkpoints that anybody can train on from",
     "midtrain": "the same on longer rows",
+    "size": "a smaller model of the recipe, on the same rows",
     "sft": "the same on conversations",
     "rlvr": "every answer that was drawn, with its reward",
     "dpo": "every pair that it learns from",

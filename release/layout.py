@@ -71,6 +71,8 @@ ORDER = (
 )  # fmt: skip
 WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
 """Phases that sample their training data; only their replayed data has an order."""
+SIZE = "size"
+"""The kind of phases that train smaller models of the recipe: size-1, size-2, …"""
 REWARD_EXPORT = "export-reward"
 """The node that exports the reward model, which is published with the scores that it made and not as a model."""
 
@@ -91,6 +93,16 @@ def numbered(name: str) -> tuple[str, int]:
 def phases_of(nodes: Iterable[str]) -> list[str]:
     """The training phases among a graph's nodes, in order."""
     return sorted((node for node in nodes if numbered(node)[0] in TRAINING), key=when)
+
+
+def sizes_of(nodes: Iterable[str]) -> list[str]:
+    """The smaller models of the recipe among a graph's nodes, in order."""
+    return sorted((node for node in nodes if numbered(node)[0] == SIZE), key=when)
+
+
+def order_of(phase: str) -> str:
+    """The phase whose order of documents a phase reads: a smaller model reads that of pre-training."""
+    return "pretrain" if numbered(phase)[0] == SIZE else phase
 
 
 def models_of(nodes: Iterable[str]) -> list[str]:

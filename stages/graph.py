@@ -17,6 +17,7 @@ from pipeline.core.text import escaped
 from pipeline.graph import checkpoints, registry
 from pipeline.graph.dag import Graph, GraphBuilder, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
+from stages import sizes
 from stages.data.recipe import DataRecipe
 from stages.data.recipe import loads as load_data_recipe
 from stages.evaluation import estimates
@@ -48,6 +49,7 @@ STAGES = {
     "pretrain": "stages.train.pretrain",
     "midtrain": "stages.train.midtrain",
     "sft": "stages.train.sft",
+    "size": "stages.train.smaller_model",
     "tasks": "stages.rl.rollout.tasks",
     "rlvr": "stages.rl.rlvr",
     "dpo": "stages.rl.dpo",
@@ -141,6 +143,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     _add_harness(graph, config, trained, benchmarks)
     _add_variants(graph, config, trained, data)
     _add_extra_stages(graph, config)
+    _add_sizes(graph, config)
     graph.check_sizes()
     return Graph(recipe, graph.nodes, absent)
 
@@ -154,6 +157,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_lengths(config)
     yield from _problems_of_engine(config)
     yield from _problems_of_weight_format(config)
+    yield from sizes.problems(config.sizes, config.model, config.pretrain, config.tokenizer.padded_vocab_size)
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
         later = "rlvr" if config.rlvr else "dpo"
         yield (
@@ -460,6 +464,15 @@ def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:
         if missing := [node for node in reads.values() if node not in graph.nodes]:
             raise RecipeError(f"{where} reads {missing[0]}, which this recipe does not have; leave the stage out")
         graph.add(name, name, settings, **reads)
+
+
+def _add_sizes(graph: GraphBuilder, config: ReleaseRecipe) -> None:
+    """Adds the smaller models, which read the order of pre-training; last, so that they fill what the others leave."""
+    for number, size in enumerate(config.sizes):
+        assert config.pretrain is not None
+        name, (model, phase) = sizes.node(number), size.resolve(config.model, config.pretrain)
+        training = _training(config, model, phase) | {"name": name}
+        graph.add(name, sizes.NAME, training, tokens="tokenize", order="order-pretrain")
 
 
 def _training(config: ReleaseRecipe, model: ModelConfig, section: Any) -> dict[str, Any]:

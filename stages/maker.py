@@ -47,6 +47,7 @@ class Crawler(Config):
     purpose: Text = Field(description="purpose of the crawler")
     behavior: Text = Field(description="how it treats robots.txt, logins and paywalls")
     period: Line = Field(description="first and last month of collection")
+    content: Text | None = Field(None, description="the types of content and of online sources, in words")
 
 
 class Maker(Config):
@@ -61,6 +62,9 @@ class Maker(Config):
     continuous_training: Flag | None = Field(
         None, description="whether the model is trained further on data collected after its release"
     )
+    characteristics: Text | None = Field(
+        None, description="characteristics of the training data that no file states, such as regions or groups"
+    )
     code_of_practice: Flag | None = Field(
         None, description="whether the provider signed the EU's code of practice for general-purpose AI"
     )
@@ -69,6 +73,11 @@ class Maker(Config):
     )
     illegal_content: Text | None = Field(None, description="measures against illegal content in the training data")
     user_data: Text | None = Field(None, description="whether data of users was used for training, and which")
+    user_interactions: tuple[Literal["model", "services"], ...] | None = Field(
+        None,
+        max_length=2,
+        description="what the sources whose category is user come from: interactions with the model, or with services",
+    )
     comments: Text | None = Field(None, description="further information for the EU summary")
     crawler: Crawler | None = Field(None, description="the crawler of the sources whose category is crawled")
     sources: dict[SourceName, Category] = Field(

@@ -16,6 +16,7 @@ from stages.export.variants.registry import VARIANTS, VariantName
 from stages.maker import Maker
 from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
+from stages.sizes import Sizes
 from stages.train.config import LongContext, PhaseConfig, SftPhase
 from stages.train.imported_weights import StartFrom
 
@@ -90,6 +91,9 @@ class ReleaseRecipe(Identity):
     )
     extra_stages: Annotated[dict[Key, Settings], Field(max_length=100)] = added(
         {}, "further stages by name, each with its settings; they read artifacts, and no other stage reads theirs"
+    )
+    sizes: Sizes = added(
+        (), "smaller models of the recipe, pre-trained on the same rows and published beside its model"
     )
     release: ReleaseSection = Field(description="metadata of the model and dataset cards")
 

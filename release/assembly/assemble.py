@@ -33,7 +33,9 @@ from release.layout import (
     WITHOUT_ORDER,
     folders_of,
     models_of,
+    order_of,
     phases_of,
+    sizes_of,
     when,
 )
 from release.prediction.forecast import FILE, FOLDER
@@ -114,7 +116,7 @@ def placement(
 ) -> Iterator[tuple[str, str]]:
     """(file of the artifact, path in the release) for every published file of a node.
 
-    phases, models: those of the release, in the order of training.
+    phases, models: those of the release, in the order of training; smaller models are phases here.
     """
     folders = folders_of(models)
     kind, _, suffix = node.partition("-")
@@ -151,7 +153,7 @@ def placement(
         elif node in phases:
             yield path, f"evidence/training/{node}/{path}"
             if (
-                path == "training.jsonl" and node != "reward"
+                path == "training.jsonl" and node != "reward" and order_of(node) == node
             ):  # the repository alone proves the training facts of a model's card
                 model_dirs = [folder for model, folder in folders.items() if when(model) >= when(node)]
                 yield from ((path, f"{folder}/training/{node}.jsonl") for folder in model_dirs)
@@ -201,7 +203,7 @@ def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str,
 
 
 def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
-    phases, models = phases_of(artifacts), models_of(artifacts)
+    phases, models = [*phases_of(artifacts), *sizes_of(artifacts)], models_of(artifacts)
     for node, artifact in sorted(artifacts.items()):
         manifest = artifact.path / "manifest.json"
         assembly.include(manifest, f"evidence/manifests/{node}.json", f"manifest of {artifact.key}")

@@ -19,6 +19,7 @@ import yaml
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
 from release import data_layout, references, schema
+from release.assembly import size_facts
 from release.assembly.published_tables import read_json
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
@@ -31,6 +32,7 @@ from release.layout import (
     REFERENCES,
     SIGNATURE,
     SITE,
+    SIZE,
     TRAINING,
     WITHOUT_ORDER,
     numbered,
@@ -42,6 +44,8 @@ from stages.train.imported_weights import NAME as BASE
 
 SMALL_BYTES = 4_000_000_000
 """Of weights: a billion parameters in fp32, which a laptop holds."""
+LEAST_SIZES = 2
+"""Smaller models of a family of sizes."""
 Answer = tuple[Literal["Y", "P", "N"], str, Sequence[str]]
 """The answer, its reason, and the paths of its evidence."""
 
@@ -197,14 +201,19 @@ def _contamination(release: Published) -> Answer:
     return "P", "documents with items were removed by a rule; no detector was tested", ["dataset/dispositions"]
 
 
+def _lack_of_replay(source: Source, phase: str) -> str:
+    """What a replay of a phase's last steps lacks; "" if nothing."""
+    try:
+        Plan.read(source, phase, *select_steps(source, phase, None, None))
+    except (AtomError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
 @_row("executable replay of every phase")
 def _replay(release: Published) -> Answer:
-    source, reasons = Source(release.folder), []
-    for phase in release.phases:
-        try:
-            Plan.read(source, phase, *select_steps(source, phase, None, None))
-        except (AtomError, KeyError, TypeError, ValueError, AttributeError) as error:
-            reasons.append(f"{phase} ({error})")
+    source = Source(release.folder)
+    reasons = [f"{phase} ({lack})" for phase in release.phases if (lack := _lack_of_replay(source, phase))]
     command = f"`atom replay . PHASE` has all it needs of {', '.join(release.phases)}"
     evidence = ["checkpoints", "dataset", "evidence/statements"]
     return _complete(reasons, len(release.phases), command, "not of", evidence)
@@ -214,7 +223,7 @@ def _replay(release: Published) -> Answer:
 def _bitwise(release: Published) -> Answer:
     devices = set()
     for body in release.statements:
-        if numbered(provenance.parameters_of(body)["node"].split("@")[0])[0] in TRAINING:
+        if numbered(provenance.parameters_of(body)["node"].split("@")[0])[0] in (*TRAINING, SIZE):
             devices.add(str(provenance.environment_of(body).get("device", {}).get("type", "unknown")))
     evidence = ["evidence/statements"]
     if devices == {"cpu"}:
@@ -312,8 +321,18 @@ def _energy(release: Published) -> Answer:
 
 @_row("small sizes of the same recipe")
 def _sizes(release: Published) -> Answer:
+    sizes, source = size_facts.read_sizes(release.folder)[1:], Source(release.folder)
+    places = [f"{size_facts.TRAINING}/{size.name}" for size in sizes]
+    reasons = [f"{size.name} ({lack})" for size in sizes if (lack := _lack_of_replay(source, size.name))]
+    if reasons:
+        return "P", f"not all of {len(sizes)} smaller models can be trained again: {', '.join(reasons)}", places
+    if sizes:
+        named = ", ".join(f"{size.name} of {size.total:,} parameters, loss {size.loss:.3f}" for size in sizes)
+        reason = f"{named}; of each recipe, log, weights and optimizer; `atom replay . {sizes[0].name}` trains it again"
+        answer: Literal["Y", "P", "N"] = "Y" if len(sizes) >= LEAST_SIZES else "P"
+        return answer, f"{reason}; pre-training alone, not exported", [*places, "checkpoints", "dataset/order/pretrain"]
     size = sum(path.stat().st_size for path in (release.folder / MODEL).glob("*.safetensors"))
-    answer: Literal["P", "N"] = "P" if size <= SMALL_BYTES else "N"
+    answer = "P" if size <= SMALL_BYTES else "N"
     return answer, f"weights of {size / 1e6:,.1f} MB, one size; a release names no others of its recipe", [MODEL]
 
 

@@ -31,6 +31,7 @@ PUBLISHED = "published base"
 PHASES = {
     "pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training", "sft": "SFT",
     "rlvr": "RLVR", "dpo": "DPO", "reward": "reward model", "online-rlhf": "online RLHF",
+    "size": "smaller model",
 }  # fmt: skip
 """Titles of training phases."""
 STAGES = {

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from release.assembly.message_tables import FOLDER as MESSAGES
+from release.assembly.size_facts import TRAINING
 from release.checks import (
     answers,
     attestations,
@@ -34,6 +35,7 @@ from release.checks import (
     runtimes,
     scores,
     secret_values,
+    sizes,
     source_code,
     standards,
     stated_versions,
@@ -52,6 +54,7 @@ from release.layout import (
     ROOTS,
     RUNTIMES,
     SITE,
+    SIZE,
     STANDARDS,
     VARIANT,
 )
@@ -67,6 +70,7 @@ TEMPLATES = Scope(("release", "model", "variant"))
 VARIANTS = Scope(("variant",))
 CARDS = Scope(("release", "evidence", "dataset", "model", "variant", "repository"))
 
+SIZES = f"{TRAINING}/{SIZE}-*"
 FORECAST = f"{FOLDER}/{FILE}"
 EVERYTHING = Reads(("",))
 WEIGHTS = Reads(("",), weights=True)
@@ -85,6 +89,7 @@ FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
 EXPORT = "fix the export or tokenizer stage and run again"
 PREDICT = "a prediction counts if it is sealed before the first start: `atom predict`, then `atom run`"
+SMALLER = "change the recipe's section sizes and run again"
 LICENSE, CURATION = "name it in the data recipe", "curation is at fault"
 STATE = "run the stage again so that it is stated, then build"
 PRETRAIN = "change the recipe's pretrain section and run again"
@@ -107,6 +112,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("origins", manifests.origins, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
     Check("statements", statements.statements, EVIDENCE, STATEMENTS, gate="ledger_closed", remedy=STATE),
     Check("prediction", prediction.prediction, EVIDENCE, PROVENANCE, needs=FORECAST, gate="prediction", remedy=PREDICT),
+    Check("sizes", sizes.sizes, EVIDENCE, PROVENANCE, needs=SIZES, gate="sizes", remedy=SMALLER),
     Check("gates", attestations.passed_gates, EVIDENCE, PROVENANCE),
     Check("attestations", attestations.attestations, EVIDENCE, EVERYTHING, needs=GATES_STATED, since_format=2),
     Check("code", source_code.source_files, EVIDENCE, PROVENANCE, deep=True),

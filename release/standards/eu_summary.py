@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
@@ -32,6 +32,8 @@ MOST_DOMAINS = 1_000_000
 """Domains that are counted in memory; of more, none are listed."""
 LANGUAGES = 50
 NO, YES = "No", "Yes"
+INTERACTIONS = {"model": "Interactions of users with the model", "services": "Interactions with other services"}
+"""{interaction in `release.maker`: the question of the template that it answers}"""
 
 
 def summary(facts: StandardFacts) -> Json:
@@ -108,16 +110,21 @@ def _characteristics(facts: StandardFacts) -> list[Json]:
         for language, row in by_language.items():
             languages[language or "unknown"] += row.tokens
     ranked = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:LANGUAGES]
-    kinds = sorted({str(row.get("kind", "")) for row in facts.declared.values()} - {""})
     return [
         _computed("Modality", "Text"),
         _computed("Size of the training data", f"{size}: {total:,} tokens of distinct documents"),
-        _computed("Types of content", kinds or NOT_STATED),
+        _computed("Types of content", _kinds(facts, facts.declared)),
         _computed("Last date of acquisition", facts.acquired[:10] or NOT_STATED),
         _stated("Further training on newer data", facts.maker.continuous_training),
         _computed("Languages that the release declares", list(facts.release.languages)),
         _computed("Measured languages", [{"language": name, "tokens": count} for name, count in ranked] or NOT_STATED),
+        _stated("Other characteristics of the training data", facts.maker.characteristics),
     ]  # fmt: skip
+
+
+def _kinds(facts: StandardFacts, names: Iterable[str]) -> list[str] | str:
+    """The kinds of content of sources."""
+    return sorted({str(facts.declared.get(name, {}).get("kind", "")) for name in names} - {""}) or NOT_STATED
 
 
 def _rows(facts: StandardFacts, names: list[str]) -> list[Json]:
@@ -152,6 +159,8 @@ def _crawled(facts: StandardFacts) -> list[Json]:
     crawler = facts.maker.crawler
     for label, name in (("Crawler", "name"), ("Purpose", "purpose"), ("Behavior", "behavior"), ("Period", "period")):
         fields.append(_stated(label, getattr(crawler, name) if crawler else None))
+    fields.append(_computed("Types of content", _kinds(facts, names)))
+    fields.append(_stated("The content and the online sources in words", crawler.content if crawler else None))
     label = "The tenth of the domains with the most text"
     if hidden := [name for name in names if name in facts.data.by_reference]:
         return [*fields, _computed(label, f"not listed: the texts of {', '.join(hidden)} are by reference")]
@@ -204,7 +213,13 @@ def _domain(origin: str) -> str:
 
 
 def _user_data(facts: StandardFacts) -> list[Json]:
-    return [*_of_category(facts, "user"), _stated("Statement on data of users", facts.maker.user_data)]
+    fields, stated = _of_category(facts, "user"), facts.maker.user_interactions
+    for name, label in INTERACTIONS.items():
+        if not facts.of_category("user"):
+            fields.append(_computed(label, NO))
+        else:
+            fields.append(_stated(label, None if stated is None else name in stated))
+    return [*fields, _stated("Statement on data of users", facts.maker.user_data)]
 
 
 def _synthetic(facts: StandardFacts) -> list[Json]:
@@ -217,7 +232,8 @@ def _synthetic(facts: StandardFacts) -> list[Json]:
     return [
         _computed("Used for training", YES),
         _computed("Modality", "Text"),
-        _computed("Models that wrote the data", [*models, *itself]),
+        _computed("Published models that wrote the data", models or "none"),
+        _computed("Other models that wrote the data, those of the provider among them", itself or "none"),
         _computed("Sources", _rows(facts, names) or "none: the answers are in dataset/rl of the release"),
     ]
 

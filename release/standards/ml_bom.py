@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.core.store import canonical
 from release.assembly.model_facts import ModelFacts
-from release.layout import MODEL, VARIANT, numbered
+from release.layout import MODEL, SIZE, VARIANT, numbered
 from release.standards.energy_report import energy
 from release.standards.package_list import normalized
 from release.standards.standard_facts import HUB, WEIGHTS, StandardFacts, address, expression, joined, segment
@@ -21,8 +21,8 @@ Json = dict[str, Any]
 MOST_LOCKED = 200
 """Files of a package whose hashes are listed."""
 PROPERTY = "atom:"
-LABELS = {"pretrain": "training", "midtrain": "training", "longcontext": "training"}
-"""{kind of phase: the activity of CycloneDX}; other phases are fine-tuning."""
+LABELS = {"pretrain": "training", "midtrain": "training", "longcontext": "training", SIZE: "training"}
+"""{kind of phase: the activity of CycloneDX}; other phases are fine-tuning, and other stages neither."""
 
 
 def bill(facts: StandardFacts) -> Json:
@@ -196,7 +196,7 @@ def _energy(facts: StandardFacts) -> list[Json]:
     carbon = facts.maker.carbon
     for stage, row in energy(facts)["stages"].items():
         kind = numbered(stage)[0]
-        activity = LABELS.get(kind, "fine-tuning") if stage in facts.phases else "other"
+        activity = LABELS.get(kind, "fine-tuning" if stage in facts.phases else "other")
         total = totals.setdefault(activity, [0.0, 0.0])
         total[0] += row["energy_kwh"]
         total[1] += row["co2_kg"] or 0.0

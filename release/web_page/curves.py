@@ -14,7 +14,7 @@ from release import schema
 from release.assembly import training
 from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import read_json
-from release.layout import when
+from release.layout import order_of, when
 from release.prediction.forecast import LOSS
 from release.web_page.charts import Series, chart
 from stages.evaluation.confidence import Z95
@@ -141,9 +141,17 @@ def text_axis(phases: Mapping[str, PhaseCurves]) -> Markup:
     """Held-out loss against the tokens of all phases with such a loss so far; each phase measures its own mix."""
     start, series = 0, []
     for name, phase in phases.items():
+        if order_of(name) != name:
+            continue
         series.append(Series(name, _plain((start + tokens, loss) for tokens, loss in phase.heldout)))
         start += phase.tokens if phase.heldout else 0
     return chart("More text: held-out loss", series, "tokens trained on, all phases so far", "nats per token")
+
+
+def sizes_axis(phases: Mapping[str, PhaseCurves], names: Iterable[str]) -> Markup:
+    """Held-out loss of the named phases against their tokens: those of models of several sizes on the same rows."""
+    series = [Series(name, _plain(phases[name].heldout)) for name in names if name in phases]
+    return chart("A larger model on the same rows: held-out loss", series, "tokens trained on", "nats per token")
 
 
 def reinforcement_axis(phases: Mapping[str, PhaseCurves]) -> Markup:

@@ -178,7 +178,7 @@ function seenBy(seen, phases) {
     list.append(row);
   }
   if (!first) return list;
-  const after = ([phase, step]) => { const n = DATA.phases.indexOf(phase); return n > first[0] || (n === first[0] && step >= first[1]); };
+  const after = ([, step, phase]) => { const n = DATA.phases.indexOf(phase); return n > first[0] || (n === first[0] && step >= first[1]); };
   const checkpoints = DATA.checkpoints.filter(after);
   const row = make("li", {}, `${plural(checkpoints.length, "checkpoint")} after the first of these steps: `);
   checkpoints.slice(0, 4).forEach(([phase, step], n) => row.append(n ? ", " : "", fileLink(`checkpoints/${phase}-step-${step}`, `${phase} ${step}`)));

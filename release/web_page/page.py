@@ -20,8 +20,9 @@ from release.assembly.checkpoint_facts import Checkpoint, read_checkpoints
 from release.assembly.data_facts import DataFacts, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
+from release.assembly.size_facts import Trained, read_sizes
 from release.cards import card_tables, caveats, composition, tables
-from release.layout import GATES, MODEL, REFERENCES, STANDARDS, when
+from release.layout import GATES, MODEL, REFERENCES, STANDARDS, order_of, when
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
 from release.web_page import charts, curves, lineage, markdown_html, removals
@@ -39,7 +40,7 @@ SCRIPT, STYLE, TEMPLATE = "page.js", "page.css", "page.html.jinja"
 @dataclass(frozen=True)
 class PageFacts:
     """What the page shows beside its parts. models: by folder, the final one first. logs, phase_curves: by phase, in
-    the order of training."""
+    the order of training. sizes: the model after pre-training, and its smaller ones if there are any."""
 
     folder: Path
     release: ReleaseInfo
@@ -52,6 +53,7 @@ class PageFacts:
     outputs: list[Written]
     contamination: tuple[list[str], int]
     file_parts: int
+    sizes: list[Trained]
 
     @property
     def final(self) -> ModelFacts:
@@ -85,6 +87,7 @@ def read_facts(folder: Path, outputs: list[Written], contamination: tuple[list[s
         outputs=outputs,
         contamination=contamination,
         file_parts=files,
+        sizes=read_sizes(folder),
     )
 
 
@@ -129,6 +132,7 @@ def render(facts: PageFacts) -> str:
         by_reference=REFERENCES if facts.data.by_reference else "",
         phases=_phases(facts),
         axes=_axes(facts),
+        sizes=_sizes(facts),
         contaminated=_sections(card_tables.MODEL_TABLES, facts.final, CONTAMINATION_SHOWN),
         graph=lineage.drawing(facts.products),
         gates=read_json(facts.folder / GATES),
@@ -155,7 +159,7 @@ def _embedded_data(facts: PageFacts) -> dict[str, Any]:
         "repository": facts.release.repository,
         "tag": facts.release.tag,
         "phases": facts.phases,
-        "checkpoints": [[row.phase, row.step] for row in facts.checkpoints],
+        "checkpoints": [[row.phase, row.step, order_of(row.phase)] for row in facts.checkpoints],
         "models": sorted(trained, key=lambda row: when(row[0])),
         "outputs": [vars(row) for row in facts.outputs],
         "contamination": {"phases": phases, "items": items, "perPart": ITEMS_PER_PART},
@@ -327,11 +331,24 @@ def _phases(facts: PageFacts) -> list[dict[str, Any]]:
 def _axes(facts: PageFacts) -> list[Markup]:
     drawn = [
         curves.text_axis(facts.phase_curves),
+        curves.sizes_axis(facts.phase_curves, [size.name for size in facts.sizes]),
         curves.reinforcement_axis(facts.phase_curves),
         curves.inference_axis(facts.folder / "dataset/evaluation/test"),
         curves.ladder_axis(facts.models.values()),
     ]
     return [each for each in drawn if each]
+
+
+def _sizes(facts: PageFacts) -> Markup:
+    """The recipe's model after pre-training and its smaller ones, each with a link to its weights."""
+    head = ["model", "settings that differ", "parameters", "active", "tokens", "held-out loss", "weights"]
+    rows: list[list[str]] = [head]
+    for size in facts.sizes:
+        settings = ", ".join(f"{name} = {value}" for name, value in sorted(size.settings.items()))
+        figures = [tables.count(number) for number in (size.total, size.active, size.tokens)]
+        cells = [size.name, escaped(settings, 400), *figures, f"{size.loss:.4f}"]
+        rows.append([*cells, file_link(f"{size.checkpoint}/", f"step {size.steps}")])
+    return markdown_html.table(rows) if facts.sizes else Markup()
 
 
 def _starts(facts: PageFacts) -> Markup:

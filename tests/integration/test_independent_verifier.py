@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,8 +51,9 @@ def test_it_shares_no_code_and_is_short() -> None:
 def test_another_folder_is_one_sentence(tmp_path: Path, release: Path) -> None:
     shutil.copytree(release / "evidence", tmp_path / "evidence")
     shutil.copy(release / "evidence/independent_verifier.py", tmp_path)
-    (tmp_path / "evidence/release.json").write_text('{"format": 3}')
-    assert run(tmp_path) == (2, [])
+    for text in ('{"format": 3}', "[]", "{"):
+        (tmp_path / "evidence/release.json").write_text(text)
+        assert run(tmp_path) == (2, [])
     shutil.copytree(release / "evidence", tmp_path / "taken-back/evidence")
     (tmp_path / "taken-back/dataset").mkdir()
     (tmp_path / "taken-back/dataset/retracted.json").write_text("{}")
@@ -113,6 +115,10 @@ FORGERIES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: change_json(r / "evidence/manifests/dedup.json", lambda m: m.update(digest="0" * 64)),
         "provenance: evidence/manifests/dedup.json",
     ),
+    "a list in place of an object": (
+        lambda r: change_json(r / "evidence/release.json", lambda b: b.update(nodes=[])),
+        "provenance: a file is missing or malformed (AttributeError",
+    ),
     "an input": (
         lambda r: (r / "dataset/summary.json").unlink(), "documents: a file is missing or malformed",
     ),
@@ -129,3 +135,16 @@ def test_a_forger_who_writes_the_checksums_anew_is_caught(release: Path, tmp_pat
     code, lines = run(copy)
     assert code == 1 and any(line in text for text in lines), lines
     assert "checksums: sound" in lines
+
+
+def test_what_is_no_regular_file_is_named_and_not_read(release: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(release, tmp_path / "release"))
+    (copy / "link").symlink_to(release / "site")
+    (copy / "model.cache").mkdir()
+    (copy / "model.cache/file").write_text("x")
+    os.mkfifo(copy / "pipe")
+    code, lines = run(copy)
+    assert code == 1 and {
+        "checksums: link is a link, or no regular file", "checksums: pipe is a link, or no regular file",
+        "checksums: model.cache/file is in no checksum file",
+    } <= set(lines)  # fmt: skip

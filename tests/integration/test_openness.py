@@ -17,10 +17,17 @@ from release.audit import openness
 from tests.fixtures import release_fixtures
 from tests.fixtures.release_fixtures import resum
 
+SIZES = {"size-1": {"hidden_size": 32}, "size-2": {"hidden_size": 16}}
+
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = release_fixtures.build_input(tmp_path_factory.mktemp("run"), parts=3)
+    inputs = release_fixtures.INPUTS | {name: ["tokenize", "order-pretrain"] for name in SIZES}
+    phase = {"steps": 2, "release_checkpoint_interval": 2, "optimizer": {}}
+    configs = {name: {"model": model, "phase": phase, "name": name} for name, model in SIZES.items()}
+    configs["pretrain"] = {"model": {"hidden_size": 64}, "phase": phase}
+    sizes = [{"model": model} for model in SIZES.values()]
+    source = release_fixtures.build_input(tmp_path_factory.mktemp("run"), inputs, 3, configs, sizes)
     return builder.build(source, tmp_path_factory.mktemp("home"))
 
 
@@ -77,7 +84,21 @@ def test_what_is_no_whole_release_is_one_sentence(release: Path) -> None:
         list(openness.rows(release / "dataset"))
 
 
-def test_a_model_that_no_laptop_holds_is_not_small(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_cannot_be_trained_again_answer_in_part(release: Path) -> None:
+    row = list(openness.rows(release))[-1]
+    assert row.answer == "P" and "not all of 2 smaller models can be trained again: size-1 (" in row.reason
+    assert row.evidence == ("evidence/training/size-1", "evidence/training/size-2")
+    page = (release / "site/index.html").read_text()
+    assert "Smaller models of the same recipe" in page and "hidden_size = 16" in page
+    assert not (release / "model-base/training/size-1.jsonl").exists()
+
+
+def test_a_model_that_no_laptop_holds_is_not_small(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(release, tmp_path / "release"))
+    for name in SIZES:
+        shutil.rmtree(copy / "evidence/training" / name)
     for limit, expected in ((10**9, "P"), (1000, "N")):
         monkeypatch.setattr(openness, "SMALL_BYTES", limit)
-        assert [row.answer for row in openness.rows(release)][-1] == expected
+        assert [row.answer for row in openness.rows(copy)][-1] == expected

@@ -20,6 +20,7 @@ from release.checks.standards import valid
 from release.layout import MODEL
 from release.schema import PublishedLicenses
 from release.standards import bundle, eu_summary, frameworks, notices, package_list, validation
+from release.standards.eu_summary import INTERACTIONS
 from stages.data.table import DISPOSITIONS, DOCUMENTS, KEPT, write_rows
 from stages.maker import Maker
 from tests.fixtures.standard_fixtures import make_facts, manifest_of, source_facts, variant_facts, write_documents
@@ -214,8 +215,16 @@ def test_categories_of_the_eu_summary(tmp_path: Path) -> None:
     }  # fmt: skip
     assert sections["2.2.2"][0]["answer"].startswith("No") and field(body, "Crawler")["basis"] == "maker"
     assert field(body, "The tenth of the domains with the most text")["answer"] == [{"domain": "a.org", "bytes": 251}]
-    assert field(body, "Models that wrote the data")["answer"][0] == "local/tiny 0.1.0"
-    assert "in rlvr" in field(body, "Models that wrote the data")["answer"][1]
+    assert field(body, "Published models that wrote the data")["answer"] == ["local/tiny 0.1.0"]
+    (itself,) = field(body, "Other models that wrote the data, those of the provider among them")["answer"]
+    assert "in rlvr" in itself and field(body, "The content and the online sources in words")["basis"] == "not stated"
+    assert field(body, "Interactions of users with the model") == {
+        "label": "Interactions of users with the model", "answer": "No", "basis": "computed",
+    }  # fmt: skip
+    stated = {"sources": {"web": "user"}, "user_interactions": ["services"]}
+    users = eu_summary.summary(make_facts(tmp_path, {"web": source_facts()}, stated))
+    answers = [(field(users, label)["answer"], field(users, label)["basis"]) for label in INTERACTIONS.values()]
+    assert answers == [("No", "maker"), ("Yes", "maker")]
     assert field(body, "Name of the provider") == {
         "label": "Name of the provider", "answer": "not stated", "basis": "not stated",
     }  # fmt: skip

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlTrainConfig
     from stages.train.config import TrainConfig
 
-STAGES = ("pretrain", "midtrain", "sft", *post_training.STAGES)
+STAGES = ("pretrain", "midtrain", "sft", "size", *post_training.STAGES)
 POST_TRAINING_SINCE = 3
 """The first format of a release with the present names of the settings of post-training."""
 WATCHDOG_SECONDS = 7 * 86_400.0

@@ -17,7 +17,7 @@ from release.audit.tracing.answers import Document, Fate, Place, Segment, Step, 
 from release.audit.tracing.order_lookup import Places
 from release.audit.tracing.release_data import OrderPart, ReleaseData, Rows, select_rows
 from release.data_layout import in_parts, kept_beside, kept_files
-from release.layout import numbered, when
+from release.layout import numbered, order_of, when
 from stages.data.table import order_files, read_jsonl, stream_part_batches
 from stages.rl.protocols import question
 
@@ -101,7 +101,7 @@ def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
 def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[list[str] | None, list[str]]:
     """The folders of checkpoints, None if they are not available, and the names of models since a step of a phase."""
     checkpoints = data.checkpoints()
-    folders = [c.folder for c in checkpoints or () if first_use and (when(c.phase), c.step) >= first_use]
+    folders = [c.folder for c in checkpoints or () if first_use and (when(order_of(c.phase)), c.step) >= first_use]
     models = [name for name in data.models() if first_use and when(_trained_by(name)) >= first_use[0]]
     return None if checkpoints is None else folders, models
 

@@ -1,0 +1,231 @@
+"""Smaller models of a recipe: trained on the rows of its pre-training, published, and checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.core.errors import RecipeError
+from pipeline.core.store import Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+from release.assembly import assemble, size_facts
+from release.assembly.checkpoint_facts import read_checkpoints
+from release.audit import openness
+from release.audit.replay import replay
+from release.audit.tracing import documents
+from release.audit.tracing.release_data import ReleaseData
+from release.cards import tables
+from release.checks import registry
+from release.checks import sizes as check_of_sizes
+from release.layout import RECIPE, when
+from release.prediction import sealing
+from tests.fixtures import ROOT, release_fixtures
+from tests.fixtures.replay_fixtures import build
+from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
+
+SIZES: list[dict[str, Any]] = [
+    {"model": {"hidden_size": 32, "heads": 2, "kv_heads": 1}},
+    {
+        "model": {"layers": 1, "hidden_size": 16, "moe_intermediate_size": 16},
+        "optimizer": {"lr": 4e-3, "final_lr": 1e-3, "warmup_steps": 10},
+    },
+]
+
+
+def recipe(folder: Path, sizes: Any = SIZES, **changed: Any) -> str:
+    """atom-smoke with smaller models. changed: settings of sections; None removes one."""
+    body = yaml.safe_load((ROOT / "pipeline/recipes/atom-smoke.yaml").read_text()) | {"sizes": sizes}
+    for section, settings in changed.items():
+        body[section] |= settings
+    path = folder / "sized.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return str(path)
+
+
+def graph(path: str) -> dag.Graph:
+    return dag.compose(recipes.load(path), Store(Path("none")))
+
+
+def test_sizes_read_the_order_of_pretraining_and_change_no_key(tmp_path: Path) -> None:
+    plain, sized = graph("atom-smoke").nodes, graph(recipe(tmp_path)).nodes
+    assert {name: node.key for name, node in sized.items() if name in plain} == {
+        name: node.key for name, node in plain.items()
+    }
+    assert [*sized][-2:] == ["size-1", "size-2"] and sized.keys() - plain.keys() == {"size-1", "size-2"}
+    assert sized["size-1"].inputs == plain["pretrain"].inputs
+    configs: list[Any] = [sized[name].config for name in ("pretrain", "size-1", "size-2")]
+    assert [(c.model.hidden_size, c.model.layers, c.phase.optimizer.lr) for c in configs] == [
+        (64, 2, 3e-3), (32, 2, 3e-3), (16, 1, 4e-3),
+    ]  # fmt: skip
+    assert configs[1].phase.release_checkpoint_interval == configs[1].phase.steps == configs[0].phase.steps
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ([{"model": {"hidden_size": 128}}], r"sizes\.0 has 3\d+ parameters, and the model 1\d+; name settings"),
+        ([{"model": {"hiden_size": 32}}], r"sizes\.0\.model\.hiden_size: Extra inputs are not permitted; correct it"),
+        ([{"model": {"hidden_size": 32, "experts": "many"}}], r"sizes\.0\.model\.experts: "),
+        ([{"hidden_size": 32}], r"sizes\.0\."),
+    ],
+)
+def test_a_section_that_contradicts_the_recipe_is_refused(tmp_path: Path, sizes: Any, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence) as caught:
+        graph(recipe(tmp_path, sizes))
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_need_the_whole_of_pretraining(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="sizes begin with the first step of pretrain"):
+        graph(recipe(tmp_path, pretrain={"continue_from": "pretrain@30"}))
+
+
+MODEL = {"layers": 2, "hidden_size": 64, "init_std": 0.08}
+PHASE = {"steps": 2, "release_checkpoint_interval": 1, "optimizer": {"lr": 1e-3}}
+STATED: list[dict[str, Any]] = [{"model": {"hidden_size": 32}}, {"model": {"layers": 1}, "optimizer": {"lr": 2e-3}}]
+COMMON = {"seed": 0, "padded_vocab_size": 320}
+CONFIGS: dict[str, Any] = {
+    "pretrain": {"model": MODEL, "phase": PHASE, **COMMON},
+    "size-1": {
+        "model": MODEL | {"hidden_size": 32}, "phase": PHASE | {"release_checkpoint_interval": 2}, "name": "size-1",
+        **COMMON,
+    },
+    "size-2": {
+        "model": MODEL | {"layers": 1}, "name": "size-2", **COMMON,
+        "phase": PHASE | {"release_checkpoint_interval": 2, "optimizer": {"lr": 2e-3}},
+    },
+}  # fmt: skip
+INPUTS = {
+    "tokenize": [], "order-pretrain": ["tokenize"],
+    **{name: ["tokenize", "order-pretrain"] for name in ("pretrain", "size-1", "size-2")},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a release has of a model and its smaller ones: checkpoints, records of training, manifests, statements."""
+    run, folder = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("release")
+    artifacts, statements = release_fixtures.make_run(run, INPUTS, configs=CONFIGS)
+    assembly = assemble.Assembly(folder)
+    assemble.place_artifacts(assembly, artifacts)
+    for path in statements:
+        assembly.include(path, f"evidence/statements/{path.name}", "statement")
+    assembly.json(RECIPE, {"sizes": STATED}, "recipe")
+    return folder
+
+
+def test_sizes_are_placed_and_read(evidence: Path) -> None:
+    assert [(size.name, size.total, dict(size.settings)) for size in size_facts.read_sizes(evidence)] == [
+        ("pretrain", 40000, {}), ("size-1", 20000, {"hidden_size": 32}), ("size-2", 10000, {"layers": 1}),
+    ]  # fmt: skip
+    findings = check_of_sizes.sizes(registry.EVIDENCE.subject(evidence, "release"))
+    assert not findings.problems and findings.summary == "2 smaller models, trained on the rows of pretrain"
+    assert (evidence / "checkpoints/size-1-step-2/model.safetensors").exists()
+    rows = "\n".join(tables.checkpoints(read_checkpoints(evidence / "checkpoints")))
+    assert "| `size-1-step-2` | smaller model 1 | 2 |" in rows
+
+
+def test_a_checkpoint_of_a_size_is_traced_by_the_order_that_it_read(evidence: Path) -> None:
+    data = ReleaseData(evidence, evidence / "dataset")
+    for first_use, expected in (
+        ((when("pretrain"), 2), ["pretrain-step-2", "size-1-step-2", "size-2-step-2"]),
+        ((when("pretrain"), 3), []),
+        ((when("midtrain"), 1), []),
+    ):
+        folders, _ = documents._trained_on(data, first_use)
+        assert folders == expected
+
+
+def change_json(path: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    def apply(release: Path) -> None:
+        body = json.loads((release / path).read_text())
+        change(body)
+        (release / path).write_text(json.dumps(body))
+
+    return apply
+
+
+def change_statement(name: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """Rewrites what the statement about a node says of its config."""
+
+    def apply(release: Path) -> None:
+        for path in (release / "evidence/statements").glob("*.json"):
+            body = json.loads(path.read_text())
+            parameters = body["predicate"]["buildDefinition"]["externalParameters"]
+            if parameters["node"] == name:
+                change(parameters["config"])
+                path.write_text(json.dumps(body))
+
+    return apply
+
+
+SUMMARY = "evidence/training/size-1/summary.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (change_json(SUMMARY, lambda b: b["heldout_loss"].update(last=1.0)), "its heldout_loss is 1.0, and the log ends"),
+        (change_json(SUMMARY, lambda b: b.update(tokens=1)), "its tokens is 1, and the log ends with 256"),
+        (change_json(SUMMARY, lambda b: b["parameters"].update(total=40000)), "size-1 has 40000 parameters, and the"),
+        (change_json(RECIPE, lambda b: b["sizes"].pop()), "states the smaller models size-1, and evidence/training has"),
+        (
+            change_json(RECIPE, lambda b: b["sizes"][0]["model"].update(hidden_size=33)),
+            "size-1 was trained with hidden_size = 32, and evidence/recipe.json states 33",
+        ),
+        (
+            change_json(RECIPE, lambda b: b["sizes"][0]["model"].pop("hidden_size")),
+            "size-1 was trained with another hidden_size than the recipe's model",
+        ),
+        (change_json(RECIPE, lambda b: b["sizes"][1].pop("optimizer")), "size-2 was trained with another phase than"),
+        (change_statement("size-1", lambda c: c.update(seed=1)), "size-1 was trained with another seed than"),
+        (change_statement("size-1", lambda c: c["phase"].update(steps=9)), "size-1 was trained with another phase than"),
+        (lambda r: shutil.rmtree(r / "evidence/training/size-2"), "and evidence/training has size-1"),
+    ],
+)  # fmt: skip
+def test_a_changed_figure_or_recipe_is_found(
+    evidence: Path, tmp_path: Path, change: Callable[[Path], None], problem: str
+) -> None:
+    shutil.copytree(evidence / "evidence", tmp_path / "evidence")
+    subject = registry.EVIDENCE.subject(tmp_path, "release")
+    assert not check_of_sizes.sizes(subject).problems
+    change(tmp_path)
+    problems = check_of_sizes.sizes(subject).problems
+    assert any(problem in text for text in problems), problems
+
+
+def test_a_size_is_trained(smoke_data: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    copy_sealed(smoke_data, home, *DATA)
+    path = recipe(tmp_path)
+    atom(home, "run", path, "--until", "size-1")
+    store = Store(home)
+    artifact = sealing.sealed(dag.compose(recipes.load(path), store), "size-1", store, "size-1")
+    summary = artifact.json("summary.json")
+    assert summary["heldout_loss"]["last"] < summary["heldout_loss"]["first"] - 1 and summary["phase"] == "size-1"
+    assert sorted(folder.name for folder in artifact.path.glob("step-*")) == ["step-000000", "step-000060"]
+    assert artifact.json("step-000060/state.json")["config"]["model"]["hidden_size"] == 32
+    assert not list(store.artifacts.glob("pretrain-*"))
+
+
+@at_length("release", 90)
+def test_a_whole_release_answers_the_question_and_its_sizes_are_replayed(
+    smoke_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Path(shutil.copytree(smoke_home, tmp_path / "home"))
+    path = recipe(tmp_path)
+    atom(home, "run", path)
+    release = build(home, path, tmp_path)
+    row = list(openness.rows(release))[-1]
+    assert row.answer == "Y" and "size-1 of " in row.reason and "size-2 of " in row.reason
+    monkeypatch.setattr(openness, "LEAST_SIZES", 3)
+    assert list(openness.rows(release))[-1].answer == "P"
+    result = replay(release, "size-1", None, None, lambda text: None, True)
+    assert result.ok and result.first == 0
