@@ -157,7 +157,8 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_lengths(config)
     yield from _problems_of_engine(config)
     yield from _problems_of_weight_format(config)
-    yield from sizes.problems(config.sizes, config.model, config.pretrain, config.tokenizer.padded_vocab_size)
+    vocabulary = config.tokenizer.padded_vocab_size
+    yield from sizes.problems(config.sizes, config.model, config.pretrain, config.start_from, vocabulary)
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
         later = "rlvr" if config.rlvr else "dpo"
         yield (

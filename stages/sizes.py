@@ -17,6 +17,7 @@ from stages.mcore.parallel_layout import Layout
 from stages.models.base import ModelConfig
 from stages.models.registry import parse
 from stages.train.config import Optimizer, PhaseConfig
+from stages.train.imported_weights import StartFrom
 
 NAME = "size"
 """The stage, and the first part of the names of its nodes: size-1, size-2, …"""
@@ -34,11 +35,12 @@ class SmallerModel(Config):
 
         Raises ValidationError for settings that the architecture refuses.
         """
-        smaller = parse(model.model_dump(mode="json") | {"stated_parameters": None} | self.model)
+        whole = model.with_rope(phase.rope, model.context_length)
+        smaller = parse(whole.model_dump(mode="json") | {"stated_parameters": None} | self.model)
         changes: dict[str, Any] = {"release_checkpoint_interval": phase.steps, "parallelism": self.parallelism}
         if self.optimizer is not None:
             changes["optimizer"] = self.optimizer
-        return smaller.with_rope(phase.rope, smaller.context_length), phase.model_copy(update=changes)
+        return smaller, phase.model_copy(update=changes)
 
 
 Sizes = Annotated[tuple[SmallerModel, ...], Field(max_length=16)]
@@ -49,12 +51,23 @@ def node(number: int) -> str:
     return f"{NAME}-{number + 1}"
 
 
-def problems(sizes: Sizes, model: ModelConfig, phase: PhaseConfig | None, vocabulary: int) -> Iterator[str]:
-    """A sentence for each contradiction between the section and those of the model and of pre-training."""
-    if sizes and phase is None:
+def problems(
+    sizes: Sizes, model: ModelConfig, phase: PhaseConfig | None, start: StartFrom | None, vocabulary: int
+) -> Iterator[str]:
+    """A sentence for each contradiction between the section and those of the model, of pre-training and of the
+    published model that it begins with, if any."""
+    if not sizes:
+        return
+    if phase is None:
         yield "sizes are trained on the rows of pretrain, which the recipe does not have; leave sizes out"
         return
-    if sizes and phase is not None and phase.continue_from:
+    if start is not None:
+        yield (
+            "sizes begin with random weights, and pretrain with those of start_from, so that their losses do not "
+            "compare; leave sizes out"
+        )
+        return
+    if phase.continue_from:
         yield (
             "sizes begin with the first step of pretrain, and pretrain.continue_from leaves earlier ones out; publish "
             "them with the earlier run"
@@ -62,7 +75,6 @@ def problems(sizes: Sizes, model: ModelConfig, phase: PhaseConfig | None, vocabu
         return
     whole = model.parameters(vocabulary)["total"]
     for number, size in enumerate(sizes):
-        assert phase is not None
         try:
             smaller, _ = size.resolve(model, phase)
         except ValidationError as error:

@@ -11,7 +11,7 @@ from release.assembly.published_tables import read_json
 from release.layout import RECIPE, SIZE, sizes_of
 
 TRAINING = "evidence/training"
-BASE = "pretrain"
+PRETRAIN = "pretrain"
 """The phase with which they are compared: it reads the same rows."""
 
 
@@ -44,7 +44,7 @@ def read_sizes(release: Path) -> list[Trained]:
     phases = names(release)
     stated = read_json(release / RECIPE).get("sizes", []) if phases else []
     settings = {f"{SIZE}-{number}": section["model"] for number, section in enumerate(stated, 1)}
-    return [_read(release, name, settings.get(name, {})) for name in (BASE, *phases)] if phases else []
+    return [_read(release, name, settings.get(name, {})) for name in (PRETRAIN, *phases)] if phases else []
 
 
 def _read(release: Path, name: str, settings: Mapping[str, Any]) -> Trained:

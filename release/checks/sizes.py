@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.core import provenance
+from pipeline.core.stage import identity
 from release import untrusted
 from release.assembly import size_facts, training
 from release.assembly.published_tables import read_json, read_manifests
-from release.assembly.size_facts import BASE, TRAINING
+from release.assembly.size_facts import PRETRAIN, TRAINING
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import RECIPE, SIZE
+from stages.models.registry import parse
 
 SHARED = ("tokens", "order")
 """Roles of the inputs that a smaller model has in common with pre-training."""
@@ -28,18 +32,20 @@ def sizes(subject: Subject) -> Findings:
     if expected != published:
         words = [", ".join(each) or "none" for each in (expected, published)]
         return Findings([f"{RECIPE} states the smaller models {words[0]}, and {TRAINING} has {words[1]}"])
-    configs = _statements(folder, [BASE, *published])
+    configs = _statements(folder, [PRETRAIN, *published])
     problems = [
-        f"evidence/statements: none is about {name} as it is here" for name in (BASE, *published) if name not in configs
+        f"evidence/statements: none is about {name} as it is here"
+        for name in (PRETRAIN, *published)
+        if name not in configs
     ]
     if not problems:
         base, *trained = size_facts.read_sizes(folder)
         for section, size in zip(stated, trained, strict=True):
-            problems += _settings(section, configs[BASE], configs[size.name], size.name)
+            problems += _settings(section, configs[PRETRAIN], configs[size.name], size.name)
             problems += _log(folder, size)
             if size.total >= base.total:
                 problems.append(f"{size.name} has {size.total} parameters, and the model of the release {base.total}")
-    return Findings(problems, summary=f"{len(published)} smaller models, trained on the rows of {BASE}")
+    return Findings(problems, summary=f"{len(published)} smaller models, trained on the rows of {PRETRAIN}")
 
 
 def _statements(folder: Path, names: list[str]) -> dict[str, provenance.Statement]:
@@ -61,22 +67,23 @@ def _settings(
     """Problems of the settings and the inputs of a smaller model, whose section of the recipe is given."""
     wanted, config = (dict(provenance.parameters_of(each)["config"]) for each in (base, size))
     model, smaller = wanted.pop("model"), config.pop("model")
-    differing = {key for key in {*model, *smaller} if model.get(key) != smaller.get(key)}
-    if missing := sorted(differing - set(section["model"])):
-        yield f"{name} was trained with another {missing[0]} than the recipe's model, which {RECIPE} does not state"
-    for key, value in sorted(section["model"].items()):
-        # a setting that was added later, and has its default value, is not in the statement
-        if key in smaller and smaller[key] != value:
-            yield f"{name} was trained with {key} = {smaller[key]}, and {RECIPE} states {value}"
+    try:
+        stated = identity(parse(model | section["model"]))
+    except ValidationError as error:
+        yield f"{RECIPE} states settings of {name} that make no model: {error.errors()[0]['msg']}"
+        return
+    for key in sorted({*stated, *smaller}):
+        if smaller.get(key) != stated.get(key):
+            yield f"{name} was trained with {key} = {smaller.get(key)}, and {RECIPE} states {stated.get(key)}"
     phase = dict(wanted.pop("phase"))
     phase |= {"optimizer": section.get("optimizer", phase["optimizer"]), "release_checkpoint_interval": phase["steps"]}
     for key, value in {**wanted, "phase": phase, "name": name}.items():
         if config.get(key) != value:
-            yield f"{name} was trained with another {key} than {RECIPE} and {BASE} state"
+            yield f"{name} was trained with another {key} than {RECIPE} and {PRETRAIN} state"
     inputs = [provenance.material_keys(each) for each in (base, size)]
     for role in SHARED:
         if inputs[0].get(role) != inputs[1].get(role):
-            yield f"{name} read other {role} than {BASE}"
+            yield f"{name} read other {role} than {PRETRAIN}"
 
 
 def _log(folder: Path, size: size_facts.Trained) -> Iterator[str]:

@@ -12,11 +12,14 @@ from typer.testing import CliRunner
 
 from pipeline.cli.main import app
 from pipeline.core.errors import AtomError
+from pipeline.core.stage import identity
 from release.assembly import build_release as builder
 from release.audit import openness
-from tests.fixtures import release_fixtures
+from stages.models.registry import parse
+from tests.fixtures import release_fixtures, train_fixtures
 from tests.fixtures.release_fixtures import resum
 
+MODEL = identity(parse(train_fixtures.MODEL | {"hidden_size": 64}))
 SIZES = {"size-1": {"hidden_size": 32}, "size-2": {"hidden_size": 16}}
 
 
@@ -24,8 +27,8 @@ SIZES = {"size-1": {"hidden_size": 32}, "size-2": {"hidden_size": 16}}
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = release_fixtures.INPUTS | {name: ["tokenize", "order-pretrain"] for name in SIZES}
     phase = {"steps": 2, "release_checkpoint_interval": 2, "optimizer": {}}
-    configs = {name: {"model": model, "phase": phase, "name": name} for name, model in SIZES.items()}
-    configs["pretrain"] = {"model": {"hidden_size": 64}, "phase": phase}
+    configs = {name: {"model": MODEL | model, "phase": phase, "name": name} for name, model in SIZES.items()}
+    configs["pretrain"] = {"model": MODEL, "phase": phase}
     sizes = [{"model": model} for model in SIZES.values()]
     source = release_fixtures.build_input(tmp_path_factory.mktemp("run"), inputs, 3, configs, sizes)
     return builder.build(source, tmp_path_factory.mktemp("home"))

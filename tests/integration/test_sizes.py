@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import RecipeError
+from pipeline.core.stage import identity
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
@@ -26,7 +27,8 @@ from release.checks import registry
 from release.checks import sizes as check_of_sizes
 from release.layout import RECIPE, when
 from release.prediction import sealing
-from tests.fixtures import ROOT, release_fixtures
+from stages.models.registry import parse
+from tests.fixtures import ROOT, release_fixtures, train_fixtures
 from tests.fixtures.replay_fixtures import build
 from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
 
@@ -37,6 +39,9 @@ SIZES: list[dict[str, Any]] = [
         "optimizer": {"lr": 4e-3, "final_lr": 1e-3, "warmup_steps": 10},
     },
 ]
+
+
+START = {"repo": "local/base", "digest": f"sha256:{'1' * 64}", "license": "MIT"}
 
 
 def recipe(folder: Path, sizes: Any = SIZES, **changed: Any) -> str:
@@ -85,11 +90,31 @@ def test_a_section_that_contradicts_the_recipe_is_refused(tmp_path: Path, sizes:
 def test_sizes_need_the_whole_of_pretraining(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="sizes begin with the first step of pretrain"):
         graph(recipe(tmp_path, pretrain={"continue_from": "pretrain@30"}))
+    path = recipe(tmp_path)
+    body = yaml.safe_load(Path(path).read_text()) | {"start_from": START}
+    for sections, sentence in (
+        (body, "sizes begin with random weights, and pretrain with those of start_from"),
+        (body | {"pretrain": None}, "sizes are trained on the rows of pretrain, which the recipe does not have"),
+    ):
+        Path(path).write_text(yaml.safe_dump(sections))
+        with pytest.raises(RecipeError, match=sentence):
+            graph(path)
 
 
-MODEL = {"layers": 2, "hidden_size": 64, "init_std": 0.08}
+def test_a_smaller_model_has_the_rotary_embedding_of_pretraining_unless_it_states_another(tmp_path: Path) -> None:
+    sizes = [{"model": {"hidden_size": 32}}, {"model": {"hidden_size": 32, "rope_theta": 3e4}}]
+    nodes = graph(recipe(tmp_path, sizes, pretrain={"rope": {"theta": 2e4}})).nodes
+    configs: list[Any] = [nodes[name].config for name in ("pretrain", "size-1", "size-2")]
+    assert [config.model.rope_theta for config in configs] == [2e4, 2e4, 3e4]
+
+
+MODEL = identity(parse(train_fixtures.MODEL | {"hidden_size": 64, "context_length": 256}))
+YARN = {"factor": 2, "original_length": 128}
 PHASE = {"steps": 2, "release_checkpoint_interval": 1, "optimizer": {"lr": 1e-3}}
-STATED: list[dict[str, Any]] = [{"model": {"hidden_size": 32}}, {"model": {"layers": 1}, "optimizer": {"lr": 2e-3}}]
+STATED: list[dict[str, Any]] = [
+    {"model": {"hidden_size": 32}},
+    {"model": {"layers": 1, "yarn": YARN}, "optimizer": {"lr": 2e-3}},
+]
 COMMON = {"seed": 0, "padded_vocab_size": 320}
 CONFIGS: dict[str, Any] = {
     "pretrain": {"model": MODEL, "phase": PHASE, **COMMON},
@@ -98,7 +123,7 @@ CONFIGS: dict[str, Any] = {
         **COMMON,
     },
     "size-2": {
-        "model": MODEL | {"layers": 1}, "name": "size-2", **COMMON,
+        "model": identity(parse(MODEL | {"layers": 1, "yarn": YARN})), "name": "size-2", **COMMON,
         "phase": PHASE | {"release_checkpoint_interval": 2, "optimizer": {"lr": 2e-3}},
     },
 }  # fmt: skip
@@ -123,7 +148,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sizes_are_placed_and_read(evidence: Path) -> None:
     assert [(size.name, size.total, dict(size.settings)) for size in size_facts.read_sizes(evidence)] == [
-        ("pretrain", 40000, {}), ("size-1", 20000, {"hidden_size": 32}), ("size-2", 10000, {"layers": 1}),
+        ("pretrain", 40000, {}), ("size-1", 20000, {"hidden_size": 32}), ("size-2", 10000, {"layers": 1, "yarn": YARN}),
     ]  # fmt: skip
     findings = check_of_sizes.sizes(registry.EVIDENCE.subject(evidence, "release"))
     assert not findings.problems and findings.summary == "2 smaller models, trained on the rows of pretrain"
@@ -182,7 +207,11 @@ SUMMARY = "evidence/training/size-1/summary.json"
         ),
         (
             change_json(RECIPE, lambda b: b["sizes"][0]["model"].pop("hidden_size")),
-            "size-1 was trained with another hidden_size than the recipe's model",
+            "size-1 was trained with hidden_size = 32, and evidence/recipe.json states 64",
+        ),
+        (
+            change_json(RECIPE, lambda b: b["sizes"][0]["model"].update(heads=3)),
+            "evidence/recipe.json states settings of size-1 that make no model: ",
         ),
         (change_json(RECIPE, lambda b: b["sizes"][1].pop("optimizer")), "size-2 was trained with another phase than"),
         (change_statement("size-1", lambda c: c.update(seed=1)), "size-1 was trained with another seed than"),
