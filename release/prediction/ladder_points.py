@@ -107,16 +107,16 @@ def size_of(graph: Graph) -> dict[str, float]:
 
 
 def _pretrained(graph: Graph, store: Store) -> Point:
-    artifact = sealing.sealed(graph, sealing.NODE, store, sealing.NODE)
+    size, artifact = size_of(graph), sealing.sealed(graph, sealing.NODE, store, sealing.NODE)
     loss = json.loads((artifact / "summary.json").read_text())["heldout_loss"]["last"]
-    return Point(graph.recipe.config.name, {**size_of(graph), "loss": float(loss)})
+    return Point(graph.recipe.config.name, {**size, "loss": float(loss)})
 
 
 def _reinforced(graph: Graph, store: Store) -> list[Point]:
     from release.assembly import training
 
     name = graph.recipe.config.name
-    _require_node(graph, "rlvr", "trains no policy")
+    sealing.require_node(graph, "rlvr", "trains no policy")
     log = sealing.sealed(graph, "rlvr", store, "rlvr") / "training.jsonl"
     points = [
         Point(f"{name}, step {line['step']}", {"compute": float(line["generated"]), "score": sum(kinds) / len(kinds)})
@@ -131,7 +131,7 @@ def _reinforced(graph: Graph, store: Store) -> list[Point]:
 def _answered(graph: Graph, store: Store) -> list[Point]:
     name = graph.recipe.config.name
     nodes = [node for node in graph.nodes if node.startswith("solve-")]
-    _require_node(graph, nodes[-1] if nodes else "solve", "has no model that answers problems in conversation")
+    sealing.require_node(graph, nodes[-1] if nodes else "solve", "has no model that answers problems in conversation")
     scores = json.loads((sealing.sealed(graph, nodes[-1], store, nodes[-1]) / "scores.json").read_text())
     at = (scores["problems_all"] or {}).get("at", {})
     rows = [(int(k), float(row["tokens"]), float(row["pass"]["value"])) for k, row in at.items()]
@@ -143,8 +143,3 @@ def _answered(graph: Graph, store: Store) -> list[Point]:
     if not points:
         raise AtomError(f"{nodes[-1]} of {name} has no pass@k between 0 and 1, so that no law can be fitted to it")
     return points
-
-
-def _require_node(graph: Graph, node: str, lack: str) -> None:
-    if node not in graph.nodes:
-        raise AtomError(f"{graph.recipe.config.name} {lack}; give another recipe")

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.core import environment, provenance
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, Store, sha256_file
-from pipeline.graph.dag import Graph
+from pipeline.graph.dag import Graph, Node
 from pipeline.launch.start_records import PREDICTION, prediction_key
 from release.prediction import forecast
 from release.prediction.forecast import FILE, MODEL, PHASE, Point, Prediction, RunSize
@@ -25,10 +25,10 @@ NODE, EVALUATION = PHASE, f"evaluate-{MODEL}"
 def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact, Prediction]:
     """Seals the prediction for a recipe from the sealed runs of smaller ones.
 
-    Raises AtomError if the phase has begun, if it has a prediction already, if a run of the ladder is not sealed or was
-    measured on other data, or if the runs cannot carry a law.
+    Raises AtomError if a recipe has no pre-training, if it has begun, if it has a prediction already, if a run of the
+    ladder is not sealed or was measured on other data, or if the runs cannot carry a law.
     """
-    node = target.nodes[NODE]
+    node = pretraining(target)
     key = prediction_key(node.key)
     name = target.recipe.config.name
     if store.sealed(key):
@@ -62,7 +62,7 @@ def require_same_text(target: Graph, graph: Graph) -> None:
     for node in ("tokenize", "items"):
         if target.nodes[node].key != graph.nodes[node].key:
             raise AtomError(f"{names[1]} has other data than {names[0]}: its {node} has another key; change its recipe")
-    phases = [vars(each.nodes[NODE].config)["phase"] for each in (target, graph)]
+    phases = [vars(pretraining(each).config)["phase"] for each in (target, graph)]
     for field in ("sequence_length", "validation"):
         values = [_value(phase, field) for phase in phases]
         if values[0] != values[1]:
@@ -83,6 +83,18 @@ def _scoring(graph: Graph) -> Any:
     return {name: value for name, value in config.items() if name not in ("model", "expected", "shard")}
 
 
+def require_node(graph: Graph, node: str, lack: str) -> None:
+    """Raises AtomError for a recipe without a node. lack: what it does not have or do, after its name."""
+    if node not in graph.nodes:
+        raise AtomError(f"{graph.recipe.config.name} {lack}; give another recipe")
+
+
+def pretraining(graph: Graph) -> Node:
+    """The node of pre-training. Raises AtomError for a recipe without it."""
+    require_node(graph, NODE, "has no pre-training")
+    return graph.nodes[NODE]
+
+
 def sealed(graph: Graph, role: str, store: Store, until: str) -> Artifact:
     """The artifact of a node. until: the node that a run must reach. Raises AtomError if it is not sealed."""
     key = graph.nodes[role].key
@@ -93,8 +105,8 @@ def sealed(graph: Graph, role: str, store: Store, until: str) -> Artifact:
 
 
 def size_of(graph: Graph) -> dict[str, Any]:
-    """The fields of RunSize of a recipe's pre-training. Raises AtomError if it reads no tokens."""
-    node, name = graph.nodes[NODE], graph.recipe.config.name
+    """The fields of RunSize of a recipe's pre-training. Raises AtomError if it has none, or reads no tokens."""
+    node, name = pretraining(graph), graph.recipe.config.name
     config: Any = node.config
     vocabulary, phase = config.padded_vocab_size, config.phase
     slots = sum(phase.rows_of(step) for step in range(1, phase.steps + 1)) * phase.sequence_length

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
@@ -69,6 +70,13 @@ def test_what_can_not_be_predicted_costs_a_sentence(
             sealing.seal(target, others, store)
     with pytest.raises(AtomError, match="not fewer than s2"):
         sealing.seal(graph(recipe(tmp_path / ".", "s2", pretrain={"steps": 61}), store.home), graphs, store)
+    start = {"repo": "local/base", "digest": f"sha256:{'1' * 64}", "license": "MIT"}
+    body = yaml.safe_load(Path(recipe(tmp_path, "s1")).read_text()) | {"start_from": start, "pretrain": None}
+    (tmp_path / "begun.yaml").write_text(yaml.safe_dump(body))
+    without = graph(str(tmp_path / "begun.yaml"), store.home)
+    for refused in (lambda: sealing.seal(without, graphs, store), lambda: sealing.size_of(without)):
+        with pytest.raises(AtomError, match="s1 has no pre-training; give another recipe"):
+            refused()
     store.work(target.nodes["pretrain"].key).mkdir(parents=True)
     with pytest.raises(AtomError, match="pretrain of atom-smoke has begun .* a prediction is sealed before that"):
         sealing.seal(target, graphs, store)
