@@ -1,5 +1,5 @@
 """Rules of the source tree that no linter knows: packages, names of modules, directions of imports, child processes,
-where helpers of tests are."""
+where helpers of tests are, which tests the soak runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from tests.fixtures import ROOT
+from tests.soak.__main__ import PARTS
 
 CODE = ("pipeline", "stages", "release")
 PACKAGES = (*CODE, "data_recipes")
@@ -28,6 +29,9 @@ BEGIN_ANEW = ["pipeline/launch/clean_environment.py: [sys.executable, *sys.orig_
 
 OF_A_TEST = re.compile(r"\b(?:from|import) tests\.(?:[\w.]+\.test_\w+|\w+ import (?:\([^)]*|.*)\btest_\w+)")
 """An import of a test module, or of a part of one; in the text of a child process, too."""
+
+AT_LENGTH = re.compile(r'^@at_length\(\s*"([a-z-]+)"', re.MULTILINE)
+"""The part of the soak that a test is marked for."""
 
 
 @cache
@@ -124,6 +128,17 @@ def test_no_test_module_is_imported() -> None:
     files = sorted((ROOT / "tests").rglob("*.py"))
     imports_of_tests = {str(file.relative_to(ROOT)): OF_A_TEST.findall(file.read_text()) for file in files}
     assert {name: texts for name, texts in imports_of_tests.items() if texts} == {}
+
+
+def test_the_soak_runs_every_test_at_length() -> None:
+    """A part of the soak names the files of its tests, and a file that it does not name would never run."""
+    left_out = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        path = file.relative_to(ROOT).as_posix()
+        for part in sorted(set(AT_LENGTH.findall(file.read_text()))):
+            if part not in PARTS or path not in " ".join(PARTS[part].steps()):
+                left_out.append(f"{path}: {part}")
+    assert left_out == []
 
 
 def test_imports_run_one_way() -> None:
