@@ -14,7 +14,8 @@ from pipeline.core.store import Artifact, Store
 from pipeline.graph.dag import Graph, states
 from pipeline.launch.start_records import prediction_key
 from release.assembly.build_release import BuildInput
-from release.prediction.forecast import PHASE
+from release.layout import models_of
+from release.prediction.forecast import MODEL, PHASE
 from release.references import Reference
 from stages.data.acquire import AcquireConfig
 from stages.data.curation.deny_list import DENY_LIST, DenyList
@@ -25,8 +26,14 @@ from stages.recipe import ReleaseRecipe
 def build_input(graph: Graph, store: Store, previous: Path | None = None) -> BuildInput:
     """Opens every artifact of the graph. previous: the folder of an earlier release.
 
-    Raises AtomError with the nodes that are not sealed or have no statement.
+    Raises AtomError with the nodes that are not sealed or have no statement, and for a recipe whose last model is its
+    base.
     """
+    if models_of(graph.nodes)[-1] == MODEL:
+        raise AtomError(
+            f"{graph.recipe.title} trains no model after {PHASE}, and a release has one beside its base; add midtrain "
+            "or sft, or publish the artifact of export-base by itself"
+        )
     missing = [name for name, node in graph.nodes.items() if not store.sealed(node.key)]
     if missing:
         remainder = f" and {len(missing) - 1} more stages are" if len(missing) > 1 else " is"

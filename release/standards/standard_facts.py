@@ -66,9 +66,9 @@ class StandardFacts:
 
     @property
     def published_base(self) -> str:
-        """The repository of the published model that a phase other than pre-training began with; else ""."""
-        final = self.models[MODEL]
-        return str(final.base["repo"]) if final.base and final.on_published else ""
+        """The repository of the published model that training began with, whose data is not in the release; else ""."""
+        base = self.models[MODEL].base
+        return str(base["repo"]) if base else ""
 
     @property
     def phases(self) -> list[str]:

@@ -207,6 +207,8 @@ def test_a_recipe_trains_an_adapter_on_a_phase_or_on_a_release(tmp_path: Path) -
     nodes = on_release.nodes
     with pytest.raises(AtomError, match="acquire-docstrings and 2. more stages are not sealed yet"):
         collect.build_input(on_release, Store(tmp_path))
+    with pytest.raises(AtomError, match="trains no model after pretrain, and a release has one beside its base"):
+        collect.build_input(graph(midtrain=None, rlvr=None, sft=None, start_from=begin), Store(tmp_path))
     assert nodes["sft"].inputs["init"] == nodes["export-base"].inputs["checkpoint"] == "import"
     assert nodes["export-sft"].inputs["base"] == "import" and "pretrain" not in nodes and "export-init" not in nodes
     with pytest.raises(RecipeError, match="pretrain is missing, and only a recipe with start_from can do without"):
