@@ -69,7 +69,7 @@ class ReleaseRecipe(Identity):
 
     tokenizer: TokenizerSection = Field(description="training of the tokenizer")
     start_from: StartFrom | None = added(
-        None, "published model from whose weights pretraining starts, with its tokenizer; null: initial weights"
+        None, "published model from whose weights training starts, with its tokenizer; null: initial weights"
     )
     model: Model = Field(description="architecture of the model")
     pretrain: PhaseConfig | None = added(None, "pretraining; null, only with start_from: none")

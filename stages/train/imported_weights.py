@@ -1,4 +1,4 @@
-"""Imports a published model as the beginning of pre-training: its weights and its tokenizer.
+"""Imports a published model as the beginning of training: its weights and its tokenizer.
 
     atom run RECIPE --until import
 
@@ -46,7 +46,7 @@ Repo = Annotated[str, Words(96, "model of the Hub, such as local/atom-tiny", r"[
 
 
 class StartFrom(Config):
-    """A published model from which pre-training begins, with its tokenizer."""
+    """A published model from which training begins, with its tokenizer."""
 
     digest: Digest = Field(description="SHA-256 of the SHA256SUMS of its repository, which has those of its files")
     repo: Repo = Field(description="repository of the model on the Hub, for the cards of the new models")
