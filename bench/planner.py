@@ -44,6 +44,8 @@ def flops_errors() -> list[float]:
     print(f"{'GFLOP per token':38}{'row':>6}{'ours':>10}{'published':>11}{'error':>9}{'  rounding':10}  of")
     errors = []
     for row in anchors():
+        if not row["tflops"]:
+            continue
         model, length = MODELS[row["model"]], int(row["sequence_length"])
         ours = training_flops(model.matrices, model.attention, length) / 1e9
         published = 1000 * float(row["tflops"]) / float(row["tokens_per_s"])
@@ -122,7 +124,8 @@ def fp8_on_h100() -> None:
     for row in anchors():
         if row["system"] == "H100" and row["run"] == "tuned" and "before" not in row["model"]:
             by_model.setdefault(row["model"], {})[row["precision"]] = float(row["tflops"])
-    described = {run.row["model"]: run for run in throughput.runs() if run.row["system"] == "H100"}
+    tuned = (run for run in throughput.runs() if run.row["system"] == "H100" and run.row["run"] == "tuned")
+    described = {run.row["model"]: run for run in tuned}
     for model, figures in by_model.items():
         both = f"{figures['fp8'] / figures['bf16']:12.2f}" if len(figures) == 2 else f"{'unknown':>12}"
         cells = "".join(f"{figures[p]:8.0f}" if p in figures else f"{'-':>8}" for p in ("bf16", "fp8"))

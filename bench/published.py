@@ -1,10 +1,19 @@
 """Published runs (anchors.csv), and what the formulas need of their models and systems.
 
 Dimensions are those that each model's authors published, figures of systems those of their maker. Rows are NVIDIA's,
-from Megatron-Bridge (github.com/NVIDIA-NeMo/Megatron-Bridge, in the file of the last column): tables of tuned runs with
-mock data and even routing, and verification cards, of which a few ran on real data with natural routing. The columns
-from global_batch to graphs are the recipe of each run: empty for one that the formulas do not describe (fully sharded
-data parallelism) or whose table does not tell.
+from Megatron-Bridge (github.com/NVIDIA-NeMo/Megatron-Bridge at commit 067f987, in the file of the last column). The
+column run:
+
+- tuned: of tables and verification cards, with mock data and even routing;
+- real data: of cards, with natural routing, and packed rows if the length is not 4,096; not tuned;
+- host: runs in which the GPU waits for the host, of which two constants follow (bench/throughput.py);
+- held out: other tables and studies, with mock data. No constant is fitted to them; the form of the host's term was
+  chosen while their errors were seen.
+
+The columns from global_batch to graphs are the recipe of each run: empty for one that the formulas do not describe
+(fully sharded data parallelism) or whose table does not tell. Dispatcher, overlap and graphs of the tables are those of
+the recipes of that commit, or of another system in the same release; of releases before 26.06 they are not known. No
+tflops: another count of attention, or none published. Where a range of step times is published, the row is its middle.
 """
 
 from __future__ import annotations
@@ -68,6 +77,8 @@ GPT_OSS_120B = GptOssConfig(
     num_experts_per_tok=4, moe_intermediate_size=2880, sliding_window=128, context_length=4096,
 )  # fmt: skip
 """arXiv:2508.10925."""
+GPT_OSS_20B = GPT_OSS_120B.model_copy(update={"layers": 24, "experts": 32})
+"""Both were also trained with a vocabulary of 32,000, that of the data's tokenizer: (32K)."""
 
 
 def counted_before(shape: Shape) -> Shape:
@@ -90,6 +101,9 @@ MODELS = {
     "Qwen3-30B-A3B": shape_of(QWEN3_30B, QWEN3_VOCABULARY),
     "Qwen3-235B-A22B": shape_of(QWEN3_235B, QWEN3_VOCABULARY),
     "GPT-OSS 120B": shape_of(GPT_OSS_120B, 201_088),
+    "GPT-OSS 120B (32K)": shape_of(GPT_OSS_120B, 32_000),
+    "GPT-OSS 20B": shape_of(GPT_OSS_20B, 201_088),
+    "GPT-OSS 20B (32K)": shape_of(GPT_OSS_20B, 32_000),
     "GPT-OSS 120B as counted before 26.06": counted_before(shape_of(GPT_OSS_120B, 201_088)),
 }
 
@@ -102,16 +116,17 @@ def _blackwell(bf16: float, fp4: float, domain: int, network: float, watts: int)
 
 def systems() -> dict[str, Accelerator]:
     """Peaks without sparsity. B300: HGX B300, 4.5 PFLOP/s in FP8, 1.6 TB/s of network for 8 GPUs both ways
-    (nvidia.com/data-center/hgx). GB200: NVL72, 720 PFLOP/s in FP8 with sparsity for 72 GPUs, one ConnectX-7 of 400 Gb/s
-    each (nvidia.com/data-center/gb200-nvl72). GB300: NVL72, the same with ConnectX-8 of 800 Gb/s
-    (nvidia.com/data-center/gb300-nvl72). FP4: GB200 1,440 PFLOP/s with sparsity for 72 GPUs; GB300 and B300, and power:
-    verda.com/blog/gb300-nvl72-architecture. H100: as the profile
-    h100-pyxis states it."""
+    (nvidia.com/data-center/hgx). B200: DGX B200, 72 PFLOP/s in FP8 and 144 in FP4 with sparsity for 8 GPUs, one
+    ConnectX-7 of 400 Gb/s each (nvidia.com/data-center/dgx-b200). GB200: NVL72, 720 PFLOP/s in FP8 with sparsity for 72
+    GPUs, one ConnectX-7 of 400 Gb/s each (nvidia.com/data-center/gb200-nvl72). GB300: NVL72, the same with ConnectX-8
+    of 800 Gb/s (nvidia.com/data-center/gb300-nvl72). FP4: GB200 1,440 PFLOP/s with sparsity for 72 GPUs; GB300 and
+    B300, and power: verda.com/blog/gb300-nvl72-architecture. H100: as the profile h100-pyxis states it."""
     h100 = cluster_profile.load("h100-pyxis").accelerator
     assert h100 is not None
     return {
         "H100": h100,
         "B300": _blackwell(2250, 14000, 8, 100e9, 1100),
+        "B200": _blackwell(2250, 9000, 8, 50e9, 1000),
         "GB200": _blackwell(2500, 10000, 72, 50e9, 1200),
         "GB300": _blackwell(2500, 15000, 72, 100e9, 1400),
     }

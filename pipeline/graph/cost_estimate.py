@@ -212,7 +212,7 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
             time = modeled[0][1]
             sentences.append(
                 f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
-                f"published runs of models that it was not fitted to: median {time.median_error:.0%}, largest "
+                f"published runs that it was not fitted to: median {time.median_error:.0%}, largest "
                 f"{time.largest_error:.0%}; {gpu.source}"
             )
         sentences.append(

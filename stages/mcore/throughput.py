@@ -14,6 +14,10 @@ A micro-batch passes each layer forward and backward. Its time is the sum of wha
 - launches of kernels by the host, more of them by each expert on the rank, and most in FP8 and NVFP4;
 - traffic of tensor and expert ranks: by NVLink inside a domain, by the network outside.
 
+No micro-batch takes less than the host, which issues each layer once, however few its tokens: small micro-batches and
+layers split over many ranks leave the GPU waiting. The dispatchers alltoall and allgather cost it more, since they send
+counts of tokens to the host; flex keeps them on the GPU, and no published run shows what it costs.
+
 A step adds the pipeline's bubble of (pp - 1) / vpp micro-batches (Narayanan et al., 2021), the reduction of gradients
 and the gathering of weights as far as the last micro-batch does not hide them, and the optimizer. Routing is even.
 Context-parallel and pipeline traffic are taken as hidden, and packed rows as slow as full ones.
@@ -50,6 +54,9 @@ LAYER_KERNELS, SPARSE_KERNELS, EXPERT_KERNELS, EXPERT_KERNELS_FP8 = 80, 40, 6, 1
 """Kernels of a micro-batch: of a layer; of its routing and exchange; of each expert on the rank, whose three products
 are six, and which quantizes inputs and gradients in three kernels each under FP8 and NVFP4."""
 
+LAUNCHED = {"none": 1.0, "mlp": 0.5, "partial": 0.0, "full": 0.0}
+"""Share of a layer's launches that graphs leave to the host, those of its routing and experts apart."""
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -63,13 +70,16 @@ class Constants:
     link: float  # share of NVLink and network by what is waited for; above 1 if a part is hidden
     launch: float  # seconds of a kernel in which nothing is computed
     fp4: float  # share of large matrix products in NVFP4: of one run, the other constants being given
+    host: float  # seconds in which the host issues a layer, forward and backward: of one run
+    sparse_host: float  # seconds more for a layer with experts: of three runs
 
 
 CONSTANTS = Constants(
-    bf16=0.642, fp8=0.670, grouped=0.565, attention=0.570, passes=5.68, link=1.10, launch=14.8e-6, fp4=0.589
+    bf16=0.654, fp8=0.680, grouped=0.556, attention=0.568, passes=5.42, link=1.14, launch=16.2e-6, fp4=0.591,
+    host=6.4e-3, sparse_host=8.1e-3,
 )  # fmt: skip
-UNFITTED_ERRORS = (0.12, 0.51)
-"""Median and largest relative error of the throughput of published runs, fitted without all runs of that model."""
+UNFITTED_ERRORS = (0.13, 0.81)
+"""Median and largest relative error of the throughput of published runs that were not fitted."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +146,9 @@ def shape_of(model: ModelConfig, padded_vocab_size: int) -> Shape:
 @dataclass(frozen=True)
 class StepSetup:
     """How a step is computed. micro_batches: of a step, on one rank. gradient: bytes of one. What this project's engine
-    does not have: graphs, launches replayed by the GPU, of all or of what is not the experts'; hides_experts: their
-    traffic is hidden behind the compute of another micro-batch; balanced: the ranks of a pipeline share the time of the
-    output head."""
+    does not have: graphs, launches replayed by the GPU, of all, of MLPs, or of what is not the experts'; hides_experts:
+    their traffic is hidden behind the compute of another micro-batch; balanced: the ranks of a pipeline share the time
+    of the output head."""
 
     layout: Layout
     precision: str
@@ -146,7 +156,7 @@ class StepSetup:
     micro_batches: int
     gradient: int = GRADIENT
     bf16_layers: int = 0  # whose products are bf16 in any precision
-    graphs: Literal["none", "partial", "full"] = "none"
+    graphs: Literal["none", "mlp", "partial", "full"] = "none"
     hides_experts: bool = False
     balanced: bool = False
 
@@ -162,6 +172,7 @@ class StepTime:
     launches: float
     tensor: float
     experts: float
+    host: float = 0.0
     bubble: float = 0.0
     reduction: float = 0.0
     optimizer: float = 0.0
@@ -217,23 +228,39 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
         again = {"weights": 1.0, "tensor": 7 / 5, "experts": 6 / 4}
         times = {name: seconds * again.get(name, RECOMPUTED) for name, seconds in times.items()}
     if run.hides_experts:
-        times["experts"] = max(0.0, times["experts"] - times["products"] - times["attention"] - times["between"])
+        # behind the compute of another micro-batch, which the first and the last of a step lack in half
+        hidden = min(times["experts"], times["products"] + times["attention"] + times["between"])
+        times["experts"] -= hidden * (1 - 1 / run.micro_batches)
     # the slowest stage has whole layers, and the last one the head
     part = -(-shape.depth // (layout.pp * layout.vpp)) * layout.vpp / shape.depth
     times = {name: seconds * part for name, seconds in times.items()}
     head = 1 / layout.pp if run.balanced else 1.0
     times["products"] += head * FLOPS * tokens * shape.head / bf16
     times["between"] += head * tokens * LOGIT * shape.heads * shape.vocabulary / gpu.memory
-    return StepTime(**times)
+    # what the GPU waits for a host that has not issued its work yet
+    return StepTime(**times, host=max(0.0, part * _host(shape, run, c) - math.fsum(times.values())))
+
+
+def _host(shape: Shape, run: StepSetup, c: Constants) -> float:
+    """Seconds in which the host issues a micro-batch in all layers: Python's part by layer, and each expert's kernels,
+    which one call launches."""
+    seconds = shape.depth * c.host * LAUNCHED[run.graphs]
+    if run.graphs != "full" and run.layout.dispatcher != "flex":
+        seconds += shape.sparse * (c.sparse_host + c.launch * _of_experts(shape, run))
+    return seconds * RECOMPUTED if run.layout.recompute == "layer" else seconds
 
 
 def _kernels(shape: Shape, run: StepSetup) -> float:
     """Launches of a micro-batch in all layers."""
     if run.graphs == "full":
         return 0.0
-    local = shape.experts / run.layout.ep
-    of_experts = SPARSE_KERNELS + local * (EXPERT_KERNELS if run.precision == "bf16" else EXPERT_KERNELS_FP8)
-    return shape.sparse * of_experts + (shape.depth * LAYER_KERNELS if run.graphs == "none" else 0)
+    sparse = shape.sparse * (SPARSE_KERNELS + _of_experts(shape, run))
+    return sparse + shape.depth * LAYER_KERNELS * LAUNCHED[run.graphs]
+
+
+def _of_experts(shape: Shape, run: StepSetup) -> float:
+    """Kernels of a layer's experts on a rank."""
+    return shape.experts / run.layout.ep * (EXPERT_KERNELS if run.precision == "bf16" else EXPERT_KERNELS_FP8)
 
 
 def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tuple[float, float]:

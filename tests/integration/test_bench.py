@@ -208,8 +208,11 @@ def test_planner_benchmark() -> None:
     median, largest = (
         [float(cell.rstrip("%")) / 100 for cell in lines[name].split()[1:]] for name in ("median", "largest")
     )
-    assert (round(median[1], 2), round(largest[1], 2)) == UNFITTED_ERRORS
-    assert max(median) < 0.15
+    assert max(median) < 0.12 and max(largest) < 0.48
+    stated = re.search(r"^never fitted, (\d+): median ([\d.]+)%, largest ([\d.]+)%$", "\n".join(table), re.M)
+    assert stated and int(stated[1]) >= 60
+    assert [float(stated[n]) / 100 for n in (2, 3)] == pytest.approx(UNFITTED_ERRORS, abs=0.0051)
+    assert UNFITTED_ERRORS[0] < 0.15
     fitted = dict(part.split() for part in lines["constants:"].removeprefix("constants: ").split(", "))
     assert {name: float(value) for name, value in fitted.items()} == pytest.approx(asdict(CONSTANTS), rel=0.01)
 
