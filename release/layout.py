@@ -67,7 +67,8 @@ EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "dpo", "online-rlhf")
 CHAT = EXPORTED[EXPORTED.index("sft") :]
 """Phases that train conversation, and the models after them."""
 ORDER = (
-    "init", "pretrain", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "dpo", "reward", "online-rlhf",
+    "init", "pretrain", "size", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "dpo", "reward",
+    "online-rlhf",
 )  # fmt: skip
 WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
 """Phases that sample their training data; only their replayed data has an order."""

@@ -25,7 +25,7 @@ from release.audit.tracing.release_data import ReleaseData
 from release.cards import tables
 from release.checks import registry
 from release.checks import sizes as check_of_sizes
-from release.layout import RECIPE, when
+from release.layout import RECIPE, sizes_of, when
 from release.prediction import sealing
 from stages.models.registry import parse
 from tests.fixtures import ROOT, release_fixtures, train_fixtures
@@ -152,6 +152,7 @@ def test_sizes_are_placed_and_read(evidence: Path) -> None:
     ]  # fmt: skip
     findings = check_of_sizes.sizes(registry.EVIDENCE.subject(evidence, "release"))
     assert not findings.problems and findings.summary == "2 smaller models, trained on the rows of pretrain"
+    assert sizes_of(["size-10", "size-2", "pretrain"]) == ["size-2", "size-10"]
     assert (evidence / "checkpoints/size-1-step-2/model.safetensors").exists()
     rows = "\n".join(tables.checkpoints(read_checkpoints(evidence / "checkpoints")))
     assert "| `size-1-step-2` | smaller model 1 | 2 |" in rows
