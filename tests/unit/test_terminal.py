@@ -77,7 +77,7 @@ def facts(sources: int) -> dict[str, Any]:
         "models": {name: {"bits_per_byte": figure, "accuracy": figure} for name in ("model-base", "model-online-rlhf", "model")},
         "caveats": [f"- **A reward rose** in phase {n}: {'so much ' * 20}" for n in range(9)],
         "pass_at_1": {"sft": figure, "online-rlhf": figure}, "checkpoints": [f"pretrain-step-{n}" for n in range(900)],
-        "gates": {"a": True, "b": False}, "key": None, "identity": None,
+        "gates": {"a": True, "b": False}, "base": None, "key": None, "identity": None,
         "cost": {"attempts": 9.0, "failed": 1.0, "core_hours": 10.0, "gpu_hours": 1e6, "energy_wh": 1e9},
     }  # fmt: skip
 
