@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
 
 from tests.fixtures import slurm_fixtures
-from tests.fixtures.disturbance_fixtures import finished_stages
+from tests.fixtures.disturbance_fixtures import crash, finish, finished_stages, node_processes, submit
 from tests.fixtures.run_fixtures import at_length, atom
 
 pytestmark = slurm_fixtures.ON_SLURM
@@ -46,6 +48,28 @@ def test_a_budget_that_is_used_up_stops_what_comes_next(home: Path) -> None:
         home, "submit", str(recipe), "--cluster", slurm_fixtures.write_profile(folder), "--until", "pretrain", code=2
     ).stderr
     assert "the budget of 1e-06 core hours is used up" in stderr and stderr.count("\n") == 1
+
+
+@at_length("slurm-stages", 90)
+def test_an_alert_is_sent_after_the_first_node_of_a_job_vanished(home: Path, calm: str) -> None:
+    """While Slurm still counts the node as alive, the stage is silent. Then it ends on other nodes, and nothing is
+    wrong any more."""
+    alerts = home.parent / "alerts"
+    watch = ("watch", "--once", "--free-gb", "0", "--command", f'echo "$ATOM_TEXT" >> {alerts}')
+    submit(home)
+    slurm_fixtures.until(lambda: slurm_fixtures.reached(home, "pretrain", 12), "step 12")
+    atom(home, *watch)
+    node = slurm_fixtures.nodes_of(home, "pretrain")[0]
+    try:
+        slurm_fixtures.kill(node_processes(node), signal.SIGSTOP)
+        time.sleep(4)
+        atom(home, *watch, "--stalled-seconds", "2", "--stalled-steps", "2", code=1)
+        crash(node)
+    finally:
+        slurm_fixtures.cluster("up")
+    assert finish(home) == calm
+    atom(home, *watch)
+    assert "stage pretrain has reported nothing" in alerts.read_text() and alerts.read_text().count("\n") == 1
 
 
 @at_length("slurm-stages", 26)
