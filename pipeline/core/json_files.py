@@ -81,7 +81,10 @@ def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises FileNotFoundError or Damaged."""
     with open_file(path) as file:
         try:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size  # Python allocates what is asked of a file, not what it holds
+            data = file.read(min(size, limit) + 1)
+            if size < len(data) <= limit:  # it grows, or is one of /proc
+                data += file.read(limit + 1 - len(data))
         except OSError as error:
             raise Damaged(path, str(error.strerror)) from error
     if len(data) > limit:
