@@ -175,9 +175,9 @@ def test_numbers_of_a_collective_are_known(monkeypatch: pytest.MonkeyPatch, repo
     with parallel.session(0) as ranks:
         wrong = device_test.wrong_senders(ranks.device, 1, 0)
         monkeypatch.setattr(dist, "all_gather", lambda rows, row: gather(rows, row + (torch.arange(len(row), device=row.device) == 9)))  # fmt: skip
-        found = device_test.wrong_senders(ranks.device, 1, 0)
-    figure = f"{len(wrong)} wrong, {len(found)} with a number changed on purpose"
-    report(f"{device_test.ROW:,} numbers from each rank", figure, "0, 1", (wrong, found) == ([], [0]))
+        wrong_ranks = device_test.wrong_senders(ranks.device, 1, 0)
+    figure = f"{len(wrong)} wrong, {len(wrong_ranks)} with a number changed on purpose"
+    report(f"{device_test.ROW:,} numbers from each rank", figure, "0, 1", (wrong, wrong_ranks) == ([], [0]))
 
 
 @gpu_fixtures.at_length(12)
