@@ -27,6 +27,7 @@ from pipeline.core.stage import Accelerator
 from pipeline.launch import cluster_profile
 from stages.mcore.throughput import Shape, shape_of
 from stages.models.deepseek_v3.config import DeepseekV3Config
+from stages.models.glm4_moe.config import Glm4MoeConfig
 from stages.models.gpt_oss.config import GptOssConfig
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
@@ -52,6 +53,17 @@ MOONLIGHT = DeepseekV3Config(**LATENT | dict(
 ))  # fmt: skip
 """arXiv:2502.16982."""
 DEEPSEEK_VOCABULARY, MOONSHOT_VOCABULARY = 129_280, 163_840
+GLM_45 = Glm4MoeConfig(
+    architecture="glm4_moe", layers=92, hidden_size=5120, heads=96, kv_heads=8, head_dim=128, use_qk_norm=True,
+    experts=160, num_experts_per_tok=8, moe_intermediate_size=1536, dense_layers=3, intermediate_size=12288,
+    routed_scaling_factor=2.5, context_length=131_072, rope_theta=1e6, norm_eps=1e-5,
+)  # fmt: skip
+GLM_45_AIR = GLM_45.model_copy(update=dict(
+    layers=46, hidden_size=4096, use_qk_norm=False, experts=128, moe_intermediate_size=1408, dense_layers=1,
+    intermediate_size=10944, routed_scaling_factor=1.0,
+))  # fmt: skip
+"""arXiv:2508.06471, table 1, and config.json of the repositories on the Hub."""
+GLM_VOCABULARY = 151_552
 
 
 def dense(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 8, vocabulary: int = 128_256) -> Shape:

@@ -46,9 +46,10 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
     """The layer specification of GPTModel, for one virtual pipeline stage of this rank.
 
     packed: attention must separate the documents of a row; this project's does, also between Transformer Engine's
-    matrices.
+    matrices. So does its rotary embedding of a part of each head, which Megatron's YaRN does not know.
     """
     engine = uses_transformer_engine(config.params_dtype)
+    is_partial = 2 * len(config.rows.rope[0]) < config.kv_channels
     if not engine and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1:
         # no rank to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more
         config.moe_token_dispatcher_type = "allgather"
@@ -66,7 +67,7 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
-        if packed or not engine:
+        if packed or is_partial or not engine:
             spec.submodules.self_attention.module = SelfAttention
             has_kernel = engine and config.context_parallel_size == 1 and config.softmax_type == "vanilla"
             spec.submodules.self_attention.submodules.core_attention = EngineAttention if has_kernel else Attention

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from stages.mcore import megatron_imports  # noqa: F401 - before Megatron's own names
 
@@ -41,7 +42,8 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
 
 class Heads(torch.autograd.Function):  # type: ignore[misc]
     """mixed: [sequence, batch, groups, queries + 2, dim], a group being its queries, its key, its value; cos, sin:
-    [..., sequence, dim] -> queries, keys (RMS-normalized, turned) and values, each [batch, heads, sequence, dim].
+    [..., sequence, rotary dim] -> queries, keys (RMS-normalized, turned) and values, each [batch, heads, sequence,
+    dim].
 
     The arithmetic is fp32 for any type of `mixed`; the result has its type.
     """
@@ -74,13 +76,17 @@ class Heads(torch.autograd.Function):  # type: ignore[misc]
 
 def rotated_heads(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """As `Heads`, for an attention that does not normalize queries and keys."""
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        first, second = x.float().chunk(2, -1)
-        return x.float() * cos + torch.cat((-second, first), -1) * sin
-
     query, key, value = _split_qkv(mixed)
-    return tuple(x.flatten(1, 2).to(mixed.dtype) for x in (rotate(query), rotate(key), value.contiguous()))
+    return tuple(x.flatten(1, 2) for x in (rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x: [..., sequence, dim]; cos, sin: [..., sequence, rotary dim], of the first so many numbers of a head, whose
+    halves turn."""
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+    first, second = turned.float().chunk(2, -1)
+    turned = (turned.float() * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 def _to_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -96,14 +102,19 @@ def _split_qkv(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def _norm_and_rotate(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, ...]:
-    """x: [..., sequence, dim] -> RMSNorm and rotary embedding of x, x / RMS, 1 / RMS. The halves of a head turn."""
+    """x: [..., sequence, dim] -> RMSNorm and rotary embedding of x, x / RMS, 1 / RMS. As in `rotate`."""
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(x, scale, out=x.new_empty(x.shape))
-    half = x.shape[-1] // 2
-    out = normed * (cos * weight)
-    out[..., :half].addcmul_(normed[..., half:], sin[..., :half] * weight[half:], value=-1)
-    out[..., half:].addcmul_(normed[..., :half], sin[..., half:] * weight[:half])
+    turned, half = cos.shape[-1], cos.shape[-1] // 2
+    out = normed * (_for_heads(cos, x.shape[-1]) * weight)
+    out[..., :half].addcmul_(normed[..., half:turned], sin[..., :half] * weight[half:turned], value=-1)
+    out[..., half:turned].addcmul_(normed[..., :half], sin[..., half:] * weight[:half])
     return out, normed, scale
+
+
+def _for_heads(cos: torch.Tensor, dim: int) -> torch.Tensor:
+    """With a 1 for each number of a head that does not turn."""
+    return cos if cos.shape[-1] == dim else F.pad(cos, (0, dim - cos.shape[-1]), value=1.0)
 
 
 def _norm_and_rotate_backward(
@@ -112,10 +123,10 @@ def _norm_and_rotate_backward(
 ) -> torch.Tensor:  # fmt: skip
     """Fills d_x and returns the gradient of weight."""
     d_out = d_out.view_as(normed)
-    half = normed.shape[-1] // 2
-    d = torch.mul(d_out, cos, out=torch.empty_like(normed))
-    d[..., :half].addcmul_(d_out[..., half:], sin[..., half:])
-    d[..., half:].addcmul_(d_out[..., :half], sin[..., :half], value=-1)
+    turned, half = cos.shape[-1], cos.shape[-1] // 2
+    d = torch.mul(d_out, _for_heads(cos, normed.shape[-1]), out=torch.empty_like(normed))
+    d[..., :half].addcmul_(d_out[..., half:turned], sin[..., half:])
+    d[..., half:turned].addcmul_(d_out[..., :half], sin[..., :half], value=-1)
     product = d * normed
     projection = (product @ weight).div_(-weight.numel()).unsqueeze(-1)
     d.mul_(weight).addcmul_(normed, projection)

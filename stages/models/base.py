@@ -227,6 +227,23 @@ class ModelConfig(Config, ABC):
         return spec
 
 
+class UntiedConfig(ModelConfig):
+    """An architecture whose class in vLLM does not share the table with the head."""
+
+    tie_embeddings: Flag = Field(
+        False, description="always false: vLLM's class of the architecture has a head of its own"
+    )
+
+    @model_validator(mode="after")
+    def _possible_head(self) -> UntiedConfig:
+        if self.tie_embeddings:
+            raise ValueError(
+                f"tie_embeddings = true leaves vLLM's class of the architecture {self.architecture} without an output "
+                "head; set it to false"
+            )
+        return self
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """An architecture for Megatron and for transformers. Tensors are full tensors by name; a mapping of them may read

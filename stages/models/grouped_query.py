@@ -5,7 +5,8 @@ here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from dataclasses import replace
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -16,15 +17,13 @@ from stages.models.costs import AttentionCost, Rows
 from stages.models.decoder import DecoderConfig
 
 Heads = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128")]
+RotaryPart = Annotated[float, Range(0, 1, "Qwen3-Next: 0.25, GLM-4.5: 0.5", above=True)]
 SLICE = 128
 """Queries in one call of attention on CPU (stages/mcore/row_tables.py)."""
 
 
 class GroupedQueryConfig(DecoderConfig):
     """A decoder whose attention is grouped-query attention, as Qwen3's and Llama's."""
-
-    qk_norm: ClassVar[bool] = True
-    """Whether each head's queries and keys are normalized."""
 
     heads: Heads = Field(description="query heads")
     kv_heads: Heads = Field(description="key and value heads; must divide heads")
@@ -42,6 +41,16 @@ class GroupedQueryConfig(DecoderConfig):
             raise ValueError(f"head_dim = {self.head_dim} is odd, but rotary embedding turns pairs; nearest: {near}")
         return self
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head's queries and keys are normalized."""
+        return True
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return False
+
     # -- the interface of every architecture --------------------------------------------------------------------------
 
     @property
@@ -52,16 +61,19 @@ class GroupedQueryConfig(DecoderConfig):
         """`linear_qkv` holds, for each key/value head, its query heads, its key and its value."""
         hidden, head = self.hidden_size, self.head_dim
         norms = {"q_layernorm.weight": (head,), "k_layernorm.weight": (head,)} if self.qk_norm else {}
+        rows = (self.heads + 2 * self.kv_heads) * head
         return {
-            "linear_qkv.weight": ((self.heads + 2 * self.kv_heads) * head, hidden),
+            "linear_qkv.weight": (rows, hidden),
+            **({"linear_qkv.bias": (rows,)} if self.qkv_bias else {}),
             **norms,
             "linear_proj.weight": (hidden, self.heads * head),
         }
 
     def attention_memory(self, layer: int) -> tuple[int, int]:
-        """Norms are whole on each tensor rank, matrices are cut."""
-        whole = 2 * self.head_dim * self.qk_norm
-        return whole, 2 * self.hidden_size * self.head_dim * (self.heads + self.kv_heads)
+        """Norms are whole on each tensor rank, matrices and biases are cut."""
+        biases = self.head_dim * (self.heads + 2 * self.kv_heads) * self.qkv_bias
+        matrices = 2 * self.hidden_size * self.head_dim * (self.heads + self.kv_heads)
+        return 2 * self.head_dim * self.qk_norm, matrices + biases
 
     def attention(self) -> list[AttentionCost]:
         return [AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim, kv_heads=self.kv_heads)]
@@ -116,6 +128,38 @@ class GroupedQueryConfig(DecoderConfig):
             "kv_heads": kv_heads,
             "head_dim": attention // (kv_heads * group),
         }
+
+
+class PartialRotaryConfig(GroupedQueryConfig):
+    """Such a decoder of whose heads only a first part has rotary embedding."""
+
+    partial_rotary_factor: RotaryPart = Field(description="share of a head that has rotary embedding")
+
+    @model_validator(mode="after")
+    def _possible_part(self) -> PartialRotaryConfig:
+        turned = self.head_dim * self.partial_rotary_factor
+        if turned != int(turned) or int(turned) % 2:
+            nearest = max(2, 2 * round(turned / 2))
+            raise ValueError(
+                f"partial_rotary_factor = {self.partial_rotary_factor} gives {turned:g} of head_dim = {self.head_dim} "
+                f"rotary embedding, which turns pairs; nearest: {nearest / self.head_dim:g}"
+            )
+        return self
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def attention_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
+    ) -> dict[str, float]:
+        """This project's attention computes rows of one document too (stages/mcore/layer_spec.py)."""
+        return super().attention_activations(layout, precision, replace(rows, packed=True), layer, fused)
+
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        """None too if the part cannot be divided into pairs."""
+        changes = super().scaled(hidden_size, width)
+        return None if changes is None or changes["head_dim"] * self.partial_rotary_factor % 2 else changes
 
 
 def swiglu_shapes(hidden: int, intermediate: int, at: str = "") -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.models import hf_mapping
-from stages.models.grouped_query import GroupedQueryConfig
+from stages.models.grouped_query import GroupedQueryConfig, PartialRotaryConfig
 from stages.models.hf_mapping import Read, Rest, Same, Swiglus, Tensors
 
 SAME = {
@@ -32,6 +32,7 @@ def megatron_attention(model: GroupedQueryConfig) -> dict[str, Any]:
         "num_query_groups": model.kv_heads,
         "kv_channels": model.head_dim,
         "qk_layernorm": model.qk_norm,
+        "add_qkv_bias": model.qkv_bias,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
@@ -42,7 +43,7 @@ def megatron_attention(model: GroupedQueryConfig) -> dict[str, Any]:
 def hf_attention(model: GroupedQueryConfig) -> dict[str, Any]:
     """Entries of config.json."""
     return {
-        "attention_bias": False,
+        "attention_bias": model.qkv_bias,
         "attention_dropout": 0.0,
         "head_dim": model.head_dim,
         "hidden_act": "silu",
@@ -54,22 +55,28 @@ def hf_attention(model: GroupedQueryConfig) -> dict[str, Any]:
     }
 
 
+def hf_rotary_part(model: PartialRotaryConfig) -> dict[str, Any]:
+    """Entries of config.json on the part of a head with rotary embedding."""
+    factor = {"partial_rotary_factor": model.partial_rotary_factor}
+    return {**factor, "rope_parameters": factor}
+
+
 def map_to_hf(
     tensors: Tensors, model: GroupedQueryConfig, vocab_size: int, same: Same, swiglus: Swiglus,
     rest: Rest | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
     """As `stages.models.hf_mapping.map_to_hf`, with the attention: the arguments are of the feed-forward part, and
-    `rest` of all tensors of another layout but `linear_qkv`'s weight.
+    `rest` of all tensors of another layout but those of `linear_qkv`.
 
-    A head group of it ([kv_heads, heads/kv_heads + 2, head_dim, hidden]) is its queries, its key, its value.
+    A head group of these ([kv_heads, heads/kv_heads + 2, head_dim, ...]) is its queries, its key, its value.
     """
-    groups, queries, dim, hidden = model.kv_heads, model.heads // model.kv_heads, model.head_dim, model.hidden_size
+    queries = model.heads // model.kv_heads
 
     def of_layer(read: Read, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
-        qkv = read("self_attention.linear_qkv.weight").reshape(groups, queries + 2, dim, hidden)
-        yield "self_attn.q_proj.weight", qkv[:, :queries].reshape(-1, hidden)
-        yield "self_attn.k_proj.weight", qkv[:, queries].reshape(-1, hidden)
-        yield "self_attn.v_proj.weight", qkv[:, queries + 1].reshape(-1, hidden)
+        for kind in _kinds(model):
+            qkv = read(f"self_attention.linear_qkv.{kind}").unflatten(0, (model.kv_heads, queries + 2, model.head_dim))
+            for part, tensor in zip("qkv", qkv.split((queries, 1, 1), 1), strict=True):
+                yield f"self_attn.{part}_proj.{kind}", tensor.flatten(0, 2)
         yield from rest(read, layer) if rest else ()
 
     return hf_mapping.map_to_hf(tensors, model, vocab_size, _with_attention(model, same), swiglus, of_layer)
@@ -79,16 +86,20 @@ def map_from_hf(
     tensors: Tensors, model: GroupedQueryConfig, same: Same, swiglus: Swiglus, rest: Rest | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The inverse of `map_to_hf`, as `stages.models.hf_mapping.map_from_hf`."""
-    groups, queries, dim, hidden = model.kv_heads, model.heads // model.kv_heads, model.head_dim, model.hidden_size
 
     def of_layer(read: Read, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
-        q = read("self_attn.q_proj.weight").reshape(groups, queries, dim, hidden)
-        k = read("self_attn.k_proj.weight").reshape(groups, 1, dim, hidden)
-        v = read("self_attn.v_proj.weight").reshape(groups, 1, dim, hidden)
-        yield "self_attention.linear_qkv.weight", torch.cat([q, k, v], 1).reshape(-1, hidden)
+        for kind in _kinds(model):
+            parts = [read(f"self_attn.{part}_proj.{kind}") for part in "qkv"]
+            heads = [part.unflatten(0, (model.kv_heads, -1, model.head_dim)) for part in parts]
+            yield f"self_attention.linear_qkv.{kind}", torch.cat(heads, 1).flatten(0, 2)
         yield from rest(read, layer) if rest else ()
 
     return hf_mapping.map_from_hf(tensors, model, _with_attention(model, same), swiglus, of_layer)
+
+
+def _kinds(model: GroupedQueryConfig) -> tuple[str, ...]:
+    """The tensors of a projection."""
+    return ("weight", "bias") if model.qkv_bias else ("weight",)
 
 
 def _with_attention(model: GroupedQueryConfig, same: Same) -> Same:

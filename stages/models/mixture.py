@@ -17,7 +17,7 @@ from pipeline.core.stage import Renamed, added
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import LossWeight, Precision, Routing, Width
 from stages.models.decoder import DecoderConfig
-from stages.models.grouped_query import swiglu_activations, swiglu_shapes
+from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_shapes
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
 PROXY_EXPERTS = 32
@@ -196,6 +196,26 @@ class MixtureConfig(RoutedConfig):
             "dense_layers": min(self.dense_layers, 1),
             "intermediate_size": self.intermediate_size and width(self.intermediate_size),
         }
+
+
+class GroupedMixtureConfig(MixtureConfig, GroupedQueryConfig):
+    """A decoder of grouped-query attention and such layers."""
+
+    def split_sizes(self) -> list[tuple[str, str, int]]:
+        return [*super().split_sizes(), *self.expert_split_sizes()]
+
+    def proportions(self) -> dict[str, float]:
+        return {**super().proportions(), **self.expert_proportions()}
+
+    def describe(self) -> str:
+        return f"{super().describe()}, {self.describe_experts()}"
+
+    def inner_widths(self) -> dict[str, int]:
+        return {**super().inner_widths(), **self.expert_widths()}
+
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        changes = super().scaled(hidden_size, width)
+        return changes and {**changes, **self.scaled_experts(width)}
 
 
 def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precision) -> float:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter
 from pipeline.core.text import shown
 from stages.models.base import ModelConfig
 from stages.models.deepseek_v3.config import DeepseekV3Config
+from stages.models.glm4_moe.config import Glm4MoeConfig
 from stages.models.gpt_oss.config import GptOssConfig
 from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
@@ -22,6 +23,7 @@ ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "deepseek_v3": DeepseekV3Config,
     "gpt_oss": GptOssConfig,
     "qwen3_next": Qwen3NextConfig,
+    "glm4_moe": Glm4MoeConfig,
 }
 DEFAULT = "qwen3_moe"
 """The architecture of a section without `architecture`."""

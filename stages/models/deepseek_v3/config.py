@@ -19,17 +19,15 @@ from stages.mcore.parallel_layout import Layout
 from stages.models.base import Precision
 from stages.models.costs import AttentionCost, Rows
 from stages.models.grouped_query import Heads
-from stages.models.mixture import Experts, MixtureConfig
+from stages.models.sigmoid_mixture import SigmoidMixtureConfig
 
 HeadPart = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128, of which the rotary part has 64 more")]
 Rank = Annotated[int, Range(1, 2**16, "DeepSeek-V3: 1536 for queries, 512 for keys and values")]
-BEST = 2
-"""The score of a group of experts is the sum of its two best ones (DeepSeek-V3, section 2.1.2)."""
 LATENT_EPS = 1e-6
 """Epsilon of the norms of latents in transformers' class, which no setting changes."""
 
 
-class DeepseekV3Config(MixtureConfig):
+class DeepseekV3Config(SigmoidMixtureConfig):
     """A mixture of experts with multi-head latent attention: `architecture: deepseek_v3`."""
 
     spec_module: ClassVar[str] = "stages.models.deepseek_v3.spec"
@@ -45,17 +43,6 @@ class DeepseekV3Config(MixtureConfig):
         description="width of the part with rotary embedding; must be even. All heads share that of the key"
     )
     v_head_dim: HeadPart = Field(description="width of a head's values")
-    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = Field(
-        1e-3, description="change of an expert's bias per step in auxiliary-loss-free balancing; 0: biases stay zero"
-    )
-    n_shared_experts: Annotated[int, Range(1, 64, "DeepSeek-V3: 1, Moonlight: 2")] = Field(
-        1, description="experts that every token uses"
-    )
-    n_group: Experts = Field(1, description="groups of the experts of a layer; 1: no groups")
-    topk_group: Experts = Field(1, description="groups from which the experts of a token are chosen")
-    routed_scaling_factor: Annotated[float, Range(0, 100, "DeepSeek-V3: 2.5, Kimi K2: 2.827", above=True)] = Field(
-        1.0, description="factor of the sum of the routed experts, whose weights sum to 1"
-    )
 
     @model_validator(mode="after")
     def _possible_attention(self) -> DeepseekV3Config:
@@ -63,30 +50,6 @@ class DeepseekV3Config(MixtureConfig):
             near = f"{self.qk_rope_head_dim - 1} or {self.qk_rope_head_dim + 1}" if self.qk_rope_head_dim > 1 else "2"
             raise ValueError(
                 f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd, but rotary embedding turns pairs; nearest: {near}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _possible_groups(self) -> DeepseekV3Config:
-        if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group = {self.topk_group} is more than n_group = {self.n_group}; lower it")
-        if self.experts % self.n_group or self.experts // self.n_group < BEST:
-            divisors = [n for n in range(1, self.experts // BEST + 1) if self.experts % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - self.n_group), default=1)
-            raise ValueError(
-                f"n_group = {self.n_group} does not divide experts = {self.experts} into groups of at least {BEST}; "
-                f"nearest: {nearest}"
-            )
-        if self.n_group > 1 and self.num_experts_per_tok // self.topk_group != BEST:
-            raise ValueError(
-                f"topk_group = {self.topk_group} does not fit num_experts_per_tok = {self.num_experts_per_tok}: "
-                f"Megatron-Core scores a group by its num_experts_per_tok / topk_group best experts, and transformers "
-                f"by its {BEST} best; use topk_group = {max(1, self.num_experts_per_tok // BEST)}, or n_group = 1"
-            )
-        if self.num_experts_per_tok > self.topk_group * self.experts // self.n_group:
-            raise ValueError(
-                f"num_experts_per_tok = {self.num_experts_per_tok} is more than the experts of topk_group = "
-                f"{self.topk_group} groups of {self.experts // self.n_group}; raise topk_group or lower n_group"
             )
         return self
 
@@ -98,14 +61,6 @@ class DeepseekV3Config(MixtureConfig):
     @property
     def rotary_dim(self) -> int:
         return self.qk_rope_head_dim
-
-    @property
-    def shared_width(self) -> int:
-        return self.n_shared_experts * self.moe_intermediate_size
-
-    @property
-    def has_expert_bias(self) -> bool:
-        return True
 
     def export_obstacle(self) -> str | None:
         if self.norm_eps != LATENT_EPS:
@@ -182,7 +137,6 @@ class DeepseekV3Config(MixtureConfig):
         return {
             "rotary part / part without": self.qk_rope_head_dim / self.qk_nope_head_dim,
             **self.expert_proportions(),
-            "groups / groups a token visits": self.n_group / self.topk_group,
         }
 
     def describe(self) -> str:
@@ -190,7 +144,7 @@ class DeepseekV3Config(MixtureConfig):
         return (
             f"{self.layers} layers, hidden size {self.hidden_size}, {self.heads} heads of {self.qk_nope_head_dim} + "
             f"{self.qk_rope_head_dim} from {queries} {self.kv_lora_rank} for keys and values, "
-            f"{self.describe_experts()}, and {self.n_shared_experts} that all visit"
+            f"{self.describe_experts()}"
         )
 
     def inner_widths(self) -> dict[str, int]:
@@ -209,7 +163,7 @@ class DeepseekV3Config(MixtureConfig):
         if not choices:
             return None
         heads = min(choices, key=lambda n: abs(attention / n - self.v_head_dim))
-        dim, experts = attention // heads, self.scaled_experts(width)
+        dim = attention // heads
         return {
             "hidden_size": hidden_size,
             "heads": heads,
@@ -218,16 +172,5 @@ class DeepseekV3Config(MixtureConfig):
             "qk_nope_head_dim": dim * nope // self.v_head_dim,
             "qk_rope_head_dim": dim * rope // self.v_head_dim,
             "v_head_dim": dim,
-            **experts,
-            **self._scaled_groups(experts["experts"], experts["num_experts_per_tok"]),
+            **self.scaled_experts(width),
         }
-
-    def _scaled_groups(self, experts: int, top_k: int) -> dict[str, int]:
-        """Groups for a proxy with so many experts, of which a token visits as large a share as possible of the
-        recipe's; one group if no other number fits."""
-        chosen = top_k // BEST
-        wanted = self.n_group * chosen / self.topk_group
-        sizes = [n for n in range(chosen, experts // BEST + 1) if experts % n == 0 and chosen * experts // n >= top_k]
-        if self.n_group == 1 or not sizes or top_k // chosen != BEST:
-            return {"n_group": 1, "topk_group": 1}
-        return {"n_group": min(sizes, key=lambda n: abs(n - wanted)), "topk_group": chosen}

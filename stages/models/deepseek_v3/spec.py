@@ -18,7 +18,7 @@ from stages.mcore.rope import yarn_factor
 from stages.models.base import ModelSpec
 from stages.models.deepseek_v3.config import DeepseekV3Config
 from stages.models.hf_mapping import map_from_hf, map_to_hf
-from stages.models.mixture_spec import expert_swiglus, megatron_experts
+from stages.models.mixture_spec import hf_sigmoid_experts, megatron_sigmoid_experts, sigmoid_router, sigmoid_swiglus
 
 IN_LAYER = {
     "input_layernorm": "input_layernorm",
@@ -31,11 +31,9 @@ IN_LAYER = {
     "self_attention.linear_kv_up_proj": "self_attn.kv_b_proj",
     "self_attention.linear_proj": "self_attn.o_proj",
     "pre_mlp_layernorm": "post_attention_layernorm",
-    "mlp.router": "mlp.gate",
 }
 """Megatron's and transformers' modules in a layer whose `weight` is the same."""
 NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
-BIAS = {"mlp.router.expert_bias": "mlp.gate.e_score_correction_bias"}
 
 
 def megatron(model: DeepseekV3Config) -> dict[str, Any]:
@@ -54,32 +52,15 @@ def megatron(model: DeepseekV3Config) -> dict[str, Any]:
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "ffn_hidden_size": model.intermediate_size or model.moe_intermediate_size,
-        **megatron_experts(model),
-        "moe_shared_expert_intermediate_size": model.shared_width,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_pre_softmax": True,
-        "moe_router_num_groups": model.n_group if model.n_group > 1 else None,
-        "moe_router_group_topk": model.topk_group if model.n_group > 1 else None,
-        "moe_router_topk_scaling_factor": model.routed_scaling_factor,
-        "moe_router_enable_expert_bias": True,
-        "moe_router_bias_update_rate": model.router_bias_update_rate,
+        **megatron_sigmoid_experts(model),
     }
 
 
 def _same(model: DeepseekV3Config, layer: int) -> dict[str, str]:
     """Tensors of a layer with one layout in both, as the model has them: Megatron's name, and transformers'."""
-    names = {**{f"{x}.weight": f"{y}.weight" for x, y in IN_LAYER.items()}, **BIAS}
-    attention = (f"self_attention.{name}" for name in model.attention_shapes(layer))
-    present = {*NORMS, *attention, *(f"mlp.{name}" for name in model.mlp_shapes(layer))}
-    return {ours: theirs for ours, theirs in names.items() if ours in present}
-
-
-def _swiglus(model: DeepseekV3Config, layer: int) -> list[tuple[str, str]]:
-    """(Megatron's, transformers') prefixes of a layer's SwiGLUs."""
-    if layer < model.dense_layers:
-        return [("mlp.", "mlp.")]
-    return [("mlp.shared_experts.", "mlp.shared_experts."), *expert_swiglus(model)]
+    names = {f"{x}.weight": f"{y}.weight" for x, y in IN_LAYER.items()}
+    present = {*NORMS, *(f"self_attention.{name}" for name in model.attention_shapes(layer))}
+    return {ours: theirs for ours, theirs in names.items() if ours in present} | sigmoid_router(model, layer)
 
 
 def to_hf(
@@ -87,11 +68,11 @@ def to_hf(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """transformers pairs the rotary dimensions of a head as Megatron's do: two neighbors turn together
     (`rope_interleave`)."""
-    return map_to_hf(tensors, model, vocab_size, partial(_same, model), partial(_swiglus, model))
+    return map_to_hf(tensors, model, vocab_size, partial(_same, model), partial(sigmoid_swiglus, model))
 
 
 def from_hf(tensors: Mapping[str, torch.Tensor], model: DeepseekV3Config) -> Iterator[tuple[str, torch.Tensor]]:
-    return map_from_hf(tensors, model, partial(_same, model), partial(_swiglus, model))
+    return map_from_hf(tensors, model, partial(_same, model), partial(sigmoid_swiglus, model))
 
 
 def hf_config(model: DeepseekV3Config) -> dict[str, Any]:
@@ -100,27 +81,17 @@ def hf_config(model: DeepseekV3Config) -> dict[str, Any]:
         "model_type": "deepseek_v3",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "first_k_dense_replace": model.dense_layers,
+        **hf_sigmoid_experts(model),
         "hidden_act": "silu",
-        "intermediate_size": model.intermediate_size or model.moe_intermediate_size * model.num_experts_per_tok,
         "kv_lora_rank": model.kv_lora_rank,
-        "moe_intermediate_size": model.moe_intermediate_size,
         "moe_layer_freq": 1,
-        "n_group": model.n_group,
-        "n_routed_experts": model.experts,
-        "n_shared_experts": model.n_shared_experts,
-        "norm_topk_prob": True,
         "num_attention_heads": model.heads,
-        "num_experts_per_tok": model.num_experts_per_tok,
         "num_key_value_heads": model.heads,
-        "num_nextn_predict_layers": 0,
         "q_lora_rank": model.q_lora_rank,
         "qk_nope_head_dim": model.qk_nope_head_dim,
         "qk_rope_head_dim": model.qk_rope_head_dim,
         "rope_interleave": True,
-        "routed_scaling_factor": model.routed_scaling_factor,
         "scoring_func": "sigmoid",
-        "topk_group": model.topk_group,
         "topk_method": "noaux_tc",
         "v_head_dim": model.v_head_dim,
     }

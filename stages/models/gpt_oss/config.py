@@ -11,39 +11,28 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from pipeline.core.bounds import Context, Flag
+from pipeline.core.bounds import Context
 from stages.mcore.parallel_layout import Layout
-from stages.models.base import Precision
-from stages.models.costs import AttentionCost, MemoryShare, Rows
+from stages.models.base import Precision, UntiedConfig
+from stages.models.costs import AttentionCost, Rows
 from stages.models.grouped_query import SLICE, GroupedQueryConfig, swiglu_shapes
 from stages.models.mixture import RoutedConfig, sent_tokens
 
 
-class GptOssConfig(RoutedConfig, GroupedQueryConfig):
+class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
     """A mixture of experts with windows and sinks: `architecture: gpt_oss`."""
 
     spec_module: ClassVar[str] = "stages.models.gpt_oss.spec"
     qk_norm: ClassVar[bool] = False
+    qkv_bias: ClassVar[bool] = True
     architecture: Literal["gpt_oss"] = Field(
         description="gpt_oss: a mixture of experts whose layers see a window and all tokens in turns"
-    )
-    tie_embeddings: Flag = Field(
-        False, description="always false: vLLM's class of the architecture has a head of its own"
     )
     sliding_window: Context = Field(
         description="tokens that the first, third, ... layer sees, its own among them; the other layers see all"
     )
-
-    @model_validator(mode="after")
-    def _possible_head(self) -> GptOssConfig:
-        if self.tie_embeddings:
-            raise ValueError(
-                "tie_embeddings = true leaves vLLM's class of the architecture gpt_oss without an output head; "
-                "set it to false"
-            )
-        return self
 
     def layout_obstacle(self, layout: Layout) -> str | None:
         if layout.split_experts == 1:
@@ -63,14 +52,13 @@ class GptOssConfig(RoutedConfig, GroupedQueryConfig):
             if layers
         ]
 
-    def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
-        out = super().shapes(padded_vocab_size)
-        for layer in range(self.layers):
-            at = f"decoder.layers.{layer}.self_attention."
-            out[at + "linear_qkv.bias"] = ((self.heads + 2 * self.kv_heads) * self.head_dim,)
-            out[at + "core_attention.softmax_offset"] = (self.heads,)
-            out[at + "linear_proj.bias"] = (self.hidden_size,)
-        return out
+    def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        sinks, bias = {"core_attention.softmax_offset": (self.heads,)}, {"linear_proj.bias": (self.hidden_size,)}
+        return super().attention_shapes(layer) | sinks | bias
+
+    def attention_memory(self, layer: int) -> tuple[int, int]:
+        whole, cut = super().attention_memory(layer)
+        return whole + self.hidden_size, cut + self.heads
 
     def mlp_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         hidden, ffn = self.hidden_size, self.moe_intermediate_size
@@ -82,19 +70,9 @@ class GptOssConfig(RoutedConfig, GroupedQueryConfig):
         return out
 
     @property
-    def _cut_vectors(self) -> int:
-        """Biases of queries, keys and values of a layer, and the sinks: tensor parallelism cuts them."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim + self.heads
-
-    @property
     def _expert(self) -> int:
         """Parameters of an expert."""
         return 3 * self.hidden_size * self.moe_intermediate_size + 2 * self.moe_intermediate_size + self.hidden_size
-
-    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
-        out = super().parameters(padded_vocab_size)
-        vectors = self.layers * (self._cut_vectors + self.hidden_size)  # and the bias of the output projection
-        return {**out, "total": out["total"] + vectors, "active": out["active"] + vectors}
 
     def mlp_parameters(self) -> tuple[int, int]:
         router = self.experts * (self.hidden_size + 1)
@@ -110,9 +88,6 @@ class GptOssConfig(RoutedConfig, GroupedQueryConfig):
         split, hidden = layout.split_experts, self.hidden_size
         expert = (self._expert - hidden) // split + hidden
         return self.experts * (hidden + 1), 0, self.experts // layout.ep * expert
-
-    def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
-        return super().layer_memory(layout, layer) + MemoryShare(self._cut_vectors // layout.tp + self.hidden_size, 0)
 
     def attention_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool

@@ -26,8 +26,6 @@ SAME = {
     "mlp.router.weight": "mlp.router.weight",
     "mlp.router.bias": "mlp.router.bias",
 }
-QKV_BIAS = "self_attention.linear_qkv.bias"
-QKV_BIASES = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
 EXPERT = "mlp.experts.local_experts.{}."
 GATE_UP, GATE_UP_BIAS = "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias"
 DOWN, DOWN_BIAS = "mlp.experts.down_proj", "mlp.experts.down_proj_bias"
@@ -74,10 +72,6 @@ def to_hf(
     tensors: Mapping[str, torch.Tensor], model: GptOssConfig, vocab_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     def rest(read: Callable[[str], torch.Tensor], layer: int) -> Iterator[tuple[str, torch.Tensor]]:
-        queries = model.heads // model.kv_heads
-        bias = read(QKV_BIAS).reshape(model.kv_heads, queries + 2, model.head_dim)
-        for name, part in zip(QKV_BIASES, bias.split((queries, 1, 1), 1), strict=True):
-            yield name, part.flatten()
         yield GATE_UP, _stacked(model, lambda e: _alternating(read(EXPERT.format(e) + "linear_fc1.weight")).T)
         yield GATE_UP_BIAS, _stacked(model, lambda e: _alternating(read(EXPERT.format(e) + "linear_fc1.bias")))
         yield DOWN, _stacked(model, lambda e: read(EXPERT.format(e) + "linear_fc2.weight").T)
@@ -88,8 +82,6 @@ def to_hf(
 
 def from_hf(tensors: Mapping[str, torch.Tensor], model: GptOssConfig) -> Iterator[tuple[str, torch.Tensor]]:
     def rest(read: Callable[[str], torch.Tensor], layer: int) -> Iterator[tuple[str, torch.Tensor]]:
-        parts = [read(name).reshape(model.kv_heads, -1, model.head_dim) for name in QKV_BIASES]
-        yield QKV_BIAS, torch.cat(parts, 1).flatten()
         for name, kind in (
             (GATE_UP, "linear_fc1.weight"),
             (GATE_UP_BIAS, "linear_fc1.bias"),

@@ -12,11 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.core.stage import Renamed, added
 from stages.models.base import Width
-from stages.models.grouped_query import GroupedQueryConfig
-from stages.models.mixture import MixtureConfig
+from stages.models.mixture import GroupedMixtureConfig
 
 
-class Qwen3MoeConfig(MixtureConfig, GroupedQueryConfig):
+class Qwen3MoeConfig(GroupedMixtureConfig):
     """A mixture of experts: `architecture: qwen3_moe`, the default of a section without this setting."""
 
     spec_module: ClassVar[str] = "stages.models.qwen3_moe.spec"
@@ -39,20 +38,6 @@ class Qwen3MoeConfig(MixtureConfig, GroupedQueryConfig):
                         f"and others load unchanged, has {what}; leave it out, or stop before the export")  # fmt: skip
         return None
 
-    def split_sizes(self) -> list[tuple[str, str, int]]:
-        return [*super().split_sizes(), *self.expert_split_sizes()]
-
-    def proportions(self) -> dict[str, float]:
-        return {**super().proportions(), **self.expert_proportions()}
-
-    def describe(self) -> str:
-        return f"{super().describe()}, {self.describe_experts()}"
-
-    def inner_widths(self) -> dict[str, int]:
-        return {**super().inner_widths(), **self.expert_widths()}
-
-    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        changes, shared = super().scaled(hidden_size, width), self.shared_expert_intermediate_size
-        return changes and {
-            **changes, **self.scaled_experts(width), "shared_expert_intermediate_size": shared and width(shared),
-        }  # fmt: skip
+    def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:
+        shared = self.shared_expert_intermediate_size
+        return {**super().scaled_experts(width), "shared_expert_intermediate_size": shared and width(shared)}

@@ -13,11 +13,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Flag, Range
+from pipeline.core.bounds import Range
 from stages.mcore.parallel_layout import Layout
-from stages.models.base import Layers, Precision, Width
+from stages.models.base import Layers, Precision, UntiedConfig, Width
 from stages.models.costs import AttentionCost, Rows, StateCost
-from stages.models.grouped_query import Heads
+from stages.models.grouped_query import Heads, PartialRotaryConfig, RotaryPart
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
 HeadWidth = Annotated[int, Range(1, 1024, "Qwen3-Next: 128")]
@@ -27,7 +27,7 @@ STATE_BYTES = 4
 """Of a number in the state of a layer while it generates: fp32."""
 
 
-class Qwen3NextConfig(Qwen3MoeConfig):
+class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
     """Linear attention with a gated attention every few layers: `architecture: qwen3_next`."""
 
     spec_module: ClassVar[str] = "stages.models.qwen3_next.spec"
@@ -35,14 +35,11 @@ class Qwen3NextConfig(Qwen3MoeConfig):
     architecture: Literal["qwen3_next"] = Field(  # type: ignore[assignment]
         description="qwen3_next: gated delta nets and gated attention, with experts"
     )
-    tie_embeddings: Flag = Field(
-        False, description="always false: vLLM's class of the architecture has a head of its own"
-    )
     shared_expert_intermediate_size: Width = Field(description="inner width of the shared expert, which has a gate")
     full_attention_interval: Layers = Field(
         4, description="every layer whose number this divides has full attention, the others are gated delta nets"
     )
-    partial_rotary_factor: Annotated[float, Range(0, 1, "Qwen3-Next: 0.25", above=True)] = Field(
+    partial_rotary_factor: RotaryPart = Field(
         0.25, description="share of a head of full attention that has rotary embedding"
     )
     linear_num_key_heads: Heads = Field(description="query and key heads of a gated delta net")
@@ -57,24 +54,12 @@ class Qwen3NextConfig(Qwen3MoeConfig):
 
     @model_validator(mode="after")
     def _possible_hybrid(self) -> Qwen3NextConfig:
-        if self.tie_embeddings:
-            raise ValueError(
-                "tie_embeddings = true leaves vLLM's class of the architecture qwen3_next without an output head; set "
-                "it to false"
-            )
         keys, values = self.linear_num_key_heads, self.linear_num_value_heads
         if values % keys:
             below, above = max(1, values // keys) * keys, -(-values // keys) * keys
             near = str(above) if below == above else f"{below} or {above}"
             raise ValueError(
                 f"linear_num_value_heads = {values} is no multiple of linear_num_key_heads = {keys}; nearest: {near}"
-            )
-        turned = self.head_dim * self.partial_rotary_factor
-        if turned != int(turned) or int(turned) % 2:
-            nearest = max(2, 2 * round(turned / 2))
-            raise ValueError(
-                f"partial_rotary_factor = {self.partial_rotary_factor} gives {turned:g} of head_dim = {self.head_dim} "
-                f"rotary embedding, which turns pairs; nearest: {nearest / self.head_dim:g}"
             )
         return self
 
@@ -95,10 +80,6 @@ class Qwen3NextConfig(Qwen3MoeConfig):
     @property
     def value_width(self) -> int:
         return self.linear_num_value_heads * self.linear_value_head_dim
-
-    @property
-    def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)
 
     # -- the feed-forward part: experts, and a shared one with a gate -------------------------------------------------
 
@@ -241,10 +222,10 @@ class Qwen3NextConfig(Qwen3MoeConfig):
         return {**widths, "keys of linear attention": self.key_width, "values of linear attention": self.value_width}
 
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        """Heads of linear attention keep their groups too; None if its widths, or the rotary part of a head, cannot be
-        divided so. One layer in two has full attention, since a proxy has few."""
+        """Heads of linear attention keep their groups too; None if its widths cannot be divided so. One layer in two
+        has full attention, since a proxy has few."""
         changes = super().scaled(hidden_size, width)
-        if changes is None or changes["head_dim"] * self.partial_rotary_factor % 2:
+        if changes is None:
             return None
         keys, values = width(self.key_width), width(self.value_width)
         group = self.linear_num_value_heads // self.linear_num_key_heads

@@ -21,7 +21,7 @@ from stages.mcore.megatron_imports import (
     get_transformer_layer_offset,
     tensor_parallel,
 )
-from stages.mcore.qkv import SelfAttention
+from stages.mcore.qkv import SelfAttention, rotate
 from stages.mcore.row_tables import Documents
 from stages.models.qwen3_next.delta_rule import gated_delta_rule, short_convolution
 
@@ -141,16 +141,8 @@ class GatedAttention(SelfAttention):
         query, gate, key, value = mixed.split([queries, queries, 1, 1], 3)
         cos, sin = self.config.rows.of(self.starts, mixed.shape[0], mixed.device).rotary
         query, key = (
-            _rotate(norm(x).permute(1, 2, 3, 0, 4), cos, sin)
+            rotate(norm(x).permute(1, 2, 3, 0, 4), cos, sin)
             for x, norm in ((query, self.q_layernorm), (key, self.k_layernorm))
         )
         heads = (x.flatten(1, 2).permute(2, 0, 1, 3) for x in (query, key, value.permute(1, 2, 3, 0, 4)))
         return *heads, gate.flatten(2, 3)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [..., sequence, dim]; cos, sin: of the first so many numbers of a head, whose halves turn."""
-    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
-    first, second = turned.float().chunk(2, -1)
-    turned = turned.float() * cos + torch.cat((-second, first), -1) * sin
-    return torch.cat((turned.to(x.dtype), rest), -1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stages.models.base import ModelSpec
-from stages.models.grouped_query_spec import QK_NORMS, SAME
+from stages.models.grouped_query_spec import QK_NORMS, SAME, hf_rotary_part
 from stages.models.hf_mapping import Read, Tensors, map_from_hf, map_to_hf
 from stages.models.mixture_spec import expert_swiglus
 from stages.models.qwen3_moe import spec as qwen3_moe
@@ -131,8 +131,7 @@ def hf_config(model: Qwen3NextConfig) -> dict[str, Any]:
         "linear_num_key_heads": model.linear_num_key_heads,
         "linear_num_value_heads": model.linear_num_value_heads,
         "linear_value_head_dim": model.linear_value_head_dim,
-        "partial_rotary_factor": model.partial_rotary_factor,
-        "rope_parameters": {"partial_rotary_factor": model.partial_rotary_factor},
+        **hf_rotary_part(model),
         "shared_expert_intermediate_size": model.shared_expert_intermediate_size,
     }
 
