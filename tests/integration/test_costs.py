@@ -40,11 +40,12 @@ HYBRID = dict(
     linear_num_value_heads=8, linear_key_head_dim=16, linear_value_head_dim=24,
 )  # fmt: skip
 WINDOWED = {"architecture": "gpt_oss", "sliding_window": 64}
+GLM = {"architecture": "glm4_moe", "dense_layers": 1, "intermediate_size": 384, "moe_intermediate_size": 384}
 EXTRAS = st.fixed_dictionaries({
     "tie_embeddings": st.booleans(),
     "router_bias_update_rate": st.sampled_from([0.0, 1e-3]),
     "shared_expert_intermediate_size": st.sampled_from([None, 32]),
-}) | st.just({"dense_layers": 1, "intermediate_size": 96}) | st.just(WINDOWED)  # fmt: skip
+}) | st.just({"dense_layers": 1, "intermediate_size": 96}) | st.sampled_from([WINDOWED, GLM])  # fmt: skip
 LAYOUTS = st.builds(
     Layout,
     ranks=st.sampled_from([8, 16, 32]),
@@ -231,8 +232,8 @@ def test_ranks_share_the_sums() -> None:
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED, HYBRID],
-    ids=["experts", "dense layer", "shared expert", "windows", "hybrid"],
+    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED, HYBRID, GLM],
+    ids=["experts", "dense layer", "shared expert", "windows", "hybrid", "part turned"],
 )
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch

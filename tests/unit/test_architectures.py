@@ -8,6 +8,8 @@ from typing import get_args
 import pytest
 
 from stages.models.base import ModelConfig, ModelSpec
+from stages.models.grouped_query import GroupedQueryConfig
+from stages.models.mixture import RoutedConfig
 from stages.models.registry import ARCHITECTURES
 from tests.fixtures import ROOT
 
@@ -29,3 +31,11 @@ def test_an_entry_has_its_config_and_its_spec(name: str) -> None:
     assert config.spec_module == f"stages.models.{name}.spec"
     assert get_args(config.model_fields["architecture"].annotation) == (name,)
     assert isinstance(import_module(config.spec_module).SPEC, ModelSpec)
+
+
+@pytest.mark.parametrize("name", [name for name, config in ARCHITECTURES.items() if issubclass(config, RoutedConfig)])
+def test_a_mixture_joins_attention_and_experts(name: str) -> None:
+    """Methods of the attention alone would let a layout pass that does not divide the experts."""
+    for method in ("split_sizes", "proportions", "describe", "inner_widths", "scaled"):
+        module = getattr(ARCHITECTURES[name], method).__module__
+        assert module != GroupedQueryConfig.__module__, f"{name}: {method} leaves out the experts; join both there"
