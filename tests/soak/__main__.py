@@ -130,7 +130,7 @@ PARTS = {
         f"{simulated_ranks.TOLERANCE:.0%}. Sent: the larger side of every collective with other ranks.",
     ),
     "te": Part(
-        test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "bridge", "answers", "training"))),
+        test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "bridge", "answers", "training", "partial_rotary"))),
         ["tests", "result"],
         "Transformer Engine's layers on CPU against this project's, also in layouts of four, and Megatron-Bridge on an "
         "export: to run before a change to the engine is called done. It makes an environment of its own.",
