@@ -32,6 +32,7 @@ from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
 from stages.train.precision_simulation.proxy_model import build_proxy, ratios
 from tests.fixtures import layout_fixtures, train_fixtures
+from tests.fixtures.glm_fixtures import MODEL
 from tests.fixtures.model_fixtures import load_tensors
 from tests.fixtures.run_fixtures import at_length
 
@@ -39,11 +40,6 @@ from tests.fixtures.run_fixtures import at_length
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 VOCAB = train_fixtures.VOCAB
-MODEL: dict[str, Any] = dict(
-    architecture="glm4_moe", layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=8,
-    num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=16, dense_layers=1, intermediate_size=40,
-    routed_scaling_factor=2.5, balance="sequence", router_bias_update_rate=0.01, context_length=256, init_std=0.08,
-)  # fmt: skip
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 CHANGES: list[dict[str, Any]] = [
     {},
