@@ -31,7 +31,7 @@ from stages.train import parallel, rank_simulation
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
 from stages.train.precision_simulation.proxy_model import build_proxy, ratios
-from tests.fixtures import layout_fixtures, train_fixtures
+from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.glm_fixtures import MODEL
 from tests.fixtures.model_fixtures import load_tensors
 from tests.fixtures.run_fixtures import at_length
@@ -50,10 +50,10 @@ CHANGES: list[dict[str, Any]] = [
 PUBLISHED = {"GLM-4.5": published.GLM_45, "GLM-4.5-Air": published.GLM_45_AIR}
 
 
-def varied(model: Glm4MoeConfig) -> dict[str, torch.Tensor]:
+def varied(model: Glm4MoeConfig, vocabulary: int = VOCAB) -> dict[str, torch.Tensor]:
     """Initial tensors with norms that differ from one and biases that differ from zero."""
     generator = torch.Generator().manual_seed(1)
-    tensors = dict(Initial(model.shapes(VOCAB), model, 0))
+    tensors = dict(Initial(model.shapes(vocabulary), model, 0))
     for tensor in tensors.values():
         if tensor.dim() == 1:
             tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
@@ -162,6 +162,23 @@ def test_memory_of_a_simulated_rank_is_planned() -> None:
         result = rank_simulation.simulate(TrainConfig.model_validate(settings), 0)
     assert result.parameters == result.planned_parameters
     assert result.peak_bytes == pytest.approx(result.planned_peak_bytes, rel=0.02)
+
+
+def test_a_policy_computes_what_its_sampler_drew(tmp_path: Path) -> None:
+    """Answers behind a shared question, packed. The sampler is transformers' model."""
+    model = Glm4MoeConfig(**MODEL)
+    tensors = varied(model, rl_fixtures.PADDED)
+    rl_fixtures.make(tmp_path)
+    place = tmp_path / "policy" / release_checkpoint.name_of(3)
+    release_checkpoint.write(
+        place, model.shapes(rl_fixtures.PADDED), (), lambda kind, name, shape: tensors[name],
+        {"step": 3, "optimizer_step": 0},
+    )  # fmt: skip
+    settings = {**rl_fixtures.config(steps=2, release_checkpoint_interval=2), "model": model.model_dump()}
+    init = write_manifest(place.parent, "policy-test")
+    rl_fixtures.rlvr(tmp_path, tmp_path / "work", tmp_path / "out", settings, init=init)
+    gaps = [line["max_sampler_gap"] for line in rl_fixtures.lines(tmp_path / "out") if "max_sampler_gap" in line]
+    assert len(gaps) == 2 and max(gaps) < 1e-4
 
 
 @at_length("training", 70)
