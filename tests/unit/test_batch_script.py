@@ -15,7 +15,7 @@ from submitit.core.utils import DelayedSubmission
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import Config, Stage
 from pipeline.core.store import Store
-from pipeline.graph import recipe, registry
+from pipeline.graph import dag, recipe, registry
 from pipeline.graph.dag import Graph, Node
 from pipeline.launch import clean_environment, cluster_profile, job, local, slurm
 from pipeline.launch.attempt import Task
@@ -298,6 +298,35 @@ def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monke
     call = (tmp_path / "srun").read_text().splitlines()[0]
     assert call.startswith("--test-only --cpus-per-task=1 --exclusive --gpus-per-node=1 --nodes=2 ")
     assert " --partition=gpu,low " in call and call.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores true")
+
+
+@pytest.mark.parametrize(
+    ("sinfo", "reason"),
+    [
+        ("", "there is no sinfo here"),
+        ("echo 'sinfo: error: no host\nsinfo: fatal: no source' >&2; exit 1", "sinfo: no source"),
+    ],
+)
+def test_a_dry_run_without_slurm_writes_the_scripts_and_says_that_none_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str, reason: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    if sinfo:
+        (tmp_path / "bin/sinfo").write_text(f"#!/bin/bash\n{sinfo}\n")
+        (tmp_path / "bin/sinfo").chmod(0o755)
+    store = Store(tmp_path / "home")
+    graph, profile = dag.compose(recipe.load("atom-smoke"), store), cluster_profile.load("dev")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    written = slurm.dry_run(graph, store, ["items", "tasks-rlvr"], profile)
+    assert [(row.stage, row.ok, row.answer) for row in written.checks] == [
+        (name, False, "written, and not checked") for name in ("items", "tasks-rlvr")
+    ]
+    folder = tmp_path / "home/dry-run/atom-smoke"
+    assert "#SBATCH --job-name=atom-items\n" in (folder / "items.sh").read_text()
+    sentence = f"no Slurm answers on this host ({reason}), so the scripts in {folder} are written and none is checked"
+    with pytest.raises(AtomError, match=re.escape(sentence)):
+        written.require_taken()
+    slurm.DryRun(folder, [], reason).require_taken()  # all stages are sealed
 
 
 @pytest.mark.parametrize(
