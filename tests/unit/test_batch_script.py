@@ -21,6 +21,7 @@ from pipeline.launch import clean_environment, cluster_profile, job, local, slur
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Changes, Slurm
 from pipeline.launch.decision import Decision, Verdict
+from tests.fixtures import ROOT
 from tests.fixtures.batch_fixtures import SLURM, script
 
 OF_PROFILES = {
@@ -274,6 +275,23 @@ def test_a_stage_has_gpus_of_its_own_number_and_type() -> None:
     options = {"gpus-per-node": "a100:4", "nodes": 5, "ntasks-per-node": 4, "no-kill": True}
     settings = Slurm.model_validate({**SLURM, "train": train, "stages": stages})
     assert options.items() <= script(settings, ranks=16).sbatch_options.items()
+
+
+def test_smaller_models_request_what_training_does_and_what_the_profile_says_of_them(tmp_path: Path) -> None:
+    body = yaml.safe_load((ROOT / "pipeline/recipes/atom-smoke.yaml").read_text())
+    body["sizes"] = [{"model": {"layers": 1}, "parallelism": {"ranks": 2, "tp": 2}}, {"model": {"experts": 2}}]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(body))
+    nodes = dag.compose(recipe.load(str(tmp_path / "r.yaml")), Store(tmp_path)).nodes
+    stages = {"size-*": {"minutes": 7}, "size-2": {"partition": "small"}}
+    settings = Slurm.model_validate({**SLURM, "stages": stages})
+    requests = [slurm.allocation_of(settings, nodes[name]) for name in ("pretrain", "size-1", "size-2")]
+    train = SLURM["train"]
+    assert [(row.section, row.ranks, row.jobs.minutes, row.jobs.partition) for row in requests] == [
+        ("train", 1, train["minutes"], train["partition"]),
+        ("train", 2, 7, train["partition"]),
+        ("train", 1, 7, "small"),
+    ]
+    assert nodes["size-1"].inputs == {"tokens": "tokenize", "order": "order-pretrain"}, "they wait for no phase"
 
 
 def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
