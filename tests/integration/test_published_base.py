@@ -131,7 +131,8 @@ def test_an_adapter_on_a_published_release_is_published(smoke_home: Path, tmp_pa
     copy_sealed(smoke_home, home, *DATA)
     with running(tmp_path / "hub") as endpoint:
         hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": LOCAL_TOKEN}
-        atom(home, "publish", str(base), "--to", "local", **hub)
+        # stages get no token, so that only a public model is pulled
+        atom(home, "publish", str(base), "--to", "local", "--public", "--acknowledge", "dirty", **hub)
         begin = ("--from", "atom-smoke-adapter", "--start-from", "local/atom-smoke@v0.1.0")
         atom(home, "init", "adapted", *begin, cwd=tmp_path, **hub)
         recipe = str(tmp_path / "adapted.yaml")
