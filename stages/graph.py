@@ -28,8 +28,10 @@ from stages.models.base import ModelConfig
 from stages.recipe import ReleaseRecipe
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import PhaseConfig
+from stages.train.published_base import dtype_of, require_dtype
+from stages.train.published_base import section as start_from
 
-__all__ = ["DATA_RECIPE", "RECIPE", "STAGES", "compose", "load_data_recipe", "problems"]
+__all__ = ["DATA_RECIPE", "RECIPE", "STAGES", "compose", "load_data_recipe", "problems", "start_from"]
 
 RECIPE, DATA_RECIPE = ReleaseRecipe, DataRecipe
 STAGES = {
@@ -131,6 +133,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     assert isinstance(config, ReleaseRecipe) and isinstance(data_recipe, DataRecipe)
     for problem in problems(recipe):
         raise RecipeError(f"{recipe.title}: {problem}")
+    config = _resolve_start(recipe, config, store)
     graph = GraphBuilder(recipe.title)
     data, absent = data_recipe.present() if without_data else (data_recipe.resolved(), ())
     benchmarks = _benchmarks(recipe, config)
@@ -158,13 +161,32 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_engine(config)
     yield from _problems_of_weight_format(config)
     vocabulary = config.tokenizer.padded_vocab_size
-    yield from sizes.problems(config.sizes, config.model, config.pretrain, config.start_from, vocabulary)
+    yield from sizes.problems(config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None)
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
         later = "rlvr" if config.rlvr else "dpo"
         yield (
             f"sft.lora trains an adapter, and {later} would train the weights that it leaves as they are; leave out "
             f"{later}, or sft.lora"
         )
+
+
+def _resolve_start(recipe: Recipe, config: ReleaseRecipe, store: Store) -> ReleaseRecipe:
+    """The recipe with the folder of the published model that it begins with. Raises RecipeError for one that no release
+    may name, and for another precision than that of the model, if it is on this machine."""
+    if config.start_from is None:
+        return config
+    try:
+        start = config.start_from.resolve(recipe.path.parent, store.home)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.title}: {error}") from None
+    if problem := require_dtype(start.repo, dtype_of(start.place(store.home)), _dtype_of_base(config)):
+        raise RecipeError(f"{recipe.title}: {problem}")
+    return config.model_copy(update={"start_from": start})
+
+
+def _dtype_of_base(config: ReleaseRecipe) -> Dtype | None:
+    """The type in which the published model that the recipe begins with is exported; None if pre-training follows."""
+    return None if config.pretrain else _dtype(config, phases(config)[0].config)
 
 
 def _benchmarks(recipe: Recipe, config: ReleaseRecipe) -> dict[str, Any]:
@@ -198,6 +220,7 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe, benc
     if config.start_from is not None:
         model = _imported_model(config)
         begin = {"model": model, "padded_vocab_size": config.tokenizer.padded_vocab_size}
+        begin["dtype"] = _dtype_of_base(config)
         graph.add("import", "import", config.start_from.model_dump() | begin)
         imported = {"import": "import"}
     models = {node: node for node in classifiers}
@@ -224,8 +247,8 @@ def _add_training(
     role and node of the last one."""
     previous = {"init": "import"} if config.start_from else {}
     model, trained = config.model, {}
-    if config.pretrain is None:
-        trained["import"] = Trained(_imported_model(config), _dtype(config, phases(config)[0].config))
+    if dtype := _dtype_of_base(config):
+        trained["import"] = Trained(_imported_model(config), dtype)
     for phase in phases(config):
         section, name, earlier = phase.config, phase.node, {}
         longest = section.sequence_length if phase.where.startswith("long_context") else model.context_length

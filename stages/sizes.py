@@ -17,7 +17,6 @@ from stages.mcore.parallel_layout import Layout
 from stages.models.base import ModelConfig
 from stages.models.registry import parse
 from stages.train.config import Optimizer, PhaseConfig
-from stages.train.imported_weights import StartFrom
 
 NAME = "size"
 """The stage, and the first part of the names of its nodes: size-1, size-2, …"""
@@ -52,16 +51,17 @@ def node(number: int) -> str:
 
 
 def problems(
-    sizes: Sizes, model: ModelConfig, phase: PhaseConfig | None, start: StartFrom | None, vocabulary: int
+    sizes: Sizes, model: ModelConfig, phase: PhaseConfig | None, vocabulary: int, is_random: bool
 ) -> Iterator[str]:
-    """A sentence for each contradiction between the section and those of the model, of pre-training and of the
-    published model that it begins with, if any."""
+    """A sentence for each contradiction between the section and those of the model and of pre-training.
+
+    is_random: pre-training begins with random weights."""
     if not sizes:
         return
     if phase is None:
         yield "sizes are trained on the rows of pretrain, which the recipe does not have; leave sizes out"
         return
-    if start is not None:
+    if not is_random:
         yield (
             "sizes begin with random weights, and pretrain with those of start_from, so that their losses do not "
             "compare; leave sizes out"

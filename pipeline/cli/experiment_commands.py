@@ -25,16 +25,23 @@ app = typer.Typer()
 def init(
     name: Annotated[str, typer.Argument(help="name of the release, and of its file")],
     source: Annotated[str, typer.Option("--from", metavar="RECIPE", help="packaged recipe to copy")] = "atom-tiny",
+    start_from: Annotated[
+        str | None,
+        typer.Option("--start-from", metavar="MODEL", help="published model: RELEASE/model, or REPO[@REVISION]"),
+    ] = None,
 ) -> None:
     """Write a recipe of your own, NAME.yaml.
 
     It is a copy of a packaged recipe, with its comments, in the current folder. No file is overwritten.
 
+    With --start-from, a recipe such as atom-smoke-adapter begins with that model: a model's folder of a release, or a
+    repository of the Hub. Its digest and its license are written into the recipe.
+
     Example: atom init my-model --from atom-smoke
     """
     from pipeline.operations import recipe_template
 
-    path = recipe_template.write(name, source, Path())
+    path = recipe_template.write(name, source, Path(), start_from)
     print(f"{path} is a copy of {source}; change it, and check it: atom validate {path}")
 
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.core.errors import AtomError
 from pipeline.operations.command_options import (
     JsonOption,
     OnlyOption,
@@ -167,14 +166,13 @@ def submit(
     if not ignore_fit:
         fit.require(composed, store, selected, settings)
     if dry_run:
-        checked = slurm.dry_run(composed, store, selected, settings)
+        written = slurm.dry_run(composed, store, selected, settings)
         if as_json:
-            print(json.dumps({"scripts": [row.json() for row in checked]}, indent=1))
+            print(json.dumps({"scripts": [row.json() for row in written.checks]}, indent=1))
         else:
-            for row in checked:
+            for row in written.checks:
                 print(f"{row.script}: {row.answer}")
-        if bad := [row for row in checked if not row.ok]:
-            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].answer}; fix the cluster profile")
+        written.require_taken()
         slurm.Submission(damaged=damage_of(composed, store, selected)).require_undamaged()
         return
     submission = slurm.submit(composed, store, selected, settings, cluster)

@@ -21,8 +21,8 @@ class Definition(Protocol):
     """The contents of that module.
 
     STAGES: the module of each stage by name. RECIPE, DATA_RECIPE: the classes of a recipe and of a data recipe.
-    load_data_recipe: reads the file that a recipe names as its data. It also has the members of
-    `pipeline.graph.dag.Composer`.
+    load_data_recipe: reads the file that a recipe names as its data. start_from: the fields of that section for a
+    published model. It also has the members of `pipeline.graph.dag.Composer`.
     """
 
     STAGES: dict[str, str]
@@ -30,6 +30,8 @@ class Definition(Protocol):
     DATA_RECIPE: type[Config]
 
     def load_data_recipe(self, content: bytes, path: Path) -> Config: ...
+
+    def start_from(self, model: str) -> dict[str, str]: ...
 
 
 @cache

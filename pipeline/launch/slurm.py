@@ -341,15 +341,35 @@ class Checked:
         return {"stage": self.stage, "script": self.script, "ok": self.ok, "said": self.answer}
 
 
-def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> list[Checked]:
+@dataclass(frozen=True)
+class DryRun:
+    """The written scripts, and the folder that has them. lack: why there was no Slurm that could have checked them."""
+
+    folder: Path
+    checks: list[Checked]
+    lack: str | None
+
+    def require_taken(self) -> None:
+        """Raises AtomError if there was no Slurm, or if it would refuse a script."""
+        if self.lack and self.checks:
+            raise AtomError(
+                f"no Slurm answers on this host ({self.lack}), so the scripts in {self.folder} are written and none is "
+                "checked; give the command again on a host of the cluster, such as its login node"
+            )
+        if bad := [row for row in self.checks if not row.ok]:
+            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].answer}; fix the cluster profile")
+
+
+def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> DryRun:
     """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/` and tests each with `sbatch
-    --test-only`, and its call of srun with `srun --test-only`. Dependencies are comments, because the jobs to wait for
-    do not exist."""
+    --test-only`, and its call of srun with `srun --test-only`, if there is a Slurm. Dependencies are comments, because
+    the jobs to wait for do not exist."""
     require_inputs(graph, store, selected, profile.cluster().container is not None)
     require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
-    checks, slurm, avoidance = [], profile.cluster(), Avoidance(bad_nodes.read(store))
+    checks, slurm, lack = [], profile.cluster(), slurm_client.lack()
+    avoidance = Avoidance([] if lack else bad_nodes.read(store))
     for name in selected:
         node = graph.nodes[name]
         if store.sealed(node.key):
@@ -357,22 +377,25 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
         dependencies = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
         if tasks := array_of(slurm, node):
             script = batch_script(store, run, node, slurm, code, [], tasks)
-            checks.append(_check_script(script, run.folder / f"{name}.shards.sh", dependencies))
+            checks.append(_check_script(script, run.folder / f"{name}.shards.sh", dependencies, lack))
             dependencies = ["its shards"]
         script = avoidance.apply(batch_script(store, run, node, slurm, code, []))
-        checks.append(_check_script(script, run.folder / f"{name}.sh", dependencies))
+        checks.append(_check_script(script, run.folder / f"{name}.sh", dependencies, lack))
         if servers := servers_of(slurm, node):
             script = servers_script(store, run, node, slurm, code, servers, "")
             options = {option: value for option, value in script.sbatch_options.items() if option != "dependency"}
             script = replace(script, sbatch_options=options)
-            checks.append(_check_script(script, run.folder / f"{name}.servers.sh", [f"the start of {name}"]))
-    return checks
+            checks.append(_check_script(script, run.folder / f"{name}.servers.sh", [f"the start of {name}"], lack))
+    return DryRun(run.folder, checks, lack)
 
 
-def _check_script(script: BatchScript, path: Path, dependencies: list[str]) -> Checked:
+def _check_script(script: BatchScript, path: Path, dependencies: list[str], lack: str | None = None) -> Checked:
+    """Writes a script and has Slurm check it, unless there is none."""
     head, _, body = script.text().partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}\n# waits for: {', '.join(dependencies) or 'nothing'}\n{body}")
+    if lack:
+        return Checked(script.stage, str(path), False, "written, and not checked")
     options = {name: value for name, value in script.sbatch_options.items() if name in OF_ALLOCATION}
     words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     try:

@@ -104,6 +104,16 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
     return process
 
 
+def lack() -> str | None:
+    """Why there is no Slurm for this host, in a few words; None if it answers."""
+    try:
+        run_command("sinfo", "--noheader", "--format=%P")
+    except NoAnswer as error:
+        before, _, fatal = str(error).partition("fatal: ")
+        return f"sinfo: {fatal}" if fatal else before.partition(";")[0]
+    return None
+
+
 def queued_jobs() -> dict[str, Job]:
     """Every job of atom in the controller, by id: waiting, running and recently ended ones."""
     rows = run_command("squeue", "-h", "-t", "all", "-o", "%i|%T|%N|%M|%r|%u|%k").splitlines()

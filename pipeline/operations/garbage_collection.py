@@ -194,9 +194,7 @@ def _add_needed_by_releases(store: Store, needed: Needed) -> None:
         releases = [store.home / "releases" / name for name in json_files.names(store.home / "releases")]
     except Damaged as error:
         return needed.doubt(error, "what its releases were built from is not known")
-    for evidence in (
-        release_folder / "evidence" for release_folder in releases if not release_folder.name.startswith(".")
-    ):
+    for evidence in (release / "evidence" for release in releases if not _is_beside(release)):
         try:
             json_files.names(evidence.parent)  # raises for anything but a folder, and for a dangling link
             release_info = json_files.read(evidence / "release.json", _RELEASE)
@@ -209,6 +207,13 @@ def _add_needed_by_releases(store: Store, needed: Needed) -> None:
             needed.doubt(Damaged(Path(error.filename), str(error.strerror)), "what it was built from is not known")
         except Damaged as error:
             needed.doubt(error, "what that release was built from is not known")
+
+
+def _is_beside(path: Path) -> bool:
+    """Whether an entry of the folder of releases is hidden, or what publications and replays leave beside a release."""
+    is_file, is_folder = path.is_file() and not path.is_symlink(), path.is_dir() and not (path / "evidence").exists()
+    beside = (is_file and path.name.endswith(".publish.jsonl")) or (is_folder and path.name.endswith(".replays"))
+    return path.name.startswith(".") or beside
 
 
 def _require_idle(store: Store, run_list: list[Run], keys: set[str], ignored: set[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from pipeline.core import atomic_files
 from pipeline.core.bounds import ReleaseName
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped, shown
-from pipeline.graph import json_schema, recipe
+from pipeline.graph import json_schema, recipe, registry
 
 HEAD = """\
 # yaml-language-server: $schema={schema}
@@ -35,10 +37,12 @@ SCHEMA = f"atom-recipe{json_schema.SUFFIX}"
 """The file beside the recipe by which editors complete and check it."""
 
 
-def write(name: str, source: str, folder: Path) -> Path:
+def write(name: str, source: str, folder: Path, start_from: str | None = None) -> Path:
     """Writes `<folder>/<name>.yaml` from a packaged recipe, and the schema beside it. Returns its path.
 
-    Raises AtomError if the name is none of a release, if no packaged recipe is called `source`, and if the file exists.
+    start_from: the published model with which it begins, for a packaged recipe with that section. Raises AtomError if
+    the name is none of a release, if no packaged recipe is called `source`, for a model that cannot be read, and if the
+    file exists.
     """
     try:
         TypeAdapter(ReleaseName).validate_python(name)
@@ -50,7 +54,7 @@ def write(name: str, source: str, folder: Path) -> Path:
     if (origin.parent / f"{name}.yaml").exists():
         raise AtomError(f"{name} is the name of a packaged recipe; choose another name")
     path = folder / f"{name}.yaml"
-    comments, _, fields = origin.read_text(encoding="utf-8").partition("\nname: ")
+    comments, _, fields = _with_start(origin, start_from).partition("\nname: ")
     head = HEAD.format(name=name, source=origin.stem, file=path.name, schema=SCHEMA)
     text = f"{head}{comments}\nname: {name}\n{fields.partition(chr(10))[2]}"
     try:
@@ -62,6 +66,21 @@ def write(name: str, source: str, folder: Path) -> Path:
     except OSError as error:
         raise AtomError(f"{escaped(str(path))} cannot be written ({error.strerror}); go to another folder") from None
     return path
+
+
+def _with_start(origin: Path, model: str | None) -> str:
+    """The text of a packaged recipe, which begins with this published model, if it begins with one."""
+    text = origin.read_text(encoding="utf-8")
+    match = re.search(r"(?<=\n)(start_from:.*\n)( .*\n)+", text)
+    if match is None and model is not None:
+        raise AtomError(f"{origin.stem} begins with random weights; leave --start-from out, or copy another recipe")
+    if match is None:
+        return text
+    if model is None:
+        raise AtomError(f"{origin.stem} begins with a published model; name it: --start-from RELEASE/model")
+    fields = registry.definition().start_from(model)
+    lines = "".join(f"  {field}: {json.dumps(value)}\n" for field, value in fields.items())
+    return f"{text[: match.start()]}{match[1]}{lines}{text[match.end() :]}"
 
 
 def _write_schema(path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import pipeline
 from pipeline.core import environment, provenance
 from pipeline.core.errors import AtomError
+from pipeline.core.machine_paths import code_root, machine_paths
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Store
 from pipeline.graph.dag import Graph, states
@@ -46,7 +45,7 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
         curves = store.logs / provenance.invocation(_statement(store, artifact)) / "metrics.jsonl"
         if curves.exists():
             metrics[name] = curves
-    root = Path(pipeline.__path__[0]).parent  # a checkout, or the site-packages folder of a wheel
+    root = code_root()
     commit, dirty = environment.git_commit(root)
     return BuildInput(
         name=graph.recipe.config.name,
@@ -66,7 +65,7 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
         prediction=_prediction(graph, store),
         references=_references(graph, artifacts, earlier),
         previous=previous,
-        machine_paths=[store.home, root, Path.home(), Path(sys.prefix)],
+        machine_paths=machine_paths(store.home),
     )
 
 

@@ -8,13 +8,12 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.core.machine_paths import COMMON_PATHS
 from release.assembly.published_tables import TEXT_BATCH
 from release.hub.local.server import LOCAL_TOKEN
 from stages.data.secret_patterns import PATTERNS, Pattern
 
 SECRET_VARIABLES = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
-# Folders that every machine has: with a Python under /usr, `#!/usr/bin/env` is no secret.
-COMMON_PATHS = frozenset({"/", "/usr", "/usr/local", "/opt", "/tmp", "/var", "/home", "/mnt", "/srv", "/data"})
 TEXT_COLUMNS = frozenset({"text", "prompt", "output", "match"})
 
 

@@ -10,37 +10,37 @@ and no token has them. Optimizer states are not part of a model's repository: Ad
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from pipeline.core.bounds import License, Line, LongLine, Words
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
+from pipeline.core.machine_paths import machine_paths
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.core.store import home_folder, sha256_file
-from pipeline.core.text import printable
+from pipeline.core.text import escaped, printable
 from stages.data.table import write_json
 from stages.data.tokenizer import TOKENIZER_FILES
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
+from stages.train.published_base import CARD, CONFIG, SUMS, dtype_of, license_of, require_dtype
 
 if TYPE_CHECKING:
     import torch
 
 VERSION = 1
-SUMS = "SHA256SUMS"
 NAME = "base.json"
-CARD = "README.md"
 TOKENIZER = "tokenizer.json"
 FREE = ("bos_token_id", "dtype", "initializer_range", "torch_dtype", "use_cache")
 """Entries of config.json that may differ from the recipe's model: they say nothing of its tensors."""
-SUMS_BYTES, CARD_BYTES = 32 << 20, 4 << 20
+SUMS_BYTES = 32 << 20
 Digest = Annotated[str, Words(71, "digest: sha256:<64 hex digits>", r"sha256:[0-9a-f]{64}")]
 Repo = Annotated[str, Words(96, "model of the Hub, such as local/atom-tiny", r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")]
 
@@ -53,13 +53,36 @@ class StartFrom(Config):
     license: License = Field(description="SPDX license of its weights, which its card must state")
     revision: Line = operational("main", "branch, tag or commit of the repository")
     folder: LongLine | None = operational(
-        None, "folder that holds the repository; null: it is pulled from HF_ENDPOINT to $ATOM_HOME/models"
+        None,
+        "folder that holds the repository, from that of the recipe; null: it is pulled from HF_ENDPOINT to "
+        "$ATOM_HOME/models",
     )
+
+    def resolve(self, beside: Path, home: Path) -> StartFrom:
+        """With the path of its folder from that of the recipe. home: $ATOM_HOME. Raises ValueError for a folder that no
+        release may name, since the recipe is published as it is written."""
+        if self.folder is None:
+            return self
+        path = (beside / self.folder).resolve()
+        if machine := next((p for p in machine_paths(home) if Path(self.folder).is_relative_to(p)), None):
+            raise ValueError(
+                f"start_from.folder = {escaped(self.folder)} names {machine} of this machine, and a recipe is "
+                "published as it is written; write it from the folder of the recipe: "
+                f"{os.path.relpath(path, beside.resolve())}"
+            )
+        return self.model_copy(update={"folder": str(path)})
+
+    def place(self, home: Path) -> Path:
+        """The folder of the repository on this machine, which may be missing."""
+        return Path(self.folder) if self.folder else home / "models" / self.digest.removeprefix("sha256:")
 
 
 class ImportConfig(StartFrom):
     model: Model = Field(description="model section, which must describe the imported model")
     padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
+    dtype: Literal["float32", "bfloat16"] | None = operational(
+        None, "type of the weights that the release has of the model; null: it has none"
+    )
 
 
 def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -73,10 +96,14 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     from stages.models.hf import hf_config
     from stages.train.checkpoint import release_checkpoint
 
-    folder = Path(config.folder) if config.folder else _pull(config)
+    folder = config.place(home_folder())
+    if config.folder is None:
+        _pull(config, folder)
     digests = _verified(config, folder)
     _require_license(config, folder / CARD)
-    stated = _json(folder / "config.json")
+    if problem := require_dtype(config.repo, dtype_of(folder), config.dtype):
+        raise RecipeError(problem)
+    stated = _json(folder / CONFIG)
     ids = _special_ids(folder / TOKENIZER)
     missing = [token for token in (PAD, *STOPS) if token not in ids]
     if missing:
@@ -120,15 +147,14 @@ def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
     return len(shapes)
 
 
-def _pull(config: ImportConfig) -> Path:
-    """The files of the repository, pulled if they are not here. Raises AtomError."""
+def _pull(config: ImportConfig, target: Path) -> None:
+    """Pulls the files of the repository if they are not here. Raises AtomError."""
     from pipeline.hub import limits
     from pipeline.hub.client import api, online, translate_errors
     from pipeline.hub.remote import RemoteRepository, is_unsafe
 
-    target = home_folder() / "models" / config.digest.removeprefix("sha256:")
     if (target / SUMS).is_file() and _digest(target / SUMS) == config.digest:
-        return target
+        return
     remote, name = RemoteRepository(config.repo, "model"), f"{config.repo}@{config.revision}"
     with translate_errors(f"pulling {name}"), online():
         commit = remote.commit(config.revision)
@@ -142,12 +168,11 @@ def _pull(config: ImportConfig) -> Path:
         for path in sorted(files, key=lambda path: path == SUMS):  # last: it marks what is complete
             with limits.transfer(files[path].size):
                 api().hf_hub_download(config.repo, path, repo_type="model", revision=commit, local_dir=target)
-    return target
 
 
 def _is_needed(path: str) -> bool:
     """Whether a file of the repository is imported or read."""
-    if path in (SUMS, CARD, "config.json", *TOKENIZER_FILES, "model.safetensors.index.json"):
+    if path in (SUMS, CARD, CONFIG, *TOKENIZER_FILES, "model.safetensors.index.json"):
         return True
     return re.fullmatch(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors", path) is not None
 
@@ -180,15 +205,10 @@ def _digest(path: Path) -> str:
 
 def _require_license(config: ImportConfig, card: Path) -> None:
     """Raises RecipeError unless the card states the recipe's license of the weights."""
-    text = card.read_text("utf-8", "replace") if card.is_file() and card.stat().st_size <= CARD_BYTES else ""
-    head = re.match(r"\A---\n(.*?)\n---\n", text, re.DOTALL)
-    metadata = yaml.safe_load(head[1]) if head else None
-    fields: Mapping[str, Any] = metadata if isinstance(metadata, Mapping) else {}
-    license = fields.get("license_name") if fields.get("license") == "other" else fields.get("license")
-    if str(license).lower() != config.license.lower():
+    if (stated := license_of(card)).lower() != config.license.lower():
         raise RecipeError(
-            f"start_from.license = {config.license}, but the card of {config.repo} states "
-            f"{printable(str(license))}; give the license that its weights have"
+            f"start_from.license = {config.license}, but the card of {config.repo} states {printable(stated)}; give "
+            "the license that its weights have"
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from pipeline.core import code_snapshot, json_files
 from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
 from pipeline.core.store import Store
+from pipeline.graph import dag, recipe
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import cluster_profile, slurm, slurm_client, submission_lock
@@ -329,6 +331,36 @@ def test_a_damaged_release_keeps_everything(three: list[Graph], store: Store, fi
     shutil.rmtree(run.folder)
     process = atom(store.home, "gc")
     assert file in process.stderr and "is kept" in process.stderr and "artifacts/" not in process.stdout
+
+
+def test_what_a_publication_leaves_beside_a_release_is_no_release(three: list[Graph], store: Store) -> None:
+    """The journal of its calls, and the certificates of replays that its page shows."""
+    kept, other = three[0].select("dedup", None), three[2].select("order-pretrain", None)
+    folders = [home_fixtures.start(store, three[number], names).folder for number, names in ((0, kept), (2, other))]
+    home_fixtures.release(store, three[0], kept)
+    release = store.home / "releases/one-0.1.0"
+    release.with_name(f"{release.name}.publish.jsonl").write_text("{}\n")
+    certificates = release.with_name(f"{release.name}.replays")
+    certificates.mkdir()
+    for folder in folders:
+        shutil.rmtree(folder)
+    rows, doubts = garbage_collection.loose(store)
+    unused = {three[2].nodes[name].key for name in other} - {three[0].nodes[name].key for name in kept}
+    assert {row.path.name for row in rows} == unused and not doubts and len(unused) >= 3
+    (certificates / "evidence").mkdir()  # a release with such a name, whose files are lost
+    assert garbage_collection.loose(store)[0] == [] != garbage_collection.loose(store)[1]
+
+
+def test_smaller_models_are_kept_as_all_that_was_trained(three: list[Graph], store: Store, tmp_path: Path) -> None:
+    body = yaml.safe_load(home_fixtures.SMOKE.read_text()) | {"sizes": [{"model": {"layers": 1}}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(body))
+    composed = dag.compose(recipe.load(str(tmp_path / "r.yaml")), store)
+    selected = composed.select("size-1", None)
+    run = home_fixtures.start(store, composed, selected)
+    shutil.rmtree(run.folder)
+    key = composed.nodes["size-1"].key
+    assert collected_paths(store) == {f"artifacts/{composed.nodes[name].key}" for name in selected if name != "size-1"}
+    assert store.sealed(key) and store.sealed(home_fixtures.Checkpoint(key, 1).key)
 
 
 def test_a_statement_that_would_say_what_went_in_keeps_everything(three: list[Graph], store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from release.assembly.published_tables import read_json
 from release.audit.verify import verify
 from release.checks.base_model import published_base
 from release.checks.check import Subject
+from release.hub.local.server import LOCAL_TOKEN, running
 from tests.fixtures import release_fixtures
 from tests.fixtures.home_fixtures import SMOKE
 from tests.fixtures.replay_fixtures import build
@@ -109,34 +111,75 @@ def test_only_the_published_model_replaces_a_phase(source: builder.BuildInput) -
 ADAPTER = {"rank": 4, "alpha": 8, "targets": ["attention", "mlp"]}
 TOLERANCE = 5e-5
 """Of a logit: PEFT adds the product of an adapter to a layer's result, and a merged model to its matrix."""
+FROM_THE_HUB = """
+import json, sys
+from huggingface_hub import HfApi
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("local/adapted-adapter")
+assert model.peft_config["default"].base_model_name_or_path == "local/atom-smoke"
+cards = {name: HfApi().model_info(f"local/{name}").card_data.to_dict() for name in sys.argv[1:]}
+keys = ("base_model", "base_model_relation", "license")
+print(json.dumps({name: [card.get(key) for key in keys] for name, card in cards.items()}))
+"""
 
 
-@at_length("release", 200)
-def test_an_adapter_on_a_release_is_released(smoke_home: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
+@at_length("release", 300)
+def test_an_adapter_on_a_published_release_is_published(smoke_home: Path, tmp_path: Path) -> None:
+    """By the packaged recipe, with the base from a Hub; and pulled from there by a stranger with an empty cache."""
     base = build(smoke_home, "atom-smoke", tmp_path / "base")
-    home, body = tmp_path / "home", yaml.safe_load(SMOKE.read_text())
+    home = tmp_path / "home"
     copy_sealed(smoke_home, home, *DATA)
-    for section in ("pretrain", "midtrain", "rlvr"):
-        del body[section]
-    digest = f"sha256:{sha256_file(base / 'model/SHA256SUMS')}"
-    begin = {"repo": "local/atom-smoke", "digest": digest, "license": "Apache-2.0", "folder": str(base / "model")}
-    body |= {"name": "adapted", "start_from": begin, "sft": {**body["sft"], "lora": ADAPTER}}
-    recipe = tmp_path / "adapted.yaml"
-    recipe.write_text(yaml.safe_dump(body))
-    atom(home, "run", str(recipe), timeout=1800)
-    atom(home, "build", str(recipe), timeout=1800)
-    release = home / "releases/adapted-0.1.0"
+    with running(tmp_path / "hub") as endpoint:
+        hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": LOCAL_TOKEN}
+        # stages get no token, so that only a public model is pulled
+        atom(home, "publish", str(base), "--to", "local", "--public", "--acknowledge", "dirty", **hub)
+        begin = ("--from", "atom-smoke-adapter", "--start-from", "local/atom-smoke@v0.1.0")
+        atom(home, "init", "adapted", *begin, cwd=tmp_path, **hub)
+        recipe = str(tmp_path / "adapted.yaml")
+        assert yaml.safe_load(Path(recipe).read_text())["start_from"] == {
+            "repo": "local/atom-smoke", "digest": f"sha256:{sha256_file(base / 'model/SHA256SUMS')}",
+            "license": "Apache-2.0", "revision": "v0.1.0",
+        }  # fmt: skip
+        atom(home, "validate", recipe)
+        atom(home, "run", recipe, timeout=1800, **hub)
+        atom(home, "build", recipe, timeout=1800)
+        release = home / "releases/adapted-0.1.0"
+        require_its_base(home, release, base)
+        require_its_logits(release, base)
 
+        atom(home, "publish", str(release), "--to", "local", **hub)
+        stranger = {**hub, "HF_HOME": str(tmp_path / "stranger"), "HF_HUB_DISABLE_XET": "1"}
+        names = ("adapted", "adapted-base", "adapted-adapter")
+        for name in names:
+            atom(tmp_path / "elsewhere", "verify", f"local/{name}", "--deep", **stranger)
+        command = [sys.executable, "-c", FROM_THE_HUB, *names]
+        process = subprocess.run(command, env={**os.environ, **stranger}, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr
+        assert json.loads(process.stdout.splitlines()[-1]) == {
+            "adapted": ["local/atom-smoke", "finetune", "apache-2.0"],
+            "adapted-base": ["local/atom-smoke", None, "apache-2.0"],
+            "adapted-adapter": ["local/atom-smoke", "adapter", "apache-2.0"],
+        }
+    assert ": bitwise" in atom(home, "replay", str(release), "sft").stdout
+
+
+def require_its_base(home: Path, release: Path, base: Path) -> None:
     verdict = json.loads(atom(home, "verify", str(release), "--deep", "--json").stdout)
     checks = {check["name"]: check["ok"] for check in verdict["checks"]}
     assert verdict["ok"] and checks["base"] is checks["variant_weights"] is True
-    adapter = metadata(release / "variant-adapter/README.md")
-    assert (adapter["base_model"], adapter["base_model_relation"]) == ("local/atom-smoke", "adapter")
     stated = read_json(release / "variant-adapter/base.json")["files"]
     assert stated == {name: sha256_file(base / "model" / name) for name in stated}, "those of the published model"
+    rows = json.loads(atom(home, "verify", str(release), "--openness", "--json").stdout)["openness"]
+    openness = {row["name"]: row for row in rows}
+    assert openness["every document"]["answer"] == "P" and openness["executable replay of every phase"]["answer"] == "Y"
+    assert "trained from  local/atom-smoke, Apache-2.0," in atom(home, "show", str(release)).stdout
+    assert "of sft" in atom(home, "trace", str(release), "--step", "1").stdout
+
+
+def require_its_logits(release: Path, base: Path) -> None:
+    """The adapter on the base, by PEFT, and merged by PEFT, against the merged model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
     ids = torch.randint(0, 384, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -150,9 +193,18 @@ def test_an_adapter_on_a_release_is_released(smoke_home: Path, tmp_path: Path) -
     print(f"PEFT {differences[0]:.2e}, merged by PEFT {differences[1]:.2e}, without the adapter {differences[2]:.2e}")
     assert max(differences[:2]) < TOLERANCE and differences[2] > 0.1
 
-    rows = json.loads(atom(home, "verify", str(release), "--openness", "--json").stdout)["openness"]
-    openness = {row["name"]: row for row in rows}
-    assert openness["every document"]["answer"] == "P" and openness["executable replay of every phase"]["answer"] == "Y"
-    assert "trained from  local/atom-smoke, Apache-2.0," in atom(home, "show", str(release)).stdout
-    assert "of sft" in atom(home, "trace", str(release), "--step", "1").stdout
+
+@at_length("release", 150)
+def test_an_adapter_on_a_phase_of_its_run_is_trained_again(smoke_home: Path, tmp_path: Path) -> None:
+    home, body = tmp_path / "home", yaml.safe_load(SMOKE.read_text())
+    copy_sealed(smoke_home, home, "*")
+    del body["rlvr"]
+    body |= {"name": "adapted", "sft": {**body["sft"], "lora": ADAPTER}}
+    recipe = tmp_path / "adapted.yaml"
+    recipe.write_text(yaml.safe_dump(body))
+    atom(home, "run", str(recipe), timeout=1800)
+    atom(home, "build", str(recipe), timeout=1800)
+    release = home / "releases/adapted-0.1.0"
+    card = metadata(release / "variant-adapter/README.md")
+    assert (card["base_model"], card["base_model_relation"]) == ("local/adapted-mid", "adapter")
     assert ": bitwise" in atom(home, "replay", str(release), "sft").stdout

@@ -23,7 +23,7 @@ from stages.data.table import KEPT, content_hash, write_rows
 from stages.export import hf
 from stages.mcore.weight_init import Initial
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.train import imported_weights
+from stages.train import imported_weights, published_base
 from stages.train.checkpoint import release_checkpoint
 from stages.train.pretrain import STAGE as PRETRAIN
 from tests.fixtures import train_fixtures
@@ -147,6 +147,9 @@ def test_what_is_refused(exported: Path, tmp_path: Path, run_stage: Any) -> None
 
     refused(CheckFailed, "SHA256SUMS of local/base has the digest", digest=f"sha256:{'0' * 64}")
     refused(RecipeError, "states licenseref-base; give the license", license="MIT")
+    refused(
+        RecipeError, f"{REPO} is published in float32, and .* set the precision of that phase to fp32", dtype="bfloat16"
+    )
     wider = MODEL.model_copy(update={"moe_intermediate_size": 32}).model_dump()
     with pytest.raises(RecipeError, match="intermediate_size = 32, the model section gives 64"):
         run_stage(imported_weights.STAGE, {**config(exported), "model": wider}, {})
@@ -171,8 +174,24 @@ def test_it_is_pulled_from_a_hub(hub: Hub, exported: Path, run_stage: Any, tmp_p
     (pulled,) = (tmp_path / "home/models").iterdir()
     assert not (pulled / "generation_config.json").exists(), "only what is read is pulled"
     hub.requests.clear()
-    run_stage(imported_weights.STAGE, settings, {})
+    run_stage(imported_weights.STAGE, {**settings, "dtype": "float32"}, {})
     assert not hub.requests, "it is here"
+
+    stated = {"repo": REPO, "digest": settings["digest"], "license": "LicenseRef-base"}
+    assert published_base.section(REPO) == published_base.section(f"{REPO}@main") == stated
+    with pytest.raises(AtomError, match=f"reading {REPO}@v9: the repository has no such revision"):
+        published_base.section(f"{REPO}@v9")
+    with pytest.raises(AtomError, match=r"has no SHA256SUMS, which every model that atom published has"):
+        published_base.section(foreign(hub))
+
+
+def foreign(hub: Hub) -> str:
+    """A repository that atom has not published."""
+    repo = hub.store.create("model", "local/foreign", False, "local")
+    files = {"README.md": hub.store.text_file(b"---\nlicense: mit\n---\n")}
+    repo.add("main", Commit(repo.branches["main"], "t", "", "local", current_time(), files))
+    hub.store.save(repo)
+    return "local/foreign"
 
 
 def test_it_is_an_input_of_tokenizer_and_pretraining(tmp_path: Path) -> None:

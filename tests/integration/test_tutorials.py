@@ -39,6 +39,7 @@ def test_the_first_release_is_there(place: tuple[Path, dict[str, str]]) -> None:
         "audit",
         pytest.param("own-corpus", marks=at_length("release", 15)),
         pytest.param("fine-tune", marks=at_length("release", 60)),
+        pytest.param("adapter", marks=at_length("release", 150)),
         "cluster",
     ],
 )

@@ -15,12 +15,13 @@ from submitit.core.utils import DelayedSubmission
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import Config, Stage
 from pipeline.core.store import Store
-from pipeline.graph import recipe, registry
+from pipeline.graph import dag, recipe, registry
 from pipeline.graph.dag import Graph, Node
 from pipeline.launch import clean_environment, cluster_profile, job, local, slurm
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Changes, Slurm
 from pipeline.launch.decision import Decision, Verdict
+from tests.fixtures import ROOT
 from tests.fixtures.batch_fixtures import SLURM, script
 
 OF_PROFILES = {
@@ -276,6 +277,23 @@ def test_a_stage_has_gpus_of_its_own_number_and_type() -> None:
     assert options.items() <= script(settings, ranks=16).sbatch_options.items()
 
 
+def test_smaller_models_request_what_training_does_and_what_the_profile_says_of_them(tmp_path: Path) -> None:
+    body = yaml.safe_load((ROOT / "pipeline/recipes/atom-smoke.yaml").read_text())
+    body["sizes"] = [{"model": {"layers": 1}, "parallelism": {"ranks": 2, "tp": 2}}, {"model": {"experts": 2}}]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(body))
+    nodes = dag.compose(recipe.load(str(tmp_path / "r.yaml")), Store(tmp_path)).nodes
+    stages = {"size-*": {"minutes": 7}, "size-2": {"partition": "small"}}
+    settings = Slurm.model_validate({**SLURM, "stages": stages})
+    requests = [slurm.allocation_of(settings, nodes[name]) for name in ("pretrain", "size-1", "size-2")]
+    train = SLURM["train"]
+    assert [(row.section, row.ranks, row.jobs.minutes, row.jobs.partition) for row in requests] == [
+        ("train", 1, train["minutes"], train["partition"]),
+        ("train", 2, 7, train["partition"]),
+        ("train", 1, 7, "small"),
+    ]
+    assert nodes["size-1"].inputs == {"tokens": "tokenize", "order": "order-pretrain"}, "they wait for no phase"
+
+
 def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """srun refuses what sbatch does not read; what it answers of a sound job is shown."""
     (tmp_path / "bin").mkdir()
@@ -298,6 +316,35 @@ def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monke
     call = (tmp_path / "srun").read_text().splitlines()[0]
     assert call.startswith("--test-only --cpus-per-task=1 --exclusive --gpus-per-node=1 --nodes=2 ")
     assert " --partition=gpu,low " in call and call.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores true")
+
+
+@pytest.mark.parametrize(
+    ("sinfo", "reason"),
+    [
+        ("", "there is no sinfo here"),
+        ("echo 'sinfo: error: no host\nsinfo: fatal: no source' >&2; exit 1", "sinfo: no source"),
+    ],
+)
+def test_a_dry_run_without_slurm_writes_the_scripts_and_says_that_none_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str, reason: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    if sinfo:
+        (tmp_path / "bin/sinfo").write_text(f"#!/bin/bash\n{sinfo}\n")
+        (tmp_path / "bin/sinfo").chmod(0o755)
+    store = Store(tmp_path / "home")
+    graph, profile = dag.compose(recipe.load("atom-smoke"), store), cluster_profile.load("dev")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    written = slurm.dry_run(graph, store, ["items", "tasks-rlvr"], profile)
+    assert [(row.stage, row.ok, row.answer) for row in written.checks] == [
+        (name, False, "written, and not checked") for name in ("items", "tasks-rlvr")
+    ]
+    folder = tmp_path / "home/dry-run/atom-smoke"
+    assert "#SBATCH --job-name=atom-items\n" in (folder / "items.sh").read_text()
+    sentence = f"no Slurm answers on this host ({reason}), so the scripts in {folder} are written and none is checked"
+    with pytest.raises(AtomError, match=re.escape(sentence)):
+        written.require_taken()
+    slurm.DryRun(folder, [], reason).require_taken()  # all stages are sealed
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.main import app
-from pipeline.core.errors import AtomError
-from pipeline.core.store import Store
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Store, sha256_file
 from pipeline.core.yaml_text import parse_yaml
 from pipeline.graph import dag, json_schema, settings
 from pipeline.graph import recipe as recipes
@@ -39,15 +41,100 @@ def line_of(path: str, text: str) -> int:
     return next(n for n, line in enumerate(Path(path).read_text().split("\n"), 1) if text in line)
 
 
+ADAPTER = "atom-smoke-adapter"
+"""The packaged recipe that begins with a published model."""
+
+
+def published(release: Path, dtype: str = "float32", license: str = "license: mit") -> Path:
+    """The files of a release that state a model of its, without weights."""
+    model = release / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps({"dtype": dtype}))
+    (model / "README.md").write_text(f"---\n{license}\n---\n\n# A model\n")
+    (model / "SHA256SUMS").write_text(f"{sha256_file(model / 'config.json')}  config.json\n")
+    (release / "evidence").mkdir()
+    (release / "evidence/release.json").write_text(json.dumps({"namespace": "us", "name": "base"}))
+    return model
+
+
 @pytest.mark.parametrize("source", PACKAGED)
 def test_a_recipe_of_ones_own_is_valid_and_differs_by_its_name_alone(tmp_path: Path, source: str) -> None:
-    path = recipe_template.write("my-model", source, tmp_path)
-    findings = recipe_check.check(str(path), Store(tmp_path))
+    model = str(published(tmp_path / "release")) if source == ADAPTER else None
+    path = recipe_template.write("my-model", source, tmp_path, model)
+    findings = recipe_check.check(str(path), Store(tmp_path / "home"))
     assert findings.problems == ()
     before, after = (dict(settings.flat(recipes.load(name).config)) for name in (source, str(path)))
-    assert [c.field for c in recipe_diff.field_changes(before, after)] == ["name"]
+    changes = {change.field: change.after for change in recipe_diff.field_changes(before, after)}
+    begin = {} if model is None else {
+        "digest": f"sha256:{sha256_file(Path(model) / 'SHA256SUMS')}", "repo": "us/base", "license": "MIT", "folder": model,
+    }  # fmt: skip
+    assert changes == {"name": "my-model"} | {f"start_from.{field}": value for field, value in begin.items()}
     comments = {line.partition(" #")[2] for line in (SMOKE.parent / f"{source}.yaml").read_text().split("\n")}
     assert comments <= {line.partition(" #")[2] for line in path.read_text().split("\n")}, "comments are kept"
+
+
+def test_a_model_with_which_no_recipe_begins_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path / "release")
+    (published(tmp_path / "other") / "SHA256SUMS").unlink()
+    published(tmp_path / "odd", license="license: other\nlicense_name: of our house")
+    for source, model, sentence in (
+        (ADAPTER, None, "atom-smoke-adapter begins with a published model; name it: --start-from RELEASE/model"),
+        ("atom-smoke", "release/model", "atom-smoke begins with random weights; leave --start-from out"),
+        (ADAPTER, "release", "release is no model's folder of a release, such as RELEASE/model"),
+        (ADAPTER, "releases/a/model", "'releases/a/model' is neither a folder here nor a repository of the Hub"),
+        (ADAPTER, "other/model", "other/model has no SHA256SUMS"),
+        (ADAPTER, "odd/model", "the card of us/base states no license that SPDX knows: of our house"),
+    ):
+        with pytest.raises(AtomError, match=sentence):
+            recipe_template.write("mine", source, Path(), model)
+    assert not Path("mine.yaml").exists()
+
+
+def test_what_no_release_could_have_of_a_published_model_is_refused_before_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another precision than its own, and the name of a folder of this machine: also by `plan` and `run`."""
+    home = tmp_path / "home"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ATOM_HOME", str(home))
+    model = published(home / "releases/base")
+    path = recipe_template.write("mine", ADAPTER, Path(), str(model))
+    text, store = path.read_text(), Store(home)
+    assert 'folder: "home/releases/base/model"' in text, "a folder of the home is named from here"
+    graph = dag.compose(recipes.load(str(path)), store)
+    assert graph.nodes["import"].config.folder == str(model), "jobs of Slurm begin in another folder"  # type: ignore[attr-defined]
+
+    def refused(content: str, sentence: str, field: str) -> None:
+        path.write_text(content)
+        (problem,) = recipe_check.check(str(path), store).problems
+        assert (problem.field, problem.line) == (field, line_of(str(path), f"{field.split('.')[-1]}:"))
+        assert problem.text == sentence
+        with pytest.raises(RecipeError, match=re.escape(f"recipe mine: {sentence}")):
+            dag.compose(recipes.load(str(path)), store)
+
+    def precision(published: str, trained: str, remedy: str) -> str:
+        return (
+            f"start_from: us/base is published in {published}, and after the first phase of this recipe models are "
+            f"published in {trained}, while a release holds the model that it begins with bit for bit; set the "
+            f"precision of that phase to {remedy}"
+        )
+
+    refused(
+        text.replace("  lora:", "  precision: bf16\n  lora:"), precision("float32", "bfloat16", "fp32"), "start_from"
+    )
+    refused(
+        text.replace('"home/', f'"{home}/'),
+        f"start_from.folder = {model} names {home} of this machine, and a recipe is published as it is written; write "
+        "it from the folder of the recipe: home/releases/base/model",
+        "start_from.folder",
+    )
+    (model / "config.json").write_text('{"torch_dtype": "bfloat16"}')
+    refused(text, precision("bfloat16", "float32", "bf16"), "start_from")
+    shutil.copytree(model, home / "models" / sha256_file(model / "SHA256SUMS"))  # as it is pulled
+    without = "".join(line for line in text.splitlines(True) if "folder:" not in line)
+    refused(without, precision("bfloat16", "float32", "bf16"), "start_from")
+    assert not recipe_check.check(str(path), Store(tmp_path / "elsewhere")).problems, "it is not known before a pull"
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

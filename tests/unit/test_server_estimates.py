@@ -12,13 +12,14 @@ import yaml
 
 from pipeline.core.stage import Estimate, ServedWork
 from pipeline.core.store import Store
-from pipeline.graph import dag, fit, plan
+from pipeline.graph import dag, fit, plan, registry
 from pipeline.graph import recipe as recipes
 from pipeline.graph.cost_estimate import Use, estimate_costs
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from pipeline.tracking import budget
+from stages.evaluation.estimates import BASE_BYTES
 from tests.fixtures import ROOT
 from tests.fixtures.fit_fixtures import BODY, GIB, TRAINING
 from tests.fixtures.run_fixtures import atom
@@ -154,3 +155,17 @@ def test_evaluation_by_vllm_in_the_stages_own_gpus_is_counted() -> None:
     costs = estimate_costs(rows, cluster_profile.load("h100-pyxis"), small=False)
     hours = sum((row.estimate.gpu_seconds or 0) / 3600 for row in rows)
     assert hours > 0 and costs.hours["gpu_hours"] == pytest.approx(hours)
+
+
+def test_a_variant_is_compared_in_the_memory_of_the_host_whatever_gpus_its_engine_has() -> None:
+    """Two models in fp32 by transformers, on cores: no part of what a GPU of the server holds."""
+    expected = {"parameters": 10**10, "active": 10**9, "tokens": 10**6, "weight_bytes": 2 * 10**10}
+    config = {"variant": "bf16", "expected": expected, "heldout_documents": 2, "max_new_tokens": 8}
+
+    def estimate(**engine: Any) -> Estimate:
+        stage = registry.stage("variant")
+        return stage.estimate(stage.config.model_validate({**config, "engine": engine}))
+
+    on_cores, on_gpus = estimate(kind="in-process"), estimate(kind="vllm", gpus=2)
+    assert on_gpus.host_bytes == on_cores.memory_bytes == BASE_BYTES + 8 * 10**10
+    assert on_gpus.memory_bytes == 10**10 and on_cores.host_bytes == 0

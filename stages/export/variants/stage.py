@@ -160,7 +160,8 @@ def _divergence(models: Models, name: str, ids: Sequence[int]) -> DivergenceRow:
 
 
 def estimate(config: VariantConfig) -> Estimate:
-    """Two models in fp32 in memory; on disk, for as long as it runs, the variant and its fp32 values for each shard."""
+    """Two models in fp32 in memory, which is the host's beside an engine with GPUs; on disk, for as long as it runs,
+    the variant and its fp32 values for each shard."""
     if (expected := config.expected) is None:
         return estimates.estimate(None)
     variant = VARIANTS[config.variant]
@@ -172,9 +173,13 @@ def estimate(config: VariantConfig) -> Estimate:
     base = estimates.estimate(expected, MODELS, config.engine)
     count = estimates.shards(expected, MODELS, config.engine)
     shards = 1 if variant.writer == "gguf" else -(-size // SHARD_BYTES)
+    compared = estimates.BASE_BYTES + MODELS * whole
+    if config.engine.gpus:
+        base = replace(base, host_bytes=max(base.host_bytes, compared))
+    else:
+        base = replace(base, memory_bytes=max(base.memory_bytes or 0, compared))
     return replace(
         base,
-        memory_bytes=max(base.memory_bytes or 0, estimates.BASE_BYTES + MODELS * whole),
         disk_bytes=(base.disk_bytes or 0) + size,
         work_bytes=whole if count == 1 else (count + 1) * whole + count * size,
         files=FILES + shards,
