@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.fixtures import ROOT
-from tests.soak import layouts, processes, simulated_ranks, slurm_seeds
+from tests.soak import drawn_memory, layouts, processes, simulated_ranks, slurm_seeds
 from tests.soak.layouts import Cells, Step
 
 PAGE, RECORDS = ROOT / "docs/soak.md", ROOT / "runs/soak"
@@ -128,6 +128,11 @@ PARTS = {
         simulated_ranks.steps, simulated_ranks.HEAD,
         "Ranks of the cluster recipes at full size (`atom plan --simulate`), PyTorch's kernels; the bound is "
         f"{simulated_ranks.TOLERANCE:.0%}. Sent: the larger side of every collective with other ranks.",
+    ),
+    "drawn-memory": Part(
+        drawn_memory.steps, drawn_memory.HEAD,
+        "Simulated ranks of models and layouts drawn at random against the plan's memory; the bound is "
+        f"{simulated_ranks.TOLERANCE:.0%}.",
     ),
     "te": Part(
         test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "bridge", "answers", "training"))),
