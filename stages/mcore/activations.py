@@ -17,6 +17,7 @@ from stages.mcore.memory import layers_of
 from stages.mcore.parallel_layout import LOSS_SLICE, Layout
 from stages.models.base import ModelConfig, Precision
 from stages.models.costs import Rows, sliced_attention
+from stages.models.decoder import DecoderConfig
 
 SOFTMAX = 4
 """Bytes of a logit in the loss, and of an element of the head's gradient summed over slices: fp32."""
@@ -66,19 +67,20 @@ def activation_bytes(
     micro_batches: int,
     pipeline_rank: int,
     fused: bool = False,
+    frozen: bool = False,
 ) -> float:
     """Bytes at the peak of a step on a rank at that position of the pipeline: what its layers keep, and the larger of
     two working sets that are never there at the same time. One layer's: its temporary tensors; if it is computed again,
     also all that it saves, the gradient of its output, and the gradient of a tied output head, which waits for that of
     the embedding. And, on the last stage, the loss's, with the inputs of the final norm and of the head. Or, on the
     first stage, at the end of a backward pass, what the other micro-batches in flight keep and the gradient of the
-    embedding, of a tied one beside that of the head and their sum."""
+    embedding, of a tied one beside that of the head and their sum. frozen: it has none."""
     saved = _saved_by_layers(model, layout, precision, rows, micro_batches, pipeline_rank, fused)
     tokens, size = _tokens(layout, rows), _size(precision)
     table = size * model.hidden_size * padded_vocab_size / layout.tp
     is_tied = model.tie_embeddings and layout.pp == 1
     at_the_end = 0.0
-    if pipeline_rank == 0:
+    if pipeline_rank == 0 and not frozen:
         others = 1 - 1 / (layout.vpp * in_flight(layout, 0, micro_batches))
         at_the_end = others * saved + (3 if is_tied else 1) * table
     layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
@@ -126,8 +128,9 @@ def unkept_bytes(
     of which no gradient is wanted. The layer at work has them."""
     if "mlp" in lora.targets or layout.recompute == "layer":
         return 0.0
+    assert isinstance(model, DecoderConfig), "adapters are of its matrices"
     chosen = model.routing.top_k if model.routing else 0
-    widths = []
+    widths: list[int] = []
     for layer in (layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk):
         shapes, at = model.mlp_shapes(layer), "experts.local_experts.0."
         if at + "linear_fc1.weight" in shapes:

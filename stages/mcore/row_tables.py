@@ -38,7 +38,7 @@ class Bucket(NamedTuple):
 
 def on_a_gpu(device: torch.device) -> bool:
     """Whether a kernel there takes a row whole."""
-    return device.type != "cpu"
+    return bool(device.type != "cpu")
 
 
 class Tables:

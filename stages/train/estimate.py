@@ -109,11 +109,15 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     phase, model, layout, vocabulary = config.phase, config.model, config.phase.parallelism, config.padded_vocab_size
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
-    activations = activation_bytes(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank)
+    activations = activation_bytes(
+        model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=phase.adapter is not None
+    )
     if isinstance(phase, PhaseConfig) and phase.weight_format:  # the unrounded weights, while the rounded ones compute
         activations += (4 if phase.precision == "fp32" else 2) * (share.all - share.table)
     state = state_bytes(share, layout, phase.precision)
-    if share.table:  # before the update the gradients are scaled, each with a copy; that of a table is the largest
+    if (
+        share.table and not phase.adapter
+    ):  # before the update gradients are scaled, each with a copy; a table's is large
         gradient = min(vocabulary * model.hidden_size / layout.tp, share.dense / sharing(layout)[0])
         activations = max(activations, GRADIENT * gradient)
     if phase.adapter:  # of the base only the weights

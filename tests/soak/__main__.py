@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.fixtures import ROOT
-from tests.soak import drawn_memory, layouts, processes, simulated_ranks, slurm_seeds
+from tests.soak import layouts, processes, simulated_ranks, slurm_seeds
 from tests.soak.layouts import Cells, Step
 
 PAGE, RECORDS = ROOT / "docs/soak.md", ROOT / "runs/soak"
@@ -120,7 +120,7 @@ PARTS = {
         "Real vLLM servers in Slurm jobs beside RL: canceled, started again, orphaned; ATOM_VLLM_PYTHON names their Python.",
     ),
     "training": Part(
-        test_steps(*(f"tests/integration/test_{n}.py" for n in ("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "fake_quantization", "start_records", "layouts", "million_tokens", "model_rope", "precision_simulation", "qwen3_next", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop", "windows"))),
+        test_steps(*(f"tests/integration/test_{n}.py" for n in ("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "fake_quantization", "glm4_moe", "start_records", "layouts", "million_tokens", "model_rope", "precision_simulation", "qwen3_next", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "slow_ranks", "spikes", "tools", "tracking", "train_loop", "windows"))),
         ["tests", "result"],
         "Every feature in every layout, runs that are killed, stopped and simulated, and the memory of simulated layouts.",
     ),
@@ -129,13 +129,8 @@ PARTS = {
         "Ranks of the cluster recipes at full size (`atom plan --simulate`), PyTorch's kernels; the bound is "
         f"{simulated_ranks.TOLERANCE:.0%}. Sent: the larger side of every collective with other ranks.",
     ),
-    "drawn-memory": Part(
-        drawn_memory.steps, drawn_memory.HEAD,
-        "Simulated ranks of models and layouts drawn at random against the plan's memory; the bound is "
-        f"{simulated_ranks.TOLERANCE:.0%}.",
-    ),
     "te": Part(
-        test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "bridge", "answers", "training"))),
+        test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "bridge", "answers", "training", "partial_rotary"))),
         ["tests", "result"],
         "Transformer Engine's layers on CPU against this project's, also in layouts of four, and Megatron-Bridge on an "
         "export: to run before a change to the engine is called done. It makes an environment of its own.",
