@@ -1,14 +1,14 @@
 """Published runs (anchors.csv), and what the formulas need of their models and systems.
 
 Dimensions are those that each model's authors published, figures of systems those of their maker. Rows are NVIDIA's,
-from Megatron-Bridge (github.com/NVIDIA-NeMo/Megatron-Bridge at commit 067f987, in the file of the last column). The
-column run:
+from Megatron-Bridge (github.com/NVIDIA-NeMo/Megatron-Bridge at commit 067f987, in the file of the last column); those
+of releases 24.12 to 25.04 from pages of NeMo (docs.nvidia.com/nemo-framework/). The column run:
 
 - tuned: of tables and verification cards, with mock data and even routing;
 - real data: of cards, with natural routing, and packed rows if the length is not 4,096; not tuned;
 - host: runs in which the GPU waits for the host, of which two constants follow (bench/throughput.py);
 - held out: other tables and studies, with mock data. No constant is fitted to them; the form of the host's term was
-  chosen while their errors were seen.
+  chosen while their errors were seen, except those of NeMo: these were computed once, after all else.
 
 The columns from global_batch to graphs are the recipe of each run: empty for one that the formulas do not describe
 (fully sharded data parallelism) or whose table does not tell. Dispatcher, overlap and graphs of the tables are those of
@@ -67,13 +67,20 @@ GLM_VOCABULARY = 151_552
 
 
 def dense(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 8, vocabulary: int = 128_256) -> Shape:
-    """Llama 3 (arXiv:2407.21783, table 3), SmolLM3 and Qwen3 8B (arXiv:2505.09388), which are built alike: heads of
-    128."""
+    """Llama 2 (arXiv:2307.09288) and 3 (arXiv:2407.21783, table 3), SmolLM3 and Qwen3 8B (arXiv:2505.09388), which are
+    built alike: heads of 128."""
     model = Qwen3Config(
         architecture="qwen3", layers=layers, hidden_size=hidden, heads=heads, kv_heads=kv_heads, head_dim=128,
         intermediate_size=ffn, context_length=4096, tie_embeddings=False,
     )  # fmt: skip
     return shape_of(model, vocabulary)
+
+
+MIXTRAL_8X7B = Qwen3MoeConfig(
+    layers=32, hidden_size=4096, heads=32, kv_heads=8, head_dim=128, experts=8, num_experts_per_tok=2,
+    moe_intermediate_size=14336, context_length=4096, tie_embeddings=False,
+)  # fmt: skip
+"""arXiv:2401.04088, table 1."""
 
 
 def latent(model: DeepseekV3Config, vocabulary: int, mtp: int = 0) -> Shape:
@@ -103,6 +110,9 @@ def counted_before(shape: Shape) -> Shape:
 MODELS = {
     "SmolLM3 3B": dense(36, 2048, 16, 11008, kv_heads=4),
     "Qwen3 8B": dense(36, 4096, 32, 12288, vocabulary=QWEN3_VOCABULARY),
+    "Llama 2 7B": dense(32, 4096, 32, 11008, kv_heads=32, vocabulary=32_000),
+    "Llama 2 13B": dense(40, 5120, 40, 13824, kv_heads=40, vocabulary=32_000),
+    "Llama 2 70B": dense(80, 8192, 64, 28672, vocabulary=32_000),
     "Llama 3 8B": dense(32, 4096, 32, 14336),
     "Llama 3 70B": dense(80, 8192, 64, 28672),
     "Llama 3.1 405B": dense(126, 16384, 128, 53248),
@@ -110,6 +120,7 @@ MODELS = {
     "DeepSeek-V3": latent(DEEPSEEK_V3, DEEPSEEK_VOCABULARY, mtp=1),
     "Kimi K2": latent(KIMI_K2, MOONSHOT_VOCABULARY),
     "Moonlight 16B-A3B": latent(MOONLIGHT, MOONSHOT_VOCABULARY),
+    "Mixtral 8x7B": shape_of(MIXTRAL_8X7B, 32_000),
     "Qwen3-30B-A3B": shape_of(QWEN3_30B, QWEN3_VOCABULARY),
     "Qwen3-235B-A22B": shape_of(QWEN3_235B, QWEN3_VOCABULARY),
     "GPT-OSS 120B": shape_of(GPT_OSS_120B, 201_088),

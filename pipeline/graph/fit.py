@@ -1,4 +1,4 @@
-"""Whether stages fit a cluster profile: memory of GPUs and nodes, time limits, disk, files, and the Hub."""
+"""Whether stages fit a cluster profile: nodes, memory of GPUs and nodes, time limits, disk, files, and the Hub."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
         files += estimate.files or FILES + FILES_PER_SHARD * row.shards
         published += estimate.published_bytes
         if row.state.text == "to run":
-            reasons += _format(row, profile) + _memory(row, profile) + _server_memory(row, profile)
+            reasons += _nodes(row, profile) + _format(row, profile)
+            reasons += _memory(row, profile) + _server_memory(row, profile)
             if (use := uses.get(name)) is not None and use.why is None:
                 reasons += _time(row, use, profile)
         at_most = disk + estimate.work_bytes
@@ -114,6 +115,27 @@ def unpublishable(rows: list[StagePlan]) -> list[str]:
             f"{REPOSITORY_FILES:,}; lower the parts of the sources; the most are in {largest}"
         )
     return refused
+
+
+def _nodes(row: StagePlan, profile: Profile) -> list[str]:
+    """Of the job; and its GPUs together with those of its servers, if they share a partition."""
+    if profile.slurm is None:
+        return []
+    allocation = profile.slurm.allocation(row.state.name, row.needs)
+    jobs, need, stated = allocation.jobs, allocation.all_nodes, f"slurm.{allocation.section}.nodes"
+    if jobs.nodes is None:
+        return []
+    if need > jobs.nodes:
+        return [f"it needs {need} nodes, and there are {jobs.nodes} ({stated})"]
+    servers = servers_of(row, profile)
+    if servers is None or servers.partition != jobs.partition:
+        return []
+    have, of_servers = jobs.nodes * jobs.gpus_per_node, servers.count * servers.gpus_per_node
+    of_ranks = need * jobs.gpus_per_node if jobs.exclusive else allocation.all_gpus
+    if of_ranks + of_servers <= have:
+        return []
+    return [f"it needs {of_ranks} GPUs and its servers {of_servers} at the same time, and {jobs.nodes} nodes have "
+            f"{have} ({stated}, slurm.servers.count)"]  # fmt: skip
 
 
 def _format(row: StagePlan, profile: Profile) -> list[str]:
@@ -198,6 +220,7 @@ def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
         if any(job.gpus for job in jobs) and (profile.gpu is None or profile.gpu.memory_gb is None):
             missing.append("gpu.memory_gb")
         sections = {f"slurm.{job.section}.memory_gb" for job in jobs if not job.jobs.memory_gb}
+        sections |= {f"slurm.{job.section}.nodes" for job in jobs if job.nodes > 1 and job.jobs.nodes is None}
         servers = [servers for row in rows if (servers := servers_of(row, profile)) is not None]
         missing += sorted(sections | {"slurm.servers.memory_gb" for server in servers if not server.memory_gb})
     missing += [

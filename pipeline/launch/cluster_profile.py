@@ -164,6 +164,9 @@ class Jobs(Resources):
         description="additional idle nodes of a job with several nodes; one replaces a node that is lost; a job that "
         "loses its first node is requeued",
     )
+    nodes: Annotated[int, Range(1, 1e6)] | None = Field(
+        None, description="nodes of the partition that your jobs can have at once; null: not limited"
+    )
     array_tasks: Annotated[int, Range(1, 1e6)] | None = Field(
         None, description="maximum number of tasks of a job array that run at once; null: slurm.array_tasks"
     )
@@ -178,6 +181,7 @@ class Changes(Config):
     gpu_type: SlurmName | None = Field(None, description="type of the GPUs")
     tasks_per_node: Annotated[int, Range(1, 1024)] | None = Field(None, description="maximum number of ranks per node")
     spare_nodes: Annotated[int, Range(0, 1024)] | None = Field(None, description="idle nodes beside those of the ranks")
+    nodes: Annotated[int, Range(1, 1e6)] | None = Field(None, description="nodes that the jobs can have at once")
     array_tasks: Annotated[int, Range(1, 1e6)] | None = Field(
         None, description="maximum number of tasks of a job array that run at once"
     )

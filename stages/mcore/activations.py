@@ -16,7 +16,8 @@ from stages.mcore.lora import Lora
 from stages.mcore.memory import layers_of
 from stages.mcore.parallel_layout import LOSS_SLICE, Layout
 from stages.models.base import ModelConfig, Precision
-from stages.models.costs import Rows
+from stages.models.costs import Rows, sliced_attention
+from stages.models.decoder import DecoderConfig
 
 SOFTMAX = 4
 """Bytes of a logit in the loss, and of an element of the head's gradient summed over slices: fp32."""
@@ -66,27 +67,36 @@ def activation_bytes(
     micro_batches: int,
     pipeline_rank: int,
     fused: bool = False,
+    frozen: bool = False,
 ) -> float:
     """Bytes at the peak of a step on a rank at that position of the pipeline: what its layers keep, and the larger of
     two working sets that are never there at the same time. One layer's: its temporary tensors; if it is computed again,
     also all that it saves, the gradient of its output, and the gradient of a tied output head, which waits for that of
-    the embedding. And, on the last stage, the loss's, with the inputs of the final norm and of the head."""
+    the embedding. And, on the last stage, the loss's, with the inputs of the final norm and of the head. Or, on the
+    first stage, at the end of a backward pass, what the other micro-batches in flight keep and the gradient of the
+    embedding, of a tied one beside that of the head and their sum. frozen: it has none."""
     saved = _saved_by_layers(model, layout, precision, rows, micro_batches, pipeline_rank, fused)
     tokens, size = _tokens(layout, rows), _size(precision)
+    table = size * model.hidden_size * padded_vocab_size / layout.tp
+    is_tied = model.tie_embeddings and layout.pp == 1
+    at_the_end = 0.0
+    if pipeline_rank == 0 and not frozen:
+        others = 1 - 1 / (layout.vpp * in_flight(layout, 0, micro_batches))
+        at_the_end = others * saved + (3 if is_tied else 1) * table
     layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
     working = tokens * max(_layer(model, layout, precision, rows, layer, fused)[1] for layer in layers)
     hidden = tokens * size * model.hidden_size
-    if layout.tp > 1:
-        saved += layout.tp * hidden  # the inputs of a matrix of all tensor ranks, in a buffer that stays
+    saved += _gathered_ranks(model, layout) * hidden
+    if layout.recompute == "layer":
+        saved += _masks(model, layout, precision, rows)  # of the micro-batch whose layers are computed again
     if layout.pp > 1:
         saved += hidden  # what the next or previous stage has sent
     if pipeline_rank < layout.pp - 1:
-        return saved + working
+        return max(saved + working, at_the_end)
     if layout.recompute == "layer":
-        is_tied = model.tie_embeddings and layout.pp == 1
-        working += hidden + is_tied * size * model.hidden_size * padded_vocab_size / layout.tp
+        working += hidden + is_tied * table
     loss = _loss(model, padded_vocab_size, layout, precision, rows)[1]
-    return saved + max(working, _inputs_of_loss(model, layout, precision, rows) + loss)
+    return max(saved + max(working, _inputs_of_loss(model, layout, precision, rows) + loss), at_the_end)
 
 
 def merged_bytes(
@@ -105,6 +115,34 @@ def merged_bytes(
     return _size(precision) * (kept + max(size for sizes in layers for size in sizes))
 
 
+def unkept_bytes(
+    lora: Lora,
+    model: ModelConfig,
+    layout: Layout,
+    precision: Precision,
+    rows: Rows,
+    micro_batches: int,
+    pipeline_rank: int,
+) -> float:
+    """Bytes that `activation_bytes` counts and adapters do not keep: the inputs of feed-forward matrices without one,
+    of which no gradient is wanted. The layer at work has them."""
+    if "mlp" in lora.targets or layout.recompute == "layer":
+        return 0.0
+    assert isinstance(model, DecoderConfig), "adapters are of its matrices"
+    chosen = model.routing.top_k if model.routing else 0
+    widths: list[int] = []
+    for layer in (layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk):
+        shapes, at = model.mlp_shapes(layer), "experts.local_experts.0."
+        if at + "linear_fc1.weight" in shapes:
+            inner, hidden = (shapes[f"{at}{name}.weight"][1] for name in ("linear_fc2", "linear_fc1"))
+            shared = shapes.get("shared_experts.linear_fc2.weight", (0, 0))[1]
+            widths.append(chosen * (inner + hidden * layout.split_experts) + shared)
+        else:
+            widths.append(sum(shapes[f"{name}.weight"][1] for name in ("linear_fc1", "linear_fc2")))
+    unkept = in_flight(layout, pipeline_rank, micro_batches) * sum(widths) - max(widths)
+    return _size(precision) * _tokens(layout, rows) * unkept
+
+
 def _saved_by_layers(
     model: ModelConfig,
     layout: Layout,
@@ -120,7 +158,24 @@ def _saved_by_layers(
         kept += _layer(model, layout, precision, rows, layer, fused)[0]
     tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
     sent = (pipeline_rank < layout.pp - 1) * layout.vpp * _size(precision) * model.hidden_size
-    return tokens * in_flight(layout, pipeline_rank, micro_batches) * (kept + tables + sent)
+    count = in_flight(layout, pipeline_rank, micro_batches)
+    masks = _masks(model, layout, precision, rows) if layout.recompute == "none" else 0.0
+    return count * (tokens * (kept + tables + sent) + masks)
+
+
+def _gathered_ranks(model: ModelConfig, layout: Layout) -> int:
+    """The ranks whose tokens are in a buffer that stays: the inputs of a matrix of all tensor ranks, or those of all
+    experts' ranks if each has the tokens of all."""
+    experts = layout.ep * layout.split_experts if model.routing and layout.dispatcher == "allgather" else 1
+    ranks = max(layout.tp, experts)
+    return ranks if ranks > 1 else 0
+
+
+def _masks(model: ModelConfig, layout: Layout, precision: Precision, rows: Rows) -> float:
+    """Bytes of the masks of a micro-batch on a rank; one for all rows if these are one document each."""
+    windows = model.masked_windows(layout, precision, rows)
+    by_query = sum(sliced_attention(rows, window)[0] for window in windows)
+    return _size(precision) * by_query * rows.length / layout.cp * (rows.rows if rows.packed else 1)
 
 
 def _inputs_of_loss(model: ModelConfig, layout: Layout, precision: Precision, rows: Rows) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -17,7 +17,9 @@ from pydantic import Field, field_validator
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config
 from stages.mcore.parallel_layout import Layout
+from stages.mcore.param_names import CUT_FACTORS
 from stages.models.base import ModelConfig, Precision
+from stages.models.costs import MemoryShare
 
 A, B = ".lora_A", ".lora_B"
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -74,6 +76,18 @@ class Lora(Config):
                 ranks = layout.ep * layout.split_experts if ".experts." in name else layout.tp
                 sizes.setdefault(int(match[1]), []).append(math.prod(shape) / ranks)
         return sizes
+
+    def memory_share(self, model: ModelConfig, layout: Layout, layers: Collection[int]) -> MemoryShare:
+        """The parameters of the adapters of these layers on one rank."""
+        dense = experts = 0
+        for name, shape in self.shapes(model.shapes(1)).items():
+            if (match := LAYER.match(name)) and int(match[1]) in layers:
+                is_expert = ".experts." in name
+                split = layout.split_experts if is_expert else layout.tp
+                size = math.prod(shape) // (split if name.endswith(CUT_FACTORS) else 1)
+                dense += 0 if is_expert else size
+                experts += size if is_expert else 0
+        return MemoryShare(dense, experts // layout.ep)
 
     def problem(self, layout: Layout, precision: Precision, model: ModelConfig) -> str | None:
         """The reason why these adapters cannot be trained in this way, as a sentence that starts with a field; None if

@@ -10,7 +10,7 @@ import torch
 
 from stages.mcore import gpu
 from stages.mcore.megatron_imports import parallel_state
-from stages.models.grouped_query import SLICE
+from stages.models.costs import SLICE
 
 
 class Documents(NamedTuple):
@@ -34,6 +34,11 @@ class Bucket(NamedTuple):
     queries: torch.Tensor
     keys: torch.Tensor
     mask: torch.Tensor | None
+
+
+def on_a_gpu(device: torch.device) -> bool:
+    """Whether a kernel there takes a row whole."""
+    return bool(device.type != "cpu")
 
 
 class Tables:
@@ -95,7 +100,7 @@ class Tables:
         of their memory on a GPU; a GPU's kernel does not compute them, and takes a row that is one document whole.
         window: maximum keys that a query sees; None: all."""
         if window not in self._slices:
-            has_kernel = self.device.type != "cpu" and not self.has_sinks
+            has_kernel = on_a_gpu(self.device) and not self.has_sinks
             whole = has_kernel and self.local_starts is None and self.context == 1 and window is None
             parts = self.positions.split(self.length if whole else SLICE)
             starts = [None] * len(parts) if self.local_starts is None else self.local_starts.split(SLICE, 1)

@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.mcore import attention_sinks, gpu, layer_spec, moe_metrics
+from stages.mcore import attention_sinks, gpu, layer_spec, moe_metrics, row_tables
 from stages.mcore.megatron_imports import TopKRouter, parallel_state, tensor_parallel
 from stages.mcore.parallel_layout import Layout
 
@@ -249,6 +249,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
             (torch.nn.Module, "bfloat16", _to_bfloat16),
             (layer_spec.Attention, "takes_documents", lambda attention, q: layer_spec.fits_flash_attention(q)),
             (layer_spec, "attend_with_sinks", _attend_with_sinks),
+            (row_tables, "on_a_gpu", lambda device: True),
             (layer_spec.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.weight)),
             (TopKRouter, "routing", balanced(TopKRouter.routing)),
             (clip_grads, "l2_norm_impl", _norms),

@@ -156,6 +156,19 @@ class ModelConfig(Config, ABC):
         """Bytes of temporary tensors that a layer has at one time, for each of a rank's tokens."""
         return 0.0
 
+    def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:
+        """Bytes of temporary tensors that a forward pass of a layer writes, for each of a rank's tokens, with SwiGLU as
+        one kernel."""
+        return 0.0
+
+    def masked_windows(
+        self, layout: Layout, precision: Precision, rows: Rows, fused: bool = False
+    ) -> tuple[int | None, ...]:
+        """The windows of attention by slices of queries, whose masks all layers of a window share; None: the whole row.
+        The default: fp32 has no kernel for rows of several documents, or for parts of a row, on a GPU."""
+        by_slices = precision == "fp32" and not rows.prefixed and (rows.packed or layout.cp > 1)
+        return (None,) if by_slices else ()
+
     @abstractmethod
     def split_sizes(self) -> list[tuple[str, str, int]]:
         """(setting of the layout, name, size) of each dimension that a layout splits: the setting must divide it."""

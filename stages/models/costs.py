@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+
+SLICE = 128
+"""Queries in one call of attention by slices (stages/mcore/row_tables.py)."""
 
 
 @dataclass(frozen=True)
@@ -89,3 +93,17 @@ class Rows:
     targets: int | None = None
     prefixed: int = 0
     longest: int | None = None
+
+
+@cache
+def sliced_attention(rows: Rows, window: int | None) -> tuple[float, float]:
+    """(scores, keys) for each query, when each slice of SLICE queries is computed by itself, with one document in a row
+    unless `rows` states its longest. A slice sees no keys before its window or its first document. Documents with
+    prefixes are computed as batches, each with its own keys."""
+    if rows.prefixed:
+        return rows.longest or rows.length, 1 + rows.prefixed / (rows.rows * rows.length)
+    most = min(window or rows.length, rows.longest or rows.length)
+    slices = [(start, min(start + SLICE, rows.length)) for start in range(0, rows.length, SLICE)]
+    keys = [end - max(0, start + 1 - most) for start, end in slices]
+    scores = sum((end - start) * count for (start, end), count in zip(slices, keys, strict=True))
+    return scores / rows.length, sum(keys) / rows.length

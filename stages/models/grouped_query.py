@@ -18,8 +18,6 @@ from stages.models.decoder import DecoderConfig
 
 Heads = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128")]
 RotaryPart = Annotated[float, Range(0, 1, "Qwen3-Next: 0.25, GLM-4.5: 0.5", above=True)]
-SLICE = 128
-"""Queries in one call of attention on CPU (stages/mcore/row_tables.py)."""
 
 
 class GroupedQueryConfig(DecoderConfig):
@@ -171,6 +169,13 @@ def swiglu_activations(size: int, intermediate: int, fused: bool) -> dict[str, f
     """Bytes that a SwiGLU keeps for each token: gate and up, and, unless it is one fused kernel, silu(gate), up, and
     their product."""
     return {"gate and up": 2 * size * intermediate, "SwiGLU": (1 if fused else 3) * size * intermediate}
+
+
+def swiglu_gradients(hidden: int, intermediate: int, layout: Layout, precision: Precision) -> float:
+    """Bytes for each token of a rank of the gradients with which the backward pass of a SwiGLU begins: of its output,
+    gathered over tensor ranks, and of the product."""
+    size = 4 if precision == "fp32" else 2
+    return size * (intermediate + (layout.tp * hidden if layout.tp > 1 else 0))
 
 
 def _nearest(choices: list[int], value: int) -> str:

@@ -17,7 +17,7 @@ from pipeline.core.stage import Renamed, added
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import LossWeight, Precision, Routing, Width
 from stages.models.decoder import DecoderConfig
-from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_shapes
+from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_gradients, swiglu_shapes
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
 PROXY_EXPERTS = 32
@@ -177,8 +177,15 @@ class MixtureConfig(RoutedConfig):
 
     def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
         if layer < self.dense_layers:
+            return swiglu_gradients(self.hidden_size, self.intermediate_size or 0, layout, precision)
+        return sent_tokens(
+            self.hidden_size, self.num_experts_per_tok, layout, precision, alone=layout.ep == self.experts
+        )
+
+    def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:
+        if layer < self.dense_layers:
             return 0.0
-        return sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision)
+        return sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision, alone=False)
 
     def expert_split_sizes(self) -> list[tuple[str, str, int]]:
         inner, experts = super().expert_split_sizes()
@@ -218,18 +225,21 @@ class GroupedMixtureConfig(MixtureConfig, GroupedQueryConfig):
         return changes and {**changes, **self.scaled_experts(width)}
 
 
-def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precision) -> float:
+def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precision, alone: bool) -> float:
     """Bytes of tokens on their way to experts and back, for each of a rank's tokens: as sorted for the ranks that have
     them, as received, as the experts return them and as sorted back. With all experts on one rank these are what each
     expert returns, and that side by side. Ranks that split experts sum what these return, below fp32 after another copy
-    in fp32, and have their part of the sum; unless they gather all tokens."""
+    in fp32, and have their part of the sum; unless they gather all tokens. alone: a rank has one expert, for which
+    nothing is sorted: it gets what is received, and returns what is sent."""
     size, split, copies = 4 if precision == "fp32" else 2, layout.split_experts, hidden_size * top_k
     if layout.ep * split == 1:
         return 2 * size * copies
-    if split == 1 or layout.dispatcher == "allgather":
+    if layout.dispatcher == "allgather":
         return (2 + 2 * split) * size * copies
+    if split == 1:
+        return (3 if alone else 4) * size * copies
     summed = 4 * split * (precision != "fp32") + 4
-    return ((1 + (layout.ep > 1) + 2 * split) * size + summed) * copies
+    return ((1 + (layout.ep > 1) + (1 if alone else 2) * split) * size + summed) * copies
 
 
 def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order_config import ROW_BYTES
-from stages.mcore.activations import activation_bytes, merged_bytes
-from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
+from stages.mcore.activations import activation_bytes, merged_bytes, unkept_bytes
+from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.costs import MemoryShare, Rows
@@ -96,9 +96,9 @@ def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
     layout = config.phase.parallelism
     shares, states, activations = zip(*(rank_memory(config, rows, rank) for rank in range(layout.pp)), strict=True)
     sums = [state + activation for state, activation in zip(states, activations, strict=True)]
-    owned: list[float] = [owned_bytes(share, layout) for share in shares]
     if config.phase.adapter:
-        owned = [(MASTER + MOMENTS) * trained_parameters(config)]
+        shares = tuple(adapter_share(config, rank) for rank in range(layout.pp))
+    owned = [owned_bytes(share, layout) for share in shares]
     state, activation, owned_size, memory = (round(max(column)) for column in (states, activations, owned, sums))
     return state, activation, owned_size, memory
 
@@ -109,15 +109,33 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     phase, model, layout, vocabulary = config.phase, config.model, config.phase.parallelism, config.padded_vocab_size
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
-    activations = activation_bytes(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank)
+    activations = activation_bytes(
+        model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=phase.adapter is not None
+    )
     if isinstance(phase, PhaseConfig) and phase.weight_format:  # the unrounded weights, while the rounded ones compute
         activations += (4 if phase.precision == "fp32" else 2) * (share.all - share.table)
     state = state_bytes(share, layout, phase.precision)
-    if phase.adapter:  # of the base only the weights; adapters are counted as if no rank shared them
-        weight, master = (4, 0) if phase.precision == "fp32" else (2, MASTER)
-        state = weight * share.all + (weight + master + GRADIENT + MOMENTS) * trained_parameters(config)
+    if (
+        share.table and not phase.adapter
+    ):  # before the update gradients are scaled, each with a copy; a table's is large
+        gradient = min(vocabulary * model.hidden_size / layout.tp, share.dense / sharing(layout)[0])
+        activations = max(activations, GRADIENT * gradient)
+    if phase.adapter:  # of the base only the weights
+        adapters = adapter_share(config, pipeline_rank)
+        state = (4 if phase.precision == "fp32" else 2) * share.all + state_bytes(adapters, layout, phase.precision)
+        share += adapters
         activations += merged_bytes(phase.adapter, model, layout, phase.precision, micro_batches, pipeline_rank)
+        activations -= unkept_bytes(phase.adapter, model, layout, phase.precision, rows, micro_batches, pipeline_rank)
     return share, state, activations
+
+
+def adapter_share(config: TrainerConfig, pipeline_rank: int) -> MemoryShare:
+    """The parameters of the adapters on each of the ranks at that position of the pipeline; none without adapters."""
+    phase, model, layout = config.phase, config.model, config.phase.parallelism
+    if phase.adapter is None:
+        return MemoryShare(0, 0)
+    layers = {layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk}
+    return phase.adapter.memory_share(model, layout, layers)
 
 
 def release_checkpoints(phase: PhaseConfig) -> int:

@@ -63,6 +63,23 @@ def test_each_limit(estimate: Estimate, trains: bool, reason: str | None) -> Non
     assert reasons([row(estimate, trains)]) == [(reason,) if reason else ()]
 
 
+def test_ranks_and_servers_share_the_nodes_of_a_partition() -> None:
+    """Four nodes of eight GPUs: a job of five fits nowhere, and a server beside one of four would wait for ever."""
+    ranks = replace(row(Estimate(), trains=True), ranks=40)
+    assert reasons([ranks]) == [("it needs 5 nodes, and there are 4 (slurm.train.nodes)",)]
+    servers = {"partition": "gpu", "minutes": 60, "gpus_per_node": 8, "count": 2}
+    body = BODY | {"slurm": BODY["slurm"] | {"servers": servers}}
+    for count, fitting in ((16, True), (24, False)):
+        sampling = replace(row(Estimate(), trains=True), ranks=count, takes_servers=True)
+        (clauses,) = reasons([sampling], body=body)
+        assert clauses == (() if fitting else (
+            "it needs 24 GPUs and its servers 16 at the same time, and 4 nodes have 32 (slurm.train.nodes, "
+            "slurm.servers.count)",
+        ))  # fmt: skip
+    elsewhere = body | {"slurm": body["slurm"] | {"servers": servers | {"partition": "other"}}}
+    assert reasons([sampling], body=elsewhere) == [()]
+
+
 def test_fp4_needs_a_gpu_that_has_it() -> None:
     in_fp4 = row(Estimate(training=replace(TRAINING, precision="nvfp4")), trains=True)
     assert reasons([in_fp4]) == [("it trains in nvfp4, and G has no FP4 (gpu.fp4)",)]
@@ -105,6 +122,8 @@ def test_without_a_limit_nothing_is_exceeded_and_a_sentence_names_it() -> None:
         "not limited by profile p: gpu.memory_gb, slurm.cpu.memory_gb, slurm.train.memory_gb, storage.home_gb, "
         "storage.home_files, storage.hub_gb"
     )
+    two_nodes = fit.unlimited([replace(rows[1], ranks=16)], Profile.model_validate(body)) or ""
+    assert "slurm.train.memory_gb, slurm.train.nodes, storage" in two_nodes
     assert fit.unlimited(rows, Profile.model_validate(BODY)) is None
 
 

@@ -160,7 +160,7 @@ def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> Non
     share = f"{pretrain.estimate.flops / use.gpu_hours / 3600 / 989e12:.2f}"  # type: ignore[operator]
     assert estimate.assumed[0] == (
         f"assumed: H100 SXM by a model of compute, memory and network, with even routing: {share} of 989 TFLOP/s in "
-        "bf16 for pretrain; error on published runs that it was not fitted to: median 13%, largest 81%; NVIDIA's data sheets "
+        "bf16 for pretrain; error on published runs that it was not fitted to: median 11%, largest 81%; NVIDIA's data sheets "
         "of H100 SXM and DGX H100, peaks without sparsity"
     )
     assert profile.gpu is not None and profile.gpu.bf16 is not None

@@ -17,7 +17,7 @@ from stages.mcore.parallel_layout import Layout
 from stages.mcore.simulated_rank import Collective, CollectiveLog
 from stages.models.costs import Rows
 from stages.train import parallel, rank_simulation
-from stages.train.config import TrainConfig
+from stages.train.config import SftConfig, TrainConfig
 from stages.train.engine import Engine
 from stages.train.estimate import rank_memory
 from tests.fixtures import rank_simulation_fixtures, train_fixtures
@@ -116,6 +116,32 @@ def test_settings_of_this_process_are_not_the_ranks() -> None:
         peaks[0] == pytest.approx(peaks[1], abs=64)
         and peaks[0] < simulate_large({"ranks": 2, "ep": 2, "deterministic": True}, layers=1).peak_bytes
     )
+
+
+FEW_TOKENS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] = {
+    "gradients of tied embeddings": ({}, {"tie_embeddings": True}, {}, 128),
+    "gradient of the embedding, PP2": ({"ranks": 2, "pp": 2}, {}, {}, 128),
+    "adapters, TP4": ({"ranks": 4, "tp": 4}, {"heads": 32}, {"lora": {"rank": 64, "alpha": 16}}, 256),
+    "one of several experts after the other": (
+        {"ranks": 4, "ep": 4}, {"architecture": "gpt_oss", "sliding_window": 64, "num_experts_per_tok": 6}, {}, 1024,
+    ),
+    "masks of fp32, CP4": ({"ranks": 4, "cp": 4}, {}, {"precision": "fp32"}, 2048),
+    "tokens of all ranks for experts, TP2 EP4": (
+        {"ranks": 8, "tp": 2, "ep": 4, "etp": 1, "dispatcher": "allgather"}, {"num_experts_per_tok": 2}, {}, 2048,
+    ),
+}  # fmt: skip
+"""Layout, model, phase, row: what is a large part of the memory there, and was once planned wrong."""
+
+
+@pytest.mark.parametrize("name", FEW_TOKENS)
+def test_memory_of_small_parts_is_planned(name: str) -> None:
+    layout, model, phase, row = FEW_TOKENS[name]
+    sizes = {**LARGE, "num_experts_per_tok": 2, "moe_intermediate_size": 128, **model}
+    settings = config(layout, sizes, 4096 if row > 128 else 65536, row, **{"precision": "bf16", **phase})
+    kind = SftConfig if "lora" in phase else TrainConfig
+    result = rank_simulation.simulate(kind.model_validate(settings), 0)
+    assert result.parameters == result.planned_parameters
+    assert result.peak_bytes == pytest.approx(result.planned_peak_bytes, rel=0.05)
 
 
 SLICED: dict[str, dict[str, Any]] = {

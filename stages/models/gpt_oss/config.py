@@ -8,7 +8,6 @@ Each head has a sink, a score of its own in the softmax, and all matrices but em
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -16,8 +15,8 @@ from pydantic import Field
 from pipeline.core.bounds import Context
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import Precision, UntiedConfig
-from stages.models.costs import AttentionCost, Rows
-from stages.models.grouped_query import SLICE, GroupedQueryConfig, swiglu_shapes
+from stages.models.costs import AttentionCost, Rows, sliced_attention
+from stages.models.grouped_query import GroupedQueryConfig, swiglu_shapes
 from stages.models.mixture import RoutedConfig, sent_tokens
 
 
@@ -96,17 +95,24 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
         rounded, and the keys and values of each slice of queries for all heads. Transformer Engine has one for rows of
         one document; it is counted on if the precision or the layout needs it. fp32 is counted as on a CPU, whose
         kernel keeps none."""
-        has_kernel = not rows.packed and (fused or layout.needs_engine or precision != "bf16")
-        if has_kernel or precision == "fp32":
+        if precision == "fp32" or self._has_kernel(layout, precision, rows, fused):
             return super().attention_activations(layout, precision, rows, layer, fused)
         q = self.heads * self.head_dim
-        scores, keys = plain_attention(rows, None if layer % 2 else self.sliding_window)
+        scores, keys = sliced_attention(rows, None if layer % 2 else self.sliding_window)
         return {
             "queries, turned": 2 * q,
             "keys and values of each slice, for all heads": 2 * 2 * q * keys,
             "softmax of the scores and the sink, fp32, and rounded": self.heads * (4 * (scores + 1) + 2 * scores),
             "attention's output": 2 * q,
         }
+
+    def _has_kernel(self, layout: Layout, precision: Precision, rows: Rows, fused: bool) -> bool:
+        return not rows.packed and (fused or layout.needs_engine or precision not in ("fp32", "bf16"))
+
+    def masked_windows(
+        self, layout: Layout, precision: Precision, rows: Rows, fused: bool = False
+    ) -> tuple[int | None, ...]:
+        return () if rows.prefixed or self._has_kernel(layout, precision, rows, fused) else (self.sliding_window, None)
 
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
         copies, ffn = self.num_experts_per_tok, self.moe_intermediate_size
@@ -120,9 +126,18 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
         }
 
     def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+        """Or, in the backward pass, the gradients of what the experts return, and three tensors in fp32 of the weighted
+        biases of one expert."""
+        size, numbers = 4 if precision == "fp32" else 2, self.hidden_size * self.num_experts_per_tok
+        local = self.experts // layout.ep
+        sent = sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision, alone=local == 1)
+        return max(sent, (size * (1 + (local > 1)) + 3 * 4 / local) * numbers)
+
+    def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:
         """With what the experts' matrices return, the weighted biases, and their sum."""
         size, copies = 4 if precision == "fp32" else 2, self.hidden_size * self.num_experts_per_tok
-        return sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision) + 3 * size * copies
+        sent = sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision, alone=False)
+        return sent + 3 * size * copies
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [*super().split_sizes(), *self.expert_split_sizes()]
@@ -141,17 +156,3 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
         """Few experts, and the same window."""
         changes = super().scaled(hidden_size, width)
         return changes and {**changes, **self.scaled_experts(width)}
-
-
-@cache
-def plain_attention(rows: Rows, window: int | None) -> tuple[float, float]:
-    """(scores, keys) for each query, when each slice of SLICE queries is computed by itself, with one document in a row
-    unless `rows` states its longest. A slice sees no keys before its window or its first document. Documents with
-    prefixes are computed as batches, each with its own keys."""
-    if rows.prefixed:
-        return rows.longest or rows.length, 1 + rows.prefixed / (rows.rows * rows.length)
-    most = min(window or rows.length, rows.longest or rows.length)
-    slices = [(start, min(start + SLICE, rows.length)) for start in range(0, rows.length, SLICE)]
-    keys = [end - max(0, start + 1 - most) for start, end in slices]
-    scores = sum((end - start) * count for (start, end), count in zip(slices, keys, strict=True))
-    return scores / rows.length, sum(keys) / rows.length

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from stages.mcore.parallel_layout import Layout
-from stages.models.base import Width
-from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_shapes
+from stages.models.base import Precision, Width
+from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_gradients, swiglu_shapes
 
 
 class Qwen3Config(GroupedQueryConfig):
@@ -35,6 +35,9 @@ class Qwen3Config(GroupedQueryConfig):
 
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
         return swiglu_activations(size, self.intermediate_size, fused)
+
+    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+        return swiglu_gradients(self.hidden_size, self.intermediate_size, layout, precision)
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [*super().split_sizes(), ("tp", "intermediate_size", self.intermediate_size)]

@@ -167,14 +167,17 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         """As this project's PyTorch code keeps them: the delta rule in fp32, by chunks. A kernel written for it keeps
         much less."""
         size = 4 if precision == "fp32" else 2
-        return self._delta_activations(size, rows) if self.is_linear(layer) else self._gated_activations(size, rows)
+        return (
+            self._delta_activations(size, rows) if self.is_linear(layer) else self._gated_activations(size, layout.cp)
+        )
 
-    def _gated_activations(self, size: int, rows: Rows) -> dict[str, float]:
+    def _gated_activations(self, size: int, cp: int) -> dict[str, float]:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "queries, keys, values and gates as projected": size * (2 * q + 2 * kv),
             "queries and keys, normed and turned": size * (q + kv),
             "attention's output by slices, as a row, and gated": size * 3 * q,
+            "keys and values of other context ranks": size * 2 * kv * (cp - 1),
             "gates": 4 * q,
             "log-sum-exp of the scores": 4 * self.heads,
         }
