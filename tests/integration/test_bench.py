@@ -81,6 +81,18 @@ def test_recursion_benchmark() -> None:
     assert run_quick("recursion")[-1].startswith("gain, mean of 1 seeds: ")
 
 
+@at_length("benchmarks", 15)
+def test_attention_kinds_benchmark() -> None:
+    """Equal FLOPs: what a token costs times the steps differs by half a step at most."""
+    *trained, _, full, windows, linear = run_quick("attention_kinds")
+    assert [line.split()[0] for line in (full, windows, linear)] == ["full", "windows", "linear"]
+    steps = [int(re.findall(r"(\d+) steps", line)[0]) for line in trained]
+    costs = [float(line.split()[1]) for line in (full, windows, linear)]
+    assert steps == [round(steps[0] * costs[0] / cost) for cost in costs] and steps[0] == 20
+    bits, recall = ([float(line.split()[n]) for line in (full, windows, linear)] for n in (2, 7))
+    assert max(bits) < 10 and all(0 < x < 0.2 for x in recall), "hardly trained"
+
+
 @at_length("benchmarks", 30)
 def test_saturation_benchmark(tmp_path: Path) -> None:
     """Three policies from the same weights: each measured before its first update and after the others, in equal
