@@ -62,7 +62,7 @@ GLM_45_AIR = GLM_45.model_copy(update=dict(
     layers=46, hidden_size=4096, use_qk_norm=False, experts=128, moe_intermediate_size=1408, dense_layers=1,
     intermediate_size=10944, routed_scaling_factor=1.0,
 ))  # fmt: skip
-"""arXiv:2508.06471, table 1, and config.json of the repositories on the Hub."""
+"""arXiv:2508.06471, table 1, and config.json of later models of the same shapes."""
 GLM_VOCABULARY = 151_552
 
 
