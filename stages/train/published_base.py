@@ -40,10 +40,13 @@ def section(model: str) -> dict[str, str]:
 
 
 def license_of(card: Path) -> str:
-    """The license that the metadata of a card state; `None` if they state none."""
+    """The license that the metadata of a card state; `None` if they state none, or are no YAML."""
     text = card.read_text("utf-8", "replace") if card.is_file() and card.stat().st_size <= CARD_BYTES else ""
     head = re.match(r"\A---\n(.*?)\n---\n", text, re.DOTALL)
-    metadata = yaml.safe_load(head[1]) if head else None
+    try:
+        metadata = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        metadata = None
     fields: Mapping[str, Any] = metadata if isinstance(metadata, Mapping) else {}
     return str(fields.get("license_name") if fields.get("license") == "other" else fields.get("license"))
 

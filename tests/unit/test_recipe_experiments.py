@@ -78,6 +78,7 @@ def test_a_model_with_which_no_recipe_begins_is_refused(tmp_path: Path, monkeypa
     published(tmp_path / "release")
     (published(tmp_path / "other") / "SHA256SUMS").unlink()
     published(tmp_path / "odd", license="license: other\nlicense_name: of our house")
+    published(tmp_path / "broken", license="license: {")
     for source, model, sentence in (
         (ADAPTER, None, "atom-smoke-adapter begins with a published model; name it: --start-from RELEASE/model"),
         ("atom-smoke", "release/model", "atom-smoke begins with random weights; leave --start-from out"),
@@ -85,6 +86,7 @@ def test_a_model_with_which_no_recipe_begins_is_refused(tmp_path: Path, monkeypa
         (ADAPTER, "releases/a/model", "'releases/a/model' is neither a folder here nor a repository of the Hub"),
         (ADAPTER, "other/model", "other/model has no SHA256SUMS"),
         (ADAPTER, "odd/model", "the card of us/base states no license that SPDX knows: of our house"),
+        (ADAPTER, "broken/model", "the card of us/base states no license that SPDX knows: None"),
     ):
         with pytest.raises(AtomError, match=sentence):
             recipe_template.write("mine", source, Path(), model)
