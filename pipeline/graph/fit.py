@@ -128,7 +128,7 @@ def _nodes(row: StagePlan, profile: Profile) -> list[str]:
     if need > jobs.nodes:
         return [f"it needs {need} nodes, and there are {jobs.nodes} ({stated})"]
     servers = servers_of(row, profile)
-    if servers is None or servers.partition != jobs.partition:
+    if servers is None or not jobs.gpus_per_node or servers.partition != jobs.partition:
         return []
     have, of_servers = jobs.nodes * jobs.gpus_per_node, servers.count * servers.gpus_per_node
     of_ranks = need * jobs.gpus_per_node if jobs.exclusive else allocation.all_gpus

@@ -74,7 +74,8 @@ def activation_bytes(
     also all that it saves, the gradient of its output, and the gradient of a tied output head, which waits for that of
     the embedding. And, on the last stage, the loss's, with the inputs of the final norm and of the head. Or, on the
     first stage, at the end of a backward pass, what the other micro-batches in flight keep and the gradient of the
-    embedding, of a tied one beside that of the head and their sum. frozen: it has none."""
+    embedding, of a tied one beside that of the head and their sum. frozen: no table has a
+    gradient."""
     saved = _saved_by_layers(model, layout, precision, rows, micro_batches, pipeline_rank, fused)
     tokens, size = _tokens(layout, rows), _size(precision)
     table = size * model.hidden_size * padded_vocab_size / layout.tp
@@ -88,14 +89,14 @@ def activation_bytes(
     hidden = tokens * size * model.hidden_size
     saved += _gathered_ranks(model, layout) * hidden
     if layout.recompute == "layer":
-        saved += _masks(model, layout, precision, rows)  # of the micro-batch whose layers are computed again
+        saved += _masks(model, layout, precision, rows, fused)  # of the micro-batch whose layers are computed again
     if layout.pp > 1:
         saved += hidden  # what the next or previous stage has sent
     if pipeline_rank < layout.pp - 1:
         return max(saved + working, at_the_end)
     if layout.recompute == "layer":
-        working += hidden + is_tied * table
-    loss = _loss(model, padded_vocab_size, layout, precision, rows)[1]
+        working += hidden + (is_tied and not frozen) * table
+    loss = _loss(model, padded_vocab_size, layout, precision, rows, frozen)[1]
     return max(saved + max(working, _inputs_of_loss(model, layout, precision, rows) + loss), at_the_end)
 
 
@@ -159,7 +160,7 @@ def _saved_by_layers(
     tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
     sent = (pipeline_rank < layout.pp - 1) * layout.vpp * _size(precision) * model.hidden_size
     count = in_flight(layout, pipeline_rank, micro_batches)
-    masks = _masks(model, layout, precision, rows) if layout.recompute == "none" else 0.0
+    masks = _masks(model, layout, precision, rows, fused) if layout.recompute == "none" else 0.0
     return count * (tokens * (kept + tables + sent) + masks)
 
 
@@ -171,9 +172,9 @@ def _gathered_ranks(model: ModelConfig, layout: Layout) -> int:
     return ranks if ranks > 1 else 0
 
 
-def _masks(model: ModelConfig, layout: Layout, precision: Precision, rows: Rows) -> float:
+def _masks(model: ModelConfig, layout: Layout, precision: Precision, rows: Rows, fused: bool) -> float:
     """Bytes of the masks of a micro-batch on a rank; one for all rows if these are one document each."""
-    windows = model.masked_windows(layout, precision, rows)
+    windows = model.masked_windows(layout, precision, rows, fused)
     by_query = sum(sliced_attention(rows, window)[0] for window in windows)
     return _size(precision) * by_query * rows.length / layout.cp * (rows.rows if rows.packed else 1)
 
@@ -185,9 +186,9 @@ def _inputs_of_loss(model: ModelConfig, layout: Layout, precision: Precision, ro
 
 
 def _loss(
-    model: ModelConfig, padded_vocab_size: int, layout: Layout, precision: Precision, rows: Rows
+    model: ModelConfig, padded_vocab_size: int, layout: Layout, precision: Precision, rows: Rows, frozen: bool = False
 ) -> tuple[float, float]:
-    """Bytes of the loss: (kept for the backward pass, at the peak).
+    """Bytes of the loss: (kept for the backward pass, at the peak). frozen: the head has no gradient.
 
     All at once: the softmax; with bf16 a gradient of the logits beside it, then a gradient of the head beside that of
     the logits. By slices: the gradients of the head, in fp32, and of its inputs, which each tensor rank has for all
@@ -202,7 +203,7 @@ def _loss(
     is_sliced = layout.slices_loss(tokens, hidden, padded_vocab_size) or (has_targets and layout.tp > 1)
     if not is_sliced:
         softmax, logits = SOFTMAX * vocab * tokens, size * vocab * tokens
-        return softmax, max(softmax + converted * vocab * tokens, logits + head)
+        return softmax, max(softmax + converted * vocab * tokens, logits + (0 if frozen else head))
     kept = SOFTMAX * hidden * vocab + inputs
     width = min(tokens, LOSS_SLICE)
     products = size * vocab * width + (head if converted else 0)

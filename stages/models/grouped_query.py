@@ -152,7 +152,8 @@ class PartialRotaryConfig(GroupedQueryConfig):
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
         """This project's attention computes rows of one document too (stages/mcore/layer_spec.py)."""
-        return super().attention_activations(layout, precision, replace(rows, packed=True), layer, fused)
+        packed = rows.packed or self.rotary_dim < self.head_dim
+        return super().attention_activations(layout, precision, replace(rows, packed=packed), layer, fused)
 
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
         """None too if the part cannot be divided into pairs."""

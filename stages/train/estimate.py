@@ -115,9 +115,8 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     if isinstance(phase, PhaseConfig) and phase.weight_format:  # the unrounded weights, while the rounded ones compute
         activations += (4 if phase.precision == "fp32" else 2) * (share.all - share.table)
     state = state_bytes(share, layout, phase.precision)
-    if (
-        share.table and not phase.adapter
-    ):  # before the update gradients are scaled, each with a copy; a table's is large
+    # before the update gradients are scaled, each with a copy; a table's is large
+    if share.table and not phase.adapter:
         gradient = min(vocabulary * model.hidden_size / layout.tp, share.dense / sharing(layout)[0])
         activations = max(activations, GRADIENT * gradient)
     if phase.adapter:  # of the base only the weights

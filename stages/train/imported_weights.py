@@ -64,7 +64,8 @@ class StartFrom(Config):
         if self.folder is None:
             return self
         path = (beside / self.folder).resolve()
-        if machine := next((p for p in machine_paths(home) if Path(self.folder).is_relative_to(p)), None):
+        plain = Path(os.path.normpath(self.folder))
+        if machine := next((p for p in machine_paths(home) if plain.is_relative_to(p)), None):
             raise ValueError(
                 f"start_from.folder = {escaped(self.folder)} names {machine} of this machine, and a recipe is "
                 "published as it is written; write it from the folder of the recipe: "

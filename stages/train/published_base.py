@@ -94,10 +94,10 @@ def _portable(folder: str) -> str:
 
 def _repository_of(folder: Path) -> str:
     """The repository of a model's folder of a release, by the release's own statement. Raises AtomError."""
-    path = folder.resolve().parent / "evidence/release.json"
+    path, kind = folder.resolve().parent / "evidence/release.json", re.fullmatch("model(|-.+)", folder.resolve().name)
     try:
         about = json.loads(path.read_text("utf-8"))
-        return f"{about['namespace']}/{about['name']}{folder.resolve().name.removeprefix('model')}"
+        return f"{about['namespace']}/{about['name']}{kind[1]}"  # type: ignore[index]
     except (OSError, ValueError, KeyError, TypeError):
         raise AtomError(
             f"{folder} is no model's folder of a release, such as RELEASE/model; name such a folder, or the repository "

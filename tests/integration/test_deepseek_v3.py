@@ -30,10 +30,9 @@ from stages.mcore.quantize import RECIPES
 from stages.mcore.weight_init import Initial
 from stages.models import registry
 from stages.models.base import ModelConfig
-from stages.models.costs import Rows
+from stages.models.costs import SLICE, Rows
 from stages.models.deepseek_v3 import spec
 from stages.models.deepseek_v3.config import DeepseekV3Config
-from stages.models.costs import SLICE
 from stages.models.hf import hf_config
 from stages.rl.samplers.generate import load_weights
 from stages.train import parallel, rank_simulation

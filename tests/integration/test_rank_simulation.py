@@ -122,6 +122,7 @@ FEW_TOKENS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]
     "gradients of tied embeddings": ({}, {"tie_embeddings": True}, {}, 128),
     "gradient of the embedding, PP2": ({"ranks": 2, "pp": 2}, {}, {}, 128),
     "adapters, TP4": ({"ranks": 4, "tp": 4}, {"heads": 32}, {"lora": {"rank": 64, "alpha": 16}}, 256),
+    "adapters, a large vocabulary": ({}, {"tie_embeddings": True}, {"lora": {"rank": 8, "alpha": 16}}, 128),
     "one of several experts after the other": (
         {"ranks": 4, "ep": 4}, {"architecture": "gpt_oss", "sliding_window": 64, "num_experts_per_tok": 6}, {}, 1024,
     ),

@@ -76,6 +76,7 @@ def test_a_recipe_of_ones_own_is_valid_and_differs_by_its_name_alone(tmp_path: P
 def test_a_model_with_which_no_recipe_begins_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     published(tmp_path / "release")
+    (tmp_path / "release/dataset").mkdir()
     (published(tmp_path / "other") / "SHA256SUMS").unlink()
     published(tmp_path / "odd", license="license: other\nlicense_name: of our house")
     published(tmp_path / "broken", license="license: {")
@@ -83,6 +84,7 @@ def test_a_model_with_which_no_recipe_begins_is_refused(tmp_path: Path, monkeypa
         (ADAPTER, None, "atom-smoke-adapter begins with a published model; name it: --start-from RELEASE/model"),
         ("atom-smoke", "release/model", "atom-smoke begins with random weights; leave --start-from out"),
         (ADAPTER, "release", "release is no model's folder of a release, such as RELEASE/model"),
+        (ADAPTER, "release/dataset", "release/dataset is no model's folder of a release, such as RELEASE/model"),
         (ADAPTER, "releases/a/model", "'releases/a/model' is neither a folder here nor a repository of the Hub"),
         (ADAPTER, "other/model", "other/model has no SHA256SUMS"),
         (ADAPTER, "odd/model", "the card of us/base states no license that SPDX knows: of our house"),
