@@ -4,13 +4,14 @@
     .venv/bin/python bench/recursion.py --quick    # one seed, few steps: its figures mean nothing
 
 The question is for the largest of 128 distinct numbers (stages/rl/rollout/task_sources/long_list_tasks.py), of which
-the context of 256 tokens holds a third. A small dense model is fine-tuned from initial weights on conversations of
-three kinds: short lists with the largest number so far as reasoning, recursive calls with their results
-(stages/rl/tools/recursive_call.py), and the first numbers of long lists. It ends when a third of its recursive answers
-are right. From these weights the policy of `stages.rl.algorithms.grpo.GrpoTrainer` is trained twice:
+the context of 320 tokens holds 60. A small dense model is fine-tuned from initial weights on conversations of three
+kinds: lists of four numbers with the largest number so far as reasoning, recursive calls with their results
+(stages/rl/tools/recursive_call.py), and the first numbers of long lists, with those as reasoning that are larger than
+all before. From these weights the policy of `stages.rl.algorithms.grpo.GrpoTrainer` is trained twice:
 
-- **recursive**: the tool `recurse` answers questions about a part, which the model splits as it likes;
-- **single**: the prompt has as many of the numbers as fit, and the answer is one call. It takes as many steps as the
+- **recursive**: tasks of 4 to 128 numbers, of which a prompt shows four at most; the tool `recurse` answers questions
+  about a part, which the model splits as it likes;
+- **single**: the prompt has as many of 128 numbers as fit, and the answer is one call. It takes as many steps as the
   other arm, or fewer if it has read and drawn as many tokens before.
 
 Both then answer the same held-out questions at temperature 1. Tokens are those read and drawn of all calls: a recursive
@@ -56,15 +57,17 @@ from stages.train.parallel import session
 
 ARMS = ("recursive", "single")
 OPERATION = "largest"
-TOOLS = {"offered": [{"tool": "recurse"}], "max_turns": 2}
-ENOUGH, CHECK_EVERY = 1 / 3, 100
-"""The share of right recursive answers that ends fine-tuning, and the steps between two measurements of it."""
+TOOLS = {"offered": [{"tool": "recurse", "max_depth": 5}], "max_turns": 2}
+CHECK_EVERY = 250
+"""Steps of fine-tuning between two measurements of it."""
+PROBES = 24
+"""Held-out questions that show the progress of fine-tuning."""
 
 
 @dataclass(frozen=True)
 class Size:
     """shown: numbers that a prompt of the recursive arm has at most; level: its doublings in a question; fits: numbers
-    in a prompt of the single call. new: tokens of a turn."""
+    in a prompt of the single call. tuning: steps of fine-tuning, decay: the last of them. new: tokens of a turn."""
 
     model: Mapping[str, Any]
     vocab: int
@@ -72,6 +75,7 @@ class Size:
     level: int
     fits: int
     tuning: int
+    decay: int
     rows: int
     prompts: int
     generations: int
@@ -82,10 +86,11 @@ class Size:
 
 FULL = Size(
     dict(architecture="qwen3", layers=2, hidden_size=64, heads=4, kv_heads=2, head_dim=16, intermediate_size=128,
-         context_length=256, tie_embeddings=True, init_std=0.08),
-    vocab=768, shown=8, level=4, fits=40, tuning=4000, rows=48, prompts=8, generations=8, new=64, steps=40, items=100,
+         context_length=320, tie_embeddings=True, init_std=0.08),
+    vocab=768, shown=4, level=5, fits=60, tuning=2500, decay=1000, rows=48, prompts=8, generations=8, new=68, steps=150,
+    items=100,
 )  # fmt: skip
-QUICK = replace(FULL, tuning=2, rows=4, prompts=2, generations=2, steps=1, items=2)
+QUICK = replace(FULL, tuning=2, decay=1, rows=4, prompts=2, generations=2, steps=1, items=2)
 
 
 def shortened(row: Row, fits: int) -> Row:
@@ -114,32 +119,41 @@ def conversation(rng: random.Random, size: Size) -> tuple[list[dict[str, Any]], 
         ], [{"type": "function", "function": schema} for schema in RecursiveTool(tool="recurse").functions(row)]
     numbers = draw_numbers(rng, OPERATION, size.shown if kind == "short" else size.fits)
     best = [max(numbers[: n + 1]) for n in range(len(numbers))]
-    answer = {"role": "assistant", "content": str(best[-1])}
-    if kind == "short":
-        answer["reasoning_content"] = " ".join(map(str, best))
+    reasoning = best if kind == "short" else list(dict.fromkeys(best))
+    answer = {
+        "role": "assistant", "content": str(best[-1]), "reasoning_content": " ".join(map(str, reasoning)),
+    }  # fmt: skip
     row = row_of("", OPERATION, numbers, size.fits, 0)
     return [{"role": "user", "content": question(row)}, answer], []
 
 
 def make_inputs(folder: Path, size: Size, seed: int) -> tuple[dict[str, Artifact], dict[str, Artifact], list[Row]]:
-    """Tokenizer and items, the tasks of each arm, and held-out questions that are no task."""
+    """Tokenizer and items, the tasks of each arm, and held-out questions that are no task: first those that measure,
+    then those that show the progress of fine-tuning."""
     rng = random.Random(seed_of("bench/recursion/tokenizer", seed))
     texts = [text for _ in range(2000) for text, _ in chat.turns(*conversation(rng, size))]
     rng = random.Random(seed_of("bench/recursion/tasks", seed))
-    rows = [
-        row_of(f"{OPERATION}/{size.level}/{i:06d}", OPERATION,
-               draw_numbers(rng, OPERATION, size.shown << size.level), size.shown, size.level)
-        for i in range(size.items + 40 * size.prompts)
-    ]  # fmt: skip
-    heldout, training = rows[: size.items], rows[size.items :]
-    tasks = {"recursive": training, "single": [shortened(row, size.fits) for row in training]}
+
+    def draw(count: int, levels: int) -> list[Row]:
+        rows = []
+        for i in range(count):
+            level = size.level - i % levels
+            numbers = draw_numbers(rng, OPERATION, size.shown << level)
+            rows.append(row_of(f"{OPERATION}/{level}/{len(rows):06d}", OPERATION, numbers, size.shown, level))
+        return rows
+
+    heldout, training = draw(size.items + PROBES, 1), draw(size.steps * size.prompts, 1)
+    tasks = {
+        "recursive": draw(size.steps * size.prompts, size.level + 1),
+        "single": [shortened(row, size.fits) for row in training],
+    }
     return (*write_inputs(folder, texts, size.vocab, tasks), heldout)
 
 
 def configuration(size: Size, arm: str, seed: int) -> RlTrainConfig:
     source = {
-        "source": "long-lists", "operation": OPERATION, "shown_parts": size.shown, "levels": [size.level],
-        "count": size.prompts,
+        "source": "long-lists", "operation": OPERATION, "shown_parts": size.shown, "count": size.prompts,
+        "levels": list(range(size.level + 1)) if arm == "recursive" else [size.level],
     }  # fmt: skip
     return small_policies.configuration(size, seed, source, tools=TOOLS if arm == "recursive" else None)
 
@@ -159,10 +173,8 @@ class Counting:
         return getattr(self.sampler, name)
 
 
-def fine_tune(trainer: GrpoTrainer, size: Size, seed: int, heldout: Sequence[Row]) -> int:
-    """Trains on conversations until ENOUGH recursive answers to tasks are right. Returns the number of steps."""
-    excluded = {tuple(row["parts"]) for row in heldout}
-    assert not any(tuple(row["parts"]) in excluded for row in trainer.rows)
+def fine_tune(trainer: GrpoTrainer, size: Size, seed: int, probes: Sequence[Row]) -> int:
+    """Trains on conversations. Returns the number of steps."""
     rng = random.Random(seed_of("bench/recursion/tuning", seed))
 
     def draw(encode: Encode) -> list[Example]:
@@ -172,12 +184,12 @@ def fine_tune(trainer: GrpoTrainer, size: Size, seed: int, heldout: Sequence[Row
             examples += (example_of(encode, text, start) for text, start in turns)
         return examples
 
-    def is_enough(step: int) -> bool:
-        right = statistics.fmean(answers(trainer, trainer.rows[:60], 1, seed)[0])
+    def show(step: int) -> bool:
+        right = statistics.fmean(answers(trainer, probes, 1, seed)[0])
         print(f"seed {seed}: {right:.2f} right after {step} steps of fine-tuning", flush=True)
-        return right >= ENOUGH
+        return False
 
-    return small_policies.fine_tune(trainer, size.tuning, draw, CHECK_EVERY, is_enough)
+    return small_policies.fine_tune(trainer, size.tuning, draw, CHECK_EVERY, show, size.decay)
 
 
 def answers(trainer: GrpoTrainer, rows: Sequence[Row], tries: int, seed: int) -> tuple[list[float], float]:
@@ -203,7 +215,8 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
     result = dict[str, Any](seed=seed)
     with tempfile.TemporaryDirectory() as place, session(0) as ranks:
         folder = Path(place)
-        shared, tasks, heldout = make_inputs(folder, size, seed)
+        shared, tasks, rows = make_inputs(folder, size, seed)
+        heldout, probes = rows[: size.items], rows[size.items :]
         engine = Engine(configuration(size, "single", seed), ranks, GrpoTrainer.vocab_size(shared))
         engine.initialize()
         weights: dict[str, torch.Tensor] = {}
@@ -216,7 +229,7 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
             try:
                 start = time.process_time()
                 if not weights:
-                    result["tuning"] = fine_tune(trainer, size, seed, heldout)
+                    result["tuning"] = fine_tune(trainer, size, seed, probes)
                     weights = weights_of(engine)
                 load(engine, weights)
                 rows = heldout if arm == "recursive" else [shortened(row, size.fits) for row in heldout]

@@ -73,10 +73,10 @@ def example_of(encode: Encode, text: str, start: int) -> Example:
 
 def fine_tune(
     trainer: GrpoTrainer, most_steps: int, draw: Callable[[Encode], list[Example]], check_every: int,
-    is_enough: Callable[[int], bool],
+    is_enough: Callable[[int], bool], decay: int = 0,
 ) -> int:  # fmt: skip
     """Trains on the examples that `draw` gives for each step, until `is_enough` holds after a step that `check_every`
-    divides. Returns the number of steps."""
+    divides. decay: of `most_steps`, the last ones, in which the rate falls to 0. Returns the number of steps."""
     engine, policy_chat = trainer.engine, trainer.policy.chat
 
     def encode(text: str) -> list[int]:
@@ -91,7 +91,7 @@ def fine_tune(
         targets = sum(len(example.ids) - example.start for example in examples)
         examples += examples[: len(examples) % 2]
         batch = build_rank_batch([[example] for example in examples], 2, engine.ranks, policy_chat.pad, targets)
-        rate = TUNING_RATE * min(1.0, step / TUNING_WARMUP)
+        rate = TUNING_RATE * min(1.0, step / TUNING_WARMUP, (most_steps + 1 - step) / max(1, decay))
         engine.step(batch, rate, lambda loss, norm: None, objective=objective)
         if step % check_every == 0 and is_enough(step):
             break

@@ -257,10 +257,12 @@ def generic_gemm(
     gelu: bool, gelu_in: Any, grad: bool, workspace: Any, workspace_size: int, accumulate: bool,
     use_split_accumulator: bool, comm_overlap: Any = None, extra_output: Any = None, alpha: float = 1.0, **_: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """D = op(B) op(A), added to D if it accumulates; rounded once, to the type of D. Neither biases nor fused
-    activations, overlapped collectives or quantized results, which this project's layers do not ask for."""
-    assert not (quantizer or bias is not None or gelu or comm_overlap) and alpha == 1.0
+    """D = op(B) op(A) + bias, added to D if it accumulates; rounded once, to the type of D. Neither gradients of biases
+    nor fused activations, overlapped collectives or quantized results, for which no test asks."""
+    assert not (quantizer or (grad and bias is not None) or gelu or comm_overlap) and alpha == 1.0
     product = _product(A, transA, B, transB)
+    if bias is not None:
+        product = product + bias.float()
     if D is None:
         shape = product.shape if transB else (*B.size()[:-1], product.shape[-1])
         D = product.to(_torch_type(output_dtype)).view(shape)
@@ -275,12 +277,15 @@ def te_general_grouped_gemm(
     m_splits: Sequence[int], bias: Any, bias_type: Any, single_output: bool, pre_gelu_out: Any, grad: bool,
     workspace: Any, workspace_size: int, accumulate: bool, use_split_accumulator: bool, sm_count: int,
 ) -> Any:  # fmt: skip
-    """The product of each expert; with a single output the rows of the experts lie one after the other in it. An expert
-    without tokens has an empty result, or a weight gradient of zero."""
+    """The product of each expert and, in a forward pass, its bias, which is empty if it has none; with a single output
+    the rows of the experts lie one after the other in it. An expert without tokens has an empty result, or a weight
+    gradient of zero."""
     outputs = D[0].split(list(m_splits)) if single_output else D
-    for a, b, out in zip(A, B, outputs, strict=True):
+    for n, (a, b, out) in enumerate(zip(A, B, outputs, strict=True)):
         if out.numel():
-            _write(out, _product(a, transA, b, transB), accumulate)
+            product = _product(a, transA, b, transB)
+            has_bias = not grad and len(bias) and bias[n].numel()
+            _write(out, product + bias[n].float() if has_bias else product, accumulate)
     return bias
 
 
