@@ -68,7 +68,7 @@ class Size:
     heldout: int
 
 
-FULL = Size(steps=1000, rows=32, heldout=512)
+FULL = Size(steps=600, rows=32, heldout=512)
 QUICK = replace(FULL, steps=20, rows=2, heldout=2)
 
 
