@@ -11,6 +11,7 @@ import importlib.util
 import io
 import math
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -52,15 +53,23 @@ def source(model: Path) -> str:
 
 
 def source_of(png: bytes) -> str | None:
-    """The source stated in a plot; None if it states none or is not a PNG."""
-    offset = len(SIGNATURE)
-    while png.startswith(SIGNATURE) and offset + 8 <= len(png):
+    """The source stated in a plot; None if it states none, or if it is no PNG whose chunks are all there, each with its
+    checksum (PNG specification, section 5)."""
+    if not png.startswith(SIGNATURE):
+        return None
+    offset, kind, source = len(SIGNATURE), b"", None
+    while kind != b"IEND":
+        if offset + 12 > len(png):
+            return None
         length, kind = struct.unpack(">I4s", png[offset : offset + 8])
-        name, _, text = png[offset + 8 : offset + 8 + length].partition(b"\0")
+        end = offset + 8 + length
+        if png[end : end + 4] != struct.pack(">I", zlib.crc32(png[offset + 4 : end])):
+            return None
+        name, _, text = png[offset + 8 : end].partition(b"\0")
         if (kind, name) == (b"tEXt", b"Source"):
-            return text.decode("latin-1")
-        offset += 12 + length
-    return None
+            source = text.decode("latin-1")
+        offset = end + 4
+    return source if offset == len(png) else None
 
 
 def training_plots(model: Path, has_experts: bool) -> dict[str, bytes]:
