@@ -69,13 +69,15 @@ def activation_bytes(
     fused: bool = False,
     frozen: bool = False,
 ) -> float:
-    """Bytes at the peak of a step on a rank at that position of the pipeline: what its layers keep, and the larger of
-    two working sets that are never there at the same time. One layer's: its temporary tensors; if it is computed again,
-    also all that it saves, the gradient of its output, and the gradient of a tied output head, which waits for that of
-    the embedding. And, on the last stage, the loss's, with the inputs of the final norm and of the head. Or, on the
-    first stage, at the end of a backward pass, what the other micro-batches in flight keep and the gradient of the
-    embedding, of a tied one beside that of the head and their sum. frozen: no table has a
-    gradient."""
+    """Bytes at the peak of a step on a rank at that position of the pipeline, the largest of three states. frozen: the
+    embedding and the head have no gradients.
+
+    - A layer at work: what all layers keep, and its temporary tensors; if it is computed again, also all that it saves,
+      the gradient of its output, and that of a tied head, which waits for that of the embedding.
+    - The loss, on the last stage: what all layers keep, the inputs of the final norm and of the head, and its tensors.
+    - The end of a backward pass, on the first stage: what the other micro-batches in flight keep, and the gradient of
+      the embedding, of a tied one beside that of the head and their sum.
+    """
     saved = _saved_by_layers(model, layout, precision, rows, micro_batches, pipeline_rank, fused)
     tokens, size = _tokens(layout, rows), _size(precision)
     table = size * model.hidden_size * padded_vocab_size / layout.tp

@@ -230,7 +230,11 @@ def test_the_plot_is_the_same_bytes_and_names_its_logs(release: Path, monkeypatc
     assert b"Software" not in before and b"Creation" not in before
     source = plot.source_of(before)
     assert source == plot.source(release / "model") and source.count("\n") == 3 and "training/midtrain.jsonl" in source
-    assert plot.source_of(b"no picture") is None and plot.source_of(before[:40]) is None
+    assert plot.source_of(b"no picture") is None and plot.source_of(before + b"x") is None
+    for at in range(0, len(before), len(before) // 50):
+        assert plot.source_of(before[:at]) is None, f"cut at {at}"
+        flipped = before[:at] + bytes([before[at] ^ 255]) + before[at + 1 :]
+        assert plot.source_of(flipped) is None, f"another byte at {at}"
 
 
 def test_without_matplotlib_nothing_is_built(source: Any, tmp_path: Path, monkeypatch) -> None:
