@@ -146,7 +146,7 @@ def test_what_is_not_possible_is_refused_in_one_sentence() -> None:
 def test_the_small_proxy_keeps_the_proportions() -> None:
     proxy = build_proxy(published.GLM_45, 128)
     for ratio in ratios(published.GLM_45, proxy):
-        assert ratio.proxy == pytest.approx(ratio.recipe, rel=0.55 if "visits" in ratio.name else 0.05), ratio.name
+        assert ratio.proxy == pytest.approx(ratio.recipe, rel=0.25 if "visits" in ratio.name else 0.05), ratio.name
 
 
 def test_memory_of_a_simulated_rank_is_planned() -> None:
@@ -167,18 +167,7 @@ def test_memory_of_a_simulated_rank_is_planned() -> None:
 def test_a_policy_computes_what_its_sampler_drew(tmp_path: Path) -> None:
     """Answers behind a shared question, packed. The sampler is transformers' model."""
     model = Glm4MoeConfig(**MODEL)
-    tensors = varied(model, rl_fixtures.PADDED)
-    rl_fixtures.make(tmp_path)
-    place = tmp_path / "policy" / release_checkpoint.name_of(3)
-    release_checkpoint.write(
-        place, model.shapes(rl_fixtures.PADDED), (), lambda kind, name, shape: tensors[name],
-        {"step": 3, "optimizer_step": 0},
-    )  # fmt: skip
-    settings = {**rl_fixtures.config(steps=2, release_checkpoint_interval=2), "model": model.model_dump()}
-    init = write_manifest(place.parent, "policy-test")
-    rl_fixtures.rlvr(tmp_path, tmp_path / "work", tmp_path / "out", settings, init=init)
-    gaps = [line["max_sampler_gap"] for line in rl_fixtures.lines(tmp_path / "out") if "max_sampler_gap" in line]
-    assert len(gaps) == 2 and max(gaps) < 1e-4
+    assert rl_fixtures.largest_gap(model, varied(model, rl_fixtures.PADDED), tmp_path) < 1e-4
 
 
 @at_length("training", 70)
@@ -186,14 +175,7 @@ def test_a_policy_computes_what_its_sampler_drew(tmp_path: Path) -> None:
 def test_layouts_train_alike(corpora: dict[bool, Path], packed: bool, tmp_path: Path) -> None:
     model = {**MODEL, "layers": 4, "use_qk_norm": packed}
     config = {**train_fixtures.config(batch=layout_fixtures.BATCH, pack=packed), "model": model}
-    (one,) = layout_fixtures.compare(corpora[packed], {"one": {}}, 1, config, tmp_path / "one.json").values()
-    two = {"TP2": {"tp": 2}, "PP2": {"pp": 2}, "DP2": {}, "EP2": {"ep": 2}, "CP2": {"cp": 2}}
-    four = {"TP2xEP2": {"tp": 2, "ep": 2}, "PP2xEP2": {"pp": 2, "ep": 2}, "TP2xCP2": {"tp": 2, "cp": 2}}
-    for ranks, layouts in ((2, two), (4, four)):
-        curves = layout_fixtures.compare(corpora[packed], layouts, ranks, config, tmp_path / f"{ranks}.json")
-        for name, curve in curves.items():
-            layout_fixtures.agree(curve, one, 1e-5, name)
-    assert one[4]["loss"] < one[0]["loss"] and one[0]["dropped"] == 0
+    layout_fixtures.axes_agree(corpora[packed], config, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.library_decode import LibraryDecoder
 from stages.train import parallel
-from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.model_fixtures import load_tensors
 from tests.fixtures.run_fixtures import at_length
@@ -187,18 +186,7 @@ def test_answers_are_drawn_beyond_the_window() -> None:
 def test_a_policy_computes_what_its_sampler_drew(tmp_path: Path) -> None:
     """Answers behind a shared question, packed, with windows that reach into it. The sampler is transformers' model."""
     model = GptOssConfig(**{**MODEL, "sliding_window": 6})
-    tensors = tensors_of(model, rl_fixtures.PADDED)
-    rl_fixtures.make(tmp_path)
-    place = tmp_path / "policy" / release_checkpoint.name_of(3)
-    release_checkpoint.write(
-        place, model.shapes(rl_fixtures.PADDED), (), lambda kind, name, shape: tensors[name],
-        {"step": 3, "optimizer_step": 0},
-    )  # fmt: skip
-    settings = {**rl_fixtures.config(steps=2, release_checkpoint_interval=2), "model": model.model_dump()}
-    init = write_manifest(place.parent, "policy-test")
-    rl_fixtures.rlvr(tmp_path, tmp_path / "work", tmp_path / "out", settings, init=init)
-    gaps = [line["max_sampler_gap"] for line in rl_fixtures.lines(tmp_path / "out") if "max_sampler_gap" in line]
-    assert len(gaps) == 2 and max(gaps) < 1e-4
+    assert rl_fixtures.largest_gap(model, tensors_of(model, rl_fixtures.PADDED), tmp_path) < 1e-4
 
 
 @at_length("training", 60)
