@@ -152,8 +152,8 @@ class ModelConfig(Config, ABC):
         """Bytes by tensor that a layer keeps for the backward pass, for each of a rank's tokens. fused: SwiGLU as one
         kernel that keeps its input only, and attention with sinks in plain rows as one that keeps no scores."""
 
-    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
-        """Bytes of temporary tensors that a layer has at one time, for each of a rank's tokens."""
+    def layer_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """Bytes that a layer has at one time beyond what it keeps, for each of a rank's tokens."""
         return 0.0
 
     def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:

@@ -173,9 +173,10 @@ class MixtureConfig(RoutedConfig):
             "experts' gate and up": 2 * size * ffn * copies,
             "experts' SwiGLU, and weighted": (saved if fused else saved + 1) * size * ffn * copies,
             "shared expert": (2 + saved) * size * self.shared_width,
+            "experts' outputs, summed in one order": size * self.hidden_size * copies * layout.deterministic,
         }
 
-    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+    def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
         if layer < self.dense_layers:
             return swiglu_gradients(self.hidden_size, self.intermediate_size or 0, layout, precision)
         return sent_tokens(
