@@ -166,7 +166,7 @@ class ModelConfig(Config, ABC):
     ) -> tuple[int | None, ...]:
         """The windows of attention by slices of queries, whose masks all layers of a window share; None: the whole row.
         The default: fp32 has no kernel for rows of several documents, or for parts of a row, on a GPU."""
-        by_slices = precision == "fp32" and not rows.prefixed and (rows.packed or layout.cp > 1)
+        by_slices = precision == "fp32" and rows.targets is None and (rows.packed or layout.cp > 1)
         return (None,) if by_slices else ()
 
     @abstractmethod

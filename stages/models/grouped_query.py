@@ -106,7 +106,7 @@ class GroupedQueryConfig(DecoderConfig):
         keys, projected = keys_of_tokens(layout, rows), size * (q + 2 * kv)
         kept = size * (q + 2 * kv * keys) + size * q * (1 + _copies_of_output(precision, rows))
         if self.qk_norm:
-            heads = 4 * q * (2 + is_narrow) + 2 * projected
+            heads: float = 4 * q * (2 + is_narrow) + 2 * projected
         else:
             heads = 4 * q * (3 + is_narrow) * self.rotary_dim / self.head_dim + projected
         return max(heads - kept, 0.0 if is_narrow else size * 4 * kv * keys)

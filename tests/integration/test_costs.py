@@ -284,7 +284,9 @@ def test_parallel_ranks_share_activations() -> None:
     assert bytes_of(ranks=2, tp=2, ep=2, etp=1) == pytest.approx((unsplit + tables) / 2)
     first, last = (bytes_of(rank, ranks=2, pp=2) for rank in (0, 1))
     ends, output = 512 * (VOCAB * 4 + 2 * 2 * 64), 512 * 2 * 64  # of the last stage; of the first, which it keeps
-    assert first == pytest.approx(unsplit - ends + 2 * output) and last == pytest.approx((unsplit + tables - ends) / 2 + ends)
+    assert first == pytest.approx(unsplit - ends + 2 * output) and last == pytest.approx(
+        (unsplit + tables - ends) / 2 + ends
+    )
     assert bytes_of(0, micro=1, ranks=2, pp=2) == pytest.approx((unsplit + tables - ends) / 2 + output)
 
 

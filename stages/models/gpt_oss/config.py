@@ -117,7 +117,7 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
     ) -> tuple[int | None, ...]:
         return (
             ()
-            if rows.prefixed or self.has_engine_attention(layout, precision, rows, fused)
+            if rows.targets is not None or self.has_engine_attention(layout, precision, rows, fused)
             else (self.sliding_window, None)
         )
 
