@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from pipeline.core.stage import Config, Stage
 from pipeline.core.store import Store
 from pipeline.graph import dag, recipe, registry
 from pipeline.graph.dag import Graph, Node
-from pipeline.launch import clean_environment, cluster_profile, job, local, slurm
+from pipeline.launch import clean_environment, cluster_profile, job, local, slurm, slurm_client
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Changes, Slurm
 from pipeline.launch.decision import Decision, Verdict
@@ -244,6 +245,14 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
         script(settings, ranks=12)
 
 
+def test_ranks_of_training_that_share_a_gpu_are_refused() -> None:
+    train = {**SLURM["train"], "gpus_per_node": 4, "tasks_per_node": 8}
+    words = "stage pretrain has 8 ranks on a node, and slurm.train.gpus_per_node is 4; a rank takes one GPU, so set "
+    with pytest.raises(RecipeError, match=f"^{words}tasks_per_node of the cluster profile to 4$"):
+        script(Slurm.model_validate({**SLURM, "train": train}), ranks=16)
+    script(Slurm.model_validate({**SLURM, "train": {**train, "tasks_per_node": 4}}), ranks=16)
+
+
 def test_options_of_a_kind_and_of_a_stage_reach_sbatch_and_srun() -> None:
     kind = {
         **SLURM["train"], "memory_gb": 0, "sbatch": ["--reservation=llm", "--nice=100", "--hint=nomultithread"],
@@ -311,11 +320,46 @@ def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monke
     ):
         kind = {**SLURM["train"], "partition": "gpu,low", "srun": [option], "gpus_per_node": 1, "exclusive": True}
         batch = script(Slurm.model_validate({**SLURM, "train": kind}), tmp_path)
-        checked = slurm._check_script(batch, tmp_path / "job.sh", [])
+        checked = slurm._check_script(batch, tmp_path / "job.sh", [], {})
         assert (checked.ok, checked.answer) == (ok, answer)
+    minutes = SLURM["train"]["minutes"]
+    kind |= {"srun": []}
+    for qos, limits, ok in (
+        (None, {"gpu": minutes - 1.0, "low": minutes - 2.0}, False),
+        (None, {"gpu": minutes - 1.0, "low": float(minutes)}, True),
+        (None, {"gpu": minutes - 1.0}, True),
+        ("long", {"gpu": minutes - 1.0, "low": minutes - 2.0}, True),
+    ):
+        batch = script(Slurm.model_validate({**SLURM, "train": kind | {"qos": qos}}), tmp_path)
+        checked = slurm._check_script(batch, tmp_path / "job.sh", [], limits)
+        assert checked.ok == ok, "Slurm takes a job that no partition has the time for, and never starts it"
+        words = f"minutes = {minutes} is more than the time limit of partition gpu,low, {minutes - 1} minutes"
+        assert checked.answer == (f"Slurm takes it, {start.partition('7 ')[2]}" if ok else words)
     call = (tmp_path / "srun").read_text().splitlines()[0]
     assert call.startswith("--test-only --cpus-per-task=1 --exclusive --gpus-per-node=1 --nodes=2 ")
     assert " --partition=gpu,low " in call and call.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores true")
+
+
+def test_the_time_limits_of_partitions_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "gpu|1-00:00:00\nshort|30:00\nhour|1:00:00\nall|infinite\n"
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\nprintf '{rows}'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert slurm_client.time_limits() == {"gpu": 1440, "short": 30, "hour": 60, "all": math.inf}
+
+
+def test_a_refusal_shows_the_request_or_the_setting() -> None:
+    """What Slurm 24.11 prints."""
+    batch = script(Slurm.model_validate(SLURM))
+    unavailable = "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+    assert f"available (--cpus-per-task=1 --nodes=2 --ntasks-per-node={batch.sbatch_options['ntasks-per-node']} " in (
+        slurm.refusal(unavailable, batch)
+    )
+    assert slurm.refusal("sbatch: error: no such thing", batch) == "no such thing"
+    for message in ("AssocMaxSubmitJobLimit", "Batch job submission failed: Invalid job array specification"):
+        assert slurm.refusal(f"sbatch: error: {message}", batch) == (
+            f"{message}; lower slurm.array_size, or submit fewer stages at once by --until"
+        )
 
 
 @pytest.mark.parametrize(
@@ -374,10 +418,10 @@ def test_what_this_host_lacks_does_not_keep_a_stage_from_a_container(tmp_path: P
     here = graph(lack=lambda config: "there is no vLLM here; install it")
     with pytest.raises(AtomError, match=r"recipe atom-smoke, stage rlvr: there is no vLLM here; install it$"):
         local.require_inputs(here, Store(tmp_path), ["rlvr"])
-    local.require_inputs(here, Store(tmp_path), ["rlvr"], is_contained=True)
+    local.require_inputs(here, Store(tmp_path), ["rlvr"], other_python=True)
     nowhere = graph(obstacle=lambda config: "nobody can run this; leave it out")
     with pytest.raises(AtomError, match="nobody can run this"):
-        local.require_inputs(nowhere, Store(tmp_path), ["rlvr"], is_contained=True)
+        local.require_inputs(nowhere, Store(tmp_path), ["rlvr"], other_python=True)
 
 
 class Sharded(Config):
