@@ -22,8 +22,8 @@ from pipeline.launch import clean_environment, cluster_profile, job, local, slur
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Changes, Slurm
 from pipeline.launch.decision import Decision, Verdict
-from tests.fixtures import ROOT
-from tests.fixtures.batch_fixtures import SLURM, script
+from tests.fixtures import ROOT, batch_fixtures
+from tests.fixtures.batch_fixtures import SLURM, end_of, script
 
 OF_PROFILES = {
     "dev": ["#SBATCH --partition=test", "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --requeue"],
@@ -33,14 +33,16 @@ OF_PROFILES = {
         "#SBATCH --account=llm",
         "--kill-on-bad-exit=1 --container-image=/shared/images/atom.sqsh "
         "--container-mounts=/shared/atom:/shared/atom,/tmp:/tmp,/shared:/shared "
-        "/opt/atom/venv/bin/python -u -m submitit.core._submit",
+        'env "${job_variables[@]}" /opt/atom/venv/bin/python -u -m submitit.core._submit',
+        "for name in ARROW_DEFAULT_MEMORY_POOL ",
+        " PYTHONPATH PYTHONSAFEPATH ATOM_HOME TMPDIR ATOM_VLLM_PYTHON NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA; do",
         "export ATOM_VLLM_PYTHON=/opt/atom/vllm/bin/python\n",
     ],
     "h100-apptainer": [
         "module load apptainer",
         "--kill-on-bad-exit=1 apptainer exec --nv --bind "
         "/shared/atom:/shared/atom,/scratch/local:/scratch/local,/shared:/shared "
-        "/shared/images/atom.sif /opt/atom/venv/bin/python -u -m submitit.core._submit",
+        '/shared/images/atom.sif env "${job_variables[@]}" /opt/atom/venv/bin/python -u -m submitit.core._submit',
     ],
     "h100-modules": [
         "--kill-on-bad-exit=1 /shared/envs/atom/bin/python -u -m submitit.core._submit",
@@ -74,6 +76,24 @@ def test_a_stage_in_an_unpacked_image_sees_the_places_of_the_profile() -> None:
     assert (
         words[3:8] == ["bwrap", "--overlay-src", "/images/atom", "--tmp-overlay", "/"] and words[-1] == "/venv/python"
     )
+
+
+@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
+def test_a_container_gets_the_variables_of_the_job_whatever_its_image_sets(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyxis 0.24.0 prefers a PYTHONPATH of the image, and then the stage runs other code than that of the run."""
+    monkeypatch.setitem(batch_fixtures.STUBS, "srun", 'printf "%s\\n" "$@" >> "$PLACE/words"; exit 9')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("SITE", "north wing")
+    container = {"kind": kind, "image": "/images/atom", "python": "/venv/python"}
+    settings = {"container": container, "environment": {"NCCL_IB_HCA": "mlx5, a"}, "forward": ["SITE", "NOT_SET"]}
+    end_of(tmp_path, script(Slurm.model_validate({**SLURM, **settings}), tmp_path).text())
+    words = (tmp_path / "words").read_text().splitlines()
+    assignments = words[words.index("env") + 1 : words.index("/venv/python")]
+    values = {"PYTHONPATH": "/code", "ATOM_HOME": str(tmp_path), "NCCL_IB_HCA": "mlx5, a", "SITE": "north wing"}
+    assert {f"{name}={value}" for name, value in values.items()} <= set(assignments)
+    assert not [word for word in assignments if word.startswith(("PATH=", "NOT_SET="))]
 
 
 def test_the_script_of_a_job_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
