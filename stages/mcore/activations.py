@@ -73,7 +73,8 @@ def activation_bytes(
     embedding and the head have no gradients.
 
     - A layer at work: what all layers keep, and its temporary tensors; if it is computed again, also all that it saves,
-      the gradient of its output, and that of a tied head, which waits for that of the embedding.
+      the gradient of its output, and on the last stage that of a tied head, which waits for that of the embedding. A
+      later stage still has the gradient that it sent last.
     - The loss, on the last stage: what all layers keep, the inputs of the final norm and of the head, and its tensors.
     - The end of a backward pass, on the first stage: what the other micro-batches in flight keep, and the gradient of
       the embedding, of a tied one beside that of the head and their sum.
@@ -97,13 +98,16 @@ def activation_bytes(
     saved += _gathered_ranks(model, layout) * hidden
     if layout.recompute == "layer":
         saved += _masks(model, layout, precision, rows, fused)  # of the micro-batch whose layers are computed again
-    if layout.pp > 1:
+        working += hidden
+    if layout.vpp > 1:
         # of each chunk an output on its way and what the next one has sent; later stages also have a gradient
         saved += (2 + (pipeline_rank > 0)) * layout.vpp * hidden
+    elif pipeline_rank > 0 and micro_batches > in_flight(layout, pipeline_rank, micro_batches):
+        saved += hidden  # the gradient that was sent last, until the next one replaces it
     if pipeline_rank < layout.pp - 1:
         return max(saved + working, at_the_end)
     if layout.recompute == "layer":
-        working += hidden + (is_tied and not frozen) * table
+        working += (is_tied and not frozen) * table
     loss = _loss(model, padded_vocab_size, layout, precision, rows, frozen)[1]
     return max(saved + max(working, _inputs_of_loss(model, layout, precision, rows) + loss), at_the_end)
 

@@ -202,10 +202,11 @@ def swiglu_activations(size: int, intermediate: int, fused: bool) -> dict[str, f
 
 
 def swiglu_gradients(hidden: int, intermediate: int, layout: Layout, precision: Precision) -> float:
-    """Bytes for each token of a rank of the gradients in the backward pass of a SwiGLU: of its output, gathered over
-    tensor ranks, and of the product; or then of the product and its two factors, without the product."""
+    """Bytes for each token of a rank of the gradients in the backward pass of a SwiGLU: of its output, which skips it
+    too, and gathered over tensor ranks, and of the product; or then of the product and its two factors, without the
+    product."""
     size = 4 if precision == "fp32" else 2
-    return size * (intermediate + max(intermediate, layout.tp * hidden if layout.tp > 1 else 0))
+    return size * (hidden + intermediate + max(intermediate, layout.tp * hidden if layout.tp > 1 else 0))
 
 
 def _nearest(choices: list[int], value: int) -> str:

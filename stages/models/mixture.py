@@ -177,10 +177,17 @@ class MixtureConfig(RoutedConfig):
         }
 
     def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+        """Of experts, tokens on their way; or, in the backward pass, the gradients of their outputs and of the layer's,
+        and of one expert three tensors in fp32 for its weighted product, which is gone: in bf16 its gradient makes up
+        for that."""
         if layer < self.dense_layers:
             return swiglu_gradients(self.hidden_size, self.intermediate_size or 0, layout, precision)
-        return sent_tokens(
-            self.hidden_size, self.num_experts_per_tok, layout, precision, alone=layout.ep == self.experts
+        hidden, top_k, local = self.hidden_size, self.num_experts_per_tok, self.experts // layout.ep
+        size, weighted = (4, 2 * 4) if precision == "fp32" else (2, 3 * 4)
+        outputs = size * (top_k * layout.split_experts + 1) * hidden
+        return max(
+            sent_tokens(hidden, top_k, layout, precision, alone=local == 1),
+            outputs + weighted * self.moe_intermediate_size * top_k / local,
         )
 
     def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:
@@ -238,7 +245,7 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
         return 2 * size * copies
     if layout.dispatcher == "allgather":
         outputs = (size + 4 * (precision != "fp32")) * layout.ep * split * hidden_size
-        return max((2 + 2 * split) * size * copies, outputs + 4 * hidden_size)
+        return max(2 * split * size * copies, outputs + 4 * hidden_size)
     if split == 1:
         return (3 if alone else 4) * size * copies
     summed = 4 * split * (precision != "fp32") + 4

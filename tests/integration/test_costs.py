@@ -291,7 +291,8 @@ def test_parallel_ranks_share_activations() -> None:
 
 
 def test_a_layer_and_the_loss_do_not_work_at_the_same_time() -> None:
-    """By hand: tokens on their way to experts in the first stage; in the last one logits, or the output head's gradient."""
+    """By hand: in the first stage gradients of an expert's weighted product beside those of outputs, or tokens on their
+    way to experts; in the last one logits, or the output head's gradient."""
     model, rows = Qwen3MoeConfig(**MODEL), Rows(1, 512)
 
     def working(rank: int, vocabulary: int, precision: Any = "bf16", **layout: Any) -> float:
@@ -299,13 +300,29 @@ def test_a_layer_and_the_loss_do_not_work_at_the_same_time() -> None:
         return activation_bytes(*arguments) - saved_bytes(*arguments)
 
     sent, received = 2 * 64 * 2, 2 * 64  # bytes of a token's copies; of what the next stage has sent
-    assert working(0, VOCAB, ranks=2, pp=2) == 512 * (2 * sent + 2 * received)  # and an output on its way
-    assert working(0, VOCAB, ranks=4, pp=2, ep=2) == 512 * (4 * sent + 2 * received)
+    weighted = sent + received + 3 * 4 * 48 * 2 / 8  # one of eight experts, in fp32
+    assert working(0, VOCAB, ranks=2, pp=2) == 512 * weighted > 512 * 2 * sent
+    assert working(0, VOCAB, ranks=4, pp=2, ep=2) == 512 * 4 * sent
+    many, gathered = Qwen3MoeConfig(**MODEL | {"num_experts_per_tok": 8}), Layout(ranks=2, ep=2, dispatcher="allgather")
+    assert many.mlp_working_set(gathered, "bf16", 0) == 2 * (8 + 1) * 64 + 3 * 4 * 48 * 8 / 4
     assert working(0, 10_000) == 512 * 10_000 * 2  # a bf16 gradient of the logits
     assert working(0, 10_000, "fp32") == 4 * 64 * 10_000  # fp32: in place; then the head's own
     one_layer = sum(model.layer_activations(Layout(), "bf16", rows, 0).values())
-    again = one_layer - 2 * 64 + 2 * sent
-    assert working(0, VOCAB, ranks=2, pp=2, recompute="layer") == 512 * (again + 2 * received)
+    again = one_layer - 2 * 64 + weighted
+    assert working(0, VOCAB, ranks=2, pp=2, recompute="layer") == 512 * (again + received)
+
+
+def test_a_later_stage_has_the_gradient_that_it_sent_last() -> None:
+    """By hand: until the next one replaces it, so not if all micro-batches are in flight; the first stage sends none."""
+    model, rows = Qwen3MoeConfig(**MODEL), Rows(1, 512)
+
+    def working(rank: int, micro_batches: int) -> float:
+        arguments = (model, VOCAB, Layout(ranks=4, pp=4), "bf16", rows, micro_batches, rank)
+        return activation_bytes(*arguments) - saved_bytes(*arguments)
+
+    gradient = 512 * 2 * 64
+    assert working(1, 4) - working(1, 3) == working(2, 3) - working(2, 2) == gradient
+    assert working(0, 8) == working(0, 4) == working(1, 3)
 
 
 def test_attention_at_work_has_no_second_half_beside_it() -> None:
@@ -328,7 +345,8 @@ def test_a_layer_that_is_computed_again_has_a_gradient_beside_it() -> None:
     """By hand, in the last stage: that of its output, and that of a tied head. The loss's inputs and softmax are gone."""
     model, rows, layout = Qwen3MoeConfig(**MODEL), Rows(1, 512), Layout(recompute="layer")
     one_layer = sum(model.layer_activations(layout, "bf16", rows, 0).values())
-    inputs, again, gradient = 4 * 2 * 64, one_layer - 2 * 64 + 2 * (2 * 64 * 2), 2 * 64
+    weighted = 2 * 64 * (2 + 1) + 3 * 4 * 48 * 2 / 8
+    inputs, again, gradient = 4 * 2 * 64, one_layer - 2 * 64 + weighted, 2 * 64
     tables = 8 * 16
     expected = 512 * (inputs + again + gradient + tables)
     assert activation_bytes(model, VOCAB, layout, "bf16", rows, 8, 0) == expected

@@ -19,12 +19,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.core.stage import RankSimulation
-from stages.train.config import SftConfig, TrainerConfig
+from stages.models.costs import Rows
+from stages.rl.estimates import fullest_row
+from stages.train.config import SftConfig, TrainConfig, TrainerConfig
+from stages.train.estimate import rank_memory
 from tests.fixtures import ROOT, long_recipe_fixtures, rank_simulation_fixtures, train_fixtures
 from tests.soak.layouts import Cells, Step
 
 HEAD = ["rank", "parameters", "state, GiB", "peak, GiB", "planned, GiB", "difference", "sent a step, GB", "minutes", "memory used"]  # fmt: skip
 TOLERANCE = 0.05
+TOLERANCE_OF_DRAWS, MEDIAN_OF_DRAWS = 0.1, 0.02
 RANKS = (
     ("atom-1b-a300m", "pretrain", 0),
     ("atom-1b-a300m", "longcontext-2", 0),
@@ -81,7 +85,9 @@ def simulate(recipe: str, phase: str, rank: int, folder: Path) -> Cells:
 # -- layouts drawn at random ------------------------------------------------------------------------------------------
 
 DRAWN_HEAD = ["draws", "ranks", "median difference", "largest", "largest peak, GiB"]
-DRAWS = 30
+DRAWS = 24
+SMALLEST = 2**28
+"""Bytes of the smallest planned peak: of less, a few tensors of the schedule can be a tenth."""
 SEED = int(os.environ.get("ATOM_DRAW_SEED", "7"))
 """The draws of other seeds are other layouts: ATOM_DRAW_SEED chooses one."""
 MODEL: dict[str, tuple[Any, ...]] = {
@@ -127,7 +133,8 @@ KINDS = ("text", "text", "text", "sft", "rlvr", "dpo", "reward")
 
 
 def draw(seed: int, number: int) -> tuple[str, dict[str, Any], int]:
-    """(kind of the phase, its config, rank) of a draw: of what is possible, every setting is chosen by itself."""
+    """(kind of the phase, its config, rank) of a draw: of what is possible, every setting is chosen by itself. The rank
+    is the first of a stage: of the context ranks it sees the most keys, and the plan is of the fullest rank."""
     chance, pick = random.Random(f"{seed} {number}"), lambda options: {k: chance.choice(v) for k, v in options.items()}
     architecture = sorted(ARCHITECTURES)[number % len(ARCHITECTURES)]
     while True:
@@ -140,10 +147,12 @@ def draw(seed: int, number: int) -> tuple[str, dict[str, Any], int]:
         model["context_length"], vocabulary = max(length, 2048), chance.choice((4096, 32768, 131072))
         phase: dict[str, Any] = {"precision": chance.choice(("bf16", "bf16", "bf16", "fp32")), "parallelism": layout}
         is_slow = phase["precision"] == "fp32" or architecture in ("gpt_oss", "qwen3_next")  # attention by slices
-        takes_long = model["layers"] > 4 * layout["pp"] or model.get("experts", 0) > 16 * layout["ep"]
-        if takes_long or (is_slow and length > 1024) or (length > 16384 and kind != "text"):
+        takes_long = model["layers"] > 2 * layout["pp"] or model.get("experts", 0) > 16 * layout["ep"]
+        is_long = length > 16384
+        takes_long |= (is_slow and length > 1024) or (is_long and (kind != "text" or layout["pp"] * layout["vpp"] > 2))
+        if takes_long:
             continue
-        rows, micro_batches = chance.choice((1, 1, 2, 4)), data * chance.choice((1, 4))
+        rows, micro_batches = 1 if is_long else chance.choice((1, 1, 2, 4)), data * chance.choice((1, 4))
         if kind in ("text", "sft"):
             batch = {"micro_tokens": rows * length, "global_tokens": micro_batches * rows * length}
             text = {"sequence_length": length, "batch": batch, "pack": chance.random() < 0.5}
@@ -162,12 +171,22 @@ def draw(seed: int, number: int) -> tuple[str, dict[str, Any], int]:
             )
             phase |= pick({"updates": (1, 2), "kl_coef": (None, 0.1)}) if kind == "rlvr" else {}
             body = rank_simulation_fixtures.post_training(kind, layout, model, vocabulary, **phase)
-        rank = chance.choice((0, layout["ranks"] - 1))
+        place = chance.choice((0, layout["pp"] - 1))
         try:
-            configured(kind, body)
+            config = configured(kind, body)
         except ValidationError:
             continue
-        return kind, body, rank
+        if sum(rank_memory(config, rows_of(kind, config), place)[1:]) >= SMALLEST:
+            return kind, body, place * (layout["ranks"] // layout["pp"])
+
+
+def rows_of(kind: str, config: TrainerConfig) -> Rows:
+    """A micro-batch of a phase, as the plan sees it."""
+    if kind in ("text", "sft"):
+        assert isinstance(config, TrainConfig)
+        return Rows(config.phase.micro_rows, config.phase.sequence_length, config.phase.pack)
+    estimate, length = fullest_row(config)
+    return estimate.row(length)
 
 
 def configured(kind: str, body: dict[str, Any]) -> TrainerConfig:
@@ -195,12 +214,16 @@ def drawn_steps() -> dict[str, Step]:
 
 
 def compare_draws(seed: int, architecture: int, _: Path) -> Cells:
-    """Raises SystemExit, with each draw that is off by more than TOLERANCE, or whose parameters are others."""
+    """Raises SystemExit, with each draw that is off by more than TOLERANCE_OF_DRAWS, or whose parameters are others, or
+    if half of the draws are off by more than MEDIAN_OF_DRAWS."""
     lines = [compare_draw(seed, number) for number in range(architecture, DRAWS, len(ARCHITECTURES))]
-    wrong = [line for line in lines if abs(line["difference"]) > TOLERANCE or not line["counts"]]
+    sizes = [abs(line["difference"]) for line in lines]
+    if statistics.median(sizes) > MEDIAN_OF_DRAWS:
+        wrong = lines
+    else:
+        wrong = [line for line in lines if abs(line["difference"]) > TOLERANCE_OF_DRAWS or not line["counts"]]
     if wrong:
         raise SystemExit("\n".join(["soak: the plan is not what these ranks need:", *map(json.dumps, wrong)]))
-    sizes = [abs(line["difference"]) for line in lines]
     largest = max(line["peak_bytes"] for line in lines) / 2**30
     return [str(len(lines)), f"{statistics.median(sizes):.1%}", f"{max(sizes):.1%}", f"{largest:.2f}"]
 
