@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -61,10 +62,11 @@ def plan(
 
     composed, store = graph_of(recipe, without_data=True), open_store()
     warn_of_home(store)
-    rows = plan.plan(composed, dag.states(composed, store), composed.select(until, only))
+    profile = None if cluster is None else cluster_profile.load(cluster)
+    other_python = profile is not None and profile.other_python
+    rows = plan.plan(composed, dag.states(composed, store), composed.select(until, only), other_python)
     costs, beyond, fitting, identity = None, [], [], composed.recipe.config
-    if cluster is not None:
-        profile = cluster_profile.load(cluster)
+    if profile is not None:
         costs = estimate_costs(rows, profile, plan.is_small(composed))
         fitting = fit.fits(rows, {use.name: use for use in costs.uses}, profile)
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
@@ -96,7 +98,7 @@ def plan(
     if long:
         console().print()
         console().print(long_context_table(long))
-    if costs:
+    if costs and profile:
         console().print()
         console().print(cost_table(costs))
         for text in (*costs.assumed, *filter(None, [fit.unlimited(rows, profile)]), *beyond):
@@ -160,9 +162,11 @@ def submit(
     from pipeline.launch import cluster_profile, slurm
     from pipeline.launch.local import damage_of
 
-    composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
+    composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
     warn_of_keys(store)
     selected = composed.select(until, only)
+    for text in composed.absent:
+        print(f"note: {text}", file=sys.stderr)
     if not ignore_fit:
         fit.require(composed, store, selected, settings)
     if dry_run:

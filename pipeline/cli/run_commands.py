@@ -138,16 +138,21 @@ def logs(
     store = open_store()
     answers = slurm_client.Answers(slurm_client.ASK_EVERY)
     candidates = [runs.find(store, run)] if run else list(reversed(runs.runs(store)))
+
+    def read(run: Run) -> NodeStatus:
+        return next(s for s in status.status(run, store, answers)[0] if s.name == stage)
+
+    queued = stage_logs.submitted_run(candidates, stage) if follow else None
+    if queued is not None and not stage_logs.has_log(queued, stage) and not status.over([present := read(queued)]):
+        print(f"{stage} has not begun: job {present.job} is {present.state} ({present.reason})", file=sys.stderr)
+        while not stage_logs.has_log(queued, stage) and not status.over([read(queued)]):
+            time.sleep(1)
     this, path = stage_logs.find_log(store, candidates, stage, rank)
-
-    def read() -> NodeStatus:
-        return next(s for s in status.status(this, store, answers)[0] if s.name == stage)
-
-    if (present := read()).state in ("failed", "lost", "cancelled"):
+    if (present := read(this)).state in ("failed", "lost", "cancelled"):
         print(f"{stage} {present.state}: {present.message or present.reason or 'the cause is not known'}\n")
     with open(path) as log:
         while True:
-            over = not follow or status.over([read()])
+            over = not follow or status.over([read(this)])
             sys.stdout.write(log.read())
             sys.stdout.flush()
             if over:
@@ -236,8 +241,6 @@ def retry(
     """Resume a run that failed, was stopped, or lost jobs.
 
     This runs or submits its recipe again, but only if the recipe has not changed since.
-
-
 
     Example: atom retry --from pretrain
     """

@@ -77,7 +77,9 @@ def is_small(graph: Graph) -> bool:
     return timed(node.stage.estimate(node.config) for node in graph.nodes.values())
 
 
-def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[StagePlan]:
+def plan(graph: Graph, states: dict[str, State], selected: list[str], other_python: bool = False) -> list[StagePlan]:
+    """The plan of the selected stages. other_python: they run with another Python than this process, so that nothing
+    follows from what this machine lacks."""
     return [
         StagePlan(
             states[node.name],
@@ -85,7 +87,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
             node.external,
             node.stage.ranks(node.config),
             operation(node.config),
-            node.stage.obstacle(node.config) or node.stage.lack(node.config),
+            node.stage.obstacle(node.config) or (None if other_python else node.stage.lack(node.config)),
             node.stage.trains,
             node.stage.shards(node.config),
             partial(node.stage.time, node.config) if node.stage.time else None,

@@ -26,7 +26,8 @@ from pipeline.core.store import Store
 from pipeline.graph.dag import Graph
 from pipeline.graph.recipe import Recipe
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w@.-]*$")]
+NAME = r"^[A-Za-z0-9][\w@.-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
 """Of a run, a node or an artifact: one part of a path."""
 
 

@@ -38,7 +38,8 @@ class BatchScript:
 
     sbatch_options: without their dashes; True for one that takes no value.
     forwarded_variables: of the process that submits; set before the modules. variables: set after them.
-    setup: lines of shell. python: the shell command for Python, perhaps in a container.
+    setup: lines of shell. python: the shell command for Python, perhaps in a container. container_variables: whose
+    values the container gets from the job, and not from its image.
     submitit_folder: folder of the job's pickle and logs. launches_folder: folder of the launches.
     restarts: number of restarts of a job whose attempts are not counted otherwise. relaunches: maximum number of
     launches in one allocation after the first. relaunch_seconds: time that the job must have left for one.
@@ -73,6 +74,7 @@ class BatchScript:
     served_job: str | None = None
     served_comment: str = ""
     poll_seconds: int = 10
+    container_variables: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The script, as sbatch takes it."""
@@ -178,6 +180,9 @@ def _script(
     variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
     if slurm.scratch:
         variables["TMPDIR"] = slurm.scratch
+    variables |= {**slurm.environment, **jobs.environment}
+    forwarded = clean_environment.forwarded_variables(os.environ, slurm.forward)
+    inherited = (name for name in slurm.forward if name in forwarded)
     log = folder / "submitit" / ("%A_%a_%t_log.out" if is_array else "%j_%t_log.out")
     cores = f"--cpus-per-task={options['cpus-per-task']}"  # not every version of srun takes that of sbatch
     srun_options = ["--unbuffered", "--output", str(log), "--export=ALL", cores, "--kill-on-bad-exit=1"]
@@ -191,9 +196,9 @@ def _script(
         run=run.id,
         stage=node.name,
         sbatch_options=dict(sorted(options.items())),
-        forwarded_variables=clean_environment.forwarded_variables(os.environ, slurm.forward),
+        forwarded_variables=forwarded,
         modules=slurm.modules,
-        variables={**variables, **slurm.environment, **jobs.environment},
+        variables=variables,
         setup=slurm.setup,
         srun_options=shlex.join([*srun_options, *_container_options(slurm, store), *jobs.srun]),
         python=_python(slurm, store),
@@ -205,6 +210,7 @@ def _script(
         notified_folder=folder / "notified",
         nodes_folder=bad_nodes.folder(store),
         avoid_seconds=slurm.avoid_seconds,
+        container_variables=(*variables, *inherited) if _has_image(slurm) else (),
     )
 
 
@@ -235,16 +241,21 @@ def _sbatch_options(
     return {name: value for name, value in options.items() if value is not None} | options_of(jobs.sbatch)
 
 
+def _has_image(slurm: Slurm) -> bool:
+    """Whether there is a container whose image may set variables, which pyxis and Apptainer prefer to the job's."""
+    return slurm.container is not None and slurm.container.kind != "bubblewrap"
+
+
 def _python(slurm: Slurm, store: Store) -> str:
     """The shell command for Python, in the container if there is one."""
     container = slurm.container
     if container is None:
         return shlex.quote(slurm.python or sys.executable)
     if container.kind == "pyxis":
-        return shlex.quote(container.python)
+        return f'env "${{job_variables[@]}}" {shlex.quote(container.python)}'
     if container.kind == "apptainer":
-        places = ",".join(_mounts(slurm, store))
-        return shlex.join(["apptainer", "exec", "--nv", "--bind", places, container.image, container.python])
+        start = shlex.join(["apptainer", "exec", "--nv", "--bind", ",".join(_mounts(slurm, store)), container.image])
+        return f'{start} env "${{job_variables[@]}}" {shlex.quote(container.python)}'
     binds = [part for mount in (*_HOST_MOUNTS, *_mounts(slurm, store)) for part in _bubblewrap_bind(mount)]
     return shlex.join([*_BUBBLEWRAP, "--overlay-src", container.image, "--tmp-overlay", "/", *binds, container.python])
 

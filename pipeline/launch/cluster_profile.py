@@ -345,7 +345,7 @@ class Slurm(Config):
     def allocation(self, stage: str, needs: Needs) -> Allocation:
         """The allocation of a stage's job. On jobs without GPUs a stage that asks for some runs on cores.
 
-        Raises RecipeError if the ranks do not fill nodes equally, or if a node has too few GPUs.
+        Raises RecipeError if the ranks do not fill nodes equally, or if a node has too few GPUs for its ranks.
         """
         section = "train" if needs.trains or (needs.gpus and self.gpu is None) else "gpu" if needs.gpus else "cpu"
         jobs: Jobs = getattr(self, section)
@@ -356,6 +356,12 @@ class Slurm(Config):
             raise RecipeError(
                 f"stage {stage} has {ranks} ranks, which do not fill nodes of {ranks_per_node} alike; change its "
                 "parallelism.ranks, or tasks_per_node of the cluster profile"
+            )
+        if needs.trains and 0 < jobs.gpus_per_node < ranks_per_node:
+            raise RecipeError(
+                f"stage {stage} has {ranks_per_node} ranks on a node, and slurm.{section}.gpus_per_node is "
+                f"{jobs.gpus_per_node}; a rank takes one GPU, so set tasks_per_node of the cluster profile to "
+                f"{jobs.gpus_per_node}"
             )
         if 0 < jobs.gpus_per_node < needs.gpus * ranks_per_node:
             raise RecipeError(
@@ -408,6 +414,11 @@ class Profile(Config):
             network=gpu.network_gb_s * 1e9,
             watts=self.power.watts_per_gpu,
         )
+
+    @property
+    def other_python(self) -> bool:
+        """Whether jobs run with another Python than the process that submits them."""
+        return self.slurm is not None and (self.slurm.container is not None or self.slurm.python is not None)
 
     def peaks(self) -> dict[str, float]:
         """FLOP/s of one GPU, by family of precisions; empty if the profile states none."""

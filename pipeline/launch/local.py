@@ -66,15 +66,15 @@ JOB_ENVIRONMENT = {
 }
 
 
-def require_inputs(graph: Graph, store: Store, selected: list[str], is_contained: bool = False) -> None:
+def require_inputs(graph: Graph, store: Store, selected: list[str], other_python: bool = False) -> None:
     """Raises AtomError if a selected stage needs one that is neither selected nor sealed, if it cannot run at all, or
-    if a file is in the place of a folder of the home. is_contained: it runs in a container, so that nothing follows
-    from what this machine lacks."""
+    if a file is in the place of a folder of the home. other_python: it runs with another Python than this process, so
+    that nothing follows from what this machine lacks."""
     if obstacle := store.misplaced():
         raise AtomError(f"{obstacle}, and run the same command again")
     for name in selected:
         node = graph.nodes[name]
-        lack = "" if is_contained else node.stage.lack(node.config)
+        lack = "" if other_python else node.stage.lack(node.config)
         if not store.sealed(node.key) and (obstacle := node.stage.obstacle(node.config) or lack):
             raise AtomError(f"{graph.recipe.title}, stage {name}: {obstacle}")
         for source in graph.nodes[name].inputs.values():

@@ -7,6 +7,7 @@ disappear.
 from __future__ import annotations
 
 import io
+import math
 import os
 import shlex
 import time
@@ -83,7 +84,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     selected = [name for name in selected if name not in damage]
     if all(store.sealed(graph.nodes[name].key) for name in selected):
         return Submission(sealed=selected, damaged=damage)
-    require_inputs(graph, store, selected, profile.cluster().container is not None)
+    require_inputs(graph, store, selected, profile.other_python)
     require_image(profile)
     budget_limits = budget.limits_of(graph.recipe.config)
     if over_budget := budget.exceeded(budget_limits, store, (node.key for node in graph.nodes.values())):
@@ -278,14 +279,25 @@ def _submit(
         with redirect_stderr(io.StringIO()):  # submitit prints the message of sbatch, which the error below has
             submitted = executor.submit(function, *arguments, **options)
     except (FailedJobError, FailedSubmissionError) as error:
-        raise AtomError(f"Slurm refused stage {script.stage}: {refusal(str(error))}; fix the profile") from None
+        raise AtomError(f"Slurm refused stage {script.stage}: {refusal(str(error), script)}; fix the profile") from None
     return str(submitted.job_id), Path(submitted.paths.submitted_pickle)
 
 
-def refusal(output: str) -> str:
-    """The message of sbatch in one line: its errors without their prefixes."""
+def refusal(output: str, script: BatchScript) -> str:
+    """The message of sbatch in one line: its errors without their prefixes, and the request if it does not fit."""
     lines = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
-    return "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(output.split())
+    message = "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(output.split())
+    if "MaxSubmitJob" in message or "job array" in message:  # too many jobs of a user; more tasks than MaxArraySize
+        return f"{message}; lower slurm.array_size, or submit fewer stages at once by --until"
+    if "specifi" in message or "configuration" in message:
+        return f"{message} ({' '.join(_request(script))})"
+    return message
+
+
+def _request(script: BatchScript) -> list[str]:
+    """The options that decide whether a job can start, as sbatch and srun take them."""
+    options = {name: value for name, value in script.sbatch_options.items() if name in OF_ALLOCATION}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
 
 
 def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) -> Task:
@@ -364,12 +376,16 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/` and tests each with `sbatch
     --test-only`, and its call of srun with `srun --test-only`, if there is a Slurm. Dependencies are comments, because
     the jobs to wait for do not exist."""
-    require_inputs(graph, store, selected, profile.cluster().container is not None)
+    require_inputs(graph, store, selected, profile.other_python)
     require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
     checks, slurm, lack = [], profile.cluster(), slurm_client.lack()
-    avoidance = Avoidance([] if lack else bad_nodes.read(store))
+    avoidance, limits = Avoidance([] if lack else bad_nodes.read(store)), {} if lack else slurm_client.time_limits()
+
+    def check(script: BatchScript, file: str, dependencies: list[str]) -> None:
+        checks.append(_check_script(script, run.folder / file, dependencies, limits, lack))
+
     for name in selected:
         node = graph.nodes[name]
         if store.sealed(node.key):
@@ -377,30 +393,36 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
         dependencies = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
         if tasks := array_of(slurm, node):
             script = batch_script(store, run, node, slurm, code, [], tasks)
-            checks.append(_check_script(script, run.folder / f"{name}.shards.sh", dependencies, lack))
+            check(script, f"{name}.shards.sh", dependencies)
             dependencies = ["its shards"]
         script = avoidance.apply(batch_script(store, run, node, slurm, code, []))
-        checks.append(_check_script(script, run.folder / f"{name}.sh", dependencies, lack))
+        check(script, f"{name}.sh", dependencies)
         if servers := servers_of(slurm, node):
             script = servers_script(store, run, node, slurm, code, servers, "")
             options = {option: value for option, value in script.sbatch_options.items() if option != "dependency"}
             script = replace(script, sbatch_options=options)
-            checks.append(_check_script(script, run.folder / f"{name}.servers.sh", [f"the start of {name}"], lack))
+            check(script, f"{name}.servers.sh", [f"the start of {name}"])
     return DryRun(run.folder, checks, lack)
 
 
-def _check_script(script: BatchScript, path: Path, dependencies: list[str], lack: str | None = None) -> Checked:
-    """Writes a script and has Slurm check it, unless there is none."""
+def _check_script(
+    script: BatchScript, path: Path, dependencies: list[str], limits: Mapping[str, float], lack: str | None = None
+) -> Checked:
+    """Writes a script and has Slurm check it, unless there is none. limits: of the partitions, in minutes. Without
+    `EnforcePartLimits`, Slurm takes a job beyond them and never starts it, unless the QOS lifts the limit."""
     head, _, body = script.text().partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}\n# waits for: {', '.join(dependencies) or 'nothing'}\n{body}")
     if lack:
         return Checked(script.stage, str(path), False, "written, and not checked")
-    options = {name: value for name, value in script.sbatch_options.items() if name in OF_ALLOCATION}
-    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
     try:
         answer = slurm_client.test_only("sbatch", str(path))
-        slurm_client.test_only("srun", *words, *shlex.split(script.srun_options), "true")
+        slurm_client.test_only("srun", *_request(script), *shlex.split(script.srun_options), "true")
     except slurm_client.Refused as error:
-        return Checked(script.stage, str(path), False, refusal(str(error)))
+        return Checked(script.stage, str(path), False, refusal(str(error), script))
+    partitions, minutes = str(script.sbatch_options["partition"]), int(script.sbatch_options["time"])
+    longest = max(limits.get(name, math.inf) for name in partitions.split(","))
+    if minutes > longest and "qos" not in script.sbatch_options:
+        answer = f"minutes = {minutes} is more than the time limit of partition {partitions}, {longest:.0f} minutes"
+        return Checked(script.stage, str(path), False, answer)
     return Checked(script.stage, str(path), True, f"Slurm takes it, {answer}" if answer else "Slurm takes it")

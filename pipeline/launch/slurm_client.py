@@ -5,7 +5,9 @@ What asks in a loop does so through `Answers`, so that the controller gets a bou
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -174,6 +176,20 @@ def in_bytes(size: str) -> float:
         return float(size.rstrip("KMGTPkmgtp")) * 1024.0 ** max(0, unit)
     except ValueError:
         return 0.0
+
+
+def time_limits() -> dict[str, float]:
+    """The longest time of a job in each partition, in minutes. Raises NoAnswer."""
+    rows = (row.partition("|") for row in run_command("sinfo", "-h", "-o", "%R|%l").splitlines())
+    return {name.strip(): _minutes(limit.strip()) for name, _, limit in rows}
+
+
+def _minutes(limit: str) -> float:
+    """A time limit in the notation of Slurm, [days-][hours:]minutes:seconds. Infinite if it is none."""
+    if not (match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)):
+        return math.inf
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return (days * 24 + hours) * 60 + minutes + seconds / 60
 
 
 def unavailable_nodes() -> str:

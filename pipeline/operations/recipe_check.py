@@ -137,13 +137,14 @@ def _located(error: AtomError, kind: str, path: Path) -> Problem:
 
 def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str], list[str]]:
     """What the Hub or the profile would not take, and notes."""
-    rows = plan(graph, dag.states(graph, store), graph.select(None, None))
+    profile = None if cluster is None else cluster_profile.load(cluster)
+    other_python = profile is not None and profile.other_python
+    rows = plan(graph, dag.states(graph, store), graph.select(None, None), other_python)
     problems, notes = fit.unpublishable(rows), []
     obstacles = dict.fromkeys(row.obstacle for row in rows if row.obstacle)
     notes += [f"on this machine: {text}" for text in obstacles]
     notes += [f"{row.state.name}: {row.state.damage}" for row in rows if row.state.damage]
-    if cluster is not None:
-        profile = cluster_profile.load(cluster)
+    if profile is not None:
         try:
             costs = estimate_costs(rows, profile, is_small(graph))
             misfits = fit.fits(rows, {use.name: use for use in costs.uses}, profile)

@@ -16,12 +16,32 @@ FIRST = "_0_log.out"
 def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> tuple[Run, Path]:
     """(the first of the runs that has a log of the stage, the file). Raises AtomError if there is none."""
     for run in candidates:
-        logs = sorted((run.folder / stage / "submitit").glob(f"*{FIRST}"), key=lambda path: path.stat().st_mtime)
-        if logs:
+        if logs := _logs(run, stage):
             return run, _log_of_rank(run, stage, logs[-1], rank)
     names = sorted({node["name"] for run in candidates for node in run.body["nodes"]})
     hint = f"; stages: {', '.join(names)}" if names and stage not in names else ""
     raise AtomError(f"there is no log of stage {stage} under {store.logs}{hint or '; it never ran there'}")
+
+
+def submitted_run(candidates: Sequence[Run], stage: str) -> Run | None:
+    """Of the first run that has the stage: the run that submitted its job, which may be an earlier one. None if there
+    is no such job."""
+    for run in candidates:
+        if any(node["name"] == stage for node in run.body["nodes"]):
+            if (row := run.jobs().get(stage)) is None:
+                return None
+            if not row["attached"]:
+                return run
+    return None
+
+
+def has_log(run: Run, stage: str) -> bool:
+    return bool(_logs(run, stage))
+
+
+def _logs(run: Run, stage: str) -> list[Path]:
+    """Rank 0's logs of a stage, the latest last."""
+    return sorted((run.folder / stage / "submitit").glob(f"*{FIRST}"), key=lambda path: path.stat().st_mtime)
 
 
 def _log_of_rank(run: Run, stage: str, first: Path, rank: int) -> Path:

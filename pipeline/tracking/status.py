@@ -18,7 +18,7 @@ from pipeline.core import json_files, open_flags, users
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
-from pipeline.graph.run import CUT_OFF, JobRow, NodeStatus, Run
+from pipeline.graph.run import CUT_OFF, JobRow, NodeStatus, Run, RunFolder
 from pipeline.launch import diagnoses, slurm_client
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.rendezvous import launch_number
@@ -74,7 +74,7 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
             slurm_job = finished_jobs.get(row["job"])
         elif slurm_job is not None and (finished := finished_jobs.get(row["job"])) is not None:
             slurm_job = replace(slurm_job, code=finished.code, reason=finished.reason)
-        verdict = _last_verdict(run, node.name, row["job"])
+        verdict = _last_verdict(_submitter(run, row, slurm_job, store), node.name, row["job"])
         with_job = _add_job_state(node, row["job"], slurm_job, verdict, reasons, hidden_of, answers)
         if slurm_job is not None and slurm_job.user not in ("", owner):
             with_job = replace(with_job, user=slurm_job.user)
@@ -83,7 +83,15 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
     return rows, problem
 
 
-def _last_verdict(run: Run, node: str, job: str) -> Verdict | None:
+def _submitter(run: Run, row: JobRow, job: Job | None, store: Store) -> RunFolder:
+    """The run that submitted a job: another one if this run only waits for the job."""
+    owner = job.owner if job is not None and row["attached"] else None
+    if owner is None or not re.match(runs.NAME, owner.run):
+        return run
+    return RunFolder(owner.run, store.logs / owner.run)
+
+
+def _last_verdict(run: RunFolder, node: str, job: str) -> Verdict | None:
     """The decision about the last start of a job; None if it left none."""
     starts = (run.node_folder(node) / "ranks").glob(f"{job}.*")
     last = max(starts, key=launch_number, default=None)

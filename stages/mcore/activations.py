@@ -4,7 +4,7 @@ imports this file.
 The layers are those of this project: Megatron's with its unfused SwiGLU, between matrices of Transformer Engine or
 PyTorch. Assumed: routing is balanced (each rank's experts get their share of the tokens; real routing is less even, and
 the fullest rank needs more); the attention kernel saves queries, keys, values, output and log-sum-exp, but no scores,
-unless the architecture states otherwise; FP8's smaller copies of matrix inputs are counted as bf16. Left out:
+unless the architecture states otherwise; NVFP4's smaller copies of matrix inputs are counted as bf16. Left out:
 communication buffers and the allocator's fragments.
 `tests/integration/test_costs.py` compares with what autograd saves, `tests/integration/test_rank_simulation.py` with
 every byte that a simulated rank allocates.
@@ -86,14 +86,20 @@ def activation_bytes(
     if pipeline_rank == 0 and not frozen:
         others = 1 - 1 / (layout.vpp * in_flight(layout, 0, micro_batches))
         at_the_end = others * saved + (3 if is_tied else 1) * table
-    layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
-    working = tokens * max(_layer(model, layout, precision, rows, layer, fused)[1] for layer in layers)
+    working = 0.0
+    for chunk in layers_of(model, layout, pipeline_rank):
+        later = 0.0  # what later layers keep: not there yet, or no longer
+        for layer in reversed(chunk):
+            layer_kept, layer_working = _layer(model, layout, precision, rows, layer, fused)
+            working = max(working, tokens * (layer_working - later))
+            later += layer_kept
     hidden = tokens * size * model.hidden_size
     saved += _gathered_ranks(model, layout) * hidden
     if layout.recompute == "layer":
         saved += _masks(model, layout, precision, rows, fused)  # of the micro-batch whose layers are computed again
     if layout.pp > 1:
-        saved += hidden  # what the next or previous stage has sent
+        # of each chunk an output on its way and what the next one has sent; later stages also have a gradient
+        saved += (2 + (pipeline_rank > 0)) * layout.vpp * hidden
     if pipeline_rank < layout.pp - 1:
         return max(saved + working, at_the_end)
     if layout.recompute == "layer":
@@ -132,16 +138,8 @@ def unkept_bytes(
     if "mlp" in lora.targets or layout.recompute == "layer":
         return 0.0
     assert isinstance(model, DecoderConfig), "adapters are of its matrices"
-    chosen = model.routing.top_k if model.routing else 0
-    widths: list[int] = []
-    for layer in (layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk):
-        shapes, at = model.mlp_shapes(layer), "experts.local_experts.0."
-        if at + "linear_fc1.weight" in shapes:
-            inner, hidden = (shapes[f"{at}{name}.weight"][1] for name in ("linear_fc2", "linear_fc1"))
-            shared = shapes.get("shared_experts.linear_fc2.weight", (0, 0))[1]
-            widths.append(chosen * (inner + hidden * layout.split_experts) + shared)
-        else:
-            widths.append(sum(shapes[f"{name}.weight"][1] for name in ("linear_fc1", "linear_fc2")))
+    layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
+    widths = [model.mlp_inputs(layout, layer) for layer in layers]
     unkept = in_flight(layout, pipeline_rank, micro_batches) * sum(widths) - max(widths)
     return _size(precision) * _tokens(layout, rows) * unkept
 
@@ -159,11 +157,13 @@ def _saved_by_layers(
     tokens, kept = _tokens(layout, rows), 0.0
     for layer in (layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk):
         kept += _layer(model, layout, precision, rows, layer, fused)[0]
-    tables = 8 * model.rotary_dim * layout.tp * rows.packed  # cosines and sines, which all layers share
-    sent = (pipeline_rank < layout.pp - 1) * layout.vpp * _size(precision) * model.hidden_size
+    is_sent = layout.vpp > 1 or pipeline_rank < layout.pp - 1
+    sent = is_sent * layout.vpp * _size(precision) * model.hidden_size
     count = in_flight(layout, pipeline_rank, micro_batches)
-    masks = _masks(model, layout, precision, rows, fused) if layout.recompute == "none" else 0.0
-    return count * (tokens * (kept + tables + sent) + masks)
+    # cosines and sines, and masks: of all layers, and if rows are one document each, of all these rows
+    tables = tokens * 8 * model.rotary_dim * layout.tp / (1 if rows.packed else rows.rows)
+    tables += _masks(model, layout, precision, rows, fused) if layout.recompute == "none" else 0.0
+    return count * tokens * (kept + sent) + (count if rows.packed else 1) * tables
 
 
 def _gathered_ranks(model: ModelConfig, layout: Layout) -> int:
@@ -221,7 +221,7 @@ def _layer(
 ) -> tuple[float, float]:
     """Bytes of a layer for each of the rank's tokens: (kept for the backward pass, at work in it)."""
     saved = sum(model.layer_activations(layout, precision, rows, layer, fused).values())
-    working = model.layer_working_set(layout, precision, layer)
+    working = model.layer_working_set(layout, precision, rows, layer)
     if layout.recompute == "none":
         return saved, working
     layer_input = _size(precision) * model.hidden_size

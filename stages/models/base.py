@@ -152,8 +152,8 @@ class ModelConfig(Config, ABC):
         """Bytes by tensor that a layer keeps for the backward pass, for each of a rank's tokens. fused: SwiGLU as one
         kernel that keeps its input only, and attention with sinks in plain rows as one that keeps no scores."""
 
-    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
-        """Bytes of temporary tensors that a layer has at one time, for each of a rank's tokens."""
+    def layer_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """Bytes that a layer has at one time beyond what it keeps, for each of a rank's tokens."""
         return 0.0
 
     def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:
@@ -166,7 +166,7 @@ class ModelConfig(Config, ABC):
     ) -> tuple[int | None, ...]:
         """The windows of attention by slices of queries, whose masks all layers of a window share; None: the whole row.
         The default: fp32 has no kernel for rows of several documents, or for parts of a row, on a GPU."""
-        by_slices = precision == "fp32" and not rows.prefixed and (rows.packed or layout.cp > 1)
+        by_slices = precision == "fp32" and rows.targets is None and (rows.packed or layout.cp > 1)
         return (None,) if by_slices else ()
 
     @abstractmethod

@@ -98,9 +98,9 @@ class Rows:
 @cache
 def sliced_attention(rows: Rows, window: int | None) -> tuple[float, float]:
     """(scores, keys) for each query, when each slice of SLICE queries is computed by itself, with one document in a row
-    unless `rows` states its longest. A slice sees no keys before its window or its first document. Documents with
-    prefixes are computed as batches, each with its own keys."""
-    if rows.prefixed:
+    unless `rows` states its longest. A slice sees no keys before its window or its first document. Documents of
+    rows with targets are computed as batches, each with its own keys."""
+    if rows.targets is not None:
         return rows.longest or rows.length, 1 + rows.prefixed / (rows.rows * rows.length)
     most = min(window or rows.length, rows.longest or rows.length)
     slices = [(start, min(start + SLICE, rows.length)) for start in range(0, rows.length, SLICE)]

@@ -11,9 +11,19 @@ from stages.mcore.parallel_layout import Layout
 from stages.models.base import ModelConfig, Precision
 from stages.models.costs import MemoryShare, Rows
 
+EIGHT_BITS: tuple[Precision, ...] = ("fp8-tensorwise", "fp8-blockwise", "mxfp8")
+EIGHT_BITS_BYTES = 1 + 1 / 32
+"""Bytes of a number of these formats, with its part of a scale: 4 bytes for 128, or one for 32."""
+
 
 class DecoderConfig(ModelConfig):
     """A decoder that states its attention and its feed-forward part."""
+
+    @staticmethod
+    def has_engine_attention(layout: Layout, precision: Precision, rows: Rows, fused: bool) -> bool:
+        """Whether attention is surely Transformer Engine's: in plain rows, if the precision or the layout needs it, or
+        if `fused` states it. This project's keeps more."""
+        return not rows.packed and (fused or layout.needs_engine or precision not in ("fp32", "bf16"))
 
     # -- the attention of a layer -------------------------------------------------------------------------------------
 
@@ -32,6 +42,15 @@ class DecoderConfig(ModelConfig):
     ) -> dict[str, float]:
         """Bytes by tensor that the attention of a layer keeps for each of the rank's tokens, without its input. fused:
         as in `layer_activations`."""
+
+    def attention_inputs(self, layer: int) -> int:
+        """Numbers in the inputs of the matrices of a layer's attention that Transformer Engine keeps quantized and not
+        in bf16 too, for each of the rank's tokens."""
+        return self.hidden_size
+
+    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """Bytes that the attention of a layer has at one time beyond what it keeps, for each of the rank's tokens."""
+        return 0.0
 
     # -- the feed-forward part of a layer -----------------------------------------------------------------------------
 
@@ -56,6 +75,21 @@ class DecoderConfig(ModelConfig):
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
         """Bytes by tensor that the feed-forward part of a layer keeps for each of the rank's tokens. size: bytes of a
         value."""
+
+    def mlp_inputs(self, layout: Layout, layer: int) -> int:
+        """Numbers in the inputs of the feed-forward matrices of a layer for each of the rank's tokens; without the norm
+        that a router and shared experts read too."""
+        shapes, at = self.mlp_shapes(layer), "experts.local_experts.0."
+        if at + "linear_fc1.weight" not in shapes:
+            return sum(shapes[f"{name}.weight"][1] for name in ("linear_fc1", "linear_fc2"))
+        assert self.routing is not None
+        inner, hidden = (shapes[f"{at}{name}.weight"][1] for name in ("linear_fc2", "linear_fc1"))
+        shared = shapes.get("shared_experts.linear_fc2.weight", (0, 0))[1]
+        return self.routing.top_k * (inner + hidden * layout.split_experts) + shared
+
+    def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+        """As `attention_working_set`, of the feed-forward part."""
+        return 0.0
 
     # -- the interface of every architecture --------------------------------------------------------------------------
 
@@ -100,6 +134,7 @@ class DecoderConfig(ModelConfig):
         which comes to the same."""
         size = 4 if precision == "fp32" else 2
         tokens = size * self.hidden_size
+        quantized = self.attention_inputs(layer) + self.mlp_inputs(layout, layer) if precision in EIGHT_BITS else 0
         return {
             "layer's input": tokens,
             "its norm, input of the projections": tokens,
@@ -107,4 +142,13 @@ class DecoderConfig(ModelConfig):
             "input of the second half": tokens,
             "its norm": tokens,
             **self.mlp_activations(layout, size, layer, fused),
+            "inputs of matrices in 8 bits": -(size - EIGHT_BITS_BYTES) * quantized,
         }
+
+    def layer_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """One of the parts at work. Beside attention, nothing of the second half is there: not yet in the forward pass,
+        and no longer in the backward pass."""
+        size = 4 if precision == "fp32" else 2
+        second_half = 2 * size * self.hidden_size + sum(self.mlp_activations(layout, size, layer, False).values())
+        attention = self.attention_working_set(layout, precision, rows, layer) - second_half
+        return max(self.mlp_working_set(layout, precision, layer), attention)

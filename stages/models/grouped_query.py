@@ -82,21 +82,34 @@ class GroupedQueryConfig(DecoderConfig):
         size = 4 if precision == "fp32" else 2
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         tensors: dict[str, float]
-        if rows.packed:
-            keys = layout.cp + rows.prefixed / (rows.rows * rows.length)  # for each token
-            # fp32 has no kernel for rows of several documents on a GPU: documents of like length are a batch
-            copies = (rows.rows > 1) + (rows.targets is not None and precision == "fp32")
-            tensors = {
-                "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + self.heads + self.kv_heads) * self.qk_norm,
-                "queries, keys (turned) and values": size * (q + 2 * kv * keys),  # gathered over context ranks
-                "attention's output by rows or documents": size * q * copies,
-            }
-        else:
+        if self.has_engine_attention(layout, precision, rows, fused):
             tensors = {
                 "queries, keys and values as projected": size * (q + 2 * kv),
                 "queries and keys, normed and turned": size * (q + kv),
             }
+        else:
+            tensors = {
+                "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + self.heads + self.kv_heads) * self.qk_norm,
+                "queries, keys (turned) and values": size * (q + 2 * kv * keys_of_tokens(layout, rows)),
+                "attention's output by rows or documents": size * q * _copies_of_output(precision, rows),
+            }
         return tensors | {"attention's output": size * q, "log-sum-exp of the scores": 4 * self.heads}
+
+    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """The norms of queries and keys in the backward pass, or without norms their rotation in the forward pass:
+        some tensors in fp32 of the queries, beside these and what they are made of. The output is not there. Or, by
+        slices of queries, gradients of keys and values in the backward pass, before and with those of a slice."""
+        if self.has_engine_attention(layout, precision, rows, False):
+            return 0.0
+        size, is_narrow = (4, False) if precision == "fp32" else (2, True)
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        keys, projected = keys_of_tokens(layout, rows), size * (q + 2 * kv)
+        kept = size * (q + 2 * kv * keys) + size * q * (1 + _copies_of_output(precision, rows))
+        if self.qk_norm:
+            heads: float = 4 * q * (2 + is_narrow) + 2 * projected
+        else:
+            heads = 4 * q * (3 + is_narrow) * self.rotary_dim / self.head_dim + projected
+        return max(heads - kept, 0.0 if is_narrow else size * 4 * kv * keys)
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [("tp", "heads", self.heads), ("tp", "kv_heads", self.kv_heads)]
@@ -152,13 +165,29 @@ class PartialRotaryConfig(GroupedQueryConfig):
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
         """This project's attention computes rows of one document too (stages/mcore/layer_spec.py)."""
-        packed = rows.packed or self.rotary_dim < self.head_dim
-        return super().attention_activations(layout, precision, replace(rows, packed=packed), layer, fused)
+        return super().attention_activations(layout, precision, self._computed(rows), layer, fused)
+
+    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        return super().attention_working_set(layout, precision, self._computed(rows), layer)
+
+    def _computed(self, rows: Rows) -> Rows:
+        return replace(rows, packed=rows.packed or self.rotary_dim < self.head_dim)
 
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
         """None too if the part cannot be divided into pairs."""
         changes = super().scaled(hidden_size, width)
         return None if changes is None or changes["head_dim"] * self.partial_rotary_factor % 2 else changes
+
+
+def keys_of_tokens(layout: Layout, rows: Rows) -> float:
+    """The keys that this project's attention keeps for each token: of all context ranks, and copies of a prefix."""
+    return layout.cp + rows.prefixed / (rows.rows * rows.length)
+
+
+def _copies_of_output(precision: Precision, rows: Rows) -> int:
+    """Copies of the output of this project's attention, which computes rows side by side, and in fp32 by slices of
+    queries or by documents of like length."""
+    return int(rows.rows > 1 or precision == "fp32")
 
 
 def swiglu_shapes(hidden: int, intermediate: int, at: str = "") -> dict[str, tuple[int, ...]]:
@@ -173,10 +202,10 @@ def swiglu_activations(size: int, intermediate: int, fused: bool) -> dict[str, f
 
 
 def swiglu_gradients(hidden: int, intermediate: int, layout: Layout, precision: Precision) -> float:
-    """Bytes for each token of a rank of the gradients with which the backward pass of a SwiGLU begins: of its output,
-    gathered over tensor ranks, and of the product."""
+    """Bytes for each token of a rank of the gradients in the backward pass of a SwiGLU: of its output, gathered over
+    tensor ranks, and of the product; or then of the product and its two factors, without the product."""
     size = 4 if precision == "fp32" else 2
-    return size * (intermediate + (layout.tp * hidden if layout.tp > 1 else 0))
+    return size * (intermediate + max(intermediate, layout.tp * hidden if layout.tp > 1 else 0))
 
 
 def _nearest(choices: list[int], value: int) -> str:

@@ -173,9 +173,10 @@ class MixtureConfig(RoutedConfig):
             "experts' gate and up": 2 * size * ffn * copies,
             "experts' SwiGLU, and weighted": (saved if fused else saved + 1) * size * ffn * copies,
             "shared expert": (2 + saved) * size * self.shared_width,
+            "experts' outputs, summed in one order": size * self.hidden_size * copies * layout.deterministic,
         }
 
-    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+    def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
         if layer < self.dense_layers:
             return swiglu_gradients(self.hidden_size, self.intermediate_size or 0, layout, precision)
         return sent_tokens(
@@ -229,13 +230,15 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
     """Bytes of tokens on their way to experts and back, for each of a rank's tokens: as sorted for the ranks that have
     them, as received, as the experts return them and as sorted back. With all experts on one rank these are what each
     expert returns, and that side by side. Ranks that split experts sum what these return, below fp32 after another copy
-    in fp32, and have their part of the sum; unless they gather all tokens. alone: a rank has one expert, for which
-    nothing is sorted: it gets what is received, and returns what is sent."""
+    in fp32, and have their part of the sum. If all ranks gather all tokens, there are as many outputs, which are summed
+    in fp32. alone: a rank has one expert, for which nothing is sorted: it gets what is received, and returns what is
+    sent."""
     size, split, copies = 4 if precision == "fp32" else 2, layout.split_experts, hidden_size * top_k
     if layout.ep * split == 1:
         return 2 * size * copies
     if layout.dispatcher == "allgather":
-        return (2 + 2 * split) * size * copies
+        outputs = (size + 4 * (precision != "fp32")) * layout.ep * split * hidden_size
+        return max((2 + 2 * split) * size * copies, outputs + 4 * hidden_size)
     if split == 1:
         return (3 if alone else 4) * size * copies
     summed = 4 * split * (precision != "fp32") + 4

@@ -275,17 +275,19 @@ def test_parallel_ranks_share_activations() -> None:
     model, rows = Qwen3MoeConfig(**MODEL), Rows(1, 512)
 
     def bytes_of(rank: int = 0, micro: int = 8, **layout: Any) -> float:
-        return saved_bytes(model, VOCAB, Layout(**layout), "bf16", rows, micro, rank)
+        return saved_bytes(model, VOCAB, Layout(**layout), "bf16", rows, micro, rank, fused=True)
 
-    unsplit = bytes_of()
+    unsplit, tables = bytes_of(), 512 * 8 * 16  # the rotary tables are of all tensor ranks and micro-batches
     assert bytes_of(ranks=2, cp=2) == pytest.approx(unsplit / 2)
     # each expert's tensor ranks all get the tokens of both, and half of its width
     assert unsplit / 2 < bytes_of(ranks=2, tp=2, ep=2) < 0.6 * unsplit
-    assert bytes_of(ranks=2, tp=2, ep=2, etp=1) == pytest.approx(unsplit / 2)
+    assert bytes_of(ranks=2, tp=2, ep=2, etp=1) == pytest.approx((unsplit + tables) / 2)
     first, last = (bytes_of(rank, ranks=2, pp=2) for rank in (0, 1))
     ends, output = 512 * (VOCAB * 4 + 2 * 2 * 64), 512 * 2 * 64  # of the last stage; of the first, which it keeps
-    assert first == pytest.approx(unsplit - ends + 2 * output) and last == pytest.approx((unsplit - ends) / 2 + ends)
-    assert bytes_of(0, micro=1, ranks=2, pp=2) == pytest.approx((unsplit - ends) / 2 + output)
+    assert first == pytest.approx(unsplit - ends + 2 * output) and last == pytest.approx(
+        (unsplit + tables - ends) / 2 + ends
+    )
+    assert bytes_of(0, micro=1, ranks=2, pp=2) == pytest.approx((unsplit + tables - ends) / 2 + output)
 
 
 def test_a_layer_and_the_loss_do_not_work_at_the_same_time() -> None:
@@ -297,13 +299,29 @@ def test_a_layer_and_the_loss_do_not_work_at_the_same_time() -> None:
         return activation_bytes(*arguments) - saved_bytes(*arguments)
 
     sent, received = 2 * 64 * 2, 2 * 64  # bytes of a token's copies; of what the next stage has sent
-    assert working(0, VOCAB, ranks=2, pp=2) == 512 * (2 * sent + received)
-    assert working(0, VOCAB, ranks=4, pp=2, ep=2) == 512 * (4 * sent + received)
+    assert working(0, VOCAB, ranks=2, pp=2) == 512 * (2 * sent + 2 * received)  # and an output on its way
+    assert working(0, VOCAB, ranks=4, pp=2, ep=2) == 512 * (4 * sent + 2 * received)
     assert working(0, 10_000) == 512 * 10_000 * 2  # a bf16 gradient of the logits
     assert working(0, 10_000, "fp32") == 4 * 64 * 10_000  # fp32: in place; then the head's own
     one_layer = sum(model.layer_activations(Layout(), "bf16", rows, 0).values())
     again = one_layer - 2 * 64 + 2 * sent
-    assert working(0, VOCAB, ranks=2, pp=2, recompute="layer") == 512 * (again + received)
+    assert working(0, VOCAB, ranks=2, pp=2, recompute="layer") == 512 * (again + 2 * received)
+
+
+def test_attention_at_work_has_no_second_half_beside_it() -> None:
+    """By hand: the norm of queries in the backward pass, three tensors in fp32 beside gradients, where keys, values and
+    outputs are gone; only in the last layer does nothing later fill the gap."""
+    wide = {**MODEL, "heads": 64, "layers": 2}
+    model, rows = Qwen3MoeConfig(**wide), Rows(1, 512, packed=True)
+    q, kv, size = 64 * 16, 4 * 16, 2
+    second = 2 * size * 64 + 13 * 8 + size * 2 * (64 + 2 * 48 + 4 * 48)
+    expected = 3 * 4 * q + 2 * size * (q + 2 * kv) - size * (q + 2 * kv) - size * q - second
+    arguments = (model, 16, Layout(), "bf16", rows, 1, 0)
+    kept = saved_bytes(*arguments) - 512 * (2 * size * 64 + 4 * 16)  # without what only the loss needs
+    assert activation_bytes(*arguments) == kept + 512 * expected
+    # twice the keys of a rank with half of the tokens: in what is kept, and again gone
+    split = Layout(ranks=2, cp=2)
+    assert model.layer_working_set(split, "bf16", rows, 0) == expected - size * 2 * kv
 
 
 def test_a_layer_that_is_computed_again_has_a_gradient_beside_it() -> None:
@@ -311,9 +329,11 @@ def test_a_layer_that_is_computed_again_has_a_gradient_beside_it() -> None:
     model, rows, layout = Qwen3MoeConfig(**MODEL), Rows(1, 512), Layout(recompute="layer")
     one_layer = sum(model.layer_activations(layout, "bf16", rows, 0).values())
     inputs, again, gradient = 4 * 2 * 64, one_layer - 2 * 64 + 2 * (2 * 64 * 2), 2 * 64
-    assert activation_bytes(model, VOCAB, layout, "bf16", rows, 8, 0) == 512 * (inputs + again + gradient)
+    tables = 8 * 16
+    expected = 512 * (inputs + again + gradient + tables)
+    assert activation_bytes(model, VOCAB, layout, "bf16", rows, 8, 0) == expected
     tied = model.model_copy(update={"tie_embeddings": True})
-    head = activation_bytes(tied, VOCAB, layout, "bf16", rows, 8, 0) - 512 * (inputs + again + gradient)
+    head = activation_bytes(tied, VOCAB, layout, "bf16", rows, 8, 0) - expected
     assert head == 2 * 64 * VOCAB
 
 

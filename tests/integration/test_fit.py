@@ -200,7 +200,7 @@ def test_what_made_the_largest_recipe_fit_is_what_the_formulas_count(tmp_path: P
     rows = planned("atom-235b-a22b", tmp_path)
     in_process = misfits(planned("atom-235b-a22b", tmp_path, kind="in-process"), profile)
     assert set(in_process) == {row.state.name for row in rows if row.gpus}
-    assert all("of memory, and its job on a node has 512.0" in reasons[0] for reasons in in_process.values())
+    assert all("of memory, and its job on a node has 64.0" in reasons[0] for reasons in in_process.values())
     assert f"evaluate-base does not fit: {in_process['evaluate-base'][0]}" in (ROOT / "docs/operators.md").read_text()
     on_four = misfits(planned("atom-235b-a22b", tmp_path, kind="vllm", gpus=4), profile)
     assert on_four.keys() == in_process.keys()

@@ -36,7 +36,8 @@ def python_that(folder: Path, condition: str) -> str:
 def start(folder: Path, way: str, ranks: int, **settings: Any) -> tuple[Store, Run, str]:
     """Submits the stage that ends so on as many nodes as ranks; returns its home folder, run and job."""
     slurm_fixtures.until(  # a test before may have left the first nodes busy, and the job would get others
-        lambda: set(slurm_fixtures.slurm("sinfo", "-h", "-N", "-o", "%T").split()) <= {"idle", "drained"}, "idle nodes"
+        lambda: set(slurm_fixtures.slurm("sinfo", "-h", "-N", "-p", "test", "-o", "%T").split()) <= {"idle", "drained"},
+        "idle nodes",
     )
     environment = {"PYTHONPATH": f"{slurm_fixtures.ROOT}:{verdict_fixtures.python_path(folder)}"}
     profile = slurm_fixtures.write_profile(folder, environment=environment, **settings)

@@ -34,15 +34,24 @@ def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) 
         "pretrain",
         "--json",
     ]
-    both = [
-        subprocess.Popen(command, env={**os.environ, "ATOM_HOME": str(home)}, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    reports = [json.loads(each.communicate(timeout=60)[0]) for each in both]
-    assert sorted(list(each["submitted"]) for each in reports) == [[], ["pretrain"]]
-    third = json.loads(atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain", "--json").stdout)
-    assert third["attached"] == {"pretrain": slurm_fixtures.job_of(home, "pretrain")} and not third["submitted"]
+    environment, pipes = {**os.environ, "ATOM_HOME": str(home)}, {"stdout": subprocess.PIPE, "text": True}
+    slurm_fixtures.slurm("scontrol", "update", "partitionname=test", "state=down")
+    try:
+        both = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+        reports = [json.loads(each.communicate(timeout=60)[0]) for each in both]
+        assert sorted(list(each["submitted"]) for each in reports) == [[], ["pretrain"]]
+        third = json.loads(atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain", "--json").stdout)
+        job = slurm_fixtures.job_of(home, "pretrain")
+        assert third["attached"] == {"pretrain": job} and not third["submitted"]
+        follow = [sys.executable, "-m", "pipeline.cli", "logs", "pretrain", "--follow"]
+        log = subprocess.Popen(follow, env=environment, stderr=subprocess.PIPE, **pipes)
+        assert log.stderr is not None
+        line = log.stderr.readline()
+        assert line.startswith(f"pretrain has not begun: job {job} is pending (") and "PartitionDown" in line
+    finally:
+        slurm_fixtures.slurm("scontrol", "update", "partitionname=test", "state=up")
     assert finish(home) == calm
+    assert "done: sealed" in log.communicate(timeout=60)[0] and log.returncode == 0
     assert slurm_fixtures.attempts(home, "pretrain") == 1
     assert "all sealed" not in atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain").stdout
 
@@ -75,7 +84,7 @@ def test_jobs_run_from_the_code_as_it_was(home: Path, tmp_path: Path) -> None:
 
 REFUSED: list[tuple[dict, str]] = [
     ({"train": {"partition": "nowhere"}}, "invalid partition specified: nowhere"),
-    ({"train": {"cpus_per_task": 97}}, "Requested node configuration is not available"),
+    ({"train": {"cpus_per_task": 97}}, "Requested node configuration is not available (--cpus-per-task=97 --nodes=2 "),
     ({"train": {"minutes": 0}}, "slurm.train.minutes = 0"),
     ({"train": {"partitions": "test"}}, "did you mean partition?"),
     ({"train": {"memory_gb": 9e5}}, "Requested node configuration is not available"),

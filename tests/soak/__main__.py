@@ -129,8 +129,14 @@ PARTS = {
         "Ranks of the cluster recipes at full size (`atom plan --simulate`), PyTorch's kernels; the bound is "
         f"{simulated_ranks.TOLERANCE:.0%}. Sent: the larger side of every collective with other ranks.",
     ),
+    "drawn-ranks": Part(
+        simulated_ranks.drawn_steps, simulated_ranks.DRAWN_HEAD,
+        "Simulated ranks of layouts, models and phases drawn at random against the planned peak; the bound is "
+        f"{simulated_ranks.TOLERANCE:.0%}. ATOM_DRAW_SEED chooses other draws, and `python -m tests.soak.simulated_ranks "
+        "SEED NUMBER` repeats one.",
+    ),
     "te": Part(
-        test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "bridge", "answers", "training", "partial_rotary"))),
+        test_steps(*(f"tests/te/test_{name}.py" for name in ("stand_ins", "saved", "bridge", "answers", "training", "partial_rotary"))),
         ["tests", "result"],
         "Transformer Engine's layers on CPU against this project's, also in layouts of four, and Megatron-Bridge on an "
         "export: to run before a change to the engine is called done. It makes an environment of its own.",

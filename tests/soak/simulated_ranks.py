@@ -1,16 +1,26 @@
-"""The part of the soak about ranks of the recipes for clusters, simulated at full size."""
+"""The parts of the soak about simulated ranks: of the recipes for clusters at full size, and of layouts drawn at random.
+
+python -m tests.soak.simulated_ranks SEED NUMBER [COUNT]    # COUNT draws of a seed from NUMBER on, each as one line
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import statistics
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tests.fixtures import ROOT, long_recipe_fixtures
+from pydantic import ValidationError
+
+from pipeline.core.stage import RankSimulation
+from stages.train.config import SftConfig, TrainerConfig
+from tests.fixtures import ROOT, long_recipe_fixtures, rank_simulation_fixtures, train_fixtures
 from tests.soak.layouts import Cells, Step
 
 HEAD = ["rank", "parameters", "state, GiB", "peak, GiB", "planned, GiB", "difference", "sent a step, GB", "minutes", "memory used"]  # fmt: skip
@@ -66,3 +76,139 @@ def simulate(recipe: str, phase: str, rank: int, folder: Path) -> Cells:
         f"{minutes:.1f}",
         f"{usage.ru_maxrss / 2**20:.2f} GiB",
     ]
+
+
+# -- layouts drawn at random ------------------------------------------------------------------------------------------
+
+DRAWN_HEAD = ["draws", "ranks", "median difference", "largest", "largest peak, GiB"]
+DRAWS = 30
+SEED = int(os.environ.get("ATOM_DRAW_SEED", "7"))
+"""The draws of other seeds are other layouts: ATOM_DRAW_SEED chooses one."""
+MODEL: dict[str, tuple[Any, ...]] = {
+    "layers": (2, 4, 8), "hidden_size": (256, 512, 1024, 1536), "heads": (8, 16, 32), "kv_heads": (2, 4, 8),
+    "head_dim": (32, 64, 128), "tie_embeddings": (True, False),
+}  # fmt: skip
+EXPERTS: dict[str, tuple[Any, ...]] = {
+    "experts": (4, 8, 16, 64), "num_experts_per_tok": (2, 4, 8), "moe_intermediate_size": (64, 128, 256, 768),
+    "z_loss": (0, 0, 1e-3),
+}  # fmt: skip
+DENSE: dict[str, tuple[Any, ...]] = {"dense_layers": (0, 0, 1), "intermediate_size": (512, 2048, 4096)}
+GROUPS: dict[str, tuple[Any, ...]] = {"n_shared_experts": (1, 2), "routed_scaling_factor": (1.0, 2.5)}
+ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "qwen3": MODEL | {"intermediate_size": (512, 2048, 4096)},
+    "qwen3_moe": MODEL | EXPERTS | DENSE | {
+        "shared_expert_intermediate_size": (None, None, 512), "router_bias_update_rate": (0, 0, 1e-3),
+        "balance": ("batch", "batch", "sequence"),
+    },
+    "deepseek_v3": {name: MODEL[name] for name in ("layers", "hidden_size", "heads", "tie_embeddings")}
+    | EXPERTS | DENSE | GROUPS | {
+        "q_lora_rank": (None, 128, 384), "kv_lora_rank": (64, 256), "qk_nope_head_dim": (32, 64, 128),
+        "qk_rope_head_dim": (16, 32, 64), "v_head_dim": (32, 64, 128),
+    },
+    "gpt_oss": MODEL | EXPERTS | {"tie_embeddings": (False,), "sliding_window": (64, 128, 512)},
+    "qwen3_next": MODEL | EXPERTS | DENSE | {
+        "tie_embeddings": (False,), "shared_expert_intermediate_size": (128, 512), "full_attention_interval": (2, 4),
+        "linear_num_key_heads": (4, 8), "linear_num_value_heads": (8, 16), "linear_key_head_dim": (32, 64),
+        "linear_value_head_dim": (32, 64, 128),
+    },
+    "glm4_moe": MODEL | EXPERTS | DENSE | GROUPS | {
+        "tie_embeddings": (False,), "attention_bias": (True, False), "use_qk_norm": (True, False),
+        "partial_rotary_factor": (0.5, 1.0),
+    },
+}  # fmt: skip
+LAYOUT: dict[str, tuple[Any, ...]] = {
+    "tp": (1, 2, 4, 8), "pp": (1, 1, 2, 4), "vpp": (1, 1, 2), "cp": (1, 1, 2, 4), "ep": (1, 2, 4, 8, 16),
+    "etp": (None, 1, 1), "dispatcher": ("alltoall", "alltoall", "allgather"), "recompute": ("none", "none", "layer"),
+    "overlap_gradients": (None, True), "deterministic": (False, False, False, True),
+}  # fmt: skip
+LENGTHS = (256, 1024, 2048, 4096, 8192, 16384, 131072)
+KINDS = ("text", "text", "text", "sft", "rlvr", "dpo", "reward")
+"""Of a phase; `sft` has adapters."""
+
+
+def draw(seed: int, number: int) -> tuple[str, dict[str, Any], int]:
+    """(kind of the phase, its config, rank) of a draw: of what is possible, every setting is chosen by itself."""
+    chance, pick = random.Random(f"{seed} {number}"), lambda options: {k: chance.choice(v) for k, v in options.items()}
+    architecture = sorted(ARCHITECTURES)[number % len(ARCHITECTURES)]
+    while True:
+        kind, model, layout = chance.choice(KINDS), pick(ARCHITECTURES[architecture]), pick(LAYOUT)
+        model["architecture"] = architecture
+        if model.get("dense_layers") == 0:
+            del model["intermediate_size"]
+        data, length = chance.choice((1, 1, 2, 4)), chance.choice(LENGTHS)
+        layout["ranks"] = layout["tp"] * layout["pp"] * layout["cp"] * data
+        model["context_length"], vocabulary = max(length, 2048), chance.choice((4096, 32768, 131072))
+        phase: dict[str, Any] = {"precision": chance.choice(("bf16", "bf16", "bf16", "fp32")), "parallelism": layout}
+        is_slow = phase["precision"] == "fp32" or architecture in ("gpt_oss", "qwen3_next")  # attention by slices
+        takes_long = model["layers"] > 4 * layout["pp"] or model.get("experts", 0) > 16 * layout["ep"]
+        if takes_long or (is_slow and length > 1024) or (length > 16384 and kind != "text"):
+            continue
+        rows, micro_batches = chance.choice((1, 1, 2, 4)), data * chance.choice((1, 4))
+        if kind in ("text", "sft"):
+            batch = {"micro_tokens": rows * length, "global_tokens": micro_batches * rows * length}
+            text = {"sequence_length": length, "batch": batch, "pack": chance.random() < 0.5}
+            body = {
+                "model": model,
+                "phase": train_fixtures.PHASE | text | phase,
+                "padded_vocab_size": vocabulary,
+                "seed": 0,
+            }
+            targets = chance.choice((("attention",), ("attention", "mlp"), ("mlp",)))
+            if kind == "sft":
+                body["phase"]["lora"] = {"rank": chance.choice((8, 64)), "alpha": 16, "targets": targets}
+        else:
+            phase |= (
+                {"sampling": {"max_new_tokens": min(length, 512 if is_slow else 2048) // 2}} if kind != "reward" else {}
+            )
+            phase |= pick({"updates": (1, 2), "kl_coef": (None, 0.1)}) if kind == "rlvr" else {}
+            body = rank_simulation_fixtures.post_training(kind, layout, model, vocabulary, **phase)
+        rank = chance.choice((0, layout["ranks"] - 1))
+        try:
+            configured(kind, body)
+        except ValidationError:
+            continue
+        return kind, body, rank
+
+
+def configured(kind: str, body: dict[str, Any]) -> TrainerConfig:
+    types = rank_simulation_fixtures.CONFIGS | {"sft": SftConfig}
+    config: TrainerConfig = types[kind].model_validate(body)
+    return config
+
+
+def compare_draw(seed: int, number: int) -> dict[str, Any]:
+    """A draw and what it needs: `difference` is planned / simulated - 1 of the peak."""
+    kind, body, rank = draw(seed, number)
+    simulator = rank_simulation_fixtures.simulation("text" if kind == "sft" else kind)
+    result: RankSimulation = simulator.simulate(configured(kind, body), rank)
+    difference = round(result.planned_peak_bytes / result.peak_bytes - 1, 5)
+    is_counted = result.parameters == result.planned_parameters
+    line = {"seed": seed, "number": number, "difference": difference, "peak_bytes": result.peak_bytes}
+    line |= {"counts": is_counted, "kind": kind, "rank": rank, "config": body}
+    print(json.dumps(line), flush=True)
+    return line
+
+
+def drawn_steps() -> dict[str, Step]:
+    names = enumerate(sorted(ARCHITECTURES))
+    return {f"seed {SEED}, {name}": partial(compare_draws, SEED, number) for number, name in names}
+
+
+def compare_draws(seed: int, architecture: int, _: Path) -> Cells:
+    """Raises SystemExit, with each draw that is off by more than TOLERANCE, or whose parameters are others."""
+    lines = [compare_draw(seed, number) for number in range(architecture, DRAWS, len(ARCHITECTURES))]
+    wrong = [line for line in lines if abs(line["difference"]) > TOLERANCE or not line["counts"]]
+    if wrong:
+        raise SystemExit("\n".join(["soak: the plan is not what these ranks need:", *map(json.dumps, wrong)]))
+    sizes = [abs(line["difference"]) for line in lines]
+    largest = max(line["peak_bytes"] for line in lines) / 2**30
+    return [str(len(lines)), f"{statistics.median(sizes):.1%}", f"{max(sizes):.1%}", f"{largest:.2f}"]
+
+
+def main(seed: int, number: int, count: int = 1) -> None:
+    for each in range(number, number + count):
+        compare_draw(seed, each)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

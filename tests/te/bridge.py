@@ -1,15 +1,18 @@
-"""Loads the project's export with Megatron-Bridge, and compares it with the project's own Megatron model.
+"""Loads the project's export with Megatron-Bridge, and compares it with the project's own model.
 
-    python -m tests.te hopper tests.te.bridge '{"name": {...model section...}}' FOLDER
+    python -m tests.te hopper tests.te.bridge '{"name": [{...model section...}, "provider.SETTING = VALUE"]}' FOLDER
 
-For each model: exports random weights, loads the folder by AutoBridge, and writes FOLDER/report.json.
+For each model: exports random weights, loads the folder by AutoBridge, runs these lines on what it provides, and writes
+FOLDER/report.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +22,86 @@ from safetensors.torch import load_file
 
 from stages.export import comparison, hf
 from stages.mcore.param_names import BUFFERS, global_name
-from stages.mcore.weight_init import full_tensor
+from stages.mcore.weight_init import Initial
+from stages.models import registry
+from stages.models.base import ModelConfig
+from stages.models.hf import hf_config
+from stages.models.qwen3_next import spec as qwen3_next
+from stages.models.qwen3_next.config import Qwen3NextConfig
 from stages.train import parallel
+from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import train_fixtures
 
-SEED = 3
+VOCAB = train_fixtures.VOCAB
 CPU: dict[str, Any] = {
     # no initialization: it draws from CUDA's generators, and the bridge fills every tensor anyway
     "use_cpu_initialization": True, "perform_initialization": False,
     "bf16": False, "fp16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32,
     "gradient_accumulation_fusion": False, "apply_rope_fusion": False, "bias_activation_fusion": False,
     "moe_permute_fusion": False,
+    "deterministic_mode": True,  # of qwen3_next: the delta rule and its convolution in PyTorch's operations
 }  # fmt: skip
 """What a machine without a GPU needs of a provider: no fused kernels, and fp32 to compare with."""
+os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # or Megatron refuses that mode
 
 
-def export(section: dict[str, Any], folder: Path) -> hf.ExportConfig:
-    """The export stage on random weights, into folder/model; its own parity gate has passed."""
-    tokenizer = train_fixtures.tokenizer(folder / "tokenizer")
-    config = hf.ExportConfig.model_validate({"model": section, "padded_vocab_size": train_fixtures.VOCAB, "seed": SEED})
-    hf.run(config, {"tokenizer": tokenizer}, folder, folder, train_fixtures.Reporter())  # type: ignore[arg-type]
-    return config
+def random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Weights of which none is 0 or 1, as after training; gates of gpt_oss are large enough to be cut off."""
+    generator = torch.Generator().manual_seed(0)
+    initial = Initial(model.shapes(VOCAB), model, 0)
+    tensors = {name: x + 0.05 * torch.randn(x.shape, generator=generator) for name, x in initial.items()}
+    if model.architecture == "gpt_oss":
+        tensors |= {name: 20 * x for name, x in tensors.items() if "linear_fc1" in name}
+    return tensors
 
 
-def load(folder: Path, config: hf.ExportConfig) -> dict[str, Any]:
-    """What the bridge makes of the export, compared with this project's model."""
-    model, vocab = config.model, config.padded_vocab_size
-    expected = {name: full_tensor(name, shape, model, SEED) for name, shape in model.shapes(vocab).items()}
-    rows = comparison.parity_rows(vocab, model.context_length)
-    ours = list(comparison.megatron_logits(expected, config.model, config.padded_vocab_size, rows, vocab))
-    bridge = AutoBridge.from_hf_pretrained(str(folder / "model"))
+def export(model: ModelConfig, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """What the export stage writes. Its gate, which compares with transformers, is not run here."""
+    ids = hf.write_tokenizer(train_fixtures.tokenizer(folder.with_name("tokenizer")), folder, model.context_length)
+    mapped = model.spec().to_hf(tensors, model, VOCAB)
+    release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
+    config = hf_config(model, VOCAB, ids[hf.STOPS[0]], ids[hf.PAD], "float32")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def project_logits(
+    model: ModelConfig, tensors: Mapping[str, torch.Tensor], rows: list[list[int]]
+) -> list[torch.Tensor]:
+    """Those of this project's layers without Transformer Engine."""
+    engine = os.environ.pop("ATOM_TE_ON_CPU")
+    try:
+        return list(comparison.megatron_logits(tensors, model, VOCAB, rows, VOCAB))
+    finally:
+        os.environ["ATOM_TE_ON_CPU"] = engine
+
+
+def load(folder: Path, section: dict[str, Any], lines: str) -> dict[str, Any]:
+    """What the bridge makes of the export, compared with this project's model. lines: change `provider`."""
+    model = registry.parse(section)
+    expected = random_weights(model)
+    export(model, expected, folder)
+    rows = comparison.parity_rows(VOCAB, model.context_length)
+    ours = project_logits(model, expected, rows)
+    bridge = AutoBridge.from_hf_pretrained(str(folder))
     provider = bridge.to_megatron_provider(load_weights=True)
+    exec(lines, {"bridge": bridge, "provider": provider})  # noqa: S102 - lines of tests/te/test_bridge.py
     for name, value in CPU.items():
         setattr(provider, name, value)
     with parallel.session(0), torch.no_grad():
         provider.finalize()
         (gpt,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
         named = [*gpt.named_parameters(), *((n, x) for n, x in gpt.named_buffers() if n.endswith(BUFFERS))]
-        theirs = {_name(name): tensor.detach() for name, tensor in named}
+        theirs = dict(_in_our_order(_name(name), tensor.detach(), model) for name, tensor in named)
         gpt.eval()
         logits = [gpt(torch.tensor([row]), torch.arange(len(row))[None], None)[0].float() for row in rows]
         written = dict(bridge.export_hf_weights([gpt], cpu=True, show_progress=False))
-    published = load_file(folder / "model" / "model.safetensors")
+    published = load_file(folder / "model.safetensors")
     return {
         "provider": type(provider).__name__,
         "tensors": len(expected),
-        "different": sorted(n for n in expected if n not in theirs or not _equal(theirs[n], expected[n], vocab)),
+        "different": sorted(n for n in expected if n not in theirs or not _equal(theirs[n], expected[n])),
         "unexpected": sorted(theirs.keys() - expected.keys()),
-        "logits": max(float((a[:, :vocab] - b).abs().max()) for a, b in zip(logits, ours, strict=True)),
+        "logits": max(float((a[:, :VOCAB] - b).abs().max()) for a, b in zip(logits, ours, strict=True)),
         "largest": max(float(x.abs().max()) for x in ours),
         "written back differently": sorted(n for n in published if n not in written or not torch.equal(written[n], published[n])),
         "written back in addition": sorted(written.keys() - published.keys()),
@@ -74,21 +109,35 @@ def load(folder: Path, config: hf.ExportConfig) -> dict[str, Any]:
 
 
 def _name(name: str) -> str:
-    """The global name. Only the bridge has Transformer Engine's norms of latents, inside the matrix that follows."""
+    """The global name. Only the bridge has Transformer Engine's norms of latents, and of a gated delta net, inside the
+    matrix that follows."""
+    name = name.replace("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight")
     return re.sub(r"linear_(q|kv)_up_proj\.layer_norm_weight", r"\1_layernorm.weight", global_name(name))
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor, vocab: int) -> bool:
+def _in_our_order(name: str, tensor: torch.Tensor, model: ModelConfig) -> tuple[str, torch.Tensor]:
+    """The name, and the tensor as this project has it: of a gated delta net the rows are in the order of key heads,
+    where Megatron has those of all queries, of all keys, ...; and its norm is not centered around zero."""
+    kind = name.partition(".self_attention.")[2]
+    if isinstance(model, Qwen3NextConfig) and kind in ("in_proj.weight", "conv1d.weight"):
+        heads = model.linear_num_key_heads
+        sizes = qwen3_next._parts(model, int(name.split(".")[2]))[kind == "conv1d.weight"]
+        parts = tensor.split([heads * size for size in sizes])
+        return name, qwen3_next._join([part.unflatten(0, (heads, -1)) for part in parts])
+    return name, tensor + 1 if kind == "out_norm.weight" else tensor
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether tensors are equal, but for rows of the vocabulary that only pad it."""
-    return torch.equal(a[:vocab] if a.shape[1:] == b.shape[1:] and len(a) > len(b) == vocab else a, b)
+    return torch.equal(a[:VOCAB] if a.shape[1:] == b.shape[1:] and len(a) > len(b) == VOCAB else a, b)
 
 
-def main(sections: dict[str, Any], folder: Path) -> None:
+def main(models: dict[str, tuple[dict[str, Any], str]], folder: Path) -> None:
     report = {}
-    for number, (name, section) in enumerate(sections.items()):
-        place = folder / str(number)
-        place.mkdir()
-        report[name] = load(place, export(section, place))
+    for number, (name, (section, lines)) in enumerate(models.items()):
+        place = folder / str(number) / "model"
+        place.mkdir(parents=True)
+        report[name] = load(place, section, lines)
     (folder / "report.json").write_text(json.dumps(report))
 
 

@@ -7,6 +7,7 @@ Names with "exact" must be equal; with "bf16" the unit is bf16's precision.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 
 from stages.mcore import fake_quantization
 from stages.mcore.quantize import FP8, KINDS, RECIPES, Kind
+from stages.models.qwen3_next import layers as qwen3_next_layers
 from tests.fixtures.quantize_fixtures import quantize_dequantize
 from tests.te import stand_ins
 
@@ -70,23 +72,34 @@ def quantizers() -> Iterator[tuple[str, float]]:
 
 
 def products() -> Iterator[tuple[str, float]]:
-    """TE's linear layer, norm and linear layer with a norm, forward and backward, against autograd."""
+    """TE's linear layer, norm and linear layer with a norm, forward and backward, against autograd. A norm's gain is the
+    parameter, or one more than it."""
     generator = torch.Generator().manual_seed(0)
     x, w, dy = (torch.randn(s, generator=generator) for s in ((6, 5, 32), (48, 32), (6, 5, 48)))
     gain = 1 + 0.1 * torch.randn(32, generator=generator)
-    for name, layer, function in (
-        ("linear", te.Linear(32, 48, bias=False, device="cpu"), lambda x, w, g: F.linear(x, w)),
-        ("norm", te.RMSNorm(32, eps=1e-6, device="cpu"), lambda x, w, g: F.rms_norm(x, (32,), g, 1e-6)),
-        ("norm and linear", te.LayerNormLinear(32, 48, eps=1e-6, bias=False, normalization="RMSNorm", device="cpu"),
-         lambda x, w, g: F.linear(F.rms_norm(x, (32,), g, 1e-6), w)),
-    ):  # fmt: skip
+    words = {"eps": 1e-6, "device": "cpu"}
+    norm_linear = functools.partial(te.LayerNormLinear, 32, 48, bias=False, normalization="RMSNorm", **words)
+
+    def norm(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (32,), g, 1e-6)
+
+    def norm_and_product(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return F.linear(norm(x, w, g), w)
+
+    for name, layer, function, less in (
+        ("linear", te.Linear(32, 48, bias=False, device="cpu"), lambda x, w, g: F.linear(x, w), 0),
+        ("norm", te.RMSNorm(32, **words), norm, 0),
+        ("norm and linear", norm_linear(), norm_and_product, 0),
+        ("centered norm", te.RMSNorm(32, zero_centered_gamma=True, **words), norm, 1),
+        ("centered norm and linear", norm_linear(zero_centered_gamma=True), norm_and_product, 1),
+    ):
         leaves = [t.clone().requires_grad_() for t in (x, w, gain)]
         expected = function(*leaves)
         gradient = dy[..., : expected.shape[-1]]
         expected.backward(gradient)
         with torch.no_grad():
             for parameter in layer.parameters():
-                parameter.copy_(gain if parameter.ndim == 1 else w)
+                parameter.copy_(gain - less if parameter.ndim == 1 else w)
         mine = x.clone().requires_grad_()
         actual = layer(mine)
         actual.backward(gradient)
@@ -94,6 +107,13 @@ def products() -> Iterator[tuple[str, float]]:
         yield f"{name}, input's gradient", difference(mine.grad, leaves[0].grad)
         for key, parameter in layer.named_parameters():
             yield f"{name}, {key}'s gradient", difference(parameter.grad, leaves[2 if parameter.ndim == 1 else 1].grad)
+
+
+def unit_length() -> Iterator[tuple[str, float]]:
+    """Queries and keys of a gated delta net, and of one that is zero, against this project's."""
+    x = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = 0
+    yield "unit length", difference(stand_ins.l2norm(x), qwen3_next_layers._unit(x))
 
 
 def rounded_products() -> Iterator[tuple[str, float]]:
@@ -203,5 +223,5 @@ def missing_copy() -> Iterator[tuple[str, float]]:
 
 
 if __name__ == "__main__":
-    checks = (quantizers, products, rounded_products, attention, optimizer, padding, missing_copy)
+    checks = (quantizers, products, unit_length, rounded_products, attention, optimizer, padding, missing_copy)
     print(json.dumps({name: value for check in checks for name, value in check()}))

@@ -298,10 +298,10 @@ def rmsnorm_fwd(
     zero_centered_gamma: bool,
 ) -> tuple[Any, None, torch.Tensor]:  # fmt: skip
     """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich, 2019), in fp32; rounded to the output's type, and then by
-    the quantizer if there is one. Also 1 / sqrt(...) of each row, for the way back."""
-    assert not zero_centered_gamma
+    the quantizer if there is one. A gain that is centered around zero is w - 1. Also 1 / sqrt(...) of each row, for the
+    way back."""
     inverse = input.float().square().mean(-1).add(eps).rsqrt()
-    y = (input.float() * inverse[..., None] * weight.float()).to(_torch_type(otype))
+    y = (input.float() * inverse[..., None] * (weight.float() + zero_centered_gamma)).to(_torch_type(otype))
     if quantizer is not None:
         y = quantize(y, quantizer, ln_out)
     elif ln_out is not None:
@@ -314,12 +314,17 @@ def rmsnorm_bwd(
     dz: torch.Tensor, x: torch.Tensor, rsigma: torch.Tensor, gamma: torch.Tensor, sm_margin: int, zero_centered: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """With n = x / rms and g = dz * w: dx = (g - n mean(g n)) / rms, dw = sum over rows of dz * n."""
-    assert not zero_centered
     inverse = rsigma.view(*x.shape[:-1], 1)
     n, dz = x.float() * inverse, dz.float().view_as(x)
-    g = dz * gamma.float()
+    g = dz * (gamma.float() + zero_centered)
     dx = (g - n * (g * n).mean(-1, keepdim=True)) * inverse
     return dx.to(x.dtype), (dz * n).reshape(-1, n.shape[-1]).sum(0).to(gamma.dtype)
+
+
+def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """x / sqrt(sum(x^2) + eps), the one kernel of flash-linear-attention that Megatron's gated delta net calls in its
+    deterministic mode."""
+    return x * x.float().square().sum(-1, keepdim=True).add(eps).rsqrt().to(x.dtype)
 
 
 @kernel
@@ -440,6 +445,11 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
 
     import stages.mcore.megatron_imports  # noqa: F401 - imports all of TE that Megatron uses
 
+    # isort: split
+    import megatron.core.ssm.gated_delta_net.gdn  # noqa: F401 - this project does not use it, Megatron-Bridge does
+    from megatron.core.ssm.gated_delta_net import common
+
+    common.HAVE_FLA, common.l2norm = True, l2norm
     cpu_torch = megatron_cpu_patches._cpu_torch()
     _cuda_names.update(
         is_available=lambda: True,
@@ -451,7 +461,7 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
         is_bf16_supported=lambda *_: True,
     )
     cpu_torch.__dict__["cuda"].__dict__.update(_cuda_names)
-    for module in _modules("transformer_engine"):
+    for module in _modules("transformer_engine", "megatron.core.ssm."):
         if module.__dict__.get("torch") is torch:
             module.__dict__["torch"] = cpu_torch
     for name, function in KERNELS.items():

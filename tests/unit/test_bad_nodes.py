@@ -125,6 +125,13 @@ def test_an_answer_that_is_cut_within_a_character_stays_readable(tmp_path: Path)
     assert avoided(tmp_path) == ["n2"]
 
 
+def test_the_evidence_is_what_pyxis_could_not_do(tmp_path: Path) -> None:
+    """What pyxis 0.24.0 printed of a file that is no image."""
+    failed = "slurmstepd-n2: error: pyxis: failed to create container filesystem for image: /images/bad.sqsh"
+    run_script(tmp_path, down="n2", answer=f"slurmstepd-n2: error: pyxis: child 7 failed with error code: 1\n{failed}")
+    assert verdict(tmp_path).text.startswith(f"Python did not start on n2 ({failed}); ")
+
+
 def test_what_fails_on_every_node_is_not_the_fault_of_nodes(tmp_path: Path) -> None:
     assert run_script(tmp_path, down="n1 n2") == "", "it is not started again"
     recorded = verdict(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -17,12 +18,12 @@ from pipeline.core.stage import Config, Stage
 from pipeline.core.store import Store
 from pipeline.graph import dag, recipe, registry
 from pipeline.graph.dag import Graph, Node
-from pipeline.launch import clean_environment, cluster_profile, job, local, slurm
+from pipeline.launch import clean_environment, cluster_profile, job, local, slurm, slurm_client
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Changes, Slurm
 from pipeline.launch.decision import Decision, Verdict
-from tests.fixtures import ROOT
-from tests.fixtures.batch_fixtures import SLURM, script
+from tests.fixtures import ROOT, batch_fixtures
+from tests.fixtures.batch_fixtures import SLURM, end_of, script
 
 OF_PROFILES = {
     "dev": ["#SBATCH --partition=test", "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --requeue"],
@@ -32,14 +33,16 @@ OF_PROFILES = {
         "#SBATCH --account=llm",
         "--kill-on-bad-exit=1 --container-image=/shared/images/atom.sqsh "
         "--container-mounts=/shared/atom:/shared/atom,/tmp:/tmp,/shared:/shared "
-        "/opt/atom/venv/bin/python -u -m submitit.core._submit",
+        'env "${job_variables[@]}" /opt/atom/venv/bin/python -u -m submitit.core._submit',
+        "for name in ARROW_DEFAULT_MEMORY_POOL ",
+        " PYTHONPATH PYTHONSAFEPATH ATOM_HOME TMPDIR ATOM_VLLM_PYTHON NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA; do",
         "export ATOM_VLLM_PYTHON=/opt/atom/vllm/bin/python\n",
     ],
     "h100-apptainer": [
         "module load apptainer",
         "--kill-on-bad-exit=1 apptainer exec --nv --bind "
         "/shared/atom:/shared/atom,/scratch/local:/scratch/local,/shared:/shared "
-        "/shared/images/atom.sif /opt/atom/venv/bin/python -u -m submitit.core._submit",
+        '/shared/images/atom.sif env "${job_variables[@]}" /opt/atom/venv/bin/python -u -m submitit.core._submit',
     ],
     "h100-modules": [
         "--kill-on-bad-exit=1 /shared/envs/atom/bin/python -u -m submitit.core._submit",
@@ -73,6 +76,24 @@ def test_a_stage_in_an_unpacked_image_sees_the_places_of_the_profile() -> None:
     assert (
         words[3:8] == ["bwrap", "--overlay-src", "/images/atom", "--tmp-overlay", "/"] and words[-1] == "/venv/python"
     )
+
+
+@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
+def test_a_container_gets_the_variables_of_the_job_whatever_its_image_sets(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyxis 0.24.0 prefers a PYTHONPATH of the image, and then the stage runs other code than that of the run."""
+    monkeypatch.setitem(batch_fixtures.STUBS, "srun", 'printf "%s\\n" "$@" >> "$PLACE/words"; exit 9')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("SITE", "north wing")
+    container = {"kind": kind, "image": "/images/atom", "python": "/venv/python"}
+    settings = {"container": container, "environment": {"NCCL_IB_HCA": "mlx5, a"}, "forward": ["SITE", "NOT_SET"]}
+    end_of(tmp_path, script(Slurm.model_validate({**SLURM, **settings}), tmp_path).text())
+    words = (tmp_path / "words").read_text().splitlines()
+    assignments = words[words.index("env") + 1 : words.index("/venv/python")]
+    values = {"PYTHONPATH": "/code", "ATOM_HOME": str(tmp_path), "NCCL_IB_HCA": "mlx5, a", "SITE": "north wing"}
+    assert {f"{name}={value}" for name, value in values.items()} <= set(assignments)
+    assert not [word for word in assignments if word.startswith(("PATH=", "NOT_SET="))]
 
 
 def test_the_script_of_a_job_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +265,14 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
         script(settings, ranks=12)
 
 
+def test_ranks_of_training_that_share_a_gpu_are_refused() -> None:
+    train = {**SLURM["train"], "gpus_per_node": 4, "tasks_per_node": 8}
+    words = "stage pretrain has 8 ranks on a node, and slurm.train.gpus_per_node is 4; a rank takes one GPU, so set "
+    with pytest.raises(RecipeError, match=f"^{words}tasks_per_node of the cluster profile to 4$"):
+        script(Slurm.model_validate({**SLURM, "train": train}), ranks=16)
+    script(Slurm.model_validate({**SLURM, "train": {**train, "tasks_per_node": 4}}), ranks=16)
+
+
 def test_options_of_a_kind_and_of_a_stage_reach_sbatch_and_srun() -> None:
     kind = {
         **SLURM["train"], "memory_gb": 0, "sbatch": ["--reservation=llm", "--nice=100", "--hint=nomultithread"],
@@ -311,11 +340,46 @@ def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monke
     ):
         kind = {**SLURM["train"], "partition": "gpu,low", "srun": [option], "gpus_per_node": 1, "exclusive": True}
         batch = script(Slurm.model_validate({**SLURM, "train": kind}), tmp_path)
-        checked = slurm._check_script(batch, tmp_path / "job.sh", [])
+        checked = slurm._check_script(batch, tmp_path / "job.sh", [], {})
         assert (checked.ok, checked.answer) == (ok, answer)
+    minutes = SLURM["train"]["minutes"]
+    kind |= {"srun": []}
+    for qos, limits, ok in (
+        (None, {"gpu": minutes - 1.0, "low": minutes - 2.0}, False),
+        (None, {"gpu": minutes - 1.0, "low": float(minutes)}, True),
+        (None, {"gpu": minutes - 1.0}, True),
+        ("long", {"gpu": minutes - 1.0, "low": minutes - 2.0}, True),
+    ):
+        batch = script(Slurm.model_validate({**SLURM, "train": kind | {"qos": qos}}), tmp_path)
+        checked = slurm._check_script(batch, tmp_path / "job.sh", [], limits)
+        assert checked.ok == ok, "Slurm takes a job that no partition has the time for, and never starts it"
+        words = f"minutes = {minutes} is more than the time limit of partition gpu,low, {minutes - 1} minutes"
+        assert checked.answer == (f"Slurm takes it, {start.partition('7 ')[2]}" if ok else words)
     call = (tmp_path / "srun").read_text().splitlines()[0]
     assert call.startswith("--test-only --cpus-per-task=1 --exclusive --gpus-per-node=1 --nodes=2 ")
     assert " --partition=gpu,low " in call and call.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores true")
+
+
+def test_the_time_limits_of_partitions_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "gpu|1-00:00:00\nshort|30:00\nhour|1:00:00\nall|infinite\n"
+    (tmp_path / "sinfo").write_text(f"#!/bin/sh\nprintf '{rows}'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert slurm_client.time_limits() == {"gpu": 1440, "short": 30, "hour": 60, "all": math.inf}
+
+
+def test_a_refusal_shows_the_request_or_the_setting() -> None:
+    """What Slurm 24.11 prints."""
+    batch = script(Slurm.model_validate(SLURM))
+    unavailable = "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+    assert f"available (--cpus-per-task=1 --nodes=2 --ntasks-per-node={batch.sbatch_options['ntasks-per-node']} " in (
+        slurm.refusal(unavailable, batch)
+    )
+    assert slurm.refusal("sbatch: error: no such thing", batch) == "no such thing"
+    for message in ("AssocMaxSubmitJobLimit", "Batch job submission failed: Invalid job array specification"):
+        assert slurm.refusal(f"sbatch: error: {message}", batch) == (
+            f"{message}; lower slurm.array_size, or submit fewer stages at once by --until"
+        )
 
 
 @pytest.mark.parametrize(
@@ -374,10 +438,10 @@ def test_what_this_host_lacks_does_not_keep_a_stage_from_a_container(tmp_path: P
     here = graph(lack=lambda config: "there is no vLLM here; install it")
     with pytest.raises(AtomError, match=r"recipe atom-smoke, stage rlvr: there is no vLLM here; install it$"):
         local.require_inputs(here, Store(tmp_path), ["rlvr"])
-    local.require_inputs(here, Store(tmp_path), ["rlvr"], is_contained=True)
+    local.require_inputs(here, Store(tmp_path), ["rlvr"], other_python=True)
     nowhere = graph(obstacle=lambda config: "nobody can run this; leave it out")
     with pytest.raises(AtomError, match="nobody can run this"):
-        local.require_inputs(nowhere, Store(tmp_path), ["rlvr"], is_contained=True)
+        local.require_inputs(nowhere, Store(tmp_path), ["rlvr"], other_python=True)
 
 
 class Sharded(Config):

@@ -338,3 +338,17 @@ def test_a_new_and_a_removed_stage_are_told_apart(tmp_path: Path) -> None:
     assert recipe_diff.compare(first, second, store, profile).removed == ("memorization-rlvr",)
     (stage,) = recipe_diff.compare(second, first, store, profile).stages
     assert (stage.name, stage.because, stage.before) == ("memorization-rlvr", "new", None)
+
+
+def test_what_this_machine_lacks_is_no_note_where_jobs_have_another_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ATOM_VLLM_PYTHON", raising=False)
+    notes = {
+        cluster: [
+            note for note in recipe_check.check("atom-1b-a300m", Store(tmp_path), cluster).notes if "vLLM" in note
+        ]
+        for cluster in ("dev", "h100-modules", "h100-pyxis")
+    }
+    assert notes["dev"] and all(note.startswith("on this machine: ") for note in notes["dev"])
+    assert not notes["h100-modules"] and not notes["h100-pyxis"]

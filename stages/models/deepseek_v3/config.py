@@ -18,7 +18,7 @@ from pipeline.core.bounds import Range
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import Precision
 from stages.models.costs import AttentionCost, Rows
-from stages.models.grouped_query import Heads
+from stages.models.grouped_query import Heads, keys_of_tokens
 from stages.models.sigmoid_mixture import SigmoidMixtureConfig
 
 HeadPart = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128, of which the rotary part has 64 more")]
@@ -108,18 +108,13 @@ class DeepseekV3Config(SigmoidMixtureConfig):
     def attention_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
-        """A latent is kept before and after its norm; this project's attention, of packed rows and of fp32, widens the
-        narrower ones of queries, keys and values, and narrows its output again."""
+        """A latent is kept before and after its norm; this project's attention widens the narrower ones of queries,
+        keys and values, and narrows its output again."""
         size = 4 if precision == "fp32" else 2
         qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
-        keys, copied = 1.0, False
-        if rows.packed or precision == "fp32":
-            if rows.packed:
-                keys = layout.cp + rows.prefixed / (rows.rows * rows.length)  # for each token
-            copied = qk != v or rows.rows > 1
-            wide = max(qk, v)
-        else:
-            wide = 0
+        keys, copied, wide = keys_of_tokens(layout, rows), self._copies_output(precision, rows), max(qk, v)
+        if self.has_engine_attention(layout, precision, rows, fused):
+            keys, copied, wide = 1.0, False, 0
         q_wide, v_wide = max(qk, wide), max(v, wide)
         return {
             "latents, and normed": 2 * size * ((self.q_lora_rank or 0) + self.kv_lora_rank),
@@ -129,6 +124,23 @@ class DeepseekV3Config(SigmoidMixtureConfig):
             "attention's output, narrowed or by rows": size * v * copied,
             "log-sum-exp of the scores": 4 * self.heads,
         }
+
+    def attention_inputs(self, layer: int) -> int:
+        """Normed latents. The two matrices that give latents quantize their input each, which gains nothing."""
+        return (self.q_lora_rank or 0) + self.kv_lora_rank
+
+    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """The gradients of queries, keys, values and output; by slices of queries, in fp32, those of keys and values of
+        this slice, of those before, and their sum. The narrowed output is gone."""
+        if self.has_engine_attention(layout, precision, rows, False):
+            return 0.0
+        size, gradients = (4, 6) if precision == "fp32" else (2, 4)
+        qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
+        return size * (gradients * max(qk, v) - v * self._copies_output(precision, rows))
+
+    def _copies_output(self, precision: Precision, rows: Rows) -> bool:
+        """Whether attention's output is kept in two forms: by rows or slices, or wide and narrowed."""
+        return rows.rows > 1 or precision == "fp32" or self.v_head_dim < self.qk_head_dim
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [("tp", "heads", self.heads), *self.expert_split_sizes()]

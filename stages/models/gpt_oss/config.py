@@ -95,7 +95,7 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
         rounded, and the keys and values of each slice of queries for all heads. Transformer Engine has one for rows of
         one document; it is counted on if the precision or the layout needs it. fp32 is counted as on a CPU, whose
         kernel keeps none."""
-        if precision == "fp32" or self._has_kernel(layout, precision, rows, fused):
+        if precision == "fp32" or self.has_engine_attention(layout, precision, rows, fused):
             return super().attention_activations(layout, precision, rows, layer, fused)
         q = self.heads * self.head_dim
         scores, keys = sliced_attention(rows, None if layer % 2 else self.sliding_window)
@@ -106,13 +106,20 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
             "attention's output": 2 * q,
         }
 
-    def _has_kernel(self, layout: Layout, precision: Precision, rows: Rows, fused: bool) -> bool:
-        return not rows.packed and (fused or layout.needs_engine or precision not in ("fp32", "bf16"))
+    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """The output of plain products, by slices and as a row."""
+        if precision == "fp32" or self.has_engine_attention(layout, precision, rows, False):
+            return super().attention_working_set(layout, precision, rows, layer)
+        return 2 * self.heads * self.head_dim
 
     def masked_windows(
         self, layout: Layout, precision: Precision, rows: Rows, fused: bool = False
     ) -> tuple[int | None, ...]:
-        return () if rows.prefixed or self._has_kernel(layout, precision, rows, fused) else (self.sliding_window, None)
+        return (
+            ()
+            if rows.targets is not None or self.has_engine_attention(layout, precision, rows, fused)
+            else (self.sliding_window, None)
+        )
 
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
         copies, ffn = self.num_experts_per_tok, self.moe_intermediate_size
@@ -123,9 +130,10 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
             "experts' gate and up": 2 * size * ffn * copies,
             # unfused: gate and up cut off, a sigmoid and what it scales, the product, and the weighted one
             "experts' activation, and weighted": (1 if fused else 6) * size * ffn * copies,
+            "experts' outputs, summed in one order": size * self.hidden_size * copies * layout.deterministic,
         }
 
-    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+    def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
         """Or, in the backward pass, the gradients of what the experts return, and three tensors in fp32 of the weighted
         biases of one expert."""
         size, numbers = 4 if precision == "fp32" else 2, self.hidden_size * self.num_experts_per_tok

@@ -36,7 +36,7 @@ class Qwen3Config(GroupedQueryConfig):
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
         return swiglu_activations(size, self.intermediate_size, fused)
 
-    def layer_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+    def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
         return swiglu_gradients(self.hidden_size, self.intermediate_size, layout, precision)
 
     def split_sizes(self) -> list[tuple[str, str, int]]:

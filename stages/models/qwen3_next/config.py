@@ -171,6 +171,17 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
             self._delta_activations(size, rows) if self.is_linear(layer) else self._gated_activations(size, layout.cp)
         )
 
+    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """Of a gated attention, gradients of its gates in the backward pass; of a delta net, what the chunks of the
+        forward pass are made of, as simulated ranks have it. The output is not there."""
+        is_narrow = precision != "fp32"
+        if not self.is_linear(layer):
+            q = self.heads * self.head_dim
+            return 4 * q * (2 + is_narrow) - 2 * q * is_narrow
+        heads, key, value = self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+        chunks, outputs = (6, 1) if is_narrow else (10, 2)
+        return 4 * (heads * (2 * key * is_narrow + chunks * CHUNK - outputs * value) + 2 * self.key_width)
+
     def _gated_activations(self, size: int, cp: int) -> dict[str, float]:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
@@ -185,8 +196,8 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
     def _delta_activations(self, size: int, rows: Rows) -> dict[str, float]:
         values, heads = self.value_width, self.linear_num_value_heads
         key, value = self.linear_key_head_dim, self.linear_value_head_dim
-        copies = self.linear_conv_kernel_dim + 1 if rows.packed else 2
-        return {
+        copies = self.linear_conv_kernel_dim + 1 + (rows.prefixed > 0) if rows.packed else 2
+        with_prefixes = {
             "the convolution's inputs": size * (2 * self.key_width + values) * copies,
             "queries and keys before they have length 1, fp32": 4 * 2 * self.key_width + (size == 4) * 4 * values,
             "queries and keys, for each value head": 4 * heads * 10 * key,
@@ -194,6 +205,9 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
             "values, read and written": 4 * heads * 3 * value,
             "states between chunks": 4 * heads * key * value / CHUNK,
             "rates and decays": 4 * heads * 8,
+        }
+        tokens = 1 + rows.prefixed / (rows.rows * rows.length)  # each document runs after a copy of its prefix
+        return {name: tokens * count for name, count in with_prefixes.items()} | {
             "output, normed and gated": size * 3 * values,
             "output gates, fp32": 4 * 2 * values,
         }

@@ -1,0 +1,48 @@
+"""`atom status` of a run that waits for another run's job shows the cause that the job's script recorded there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.graph.run import Run
+from pipeline.launch.decision import Decision, Verdict
+from pipeline.tracking import status
+
+KEY = "filter-0123456789ab"
+CAUSE = "module cuda/12.8 of the cluster profile failed with exit code 1 on each of n1,n4"
+
+
+def write_run(store: Store, id: str, attached: bool) -> Run:
+    folder = store.logs / id
+    folder.mkdir(parents=True)
+    nodes = [{"name": "filter", "stage": "filter", "key": KEY}]
+    body = {"id": id, "recipe": "r", "version": "1", "recipe_path": "r.yaml", "profile": "dev", "nodes": nodes}
+    (folder / "run.json").write_text(json.dumps(body))
+    (folder / "jobs.jsonl").write_text(json.dumps({"node": "filter", "job": "7", "attached": attached}) + "\n")
+    return runs.find(store, id)
+
+
+@pytest.mark.parametrize(("owner", "shown"), [("first", CAUSE), ("../logs/first", "failed exit code 2")])
+def test_the_cause_of_a_job_of_another_run(
+    owner: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's name in a job's comment is anybody's text: it is no path."""
+    store, comment = Store(tmp_path / "home"), f"atom {owner} filter {KEY}"
+    rows = {
+        "squeue": f"7|FAILED|n1|0:01|NonZeroExitCode|root|{comment}",
+        "sacct": f"7|FAILED|2:0|n1|0:01|root|{comment}",
+    }
+    for name, row in rows.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{row}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    launch = write_run(store, "first", attached=False).folder / "filter/ranks/7.0"
+    launch.mkdir(parents=True)
+    Verdict(Decision.FAILED, CAUSE).write(launch)
+    (node,), lack = status.status(write_run(store, "second", attached=True), store)
+    assert (node.state, node.message, lack) == ("failed", shown, None)
