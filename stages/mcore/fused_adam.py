@@ -1,4 +1,4 @@
-"""PyTorch's fused AdamW with the interface of Transformer Engine's FusedAdam, which Megatron's optimizers expect.
+"""PyTorch's fused AdamW and norm of many tensors with the interfaces of Transformer Engine's, which Megatron expects.
 
 The step count is in the parameter group, not in each parameter's state, and a checkpoint restores it there.
 """
@@ -59,11 +59,19 @@ class FusedAdam(torch.optim.Optimizer):  # type: ignore[misc]
 
 
 def install() -> None:
-    """Installs FusedAdam if Megatron finds neither Transformer Engine's nor Apex's."""
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    """Installs both if Megatron finds neither Transformer Engine's nor Apex's."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
 
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam = distrib_optimizer.Adam = FusedAdam
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = True
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = total_norm
+
+
+def total_norm(_: int, __: Any, tensors: list[list[torch.Tensor]], ___: bool) -> tuple[torch.Tensor, None]:
+    """The norm of all tensors of a list as one number, [1]. Megatron's own reads the norm of each tensor on the host,
+    which then waits for a GPU as often as there are tensors."""
+    return torch.nn.utils.get_total_norm(tensors[0]).view(1), None

@@ -241,7 +241,6 @@ def _fits(func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> boo
 def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
     """This process as a rank of a layout, in which tensors have no memory; yields the count of its bytes and
     collectives. Norms are one kernel and keep their input, as on a GPU, and tokens are spread evenly over experts."""
-    from megatron.core.optimizer import clip_grads
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     with gpu.settings(layout), fake_groups(layout, rank), contextlib.ExitStack() as stack:
@@ -252,7 +251,6 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
             (row_tables, "on_a_gpu", lambda device: True),
             (layer_spec.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.weight)),
             (TopKRouter, "routing", balanced(TopKRouter.routing)),
-            (clip_grads, "l2_norm_impl", _norms),
             # a tensor of the process: a fake one would give the balance loss of a later real step any weight
             (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
             (fake_tensor, "CONSTANT_NUMEL_LIMIT", 4096),
@@ -296,11 +294,6 @@ def balanced(route: Callable[..., Any]) -> Callable[..., Any]:
 def _repeat(objects: list[Any], value: Any, group: Any = None) -> None:
     """`all_gather_object`, every rank having this one's value."""
     objects[:] = [value] * len(objects)
-
-
-def _norms(chunk_size: int, overflow: Any, tensor_lists: list[list[torch.Tensor]], per_tensor: bool) -> Any:
-    """Megatron's norm of many tensors without a value on the way."""
-    return torch.stack([x.norm() for x in tensor_lists[0]]).norm().view(1), None
 
 
 class _FusedNorm(torch.autograd.Function):  # type: ignore[misc]

@@ -142,6 +142,14 @@ PARTS = {
         "export: to run before a change to the engine is called done. It makes an environment of its own.",
         ".venv-te",
     ),
+    "emulated-gpu": Part(
+        test_steps(
+            "tests/integration/test_emulated_gpu.py",
+            *(f"-p tests.fixtures.emulated_gpu tests/integration/test_{name}" for name in ("rlvr.py -k learns", "rlhf.py -k learns", "lora.py"))
+        ),
+        ["tests", "result"],
+        "The code for GPUs on an emulated one: every architecture and layout against the CPU, RL and adapters.",
+    ),
     "gpu-kit": Part(
         test_steps("tests/gpu"), ["tests", "result"],
         "The kit for GPUs, as far as a CPU can run it: also what it does in processes of its own.",

@@ -1,0 +1,155 @@
+"""The code for GPUs, with real values, on an emulated one (tests/fixtures/emulated_gpu.py): what it gives on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stages.mcore import layer_spec
+from tests.fixtures import (
+    emulated_gpu,
+    glm_fixtures,
+    layout_fixtures,
+    qwen3_next_fixtures,
+    run_fixtures,
+    train_fixtures,
+)
+
+pytestmark = pytest.mark.numeric
+
+EMULATED = ("tests.fixtures.emulated_gpu",)
+OF_EXPERTS = ("experts", "num_experts_per_tok", "aux_loss", "moe_intermediate_size")
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        **{name: value for name, value in train_fixtures.MODEL.items() if name not in OF_EXPERTS},
+        "architecture": "qwen3", "intermediate_size": 48,
+    },
+    "qwen3_moe": train_fixtures.MODEL,
+    "qwen3_next": qwen3_next_fixtures.MODEL,
+    "glm4_moe": glm_fixtures.MODEL,
+    "deepseek_v3": {
+        **{name: value for name, value in glm_fixtures.MODEL.items() if name not in ("kv_heads", "head_dim")},
+        "architecture": "deepseek_v3", "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4, "v_head_dim": 10,
+    },
+    "gpt_oss": {**train_fixtures.MODEL, "architecture": "gpt_oss", "sliding_window": 12, "moe_intermediate_size": 24},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    train_fixtures.make(folder)
+    train_fixtures.pack(folder, {})
+    return folder
+
+
+def runs_of(corpus: Path, **phase: Any) -> dict[str, tuple[Path, dict[str, Any]]]:
+    place = corpus / "packed" if phase.get("pack") else corpus
+    return {name: (place, {**train_fixtures.config(**phase), "model": model}) for name, model in MODELS.items()}
+
+
+def test_every_architecture_trains_as_on_a_cpu(corpus: Path, tmp_path: Path) -> None:
+    """Packed rows in bf16, as the recipes for clusters have them: attention is then another kernel, and rounds
+    elsewhere."""
+    runs = runs_of(corpus, pack=True, precision="bf16")
+    on_cpu = layout_fixtures.compare_runs(runs, 1, tmp_path / "cpu.json", 1)
+    on_gpu = layout_fixtures.compare_runs(runs, 1, tmp_path / "gpu.json", 1, through=EMULATED)
+    for name in runs:
+        losses = [[line.get("loss", line.get("heldout_loss")) for line in of[name]] for of in (on_gpu, on_cpu)]
+        assert losses[0] == pytest.approx(losses[1], rel=3e-3), name
+
+
+@run_fixtures.at_length("emulated-gpu", 60)
+@pytest.mark.parametrize("pack", [False, True])
+def test_every_architecture_trains_as_on_a_cpu_in_fp32(corpus: Path, tmp_path: Path, pack: bool) -> None:
+    runs = runs_of(corpus, pack=pack)
+    on_cpu = layout_fixtures.compare_runs(runs, 1, tmp_path / "cpu.json", 3)
+    on_gpu = layout_fixtures.compare_runs(runs, 1, tmp_path / "gpu.json", 3, through=EMULATED)
+    for name in runs:
+        layout_fixtures.agree(on_gpu[name], on_cpu[name], 1e-4, name)
+
+
+@run_fixtures.at_length("emulated-gpu", 600)
+def test_every_layout_trains_as_one_process_on_a_cpu(tmp_path: Path) -> None:
+    train_fixtures.make(tmp_path / "corpus")
+    settings = {**train_fixtures.config(batch=layout_fixtures.BATCH), "model": layout_fixtures.MODEL}
+    (one,) = layout_fixtures.compare(tmp_path / "corpus", {"one": {}}, 1, settings, tmp_path / "one.json", 3).values()
+    for ranks, named in ((2, layout_fixtures.TWO), (4, layout_fixtures.FOUR)):
+        runs = {n: (tmp_path / "corpus", layout_fixtures.in_layout(settings, x, ranks)) for n, x in named.items()}
+        out = tmp_path / f"{ranks}.json"
+        for name, curve in layout_fixtures.compare_runs(runs, ranks, out, 3, through=EMULATED).items():
+            layout_fixtures.agree(curve, one, 1e-5, name)
+
+
+def test_the_host_waits_for_the_tokens_of_experts_only() -> None:
+    """No more in four layers than in two without experts. With them, Megatron reads their numbers of tokens, and its
+    sorting of tokens without Transformer Engine selects twice by a mask."""
+    module = "tests.fixtures.gpu_wait_fixtures"
+    models = {name: MODELS[name] for name in ("qwen3", "qwen3_moe")}
+    codes, logs = layout_fixtures.end(layout_fixtures.spawn(*EMULATED, [module, json.dumps(models)], 1))
+    assert codes == [0], logs[0][-3000:]
+    waits = json.loads(logs[0].splitlines()[-1])
+    assert waits["qwen3"]["2"] == waits["qwen3"]["4"] and 0 < sum(waits["qwen3"]["2"].values()) < 10
+    added = {name: count - waits["qwen3_moe"]["2"][name] for name, count in waits["qwen3_moe"]["4"].items()}
+    assert {name: count / 2 for name, count in added.items() if count} == {
+        "aten::_to_copy": 1,
+        "aten::masked_select": 2,
+    }
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's, which needs a GPU, does not start."""
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+
+
+@pytest.mark.usefixtures("without_cuda")
+def test_what_a_gpu_refuses_is_refused_and_waits_are_counted() -> None:
+    x, host = emulated_gpu.OnGpu(torch.arange(6.0).view(2, 3)), torch.ones(2, 3)
+    with emulated_gpu.emulated():
+        for operation in (lambda: x + host, lambda: torch.cat([x, host]), lambda: F.embedding(host.long(), x)):
+            with pytest.raises(RuntimeError, match="a tensor of .2, 3. is on the host, and others are on cuda:0"):
+                operation()
+        emulated_gpu.WAITS.clear()
+        assert x[torch.tensor([1])].device == x.mul_(2).device == torch.device("cuda", 0)
+        assert not emulated_gpu.WAITS
+        assert (x.sum().item(), x[x > 4].shape, x.cpu().tolist()) == (30.0, (3,), [[0, 2, 4], [6, 8, 10]])
+        assert emulated_gpu.WAITS == {"aten::_local_scalar_dense": 1, "aten::index": 1, "aten::_to_copy": 1}
+
+
+@pytest.mark.usefixtures("without_cuda")
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_of_the_emulated_gpu_is_that_of_its_definition(window: int | None) -> None:
+    """Documents of 5 and 7 tokens in a row, and queries at the end of longer keys."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, gradient = (torch.randn(12, heads, 8, generator=generator) for heads in (4, 2, 2, 4))
+    for queries, keys in (([0, 5, 12], [0, 5, 12]), ([0, 2, 4], [0, 5, 12])):
+        count = queries[-1]
+        on_gpu = [emulated_gpu.OnGpu(x.clone()).requires_grad_() for x in (q[:count], k, v)]
+        on_host = [x.clone().requires_grad_() for x in (q[:count], k, v)]
+        with emulated_gpu.emulated():
+            kernel = layer_spec.varlen_kernel()
+            assert kernel is not None
+            bounds = [emulated_gpu.OnGpu(torch.tensor(x, dtype=torch.int32)) for x in (queries, keys)]
+            out = kernel(*on_gpu, *bounds, 12, 12, window_size=(-1 if window is None else window - 1, 0))
+            out.backward(emulated_gpu.OnGpu(gradient[:count]))
+        documents = []
+        for a, b, c, d in zip(queries, queries[1:], keys, keys[1:], strict=False):
+            ahead = torch.arange(c, d) - c - (torch.arange(b - a)[:, None] + (d - c) - (b - a))
+            mask = (ahead <= 0) & (ahead > -(window or 12))
+            parts = (
+                x[None, first:last].transpose(1, 2)
+                for x, first, last in zip(on_host, (a, c, c), (b, d, d), strict=True)
+            )
+            documents.append(F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1))
+        expected = torch.cat(documents)
+        expected.backward(gradient[:count])
+        torch.testing.assert_close(out.values, expected)
+        for seen, right in zip(on_gpu, on_host, strict=True):
+            torch.testing.assert_close(seen.grad.values, right.grad)
