@@ -132,7 +132,8 @@ PARTS = {
     "drawn-ranks": Part(
         simulated_ranks.drawn_steps, simulated_ranks.DRAWN_HEAD,
         "Simulated ranks of layouts, models and phases drawn at random against the planned peak; the bound is "
-        f"{simulated_ranks.TOLERANCE:.0%}. ATOM_DRAW_SEED chooses other draws, and `python -m tests.soak.simulated_ranks "
+        f"{simulated_ranks.TOLERANCE_OF_DRAWS:.0%} for each and {simulated_ranks.MEDIAN_OF_DRAWS:.0%} for the median of "
+        "an architecture. ATOM_DRAW_SEED chooses other draws, and `python -m tests.soak.simulated_ranks "
         "SEED NUMBER` repeats one.",
     ),
     "te": Part(
