@@ -20,7 +20,7 @@ VENV_TE       ?= .venv-te
 # What builds the documentation site.
 VENV_SITE     ?= .venv-site
 LATEST_TESTS  := tests/integration/test_fake_quantization.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
-	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_deepseek_v3.py tests/integration/test_glm4_moe.py tests/integration/test_windows.py tests/integration/test_qwen3_next.py tests/integration/test_layouts.py tests/integration/test_export.py
+	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_deepseek_v3.py tests/integration/test_glm4_moe.py tests/integration/test_windows.py tests/integration/test_qwen3_next.py tests/integration/test_layouts.py tests/integration/test_export.py tests/integration/test_emulated_gpu.py
 
 .PHONY: help demo check test tests test-latest test-processors test-vllm test-runtimes test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak lint lock docs site clean
 

@@ -38,8 +38,8 @@ class BatchScript:
 
     sbatch_options: without their dashes; True for one that takes no value.
     forwarded_variables: of the process that submits; set before the modules. variables: set after them.
-    setup: lines of shell. python: the shell command for Python, perhaps in a container. container_variables: whose
-    values the container gets from the job, and not from its image.
+    setup: lines of shell. python: the shell command for Python, perhaps in a container. has_image: whether that has an
+    image whose variables would take precedence over the job's.
     submitit_folder: folder of the job's pickle and logs. launches_folder: folder of the launches.
     restarts: number of restarts of a job whose attempts are not counted otherwise. relaunches: maximum number of
     launches in one allocation after the first. relaunch_seconds: time that the job must have left for one.
@@ -74,15 +74,17 @@ class BatchScript:
     served_job: str | None = None
     served_comment: str = ""
     poll_seconds: int = 10
-    container_variables: tuple[str, ...] = ()
+    has_image: bool = False
 
     def text(self) -> str:
         """The script, as sbatch takes it."""
+        of_profile = [name for name in self.forwarded_variables if name not in clean_environment.TAKEN_OVER]
         return _template().render(
             vars(self),
             non_secret_parts=clean_environment.NON_SECRET_PARTS,
             secret_names=clean_environment.SECRET_NAMES,
-            allowed_names=clean_environment.ALLOWED,
+            allowed_names=tuple(dict.fromkeys((*clean_environment.ALLOWED, *self.forwarded_variables))),
+            container_variables=(*self.variables, *of_profile) if self.has_image else (),
             decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "relaunch", "failed")},
             relaunch_variable=RELAUNCH_VARIABLE,
             diagnoses=diagnoses.script_values(),
@@ -180,9 +182,6 @@ def _script(
     variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
     if slurm.scratch:
         variables["TMPDIR"] = slurm.scratch
-    variables |= {**slurm.environment, **jobs.environment}
-    forwarded = clean_environment.forwarded_variables(os.environ, slurm.forward)
-    inherited = (name for name in slurm.forward if name in forwarded)
     log = folder / "submitit" / ("%A_%a_%t_log.out" if is_array else "%j_%t_log.out")
     cores = f"--cpus-per-task={options['cpus-per-task']}"  # not every version of srun takes that of sbatch
     srun_options = ["--unbuffered", "--output", str(log), "--export=ALL", cores, "--kill-on-bad-exit=1"]
@@ -196,9 +195,9 @@ def _script(
         run=run.id,
         stage=node.name,
         sbatch_options=dict(sorted(options.items())),
-        forwarded_variables=forwarded,
+        forwarded_variables=clean_environment.forwarded_variables(os.environ, slurm.forward),
         modules=slurm.modules,
-        variables=variables,
+        variables={**variables, **slurm.environment, **jobs.environment},
         setup=slurm.setup,
         srun_options=shlex.join([*srun_options, *_container_options(slurm, store), *jobs.srun]),
         python=_python(slurm, store),
@@ -210,7 +209,7 @@ def _script(
         notified_folder=folder / "notified",
         nodes_folder=bad_nodes.folder(store),
         avoid_seconds=slurm.avoid_seconds,
-        container_variables=(*variables, *inherited) if _has_image(slurm) else (),
+        has_image=_has_image(slurm),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -418,7 +419,8 @@ class Profile(Config):
     @property
     def other_python(self) -> bool:
         """Whether jobs run with another Python than the process that submits them."""
-        return self.slurm is not None and (self.slurm.container is not None or self.slurm.python is not None)
+        slurm = self.slurm
+        return slurm is not None and (slurm.container is not None or slurm.python not in (None, sys.executable))
 
     def peaks(self) -> dict[str, float]:
         """FLOP/s of one GPU, by family of precisions; empty if the profile states none."""

@@ -26,17 +26,15 @@ def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> 
 def submitted_run(candidates: Sequence[Run], stage: str) -> Run | None:
     """Of the first run that has the stage: the run that submitted its job, which may be an earlier one. None if there
     is no such job."""
-    for run in candidates:
-        if any(node["name"] == stage for node in run.body["nodes"]):
-            if (row := run.jobs().get(stage)) is None:
-                return None
-            if not row["attached"]:
-                return run
-    return None
+    rows = [(run, run.jobs().get(stage)) for run in candidates if any(n["name"] == stage for n in run.body["nodes"])]
+    if not rows or rows[0][1] is None:
+        return None
+    job = rows[0][1]["job"]
+    return next((run for run, row in rows if row is not None and row["job"] == job and not row["attached"]), None)
 
 
-def has_log(run: Run, stage: str) -> bool:
-    return bool(_logs(run, stage))
+def has_log(run: Run, stage: str, rank: int) -> bool:
+    return any(_name_of_rank(log, rank).exists() for log in _logs(run, stage))
 
 
 def _logs(run: Run, stage: str) -> list[Path]:
@@ -45,9 +43,13 @@ def _logs(run: Run, stage: str) -> list[Path]:
 
 
 def _log_of_rank(run: Run, stage: str, first: Path, rank: int) -> Path:
-    path = first.with_name(first.name.replace(FIRST, f"_{rank}_log.out"))
+    path = _name_of_rank(first, rank)
     if not path.exists():
         number = len(list(path.parent.glob(first.name.replace(FIRST, "_*_log.out"))))
         ranks = "one rank, 0" if number == 1 else f"ranks 0 to {number - 1}"
         raise AtomError(f"stage {stage} has no rank {rank} in run {run.id}; its latest attempt ran as {ranks}")
     return path
+
+
+def _name_of_rank(first: Path, rank: int) -> Path:
+    return first.with_name(first.name.replace(FIRST, f"_{rank}_log.out"))

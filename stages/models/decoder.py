@@ -147,7 +147,7 @@ class DecoderConfig(ModelConfig):
 
     def layer_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
         """One of the parts at work. Beside attention, nothing of the second half is there: not yet in the forward pass,
-        and no longer in the backward pass."""
+        and no longer in the backward pass; it is counted without fusions."""
         size = 4 if precision == "fp32" else 2
         second_half = 2 * size * self.hidden_size + sum(self.mlp_activations(layout, size, layer, False).values())
         attention = self.attention_working_set(layout, precision, rows, layer) - second_half

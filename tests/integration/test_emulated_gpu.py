@@ -89,7 +89,7 @@ def test_every_layout_trains_as_one_process_on_a_cpu(tmp_path: Path) -> None:
 
 def test_the_host_waits_for_the_tokens_of_experts_only() -> None:
     """No more in four layers than in two without experts. With them, Megatron reads their numbers of tokens, and its
-    sorting of tokens without Transformer Engine selects twice by a mask."""
+    sorting of tokens without Transformer Engine selects by a mask: twice in 0.16, once in 0.19."""
     module = "tests.fixtures.gpu_wait_fixtures"
     models = {name: MODELS[name] for name in ("qwen3", "qwen3_moe")}
     codes, logs = layout_fixtures.end(layout_fixtures.spawn(*EMULATED, [module, json.dumps(models)], 1))
@@ -97,10 +97,8 @@ def test_the_host_waits_for_the_tokens_of_experts_only() -> None:
     waits = json.loads(logs[0].splitlines()[-1])
     assert waits["qwen3"]["2"] == waits["qwen3"]["4"] and 0 < sum(waits["qwen3"]["2"].values()) < 10
     added = {name: count - waits["qwen3_moe"]["2"][name] for name, count in waits["qwen3_moe"]["4"].items()}
-    assert {name: count / 2 for name, count in added.items() if count} == {
-        "aten::_to_copy": 1,
-        "aten::masked_select": 2,
-    }
+    by_mask = added.pop("aten::masked_select") / 2
+    assert by_mask in (1, 2) and {name: count / 2 for name, count in added.items() if count} == {"aten::_to_copy": 1}
 
 
 @pytest.fixture

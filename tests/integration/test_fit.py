@@ -202,6 +202,8 @@ def test_what_made_the_largest_recipe_fit_is_what_the_formulas_count(tmp_path: P
     assert set(in_process) == {row.state.name for row in rows if row.gpus}
     assert all("of memory, and its job on a node has 64.0" in reasons[0] for reasons in in_process.values())
     assert f"evaluate-base does not fit: {in_process['evaluate-base'][0]}" in (ROOT / "docs/operators.md").read_text()
+    assert misfits(planned("atom-30b-a3b", tmp_path, kind="in-process"), profile)
+    assert not misfits(planned("atom-1b-a300m", tmp_path, kind="in-process"), profile)
     on_four = misfits(planned("atom-235b-a22b", tmp_path, kind="vllm", gpus=4), profile)
     assert on_four.keys() == in_process.keys()
     assert all("and a GPU has 76.0 (gpu.memory_gb)" in reasons[0] for reasons in on_four.values())

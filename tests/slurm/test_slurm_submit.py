@@ -50,8 +50,11 @@ def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) 
         assert line.startswith(f"pretrain has not begun: job {job} is pending (") and "PartitionDown" in line
     finally:
         slurm_fixtures.slurm("scontrol", "update", "partitionname=test", "state=up")
-    assert finish(home) == calm
-    assert "done: sealed" in log.communicate(timeout=60)[0] and log.returncode == 0
+    try:
+        assert finish(home) == calm
+        assert "done: sealed" in log.communicate(timeout=60)[0] and log.returncode == 0
+    finally:
+        log.kill()
     assert slurm_fixtures.attempts(home, "pretrain") == 1
     assert "all sealed" not in atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain").stdout
 

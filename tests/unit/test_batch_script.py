@@ -87,13 +87,19 @@ def test_a_container_gets_the_variables_of_the_job_whatever_its_image_sets(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("SITE", "north wing")
     container = {"kind": kind, "image": "/images/atom", "python": "/venv/python"}
-    settings = {"container": container, "environment": {"NCCL_IB_HCA": "mlx5, a"}, "forward": ["SITE", "NOT_SET"]}
+    monkeypatch.setitem(batch_fixtures.STUBS, "module", "exit 0")
+    settings = {
+        "container": container, "environment": {"NCCL_IB_HCA": "mlx5, a"}, "forward": ["SITE", "NOT_SET"],
+        "modules": ["cuda/12.8"], "setup": ["unset NCCL_IB_HCA", "true"] if kind == "apptainer" else [],
+    }  # fmt: skip
     end_of(tmp_path, script(Slurm.model_validate({**SLURM, **settings}), tmp_path).text())
     words = (tmp_path / "words").read_text().splitlines()
     assignments = words[words.index("env") + 1 : words.index("/venv/python")]
-    values = {"PYTHONPATH": "/code", "ATOM_HOME": str(tmp_path), "NCCL_IB_HCA": "mlx5, a", "SITE": "north wing"}
+    values = {"PYTHONPATH": "/code", "ATOM_HOME": str(tmp_path), "SITE": "north wing"}
+    values |= {"NCCL_IB_HCA": "mlx5, a"} if kind == "pyxis" else {}
     assert {f"{name}={value}" for name, value in values.items()} <= set(assignments)
-    assert not [word for word in assignments if word.startswith(("PATH=", "NOT_SET="))]
+    absent = ("PATH=", "NOT_SET=", *(() if kind == "pyxis" else ("NCCL_IB_HCA=",)))
+    assert not [word for word in assignments if word.startswith(absent)]
 
 
 def test_the_script_of_a_job_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,19 +11,20 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import Run
 from pipeline.launch.decision import Decision, Verdict
+from pipeline.operations import stage_logs
 from pipeline.tracking import status
 
 KEY = "filter-0123456789ab"
 CAUSE = "module cuda/12.8 of the cluster profile failed with exit code 1 on each of n1,n4"
 
 
-def write_run(store: Store, id: str, attached: bool) -> Run:
+def write_run(store: Store, id: str, attached: bool, job: str = "7") -> Run:
     folder = store.logs / id
     folder.mkdir(parents=True)
     nodes = [{"name": "filter", "stage": "filter", "key": KEY}]
     body = {"id": id, "recipe": "r", "version": "1", "recipe_path": "r.yaml", "profile": "dev", "nodes": nodes}
     (folder / "run.json").write_text(json.dumps(body))
-    (folder / "jobs.jsonl").write_text(json.dumps({"node": "filter", "job": "7", "attached": attached}) + "\n")
+    (folder / "jobs.jsonl").write_text(json.dumps({"node": "filter", "job": job, "attached": attached}) + "\n")
     return runs.find(store, id)
 
 
@@ -46,3 +47,19 @@ def test_the_cause_of_a_job_of_another_run(
     Verdict(Decision.FAILED, CAUSE).write(launch)
     (node,), lack = status.status(write_run(store, "second", attached=True), store)
     assert (node.state, node.message, lack) == ("failed", shown, None)
+
+
+def test_the_log_of_a_job_is_in_the_run_that_submitted_it(tmp_path: Path) -> None:
+    """Not in a later one that submitted another job of that stage. The log of a rank begins after that of the first."""
+    store = Store(tmp_path / "home")
+    first = write_run(store, "first", attached=False)
+    second, third = write_run(store, "second", False, "8"), write_run(store, "third", attached=True)
+    assert stage_logs.submitted_run([third, second, first], "filter") == first
+    assert stage_logs.submitted_run([second, first], "filter") == second
+    assert stage_logs.submitted_run([third, second], "filter") is stage_logs.submitted_run([first], "dedup") is None
+    logs = first.folder / "filter/submitit"
+    logs.mkdir(parents=True)
+    (logs / "7_0_log.out").touch()
+    assert stage_logs.has_log(first, "filter", 0) and not stage_logs.has_log(first, "filter", 3)
+    (logs / "7_3_log.out").touch()
+    assert stage_logs.has_log(first, "filter", 3)
