@@ -160,9 +160,10 @@ def logs(
     with open(path) as log:
         while True:
             over = not follow or status.over([read(this)])
-            sys.stdout.write(log.read())
+            text = log.read()
+            sys.stdout.write(text)
             sys.stdout.flush()
-            if over:
+            if over and not (follow and text):  # a stage writes its last lines after it has sealed its product
                 return
             time.sleep(0.5)
 

@@ -52,7 +52,7 @@ def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) 
         slurm_fixtures.slurm("scontrol", "update", "partitionname=test", "state=up")
     try:
         assert finish(home) == calm
-        assert "done: sealed" in log.communicate(timeout=60)[0] and log.returncode == 0
+        assert "120/120 steps" in log.communicate(timeout=60)[0] and log.returncode == 0
     finally:
         log.kill()
     assert slurm_fixtures.attempts(home, "pretrain") == 1
