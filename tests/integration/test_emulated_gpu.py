@@ -23,12 +23,8 @@ from tests.fixtures import (
 pytestmark = pytest.mark.numeric
 
 EMULATED = ("tests.fixtures.emulated_gpu",)
-OF_EXPERTS = ("experts", "num_experts_per_tok", "aux_loss", "moe_intermediate_size")
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen3": {
-        **{name: value for name, value in train_fixtures.MODEL.items() if name not in OF_EXPERTS},
-        "architecture": "qwen3", "intermediate_size": 48,
-    },
+    "qwen3": train_fixtures.DENSE,
     "qwen3_moe": train_fixtures.MODEL,
     "qwen3_next": qwen3_next_fixtures.MODEL,
     "glm4_moe": glm_fixtures.MODEL,
@@ -94,7 +90,7 @@ def test_the_host_waits_for_the_tokens_of_experts_only() -> None:
     models = {name: MODELS[name] for name in ("qwen3", "qwen3_moe")}
     codes, logs = layout_fixtures.end(layout_fixtures.spawn(*EMULATED, [module, json.dumps(models)], 1))
     assert codes == [0], logs[0][-3000:]
-    waits = json.loads(logs[0].splitlines()[-1])
+    waits = json.loads(next(line for line in logs[0].splitlines() if line.startswith("{")))
     assert waits["qwen3"]["2"] == waits["qwen3"]["4"] and 0 < sum(waits["qwen3"]["2"].values()) < 10
     added = {name: count - waits["qwen3_moe"]["2"][name] for name, count in waits["qwen3_moe"]["4"].items()}
     by_mask = added.pop("aten::masked_select") / 2

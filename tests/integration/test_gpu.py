@@ -39,12 +39,6 @@ from tests.fixtures import ROOT, fake_rank_fixtures, layout_fixtures, train_fixt
 pytestmark = pytest.mark.numeric
 
 TINY = Qwen3MoeConfig(**train_fixtures.MODEL)
-OF_EXPERTS = ("experts", "num_experts_per_tok", "aux_loss", "moe_intermediate_size")
-DENSE: dict[str, Any] = {
-    **{name: value for name, value in train_fixtures.MODEL.items() if name not in OF_EXPERTS},
-    "architecture": "qwen3",
-    "intermediate_size": 48,
-}
 
 
 def test_a_task_that_sees_one_gpu_takes_it() -> None:
@@ -198,7 +192,7 @@ def test_fusions_are_those_that_the_machine_has(
 
 def test_cuda_graphs_are_megatrons_of_complete_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the configuration of a model, with the variable that Megatron then asks for; not without a GPU."""
-    layout, model = Layout(cuda_graphs=True), Qwen3Config(**DENSE)
+    layout, model = Layout(cuda_graphs=True), Qwen3Config(**train_fixtures.DENSE)
     with parallel.session(0), pytest.raises(RecipeError) as refused:
         build(model, train_fixtures.VOCAB, layout)
     assert str(refused.value) == (
@@ -227,7 +221,7 @@ def test_cuda_graphs_are_megatrons_of_complete_layers(monkeypatch: pytest.Monkey
 def test_cuda_graphs_are_refused_where_sizes_change(
     architecture: str, layout: dict[str, Any], packed: bool, reason: str | None
 ) -> None:
-    model = Qwen3Config(**DENSE) if architecture == "qwen3" else TINY
+    model = Qwen3Config(**train_fixtures.DENSE) if architecture == "qwen3" else TINY
     sentence = problem(Layout(cuda_graphs=True, **layout), model, train_fixtures.VOCAB, [4], packed)
     if reason is None:
         assert sentence is None
@@ -238,7 +232,7 @@ def test_cuda_graphs_are_refused_where_sizes_change(
 def test_rows_of_cuda_graphs_have_one_width(tmp_path: Path) -> None:
     """That of the phase, also where each row of a step is shorter."""
     settings = train_fixtures.config(parallelism={"cuda_graphs": True})
-    settings["model"] = DENSE
+    settings["model"] = train_fixtures.DENSE
     phase = TrainConfig.model_validate(settings).phase
     train_fixtures.make(tmp_path)
     tokens = Artifact.open(tmp_path / "tokens")
