@@ -18,7 +18,7 @@ from release.checks.verdict import CheckResult, answer
 from release.hash_cache import Digests
 from release.tree import Tree, real_bytes
 
-SECONDS, MEMORY = 5.0, 192 << 20
+SECONDS, MEMORY = 20.0, 192 << 20
 """The processor time of all checks together, and the memory of each check in bytes."""
 TEXT_SECONDS, TEXT_GROWTH, TEXT_MEMORY = 1e-7, 8, 128 << 20
 """The additional limits for each byte of JSON that a check reads, up to a maximum of memory."""
