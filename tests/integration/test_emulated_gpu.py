@@ -11,30 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from stages.mcore import layer_spec
-from tests.fixtures import (
-    emulated_gpu,
-    glm_fixtures,
-    layout_fixtures,
-    qwen3_next_fixtures,
-    run_fixtures,
-    train_fixtures,
-)
+from tests.fixtures import architecture_fixtures, emulated_gpu, layout_fixtures, run_fixtures, train_fixtures
 
 pytestmark = pytest.mark.numeric
 
 EMULATED = ("tests.fixtures.emulated_gpu",)
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen3": train_fixtures.DENSE,
-    "qwen3_moe": train_fixtures.MODEL,
-    "qwen3_next": qwen3_next_fixtures.MODEL,
-    "glm4_moe": glm_fixtures.MODEL,
-    "deepseek_v3": {
-        **{name: value for name, value in glm_fixtures.MODEL.items() if name not in ("kv_heads", "head_dim")},
-        "architecture": "deepseek_v3", "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4, "v_head_dim": 10,
-    },
-    "gpt_oss": {**train_fixtures.MODEL, "architecture": "gpt_oss", "sliding_window": 12, "moe_intermediate_size": 24},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +28,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def runs_of(corpus: Path, **phase: Any) -> dict[str, tuple[Path, dict[str, Any]]]:
     place = corpus / "packed" if phase.get("pack") else corpus
-    return {name: (place, {**train_fixtures.config(**phase), "model": model}) for name, model in MODELS.items()}
+    return {
+        name: (place, {**train_fixtures.config(**phase), "model": model})
+        for name, model in architecture_fixtures.MODELS.items()
+    }
 
 
 def test_every_architecture_trains_as_on_a_cpu(corpus: Path, tmp_path: Path) -> None:
@@ -87,7 +71,7 @@ def test_the_host_waits_for_the_tokens_of_experts_only() -> None:
     """No more in four layers than in two without experts. With them, Megatron reads their numbers of tokens, and its
     sorting of tokens without Transformer Engine selects by a mask: twice in 0.16, once in 0.19."""
     module = "tests.fixtures.gpu_wait_fixtures"
-    models = {name: MODELS[name] for name in ("qwen3", "qwen3_moe")}
+    models = {name: architecture_fixtures.MODELS[name] for name in ("qwen3", "qwen3_moe")}
     codes, logs = layout_fixtures.end(layout_fixtures.spawn(*EMULATED, [module, json.dumps(models)], 1))
     assert codes == [0], logs[0][-3000:]
     waits = json.loads(next(line for line in logs[0].splitlines() if line.startswith("{")))

@@ -7,27 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from stages.models.registry import ARCHITECTURES
-from tests.fixtures import ROOT, glm_fixtures, layout_fixtures, page_fixtures, qwen3_next_fixtures, train_fixtures
+from tests.fixtures import ROOT, architecture_fixtures, layout_fixtures, page_fixtures
 from tests.te.conftest import Spawn
 
 YARN = {"yarn": {"factor": 4.0, "original_length": 16}}
-QWEN3_MOE = train_fixtures.MODEL
-QWEN3: dict[str, Any] = {
-    **{k: v for k, v in QWEN3_MOE.items() if "expert" not in k and k not in ("aux_loss", "moe_intermediate_size")},
-    "architecture": "qwen3", "intermediate_size": 48,
-}  # fmt: skip
+QWEN3_MOE, QWEN3, QWEN3_NEXT, GLM, DEEPSEEK, GPT_OSS = (
+    architecture_fixtures.MODELS[name]
+    for name in ("qwen3_moe", "qwen3", "qwen3_next", "glm4_moe", "deepseek_v3", "gpt_oss")
+)
 UNTIED = {"layers": 3, "tie_embeddings": False, "rope_theta": 1e6, "norm_eps": 1e-5}
-GLM = glm_fixtures.MODEL
 GLM_SPARSE = {k: v for k, v in GLM.items() if k not in ("dense_layers", "intermediate_size")}
-DEEPSEEK: dict[str, Any] = {
-    **{k: v for k, v in GLM.items() if k not in ("kv_heads", "head_dim")}, "architecture": "deepseek_v3",
-    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10,
-    "tie_embeddings": False,
-}  # fmt: skip
-GPT_OSS = {
-    **QWEN3_MOE, "architecture": "gpt_oss", "sliding_window": 12, "tie_embeddings": False, "moe_intermediate_size": 24,
-}  # fmt: skip
-QWEN3_NEXT = qwen3_next_fixtures.MODEL
 (GPT_OSS_ROPE,) = (
     block.text for block in page_fixtures.blocks(ROOT / "docs/users.md") if "provider.yarn_" in block.text
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fixtures import layout_fixtures, train_fixtures
-from tests.fixtures.glm_fixtures import MODEL
+from tests.fixtures.architecture_fixtures import GLM4_MOE as MODEL
 from tests.te.conftest import Spawn
 
 YARN = {"factor": 4, "original_length": 64}
