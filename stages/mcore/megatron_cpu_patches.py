@@ -163,35 +163,39 @@ def _cpu_torch() -> types.ModuleType:
 
 
 def _gloo() -> types.ModuleType:
-    """`torch.distributed` with two collectives on parts of unequal size, which gloo lacks and NCCL has: tokens of
-    split experts are gathered and summed so. Both are made of collectives on equal sizes."""
     distributed = types.ModuleType("torch.distributed")
     distributed.__dict__.update(dist.__dict__)
+    distributed.__dict__.update(of_unequal_sizes(dist.all_gather, dist.reduce_scatter))
+    return distributed
 
-    def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+
+def of_unequal_sizes(all_gather: Callable[..., Any], reduce_scatter: Callable[..., Any]) -> dict[str, Any]:
+    """Both collectives of `torch.distributed`, by name, on parts of unequal size too, which gloo lacks and NCCL has:
+    tokens of split experts are gathered and summed so. They are made of collectives on equal sizes."""
+
+    def gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
         sizes = [part.shape[0] for part in parts]
         if len(set(sizes)) == 1:
-            return dist.all_gather(parts, tensor, group=group, **kwargs)
+            return all_gather(parts, tensor, group=group, **kwargs)
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: tensor.shape[0]] = tensor
         gathered = [torch.empty_like(padded) for _ in parts]
-        dist.all_gather(gathered, padded, group=group)
+        all_gather(gathered, padded, group=group)
         for part, received in zip(parts, gathered, strict=True):
             part.copy_(received[: part.shape[0]])
         return None
 
-    def reduce_scatter(
+    def sum_and_scatter(
         output: torch.Tensor, parts: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any
     ) -> Any:
         if len({part.shape[0] for part in parts}) == 1:
-            return dist.reduce_scatter(output, parts, *args, group=group, **kwargs)
+            return reduce_scatter(output, parts, *args, group=group, **kwargs)
         summed = torch.cat(parts)
         dist.all_reduce(summed, group=group)
         output.copy_(summed.split([part.shape[0] for part in parts])[dist.get_rank(group)])
         return None
 
-    distributed.__dict__.update(all_gather=all_gather, reduce_scatter=reduce_scatter)
-    return distributed
+    return {"all_gather": gather, "reduce_scatter": sum_and_scatter}
 
 
 def _redirect_to_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
