@@ -146,7 +146,7 @@ PARTS = {
     "emulated-gpu": Part(
         test_steps(
             "tests/integration/test_emulated_gpu.py",
-            *(f"-p tests.fixtures.emulated_gpu tests/integration/test_{name}" for name in ("rlvr.py -k learns", "rlhf.py -k learns", "lora.py"))
+            *(f"-p tests.fixtures.emulated_gpu tests/integration/test_{name}" for name in ("rlvr.py -k learn", "rlvr.py -k killed_between", "rlhf.py -k learns", "lora.py"))
         ),
         ["tests", "result"],
         "The code for GPUs on an emulated one: every architecture and layout against the CPU, RL and adapters.",
