@@ -66,6 +66,14 @@ def test_a_figure_that_does_not_hold_fails(tmp_path: Path, monkeypatch: pytest.M
     assert json.loads((tmp_path / "lines.jsonl").read_text()) == {**LINE, "holds": False}
 
 
+def test_phases_of_a_gpu_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its sizes, also those that only a GPU trains: CUDA graphs, which a model with experts cannot have."""
+    monkeypatch.setattr(gpu_fixtures, "ON_GPU", True)
+    for dense, changes in ((False, {}), (True, {}), (True, {"pack": False, "parallelism": {"cuda_graphs": True}})):
+        config = gpu_fixtures.phase(dense=dense, **changes)
+        assert (config.model.architecture, config.model.layers) == ("qwen3" if dense else "qwen3_moe", 4)
+
+
 def test_wheels_that_are_too_many_are_one_sentence(tmp_path: Path) -> None:
     for name, size in (("small", 1), ("large", 3 * 2**20)):
         (tmp_path / f"{name}.whl").write_bytes(b"0" * size)

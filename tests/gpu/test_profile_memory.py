@@ -18,7 +18,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.mcore import gpu
-from stages.models.qwen3.config import Qwen3Config
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.config import TrainConfig
 from stages.train.engine import cross_entropy
@@ -83,19 +82,11 @@ def waits_of_a_layer(config: TrainConfig) -> int:
     return waits(two) - waits(one)
 
 
-def dense(config: TrainConfig) -> Qwen3Config:
-    """The phase's model with a plain feed-forward part."""
-    model = config.model
-    sizes = {name: getattr(model, name) for name in ("layers", "hidden_size", "context_length", "heads", "kv_heads", "head_dim")}  # fmt: skip
-    return Qwen3Config(architecture="qwen3", intermediate_size=2 * model.hidden_size, **sizes)
-
-
 @pytest.mark.point(8)
 def test_no_layer_waits_for_the_device(report: Report) -> None:
-    config = gpu_fixtures.phase()
-    count = waits_of_a_layer(config.model_copy(update={"model": dense(config)}))
+    count = waits_of_a_layer(gpu_fixtures.phase(dense=True))
     report("waits of a dense layer, forward and backward", f"{count}", "none", count == 0)
-    count = waits_of_a_layer(config)
+    count = waits_of_a_layer(gpu_fixtures.phase())
     report("waits of a layer with experts", f"{count}", f"at most {DISPATCH}, Megatron's dispatch without TE", count <= DISPATCH)  # fmt: skip
 
 
@@ -177,8 +168,8 @@ def test_graphs_repeat_the_kernels_of_a_layer(report: Report) -> None:
     """The first step records them, the others replay."""
     curves, seconds = [], []
     for graphs in (False, True):
-        config = gpu_fixtures.phase(pack=False, parallelism={"cuda_graphs": graphs})
-        with gpu_fixtures.engine(config.model_copy(update={"model": dense(config)})) as engine:
+        config = gpu_fixtures.phase(dense=True, pack=False, parallelism={"cuda_graphs": graphs})
+        with gpu_fixtures.engine(config) as engine:
             batch = gpu_fixtures.random_batch(config, engine.ranks)
             curve = [gpu_fixtures.train_step(engine, batch) for _ in range(4)]
             began = time.monotonic()
