@@ -34,6 +34,7 @@ def after_import() -> None:
     global _te_general_gemm
     _te_general_gemm = moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     _count_without_padding()
+    _keep_graph_inputs()
 
 
 _te_general_gemm: Any = None
@@ -60,6 +61,24 @@ def _count_without_padding() -> None:
         count(self, routing_map)
 
     TopKRouter._apply_expert_bias = apply_expert_bias
+
+
+def _keep_graph_inputs() -> None:
+    """0.16: the buffer of the first layer's input becomes that of a later graph's gradients, though the first layer's
+    backward graph reads it (a norm in fp32 keeps its input): the gradient of the embedding would be wrong by 15 to
+    32 %. Buffers of inputs, which Megatron marks, are not given to others."""
+    from megatron.core.transformer import cuda_graphs
+
+    record = cuda_graphs._CudagraphGlobalRecord
+    if not hasattr(record, "tensor_reuse_pool"):
+        return
+
+    class Pool(cuda_graphs.TensorReusePool):  # type: ignore[misc]
+        def insert(self, tensor: torch.Tensor) -> None:
+            if not hasattr(tensor, "can_skip_replay_copy"):
+                super().insert(tensor)
+
+    record.tensor_reuse_pool = Pool()
 
 
 def router_losses() -> dict[str, torch.Tensor]:

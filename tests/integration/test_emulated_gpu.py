@@ -67,18 +67,45 @@ def test_every_layout_trains_as_one_process_on_a_cpu(tmp_path: Path) -> None:
             layout_fixtures.agree(curve, one, 1e-5, name)
 
 
+def steps_of(figures: str, *names: str) -> dict[str, Any]:
+    """What tests/fixtures/gpu_step_fixtures.py prints of these architectures."""
+    models = json.dumps({name: architecture_fixtures.MODELS[name] for name in names})
+    module = "tests.fixtures.gpu_step_fixtures"
+    codes, logs = layout_fixtures.end(layout_fixtures.spawn(*EMULATED, [module, figures, models], 1))
+    assert codes == [0], logs[0][-3000:]
+    printed: dict[str, Any] = json.loads(next(line for line in logs[0].splitlines() if line.startswith("{")))
+    return printed
+
+
 def test_the_host_waits_for_the_tokens_of_experts_only() -> None:
     """No more in four layers than in two without experts. With them, Megatron reads their numbers of tokens, and its
     sorting of tokens without Transformer Engine selects by a mask: twice in 0.16, once in 0.19."""
-    module = "tests.fixtures.gpu_wait_fixtures"
-    models = {name: architecture_fixtures.MODELS[name] for name in ("qwen3", "qwen3_moe")}
-    codes, logs = layout_fixtures.end(layout_fixtures.spawn(*EMULATED, [module, json.dumps(models)], 1))
-    assert codes == [0], logs[0][-3000:]
-    waits = json.loads(next(line for line in logs[0].splitlines() if line.startswith("{")))
+    waits = steps_of("waits", "qwen3", "qwen3_moe")
     assert waits["qwen3"]["2"] == waits["qwen3"]["4"] and 0 < sum(waits["qwen3"]["2"].values()) < 10
     added = {name: count - waits["qwen3_moe"]["2"][name] for name, count in waits["qwen3_moe"]["4"].items()}
     by_mask = added.pop("aten::masked_select") / 2
     assert by_mask in (1, 2) and {name: count / 2 for name, count in added.items() if count} == {"aten::_to_copy": 1}
+
+
+def test_cuda_graphs_compute_what_their_layers_do() -> None:
+    """Megatron records each layer, forward and backward, in the first step, in which the host may not wait. From the
+    second on it replays both for each micro-batch, and in an evaluation the first."""
+    forward = architecture_fixtures.MODELS["qwen3"]["layers"] * 2  # micro-batches
+    for precision, figures in steps_of("graphs", "qwen3")["qwen3"].items():
+        assert figures["replays"] == [0, 2 * forward, 2 * forward, forward], precision
+        assert figures["with"] == figures["without"], precision
+        assert figures["with"][2] < figures["with"][0] - 0.1, precision
+
+
+@run_fixtures.at_length("emulated-gpu", 120)
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"cp": 2}, {"overlap_weights": True}], ids=str)
+def test_layouts_train_alike_with_cuda_graphs(layout: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name, graphs in (("without", False), ("with", True)):
+        parallelism = {"ranks": 2, "cuda_graphs": graphs, **layout}
+        runs[name] = (corpus, {**train_fixtures.config(parallelism=parallelism), "model": train_fixtures.DENSE})
+    curves = layout_fixtures.compare_runs(runs, 2, tmp_path / "two.json", 3, through=EMULATED)
+    assert curves["with"] == curves["without"]
 
 
 @pytest.fixture
