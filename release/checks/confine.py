@@ -27,7 +27,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 STATUS = "/proc/self/status"
-WAITING = 10
+WAITING = 5
 """Wall-clock seconds for each second of processor time, because other processes use the processor as well."""
 
 

@@ -64,9 +64,9 @@ def _count_without_padding() -> None:
 
 
 def _keep_graph_inputs() -> None:
-    """0.16: the buffer of the first layer's input becomes that of a later graph's gradients, though the first layer's
-    backward graph reads it (a norm in fp32 keeps its input): the gradient of the embedding would be wrong by 15 to
-    32 %. Buffers of inputs, which Megatron marks, are not given to others."""
+    """0.16: the buffer of the first layer's input becomes that of the last layer's incoming gradient, though the first
+    layer's backward graph reads it, if its norm keeps its input: the gradient of the embedding would be wrong. Buffers
+    of inputs, which Megatron marks, are not given to others; the process keeps them."""
     from megatron.core.transformer import cuda_graphs
 
     record = cuda_graphs._CudagraphGlobalRecord
