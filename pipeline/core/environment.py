@@ -95,7 +95,9 @@ def git_commit(root: Path) -> tuple[str | None, bool]:
             return None, False
 
     def git(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+        # without the lock of the index, which a killed process would leave behind
+        command = ["git", "--no-optional-locks", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
     try:
         head, status = git("rev-parse", "HEAD"), git("status", "--porcelain")

@@ -400,7 +400,10 @@ def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(t
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "Begin"]):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    os.utime(tmp_path / "pipeline" / "a.py", (0, 0))  # git would note in its index that only the time differs
+    index = (tmp_path / ".git" / "index").read_bytes()
     assert git_commit(tmp_path)[1] is False
+    assert (tmp_path / ".git" / "index").read_bytes() == index, "a killed process would leave the lock of the index"
     (tmp_path / "pipeline" / "private.yaml").write_text("password: x")
     assert git_commit(tmp_path)[1] is True
     assert sources(tmp_path, "pipeline") == [tmp_path / "pipeline" / "a.py"]

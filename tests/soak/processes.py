@@ -23,5 +23,5 @@ def result(command: list[str], environment: Mapping[str, str] | None = None) -> 
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
