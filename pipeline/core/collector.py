@@ -1,5 +1,6 @@
 """How often Python looks for objects that refer to each other in cycles."""
 
+import atexit
 import gc
 
 ALLOCATIONS = 20_000
@@ -9,5 +10,7 @@ ALLOCATIONS = 20_000
 def collect_rarely() -> None:
     """To be called before PyTorch, Megatron or transformers are imported: they leave half a million objects that never
     end, and with Python's own numbers the collector walks over them again and again, for a fifth of the time of the
-    imports. Memory of tensors does not wait for the collector, unless they are part of a cycle."""
+    imports, and once more when the process ends. Memory of tensors does not wait for the collector, unless they are
+    part of a cycle."""
     gc.set_threshold(ALLOCATIONS, 10, 10)
+    atexit.register(gc.freeze)

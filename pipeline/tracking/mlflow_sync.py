@@ -27,7 +27,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import atomic_files, json_files, provenance
+from pipeline.core import atomic_files, collector, json_files, provenance
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import POINT, Tail
 from pipeline.core.json_files import Damaged
@@ -429,4 +429,5 @@ def _is_newer(path: Path, other: Path) -> bool:
 
 
 if __name__ == "__main__":
+    collector.collect_rarely()
     run_companion(Path(sys.argv[1]), sys.argv[2])

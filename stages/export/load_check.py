@@ -12,6 +12,7 @@ which it loads by their paths, import a module of this project, on purpose.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import math
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 gc.set_threshold(20_000)  # the imports leave half a million objects that never end
+atexit.register(gc.freeze)
 
 import torch  # noqa: E402
 from jinja2 import TemplateError  # noqa: E402

@@ -12,6 +12,7 @@ this project, on purpose: the CPU patches of Megatron must not affect the compar
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 gc.set_threshold(20_000)  # the imports leave half a million objects that never end
+atexit.register(gc.freeze)
 
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
