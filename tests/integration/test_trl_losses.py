@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections import defaultdict
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +30,12 @@ ACCELERATOR = SimpleNamespace(
 )
 
 
+source = cache(inspect.getsource)
+
+
 def trl_fragment(method: Any, first: str, last: str, **names: Any) -> dict[str, Any]:
     """Runs a part of one of TRL's long methods, from the line that holds `first` up to the one that holds `last`."""
-    lines = inspect.getsource(method).splitlines()
+    lines = source(method).splitlines()
     start = next(i for i, line in enumerate(lines) if first in line)
     end = next(i for i, line in enumerate(lines) if i > start and last in line)
     scope = {**vars(inspect.getmodule(method)), **names}
