@@ -11,8 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.mcore import layer_spec
-from tests.fixtures import architecture_fixtures, emulated_gpu, layout_fixtures, run_fixtures, train_fixtures
+from stages.mcore import gpu, layer_spec
+from tests.fixtures import (
+    architecture_fixtures,
+    emulated_gpu,
+    gpu_step_fixtures,
+    layout_fixtures,
+    run_fixtures,
+    train_fixtures,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -41,16 +48,21 @@ def test_every_architecture_trains_as_on_a_cpu(corpus: Path, tmp_path: Path) -> 
     elsewhere."""
     runs = runs_of(corpus, pack=True, precision="bf16")
     on_cpu = layout_fixtures.compare_runs(runs, 1, tmp_path / "cpu.json", 1)
+    again = runs_of(corpus, pack=True, precision="bf16", parallelism={"deterministic": True})
+    runs["qwen3_next, deterministic"], on_cpu["qwen3_next, deterministic"] = again["qwen3_next"], on_cpu["qwen3_next"]
     on_gpu = layout_fixtures.compare_runs(runs, 1, tmp_path / "gpu.json", 1, through=EMULATED)
     for name in runs:
         losses = [[line.get("loss", line.get("heldout_loss")) for line in of[name]] for of in (on_gpu, on_cpu)]
         assert losses[0] == pytest.approx(losses[1], rel=3e-3), name
 
 
-@run_fixtures.at_length("emulated-gpu", 60)
+@run_fixtures.at_length("emulated-gpu", 120)
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("pack", [False, True])
-def test_every_architecture_trains_as_on_a_cpu_in_fp32(corpus: Path, tmp_path: Path, pack: bool) -> None:
-    runs = runs_of(corpus, pack=pack)
+def test_every_architecture_trains_as_on_a_cpu_in_fp32(
+    corpus: Path, tmp_path: Path, pack: bool, deterministic: bool
+) -> None:
+    runs = runs_of(corpus, pack=pack, parallelism={"deterministic": deterministic})
     on_cpu = layout_fixtures.compare_runs(runs, 1, tmp_path / "cpu.json", 3)
     on_gpu = layout_fixtures.compare_runs(runs, 1, tmp_path / "gpu.json", 3, through=EMULATED)
     for name in runs:
@@ -112,6 +124,13 @@ def test_layouts_train_alike_with_cuda_graphs(layout: dict[str, Any], corpus: Pa
     layout_fixtures.agree(curves["with"], curves["without"], 1e-5, str(layout))
 
 
+def test_the_sampler_needs_no_kernel_that_is_not_deterministic() -> None:
+    """This project's decoder, and transformers' own."""
+    names = ("qwen3_moe", "gpt_oss")
+    on_cpu = {name: gpu_step_fixtures.tokens_of(architecture_fixtures.MODELS[name]) for name in names}
+    assert steps_of("tokens", *names) == on_cpu
+
+
 @pytest.fixture
 def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's, which needs a GPU, does not start."""
@@ -130,6 +149,24 @@ def test_what_a_gpu_refuses_is_refused_and_waits_are_counted() -> None:
         assert not emulated_gpu.WAITS
         assert (x.sum().item(), x[x > 4].shape, x.cpu().tolist()) == (30.0, (3,), [[0, 2, 4], [6, 8, 10]])
         assert emulated_gpu.WAITS == {"aten::_local_scalar_dense": 1, "aten::index": 1, "aten::_to_copy": 1}
+
+
+@pytest.mark.usefixtures("without_cuda")
+def test_sums_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA has no deterministic kernel for cumulative sums of floating-point numbers."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    values = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    with emulated_gpu.emulated():
+        x = emulated_gpu.OnGpu(values).requires_grad_()
+        with pytest.raises(RuntimeError, match="aten::cumsum does not have a deterministic implementation"):
+            x.cumsum(-1)
+        assert (x > 0).cumsum(-1)[0, -1] == (values[0] > 0).sum()
+        sums = gpu.cumulative_sum(x, torch.float64)
+        sums[:, ::7].sum().backward()
+    torch.testing.assert_close(sums.values, values.cumsum(-1, dtype=torch.float64))
+    of_sums = torch.zeros_like(values)
+    of_sums[:, ::7] = 1
+    torch.testing.assert_close(x.grad.values, of_sums.flip(-1).cumsum(-1).flip(-1))
 
 
 @pytest.mark.usefixtures("without_cuda")
