@@ -69,16 +69,23 @@ def test_every_architecture_trains_as_on_a_cpu_in_fp32(
         layout_fixtures.agree(on_gpu[name], on_cpu[name], 1e-4, name)
 
 
-@run_fixtures.at_length("emulated-gpu", 600)
-def test_every_layout_trains_as_one_process_on_a_cpu(tmp_path: Path) -> None:
-    train_fixtures.make(tmp_path / "corpus")
-    settings = {**train_fixtures.config(batch=layout_fixtures.BATCH), "model": layout_fixtures.MODEL}
-    (one,) = layout_fixtures.compare(tmp_path / "corpus", {"one": {}}, 1, settings, tmp_path / "one.json", 3).values()
+@run_fixtures.at_length("emulated-gpu", 1200)
+@pytest.mark.parametrize(("pack", "precision"), [(False, "fp32"), (True, "bf16")])
+def test_every_layout_trains_as_one_process_on_a_cpu(corpus: Path, tmp_path: Path, pack: bool, precision: str) -> None:
+    """In bf16, losses and norms of gradients: rounding there sends some tokens to other experts."""
+    place = corpus / "packed" if pack else corpus
+    settings = train_fixtures.config(batch=layout_fixtures.BATCH, pack=pack, precision=precision)
+    settings |= {"model": layout_fixtures.MODEL}
+    (one,) = layout_fixtures.compare(place, {"one": {}}, 1, settings, tmp_path / "one.json", 3).values()
     for ranks, named in ((2, layout_fixtures.TWO), (4, layout_fixtures.FOUR)):
-        runs = {n: (tmp_path / "corpus", layout_fixtures.in_layout(settings, x, ranks)) for n, x in named.items()}
+        runs = {n: (place, layout_fixtures.in_layout(settings, x, ranks)) for n, x in named.items()}
         out = tmp_path / f"{ranks}.json"
         for name, curve in layout_fixtures.compare_runs(runs, ranks, out, 3, through=EMULATED).items():
-            layout_fixtures.agree(curve, one, 1e-5, name)
+            if precision == "fp32":
+                layout_fixtures.agree(curve, one, 1e-5, name)
+            for step, expected in zip(curve, one, strict=True):
+                for figure in expected.keys() & {"loss", "grad_norm", "heldout_loss"}:
+                    assert step[figure] == pytest.approx(expected[figure], rel=5e-3), f"{name}: {figure}"
 
 
 def steps_of(command: str, *names: str) -> dict[str, Any]:
