@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 gc.set_threshold(20_000)  # the imports leave half a million objects that never end
-atexit.register(gc.freeze)
+atexit.register(gc.freeze)  # nor does the end of the process walk over them
 
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402

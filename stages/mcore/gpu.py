@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 from stages.mcore.parallel_layout import Layout
 
@@ -87,14 +86,3 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def cumulative_sum(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`x.cumsum(-1, dtype)`. CUDA has no deterministic kernel for it, and refuses it where only such kernels may be
-    used; there, sums that are 1, 2, 4, ... places apart are added (Hillis and Steele, 1986, doi:10.1145/7902.7903)."""
-    if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return x.cumsum(-1, dtype=dtype)
-    x, apart = x.to(dtype or x.dtype), 1
-    while apart < x.shape[-1]:
-        x, apart = x + F.pad(x[..., :-apart], (apart, 0)), 2 * apart
-    return x

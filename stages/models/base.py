@@ -103,8 +103,6 @@ class ModelConfig(Config, ABC):
     yarn: Yarn | None = added(None, "YaRN scaling of the rotary frequencies; null: none")
     stated_parameters: StatedParameters | None = operational(None, "expected parameter counts; null: not checked")
 
-    deterministic_in_transformers: ClassVar[bool] = True
-    """Whether CUDA has deterministic kernels for all that transformers' model computes."""
     zero_centered_norms: ClassVar[bool] = False
     """Whether the norms around and in an attention layer multiply by 1 + weight, so that weights start as zeros."""
     spec_module: ClassVar[str]

@@ -386,7 +386,7 @@ class RlTrainConfig(TrainerConfig):
     def _possible(self) -> RlTrainConfig:
         if self.phase.routing_replay and self.model.routing is None:
             raise ValueError("routing_replay = true has no effect on a dense model, which has no experts; leave it out")
-        require_sampling(self.phase, self.model)
+        require_room(self.phase.sampling, self.model)
         return self
 
 
@@ -397,7 +397,7 @@ class DpoTrainConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> DpoTrainConfig:
-        require_sampling(self.phase, self.model)
+        require_room(self.phase.sampling, self.model)
         return self
 
 
@@ -407,18 +407,10 @@ class RewardTrainConfig(TrainerConfig):
     phase: RewardPhase = Field(description="section of the phase")
 
 
-def require_sampling(phase: RlPhase | DpoPhase, model: ModelConfig) -> None:
-    """Raises ValueError if the maximum length of answers reaches the model's context, or if the sampler would need a
-    kernel that CUDA lacks."""
-    sampling = phase.sampling
+def require_room(sampling: Sampling, model: ModelConfig) -> None:
+    """Raises ValueError if the maximum length of answers reaches the model's context."""
     if sampling.max_new_tokens >= model.context_length:
         raise ValueError(
             f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a question in "
             f"model.context_length = {model.context_length}"
-        )
-    if phase.parallelism.deterministic and sampling.kind != "vllm" and not model.deterministic_in_transformers:
-        raise ValueError(
-            f"parallelism.deterministic = true and sampling.kind = {sampling.kind} exclude each other for "
-            f"{model.architecture}: transformers sums in a way of which CUDA has no deterministic kernel; set "
-            "sampling.kind = vllm, or leave deterministic out"
         )

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import write_manifest
@@ -20,13 +19,12 @@ from stages.mcore.model import build, named_tensors
 from stages.mcore.parallel_layout import Layout
 from stages.models.hf import hf_config
 from stages.models.qwen3_next.config import Qwen3NextConfig
-from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.library_decode import LibraryDecoder
 from stages.train import parallel
 from stages.train.precision_simulation.proxy_model import build_proxy, ratios
-from tests.fixtures import fake_rank_fixtures, layout_fixtures, qwen3_next_fixtures, rl_fixtures, train_fixtures
+from tests.fixtures import fake_rank_fixtures, layout_fixtures, qwen3_next_fixtures, train_fixtures
 from tests.fixtures.model_fixtures import load_tensors
 from tests.fixtures.qwen3_next_fixtures import MODEL, PUBLISHED, VOCABULARY
 from tests.fixtures.run_fixtures import at_length
@@ -319,12 +317,3 @@ def test_the_sampler_draws_from_states() -> None:
         assert out.argmax(-1).tolist() == list(completion.ids)
         expected = out.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["in-process", "subprocess"])
-def test_deterministic_kernels_and_transformers_exclude_each_other(kind: str) -> None:
-    """It sums the decay in a way of which CUDA has no deterministic kernel."""
-    sampling = {"kind": kind, "max_new_tokens": 12}
-    config = rl_fixtures.config(parallelism={"deterministic": True}, sampling=sampling) | {"model": MODEL}
-    with pytest.raises(ValidationError, match="exclude each other for qwen3_next"):
-        RlTrainConfig.model_validate(config)

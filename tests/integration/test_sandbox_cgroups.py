@@ -71,7 +71,7 @@ def test_closing_kills_what_is_in_a_group(version: int, monkeypatch: pytest.Monk
     folders = list(group.folders)
     if version == 2:
         assert [(folders[0] / f).read_text() for _, f in names.values()] == ["9\n", f"{1 << 24}\n"]
-    # The shell goes on where the program it waits for is killed before it.
+    # A loop, so that the shell does not end by itself if its `sleep` is killed first.
     script = "trap '' TERM HUP; (trap '' TERM; sleep 99) & while :; do sleep 99; done"
     process = subprocess.Popen(group.wrapped(["sh", "-c", script]))
     assert until(lambda: len(group.processes()) >= 3)

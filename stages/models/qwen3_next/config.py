@@ -32,7 +32,6 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
 
     spec_module: ClassVar[str] = "stages.models.qwen3_next.spec"
     zero_centered_norms: ClassVar[bool] = True
-    deterministic_in_transformers: ClassVar[bool] = False  # cumulative sums of the decay
     architecture: Literal["qwen3_next"] = Field(  # type: ignore[assignment]
         description="qwen3_next: gated delta nets and gated attention, with experts"
     )

@@ -16,7 +16,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from stages.mcore.gpu import cumulative_sum
 from stages.models.qwen3_next.config import CHUNK
 
 
@@ -39,7 +38,7 @@ def gated_delta_rule(
     earlier = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=value.device).tril()
     goes_on = (starts < position[..., :1])[:, None].unsqueeze(-1)  # the document began before the chunk
 
-    decay = cumulative_sum(g)  # of the chunk up to a token
+    decay = g.cumsum(-1)  # of the chunk up to a token
     difference = (decay[..., None] - decay[..., None, :]).masked_fill(~(same & earlier), -torch.inf).exp()
     from_before = decay.exp()[..., None] * goes_on
     # within a chunk, what a token writes depends on what the earlier ones wrote: a triangular system

@@ -16,7 +16,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.core.errors import AtomError
-from stages.mcore.gpu import cumulative_sum
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.rollout import routes as records
 from stages.rl.samplers.library_decode import LibraryDecoder
@@ -155,7 +154,7 @@ class InProcess(Sampler):
         if noise is None:
             tokens = probabilities.argmax(-1)
         else:
-            cumulative = cumulative_sum(probabilities, torch.float64)
+            cumulative = probabilities.cumsum(-1, dtype=torch.float64)
             thresholds = noise[:, None].to(logits.device) * cumulative[:, -1:]
             tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
         return tokens.cpu(), probabilities.gather(1, tokens[:, None]).squeeze(1).log().cpu()
