@@ -231,6 +231,7 @@ def test_a_changed_figure_or_recipe_is_found(
     assert any(problem in text for text in problems), problems
 
 
+@at_length("release", 12)
 def test_a_size_is_trained(smoke_data: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     copy_sealed(smoke_data, home, *DATA)
