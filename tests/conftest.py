@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pipeline.core.stage import Stage
 from pipeline.core.store import Artifact, write_manifest
 from release.assembly import build_release as builder
+from stages.rl import sandbox
 from tests.fixtures import audit_fixtures, load_fixtures, release_fixtures, slurm_fixtures, train_fixtures
 from tests.fixtures.hub_fixtures import hub  # noqa: F401 - fixtures
 from tests.fixtures.opt_out_release_fixtures import earlier_release, later_release  # noqa: F401 - fixtures
@@ -98,7 +99,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints the minutes of all workers together by folder, and the files that take most: what grows shows here first.
-    A file's processor minutes do not depend on what else the machine does; jobs of Slurm are not among them."""
+    A file's processor minutes do not depend on what else the machine does; jobs of Slurm are not among them. Then the
+    number of skipped tests for each reason."""
     minutes: Counter[Path] = Counter()
     processor: Counter[Path] = Counter()
     for reports in terminalreporter.stats.values():
@@ -114,6 +116,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     by_file = [f"{path.stem} {minutes[path]:.1f} ({cpu:.1f})" for path, cpu in processor.most_common(25)]
     terminalreporter.write_line(f"minutes of the workers by folder: {', '.join(by_folder)}")
     terminalreporter.write_line(f"minutes by file, and of the processor, the first 25: {', '.join(by_file)}")
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
+    for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+        terminalreporter.write_line(f"{count} skipped: {reason}")
 
 
 @cache
@@ -224,6 +231,13 @@ def smoke_home(smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def equal_models_are_loaded_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     audit_fixtures.loads = shared(tmp_path_factory, "loads")
     load_fixtures.share(audit_fixtures.loads)
+
+
+@pytest.fixture(scope="session")
+def working_sandbox() -> None:
+    """Fails with the reason, in one sentence, where code of a model cannot run in a sandbox."""
+    if reason := sandbox.missing():
+        pytest.fail(reason, pytrace=False)
 
 
 @pytest.fixture(scope="session")

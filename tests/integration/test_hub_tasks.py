@@ -13,14 +13,13 @@ import pytest
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
-from stages.rl import sandbox
 from stages.rl.protocols import Response
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.tasks import TasksConfig
 from tests.fixtures.hub_fixtures import REPO, Hub, hub
+from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 
 __all__ = ["hub"]
-needs_sandbox = pytest.mark.skipif(sandbox.missing() is not None, reason=str(sandbox.missing()))
 
 SUMS = [{"question": f"How much is {n} plus {n}?", "answer": f"It is twice {n}.\n#### {2 * n}"} for n in range(8)]
 CODE = [
@@ -75,7 +74,7 @@ def test_mathematics(hub: Hub, tmp_path: Path) -> None:
     verifier.close()
 
 
-@needs_sandbox
+@NEEDS_BUBBLEWRAP
 def test_code_with_tests(hub: Hub) -> None:
     """Of five rows two are tasks: a solution that fails, a test that cannot leave a process and one of two functions
     are left out."""

@@ -26,6 +26,7 @@ from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.old_release_fixtures import Tree
 from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import at_length
+from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 
 PHASE, STEP = "pretrain", 30
 MODELS = ["model", "model-base", "model-mid", "model-sft", "model-rlvr", "model-rlhf"]
@@ -112,17 +113,10 @@ def test_it_is_shown_and_traced(old_release: Path, tmp_path: Path) -> None:
     assert matches and {match.source for match in matches} == {"courtesies"}
 
 
-def without_bubblewrap(old_release: Path, tmp_path: Path) -> bool:
-    try:
-        carried_code.confined(old_release, tmp_path, tmp_path, {})
-    except AtomError:
-        return True
-    return False
-
-
+@NEEDS_BUBBLEWRAP
 def test_a_segment_is_replayed_by_the_code_that_it_carries(old_release: Path, tmp_path: Path) -> None:
     progress: list[str] = []
-    result = replay(old_release, PHASE, 0, STEP, progress.append, unconfined=without_bubblewrap(old_release, tmp_path))
+    result = replay(old_release, PHASE, 0, STEP, progress.append)
     assert result.code.startswith("sha256:") and any("running the code that the release carries" in t for t in progress)
     assert result.tensors == 96 and not [name for name in result.environment if name.startswith("code of ")]
     # another processor or other packages add otherwise
@@ -152,15 +146,26 @@ def test_carried_code_that_is_not_the_code_that_trained_is_not_run(old_release: 
     assert carried_code.find(Source(copy), PHASE, STEP) is None
 
 
+def test_without_bubblewrap_the_carried_code_is_refused(
+    old_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AtomError, match="bwrap is not on PATH; apt-get install bubblewrap, or give --unconfined"):
+        carried_code.confined(old_release, tmp_path, tmp_path, {})
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2; exit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    with pytest.raises(
+        AtomError, match="cannot start here: bwrap: setting up uid map: Permission denied; .* --unconfined"
+    ):
+        carried_code.confined(old_release, tmp_path, tmp_path, {})
+
+
+@NEEDS_BUBBLEWRAP
 def test_the_carried_code_sees_no_network_and_none_of_our_files(old_release: Path, tmp_path: Path) -> None:
     secret, code, work = tmp_path / "secret", tmp_path / "code", tmp_path / "work"
     secret.write_text("s3cret")
     for folder in (code, work):
         folder.mkdir()
-    if without_bubblewrap(old_release, work):
-        with pytest.raises(AtomError, match="give --unconfined if you trust"):
-            carried_code.confined(old_release, code, work, {})
-        return
     attack = f"""
 import os, pathlib, socket
 for what in (lambda: open({str(secret)!r}).read(), lambda: open({str(old_release / "README.md")!r}, "a"),

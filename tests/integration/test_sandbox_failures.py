@@ -94,9 +94,36 @@ def test_a_missing_requirement_is_reported(tmp_path: Path, monkeypatch: pytest.M
     assert "apt-get install bubblewrap" in str(missing())
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2; exit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
-    assert missing() == "the sandbox cannot start: bwrap: No permissions to create new namespace"
+    assert str(missing()).startswith(
+        "the sandbox cannot start: bwrap: No permissions to create new namespace; user namespaces are needed"
+    )
     with Pool(1) as pool, pytest.raises(SandboxFailed):
         pool.run([Program("pass")])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "remedy"),
+    [
+        ("user/max_user_namespaces", "0", "bwrap: Creating new namespace failed", "sysctl -w user.max_user_namespaces=15000"),
+        ("kernel/unprivileged_userns_clone", "0", "bwrap: No permissions", "sysctl -w kernel.unprivileged_userns_clone=1"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "bwrap: setting up uid map: Permission denied",
+         "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "0", "bwrap: setting up uid map: Permission denied", "docs/sandbox.md"),
+        ("user/max_user_namespaces", "9", "bwrap: Unknown option --disable-userns", "bubblewrap 0.8 or newer is needed"),
+        ("user/max_user_namespaces", "9", "bwrap: Can't mkdir: No space left on device", "No space left on device"),
+    ],
+)  # fmt: skip
+def test_a_bubblewrap_that_does_not_work_is_reported_with_what_to_set(
+    name: str, value: str, error: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a fake bwrap and a fake /proc/sys: these settings hold for the whole machine."""
+    (tmp_path / "bwrap").write_text(f'#!/bin/sh\necho "{error}" >&2; exit 1\n')
+    (tmp_path / "bwrap").chmod(0o755)
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text(f"{value}\n")
+    monkeypatch.setattr(sandbox.cell, "SYSCTLS", tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert str(missing()).startswith(f"the sandbox cannot start: {error}") and str(missing()).endswith(remedy)
 
 
 def test_root_is_refused_without_control_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator
 from functools import cache
@@ -18,9 +17,7 @@ from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP, PARTS, copy, pool_
 
 pytestmark = [
     NEEDS_BUBBLEWRAP,
-    pytest.mark.skipif(
-        platform.machine() != "x86_64" and "CI" not in os.environ, reason="calls the kernel by x86-64's numbers"
-    ),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="calls the kernel by x86-64's numbers"),
 ]
 
 PROGRAMS = st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5, unique=True).map(tuple)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.fixtures import ROOT
+
+sys.path.insert(0, str(ROOT / "requirements"))
+import lock
 
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 
@@ -21,24 +25,40 @@ def pins(text: str) -> dict[str, str]:
     return {canonicalize_name(r.name): str(r.specifier) for r in requirements}
 
 
-@pytest.mark.parametrize("lock", LOCKS, ids=lambda p: p.name)
-def test_each_entry_is_one_version_with_hashes(lock: Path) -> None:
-    entries = re.split(r"\n(?=[A-Za-z])", lock.read_text())[1:]
+@pytest.mark.parametrize("path", LOCKS, ids=lambda p: p.name)
+def test_each_entry_is_one_version_with_hashes(path: Path) -> None:
+    entries = re.split(r"\n(?=[A-Za-z])", path.read_text())[1:]
     assert entries
     for entry in entries:
         assert re.match(r"[\w.-]+==[\w.+!]+ ", entry) and "--hash=sha256:" in entry, entry
-        assert "+" not in entry or lock.name == "torch-cpu.lock", entry
+        assert "+" not in entry or path.name == "torch-cpu.lock", entry
 
 
-@pytest.mark.parametrize("python", ["311", "313"])
+@pytest.mark.parametrize("python", ["311", "312", "313"])
 def test_versions_are_those_of_the_constraints(python: str) -> None:
     locked = pins((ROOT / f"requirements/py{python}.lock").read_text())
     wanted = pins((ROOT / "constraints.txt").read_text())
-    if python == "313":  # the pin of Megatron-core is for older Pythons
+    if python != "311":  # the pin of Megatron-core is for older Pythons
         del wanted["megatron-core"]
     assert {name: locked.get(name) for name in wanted} == wanted
     cpu = pins((ROOT / "requirements/torch-cpu.lock").read_text())
     assert cpu["torch"].removesuffix("+cpu") == locked["torch"]
+
+
+@pytest.mark.parametrize("name", lock.SEPARATE)
+def test_a_separate_environment_has_what_it_is_for(name: str) -> None:
+    """In the versions of lock.py, with the torch of the other locks, without CUDA's libraries, which cuda.lock has."""
+    locked = pins((ROOT / f"requirements/{name}.lock").read_text())
+    wanted = [Requirement(text) for text in lock.SEPARATE[name][1:]]
+    assert all(r.name in locked and r.specifier.contains(locked[r.name].removeprefix("==")) for r in wanted)
+    assert locked.get("torch") in (None, pins((ROOT / "requirements/py311.lock").read_text())["torch"])
+    assert not [package for package in locked if package.startswith((*lock.CUDA, *lock.UNUSED))]
+
+
+def test_make_installs_nothing_by_itself() -> None:
+    """requirements/install compares hashes; `make lock` alone asks for whatever is newest."""
+    lines = [line.strip() for line in (ROOT / "Makefile").read_text().splitlines() if "pip" in line]
+    assert lines and [line for line in lines if not line.startswith("build/lock/bin/python -m pip ")] == []
 
 
 def test_the_kit_for_gpus_has_the_versions_of_the_other_locks() -> None:

@@ -73,10 +73,9 @@ def test_every_verifier_class_is_registered() -> None:
 @pytest.mark.parametrize("name", sorted(VERIFIERS))
 def test_a_verifier_keeps_the_contract(name: str) -> None:
     kind = verifier_class(name)
-    if reason := kind.missing() or next(
-        (f"needs {n}" for n, f in kind.Settings.model_fields.items() if f.is_required()), None
-    ):
-        pytest.skip(reason)
+    assert kind.missing() is None
+    if any(field.is_required() for field in kind.Settings.model_fields.values()):
+        pytest.skip("a verifier that needs settings is made by its own tests")
     try:
         verifier = make_verifier(name)
     except RecipeError as error:

@@ -35,6 +35,7 @@ from release.audit import rebuild
 from release.audit.replay import post_training
 from release.audit.replay.retraining import Progress, Retrained
 from release.audit.replay.source import Source
+from stages.rl.sandbox.cell import remedy
 
 ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|TORCH)_[A-Z0-9_]+|CUDA_VISIBLE_DEVICES")
 """Settings that decide how numbers are added, which a replay inherits."""
@@ -221,8 +222,9 @@ def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -
     if probe.returncode:
         reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         raise AtomError(
-            f"the code that this release carries runs under bubblewrap, which cannot start here: {reason}; replay on "
-            "another machine, or give --unconfined if you trust whoever made the release"
+            "the code that this release carries runs under bubblewrap, which cannot start here: "
+            f"{reason}{remedy(reason)}; replay on another machine, or give --unconfined if you trust whoever made the "
+            "release"
         )
     return command
 

@@ -22,6 +22,13 @@ from stages.rl.sandbox.running import Running
 INSIDE = ("inside.py", "calls.py", "syscalls.py")
 OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor
 OWN_MEMORY = 64 << 20
+SYSCTLS = Path("/proc/sys")
+USER_NAMESPACES = (
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+    ("kernel/unprivileged_userns_clone", "0", "1"),
+    ("user/max_user_namespaces", "0", "15000"),
+)
+"""Settings of the kernel, each with the value that forbids user namespaces and one that allows them."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,19 @@ def command(limits: Limits) -> list[str]:
     settings = json.dumps({**asdict(limits), "own_processes": OWN_PROCESSES})
     line += ["--dir", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
     return [*line, python, "-S", "-s", "-P", "-X", "utf8", f"/atom/{INSIDE[0]}", settings]
+
+
+def remedy(error: str) -> str:
+    """Returns what to do about an error of bwrap; empty if that is unknown."""
+    if "disable-userns" in error:
+        return "; bubblewrap 0.8 or newer is needed"
+    for name, forbids, allows in USER_NAMESPACES:
+        with contextlib.suppress(OSError):
+            if (SYSCTLS / name).read_text().strip() == forbids:
+                return f"; this kernel forbids user namespaces; as root: sysctl -w {name.replace('/', '.')}={allows}"
+    if "namespace" in error or "uid map" in error:
+        return "; user namespaces are needed, which a chroot and some containers forbid, see docs/sandbox.md"
+    return ""
 
 
 class Cell:
@@ -123,7 +143,7 @@ class Cell:
         self._kill(self._process)
         text = self._process.stderr.read().decode(errors="replace").strip()
         self.close()
-        return text.splitlines()[-1] if text else "bwrap printed no reason"
+        return text.splitlines()[-1].rstrip(".") + remedy(text) if text else "bwrap printed no reason"
 
     @staticmethod
     def _kill(bwrap: subprocess.Popen[bytes]) -> None:
