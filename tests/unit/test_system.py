@@ -209,7 +209,10 @@ def test_make_looks_at_the_machine_before_it_installs_or_runs_anything(target: s
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     shutil.copytree(ROOT / "tests/te", tmp_path / "tests/te")
-    process = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True)
+    environment = {"PATH": os.environ["PATH"]}  # without what a make around these tests hands to one inside
+    process = subprocess.run(
+        ["make", "-n", target], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     commands = process.stdout.splitlines()
     looks = next(n for n, line in enumerate(commands) if line.startswith("requirements/system python3"))
     works = next(n for n, line in enumerate(commands) if line.startswith(("python3", "requirements/install", ".venv")))
