@@ -14,10 +14,12 @@ import pytest
 from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 
-@at_length("training", 20)
+PART = "training"
+
+@at_length(PART, 20)
 def test_long(): ...
 
-@at_length("training", 400)
+@at_length(PART, 400)
 def test_longer(): ...
 
 def test_without_its_program():
