@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
@@ -32,6 +33,9 @@ from tests.fixtures.opt_out_release_fixtures import earlier_release, later_relea
 from tests.fixtures.publish_fixtures import client, release  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import RecordingReport, atom, copy_sealed
 from tests.fixtures.verifier_fixtures import gym, maths, serve  # noqa: F401 - fixtures
+
+hypothesis.settings.register_profile("atom", deadline=None)  # no verdict hangs on a busy machine's time
+hypothesis.settings.load_profile("atom")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
+
 from tests.fixtures import ROOT
 
 TESTS = """
@@ -31,6 +33,10 @@ def test_of_the_sandbox(): ...
 @NEEDS_BUBBLEWRAP
 def test_another_of_the_sandbox(): ...
 """
+
+
+def test_generated_examples_have_no_deadline() -> None:
+    assert hypothesis.settings().deadline is None
 
 
 def test_reasons_are_counted_and_a_missing_bubblewrap_is_no_reason(tmp_path: Path) -> None:
