@@ -96,3 +96,7 @@ def main() -> None:
             raise
         print(f"atom: {fault.text}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

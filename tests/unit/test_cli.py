@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,9 @@ def test_help_is_one_sentence_that_the_list_shows_whole_and_an_example_that_pars
 def test_status_has_one_output(options: dict[str, Any], names: str) -> None:
     with pytest.raises(AtomError, match=rf"^atom status: {names} are different outputs; give one of them at a time$"):
         status(**options)
+
+
+@pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.cli.main"])
+def test_both_modules_are_the_command(module: str) -> None:
+    process = subprocess.run([sys.executable, "-m", module, "no-such-command"], capture_output=True, text=True)
+    assert process.returncode == 2 and "no-such-command" in process.stderr

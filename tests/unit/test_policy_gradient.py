@@ -19,7 +19,7 @@ from stages.rl.algorithms.policy_gradient import registry
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout.batches import build_rank_batch
 from stages.rl.rollout.rollouts import Rollout
-from tests.fixtures import rl_fixtures
+from tests.fixtures import ROOT, rl_fixtures
 
 MAX_LENGTH = rl_fixtures.PHASE["sampling"]["max_new_tokens"]
 ONE_RANK: Any = SimpleNamespace(data_ranks=1, data_rank=0, layout=SimpleNamespace(pp=1, width_unit=1))
@@ -104,6 +104,13 @@ PAPERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., An
     "reinforce++": (of_the_batch, by_token(0.2, 0.2), mean_of_answers),
 }
 """{algorithm: (advantages of groups of rewards, losses of an answer's tokens, their mean)}"""
+
+
+def test_every_algorithm_is_described_for_users() -> None:
+    page = (ROOT / "docs/post-training.md").read_text()
+    section = page.partition("\n### Algorithms\n")[2].partition("\n### ")[0]
+    missing = [name for name in registry.ALGORITHMS if f"`{name}`" not in section]
+    assert not missing, f"docs/post-training.md, section Algorithms, does not describe {', '.join(missing)}"
 
 
 def test_every_algorithm_has_an_equation_here() -> None:
