@@ -12,10 +12,12 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
@@ -28,6 +30,8 @@ RETRIED_STATUSES = (429, 500, 502, 503, 504)
 ATTEMPTS = 6
 UNREACHABLE_ATTEMPTS = 3
 """The number of attempts without any answer."""
+DOWNLOADS = 8
+"""The number of files that are downloaded at the same time."""
 MAX_RETRY_SECONDS = 60.0
 MAX_LISTED = 1_000_000
 """The maximum number of files, branches or commits that a Hub may list."""
@@ -88,8 +92,28 @@ class RetryingClient:
         self.client = client
 
     def __getattr__(self, name: str) -> Any:
-        call = getattr(self.client, name)
+        return self._retrying(getattr(self.client, name))
 
+    def download_files(self, repo: str, kind: str, commit: str, paths: Sequence[str], folder: Path) -> None:
+        """Downloads files of a commit into a folder, some at the same time; the first error ends all.
+
+        `snapshot_download` would list the repository again, and make paths of what that second listing states.
+        """
+
+        def download(path: str) -> None:
+            self.client.hf_hub_download(repo, path, repo_type=kind, revision=commit, local_dir=folder)
+
+        def download_all() -> None:
+            with ThreadPoolExecutor(DOWNLOADS) as pool:
+                try:
+                    list(pool.map(download, paths))
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+
+        self._retrying(download_all)()
+
+    def _retrying(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def retrying(*arguments: Any, **options: Any) -> Any:
             inspect.signature(call).bind(*arguments, **options)  # raises TypeError for a wrong call
             errors, transport = load().errors, _http().TransportError

@@ -6,6 +6,7 @@ second, or that never stops, in headers, responses and files, on uploads and on 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.core.errors import AtomError
+from pipeline.core.text import shown
 
 PUBLIC_HUB = "https://huggingface.co"
 PIECE = 16 << 10
@@ -23,6 +25,11 @@ PIECE = 16 << 10
 FILES_PER_REQUEST, REQUESTS = 256, 4
 """The files of a commit that the client names in one request, and the requests to one address for so many files, with
 repetitions."""
+
+
+ETAG = re.compile('(W/)?"?[0-9A-Za-z][0-9A-Za-z._-]{0,127}"?')
+"""The ETags of files that are accepted, of which the client makes names of files. Those of the Hub are digests."""
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class HubLimit(AtomError):
@@ -176,6 +183,23 @@ def _begin_response(response: Any) -> None:
     if retry_after.isdigit() and int(retry_after) > LIMITS.retry_after:
         response.headers["retry-after"] = str(LIMITS.retry_after)
     response.headers.pop("ratelimit", None)
+    _check_paths(response)
+
+
+def _check_paths(response: Any) -> None:
+    """Raises HubLimit for a header that would lead the client out of its folder: it joins these headers to paths.
+
+    The client reads the ETag of a file from the answers to HEAD. It has no use for others, so they are removed.
+    """
+    for name, pattern in (("ETag", ETAG), ("X-Linked-ETag", ETAG), ("X-Repo-Commit", COMMIT)):
+        value = response.headers.get(name)
+        if value is None or pattern.fullmatch(value):
+            continue
+        is_of_file = response.request.method == "HEAD" and response.status_code < 400
+        if is_of_file or pattern is COMMIT:
+            raise HubLimit(f"sends the {name} {shown(value)}, which names no version of a file")
+        del response.headers[name]
+    response.headers.pop("content-disposition", None)
 
 
 def _exchange() -> _Exchange:

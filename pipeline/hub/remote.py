@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
+from pipeline.core.text import shown
 from pipeline.hub.client import api, parsing
+
+PART_BYTES, PATH_BYTES = 240, 1000
+"""The longest part of a path and the longest path of a repository. File systems take 255 bytes and 4,096, of which the
+client needs some for its own files beside them."""
 
 
 @dataclass(frozen=True)
@@ -13,14 +21,6 @@ class Refs:
 
     branches: dict[str, str]
     tags: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A revision of a repository. paths: of its files."""
-
-    commit: str
-    paths: list[str]
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,20 @@ class RemoteRepository:
         refs = api().list_repo_refs(self.id, repo_type=self.kind)
         with parsing():
             return Refs(
-                {branch.name: branch.target_commit for branch in refs.branches},
-                {tag.name: tag.target_commit for tag in refs.tags},
+                {branch.name: _commit_id(branch.target_commit) for branch in refs.branches},
+                {tag.name: _commit_id(tag.target_commit) for tag in refs.tags},
             )
 
     def first_commit(self) -> str:
         commits = api().list_repo_commits(self.id, repo_type=self.kind)
         with parsing():
-            return str(commits[-1].commit_id)
+            return _commit_id(commits[-1].commit_id)
 
     def commit(self, revision: str) -> str:
         """The commit of a branch, a tag, or a commit."""
         info = api().repo_info(self.id, repo_type=self.kind, revision=revision)
         with parsing():
-            return str(info.sha)
-
-    def snapshot(self, revision: str) -> Snapshot:
-        info = api().repo_info(self.id, repo_type=self.kind, revision=revision)
-        with parsing():
-            return Snapshot(str(info.sha), [str(row.rfilename) for row in info.siblings or ()])
+            return _commit_id(info.sha)
 
     def files(self, revision: str) -> dict[str, RemoteFile]:
         """{path: file} of a revision."""
@@ -85,6 +80,25 @@ class RemoteRepository:
 
 
 def is_unsafe(path: str) -> bool:
-    """Whether a path leads outside its folder, or into the client's own files."""
+    """Whether a path leads outside its folder or into the client's own files, or is too long for a file system."""
+    if not path.isprintable() or "\\" in path or len(path.encode()) > PATH_BYTES:
+        return True
     parts = path.split("/")
-    return not path.isprintable() or "\\" in path or any(part in ("", ".", "..", ".cache", ".git") for part in parts)
+    reserved = ("", ".", "..", ".cache", ".git")
+    return any(part in reserved or len(part.encode()) > PART_BYTES for part in parts)
+
+
+def unsafe_path(paths: Iterable[str]) -> str | None:
+    """The first of the paths of a repository that `is_unsafe`, or that is a file and also a folder of another."""
+    every = sorted(paths)
+    if unsafe := next(filter(is_unsafe, every), None):
+        return unsafe
+    folders = {str(parent) for path in every for parent in PurePosixPath(path).parents}
+    return next((path for path in every if path in folders), None)
+
+
+def _commit_id(value: object) -> str:
+    """The id of a commit, as the Hub states it. Raises ValueError for anything else: the client makes paths of it."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{40}", value):
+        raise ValueError(f"{shown(value)} is no commit")
+    return value

@@ -9,7 +9,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.text import printable
 from pipeline.hub import limits
 from pipeline.hub.client import api, endpoint, translate_errors
-from pipeline.hub.remote import RemoteRepository, is_unsafe
+from pipeline.hub.remote import RemoteRepository, unsafe_path
 
 
 def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
@@ -20,15 +20,16 @@ def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
     """
     name = f"{remote.id}@{revision}"
     with translate_errors(f"pulling {name}"):
-        snapshot = remote.snapshot(revision)
-        if unsafe := [path for path in snapshot.paths if is_unsafe(path)]:
-            raise CheckFailed(f"{name} has a file {printable(unsafe[0])}, which no release has")
-        size = sum(file.size for file in remote.files(snapshot.commit).values())
+        commit = remote.commit(revision)
+        files = remote.files(commit)
+        if (unsafe := unsafe_path(files)) is not None:
+            raise CheckFailed(f"{name} has a file {printable(unsafe)}, which no release has")
+        size = sum(file.size for file in files.values())
         target.mkdir(parents=True, exist_ok=True)
         if size > (free := shutil.disk_usage(target).free):
             raise AtomError(f"{name} has {size} bytes, and {target} has room for {free}; set TMPDIR")
         with limits.transfer(size):
-            api().snapshot_download(remote.id, repo_type=remote.kind, revision=snapshot.commit, local_dir=target)
+            api().download_files(remote.id, remote.kind, commit, list(files), target)
     return target
 
 
