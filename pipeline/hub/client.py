@@ -39,6 +39,10 @@ SHAPE_ERRORS = (AttributeError, IndexError, KeyError, RecursionError, TypeError,
 """The exceptions of the client, or of reading its return values, for JSON of another shape than a Hub's."""
 
 
+class Changed(AtomError):
+    """What was to be read or changed on the Hub was changed or deleted by somebody else meanwhile."""
+
+
 class MalformedAnswer(Exception):
     """An answer of another shape than a Hub's; its text is the error that reading it raised."""
 
@@ -213,7 +217,7 @@ def translate_errors(action: str) -> Iterator[None]:
             f"{action}: {endpoint()} has no such repository, or it is private or gated and HF_TOKEN may not read it"
         ) from None
     except errors.RevisionNotFoundError:
-        raise AtomError(f"{action}: the repository has no such revision") from None
+        raise Changed(f"{action}: the repository has no such revision") from None
     except errors.HfHubHTTPError as error:
         status, message = _status(error), _first_line(getattr(error, "server_message", None) or error)
         if status == 401:
@@ -224,6 +228,8 @@ def translate_errors(action: str) -> Iterator[None]:
             raise AtomError(
                 f"{action}: the token may not write there ({message}); use a namespace that is yours"
             ) from None
+        if status == 412:
+            raise Changed(f"{action}: somebody else has changed it meanwhile") from None
         kind = MachineError if status in RETRIED_STATUSES else AtomError
         raise kind(f"{action}: {endpoint()} answers {status}: {message}") from None
     except errors.LocalEntryNotFoundError as error:

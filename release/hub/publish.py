@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.hub.client import api, endpoint, parsing, translate_errors
+from pipeline.hub.client import Changed, api, endpoint, parsing, translate_errors
 from pipeline.hub.remote import RemoteRepository
 from release import schema, scratch
 from release.audit.replay.certificates import read_certificates
@@ -81,15 +81,20 @@ def publish(
     for destination in destinations:
         destination.refuse_beyond_limits()
         destination.refuse_changed_version()
-    staged = [destination.upload(progress) for destination in destinations]
-    _verify_published(release, f"{endpoint()}/{namespace}", destinations, staged, progress)
-    journal.write("verified", repositories=[asdict(row) for row in staged])
-    published = [destination.promote(row) for destination, row in zip(destinations, staged, strict=True)]
-    for destination, row in zip(destinations, published, strict=True):
-        destination.tag_main(row.commit)
-    for destination in destinations:
-        destination.clear_staging()
-    space = publish_space(release, release_info, certificates, journal, progress)
+    try:
+        staged = [destination.upload(progress) for destination in destinations]
+        _verify_published(release, f"{endpoint()}/{namespace}", destinations, staged, progress)
+        journal.write("verified", repositories=[asdict(row) for row in staged])
+        published = [destination.promote(row) for destination, row in zip(destinations, staged, strict=True)]
+        for destination, row in zip(destinations, published, strict=True):
+            destination.tag_main(row.commit)
+        for destination in destinations:
+            destination.clear_staging()
+        space = publish_space(release, release_info, certificates, journal, progress)
+    except Changed as error:
+        raise AtomError(
+            f"{error}: another publication is at work, or was just now; run this again once it has ended"
+        ) from None
     published += [space] if space else []
     collection = None
     if public:

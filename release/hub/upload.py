@@ -12,6 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.hub import limits
-from pipeline.hub.client import api, endpoint, load, parsing, translate_errors
+from pipeline.hub.client import Changed, api, endpoint, load, parsing, translate_errors
 from pipeline.hub.remote import RemoteFile, RemoteRepository
 from pipeline.hub.repository_limits import FILE_BYTES, FOLDER_FILES
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
@@ -132,6 +133,7 @@ class Destination:
     def upload(self, progress: Progress) -> Published:
         """Uploads the files that the branch lacks: to the branch itself, or to the staging branch if the repository is
         public. Raises AtomError if the Hub refuses it."""
+        self.refuse_changed_version()  # another publication may have ended since it was looked at
         remote = self.remote
         with translate_errors(f"creating {remote.id}"):
             if not remote.exists():
@@ -142,20 +144,22 @@ class Destination:
             branches = self._branches()
         file_ids = self._wanted()
         branch = self.branch
-        difference = self._difference(file_ids, branch if branch in branches else None)
+        difference = self._difference(file_ids, branches.get(branch))
         if difference and not private:
             branch = self.staging_branch
-        self._ensure_branch(branch, branches.get(self.branch))
-        if branch != self.branch:
-            difference = self._difference(file_ids, branch)
+        head = self._ensure_branch(branch, branches.get(self.branch))
+        if head != branches.get(self.branch):
+            difference = self._difference(file_ids, head)
         sent = 0
         chunks = _chunks(difference, len(file_ids))
         for number, chunk in enumerate(chunks, 1):
             part = Difference(chunk, difference.surplus if number == 1 else [])
-            self._commit(branch, part, f"Release part {number} of {len(chunks)}")
+            head = self._commit(branch, part, f"Release part {number} of {len(chunks)}", head)
             sent += len(chunk)
             progress(f"{remote.id}@{branch}: {sent} of {len(difference.missing)} files sent")
-        return Published(remote.id, remote.kind, branch, self._branches()[branch], sent)
+        if chunks and self._difference(file_ids, head):
+            raise self._changed(branch)
+        return Published(remote.id, remote.kind, branch, head, sent)
 
     def differs(self, revision: str) -> bool:
         """Whether a revision has other files than the folder."""
@@ -163,21 +167,21 @@ class Destination:
 
     def replace_files(self) -> None:
         """Makes the branch equal to the folder in one commit. Raises AtomError if the Hub refuses it."""
-        if difference := self._difference(self._wanted(), self.branch):
-            self._commit(self.branch, difference, "Retracted on request")
+        head = self._head(self.branch)
+        if difference := self._difference(self._wanted(), head):
+            self._commit(self.branch, difference, "Retracted on request", head)
 
     def promote(self, staged: Published) -> Published:
         """Makes the branch equal to the verified staging branch; does nothing if the upload went to the branch itself.
         Raises CheckFailed if the branch then differs from the verified files."""
         if staged.revision == self.branch:
             return staged
-        self._ensure_branch(self.branch, self._branches().get(self.branch))
+        head = self._ensure_branch(self.branch, None)
         verified = self._files(staged.commit)
         file_ids: FileIds = {path: (file.id,) for path, file in verified.items() if path != ".gitattributes"}
         # One commit, whatever its size: a reader sees the old release or the new one, never a mixture.
-        if difference := self._difference(file_ids, self.branch):
-            self._commit(self.branch, difference, "Verified release")
-        head = self._branches()[self.branch]
+        if difference := self._difference(file_ids, head):
+            head = self._commit(self.branch, difference, "Verified release", head)
         if self._files(head) != verified:
             raise CheckFailed(
                 f"{self.remote.id}@{self.branch} is not what was verified in {staged.revision}; publish again"
@@ -195,14 +199,14 @@ class Destination:
             if tag not in tags:
                 api().create_tag(remote.id, tag=tag, revision=commit, repo_type=remote.kind, exist_ok=True)
                 self.journal.write("create_tag", repo=remote.id, kind=remote.kind, tag=tag, commit=commit)
-                return
+                tags = {tag: commit, **remote.refs().tags}  # another publication may have made it just before
         if tags[tag] != commit and self._files(tag) != self._files(commit):
             raise self._version_conflict()
 
     def clear_staging(self) -> None:
         """Deletes the staging branch of this version, also that of an interrupted publication."""
         remote, branch = self.remote, self.staging_branch
-        with translate_errors(f"deleting {remote.id}@{branch}"):
+        with suppress(Changed), translate_errors(f"deleting {remote.id}@{branch}"):  # another publication deleted it
             if branch in self._branches():
                 api().delete_branch(remote.id, repo_type=remote.kind, branch=branch)
                 self.journal.write("delete_branch", repo=remote.id, kind=remote.kind, branch=branch)
@@ -227,15 +231,27 @@ class Destination:
         with translate_errors(f"reading {self.remote.id}@{revision}"):
             return self.remote.files(revision)
 
-    def _ensure_branch(self, branch: str, start: str | None) -> None:
-        """Makes a branch if it is missing, from the commit `start` or from the repository's first commit."""
-        if branch in self._branches():
-            return
+    def _head(self, branch: str) -> str:
+        """The commit of a branch. Raises Changed if the branch has vanished."""
+        try:
+            return self._branches()[branch]
+        except KeyError:
+            raise self._changed(branch) from None
+
+    def _changed(self, branch: str) -> Changed:
+        return Changed(f"{self.remote.id}@{branch} was changed by somebody else meanwhile")
+
+    def _ensure_branch(self, branch: str, start: str | None) -> str:
+        """Makes a branch if it is missing, from the commit `start` or from the repository's first commit. Returns the
+        commit of the branch."""
+        if head := self._branches().get(branch):
+            return head
         remote = self.remote
         with translate_errors(f"creating {remote.id}@{branch}"):
             start = start or remote.first_commit()
             api().create_branch(remote.id, repo_type=remote.kind, branch=branch, revision=start, exist_ok=True)
             self.journal.write("create_branch", repo=remote.id, kind=remote.kind, branch=branch)
+        return self._head(branch)
 
     def _difference(self, file_ids: FileIds, revision: str | None) -> Difference:
         """The difference between the wanted files and a revision; None is an empty revision."""
@@ -243,20 +259,31 @@ class Destination:
         missing = [path for path, ids in file_ids.items() if path not in files or files[path].id not in ids]
         return Difference(missing, sorted(set(files) - set(file_ids) - {".gitattributes"}))
 
-    def _commit(self, branch: str, difference: Difference, message: str) -> None:
+    def _commit(self, branch: str, difference: Difference, message: str, parent: str) -> str:
+        """Changes a branch whose commit is `parent`. Returns its new commit. Raises Changed if it has another parent:
+        somebody else has committed meanwhile."""
         hub, remote = load(), self.remote
         operations = [hub.CommitOperationAdd(path, self.folder / path) for path in difference.missing]
         operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
         size = sum((self.folder / path).stat().st_size for path in difference.missing)
-        with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size, len(operations)):
-            commit_info = api().create_commit(
-                remote.id, operations, commit_message=message, repo_type=remote.kind, revision=branch
-            )
-            with parsing():
-                commit = commit_info.oid
+        try:
+            with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size, len(operations)):
+                commit_info = api().create_commit(
+                    remote.id, operations, commit_message=message, repo_type=remote.kind, revision=branch,
+                    parent_commit=parent,
+                )  # fmt: skip
+                with parsing():
+                    commit = str(commit_info.oid)
+        except Changed:
+            # it may be this very commit, if the answer to it was lost and the client repeated it
+            commit = self._head(branch)
+            now = self._difference({path: _file_ids(self.folder / path) for path in difference.missing}, commit)
+            if now.missing or set(now.surplus) & set(difference.surplus):
+                raise self._changed(branch) from None
         self.journal.write(
             "create_commit", repo=remote.id, kind=remote.kind, branch=branch, commit=commit, files=difference.missing
         )
+        return commit
 
 
 def _chunks(difference: Difference, files: int) -> list[list[str]]:

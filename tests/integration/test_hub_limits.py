@@ -28,6 +28,7 @@ import sys
 from pipeline.core.errors import AtomError
 from pipeline.hub import limits
 from release.{module} import {call}
+SHA = "a" * 40
 limits.LIMITS = limits.Limits(
     connect=20, silence=5, work=5, patience=30, answer_seconds=7, window=5, retry_after=1, call_seconds={seconds})
 try:
@@ -44,7 +45,7 @@ UPLOAD = {
     "module": "hub.upload",
     "call": "Destination, Difference, Journal, Path, RemoteRepository, Repository",
     "run": "folder = Path(sys.argv[1]); to = Repository('', '', 'model'), RemoteRepository('a/b', 'model'); "
-    "Destination(folder, *to, 'v1', Journal(folder / 'j'))._commit('main', Difference(['x.safetensors'], []), 'm')",
+    "Destination(folder, *to, 'v1', Journal(folder / 'j'))._commit('main', Difference(['x.safetensors'], []), 'm', SHA)",
     "seconds": "300",
 }
 Connection = socket.socket

@@ -281,7 +281,7 @@ for name in names: (folder / name).write_text("{}")
 api().create_repo("local/many", repo_type="dataset")
 remote = RemoteRepository("local/many", "dataset")
 many = Destination(folder, Repository("", "-many", "dataset"), remote, "v1", Journal(folder / "j"))
-many._commit("main", Difference(names, []), "a whole release in one commit")
+many._commit("main", Difference(names, []), "a whole release in one commit", remote.commit("main"))
 assert set(names) <= set(remote.files("main"))
 many.refuse_beyond_limits()
 upload.FILE_BYTES = 1
@@ -289,7 +289,7 @@ assert "bytes, and a file on the Hub has at most 1;" in said(AtomError, many.ref
 upload.FOLDER_FILES = 3399
 assert "has 3400 files, and a folder on the Hub has at most 3399" in said(AtomError, many.refuse_beyond_limits)
 limits.REQUESTS = 0
-assert "times without success" in said(AtomError, many._commit, "main", Difference(names, []), "again")
+assert "times without success" in said(AtomError, many._commit, "main", Difference(names, []), "again", remote.commit("main"))
 """
 
 

@@ -59,8 +59,12 @@ def readable(request: Request) -> Repo:
     return repo
 
 
-def writable(request: Request) -> tuple[Repo, str]:
-    """The repository of the path and the user, if the caller may write to it."""
+async def writable(request: Request) -> tuple[Repo, str]:
+    """The repository of the path and the user, if the caller may write to it.
+
+    The body is received before: then the handler waits for nothing until it saves, and no other request is lost.
+    """
+    await request.body()
     user = writer(request, readable(request).namespace)
     repo = store(request).load(kind_of(request), _repo_id(request))
     assert repo is not None, "it is readable"

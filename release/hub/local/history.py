@@ -14,7 +14,7 @@ from release.hub.local.store import Commit, HubError, Repo, current_time
 async def squash(request: Request) -> Response:
     """Replaces the history of a branch by one commit with its files. LFS objects of the old commits stay until they are
     deleted, as on the Hub."""
-    repo, user = access.writable(request)
+    repo, user = await access.writable(request)
     branch = access.revision(request)
     if branch not in repo.branches:
         raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
@@ -28,7 +28,7 @@ async def squash(request: Request) -> Response:
 
 
 async def list_lfs(request: Request) -> Response:
-    repo, _ = access.writable(request)
+    repo, _ = await access.writable(request)
     rows = [
         {"fileOid": sha, "oid": sha, "filename": row["filename"], "size": row["size"], "pushedAt": row["pushedAt"]}
         for sha, row in sorted(repo.lfs.items())
@@ -38,7 +38,7 @@ async def list_lfs(request: Request) -> Response:
 
 async def delete_lfs(request: Request) -> Response:
     """Deletes objects, and with `rewriteHistory` the files of all commits that refer to them."""
-    repo, _ = access.writable(request)
+    repo, _ = await access.writable(request)
     deletions = (await request.json())["deletions"]
     deleted, before = set(deletions["sha"]), _blobs(repo)
     repo.lfs = {sha: row for sha, row in repo.lfs.items() if sha not in deleted}

@@ -54,7 +54,7 @@ async def delete(request: Request) -> Response:
 
 async def settings(request: Request) -> Response:
     """Visibility: what `update_repo_settings` sends."""
-    repo, _ = access.writable(request)
+    repo, _ = await access.writable(request)
     body = await request.json()
     if "visibility" in body or "private" in body:
         repo.private = body.get("visibility") == "private" or bool(body.get("private"))

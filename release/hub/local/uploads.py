@@ -22,7 +22,7 @@ from release.hub.local.store import LFS_SUFFIXES, Commit, HubError, Repo, curren
 
 async def preupload(request: Request) -> Response:
     """States which files use LFS, and which exist already, so that equal files are not sent again."""
-    repo, _ = access.writable(request)
+    repo, _ = await access.writable(request)
     files = repo.commits[repo.resolve(access.revision(request))].files
     rows = []
     for requested in (await request.json())["files"]:
@@ -38,7 +38,7 @@ async def preupload(request: Request) -> Response:
 async def lfs_batch(request: Request) -> Response:
     """The upload addresses of each object: one PUT, or one PUT for each part above the part size. None if it exists
     already."""
-    access.writable(request)
+    await access.writable(request)
     body, part = await request.json(), request.app.state.part_bytes
     rows, multipart = [], False
     for requested in body["objects"]:
@@ -100,7 +100,7 @@ def _oid(request: Request) -> str:
 
 async def commit(request: Request) -> Response:
     """Reads newline-delimited JSON: a header, then one operation per line. Refuses a stale parent with 412."""
-    repo, user = access.writable(request)
+    repo, user = await access.writable(request)
     branch = access.revision(request)
     parent = repo.resolve(branch)
     if branch not in repo.branches:
@@ -147,14 +147,14 @@ def _refuse_too_many_commits(repo: Repo, most: int) -> None:
 
 
 async def create_branch(request: Request) -> Response:
-    repo, _ = access.writable(request)
+    repo, _ = await access.writable(request)
     body = json.loads(await request.body() or b"{}")
     start, name = repo.resolve(body.get("startingPoint") or "main"), access.revision(request)
     return _new_ref(request, repo.branches, name, start, repo)
 
 
 async def create_tag(request: Request) -> Response:
-    repo, _ = access.writable(request)
+    repo, _ = await access.writable(request)
     name = (await request.json())["tag"]
     return _new_ref(request, repo.tags, name, repo.resolve(access.revision(request)), repo)
 
@@ -168,7 +168,7 @@ def _new_ref(request: Request, refs: dict[str, str], name: str, sha: str, repo: 
 
 
 async def delete_ref(request: Request) -> Response:
-    repo, _ = access.writable(request)
+    repo, _ = await access.writable(request)
     refs = repo.branches if "/branch/" in request.url.path else repo.tags
     if refs.pop(unquote(request.path_params["rev"]), None) is None:
         raise HubError(404, "no such branch or tag", "RevisionNotFound")
