@@ -22,6 +22,7 @@ from pipeline.cli import (
 from pipeline.core import collector, os_errors
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import DamagedFile
+from pipeline.core.text import printable
 from pipeline.graph import registry
 from pipeline.operations.command_options import open_store
 
@@ -74,6 +75,26 @@ def _show_warning(
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
+PATH_VARIABLES = ("ATOM_HOME", "ATOM_CLUSTERS", "TMPDIR", "TEMP", "TMP", "HOME", "HF_HOME")
+"""The environment variables with paths that atom uses, or writes into files."""
+
+
+def _require_utf8() -> None:
+    """Raises AtomError for a path of this call that is not UTF-8, directly or as the target of a link: paths stand in
+    JSON, in the scripts of jobs and in names."""
+    places = [("the current folder", "."), ("the folder of atom's code", __file__), ("Python", sys.prefix)]
+    places += [(f"${name}", os.environ.get(name, "")) for name in PATH_VARIABLES]
+    places += [("the argument", word.partition("=")[2] if word.startswith("--") else word) for word in sys.argv[1:]]
+    for what, text in places:
+        try:
+            for path in (text, os.path.realpath(text)) if text and "\0" not in text else ():
+                path.encode()
+        except UnicodeEncodeError:
+            raise AtomError(f"{what} is {printable(path)}, which is not UTF-8; use a path that is") from None
+        except OSError:  # the current folder is gone, which the command reports if it needs it
+            continue
+
+
 def main() -> None:
     """Entry point: an AtomError becomes one sentence and an exit code; a bug keeps its traceback."""
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
@@ -82,6 +103,7 @@ def main() -> None:
     collector.collect_rarely()
     warnings.showwarning = _show_warning
     try:
+        _require_utf8()
         app()
     except AtomError as error:
         print(f"atom: {error}", file=sys.stderr)
