@@ -44,9 +44,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.export import FULL, PADDED, QUICK, SIZES
 from pipeline.launch.rendezvous import free_port
+from pipeline.run_secret.atom_secret import sign
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
 RANKS = 2
+SECRET = bytes(32)
+"""What the trainer and the servers share, which is no secret here."""
 FOLDER_BANDWIDTH, NETWORK_BANDWIDTH = 20e9, 50e9
 """Bytes a second of a shared file system, and of the network of one GPU, for the computed sizes."""
 COMPUTED = (("30B", 30.5e9, 64, 8, 4), ("235B", 235e9, 512, 16, 8))
@@ -103,7 +106,7 @@ class Receiver:
         for path in self.paths:
             with socket.create_server(("127.0.0.1", 0)) as listener:  # a server's address, of which none else is asked
                 server = f"http://127.0.0.1:{listener.getsockname()[1]}"
-                invitations[server] = sender.invite(server)
+                invitations[server] = sender.invite(server, SECRET)
             path.write_text(json.dumps({**invitations[server], **sender.content, "digest": weights.digest}))
         with ExitStack() as stack:
             command = [sys.executable, "-P", __file__, "--receiver"]
@@ -135,11 +138,11 @@ def receive(path: Path) -> None:
     """Receives a broadcast as the only worker of a server does, without loading it into a model."""
     import torch
 
-    from stages.rl.samplers.vllm_worker.atom_group import PATIENCE, WORKERS, Group, connect, packets, view
+    from stages.rl.samplers.vllm_worker.atom_group import GROUP, PATIENCE, WORKERS, Group, connect, packets, view
     from stages.rl.samplers.vllm_worker.atom_index import row_of
 
     invitation = json.loads(path.read_text())
-    store = connect(invitation["store"], invitation["seconds"])
+    store = connect(invitation["store"], sign(SECRET, GROUP, invitation["nonce"]), invitation["seconds"])
     store.set(WORKERS, "1")
     group = Group(
         store, invitation["ranks"], invitation["ranks"] + 1, invitation["seconds"], torch.device("cpu"), PATIENCE

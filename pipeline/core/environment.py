@@ -8,8 +8,10 @@ import platform
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,26 @@ from pipeline.core.store import canonical, sha256_bytes
 def node_name() -> str:
     """The name of this node in Slurm, or in the system without Slurm."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def own_address() -> tuple[str, str]:
+    """The address on which this node listens for other nodes, and the host for the URLs that they use.
+
+    The host is the name of the node. If this node knows itself by a loopback address only, it is the address of the
+    interface with the default route; without any route it is the loopback.
+    """
+    name = node_name()
+    with suppress(OSError):
+        for *_, address in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM):
+            number = ip_address(str(address[0]).partition("%")[0])
+            if not number.is_loopback and not number.is_link_local:
+                return str(number), name
+    for family, distant in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # for documentation only
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as route:
+            route.connect((distant, 9))  # sends nothing
+            own = str(route.getsockname()[0])
+            return own, f"[{own}]" if ":" in own else own
+    return "127.0.0.1", "127.0.0.1"
 
 
 @cache

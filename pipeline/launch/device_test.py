@@ -1,11 +1,11 @@
 """A short test of GPUs and network before training: a product of matrices and a collective, whose results are known.
 
-    python -m pipeline.launch.device_test RANK RANKS LOCAL_RANK HOST PORT LEAST
+    python -m pipeline.launch.device_test RANK RANKS LOCAL_RANK HOST PORT LEAST SECRET
 
 Each rank runs it in a process of its own, which frees the GPU at its end, leaves the stage's libraries unused and can
-be killed. LEAST: FLOP/s that the product must reach; 0: any. Without a GPU it runs on the CPU, with gloo. Prints one
-line of JSON: null, or what is wrong and the bad rank. Rank 0 speaks for all; the others speak only of what keeps
-them from taking part.
+be killed. LEAST: FLOP/s that the product must reach; 0: any. SECRET: the file with which the ranks sign their reports.
+Without a GPU it runs on the CPU, with gloo. Prints one line of JSON: null, or what is wrong and the bad rank. Rank 0
+speaks for all; the others speak only of what keeps them from taking part.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
@@ -29,6 +30,8 @@ from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure
 from pipeline.launch.preflight import address
 from pipeline.launch.rendezvous import Ranks, free_port, polls, read, write
+from pipeline.run_secret import atom_secret
+from pipeline.run_secret.atom_secret import is_signed, sign
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +50,9 @@ PLACE = "device-test.json"
 def check(ranks: Ranks, least: float) -> Failure | None:
     """The problem of a node of this launch; None without one. On a rank other than 0: what kept it from taking part.
     least: FLOP/s that the product of matrices must reach on each GPU; 0: any."""
-    place = {"host": address(), "port": free_port()} if ranks.rank == 0 else None
+    place = {"host": address()[1].strip("[]"), "port": free_port()} if ranks.rank == 0 else None
+    if ranks.rank == 0 and ranks.size > 1:
+        atom_secret.make(ranks.secret)
     if place is None:
         place = next((there for _ in polls(time.monotonic() + SECONDS) if (there := read(ranks.folder / PLACE))), None)
     elif ranks.size > 1:
@@ -55,7 +60,7 @@ def check(ranks: Ranks, least: float) -> Failure | None:
     name = node_name()
     if place is None:
         return Failure(f"node {name} got no address for the test of devices within {SECONDS:.0f} s")
-    numbers = (ranks.rank, ranks.size, ranks.local_rank, place["host"], place["port"], least)
+    numbers = (ranks.rank, ranks.size, ranks.local_rank, place["host"], place["port"], least, ranks.secret.absolute())
     command = [sys.executable, "-m", __spec__.name, *map(str, numbers)]
     with (
         tempfile.TemporaryFile("w+") as output,  # of any length, as with NCCL_DEBUG: a pipe would fill
@@ -91,27 +96,38 @@ class Problem(TypedDict):
 
 @dataclass(frozen=True)
 class Table:
-    """What the ranks report, in the store of rank 0."""
+    """What the ranks report, in the store of rank 0, to which anyone in the network may write. key: with which they
+    sign it."""
 
     store: Any
     size: int
+    key: bytes
 
     def write(self, rank: int, name: str, value: object) -> None:
-        self.store.set(f"{name}-{rank}", json.dumps(value))
+        entry, text = f"{name}-{rank}", json.dumps(value)
+        self.store.set(entry, sign(self.key, entry, text) + text)
+
+    def get(self, rank: int, name: str) -> str | None:
+        """The JSON of a report; None if it has not come, or is not signed."""
+        entry = f"{name}-{rank}"
+        if not self.store.check([entry]):
+            return None
+        text = self.store.get(entry).decode(errors="replace")
+        return text[64:] if is_signed(text[:64], self.key, entry, text[64:]) else None
 
     def read(self, name: str) -> dict[int, Any]:
         """The reports of that name by rank, as far as they came within SECONDS."""
         reports, deadline = dict[int, Any](), time.monotonic() + SECONDS
         for _ in polls(deadline):
             for rank in set(range(self.size)) - set(reports):
-                if self.store.check([f"{name}-{rank}"]):
-                    reports[rank] = json.loads(self.store.get(f"{name}-{rank}"))
+                if (text := self.get(rank, name)) is not None:
+                    reports[rank] = json.loads(text)
             if len(reports) == self.size:
                 break
         return reports
 
 
-def main(rank: int, size: int, local_rank: int, host: str, port: int, least: float) -> Problem | None:
+def main(rank: int, size: int, local_rank: int, host: str, port: int, least: float, secret: Path) -> Problem | None:
     """What is wrong, and the bad rank, if it is known. Raises RuntimeError if the device of this rank fails."""
     import torch
     import torch.distributed as dist
@@ -120,9 +136,10 @@ def main(rank: int, size: int, local_rank: int, host: str, port: int, least: flo
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     patience = timedelta(seconds=SECONDS)
     try:
-        table = Table(dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False), size)
+        store = dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False)
     except dist.DistError as error:
         return {"rank": None, "text": f"rank 0 at {host}:{port} cannot be reached ({str(error).splitlines()[0][:300]})"}
+    table = Table(store, size, atom_secret.read(secret) if size > 1 else bytes(32))
     table.write(rank, "product", product_problem(device, least))
     if size > 1:
         os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else NCCL's watchdog would end a process that waits too long
@@ -197,8 +214,8 @@ def verdict(table: Table) -> Problem | None:
         (rank, count), *_ = Counter(rank for pair in pairs for rank in set(pair)).most_common()
         return {"rank": rank, "text": f"numbers to or from {count} ranks arrived wrong; have its network checked"}
     if silent := sorted(set(range(table.size)) - set(received)):
-        keys = [f"error-{rank}" for rank in silent]
-        why = next((f" ({json.loads(table.store.get(key))})" for key in keys if table.store.check([key])), "")
+        errors = (table.get(rank, "error") for rank in silent)
+        why = next((f" ({json.loads(error)})" for error in errors if error is not None), "")
         if len(silent) == 1:
             return {"rank": silent[0], "text": f"a collective did not end{why}; have its network checked"}
         listed = ", ".join(map(str, silent[:8]))
@@ -208,6 +225,7 @@ def verdict(table: Table) -> Problem | None:
 
 
 if __name__ == "__main__":
-    rank, size, local_rank, host, port, least = sys.argv[1:]
-    print(json.dumps(main(int(rank), int(size), int(local_rank), host, int(port), float(least))), flush=True)
+    rank, size, local_rank, host, port, least, secret = sys.argv[1:]
+    problem = main(int(rank), int(size), int(local_rank), host, int(port), float(least), Path(secret))
+    print(json.dumps(problem), flush=True)
     os._exit(0)  # NCCL would wait for ranks that are lost

@@ -1,8 +1,9 @@
 """Checks each node before a stage starts, so that a broken node is reported by name within seconds.
 
 Each rank checks its node (space, clock, GPU, versions) and sends the result to rank 0 over the network that training
-will use. Rank 0 gathers the results and reports for all. The shared file system holds only the address of rank 0.
-A rank opens two files there, and one more for each second in which it waits for rank 0.
+will use, signed with the secret of the launch. Rank 0 gathers the results and reports for all. The shared file system
+holds only the address of rank 0 and the secret. A rank opens three files there, and one more for each second in which
+it waits for rank 0.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import environment
-from pipeline.core.environment import node_name
+from pipeline.core.environment import node_name, own_address
 from pipeline.core.errors import Failure
 from pipeline.launch import gpu_health
 from pipeline.launch.rendezvous import Ranks, polls, read, write
+from pipeline.run_secret import atom_secret
+from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
 
 SECONDS = 120.0
 """The maximum difference between the starts of the ranks of a launch, and the maximum duration of a call."""
@@ -108,13 +111,20 @@ def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
         )
     wrong = None if problem is None else problem.text
     report = {"rank": ranks.rank, "node": node_name(), "wrong": wrong, "lock": environment.fingerprint()}
+    text = json.dumps(report)
     try:
+        key = atom_secret.read(ranks.secret)
+        message = {"report": text, "signature": sign(key, "report", text)}
         with socket.create_connection((listener["host"], listener["port"]), timeout=SECONDS) as line:
-            line.sendall(json.dumps(report).encode() + b"\n")
+            line.sendall(json.dumps(message).encode() + b"\n")
             line.settimeout(SECONDS)
-            if line.recv(1) == b"+":
-                return None
+            with line.makefile("rb") as file:
+                answer = file.readline(LONGEST_LINE).decode(errors="replace").strip()
+        if is_signed(answer, key, "received", text):
+            return None
         return f"node {node_name()}: rank 0 at {listener['host']} hung up"
+    except UnusableSecret as error:
+        return f"node {node_name()}: {error}; check that all nodes have the same user and the same $ATOM_HOME"
     except OSError as error:
         address = f"{listener['host']}:{listener['port']}"
         return f"node {node_name()} cannot reach rank 0 at {address} ({error}); look at names, routes and firewall"
@@ -125,14 +135,17 @@ def _gather_reports(ranks: Ranks) -> Failure | None:
     a problem of another node is that node's, also one with $ATOM_HOME."""
     deadline, next_look = time.monotonic() + SECONDS, 0.0
     reports: dict[int, dict[str, Any]] = {}
-    with socket.create_server(("", 0), backlog=ranks.size) as server:
+    atom_secret.make(ranks.secret)
+    key, (own, host) = atom_secret.read(ranks.secret), address()
+    family = socket.AF_INET6 if ":" in own else socket.AF_INET
+    with socket.create_server((own, 0), family=family, backlog=ranks.size) as server:
         server.settimeout(POLL)
-        write(ranks.folder / "listener.json", {"host": address(), "port": server.getsockname()[1]})
+        write(ranks.folder / "listener.json", {"host": host.strip("[]"), "port": server.getsockname()[1]})
         while len(reports) < ranks.size - 1 and time.monotonic() < deadline:
             with suppress(OSError):  # including TimeoutError: no connection is waiting
                 line, _ = server.accept()
                 with line:
-                    report = _receive_report(line)
+                    report = _receive_report(line, key)
                     if report is not None:
                         reports[report["rank"]] = report
             if time.monotonic() > next_look:
@@ -157,20 +170,22 @@ def _gather_reports(ranks: Ranks) -> Failure | None:
     return None
 
 
-def _receive_report(line: socket.socket) -> dict[str, Any] | None:
+def _receive_report(line: socket.socket, key: bytes) -> dict[str, Any] | None:
     """The report of one rank; None if the connection is not from a rank of this launch."""
     line.settimeout(CALLER_SECONDS)
     try:
         with line.makefile("rb") as file:
-            report = dict(json.loads(file.readline(LONGEST_LINE)))
-        int(report["rank"]), report["node"], report["wrong"], report["lock"]
+            message = dict(json.loads(file.readline(LONGEST_LINE)))
+        text = str(message["report"])
+        if not is_signed(str(message["signature"]), key, "report", text):
+            return None
     except (ValueError, TypeError, KeyError):
         return None
-    line.sendall(b"+")
-    return report
+    line.sendall(sign(key, "received", text).encode() + b"\n")
+    return dict(json.loads(text))
 
 
-def address() -> str:
-    """The name under which other nodes of the job reach this one."""
+def address() -> tuple[str, str]:
+    """The address on which this node listens for other nodes of the job, and the host under which they reach it."""
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    return node_name() if nodes > 1 else "127.0.0.1"
+    return own_address() if nodes > 1 else ("127.0.0.1", "127.0.0.1")

@@ -5,6 +5,7 @@ stale: `logs/<run>/<node>/ranks/<job>.<restarts>/`, or `<job>.<restarts>.<relaun
 the same allocation, with
 
     rank-<rank>.json    the process of a rank
+    secret              what the ranks sign their messages over the network with, for their user alone
     meeting.json        the decision of rank 0: an address, that it is not ready yet, or that no rank is needed
     end-<rank>.json     the outcome and usage of another rank
     failures.jsonl      one line for each failing rank; the first one counts. Rank 0 adds `over` when it has
@@ -93,6 +94,11 @@ class Ranks:
     local_rank: int = 0
     one_host: bool = True
     folder: Path = Path()
+
+    @property
+    def secret(self) -> Path:
+        """The file with the secret of the launch, which rank 0 makes."""
+        return self.folder / "secret"
 
     @classmethod
     def from_environment(cls, size: int, node_folder: Path) -> Ranks:

@@ -18,7 +18,14 @@ from stages.data.tokenizer import END
 from stages.evaluation.engine import SETTING, Engine, LanguageModel
 from stages.rl.protocols import Completion, Prompt
 from stages.rl.samplers.server_memory import TOKENS_AT_ONCE
-from stages.rl.samplers.vllm_server import CPU_OPTIONS, IN_FLIGHT, START_SECONDS, Server, interpreter
+from stages.rl.samplers.vllm_server import (
+    CPU_OPTIONS,
+    IN_FLIGHT,
+    START_SECONDS,
+    Server,
+    entry_point,
+    interpreter,
+)
 
 SLOWEST_READ = 1e8
 """Bytes of weights that a server must read in a second, lest it is given up."""
@@ -87,13 +94,12 @@ class Client:
             settings["hf-overrides"] = json.dumps({"max_position_embeddings": longest + 1})
         if on_gpu := torch.cuda.is_available():
             settings |= {"tensor-parallel-size": max(1, engine.gpus), "max-num-batched-tokens": TOKENS_AT_ONCE}
-        flags = [f"--{name}={value}" for name, value in settings.items()]
-        flags += ["--tokens-only", "--disable-uvicorn-access-log", *([] if on_gpu else CPU_OPTIONS), *engine.options]
-        run = [interpreter(engine.python, setting), "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
+        run = entry_point(interpreter(engine.python, setting), {**settings, "host": "127.0.0.1"})
+        run += [*([] if on_gpu else CPU_OPTIONS), *engine.options]
         with tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log", dir=work, delete=False) as log:
             path = Path(log.name)  # shards of a stage share its work folder
         server = Server.local(
-            lambda port: [*run, "--host=127.0.0.1", f"--port={port}"], folder, path,
+            lambda port: [*run, f"--port={port}"], folder, path,
             {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         )  # fmt: skip
         try:
@@ -105,8 +111,9 @@ class Client:
         return cls(server, context, longest, setting)
 
     def close(self) -> None:
-        """Ends the server, and removes its log."""
+        """Ends the server, and removes its log and its secret."""
         self.server.close()
+        self.server.secret.unlink(missing_ok=True)
         if self.server.log is not None:
             self.server.log.unlink(missing_ok=True)
 

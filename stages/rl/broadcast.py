@@ -12,6 +12,7 @@ Rank 0 holds the sampler, which talks to the servers; the other ranks follow wha
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,9 +24,20 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from pipeline.core.environment import own_address
+from pipeline.run_secret.atom_secret import sign
 from stages.rl import weights
 from stages.rl.protocols import Sampler
-from stages.rl.samplers.vllm_worker.atom_group import WORKERS, Group, Packet, connect, packets, view
+from stages.rl.samplers.vllm_worker.atom_group import (
+    GROUP,
+    WORKERS,
+    Group,
+    Packet,
+    SignedStore,
+    connect,
+    packets,
+    view,
+)
 from stages.rl.samplers.vllm_worker.atom_index import policy_digest
 from stages.rl.weights import Sender, Tensors, Weights
 from stages.train.parallel import Ranks
@@ -45,6 +57,8 @@ class Broadcast(Sender):
         self.groups: dict[str, Group] = {}
         self.stores: dict[str, dist.TCPStore] = {}
         """On rank 0, by server: that of the group which is to form."""
+        self.keys: dict[str, str] = {}
+        """On rank 0, by server: the key of the entries of that store, in hex."""
         self.names: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.roots: list[int] = []
@@ -87,23 +101,31 @@ class Broadcast(Sender):
     def content(self) -> dict[str, Any]:
         return {"names": self.names, "rows": self.rows, "roots": self.roots}
 
-    def invite(self, server: str) -> dict[str, Any]:
+    def invite(self, server: str, secret: bytes) -> dict[str, Any]:
         parts = urlsplit(server)
         with socket.create_connection((parts.hostname or "", parts.port or 80), SECONDS) as line:
             host = str(line.getsockname()[0])
         if self.ranks.world > 1 and ip_address(host).is_loopback:  # other ranks may be elsewhere
-            host = os.environ["MASTER_ADDR"]
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
-        self.stores[server] = store
-        address, device = f"{host}:{store.port}", self.ranks.device.type
-        return {"store": address, "ranks": len(self.senders), "seconds": SECONDS, "device": device}
+            host = own_address()[0] if os.environ["MASTER_ADDR"] != "127.0.0.1" else "127.0.0.1"
+        # by itself the store would listen on all interfaces
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        address, nonce = f"{host}:{listener.getsockname()[1]}", secrets.token_hex(16)
+        self.stores[server] = dist.TCPStore(
+            host, listener.getsockname()[1], is_master=True, wait_for_workers=False,
+            timeout=timedelta(seconds=SECONDS), master_listen_fd=listener.detach(),
+        )  # fmt: skip
+        self.keys[server] = sign(secret, GROUP, nonce)
+        device = self.ranks.device.type
+        return {"store": address, "nonce": nonce, "ranks": len(self.senders), "seconds": SECONDS, "device": device}
 
-    def give_up(self, invitation: Mapping[str, Any]) -> None:
+    def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
         with suppress(RuntimeError):  # the store is gone: nobody waits any more
-            connect(invitation["store"], SECONDS).set(WORKERS, "0")
+            connect(invitation["store"], self.keys[server], SECONDS).set(WORKERS, "0")
 
     def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        return self._lead("join", {server: invitation["store"] for server, invitation in invitations.items()})
+        # to the other ranks in plain, as all within a job
+        places = {server: (invitation["store"], self.keys[server]) for server, invitation in invitations.items()}
+        return self._lead("join", places)
 
     def send(self, servers: Sequence[str]) -> set[str]:
         return self._lead("send", list(servers))
@@ -129,19 +151,21 @@ class Broadcast(Sender):
         if (group := self.groups.pop(server, None)) is not None:
             group.close()
 
-    def _join(self, addresses: Mapping[str, str]) -> set[str]:
+    def _join(self, places: Mapping[str, tuple[str, str]]) -> set[str]:
+        """places: address and key of each server's store."""
         if self.ranks.rank not in self.senders:
-            return set(addresses)
-        for server, address in addresses.items():
+            return set(places)
+        for server, (address, key) in places.items():
             self._leave(server)
             try:
-                store = self.stores.pop(server) if self.ranks.first else connect(address, SECONDS)
+                own = self.stores.pop(server) if self.ranks.first else None
+                store = SignedStore(own, key) if own else connect(address, key, SECONDS)
                 if workers := int(store.get(WORKERS)):
                     place, size = self.senders.index(self.ranks.rank), len(self.senders) + workers
                     self.groups[server] = Group(store, place, size, SECONDS, self.ranks.device)
             except RuntimeError:  # too late, or unreachable: the sampler says so of a server that is not in the result
                 continue
-        return addresses.keys() & self.groups.keys()
+        return places.keys() & self.groups.keys()
 
     def _send(self, servers: Sequence[str]) -> set[str]:
         groups = {server: self.groups[server] for server in servers if server in self.groups}  # none, if it sends none

@@ -67,6 +67,9 @@ class Asynchronous(Config):
     )
 
 
+_OF_VLLM = ("python", "url", "secret", "options", "transfer")
+
+
 class Sampling(Config):
     """Sampling of answers at temperature 1 without top-k or top-p: from the distribution that is trained."""
 
@@ -82,6 +85,9 @@ class Sampling(Config):
         "URLs of vLLM servers on other nodes; empty: those of slurm.servers, else one that the stage starts",
         max_length=1000,
     )
+    secret: LongLine | None = operational(
+        None, "file with the secret of the servers of url, the same that they were started with"
+    )
     transfer: Literal["folder", "broadcast"] = operational(
         "folder", "how vLLM servers get the weights: by files in the work folder, or by NCCL (on CPU gloo)"
     )
@@ -91,11 +97,14 @@ class Sampling(Config):
 
     @model_validator(mode="after")
     def _effective(self) -> Sampling:
-        defaults = {name: type(self).model_fields[name].default for name in ("python", "url", "options", "transfer")}
+        defaults = {name: type(self).model_fields[name].default for name in _OF_VLLM}
         unused = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.kind != "vllm" and unused:
             raise ValueError(f"{unused[0]} has no effect with kind = {self.kind}, which starts no server; leave it "
                              "out, or set kind = vllm")  # fmt: skip
+        if bool(self.url) != bool(self.secret):
+            raise ValueError("url and secret go together: the servers of url answer only requests that are signed with "
+                             "the secret that they were started with")  # fmt: skip
         return self
 
     @property

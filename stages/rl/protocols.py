@@ -97,6 +97,7 @@ class SamplingSettings(Protocol):
     max_new_tokens: int
     python: str | None
     url: tuple[str, ...]
+    secret: str | None
     options: tuple[str, ...]
 
 

@@ -43,10 +43,11 @@ class Sender(Protocol):
     def content(self) -> dict[str, Any]:
         """What a server is told of the tensors that it receives."""
 
-    def invite(self, server: str) -> dict[str, Any]:
-        """What a server is told of a new group, which `join` then forms. Raises OSError if it cannot be reached."""
+    def invite(self, server: str, secret: bytes) -> dict[str, Any]:
+        """What a server is told of a new group, which `join` then forms. secret: what it shares with the server. Raises
+        OSError if it cannot be reached."""
 
-    def give_up(self, invitation: Mapping[str, Any]) -> None:
+    def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
         """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
 
     def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:

@@ -4,10 +4,9 @@ vLLM's form from a transformers model. `make test-vllm` does the same with the r
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline.core.errors import AtomError, MachineError
+from pipeline.run_secret import atom_secret
 from stages.evaluation.harness import language_model
 from stages.evaluation.harness_vllm import Served
 from stages.evaluation.transformers_model import TransformersModel
@@ -24,12 +24,13 @@ from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.vllm_server import Server
 from tests.fixtures import release_fixtures
+from tests.fixtures.signed_server_fixtures import SignedHandler
 
 pytestmark = pytest.mark.numeric
 CONTEXT, STOPS = release_fixtures.CONTEXT, (1, 3)
 
 
-class Answers(BaseHTTPRequestHandler):
+class Answers(SignedHandler):
     """Greedy answers, and log-probabilities of the prompt if they are asked for; `spoil` changes an answer."""
 
     model: Any
@@ -37,13 +38,9 @@ class Answers(BaseHTTPRequestHandler):
     bodies: list[dict[str, Any]]
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.read_body()
         self.bodies.append(body)
-        data = json.dumps(self.spoil(self.answer(body["token_ids"], **body["sampling_params"]))).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.reply(self.spoil(self.answer(body["token_ids"], **body["sampling_params"])))
 
     def answer(self, ids: list[int], max_tokens: int, **sampling: Any) -> dict[str, Any]:
         prompt, drawn, content = None, list[int](), []
@@ -66,8 +63,6 @@ class Answers(BaseHTTPRequestHandler):
         return {
             str(n): {"logprob": float(row[n]), "rank": int((row >= row[n]).sum())} for n in {int(row.argmax()), token}
         }
-
-    def log_message(self, *args: Any) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +88,12 @@ def answers(oracle: TransformersModel) -> type[Answers]:
 
 
 @pytest.fixture
-def client(answers: type[Answers]) -> Iterator[Client]:
+def client(answers: type[Answers], tmp_path: Path) -> Iterator[Client]:
+    atom_secret.make(tmp_path / "secret")
+    answers.key = atom_secret.read(tmp_path / "secret")
     server = ThreadingHTTPServer(("127.0.0.1", 0), answers)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield Client(Server(f"http://127.0.0.1:{server.server_port}"), CONTEXT, CONTEXT + 1)
+    yield Client(Server(f"http://127.0.0.1:{server.server_port}", tmp_path / "secret"), CONTEXT, CONTEXT + 1)
     server.shutdown()
     server.server_close()
 

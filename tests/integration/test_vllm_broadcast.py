@@ -20,7 +20,7 @@ from stages.rl.samplers.vllm_worker import atom_group
 from stages.rl.samplers.vllm_worker.atom_group import packets
 from stages.train.parallel import Ranks
 from tests.fixtures import weights_fixtures
-from tests.fixtures.vllm_fixtures import CHANGED, PROMPT, TENSORS, Fake, answer, fakes, sampler  # noqa: F401 - fixtures
+from tests.fixtures.vllm_fixtures import CHANGED, PROMPT, TENSORS, Fake, answer, fakes, sampler, secret  # noqa: F401 - fixtures
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def client(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 def shared(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage of a test asks the one server, which none of them ends."""
     monkeypatch.setattr(client, "close", lambda: None)
-    monkeypatch.setattr(Client, "start", lambda *_: client)
+    monkeypatch.setattr(Client, "start", lambda *_, **__: client)
 
 
 def rows_of(count: int, length: int, seed: int = 0) -> list[list[int]]:

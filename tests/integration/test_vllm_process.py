@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import AtomError
+from pipeline.run_secret import atom_secret
 from stages.rl.config import Sampling
 from stages.rl.samplers import server_files, vllm_server
 from stages.rl.samplers.server_files import Announced
@@ -113,12 +114,13 @@ class Place:
 
 
 ANSWERING = (
-    "import http.server as h, os, sys\n"
-    "class Health(h.BaseHTTPRequestHandler):\n"
-    "    def do_GET(self): self.send_response(200); self.send_header('Content-Length', '0'); self.end_headers()\n"
-    "    def log_message(self, *arguments): pass\n"
+    "import os, sys, uvicorn, atom_guard\n"
+    "from starlette.applications import Starlette\n"
+    "from starlette.responses import Response\n"
+    "from starlette.routing import Route\n"
     "print(os.getpid(), flush=True)\n"
-    "h.HTTPServer(('127.0.0.1', int(sys.argv[1])), Health).serve_forever()\n"
+    "app = Starlette(routes=[Route('/health', lambda request: Response())])\n"
+    "uvicorn.run(atom_guard.Guard(app), host='127.0.0.1', port=int(sys.argv[1]), log_level='critical')\n"
 )
 
 
@@ -130,7 +132,9 @@ def test_a_server_in_a_job_is_announced_while_it_answers_and_ends_with_its_stage
     monkeypatch.setattr(
         vllm_server, "command", lambda python, folder, host, port, options: [sys.executable, "-c", ANSWERING, str(port)]
     )
+    monkeypatch.setattr(vllm_server, "own_address", lambda: ("127.0.0.1", "127.0.0.1"))
     monkeypatch.setenv("SLURMD_NODENAME", "127.0.0.1")
+    atom_secret.make(tmp_path / "secret")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     place, outcomes = Place(tmp_path), []
     settings = Sampling(kind="vllm", max_new_tokens=7)

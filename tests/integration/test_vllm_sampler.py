@@ -6,6 +6,8 @@ vLLM wants an environment of its own: `make test-vllm` makes one and names its i
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -25,7 +28,6 @@ from stages.models.hf import hf_config
 from stages.models.qwen3_moe import spec
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.broadcast import Broadcast
-from stages.rl.direct_requests import DIRECT
 from stages.rl.protocols import Completion, Prompt
 from stages.rl.rollout import rollouts
 from stages.rl.samplers.generate import InProcess
@@ -95,6 +97,17 @@ def load(sampler: VllmServer, tensors: dict[str, torch.Tensor]) -> None:
     sampler.load(weights_fixtures.written(sampler.folder, tensors))
 
 
+def of_others(sampler: VllmServer) -> dict[str, Any]:
+    """The arguments of another sampler that uses the server of this one."""
+    (server,) = sampler.servers
+    return {"urls": [server.url], "secret": str(server.secret)}
+
+
+def get(sampler: VllmServer, path: str) -> Any:
+    (server,) = sampler.servers
+    return json.loads(server._exchange(path, None, server.instance, 10)[1])
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path_factory.mktemp("vllm") / "served")
@@ -142,6 +155,45 @@ def test_tokens_and_log_probabilities_are_those_of_the_in_process_sampler(served
               f"reload {reload:.3f} s; {rate:.0f} tokens/s")  # fmt: skip
 
 
+ROUTES = """
+import argparse, json, os
+os.environ["VLLM_SERVER_DEV_MODE"] = "1"
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-offline-docs"])
+app = build_app(args, ("generate",))
+print(json.dumps(sorted({route.path for route in app.routes})))
+"""
+
+
+def test_no_route_takes_an_unsigned_request(served: VllmServer) -> None:
+    """Every path that vLLM knows in its development mode, and a path that is none."""
+    (server,) = served.servers
+    run = [os.environ["ATOM_VLLM_PYTHON"], "-P", "-c", ROUTES]
+    listed = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    assert {"/health", "/collective_rpc", "/update_weights", "/inference/v1/generate", "/metrics"} <= set(listed)
+    secret = server.secret.read_text()
+    before = server.log.read_text() if server.log else ""
+    for path in [*listed, "/none"]:
+        for method in ("GET", "POST", "OPTIONS"):
+            for headers in ({}, {"Authorization": f"Bearer {secret}"}):
+                connection = http.client.HTTPConnection(*urlsplit(server.url).netloc.split(":"), timeout=30)
+                connection.request(method, path.replace("{", "").replace("}", ""), b"{}", headers)
+                assert connection.getresponse().status == 401, (method, path)
+                connection.close()
+    print(f"\n{len(listed)} paths refuse unsigned requests")
+    for path in ("/collective_rpc", "/server_info", "/sleep", "/v1/models"):
+        assert server._exchange(path, b"{}", server.instance, 30)[0] == 404
+    assert get(served, "/weight_info") and server.secret.stat().st_mode & 0o777 == 0o600
+    assert server.process is not None and server.log is not None
+    assert secret not in server.log.read_text() and before
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            for name in ("cmdline", "environ"):
+                assert secret.encode() not in (process / name).read_bytes()
+
+
 def test_frequencies_are_those_of_the_distribution(served: VllmServer, ours: InProcess) -> None:
     load(served, FIRST)
     prompt = prompts(1)[0].ids
@@ -155,7 +207,7 @@ def test_frequencies_are_those_of_the_distribution(served: VllmServer, ours: InP
 def test_a_server_that_others_started_may_be_used(served: VllmServer, ours: InProcess, tmp_path: Path) -> None:
     """As one on a node of its own. Who used it before notices the other weights, and gives it its own again."""
     load(served, FIRST)
-    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path / "served", urls=[served.servers[0].url])
+    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path / "served", **of_others(served))
     requests = prompts(20)
     for user, tensors in ((sampler, SECOND), (served, FIRST)):
         ours.load(tensors)
@@ -179,8 +231,7 @@ def test_weights_that_do_not_add_up_leave_the_old_ones(served: VllmServer, tmp_p
         with pytest.raises(AtomError, match=f"refuses the weights: .*{sentence}") as raised:
             served.load(given)
         print(f"\n{raised.value}")
-        with DIRECT.open(f"{served.servers[0].url}/weight_info", timeout=10) as answer:
-            assert json.loads(answer.read()) == {"weight_version": first.digest}
+        assert get(served, "/weight_info") == {"weight_version": first.digest}
         served.weights = first  # as if it had never been asked
         assert served.generate(requests, greedy=True) == before
     load(served, SECOND)
@@ -226,8 +277,7 @@ def test_what_arrives_as_another_tensor_is_not_loaded_and_the_server_answers_not
     name = "model.layers.1.mlp.gate.weight"
     with pytest.raises(AtomError, match=rf"refuses the weights: what arrived as {name} is not the trainer's tensor"):
         broadcast(served, SECOND, {**SECOND, name: SECOND[name] + 1})
-    with DIRECT.open(f"{served.servers[0].url}/is_paused", timeout=10) as answer:
-        assert json.loads(answer.read()) == {"is_paused": True}
+    assert get(served, "/is_paused") == {"is_paused": True}
     broadcast(served, FIRST)
     assert [c.ids for c in served.generate(requests, greedy=True)] == [c.ids for c in before]
 
@@ -248,15 +298,14 @@ def test_two_tensor_ranks_take_weights_by_folder_and_by_broadcast(
 
 def test_a_server_of_another_model_is_refused(served: VllmServer, tmp_path: Path) -> None:
     config = {**CONFIG, "num_hidden_layers": CONFIG["num_hidden_layers"] + 1}
-    sampler = VllmServer(config, *ARGUMENTS, tmp_path / "served", urls=[served.servers[0].url])
+    sampler = VllmServer(config, *ARGUMENTS, tmp_path / "served", **of_others(served))
     with pytest.raises(AtomError, match=r"its model has num_hidden_layers = 2, and the trainer's has 3"):
         load(sampler, FIRST)
     # a folder that is whole in itself, and lacks a tensor of the model: the server draws nothing from the mixture
     part = {name: t for name, t in SECOND.items() if name != "model.layers.1.mlp.gate.weight"}
     with pytest.raises(AtomError, match=r"no tensor of .* is model\.layers\.1\.mlp\.gate\.weight of its model"):
         load(served, part)
-    with DIRECT.open(f"{served.servers[0].url}/is_paused", timeout=10) as answer:
-        assert json.loads(answer.read()) == {"is_paused": True}
+    assert get(served, "/is_paused") == {"is_paused": True}
     load(served, FIRST)
 
 

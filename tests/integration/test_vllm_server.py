@@ -17,6 +17,7 @@ import torch
 
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerSearch
+from pipeline.run_secret import atom_secret
 from stages.rl import weights
 from stages.rl.config import Sampling
 from stages.rl.protocols import Completion, Prompt, SamplerContext
@@ -28,7 +29,7 @@ from stages.rl.samplers.vllm_server import ServerLost
 from stages.rl.samplers.vllm_worker import atom_index
 from stages.train.checkpoint.release_checkpoint import save_tensors
 from tests.fixtures import rl_fixtures, weights_fixtures
-from tests.fixtures.vllm_fixtures import CHANGED, PROMPT, TENSORS, Fake, answer, fakes, sampler  # noqa: F401 - fixtures
+from tests.fixtures.vllm_fixtures import CHANGED, PROMPT, TENSORS, Fake, answer, fakes, sampler, secret  # noqa: F401 - fixtures
 
 
 def test_requests_are_dealt_and_say_all_that_the_contract_needs(fakes: Any, sampler: VllmServer) -> None:
@@ -232,13 +233,18 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "needs the interpreter of an environment with vLLM; make one by `make .venv-vllm/.ready`" in (why() or "")
     assert f"{tmp_path}/python is no interpreter that runs" in (why(python=f"{tmp_path}/python") or "")
     assert f"{sys.executable} has no vLLM" in (why(python=sys.executable) or "")
-    assert why(url=("http://node1:8000",)) is None
+    assert why(url=("http://node1:8000",), secret="secret") is None
     with pytest.raises(AtomError, match="has no vLLM"):
         VllmServer({"dtype": "float32"}, (1,), 7, 1.0, tmp_path / "served", sys.executable)
 
 
 def test_the_registry_makes_a_sampler_of_the_settings(tmp_path: Path) -> None:
-    settings = Sampling(kind="vllm", max_new_tokens=7, url=("http://node1:8000", "http://node2:8000"))
+    secret = tmp_path / "secret"
+    urls = ("http://node1:8000", "http://node2:8000")
+    settings = Sampling(kind="vllm", max_new_tokens=7, url=urls, secret=str(secret))
+    with pytest.raises(AtomError, match=r"the secret .*secret cannot be read \(No such file.*see sampling.secret$"):
+        make_sampler("vllm", SamplerContext({"dtype": "bfloat16"}, (1, 3), tmp_path / "served", settings))
+    atom_secret.make(secret)
     sampler = make_sampler("vllm", SamplerContext({"dtype": "bfloat16"}, (1, 3), tmp_path / "served", settings))
     assert isinstance(sampler, VllmServer)
     assert [server.url for server in sampler.servers] == list(settings.url)
@@ -247,12 +253,16 @@ def test_the_registry_makes_a_sampler_of_the_settings(tmp_path: Path) -> None:
     sampler.close()
 
 
-def test_servers_in_jobs_of_their_own_come_and_go(fakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_in_jobs_of_their_own_come_and_go(
+    fakes: Any, secret: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Found by their files: one is enough, a dead one is left out, and one that was started again is a new one."""
     monkeypatch.setattr(vllm_server, "POLL_SECONDS", 0.01)
     notes: list[str] = []
     (one, two), urls = fakes
     place, config = tmp_path / "announced", {"dtype": "float32", "hidden_size": 2}
+    place.mkdir()
+    shutil.copy2(secret, place / "secret")  # of an earlier start of the stage
     search = ServerSearch(str(place), "run-1", 0.1)
     sampler = VllmServer(config, (1, 3), 7, 0.5, tmp_path / "served", note=notes.append, search=search)
     assert json.loads((place / "config.json").read_text()) == config, "which the servers wait for"

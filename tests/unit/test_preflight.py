@@ -20,6 +20,8 @@ from pipeline.launch import job, preflight
 from pipeline.launch.attempt import Task
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.rendezvous import FAILURES, Ranks, read
+from pipeline.run_secret import atom_secret
+from pipeline.run_secret.atom_secret import sign
 from tests.fixtures import ROOT
 from tests.fixtures.preflight_fixtures import ranks
 
@@ -75,7 +77,9 @@ def verdict_of_rank_0(folder: Path, size: int, **free: float) -> str | None:
 
 def test_ranks_call_rank_0_and_leave_one_file(tmp_path: Path) -> None:
     assert verdict_of_rank_0(tmp_path, 4) is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FAILURES, "listener.json"], "no file for each rank"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FAILURES, "listener.json", "secret"], (
+        "no file for each rank"
+    )
 
 
 OPENS = """
@@ -97,19 +101,19 @@ begun = time.monotonic()
 for thread in threads: thread.start()
 assert check(0) is None
 for thread in threads: thread.join()
-print(opened["probe"], opened["listener.json"], opened["failures.jsonl"], time.monotonic() - begun)
+print(opened["probe"], opened["listener.json"], opened["secret"], opened["failures.jsonl"], time.monotonic() - begun)
 """
 
 
 @pytest.mark.parametrize("size", [32, 512])
-def test_a_rank_opens_two_files_however_many_there_are(size: int, tmp_path: Path) -> None:
+def test_a_rank_opens_three_files_however_many_there_are(size: int, tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", OPENS, str(tmp_path), str(size)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120).stdout
-    probes, listeners, failures, seconds = (float(word) for word in output.split())
-    assert (probes, listeners) == (size, size - 1)
+    probes, listeners, secrets, failures, seconds = (float(word) for word in output.split())
+    assert (probes, listeners) == (size, size - 1) and secrets <= size + 1  # with the draft of the secret
     assert failures <= size * seconds, "one a second for each rank that waits"
     if seconds < 1:
-        assert probes + listeners + failures < 2000
+        assert probes + listeners + secrets + failures < 2500
 
 
 def test_a_rank_whose_node_is_full_is_reported_by_rank_0(tmp_path: Path) -> None:
@@ -134,20 +138,31 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_other_packages_on_another_node_are_reported_and_strangers_are_not_heard(tmp_path: Path) -> None:
-    def call(*lines: bytes) -> None:
+    """A stranger could report a sound node as bad."""
+    answers: list[bytes] = []
+
+    def call(*reports: tuple[bytes | None, bytes]) -> None:
         while (listener := read(tmp_path / "listener.json")) is None:
             time.sleep(0.05)
-        for line in lines:
+        assert listener["host"] == "127.0.0.1", "the ranks are on one node"
+        for key, line in reports:
+            key, text = key or atom_secret.read(tmp_path / "secret"), line.decode()
+            message = (
+                line if key == b"-" else json.dumps({"report": text, "signature": sign(key, "report", text)}).encode()
+            )
             with socket.create_connection((listener["host"], listener["port"])) as caller:
-                caller.sendall(line + b"\n")
-                caller.recv(1)
+                caller.sendall(message + b"\n")
+                answers.append(caller.recv(1))
 
-    report = {"rank": 1, "node": "n9", "wrong": None, "lock": "another"}
-    calls = (b"GET / HTTP/1.1", b"[]", b'{"rank": 1}', json.dumps(report).encode())
+    bad = json.dumps({"rank": 1, "node": "n8", "wrong": "node n8 is on fire", "lock": "another"}).encode()
+    report = json.dumps({"rank": 1, "node": "n9", "wrong": None, "lock": "another"}).encode()
+    plain = (b"GET / HTTP/1.1", b"[]", b'{"rank": 1}', b'{"report": 5, "signature": 6}', bad)
+    calls = [*((b"-", line) for line in plain), (bytes(32), bad), (None, report)]
     caller = threading.Thread(target=call, args=calls)
     caller.start()
     failure = preflight.check(tmp_path, ranks(tmp_path, 2), 0.0, None)
     caller.join(20)
+    assert [bool(answer) for answer in answers] == [False] * 6 + [True]
     assert failure and failure.text.startswith("nodes n9 and ")
     assert "differ in Python, packages or processor" in failure.text
 

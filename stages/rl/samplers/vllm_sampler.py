@@ -22,6 +22,7 @@ import torch
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerSearch
+from pipeline.run_secret import atom_secret
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.samplers import server_files, vllm_server
 from stages.rl.samplers.server_files import Announced
@@ -49,11 +50,11 @@ class VllmServer(Sampler):
     def __init__(
         self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
         python: str | None = None, urls: Sequence[str] = (), options: Sequence[str] = (),
-        note: Callable[[str], None] = print, search: ServerSearch | None = None,
+        note: Callable[[str], None] = print, search: ServerSearch | None = None, secret: str | None = None,
     ) -> None:  # fmt: skip
         """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers. note:
-        is told which server is lost. search: where servers in jobs of their own announce themselves. Raises AtomError
-        without a vLLM to start."""
+        is told which server is lost. search: where servers in jobs of their own announce themselves. secret: the file
+        of the servers at `urls`. Raises AtomError without a vLLM to start, or without a usable secret."""
         self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.note, self.search = note, None if urls else search
@@ -70,10 +71,11 @@ class VllmServer(Sampler):
         self.servers: list[Server] = []
         self.announced: dict[Announced, Server] = {}
         if urls:
-            self.servers = [Server(url) for url in urls]
+            self.servers = [Server(url, Path(str(secret))) for url in urls]
         elif self.search is not None:
             place = Path(self.search.folder)
             place.mkdir(parents=True, exist_ok=True)
+            atom_secret.make(place / vllm_server.SECRET)
             atomic_files.write(place / "config.json", json.dumps(self.config))  # which the servers wait for
         else:
             log = self.folder / "server.log"
@@ -89,6 +91,7 @@ class VllmServer(Sampler):
         return cls(
             context.config, context.stops, settings.max_new_tokens, 1.0, context.folder,
             settings.python, settings.url, settings.options, context.note, ServerSearch.of_environment(),
+            settings.secret,
         )  # fmt: skip
 
     def load(self, weights: Weights) -> None:
@@ -245,13 +248,14 @@ class VllmServer(Sampler):
         while True:
             announced = server_files.read(Path(self.search.folder), self.search.run)
             # one that was started again is another server, at the same address or not
-            self.announced = {server: self.announced.get(server) or Server(server.url) for server in announced}
+            secret = Path(self.search.folder) / vllm_server.SECRET
+            self.announced = {server: self.announced.get(server) or Server(server.url, secret) for server in announced}
             present = list(self.announced.values())
             urls = {server.url for server in present}
             self.serving = [server for server in self.serving if server in present or server.url not in urls]
             self.servers = [*present, *(server for server in self.serving if server not in present)]
             self.lost = {server: error for server, error in self.lost.items() if server in self.servers}
-            if not is_alone or any(server.problem() is None for server in present):
+            if not is_alone or any(map(_answers, present)):
                 return
             if time.monotonic() > end:
                 raise MachineError(
@@ -295,7 +299,7 @@ class VllmServer(Sampler):
             if server not in self.serving or not sender.has_group(server.url):
                 self._greet(server, is_alone)
                 try:
-                    invitations[server] = sender.invite(server.url)
+                    invitations[server] = sender.invite(server.url, server.key)
                 except OSError as error:
                     raise server.lost(str(error)) from None
             return True
@@ -307,7 +311,7 @@ class VllmServer(Sampler):
             try:
                 server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
             except BaseException:
-                sender.give_up(invitation)
+                sender.give_up(server.url, invitation)
                 raise
 
         def update(server: Server, _: None) -> None:
@@ -369,6 +373,14 @@ class VllmServer(Sampler):
         server.post("/update_weights", {"update_info": {**update, "load": True}}, attempts=1)
         server.post("/finish_weight_update", {"weight_version": update["digest"]}, attempts=1)
         server.post("/resume")
+
+
+def _answers(server: Server) -> bool:
+    """Whether a server answers, and no other at its address."""
+    try:
+        return server.problem() is None
+    except ServerLost:
+        return False
 
 
 SAMPLER = VllmServer

@@ -3,21 +3,26 @@
 The stage starts a server by itself, unless the cluster profile has servers in jobs of their own, which run `serve`.
 Other servers on nodes of their own are started beforehand, each by
 
-    python -m stages.rl.samplers.vllm_server FOLDER PORT [OPTION ...]
+    python -m stages.rl.samplers.vllm_server FOLDER PORT SECRET [OPTION ...]
 
-with ATOM_VLLM_PYTHON set, where FOLDER has the config.json of a model of the same shape (any earlier export) and
-options are vLLM's; the recipe then lists them in `sampling.url`. The weights reach them by broadcast, or through the
-stage's work folder, which they must then see under the same path. Their development endpoints accept commands from
-anyone who reaches the port: keep it inside the cluster.
+with ATOM_VLLM_PYTHON set, where FOLDER has the config.json of a model of the same shape (any earlier export), SECRET is
+a file that is made if it is missing, and options are vLLM's; the recipe then lists the servers in `sampling.url`, and
+names the file in `sampling.secret`. The weights reach them by broadcast, or through the stage's work folder, which they
+must then see under the same path.
+
+A server answers only requests that are signed with the secret (vllm_worker/atom_guard.py), and a client believes only
+signed answers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -29,9 +34,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.environment import node_name
+from pipeline.core.environment import node_name, own_address
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerPlace, ServerSearch
+from pipeline.run_secret import atom_secret
+from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
 from stages.rl.direct_requests import DIRECT
 from stages.rl.protocols import SamplingSettings
 from stages.rl.samplers import server_files
@@ -51,12 +58,18 @@ SILENCE_SECONDS = 120.0
 """How long a server in a job of its own may give no answer before it is started again."""
 POLL_SECONDS = 1.0
 """How often a server in a job of its own looks whether its stage has ended, and asks the server whether it answers."""
+SECRET = "secret"
+"""The file of servers in jobs of their own, in the folder that they and their stage see."""
+HEALTH = "/health"
 HIDDEN = "<path>"
 """What vLLM writes in its messages instead of a path."""
 REFUSAL = re.compile(r"\[\[(.*?)\]\]")
 """A sentence of vllm_worker/atom_index.py within vLLM's."""
 
-_WORKER = Path(__file__).parent / "vllm_worker"
+LONGEST_ANSWER = 1 << 28
+"""Bytes of an answer that are read."""
+
+_WORKER = os.pathsep.join([str(Path(__file__).parent / "vllm_worker"), str(Path(atom_secret.__file__).parent)])
 # The server leads a process group with a watch, which kills the group when this end of the pipe closes: also when the
 # stage is killed.
 _WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/null'
@@ -119,9 +132,13 @@ def command(python: str, folder: Path, host: str, port: int, options: Sequence[s
         "hf-overrides": json.dumps({"tie_word_embeddings": False}),
         "weight-transfer-config": json.dumps({"backend": "atom"}),  # of vllm_worker/atom_engine.py
     }  # fmt: skip
+    return [*entry_point(python, settings), *options]
+
+
+def entry_point(python: str, settings: Mapping[str, Any]) -> list[str]:
+    """vLLM's server that answers token ids to signed requests. settings: its options by their names."""
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    flags += ["--tokens-only", "--disable-uvicorn-access-log"]
-    flags += options
+    flags += ["--tokens-only", "--disable-uvicorn-access-log", "--middleware=atom_guard.Guard"]
     return [python, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
 
 
@@ -131,8 +148,8 @@ def environment() -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_LOGGING_LEVEL": "WARNING",
         **{name: value for name, value in os.environ.items() if name not in _RANK},
-        "PYTHONPATH": str(_WORKER),
-        "VLLM_SERVER_DEV_MODE": "1",
+        "PYTHONPATH": _WORKER,
+        "VLLM_SERVER_DEV_MODE": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
@@ -154,6 +171,10 @@ def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[di
     return {}, [f"--gpu-memory-utilization={SHARE * free:.2f}"]
 
 
+TRANSFER = {"VLLM_SERVER_DEV_MODE": "1"}
+"""The variable of a server that takes weights: vLLM has the routes for them in its development mode only."""
+
+
 class ServerLost(MachineError):
     """A server died, does not answer, or no longer has the weights that it was given."""
 
@@ -161,49 +182,69 @@ class ServerLost(MachineError):
 class Server:
     """One server, at a url. Thread-safe except for `launch` and `close`."""
 
-    def __init__(self, url: str, log: Path | None = None, run: Callable[[], subprocess.Popen[bytes]] | None = None):
-        """run: starts its process, for a server of this process."""
-        self.url, self.log, self.run = url.rstrip("/"), log, run
+    def __init__(
+        self, url: str, secret: Path, log: Path | None = None,
+        run: Callable[[], subprocess.Popen[bytes]] | None = None,
+    ) -> None:  # fmt: skip
+        """secret: the file with which requests are signed. run: starts its process, for a server of this process.
+        Raises AtomError if the secret is unusable."""
+        self.url, self.secret, self.log, self.run = url.rstrip("/"), secret, log, run
         self.process: subprocess.Popen[bytes] | None = None
+        self.instance = ""
+        """The start of the server that `problem` has seen."""
+        try:
+            self.key = atom_secret.read(secret)
+        except UnusableSecret as error:
+            raise AtomError(f"{error}; see sampling.secret") from None
 
     @classmethod
     def start(
         cls, python: str, folder: Path, log: Path, options: Sequence[str] = (), gpus: tuple[int, float] | None = None,
-        host: str | None = None,
+        secret: Path | None = None,
     ) -> Server:  # fmt: skip
         """Starts a server on a free port of this machine; `wait` returns when it answers.
 
-        gpus: see `place`, for a server beside training; host: the name by which others reach this machine, for a server
-        without training beside it, on all its GPUs."""
-        variables, chosen = place(os.environ, *gpus) if gpus and not host else ({}, [])
+        gpus: see `place`, for a server beside training, which listens on the loopback; secret: for a server without
+        training beside it, on all its GPUs, which listens on the address by which other nodes reach this one."""
+        variables, chosen = place(os.environ, *gpus) if gpus and not secret else ({}, [])
         if gpus is None:
             chosen = CPU_OPTIONS
-        elif host and gpus[0] > 1:
+        elif secret and gpus[0] > 1:
             chosen = [f"--tensor-parallel-size={gpus[0]}"]
-        listen = "0.0.0.0" if host else "127.0.0.1"  # noqa: S104
+        address, host = own_address() if secret else ("127.0.0.1", "127.0.0.1")
         given = [*chosen, *options]
-        return cls.local(lambda port: command(python, folder, listen, port, given), folder, log, variables, host)
+        return cls.local(
+            lambda port: command(python, folder, address, port, given), folder, log, {**TRANSFER, **variables},
+            address, host, secret,
+        )  # fmt: skip
 
     @classmethod
     def local(
         cls, command: Callable[[int], Sequence[str]], folder: Path, log: Path, variables: Mapping[str, str],
-        host: str | None = None,
+        address: str = "127.0.0.1", host: str = "127.0.0.1", secret: Path | None = None,
     ) -> Server:  # fmt: skip
-        """Starts a server by a command, given a free port of this machine, in a folder. host: as for `start`."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        """Starts a server by a command, given a free port of this machine, in a folder.
+
+        address: on which it listens; host: for its URL; secret: a new one beside the log, if it is None.
+        """
+        if secret is None:
+            secret = log.with_suffix(".secret")
+            atom_secret.make(secret)
+        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
             port = free.getsockname()[1]
         arguments = ["sh", "-c", _WATCHED, "sh", *command(port)]
+        names = {**variables, atom_secret.VARIABLE: str(secret.absolute())}
 
         def run() -> subprocess.Popen[bytes]:
             with open(log, "ab") as out:
                 return subprocess.Popen(
                     arguments, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
-                    env={**environment(), **variables},
+                    env={**environment(), **names},
                     start_new_session=True,
+                    umask=0o077,  # vLLM's processes talk to each other by sockets in TMPDIR
                 )  # fmt: skip
 
-        server = cls(f"http://{host or '127.0.0.1'}:{port}", log, run)
+        server = cls(f"http://{host}:{port}", secret, log, run)
         server.launch()
         return server
 
@@ -211,7 +252,7 @@ class Server:
         """Starts its process, anew if there was one; nothing for a server that others start."""
         if self.run is not None:
             self.close()
-            self.process = self.run()
+            self.process, self.instance = self.run(), ""
 
     def wait(self, seconds: float | None = None) -> None:
         """Waits until the server answers. Raises ServerLost if it dies before or takes longer."""
@@ -223,38 +264,70 @@ class Server:
             time.sleep(0.25)
 
     def problem(self) -> str | None:
-        """Why the server does not answer; None if it does. Raises ServerLost if it has died."""
+        """Why the server does not answer; None if it does. Raises ServerLost if it has died, or if another server
+        answers."""
         self._require_alive()
         try:
-            with DIRECT.open(f"{self.url}/health", timeout=10):
-                return None
+            status, content, instance = self._exchange(HEALTH, None, "", 10)
         except (OSError, http.client.HTTPException) as error:
             return str(error)
+        if status != 200:
+            return f"{status} {_message(content)}"
+        self.instance = instance
+        return None
+
+    def _exchange(self, path: str, data: bytes | None, instance: str, seconds: float) -> tuple[int, bytes, str]:
+        """Sends a signed request; POST with data, else GET. Returns the status and the body of its answer, and the
+        start of the server that answers. Raises ServerLost if the answer is not signed."""
+        nonce, method = secrets.token_hex(16), "GET" if data is None else "POST"
+        digest = hashlib.sha256(data or b"").hexdigest()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        target = request.selector
+        signature = sign(self.key, "request", method, target, instance, nonce, digest)
+        for name, value in (("Atom-Nonce", nonce), ("Atom-Body", digest), ("Atom-Signature", signature)):
+            request.add_header(name, value)
+        try:
+            reply = DIRECT.open(request, timeout=seconds)
+        except urllib.error.HTTPError as error:
+            reply = error
+        with reply:
+            content, status = reply.read(LONGEST_ANSWER), reply.status
+            instance, signature = (reply.headers.get(name, "") for name in ("Atom-Instance", "Atom-Signature"))
+        digest = hashlib.sha256(content).hexdigest()
+        if not is_signed(signature, self.key, "answer", instance, nonce, str(status), digest):
+            raise self.lost(
+                f"its answer, {status}, is not signed with {self.secret}: it started anew or with another secret, or "
+                "somebody else has its address"
+            )
+        return status, content, instance
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, attempts: int = ATTEMPTS) -> Any:
         """The JSON of its response. A request that is not idempotent has one attempt. Raises ServerLost, or AtomError
         if the server refuses."""
         data = json.dumps(body or {}).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         reason = ""
         for attempt in range(attempts):
             if attempt:
                 time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             self._require_alive()
+            if not self.instance and (problem := self.problem()) is not None:
+                reason = problem
+                continue
             try:
-                with DIRECT.open(request, timeout=REQUEST_SECONDS) as answer:
-                    return json.loads(answer.read() or b"null")
-            except urllib.error.HTTPError as error:
-                message = _message(error)
-                if refusal := REFUSAL.search(message):
-                    folder = (body or {}).get("update_info", {}).get("folder", HIDDEN)
-                    sentence = refusal[1].replace(HIDDEN, folder)
-                    raise AtomError(f"the vLLM server at {self.url} refuses the weights: {sentence}") from None
-                reason = f"{path}: {error.code} {message}"
-                if error.code < 500:
-                    raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe") from None
+                status, content, _ = self._exchange(path, data, self.instance, REQUEST_SECONDS)
+                if status < 400:
+                    return json.loads(content or b"null")
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = f"{path}: {error}"
+                continue
+            message = _message(content)
+            if refusal := REFUSAL.search(message):
+                folder = (body or {}).get("update_info", {}).get("folder", HIDDEN)
+                sentence = refusal[1].replace(HIDDEN, folder)
+                raise AtomError(f"the vLLM server at {self.url} refuses the weights: {sentence}")
+            reason = f"{path}: {status} {message}"
+            if status < 500:
+                raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe")
         raise self.lost(reason)
 
     def close(self) -> None:
@@ -283,8 +356,9 @@ class Server:
         )
 
 
-def _message(error: urllib.error.HTTPError) -> str:
-    text = error.read().decode(errors="replace")
+def _message(content: bytes) -> str:
+    """The sentence in the body of an error."""
+    text = content.decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
     return " ".join(text.split())[:1000]
@@ -301,7 +375,7 @@ def serve(settings: SamplingSettings, place: ServerPlace) -> None:
     import torch
 
     gpus = (torch.cuda.device_count(), 1.0) if torch.cuda.is_available() else None
-    server = Server.start(python, place.folder, place.log, settings.options, gpus, node_name())
+    server = Server.start(python, place.folder, place.log, settings.options, gpus, place.folder / SECRET)
     try:
         if not _await(server, place, START_SECONDS):
             return
@@ -328,12 +402,18 @@ def _await(server: Server, place: ServerPlace, seconds: float) -> bool:
 
 
 def main() -> None:
-    folder, port, *options = sys.argv[1:]
+    folder, port, secret, *options = sys.argv[1:]
     import torch
 
+    try:
+        atom_secret.make(Path(secret))
+        atom_secret.read(Path(secret))
+    except (OSError, UnusableSecret) as error:
+        raise SystemExit(f"atom: {error}") from None
     options = options if torch.cuda.is_available() else [*CPU_OPTIONS, *options]
-    run = command(interpreter(None), Path(folder).absolute(), "0.0.0.0", int(port), options)  # noqa: S104
-    os.execvpe(run[0], run, environment())
+    run = command(interpreter(None), Path(folder).absolute(), own_address()[0], int(port), options)
+    os.umask(0o077)
+    os.execvpe(run[0], run, {**environment(), **TRANSFER, atom_secret.VARIABLE: str(Path(secret).absolute())})
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ is loaded after its check. An update that fails half-way never ends, and the ser
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from atom_group import PATIENCE, WORKERS, Group, connect, packets, view  # type: ignore[import-not-found]
+from atom_group import GROUP, PATIENCE, WORKERS, Group, connect, packets, view  # type: ignore[import-not-found]
 from atom_index import (  # type: ignore[import-not-found]
     HEAD,
     TABLE,
@@ -27,6 +28,7 @@ from atom_index import (  # type: ignore[import-not-found]
     row_of,
     tensors,
 )
+from atom_secret import VARIABLE, read, sign  # type: ignore[import-not-found]
 from vllm.distributed.weight_transfer.base import (  # type: ignore[import-not-found]
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -39,11 +41,13 @@ NAME = "atom"
 @dataclass
 class Model(WeightTransferInitInfo):  # type: ignore[misc]
     """sizes: entries of the trainer's config.json that the server's model must have too. For broadcasts, store: host
-    and port of the group's store; ranks: of the trainer in the group; seconds: within which it must form, and each
-    broadcast end on the ranks; device: the type of the trainer's."""
+    and port of the group's store; nonce: of which and of the run's secret the key of its entries is made; ranks: of the
+    trainer in the group; seconds: within which it must form, and each broadcast end on the ranks; device: the type of
+    the trainer's."""
 
     sizes: dict[str, Any]
     store: str | None = None
+    nonce: str = ""
     ranks: int = 0
     seconds: float = 0.0
     device: str = "cpu"
@@ -82,7 +86,8 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
         if info.store is not None:
             if self.device.type != info.device:
                 raise Refused(f"it computes on {self.device.type}, and the trainer on {info.device}; use the folder")
-            store, parallel = connect(info.store, info.seconds), self.parallel_config
+            key = sign(read(Path(os.environ[VARIABLE])), GROUP, info.nonce)
+            store, parallel = connect(info.store, key, info.seconds), self.parallel_config
             workers = parallel.world_size * parallel.data_parallel_size
             store.set(WORKERS, str(workers))
             rank = info.ranks + parallel.data_parallel_index * parallel.world_size + parallel.rank

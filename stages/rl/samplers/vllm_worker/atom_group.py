@@ -6,6 +6,7 @@ The trainer's ranks come first. A broadcast moves a packet: tensors of one rank 
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+GROUP = "group"
+"""The purpose for which the key of a group is made of the run's secret and of the nonce in the invitation."""
 WORKERS = "workers"
 """The store's entry with the number of the server's workers, which they set; 0 if they refuse or are given up."""
 PACKET_BYTES = 64_000_000
@@ -24,15 +27,47 @@ PATIENCE = 4
 """How many times longer a server waits for a broadcast than the ranks, which may wait for another server first."""
 
 
+class SignedStore(dist.Store):  # type: ignore[misc]
+    """A store with a signature on each entry: what somebody else writes into it raises RuntimeError when it is read.
+    key: of the group, in hex."""
+
+    def __init__(self, store: dist.Store, key: str) -> None:
+        super().__init__()
+        self.store, self.key = store, bytes.fromhex(key)
+
+    def _signature(self, name: str, value: bytes) -> bytes:
+        return hmac.digest(self.key, f"{len(name)} {name} ".encode() + value, "sha256")
+
+    def set(self, name: str, value: str | bytes) -> None:
+        value = value.encode() if isinstance(value, str) else bytes(value)
+        self.store.set(name, (self._signature(name, value) + value).hex())
+
+    def get(self, name: str) -> bytes:
+        try:
+            entry = bytes.fromhex(self.store.get(name).decode())
+        except ValueError:
+            entry = b""
+        if not hmac.compare_digest(entry[:32], self._signature(name, entry[32:])):
+            raise RuntimeError(f"the entry {name} of the group's store is not of a member")
+        return entry[32:]
+
+    def wait(self, names: Sequence[str], timeout: timedelta | None = None) -> None:
+        self.store.wait(names, *([timeout] if timeout else []))
+
+    def check(self, names: Sequence[str]) -> bool:
+        return bool(self.store.check(names))
+
+
 class Group:
     """A process's end of a group. device: of its tensors, on which the backend depends. Raises RuntimeError if it does
     not form within `seconds`, in which each broadcast must also end, `patience` times over."""
 
     def __init__(
-        self, store: dist.TCPStore, rank: int, size: int, seconds: float, device: torch.device, patience: int = 1
+        self, store: SignedStore, rank: int, size: int, seconds: float, device: torch.device, patience: int = 1
     ) -> None:
         self.store, self.device, self.timeout = store, device, timedelta(seconds=seconds)  # a group needs its store
-        place = dist.PrefixStore("group", store)
+        # NCCL's own threads use its store, and must not wait for Python; its entries are not signed
+        place = dist.PrefixStore("group", store.store if device.type == "cuda" else store)
         self.group: Any
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
@@ -60,10 +95,10 @@ class Group:
         self.group = None  # without which gloo keeps its connections
 
 
-def connect(address: str, seconds: float) -> dist.TCPStore:
-    """The store at host:port."""
+def connect(address: str, key: str, seconds: float) -> SignedStore:
+    """The store at host:port. key: of the group, in hex."""
     host, port = address.rsplit(":", 1)
-    return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=seconds))
+    return SignedStore(dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=seconds)), key)
 
 
 @dataclass(frozen=True)
