@@ -141,6 +141,20 @@ def test_the_soak_runs_every_test_at_length() -> None:
     assert left_out == []
 
 
+def test_only_the_ranks_of_one_job_send_each_other_pickles() -> None:
+    """Between jobs, and between a run and its servers, nothing is unpickled: bytes of a stranger could be."""
+    found = set()
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            imported_names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            is_call = isinstance(node, ast.Attribute) and (
+                node.attr.endswith(("_object", "_object_list")) or ast.unparse(node) == "torch.load"
+            )
+            if is_call or imported_names & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}:
+                found.add(name)
+    assert found == {"stages.train.parallel"}
+
+
 def test_imports_run_one_way() -> None:
     """release → stages → pipeline; nothing but the command line imports the command line, and nothing but commands what
     is there for them."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.environment import own_address
 from pipeline.core.errors import Failure, Kind
 from pipeline.core.store import Store
 from pipeline.launch import job, preflight
@@ -80,6 +81,36 @@ def test_ranks_call_rank_0_and_leave_one_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [FAILURES, "listener.json", "secret"], (
         "no file for each rank"
     )
+
+
+def test_ranks_on_several_nodes_meet_at_an_address_of_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    made: list[str] = []
+    create = socket.create_server
+    monkeypatch.setattr(socket, "create_server", lambda place, **more: made.append(place[0]) or create(place, **more))
+    assert verdict_of_rank_0(tmp_path, 3) is None
+    assert made == [own_address()[0]] and not set(made) & {"", "0.0.0.0", "::"}  # noqa: S104
+
+
+@pytest.mark.parametrize("wrong", ["another", "readable"])
+def test_a_rank_without_the_secret_of_the_launch_is_no_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """As on a node with another $ATOM_HOME, or of another user."""
+    monkeypatch.setattr(preflight, "SECONDS", 2.0)
+    atom_secret.make(tmp_path / "other")
+    if wrong == "readable":
+        (tmp_path / "other").chmod(0o644)
+    monkeypatch.setattr(Ranks, "secret", property(lambda self: tmp_path / ("other" if self.rank else "secret")))
+    rank_0 = threading.Thread(target=lambda: preflight.check(tmp_path, ranks(tmp_path, 2), 0.0, None))
+    rank_0.start()
+    failure = preflight.check(tmp_path, ranks(tmp_path, 2, 1), 0.0, None)
+    rank_0.join(20)
+    assert failure is not None
+    expected = (
+        "hung up" if wrong == "another" else "nobody else may read; remove it; check that all nodes have the same"
+    )
+    assert expected in failure.text
 
 
 OPENS = """
