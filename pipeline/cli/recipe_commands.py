@@ -50,12 +50,14 @@ def plan(
     With --simulate, the engine of that rank is built at full size and walks through training steps on this machine,
     without the memory that they need: its parameters, peak memory and collectives are shown beside the estimate.
 
-    Exit code 2 says that the Hub would not take a file or a folder of the release.
+    Exit code 2 says that the Hub would not take a file or a folder of the release, or that the watchdog of a phase
+    would take the sealing of a checkpoint for a hang.
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
     from pipeline.cli.tables import cost_table, long_context_table, phases_table, plan_table, simulation_table
     from pipeline.graph import dag, fit, plan
+    from pipeline.graph.checkpoint_times import checkpoint_times, require_patient_watchdogs, sentences
     from pipeline.graph.cost_estimate import estimate_costs
     from pipeline.launch import cluster_profile
     from pipeline.tracking import budget
@@ -71,6 +73,7 @@ def plan(
         fitting = fit.fits(rows, {use.name: use for use in costs.uses}, profile)
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
+    storage_gb_s = None if profile is None else profile.storage.gb_s
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
     long = plan.long_context(rows)
     if as_json:
@@ -80,6 +83,9 @@ def plan(
             "absent": list(composed.absent),
             "stages": [r.json() for r in rows],
         }
+        for stage, row in zip(body["stages"], rows, strict=True):
+            times = checkpoint_times(row, storage_gb_s)
+            stage["checkpoint_seconds"] = times and asdict(times)
         for stage, stage_fit in zip(body["stages"], fitting, strict=bool(fitting)):
             stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
@@ -88,6 +94,7 @@ def plan(
         body["unpublishable"] = fit.unpublishable(rows)
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
         fit.require_publishable(rows)
+        require_patient_watchdogs(rows, storage_gb_s)
         return
     for text in composed.absent:
         print(text)
@@ -95,6 +102,8 @@ def plan(
     if phases := phases_table(rows):
         console().print()
         console().print(phases)
+        for text in sentences(rows, storage_gb_s):
+            print(_wrapped(text))
     if long:
         console().print()
         console().print(long_context_table(long))
@@ -110,8 +119,13 @@ def plan(
         console().print()
         console().print(simulation_table(name, result))
     for text in plan.remarks(rows):
-        print(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+        print(_wrapped(text))
     fit.require_publishable(rows)
+    require_patient_watchdogs(rows, storage_gb_s)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 @app.command()

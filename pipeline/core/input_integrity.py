@@ -2,7 +2,8 @@
 
 `logs/<run>/hashed/<key>.<n>.json` records the size, time and inode of each file in a part of an artifact when its bytes
 matched the manifest; a file that still has the three is not read again. A part is some GB. The holder of its lease
-hashes it, so many tasks share the parts and no part is hashed twice.
+hashes it, so many tasks, and the ranks of one, share the parts and no part is hashed twice. `hashed/progress` is
+touched while any of them hashes, so those that wait know that the work goes on.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged, printable
 from pipeline.core.lease import Lease
+from pipeline.core.shared_progress import SharedProgress
 from pipeline.core.store import Artifact, FileRow, sha256_file
 
 PART_BYTES = 4 * 2**30
 PART_FILES = 10_000
 THREADS = 16
 POLL = 0.5
+PROGRESS_SECONDS = 5.0
+"""The longest time from one sign of progress to the next of a process that hashes."""
 State = tuple[int, int, int]
 """Size, time of the last change in nanoseconds, and inode of a file."""
+Part = tuple[Artifact, Path, list[FileRow]]
+"""An artifact, the record of some of its files, and these files."""
 RECORD: TypeAdapter[dict[str, list[int]]] = TypeAdapter(dict[str, list[int]])
 
 
@@ -39,21 +45,41 @@ def check(run: Path, artifacts: Iterable[Artifact]) -> None:
     run: the run's folder. Raises AtomError naming the first file that is damaged.
     """
     parts = [part for artifact in artifacts for part in _parts(run, artifact)]
-    while parts:
-        waiting = []
-        for artifact, path, rows in parts:
-            if not _unhashed(artifact, path, rows):
-                continue
-            lease = Lease.take(path.with_suffix(".lease"))
-            if lease is None:
-                waiting.append((artifact, path, rows))
-                continue
-            try:
-                _hash(artifact, path, rows)
-            finally:
-                lease.release()
-        parts = waiting
-        time.sleep(POLL if parts else 0)
+    while parts := _hash_free(parts, shared_progress(run)):
+        time.sleep(POLL)
+
+
+def help_to_check(run: Path, artifacts: Iterable[Artifact], rank: int, ranks: int) -> None:
+    """Hashes this rank's share of the files for rank 0, which is in `check`. Parts that others hash are left to them.
+    Raises AtomError as `check`."""
+    parts = [part for artifact in artifacts for part in _parts(run, artifact)]
+    _hash_free(parts[rank::ranks], shared_progress(run))
+
+
+def shared_progress(run: Path) -> SharedProgress:
+    """The progress of all processes that hash inputs of this run."""
+    return SharedProgress(run / "hashed" / "progress", PROGRESS_SECONDS)
+
+
+def _hash_free(parts: list[Part], shared: SharedProgress) -> list[Part]:
+    """Hashes the files of those parts that no other process hashes, several parts at once. Returns the other parts."""
+    unhashed = [part for part in parts if _unhashed(*part)]
+    threads = max(1, min(THREADS, len(os.sched_getaffinity(0))))
+    at_once = max(1, min(threads, len(unhashed)))
+
+    def hash_if_free(part: Part) -> bool:
+        lease = Lease.take(part[1].with_suffix(".lease"))
+        if lease is None:
+            return False
+        try:
+            _hash(*part, threads // at_once, shared)
+        finally:
+            lease.release()
+        return True
+
+    with ThreadPoolExecutor(at_once) as pool:
+        was_free = list(pool.map(hash_if_free, unhashed))
+    return [part for part, free in zip(unhashed, was_free, strict=True) if not free]
 
 
 def note(run: Path, artifact: Artifact) -> None:
@@ -64,7 +90,7 @@ def note(run: Path, artifact: Artifact) -> None:
             _write(path, {row.path: _state(artifact / row.path) for row in rows})
 
 
-def _parts(run: Path, artifact: Artifact) -> Iterator[tuple[Artifact, Path, list[FileRow]]]:
+def _parts(run: Path, artifact: Artifact) -> Iterator[Part]:
     """The files of an artifact in parts, each with the path of its record."""
     parts: list[list[FileRow]] = []
     size = 0
@@ -78,16 +104,15 @@ def _parts(run: Path, artifact: Artifact) -> Iterator[tuple[Artifact, Path, list
         yield artifact, run / "hashed" / f"{artifact.key}.{number}.json", rows
 
 
-def _hash(artifact: Artifact, path: Path, rows: list[FileRow]) -> None:
+def _hash(artifact: Artifact, path: Path, rows: list[FileRow], threads: int, shared: SharedProgress) -> None:
     """Hashes the files of a part that have no record, and records the intact ones. Raises AtomError for a damaged
     file."""
     unknown = _unhashed(artifact, path, rows)
     if (size := sum(row.size for row in unknown)) > PART_BYTES / 4:
         print(f"hashing {len(unknown)} files of {artifact.key}, {size / 2**30:.1f} GiB", flush=True)
     states = {row.path: _state(artifact / row.path) for row in rows}
-    threads = max(1, min(THREADS, len(os.sched_getaffinity(0)), len(unknown)))
-    with ThreadPoolExecutor(threads) as pool:
-        hashes = pool.map(lambda row: sha256_file(artifact / row.path), unknown)
+    with ThreadPoolExecutor(max(1, min(threads, len(unknown)))) as pool:
+        hashes = pool.map(lambda row: sha256_file(artifact / row.path, shared.report), unknown)
         damaged = {row.path: digest for row, digest in zip(unknown, hashes, strict=True) if digest != row.sha256}
     with _ignore_write_errors():
         _write(path, {name: state for name, state in states.items() if name not in damaged})

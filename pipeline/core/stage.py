@@ -147,6 +147,9 @@ class TrainingEstimate:
     state_bytes: int  # weights, gradients and optimizer of a rank
     activation_bytes: int  # maximum that a rank keeps for the backward pass
     checkpoint_bytes: int  # of one checkpoint, all ranks together
+    share_bytes: int  # of a sealed one, the most that one rank writes
+    silent_bytes: int  # the most that a rank reads or writes of it between two reports of progress
+    watchdog_seconds: float  # without progress, after which an attempt is ended
     release_checkpoints: int  # number of sealed ones
     work_checkpoints: int  # number of kept ones
     checkpoint_interval: int  # steps between work checkpoints

@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -28,7 +30,15 @@ from pipeline.core.os_errors import misplaced_file
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 2**30
 """The largest accepted manifest, in bytes: five million files."""
+HASH_THREADS = 16
+"""The most threads of a process that hash files at once."""
+HASH_LINE_SECONDS = 10.0
+"""Seconds between two lines of the log on files that are being hashed."""
+HASH_CHUNK = 4 * 2**20
+"""Bytes that are hashed between two reports of progress."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Progress = Callable[[int], object]
+"""Is called after real work on files, with the bytes that were read, hashed or written since the last call."""
 
 
 class _Row(TypedDict):
@@ -55,13 +65,73 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def no_progress(size: int) -> None:
+    """Reports progress to nobody."""
+
+
+def sha256_file(path: Path, progress: Progress = no_progress) -> str:
+    """Hashes a file. Raises OSError."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASH_CHUNK, max(2**16, path.stat().st_size))))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            progress(size)
+    return digest.hexdigest()
+
+
+def sha256_files(paths: Sequence[Path], owner: str = "", progress: Progress = no_progress) -> list[str]:
+    """Hashes files, several at once, each by one thread. Raises OSError.
+
+    owner: the key of the artifact that the files belong to. With it, a line is printed every `HASH_LINE_SECONDS`.
+    progress: is called by several threads.
+    """
+    threads = max(1, min(HASH_THREADS, len(os.sched_getaffinity(0)), len(paths)))
+    hashes: list[str] = []
+    next_line = time.monotonic() + HASH_LINE_SECONDS
+    with ThreadPoolExecutor(threads) as pool:
+        for sha256 in pool.map(lambda path: sha256_file(path, progress), paths):
+            hashes.append(sha256)
+            if owner and time.monotonic() > next_line:
+                print(f"hashing {owner}: {len(hashes)} of {len(paths)} files", flush=True)
+                next_line = time.monotonic() + HASH_LINE_SECONDS
+    return hashes
+
+
+class FileRecord(NamedTuple):
+    """What is recorded of a file when it is hashed, so that an unchanged file need not be hashed again.
+
+    Attributes:
+        size: Bytes of the file.
+        sha256: SHA-256 of its content.
+        modified: Time of its last modification, in nanoseconds.
+        inode: Number of its inode, which other names of the file share.
+    """
+
+    size: int
+    sha256: str
+    modified: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path, sha256: str) -> FileRecord:
+        """The record of a file with that SHA-256. Raises OSError."""
+        entry = path.stat()
+        return cls(entry.st_size, sha256, entry.st_mtime_ns, entry.st_ino)
+
+    def is_unchanged(self, path: Path) -> bool:
+        """Whether a file has the recorded size, time and inode. Nothing is hashed. Raises OSError."""
+        return FileRecord.of(path, self.sha256) == self
+
+    def describes(self, path: Path, progress: Progress = no_progress) -> bool:
+        """Whether a file has the recorded content. It is hashed only if its size is right and its time or inode is not.
+        Raises OSError."""
+        if self.is_unchanged(path):
+            return True
+        return path.stat().st_size == self.size and sha256_file(path, progress) == self.sha256
 
 
 _handed_over: dict[tuple[int, int, int, int], str] = {}
-"""SHA-256 of files that were hashed when their part was sealed, by device, inode, size and time of change."""
+"""SHA-256 of files that this process hashed or wrote, by device, inode, size and time of change."""
 
 
 def hand_over_hash(path: Path, sha256: str) -> None:
@@ -81,12 +151,10 @@ class FileRow:
     sha256: str
 
 
-def rows_of(folder: Path, ignore: frozenset[str] = frozenset({MANIFEST}), handed_over: bool = False) -> list[FileRow]:
-    """Every regular file below `folder`, sorted by path. Raises AtomError on a link or a special file.
-
-    handed_over: take the hashes that `hand_over_hash` recorded instead of reading those files.
-    """
-    rows = []
+def regular_files(folder: Path) -> dict[str, Path]:
+    """Every regular file below `folder` but its manifest, by its path in it, sorted. Raises AtomError on a link or a
+    special file."""
+    files: dict[str, Path] = {}
     for root, dirs, names in os.walk(folder):
         dirs.sort()
         for name in sorted(dirs) + sorted(names):
@@ -94,10 +162,23 @@ def rows_of(folder: Path, ignore: frozenset[str] = frozenset({MANIFEST}), handed
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
                 raise AtomError(f"{path} is a link or a special file; an artifact holds regular files only")
             relative = path.relative_to(folder).as_posix()
-            if path.is_file() and relative not in ignore:
-                sha256 = (_handed_over.get(_version_of(path)) if handed_over else None) or sha256_file(path)
-                rows.append(FileRow(relative, path.stat().st_size, sha256))
-    return sorted(rows, key=lambda row: row.path)
+            if path.is_file() and relative != MANIFEST:
+                files[relative] = path
+    return dict(sorted(files.items()))
+
+
+def rows_of(folder: Path, handed_over: bool = False, owner: str = "") -> list[FileRow]:
+    """The files of `regular_files` with their hashes.
+
+    handed_over: take the hashes that `hand_over_hash` recorded instead of reading those files. owner: as of
+    `sha256_files`.
+    """
+    files = regular_files(folder)
+    known = {name: _handed_over.get(_version_of(path)) for name, path in files.items()} if handed_over else {}
+    hashes = {name: sha256 for name, sha256 in known.items() if sha256 is not None}
+    unknown = [name for name in files if name not in hashes]
+    hashes |= dict(zip(unknown, sha256_files([files[name] for name in unknown], owner), strict=True))
+    return [FileRow(name, path.stat().st_size, hashes[name]) for name, path in files.items()]
 
 
 def digest_of(rows: list[FileRow]) -> str:
@@ -161,16 +242,34 @@ class Artifact:
         """The remedy for a damaged artifact."""
         return f"restore it from a copy, or `atom gc --delete --include {key}` and run again to make it anew"
 
-    def verify(self, below: str = "") -> None:
-        """Hashes every file, or every file in the folder `below`. Raises CheckFailed with the first file that differs
-        or is not in the manifest."""
+    def verify(
+        self,
+        below: str = "",
+        select: Callable[[str], bool] = lambda path: True,
+        share: tuple[int, int] = (0, 1),
+        progress: Progress = no_progress,
+    ) -> None:
+        """Hashes files and compares them with the manifest.
+
+        Args:
+            below: A folder of the artifact, outside of which nothing is looked at; empty: all of it.
+            select: Whether to hash the file at that path of the artifact.
+            share: (n, m): hashes every m-th of these files, from the n-th on, for a caller that is one of m.
+            progress: Gets the bytes that are hashed, from several threads.
+
+        Raises:
+            CheckFailed: A file differs or is missing, or one is not in the manifest. Names the first.
+        """
         start = f"{below}/" if below else ""
-        files = {start + row.path: (row.size, row.sha256) for row in rows_of(self.path / below)}
-        rows = [row for row in self.rows if row.path.startswith(start)]
+        files = {start + name: path for name, path in regular_files(self.path / below).items()}
+        rows = [row for row in self.rows if row.path.startswith(start) and select(row.path)][share[0] :: share[1]]
+        same_size = [row for row in rows if row.path in files and files[row.path].stat().st_size == row.size]
+        hashes = sha256_files([files[row.path] for row in same_size], progress=progress)
+        intact = {row.path for row, sha256 in zip(same_size, hashes, strict=True) if sha256 == row.sha256}
         for row in rows:
-            if files.get(row.path) != (row.size, row.sha256):
+            if row.path not in intact:
                 raise CheckFailed(f"artifact {self.key}: {row.path} is not what its manifest says")
-        unlisted = sorted(set(files) - {row.path for row in rows})
+        unlisted = sorted(set(files) - {row.path for row in self.rows})
         if unlisted:
             raise CheckFailed(f"artifact {self.key}: {unlisted[0]} is not in its manifest")
 
@@ -193,8 +292,9 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
 
 
 def write_manifest(folder: Path, key: str) -> Artifact:
-    """Hashes and flushes every file of a finished folder and writes its manifest."""
-    rows = rows_of(folder, handed_over=True)
+    """Hashes and flushes every file of a finished folder and writes its manifest. A file whose hash was handed over is
+    not read again."""
+    rows = rows_of(folder, handed_over=True, owner=key)
     digest = digest_of(rows)
     manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")

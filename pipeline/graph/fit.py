@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import family
 from pipeline.core.store import Store
+from pipeline.graph.checkpoint_times import require_patient_watchdogs
 from pipeline.graph.cost_estimate import Use, estimate_costs, servers_of
 from pipeline.graph.dag import Graph, states
 from pipeline.graph.plan import StagePlan, is_small, plan
@@ -66,9 +67,11 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
 
 
 def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -> None:
-    """Raises RecipeError if a selected stage does not fit, or if the Hub would not take what it publishes."""
+    """Raises RecipeError if a selected stage does not fit, if the Hub would not take what it publishes, or if its
+    watchdog is too impatient."""
     rows = plan(graph, states(graph, store), selected)
     require_publishable(rows)
+    require_patient_watchdogs(rows, profile.storage.gb_s)
     uses = {use.name: use for use in estimate_costs(rows, profile, is_small(graph)).uses}
     misfits = [result for result in fits(rows, uses, profile) if result.reasons]
     if misfits:
@@ -223,7 +226,5 @@ def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
         sections |= {f"slurm.{job.section}.nodes" for job in jobs if job.nodes > 1 and job.jobs.nodes is None}
         servers = [servers for row in rows if (servers := servers_of(row, profile)) is not None]
         missing += sorted(sections | {"slurm.servers.memory_gb" for server in servers if not server.memory_gb})
-    missing += [
-        f"storage.{name}" for name in ("home_gb", "home_files", "hub_gb") if getattr(profile.storage, name) is None
-    ]
+    missing += [f"storage.{name}" for name, value in profile.storage if value is None]
     return f"not limited by profile {profile.name}: {', '.join(missing)}" if missing else None

@@ -373,8 +373,8 @@ class Slurm(Config):
 
 
 class Storage(Config):
-    """Space that the stages may take: `atom plan --cluster` compares it with what they leave, and `atom submit` refuses
-    what does not fit."""
+    """Space and speed that the stages may take: `atom plan --cluster` compares them with what they need, and `atom
+    submit` refuses what does not fit."""
 
     home_gb: Annotated[float, Range(0, 1e9, above=True)] | None = Field(
         default=None, description="GB that $ATOM_HOME may hold; null: not limited"
@@ -384,6 +384,9 @@ class Storage(Config):
     )
     hub_gb: Annotated[float, Range(0, 1e9, above=True)] | None = Field(
         default=None, description="GB that the namespace on the Hub may hold; null: not limited"
+    )
+    gb_s: Annotated[float, Range(0, 1e6, above=True)] | None = Field(
+        default=None, description="GB/s that all nodes together read or write of $ATOM_HOME; null: not limited"
     )
 
 
@@ -398,7 +401,7 @@ class Profile(Config):
         None,
         description="speed and memory of the GPUs; null: no estimate of training time, and no limit of memory",
     )
-    storage: Storage = Field(Storage(), description="space of $ATOM_HOME and on the Hub")
+    storage: Storage = Field(Storage(), description="space and speed of $ATOM_HOME, and space on the Hub")
     slurm: Slurm | None = Field(None, description="Slurm cluster, required by `atom submit`")
 
     @property

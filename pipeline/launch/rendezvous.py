@@ -6,7 +6,8 @@ the same allocation, with
 
     rank-<rank>.json    the process of a rank
     secret              what the ranks sign their messages over the network with, for their user alone
-    meeting.json        the decision of rank 0: an address, that it is not ready yet, or that no rank is needed
+    meeting.json        the decision of rank 0: an address, that it is not ready yet (and whether it checks the inputs),
+                        or that no rank is needed
     end-<rank>.json     the outcome and usage of another rank
     failures.jsonl      one line for each failing rank; the first one counts. Rank 0 adds `over` when it has
                         written everything
@@ -131,17 +132,22 @@ class Ranks:
                 write(self.folder / "meeting.json", {"turns": turns})
 
     @contextmanager
-    def report_busy(self, turns: int) -> Iterator[None]:
-        """On rank 0: reports to the others from a thread that it is alive while it works before the rendezvous. turns:
-        the number of intervals for which it has waited."""
+    def report_busy(self, turns: int, has_progress: Callable[[], bool]) -> Iterator[None]:
+        """On rank 0: asks the others to help with the check of the inputs, and reports to them from a thread that this
+        work goes on before the rendezvous.
+
+        turns: the number of intervals for which it has waited. has_progress: whether there was progress since the last
+        call; without any, nothing is reported, and the others end in time.
+        """
         if self.size == 1:
             yield
             return
 
         def write_turns(stop: threading.Event) -> None:
             for turn in count(turns + 1):
-                with suppress(OSError):  # a transient error of the file system: the next report follows
-                    write(self.folder / "meeting.json", {"turns": turn})
+                if has_progress() or turn == turns + 1:
+                    with suppress(OSError):  # a transient error of the file system: the next report follows
+                        write(self.folder / "meeting.json", {"turns": turn, "checks": True})
                 if stop.wait(RENDEZVOUS_SECONDS / 20):
                     return
 
@@ -155,10 +161,13 @@ class Ranks:
             if present is None or "turns" in present:
                 write(self.folder / "meeting.json", {"dismissed": reason})
 
-    def join_rendezvous(self) -> Rendezvous | None:
+    def join_rendezvous(self, help_to_check: Callable[[], None] = lambda: None) -> Rendezvous | None:
         """On another rank: waits for the call of rank 0; None if rank 0 needs no other rank. Raises MachineError
-        without a call."""
-        deadline, turns = time.monotonic() + RENDEZVOUS_SECONDS, None
+        without a call.
+
+        help_to_check: is called once, when rank 0 checks the inputs.
+        """
+        deadline, turns, has_helped = time.monotonic() + RENDEZVOUS_SECONDS, None, False
         for _ in polls():
             message = read(self.folder / "meeting.json")
             if message is not None and "dismissed" in message:
@@ -166,6 +175,9 @@ class Ranks:
             if message is not None and "turns" not in message:
                 return Rendezvous(**message)
             if message is not None and message["turns"] != turns:  # rank 0 is alive but not ready yet
+                if message.get("checks") and not has_helped:
+                    help_to_check()
+                    has_helped = True
                 deadline, turns = time.monotonic() + RENDEZVOUS_SECONDS, message["turns"]
             if self._has_exited(0):
                 raise MachineError("rank 0 has ended; see its log")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.core.errors import Failure, Interrupted, Kind, MachineError, PeerL
 from pipeline.core.events import FileReport, FollowerReport
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, draft_folder
-from pipeline.core.store import Store
+from pipeline.core.store import Artifact, Store
 from pipeline.graph import registry
 from pipeline.launch import start_file
 from pipeline.launch.attempt import Attempt, Task
@@ -117,18 +118,24 @@ def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
     def usage() -> Usage:
         return Usage.now().since(usage_at_start)
 
+    @cache
+    def materials() -> dict[str, Artifact]:
+        return {role: store.open(key) for role, key in task.inputs.items()}
+
+    def help_to_check() -> None:
+        input_integrity.help_to_check(store.logs / task.run, materials().values(), ranks.rank, ranks.size)
+
     with ranks.watch_failures(lambda failure: ranks.exit_on_peer_failure(failure, usage())):
         try:
             with stop_signals():
-                rendezvous = ranks.join_rendezvous()
+                rendezvous = ranks.join_rendezvous(help_to_check)
                 if rendezvous is not None:
                     stage = registry.stage(task.stage)
                     config = stage.config.model_validate(task.config)
-                    materials = {role: store.open(key) for role, key in task.inputs.items()}
                     report = FollowerReport(rendezvous.lease, lambda failure: ranks.fail(failure, usage()))
                     out = draft_folder(folder, rendezvous.lease)
                     with ranks.environment(rendezvous):
-                        stage.run(config, materials, folder / "state", out, report)
+                        stage.run(config, materials(), folder / "state", out, report)
             ranks.record_end(FOLLOWED, usage())
             return FOLLOWED
         except (Exception, Interrupted) as error:
@@ -144,7 +151,7 @@ def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
 def _run_attempt(
     task: Task, store: Store, report: FileReport, ranks: Ranks, end: Callable[[str | Failure], None]
 ) -> str | Failure:
-    folder, turns = store.work(task.key), 0
+    folder, run, turns = store.work(task.key), store.logs / task.run, 0
     lease = Lease.take(folder)
     while lease is None and "SLURM_JOB_ID" in os.environ:  # a Slurm job holds its allocation: it waits
         if store.sealed(task.key):
@@ -186,9 +193,9 @@ def _run_attempt(
             return "sealed"
         report.event("start", stage=task.stage, key=task.key, pid=os.getpid(), ranks=task.ranks, gpus=task.gpus)
         with ranks.watch_failures(report.fail):
-            with ranks.report_busy(turns):
+            with ranks.report_busy(turns, input_integrity.shared_progress(run).has_moved):
                 attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
-                input_integrity.check(store.logs / task.run, attempt.materials.values())
+                input_integrity.check(run, attempt.materials.values())
                 report.checkpoint_sealer = CheckpointArtifacts(attempt, lease).seal
                 for stale in folder.glob("out.*"):
                     shutil.rmtree(stale)
@@ -206,7 +213,7 @@ def _run_attempt(
             raise MachineError(
                 f"another worker took over {task.key} while this one was out of reach; its product stands"
             )
-        input_integrity.note(store.logs / task.run, store.seal(out, task.key, attempt.record))
+        input_integrity.note(run, store.seal(out, task.key, attempt.record))
         return "sealed"
     except (Exception, Interrupted) as error:
         report.ending.acquire()

@@ -165,7 +165,7 @@ class Rounded(Mapping[str, "torch.Tensor"]):
 def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]:
     """The fp32 tensors of the checkpoint, or the initial ones of the seed, each read or drawn on access.
 
-    Raises AtomError if the checkpoint is not of the model.
+    Raises AtomError if the checkpoint is missing or damaged, or not of the model.
     """
     from stages.mcore.lora_layers import Merged
     from stages.mcore.model import check_tensors
@@ -175,11 +175,11 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
     shapes = config.model.shapes(config.padded_vocab_size)
     if config.seed is not None:
         return Initial(shapes, config.model, config.seed)
-    tensors = release_checkpoint.Tensors(_checkpoint(inputs["checkpoint"], config.step))
+    tensors = release_checkpoint.weights_of(inputs["checkpoint"], config.step)
     if config.lora is None:
         check_tensors(shapes, tensors.shapes(), "the checkpoint")
         return tensors
-    base = release_checkpoint.Tensors(_checkpoint(inputs["base"], None))
+    base = release_checkpoint.weights_of(inputs["base"])
     check_tensors(shapes, base.shapes(), "the base of the adapter")
     check_tensors(config.lora.shapes(shapes), tensors.shapes(), "the adapter")
     return Merged(base, tensors, config.lora)
@@ -242,15 +242,6 @@ def memory(config: ExportConfig) -> int:
     loaded = 2 * total if total <= WHOLE_BYTES else 2 * table + (8 + width) * layer // 4
     return max(BASE_BYTES + writing, 2 * BASE_BYTES + table + 2 * layer + computing,
                2 * BASE_BYTES + hidden + table + loaded + computing)  # fmt: skip
-
-
-def _checkpoint(artifact: Artifact, step: int | None) -> Path:
-    from stages.train.checkpoint import release_checkpoint
-
-    steps = release_checkpoint.steps_of(artifact.path)
-    if not steps or (step is not None and step not in steps):
-        raise AtomError(f"artifact {artifact.key} has no sealed checkpoint of step {step}; it has {steps}")
-    return artifact / release_checkpoint.name_of(steps[-1] if step is None else step)
 
 
 def _write(path: Path, value: Any) -> None:

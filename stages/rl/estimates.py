@@ -19,7 +19,7 @@ from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_t
 from stages.models.costs import Rows
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
 from stages.rl.samplers import server_memory
-from stages.train.estimate import checkpoints, fullest, layout_label, release_files
+from stages.train.estimate import checkpoints, fullest, layout_label, release_files, share_bytes, silent_bytes
 
 AnyConfig = RlTrainConfig | DpoTrainConfig | RewardTrainConfig
 START_SECONDS = 10.0
@@ -198,7 +198,8 @@ def estimate(
         memory_bytes=memory + scorer_bytes(config),
         host_bytes=owned + sampler_bytes(config) + reference_bytes(config),
         disk_bytes=checkpoint * (releases + work),
-        files=work * (2 * layout.ranks + 1) + releases * release_files(parameters["total"]),
+        files=work * (2 * layout.ranks + 1 + release_files(parameters["total"]))
+        + releases * release_files(parameters["total"]),
         published=(*checkpoints(parameters["total"], releases), *rollouts),
         parameters=parameters,
         training=TrainingEstimate(
@@ -212,6 +213,9 @@ def estimate(
             activation_bytes=activations,
             recomputes=layout.recompute == "layer",
             checkpoint_bytes=checkpoint,
+            share_bytes=share_bytes(parameters["total"], layout.ranks),
+            silent_bytes=silent_bytes(parameters, checkpoint),
+            watchdog_seconds=phase.watchdog_timeout_seconds,
             release_checkpoints=releases,
             work_checkpoints=work - 1,
             checkpoint_interval=phase.checkpoint_interval,

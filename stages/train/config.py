@@ -148,7 +148,7 @@ class PhaseBase(Config):
     )
     work_checkpoints_kept: Kept = operational(2, "number of newest work checkpoints to keep")
     watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
-        1800.0, "seconds without a finished step after which a rank is considered hung"
+        1800.0, "seconds without a finished step or progress of a checkpoint after which a rank is considered hung"
     )
     parallelism: Annotated[Layout, Renamed("cluster")] = operational(
         Layout(), "distribution of the phase over processes"

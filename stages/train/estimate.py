@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order_config import ROW_BYTES
@@ -12,7 +12,7 @@ from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, layers_of, memory_sha
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.costs import MemoryShare, Rows
-from stages.train.checkpoint import SHARD_BYTES
+from stages.train.checkpoint import FLUSH_BYTES, SHARD_BYTES
 from stages.train.config import PhaseConfig, TrainConfig, TrainerConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
@@ -46,7 +46,7 @@ def estimate(config: TrainConfig) -> Estimate:
         memory_bytes=memory,
         host_bytes=owned,
         disk_bytes=disk,
-        files=work * (2 * layout.ranks + 1) + releases * release_files(trained),
+        files=work * (2 * layout.ranks + 1 + release_files(trained)) + releases * release_files(trained),
         published=checkpoints(trained, releases - first, first),
         parameters=parameters,
         long_context=model.long_context(config.padded_vocab_size),
@@ -61,6 +61,9 @@ def estimate(config: TrainConfig) -> Estimate:
             activation_bytes=activations,
             recomputes=layout.recompute == "layer",
             checkpoint_bytes=checkpoint,
+            share_bytes=share_bytes(trained, layout.ranks),
+            silent_bytes=silent_bytes(parameters, checkpoint),
+            watchdog_seconds=phase.watchdog_timeout_seconds,
             release_checkpoints=releases,
             work_checkpoints=work - 1,
             checkpoint_interval=phase.checkpoint_interval,
@@ -148,6 +151,21 @@ def release_files(parameters: int, widths: Sequence[int] = (MASTER, MOMENTS)) ->
     a parameter in each of them."""
     shards = sum(-(-width * parameters // SHARD_BYTES) for width in widths)
     return shards + 4
+
+
+def share_bytes(parameters: int, ranks: int) -> int:
+    """The most bytes of a release checkpoint that one rank writes: ranks take its files by turns."""
+    sizes: list[int] = []
+    for width in (MASTER, MOMENTS):
+        shards = -(-width * parameters // SHARD_BYTES)
+        sizes += [-(-width * parameters // shards)] * shards
+    return max(sum(sizes[rank::ranks]) for rank in range(ranks))
+
+
+def silent_bytes(parameters: Mapping[str, int], checkpoint: int) -> int:
+    """The most bytes of a checkpoint that a rank reads or writes between two reports of progress: it flushes files as
+    they grow, and reads a tensor at once, of which the embedding is the largest. parameters: of the model by part."""
+    return min(checkpoint, max(FLUSH_BYTES, MASTER * parameters["embedding"]))
 
 
 def checkpoints(parameters: int, count: int, first: bool = False) -> tuple[Published, ...]:

@@ -35,7 +35,7 @@ class TextTrainer(Trainer):
         phase = config.phase
         self.rewind_steps = phase.spikes.rewind_steps if phase.spikes and phase.spikes.action == "rewind" else 0
         super().__init__(name, config, inputs, *args)
-        self.origin = Origin(inputs["continue"]) if "continue" in inputs else None
+        self.origin = Origin(inputs["continue"], "", self.watchdog.progress) if "continue" in inputs else None
         self.order = Order(inputs["order"], phase)
         self.shards = Shards(inputs["tokens"], "train")
         self.tokenizer = str(inputs["tokens"].json("meta.json").get("tokenizer", ""))

@@ -29,7 +29,7 @@ from pipeline.core.stage import Inputs, Report, identity
 from stages.train import log_replay, nccl_trace, parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
-from stages.train.checkpoint.work_checkpoint import Checkpoints
+from stages.train.checkpoint.work_checkpoint import LOG, SEALED, Checkpoints
 from stages.train.config import TrainerConfig
 from stages.train.engine import Engine
 from stages.train.log import Log
@@ -52,14 +52,14 @@ class Trainer(ABC):
 
     def __init__(
         self, name: str, config: TrainerConfig, inputs: Inputs, work: Path, report: Report, engine: Engine,
-        lease: int | None,
+        lease: int | None, watchdog: Watchdog,
     ) -> None:  # fmt: skip
         self.name, self.config, self.inputs, self.work, self.report = name, config, inputs, work, report
-        self.engine, self.first = engine, engine.ranks.first
+        self.engine, self.first, self.watchdog = engine, engine.ranks.first, watchdog
         self.checkpoints = Checkpoints(
-            work, config.phase.work_checkpoints_kept, engine, report, lease, self.rewind_steps
+            work, config.phase.work_checkpoints_kept, engine, report, lease, self.rewind_steps, watchdog.progress
         )
-        self.log = Log(self.checkpoints.folder / "training.jsonl", self.first)
+        self.log = Log(self.checkpoints.folder / LOG, self.first)
         self.tokens = 0  # targets seen
         self.progress_figures: dict[str, float] = {}  # shown beside the progress
         self.checkpoint_stall = 0.0  # seconds of training that work checkpoints took
@@ -129,19 +129,19 @@ class Trainer(ABC):
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def run(self, stop: list[int], watchdog: Watchdog, out: Path) -> None:
+    def run(self, stop: list[int], out: Path) -> None:
         """Trains to the end of the phase and fills `out`. stop: signals received so far."""
         phase, ranks, report = self.config.phase, self.engine.ranks, self.report
         begun_at = step = self._start()
         self.begin(step)
-        watchdog.alive()
+        self.watchdog.alive()
         started, tokens_before = time.monotonic(), self.tokens
         while step < phase.steps:
             step_began, step_tokens = time.monotonic(), self.tokens
             finished = self.step(step + 1)
             went_back, step = finished <= step, finished
             if went_back:
-                watchdog.alive()
+                self.watchdog.alive()
                 continue
             if self.first:
                 speed = (self.tokens - tokens_before) / (time.monotonic() - started)
@@ -156,7 +156,7 @@ class Trainer(ABC):
                 self.checkpoints.wait()
             if is_last or self.is_release_step(step) or status == STOP or step % phase.checkpoint_interval == 0:
                 self._save(step)
-            watchdog.alive()
+            self.watchdog.alive()
             if status == STOP and not is_last:
                 self.checkpoints.wait()
                 raise Interrupted(f"{self.name}: stopped after step {step} as asked; run again to go on")
@@ -192,7 +192,8 @@ class Trainer(ABC):
     def previous_checkpoint(self) -> Origin:
         """The last checkpoint of the previous phase."""
         init = self.inputs["init"]
-        return Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1]))
+        last = release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])
+        return Origin(init, last, self.watchdog.progress)
 
     def update_check(self, step: int) -> Callable[[float, float | None], str | None]:
         """A check for `Engine.step` that stops the phase when a loss or gradient norm is not finite."""
@@ -273,8 +274,8 @@ class Trainer(ABC):
             **self.write_outputs(out),
         }
         (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
-        shutil.copyfile(self.log.path, out / "training.jsonl")
-        folder = self.checkpoints.folder / "sealed"
+        shutil.copyfile(self.log.path, out / LOG)
+        folder = self.checkpoints.folder / SEALED
         for step in release_checkpoint.steps_of(folder):
             shutil.copytree(
                 folder / release_checkpoint.name_of(step), out / release_checkpoint.name_of(step), copy_function=os.link
@@ -302,9 +303,9 @@ def train(
         full_memory(name, ranks),
     ):
         engine = Engine(config, ranks, trainer.vocab_size(inputs))
-        running = trainer(name, config, inputs, work, report, engine, report.lease)
+        running = trainer(name, config, inputs, work, report, engine, report.lease, watchdog)
         try:
-            running.run(stop, watchdog, out)
+            running.run(stop, out)
         finally:
             running.close()
 

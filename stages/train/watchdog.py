@@ -1,9 +1,10 @@
 """A watchdog for hanging ranks: logs the stacks of all ranks and ends the attempt.
 
-A rank that finishes no step for `timeout` seconds writes into the work folder the stacks of its threads, the
-collective that it is in, and on a GPU what NCCL's flight recorder has; since all ranks wait for the one that hangs,
-all of them do so. Rank 0 prints the stacks to its log, names the ranks without stacks (stopped, or on a dead node) or
-else the one that did not arrive, and ends the attempt; the next one continues from the last work checkpoint.
+A rank that finishes no step for `timeout` seconds, while no rank reads or writes checkpoints, writes into the work
+folder the stacks of its threads, the collective that it is in, and on a GPU what NCCL's flight recorder has; since all
+ranks wait for the one that hangs, all of them do so. Rank 0 prints the stacks to its log, names the ranks without
+stacks (stopped, or on a dead node) or else the one that did not arrive, and ends the attempt; the next one continues
+from the last work checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.core import atomic_files
+from pipeline.core.shared_progress import SharedProgress
 from pipeline.core.stage import Report
 from stages.train import nccl_trace, parallel
 from stages.train.step_times import WAITS, Place, first_missing
@@ -25,17 +27,23 @@ from stages.train.step_times import WAITS, Place, first_missing
 COLLECT_SECONDS = 10.0
 """Seconds within which all ranks, which wait for each other at every step, detect a hang."""
 START_SECONDS = 600.0
-"""Minimum time for rendezvous, building the model, and reading a checkpoint."""
+"""Minimum time for rendezvous and building the model."""
+PROGRESS_SECONDS = 10.0
+"""The longest time from one sign of progress to the next of a rank that reads or writes checkpoints."""
 
 
 class Watchdog:
-    """Watches from its creation to the end of the `with` block, including the rendezvous. `alive()` reports a finished
-    step."""
+    """Watches from its creation to the end of the `with` block, including the rendezvous.
+
+    `alive()` reports a finished step, and `progress()` bytes of a checkpoint for which this rank's training waits.
+    Progress of one rank counts for all, because the others wait for it.
+    """
 
     def __init__(self, phase: str, timeout: float, work: Path, report: Report) -> None:
         self.phase, self.timeout, self.work, self.report = phase, timeout, work, report
         self.rank, self.world = parallel.rank_and_world()
-        self.last_step, self.limit = time.monotonic(), max(timeout, START_SECONDS)
+        self.last_sign, self.limit = time.monotonic(), max(timeout, START_SECONDS)
+        self.shared = SharedProgress(work / "progress", min(PROGRESS_SECONDS, timeout / 10))
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -50,11 +58,18 @@ class Watchdog:
         self.thread.join()
 
     def alive(self) -> None:
-        self.last_step, self.limit = time.monotonic(), self.timeout
+        self.last_sign, self.limit = time.monotonic(), self.timeout
+
+    def progress(self, size: int = 0) -> None:
+        """Reports that this rank has read, hashed or written so many bytes."""
+        self.last_sign = time.monotonic()
+        self.shared.report(size)
 
     def _watch(self) -> None:
         while not self.stop.wait(min(1.0, self.timeout / 10)):
-            if time.monotonic() - self.last_step > self.limit:
+            if self.shared.has_moved():
+                self.last_sign = time.monotonic()
+            if time.monotonic() - self.last_sign > self.limit:
                 self._abandon()
 
     def _abandon(self) -> None:

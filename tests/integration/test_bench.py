@@ -47,6 +47,12 @@ def test_checkpoint_benchmark() -> None:
     assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in run_quick("checkpoint")}
 
 
+@at_length("benchmarks", 15)
+def test_seal_benchmark() -> None:
+    sizes = [line.split()[:2] for line in run_quick("seal")[1:]]
+    assert sizes == [["100,000", "1"], ["100,000", "2"], ["1,000,000", "1"], ["1,000,000", "2"]]
+
+
 @at_length("benchmarks", 40)
 def test_one_of_two_data_ranks_is_connected_with_a_server() -> None:
     """All tensors arrive, as their digests say, and fewer connections are open than with both ranks."""

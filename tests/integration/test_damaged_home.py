@@ -228,7 +228,7 @@ def test_inputs_are_hashed_once_a_run_and_again_when_they_change(
 ) -> None:
     artifact, run, hashed = Store(home).open(composed.nodes["items"].key), tmp_path / "run", []
     real = input_integrity.sha256_file
-    monkeypatch.setattr(input_integrity, "sha256_file", lambda path: hashed.append(path.name) or real(path))
+    monkeypatch.setattr(input_integrity, "sha256_file", lambda path, *_: hashed.append(path.name) or real(path))
     input_integrity.check(run, [artifact])
     assert hashed == ["file"]
     input_integrity.check(run, [artifact])
@@ -261,7 +261,7 @@ def test_of_many_tasks_each_file_is_hashed_by_one(home: Path, composed: Graph, t
     code = (
         "import sys; from pathlib import Path; from pipeline.core import input_integrity as intact; from pipeline.core.store import Artifact\n"
         "intact.PART_BYTES, real = 1, intact.sha256_file\n"
-        "intact.sha256_file = lambda path: print('hashed', path.parent.name) or real(path)\n"
+        "intact.sha256_file = lambda path, *_: print('hashed', path.parent.name) or real(path)\n"
         "intact.check(Path(sys.argv[1]), [Artifact.open(Path(p)) for p in sys.argv[2:]])"
     )
     folders = sorted(str(path) for path in (home / "artifacts").iterdir())

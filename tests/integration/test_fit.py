@@ -15,6 +15,13 @@ from pipeline.core.stage import Estimate, Published
 from pipeline.core.store import Store
 from pipeline.graph import dag, fit, plan
 from pipeline.graph import recipe as recipes
+from pipeline.graph.checkpoint_times import (
+    HASH_RATE,
+    SEAL_RATE,
+    CheckpointTimes,
+    checkpoint_times,
+    require_patient_watchdogs,
+)
 from pipeline.graph.cost_estimate import Use, estimate_costs
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
@@ -120,7 +127,7 @@ def test_without_a_limit_nothing_is_exceeded_and_a_sentence_names_it() -> None:
     assert reasons(rows, body=body) == [(), ()]
     assert fit.unlimited(rows, Profile.model_validate(body)) == (
         "not limited by profile p: gpu.memory_gb, slurm.cpu.memory_gb, slurm.train.memory_gb, storage.home_gb, "
-        "storage.home_files, storage.hub_gb"
+        "storage.home_files, storage.hub_gb, storage.gb_s"
     )
     two_nodes = fit.unlimited([replace(rows[1], ranks=16)], Profile.model_validate(body)) or ""
     assert "slurm.train.memory_gb, slurm.train.nodes, storage" in two_nodes
@@ -299,6 +306,67 @@ def test_plan_and_submit_refuse_files_that_the_hub_does_not_take(tmp_path: Path)
             tmp_path / "home", "submit", str(tmp_path / "large.yaml"), "--cluster", "dev", "--dry-run", code=2
         ).stderr
     )
+
+
+def phase(ranks: int, text: str = "to run", **training: Any) -> plan.StagePlan:
+    return replace(row(Estimate(training=replace(TRAINING, **training)), trains=True, text=text), ranks=ranks)
+
+
+def test_seconds_of_a_checkpoint() -> None:
+    """By the share of the fullest rank, or by what the storage gives all of them together."""
+    sizes = {"checkpoint_bytes": 10**12, "share_bytes": 8 * 10**9, "silent_bytes": 2 * 10**9}
+    times = checkpoint_times(phase(128, **sizes), None)
+    assert times == CheckpointTimes(8e9 / SEAL_RATE, 8e9 / HASH_RATE, 2e9 / SEAL_RATE, 1800.0)
+    assert checkpoint_times(phase(128, **sizes), 5.0) == CheckpointTimes(400.0, 200.0, 51.2, 1800.0)
+    assert checkpoint_times(row(Estimate()), None) is None
+
+
+def test_a_watchdog_that_takes_sealing_for_a_hang_is_refused() -> None:
+    """What counts is the longest piece without a report, not the whole seal."""
+    patient = phase(128, checkpoint_bytes=10**12, share_bytes=8 * 10**9, silent_bytes=2 * 10**9, watchdog_seconds=52.0)
+    times = checkpoint_times(patient, 5.0)
+    assert times is not None and times.seal > times.watchdog
+    require_patient_watchdogs([row(Estimate()), patient], 5.0)
+    with pytest.raises(RecipeError, match=(
+        "stage it: while a checkpoint is sealed, with storage.gb_s = 4 for all ranks together, no rank may report progress "
+        "for 64 s, and watchdog_timeout_seconds = 52 would end each attempt; set it to 64 or more"
+    )):  # fmt: skip
+        require_patient_watchdogs([patient], 4.0)
+    impatient = phase(1, silent_bytes=10 * 10**9, watchdog_seconds=3.0)
+    with pytest.raises(RecipeError, match="while a checkpoint is sealed, no rank may report progress for"):
+        require_patient_watchdogs([impatient], None)
+    require_patient_watchdogs([replace(impatient, state=State("it", "it-0", "sealed"))], None)
+
+
+@pytest.mark.parametrize("name", ["atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b"])
+def test_the_watchdogs_of_the_recipes_for_clusters_are_patient(tmp_path: Path, name: str) -> None:
+    """Also on a storage of one GB/s, on which the largest takes more than an hour to seal."""
+    composed = dag.compose(recipes.load(name), Store(tmp_path), without_data=True)
+    rows = plan.plan(composed, dag.states(composed, Store(tmp_path)), composed.select(None, None))
+    for storage_gb_s in (None, 1.0):
+        require_patient_watchdogs(rows, storage_gb_s)
+    phases = [row for row in rows if row.estimate.training]
+    for row in phases:
+        training = row.estimate.training
+        assert training is not None and training.silent_bytes <= training.share_bytes <= 1.51e10
+        assert row.ranks * training.share_bytes >= training.checkpoint_bytes
+
+
+def test_plan_and_submit_refuse_an_impatient_watchdog(tmp_path: Path) -> None:
+    body = yaml.safe_load((ROOT / "pipeline/clusters/dev.yaml").read_text())
+    body["storage"] = {"gb_s": 1e-6}
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(body))
+    slow = ("--cluster", str(tmp_path / "slow.yaml"))
+    planned = atom(tmp_path / "home", "plan", "atom-smoke", *slow, "--json", code=2)
+    sentence = (
+        "stage pretrain: while a checkpoint is sealed, with storage.gb_s = 1e-06 for all ranks together, no rank may"
+    )
+    assert sentence in planned.stderr
+    seconds = {stage["name"]: stage["checkpoint_seconds"] for stage in json.loads(planned.stdout)["stages"]}
+    assert seconds["pretrain"]["silent"] > seconds["pretrain"]["watchdog"] and seconds["tokenize"] is None
+    assert sentence in atom(tmp_path / "home", "submit", "atom-smoke", *slow, "--dry-run", code=2).stderr
+    table = atom(tmp_path / "home", "plan", "atom-smoke").stdout
+    assert "checkpoint of pretrain, midtrain" in table and "no limit of storage.gb_s" in table
 
 
 def test_submit_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import yaml
 
 from pipeline.core import input_integrity, provenance
 from pipeline.core.errors import AtomError, Failure, PeerLost
-from pipeline.core.lease import has_exited, holder, this_process
+from pipeline.core.lease import Lease, has_exited, holder, this_process
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
-from pipeline.core.store import Store, sha256_file
+from pipeline.core.store import Progress, Store, sha256_file, write_manifest
 from pipeline.graph import registry
 from pipeline.launch import rendezvous
 from pipeline.launch.attempt import Task
@@ -190,35 +191,98 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
         rank(1, job=9).join_rendezvous()
 
 
-def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For longer than they wait for a word of it; and they hear no more of its work once it has called them."""
-    monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 1.0)
-    monkeypatch.setitem(registry.stages(), "hanging", __name__)
-    monkeypatch.setattr(sys.modules[__name__], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
-    monkeypatch.setattr(input_integrity, "sha256_file", lambda path: time.sleep(3) or sha256_file(path))
-    store, launch = Store(tmp_path), tmp_path / "launch"
-    for folder in (launch, store.work("large-0") / "out.1"):
-        folder.mkdir(parents=True)
-    (launch / rendezvous.FAILURES).touch()
-    (store.work("large-0") / "out.1" / "file").write_text("large")
-    store.seal(store.work("large-0") / "out.1", "large-0", lambda artifact: None)
-    met: list[Any] = []
+class Launch:
+    """Two ranks of a stage with one large input, the second of which only meets the first."""
 
-    def follow() -> None:
-        follower = rendezvous.Ranks(2, 1, 1, True, launch)
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, hash_file: Callable[..., str]) -> None:
+        monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 1.0)
+        monkeypatch.setattr(input_integrity, "PROGRESS_SECONDS", 0.1)
+        monkeypatch.setitem(registry.stages(), "hanging", __name__)
+        monkeypatch.setattr(sys.modules[__name__], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
+        self.store, self.folder = Store(folder), folder / "launch"
+        draft = self.store.work("large-0") / "out.1"
+        for place in (self.folder, draft):
+            place.mkdir(parents=True)
+        (self.folder / rendezvous.FAILURES).touch()
+        for name in ("one", "two"):
+            (draft / name).write_text(f"large {name}")
+        self.store.seal(draft, "large-0", lambda artifact: None)
+        monkeypatch.setattr(input_integrity, "PART_BYTES", 1)  # a part for each file
+        monkeypatch.setattr(input_integrity, "sha256_file", hash_file)
+        self.met: list[Any] = []
+        self.helped = threading.Event()
+        self.follower = threading.Thread(target=self._follow, daemon=True)
+        self.follower.start()
+
+    def _follow(self) -> None:
+        follower = rendezvous.Ranks(2, 1, 1, True, self.folder)
         try:
-            met.append(follower.join_rendezvous())
+            self.met.append(follower.join_rendezvous(self.helped.set))
         except AtomError as error:
-            met.append(error)
+            self.met.append(error)
         follower.record_end(rendezvous.FOLLOWED, rendezvous.Usage(0.0, 0))
 
-    other = threading.Thread(target=follow)
-    other.start()
-    task = Task(str(tmp_path), "run", "hanging", "hanging", {}, {"large": "large-0"}, "hanging-0", 8.0, 2)
-    assert attempt(task, store, rendezvous.Ranks(2, 0, 0, True, launch)) == "sealed"
-    other.join(30)
-    assert len(met) == 1 and isinstance(met[0], rendezvous.Rendezvous) and met[0].lease == 1, met
-    assert rendezvous.read(launch / "meeting.json") == met[0].__dict__
+    def attempt(self) -> Any:
+        home = str(self.store.home)
+        task = Task(home, "run", "hanging", "hanging", {}, {"large": "large-0"}, "hanging-0", 8.0, 2)
+        return attempt(task, self.store, rendezvous.Ranks(2, 0, 0, True, self.folder))
+
+
+def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than they wait for a word of it; and they hear no more of its work once it has called them."""
+
+    def hash_slowly(path: Path, progress: Progress) -> str:
+        for _ in range(30):
+            time.sleep(0.1)
+            progress(1)
+        return sha256_file(path)
+
+    launch = Launch(tmp_path, monkeypatch, hash_slowly)
+    assert launch.attempt() == "sealed"
+    launch.follower.join(30)
+    (meeting,) = launch.met
+    assert isinstance(meeting, rendezvous.Rendezvous) and meeting.lease == 1, meeting
+    assert launch.helped.is_set(), "it was asked to hash its share"
+    assert rendezvous.read(launch.folder / "meeting.json") == meeting.__dict__
+
+
+def test_the_others_do_not_wait_for_a_hash_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_up = threading.Event()
+
+    def hang(path: Path, progress: Progress) -> str:
+        given_up.wait(300)
+        return sha256_file(path)
+
+    launch = Launch(tmp_path, monkeypatch, hang)
+    rank_0 = threading.Thread(target=launch.attempt)
+    rank_0.start()
+    launch.follower.join(60)
+    given_up.set()
+    rank_0.join()
+    (error,) = launch.met
+    assert isinstance(error, AtomError) and "rank 0 did not answer for 1 seconds" in str(error)
+
+
+def test_ranks_share_the_files_of_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hashes its share, what another one hashes is left to it, and only rank 0 waits until all is hashed."""
+    monkeypatch.setattr(input_integrity, "PART_BYTES", 1)
+    hashed: list[str] = []
+    monkeypatch.setattr(
+        input_integrity, "sha256_file", lambda path, progress: hashed.append(path.name) or sha256_file(path)
+    )
+    (tmp_path / "input").mkdir()
+    for number in range(7):
+        (tmp_path / "input" / f"file-{number}").write_text(str(number))
+    artifact, run = write_manifest(tmp_path / "input", "input-0"), tmp_path / "run"
+    input_integrity.help_to_check(run, [artifact], 1, 3)
+    assert sorted(hashed) == ["file-1", "file-4"]
+    lease = Lease.take(run / "hashed" / "input-0.2.lease")
+    assert lease is not None
+    input_integrity.help_to_check(run, [artifact], 2, 3)
+    assert sorted(hashed) == ["file-1", "file-4", "file-5"]
+    threading.Timer(1.0, lease.release).start()
+    input_integrity.check(run, [artifact])
+    assert sorted(hashed) == [f"file-{number}" for number in range(7)]
 
 
 def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> None:

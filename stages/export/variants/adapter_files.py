@@ -112,8 +112,7 @@ def write(
 
 def write_trained(checkpoint: Artifact, lora: Lora, model: ModelConfig, base: Path, repo: str, folder: Path) -> None:
     """`write` of the last release checkpoint of a phase."""
-    step = release_checkpoint.steps_of(checkpoint.path)[-1]
-    tensors = release_checkpoint.Tensors(checkpoint / release_checkpoint.name_of(step))
+    tensors = release_checkpoint.weights_of(checkpoint)
     vocab_size = json.loads((base / "config.json").read_text())["vocab_size"]
     write(tensors, lora, model, vocab_size, base, repo, folder)
 

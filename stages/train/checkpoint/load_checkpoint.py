@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
-from pipeline.core.store import Artifact
+from pipeline.core.store import Artifact, Progress
 from stages.mcore.model import check_tensors
 from stages.mcore.tensor_sharding import cut
 from stages.train.checkpoint import release_checkpoint
@@ -15,10 +17,14 @@ from stages.train.engine import Engine, Piece
 
 
 class Origin:
-    """A release checkpoint: the folder `subfolder` of an artifact, or the complete artifact."""
+    """A release checkpoint: the folder `subfolder` of an artifact, or, if that is empty, the complete artifact.
 
-    def __init__(self, artifact: Artifact, subfolder: str = "") -> None:
-        self.artifact, self.subfolder = artifact, subfolder
+    Before anything is loaded, all ranks together hash the files that are needed. progress: gets the bytes that are
+    hashed and read, from several threads.
+    """
+
+    def __init__(self, artifact: Artifact, subfolder: str, progress: Progress) -> None:
+        self.artifact, self.subfolder, self.progress = artifact, subfolder, progress
         self.step = 0
         """The checkpoint's step, once it is loaded."""
 
@@ -27,13 +33,13 @@ class Origin:
 
         Raises AtomError if the files differ from the sealed ones, or belong to another model than the engine's.
         """
-        self._require_intact(engine)
+        self._require_intact(engine, moments=False)
         self._load(engine, moments=False)
 
     def load_frozen(self, engine: Engine) -> None:
         """Loads the base of an adapter, which training leaves as it is. Raises AtomError as above."""
-        self._require_intact(engine)
-        weights = release_checkpoint.Tensors(self.artifact / self.subfolder)
+        self._require_intact(engine, moments=False)
+        weights = release_checkpoint.Tensors(self.artifact / self.subfolder, progress=self.progress)
         check_tensors(engine.model_shapes, weights.shapes(), self.artifact.key)
         engine.load_frozen(weights)
 
@@ -42,7 +48,7 @@ class Origin:
 
         Raises AtomError as above, and if the checkpoint is of another model or tokenizer.
         """
-        self._require_intact(engine)
+        self._require_intact(engine, moments=True)
         key, state = self.artifact.key, release_checkpoint.load_state(self.artifact / self.subfolder)
         saved_config, config_identity = state["config"], identity(config)
         for field, value in config_identity["model"].items():
@@ -57,30 +63,26 @@ class Origin:
         self._load(engine, moments=True)
         return int(state["tokens"])
 
-    def _require_intact(self, engine: Engine) -> None:
-        """Raises AtomError if the files are damaged: opening an artifact compares only sizes."""
-        damage = self._damage() if engine.ranks.first else None
-        if damage := engine.ranks.from_first(damage):
-            raise AtomError(
-                f"{damage}; take it from a copy, or remove {self.artifact.path} and run again to rebuild it"
-            )
+    def _require_intact(self, engine: Engine, moments: bool) -> None:
+        """Raises AtomError if files that are loaded are damaged. Each rank hashes its share of them."""
+        ranks = engine.ranks
+        damage = release_checkpoint.damage(
+            self.artifact, self.subfolder, moments, (ranks.rank, ranks.world), self.progress
+        )
+        if damage := next(filter(None, ranks.gather(damage)), None):
+            raise AtomError(damage)
 
     def _load(self, engine: Engine, moments: bool) -> None:
         folder = self.artifact / self.subfolder
-        weights = release_checkpoint.Tensors(folder)
+        weights = release_checkpoint.Tensors(folder, progress=self.progress)
         check_tensors(engine.shapes, weights.shapes(), self.artifact.key)
         optimizer_steps = int(release_checkpoint.load_state(folder)["optimizer_step"]) if moments else 0
-        states = release_checkpoint.Tensors(folder, release_checkpoint.OPTIMIZER) if optimizer_steps else {}
+        states: Mapping[str, torch.Tensor] = {}
+        if optimizer_steps:
+            states = release_checkpoint.Tensors(folder, release_checkpoint.OPTIMIZER, self.progress)
 
         def read(kind: str, piece: Piece) -> torch.Tensor:
             full = weights[piece.name] if kind == "weight" else states[f"{kind}.{piece.name}"]
             return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
 
         engine.load_state(read, optimizer_steps, moments)
-
-    def _damage(self) -> str | None:
-        try:
-            self.artifact.verify(self.subfolder)
-            return None
-        except CheckFailed as error:
-            return str(error)

@@ -17,24 +17,29 @@ from safetensors import safe_open
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
-from pipeline.core.store import sha256_file
+from pipeline.core.store import Progress, no_progress
 from stages.mcore.tensor_sharding import Box, cut, paste
-from stages.train.checkpoint import release_checkpoint
+from stages.train.checkpoint import tensor_file
 from stages.train.engine import Piece
 
 Location = tuple[str, int, int]
 """File, and the range of the flat local tensor in it."""
 
 
-def write(folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, torch.Tensor]) -> None:
+def write(
+    folder: Path,
+    rank: int,
+    pieces: list[Piece],
+    tensors: Mapping[str, torch.Tensor],
+    progress: Progress = no_progress,
+) -> None:
     """Writes and flushes a rank's two files; the JSON comes last and marks the other as complete."""
     path = folder / f"rank-{rank:05d}.safetensors"
-    release_checkpoint.save_tensors(path, tensors)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    size, sha256 = tensor_file.write(path, shapes, tensors.__getitem__, progress, durable=True)
     receipt = {
-        "size": path.stat().st_size,
-        "sha256": sha256_file(path),
+        "size": size,
+        "sha256": sha256,
         "pieces": {p.name: [p.boxes, p.start, p.stop] for p in pieces},
     }
     atomic_files.write(path.with_suffix(".json"), json.dumps(receipt), durable=True)
@@ -42,20 +47,19 @@ def write(folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, to
 
 def receipts(folder: Path, world: int) -> dict[str, dict[str, Any]] | None:
     """The receipts of all ranks by file; None until all ranks have written."""
-    by_file = {}
-    for rank in range(world):
-        path = folder / f"rank-{rank:05d}.json"
-        if not path.exists():
-            return None
-        by_file[path.with_suffix(".safetensors").name] = json.loads(path.read_text())
-    return by_file
+    paths = [folder / f"rank-{rank:05d}.json" for rank in range(world)]
+    present = set(os.listdir(folder))
+    if any(path.name not in present for path in paths):
+        return None
+    return {path.with_suffix(".safetensors").name: json.loads(path.read_text()) for path in paths}
 
 
 class ShardReader:
     """Reads full tensors or pieces of them from the files of all ranks."""
 
-    def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], progress: Progress = no_progress) -> None:
+        """files: the receipt of each file; progress: gets the bytes that are read."""
+        self.folder, self.progress = folder, progress
         self.locations: dict[str, dict[tuple[Box, ...], list[Location]]] = {}
         for file, receipt in files.items():
             for name, (parts, start, stop) in receipt["pieces"].items():
@@ -101,7 +105,9 @@ class ShardReader:
         for file, first, last in sorted(self.locations[name][parts], key=lambda w: (w[1], w[0])):
             if first <= position < last:
                 end = min(last, stop)
-                slices.append(self._file(file).get_slice(f"{kind}.{name}")[position - first : end - first])
+                part = self._file(file).get_slice(f"{kind}.{name}")[position - first : end - first]
+                self.progress(part.nbytes)
+                slices.append(part)
                 position = end
             if position >= stop:
                 break

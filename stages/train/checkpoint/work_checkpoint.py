@@ -3,10 +3,16 @@
     state/attempt-0002/training.jsonl             the log of finished steps
     state/attempt-0002/sealed/step-000600/        release checkpoints so far
     state/attempt-0002/checkpoints/step-000000600/rank-00000.safetensors, rank-00000.json, …, complete.json
+    state/attempt-0002/checkpoints/step-000000600/release/model-00001-of-00009.safetensors, ….json, …
 
 Saving copies the state in memory, and training waits only for that; a thread of each rank writes its copy, and rank 0's
 adds `complete.json` when it sees all ranks' files. It contains the size and SHA-256 of every file, including those of
-the phase's product so far, which are compared before loading.
+the phase's product so far. Before loading, the ranks hash the files of the checkpoint, and compare the size, time and
+inode of the product's.
+
+A release checkpoint is made from a complete work checkpoint. Its files follow from the model alone, and each rank
+writes some of them into `release`, reading what it needs from the files of all ranks. They stay as long as the work
+checkpoint, so a resumed attempt writes only those that are missing. Rank 0 links them into `sealed`.
 
 Each attempt writes to a folder of its own and reads those of earlier attempts, so a surviving process of an earlier
 attempt can damage nothing; it stops when it sees its successor.
@@ -21,32 +27,41 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import Report
-from pipeline.core.store import canonical, sha256_bytes, sha256_file
+from pipeline.core.store import FileRecord, Progress, canonical, hand_over_hash, no_progress, sha256_bytes, sha256_file
 from stages.train.checkpoint import release_checkpoint, sharded_state
 from stages.train.checkpoint.sharded_state import ShardReader
-from stages.train.engine import MOMENTS, Engine
+from stages.train.engine import MOMENTS, Engine, Piece
 
-MARKER = "complete.json"
+T = TypeVar("T")
+
+MARKER, LOG, SEALED = "complete.json", "training.jsonl", "sealed"
+RELEASE = "release"
+"""The folder of the files of a release checkpoint, in the work checkpoint from which they are made."""
 POLL = 0.02
+SLOWEST_POLL = 1.0
+"""The longest pause of a thread that waits for files of other ranks."""
 
 
 class Checkpoints:
     """The work checkpoints of one attempt. Methods are collective but for `failed`."""
 
     def __init__(
-        self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None, rewind_steps: int = 0
-    ) -> None:
+        self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None, rewind_steps: int = 0,
+        progress: Progress = no_progress,
+    ) -> None:  # fmt: skip
         """lease: the number of this attempt, if the caller counts them; None: the latest. rewind_steps: the largest
-        number of steps that `rewind` goes back from the next step."""
-        self.rewind_steps = rewind_steps
+        number of steps that `rewind` goes back from the next step. progress: gets the bytes of files for which
+        training waits."""
+        self.rewind_steps, self.progress = rewind_steps, progress
         self.work, self.keep, self.engine, self.report = work, keep, engine, report
         self.ranks = ranks = engine.ranks
         latest = max((int(p.name[8:]) for p in _attempts(work)), default=0)
@@ -57,8 +72,10 @@ class Checkpoints:
             self._require_present()
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
-        self.release_digests: dict[str, list[Any]] = {}
-        """[size, digest] of the release checkpoints' files, which never change."""
+        self.bytes_done = 0
+        """Bytes that the thread has read, hashed and written."""
+        self.release_records: dict[str, FileRecord] = {}
+        """Of the release checkpoints' files, which never change. Rank 0 only."""
         self.given_up = threading.Event()
         self.copies: dict[str, torch.Tensor] = {}
         self.lost_lines: list[dict[str, Any]] = []
@@ -83,10 +100,9 @@ class Checkpoints:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         copies = {name: self.copies[name] for name in tensors_by_name}
-        log = (self.folder / "training.jsonl").stat().st_size if self.ranks.first else 0
-        job = (step, [piece for piece, _ in owned], copies, dict(state), seal, log)
-        self.thread = threading.Thread(target=self._write, args=job, name="checkpoint", daemon=True)
-        self.thread.start()
+        log = (self.folder / LOG).stat().st_size if self.ranks.first else 0
+        pieces, folder = [piece for piece, _ in owned], self.folder / "checkpoints" / f"step-{step:09d}"
+        self._start(folder, partial(self._write, folder, step, pieces, copies, dict(state), seal, log))
         return time.monotonic() - started
 
     def _host_memory(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,12 +123,17 @@ class Checkpoints:
         return copies
 
     def wait(self) -> None:
-        """Waits until all ranks have finished writing. Raises the error of any rank, on all of them."""
+        """Waits until all ranks have finished writing, and reports the progress of this rank's thread. Raises the error
+        of any rank, on all of them."""
+        reported = self.bytes_done
         while status := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
             if status == 2:
                 self.given_up.set()  # rank 0 may be waiting for a file that will never come
                 errors = self.ranks.gather(str(self.error) if self.error else None)
                 raise self.error or MachineError(next(filter(None, errors)))
+            if (done := self.bytes_done) > reported:
+                self.progress(done - reported)
+                reported = done
             time.sleep(POLL)
         self.thread = None
 
@@ -120,50 +141,84 @@ class Checkpoints:
         """Whether a write failed on this rank; `wait` raises the error."""
         return self.error is not None
 
+    def _start(self, folder: Path, write: Callable[[], None]) -> None:
+        """Starts a thread that writes files of the work checkpoint in `folder`. `wait` raises its error."""
+
+        def run() -> None:
+            try:
+                write()
+            except OSError as error:
+                message = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
+                self.error = MachineError(message if self._is_current() else SUPERSEDED)
+            except Exception as error:  # an AtomError or a bug
+                self.error = error
+
+        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _advance(self, size: int) -> None:
+        self.bytes_done += size
+
     def _write(
-        self, step: int, owned: list[Any], copies: dict[str, torch.Tensor], state: dict[str, Any], seal: bool, log: int
-    ) -> None:
+        self, folder: Path, step: int, pieces: list[Piece], copies: dict[str, torch.Tensor], state: dict[str, Any],
+        seal: bool, log: int,
+    ) -> None:  # fmt: skip
         started = time.monotonic()
-        folder = self.folder / "checkpoints" / f"step-{step:09d}"
-        try:
-            folder.mkdir(exist_ok=True)
-            sharded_state.write(folder, self.ranks.rank, owned, copies)
-            if self.ranks.first:
-                self._complete(folder, step, state, log)
-                if seal:
-                    self._seal(folder, step)
-                self._prune()
-                self.report.metric(step, checkpoint_write_seconds=time.monotonic() - started)
-        except OSError as error:
-            message = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
-            self.error = MachineError(message if self._is_current() else SUPERSEDED)
-        except Exception as error:  # an AtomError or a bug: `wait` raises it
-            self.error = error
+        folder.mkdir(exist_ok=True)
+        sharded_state.write(folder, self.ranks.rank, pieces, copies, self._advance)
+        if self.ranks.first:
+            self._complete(folder, step, state, log)
+        if seal:
+            self._seal(folder)
+        if self.ranks.first:
+            self._prune()
+            self.report.metric(step, checkpoint_write_seconds=time.monotonic() - started)
+
+    def _wait_for(self, read: Callable[[], T | None], lack: str) -> T:
+        """Waits in the thread until `read` returns something. Raises MachineError with the sentence `lack` if another
+        rank has failed meanwhile, or if a later attempt has begun."""
+        pause = POLL
+        while (value := read()) is None:
+            self._require_present()
+            if self.given_up.wait(pause):
+                raise MachineError(lack)
+            pause = min(SLOWEST_POLL, 1.3 * pause)  # hundreds of ranks may wait for one file
+        self._require_present()
+        return value
 
     def _complete(self, folder: Path, step: int, state: Mapping[str, Any], log: int) -> None:
-        while (files := sharded_state.receipts(folder, self.ranks.world)) is None:
-            self._require_present()
-            if self.given_up.wait(POLL):
-                raise MachineError(f"work checkpoint {folder} lacks the files of another rank")
-        self._require_present()
-        for path in _files(self.folder / "sealed"):
-            name = path.relative_to(self.folder).as_posix()
-            self.release_digests[name] = self.release_digests.get(name) or _size_and_digest(path)
-        product: dict[str, Any] = dict(self.release_digests)
-        with open(self.folder / "training.jsonl", "rb") as file:
-            product["training.jsonl"] = [log, sha256_bytes(file.read(log))]
+        files = self._wait_for(
+            lambda: sharded_state.receipts(folder, self.ranks.world),
+            f"work checkpoint {folder} lacks the files of another rank",
+        )
+        product: dict[str, Any] = dict(self.release_records)
+        with open(self.folder / LOG, "rb") as file:
+            product[LOG] = [log, sha256_bytes(file.read(log))]
         marker = with_digest({"step": step, "state": state, "files": files, "product": product})
         atomic_files.write(folder / MARKER, json.dumps(marker), durable=True)
 
-    def _seal(self, folder: Path, step: int) -> None:
-        """Writes a release checkpoint from the files of a complete work checkpoint."""
-        target = self.folder / "sealed" / release_checkpoint.name_of(step)
-        marker = read_marker(folder)
-        source, state = ShardReader(folder, marker["files"]), {k: v for k, v in marker["state"].items() if k != PENDING}
-        moments = MOMENTS if source.has(MOMENTS[0]) else ()
-        self._require_present()
-        release_checkpoint.write(target, self.engine.shapes, moments, source.full, state)
-        self.report.seal_checkpoint(step, target)
+    def _seal(self, folder: Path) -> None:
+        """Writes this rank's share of the release checkpoint of a complete work checkpoint. Rank 0 then puts it
+        together."""
+        marker = self._wait_for(lambda: _marker_if_complete(folder), f"work checkpoint {folder} was never completed")
+        source = ShardReader(folder, marker["files"], self._advance)
+        files = release_checkpoint.plan(self.engine.shapes, MOMENTS if source.has(MOMENTS[0]) else ())
+        parts = folder / RELEASE
+        parts.mkdir(exist_ok=True)
+        for file in files[self.ranks.rank :: self.ranks.world]:
+            self._require_present()
+            release_checkpoint.write_part(parts, file, source.full, self._advance)
+        if not self.ranks.first:
+            return
+        records = self._wait_for(
+            lambda: release_checkpoint.read_records(parts, files),
+            f"the release checkpoint in {parts} lacks the files of another rank",
+        )
+        target = self.folder / SEALED / release_checkpoint.name_of(marker["step"])
+        state = {name: value for name, value in marker["state"].items() if name != PENDING}
+        for name, record in release_checkpoint.join(target, parts, files, records, state).items():
+            self.release_records[f"{SEALED}/{target.name}/{name}"] = record
+        self.report.seal_checkpoint(marker["step"], target)
 
     def _is_current(self) -> bool:
         return _attempts(self.work)[-1:] == [self.folder]
@@ -210,10 +265,10 @@ class Checkpoints:
             if damage is None:
                 marker = read_marker(folder)
                 optimizer_steps = int(marker["state"]["optimizer_step"])
-                self.engine.load_state(ShardReader(folder, marker["files"]).read, optimizer_steps)
-                if self.ranks.first:
-                    self._take_over(folder, marker, is_release_step)
-                self.ranks.barrier()
+                self.engine.load_state(ShardReader(folder, marker["files"], self.progress).read, optimizer_steps)
+                lacks_release = self.ranks.first and self._take_over(folder, marker, is_release_step)
+                if self.ranks.from_first(lacks_release):
+                    self._start(folder, partial(self._seal, folder))
                 state: dict[str, Any] = marker["state"]
                 return state
             if damage != INCOMPLETE:
@@ -240,11 +295,13 @@ class Checkpoints:
                 continue
             marker = read_marker(folder)
             state: dict[str, Any] = marker["state"]
-            self.engine.load_state(ShardReader(folder, marker["files"]).read, int(state["optimizer_step"]))
+            self.engine.load_state(
+                ShardReader(folder, marker["files"], self.progress).read, int(state["optimizer_step"])
+            )
             if self.ranks.first:
                 self._require_present()
                 self.lost_lines = []
-                os.truncate(self.folder / "training.jsonl", marker["product"]["training.jsonl"][0])
+                os.truncate(self.folder / LOG, marker["product"][LOG][0])
                 for newer in _checkpoints(self.work):
                     if newer.parent.parent <= self.folder and _step(newer) > state["step"]:
                         shutil.rmtree(newer, ignore_errors=True)
@@ -261,32 +318,37 @@ class Checkpoints:
             return INCOMPLETE
         except ValueError as error:
             return f"{MARKER} cannot be read: {error}"
-        files = {folder / name: [r["size"], r["sha256"]] for name, r in marker["files"].items()}
-        product = {folder.parent.parent / name: mark for name, mark in marker["product"].items()}
-        for path, (size, digest) in list({**files, **product}.items())[self.ranks.rank :: self.ranks.world]:
+        attempt = folder.parent.parent
+        files = [(folder / name, [receipt["size"], receipt["sha256"]]) for name, receipt in marker["files"].items()]
+        product = [(attempt / name, mark) for name, mark in marker["product"].items()]
+        for path, (size, digest, *time_and_inode) in [*files, *product][self.ranks.rank :: self.ranks.world]:
             if not path.is_file():
                 return f"{path.name} is missing"
-            if path.name == "training.jsonl":  # it has grown since
+            if path.name == LOG:  # it has grown since
                 intact = sha256_bytes(path.read_bytes()[:size]) == digest
+            elif time_and_inode:  # of a release checkpoint
+                intact = FileRecord(size, digest, *time_and_inode).describes(path, self.progress)
             else:
-                intact = path.stat().st_size == size and sha256_file(path) == digest
+                intact = path.stat().st_size == size and sha256_file(path, self.progress) == digest
             if not intact:
-                return f"{path.relative_to(folder.parent.parent)} is not what was written"
+                return f"{path.relative_to(attempt)} is not what was written"
         return None
 
-    def _take_over(self, folder: Path, marker: dict[str, Any], is_release_step: Callable[[int], bool]) -> None:
+    def _take_over(self, folder: Path, marker: dict[str, Any], is_release_step: Callable[[int], bool]) -> bool:
         """Links the log and release checkpoints up to a checkpoint's step into this attempt's folder, and removes the
-        skipped checkpoints."""
+        skipped checkpoints. Returns whether the release checkpoint of that step is still to be made."""
         previous, current = folder.parent.parent, self.folder
         try:
-            for name, mark in marker["product"].items():
-                if name != "training.jsonl":
-                    (current / name).parent.mkdir(parents=True, exist_ok=True)
-                    os.link(previous / name, current / name)
-                    self.release_digests[name] = mark
-            size = marker["product"]["training.jsonl"][0]
-            log = (previous / "training.jsonl").read_bytes()[:size]
-            (current / "training.jsonl").write_bytes(log)
+            for name, (_, sha256, *_) in marker["product"].items():
+                if name != LOG:
+                    path = current / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    os.link(previous / name, path)
+                    self.release_records[name] = FileRecord.of(path, sha256)
+                    hand_over_hash(path, sha256)
+            size = marker["product"][LOG][0]
+            log = (previous / LOG).read_bytes()[:size]
+            (current / LOG).write_bytes(log)
             self.lost_lines = _lines_after(log, [a for a in _attempts(self.work) if a < current])
         except FileNotFoundError:
             self._require_present()
@@ -295,22 +357,17 @@ class Checkpoints:
         folders = [f for f in _checkpoints(self.work) if f.parent.parent < current]
         for newer in folders[folders.index(folder) + 1 :]:
             shutil.rmtree(newer, ignore_errors=True)
-        for release in sorted(
-            (self.folder / "sealed").glob("step-*")
-        ):  # a kill may have come before these were reported
+        for release in sorted((current / SEALED).glob("step-*")):  # a kill may have come before these were reported
             self.report.seal_checkpoint(int(release.name[5:]), release)
-        if (
-            is_release_step(marker["step"])
-            and not (self.folder / "sealed" / release_checkpoint.name_of(marker["step"])).exists()
-        ):
-            self._seal(folder, marker["step"])
+        target = current / SEALED / release_checkpoint.name_of(marker["step"])
+        return is_release_step(marker["step"]) and not target.exists()
 
 
 def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
     """The lines after a log in the longest log of earlier attempts that continues it, up to one that was cut or
     damaged."""
     longest = b""
-    for path in (attempt / "training.jsonl" for attempt in attempts):
+    for path in (attempt / LOG for attempt in attempts):
         text = path.read_bytes() if path.is_file() else b""
         if text.startswith(log) and len(text) - len(log) > len(longest):
             longest = text[len(log) :]
@@ -347,6 +404,14 @@ def read_marker(folder: Path) -> dict[str, Any]:
     return body
 
 
+def _marker_if_complete(folder: Path) -> dict[str, Any] | None:
+    """The marker of a checkpoint; None until it is complete. Raises ValueError if it is damaged."""
+    try:
+        return read_marker(folder)
+    except FileNotFoundError:
+        return None
+
+
 def _step(folder: Path) -> int:
     return int(folder.name[5:])
 
@@ -364,11 +429,3 @@ def _attempts(work: Path) -> list[Path]:
 def _checkpoints(work: Path) -> list[Path]:
     """All work checkpoints, sorted by attempt and step; the last one is the newest."""
     return [f for attempt in _attempts(work) for f in sorted((attempt / "checkpoints").glob("step-*"))]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _size_and_digest(path: Path) -> list[Any]:
-    return [path.stat().st_size, sha256_file(path)]
