@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.core import store
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
-from pipeline.core.store import Artifact, write_manifest
+from pipeline.core.store import Artifact, sha256_file, write_manifest
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
@@ -70,6 +71,34 @@ def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         AtomError, match=r"checkpoint .*many cannot be read \(.*model-00002-of-.*\); remove its artifact"
     ):
         release_checkpoint.Tensors(folder)
+
+
+def test_what_a_phase_begins_with_is_hashed_and_no_more(
+    tmp_path: Path, run_stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last checkpoint of the phase before, without its moments; the watchdog is told of each byte."""
+    from stages.train import midtrain
+    from stages.train.watchdog import Watchdog
+
+    train_fixtures.make(tmp_path / "corpus")
+    for step in (6, 12):
+        write(tmp_path / "made" / f"step-{step:06d}")
+    artifact = write_manifest(tmp_path / "made", "pretrain-test")
+    inputs = {role: Artifact.open(tmp_path / "corpus" / role) for role in ("tokens", "order")} | {"init": artifact}
+    hashed: list[str] = []
+    progress: list[int] = []
+
+    def record(path: Path, *reports: store.Progress) -> str:
+        hashed.append(path.relative_to(tmp_path).as_posix())
+        return sha256_file(path, *reports)
+
+    monkeypatch.setattr(store, "sha256_file", record)
+    monkeypatch.setattr(Watchdog, "progress", lambda self, size: progress.append(size))
+    run_stage(midtrain.STAGE, train_fixtures.config(), inputs)
+    made = [path for path in hashed if path.startswith("made/")]
+    assert sorted(made) == ["made/step-000012/model.safetensors", "made/step-000012/state.json"]
+    tensors = 4 * sum(map(math.prod, SHAPES.values()))
+    assert sum(progress) >= 2 * tensors, "hashed, and read"
 
 
 @pytest.mark.parametrize(

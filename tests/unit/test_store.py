@@ -10,7 +10,17 @@ import pytest
 
 from pipeline.core import environment
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.core.store import KEY_VERSION, Artifact, Store, digest_of, once, rows_of, write_manifest
+from pipeline.core.store import (
+    KEY_VERSION,
+    Artifact,
+    FileRecord,
+    Store,
+    digest_of,
+    once,
+    rows_of,
+    sha256_file,
+    write_manifest,
+)
 
 
 def folder(path: Path, **files: str) -> Path:
@@ -38,6 +48,44 @@ def test_a_sealed_folder_opens_and_verifies(tmp_path: Path) -> None:
     assert records == [artifact.digest] and not (tmp_path / "out").exists()
     assert store.sealed(artifact.key) and store.open(artifact.key).digest == artifact.digest
     artifact.verify()
+
+
+def test_several_verify_an_artifact_together(tmp_path: Path) -> None:
+    """Each hashes its share of the chosen files, and together they find what is damaged in any of them."""
+    (tmp_path / "a" / "step").mkdir(parents=True)
+    for number in range(7):
+        (tmp_path / "a" / "step" / f"model-{number}").write_text("x" * (number + 1))
+    for name in ("step/optimizer", "other"):
+        (tmp_path / "a" / name).write_text("moments")
+    artifact = write_manifest(tmp_path / "a", "stage-aaaaaaaaaaaa")
+
+    def verify(rank: int, ranks: int = 3) -> list[int]:
+        sizes: list[int] = []
+        artifact.verify("step", lambda path: "model" in path, (rank, ranks), sizes.append)
+        return sizes
+
+    assert sorted(size for rank in range(3) for size in verify(rank)) == [1, 2, 3, 4, 5, 6, 7]
+    (tmp_path / "a" / "step" / "optimizer").write_text("damaged")
+    (tmp_path / "a" / "step" / "model-4").write_text("y" * 5)
+    assert len(verify(0)) + len(verify(2)) == 5
+    for rank, ranks in ((1, 3), (0, 1)):
+        with pytest.raises(CheckFailed, match="step/model-4 is not what its manifest says"):
+            verify(rank, ranks)
+
+
+def test_a_record_of_a_file_holds_while_nobody_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("content")
+    record = FileRecord.of(path, sha256_file(path))
+    hashed: list[int] = []
+    os.link(path, tmp_path / "link")
+    assert record.describes(tmp_path / "link", hashed.append) and not hashed
+    os.utime(path, ns=(1, 1))
+    assert not record.is_unchanged(path) and record.describes(path, hashed.append) and hashed == [7]
+    path.write_text("c0ntent")
+    assert not record.describes(path, hashed.append) and hashed == [7, 7]
+    path.write_text("longer content")
+    assert not record.describes(path, hashed.append) and hashed == [7, 7], "a file of another size is not read"
 
 
 def test_no_statement_no_artifact(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,29 @@ def test_the_place_of_a_rank_is_written_before_the_recorder_is_read(
     monkeypatch.setattr(nccl_trace, "write", write)
     text = Watchdog("pretrain", 1.0, tmp_path, RecordingReport())._stacks()
     assert text == f"; the stacks of all ranks are in the log; what NCCL recorded is in {tmp_path / 'stacks'}"
+
+
+def test_progress_of_one_rank_keeps_the_others_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One writes for longer than the limit while another waits; once nobody writes, both are found."""
+    abandoned: set[str] = set()
+
+    def abandon(watchdog: Watchdog) -> None:
+        abandoned.add(watchdog.phase)
+        watchdog.stop.set()
+
+    monkeypatch.setattr(Watchdog, "_abandon", abandon)
+    report = RecordingReport()
+    with Watchdog("writing", 4.0, tmp_path, report) as writing, Watchdog("waiting", 4.0, tmp_path, report) as waiting:
+        for watchdog in (writing, waiting):
+            watchdog.alive()
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            writing.progress(1)
+            assert not abandoned
+            time.sleep(0.05)
+        for watchdog in (writing, waiting):
+            watchdog.thread.join(60)
+    assert abandoned == {"writing", "waiting"}
 
 
 def test_a_recorder_that_hangs_with_the_interpreter_ends_the_process(tmp_path: Path) -> None:
