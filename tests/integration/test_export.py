@@ -96,10 +96,22 @@ def test_bytes_are_the_same_again(exported: Path, inputs: dict[str, Artifact], r
     assert second.digest == train_fixtures.digest(exported)
 
 
-def test_which_step(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    assert hf._checkpoint(inputs["checkpoint"], None).name == "step-000004"
+def test_which_step(inputs: dict[str, Artifact]) -> None:
+    last = release_checkpoint.weights_of(inputs["checkpoint"])
+    assert {path.parent.name for path in last.files.values()} == {"step-000004"}
     with pytest.raises(AtomError, match=r"pretrain-test has no sealed checkpoint of step 3; it has \[0, 4\]"):
-        hf._checkpoint(inputs["checkpoint"], 3)
+        release_checkpoint.weights_of(inputs["checkpoint"], 3)
+
+
+def test_no_damaged_weights_are_exported(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    """Other steps, and moments, are not read."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(inputs["checkpoint"].path, folder)
+    artifact = Artifact.open(folder)
+    train_fixtures.damage(folder / "step-000000" / "model.safetensors")
+    release_checkpoint.weights_of(artifact)
+    with pytest.raises(AtomError, match="step-000000/model.safetensors is not what its manifest says; take it from a"):
+        release_checkpoint.weights_of(artifact, 0)
 
 
 @at_length("release", 24)

@@ -88,7 +88,7 @@ def test_a_seal_goes_on_in_another_layout_with_the_same_bytes(corpus: Path, tmp_
     killed = in_many_files(TEST_SEAL="0.02 1 60 SIGKILL")
     codes, logs = layout_fixtures.end(layout_fixtures.start(corpus, tmp_path / "killed", two, **killed))
     assert codes == [1, -signal.SIGKILL], logs
-    (parts,) = (tmp_path / "killed" / "work").glob("attempt-*/checkpoints/step-000000012/release")
+    (parts,) = (tmp_path / "killed" / "work").glob("attempt-*/checkpoints/step-000000012/release-*")
     written = {path.stem for path in parts.glob("*.safetensors.json")}
     assert written
     (one,) = layout_fixtures.run(
@@ -132,7 +132,7 @@ def test_a_damaged_part_is_written_again(corpus: Path, in_shards: Path, tmp_path
     """A file of a seal that was killed: changed, cut, missing, or with a record that was cut. The others are kept."""
     run = fresh(corpus, tmp_path, env=in_many_files(TEST_SEAL="0 0 90 SIGKILL"), checkpoint_interval=100)
     run.communicate(timeout=300)
-    (parts,) = (tmp_path / "work").glob("attempt-0001/checkpoints/step-000000006/release")
+    (parts,) = (tmp_path / "work").glob("attempt-0001/checkpoints/step-000000006/release-*")
     changed, cut, missing, unrecorded, *kept = sorted(parts.glob("*.safetensors"))
     assert run.returncode == -signal.SIGKILL and len(kept) > 3
     inodes = {path.name: path.stat().st_ino for path in kept}

@@ -3,7 +3,7 @@
     state/attempt-0002/training.jsonl             the log of finished steps
     state/attempt-0002/sealed/step-000600/        release checkpoints so far
     state/attempt-0002/checkpoints/step-000000600/rank-00000.safetensors, rank-00000.json, …, complete.json
-    state/attempt-0002/checkpoints/step-000000600/release/model-00001-of-00009.safetensors, ….json, …
+    state/attempt-0002/checkpoints/step-000000600/release-<digest>/model-00001-of-00009.safetensors, ….json, …
 
 Saving copies the state in memory, and training waits only for that; a thread of each rank writes its copy, and rank 0's
 adds `complete.json` when it sees all ranks' files. It contains the size and SHA-256 of every file, including those of
@@ -11,11 +11,13 @@ the phase's product so far. Before loading, the ranks hash the files of the chec
 inode of the product's.
 
 A release checkpoint is made from a complete work checkpoint. Its files follow from the model alone, and each rank
-writes some of them into `release`, reading what it needs from the files of all ranks. They stay as long as the work
-checkpoint, so a resumed attempt writes only those that are missing. Rank 0 links them into `sealed`.
+writes some of them into a folder named by the digest of `complete.json`, reading what it needs from the files of all
+ranks. They stay as long as the work checkpoint, so a resumed attempt writes only those that are missing. Rank 0 links
+them into `sealed`.
 
 Each attempt writes to a folder of its own and reads those of earlier attempts, so a surviving process of an earlier
-attempt can damage nothing; it stops when it sees its successor.
+attempt can damage nothing; it stops when it sees its successor. The exception are the files of a release checkpoint
+that an earlier attempt began, of which both would write the same bytes.
 """
 
 from __future__ import annotations
@@ -44,8 +46,6 @@ from stages.train.engine import MOMENTS, Engine, Piece
 T = TypeVar("T")
 
 MARKER, LOG, SEALED = "complete.json", "training.jsonl", "sealed"
-RELEASE = "release"
-"""The folder of the files of a release checkpoint, in the work checkpoint from which they are made."""
 POLL = 0.02
 SLOWEST_POLL = 1.0
 """The longest pause of a thread that waits for files of other ranks."""
@@ -203,7 +203,7 @@ class Checkpoints:
         marker = self._wait_for(lambda: _marker_if_complete(folder), f"work checkpoint {folder} was never completed")
         source = ShardReader(folder, marker["files"], self._advance)
         files = release_checkpoint.plan(self.engine.shapes, MOMENTS if source.has(MOMENTS[0]) else ())
-        parts = folder / RELEASE
+        parts = folder / f"release-{_digest(marker)[:16]}"
         parts.mkdir(exist_ok=True)
         for file in files[self.ranks.rank :: self.ranks.world]:
             self._require_present()
@@ -390,7 +390,11 @@ def _unlock(memory: torch.Tensor) -> None:
 
 def with_digest(marker: dict[str, Any]) -> dict[str, Any]:
     """The marker with a digest of its content, which detects a flipped byte."""
-    return {**marker, "sha256": sha256_bytes(canonical(marker))}
+    return {**marker, "sha256": _digest(marker)}
+
+
+def _digest(marker: Mapping[str, Any]) -> str:
+    return sha256_bytes(canonical(marker))
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
