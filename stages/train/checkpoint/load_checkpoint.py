@@ -12,6 +12,7 @@ from pipeline.core.store import Artifact, Progress
 from stages.mcore.model import check_tensors
 from stages.mcore.tensor_sharding import cut
 from stages.train.checkpoint import release_checkpoint
+from stages.train.checkpoint.work_checkpoint import gather_when_done
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine, Piece
 
@@ -65,11 +66,10 @@ class Origin:
 
     def _require_intact(self, engine: Engine, moments: bool) -> None:
         """Raises AtomError if files that are loaded are damaged. Each rank hashes its share of them."""
-        ranks = engine.ranks
-        damage = release_checkpoint.damage(
-            self.artifact, self.subfolder, moments, (ranks.rank, ranks.world), self.progress
-        )
-        if damage := next(filter(None, ranks.gather(damage)), None):
+        ranks, find = engine.ranks, release_checkpoint.damage
+        share = ranks.rank, ranks.world
+        damages = gather_when_done(ranks, lambda: find(self.artifact, self.subfolder, moments, share, self.progress))
+        if damage := next(filter(None, damages), None):
             raise AtomError(damage)
 
     def _load(self, engine: Engine, moments: bool) -> None:

@@ -29,6 +29,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ from pipeline.core.store import FileRecord, Progress, canonical, hand_over_hash,
 from stages.train.checkpoint import release_checkpoint, sharded_state
 from stages.train.checkpoint.sharded_state import ShardReader
 from stages.train.engine import MOMENTS, Engine, Piece
+from stages.train.parallel import Ranks
 
 T = TypeVar("T")
 
@@ -261,7 +263,7 @@ class Checkpoints:
         names = [f.relative_to(self.work).as_posix() for f in reversed(_checkpoints(self.work))]
         for name in self.ranks.from_first(names):
             folder = self.work / name
-            damage = next(filter(None, self.ranks.gather(self._find_damage(folder))), None)
+            damage = next(filter(None, gather_when_done(self.ranks, partial(self._find_damage, folder))), None)
             if damage is None:
                 marker = read_marker(folder)
                 optimizer_steps = int(marker["state"]["optimizer_step"])
@@ -291,7 +293,7 @@ class Checkpoints:
         names = [f.relative_to(self.work).as_posix() for f in reversed(_checkpoints(self.work)) if _step(f) <= step]
         for name in self.ranks.from_first(names):
             folder = self.work / name
-            if any(self.ranks.gather(self._find_damage(folder))):
+            if any(gather_when_done(self.ranks, partial(self._find_damage, folder))):
                 continue
             marker = read_marker(folder)
             state: dict[str, Any] = marker["state"]
@@ -361,6 +363,18 @@ class Checkpoints:
             self.report.seal_checkpoint(int(release.name[5:]), release)
         target = current / SEALED / release_checkpoint.name_of(marker["step"])
         return is_release_step(marker["step"]) and not target.exists()
+
+
+def gather_when_done(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """Does work of different length on each rank, in a thread. Returns the results of all ranks, on each of them.
+
+    Ranks that are done poll the others: in a single collective they would wait for longer than its timeout allows.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work)
+        while ranks.max(int(not result.done())):
+            time.sleep(POLL)
+    return ranks.gather(result.result())
 
 
 def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
