@@ -125,7 +125,7 @@ def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterat
     if differing and (folder / BASE).is_file():
         repo = escaped(str(read_json(folder / BASE).get("repo")))
         findings.skipped["templates"] = (
-            f"{', '.join(differing)}: taken over from {repo}, and not as this atom writes it"
+            f"{', '.join(differing)}: taken over from {repo}, and not as this atom writes them"
         )
         differing = []
     yield from (f"{name} is not what this atom writes" for name in differing)
@@ -163,7 +163,9 @@ def _licenses(
     text = (folder / "LICENSE").read_bytes()
     stated = re.match(rb"SPDX-License-Identifier: (\S+)\n", text)
     spdx = stated[1].decode() if stated else CODE_LICENSE
-    if text != (license_text(spdx, "", []) if stated else code_license_text(roots())):
+    if stated and text != license_text(spdx, "", []):
+        yield "LICENSE is not the text that this atom writes"
+    elif not stated and text != code_license_text(roots()):
         findings.skipped["LICENSE"] = "LICENSE: its text is not one that this atom writes; read it"
     elif (folder / CARD).is_file():
         card: Any = load().RepoCard((folder / CARD).read_text()).data.to_dict()
