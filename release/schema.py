@@ -115,14 +115,19 @@ def head() -> dict[str, int]:
     return {"atom_release_format": FORMAT, "atom_card_schema": CARDS}
 
 
+def metadata_of(card: str) -> str:
+    """The metadata of a card, as its text has them; "" without any."""
+    block = HEAD.match(card)
+    return block[1] if block else ""
+
+
 def of_card(folder: Path) -> Stated | None:
     """The versions that the card in a folder states; None without a card or a statement."""
     try:
         text = untrusted.read(folder / CARD, CARD_BYTES, follow=True).decode(errors="replace")
     except CheckFailed:
         return None
-    block = HEAD.match(text)
-    numbers = {name: int(number) for name, number in LINE.findall(block[1])} if block else {}
+    numbers = {name: int(number) for name, number in LINE.findall(metadata_of(text))}
     if not numbers:
         return None
     return Stated(numbers.get("release_format", schema_v2.FORMAT), numbers.get("card_schema", schema_v2.CARDS))

@@ -16,6 +16,7 @@ from release.checks import (
     answers,
     attestations,
     base_model,
+    card_metadata,
     cards,
     chat_templates,
     contamination,
@@ -72,6 +73,7 @@ TEMPLATES = Scope(("release", "model", "variant"))
 VARIANTS = Scope(("variant",))
 CARDS = Scope(("release", "evidence", "dataset", "model", "variant", "repository"))
 ALL = Scope((*CARDS.kinds, "checkpoint"))
+ALONE = Scope(tuple(kind for kind in CARDS.kinds if kind != "release"))
 PLOTTED = Scope(("release", "model", "dataset"))
 
 SIZES = f"{TRAINING}/{SIZE}-*"
@@ -142,6 +144,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     BuildCheck("rlhf_keeps_skills", post_training.rlhf_keeps_skills, DPO),
     *(BuildCheck(f"{model}_is_preferred", partial(post_training.is_preferred, model), DPO) for model in PREFERRED),
     BuildCheck("contamination_report", contamination.contamination_report),
+    Check("card_metadata", card_metadata.card_metadata, ALONE, EVERYTHING),
     Check("cards", cards.cards, MODELS, EVERYTHING, gate="card_numbers", remedy="build again"),
     Check("plots", plots.plots, PLOTTED, EVERYTHING, deep=True, gate="card_numbers", remedy="build again"),
     Check("croissant", cards.described_data, RELEASE, EVERYTHING),

@@ -40,8 +40,10 @@ from tests.fixtures.run_fixtures import SOAK, at_length
 from tests.fixtures.signing_fixtures import signed, signer  # noqa: F401 - fixtures
 
 TABLE = Path(__file__).parents[2] / "docs/threat-model.md"
-ROW = re.compile(r"^\| (?P<lie>[^|]+) \| (?P<place>release|model|evidence) \| (?P<open>[^|]+) \| bad \|$", re.MULTILINE)
-PLACES = {"release": ".", "model": "model", "evidence": ""}
+ROW = re.compile(
+    r"^\| (?P<lie>[^|]+) \| (?P<place>release|model|data|evidence) \| (?P<open>[^|]+) \| bad \|$", re.MULTILINE
+)
+PLACES = {"release": ".", "model": "model", "data": "dataset", "evidence": ""}
 """Of each place of the table, the repository that is looked at alone; "." for the whole release."""
 Lie = Callable[[Path], None]
 
@@ -107,6 +109,14 @@ def words(folder: Path) -> None:
 
 def unseen(model: Path) -> None:
     replace(model, CARD, "## Use it", "## Use\u202e it")
+
+
+def new_version(model: Path) -> None:
+    replace(model, CARD, "pipeline_tag:", "new_version: evil/model\npipeline_tag:")
+
+
+def other_files(dataset: Path) -> None:
+    replace(dataset, CARD, "path: kept/prose", "path: https://evil.example/prose")
 
 
 def license_of_card(model: Path) -> None:
@@ -212,8 +222,15 @@ def older_schema(release: Path) -> None:
 
 
 def tombstone(release: Path) -> None:
-    body = {"release": "tiny 0.1.0", "dates": {}, "count": 1, "documents": [], "repositories": [], "trained": [],
-            "removed": []}  # fmt: skip
+    body = {
+        "release": "tiny 0.1.0",
+        "dates": {},
+        "count": 1,
+        "documents": [],
+        "repositories": [],
+        "trained": [],
+        "removed": [],
+    }
     forge(release, RETRACTED, (json.dumps({"schema": 1, "retractions": [body]}, indent=1) + "\n").encode())
     shutil.rmtree(release / "site")
 
@@ -233,6 +250,8 @@ LIES: dict[tuple[str, str], Lie] = {
     ("other words on a card", "release"): words,
     ("other words on a card", "model"): words,
     ("characters that cannot be seen, on a card", "model"): unseen,
+    ("another field in the metadata of a card, such as `new_version`", "model"): new_version,
+    ("other files in the metadata of a card, for loaders", "data"): other_files,
     ("another license in the metadata of a card", "model"): license_of_card,
     ("another text of a license", "release"): license_text,
     ("another license in cards, `LICENSE` and `release.json`", "release"): license_everywhere_but_in_the_recipe,
@@ -338,26 +357,23 @@ def kinds(folder: Path) -> dict[tuple[str, str], str]:
     """{(kind of the repository, pattern of the path): a file of it} of every file of a release or a repository."""
     whole, found = kind_of(folder) == "release", dict[tuple[str, str], str]()
     for path in files_below(folder):
-        place = next(place for place in above(path) if file_list.kind_of_place(place)) if whole else ""
+        place = file_list.place_of(path) if whole else ""
         kind = file_list.kind_of_place(place) if whole else kind_of(folder)
         name = path.removeprefix(f"{place}/")
-        listed = file_list.list_of(kind, [name])
-        patterns = [p for p in (*listed.copied, *listed.generated, *listed.others) if file_list.matches([p], name)]
+        patterns = [each for each in file_list.list_of(kind, [name]).patterns if file_list.fits(each, name)]
         if patterns:  # not of checksums
             found.setdefault((kind, patterns[0]), path)
     return found
 
 
-def above(path: str) -> list[str]:
-    """The folders above a path, the nearest first; "" is the last."""
-    parts = path.split("/")
-    return ["/".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
-
-
 NOT_COMPARED = {
-    ("dataset", CARD), ("dataset", "NOTICE"), ("evidence", CARD), ("model", CARD), ("repository", CARD),
+    ("dataset", CARD),
+    ("dataset", "NOTICE"),
+    ("evidence", CARD),
+    ("model", CARD),
+    ("repository", CARD),
     *(("evidence", f"evidence/standards/{name}") for name in ("CITATION.cff", "eu_summary.md", "mof.yml")),
-}  # fmt: skip
+}
 """Words of a repository alone that its line `skipped tool_files: … words` names: what follows from the whole release."""
 
 
@@ -405,9 +421,15 @@ def escape(path: str) -> str:
 
 
 NAMES = (
-    "extra.json", ".hidden.json", "\u0440arity.json", "adapter_config.json", "modeling.json", "notes.md", "serve.yml",
+    "extra.json",
+    ".hidden.json",
+    "\u0440arity.json",
+    "adapter_config.json",
+    "modeling.json",
+    "notes.md",
+    "serve.yml",
     "additional_chat_templates/a.jinja",
-)  # fmt: skip
+)
 """Of kinds that a release holds: a file of another kind is a finding of `formats`, after which no check reads any."""
 
 
