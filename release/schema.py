@@ -95,9 +95,30 @@ class ReleaseInfo:
         return asdict(self)
 
 
+def stated_by_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ReleaseInfo` that follow from the resolved recipe. Raises KeyError if it lacks one."""
+    section = recipe["release"]
+    return {
+        "name": recipe["name"],
+        "version": recipe["version"],
+        "title": section["title"] or recipe["name"],
+        "description": recipe.get("description", ""),
+        "namespace": section["namespace"],
+        "contact": section["contact"],
+        "languages": tuple(section["languages"]),
+        "license": PublishedLicenses(**section["license"]),
+    }
+
+
 def head() -> dict[str, int]:
     """The metadata of a card with its versions."""
     return {"atom_release_format": FORMAT, "atom_card_schema": CARDS}
+
+
+def metadata_of(card: str) -> str:
+    """The metadata of a card, as its text has them; "" without any."""
+    block = HEAD.match(card)
+    return block[1] if block else ""
 
 
 def of_card(folder: Path) -> Stated | None:
@@ -106,8 +127,7 @@ def of_card(folder: Path) -> Stated | None:
         text = untrusted.read(folder / CARD, CARD_BYTES, follow=True).decode(errors="replace")
     except CheckFailed:
         return None
-    block = HEAD.match(text)
-    numbers = {name: int(number) for name, number in LINE.findall(block[1])} if block else {}
+    numbers = {name: int(number) for name, number in LINE.findall(metadata_of(text))}
     if not numbers:
         return None
     return Stated(numbers.get("release_format", schema_v2.FORMAT), numbers.get("card_schema", schema_v2.CARDS))

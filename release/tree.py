@@ -110,7 +110,7 @@ def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) ->
         return "has a name that is no UTF-8"
     if not path.isprintable():
         return "has a name with characters that cannot be printed"
-    if (similar_path := path_of_name.setdefault(unicodedata.normalize("NFC", path), path)) != path:
+    if (similar_path := path_of_name.setdefault(unicodedata.normalize("NFKC", path).casefold(), path)) != path:
         return f"has a name that looks like that of {similar_path}"
     if ".cache" in path.split("/") and (
         not CLIENTS.fullmatch(path) or not stat.S_ISREG(status.st_mode) or status.st_size > CLIENTS_BYTES

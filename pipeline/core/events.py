@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from pipeline.core import json_files
 from pipeline.core.errors import Failure
 from pipeline.core.json_files import Damaged
+from pipeline.core.store import sha256_file
 
 PROGRESS_EVERY = 0.5
 LOG_EVERY = 10.0
@@ -37,6 +38,7 @@ class FileReport:
         self._events = open(folder / "events.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in close())
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         self._lock = threading.Lock()
+        self._metrics_ended = False
         self._last_progress = self._last_line = 0.0
         self.figures: dict[str, float] = {}
         self.lease: int | None = None
@@ -71,7 +73,15 @@ class FileReport:
 
     def metric(self, step: int, **values: float) -> None:
         with self._lock:
-            self._metrics.write(json.dumps({"time": time.time(), "step": step, **values}) + "\n")
+            if not self._metrics_ended:
+                self._metrics.write(json.dumps({"time": time.time(), "step": step, **values}) + "\n")
+
+    def end_metrics(self) -> str:
+        """Ends the metrics, before the statement about the product. Returns the SHA-256 that it names."""
+        with self._lock:
+            self._metrics_ended = True
+            self._metrics.flush()
+            return sha256_file(Path(self._metrics.name))
 
     def note(self, text: str) -> None:
         print(text, flush=True)

@@ -28,6 +28,8 @@ STARTS = "starts"
 """The byproduct of a stage that trains."""
 SUMMARY = "summary.json"
 """The file of a product that its statement repeats, for every stage."""
+METRICS = "metrics.jsonl"
+"""The log of timed metrics, whose digest is a byproduct."""
 
 
 class _Sha256(TypedDict):
@@ -89,7 +91,7 @@ class Byproduct(TypedDict):
 
     name: str
     digest: NotRequired[Any]
-    annotations: Any
+    annotations: NotRequired[Any]
 
 
 class Deviation(TypedDict):
@@ -192,6 +194,7 @@ def statement(
     checkpoint_of: CheckpointOf | None = None,
     product: Artifact | None = None,
     starts: list[Start] | None = None,
+    metrics: str | None = None,
 ) -> Statement:
     """A statement about one attempt of a stage.
 
@@ -200,7 +203,8 @@ def statement(
     time, energy and cost with the method of each. outcome: "sealed", or one sentence on the failure; kind: then the
     kind of the failure. of: {key, step} of the phase that a checkpoint belongs to. product: the sealed artifact; its
     summary.json, if it has one, becomes a byproduct, so that the ledger alone contains the stage's summary of its
-    product. starts: of a stage that trains, the record of each start whose work the product contains.
+    product. starts: of a stage that trains, the record of each start whose work the product contains. metrics: the
+    SHA-256 of the timed metrics, of a sealed artifact.
     """
     parameters: Parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
     if checkpoint_of:
@@ -234,6 +238,7 @@ def statement(
                     {"name": "outcome", "annotations": {"text": outcome} | ({"kind": kind} if kind else {})},
                     *([{"name": STARTS, "annotations": {"starts": starts}}] if starts else ()),
                     *(summaries(product) if product else ()),
+                    *([{"name": METRICS, "digest": {"sha256": metrics}}] if metrics else ()),
                 ],
             },
         },
@@ -315,6 +320,12 @@ def summary(body: Statement) -> Byproduct | None:
     product has none, or if the statement is older than this byproduct."""
     summaries = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == SUMMARY)
     return next(summaries, None)
+
+
+def metrics(body: Statement) -> str | None:
+    """The SHA-256 of the timed metrics of a sealed product; None if it has none."""
+    products = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == METRICS)
+    return next((str(product["digest"]["sha256"]) for product in products), None)
 
 
 def starts(body: Statement) -> list[Start]:

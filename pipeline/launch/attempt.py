@@ -189,6 +189,7 @@ class Attempt:
             kind=outcome.kind if isinstance(outcome, Failure) else None,
             product=product,
             starts=None if part or self.starts is None else self.starts.read(),
+            metrics=None if product is None else self.report.end_metrics(),
         )
         provenance.write(self.store.ledger, part.key if part else self.task.key, body)
         if part is None:

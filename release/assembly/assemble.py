@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core import code_snapshot
 from pipeline.core.code_snapshot import PACKAGES
@@ -40,10 +40,14 @@ from release.layout import (
 )
 from release.prediction.forecast import FILE, FOLDER
 from release.prediction.forecast import MODEL as MODEL_PREDICTED
+from release.schema import PublishedLicenses
 from stages.data.table import MEASURES
 from stages.train.imported_weights import NAME as BASE
 
-DISTRIBUTION = "atom-release"
+if TYPE_CHECKING:
+    from release.assembly.model_facts import ModelFacts
+
+DISTRIBUTION, CODE_LICENSE = "atom-release", "Apache-2.0"
 IMPORT = "import"
 """The node of the published model that training begins with; after it, the recipe may leave out phases."""
 CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
@@ -58,15 +62,12 @@ class Assembly:
         self.origins: dict[str, dict[str, str]] = {}
 
     def copy(self, node: str, artifact: Artifact, file: str, target: str) -> None:
-        if self._is_by_reference(target):
+        origin = origin_of_copy(node, artifact, file, target, self.by_reference)
+        if "generated" in origin:
             references.write_without_text(artifact / file, self.folder / target)
-            self.origins[target] = {"generated": f"{file} of {artifact.key} without its texts"}
-            return
-        self._put(target, (artifact / file), None)
-        self.origins[target] = {"artifact": node, "file": file}
-
-    def _is_by_reference(self, target: str) -> bool:
-        return any(target.startswith(f"dataset/kept/{name}/") for name in self.by_reference)
+        else:
+            self._put(target, (artifact / file), None)
+        self.origins[target] = origin
 
     def include(self, source: Path, target: str, reason: str) -> None:
         """Copies a file that is not part of an artifact: code, statements, metrics."""
@@ -93,6 +94,16 @@ class Assembly:
             shutil.copyfile(source, path)
         else:
             path.write_bytes(data or b"")
+
+
+def origin_of_copy(
+    node: str, artifact: Artifact, file: str, target: str, by_reference: Collection[str]
+) -> dict[str, str]:
+    """The origin of a file of an artifact in its place of the release. by_reference: sources whose documents are placed
+    without their texts."""
+    if any(target.startswith(f"dataset/kept/{name}/") for name in by_reference):
+        return {"generated": f"{file} of {artifact.key} without its texts"}
+    return {"artifact": node, "file": file}
 
 
 def to_json(value: Any, sort_keys: bool = True) -> bytes:
@@ -202,28 +213,36 @@ def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str,
             yield from ((path, f"{folders[m]}/evaluation/{benchmark}/{suffix}.json") for m in later if m in folders)
 
 
-def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
+def placements(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, str, str]]:
+    """(node, file of its artifact, path in the release) for every copy of a file of the release's own artifacts."""
     phases, models = [*phases_of(artifacts), *sizes_of(artifacts)], models_of(artifacts)
     for node, artifact in sorted(artifacts.items()):
-        manifest = artifact.path / "manifest.json"
-        assembly.include(manifest, f"evidence/manifests/{node}.json", f"manifest of {artifact.key}")
-        for file, target in placement(node, artifact, phases, models):
-            assembly.copy(node, artifact, file, target)
+        yield from ((node, *place) for place in placement(node, artifact, phases, models))
         for row in artifact.rows:
-            for file, target in measured(node, row.path, models):
-                assembly.copy(node, artifact, file, target)
+            yield from ((node, *place) for place in measured(node, row.path, models))
 
 
-def place_earlier(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
-    """Places the artifacts of earlier runs that training resumed from: checkpoints among the others, data by their keys
-    in dataset/earlier/."""
+def earlier_placements(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, str, str]]:
+    """(key, file of its artifact, path in the release) of artifacts of earlier runs that training resumed from:
+    checkpoints among the others, data by their keys in dataset/earlier/."""
     for key, artifact in sorted(artifacts.items()):
-        assembly.include(artifact.path / "manifest.json", f"evidence/manifests/{key}.json", f"manifest of {key}")
         for file, target in placement(key.rsplit("-", 1)[0], artifact):
             if target.startswith("dataset/"):
-                assembly.copy(key, artifact, file, f"dataset/earlier/{key}/{file}")
+                yield key, file, f"dataset/earlier/{key}/{file}"
             elif target.startswith("checkpoints/") and "@" in key:
-                assembly.copy(key, artifact, file, target)
+                yield key, file, target
+
+
+def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact], earlier: Mapping[str, Artifact]) -> None:
+    """Places the manifests of all artifacts, and copies of their published files. earlier: by key, artifacts of earlier
+    runs."""
+    for name, artifact in sorted({**artifacts, **earlier}.items()):
+        manifest = artifact.path / "manifest.json"
+        assembly.include(manifest, f"evidence/manifests/{name}.json", f"manifest of {artifact.key}")
+    for node, file, target in placements(artifacts):
+        assembly.copy(node, artifacts[node], file, target)
+    for key, file, target in earlier_placements(earlier):
+        assembly.copy(key, earlier[key], file, target)
 
 
 def place_prediction(
@@ -268,6 +287,13 @@ def code_license_text(roots: list[Path]) -> bytes | None:
         return license_root.read_bytes()
     texts = (d.read_text("licenses/LICENSE") for d in importlib.metadata.distributions(name=DISTRIBUTION))
     return next((text.encode() for text in texts if text), None)
+
+
+def license_of(folder: str, licenses: PublishedLicenses, models: Mapping[str, ModelFacts]) -> str:
+    """The SPDX expression of the license of a repository. models: facts by folder."""
+    if folder in models:
+        return models[folder].license(licenses.weights)
+    return {"dataset": licenses.data_compilation, "": licenses.code}.get(folder, licenses.weights)
 
 
 def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:

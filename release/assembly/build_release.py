@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from stages.data.curation.deny_list import DenyList
 
 CARD_ORIGIN = "card from the published files"
+OUTCOMES = {True: "passed", False: "FAILED", None: "skipped"}
+"""The words for the result of a gate."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         progress("checking the gates")
         results = gates.run_all(context)
         gates.write(draft, context.release.nodes, results)
-        failed = [gate for gate in results if not gate.ok]
+        failed = [gate for gate in results if gate.ok is False]
         if not failed:
             progress("writing the page")
             site_files.write(draft, draft / SITE)
         write_checksums(draft)
         for gate in results:
-            progress(f"gate {gate.name}: {'passed' if gate.ok else 'FAILED'}, {gate.detail}")
+            progress(f"gate {gate.name}: {OUTCOMES[gate.ok]}, {gate.detail}")
         shutil.rmtree(refused, ignore_errors=True)
         if failed:
             os.rename(draft, refused)
@@ -128,21 +130,12 @@ def describe(source: BuildInput) -> ReleaseInfo:
     """evidence/release.json: what the release is, and what was not clean when it was built."""
     from release.cards.versions import SCHEMA as CARDS
     from release.layout import FORMAT
-    from release.schema import NodeArtifact, PublishedLicenses, ReleaseInfo
-    from stages.recipe import ReleaseSection
+    from release.schema import NodeArtifact, ReleaseInfo, stated_by_recipe
 
-    section = ReleaseSection.model_validate(source.recipe["release"])
     return ReleaseInfo(
         format=FORMAT,
         card_schema=CARDS,
-        name=source.name,
-        version=source.version,
-        title=section.title or source.name,
-        description=source.recipe.get("description", ""),
-        namespace=section.namespace,
-        contact=section.contact,
-        languages=tuple(section.languages),
-        license=PublishedLicenses(**section.license.model_dump()),
+        **stated_by_recipe(source.recipe),
         commit=source.commit,
         dirty=source.dirty,
         stale=tuple(sorted(source.stale)),
@@ -159,9 +152,8 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.assembly.message_tables import write_messages
     from release.assembly.model_facts import read_model_facts
     from release.assembly.receipts import receipt_path, write_receipts
-    from release.assembly.variant_facts import read_variants
     from release.audit import independent_verifier, merkle
-    from release.cards import composition, croissant, render, tables
+    from release.cards import all_cards, composition, croissant
     from release.cards.card_tables import release_facts
     from release.checks.check import BuildContext
     from release.layout import (
@@ -175,14 +167,12 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
         ROOTS,
         RUNTIMES,
         SECOND_VERIFIER,
-        VARIANT,
     )
     from release.repositories import model_folders, repositories
     from stages.data.curation.agreement import read_figures
 
     assembly = assemble.Assembly(folder, source.references)
-    assemble.place_artifacts(assembly, source.artifacts)
-    assemble.place_earlier(assembly, source.earlier)
+    assemble.place_artifacts(assembly, source.artifacts, source.earlier)
     assemble.place_code(assembly, source.code_roots)
     for name, content in sorted(source.recipe_files.items()):
         assembly.write(f"code/as-run/{name}", content, "recipe file as run")
@@ -226,9 +216,6 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     run_costs = costs.usage_by_stage(folder)
     facts = {name: release_facts(folder, name, model, data, resumptions, run_costs) for name, model in models.items()}
     load_reports = _write_models(assembly, release, facts)
-    for suffix, variant in read_variants(folder).items():
-        card = render.variant_card(suffix, release, variant)
-        assembly.write(f"{VARIANT}{suffix}/README.md", card.encode(), CARD_ORIGIN)
     if all(report.goldens for report in load_reports.values()):  # else the gate on loading says why
         runs = runtimes.compare_all(folder, progress)
         assembly.json(RUNTIMES, runs, "what other programs make of the fixed inputs")
@@ -237,41 +224,27 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
     description = croissant.describe_dataset(release, folder / "dataset", data)
     assembly.json(f"dataset/{croissant.NAME}", description, "description of the tables")
-    for name, image in composition.plots(data).items():
-        assembly.write(f"dataset/{name}", image, "plot of the tables of kept documents")
-    assembly.write("dataset/README.md", render.data_card(release, data, canary).encode(), CARD_ORIGIN)
+    for name, draw in composition.plots(data).items():
+        assembly.write(f"dataset/{name}", draw(), "plot of the tables of kept documents")
     for target, statement in attest.evaluations(folder, release.nodes).items():
         assembly.json(target, statement, "in-toto statement of what was measured")
-    card = render.plain_card("checkpoints", release, licenses.weights, checkpoints=tables.checkpoints(steps))
-    assembly.write("checkpoints/README.md", card.encode(), CARD_ORIGIN)
     assembly.json("checkpoints/index.json", index_rows(steps), "states of the checkpoints")
     repos = repositories(folder)
-    rows = [[r.id(release.namespace, release.name), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in repos]
-    repository_table = tables.table(["repository", "kind", "branch", "place in the release"], rows)
-    assembly.write(
-        "README.md",
-        render.plain_card(
-            "evidence", release, licenses.code, repositories=repository_table, further=tables.further_evidence(folder)
-        ).encode(),
-        CARD_ORIGIN,
-    )
+    for place, card in all_cards.render_all(folder, release, data, models, resumptions, run_costs, canary):
+        assembly.write(place, card.encode(), CARD_ORIGIN)
     for repository in repos:
-        spdx = {"dataset": licenses.data_compilation, "": licenses.code}.get(repository.folder, licenses.weights)
-        if repository.folder in models:
-            spdx = models[repository.folder].license(spdx)
+        spdx = assemble.license_of(repository.folder, licenses, models)
         text = assemble.license_text(spdx, licenses.code, source.code_roots)
         assembly.write(f"{repository.folder}/LICENSE".lstrip("/"), text, "license")
     _write_standards(assembly, source, release, data, models, run_costs)
     assembly.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
     (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))
     evaluation = _evaluation(source.recipe)
-    return BuildContext(
-        folder, release, evaluation, data, models, source.machine_paths, resumptions, run_costs, canary, load_reports
-    )
+    return BuildContext(folder, release, evaluation, data, models, source.machine_paths, load_reports)
 
 
 def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, ReleaseFacts]) -> dict[str, LoadReport]:
-    """Writes the card, scores, plots and goldens of each model. Returns what plain transformers makes of each: a
+    """Writes the scores, plots and goldens of each model. Returns what plain transformers makes of each: a
     process of its own loads them while the plots are drawn."""
     from release.assembly import serving
     from release.assembly.model_facts import rendered_chat
@@ -292,17 +265,16 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
             assembly.write(
                 f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"
             )
-            for plot_name, image in plot.training_plots(folder / name, model.has_experts).items():
-                assembly.write(f"{name}/{plot_name}", image, "plot of the logs in training/")
-            for plot_name, image in scaling_plots.model_plots(folder / name, model).items():
+            for plot_name, draw in plot.training_plots(folder / name, model.has_experts).items():
+                assembly.write(f"{name}/{plot_name}", draw(), "plot of the logs in training/")
+            for plot_name, draw in scaling_plots.model_plots(folder / name, model).items():
                 origin = "plot of the scores in evaluation/ and the logs in training/"
-                assembly.write(f"{name}/{plot_name}", image, origin)
+                assembly.write(f"{name}/{plot_name}", draw(), origin)
         reports = dict(zip(facts, loading.result(), strict=True))
     for name, report in reports.items():  # a template renders the fields of a tool in their order
         origin = "what plain transformers makes of fixed inputs"
         assembly.json(f"{name}/{GOLDENS}", report.goldens, origin, sort_keys=False)
         facts[name].model.rendered_chat = rendered_chat(report.goldens)  # the card shows it
-        assembly.write(f"{name}/README.md", render.model_card(name, release, facts[name]).encode(), CARD_ORIGIN)
     return reports
 
 

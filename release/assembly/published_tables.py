@@ -34,9 +34,12 @@ class Manifest:
 
     @classmethod
     def parse(cls, node: str, body: Any) -> Manifest:
-        """body: the content of the file. Raises KeyError or TypeError for another shape."""
-        files = tuple(FileRow(row["path"], row["size"], row["sha256"]) for row in body["files"])
-        return cls(node, body["key"], body["digest"], files)
+        """body: the content of the file. Raises CheckFailed for another shape."""
+        try:
+            files = tuple(FileRow(row["path"], row["size"], row["sha256"]) for row in body["files"])
+            return cls(node, body["key"], body["digest"], files)
+        except (KeyError, TypeError):
+            raise CheckFailed(f"evidence/manifests/{node}.json is no manifest of an artifact") from None
 
     @property
     def digests(self) -> dict[str, str]:

@@ -31,9 +31,9 @@ def facts_of(release: Path) -> dict[str, Any]:
 
     base: repo, digest and license of the published model that training began with, or None. corpus: {source:
     documents in, kept, tokens, licenses}. removed: {rule: documents}. seen: {phase: steps, tokens}. models: {folder:
-    {measure: {value, se}}} in the order of training. pass_at_1: of chat models. caveats: the sentences
-    at the head of the final model's card. gates: {name: ok}. key: the fingerprint of the key beside the
-    signature, unchecked, or None. identity: the one in a signature without a key, unchecked, or None.
+    {measure: {value, se}}} in the order of training. pass_at_1: of chat models. caveats: the sentences at the head of
+    the final model's card. gates: {name: ok}, null if there was nothing to judge. key: the fingerprint of the key
+    beside the signature, unchecked, or None. identity: the one in a signature without a key, unchecked, or None.
 
     Raises CheckFailed if a file of the release is missing or damaged.
     """
@@ -169,8 +169,10 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
 
     console.print()
     gates, cost = facts["gates"], facts["cost"]
-    failed = [name for name, ok in gates.items() if not ok]
-    item("checks", f"{len(gates)} gates, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
+    failed = [name for name, ok in gates.items() if ok is False]
+    skipped = sum(ok is None for ok in gates.values())
+    judged = f"{len(gates) - skipped} gates{f' and {skipped} skipped' if skipped else ''}"
+    item("checks", f"{judged}, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
     branches = facts["checkpoints"]
     item("checkpoints", f"{len(branches)}, the last is {branches[-1]}" if branches else "none")
     signer = f"the key {facts['key']}" if facts["key"] else facts["identity"] and f"the identity {facts['identity']}"

@@ -8,7 +8,7 @@ of the cards. `deep` also reads every tensor and document and recomputes the fig
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
@@ -16,7 +16,8 @@ from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
 from release import schema, scratch, signing
 from release.audit import old_copies
-from release.checks import formats, listing, registry
+from release.checks import file_list, formats, listing, registry
+from release.checks.check import Check
 from release.checks.check_runner import CheckRunner
 from release.checks.listing import Checksums, Contents, kind_of
 from release.checks.verdict import CheckResult, Problems, Verdict, answer
@@ -102,15 +103,21 @@ def _verify_folder(
     verdict.checks += runner.limits()
     if any(path.endswith(SIGNATURE) for path in tree.files):
         signing.load_libraries()
-    verdict.checks.append(runner.run("signatures", lambda: _check_signatures(contents, digests, policy)))
+    signatures = runner.run("signatures", lambda: _check_signatures(contents, digests, policy))
+    verdict.checks.append(signatures)
+    verdict.signed, verdict.signer_is_known = signatures.ok is True, bool(policy.signer or policy.chain)
     archive = kind in ("release", "evidence")
     verdict.checks.append(
         runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
     )
     bytes_hold = verdict.ok
+    verdict.checks.append(file_list.check(contents))
     if (folder / RETRACTED).exists():  # what is left need not agree any more with what was measured on the whole
         verdict.checks.append(runner.run("tombstone", lambda: old_copies.check_tombstone(folder, kind)))
         verdict.retracted = old_copies.sentence(folder) if verdict.ok else ""
+        verdict.checks.append(
+            _left_out("content", "since documents were taken back", registry.verifiers(folder, kind, True))
+        )
         return verdict
     if bytes_hold:
         verdict.checks += runner.check_tables()
@@ -124,7 +131,14 @@ def _verify_folder(
             continue
         progress(f"check {number} of {len(verifiers)}: {check.name.replace('_', ' ')}")
         verdict.checks.append(runner.ask(check, kind, digests))
+    if further := [check for check in registry.verifiers(folder, kind, True) if check.deep and not deep]:
+        verdict.checks.append(_left_out("deep", "without --deep", further))
     return verdict
+
+
+def _left_out(name: str, when: str, checks: Iterable[Check]) -> CheckResult:
+    """The result that stands for checks that do not run."""
+    return CheckResult(name, None, f"not checked {when}: {', '.join(check.name for check in checks)}")
 
 
 def _byte_checks(contents: Contents, digests: Digests) -> Iterator[CheckResult]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.core.text import escaped
 from release.assembly.data_facts import DataFacts
-from release.cards.plot import COLORS, png
+from release.cards.plot import COLORS, Drawings, png
 from release.cards.tables import count
 
 if TYPE_CHECKING:
@@ -40,9 +40,8 @@ def _largest(tokens: Mapping[str, int]) -> dict[str, int]:
     return dict(shown) | rest
 
 
-def plots(data: DataFacts) -> dict[str, bytes]:
-    """The picture of the data card, by its name; none of data without tokens. Raises AtomError if matplotlib is not
-    installed."""
+def plots(data: DataFacts) -> Drawings:
+    """The picture of the data card, by its name; none of data without tokens."""
     panels = amounts(data)
     if not panels:
         return {}
@@ -53,7 +52,8 @@ def plots(data: DataFacts) -> dict[str, bytes]:
         for axis, color, (title, rows) in zip(axes, COLORS, panels.items(), strict=False):
             _bars(axis, title, rows, color)
 
-    return {NAME: png((8.0, 0.9 * len(panels) + 0.27 * sum(map(len, panels.values()))), paint)}
+    size = 8.0, 0.9 * len(panels) + 0.27 * sum(map(len, panels.values()))
+    return {NAME: lambda: png(size, paint)}
 
 
 def _bars(axis: Axes, title: str, rows: Mapping[str, int], color: str) -> None:

@@ -1,8 +1,8 @@
 """`training.png` and `experts.png` of a model repository: drawn from the training logs beside them, always with equal
 bytes.
 
-Equal bytes are promised for one version of matplotlib and its fonts. With other versions a check can still identify the
-data: the PNG has the digests of its logs in the text entry `Source`.
+Equal bytes are promised for one version of matplotlib and its fonts, which the text entry `Software` of the PNG names.
+With other versions a check can still identify the data: the entry `Source` has the digests of the logs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-LOSS, EXPERTS = "training.png", "experts.png"
+NAMES = LOSS, EXPERTS = "training.png", "experts.png"
+SOURCE, SOFTWARE = "Source", "Software"
+"""Text entries of a plot: the digests of the logs that it shows, and the version of matplotlib that drew it."""
+Drawings = dict[str, Callable[[], bytes]]
+"""{name of a plot: the function that draws it}. Functions raise AtomError if matplotlib is not installed."""
 DPI = 144
 COLORS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933", "#332288", "#444444",
@@ -52,12 +56,12 @@ def source(model: Path) -> str:
     return "\n".join(f"{sha256_file(log)}  training/{log.name}" for log in training.logs(model).values())
 
 
-def source_of(png: bytes) -> str | None:
-    """The source stated in a plot; None if it states none, or if it is no PNG whose chunks are all there, each with its
-    checksum (PNG specification, section 5)."""
+def entries(png: bytes) -> dict[str, str] | None:
+    """The text entries of a plot by name; None if it is no PNG whose chunks are all there, each with its checksum (PNG
+    specification, section 5)."""
     if not png.startswith(SIGNATURE):
         return None
-    offset, kind, source = len(SIGNATURE), b"", None
+    offset, kind, texts = len(SIGNATURE), b"", dict[str, str]()
     while kind != b"IEND":
         if offset + 12 > len(png):
             return None
@@ -66,17 +70,24 @@ def source_of(png: bytes) -> str | None:
         if png[end : end + 4] != struct.pack(">I", zlib.crc32(png[offset + 4 : end])):
             return None
         name, _, text = png[offset + 8 : end].partition(b"\0")
-        if (kind, name) == (b"tEXt", b"Source"):
-            source = text.decode("latin-1")
+        if kind == b"tEXt":
+            texts[name.decode("latin-1")] = text.decode("latin-1")
         offset = end + 4
-    return source if offset == len(png) else None
+    return texts if offset == len(png) else None
 
 
-def training_plots(model: Path, has_experts: bool) -> dict[str, bytes]:
-    """The plots of a model repository that its training logs give, by name; none without logs."""
+def training_plots(model: Path, has_experts: bool) -> Drawings:
+    """The plots of a model repository that its training logs give; none without logs."""
     if not training.logs(model):
         return {}
-    return {LOSS: draw_losses(model), **({EXPERTS: draw_experts(model)} if has_experts else {})}
+    return {LOSS: partial(draw_losses, model), **({EXPERTS: partial(draw_experts, model)} if has_experts else {})}
+
+
+def version() -> str:
+    """The text entry `Software` of the plots that are drawn here."""
+    import matplotlib
+
+    return f"Matplotlib version{matplotlib.__version__}, https://matplotlib.org/"
 
 
 def png(figure_size: tuple[float, float], paint: Callable[[Figure], None], source: str = "") -> bytes:
@@ -92,8 +103,8 @@ def png(figure_size: tuple[float, float], paint: Callable[[Figure], None], sourc
         FigureCanvasAgg(figure)
         paint(figure)
         buffer = io.BytesIO()
-        entries = {"Software": None, **({"Source": source} if source else {})}
-        figure.savefig(buffer, format="png", metadata=entries)
+        stated = {SOFTWARE: version(), **({SOURCE: source} if source else {})}
+        figure.savefig(buffer, format="png", metadata=stated)
     return buffer.getvalue()
 
 

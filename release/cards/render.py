@@ -14,6 +14,7 @@ from pipeline.hub.client import load
 from release import schema
 from release.assembly.data_facts import DataFacts
 from release.assembly.message_tables import FOLDER as MESSAGES
+from release.assembly.model_facts import ModelFacts
 from release.assembly.variant_facts import VariantFacts
 from release.cards import card_tables, composition
 from release.cards.card_tables import ReleaseFacts
@@ -22,6 +23,8 @@ from release.schema import ReleaseInfo
 from stages.evaluation.scores import ModelScores
 
 TEMPLATES = Path(__file__).parent
+OF_DATA = ": data"
+"""The end of the title of a release's data."""
 # The Hub's identifiers that equal the SPDX identifier in lower case; for its further ones `other` is right as well.
 HUB_LICENSES = frozenset({
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
@@ -69,19 +72,17 @@ def model_index(scores: ModelScores, dataset: str) -> list[Any]:
     ]
 
 
-def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
-    """The card of a folder that holds a model. facts: with those of this model."""
+def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
+    """The metadata of a model's card. title: what its name has after that of the release; "" of the final model."""
     hub = load()
 
-    name, model = release.name, facts.model
     dataset = data_id(release)
-    title = {"model": "", "model-base": "base"}.get(folder, folder.removeprefix("model-"))
     base = f"{release.repository}-base" if title != "base" else None
     if model.base and (title == "base" or model.on_published):
         base = model.base["repo"]
     relation = {"base_model_relation": "finetune"} if model.on_published and not model.is_copy else {}
-    card_data = hub.ModelCardData(
-        model_name=f"{name}-{title}".rstrip("-"),
+    return hub.ModelCardData(
+        model_name=f"{release.name}-{title}".rstrip("-"),
         **license_fields(model.license(release.license.weights)),
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -94,6 +95,15 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         eval_results=model_index(model.own_scores(), dataset),
         **schema.head(),
     )
+
+
+def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
+    """The card of a folder that holds a model. facts: with those of this model."""
+    hub = load()
+
+    model, dataset = facts.model, data_id(release)
+    title = folder.removeprefix("model").removeprefix("-")
+    card_data = model_metadata(title, release, model)
     texts = _texts(card_tables.lines_by_table(card_tables.MODEL_TABLES, model))
     texts |= _texts(card_tables.lines_by_table(card_tables.RELEASE_TABLES, facts))
     text = hub.ModelCard.from_template(
@@ -115,13 +125,10 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
     return _normalize_text(str(text))
 
 
-def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> str:
-    """The card of a variant of the final model. suffix: the end of its repository's name."""
-    hub = load()
-
-    repo = f"{release.repository}{suffix}"
-    card_data = hub.ModelCardData(
-        model_name=repo.partition("/")[2],
+def variant_metadata(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> Any:
+    """The metadata of the card of a variant. suffix: the end of its repository's name."""
+    return load().ModelCardData(
+        model_name=f"{release.name}{suffix}",
         **license_fields(release.license.weights),
         library_name="gguf" if facts.file else "peft" if facts.base else "transformers",
         pipeline_tag="text-generation",
@@ -132,6 +139,13 @@ def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> str:
         tags=[facts.variant.writer, *filter(None, [facts.variant.encoding.lower()]), "open-data", "reproducible"],
         **schema.head(),
     )
+
+
+def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> str:
+    """The card of a variant of the final model. suffix: the end of its repository's name."""
+    hub = load()
+
+    repo, card_data = f"{release.repository}{suffix}", variant_metadata(suffix, release, facts)
     text = hub.ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "variant.md.jinja"),
@@ -164,13 +178,12 @@ def _join_words(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), *words[-1:]]) if len(words) > 1 else "".join(words)
 
 
-def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] | None = None) -> str:
-    hub = load()
-
+def data_metadata(release: ReleaseInfo, data: DataFacts) -> Any:
+    """The metadata of the card of the data, with the files of each configuration."""
     kept_documents = sum(row.kept for row in data.sources.values())
     suffix = "/*.parquet" if data.in_parts else ".parquet"
-    card_data = hub.DatasetCardData(
-        pretty_name=f"{release.title}: data",
+    return load().DatasetCardData(
+        pretty_name=f"{release.title}{OF_DATA}",
         language=list(release.languages) or None,
         size_categories=size_category(kept_documents),
         task_categories=["text-generation"],
@@ -182,6 +195,12 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         **license_fields(release.license.data_compilation),
         **schema.head(),
     )
+
+
+def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] | None = None) -> str:
+    hub = load()
+
+    card_data = data_metadata(release, data)
     texts = _texts(card_tables.lines_by_table(card_tables.DATA_TABLES, data))
     text = hub.DatasetCard.from_template(
         card_data,
@@ -222,13 +241,18 @@ def _config_of_messages(source: str, splits: list[str]) -> dict[str, Any]:
     return {"config_name": f"{source}-messages", "data_files": files}
 
 
+def plain_metadata(license: str) -> Any:
+    """The metadata of the cards of the checkpoint and evidence repositories."""
+    return load().CardData(**license_fields(license), **schema.head())
+
+
 def plain_card(kind: str, release: ReleaseInfo, license: str, **table_lines: list[str]) -> str:
     """The cards of the checkpoint and evidence repositories."""
     hub = load()
 
     template = str(TEMPLATES / f"{kind}.md.jinja")
     text = hub.RepoCard.from_template(
-        hub.CardData(**license_fields(license), **schema.head()),
+        plain_metadata(license),
         template_path=template,
         release=release,
         prefix=release.repository,

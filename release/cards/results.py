@@ -25,7 +25,12 @@ def results_path(dataset: str) -> str:
 
 def text(model: ModelFacts, dataset: str, version: str) -> str:
     """The file's content; dataset: id of the release's data repository."""
-    return yaml.safe_dump(_rows(model, dataset, version), sort_keys=False, width=1000)
+    return _dump(_rows(model, dataset, version))
+
+
+def _dump(rows: Any) -> str:
+    text: str = yaml.safe_dump(rows, sort_keys=False, width=1000)
+    return text
 
 
 def problems(folder: Path, model: ModelFacts, dataset: str, version: str | None) -> list[str]:
@@ -39,10 +44,12 @@ def problems(folder: Path, model: ModelFacts, dataset: str, version: str | None)
     present = [file.relative_to(folder).as_posix() for file in (folder / FOLDER).rglob("*")]
     if present != [path]:
         return [f"{FOLDER} holds {', '.join(sorted(present))}, and not {path} alone"]
-    stated, measured = yaml.safe_load((folder / path).read_text()), _rows(model, dataset, version or "")
+    content = (folder / path).read_text()
+    stated, measured = yaml.safe_load(content), _rows(model, dataset, version or "")
+    written = _dump(stated) == content
     if version is None:
         stated, measured = _without_source(stated), _without_source(measured)
-    return [] if stated == measured else [f"{path} is not what was measured"]
+    return [] if stated == measured and written else [f"{path} is not what was measured"]
 
 
 def _without_source(rows: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from release.assembly import training
 from release.assembly.model_facts import ModelFacts
 from release.cards import tables
-from release.cards.plot import COLORS, png
+from release.cards.plot import COLORS, Drawings, png
 from stages.evaluation.confidence import Z95
 from stages.evaluation.scores import pass_at_1
 
@@ -22,23 +22,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PROGRESS = "progress.png"
+NAMES = PROGRESS, INFERENCE, REINFORCEMENT = "progress.png", "inference.png", "reinforcement.png"
 MARKERS = "osv^P*Xd<>"
 LABEL_STEP = 0.055
 """The least distance of two labels, as a share of the axis."""
 
 
-def model_plots(folder: Path, model: ModelFacts) -> dict[str, bytes]:
+def model_plots(folder: Path, model: ModelFacts) -> Drawings:
     """The plots of a model repository, by name; those of conversation only for a model with chat.
 
     model: its facts, with the scores to draw.
     """
-    plots = {PROGRESS: progress(model)}
+    plots: Drawings = {PROGRESS: lambda: progress(model)}
     if scores := {name: row for name, row in model.chat.get("test", {}).items() if row["problems_all"]}:
-        plots["inference.png"] = inference(scores)
-    logs = {phase: training.read(path) for phase, path in training.logs(folder).items() if phase == "rlvr"}
-    if logs:
-        plots["reinforcement.png"] = reinforcement(logs)
+        plots[INFERENCE] = lambda: inference(scores)
+    if logs := {phase: path for phase, path in training.logs(folder).items() if phase == "rlvr"}:
+        plots[REINFORCEMENT] = lambda: reinforcement({name: training.read(path) for name, path in logs.items()})
     return plots
 
 

@@ -13,8 +13,13 @@ from release.layout import GATES, GATES_STATED
 def passed_gates(subject: Subject) -> Findings:
     """Checks that no gate failed when the release was built."""
     gates = untrusted.read_json(subject.folder / GATES, follow=True)
-    failed = [(name, gate["detail"]) for name, gate in sorted(gates.items()) if not gate["ok"]]
-    return Findings([f"{GATES}: gate {name} failed: {detail}" for name, detail in failed])
+    failed = [(name, gate["detail"]) for name, gate in sorted(gates.items()) if gate["ok"] is False]
+    findings = Findings([f"{GATES}: gate {name} failed: {detail}" for name, detail in failed])
+    findings.compared = any(gate["ok"] is not None for gate in gates.values())
+    findings.skipped = {
+        name: f"gate {name}: {gate['detail']}" for name, gate in sorted(gates.items()) if gate["ok"] is None
+    }
+    return findings
 
 
 def attestations(subject: Subject) -> Findings:
@@ -24,10 +29,12 @@ def attestations(subject: Subject) -> Findings:
     nodes = schema.read_nodes(folder)
     is_release = (folder / "dataset").is_dir()
     expected = attest.evaluations(folder, nodes) if is_release else {}
-    expected[GATES_STATED] = attest.gates(nodes, {name: gate["ok"] for name, gate in read_json(folder / GATES).items()})
+    results = {name: gate["ok"] for name, gate in read_json(folder / GATES).items()}
+    expected[GATES_STATED] = attest.gates(folder, nodes, results, subject.digest)
     present = {path.relative_to(folder).as_posix() for path in (folder / attest.FOLDER).rglob("*") if path.is_file()}
     problems = [f"{path} is about nothing in the release" for path in sorted(present - expected.keys()) if is_release]
-    problems += [f"{path} is missing" for path in sorted(expected.keys() - present)]
+    evaluated = {attest.evaluation_path(node.partition("-")[2]) for node in nodes if node.startswith("evaluate-")}
+    problems += [f"{path} is missing" for path in sorted((expected.keys() | evaluated) - present)]
     common = sorted(present & expected.keys())
     problems += [f"{path} is not what the tables give" for path in common if read_json(folder / path) != expected[path]]
     return Findings(problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from release import schema
@@ -11,12 +12,12 @@ from release.assembly.checkpoint_facts import find_interventions, read_checkpoin
 from release.assembly.data_facts import canary_of, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
-from release.assembly.variant_facts import read_variants
-from release.cards import card_tables, composition, croissant, plot, render, results
+from release.cards import all_cards, card_tables, croissant, plot, render, results
+from release.checks import plots
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Absent, Findings, require_comparable, require_file
 from release.checks.scores import score_problems
-from release.layout import CANARY, VARIANT
+from release.layout import CANARY
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
 
@@ -35,7 +36,7 @@ def _cards_of_release(folder: Path) -> Findings:
     release, data = schema.read_release(folder), folder / "dataset"
     data_facts = read_data_facts(data)
     interventions = find_interventions(read_checkpoints(folder / "checkpoints"))
-    run_costs = costs.usage_by_stage(folder)
+    run_costs, models = costs.usage_by_stage(folder), dict[str, ModelFacts]()
     for name in model_folders(folder):
         findings.add(model_card(folder / name, release), f"{name}/")
         model = read_model_facts(folder / name)
@@ -43,8 +44,12 @@ def _cards_of_release(folder: Path) -> Findings:
         tables = Findings()
         tables.compare_tables((folder / name / "README.md").read_text(), card_tables.RELEASE_TABLES, facts, stated)
         findings.add(tables, f"{name}/")
+        models[name] = model
     findings.add(_data_card(data), "dataset/")
-    problems = score_problems(data / "evaluation") + _canary(data, release.nodes["items"].digest)
+    canary = canary_of(release.nodes["items"].digest)
+    rendered = all_cards.render_all(folder, release, data_facts, models, interventions, run_costs, canary)
+    findings.compare_part("words", stated, lambda: _other_words(folder, rendered))
+    problems = score_problems(data / "evaluation") + _canary(data, canary)
     findings.problems += [f"dataset/{text}" for text in problems]
     return findings
 
@@ -58,7 +63,8 @@ def model_card(model: Path, release: ReleaseInfo | None = None) -> Findings:
     card, facts = (model / "README.md").read_text(), read_model_facts(model)
     stated, findings = schema.stated(model), Findings(compared=False)
     findings.compare_part("metadata", stated, lambda: _model_index(card, facts))
-    findings.compare_part("plots", stated, lambda: _plots(model))
+    findings.compare_part("sources", stated, lambda: _plots(model))
+    findings.compare_part("plots", stated, lambda: plots.unexpected(model, plots.of_model(model, facts)))
     data_id, version = (render.data_of(card), None) if release is None else (render.data_id(release), release.version)
     findings.compare_part("eval_results", stated, lambda: results.problems(model, facts, data_id, version))
     findings.compare_tables(card, card_tables.MODEL_TABLES, facts, stated)
@@ -77,7 +83,7 @@ def _plots(model: Path) -> list[str]:
     return [
         f"{path.name} was not drawn from the logs in training/"
         for path in drawn
-        if plot.source_of(path.read_bytes()) != plot.source(model)
+        if (plot.entries(path.read_bytes()) or {}).get(plot.SOURCE) != plot.source(model)
     ]
 
 
@@ -88,37 +94,24 @@ def data_card(subject: Subject) -> Findings:
 
 def _data_card(dataset: Path) -> Findings:
     findings, card = Findings(compared=False), (dataset / "README.md").read_text()
-    findings.compare_tables(card, card_tables.DATA_TABLES, read_data_facts(dataset), schema.stated(dataset))
+    facts, stated = read_data_facts(dataset), schema.stated(dataset)
+    findings.compare_tables(card, card_tables.DATA_TABLES, facts, stated)
+    findings.compare_part("plots", stated, lambda: plots.unexpected(dataset, plots.of_data(facts)))
     return findings
 
 
-def _canary(dataset: Path, items: str) -> list[str]:
-    """items: the digest of the artifact of evaluation items."""
-    is_equal = read_json(require_file(dataset, CANARY)) == canary_of(items)
+def _other_words(folder: Path, rendered: Iterable[tuple[str, str]]) -> list[str]:
+    """The cards of a release that are not, byte for byte, what its files give. rendered: (path, text) of each."""
+    return [
+        f"{path} is not the card that the release gives"
+        for path, text in rendered
+        if not (folder / path).is_file() or (folder / path).read_bytes() != text.encode()
+    ]
+
+
+def _canary(dataset: Path, expected: Mapping[str, str]) -> list[str]:
+    is_equal = read_json(require_file(dataset, CANARY)) == expected
     return [] if is_equal else [f"{CANARY} is not that of the items"]
-
-
-def rendered_cards(build: BuildContext) -> Findings:
-    """Checks that cards and plots rendered again from the published files have the same bytes."""
-    findings = Findings()
-    for folder, model in build.models.items():
-        facts = card_tables.release_facts(build.folder, folder, model, build.data, build.interventions, build.costs)
-        if (build.folder / folder / "README.md").read_text() != render.model_card(folder, build.release, facts):
-            findings.problems.append(f"{folder}/README.md is not what the artifacts give")
-        for name, image in plot.training_plots(build.folder / folder, model.has_experts).items():
-            if (build.folder / folder / name).read_bytes() != image:
-                findings.problems.append(f"{folder}/{name} is not what the logs of training give")
-    for suffix, variant in read_variants(build.folder).items():
-        if (build.folder / f"{VARIANT}{suffix}/README.md").read_text() != render.variant_card(
-            suffix, build.release, variant
-        ):
-            findings.problems.append(f"{VARIANT}{suffix}/README.md is not what the artifacts give")
-    for name, image in composition.plots(build.data).items():
-        if (build.folder / "dataset" / name).read_bytes() != image:
-            findings.problems.append(f"dataset/{name} is not what the tables of documents give")
-    if (build.folder / "dataset/README.md").read_text() != render.data_card(build.release, build.data, build.canary):
-        findings.problems.append("dataset/README.md is not what the artifacts give")
-    return findings
 
 
 def described_data(subject: Subject) -> Findings:

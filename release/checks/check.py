@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.store import sha256_file
-from release.assembly.checkpoint_facts import Intervention
-from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
 from release.checks.findings import Findings
@@ -112,9 +110,6 @@ class BuildContext:
     data: DataFacts
     models: dict[str, ModelFacts] = field(default_factory=dict)
     machine: list[Path] = field(default_factory=list)
-    interventions: list[Intervention] = field(default_factory=list)
-    costs: Costs = field(default_factory=dict)
-    canary: dict[str, str] | None = None
     load_reports: dict[str, LoadReport] = field(default_factory=dict)
 
 

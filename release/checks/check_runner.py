@@ -13,7 +13,7 @@ from pipeline.core.errors import CheckFailed
 from release.checks import confine, table_sizes
 from release.checks.check import NOTHING_LARGE, Check, Reads
 from release.checks.confine import Budget
-from release.checks.findings import Absent, Findings, require_file
+from release.checks.findings import HOLDS, Absent, Findings, require_file
 from release.checks.verdict import CheckResult, answer
 from release.hash_cache import Digests
 from release.tree import Tree, real_bytes
@@ -35,11 +35,21 @@ TENSOR_SECONDS, TENSOR_GROWTH = 2e-8, 3
 
 def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
     """Runs a check of untrusted files."""
+    return guarded(name, lambda: _result(name, question()))
+
+
+def _result(name: str, findings: Findings) -> CheckResult:
+    problems, skipped = findings.problems, [f"skipped: {reason}" for _, reason in sorted(findings.skipped.items())]
+    ok = not problems if problems or findings.compared else None
+    detail = "there is nothing to compare" if ok is None and findings.detail == HOLDS else findings.detail
+    return CheckResult(name, ok, problems[0] if problems else detail, problems, skipped)
+
+
+def guarded(name: str, question: Callable[[], CheckResult]) -> CheckResult:
+    """The result of a question about untrusted files, whatever it raises: checksums prove nothing about content, so a
+    malformed file is a finding."""
     try:
-        findings = question()
-        problems, skipped = findings.problems, [f"skipped: {reason}" for _, reason in sorted(findings.skipped.items())]
-        ok = not problems if problems or findings.compared else None
-        return CheckResult(name, ok, problems[0] if problems else findings.detail, problems, skipped)
+        return question()
     except ImportError as error:
         lacking = error.name or error
         return CheckResult(name, None, f"not checked, because it needs {lacking}; install atom-release[train]")
@@ -47,9 +57,9 @@ def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
         return answer(name, [str(error)])
     except Absent as error:
         return CheckResult(name, None, str(error))
-    except MemoryError:
+    except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # checksums prove nothing about content: a malformed file is a finding
+    except BaseException as error:  # a panic of a parser in Rust is no Exception
         return answer(name, [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"])
 
 
@@ -95,7 +105,8 @@ class CheckRunner:
         if self.spent:
             return CheckResult(name, None, f"not checked, because {self.spent}")
         try:
-            return CheckResult(**self._run_confined(lambda: asdict(question()), self._allowance(reads)))
+            answered = self._run_confined(lambda: asdict(guarded(name, question)), self._allowance(reads))
+            return CheckResult(**answered)
         except CheckFailed as error:
             self.spent = f"{name} took all the time or memory that there is"
             return answer(name, [f"cannot be checked: it {error}"])

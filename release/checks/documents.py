@@ -34,7 +34,8 @@ def licenses(subject: Subject) -> Findings:
     problems = list(islice(_unlicensed(subject.folder, expressions), MOST_PROBLEMS))
     names = sorted(expressions)
     rest = f" and {len(names) - MOST_NAMED} further expressions" if len(names) > MOST_NAMED else ""
-    return Findings(problems, summary=f"every document has a license: {', '.join(names[:MOST_NAMED])}{rest}")
+    summary = f"every document has a license: {', '.join(names[:MOST_NAMED])}{rest}"
+    return Findings(problems, compared=bool(expressions), summary=summary)
 
 
 def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:
@@ -60,7 +61,7 @@ def dispositions(subject: Subject) -> Findings:
     problems = list(islice(_unbalanced(subject.folder, counts, kept), MOST_PROBLEMS))
     total, kept_total = counts.total(), kept.total()
     summary = f"{total} documents in = {kept_total} kept + {total - kept_total} removed"
-    return Findings(problems, summary=summary)
+    return Findings(problems, compared=total > 0, summary=summary)
 
 
 def _unbalanced(dataset: Path, counts: Counter[str], kept: Counter[str]) -> Iterator[str]:
@@ -71,6 +72,10 @@ def _unbalanced(dataset: Path, counts: Counter[str], kept: Counter[str]) -> Iter
     yield from data_layout.problems(dataset)
     for part in data_layout.document_parts(dataset):
         yield from _unbalanced_part(dataset, part, counts, kept)
+    known = counts.keys() | read_json(dataset / "summary.json")["sources"].keys()
+    for path in sorted((dataset / "sources").glob("*.json")):
+        if path.stem not in known:
+            yield f"sources/{path.name} is about no source of the documents"
     for source in sorted(counts):
         declared = dataset / "sources" / f"{source}.json"
         if declared.exists() and read_json(declared).get("documents", counts[source]) != counts[source]:
@@ -157,9 +162,9 @@ def content_hashes(subject: Subject) -> Findings:
     every table."""
     dataset = subject.folder
     by_reference = references.read(dataset).keys()
-    parts = data_layout.document_parts(dataset)
+    parts = list(data_layout.document_parts(dataset))
     problems = (text for part in parts for text in _unequal_hashes(dataset, part, by_reference))
-    return Findings(list(islice(problems, MOST_PROBLEMS)))
+    return Findings(list(islice(problems, MOST_PROBLEMS)), compared=bool(parts))
 
 
 def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collection[str]) -> Iterator[str]:

@@ -13,6 +13,9 @@ from release import schema
 from release.cards import versions
 from release.cards.card_tables import CardTable
 
+HOLDS = "holds"
+"""The text of the verdict on a check that states no measurement."""
+
 
 class Absent(Exception):
     """A release of an older version does not have the subject of the check."""
@@ -29,7 +32,7 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    detail: str = "holds"
+    detail: str = HOLDS
     compared: bool = True
     summary: str = ""
 

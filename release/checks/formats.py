@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
+from pipeline.core.text import unprintable
 from release import schema, untrusted
 from release.cards import versions
+from release.cards.plot import entries
 from release.layout import LOSS, PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SITE, SUMS
 from release.tree import keeps_modes
 
@@ -42,6 +44,9 @@ STARTS = {".gguf": GGUF, ".parquet": b"PAR1", ".png": b"\x89PNG\r\n\x1a\n"}
 CODE_KEYS = ("auto_map", "custom_pipelines")
 """Keys of JSON that model loaders read as the name of code to run."""
 RUNS = "which a loader might run; a release holds none"
+SHOWN = frozenset({".md", ".cff", ".yaml", ".yml"})
+"""Texts that people, or a Hub for them, read."""
+ATTRIBUTES = re.compile(rb"(?:(?:#[^\n]*|[^\s#]+ filter=lfs diff=lfs merge=lfs -text)?\n)*")
 CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 
 
@@ -95,12 +100,23 @@ def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
         yield f"is no {suffix[1:]} file by its first bytes"
     elif suffix == ".safetensors":
         untrusted.tensor_header(file, follow=True)
+    elif suffix == ".png" and entries(untrusted.read(file, TEXT_BYTES, follow=True)) is None:
+        yield "is no picture whose parts are all there, and nothing else"
     elif suffix not in TABLES and suffix != ".jsonl":
         data = untrusted.read(file, TEXT_BYTES, follow=True)
         if suffix == ".json" and not source:
-            yield from _names_code(data, name)
+            yield from _json_problems(data, name)
         elif CONTROLS.search(data) and not _has_unescaped_samples(file):
             yield "is a text with characters that no text has"
+        elif name == ".gitattributes" and not ATTRIBUTES.fullmatch(data):
+            yield "has other lines than those by which a Hub says which files are large"
+        elif suffix in SHOWN and not source and (character := _hidden(file, data)):
+            yield f"has the character U+{ord(character):04X}, which cannot be seen or turns the text around it"
+
+
+def _hidden(file: Path, data: bytes) -> str | None:
+    """The first character of a text that cannot be seen; old cards showed model output as it is."""
+    return None if _has_unescaped_samples(file) else unprintable(data.decode(), lines=True)
 
 
 def _has_unescaped_samples(card: Path) -> bool:
@@ -108,9 +124,13 @@ def _has_unescaped_samples(card: Path) -> bool:
     return card.name == schema.CARD and schema.stated(card.parent).cards < versions.ESCAPED
 
 
-def _names_code(data: bytes, name: str) -> Iterator[str]:
-    """Whether JSON names code to load a model with, at any depth and in any spelling."""
-    pending = [untrusted.parse_json(data, name)]
+def _json_problems(data: bytes, name: str) -> Iterator[str]:
+    """Problems of a JSON file: a form in which this tool writes none, and the name of code to load a model with, at any
+    depth and in any spelling."""
+    value = untrusted.parse_json(data, name)
+    if not any(data == text.encode(errors="surrogatepass") for text in _forms(value)):
+        yield "is not in a form in which atom writes JSON"
+    pending = [value]
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
@@ -121,6 +141,13 @@ def _names_code(data: bytes, name: str) -> Iterator[str]:
             pending.extend(value.values())
         elif isinstance(value, list):
             pending.extend(value)
+
+
+def _forms(value: Any) -> Iterator[str]:
+    """The texts of JSON that this tool and its libraries write for a value."""
+    yield json.dumps(value, indent=1) + "\n"
+    yield json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    yield json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def templates(folder: Path) -> dict[str, str]:

@@ -19,10 +19,16 @@ from release.schema import NodeArtifact
 
 @dataclass(frozen=True)
 class GateResult:
-    """The result of a gate: `detail` is the measurement or, if not ok, the problem and the remedy."""
+    """The result of a gate.
+
+    Attributes:
+        name: The gate.
+        ok: Whether it was passed; None if there was nothing to judge.
+        detail: The measurement; of a failed gate the problem and the remedy; else the reason why nothing was judged.
+    """
 
     name: str
-    ok: bool
+    ok: bool | None
     detail: str
 
 
@@ -39,7 +45,8 @@ def run_gate(name: str, build: BuildContext) -> GateResult | None:
         if findings.problems:
             return GateResult(name, False, "; ".join(filter(None, [findings.problems[0], check.remedy])))
     summaries = [findings.summary for _, findings in applied if findings.summary]
-    return GateResult(name, True, "; ".join(summaries)) if applied else None
+    compared = any(findings.compared for _, findings in applied) or None
+    return GateResult(name, compared, "; ".join(summaries)) if applied else None
 
 
 def _findings(check: Check | BuildCheck, build: BuildContext) -> Findings | None:
@@ -61,5 +68,5 @@ def write(folder: Path, nodes: Mapping[str, NodeArtifact], results: list[GateRes
     """The results as a table, and as a statement about all artifacts."""
     rows = {result.name: {"ok": result.ok, "detail": result.detail} for result in results}
     (folder / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    stated = attest.gates(nodes, {result.name: result.ok for result in results})
+    stated = attest.gates(folder, nodes, {result.name: result.ok for result in results})
     (folder / GATES_STATED).write_bytes(to_json(stated))

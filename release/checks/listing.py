@@ -154,7 +154,9 @@ class Contents:
         return published(self.paths, self.places)
 
     def present_in(self, repository: Repository) -> list[str]:
-        """The files of one repository of a release, relative to its folder, without its checksum file."""
+        """The files of one repository, relative to its folder, without its checksum file."""
+        if self.kind != "release":
+            return [path for path in self.present() if path != SUMS]
         return files_within(self.paths, repository, self.models)
 
 

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from pipeline.core.store import digest_of
-from release import untrusted
-from release.assembly.assemble import unexplained
-from release.assembly.published_tables import read_manifests
+from pipeline.core.store import Artifact, digest_of
+from release import references, schema, untrusted
+from release.assembly.assemble import earlier_placements, origin_of_copy, placements, unexplained
+from release.assembly.published_tables import Manifest, read_manifests
 from release.checks.check import Subject
+from release.checks.file_list import generates
 from release.checks.findings import Findings
-from release.layout import ORIGINS
+from release.layout import ORIGINS, RELEASE
 from release.repositories import files_below
 
 
 def manifests(subject: Subject) -> Findings:
     """Checks that each manifest's digest is the digest of its rows."""
-    findings = Findings()
-    for node, manifest in read_manifests(subject.folder).items():
+    by_node = read_manifests(subject.folder)
+    findings = Findings(compared=bool(by_node))
+    for node, manifest in by_node.items():
         if digest_of(list(manifest.files)) != manifest.digest:
             findings.problems.append(f"evidence/manifests/{node}.json: its digest is not that of its rows")
     return findings
 
 
 def origins(subject: Subject) -> Findings:
-    """Checks that every file has an origin, and that each file copied from an artifact is, byte for byte, the one in
-    the artifact's manifest."""
+    """Checks that every file has an origin: that each copy is, byte for byte, the file of its artifact's manifest, in
+    the place in which the build puts it, and that the others are files that the build makes."""
     folder, paths = subject.folder, files_below(subject.folder)
-    origins_by_path = untrusted.read_json(folder / ORIGINS, follow=True)
-    problems = [f"{path} has no origin" for path in unexplained(origins_by_path, paths)]
+    stated = untrusted.read_json(folder / ORIGINS, follow=True)
+    problems = [f"{path} has no origin" for path in unexplained(stated, paths)]
+    by_node = read_manifests(folder)
     manifest_digests: dict[tuple[str, str], str] = {}
-    for node, manifest in read_manifests(folder).items():
+    for node, manifest in by_node.items():
         manifest_digests |= {(node, path): digest for path, digest in manifest.digests.items()}
     present, copies = set(paths), 0
-    for path, origin in sorted(origins_by_path.items()):
+    for path, origin in sorted(stated.items()):
         copies += "artifact" in origin
         if path not in present:  # and ../ does not lead out of the release
             if _part_is_there(folder, path):
@@ -42,8 +47,37 @@ def origins(subject: Subject) -> Findings:
             folder / path
         ):
             problems.append(f"{path} is not {origin['file']} of the artifact {origin['artifact']}")
-    generated = len(origins_by_path) - copies
-    return Findings(problems, summary=f"{copies} files copied from stated artifacts, {generated} generated and listed")
+    generated = len(stated) - copies
+    findings = Findings(
+        problems, summary=f"{copies} files copied from stated artifacts, {generated} generated and listed"
+    )
+    findings.compare_part("origins", schema.stated(folder), lambda: list(_misplaced(folder, by_node, stated)))
+    return findings
+
+
+def _misplaced(folder: Path, by_node: Mapping[str, Manifest], stated: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences about origins that are not those that the build gives to the artifacts of the release."""
+    nodes = schema.read_release(folder).nodes
+    artifacts = {name: Artifact(row.key, row.digest, folder, row.files) for name, row in by_node.items()}
+    own = {node: artifacts[node] for node in nodes if node in artifacts}
+    earlier = {name: artifact for name, artifact in artifacts.items() if name not in nodes}
+    for node, stated_artifact in nodes.items():
+        key, digest = stated_artifact.key, stated_artifact.digest
+        if node not in own or (own[node].key, own[node].digest) != (key, digest):
+            yield f"evidence/manifests/{node}.json is not the manifest of {key} in {RELEASE}"
+    for name, artifact in earlier.items():
+        if name != artifact.key:
+            yield f"evidence/manifests/{name}.json is of no artifact of the release"
+    by_reference = references.read(folder / "dataset").keys()
+    expected: dict[str, dict[str, str]] = {}
+    for name, file, path in (*placements(own), *earlier_placements(earlier)):
+        expected[path] = origin_of_copy(name, artifacts[name], file, path, by_reference)
+    for path in sorted(expected.keys() | stated.keys()):
+        origin, wanted = stated.get(path, {}), expected.get(path, {})
+        if wanted and origin != wanted:
+            yield f"{path} is not stated to be {' of '.join(wanted.values())}, as the build states it"
+        elif not wanted and ("artifact" in origin or not generates(path)):
+            yield f"{path} is no published file of an artifact, and none that the build makes"
 
 
 def _part_is_there(folder: Path, path: str) -> bool:

@@ -53,7 +53,8 @@ def segments(subject: Subject) -> Findings:
     current = dataset / "tokens"
     # an earlier run may have had different documents, which are then beside its order
     tables = [*sorted(path for path in (dataset / "earlier").glob("tokenize-*") if path.is_dir()), current]
-    for order in orders(dataset) + earlier:
+    published = orders(dataset) + earlier
+    for order in published:
         meta, name = read_json(order / "meta.json"), order.relative_to(dataset).as_posix()
         with TemporaryDirectory() as work:
             cut = published_order.cut_of(meta)
@@ -66,7 +67,7 @@ def segments(subject: Subject) -> Findings:
             if not wrong_segments and published_order.is_function(meta):
                 fitting = next((indexes for indexes in candidates if _fits(meta, indexes)), candidates[-1])
                 problems += [f"{name}: {text}" for text in _recompute(subject, order, meta, fitting, Path(work))]
-    return Findings(problems)
+    return Findings(problems, compared=bool(published))
 
 
 def read_documents(tokens: Path, work: Path, cut: Cut) -> dict[str, ChunkIndex]:

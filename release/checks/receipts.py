@@ -28,7 +28,7 @@ def receipts(subject: Subject) -> Findings:
     problems = list(islice(_problems(subject, opt_outs), MOST_PROBLEMS))
     removed = sum(opt_out.removed.total() for opt_out in opt_outs.values())
     text = f"{len(opt_outs)} requests, {removed} documents removed for them"
-    return Findings(problems, detail=text, summary=text)
+    return Findings(problems, compared=bool(opt_outs), detail=text, summary=text)
 
 
 def _problems(subject: Subject, opt_outs: dict[str, OptOut]) -> Iterator[str]:

@@ -17,8 +17,9 @@ from stages.data.tree_digest import tree_digest
 def by_reference(subject: Subject) -> Findings:
     """Checks that only sources by reference lack texts, and that their files are those of the source's digest. States
     what is by reference among what is skipped."""
-    dataset, findings = subject.folder, Findings()
+    dataset = subject.folder
     stated = references.read(dataset)
+    findings = Findings(compared=bool(stated))
     for name, files in data_layout.kept_files(dataset).items():
         documents, without = map(sum, zip(*map(_counts, files), strict=True))
         if name not in stated:

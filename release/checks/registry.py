@@ -16,6 +16,7 @@ from release.checks import (
     answers,
     attestations,
     base_model,
+    card_metadata,
     cards,
     chat_templates,
     contamination,
@@ -28,6 +29,7 @@ from release.checks import (
     merkle_roots,
     order,
     page,
+    plots,
     post_training,
     prediction,
     receipts,
@@ -40,6 +42,7 @@ from release.checks import (
     standards,
     stated_versions,
     statements,
+    tool_files,
     variants,
     weights,
 )
@@ -69,6 +72,9 @@ TENSORS = Scope(("release", "model", "variant", "checkpoint"))
 TEMPLATES = Scope(("release", "model", "variant"))
 VARIANTS = Scope(("variant",))
 CARDS = Scope(("release", "evidence", "dataset", "model", "variant", "repository"))
+ALL = Scope((*CARDS.kinds, "checkpoint"))
+ALONE = Scope(tuple(kind for kind in CARDS.kinds if kind != "release"))
+PLOTTED = Scope(("release", "model", "dataset"))
 
 SIZES = f"{TRAINING}/{SIZE}-*"
 FORECAST = f"{FOLDER}/{FILE}"
@@ -115,7 +121,8 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("sizes", sizes.sizes, EVIDENCE, PROVENANCE, needs=SIZES, gate="sizes", remedy=SMALLER),
     Check("gates", attestations.passed_gates, EVIDENCE, PROVENANCE),
     Check("attestations", attestations.attestations, EVIDENCE, EVERYTHING, needs=GATES_STATED, since_format=2),
-    Check("code", source_code.source_files, EVIDENCE, PROVENANCE, deep=True),
+    Check("code", source_code.source_files, EVIDENCE, PROVENANCE),
+    Check("tool_files", tool_files.tool_files, ALL, EVERYTHING, gate="tool_files", remedy="build again"),
     Check("licenses", documents.licenses, DATASET, FATES, gate="licenses_known", remedy=LICENSE),
     Check("dispositions_balance", documents.dispositions, DATASET, FATES, gate="counts_balance", remedy=CURATION),
     Check("references", references.by_reference, DATASET, REFERENCED, needs=REFERENCES, gate="references"),
@@ -137,8 +144,9 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     BuildCheck("rlhf_keeps_skills", post_training.rlhf_keeps_skills, DPO),
     *(BuildCheck(f"{model}_is_preferred", partial(post_training.is_preferred, model), DPO) for model in PREFERRED),
     BuildCheck("contamination_report", contamination.contamination_report),
+    Check("card_metadata", card_metadata.card_metadata, ALONE, EVERYTHING),
     Check("cards", cards.cards, MODELS, EVERYTHING, gate="card_numbers", remedy="build again"),
-    BuildCheck("card_numbers", cards.rendered_cards, "build again"),
+    Check("plots", plots.plots, PLOTTED, EVERYTHING, deep=True, gate="card_numbers", remedy="build again"),
     Check("croissant", cards.described_data, RELEASE, EVERYTHING),
     BuildCheck("croissant", cards.valid_croissant, "fix release/cards/croissant.py"),
     Check(
@@ -149,6 +157,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         "standards_valid", standards.valid, EVIDENCE, EVIDENCED, needs=STANDARDS, since_format=4, gate="standards",
         remedy="fix release/standards",
     ),
+    Check("shards", weights.shards, TENSORS, EVERYTHING, gate="shards", remedy="run the export again"),
     Check("weights", weights.tensors, TENSORS, WEIGHTS, deep=True),
     Check("base", base_model.published_base, RELEASE, BASE_FILES, needs=f"evidence/{BASE}", gate="base"),
     Check("variants", variants.losses, RELEASE, LOSSES, needs=f"{VARIANT}-*/{LOSS}", gate="variants", remedy=AGAIN),
@@ -165,7 +174,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
         remedy=EXPORT,
     ),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),
-    Check("page", page.page, RELEASE, EVERYTHING, needs=f"{SITE}/*"),
+    Check("page", page.page, EVIDENCE, EVERYTHING, needs=f"{SITE}/*"),
     Check("page_search", page.search, RELEASE, EVERYTHING, deep=True, needs=f"{SITE}/*"),
     BuildCheck("no_secrets", secret_values.no_secrets, "remove it at its source and run again"),
 )  # fmt: skip

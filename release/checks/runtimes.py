@@ -34,6 +34,7 @@ def runtimes(subject: Subject) -> Findings:
     readers = [name for name, runtime in RUNTIMES.items() if "safetensors" in runtime.writers]
     findings.problems += [f"{FILE} does not say what {name} makes of {MODEL}" for name in readers if name not in stated]
     counts = {status: sum(run["status"] == status for run in runs) for status in ("passed", "skipped")}
+    findings.compared = counts["passed"] > 0
     findings.summary = f"{counts['passed']} runs passed, {counts['skipped']} skipped"
     findings.detail = findings.summary
     return findings

@@ -25,7 +25,8 @@ from release.checks.findings import Findings
 
 def scores(subject: Subject) -> Findings:
     """Checks that each scores.json follows from its tables, of every measurement."""
-    return Findings(score_problems(subject.folder / "evaluation"))
+    evaluation = subject.folder / "evaluation"
+    return Findings(score_problems(evaluation), compared=any(evaluation.rglob("scores.json")))
 
 
 def score_problems(evaluation: Path) -> list[str]:

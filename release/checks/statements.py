@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.core import provenance
 from pipeline.core.provenance import BUILD_TYPE, PREDICATE, STATEMENT
-from pipeline.core.store import Artifact
+from pipeline.core.store import Artifact, canonical, sha256_bytes
+from release import schema
+from release.assembly.attest import ENVIRONMENT
 from release.assembly.published_tables import Manifest, read_json, read_manifests
 from release.checks.check import Subject
 from release.checks.findings import Findings
@@ -25,9 +28,10 @@ def statements(subject: Subject) -> Findings:
     artifact_digests = {manifest.key: manifest.digest for manifest in manifests.values()}
     published_summaries = _summaries(folder, manifests)
     stated_artifacts: set[tuple[str, str]] = set()
+    stated_metrics: dict[str, set[str]] = {}
     problems = []
-    for path in sorted((folder / "evidence/statements").rglob("*.json")):
-        body = read_json(path)
+    bodies = {path: read_json(path) for path in sorted((folder / "evidence/statements").rglob("*.json"))}
+    for path, body in bodies.items():
         name = path.relative_to(folder).as_posix()
         if path.stem != subject.digest(path):
             problems.append(f"{name} is not named by its digest")
@@ -46,6 +50,11 @@ def statements(subject: Subject) -> Findings:
         subjects = {(subject["name"], subject["digest"]["sha256"]) for subject in body["subject"]}
         artifacts = subjects & set(artifact_digests.items())
         stated_artifacts |= artifacts
+        if build["externalParameters"]["key"] not in artifact_digests:
+            problems.append(f"{name} is about nothing in the release")
+        if artifacts and (curves := provenance.metrics(body)) is not None:
+            for key, _ in artifacts:
+                stated_metrics.setdefault(key, set()).add(curves)
         for key, _ in artifacts:
             if (summary := provenance.summary(body)) and published_summaries.get(key, summary) != summary:
                 problems.append(f"{name}: what it says is in {provenance.SUMMARY} of {key} is not what is there")
@@ -58,7 +67,44 @@ def statements(subject: Subject) -> Findings:
         f"evidence/statements: none is about {key} as it is here"
         for key in sorted(set(artifact_digests) - {k for k, _ in stated_artifacts})
     ]
-    return Findings(problems)
+    findings = Findings(problems, compared=bool(stated_artifacts))
+    _compare_metrics(subject, manifests, stated_metrics, findings)
+    _compare_build(folder, bodies.values(), findings)
+    return findings
+
+
+def _compare_metrics(
+    subject: Subject, manifests: Mapping[str, Manifest], stated: Mapping[str, set[str]], findings: Findings
+) -> None:
+    """Compares the timed metrics with the statements about the artifacts. stated: {key: digests by its statements}."""
+    unstated = []
+    for name, manifest in manifests.items():
+        path = subject.folder / f"evidence/metrics/{name}.jsonl"
+        if manifest.key in stated:
+            if not path.is_file() or subject.digest(path) not in stated[manifest.key]:
+                problem = f"evidence/metrics/{name}.jsonl is not the file that the statement about {manifest.key} names"
+                findings.problems.append(problem)
+        elif path.is_file():
+            unstated.append(name)
+    if unstated:
+        findings.skipped["metrics"] = f"metrics: no statement names those of {', '.join(unstated)}"
+
+
+def _compare_build(folder: Path, bodies: Iterable[provenance.Statement], findings: Findings) -> None:
+    """Compares the commit and the environment of the build with those of the artifacts. A build may come later, from
+    another commit and elsewhere, so that no statement has them."""
+    release, environment = schema.read_release(folder), read_json(folder / ENVIRONMENT)
+    commits, environments = set(), []
+    for body in bodies:
+        commits |= {start["commit"] for start in provenance.starts(body)}
+        environments.append(provenance.environment_of(body))
+    if release.commit not in commits:
+        findings.skipped["commit"] = f"commit: no statement about training names {release.commit}, that of the build"
+    fingerprint = sha256_bytes(canonical({name: environment.get(name) for name in ("python", "packages", "device")}))
+    if environment.get("fingerprint") != fingerprint:
+        findings.problems.append(f"{ENVIRONMENT}: its fingerprint is not that of its packages and its device")
+    if environment not in environments:
+        findings.skipped["environment"] = "environment: no statement names that of the build"
 
 
 def _summaries(folder: Path, manifests: dict[str, Manifest]) -> dict[str, Any]:

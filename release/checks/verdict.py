@@ -12,6 +12,17 @@ SCHEMA = 1
 NAMED = 1000
 """The maximum number of faults that one check names."""
 Problems = list[str]
+_KEY = "only the maker's key can tell (--key)"
+OPEN = {
+    "release": "whether its maker made it, or somebody who wrote weights, logs, statements and code anew, " + _KEY,
+    "evidence": "whether its maker wrote the statements, the code and the page, " + _KEY,
+    "dataset": "whether these are the documents, orders and answers of its maker, " + _KEY,
+    "model": "whether these are the weights, figures and words of its maker, " + _KEY,
+    "variant": "whether these are the weights, figures and words of its maker, " + _KEY,
+    "checkpoint": "whether these are the weights of its maker, " + _KEY,
+    "repository": "whether these are the words of its maker, " + _KEY,
+}
+"""What nothing but a signature by a known key shows of a folder, by its kind."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,18 @@ def _printable_texts(texts: list[str]) -> list[str]:
 
 @dataclass
 class Verdict:
-    """All checks of one subject. kind: release, evidence, dataset, model, variant, checkpoint or repository. retracted:
-    what was taken back from it, or "": of an old copy since then, and of a rewritten one before. digest: the SHA-256 of
-    its SHA256SUMS, which stands for all of its bytes, or "" if that could not be read."""
+    """All checks of one subject.
+
+    Attributes:
+        subject: The folder or the name that was given.
+        kind: release, evidence, dataset, model, variant, checkpoint or repository.
+        deep: Whether the checks of `--deep` ran.
+        checks: The results, in order.
+        retracted: What was taken back from it, or "": of an old copy since then, and of a rewritten one before.
+        digest: The SHA-256 of its SHA256SUMS, which stands for all of its bytes, or "" if that could not be read.
+        signed: Whether it has signatures, which hold.
+        signer_is_known: Whether the caller named the signer, or certificates that vouch for it.
+    """
 
     subject: str
     kind: str
@@ -55,6 +75,8 @@ class Verdict:
     checks: list[CheckResult] = field(default_factory=list)
     retracted: str = ""
     digest: str = ""
+    signed: bool = False
+    signer_is_known: bool = False
 
     def __post_init__(self) -> None:
         self.subject = printable(self.subject)
@@ -64,10 +86,10 @@ class Verdict:
         return all(check.ok is not False for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """{schema, subject, kind, deep, ok, retracted, digest, checks: [{name, ok, detail, wrong, skipped}]}; fields
-        are only added."""
+        """{schema, subject, kind, deep, ok, retracted, digest, outcome, checks: [{name, ok, detail, wrong, skipped}]};
+        fields are only added."""
         body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
-        body |= {"retracted": self.retracted, "digest": self.digest}
+        body |= {"retracted": self.retracted, "digest": self.digest, "outcome": self.outcome()}
         return {**body, "checks": [asdict(check) for check in self.checks]}
 
     def in_one_sentence(self) -> str:
@@ -79,6 +101,17 @@ class Verdict:
         parts += [f"{len(bad)} bad ({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''})"] if bad else []
         parts += [f"SHA256SUMS is sha256:{self.digest}"] if self.digest else []
         return ", ".join(parts)
+
+    def outcome(self) -> str:
+        """The verdict in one sentence, with what it leaves open: what only the signer's key can show."""
+        if not self.ok:
+            return "NOT what it claims to be"
+        if self.retracted:
+            return f"retracted: {self.retracted}"
+        if self.signed and self.signer_is_known:
+            return "verified, and signed by whom you named"
+        state = "it is signed, but nothing here says whose key that is" if self.signed else "it is not signed"
+        return f"verified; {state}: {OPEN[self.kind]}"
 
     def require(self) -> None:
         """Raises CheckFailed with the first problem."""

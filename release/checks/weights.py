@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from release import untrusted
 from release.assembly.published_tables import read_json
 from release.checks.check import BuildContext, Subject
+from release.checks.file_list import ADAPTER
 from release.checks.findings import Findings
 from release.layout import models_of, when
 
@@ -36,7 +40,52 @@ def tensors(subject: Subject) -> Findings:
         if kind == "optimizer" and tensor_names != files.get((model_folder, "model"), {}).keys():
             name = model_folder.relative_to(folder).as_posix()
             problems.append(f"{name}: its optimizer has other tensors than the model beside it")
-    return Findings(problems)
+    return Findings(problems, compared=bool(files))
+
+
+def shards(subject: Subject) -> Findings:
+    """Checks that the tensors of each model and each optimizer are in one file, or in the shards of its index: no file
+    more or less, and in each the tensors that the index states."""
+    folder, findings = subject.folder, Findings(compared=False)
+    for place in sorted({path.parent for path in folder.rglob("*.safetensors*")}):
+        prefix = f"{place.relative_to(folder).as_posix()}/".removeprefix("./")
+        names = sorted(path.name for path in place.glob("*.safetensors*"))
+        for stem in sorted({name.partition(".")[0].partition("-")[0] for name in names}):
+            own = [name for name in names if re.match(f"{stem}[.-]", name)]
+            findings.problems += [f"{prefix}{text}" for text in _shard_problems(place, stem, own)]
+            findings.compared = True
+    findings.summary = "every tensor is in one file, or in the shards of an index"
+    findings.problems += [f"{name}.safetensors is missing" for name in _missing(subject)]
+    return findings
+
+
+def _missing(subject: Subject) -> Iterator[str]:
+    """The stems of weights that a folder must have and lacks: a checkpoint has an optimizer but at step 0."""
+    folder = subject.folder
+    stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in subject.models]
+    if subject.kind == "variant":
+        stems = [] if (folder / ADAPTER).is_file() or any(folder.glob("*.gguf")) else ["model"]
+    elif subject.kind == "checkpoint":
+        stems = ["model", "optimizer"] if read_json(folder / "state.json")["step"] else ["model"]
+    yield from (stem for stem in stems if not any(folder.glob(f"{stem}*.safetensors")))
+
+
+def _shard_problems(place: Path, stem: str, names: list[str]) -> Iterator[str]:
+    """Problems of the files of one stem, such as `model`, in a folder. names: of all of them."""
+    files = [name for name in names if name.endswith(".safetensors")]
+    headers = {name: untrusted.tensor_header(place / name, follow=True) for name in files}
+    if names == [f"{stem}.safetensors"]:
+        return
+    index = f"{stem}.safetensors.index.json"
+    expected = [f"{stem}-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    if names != [*expected, index] or len(files) < 2:
+        yield f"{names[0]}: {', '.join(names)} are not one file or the shards of one index"
+        return
+    tensors = {tensor: name for name, header in headers.items() for tensor in header}
+    spans = [entry["data_offsets"] for header in headers.values() for entry in header.values()]
+    size = sum(end - begin for begin, end in spans)
+    if read_json(place / index) != {"metadata": {"total_size": size}, "weight_map": tensors}:
+        yield f"{index} does not list the tensors of its files, and these alone"
 
 
 def export_parity(build: BuildContext) -> Findings:

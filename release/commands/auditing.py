@@ -274,7 +274,4 @@ def _verdict_text(verdict: Verdict, quiet: bool = False) -> str:
         lines.append(f"{mark} {check.name}: {check.detail}")
         lines += [f"          {text}" for text in check.wrong]
         lines += [f"{marks[None]} {check.name}: {text}" for text in check.skipped]
-    outcome = "verified" if verdict.ok else "NOT what it claims to be"
-    if verdict.ok and verdict.retracted:
-        outcome = f"retracted: {verdict.retracted}"
-    return "\n".join([*lines, verdict.in_one_sentence(), f"{verdict.kind} {verdict.subject}: {outcome}"])
+    return "\n".join([*lines, verdict.in_one_sentence(), f"{verdict.kind} {verdict.subject}: {verdict.outcome()}"])

@@ -6,12 +6,13 @@ import base64
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pipeline.core.text import escaped
 from release import schema
@@ -95,7 +96,7 @@ def render(facts: PageFacts) -> str:
     """The page. It is allowed to run its own script and to load scripts beside it, and nothing else."""
     import jinja2  # which `verify` needs for this alone
 
-    script, style = ((FOLDER / name).read_text(encoding="utf-8") for name in (SCRIPT, STYLE))
+    script, style = sources()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -111,8 +112,7 @@ def render(facts: PageFacts) -> str:
         facts=facts,
         release=facts.release,
         folder=facts.folder,
-        policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src {_hash(style)}; "
-        f"script-src {_hash(script)} 'self'",
+        policy=policy(script, style),
         script=Markup(script),
         style=Markup(style),
         data=Markup(embedded(_embedded_data(facts))),
@@ -145,6 +145,36 @@ def render(facts: PageFacts) -> str:
 def _breakable(name: str) -> Markup:
     """A name that a narrow window breaks after a slash or an underscore only."""
     return Markup("<wbr>").join(re.split("(?<=[/_])", escaped(name, 80)))
+
+
+def sources() -> tuple[str, str]:
+    """The script and the style sheet of a page."""
+    script, style = ((FOLDER / name).read_text(encoding="utf-8") for name in (SCRIPT, STYLE))
+    return script, style
+
+
+def policy(script: str, style: str) -> str:
+    """The content security policy of a page with this script and style sheet."""
+    return (
+        f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src {_hash(style)}; "
+        f"script-src {_hash(script)} 'self'"
+    )
+
+
+def has_own_script(text: str) -> bool:
+    """Returns True if a page begins with the policy of this atom, and has its script and style sheet and no others."""
+    script, style = sources()
+    template = (FOLDER / TEMPLATE).read_text(encoding="utf-8")
+    before = template.partition("{{ policy }}")[0]
+    head = f'{before}{escape(policy(script, style))}">'
+    own = [f"<script>{script}</script>", f"<style>{style}</style>", '<script type="application/json" id="data">']
+    lower, known = text.lower(), script.lower()
+    return (
+        text.startswith(head)
+        and all(text.count(part) == 1 for part in own)
+        and lower.count("<script") == known.count("<script") + 2
+        and lower.count("http-equiv") == known.count("http-equiv") + 1
+    )
 
 
 def _hash(text: str) -> str:
@@ -198,8 +228,10 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
         items = sum(sum(verdicts.values()) for verdicts in counts)
         tiles.append((f"{overlapping} of {items:,}", "test items found in the training data", link))
     gates = read_json(facts.folder / GATES)
-    passed = sum(gate["ok"] for gate in gates.values())
-    tiles.append((f"{passed} of {len(gates)}", "gates passed", file_link(GATES, "gates.json")))
+    outcomes = Counter(gate["ok"] for gate in gates.values())
+    skipped = f", {outcomes[None]} skipped" if outcomes[None] else ""
+    figure = f"{outcomes[True]} of {len(gates)}"
+    tiles.append((figure, f"gates passed{skipped}", file_link(GATES, "gates.json")))
     return tiles
 
 

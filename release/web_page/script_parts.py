@@ -31,6 +31,19 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def is_part(data: bytes, name: str) -> bool:
+    """Returns True if a file is one call that hands JSON to the page, and so can do nothing else."""
+    head, tail = f"atomPart({embedded(name)},".encode(), b");\n"
+    value = data[len(head) : -len(tail)]
+    if not (data.startswith(head) and data.endswith(tail) and value.isascii()) or set(value) & set(b"<>&\n\r"):
+        return False
+    try:
+        json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 class PartWriter:
     """Writes parts below a folder. names: of those written so far."""
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pipeline.core.store import sha256_file
 from release import scratch
-from release.layout import SITE
+from release.layout import PAGE, SITE
 from release.web_page import lineage, outputs, page, search_index
-from release.web_page.script_parts import PartWriter
+from release.web_page.script_parts import PartWriter, is_part
 
 RECORD = "replays/record"
 """The part with the rows of `release.audit.replay.certificates`."""
@@ -52,6 +52,24 @@ def problems(release: Path, make: Callable[[Path, Path], None], is_search: bool)
         return [
             text for path, text in differences(release / SITE, folder / SITE) if path.startswith("search/") == is_search
         ]
+
+
+def foreign_scripts(site: Path, folder: str = "") -> Iterator[str]:
+    """Sentences about files of a page that could run anything but the script of this atom.
+
+    The page may have this script alone, under a policy that allows no other one in it. A part beside it must be one
+    call with JSON.
+
+    Args:
+        site: The folder of the page.
+        folder: The folder in it whose parts are looked at, without the page; "" for all.
+    """
+    if not folder and not page.has_own_script((site / "index.html").read_text("utf-8", "replace")):
+        yield f"{PAGE} has other scripts, or another policy about them, than the page of this atom"
+    for path in sorted((site / folder).rglob("*.js")):
+        name = path.relative_to(site).as_posix()
+        if not is_part(path.read_bytes(), name.removesuffix(".js")):
+            yield f"{SITE}/{name} is no part of a page, but a script of another form"
 
 
 def differences(published: Path, expected: Path) -> Iterator[tuple[str, str]]:

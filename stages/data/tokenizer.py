@@ -73,7 +73,8 @@ class TokenizerSection(Config):
         return self
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", INFERENCE_FILE, TRAINING_FILE)
+CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, INFERENCE_FILE, TRAINING_FILE)
 REPORTED = 2_000  # documents of each source on which the bytes per token are measured
 
 
@@ -154,20 +155,22 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     _from_description(content).save(str(folder / "tokenizer.json"), pretty=False)
     (folder / INFERENCE_FILE).write_text(inference_template(), "utf-8")
     (folder / TRAINING_FILE).write_text(training_template(), "utf-8")
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": None,
-            "eos_token": END,
-            "pad_token": PAD,
-            "additional_special_tokens": [TURN_START, TURN_END],
-            "clean_up_tokenization_spaces": False,
-            "padding_side": "left",
-            "response_template": RESPONSE_TEMPLATE,
-            "split_special_tokens": False,
-        },
-    )
+    write_json(folder / CONFIG_FILE, tokenizer_config())
+
+
+def tokenizer_config() -> dict[str, Any]:
+    """The content of tokenizer_config.json, without the length of a model's context."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": END,
+        "pad_token": PAD,
+        "additional_special_tokens": [TURN_START, TURN_END],
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "response_template": RESPONSE_TEMPLATE,
+        "split_special_tokens": False,
+    }
 
 
 def load_for_corpus(path: Path) -> Tokenizer:

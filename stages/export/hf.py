@@ -27,7 +27,7 @@ from pipeline.core.bounds import Context, Flag, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from pipeline.core.store import Artifact
-from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE
+from stages.data.tokenizer import CONFIG_FILE, TOKENIZER_FILES
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
 from stages.mcore.lora import Lora
 from stages.mcore.parallel_layout import Layout
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 2
-TOKENIZER_CONFIG = "tokenizer_config.json"
-COPIED = ("tokenizer.json", INFERENCE_FILE, TRAINING_FILE, "special_tokens_map.json")
 STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -112,7 +110,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
     _write(folder / "config.json", hf_config(config.model, vocab_size, ids[STOPS[0]], ids[PAD], config.dtype))
-    _write(folder / "generation_config.json", generation_config(config.converses, ids))
+    (folder / "generation_config.json").write_bytes(generation_config(config.converses, ids))
 
     report.note("export written; comparing it with Megatron")
     tensors_compared = comparison.compare_files(folder, tensors, config.model, vocab_size)
@@ -185,20 +183,20 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
     return Merged(base, tensors, config.lora)
 
 
-def generation_config(converses: bool, ids: Mapping[str, int]) -> dict[str, Any]:
-    """ids: of the special tokens by name."""
+def generation_config(converses: bool, ids: Mapping[str, int]) -> bytes:
+    """The content of generation_config.json. ids: of the special tokens by name."""
     stops = {"eos_token_id": [ids[token] for token in STOPS], "pad_token_id": ids[PAD]}
-    return {**(SAMPLED if converses else GREEDY), **stops}
+    return _json({**(SAMPLED if converses else GREEDY), **stops}).encode()
 
 
 def write_tokenizer(tokenizer: Artifact, folder: Path, context_length: int) -> dict[str, int]:
     """Copies the tokenizer's files, and adds the length of the context, in tokens. transformers would save the
     extra special tokens as a list, which its version 4 refuses, so nothing is loaded and saved. Returns
     {"vocab_size": ..., special token: its id, ...}."""
-    for name in COPIED:
+    for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)
-    _write(folder / TOKENIZER_CONFIG, tokenizer.json(TOKENIZER_CONFIG) | {"model_max_length": context_length})
+    _write(folder / CONFIG_FILE, tokenizer.json(CONFIG_FILE) | {"model_max_length": context_length})
     content = tokenizer.json("tokenizer.json")
     special = {t["content"]: int(t["id"]) for t in content["added_tokens"]}
     missing = [token for token in (PAD, *STOPS) if token not in special]
@@ -245,7 +243,11 @@ def memory(config: ExportConfig) -> int:
 
 
 def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    path.write_text(_json(value))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
 STAGE = Stage(

@@ -80,7 +80,11 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
         p for p in paths if "sources/documents" in p or p.startswith("dataset/acquire")
     ]  # removed text stays removed
     gates = json.loads((built / "evidence/gates.json").read_text())
-    assert len(gates) == 15 and all(gate["ok"] for gate in gates.values())
+    assert len(gates) == 17 and not [name for name, gate in gates.items() if gate["ok"] is False]
+    assert [name for name, gate in gates.items() if gate["ok"] is None] == ["runtimes"], "no program ran"
+    stated = json.loads((built / "evidence/attestations/gates.json").read_text())["predicate"]
+    assert stated["failedTests"] == [] and set(stated["passedTests"]) == gates.keys() - {"runtimes"}
+    assert "16 of 17" in (page := (built / "site/index.html").read_text()) and "gates passed, 1 skipped" in page
 
 
 def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> None:
@@ -364,7 +368,8 @@ def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> Non
 
 
 def test_a_secret_is_refused(source, tmp_path: Path) -> None:
-    bad = dataclasses.replace(source, environment={"note": f"{tmp_path}/runs"}, machine_paths=[tmp_path])
+    environment = source.environment | {"note": f"{tmp_path}/runs"}
+    bad = dataclasses.replace(source, environment=environment, machine_paths=[tmp_path])
     require_refusal(bad, tmp_path, "no_secrets", "evidence/environment.json holds the machine's path")
 
 

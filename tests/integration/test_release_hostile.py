@@ -130,8 +130,12 @@ def test_a_release_of_an_older_version_lacks_what_there_was_not_yet(copy: Path) 
     checks = {check.name: check for check in verify(copy, deep=True).checks}
     absent = {name for name, check in checks.items() if check.ok is None}
     assert absent == {
-        "signatures", "merkle_roots", "croissant", "attestations", "cards", "standards", "page", "page_search",
+        "signatures", "merkle_roots", "croissant", "attestations", "cards", "standards", "page", "page_search", "plots",
+        "tool_files", "runtimes",
     }  # fmt: skip
+    assert checks["file_list"].skipped == [
+        "skipped: which files a release of format 1 must have, this atom does not know"
+    ]
     assert "this release was made before there was one" in checks["merkle_roots"].detail
     wrong = [name for name, check in checks.items() if check.ok is False]
     assert wrong == ["data_card"], "which is in the present form, and no card of that format was"
@@ -157,7 +161,7 @@ def test_goldens_are_compared_and_missed(copy: Path) -> None:
     body = json.loads(path.read_text())
     for value in (float("nan"), body["rows"][0]["logits"][0] + 0.01):
         body["rows"][0]["logits"][0] = value
-        path.write_text(json.dumps(body))
+        path.write_text(json.dumps(body, indent=1) + "\n")
         resum(copy)
         result = next(
             check for check in verify(copy / "model", deep=True).checks if check.name == "reload_in_transformers"
@@ -179,7 +183,8 @@ def test_recorded_conversations_are_rendered_again(copy: Path) -> None:
 
     def verdict(conversations: list[dict[str, Any]] | None) -> Any:
         recorded = {} if conversations is None else {"conversations": conversations}
-        path.write_text(json.dumps({name: body[name] for name in ("messages", "rows")} | recorded))
+        kept = {name: body[name] for name in ("messages", "rows")}
+        path.write_text(json.dumps(kept | recorded, indent=1) + "\n")
         resum(copy)
         (result,) = (check for check in verify(copy / "model").checks if check.name == "chat_templates")
         return result
@@ -223,7 +228,10 @@ def test_an_unknown_version_is_one_bad_line(name: str, copy: Path) -> None:
     if not isinstance(stated.get("format"), int):  # whose repositories nobody knows
         resum(copy)
     verdict = verify(copy)
-    assert [text for check in verdict.checks for text in check.wrong] == [expected]
+    wrong = [text for check in verdict.checks for text in check.wrong]
+    assert (
+        wrong == [expected] if isinstance(stated.get("format"), int) or "card_schema" in stated else expected in wrong
+    )
     assert not verdict.ok and json.loads(json.dumps(verdict.to_json()))["ok"] is False
     if stated.keys() == {"card_schema"}:  # on one repository alone, too
         assert [check.detail for check in verify(copy / "model").checks] == [expected]

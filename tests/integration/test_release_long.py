@@ -15,10 +15,9 @@ import pytest
 from pipeline.core.errors import AtomError
 from release import layout, repositories
 from release.assembly import build_release as builder
-from release.assembly import costs
 from release.assembly.assemble import require_nodes
 from release.assembly.checkpoint_facts import read_checkpoints
-from release.assembly.data_facts import DataFacts, Packing, SourceInOrder, canary_of, read_data_facts
+from release.assembly.data_facts import DataFacts, Packing, SourceInOrder, read_data_facts
 from release.assembly.model_facts import read_model_facts
 from release.assembly.published_tables import read_json
 from release.cards import card_tables, plot, render, tables
@@ -175,9 +174,7 @@ def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: 
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
     data = read_data_facts(copy / "dataset")
     models = {name: read_model_facts(copy / name) for name in repositories.model_folders(copy)}
-    canary = canary_of(read_release(copy).nodes["items"].digest)
-    run_costs = costs.usage_by_stage(copy)
-    build = BuildContext(copy, read_release(copy), LIMITS, data, models, costs=run_costs, canary=canary)
+    build = BuildContext(copy, read_release(copy), LIMITS, data, models)
     assert gate("card_numbers", build).ok
     png = (copy / "model/experts.png").read_bytes()
     (copy / "model/experts.png").write_bytes((copy / "model-base/experts.png").read_bytes())
@@ -216,7 +213,13 @@ def test_a_phase_without_a_measurement_is_reported_as_such(model: Path) -> None:
         "Where the routers sent the tokens was not measured."
     ]
     assert "| mid-training | never |" in "".join(lines["experts_by_phase"])
-    assert plot.source_of(plot.draw_experts(model)) == plot.source(model)
+    assert source_of(plot.draw_experts(model)) == plot.source(model)
+
+
+def source_of(png: bytes) -> str:
+    entries = plot.entries(png)
+    assert entries is not None
+    return entries[plot.SOURCE]
 
 
 def test_the_plot_is_the_same_bytes_and_names_its_logs(release: Path, monkeypatch) -> None:
@@ -227,14 +230,16 @@ def test_the_plot_is_the_same_bytes_and_names_its_logs(release: Path, monkeypatc
     plot._draw_experts.cache_clear()
     assert plot.draw_experts(release / "model") == before
     assert plot.draw_losses(release / "model") == (release / "model/training.png").read_bytes()
-    assert b"Software" not in before and b"Creation" not in before
-    source = plot.source_of(before)
+    entries = plot.entries(before)
+    assert entries is not None and entries.keys() == {plot.SOURCE, plot.SOFTWARE}, "and no time"
+    source = entries[plot.SOURCE]
     assert source == plot.source(release / "model") and source.count("\n") == 3 and "training/midtrain.jsonl" in source
-    assert plot.source_of(b"no picture") is None and plot.source_of(before + b"x") is None
+    assert entries[plot.SOFTWARE] == plot.version()
+    assert plot.entries(b"no picture") is None and plot.entries(before + b"x") is None
     for at in range(0, len(before), len(before) // 50):
-        assert plot.source_of(before[:at]) is None, f"cut at {at}"
+        assert plot.entries(before[:at]) is None, f"cut at {at}"
         flipped = before[:at] + bytes([before[at] ^ 255]) + before[at + 1 :]
-        assert plot.source_of(flipped) is None, f"another byte at {at}"
+        assert plot.entries(flipped) is None, f"another byte at {at}"
 
 
 def test_without_matplotlib_nothing_is_built(source: Any, tmp_path: Path, monkeypatch) -> None:

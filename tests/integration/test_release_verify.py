@@ -33,7 +33,7 @@ def test_a_sound_release(built: Path) -> None:
     assert verdict.ok and verdict.kind == "release", verdict.to_json()
     body = json.loads(json.dumps(verdict.to_json()))
     assert (
-        set(body) == {"schema", "subject", "kind", "deep", "ok", "retracted", "digest", "checks"}
+        set(body) == {"schema", "subject", "kind", "deep", "ok", "retracted", "digest", "outcome", "checks"}
         and body["schema"] == 1
     )
     assert {c["name"] for c in body["checks"]} >= {
@@ -121,16 +121,16 @@ def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
     state.write_text(state.read_text().replace('"seed": 0', '"seed": 1'))
     row = next(r for r in manifest["files"] if r["path"] == "step-000002/state.json")
     row["sha256"] = sha256_file(state)
-    path.write_text(json.dumps(manifest))
+    release_fixtures.write_json(path, manifest)
     resum(copy)
     assert "manifests" in {c.name for c in verify(copy).checks if c.ok is False}
     from pipeline.core.store import FileRow, digest_of
 
     manifest["digest"] = digest_of([FileRow(r["path"], r["size"], r["sha256"]) for r in manifest["files"]])
-    path.write_text(json.dumps(manifest))
+    release_fixtures.write_json(path, manifest)
     resum(copy)
     bad = {c.name: c.detail for c in verify(copy).checks if c.ok is False}
-    assert set(bad) == {"statements", "page"}, "the page names the digest"
+    assert set(bad) == {"origins", "statements", "page"}, "release.json and the page name the digest"
 
 
 def test_deep_finds_training_on_held_out_text_and_forged_answers(built: Path, tmp_path: Path) -> None:
@@ -250,6 +250,7 @@ def test_deep_without_torch_keeps_what_it_found(copy: Path, monkeypatch) -> None
     assert not verdict.ok and failed.keys() == {"gates", "attestations", "page"}, failed
     assert {name for name, check in checks.items() if check.ok is None} == {
         "signatures",
+        "runtimes",
         "weights",
         "reload_in_transformers",
     }
@@ -277,7 +278,7 @@ def test_links_of_a_client_cache_are_files_and_others_are_not(built: Path, tmp_p
         link.symlink_to(target)
         problems = [text for check in verify(snapshot).checks for text in check.wrong]
         expected = ["config.json is a link, not a regular file", "config.json is missing (listed in SHA256SUMS)"]
-        assert problems == expected, target
+        assert problems == [*expected, "config.json is missing, and a model repository has it"], target
     link.unlink()
     link.symlink_to(blobs / "gone")
     assert not verify(snapshot).ok

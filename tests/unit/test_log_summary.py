@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.events import FileReport
 from pipeline.core.log_summary import POINTS, RECENT, Curves, EventSummary, LogSummary
+from pipeline.core.store import sha256_file
 
 NUMBER = st.integers(0, 500)
 EVENT = st.one_of(
@@ -145,3 +146,14 @@ def test_a_failed_write_leaves_the_former_summary(tmp_path: Path, monkeypatch: p
         summary.save()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl", "events.summary.json"]
     assert (tmp_path / "events.summary.json").read_bytes() == before
+
+
+def test_metrics_end_with_the_digest_that_the_statement_names(tmp_path: Path) -> None:
+    """A thread that still writes a checkpoint would else make another file of them."""
+    report = FileReport(tmp_path)
+    report.metric(1, loss=2.0)
+    digest = report.end_metrics()
+    report.metric(2, loss=1.0)
+    report.close()
+    assert digest == sha256_file(tmp_path / "metrics.jsonl")
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]

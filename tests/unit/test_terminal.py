@@ -16,7 +16,7 @@ from pipeline.core.lease import Lease
 from pipeline.core.progress import StatusLine
 from release import demo
 from release.audit import show
-from release.checks.verdict import CheckResult, Verdict, answer
+from release.checks.verdict import OPEN, CheckResult, Verdict, answer
 from release.commands.auditing import _verdict_text
 from tests.fixtures import live_fixtures
 
@@ -56,11 +56,26 @@ def test_a_verdict_has_a_sentence_to_quote() -> None:
     checks = [answer("files", []), CheckResult("signatures", None, "not signed")]
     verdict = Verdict("here", "release", False, checks, digest="ab" * 32)
     assert verdict.in_one_sentence() == f"1 of 2 checks hold, 1 skipped, SHA256SUMS is sha256:{'ab' * 32}"
-    assert _verdict_text(verdict).splitlines()[-2:] == [verdict.in_one_sentence(), "release here: verified"]
-    assert _verdict_text(verdict, quiet=True).splitlines() == [verdict.in_one_sentence(), "release here: verified"]
+    ending = [verdict.in_one_sentence(), f"release here: {verdict.outcome()}"]
+    assert _verdict_text(verdict).splitlines()[-2:] == ending == _verdict_text(verdict, quiet=True).splitlines()
     verdict.checks.append(answer("cards", ["README.md lacks a line"]))
     assert "1 bad (cards)" in verdict.in_one_sentence() and verdict.to_json()["digest"] == "ab" * 32
     assert _verdict_text(verdict, quiet=True).splitlines()[0] == "BAD     cards: README.md lacks a line"
+
+
+@pytest.mark.parametrize("kind", OPEN)
+def test_a_verdict_ends_with_what_only_the_key_can_show(kind: str) -> None:
+    verdict = Verdict("here", kind, False, [answer("files", [])])
+    assert verdict.outcome().startswith("verified; it is not signed: whether ")
+    assert verdict.outcome().endswith("only the maker's key can tell (--key)")
+    verdict.signed = True
+    assert verdict.outcome().startswith("verified; it is signed, but nothing here says whose key that is: whether ")
+    verdict.signer_is_known = True
+    assert verdict.outcome() == "verified, and signed by whom you named"
+    verdict.retracted = "one document of it taken back on request"
+    assert verdict.outcome() == f"retracted: {verdict.retracted}"
+    verdict.checks.append(answer("cards", ["README.md lacks a line"]))
+    assert verdict.outcome() == "NOT what it claims to be"
 
 
 def facts(sources: int) -> dict[str, Any]:

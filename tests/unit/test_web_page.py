@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -10,10 +9,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from markupsafe import escape
 
-from release.cards import tables, versions
-from release.web_page import charts, curves, lineage, markdown_html, search_index
-from release.web_page.script_parts import PartWriter, embedded
+from release.cards import tables
+from release.web_page import charts, curves, lineage, markdown_html, page, search_index
+from release.web_page.script_parts import PartWriter, embedded, is_part
 from release.web_page.spill import Spill
 
 HOSTILE = "</script><script>document.title = 'x'</script><!--<img src=x onerror=y> \u2028\u202e\0\ud800 & 'q' \"w\""
@@ -175,18 +175,31 @@ def test_bars_are_well_formed_and_say_their_shares() -> None:
     assert charts.bars("none", {}, "tokens") == ""
 
 
-def test_another_page_has_another_version() -> None:
-    """Whoever changes the page of published releases raises its version."""
-    assert (versions.PARTS["page"], sources_of_page()) == versions.PAGE_SOURCES, (
-        "release/web_page is not what release/cards/versions.py pins: if releases with the present page are published "
-        f"and its bytes change, raise SCHEMA and PARTS['page']; then pin {sources_of_page()} with that number"
+@pytest.mark.parametrize(
+    "text",
+    [
+        'atomPart("search/about",{"a":1});alert(1);\n', 'atomPart("search/about",alert(1));\n', "alert(1);\n",
+        'atomPart("search/other",1);\n', 'atomPart("search/about",1);\n\n', 'atomPart("search/about","\u2028");\n',
+        'atomPart("search/about","</script>");\n', 'atomPart("search/about",1)\n;\n', "",
+    ],
+)  # fmt: skip
+def test_a_part_is_one_call_with_json(text: str) -> None:
+    assert is_part(b'atomPart("search/about",{"a":1});\n', "search/about")
+    assert not is_part(text.encode(), "search/about")
+
+
+def test_a_page_has_its_own_script_and_no_other() -> None:
+    script, style = page.sources()
+    template = (page.FOLDER / page.TEMPLATE).read_text("utf-8")
+    head = template.partition("{{ policy }}")[0] + str(escape(page.policy(script, style))) + '">'
+    body = (
+        f'<style>{style}</style><p></p><script type="application/json" id="data">[]</script><script>{script}</script>'
     )
-
-
-def sources_of_page() -> str:
-    """The SHA-256 of the names and the contents of the files that make the page."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(search_index.__file__).parent.iterdir()):
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    assert page.has_own_script(head + body)
+    for before, after in (
+        ("<p></p>", "<p></p><script src='search/x.js'></script>"), ("<p></p>", "<SCRIPT>alert(1)</SCRIPT>"),
+        ("<p></p>", '<meta http-equiv="refresh" content="0; url=https://evil.example">'), (script, f"{script};alert(1)"),
+        ("script-src", "script-src 'unsafe-inline'"), ("<head>", "<head><base href='x'>"), (style, "p {}"),
+    ):  # fmt: skip
+        text = (head + body).replace(before, after, 1)
+        assert text != head + body and not page.has_own_script(text), after

@@ -15,7 +15,7 @@ from stages.export.variants.registry import VARIANTS, VariantName
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors
 
-COPIED = (*TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json")
+COPIED = (*TOKENIZER_FILES, "generation_config.json")
 """Files of a model that its variants have unchanged, but for GGUF, whose file holds their content."""
 
 

@@ -1,0 +1,179 @@
+"""Checks the files that this tool writes without measuring anything: programs, options of servers, chat templates,
+texts of licenses. Each must be, byte for byte, what this tool writes, since people run them and rely on them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.code_snapshot import roots
+from pipeline.core.text import escaped
+from pipeline.hub.client import load
+from release import audit, schema
+from release.assembly import serving
+from release.assembly.assemble import CODE_LICENSE, code_license_text, license_of, license_text, to_json
+from release.assembly.model_facts import ModelFacts, read_model_facts
+from release.assembly.published_tables import read_json
+from release.cards import render
+from release.cards.results import FOLDER as RESULTS
+from release.checks.check import Subject
+from release.checks.findings import Findings
+from release.layout import FILTER_AGREEMENT, MODEL, NOTICE, RECIPE, RELEASE, SECOND_VERIFIER, STANDARDS
+from release.repositories import repositories, variant_folders
+from release.schema import CARD, ReleaseInfo
+from release.standards import notices
+from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE, inference_template, training_template
+from stages.data.curation.agreement import read_figures
+from stages.data.tokenizer import CONFIG_FILE, tokenizer_config
+from stages.export.hf import generation_config
+from stages.train.imported_weights import NAME as BASE
+
+OWN_VERIFIER = Path(audit.__path__[0], Path(SECOND_VERIFIER).name)
+WITH_CARD = {"dataset": [NOTICE], "evidence": [f"{STANDARDS}/"]}
+"""Further texts of a repository, by its kind, that follow from the whole release."""
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+"""Fields of a card's metadata."""
+TAG = re.compile(r"/tree/v([0-9.]+)/evaluation/")
+"""The version of a release in the sources of a model's results."""
+
+
+def tool_files(subject: Subject) -> Findings:
+    """Checks these files of a folder, as far as it shows what they follow from."""
+    findings = Findings(
+        compared=False, summary="programs, options, templates and licenses are as this atom writes them"
+    )
+    if subject.kind == "checkpoint":  # it has no card
+        reason = "LICENSE: nothing in the branch of a checkpoint states the license of its weights"
+        problems = list(_licenses(subject.folder, subject.kind, None, {}, findings))
+        return Findings(problems, {"LICENSE": reason} | findings.skipped)
+    if subject.kind != "release":
+        texts = ", ".join([CARD, *WITH_CARD.get(subject.kind, ())])
+        findings.skipped["words"] = f"words: those of {texts} are compared where all files of the release are there"
+    findings.compare_part("tool_files", schema.stated(subject.folder), lambda: list(_problems(subject, findings)))
+    return findings
+
+
+def _problems(subject: Subject, findings: Findings) -> Iterator[str]:
+    folder, kind = subject.folder, subject.kind
+    release = schema.read_release(folder) if kind in ("release", "evidence") else None
+    if release is not None and _differs(folder / SECOND_VERIFIER, OWN_VERIFIER.read_bytes()):
+        yield f"{SECOND_VERIFIER} is not the verifier of this atom"
+    if release is not None:
+        yield from _of_recipe(folder, release)
+    models = {}
+    for model in subject.models if kind in ("release", "model") else ():
+        prefix = f"{model.name}/" if release else ""
+        models[model.name] = facts = read_model_facts(model)
+        yield from (prefix + text for text in _of_model(model, facts, release, findings))
+    variants = [folder / name for name in variant_folders(folder)] if kind == "release" else [folder]
+    for variant in variants if kind in ("release", "variant") else ():
+        prefix = f"{variant.name}/" if release else ""
+        yield from (prefix + text for text in _of_loader(variant, None, findings))
+    if kind in ("release", "dataset"):
+        dataset, prefix = (folder / "dataset", "dataset/") if release else (folder, "")
+        yield from (prefix + text for text in _of_data(dataset, folder if release else None, findings))
+    yield from _licenses(folder, kind, release, models, findings)
+
+
+def _of_recipe(folder: Path, release: ReleaseInfo) -> Iterator[str]:
+    """Problems of release.json: its name, words and licenses are those of the recipe."""
+    for name, value in schema.stated_by_recipe(read_json(folder / RECIPE)).items():
+        if getattr(release, name) != value:
+            yield f"{RELEASE} states another {name} than {RECIPE}"
+
+
+def _of_model(model: Path, facts: ModelFacts, release: ReleaseInfo | None, findings: Findings) -> Iterator[str]:
+    """Problems of the files of one model's repository. release: the one that it is part of, if that is there."""
+    repo, version = _names(model, release)
+    expected = serving.serve_config(model, repo, version).encode() if facts.is_chat else None
+    if _differs(model / serving.NAME, expected):
+        yield (
+            f"{serving.NAME} is not what this atom writes for the model"
+            if expected
+            else (f"{serving.NAME} is there, and the model was not trained to converse")
+        )
+    yield from _of_loader(model, facts.is_chat, findings)
+
+
+def _names(model: Path, release: ReleaseInfo | None) -> tuple[str, str]:
+    """The repository of a model, and the version of its release; alone, as its card and its results state them."""
+    if release is not None:
+        return f"{release.repository}{model.name.removeprefix(MODEL)}", release.version
+    card = (model / CARD).read_text()
+    data: Any = load().ModelCard(card).data
+    results = "".join(path.read_text() for path in sorted((model / RESULTS).glob("*.yaml")))
+    version = TAG.search(results)
+    return f"{render.data_of(card).partition('/')[0]}/{data.model_name}", version[1] if version else ""
+
+
+def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterator[str]:
+    """Problems of the files that loaders read beside the weights. is_chat: whether it converses; None: of a variant,
+    which may be either."""
+    if not (folder / CONFIG_FILE).is_file():  # GGUF, whose file has their content
+        return
+    texts = {INFERENCE_FILE: inference_template(), TRAINING_FILE: training_template()}
+    differing = [name for name, text in texts.items() if _differs(folder / name, text.encode())]
+    context = read_json(folder / CONFIG_FILE).get("model_max_length")
+    if (folder / "config.json").is_file():
+        context = read_json(folder / "config.json")["max_position_embeddings"]
+    config = json.dumps(tokenizer_config() | {"model_max_length": context}, indent=1, sort_keys=True) + "\n"
+    differing += [CONFIG_FILE] if _differs(folder / CONFIG_FILE, config.encode()) else []
+    if differing and (folder / BASE).is_file():
+        repo = escaped(str(read_json(folder / BASE).get("repo")))
+        findings.skipped["templates"] = (
+            f"{', '.join(differing)}: taken over from {repo}, and not as this atom writes them"
+        )
+        differing = []
+    yield from (f"{name} is not what this atom writes" for name in differing)
+    ids = {token["content"]: int(token["id"]) for token in read_json(folder / "tokenizer.json")["added_tokens"]}
+    kinds = (True, False) if is_chat is None else (is_chat,)
+    if all(_differs(folder / "generation_config.json", generation_config(kind, ids)) for kind in kinds):
+        yield "generation_config.json is not what this atom writes"
+
+
+def _of_data(dataset: Path, release: Path | None, findings: Findings) -> Iterator[str]:
+    if _differs(dataset / FILTER_AGREEMENT, to_json(read_figures())):
+        yield f"{FILTER_AGREEMENT} does not have the figures of this atom"
+    if not (dataset / notices.PYTHON).is_file() or not _differs(dataset / notices.PYTHON, notices.python_license()):
+        return
+    python = read_json(release / "evidence/environment.json").get("python") if release else None
+    if python == platform.python_version():
+        yield f"{notices.PYTHON} is not the license of Python {python}"
+    else:
+        findings.skipped[notices.PYTHON] = (
+            f"{notices.PYTHON}: it is not the license of Python {platform.python_version()}, which runs here"
+        )
+
+
+def _licenses(
+    folder: Path, kind: str, release: ReleaseInfo | None, models: Mapping[str, ModelFacts], findings: Findings
+) -> Iterator[str]:
+    """Problems of the license of each repository: its text must be that of the license that is stated."""
+    if release is not None:
+        for place in [place.folder for place in repositories(folder)] if kind == "release" else [""]:
+            spdx = license_of(place, release.license, models)
+            path = f"{place}/LICENSE".lstrip("/")
+            if _differs(folder / path, license_text(spdx, release.license.code, [folder / "code"])):
+                yield f"{path} is not the text of {spdx}"
+        return
+    text = (folder / "LICENSE").read_bytes()
+    stated = re.match(rb"SPDX-License-Identifier: (\S+)\n", text)
+    spdx = stated[1].decode() if stated else CODE_LICENSE
+    if stated and text != license_text(spdx, "", []):
+        yield "LICENSE is not the text that this atom writes"
+    elif not stated and text != code_license_text(roots()):
+        findings.skipped["LICENSE"] = "LICENSE: its text is not one that this atom writes; read it"
+    elif (folder / CARD).is_file():
+        card: Any = load().RepoCard((folder / CARD).read_text()).data.to_dict()
+        expected = render.license_fields(spdx)
+        if expected != {name: card[name] for name in LICENSE_FIELDS if name in card}:
+            yield f"{CARD} states another license than LICENSE, which is the text of {spdx}"
+
+
+def _differs(path: Path, expected: bytes | None) -> bool:
+    """Returns True if a file is not the expected one; None: it must not be there."""
+    return (path.read_bytes() if path.is_file() else None) != expected
