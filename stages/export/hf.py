@@ -41,7 +41,7 @@ from stages.train.checkpoint import SHARD_BYTES
 if TYPE_CHECKING:
     import torch
 
-VERSION = 2
+VERSION = 3
 TOKENIZER_CONFIG = "tokenizer_config.json"
 COPIED = ("tokenizer.json", INFERENCE_FILE, TRAINING_FILE, "special_tokens_map.json")
 STOPS = ("<|endoftext|>", "<|im_end|>")
@@ -103,7 +103,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
     folder = out / "model"
     folder.mkdir(exist_ok=True)
-    ids = write_tokenizer(inputs["tokenizer"], folder, config.model.context_length)
+    ids = write_tokenizer(inputs["tokenizer"], folder, config.model.context_length, config.converses)
     vocab_size = ids["vocab_size"]
     if vocab_size > config.padded_vocab_size:
         raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
@@ -191,14 +191,25 @@ def generation_config(converses: bool, ids: Mapping[str, int]) -> dict[str, Any]
     return {**(SAMPLED if converses else GREEDY), **stops}
 
 
-def write_tokenizer(tokenizer: Artifact, folder: Path, context_length: int) -> dict[str, int]:
-    """Copies the tokenizer's files, and adds the length of the context, in tokens. transformers would save the
-    extra special tokens as a list, which its version 4 refuses, so nothing is loaded and saved. Returns
-    {"vocab_size": ..., special token: its id, ...}."""
+def write_tokenizer(
+    tokenizer: Artifact, folder: Path, context_length: int, converses: bool = False
+) -> dict[str, int]:
+    """Copies the tokenizer's files, and adds the length of the context, in tokens.
+
+    transformers would save the extra special tokens as a list, which its version 4 refuses, so nothing is loaded and
+    saved. A model that does not converse gets no `response_template`: with one, transformers' pipeline leaves special
+    tokens and padding in plain text.
+
+    Returns:
+        {"vocab_size": ..., special token: its id, ...}.
+    """
     for name in COPIED:
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)
-    _write(folder / TOKENIZER_CONFIG, tokenizer.json(TOKENIZER_CONFIG) | {"model_max_length": context_length})
+    settings = tokenizer.json(TOKENIZER_CONFIG) | {"model_max_length": context_length}
+    if not converses:
+        settings.pop("response_template", None)
+    _write(folder / TOKENIZER_CONFIG, settings)
     content = tokenizer.json("tokenizer.json")
     special = {t["content"]: int(t["id"]) for t in content["added_tokens"]}
     missing = [token for token in (PAD, *STOPS) if token not in special]

@@ -29,6 +29,18 @@ for name in sys.argv[2:]:
     print("LOADED", type(model).__name__, "megatron" in sys.modules)
 """
 
+BATCH = """
+import json, sys
+from transformers import pipeline
+for folder in sys.argv[1:]:
+    generate = pipeline("text-generation", folder, max_new_tokens=48, do_sample=False)
+    chats = [[{"role": "user", "content": text}] for text in ("347+586", "sort 72954", "Thank the farmer for the bread.")]
+    answers = [[row[0]["generated_text"][-1] for row in generate(chats, batch_size=size)] for size in (1, 3)]
+    texts = [[row[0]["generated_text"] for row in generate(["347+586", "sort 7295:"], batch_size=size)] for size in (1, 2)]
+    print(json.dumps({"answers": answers, "texts": texts}))
+"""
+"""Stock pipelines on models: each answer alone and in a batch, to chats and to plain texts."""
+
 
 @pytest.fixture(scope="module")
 def demo_home(smoke_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -75,6 +87,21 @@ def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: 
             HF_ENDPOINT=endpoint, HF_TOKEN="hf_wrong",
         )  # fmt: skip
         assert refused.stderr.count("\n") == 1 and "token" in refused.stderr
+
+
+def test_stock_pipelines_answer_in_batches_without_padding(demo_home: Path) -> None:
+    release = demo_home / "releases" / "atom-smoke-0.1.0"
+    models = sorted(release.glob("model*/"))
+    process = subprocess.run([sys.executable, "-c", BATCH, *models], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    for model, line in zip(models, process.stdout.splitlines(), strict=True):
+        rows = json.loads(line)
+        assert "<|" not in json.dumps(rows["answers"]), model.name
+        assert rows["answers"][0] == rows["answers"][1], model.name
+        converses = "response_template" in json.loads((model / "tokenizer_config.json").read_text())
+        if not converses:  # with a response template, transformers keeps special tokens in plain text
+            assert "<|" not in json.dumps(rows["texts"]), model.name
+    assert len(models) > 2
 
 
 @at_length("release", 30)
