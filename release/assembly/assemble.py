@@ -46,7 +46,7 @@ from stages.train.imported_weights import NAME as BASE
 DISTRIBUTION = "atom-release"
 IMPORT = "import"
 """The node of the published model that training begins with; after it, the recipe may leave out phases."""
-CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
+CODE_FILES = ("pyproject.toml", "LICENSE")
 
 
 class Assembly:

@@ -197,6 +197,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     assembly.include(Path(independent_verifier.__file__), SECOND_VERIFIER, "a second verifier, from docs/formats.md")
     release = describe(source)
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
+    assembly.write("code/README.md", render.code_readme(release).encode(), "README of the code")
 
     if source.references:
         stated: dict[str, Any] = {

@@ -191,9 +191,7 @@ def generation_config(converses: bool, ids: Mapping[str, int]) -> dict[str, Any]
     return {**(SAMPLED if converses else GREEDY), **stops}
 
 
-def write_tokenizer(
-    tokenizer: Artifact, folder: Path, context_length: int, converses: bool = False
-) -> dict[str, int]:
+def write_tokenizer(tokenizer: Artifact, folder: Path, context_length: int, converses: bool = False) -> dict[str, int]:
     """Copies the tokenizer's files, and adds the length of the context, in tokens.
 
     transformers would save the extra special tokens as a list, which its version 4 refuses, so nothing is loaded and
