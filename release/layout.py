@@ -25,6 +25,7 @@ FORMAT = 4
 """The format of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and
 costs. 3: phases, models, metrics and settings have the field's names. 4: the tables of documents and orders may be in
 parts."""
+CODE_README = "code/README.md"
 SECOND_VERIFIER = "evidence/independent_verifier.py"
 STANDARDS = "evidence/standards"
 """The folder of the documents in the forms of standards, of releases of format 4 and later."""

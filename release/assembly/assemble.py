@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 DISTRIBUTION, CODE_LICENSE = "atom-release", "Apache-2.0"
 IMPORT = "import"
 """The node of the published model that training begins with; after it, the recipe may leave out phases."""
-CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
+CODE_FILES = ("pyproject.toml", "LICENSE")
 
 
 class Assembly:

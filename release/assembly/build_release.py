@@ -158,6 +158,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.checks.check import BuildContext
     from release.layout import (
         CANARY,
+        CODE_README,
         FILTER_AGREEMENT,
         MODEL,
         ORIGINS,
@@ -187,6 +188,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     assembly.include(Path(independent_verifier.__file__), SECOND_VERIFIER, "a second verifier, from docs/formats.md")
     release = describe(source)
     assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
+    assembly.write(CODE_README, render.code_readme(release).encode(), "README of the code")
 
     if source.references:
         stated: dict[str, Any] = {

@@ -1,8 +1,9 @@
 """How open a release is: twenty questions, each answered from the published files with evidence and a reason.
 
 Y: yes. P: partly. N: no. The questions join those of the Model Openness Framework (arXiv 2403.13784), OSAID 1.0 and the
-transparency duties of the EU's AI Act with what auditors of open models ask. A row says what the files show; whether
-their content is right is what `atom verify` checks.
+transparency duties of the EU's AI Act with what auditors of open models ask. A row is a yes only if its claim was
+shown, by the files or by somebody else. A claim of the maker's own is a part. `atom verify` checks that the files
+are right.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pipeline.core.errors import AtomError
 from release import data_layout, references, schema
 from release.assembly import size_facts
 from release.assembly.published_tables import read_json
+from release.assembly.score_facts import CONTAMINATION
+from release.audit.replay.certificates import read_certificates
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
 from release.layout import (
@@ -39,25 +42,40 @@ from release.layout import (
     phases_of,
 )
 from release.repositories import repositories
+from release.signing import recorded_identity
 from release.standards import bundle
+from release.standards.frameworks import NO_CLASS
+from release.standards.standard_facts import NOT_STATED
+from stages.evaluation.contamination import VERDICTS
 from stages.train.imported_weights import NAME as BASE
 
 SMALL_BYTES = 4_000_000_000
 """Of weights: a billion parameters in fp32, which a laptop holds."""
 LEAST_SIZES = 2
 """Smaller models of a family of sizes."""
+BY_SOURCE = ("", "none")
+"""Bases of a license that were not found in the document's own row, file or page."""
 Answer = tuple[Literal["Y", "P", "N"], str, Sequence[str]]
 """The answer, its reason, and the paths of its evidence."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question and its answer. evidence: paths in the release."""
+    """A question and its answer.
+
+    Attributes:
+        name: The question in a few words.
+        answer: Y, P or N.
+        reason: Why, in a few words.
+        evidence: Paths in the release.
+        for_a_yes: What the maker must add for a Y; "" if the answer is Y.
+    """
 
     name: str
     answer: Literal["Y", "P", "N"]
     reason: str
     evidence: tuple[str, ...]
+    for_a_yes: str
 
 
 class Published:
@@ -109,18 +127,19 @@ def _of_gate(release: Published, gate: str, evidence: Sequence[str]) -> Answer:
     return ("N", f"the gate {gate} was not passed", [GATES]) if detail is None else ("Y", detail, [*evidence, GATES])
 
 
-ROWS: dict[str, Callable[[Published], Answer]] = {}
+ROWS: dict[str, tuple[Callable[[Published], Answer], str]] = {}
+"""By question: the function that answers it, and what a maker must add for a yes."""
 
 
-def _row(name: str) -> Callable[[Callable[[Published], Answer]], Callable[[Published], Answer]]:
+def _row(name: str, for_a_yes: str) -> Callable[[Callable[[Published], Answer]], Callable[[Published], Answer]]:
     def register(function: Callable[[Published], Answer]) -> Callable[[Published], Answer]:
-        ROWS[name] = function
+        ROWS[name] = function, for_a_yes
         return function
 
     return register
 
 
-@_row("every document")
+@_row("every document", "publish the texts of all kept documents, those that the base model was trained on included")
 def _documents(release: Published) -> Answer:
     import pyarrow.parquet as pq
 
@@ -141,38 +160,53 @@ def _documents(release: Published) -> Answer:
     return "P" if texts else "N", f"the texts of {texts:,} of {kept:,} documents", evidence
 
 
-@_row("a license for each document")
+@_row("a license for each document", "read the license of each document from its own row, file or page")
 def _licenses(release: Published) -> Answer:
-    return _of_gate(release, "licenses_known", ["dataset/dispositions", "dataset/sources"])
+    answer, detail, evidence = _of_gate(release, "licenses_known", ["dataset/dispositions", "dataset/sources"])
+    if answer == "N":
+        return answer, detail, evidence
+    by_source = []
+    for path in sorted((release.folder / "dataset/sources").glob("*.json")):
+        source = read_json(path)
+        bases = {row["found"] for row in source.get("licenses", [])} or {""}
+        if source.get("files") != 0 and not bases.isdisjoint(BY_SOURCE):
+            by_source.append(source["name"])
+    if by_source:
+        return (
+            "P",
+            f"{detail}; declared for the whole source, not document by document: {', '.join(by_source)}",
+            evidence,
+        )
+    return "Y", detail, evidence
 
 
-@_row("removed documents with reasons")
+@_row("removed documents with reasons", "pass the gate counts_balance")
 def _removals(release: Published) -> Answer:
     return _of_gate(release, "counts_balance", ["dataset/dispositions", "dataset/summary.json"])
 
 
-@_row("order of the data")
+@_row("order of the data", "publish the order of every phase")
 def _order(release: Published) -> Answer:
     phases = [phase for phase in release.phases if numbered(phase)[0] not in WITHOUT_ORDER]
     missing = release.without({phase: f"dataset/order/{phase}/*.parquet" for phase in phases})
     return _complete(missing, len(phases), f"every step of {', '.join(phases)}", "no order of", ["dataset/order"])
 
 
-@_row("checkpoints with optimizer states")
+@_row("checkpoints with optimizer states", "publish a checkpoint of every phase with its optimizer")
 def _checkpoints(release: Published) -> Answer:
     missing = release.without({phase: f"checkpoints/{phase}-step-*/optimizer*" for phase in release.phases})
     whole, evidence = f"of {', '.join(release.phases)}", ["checkpoints/index.json"]
     return _complete(missing, len(release.phases), whole, "no state of the optimizer of", evidence)
 
 
-@_row("logs of training")
+@_row("logs of training", "publish the log of every phase")
 def _logs(release: Published) -> Answer:
     missing = release.without({phase: f"evidence/training/{phase}/training.jsonl" for phase in release.phases})
     whole, evidence = "every step of every phase, without times", ["evidence/training"]
     return _complete(missing, len(release.phases), whole, "no log of", evidence)
 
 
-@_row("rollouts and preferences")
+@_row("rollouts and preferences", "publish the rollouts and pairs of every phase")
 def _rollouts(release: Published) -> Answer:
     kinds = {phase: numbered(phase)[0] for phase in release.phases}
     wanted = {phase: f"dataset/rl/{phase}/rollouts.parquet" for phase, k in kinds.items() if k in WITHOUT_ORDER}
@@ -185,7 +219,7 @@ def _rollouts(release: Published) -> Answer:
     return _complete(release.without(wanted), len(wanted), whole, "no table of", ["dataset/rl"])
 
 
-@_row("outputs of each evaluation item")
+@_row("outputs of each evaluation item", "publish the table of items beside each file of scores")
 def _outputs(release: Published) -> Answer:
     evaluation = release.folder / "dataset/evaluation"
     measured = [path.parent.relative_to(release.folder).as_posix() for path in sorted(evaluation.rglob("scores.json"))]
@@ -194,11 +228,17 @@ def _outputs(release: Published) -> Answer:
     return _complete(missing, len(measured), whole, "scores alone in", evidence)
 
 
-@_row("contamination, item by item")
+@_row("contamination, item by item", "draw test items that share no run of words with the training data")
 def _contamination(release: Published) -> Answer:
-    if (detail := release.passed("contamination_report")) is not None:
-        return "Y", detail, ["dataset/evaluation/contamination", GATES]
-    return "P", "documents with items were removed by a rule; no detector was tested", ["dataset/dispositions"]
+    if release.passed("contamination_report") is None:
+        return "P", "documents with items were removed by a rule; no detector was tested", ["dataset/dispositions"]
+    report = read_json(release.folder / "dataset" / CONTAMINATION)
+    splits = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
+    counts = {name: sum(verdicts[name] for verdicts in splits) for name in VERDICTS}
+    recall = report["detector"]["recall"]
+    detail = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    reason = f"of the test items {detail}; the detector found {recall['found']} of {recall['planted']} planted copies"
+    return ("Y" if set(+Counter(counts)) <= {"clean"} else "P"), reason, [f"dataset/{CONTAMINATION}", GATES]
 
 
 def _lack_of_replay(source: Source, phase: str) -> str:
@@ -210,7 +250,7 @@ def _lack_of_replay(source: Source, phase: str) -> str:
     return ""
 
 
-@_row("executable replay of every phase")
+@_row("executable replay of every phase", "publish what the replay of each phase reads")
 def _replay(release: Published) -> Answer:
     source = Source(release.folder)
     reasons = [f"{phase} ({lack})" for phase in release.phases if (lack := _lack_of_replay(source, phase))]
@@ -219,73 +259,86 @@ def _replay(release: Published) -> Answer:
     return _complete(reasons, len(release.phases), command, "not of", evidence)
 
 
-@_row("bitwise replay")
+@_row("bitwise replay", "add certificates of others who replayed every phase bit for bit to NAME-VERSION.replays")
 def _bitwise(release: Published) -> Answer:
+    shown = {
+        certificate.notes["phase"]: certificate.path.name
+        for certificate in read_certificates(release.folder)
+        if certificate.result == "PASSED" and certificate.notes["tensors_that_differ"] == 0
+    }
+    missing = [phase for phase in release.phases if phase not in shown]
+    evidence = ["evidence/statements"]
+    if not missing:
+        return "Y", f"replayed bit for bit: {', '.join(shown)}, by {', '.join(sorted(set(shown.values())))}", evidence
     devices = set()
     for body in release.statements:
         if numbered(provenance.parameters_of(body)["node"].split("@")[0])[0] in (*TRAINING, SIZE):
             devices.add(str(provenance.environment_of(body).get("device", {}).get("type", "unknown")))
-    evidence = ["evidence/statements"]
-    if devices == {"cpu"}:
-        return "Y", "trained on processors, with equal bits in an equal environment", evidence
-    return "P", f"trained on {', '.join(sorted(devices))}; bits may differ, a tolerance is stated", evidence
+    trained = f"trained on {', '.join(sorted(devices))}"
+    promise = "equal bits in an equal environment are promised" if devices == {"cpu"} else "a tolerance is stated"
+    return "P", f"{trained}; {promise}; no certificate shows it of {', '.join(missing)}", evidence
 
 
-@_row("signatures")
+@_row("signatures", "sign with an identity that a third party vouches for: `atom sign --keyless`")
 def _signatures(release: Published) -> Answer:
     places = [f"{place.folder}/{SIGNATURE}".lstrip("/") for place in repositories(release.folder)]
     missing = release.without({path: path for path in places})
-    whole, present = f"{len(places)} repositories and branches", [path for path in places if path not in missing]
-    return _complete(missing, len(places), whole, "`atom sign` has not written", present)
+    present = [path for path in places if path not in missing]
+    whole = f"{len(places)} repositories and branches"
+    answer, reason, evidence = _complete(missing, len(places), whole, "`atom sign` has not written", present)
+    if answer == "Y" and None in {recorded_identity(release.folder / path) for path in present}:
+        return "P", f"{whole}, by a key; nothing outside the release vouches for it", evidence
+    return answer, reason, evidence
 
 
-def _of_standards(release: Published, paths: Sequence[str], reason: Callable[[], str]) -> Answer:
+def _of_standards(release: Published, paths: Sequence[str]) -> Answer:
     """Y if the documents are there and the gate found them valid and right."""
     if missing := release.without({path: path for path in paths}):
         return "N", f"there is no {missing[0]}", []
-    answer, detail, evidence = _of_gate(release, "standards", paths)
-    return answer, reason() if answer == "Y" else detail, evidence
+    return _of_gate(release, "standards", paths)
 
 
-@_row("bill of materials")
+@_row("bill of materials", "pass the gate standards")
 def _bill(release: Published) -> Answer:
-    def reason() -> str:
-        packages = read_json(release.folder / bundle.RECORDED)
-        licensed, locked = (sum(bool(package[name]) for package in packages) for name in ("license", "hashes"))
-        counts = f"{len(packages)} packages, {licensed} with an SPDX license, {locked} with hashes"
-        return f"CycloneDX 1.7 and SPDX 3.0.1, valid: models, sources and {counts}"
+    answer, detail, evidence = _of_standards(release, [bundle.CYCLONEDX, bundle.SPDX])
+    if answer == "N":
+        return answer, detail, evidence
+    packages = read_json(release.folder / bundle.RECORDED)
+    licensed, locked = (sum(bool(package[name]) for package in packages) for name in ("license", "hashes"))
+    counts = f"{len(packages)} packages, {licensed} with an SPDX license, {locked} with hashes"
+    return answer, f"CycloneDX 1.7 and SPDX 3.0.1, valid: models, sources and {counts}", evidence
 
-    return _of_standards(release, [bundle.CYCLONEDX, bundle.SPDX], reason)
 
-
-@_row("Croissant")
+@_row("Croissant", "pass the gate croissant")
 def _croissant(release: Published) -> Answer:
     return _of_gate(release, "croissant", ["dataset/croissant.json"])
 
 
-@_row("EU summary of training content")
+@_row("EU summary of training content", "answer the fields that are not stated, in the recipe's section release.maker")
 def _eu_summary(release: Published) -> Answer:
-    def reason() -> str:
-        body = read_json(release.folder / bundle.EU_SUMMARY)
-        counts = Counter(field["basis"] for section in body["sections"] for field in section["fields"])
-        stated = f"{counts['computed']} answers computed, {counts['maker']} by the maker"
-        return f"by the template {body['template']}: {stated}, {counts['not stated']} not stated"
+    answer, detail, evidence = _of_standards(release, [bundle.EU_SUMMARY])
+    if answer == "N":
+        return answer, detail, evidence
+    body = read_json(release.folder / bundle.EU_SUMMARY)
+    counts = Counter(field["basis"] for section in body["sections"] for field in section["fields"])
+    stated = f"{counts['computed']} answers computed, {counts['maker']} by the maker"
+    reason = f"by the template {body['template']}: {stated}, {counts[NOT_STATED]} not stated"
+    return ("P" if counts[NOT_STATED] else "Y"), reason, evidence
 
-    return _of_standards(release, [bundle.EU_SUMMARY], reason)
 
-
-@_row("Model Openness Framework")
+@_row("Model Openness Framework", "add what is missing for a class; a technical report is named in release.maker")
 def _framework(release: Published) -> Answer:
-    def reason() -> str:
-        body = yaml.safe_load((release.folder / bundle.MOF).read_text())
-        missing = [text for texts in body["missing"].values() for text in texts]
-        lack = f"; missing: {'; '.join(missing)}" if missing else ""
-        return f"seventeen components with reasons, class: {body['class']}{lack}"
+    answer, detail, evidence = _of_standards(release, [bundle.MOF, bundle.OSAID])
+    if answer == "N":
+        return answer, detail, evidence
+    body = yaml.safe_load((release.folder / bundle.MOF).read_text())
+    missing = [text for texts in body["missing"].values() for text in texts]
+    lack = f"; missing: {'; '.join(missing)}" if missing else ""
+    reason = f"seventeen components with reasons, class: {body['class']}{lack}"
+    return ("P" if body["class"] == NO_CLASS else "Y"), reason, evidence
 
-    return _of_standards(release, [bundle.MOF, bundle.OSAID], reason)
 
-
-@_row("data browser")
+@_row("data browser", "build the page with its search")
 def _browser(release: Published) -> Answer:
     search = f"{SITE}/search/about.js"
     if missing := release.without({"page that shows the data": PAGE, "search in the kept documents": search}):
@@ -294,7 +347,7 @@ def _browser(release: Published) -> Answer:
     return "Y", "a page that shows the data and searches the kept documents", [PAGE, search]
 
 
-@_row("tracing")
+@_row("tracing", "publish these tables")
 def _tracing(release: Published) -> Answer:
     tables = {name: f"dataset/{name}/**/*.parquet" for name in ("kept", "tokens/documents", "order")}
     missing = release.without({**tables, "index of checkpoints": "checkpoints/index.json"})
@@ -302,7 +355,7 @@ def _tracing(release: Published) -> Answer:
     return _complete(missing, len(tables) + 1, whole, "it lacks", ["dataset/order"])
 
 
-@_row("energy and cost")
+@_row("energy and cost", "measure the energy with a meter; what this tool writes is an estimate")
 def _energy(release: Published) -> Answer:
     if missing := release.without({bundle.ENERGY: bundle.ENERGY}):
         return "N", f"there is no {missing[0]}", []
@@ -315,11 +368,10 @@ def _energy(release: Published) -> Answer:
     if (carbon := body["factors"]["carbon"]) is None:
         return "P", f"{estimate}; no carbon, since the maker states no factor", path
     factor = f"{carbon['grams_per_kwh']:g} g/kWh ({carbon['source']})"
-    answer: Literal["Y", "P"] = "Y" if counted == len(usages) else "P"
-    return answer, f"{estimate}; {body['total']['co2_kg']:.3g} kg CO2e by {factor}", path
+    return "P", f"{estimate}; {body['total']['co2_kg']:.3g} kg CO2e by {factor}", path
 
 
-@_row("small sizes of the same recipe")
+@_row("small sizes of the same recipe", "list two smaller models in the recipe's section `sizes`")
 def _sizes(release: Published) -> Answer:
     sizes, source = size_facts.read_sizes(release.folder)[1:], Source(release.folder)
     places = [f"{size_facts.TRAINING}/{size.name}" for size in sizes]
@@ -343,9 +395,9 @@ def rows(folder: Path) -> Iterator[Row]:
     if (stated := schema.stated(folder).format) != FORMAT:
         raise AtomError(f"{folder} has format {stated}; openness is computed of releases of format {FORMAT}")
     published = Published(folder)
-    for name, answer in ROWS.items():
-        value, reason, evidence = answer(published)
-        yield Row(name, value, reason, tuple(evidence))
+    for name, (function, for_a_yes) in ROWS.items():
+        answer, reason, evidence = function(published)
+        yield Row(name, answer, reason, tuple(evidence), "" if answer == "Y" else for_a_yes)
 
 
 def to_json(table: Sequence[Row]) -> list[dict[str, Any]]:
@@ -353,6 +405,10 @@ def to_json(table: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def text(table: Sequence[Row]) -> str:
-    lines = [f"{row.answer}  {row.name}: {row.reason}" for row in table]
+    lines = []
+    for row in table:
+        lines.append(f"{row.answer}  {row.name}: {row.reason}")
+        if row.for_a_yes:
+            lines.append(f"     for a yes: {row.for_a_yes}")
     counts = {answer: sum(row.answer == answer for row in table) for answer in "YPN"}
     return "\n".join([*lines, f"openness: {counts['Y']} of {len(table)} yes, {counts['P']} partly, {counts['N']} no"])

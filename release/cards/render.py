@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
+
 from pipeline.hub.client import load
 from release import schema
 from release.assembly.data_facts import DataFacts
@@ -25,6 +27,7 @@ from stages.evaluation.scores import ModelScores
 TEMPLATES = Path(__file__).parent
 OF_DATA = ": data"
 """The end of the title of a release's data."""
+WHERE_FROM = "atom, in the version that made this release; a copy that you trust already is better"
 # The Hub's identifiers that equal the SPDX identifier in lower case; for its further ones `other` is right as well.
 HUB_LICENSES = frozenset({
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
@@ -49,6 +52,20 @@ def license_fields(spdx: str) -> dict[str, Any]:
     if spdx.lower() in HUB_LICENSES:
         return {"license": spdx.lower()}
     return {"license": "other", "license_name": spdx.lower(), "license_link": "LICENSE"}
+
+
+def install_commands(release: ReleaseInfo) -> str:
+    """The shell commands that install `atom` from the code of a release."""
+    folder = f"{release.name}-evidence"
+    download = f"hf download {release.repository}-evidence --repo-type dataset --revision v{release.version}"
+    download += " --include 'code/*'"
+    return f"{download} --local-dir {folder}\npip install ./{folder}/code    # {WHERE_FROM}"
+
+
+def code_readme(release: ReleaseInfo) -> str:
+    """The README of `code/` in a release, which the build of its wheel needs."""
+    template = jinja2.Template((TEMPLATES / "code.md.jinja").read_text("utf-8"), keep_trailing_newline=True)
+    return template.render(release=release)
 
 
 def model_index(scores: ModelScores, dataset: str) -> list[Any]:
@@ -110,6 +127,7 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
         release=release,
+        install=install_commands(release),
         model=model,
         title=title,
         trained_by=_join_words([_title(phase) for phase in model.training]),
@@ -150,6 +168,7 @@ def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> str:
         card_data,
         template_path=str(TEMPLATES / "variant.md.jinja"),
         release=release,
+        install=install_commands(release),
         facts=facts,
         prefix=release.repository,
         repo=repo,
@@ -206,6 +225,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         card_data,
         template_path=str(TEMPLATES / "data.md.jinja"),
         release=release,
+        install=install_commands(release),
         prefix=release.repository,
         sources=list(data.sources),
         in_parts=data.in_parts,
@@ -255,6 +275,7 @@ def plain_card(kind: str, release: ReleaseInfo, license: str, **table_lines: lis
         plain_metadata(license),
         template_path=template,
         release=release,
+        install=install_commands(release),
         prefix=release.repository,
         t=_texts(table_lines),
     )

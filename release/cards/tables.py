@@ -302,7 +302,7 @@ def sources(data: DataFacts) -> list[str]:
         split, tokens = row.by_split, sum(row.tokens.values())
         counts = [row.documents_in, row.kept, split.get("heldout", 0), row.bytes_kept, tokens]
         body.append([name, *map(count, counts)])
-    return table(["source", "documents read", "kept", "of these held out", "bytes kept", "tokens"], body)
+    return table(["source", "documents read", "kept", "of these held out", "bytes as acquired", "tokens"], body)
 
 
 def shares(data: DataFacts, phases: Iterable[str]) -> list[str]:

@@ -208,7 +208,7 @@ EVIDENCE = FileList(
         evidence/metrics/{{node}}.jsonl evidence/metrics/{{key}}.jsonl evidence/opt_out/{{sha256}}.json
         evidence/attestations/evaluation-{{model}}.json evidence/changes.json evidence/prediction/prediction.json
         evidence/prediction/manifest.json evidence/prediction/statement.json
-        !code/LICENSE code/{{code}} code/{{constraints}} code/{{package}}/{{module}}
+        !code/LICENSE !code/README.md code/{{code}} code/{{constraints}} code/{{package}}/{{module}}
         code/as-run/recipes/{{recipe}} code/as-run/data_recipes/{{recipe}}
     """,
     others="!evidence/SHA256SUMS !evidence/gates.json !evidence/attestations/gates.json !site/index.html {page}",

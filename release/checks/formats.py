@@ -23,7 +23,7 @@ PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pk
 """Names of files that hold pickles, or that loaders unpickle."""
 TEXTS = frozenset({".bib", ".cff", ".csv", ".jinja", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml"})
 TABLES = frozenset({".gguf", ".parquet", ".png", ".safetensors"})
-NAMES = frozenset({"LICENSE", "NOTICE", "Makefile", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
+NAMES = frozenset({"LICENSE", "NOTICE", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
 SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed", ".js", ".css"})
 """Further kinds that are allowed in `code/` and for the second verifier, which only a release's evidence has."""
 PAGE_FILES = re.compile(rf"{SITE}/(index\.html|(search|outputs|contamination|lineage|replays)/[A-Za-z0-9_.-]+\.js)")

@@ -60,6 +60,7 @@ def _others(release: Path) -> list[str]:
         name
         for name in names
         if not name.startswith(AS_RUN)
+        and name != CODE_README
         and not any(_same(release / name, root / name.removeprefix("code/")) for root in roots())
     ]
 

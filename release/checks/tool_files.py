@@ -22,14 +22,14 @@ from release.cards import render
 from release.cards.results import FOLDER as RESULTS
 from release.checks.check import Subject
 from release.checks.findings import Findings
-from release.layout import FILTER_AGREEMENT, MODEL, NOTICE, RECIPE, RELEASE, SECOND_VERIFIER, STANDARDS
+from release.layout import CODE_README, FILTER_AGREEMENT, MODEL, NOTICE, RECIPE, RELEASE, SECOND_VERIFIER, STANDARDS
 from release.repositories import repositories, variant_folders
 from release.schema import CARD, ReleaseInfo
 from release.standards import notices
 from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE, inference_template, training_template
 from stages.data.curation.agreement import read_figures
 from stages.data.tokenizer import CONFIG_FILE, tokenizer_config
-from stages.export.hf import generation_config
+from stages.export.hf import generation_config, model_tokenizer_config
 from stages.train.imported_weights import NAME as BASE
 
 OWN_VERIFIER = Path(audit.__path__[0], Path(SECOND_VERIFIER).name)
@@ -63,6 +63,8 @@ def _problems(subject: Subject, findings: Findings) -> Iterator[str]:
     if release is not None and _differs(folder / SECOND_VERIFIER, OWN_VERIFIER.read_bytes()):
         yield f"{SECOND_VERIFIER} is not the verifier of this atom"
     if release is not None:
+        if _differs(folder / CODE_README, render.code_readme(release).encode()):
+            yield f"{CODE_README} is not what this atom writes"
         yield from _of_recipe(folder, release)
     models = {}
     for model in subject.models if kind in ("release", "model") else ():
@@ -115,13 +117,15 @@ def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterat
     which may be either."""
     if not (folder / CONFIG_FILE).is_file():  # GGUF, whose file has their content
         return
-    texts = {INFERENCE_FILE: inference_template(), TRAINING_FILE: training_template()}
-    differing = [name for name, text in texts.items() if _differs(folder / name, text.encode())]
+    templates = {INFERENCE_FILE: inference_template(), TRAINING_FILE: training_template()}
+    differing = [name for name, text in templates.items() if _differs(folder / name, text.encode())]
     context = read_json(folder / CONFIG_FILE).get("model_max_length")
     if (folder / "config.json").is_file():
         context = read_json(folder / "config.json")["max_position_embeddings"]
-    config = json.dumps(tokenizer_config() | {"model_max_length": context}, indent=1, sort_keys=True) + "\n"
-    differing += [CONFIG_FILE] if _differs(folder / CONFIG_FILE, config.encode()) else []
+    kinds = (True, False) if is_chat is None else (is_chat,)
+    configs = [model_tokenizer_config(tokenizer_config(), context, kind) for kind in kinds]
+    texts = [json.dumps(config, indent=1, sort_keys=True) + "\n" for config in configs]
+    differing += [CONFIG_FILE] if all(_differs(folder / CONFIG_FILE, text.encode()) for text in texts) else []
     if differing and (folder / BASE).is_file():
         repo = escaped(str(read_json(folder / BASE).get("repo")))
         findings.skipped["templates"] = (
@@ -130,7 +134,6 @@ def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterat
         differing = []
     yield from (f"{name} is not what this atom writes" for name in differing)
     ids = {token["content"]: int(token["id"]) for token in read_json(folder / "tokenizer.json")["added_tokens"]}
-    kinds = (True, False) if is_chat is None else (is_chat,)
     if all(_differs(folder / "generation_config.json", generation_config(kind, ids)) for kind in kinds):
         yield "generation_config.json is not what this atom writes"
 

@@ -21,6 +21,7 @@ from stages.data.table import row_count
 Json = dict[str, Any]
 BOM, CODE_LICENSE = f"{STANDARDS}/bom.cdx.json", "code/LICENSE"
 NOT_INCLUDED = "Component not included"
+NO_CLASS = "none"
 OSI_APPROVED = frozenset({
     "Apache-2.0", "MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MPL-2.0", "GPL-2.0-only", "GPL-2.0-or-later",
     "GPL-3.0-only", "GPL-3.0-or-later", "LGPL-2.1-only", "LGPL-2.1-or-later", "LGPL-3.0-only", "LGPL-3.0-or-later",
@@ -90,7 +91,7 @@ def framework(facts: StandardFacts) -> Json:
         })  # fmt: skip
     open_models = not missing[3]
     reached = 0 if not open_models else 3 if missing[2] else 2 if missing[1] else 1
-    names = {0: "none", 1: "Class I: Open Science", 2: "Class II: Open Tooling", 3: "Class III: Open Model"}
+    names = {0: NO_CLASS, 1: "Class I: Open Science", 2: "Class II: Open Tooling", 3: "Class III: Open Model"}
     return {
         "framework": {"name": "Model Openness Framework", "version": "1.0", "date": "2024-12-15"},
         "release": {

@@ -30,6 +30,7 @@ from release.web_page import charts, curves, lineage, markdown_html, removals
 from release.web_page.markdown_html import file_link
 from release.web_page.outputs import ITEMS_PER_PART, Written
 from release.web_page.script_parts import embedded
+from stages.evaluation.contamination import VERDICTS
 from stages.evaluation.scores import pass_at_1
 
 FOLDER = Path(__file__).parent
@@ -222,11 +223,10 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
         link = file_link(f"dataset/evaluation/test/{last}/scores.json", "scores.json")
         tiles.append((f"{rates[last]['value']:.3f}", "pass@1 in conversation: drawn answers that are right", link))
     if (report := final.contamination) is not None:
-        counts = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
-        overlapping = sum(verdicts["contaminated"] for verdicts in counts)
+        splits = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
+        totals = [f"{sum(verdicts[name] for verdicts in splits):,} {name}" for name in VERDICTS]
         link = file_link("dataset/evaluation/contamination/report.json", "report.json")
-        items = sum(sum(verdicts.values()) for verdicts in counts)
-        tiles.append((f"{overlapping} of {items:,}", "test items found in the training data", link))
+        tiles.append((", ".join(totals), "test items, compared with the training data", link))
     gates = read_json(facts.folder / GATES)
     outcomes = Counter(gate["ok"] for gate in gates.values())
     skipped = f", {outcomes[None]} skipped" if outcomes[None] else ""

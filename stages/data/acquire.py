@@ -62,7 +62,7 @@ from stages.data.table import (
 )
 from stages.data.tree_digest import tree_digest
 
-VERSION = 5
+VERSION = 6
 MOST_SKIPPED_SHARE = 0.5
 """If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong."""
 SKIPPED_NAMES = 20

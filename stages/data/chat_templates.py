@@ -99,12 +99,19 @@ TOOLS_BEGIN, TOOLS_END = "These tools can be called:\n<tools>\n", "</tools>\n"
 INFERENCE_FILE, TRAINING_FILE = "chat_template.jinja", "training_chat_template.jinja"
 """Loaders read the first one by its name. The second one is given to training libraries by its path."""
 
+_TURN_ENDS = r"(?:<\|im_end\|>|<\|endoftext\|>)(?:<\|pad\|>)*"
+"""The end of a turn, and the padding after it: transformers keeps special tokens for tokenizers with a
+`response_template`, and pads the shorter answers of a batch."""
 RESPONSE_TEMPLATE: dict[str, Any] = {
     "version": 1,
     "defaults": {"role": "assistant"},
     "start_anchor": "<|im_start|>assistant\n",
     "fields": {
-        "thinking": {"open_pattern": r"<think>\n?", "close_pattern": r"\n?</think>\n*", "content": "text"},
+        "thinking": {
+            "open_pattern": r"<think>\n?",
+            "close_pattern": rf"\n?</think>\n*|{_TURN_ENDS}",
+            "content": "text",
+        },
         "tool_calls": {
             "open_pattern": r"\n?<tool_call>\n?",
             "close_pattern": r"\n?</tool_call>",
@@ -112,11 +119,11 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
             "repeats": True,
             "transform": {"type": "function", "function": "{content}"},
         },
-        "content": {"close_pattern": r"<\|im_end\|>|<\|endoftext\|>", "content": "text"},
+        "content": {"close_pattern": _TURN_ENDS, "content": "text"},
     },
 }
-"""`response_template` of tokenizer_config.json: the parts of an answer, for `parse_response` of transformers 5 and for
-vLLM's parsers of the name `hf`."""
+"""`response_template` of the tokenizer_config.json of a chat model: the parts of an answer, for `parse_response` of
+transformers 5 and for vLLM's parsers of the name `hf`."""
 
 
 def training_template() -> str:

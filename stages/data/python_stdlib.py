@@ -1,21 +1,42 @@
-"""The running Python's standard library as documents: docstrings, or functions or files without their docstrings."""
+"""The running Python's standard library as documents: docstrings, or functions or files without their docstrings.
+
+Some files of the library carry license terms of their own, such as `turtle.py`. The license that a recipe declares for
+the library does not cover them, so that their documents are `Unmapped`, and curation removes them.
+"""
 
 from __future__ import annotations
 
 import ast
 import io
 import os
+import platform
 import re
 import sysconfig
 import textwrap
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from stages.data.readers.base import Document, Files, Unreadable, is_unicode
+from stages.data.readers.base import Document, Files, Unmapped, Unreadable, is_unicode
 
+ADDRESS = "https://github.com/python/cpython/blob/v{version}/Lib/{path}"
+"""Address of a file of the library at the tag of a version of Python."""
+_GAP = r"[\s#]+"
+"""Between two words of a comment."""
+TERMS = re.compile(
+    rf"permission{_GAP}(?:is|to{_GAP}(?:use|copy))|redistribut|SPDX-License-Identifier|licen[sc]ed{_GAP}under"
+    rf"|public{_GAP}domain",
+    re.IGNORECASE,
+)
+"""Words with which a file states license terms of its own."""
+RESERVED = re.compile(rf"all{_GAP}rights{_GAP}reserved", re.IGNORECASE)
+FOUNDATION = re.compile(
+    rf"licensed{_GAP}to{_GAP}(?:the{_GAP})?PSF|copyright.{{,40}}Python{_GAP}Software{_GAP}Foundation", re.IGNORECASE
+)
+"""Words of a file whose rights the Python Software Foundation has or was granted: it licenses them as PSF-2.0."""
 # not library code (tests, the editor, installed packages), or generated at build time with paths of the build machine
 _SKIPPED_FOLDERS = frozenset(
     (
@@ -47,47 +68,84 @@ def library_files(top_level: bool = False) -> Files:
     return sorted(modules)
 
 
-def read_docstrings(files: Files) -> Iterator[Document | Unreadable]:
+def own_terms(text: str) -> str:
+    """Returns the first line of a file that states license terms of its own; "" if the library's license covers it.
+
+    A copyright notice without terms leaves the file under the library's license. Words in a string of the program count
+    too: a wrong hit loses a document, a miss would publish one under a license that it does not have.
+    """
+    match = TERMS.search(text) or (RESERVED.search(text) if FOUNDATION.search(text) is None else None)
+    if match is None:
+        return ""
+    start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+    return text[start : end if end >= 0 else None].strip("# \t\r")
+
+
+def read_docstrings(files: Files) -> Iterator[Document | Unmapped | Unreadable]:
     """Every docstring, located by its file; a file that does not parse is unreadable."""
-    for relative, _, tree in _parse_files(files):
-        if tree is None:
-            yield Unreadable(relative)
+    for file in _parse_files(files):
+        if file.tree is None:
+            yield Unreadable(file.path)
             continue
-        for name, node in _definitions(tree, ""):
+        for name, node in _definitions(file.tree, ""):
             text = ast.get_docstring(node)
             if text and is_unicode(text):
-                yield Document(f"{relative}:{name}" if name else relative, text, relative)
+                yield file.document(name, text)
 
 
-def read_functions(files: Files) -> Iterator[Document | Unreadable]:
+def read_functions(files: Files) -> Iterator[Document | Unmapped | Unreadable]:
     """Every function and method with more than a docstring; a file that does not parse is unreadable."""
-    for relative, lines, tree in _parse_files(files):
-        if tree is None:
-            yield Unreadable(relative)
+    for file in _parse_files(files):
+        if file.tree is None:
+            yield Unreadable(file.path)
             continue
-        for name, node in _definitions(tree, ""):
+        for name, node in _definitions(file.tree, ""):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = _source_without_docstring(node, lines)
+                text = _source_without_docstring(node, file.lines)
                 if text and is_unicode(text):
-                    yield Document(f"{relative}:{name}", text, relative)
+                    yield file.document(name, text)
 
 
-def read_modules(files: Files) -> Iterator[Document | Unreadable]:
+def read_modules(files: Files) -> Iterator[Document | Unmapped | Unreadable]:
     """Every file with more than docstrings; a file that does not parse is unreadable."""
-    for relative, lines, tree in _parse_files(files):
-        if tree is None:
-            yield Unreadable(relative)
+    for file in _parse_files(files):
+        if file.tree is None:
+            yield Unreadable(file.path)
             continue
-        text = _file_without_docstrings(tree, lines)
+        text = _file_without_docstrings(file.tree, file.lines)
         if text and is_unicode(text):
-            yield Document(relative, text, relative)
+            yield file.document("", text)
+
+
+@dataclass(frozen=True)
+class _LibraryFile:
+    """A file of the library, read and parsed.
+
+    Attributes:
+        path: Relative to the library's folder.
+        lines: Lines of its text, as the parser counts them.
+        tree: Its syntax tree; None if Python cannot parse it.
+        terms: The line with which it states license terms of its own; "" if it states none.
+    """
+
+    path: str
+    lines: Sequence[str] = ()
+    tree: ast.Module | None = None
+    terms: str = ""
+
+    def document(self, definition: str, text: str) -> Document | Unmapped:
+        """The document of a definition of the file; "" is the whole module."""
+        name = f"{self.path}:{definition}" if definition else self.path
+        if self.terms:
+            return Unmapped(name, text, self.terms, "file")
+        url = ADDRESS.format(version=platform.python_version(), path=self.path)
+        return Document(name, text, self.path, url=url)
 
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _parse_files(files: Files) -> Iterator[tuple[str, list[str], ast.Module | None]]:
-    """(relative path, lines, syntax tree) of each file; no tree if Python cannot parse it."""
+def _parse_files(files: Files) -> Iterator[_LibraryFile]:
     for relative, path in files:
         data = path.read_bytes()
         try:
@@ -97,10 +155,10 @@ def _parse_files(files: Files) -> Iterator[tuple[str, list[str], ast.Module | No
                 warnings.simplefilter("ignore")  # do not report invalid escapes in old modules
                 tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError):
-            yield relative, [], None
+            yield _LibraryFile(relative)
             continue
         # not splitlines(): form feeds in the library's files are no line ends to the parser
-        yield relative, re.split(r"\r\n|\r|\n", text), tree
+        yield _LibraryFile(relative, re.split(r"\r\n|\r|\n", text), tree, own_terms(text))
 
 
 def _definitions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator, model_validator
@@ -38,7 +39,10 @@ class Source(Config):
         "document_license is set"
     )
     license_evidence: Text = Field(description="text or URL that shows the license")
-    origin: Text = Field(description="URL or text that states where the source comes from")
+    origin: Text = Field(
+        description="URL or text that states where the source comes from; {python_version} stands for the version of "
+        "the running Python, such as 3.11.7"
+    )
     tree_digest: TreeDigest = Field(
         "auto", description="expected digest of the files; auto: computed from the files present"
     )
@@ -59,6 +63,11 @@ class Source(Config):
         if name in ("items", "benchmarks"):
             raise ValueError(f"`{name}` is the role of evaluation items; choose another name")
         return name
+
+    @field_validator("origin")
+    @classmethod
+    def _fill_python_version(cls, origin: str) -> str:
+        return origin.replace("{python_version}", platform.python_version())
 
     @model_validator(mode="after")
     def _check_kind(self) -> Source:

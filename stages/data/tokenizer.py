@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.trainers import BpeTrainer
 
-VERSION = 2
+VERSION = 3
 
 PAD, END, TURN_START, TURN_END, THINK_START, THINK_END = SPECIAL_TOKENS = (
     "<|pad|>",

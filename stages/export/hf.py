@@ -41,7 +41,7 @@ from stages.train.checkpoint import SHARD_BYTES
 if TYPE_CHECKING:
     import torch
 
-VERSION = 2
+VERSION = 3
 STOPS = ("<|endoftext|>", "<|im_end|>")
 PAD = "<|pad|>"
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -101,7 +101,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
     folder = out / "model"
     folder.mkdir(exist_ok=True)
-    ids = write_tokenizer(inputs["tokenizer"], folder, config.model.context_length)
+    ids = write_tokenizer(inputs["tokenizer"], folder, config.model.context_length, config.converses)
     vocab_size = ids["vocab_size"]
     if vocab_size > config.padded_vocab_size:
         raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
@@ -189,14 +189,37 @@ def generation_config(converses: bool, ids: Mapping[str, int]) -> bytes:
     return _json({**(SAMPLED if converses else GREEDY), **stops}).encode()
 
 
-def write_tokenizer(tokenizer: Artifact, folder: Path, context_length: int) -> dict[str, int]:
-    """Copies the tokenizer's files, and adds the length of the context, in tokens. transformers would save the
-    extra special tokens as a list, which its version 4 refuses, so nothing is loaded and saved. Returns
-    {"vocab_size": ..., special token: its id, ...}."""
+def model_tokenizer_config(config: Mapping[str, Any], context_length: int, converses: bool) -> dict[str, Any]:
+    """Returns the content of a model's tokenizer_config.json.
+
+    A model that does not converse gets no `response_template`: with one, transformers' pipeline leaves special tokens
+    and padding in plain text.
+
+    Args:
+        config: The content of the tokenizer's own file.
+        context_length: In tokens.
+        converses: Whether the model was trained to converse.
+    """
+    settings = {**config, "model_max_length": context_length}
+    if not converses:
+        settings.pop("response_template", None)
+    return settings
+
+
+def write_tokenizer(tokenizer: Artifact, folder: Path, context_length: int, converses: bool = False) -> dict[str, int]:
+    """Copies the tokenizer's files, and adds the length of the context, in tokens.
+
+    transformers would save the extra special tokens as a list, which its version 4 refuses, so nothing is loaded and
+    saved.
+
+    Returns:
+        {"vocab_size": ..., special token: its id, ...}.
+    """
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)
-    _write(folder / CONFIG_FILE, tokenizer.json(CONFIG_FILE) | {"model_max_length": context_length})
+    settings = model_tokenizer_config(tokenizer.json(CONFIG_FILE), context_length, converses)
+    _write(folder / CONFIG_FILE, settings)
     content = tokenizer.json("tokenizer.json")
     special = {t["content"]: int(t["id"]) for t in content["added_tokens"]}
     missing = [token for token in (PAD, *STOPS) if token not in special]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,18 @@ for name in sys.argv[2:]:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     print("LOADED", type(model).__name__, "megatron" in sys.modules)
 """
+
+BATCH = """
+import json, sys
+from transformers import pipeline
+for folder in sys.argv[1:]:
+    generate = pipeline("text-generation", folder, max_new_tokens=48, do_sample=False)
+    chats = [[{"role": "user", "content": text}] for text in ("347+586", "sort 72954", "Thank the farmer for the bread.")]
+    answers = [[row[0]["generated_text"][-1] for row in generate(chats, batch_size=size)] for size in (1, 3)]
+    texts = [[row[0]["generated_text"] for row in generate(["347+586", "sort 7295:"], batch_size=size)] for size in (1, 2)]
+    print(json.dumps({"answers": answers, "texts": texts}))
+"""
+"""Stock pipelines on models: each answer alone and in a batch, to chats and to plain texts."""
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +88,46 @@ def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: 
             HF_ENDPOINT=endpoint, HF_TOKEN="hf_wrong",
         )  # fmt: skip
         assert refused.stderr.count("\n") == 1 and "token" in refused.stderr
+
+
+def test_the_tool_is_installed_from_the_code_of_the_release(demo_home: Path, tmp_path: Path) -> None:
+    """By the commands of the model card, in an empty folder; pip takes the packages that are here."""
+    from release.hub.local.server import running
+
+    card = (demo_home / "releases/atom-smoke-0.1.0/model/README.md").read_text()
+    download, install, verify = re.findall(r"^(?:hf|pip|atom) .*$", card, re.MULTILINE)[-3:]
+    offline = f"{sys.executable} -m pip install --quiet --no-deps --no-build-isolation --target here "
+    with running(demo_home / "hub") as endpoint:
+        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HUB_DISABLE_XET": "1"}
+        env |= {"HF_HOME": str(tmp_path / "stranger"), "PYTHONPATH": str(tmp_path / "here")}
+        commands = [
+            f"{Path(sys.executable).parent}/{download}",
+            install.replace("pip install ", offline),
+            verify.replace("atom ", f"{sys.executable} -m pipeline.cli "),
+            f"{sys.executable} -c 'import release; print(release.__file__)'",
+        ]
+        process = subprocess.run(
+            ["bash", "-ec", "\n".join(commands)], env=env, cwd=tmp_path, capture_output=True, text=True
+        )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert ": verified" in process.stdout and str(tmp_path / "here/release") in process.stdout
+    readme = (tmp_path / "atom-smoke-evidence/code/README.md").read_text()
+    assert re.findall(r"\]\((?!https:)", readme) == [], "links that lead nowhere"
+
+
+def test_stock_pipelines_answer_in_batches_without_padding(demo_home: Path) -> None:
+    release = demo_home / "releases" / "atom-smoke-0.1.0"
+    models = sorted(release.glob("model*/"))
+    process = subprocess.run([sys.executable, "-c", BATCH, *models], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    for model, line in zip(models, process.stdout.splitlines(), strict=True):
+        rows = json.loads(line)
+        assert "<|" not in json.dumps(rows["answers"]), model.name
+        assert rows["answers"][0] == rows["answers"][1], model.name
+        converses = "response_template" in json.loads((model / "tokenizer_config.json").read_text())
+        if not converses:  # with a response template, transformers keeps special tokens in plain text
+            assert "<|" not in json.dumps(rows["texts"]), model.name
+    assert len(models) > 2
 
 
 @at_length("release", 30)

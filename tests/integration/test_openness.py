@@ -46,7 +46,13 @@ def test_the_command_prints_twenty_rows_with_evidence_that_is_there(release: Pat
     ]  # fmt: skip
     assert all((release / path).exists() for row in rows for path in row["evidence"])
     assert all(row["reason"] and (row["evidence"] or row["answer"] == "N") for row in rows)
+    assert all(bool(row["for_a_yes"]) == (row["answer"] != "Y") for row in rows), "a maker reads what to add"
+    # the claims of a maker alone, which nobody has shown
+    assert {name for name, answer in answers.items() if answer == "P"} >= {
+        "a license for each document", "bitwise replay", "EU summary of training content", "Model Openness Framework",
+    }  # fmt: skip
     text = CliRunner().invoke(app, ["verify", str(release), "--openness"]).stdout
+    assert "\nP  Model Openness Framework: " in text and "\n     for a yes: add what is missing for a class" in text
     assert text.splitlines()[-1].startswith("openness: ") and "\nY  order of the data: every step of pretrain" in text
 
 

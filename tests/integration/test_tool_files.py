@@ -35,7 +35,8 @@ from release.checks.findings import Findings
 from release.checks.load_report import load_models
 from release.checks.verdict import CheckResult, answer
 from release.tree import Tree
-from stages.export.hf import generation_config
+from stages.data.tokenizer import tokenizer_config
+from stages.export.hf import generation_config, model_tokenizer_config
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
@@ -55,6 +56,8 @@ def chat_model(model: Path) -> Path:
     (model / "training/sft.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     ids = {token: number for number, token in enumerate(release_fixtures.SPECIAL)}
     (model / "generation_config.json").write_bytes(generation_config(True, ids))
+    config = model_tokenizer_config(tokenizer_config(), release_fixtures.CONTEXT, converses=True)
+    release_fixtures.write_json(model / "tokenizer_config.json", config)
     (model / serving.NAME).write_text(serving.serve_config(model, "local/tiny", "0.1.0"))
     return model
 

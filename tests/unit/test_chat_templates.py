@@ -213,8 +213,11 @@ def test_the_form_of_an_answer_is_read_back(folder: Path) -> None:
          {"thinking": "why", "content": "See.", "tool_calls": [function, function]}),
     ]  # fmt: skip
     for text, expected in cases:
-        parsed = loaded.parse_response(text + "<|im_end|>", prefix=prefix)
-        assert {name: value for name, value in parsed.items() if name != "role" and value} == expected, text
+        for end in ("<|im_end|>", "<|endoftext|>", "<|im_end|><|pad|><|pad|>", "<|endoftext|><|pad|>"):
+            parsed = loaded.parse_response(text + end, prefix=prefix)
+            assert {name: value for name, value in parsed.items() if name != "role" and value} == expected, text
+    stopped = loaded.parse_response("<think>\nwhy<|endoftext|><|pad|>", prefix=f"<|pad|>{prefix}")
+    assert stopped == {"role": "assistant", "thinking": "why"}
 
 
 def test_loaders_find_what_the_field_expects(folder: Path) -> None:

@@ -54,7 +54,7 @@ class FillerReader(Reader):
         for docstring in python_stdlib.read_docstrings(files):
             if isinstance(docstring, Unreadable):
                 yield docstring
-            else:
+            elif isinstance(docstring, Document):  # the others have license terms of their own
                 texts.append((docstring.text, docstring.location))
         rng = random.Random(seed_of(f"{self.reader}/{source}", seed))
         for i, (text, prompt_chars, location) in enumerate(self.draw(passkeys.fillers(texts), rng)):

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from stages.data import python_stdlib
-from stages.data.readers.base import Document, Files, SampledReader, Unreadable
+from stages.data.readers.base import Document, Files, SampledReader, Unmapped, Unreadable
 
 
 class StdlibDocstrings(SampledReader):
@@ -20,7 +20,7 @@ class StdlibDocstrings(SampledReader):
     def files(self, source: str) -> Files:
         return python_stdlib.library_files(top_level=self.modules == "top-level")
 
-    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unmapped | Unreadable]:
         return python_stdlib.read_docstrings(files)
 
 

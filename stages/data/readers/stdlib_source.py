@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pipeline.core.stage import added
 from stages.data import python_stdlib
-from stages.data.readers.base import Document, Files, SampledReader, Unreadable
+from stages.data.readers.base import Document, Files, SampledReader, Unmapped, Unreadable
 
 
 class StdlibSource(SampledReader):
@@ -25,7 +25,7 @@ class StdlibSource(SampledReader):
     def files(self, source: str) -> Files:
         return python_stdlib.library_files(top_level=self.modules == "top-level")
 
-    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unmapped | Unreadable]:
         return python_stdlib.read_modules(files) if self.unit == "file" else python_stdlib.read_functions(files)
 
 
