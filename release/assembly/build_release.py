@@ -91,13 +91,14 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         progress("checking the gates")
         results = gates.run_all(context)
         gates.write(draft, context.release.nodes, results)
-        failed = [gate for gate in results if not gate.ok]
+        failed = [gate for gate in results if gate.ok is False]
         if not failed:
             progress("writing the page")
             site_files.write(draft, draft / SITE)
         write_checksums(draft)
         for gate in results:
-            progress(f"gate {gate.name}: {'passed' if gate.ok else 'FAILED'}, {gate.detail}")
+            outcome = {True: "passed", False: "FAILED", None: "not judged"}[gate.ok]
+            progress(f"gate {gate.name}: {outcome}, {gate.detail}")
         shutil.rmtree(refused, ignore_errors=True)
         if failed:
             os.rename(draft, refused)

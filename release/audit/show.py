@@ -169,8 +169,8 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
 
     console.print()
     gates, cost = facts["gates"], facts["cost"]
-    failed = [name for name, ok in gates.items() if not ok]
-    item("checks", f"{len(gates)} gates, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
+    others = [f"{name} {'was waived' if ok is None else 'failed'}" for name, ok in gates.items() if not ok]
+    item("checks", f"{len(gates)} gates, {', '.join(others) if others else 'all passed'}")
     branches = facts["checkpoints"]
     item("checkpoints", f"{len(branches)}, the last is {branches[-1]}" if branches else "none")
     signer = f"the key {facts['key']}" if facts["key"] else facts["identity"] and f"the identity {facts['identity']}"

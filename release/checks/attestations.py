@@ -13,7 +13,7 @@ from release.layout import GATES, GATES_STATED
 def passed_gates(subject: Subject) -> Findings:
     """Checks that no gate failed when the release was built."""
     gates = untrusted.read_json(subject.folder / GATES, follow=True)
-    failed = [(name, gate["detail"]) for name, gate in sorted(gates.items()) if not gate["ok"]]
+    failed = [(name, gate["detail"]) for name, gate in sorted(gates.items()) if gate["ok"] is False]
     return Findings([f"{GATES}: gate {name} failed: {detail}" for name, detail in failed])
 
 
@@ -24,7 +24,8 @@ def attestations(subject: Subject) -> Findings:
     nodes = schema.read_nodes(folder)
     is_release = (folder / "dataset").is_dir()
     expected = attest.evaluations(folder, nodes) if is_release else {}
-    expected[GATES_STATED] = attest.gates(nodes, {name: gate["ok"] for name, gate in read_json(folder / GATES).items()})
+    judged = {name: gate["ok"] for name, gate in read_json(folder / GATES).items() if gate["ok"] is not None}
+    expected[GATES_STATED] = attest.gates(nodes, judged)
     present = {path.relative_to(folder).as_posix() for path in (folder / attest.FOLDER).rglob("*") if path.is_file()}
     problems = [f"{path} is about nothing in the release" for path in sorted(present - expected.keys()) if is_release]
     problems += [f"{path} is missing" for path in sorted(expected.keys() - present)]

@@ -19,10 +19,14 @@ from release.schema import NodeArtifact
 
 @dataclass(frozen=True)
 class GateResult:
-    """The result of a gate: `detail` is the measurement or, if not ok, the problem and the remedy."""
+    """The result of a gate.
+
+    ok: None for a gate that the recipe waives. detail: the measurement; if not ok, the problem and the remedy; the
+    reason of a waiver before it.
+    """
 
     name: str
-    ok: bool
+    ok: bool | None
     detail: str
 
 
@@ -54,12 +58,20 @@ def _findings(check: Check | BuildCheck, build: BuildContext) -> Findings | None
 
 
 def run_all(build: BuildContext) -> list[GateResult]:
-    return [result for name in names() if (result := run_gate(name, build)) is not None]
+    """The results of all gates that apply to the release."""
+    results = [result for name in names() if (result := run_gate(name, build)) is not None]
+    return [_waive(result, build.evaluation.get("waived_gates", {})) for result in results]
+
+
+def _waive(result: GateResult, waived: Mapping[str, str]) -> GateResult:
+    if result.name not in waived:
+        return result
+    return GateResult(result.name, None, f"waived by the recipe ({waived[result.name]}); {result.detail}")
 
 
 def write(folder: Path, nodes: Mapping[str, NodeArtifact], results: list[GateResult]) -> None:
     """The results as a table, and as a statement about all artifacts."""
     rows = {result.name: {"ok": result.ok, "detail": result.detail} for result in results}
     (folder / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    stated = attest.gates(nodes, {result.name: result.ok for result in results})
+    stated = attest.gates(nodes, {result.name: result.ok for result in results if result.ok is not None})
     (folder / GATES_STATED).write_bytes(to_json(stated))

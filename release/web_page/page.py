@@ -198,7 +198,7 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
         items = sum(sum(verdicts.values()) for verdicts in counts)
         tiles.append((f"{overlapping} of {items:,}", "test items found in the training data", link))
     gates = read_json(facts.folder / GATES)
-    passed = sum(gate["ok"] for gate in gates.values())
+    passed = sum(gate["ok"] is True for gate in gates.values())
     tiles.append((f"{passed} of {len(gates)}", "gates passed", file_link(GATES, "gates.json")))
     return tiles
 
