@@ -298,7 +298,8 @@ def _add_post_training(
         """Adds a phase with its tasks and the order of its replayed data."""
         trained[name] = Trained(model, _dtype(config, section))
         if tasks:
-            graph.add(f"tasks-{name}", "tasks", {"sources": tasks, **questions}, **evaluated)
+            verifiers = {} if isinstance(section, RewardPhase) else section.verifiers
+            graph.add(f"tasks-{name}", "tasks", {"sources": tasks, "verifiers": verifiers, **questions}, **evaluated)
             inputs |= {"tasks": f"tasks-{name}", "items": "items"}
         if isinstance(section, RlPhase) and (replay := section.replay):
             order = {"phase": name, "mix": replay.mix, "sequence_length": replay.sequence_length, "seed": config.seed}

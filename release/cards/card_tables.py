@@ -177,6 +177,7 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
         changed=5,
         heading="Quality scores of the documents",
     ),
+    CardTable("probes", chat_tables.probes, added=6, heading="Rewards without solving"),
     CardTable("opt_outs", opt_out_tables.opt_outs, added=4, changed=5, heading="Opt-outs"),
     CardTable("filter_agreement", filter_tables.agreement, added=4, changed=5, heading="Agreement of the filters"),
 )

@@ -149,9 +149,9 @@ def test_each_recipe_leads_to_a_release(name: str) -> None:
         assert len(getattr(source.reader, "revision", "0" * 40)) == 40
     tasks = nodes["tasks-rlvr"].config
     assert {source.verifier for source in tasks.sources} == {
-        "exact", "instructions", "math-verify", "python-tests", "reasoning-gym",
+        "exact", "math-verify", "python-tests", "reasoning-gym",
     }  # fmt: skip
-    assert {source.verifier for source in config.dpo.preferences.tasks} <= {"courtesy", "instructions"}
+    assert {source.verifier for source in config.dpo.preferences.tasks} <= {"courtesy"}
     assert nodes["dpo"].inputs["init"] == "rlvr" and nodes["reward"].inputs["pairs"] == "dpo"
     stages = [node for node in nodes.values() if node.stage.name in ("filter", "tasks", "contamination")]
     assert len(stages) >= 4 and all(node.inputs["benchmarks"] == "benchmarks" for node in stages)

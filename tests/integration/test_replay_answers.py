@@ -25,7 +25,10 @@ ROLLOUTS = "dataset/rl/rlvr/rollouts.parquet"
 WAIVED = ("rlhf_keeps_skills", "dpo_is_preferred", "online-rlhf_is_preferred")
 PREFERENCES = """
 dpo:
-  preferences: {tasks: [{source: instructions, levels: [1], count: 60}], count: 24, num_generations: 4}
+  preferences:
+    tasks: [{source: instructions, levels: [1], count: 60, acknowledged_reward: 0.9}]
+    count: 24
+    num_generations: 4
   sft_tasks: {tasks: [{source: problems, task: add, levels: [0], count: 20}], count: 8, num_generations: 2}
   sampling: {max_new_tokens: 48}
   steps: 2
@@ -48,7 +51,7 @@ reward_model:
 online_rlhf:
   tasks:
     - {source: courtesies, count: 20, verifier: reward-model}
-    - {source: instructions, levels: [1], count: 20}
+    - {source: instructions, levels: [1], count: 20, acknowledged_reward: 0.9}
   prompts_per_step: 6
   num_generations: 4
   updates: 2

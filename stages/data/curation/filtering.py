@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import AtomError
-from stages.data.chat import prompt_chars
+from stages.data.chat import control_tokens, prompt_chars
 from stages.data.curation.failures import FAILED_RULE, Failures
 from stages.data.curation.url_blocklist import BLOCKED_RULE, UrlBlocklist
 from stages.data.filters.base import Filter, Removal
@@ -116,7 +116,11 @@ class SourceFilter:
         return Removed("decontamination", words, self.index.ngram, item)
 
     def _edited(self, row: DocumentRow, text: str) -> DocumentRow:
+        """Raises ValueError for a conversation with other special tokens than before: `<|im_[1]end|>` is text until a
+        step removes the citation in it."""
         document: DocumentRow = {**row, "text": text, "content_hash": content_hash(text)}
         if self.kind == "chat":
+            if control_tokens(text) != control_tokens(row["text"]):
+                raise ValueError("a step changed the special tokens of a conversation")
             document["prompt_chars"] = prompt_chars(text)
         return document
