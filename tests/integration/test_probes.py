@@ -74,9 +74,11 @@ def test_instructions_are_refused_unless_the_recipe_acknowledges_their_reward(it
     assert "\n" not in str(error.value) and "where chance earns 0.000" in str(error.value)
     with pytest.raises(AtomError, match="what the constraints name"):
         draw(items, tmp_path / "too-little", source | {"acknowledged_reward": 0.5})
-    probed = draw(items, tmp_path / "tasks", source | {"acknowledged_reward": 0.95})["instructions/2"]
-    assert (probed["tasks"], probed["acknowledged"], probed["chance"]) == (100, 0.95, 0.0)
-    assert probed["answers"][0]["name"] == "what the constraints name" and probed["answers"][0]["reward"]["value"] > 0.8
+    probed = draw(items, tmp_path / "tasks", source | {"acknowledged_reward": 1.0})["instructions/2"]
+    assert (probed["tasks"], probed["acknowledged"], probed["chance"]) == (100, 1.0, 0.0)
+    assert (
+        probed["answers"][0]["name"] == "what the constraints name" and probed["answers"][0]["reward"]["value"] == 1.0
+    )
 
 
 def test_tasks_that_must_be_solved_pass(items: Artifact, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ WAIVED = ("rlhf_keeps_skills", "dpo_is_preferred", "online-rlhf_is_preferred")
 PREFERENCES = """
 dpo:
   preferences:
-    tasks: [{source: instructions, levels: [1], count: 60, acknowledged_reward: 0.9}]
+    tasks: [{source: instructions, levels: [1], count: 60, acknowledged_reward: 1.0}]
     count: 24
     num_generations: 4
   sft_tasks: {tasks: [{source: problems, task: add, levels: [0], count: 20}], count: 8, num_generations: 2}
@@ -51,7 +51,7 @@ reward_model:
 online_rlhf:
   tasks:
     - {source: courtesies, count: 20, verifier: reward-model}
-    - {source: instructions, levels: [1], count: 20, acknowledged_reward: 0.9}
+    - {source: instructions, levels: [1], count: 20, acknowledged_reward: 1.0}
   prompts_per_step: 6
   num_generations: 4
   updates: 2

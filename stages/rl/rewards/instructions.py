@@ -8,6 +8,8 @@ from __future__ import annotations
 from stages.rl.protocols import Row
 from stages.rl.rewards.frozen_scorer import FrozenScorer
 
+MOST_LETTERS = 1000
+
 
 class Instructions(FrozenScorer):
     """Gives the reward 1 to an answer that follows every instruction."""
@@ -16,16 +18,18 @@ class Instructions(FrozenScorer):
 
     @classmethod
     def unsolved(cls, row: Row) -> dict[str, str]:
-        """What the constraints ask for by name and nothing else: words, repeated letters, and phrases at the ends."""
-        words, ending = [], ""
-        for arguments in row.get("kwargs", ()):
-            given = {name: value for name, value in (arguments or {}).items() if value is not None}
-            ending = str(given.pop("end_phrase", ending))
-            letter, repeated = str(given.pop("letter", "")), int(given.pop("let_frequency", 1))
-            words += [letter * repeated]
-            for value in given.values():
-                words += value if isinstance(value, list) else [value] * isinstance(value, str)
-        return {"what the constraints name": " ".join(filter(None, [*map(str, words), ending]))}
+        """What the constraints ask for by name and nothing else: keywords, repeated letters, and the last phrase."""
+        words, letters, ending = list[str](), "", ""
+        kwargs = row.get("kwargs")
+        for arguments in kwargs if isinstance(kwargs, list) else ():  # the scorer says what is wrong with another row
+            for name, value in (arguments if isinstance(arguments, dict) else {}).items():
+                if name == "let_frequency" and isinstance(value, int):
+                    letters += str(arguments.get("letter")) * min(value, MOST_LETTERS)
+                elif name == "end_phrase":
+                    ending = str(value)
+                elif name.startswith("keyword") or name in ("first_word", "start_phrase", "postscript_marker"):
+                    words += map(str, value if isinstance(value, list) else [value])
+        return {"what the constraints name": " ".join([*words, letters + ending]).strip() or "x"}
 
 
 VERIFIER = Instructions
