@@ -163,3 +163,9 @@ def test_a_task_with_a_key_is_left_out(items: Artifact, tmp_path: Path) -> None:
             to_row("token", "Who?", "exact", "own", 1, expected_answer=f"ghp_{'a1' * 18}")]  # fmt: skip
     assert draw(items, tmp_path / "tasks", file_of(tmp_path, "exact", rows))["own/1"]["tasks"] == 6
     assert "PRIVATE" not in (tmp_path / "tasks/tasks.jsonl").read_text()
+
+
+def test_a_row_that_cannot_be_scored_is_named(items: Artifact, tmp_path: Path) -> None:
+    row = to_row("1", "Write.", "instructions", "own", 1, instruction_id_list=["x"], kwargs="none")
+    with pytest.raises(VerifierFailed, match="verifier instructions, row own/000001: "):
+        draw(items, tmp_path / "tasks", file_of(tmp_path, "instructions", [row]))
