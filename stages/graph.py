@@ -160,6 +160,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_lengths(config)
     yield from _problems_of_engine(config)
     yield from _problems_of_weight_format(config)
+    yield from _problems_of_gates(config, data)
     vocabulary = config.tokenizer.padded_vocab_size
     yield from sizes.problems(config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None)
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
@@ -297,7 +298,8 @@ def _add_post_training(
         """Adds a phase with its tasks and the order of its replayed data."""
         trained[name] = Trained(model, _dtype(config, section))
         if tasks:
-            graph.add(f"tasks-{name}", "tasks", {"sources": tasks, **questions}, **evaluated)
+            verifiers = {} if isinstance(section, RewardPhase) else section.verifiers
+            graph.add(f"tasks-{name}", "tasks", {"sources": tasks, "verifiers": verifiers, **questions}, **evaluated)
             inputs |= {"tasks": f"tasks-{name}", "items": "items"}
         if isinstance(section, RlPhase) and (replay := section.replay):
             order = {"phase": name, "mix": replay.mix, "sequence_length": replay.sequence_length, "seed": config.seed}
@@ -575,6 +577,27 @@ def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:
                 f"evaluation.engine.gpus = {gpus} does not divide the {heads} heads of the model, which vLLM "
                 f"spreads over them; use one of {divisors}"
             )
+
+
+def _problems_of_gates(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]:
+    """Reasons known now for which a gate would refuse the release after its training."""
+    gates = {"pretrain": "pretraining_lowers_bits_per_byte", "midtrain": "midtraining_keeps_bits_per_byte"}
+    evaluation, heldout = config.evaluation, {s.name for s in data.sources if data.heldout_fraction_of(s)}
+    for phase in phases(config):
+        gate = gates.get(phase.node, "longcontext_keeps_bits_per_byte")
+        if phase.node == "sft" or gate in evaluation.waived_gates or heldout & phase.config.mix.keys():
+            continue
+        yield (
+            f"{phase.where}.mix has no source with held-out documents, by which the gate {gate} judges the phase; set "
+            "heldout_fraction of one in the data recipe"
+        )
+    gate, context = "longcontext_finds_passkeys", config.model.context_length
+    texts = evaluation.context
+    if config.long_context and texts and texts.lengths[-1] <= context and gate not in evaluation.waived_gates:
+        yield (
+            f"evaluation.context.lengths end with {texts.lengths[-1]}, and the gate {gate} asks for keys in more than "
+            f"model.context_length = {context} tokens; add a longer text"
+        )
 
 
 def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pipeline.core.bounds import MOST_SOURCES, Key, Language, License, Line, Nam
 from pipeline.core.stage import Config, Renamed, added
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
-from stages.evaluation.settings import EvaluationSection
+from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.maker import Maker
 from stages.models.registry import Model
@@ -116,6 +116,16 @@ class ReleaseRecipe(Identity):
             raise ValueError("online_rlhf learns from the reward model; add the section reward_model")
         if self.reward_model and self.dpo is None:
             raise ValueError("reward_model learns from the pairs that dpo makes; add the section dpo")
+        return self
+
+    @model_validator(mode="after")
+    def _check_waived_gates(self) -> ReleaseRecipe:
+        for gate in self.evaluation.waived_gates:
+            if not getattr(self, section := WAIVABLE_GATES[gate]):
+                raise ValueError(
+                    f"evaluation.waived_gates names {gate}, which judges {section}, and the recipe has no {section}; "
+                    "leave it out"
+                )
         return self
 
     @model_validator(mode="after")

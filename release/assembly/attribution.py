@@ -12,6 +12,7 @@ from pipeline.core.parts import part_number
 from release import data_layout
 from release.data_layout import ATTRIBUTION
 from stages.data.licenses.attribution import asks_for_attribution
+from stages.data.secret_patterns import find_secret
 from stages.data.table import CREDITS, NOTICES, row_writer, stream_batches, stream_rows, table_writer
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]
         rows = pa.Table.from_batches([batch.filter(pc.is_in(batch["license"], value_set=asking))])
         stated = [_credit(credits, id, path) if credits else {} for id in rows["id"].to_pylist()]
         for name in ("title", "author"):
-            rows = rows.append_column(name, pa.array([credit.get(name) for credit in stated], pa.string()))
+            values = [None if find_secret(credit.get(name)) else credit.get(name) for credit in stated]
+            rows = rows.append_column(name, pa.array(values, pa.string()))
         yield rows
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stages.data.curation.deny_list import DenyList
 
 CARD_ORIGIN = "card from the published files"
-OUTCOMES = {True: "passed", False: "FAILED", None: "skipped"}
+OUTCOMES = {True: "passed", False: "FAILED", None: "not judged"}
 """The words for the result of a gate."""
 
 

@@ -21,6 +21,7 @@ from release.assembly.score_facts import ChatScores, compute_chat_scores, comput
 from release.layout import FILTER_AGREEMENT, when
 from stages.data.table import order_files, row_count
 from stages.evaluation.scores import ModelScores
+from stages.rl.rollout.probes import PROBES, ProbedBin
 
 BATCH = 65536
 """Rows without text that are read together."""
@@ -105,8 +106,8 @@ class DataFacts:
     documents: licenses, lengths and measures after curation. by_reference: {source: where its files are} of sources
     without published texts; messages: {source: splits} of the tables of conversations; published_reasons: {source that
     a model wrote from one by reference: why its texts are published}; first_documents: {source: (id, beginning of the
-    text)} of the first training document of some sources. Phases and models are in the order of
-    training."""
+    text)} of the first training document of some sources; probes: by phase, of the bins of its tasks. Phases and
+    models are in the order of training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
@@ -120,6 +121,7 @@ class DataFacts:
     messages: dict[str, list[str]] = field(default_factory=dict)
     published_reasons: dict[str, str] = field(default_factory=dict)
     first_documents: dict[str, tuple[str, str]] = field(default_factory=dict)
+    probes: dict[str, dict[str, ProbedBin]] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""
@@ -135,6 +137,7 @@ def read_data_facts(dataset: Path) -> DataFacts:
     evaluation = dataset / "evaluation"
     orders = _by_name(data_layout.orders(dataset), schema.phase)
     scored = _by_name((scores.parent for scores in evaluation.glob("*/scores.json")), schema.model)
+    probed = _by_name((path.parent for path in dataset.glob(f"rl/*/{PROBES}")), schema.phase)
     return DataFacts(
         _read_sources(dataset),
         {phase: order_facts([*earlier_orders(dataset, phase), folder]) for phase, folder in orders},
@@ -148,6 +151,7 @@ def read_data_facts(dataset: Path) -> DataFacts:
         message_tables.published(dataset),
         dict(references.published_reasons(dataset)),
         dict(_first_documents(dataset)),
+        {phase: read_json(folder / PROBES) for phase, folder in probed},
     )
 
 

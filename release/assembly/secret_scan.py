@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.machine_paths import COMMON_PATHS
@@ -15,6 +16,8 @@ from stages.data.secret_patterns import PATTERNS, Pattern
 
 SECRET_VARIABLES = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
 TEXT_COLUMNS = frozenset({"text", "prompt", "output", "match"})
+BY_MODELS = ("dataset/rl/", "dataset/evaluation/")
+"""Folders whose tables hold what models wrote."""
 
 
 def machine_patterns(paths: list[Path]) -> dict[str, Pattern]:
@@ -47,19 +50,35 @@ def secret_values() -> dict[str, Pattern]:
     }
 
 
-def scan(folder: Path, paths: list[str], machine: list[Path]) -> list[str]:
-    """`file: match` for every hit. Weights are skipped; Parquet is read column by column.
+@dataclass
+class Scan:
+    """What a search found.
+
+    Attributes:
+        secrets: `file holds finding` for each secret or name of the machine.
+        invented: The same for keys in what models wrote: no document and no task has one, so the model made it up.
+    """
+
+    secrets: list[str]
+    invented: list[str]
+
+
+def scan(folder: Path, paths: list[str], machine: list[Path]) -> Scan:
+    """Searches files of a release. Weights are skipped; Parquet is read column by column.
 
     Document text is searched for secrets but not for names of the machine, because a manual may contain a common home.
     """
-    secret = {**PATTERNS, **secret_values()}
-    secrets_and_machine = {**secret, **machine_patterns(machine)}
-    hits = []
+    values = secret_values()
+    everything = {**PATTERNS, **values, **machine_patterns(machine)}
+    secrets, invented = set[str](), set[str]()
     for name in paths:
+        by_model = name.startswith(BY_MODELS) and name.endswith(".parquet")
         for kind, data in _contents(folder / name):
-            patterns = secret if kind == "document" else secrets_and_machine
-            hits += [f"{name} holds {finding}" for finding, pattern in patterns.items() if pattern.is_in(data)]
-    return sorted(set(hits))
+            patterns = {**PATTERNS, **values} if kind == "document" else everything
+            for finding, pattern in patterns.items():
+                if pattern.is_in(data):
+                    (invented if by_model and finding in PATTERNS else secrets).add(f"{name} holds {finding}")
+    return Scan(sorted(secrets), sorted(invented))
 
 
 def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -74,5 +93,5 @@ def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
     for batch in pq.ParquetFile(path).iter_batches(batch_size=TEXT_BATCH):
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                joined = "\n".join(value for value in column.to_pylist() if value)
+                joined = "\0".join(value for value in column.to_pylist() if value)
                 yield ("document" if name in TEXT_COLUMNS else "file"), joined.encode()

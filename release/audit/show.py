@@ -171,7 +171,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
     gates, cost = facts["gates"], facts["cost"]
     failed = [name for name, ok in gates.items() if ok is False]
     skipped = sum(ok is None for ok in gates.values())
-    judged = f"{len(gates) - skipped} gates{f' and {skipped} skipped' if skipped else ''}"
+    judged = f"{len(gates) - skipped} gates{f' and {skipped} not judged' if skipped else ''}"
     item("checks", f"{judged}, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
     branches = facts["checkpoints"]
     item("checkpoints", f"{len(branches)}, the last is {branches[-1]}" if branches else "none")

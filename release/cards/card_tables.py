@@ -177,6 +177,7 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
         changed=5,
         heading="Quality scores of the documents",
     ),
+    CardTable("probes", chat_tables.probes, added=6, heading="Rewards without solving"),
     CardTable("opt_outs", opt_out_tables.opt_outs, added=4, changed=5, heading="Opt-outs"),
     CardTable("filter_agreement", filter_tables.agreement, added=4, changed=5, heading="Agreement of the filters"),
 )
@@ -192,7 +193,15 @@ def _licenses(release: ReleaseFacts) -> list[str]:
     return [] if release.model.is_copy else tables.licenses_in_short(release.data)
 
 
+def _waived_gates(release: ReleaseFacts) -> list[str]:
+    """The gates that the recipe waives, with its reasons. None for a recipe that waives none."""
+    waived = release.recipe.get("evaluation", {}).get("waived_gates", {})
+    reasons = "; ".join(f"`{gate}` ({reason})" for gate, reason in sorted(waived.items()))
+    return [f"The recipe waives gates that other releases must pass: {reasons}."] if waived else []
+
+
 RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
+    CardTable("waived_gates", _waived_gates, added=6),
     CardTable("funnel", lambda release: tables.funnel_by_source(release.data), added=2, until=5),
     CardTable("examples", lambda release: chat_tables.examples(release.examples), added=5),
     CardTable("shares", _shares, added=5),

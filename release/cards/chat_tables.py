@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pipeline.core.text import escaped
+from release.assembly.data_facts import DataFacts
 from release.assembly.example_answers import ExampleAnswer
 from release.assembly.score_facts import ChatScores
 from release.cards import caveats
-from release.cards.tables import count, table, title
+from release.cards.tables import PHASES, count, table, title
 from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Figure, Mean, Proportion
+from stages.rl.rollout.probes import MARGIN
 
 SHOWN, CHARACTERS = 4, 160
 """Sample pairs that a card shows, and characters of a text."""
@@ -132,6 +134,24 @@ def examples(answers: Iterable[ExampleAnswer]) -> list[str]:
         f"at {count(CHARACTERS)} characters. Nobody chose them:"
     )
     return [rule, "", *items] if items else []
+
+
+def probes(data: DataFacts) -> list[str]:
+    """One row for the tasks of each kind and level: the best of the answers that solve nothing."""
+    body = []
+    for phase, bins in data.probes.items():
+        for name, each in bins.items():
+            best, acknowledged = each["answers"][0], each["acknowledged"]
+            limit = "" if acknowledged is None else f"{acknowledged:g}"
+            figures = f"{each['chance']:.3f}", _value(best["reward"]), limit
+            body.append([name, title(phase, PHASES), _code_cell(best["name"]), *figures])
+    rule = (
+        "The tasks of a phase are drawn before it, and answers that solve nothing are scored by their verifier: "
+        "constants, the question itself, frequent answers. The best of them, beside what chance earns; without an "
+        f"acknowledged reward, tasks on which it earns more than {MARGIN:g} above chance are refused:"
+    )
+    head = ["tasks", "phase", "best answer", "chance", "reward", "acknowledged"]
+    return [rule, "", *table(head, body, labels=2)] if body else []
 
 
 def overlaps(report: ContaminationReport | None) -> list[str]:

@@ -23,8 +23,8 @@ class GateResult:
 
     Attributes:
         name: The gate.
-        ok: Whether it was passed; None if there was nothing to judge.
-        detail: The measurement; of a failed gate the problem and the remedy; else the reason why nothing was judged.
+        ok: Whether it was passed; None if there was nothing to judge, or if the recipe waives it.
+        detail: The measurement; of a failed gate the problem and the remedy; else the reason why it was not judged.
     """
 
     name: str
@@ -61,7 +61,15 @@ def _findings(check: Check | BuildCheck, build: BuildContext) -> Findings | None
 
 
 def run_all(build: BuildContext) -> list[GateResult]:
-    return [result for name in names() if (result := run_gate(name, build)) is not None]
+    """The results of all gates that apply to the release."""
+    results = [result for name in names() if (result := run_gate(name, build)) is not None]
+    return [_waive(result, build.evaluation.get("waived_gates", {})) for result in results]
+
+
+def _waive(result: GateResult, waived: Mapping[str, str]) -> GateResult:
+    if result.name not in waived:
+        return result
+    return GateResult(result.name, None, f"waived by the recipe ({waived[result.name]}); {result.detail}")
 
 
 def write(folder: Path, nodes: Mapping[str, NodeArtifact], results: list[GateResult]) -> None:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 from release.assembly.checkpoint_facts import context_of, read_checkpoints
+from release.assembly.published_tables import read_rows
 from release.checks.check import BuildContext
 from release.checks.findings import Findings
-from release.layout import when
-from stages.evaluation.scores import Figure, ModelScores
+from release.checks.gains import BEYOND, judge_gain
+from release.layout import numbered, when
+from stages.evaluation.scores import Figure, Mean, ModelScores
 from stages.evaluation.settings import SURE
 
-ALL = "over all"
-BEYOND = f", beyond {SURE} standard errors of the difference"
+TOGETHER = "together"
+Change = tuple[Figure, Figure]
+"""A figure of two models, the earlier one first."""
 
 
 def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
-    """Over all held-out text, and for each source that pre-training read, so that a large source does not hide a small
+    """For the sources that pre-training read, together and one by one, so that a large source does not hide a small
     one. None without pre-training."""
     if "init" not in build.data.evaluation:
         return None
-    init, base = (build.data.evaluation[name] for name in ("init", "base"))
-    changes = _changes(_bits(init), _bits(base), {ALL, *build.data.sources_read("pretrain")})
-    return Findings.of_measurement(max(_rises(changes)) < 0, f"bits per byte {_changes_text(changes)}")
+    read = build.data.sources_read("pretrain")
+    changes = _changes(*(_bits(build.data.evaluation[name], read) for name in ("init", "base")))
+    if not changes:
+        return _nothing_to_judge("pretrain")
+    return Findings.of_measurement(max(map(_rise, changes.values())) < 0, f"bits per byte {_text(changes)}")
 
 
 def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
@@ -31,45 +37,56 @@ def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
     if "mid" not in build.data.evaluation:
         return None
     before, after = (build.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))
-    required = build.evaluation["min_accuracy_gain"]
-    text = (
-        f"accuracy {before['value']:.3f} ± {before['se']:.3f} → {after['value']:.3f} ± {after['se']:.3f}, "
-        f"a gain of more than {required:g} is demanded"
-    )
-    return Findings.of_measurement(after["value"] - before["value"] > required, text)
+    return judge_gain("accuracy", before, after, build.evaluation["min_accuracy_gain"], significant=False)
 
 
 def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
-    """The loss over all sources read so far is within the recipe's limit. None without mid-training."""
+    """The loss on the sources that the phase reads is within the recipe's limit. None without mid-training."""
     if "mid" not in build.data.evaluation:
         return None
-    base, mid = (build.data.evaluation[name] for name in ("base", "mid"))
-    sources = {ALL, *build.data.sources_read("pretrain"), *build.data.sources_read("midtrain")}
-    changes, allowed = _changes(_bits(base), _bits(mid), sources), build.evaluation["bits_per_byte_tolerance"]
-    text = f"bits per byte {_changes_text(changes)}, at most {allowed:g} may be lost on each{BEYOND}"
-    return Findings.of_measurement(max(_significant_rises(changes, base, mid)) <= allowed, text)
+    return _keeps_bits_per_byte(build, "base", {"mid": "midtrain"})
 
 
 def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
     """The loss in bits per byte on short texts is within the recipe's limit. None without long-context phases."""
-    scores, orders = build.data.evaluation, build.data.order
-    long = [model for model in scores if model.startswith("long")]
+    long = [model for model in build.data.evaluation if model.startswith("long")]
     if not long:
         return None
-    allowed, details, worst = build.evaluation["bits_per_byte_tolerance"], [], -math.inf
-    for model in long:
-        sources = {ALL}.union(*(build.data.sources_read(phase) for phase in orders if when(phase) < when("sft")))
-        bits_changes = _changes(_bits(scores["mid"]), _bits(scores[model]), sources)
-        details.append(f"{model}: bits per byte {_changes_text(bits_changes)}")
-        worst = max(worst, *_significant_rises(bits_changes, scores["mid"], scores[model]))
+    return _keeps_bits_per_byte(build, "mid", {model: f"longcontext-{numbered(model)[1]}" for model in long})
+
+
+def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, str]) -> Findings:
+    """Compares models with an earlier one on the held-out documents of the sources that the phase of each model reads,
+    together and one by one. A phase forgets what its mix leaves out: those sources are stated and not judged.
+
+    phases: {model: the phase that trained it}.
+    """
+    scores, allowed = build.data.evaluation, build.evaluation["bits_per_byte_tolerance"]
+    details, worst = [], -math.inf
+    for model, phase in phases.items():
+        read = build.data.sources_read(phase)
+        changes = _changes(*(_bits(scores[name], read) for name in (before, model)))
+        if not changes:
+            return _nothing_to_judge(phase)
+        details.append(f"{model}: bits per byte {_text(changes)}")
+        worst = max(worst, *map(_sure_rise, changes.values()))
         # both models see the same text up to mid-training's context; with bits per byte the longer context sees more
-        losses = [_short_position_losses(scores[name].get("loss_by_position", {}), build) for name in ("mid", model)]
-        if any(losses):
-            changes = _changes(losses[0], losses[1], {*losses[0], *losses[1]})
-            details.append(f"bits per token by position {_changes_text(changes)}")
-            worst = max(worst, *_rises(changes))
+        losses = _changes(*(_losses_by_position(build, name, read) for name in (before, model)))
+        if losses and model.startswith("long"):
+            details.append(f"bits per token by position {_text(losses)}")
+            worst = max(worst, *map(_rise, losses.values()))
+        earlier = {source for name in build.data.order if when(name) < when(phase)
+                   for source in build.data.sources_read(name)}  # fmt: skip
+        left_out = _changes(*(_bits(scores[name], earlier - read) for name in (before, model)))
+        left_out.pop(TOGETHER, None)
+        if left_out:
+            details.append(f"not judged, because {phase} does not read them: {_text(left_out)}")
     text = f"{'; '.join(details)}; at most {allowed:g} may be lost on each{BEYOND}"
     return Findings.of_measurement(worst <= allowed, text)
+
+
+def _nothing_to_judge(phase: str) -> Findings:
+    return Findings([f"no source that {phase} reads has held-out documents; set heldout_fraction of one"])
 
 
 def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
@@ -86,55 +103,68 @@ def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
         return Findings([f"no passkey was asked for beyond the {context} tokens of mid-training"])
     if missing := [length for length in lengths if length not in before or length not in after]:
         return Findings([f"passkeys of {missing[0]} tokens were asked of one model only"])
-    recall = [sum(rows[k]["value"] * rows[k]["n"] for k in lengths) / sum(rows[k]["n"] for k in lengths)
-              for rows in (before, after)]  # fmt: skip
-    text = f"keys found in more than {context} tokens: {recall[0]:.3f} → {recall[1]:.3f} ({', '.join(lengths)} tokens)"
-    return Findings.of_measurement(recall[1] > recall[0], text)
+    earlier, later = (_pooled([rows[length] for length in lengths]) for rows in (before, after))
+    measure = f"keys found in more than {context} tokens ({', '.join(lengths)} tokens)"
+    return judge_gain(measure, earlier, later, required=0.0, significant=False)
+
+
+def _pooled(shares: Sequence[Mean]) -> Mean:
+    """The share over all items of several sets."""
+    n = sum(row["n"] for row in shares)
+    value = sum(row["value"] * row["n"] for row in shares) / n
+    return {"value": value, "se": math.sqrt(value * (1 - value) / n), "n": n}
 
 
 def _context_of_midtraining(build: BuildContext) -> int:
     return context_of(read_checkpoints(build.folder / "checkpoints"), "midtrain")
 
 
-def _short_position_losses(by_position: Mapping[str, Figure], build: BuildContext) -> dict[str, float]:
-    """The loss at positions within mid-training's context."""
-    context = _context_of_midtraining(build)
-    return {name: float(row["value"]) for name, row in by_position.items() if int(name.split("-")[1]) < context}
+def _losses_by_position(build: BuildContext, model: str, sources: Collection[str]) -> dict[str, Figure]:
+    """Bits per token of the long documents of some sources, at positions within mid-training's context. Empty if the
+    model was not evaluated on long documents."""
+    path = build.folder / "dataset/evaluation" / model / "positions.parquet"
+    if not path.is_file():
+        return {}
+    context, bits, tokens = _context_of_midtraining(build), Counter[str](), Counter[str]()
+    for row in read_rows(path):
+        if row["source"] in sources and row["last"] < context:
+            position = f"{row['first']}-{row['last']}"
+            bits[position] += row["nll_bits"]
+            tokens[position] += row["tokens"]
+    return {position: {"value": bits[position] / tokens[position], "se": 0.0} for position in bits}
 
 
-def _bits(scores: ModelScores) -> dict[str, float]:
-    """Bits per byte over all held-out text, and of each source."""
-    by_source = {name: float(row["value"]) for name, row in sorted(scores["bits_per_byte"].items())}
-    return {ALL: float(scores["bits_per_byte_all"]["value"]), **by_source}
+def _bits(scores: ModelScores, sources: Collection[str]) -> dict[str, Figure]:
+    """Bits per byte of the held-out documents of some sources, one by one and together."""
+    rows = {name: row for name, row in scores["bits_per_byte"].items() if name in sources}
+    figures: dict[str, Figure] = {name: {"value": row["value"], "se": row["se"]} for name, row in rows.items()}
+    if len(rows) > 1:
+        size = sum(row["bytes"] for row in rows.values())
+        value = math.fsum(row["value"] * row["bytes"] for row in rows.values()) / size
+        figures[TOGETHER] = {"value": value, "se": math.hypot(*(r["se"] * r["bytes"] for r in rows.values())) / size}
+    return figures
 
 
-def _changes(before: dict[str, float], after: dict[str, float], names: set[str]) -> dict[str, tuple[float, float]]:
-    """Bits per byte before and after for each held-out name, the greatest rise first."""
-    unknown = float("nan")
-    pairs = {name: (before.get(name, unknown), after.get(name, unknown)) for name in names & {*before, *after}}
-    return dict(sorted(pairs.items(), key=lambda pair: (-_rise(pair[1]), pair[0])))
+def _changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> dict[str, Change]:
+    """Figures before and after, by name, the greatest rise first."""
+    unknown: Figure = {"value": math.nan, "se": 0.0}
+    changes = {name: (before.get(name, unknown), after.get(name, unknown)) for name in {*before, *after}}
+    return dict(sorted(changes.items(), key=lambda change: (-_rise(change[1]), change[0])))
 
 
-def _rise(pair: tuple[float, float]) -> float:
-    """The rise; infinite for a value that one of the phases lacks or that is NaN."""
-    rise = pair[1] - pair[0]
+def _rise(change: Change) -> float:
+    """The rise; infinite for a value that one of the models lacks or that is NaN."""
+    rise = change[1]["value"] - change[0]["value"]
     return rise if math.isfinite(rise) else math.inf
 
 
-def _significant_rises(changes: dict[str, tuple[float, float]], before: ModelScores, after: ModelScores) -> list[float]:
-    """The significant part of each rise in bits per byte: a small source has few held-out documents, so its figures are
-    too uncertain for one bound for all sources."""
-    rises = []
-    for name, pair in changes.items():
-        rows = [s["bits_per_byte_all"] if name == ALL else s["bits_per_byte"].get(name) for s in (before, after)]
-        chance = SURE * math.hypot(*(row["se"] for row in rows if row)) if all(rows) else 0.0
-        rises.append(_rise(pair) - chance)
-    return rises
+def _sure_rise(change: Change) -> float:
+    """The significant part of a rise: a small source has few held-out documents, so its figures are too uncertain for
+    one bound for all sources."""
+    return _rise(change) - SURE * math.hypot(change[0]["se"], change[1]["se"])
 
 
-def _rises(changes: dict[str, tuple[float, float]]) -> list[float]:
-    return [_rise(pair) for pair in changes.values()]
-
-
-def _changes_text(changes: dict[str, tuple[float, float]]) -> str:
-    return ", ".join(f"{name} {before:.4f} → {after:.4f}" for name, (before, after) in changes.items())
+def _text(changes: Mapping[str, Change]) -> str:
+    return ", ".join(
+        f"{name} {before['value']:.4f} → {after['value']:.4f}" for name, (before, after) in changes.items()
+    )

@@ -6,21 +6,19 @@ import math
 
 from release.checks.check import BuildContext
 from release.checks.findings import Findings
-from release.checks.learning import BEYOND
+from release.checks.gains import at_ceiling, figure, judge_gain
 from release.layout import when
-from stages.evaluation.scores import Figure, Mean, pass_at_1
+from stages.evaluation.scores import Mean, pass_at_1
 from stages.evaluation.settings import SURE
 
 
 def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
-    """RLVR gains more on the test problems than the recipe requires. None without that phase."""
+    """RLVR gains more on the test problems than the recipe requires. None without that phase, and without a model
+    before it that converses."""
     accuracies = _pass_at_1(build)
-    if "rlvr" not in accuracies:
+    if not {"sft", "rlvr"} <= accuracies.keys():
         return None
-    required, before, after = build.evaluation["chat"]["min_gain"], accuracies["sft"], accuracies["rlvr"]
-    gain = after["value"] - before["value"] - SURE * math.hypot(after["se"], before["se"])
-    text = f"pass@1 {_figure(before)} → {_figure(after)}, a gain of more than {required:g} is demanded{BEYOND}"
-    return Findings.of_measurement(gain > required, text)
+    return judge_gain("pass@1", accuracies["sft"], accuracies["rlvr"], build.evaluation["chat"]["min_gain"])
 
 
 def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
@@ -35,7 +33,7 @@ def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
         before["value"] - accuracies[name]["value"] + SURE * math.hypot(before["se"], accuracies[name]["se"])
         for name in later
     ]
-    figures = ", ".join(f"{name} {_figure(accuracies[name])}" for name in ("rlvr", *later))
+    figures = ", ".join(f"{name} {figure(accuracies[name])}" for name in ("rlvr", *later))
     text = (
         f"pass@1 {figures}; no more than {allowed:g} may be lost after rlvr, "
         f"{SURE} standard errors of the difference included"
@@ -44,19 +42,19 @@ def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
 
 
 def is_preferred(model: str, build: BuildContext) -> Findings | None:
-    """The answers of a model that learned from preferences win against the previous model. None if it was not
-    compared."""
+    """The answers of a model that learned from preferences win against the previous model; if those of the previous
+    model cannot be better, they do not lose. None if it was not compared."""
     if model not in _pass_at_1(build) or model not in build.data.chat.get("preferences", {}):
         return None
-    rate = build.data.chat["preferences"][model]["win_rate"]
+    comparison, required = build.data.chat["preferences"][model], build.evaluation["chat"]["min_win_rate"]
+    rate, reward = comparison["win_rate"], comparison["sides"]["before"]["parts"]["reward"]
     text = f"{model} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
-    return Findings.of_measurement(rate["low"] > build.evaluation["chat"]["min_win_rate"], text)
+    if at_ceiling(reward):
+        text += f", whose reward of {figure(reward)} leaves nothing to win: it must not lose for certain"
+        return Findings.of_measurement(rate["high"] >= 0.5, text)
+    return Findings.of_measurement(rate["low"] > required, text)
 
 
 def _pass_at_1(build: BuildContext) -> dict[str, Mean]:
     """{model: accuracy on all test problems}, in the order of training; empty without a chat model."""
     return pass_at_1(build.data.chat.get("test", {}))
-
-
-def _figure(row: Figure) -> str:
-    return f"{row['value']:.3f} ± {row['se']:.3f}"

@@ -12,7 +12,9 @@ from release.repositories import files_below
 
 
 def no_secrets(build: BuildContext) -> Findings:
-    """Checks that no file contains a token, a private key, or a path of this machine."""
+    """Checks that no file contains a token, a private key, or a path of this machine. What a model wrote may have the
+    form of a key: it is stated."""
     paths = [path for path in files_below(build.folder) if Path(path).name != SUMS]
-    hits = secret_scan.scan(build.folder, paths, build.machine)
-    return Findings(hits, summary=f"{len(paths)} files searched")
+    found = secret_scan.scan(build.folder, paths, build.machine)
+    summary = "; ".join([f"{len(paths)} files searched", *(f"by a model: {text}" for text in found.invented)])
+    return Findings(found.secrets, summary=summary)

@@ -12,6 +12,7 @@ from release.assembly.attest import code_files
 from release.assembly.published_tables import read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.layout import CODE_README
 
 AS_RUN = "code/as-run/"
 """The folder of the recipe files, which are data."""

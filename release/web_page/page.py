@@ -229,7 +229,7 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
         tiles.append((", ".join(totals), "test items, compared with the training data", link))
     gates = read_json(facts.folder / GATES)
     outcomes = Counter(gate["ok"] for gate in gates.values())
-    skipped = f", {outcomes[None]} skipped" if outcomes[None] else ""
+    skipped = f", {outcomes[None]} not judged" if outcomes[None] else ""
     figure = f"{outcomes[True]} of {len(gates)}"
     tiles.append((figure, f"gates passed{skipped}", file_link(GATES, "gates.json")))
     return tiles

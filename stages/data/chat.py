@@ -21,6 +21,8 @@ from stages.data.tokenizer import SPECIAL_TOKENS, THINK_START, TURN_END, TURN_ST
 
 BEGIN = f"{TURN_START}assistant\n"
 """The template's text before an answer."""
+MARK = "\0"
+SPECIAL = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 """`role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of calls
@@ -52,16 +54,29 @@ def render(messages: Sequence[Message], ask: bool = False, tools: Sequence[Mappi
 
 def after_calls(results: Sequence[str]) -> list[str]:
     """The template's text between a turn of the assistant that calls tools and its next one, with the results of the
-    calls. It is cut into pieces: each special token of the template is one. A result that holds the name of a special
-    token stands in a piece with other text."""
-    mark = "\0"
+    calls, in pieces."""
     before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     turn = render(before)
     turn = turn[: turn.rindex(TURN_END) + len(TURN_END)]
-    text = render([*before, *({"role": "tool", "content": mark} for _ in results)], ask=True).removeprefix(turn)
-    remaining = iter(results)
-    pieces = re.split(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})", text)
-    return [re.sub(mark, lambda _: next(remaining), piece) for piece in pieces if piece]
+    text = render([*before, *({"role": "tool", "content": MARK} for _ in results)], ask=True).removeprefix(turn)
+    return _pieces(text, results)
+
+
+def question_pieces(question: str) -> list[str]:
+    """The template's text up to the answer to a question, in pieces."""
+    return _pieces(render([{"role": "user", "content": MARK}], ask=True), [question])
+
+
+def _pieces(text: str, contents: Sequence[str]) -> list[str]:
+    """The pieces of a text of the template, in which a MARK stands for each content.
+
+    Each special token of the template is a piece of its own. A content that holds the name of a special token stands in
+    a piece with other text, so an encoder of pieces can tell both.
+    """
+    remaining = iter(contents)
+    pieces = SPECIAL.split(text)
+    filled = (re.sub(MARK, lambda _: next(remaining), piece) for piece in pieces)
+    return [piece for piece in filled if piece]
 
 
 def without_calls(messages: Sequence[Message]) -> list[Message]:
@@ -121,6 +136,11 @@ def check(messages: Sequence[Message], calls: bool = False) -> None:
                 raise ValueError(f"a message of the {message['role']} has no text")
             if special_token := _special_token(part):
                 raise ValueError(f"a message of the {message['role']} holds {special_token}")
+
+
+def control_tokens(text: str) -> list[str]:
+    """The special tokens whose names are in a text, in their order."""
+    return SPECIAL.findall(text)
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Filter: the lists of the recipe, the steps of each source, then decontamination, part by part.
+"""Filter: the lists of the recipe, the steps of each source, secrets, then decontamination, part by part.
 
 The order matters. Personal data is replaced before deduplication, so copies that differ only in an address are
 duplicates. Contaminated documents are removed before duplicates, so the representative of a group of duplicates is
@@ -58,7 +58,7 @@ from stages.evaluation.eval_set import texts_of
 if TYPE_CHECKING:
     from stages.data.curation.decontamination import ContaminationIndex
 
-VERSION = 3
+VERSION = 4
 
 
 class FilteredSource(Config):
@@ -205,6 +205,7 @@ class _PartMaker:
                 counts.update(kept=len(kept))
             steps.failures.require_few(counts["documents"])
             for row, rule in _failed_documents(acquired / "failed" / file):
+                steps.require_public(row["id"])
                 failed = (opt_out and opt_out.find_failed(row)) or Removed(rule, 0.0, 0.0)
                 counts.update(documents=1)
                 removed[failed.rule] += 1

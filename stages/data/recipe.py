@@ -51,8 +51,8 @@ class SourceConfig(Source):
     )
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
     acknowledged_removals: Acknowledged = operational(
-        {}, "by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, decontamination, "
-        "deduplication), the share of the source that it may remove above curation.alarm_share"
+        {}, "by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, secrets, "
+        "decontamination, deduplication), the share of the source that it may remove above curation.alarm_share"
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -213,7 +213,7 @@ class DataRecipe(Config):
         """The config of stage dedup for all sources."""
         sources = [
             {
-                "name": s.name, "heldout_fraction": self._heldout(s), "parts": s.parts,
+                "name": s.name, "heldout_fraction": self.heldout_fraction_of(s), "parts": s.parts,
                 "acknowledged_removals": s.acknowledged_removals, "expected": s.expected,
             }
             for s in self.sources
@@ -265,7 +265,8 @@ class DataRecipe(Config):
                 )
         return self.curation.model_copy(update=digests)
 
-    def _heldout(self, source: SourceConfig) -> float:
+    def heldout_fraction_of(self, source: SourceConfig) -> float:
+        """The share of a source's documents that are held out from training."""
         if source.heldout_fraction is not None:
             return source.heldout_fraction
         return 0.0 if source.kind == "problems" else self.heldout_fraction

@@ -1,4 +1,8 @@
-"""The forms of access tokens and private keys, which no published text may have."""
+"""The forms of access tokens and private keys, which no published text may have.
+
+Manuals and tests have keys as examples. A release with one is refused, since nobody can tell an example from a key that
+is in use; so no document with one is kept, and no task with one is drawn.
+"""
 
 from __future__ import annotations
 
@@ -29,3 +33,13 @@ PATTERNS = {
         rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*(?:[A-Za-z0-9+/=]{40,}\s*){2}", b"PRIVATE KEY-----"
     ),
 }  # fmt: skip
+
+
+def find_secret(*texts: str | None) -> str | None:
+    """The kind of a secret in one of the texts, a key of PATTERNS; None if there is none."""
+    for text in filter(None, texts):
+        data = text.encode()
+        for kind, pattern in PATTERNS.items():
+            if pattern.is_in(data):
+                return kind
+    return None

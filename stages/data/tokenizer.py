@@ -187,6 +187,14 @@ def for_corpus(content: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def without_special(tokenizer: Any) -> Any:
+    """A tokenizer of transformers that reads names of special tokens in a text as text, as in training. It is changed
+    in place: for each text, transformers sets anew whether the backend looks for them."""
+    tokenizer._tokenizer = for_corpus(json.loads(tokenizer.backend_tokenizer.to_str()))
+    tokenizer.split_special_tokens = True
+    return tokenizer
+
+
 def _from_description(content: dict[str, Any]) -> Tokenizer:
     from tokenizers import Tokenizer
 

@@ -25,7 +25,7 @@ from stages.evaluation.engine import Engine, engine_field
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import HarnessScores
 
-VERSION = 1
+VERSION = 2
 BATCH = 32
 EQUAL = 1e-9
 """Two means of the same values, added up in other orders."""
@@ -139,7 +139,7 @@ def language_model(folder: Path) -> Any:
         raise AtomError(f"the harness is not installed ({error}); run pip install 'atom-release[harness]'") from None
     import torch
 
-    from stages.data.tokenizer import END
+    from stages.data.tokenizer import END, without_special
 
     class Published(HFLM):  # type: ignore[misc, unused-ignore]
         """Ends an answer like the release's evaluation: at the end of a document, with all tokens in the text."""
@@ -153,7 +153,9 @@ def language_model(folder: Path) -> Any:
             return super()._model_generate(context, max_length, stop, eos_token_id=end_token, **settings)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Published(str(folder.resolve()), dtype="float32", device=device, batch_size=BATCH)
+    model = Published(str(folder.resolve()), dtype="float32", device=device, batch_size=BATCH)
+    model.tokenizer = without_special(model.tokenizer)
+    return model
 
 
 def evaluate(model: Any, tasks: list[Any], manager: Any, limit: int | None = None) -> dict[str, Any]:

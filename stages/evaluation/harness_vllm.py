@@ -13,7 +13,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pipeline.core.errors import AtomError
-from stages.data.tokenizer import END
+from stages.data.tokenizer import END, without_special
 from stages.evaluation.engine import Engine
 from stages.evaluation.vllm_model import Client, context_of, has_scaled_rope
 
@@ -26,7 +26,7 @@ def served_model(stack: ExitStack, engine: Engine, folder: Path, work: Path) -> 
     """The harness's model of a server, which the stack ends."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = without_special(AutoTokenizer.from_pretrained(folder, local_files_only=True))
     longest = 0 if has_scaled_rope(folder) else context_of(folder) + 1
     return Served(stack.enter_context(closing(Client.start(engine, folder, work, longest))), tokenizer)
 

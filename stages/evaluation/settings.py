@@ -5,11 +5,11 @@ No stage imports this module: a threshold changes a verdict of the release, not 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.core.bounds import Context, Range, Share
+from pipeline.core.bounds import Context, Line, Range
 from pipeline.core.stage import Config, Renamed, added
 from stages.evaluation.bits_per_byte import HeldoutLimit
 from stages.evaluation.engine import Engine
@@ -28,6 +28,27 @@ SURE = 1.645
 """Standard errors beyond which a difference is significant in one direction, at 95 %."""
 
 
+WAIVABLE_GATES = {
+    "pretraining_lowers_bits_per_byte": "pretrain",
+    "midtraining_raises_accuracy": "midtrain",
+    "midtraining_keeps_bits_per_byte": "midtrain",
+    "longcontext_keeps_bits_per_byte": "long_context",
+    "longcontext_finds_passkeys": "long_context",
+    "rlvr_raises_pass_at_1": "rlvr",
+    "rlhf_keeps_skills": "dpo",
+    "dpo_is_preferred": "dpo",
+    "online-rlhf_is_preferred": "online_rlhf",
+}
+"""The gates on the effect of training, and the section of the recipe with the phase that each judges. No other gate can
+be waived."""
+if TYPE_CHECKING:
+    WaivableGate = str
+else:
+    WaivableGate = Literal[tuple(WAIVABLE_GATES)]
+Gain = Annotated[float, Range(0, 1, below=True)]
+"""A gain that must be exceeded. A recipe that wants none waives the gate."""
+
+
 class ChatSection(Config):
     """Evaluation in conversations, and the thresholds of its release gates."""
 
@@ -36,13 +57,15 @@ class ChatSection(Config):
     num_samples: Annotated[NumSamples, Renamed("samples")] = Field(
         8, description="answers per problem, for pass@k and maj@k"
     )
-    min_gain: Annotated[float, Range(-1, 1)] = Field(
-        0.0, description="gain in pass@1 from SFT to RLVR that must be exceeded"
+    min_gain: Gain = Field(
+        0.0, description="gain in pass@1 from SFT to RLVR that must be exceeded, as far as there is room for it"
     )
-    min_win_rate: Annotated[Share, Renamed("least_win")] = Field(
+    min_win_rate: Annotated[float, Range(0.5, 1, below=True), Renamed("least_win")] = Field(
         0.5, description="value that the lower confidence bound of a win rate must exceed"
     )
-    skill_tolerance: Share = Field(0.05, description="maximum loss of pass@1 in phases after RLVR")
+    skill_tolerance: Annotated[float, Range(0, 0.25)] = Field(
+        0.05, description="maximum loss of pass@1 in phases after RLVR"
+    )
 
 
 class EvaluationSection(Config):
@@ -51,17 +74,23 @@ class EvaluationSection(Config):
     problems: Problems = Field(description="number of evaluation problems by task")
     heldout_documents: HeldoutLimit = Field(60, description="maximum number of held-out documents per source")
     max_new_tokens: Context = Field(64, description="maximum number of tokens generated per problem")
-    parity_tolerance: Annotated[float, Range(0, 1, above=True)] = Field(
+    parity_tolerance: Annotated[float, Range(0, 0.1, above=True)] = Field(
         1e-4,
         description="maximum difference of any fp32 logit between an export and the trainer; rounding grows with the "
         "logits and the context",
     )
-    bits_per_byte_tolerance: Annotated[float, Range(0, 8, "a byte has 8 bits")] = Field(
-        0.05, description="maximum increase in bits per byte after mid-training and long-context phases"
+    bits_per_byte_tolerance: Annotated[float, Range(0, 0.5)] = Field(
+        0.05,
+        description="maximum increase in bits per byte of the sources that mid-training or a long-context phase reads",
     )
-    min_accuracy_gain: Annotated[float, Range(-1, 1)] = Field(
-        0.0, description="gain in accuracy from mid-training that must be exceeded"
+    min_accuracy_gain: Gain = Field(
+        0.0,
+        description="gain in accuracy from mid-training that must be exceeded, as far as there is room for it",
     )
+    waived_gates: Annotated[dict[WaivableGate, Line], Field(max_length=len(WAIVABLE_GATES))] = Field(
+        {}, description="gates on the effect of training that do not refuse the release, each with the reason, which "
+        "the cards state"
+    )  # fmt: skip
     chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
     context: ContextSection | None = added(
         None, "evaluation on long texts: passkeys, retrieval, and loss by position; null: none"

@@ -34,6 +34,7 @@ def after_import() -> None:
     global _te_general_gemm
     _te_general_gemm = moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     _count_without_padding()
+    _balance_dispatched_experts()
     _keep_graph_inputs()
 
 
@@ -61,6 +62,37 @@ def _count_without_padding() -> None:
         count(self, routing_map)
 
     TopKRouter._apply_expert_bias = apply_expert_bias
+
+
+def _balance_dispatched_experts() -> None:
+    """All versions, of routers with sigmoid scores: the balance loss counts the experts with the best scores, while
+    tokens are dispatched by biased scores within groups (issue 2767 of Megatron-LM). It divides scores by their sum
+    plus 1e-20, so a router lowers it by scores that are all far smaller (issue 1545). Here it counts the dispatched
+    experts, and the scores of a token sum to 1 whatever their size."""
+    from megatron.core.transformer.moe import router
+
+    dispatch, scores_for_loss = router.topk_routing_with_score_function, router.compute_routing_scores_for_aux_loss
+
+    def dispatch_and_keep(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        probabilities, routing_map = dispatch(logits, *args, **kwargs)
+        logits.routing_map = routing_map  # for the loss, which is given the same tensor
+        return probabilities, routing_map
+
+    def scores_of_dispatched(
+        logits: torch.Tensor, topk: int, score_function: str, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if score_function != "sigmoid":
+            routing_map, scores = scores_for_loss(logits, topk, score_function, *args, **kwargs)
+            return routing_map, scores
+        routing_map = logits.__dict__.pop("routing_map")
+        scores = torch.softmax(torch.nn.functional.logsigmoid(logits.float()), dim=-1)
+        if (padding_mask := kwargs.get("padding_mask")) is not None:
+            is_token = ~padding_mask.unsqueeze(-1)
+            routing_map, scores = routing_map & is_token, scores * is_token
+        return routing_map, scores
+
+    router.topk_routing_with_score_function = dispatch_and_keep
+    router.compute_routing_scores_for_aux_loss = scores_of_dispatched
 
 
 def _keep_graph_inputs() -> None:

@@ -21,7 +21,7 @@ Prompts = Annotated[int, Range(1, 1e6)]
 """Prompts of one step."""
 Answers = Annotated[int, Range(1, 4096, "DeepSeek-R1: 16")]
 """Answers to one prompt."""
-Gap = Annotated[float, Range(0, 100, "nats; usual: 0.001 in one process, 0.05 with vLLM in bf16", above=True)]
+Gap = Annotated[float, Range(0, 1, "nats; usual: 0.001 in one process, 0.05 with vLLM in bf16", above=True)]
 Coefficient = Annotated[float, Range(0, 1000)]
 Updates = Annotated[int, Range(1, 1e6)]
 ClipLow = Annotated[float, Range(0, 1, "PPO and DAPO: 0.2, GSPO: 3e-4", above=True, below=True)]

@@ -17,7 +17,7 @@ from stages.rl.rlvr import simulate
 from stages.rl.samplers.registry import serve, takes_servers
 from stages.train import TRAINING_LIBRARIES
 
-VERSION = 5
+VERSION = 6
 
 
 def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

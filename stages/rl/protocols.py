@@ -197,6 +197,12 @@ class ChatTokenizer(Protocol):
     end: int
     turn_end: int
 
+    def encode_question(self, text: str) -> list[int]:
+        """The token ids of a question up to the assistant's turn."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text, in which names of special tokens are ordinary text."""
+
 
 class NoSettings(Config):
     """The settings of a verifier without settings."""
@@ -235,6 +241,12 @@ class Verifier(ABC):
         """The requirement that this machine lacks (a package, the sandbox), as a sentence with the remedy."""
         return None
 
+    @classmethod
+    def unsolved(cls, row: Row) -> dict[str, str]:
+        """Answers in the form that it reads which solve nothing, by what they are: beside those of
+        stages/rl/rollout/probes.py, they show what can be earned without solving a task."""
+        return {}
+
     @abstractmethod
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """The parts of each answer's reward, in order. Every answer (empty, garbage, huge, hostile) has a reward. An
@@ -256,6 +268,13 @@ class TaskSource(Protocol):
     @property
     def verifier(self) -> str:
         """The name of the verifier that scores the answers."""
+
+    @property
+    def acknowledged_reward(self) -> float | None:
+        """The mean reward up to which its tasks are used although an answer that solves nothing earns it."""
+
+    def chance(self, level: int) -> float:
+        """The share of right answers among guesses between what a question of that level shows; 0 for no choice."""
 
     def bins(self) -> list[str]:
         """The bins that it fills, as `<kind>/<level>`."""

@@ -13,7 +13,7 @@ from stages.rl.config import RewardTrainConfig
 from stages.rl.rlvr import simulate
 from stages.train import TRAINING_LIBRARIES
 
-VERSION = 3
+VERSION = 4
 
 
 def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

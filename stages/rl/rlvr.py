@@ -18,7 +18,7 @@ from stages.rl.config import RlTrainConfig, lack
 from stages.rl.samplers.registry import serve, takes_servers
 from stages.train import TRAINING_LIBRARIES
 
-VERSION = 4
+VERSION = 5
 
 
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

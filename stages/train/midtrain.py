@@ -17,7 +17,7 @@ from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 from stages.train.pretrain import simulate
 
-VERSION = 7
+VERSION = 8
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

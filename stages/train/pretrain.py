@@ -12,7 +12,7 @@ from stages.train import TRAINING_LIBRARIES
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 
-VERSION = 7
+VERSION = 8
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -16,7 +16,7 @@ from stages.train.estimate import estimate, training_time
 from stages.train.midtrain import run
 from stages.train.pretrain import simulate
 
-VERSION = 2
+VERSION = 3
 STAGE = Stage(
     "sft", VERSION, SftConfig, run, estimate=estimate, time=training_time,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True, imports=("stages.train.text_trainer", *TRAINING_LIBRARIES),

@@ -18,7 +18,7 @@ from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 from stages.train.pretrain import simulate
 
-VERSION = 1
+VERSION = 2
 
 
 class SizeConfig(TrainConfig):

@@ -279,7 +279,8 @@ def test_every_field_has_a_bound(model: Any) -> None:
         if isinstance(part.get("items"), dict):
             walk(part["items"], f"{where}[]")
         if kind == "object" and "properties" not in part and not settings_of_others(where):
-            unbounded.extend([where] if "maxProperties" not in part or "maxLength" not in part["propertyNames"] else [])
+            is_bounded = "maxProperties" in part and {"maxLength", "enum"} & set(part["propertyNames"])
+            unbounded.extend([] if is_bounded else [where])
             for each in [part.get("additionalProperties"), *part.get("patternProperties", {}).values()]:
                 if isinstance(each, dict):
                     walk(each, f"{where}{{}}")

@@ -23,6 +23,7 @@ from stages.data.sources import Source
 from stages.graph import phases
 from stages.mcore.memory import memory_share
 from stages.mcore.parallel_layout import Layout
+from stages.models.hf import hf_config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.config import PhaseConfig
 from tests.fixtures import ROOT, fake_rank_fixtures
@@ -136,6 +137,17 @@ def test_every_phase_fits(name: str) -> None:
     assert row.endswith(f" {largest / 2**30:.1f} GiB |"), f"docs/training.md states another figure than {largest}"
 
 
+def test_balance_coefficients_are_the_published_ones() -> None:
+    """Of Qwen3 in the terms of transformers, to whose config an export translates it; of OLMoE in those of megablocks,
+    which takes the mean over layers."""
+    for name in PUBLISHED:
+        model = composed(name).recipe.config.model
+        exported = hf_config(model, model.experts, 1, 0, "bfloat16")
+        assert exported["router_aux_loss_coef"] == pytest.approx(1e-3, rel=1e-3), name
+    olmoe = composed("atom-1b-a300m").recipe.config.model
+    assert olmoe.aux_loss * olmoe.layers == pytest.approx(0.01)
+
+
 @each
 def test_each_recipe_leads_to_a_release(name: str) -> None:
     """Conversations with a license for each, tasks of all kinds at commits, preferences of the recipe's own policy, and
@@ -149,9 +161,9 @@ def test_each_recipe_leads_to_a_release(name: str) -> None:
         assert len(getattr(source.reader, "revision", "0" * 40)) == 40
     tasks = nodes["tasks-rlvr"].config
     assert {source.verifier for source in tasks.sources} == {
-        "exact", "instructions", "math-verify", "python-tests", "reasoning-gym",
+        "exact", "math-verify", "python-tests", "reasoning-gym",
     }  # fmt: skip
-    assert {source.verifier for source in config.dpo.preferences.tasks} <= {"courtesy", "instructions"}
+    assert {source.verifier for source in config.dpo.preferences.tasks} <= {"courtesy"}
     assert nodes["dpo"].inputs["init"] == "rlvr" and nodes["reward"].inputs["pairs"] == "dpo"
     stages = [node for node in nodes.values() if node.stage.name in ("filter", "tasks", "contamination")]
     assert len(stages) >= 4 and all(node.inputs["benchmarks"] == "benchmarks" for node in stages)

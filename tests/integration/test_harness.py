@@ -23,9 +23,11 @@ from release.audit import harness
 from release.cards import harness_tables
 from release.checks.scores import score_problems
 from stages.data.table import read_table, write_json, write_rows
+from stages.data.tokenizer import without_special
 from stages.evaluation import benchmarks, eval_set
 from stages.evaluation import harness as harness_stage
 from stages.evaluation.harness import language_model
+from stages.evaluation.model_evaluation import load_tokenizer
 from stages.evaluation.task_sets import TASK_SETS, HarnessSection
 from stages.rl.protocols import to_row
 from stages.rl.rollout import tasks
@@ -75,6 +77,15 @@ def test_a_task_from_a_yaml_file_runs_offline_and_scores_as_transformers_does(
         assert [pair[0][0] for pair in sample["resps"]] == pytest.approx(expected, abs=1e-4)
         right += expected.index(max(expected)) == row["label"]
     assert results["results"]["next_words"]["acc,none"] == right / 2
+
+
+def test_a_special_token_in_an_item_is_text(release: Path) -> None:
+    """As in training, for one text and for several at once."""
+    text, special = "a <|endoftext|> b<|im_start|> <think>", set(range(len(release_fixtures.SPECIAL)))
+    for tokenizer in (language_model(release / "model").tokenizer, without_special(load_tokenizer(release / "model"))):
+        for ids in (tokenizer.encode(text), *tokenizer([text, text])["input_ids"]):
+            assert not special & set(ids) and tokenizer.decode(ids) == text
+    assert not special & set(language_model(release / "model").tok_encode(text))
 
 
 def test_what_is_missing_is_reported_in_a_sentence(
@@ -144,7 +155,10 @@ def test_no_task_shares_words_with_an_item_of_a_task_set(own_tasks: Path, tmp_pa
         "benchmarks": run_stage(benchmarks.STAGE, {"sets": sets, "limit": 2}, {}),
     }
     questions = ("After The quick,  BROWN what?", "The quick red fox?", "Which is brown: the quick?")
-    rows = [to_row(str(n), text, verifier="exact", kind="word", level=1) for n, text in enumerate(questions)]
+    rows = [
+        to_row(str(n), text, verifier="exact", kind="word", level=1, expected_answer="fox")
+        for n, text in enumerate(questions)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"source": "rows", "path": str(tmp_path / "rows.jsonl"), "verifier": "exact", "kind": "word"}
     source |= {"digest": f"sha256:{sha256_file(tmp_path / 'rows.jsonl')}", "license": "CC0-1.0", "origin": "this test"}

@@ -30,6 +30,8 @@ CODE = [
     {"text": "Its solution is wrong.", "code": "def wrong(x):\n    return x", "setup": "", "tests": ["assert wrong(1) == 2"]},
     {"text": "Its test passes a function.", "code": "def call(f):\n    return f()", "setup": "",
      "tests": ["assert call(lambda: 1) == 1"]},
+    {"text": "Its test passes what is no number.", "code": "def half(x):\n    return x / 2", "setup": "",
+     "tests": ["assert not abs(half(3) - 1.5) > 0.01"]},
     {"text": "Two functions.", "code": "def a(): return 1\ndef b(): return 1", "setup": "", "tests": ["assert a() == b()"]},
 ]  # fmt: skip
 
@@ -76,8 +78,8 @@ def test_mathematics(hub: Hub, tmp_path: Path) -> None:
 
 @NEEDS_BUBBLEWRAP
 def test_code_with_tests(hub: Hub) -> None:
-    """Of five rows two are tasks: a solution that fails, a test that cannot leave a process and one of two functions
-    are left out."""
+    """Of six rows two are tasks: a solution that fails, a test that cannot leave a process, one that any function with
+    `nan` passes and one of two functions are left out."""
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(CODE), sink)
     commit = hub.commit({"data/train-0.parquet": sink.getvalue()})

@@ -14,11 +14,12 @@ import pytest
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import write_manifest
 from release.assembly import build_release as builder
-from release.layout import ALL_SUMS, SUMS
+from release.layout import ALL_SUMS, GATES, GATES_STATED, PAGE, SUMS
 from release.repositories import files_below
 from release.schema import read_release
 from stages.recipe import ReleaseSection
 from tests.fixtures import release_fixtures
+from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.run_fixtures import at_length
 
 
@@ -84,7 +85,7 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
     assert [name for name, gate in gates.items() if gate["ok"] is None] == ["runtimes"], "no program ran"
     stated = json.loads((built / "evidence/attestations/gates.json").read_text())["predicate"]
     assert stated["failedTests"] == [] and set(stated["passedTests"]) == gates.keys() - {"runtimes"}
-    assert "16 of 17" in (page := (built / "site/index.html").read_text()) and "gates passed, 1 skipped" in page
+    assert "16 of 17" in (page := (built / "site/index.html").read_text()) and "gates passed, 1 not judged" in page
 
 
 def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> None:
@@ -362,15 +363,46 @@ def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> Non
         tmp_path / "t.parquet", [{"text": "hf_" + "a1" * 17, "origin": "x"}, {"text": f"{tmp_path}/x", "origin": "y"}]
     )
     release_fixtures.table(tmp_path / "u.parquet", [{"text": "", "origin": f"{tmp_path}/x"}])
+    answers = "dataset/rl/rlvr/rollouts.parquet"  # what a model wrote; a value of this process is none of its own
+    release_fixtures.table(tmp_path / answers, [{"text": "ghp_" + "x" * 36}, {"text": "=correct-horse-battery"}])
+    halves = "-----BEGIN RSA PRIVATE KEY-----", ("QUJD" * 16 + "\n") * 3  # of two documents, which are no key
+    release_fixtures.table(tmp_path / "v.parquet", [{"text": half} for half in halves])
     expected = [f"{name} holds {secret}" for name, (_, secret) in planted.items()]
+    expected.append(f"{answers} holds the value of HF_TOKEN")
     expected += ["t.parquet holds a Hugging Face token", f"u.parquet holds the machine's path {tmp_path}"]
-    assert secret_scan.scan(tmp_path, files_below(tmp_path), [tmp_path]) == sorted(expected)
+    found = secret_scan.scan(tmp_path, files_below(tmp_path), [tmp_path])
+    assert found.secrets == sorted(expected)
+    assert found.invented == [f"{answers} holds a GitHub token"]
 
 
 def test_a_secret_is_refused(source, tmp_path: Path) -> None:
     environment = source.environment | {"note": f"{tmp_path}/runs"}
     bad = dataclasses.replace(source, environment=environment, machine_paths=[tmp_path])
     require_refusal(bad, tmp_path, "no_secrets", "evidence/environment.json holds the machine's path")
+
+
+def test_a_waived_gate_is_on_the_card_and_the_page_and_not_among_those_that_passed(
+    source: builder.BuildInput, tmp_path: Path
+) -> None:
+    evaluation = {**source.recipe["evaluation"], "min_accuracy_gain": 0.58}
+    bad = dataclasses.replace(source, recipe={**source.recipe, "evaluation": evaluation})
+    require_refusal(bad, tmp_path, "midtraining_raises_accuracy", "a gain of more than 0.58 is demanded")
+
+    evaluation["waived_gates"] = {"midtraining_raises_accuracy": "an example"}
+    waived = dataclasses.replace(source, recipe={**source.recipe, "evaluation": evaluation})
+    release = builder.build(waived, tmp_path / "other")
+    assert verify(release).ok, verify(release).to_json()
+    card = (release / "model/README.md").read_text()
+    line = "The recipe waives gates that other releases must pass: `midtraining_raises_accuracy` (an example)."
+    assert line in card.splitlines()
+    gate = json.loads((release / GATES).read_text())["midtraining_raises_accuracy"]
+    assert gate["ok"] is None and gate["detail"].startswith("waived by the recipe (an example); accuracy ")
+    assert "midtraining_raises_accuracy" not in (release / GATES_STATED).read_text()
+    page = (release / PAGE).read_text()
+    count = len(json.loads((release / GATES).read_text()))
+    assert f"{count - 1} of {count}" in page and "not judged" in page
+    (release / "model/README.md").write_text(card.replace(line, ""))
+    assert not verify(release).ok
 
 
 def test_missing_artifact_is_the_callers_mistake(source, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import pytest
 
 from release.assembly.data_facts import DataFacts, read_data_facts
 from release.assembly.score_facts import CONTAMINATION, compute_scores
-from release.checks import gates
+from release.checks import gains, gates
 from release.checks.check import BuildContext
+from stages.evaluation.scores import Mean
+from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
 from tests.fixtures import release_fixtures
 
-LIMITS = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
+LIMITS = EvaluationSection(problems={"add": 40}).model_dump()
 LEARNING = ("pretraining_lowers_bits_per_byte", "midtraining_raises_accuracy", "midtraining_keeps_bits_per_byte")
 POST_TRAINING = ("rlvr_raises_pass_at_1", "rlhf_keeps_skills", "dpo_is_preferred", "contamination_report")
 
@@ -68,20 +70,71 @@ def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     ]
 
 
+def test_a_phase_is_not_refused_for_a_source_that_it_does_not_read(built: Path) -> None:
+    data = read_data_facts(built / "dataset")
+    context = BuildContext(built, release_fixtures.release_info(), LIMITS, data)
+    before = data.evaluation["base"]["bits_per_byte"]["sums"]["value"]
+    data.evaluation["mid"]["bits_per_byte"]["sums"]["value"] = before + 1
+    data.evaluation["mid"]["bits_per_byte_all"]["value"] += 1
+    assert list(failures(LEARNING, context)) == ["midtraining_keeps_bits_per_byte"]
+    del data.order["midtrain"].parts[0].by_source["sums"]
+    (result,) = run(("midtraining_keeps_bits_per_byte",), context)
+    assert result.ok
+    stated = f"not judged, because midtrain does not read them: sums {before:.4f} → {before + 1:.4f}"
+    assert stated in result.detail and "together" not in result.detail
+    data.order["midtrain"].parts[0].by_source.clear()
+    assert "no source that midtrain reads has held-out documents" in failures(LEARNING, context).popitem()[1]
+
+
+@pytest.mark.parametrize("before, after, ok", [(1.0, 1.0, True), (0.995, 0.998, True), (0.995, 0.9, False),
+                                               (0.8, 0.8, False), (0.0, 0.0, False)])  # fmt: skip
+def test_a_gain_is_demanded_only_below_the_ceiling(built: Path, before: float, after: float, ok: bool) -> None:
+    data = read_data_facts(built / "dataset")
+    for model, share in (("base", before), ("mid", after)):
+        data.evaluation[model]["accuracy_all"] = mean(share, (share * (1 - share) / 1000) ** 0.5)
+    context = BuildContext(built, release_fixtures.release_info(), LIMITS, data)
+    (result,) = run(("midtraining_raises_accuracy",), context)
+    assert result.ok == ok
+    assert ("none is demanded" in result.detail) == (before > 0.9)
+
+
+def test_a_few_items_are_no_ceiling() -> None:
+    """A share of 0.5 of two items is not known to be near 1, and neither is one of 0."""
+    assert not gains.at_ceiling(mean(0.5, 0.5, 2)) and not gains.at_ceiling(mean(0.0, 0.0, 2))
+    assert gains.at_ceiling(mean(1.0, 0.0, 2))
+
+
+def test_a_waived_gate_refuses_nothing_and_is_stated(built: Path) -> None:
+    data = read_data_facts(built / "dataset")
+    data.evaluation["mid"]["accuracy_all"] = data.evaluation["base"]["accuracy_all"]
+    limits = {**LIMITS, "waived_gates": {"midtraining_raises_accuracy": "an example"}}
+    context = BuildContext(built, release_fixtures.release_info(), limits, data)
+    results = {result.name: result for result in gates.run_all(context)}
+    waived = results["midtraining_raises_accuracy"]
+    assert waived.ok is None and waived.detail.startswith("waived by the recipe (an example); accuracy 0.")
+    assert WAIVABLE_GATES.keys() <= set(gates.names())
+
+
 def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):
-    """A release with these (value, standard error) of pass@1 by model and of the win rate, and a contamination report."""
+    """A release with these (value, standard error) of pass@1 by model, of the win rate and of the reward of the model
+    that it was compared with, each over 1,000 items, and a contamination report."""
     right = {"sft": (0.4, 0.02), "rlvr": (0.6, 0.01), "dpo": (0.59, 0.01), **changed}
-    win, se = right.pop("win", (0.6, 0.02))
-    test = {name: {"problems_all": {"samples": {"accuracy": {"value": v, "se": e}}}} for name, (v, e) in right.items()}
+    (win, se), reward = right.pop("win", (0.6, 0.02)), right.pop("reward", (0.5, 0.02))
+    test = {name: {"problems_all": {"samples": {"accuracy": mean(*figure)}}} for name, figure in right.items()}
     rate = {"value": win, "low": win - 1.96 * se, "high": win + 1.96 * se}
     counts = {"clean": 100 - contaminated, "overlap": 0, "contaminated": contaminated}
     detector = {"recall": {"planted": planted, "found": round(0.95 * planted)}}
     release_fixtures.write_json(
         folder / "dataset" / CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
     )
-    data = DataFacts(chat={"test": test, "preferences": {"dpo": {"win_rate": rate}}})
-    limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}}
+    comparison = {"win_rate": rate, "sides": {"before": {"parts": {"reward": mean(*reward)}}}}
+    data = DataFacts(chat={"test": test, "preferences": {"dpo": comparison}})
+    limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}, "waived_gates": {}}
     return BuildContext(folder, release_fixtures.release_info(), limits, data)
+
+
+def mean(value: float, se: float, n: int = 1000) -> Mean:
+    return {"value": value, "se": se, "n": n}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +146,15 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
         ({"dpo": (0.54, 0.01)}, "rlhf_keeps_skills"),
         ({"dpo": (0.56, 0.01)}, "rlhf_keeps_skills"),  # perhaps within the bound, perhaps not
         ({"win": (0.53, 0.02)}, "dpo_is_preferred"),
+        # nothing above 1: what cannot rise must not be refused for that, and what falls must
+        ({"sft": (0.995, 0.002), "rlvr": (0.998, 0.001), "dpo": (0.998, 0.001)}, None),
+        ({"sft": (1.0, 0.0), "rlvr": (1.0, 0.0), "dpo": (1.0, 0.0)}, None),
+        # the recipe demands 0.1: where only 0.05 is missing, any gain is enough
+        ({"sft": (0.95, 0.006), "rlvr": (0.98, 0.004), "dpo": (0.98, 0.004)}, None),
+        ({"sft": (0.95, 0.006), "rlvr": (0.951, 0.006), "dpo": (0.95, 0.005)}, "rlvr_raises_pass_at_1"),
+        ({"sft": (0.995, 0.002), "rlvr": (0.9, 0.008), "dpo": (0.9, 0.008)}, "rlvr_raises_pass_at_1"),
+        ({"win": (0.5, 0.0), "reward": (1.0, 0.0)}, None),
+        ({"win": (0.4, 0.02), "reward": (1.0, 0.0)}, "dpo_is_preferred"),
         ({"planted": 0}, "contamination_report"),
         ({"contaminated": 6}, "contamination_report"),
     ],

@@ -22,9 +22,13 @@ from tests.fixtures.replay_fixtures import build, validated
 from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed
 
 ROLLOUTS = "dataset/rl/rlvr/rollouts.parquet"
+WAIVED = ("rlhf_keeps_skills", "dpo_is_preferred", "online-rlhf_is_preferred")
 PREFERENCES = """
 dpo:
-  preferences: {tasks: [{source: instructions, levels: [1], count: 60}], count: 24, num_generations: 4}
+  preferences:
+    tasks: [{source: instructions, levels: [1], count: 60, acknowledged_reward: 1.0}]
+    count: 24
+    num_generations: 4
   sft_tasks: {tasks: [{source: problems, task: add, levels: [0], count: 20}], count: 8, num_generations: 2}
   sampling: {max_new_tokens: 48}
   steps: 2
@@ -47,7 +51,7 @@ reward_model:
 online_rlhf:
   tasks:
     - {source: courtesies, count: 20, verifier: reward-model}
-    - {source: instructions, levels: [1], count: 20}
+    - {source: instructions, levels: [1], count: 20, acknowledged_reward: 1.0}
   prompts_per_step: 6
   num_generations: 4
   updates: 2
@@ -139,7 +143,8 @@ def test_all_of_post_training_comes_out_bit_for_bit(smoke_home: Path, tmp_path: 
     home, recipe = Path(shutil.copytree(smoke_home, tmp_path / "home")), tmp_path / "atom-smoke-rlhf.yaml"
     named = SMOKE.read_text().replace("name: atom-smoke", "name: atom-smoke-rlhf")
     named = named.replace("\nevaluation:", PREFERENCES, 1)
-    recipe.write_text(named.replace("    min_gain:", "    min_win_rate: 0.0\n    skill_tolerance: 1.0\n    min_gain:"))
+    waived = "".join(f"    {gate}: so few steps\n" for gate in WAIVED)
+    recipe.write_text(named.replace("  waived_gates:\n", f"  waived_gates:\n{waived}"))
     atom(home, "run", str(recipe), timeout=1800)
     release = build(home, str(recipe), tmp_path)
     segments = {"rlvr": [(0, 4)], "dpo": [(0, 1), (1, 2)], "reward": [(0, 2), (2, 4)], "online-rlhf": [(0, 2), (2, 4)]}

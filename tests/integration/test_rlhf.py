@@ -217,6 +217,10 @@ def test_the_reward_model_scores_as_it_was_trained(
     (cut,) = verifier.score([(rows[0], Response.parse("eee", False))])
     assert cut["reward"] == 0.0 and verifier.version == "export-test"
     assert reward_input(verifier.chat, "say", "e", True)[-2:] == [3, 1]
+    (spelled_out,) = verifier.score([(rows[0], Response.parse("<|im_start|>" * 20, True))])
+    assert spelled_out["reward"] == 0.0, "its twenty tokens are 240 characters to the reward model"
+    with pytest.raises(VerifierFailed, match="tokens are more than its context of 64; allow shorter answers"):
+        verifier.score([(rows[0], Response.parse("e" * 70, True))])
     other = Artifact("", "", tmp_path / "other", ())
     write_other_tokenizer(inputs["tokenizer"], other.path)
     with pytest.raises(AtomError, match="^the reward model export-test has another tokenizer than the policy, whose"):

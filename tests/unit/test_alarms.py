@@ -15,7 +15,7 @@ REMOVED = {"opt_out": 10, "failed/parse": 2, "c4/javascript": 8, "c4/curly_brack
 def test_a_share_is_that_of_the_documents_that_reached_the_rule() -> None:
     losses = {loss.rule: loss for loss in filter_losses("web", ["c4", "pii"], 100, REMOVED)}
     before = ["opt_out", "url_blocklist", "license", "failed", "generation"]
-    assert list(losses) == [*before, "c4", "pii", "decontamination", "mine"]
+    assert list(losses) == [*before, "c4", "pii", "secrets", "decontamination", "mine"]
     assert losses["c4"] == Loss("web", "c4", 28, 88)
     assert losses["mine"] == Loss("web", "mine", 30, 60) and losses["mine"].share == 0.5
     removed = {"c4/javascript": 60, "exact_duplicate": 10, "near_duplicate": 25, "opt_out": 4}

@@ -1,30 +1,72 @@
-"""Filter `no_secrets` removes what a release may not hold, and keeps what only speaks of it."""
+"""No document with a secret reaches a release, whatever the steps of its source are, and what only speaks of keys does."""
 
 from __future__ import annotations
 
 import base64
 import random
 import string
+from typing import Any
 
 import pytest
 
-from stages.data.filters.base import Removal
-from stages.data.filters.no_secrets import FILTER
+from pipeline.core.errors import AtomError
+from stages.data.curation.alarms import RULES
+from stages.data.curation.filtering import Removed, SourceFilter
+from stages.data.filters.base import Filter, FilterFunction
 
 KEY = base64.encodebytes(random.Random(0).randbytes(200)).decode()
 LETTERS = "".join(random.Random(0).choices(string.ascii_letters, k=40))
+TOKEN = f"ghp_{LETTERS[:36]}"
+
+
+class Nothing:
+    """Items of which no document has one."""
+
+    ngram = 8
+
+    def find(self, text: str) -> None:
+        return None
+
+
+class Join(Filter):
+    """A step whose edited text holds a key that the acquired text does not."""
+
+    step: str = "join"
+
+    def function(self) -> FilterFunction:
+        return lambda text: text.replace("|", "")
+
+
+def apply(text: str, *steps: Filter, **row: str) -> Any:
+    document = {"id": "a/1", "text": text, "source": "a", "license": "MIT", "origin": "x", "prompt_chars": 0, **row}
+    return SourceFilter("a", "prose", steps, Nothing()).apply(document)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("text", "rule"),
     [
         (f"Like this:\n-----BEGIN OPENSSH PRIVATE KEY-----\n{KEY}-----END OPENSSH PRIVATE KEY-----", "private_key"),
         (f"export HF_TOKEN=hf_{LETTERS[:34]}", "hugging_face_token"),
-        (f"token: ghp_{LETTERS[:36]}", "github_token"),
+        (f"token: {TOKEN}", "github_token"),
         ("A key begins with -----BEGIN PRIVATE KEY----- and then has a body.", None),
         ("AWS writes AKIAIOSFODNN7EXAMPLE in its manuals.", None),
     ],
 )
-def test_a_document_with_a_secret_is_removed(text: str, reason: str | None) -> None:
-    result = FILTER(step="no_secrets").function()(text)
-    assert result == (text if reason is None else Removal(reason, 1.0, 0.0))
+def test_a_document_with_a_secret_is_removed(text: str, rule: str | None) -> None:
+    result = apply(text)
+    assert result == Removed(f"secrets/{rule}", 1.0, 0.0) if rule else result["text"] == text
+    assert "secrets" in RULES
+
+
+def test_what_a_step_leaves_and_where_it_comes_from_is_searched_too() -> None:
+    assert apply(f"{TOKEN[:10]}|{TOKEN[10:]}", Join()) == Removed("secrets/github_token", 1.0, 0.0)
+    url = f"https://example.org/page?AWSAccessKeyId=AKIA{LETTERS[:16].upper()}&Expires=1"
+    assert apply("a page", origin=url) == Removed("secrets/aws_access_key", 1.0, 0.0)
+
+
+def test_an_id_with_a_secret_stops_the_stage() -> None:
+    """Every disposition has its document's id, so removing the document would not help."""
+    with pytest.raises(
+        AtomError, match="source a: the id of a document holds a GitHub token, and all ids are published"
+    ):
+        apply("a page", id=f"a/{TOKEN}")

@@ -14,6 +14,7 @@ from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
+from tests.fixtures import ROOT
 from tests.fixtures.recipe_fixtures import SMOKE, write
 
 
@@ -50,6 +51,18 @@ from tests.fixtures.recipe_fixtures import SMOKE, write
         ({"release__maker": {"market_date": "2026-02-30"}}, "recipe r: release.maker.market_date = '2026-02-30' is no date of the calendar"),
         ({"pretrain__mix": {"docstrings": 0.5, "code": 0.4}}, "recipe r: pretrain.mix sums to 0.9; the shares must sum to 1"),
         ({"data": "smok"}, "there is no data recipe smok, neither packaged nor a file; did you mean smoke?"),
+        # no threshold of a gate is so low that the gate cannot refuse; what refuses nothing is named
+        ({"evaluation__min_accuracy_gain": -1.0}, "recipe r: evaluation.min_accuracy_gain = -1.0 is out of range; use at least 0"),
+        ({"evaluation__chat__min_gain": -1.0}, "recipe r: evaluation.chat.min_gain = -1.0 is out of range; use at least 0"),
+        ({"evaluation__chat__min_win_rate": 0.0}, "recipe r: evaluation.chat.min_win_rate = 0.0 is out of range; use at least 0.5"),
+        ({"evaluation__chat__skill_tolerance": 1.0}, "recipe r: evaluation.chat.skill_tolerance = 1.0 is out of range; use 0 to 0.25"),
+        ({"evaluation__bits_per_byte_tolerance": 8.0}, "recipe r: evaluation.bits_per_byte_tolerance = 8.0 is out of range; use 0 to 0.5"),
+        ({"evaluation__parity_tolerance": 1.0}, "recipe r: evaluation.parity_tolerance = 1.0 is out of range; use more than 0"),
+        ({"rlvr__max_logprob_diff": 100.0}, "recipe r: rlvr.max_logprob_diff = 100.0 is out of range; use more than 0 and at most 1"),
+        ({"evaluation__waived_gates": {"no_secrets": "it is slow"}}, "recipe r: evaluation.waived_gates.no_secrets = 'no_secrets': "),
+        ({"evaluation__waived_gates": {"rlvr_raises_pass_at_1": ""}}, "recipe r: evaluation.waived_gates.rlvr_raises_pass_at_1 = '' is empty"),
+        ({"evaluation__waived_gates": {"dpo_is_preferred": "few steps"}},
+         "recipe r: evaluation.waived_gates names dpo_is_preferred, which judges dpo, and the recipe has no dpo; leave it out"),
         ({"version": "1"}, "recipe r: version = '1' is no semantic version, such as 0.1.0"),
     ],
 )  # fmt: skip
@@ -58,6 +71,25 @@ def test_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) ->
         dag.compose(recipes.load(write(tmp_path / "r.yaml", **changes)), Store(tmp_path))
     assert str(error.value).startswith(sentence), str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_gate_would_refuse_after_training_is_refused_before(tmp_path: Path) -> None:
+    data = (ROOT / "data_recipes/smoke.yaml").read_text().replace("heldout_fraction: 0.1\n", "heldout_fraction: 0.0\n")
+    (tmp_path / "own.yaml").write_text(data)
+    recipe = recipes.load(write(tmp_path / "r.yaml", data="own.yaml", pretrain__mix={"sums": 1.0}))
+    (sentence,) = dag.problems(recipe)
+    assert sentence.startswith(
+        "pretrain.mix has no source with held-out documents, by which the gate pretraining_lowers"
+    )
+
+    text = (ROOT / "pipeline/recipes/atom-tiny-long.yaml").read_text()
+    shorter = text.replace("700, 1024, 1500, 2500, 4096]", "500]").replace("256, 512, ", "256, ")
+    (tmp_path / "long.yaml").write_text(shorter)
+    (sentence,) = dag.problems(recipes.load(str(tmp_path / "long.yaml")))
+    assert sentence.startswith("evaluation.context.lengths end with 500, and the gate longcontext_finds_passkeys asks")
+    waived = "  waived_gates: {longcontext_finds_passkeys: an example}\n  context:"
+    (tmp_path / "long.yaml").write_text(shorter.replace("  context:", waived))
+    assert list(dag.problems(recipes.load(str(tmp_path / "long.yaml")))) == []
 
 
 def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.core.bounds import Key, Range
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Report
 from stages.data.curation.deny_list import OPT_OUT_RULE
+from stages.data.curation.filtering import SECRETS
 from stages.data.curation.url_blocklist import BLOCKED_RULE
 
 AlarmShare = Annotated[float, Range(0, 1)]
@@ -27,7 +28,7 @@ MIN_DOCUMENTS = 20
 """Of fewer documents, a large share is no news."""
 BEFORE_STEPS = (OPT_OUT_RULE, BLOCKED_RULE, "license", "failed", "generation")
 DECONTAMINATION, DEDUPLICATION = "decontamination", "deduplication"
-RULES = (*BEFORE_STEPS, DECONTAMINATION, DEDUPLICATION)
+RULES = (*BEFORE_STEPS, SECRETS, DECONTAMINATION, DEDUPLICATION)
 """The rules of every source beside its steps. Deduplication: exact and near duplicates."""
 
 
@@ -53,7 +54,7 @@ def filter_losses(source: str, steps: Sequence[str], documents: int, removed: Ma
     by_rule = Counter[str]()
     for rule, count in removed.items():
         by_rule[rule.partition("/")[0]] += count
-    order = dict.fromkeys([*BEFORE_STEPS, *steps, DECONTAMINATION])
+    order = dict.fromkeys([*BEFORE_STEPS, *steps, SECRETS, DECONTAMINATION])
     losses = []
     for rule in [*order, *(rule for rule in by_rule if rule not in order)]:
         losses.append(Loss(source, rule, by_rule[rule], documents))

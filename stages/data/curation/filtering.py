@@ -1,4 +1,5 @@
-"""Filtering: the URL blocklist, licenses, the steps of a source, then decontamination, document by document."""
+"""Filtering: the URL blocklist, licenses, the steps of a source, secrets, then decontamination, document by
+document."""
 
 from __future__ import annotations
 
@@ -8,16 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import AtomError
-from stages.data.chat import prompt_chars
+from stages.data.chat import control_tokens, prompt_chars
 from stages.data.curation.failures import FAILED_RULE, Failures
 from stages.data.curation.url_blocklist import BLOCKED_RULE, UrlBlocklist
 from stages.data.filters.base import Filter, Removal
 from stages.data.kinds import Kind
 from stages.data.licenses.allow import NOT_ALLOWED, AllowedLicenses
+from stages.data.secret_patterns import find_secret
 from stages.data.table import DocumentRow, content_hash
 
 if TYPE_CHECKING:
     from stages.data.curation.decontamination import ContaminationIndex
+
+SECRETS = "secrets"
+"""The rule that removes documents with access tokens and private keys. No recipe has to name it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,7 @@ class Removed:
 
 
 class SourceFilter:
-    """The licenses and the steps of a source in order, and decontamination.
+    """The licenses and the steps of a source in order, secrets, and decontamination.
 
     license_allow: the licenses of documents that are kept; empty: all.
     edits: documents that each step edited, by step; failures: documents on which a step raised an exception.
@@ -63,9 +68,10 @@ class SourceFilter:
     def apply(self, row: DocumentRow) -> DocumentRow | Removed:
         """The document as it passes, or the rule that removes it.
 
-        Raises AtomError if a step returns neither a text nor a removal. Another exception of a step removes the
-        document, unless it is of the machine.
+        Raises AtomError if a step returns neither a text nor a removal, and for an id that cannot be published. Another
+        exception of a step removes the document, unless it is of the machine.
         """
+        self.require_public(row["id"])
         self.measured.update(dict.fromkeys(self.measures))
         try:
             result = self._apply_steps(row)
@@ -75,6 +81,14 @@ class SourceFilter:
         except Exception as error:
             self.failures.add(row["id"], f"{type(error).__name__}: {error}")
             return Removed(FAILED_RULE, 0.0, 0.0)
+
+    def require_public(self, id: str) -> None:
+        """Raises AtomError for an id that holds a secret: those of removed documents are published too."""
+        if kind := find_secret(id):
+            raise AtomError(
+                f"source {self.source}: the id of a document holds {kind}, and all ids are published; leave its file "
+                "out, or set another id_field"
+            )
 
     def _apply_steps(self, row: DocumentRow) -> str | Removed:
         if self.blocklist is not None and (entry := self.blocklist.find(row["origin"])) is not None:
@@ -93,6 +107,8 @@ class SourceFilter:
                 )
             self.edits[step] += result != text
             text = result
+        if kind := find_secret(text, row["origin"]):
+            return Removed(f"{SECRETS}/{kind.split(' ', 1)[1].replace(' ', '_').lower()}", 1.0, 0.0)
         match = self.index.find(text)
         if match is None:
             return text
@@ -100,7 +116,11 @@ class SourceFilter:
         return Removed("decontamination", words, self.index.ngram, item)
 
     def _edited(self, row: DocumentRow, text: str) -> DocumentRow:
+        """Raises ValueError for a conversation with other special tokens than before: `<|im_[1]end|>` is text until a
+        step removes the citation in it."""
         document: DocumentRow = {**row, "text": text, "content_hash": content_hash(text)}
         if self.kind == "chat":
+            if control_tokens(text) != control_tokens(row["text"]):
+                raise ValueError("a step changed the special tokens of a conversation")
             document["prompt_chars"] = prompt_chars(text)
         return document

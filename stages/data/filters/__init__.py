@@ -13,6 +13,5 @@ FILTERS = {
     "code_shape": "stages.data.filters.code_shape",
     "python_syntax": "stages.data.filters.python_syntax",
     "pii": "stages.data.filters.pii",
-    "no_secrets": "stages.data.filters.no_secrets",
 }
 """{step: module whose FILTER is its class}. Importing one is cheap: no datatrove or numpy."""

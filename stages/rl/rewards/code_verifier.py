@@ -30,6 +30,11 @@ from stages.rl.sandbox.running import Running
 MAX_ANSWER_CHARACTERS = 256 << 10
 """Characters of an answer beyond which it is not run."""
 
+CONSTANT_VALUES = ("None", "0", "1", "-1", "True", "False", '""', "[]", "{}", 'float("nan")', 'float("inf")')
+"""What programs return that compute nothing, in Python."""
+RETURNS = "a function that returns {}"
+NOT_A_NUMBER = RETURNS.format('float("nan")')
+
 FENCE = re.compile(r"`{3,}|~{3,}")
 QUOTE = re.compile(r" {0,3}> ?")
 
@@ -125,6 +130,14 @@ class CodeVerifier(Verifier):
     def missing(cls) -> str | None:
         reason = sandbox.missing()
         return reason and f"tasks of the verifier {cls.name} run what the model writes: {reason}"
+
+    @classmethod
+    def unsolved(cls, row: Row) -> dict[str, str]:
+        """Programs that compute nothing."""
+        head = f"def {row.get('entry_point')}(*arguments, **options):\n    return "
+        programs = {RETURNS.format(value): f"{head}{value}\n" for value in CONSTANT_VALUES}
+        programs[RETURNS.format("its first argument")] = f"{head}arguments[0] if arguments else None\n"
+        return {"pass": "pass", **programs}
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Raises VerifierFailed if a sandbox failed or a row's tests cannot run."""

@@ -36,6 +36,11 @@ class MathVerify(PooledVerifier):
 
         return bind
 
+    @classmethod
+    def unsolved(cls, row: Row) -> dict[str, str]:
+        constants = ("0", "1", "-1", "x", "\\infty", "nan", "\\emptyset", "\\mathbb{R}")
+        return {f"{constant} in a box": boxed(constant) for constant in constants}
+
     @staticmethod
     def correct_answer(row: Row) -> str:
         return boxed(str(row["expected_answer"]))

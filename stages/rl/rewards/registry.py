@@ -54,7 +54,7 @@ def make_verifier(
 
 
 def make_verifiers(
-    rows: Sequence[Row], inputs: Inputs, chat: ChatTokenizer, settings: Mapping[str, Mapping[str, Any]]
+    rows: Sequence[Row], inputs: Inputs, chat: ChatTokenizer | None, settings: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Verifier]:
     """The verifiers that tasks name, with their settings by name. Raises as `make_verifier` does."""
     names = sorted({str(row["verifier"]) for row in rows})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.core.errors import AtomError, RecipeError
-from stages.data import chat
+from stages.data.chat import control_tokens
 from stages.rl.protocols import (
     Answer,
     ChatTokenizer,
@@ -23,7 +23,8 @@ ROWS, GPU_ROWS = 64, 8
 
 class RewardModel(Verifier):
     """The score of an answer is the log-probability that `<|endoftext|>` follows it. The reward is the probability, by
-    Bradley and Terry, that the answer is preferred to one of mean score."""
+    Bradley and Terry, that the answer is preferred to one of mean score; it is 0 for an answer with special tokens
+    that does not fit the context once these are written out."""
 
     name = "reward-model"
 
@@ -64,7 +65,7 @@ class RewardModel(Verifier):
         limit = self.model.config.max_position_embeddings
         rewards: list[float] = [0.0] * len(rows)
         for (row, response), ids in zip(answers, rows, strict=True):
-            if response.finished and len(ids) > limit:
+            if response.finished and len(ids) > limit and not control_tokens(response.text):
                 raise VerifierFailed(
                     f"verifier {self.name} cannot score row {row['id']}: {len(ids)} tokens are more than its context "
                     f"of {limit}; allow shorter answers"
@@ -90,11 +91,9 @@ class RewardModel(Verifier):
 
 def reward_input(template: ChatTokenizer, prompt: str, text: str, finished: bool) -> list[int]:
     """The token ids of a question and its answer in the chat template, and of the token whose probability is the
-    reward."""
-    ids: list[int] = template.tokenizer.encode(
-        chat.render([{"role": "user", "content": prompt}], ask=True), add_special_tokens=False
-    ).ids
-    ids += template.tokenizer.encode(text, add_special_tokens=False).ids
+    reward. Names of special tokens in both texts are ordinary text: an answer neither ends its turn nor opens another,
+    and reasoning is read as it is written."""
+    ids = [*template.encode_question(prompt), *template.encode_text(text)]
     return [*ids, *([template.turn_end] if finished else []), template.end]
 
 

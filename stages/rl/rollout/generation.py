@@ -46,7 +46,7 @@ class Chat:
         self.stops = (self.end, self.turn_end)
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.tools = tools
-        self._special, self._plain = special, None if tools is None else load_for_corpus(tokenizer / "tokenizer.json")
+        self._special, self._plain = special, load_for_corpus(tokenizer / "tokenizer.json")
         self._latest: tuple[Row, tuple[int, ...]] | None = None
 
     def encode_prompt(self, row: Row) -> tuple[int, ...]:
@@ -73,13 +73,24 @@ class Chat:
         return [{"type": "function", "function": schema} for _, schema in functions.values()]
 
     def encode_results(self, results: Sequence[str]) -> list[int]:
-        """The token ids between a turn that calls tools and the next one. Names of special tokens in a result are
-        ordinary text, so no result ends its turn or opens another."""
-        assert self._plain is not None, "only tasks with tools have results"
+        """The token ids between a turn that calls tools and the next one. No result ends its turn or opens another."""
+        return self._encode_pieces(chat.after_calls(results))
+
+    def encode_question(self, text: str) -> list[int]:
+        """The token ids of a question up to the assistant's turn, whatever its text is."""
+        return self._encode_pieces(chat.question_pieces(text))
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text, in which names of special tokens are ordinary text."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode_pieces(self, pieces: Sequence[str]) -> list[int]:
+        """A special token of the template is a piece of its own. A content never is: there it is the name alone, and
+        then the piece before it or after it has the template's line end."""
         ids: list[int] = []
-        for piece in chat.after_calls(results):
-            is_token = piece in SPECIAL_TOKENS
-            ids += [self._special[piece]] if is_token else self._plain.encode(piece, add_special_tokens=False).ids
+        for piece in pieces:
+            ids += [self._special[piece]] if piece in SPECIAL_TOKENS else self.encode_text(piece)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -113,11 +124,12 @@ class Verifiers:
             with self.lock:
                 scored = self._score_with_retries(self.by_name[name], [answers[i] for i in indices])
             for i, part in zip(indices, scored, strict=True):
-                if not math.isfinite(part["reward"]):
-                    raise VerifierFailed(
-                        f"verifier {name}: the reward {part['reward']} of an answer to task {answers[i][0]['id']} is "
-                        "no number; correct the verifier"
-                    )
+                for part_name, value in part.items():
+                    if not math.isfinite(value):
+                        raise VerifierFailed(
+                            f"verifier {name}: the part {part_name} = {value} of the reward of an answer to task "
+                            f"{answers[i][0]['id']} is no number; correct the verifier"
+                        )
                 parts[i] = part
         return [parts[i] for i in range(len(answers))]
 

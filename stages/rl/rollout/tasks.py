@@ -8,24 +8,32 @@ evaluation item, or n consecutive words of an item of a task set. The sources of
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Seed
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
+from pipeline.core.bounds import Key, Seed, Settings
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from pipeline.core.store import Artifact
 from stages.data.curation.settings import Ngram
-from stages.data.table import read_jsonl, write_jsonl
+from stages.data.secret_patterns import find_secret
+from stages.data.table import read_jsonl, write_json, write_jsonl
 from stages.evaluation.benchmarks import texts_of as item_texts
 from stages.evaluation.eval_set import chat_rows, texts_of
 from stages.rl.protocols import Row, TaskSource, bin_of, question
+from stages.rl.rewards.registry import make_verifiers, obstacle
+from stages.rl.rollout.generation import Verifiers
+from stages.rl.rollout.probes import PROBES, ProbedBin, probe, require_solving
 from stages.rl.rollout.task_sources.registry import source_classes
 
-VERSION = 2
+VERSION = 3
+TRAINED = "reward-model"
+"""The verifier that is trained after the tasks are drawn, so that none of its rewards is known."""
 
 if TYPE_CHECKING:
     Source = TaskSource
@@ -45,6 +53,10 @@ class TasksConfig(Config):
         None, "number of words that no question may share with an item of a task set; null: there are no task sets"
     )
 
+    verifiers: Annotated[dict[Key, Settings], Field(max_length=100)] = operational(
+        {}, "settings of verifiers by name, such as the URL of a server"
+    )
+
     @model_validator(mode="after")
     def _check_distinct(self) -> TasksConfig:
         bins = Counter(name for source in self.sources for name in source.bins())
@@ -60,8 +72,11 @@ def kinds_of(sources: Iterable[TaskSource]) -> set[str]:
 
 
 def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seals `tasks.jsonl`. inputs["items"]: the evaluation items, whose questions no task may have;
-    inputs["benchmarks"], if there are task sets: their items. Raises RecipeError for a source without tasks."""
+    """Seals `tasks.jsonl`, and `probes.json`: the rewards of answers that solve nothing. inputs["items"]: the
+    evaluation items, whose questions no task may have; inputs["benchmarks"], if there are task sets: their items.
+
+    Raises RecipeError for a source without tasks, and AtomError for one whose reward needs no solving.
+    """
     excluded = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
     rows = [row for source in config.sources for row in source.rows(config.seed, excluded)]
     tasks = [row for row in rows if question(row) not in excluded]
@@ -69,9 +84,35 @@ def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         report.note(f"{len(rows) - len(tasks)} tasks ask what an evaluation item asks and were left out")
     if config.ngram is not None:
         tasks = _without_shared_words(tasks, inputs["benchmarks"], config.ngram, report)
+    tasks = _without_secrets(tasks, report)
     write_jsonl(out / "tasks.jsonl", tasks)
-    for name, count in sorted(Counter(bin_of(row) for row in tasks).items()):
-        report.note(f"{name}: {count} tasks")
+    write_json(out / PROBES, _probe(config, tasks, report))
+
+
+def _without_secrets(tasks: list[Row], report: Report) -> list[Row]:
+    """The tasks without access tokens and private keys, since all tasks are published."""
+    public = [row for row in tasks if not find_secret(text := json.dumps(row), text.replace("\\n", "\n"))]
+    if len(tasks) > len(public):
+        report.note(f"{len(tasks) - len(public)} tasks hold an access token or a private key and were left out")
+    return public
+
+
+def _probe(config: TasksConfig, tasks: Sequence[Row], report: Report) -> dict[str, ProbedBin]:
+    """The probes of every bin, each of which passes."""
+    by_bin: dict[str, list[Row]] = {}
+    for row in tasks:
+        by_bin.setdefault(bin_of(row), []).append(row)
+    sources = {name: source for source in config.sources for name in source.bins()}
+    probed: dict[str, ProbedBin] = {}
+    rows = [row for row in tasks if row["verifier"] != TRAINED]
+    with closing(Verifiers(make_verifiers(rows, {}, None, config.verifiers), 0, report.note)) as verifiers:
+        for name, bin_rows in sorted(by_bin.items()):
+            report.note(f"{name}: {len(bin_rows)} tasks")
+            if bin_rows[0]["verifier"] != TRAINED:
+                guess = sources[name].chance(int(bin_rows[0]["level"]))
+                probed[name] = probe(bin_rows, verifiers.score, config.seed, guess, sources[name].acknowledged_reward)
+                require_solving(name, probed[name])
+    return probed
 
 
 def _without_shared_words(tasks: list[Row], benchmarks: Artifact, ngram: int, report: Report) -> list[Row]:
@@ -93,10 +134,15 @@ def read(artifact: Artifact) -> list[dict[str, Any]]:
     return read_jsonl(artifact / "tasks.jsonl")
 
 
-STAGE = Stage(
-    "tasks",
-    VERSION,
-    TasksConfig,
-    run,
-    estimate=lambda config: Estimate(cpu_seconds=3, memory_bytes=300_000_000, disk_bytes=10_000_000),
-)
+def estimate(config: TasksConfig) -> Estimate:
+    """A verifier that starts a process for each answer takes some minutes of a core for each bin."""
+    slow = sum(len(source.bins()) for source in config.sources if source.verifier in ("math-verify", "python-tests"))
+    return Estimate(cpu_seconds=30 + 200 * slow, memory_bytes=300_000_000, disk_bytes=10_000_000)
+
+
+def lack(config: TasksConfig) -> str | None:
+    """The reason why a verifier cannot score here; None if all can."""
+    return obstacle({source.verifier for source in config.sources} - {TRAINED}, config.verifiers)
+
+
+STAGE = Stage("tasks", VERSION, TasksConfig, run, estimate=estimate, lack=lack)

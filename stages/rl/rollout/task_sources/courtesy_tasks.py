@@ -10,15 +10,14 @@ from pydantic import Field
 
 from pipeline.core.bounds import Key
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config
 from stages.data.seeds import seed_of
 from stages.data.synthetic import courtesy_notes
 from stages.evaluation.eval_set import courtesy_row
 from stages.rl.protocols import Row, TaskSource
-from stages.rl.rollout.task_sources.settings import PROVENANCE, Count
+from stages.rl.rollout.task_sources.settings import PROVENANCE, Count, SourceSettings
 
 
-class CourtesyTasks(Config):
+class CourtesyTasks(SourceSettings):
     """Requests for a courteous note, scored by a reward function."""
 
     source: Literal["courtesies"] = Field(description="selects this kind of tasks")

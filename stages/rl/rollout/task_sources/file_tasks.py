@@ -11,13 +11,13 @@ from pydantic import Field
 
 from pipeline.core.bounds import Key, License, LongLine, Sha256, Text
 from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.stage import Config, operational
+from pipeline.core.stage import operational
 from pipeline.core.store import sha256_file
 from stages.rl.protocols import Row, TaskSource, question
-from stages.rl.rollout.task_sources.settings import Kind, Level
+from stages.rl.rollout.task_sources.settings import Kind, Level, SourceSettings
 
 
-class FileTasks(Config):
+class FileTasks(SourceSettings):
     """Rows of a file in the format of NeMo Gym, one JSON object per line."""
 
     source: Literal["rows"] = Field(description="selects this kind of tasks")

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import License, Line, LongLine, Text, Words
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, operational
+from pipeline.core.stage import operational
 from stages.data import chat
 from stages.data.lock_file import Commit
 from stages.data.readers.base import is_unicode
@@ -30,7 +30,7 @@ from stages.data.seeds import seed_of
 from stages.rl.protocols import Response, TaskSource, VerifierFailed, to_row
 from stages.rl.protocols import Row as Task
 from stages.rl.rewards.registry import make_verifier
-from stages.rl.rollout.task_sources.settings import Count, Kind, Level
+from stages.rl.rollout.task_sources.settings import Count, Kind, Level, SourceSettings
 
 CODE_PROMPT = (
     "{question}\n\nName the function {entry_point}. Your code must pass this test, among others:\n\n"
@@ -43,9 +43,9 @@ ROWS_PER_TASK = 4
 BATCH = 256
 
 
-class HubTasks(Config):
+class HubTasks(SourceSettings):
     """Rows of a dataset on the Hub, at a commit. A row without a question or an answer in its fields is no task, and
-    neither is a row of code whose own solution fails its tests."""
+    neither is a row of code whose own solution fails its tests, or whose tests pass what is no number."""
 
     source: Literal["hub"] = Field(description="selects this kind of tasks")
     repo: Repo = Field(description="dataset repository")
@@ -176,7 +176,11 @@ def check_of(asserts: list[str]) -> str:
 
 
 def _with_right_answer(name: str, candidates: Iterator[tuple[Task, str]]) -> Iterator[Task]:
-    """The candidates whose right answer the verifier accepts. Raises VerifierFailed if it can score nothing here."""
+    """The candidates whose right answer the verifier accepts. Tests that a function passes which returns no number are
+    weak: `abs(x - 1) > 0.1` is False for it. Their rows are left out. Raises VerifierFailed if the verifier can score
+    nothing here."""
+    from stages.rl.rewards.code_verifier import NOT_A_NUMBER, CodeVerifier
+
     verifier = make_verifier(name)
 
     def scores(batch: list[tuple[Task, str]]) -> list[float]:
@@ -192,7 +196,11 @@ def _with_right_answer(name: str, candidates: Iterator[tuple[Task, str]]) -> Ite
 
     try:
         while batch := list(islice(candidates, BATCH)):
-            yield from (task for (task, _), score in zip(batch, scores(batch), strict=True) if score == 1)
+            tasks = [task for (task, _), score in zip(batch, scores(batch), strict=True) if score == 1]
+            if name == CodeVerifier.name:
+                weak = scores([(task, CodeVerifier.unsolved(task)[NOT_A_NUMBER]) for task in tasks])
+                tasks = [task for task, score in zip(tasks, weak, strict=True) if score < 1]
+            yield from tasks
     finally:
         verifier.close()
 

@@ -10,15 +10,14 @@ from pydantic import Field
 
 from pipeline.core.bounds import Range
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config
 from stages.data.seeds import seed_of
 from stages.data.synthetic import instructions
 from stages.data.synthetic.instructions import LEVELS
 from stages.rl.protocols import Row, TaskSource, to_row
-from stages.rl.rollout.task_sources.settings import PROVENANCE, Count
+from stages.rl.rollout.task_sources.settings import PROVENANCE, Count, SourceSettings
 
 
-class InstructionTasks(Config):
+class InstructionTasks(SourceSettings):
     """Requests for a note of a given form (stages/data/synthetic/instructions.py). The level is the number of
     constraints."""
 

@@ -9,10 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.core.bounds import Range
-from pipeline.core.stage import Config
 from stages.data.seeds import seed_of
 from stages.rl.protocols import Row, TaskSource
-from stages.rl.rollout.task_sources.settings import PROVENANCE, Count
+from stages.rl.rollout.task_sources.settings import PROVENANCE, Count, SourceSettings
 from stages.rl.tools.recursive_call import make_row
 
 Operation = Literal["largest", "smallest"]
@@ -21,7 +20,7 @@ SMALLEST, LARGEST = 100, 999
 """The numbers, all of which have three digits."""
 
 
-class LongListTasks(Config):
+class LongListTasks(SourceSettings):
     """Distinct numbers of three digits, one a part, of which the largest or smallest is asked for."""
 
     verifier: ClassVar[str] = "exact"
@@ -35,6 +34,10 @@ class LongListTasks(Config):
 
     def bins(self) -> list[str]:
         return [f"{self.operation}/{level}" for level in self.levels]
+
+    def chance(self, level: int) -> float:
+        """One of the numbers is right."""
+        return 1 / (self.shown_parts << level)
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         for level in self.levels:

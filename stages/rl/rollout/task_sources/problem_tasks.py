@@ -9,16 +9,15 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config
 from stages.data.seeds import seed_of
 from stages.data.synthetic import problems
 from stages.data.synthetic.problems import Problem
 from stages.evaluation.eval_set import Task
 from stages.rl.protocols import Row, TaskSource, to_row
-from stages.rl.rollout.task_sources.settings import PROVENANCE, Count, Level
+from stages.rl.rollout.task_sources.settings import PROVENANCE, Count, Level, SourceSettings
 
 
-class ProblemSource(Config):
+class ProblemSource(SourceSettings):
     """Procedural problems of this project (stages/data/synthetic/problems.py)."""
 
     verifier: ClassVar[str]

@@ -10,14 +10,13 @@ from pydantic import Field
 
 from pipeline.core.bounds import Key, Settings
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config
 from stages.data.seeds import seed_of
 from stages.rl.protocols import Response, Row, TaskSource, to_row
 from stages.rl.rewards.registry import make_verifier
-from stages.rl.rollout.task_sources.settings import Count, Level
+from stages.rl.rollout.task_sources.settings import Count, Level, SourceSettings
 
 
-class ReasoningGymTasks(Config):
+class ReasoningGymTasks(SourceSettings):
     """A dataset of the package reasoning-gym."""
 
     verifier: ClassVar[str] = "reasoning-gym"

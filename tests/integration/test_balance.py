@@ -1,0 +1,88 @@
+"""The balance loss of routers with sigmoid scores: of the experts that tokens are dispatched to, and never small because
+all scores are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.core.store import Artifact
+from stages.mcore.megatron_imports import TopKRouter
+from stages.train import parallel
+from stages.train.config import TrainConfig
+from stages.train.data import Order, RankBatch, Shards
+from stages.train.engine import Engine
+from tests.fixtures import train_fixtures
+from tests.fixtures.architecture_fixtures import MODELS
+
+pytestmark = pytest.mark.numeric
+
+
+def balance_loss(logits: torch.Tensor, routing_map: torch.Tensor, top_k: int) -> torch.Tensor:
+    """E times the sum over experts of the share of assignments times the mean normalized score (Switch Transformer, with
+    DeepSeek-V3's scores), written down once more."""
+    scores = logits.double().sigmoid()
+    share = routing_map.double().sum(0) / (routing_map.shape[0] * top_k)
+    return logits.shape[1] * (share * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum()
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "glm4_moe", "qwen3_moe"])
+def test_the_loss_is_that_of_the_dispatched_experts(corpus: Path, architecture: str) -> None:
+    """With biases and, but for `qwen3_moe`, groups, which move tokens to other experts than those with the best
+    scores."""
+    settings = train_fixtures.config()
+    balanced = {"aux_loss": 0.01, "balance": "batch", "router_bias_update_rate": 0.01, "init_std": 0.5}
+    settings["model"] = {**MODELS[architecture], **balanced}
+    config = TrainConfig.model_validate(settings)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with parallel.session(0) as ranks:
+        engine = Engine(config, ranks, train_fixtures.VOCAB)
+        engine.initialize()
+        routers = [module for chunk in engine.chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+        for router in routers:
+            router.expert_bias.copy_(torch.linspace(0.2, -0.2, router.expert_bias.numel()))
+            watch(router, seen)
+        order = Order(Artifact.open(corpus / "order"), config.phase)
+        shards = Shards(Artifact.open(corpus / "tokens"), "train")
+        share = RankBatch.read(order.rows(1), shards, config.phase.micro_rows, ranks)
+        figures = engine.step(share, 3e-3, lambda loss, norm: None)
+    top_k = config.model.routing.top_k
+    assert len(seen) == len(routers) * len(share.micro) > 0
+    expected = sum(balance_loss(*each, top_k) for each in seen)
+    best = [torch.zeros_like(m).scatter(1, logits.topk(top_k).indices, True) for logits, m in seen]
+    unlike = sum(balance_loss(logits, m, top_k) for (logits, _), m in zip(seen, best, strict=True))
+    assert figures.router.aux_loss == pytest.approx(float(expected) / len(share.micro), rel=1e-5)
+    assert abs(float(expected - unlike)) > 0.01 * float(expected), "the case tells both maps apart"
+
+
+def watch(router: Any, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Keeps the logits of a router, and the map by which it dispatches, without padding."""
+    route = router.routing
+
+    def routing(logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
+        routed = route(logits, padding_mask=padding_mask)
+        real = slice(None) if padding_mask is None else ~padding_mask.reshape(-1)
+        seen.append((logits.detach().reshape(-1, logits.shape[-1])[real], routed[1][real]))
+        return routed
+
+    router.routing = routing
+
+
+@pytest.mark.parametrize("size", [0.0, -20.0, -60.0, -80.0])
+def test_small_scores_do_not_make_a_small_loss(size: float) -> None:
+    """All tokens go to one pair of experts: the loss is as large as it gets, and pushes their scores down."""
+    from megatron.core.transformer.moe import router
+    from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
+
+    logits = torch.full((16, 8), size)
+    logits[:, :2] += 3
+    logits.requires_grad_()
+    router.topk_routing_with_score_function(logits, 2, score_function="sigmoid")
+    routing_map, scores = router.compute_routing_scores_for_aux_loss(logits, 2, "sigmoid")
+    loss = switch_load_balancing_loss_func(scores, routing_map.sum(0), 16, 2, 8, 1.0)
+    loss.backward()
+    torch.testing.assert_close(scores.sum(-1), torch.ones(16))
+    assert loss.item() > 1.2 and logits.grad is not None and (logits.grad[:, :2] > 0).all()
