@@ -68,7 +68,8 @@ def make_home(home: Path, stages: int, events: int) -> None:
         write_logs(store.logs / RUN / name, events if n == 0 else 100)
         store.work(f"{name}-key").mkdir(parents=True)
     nodes = [{"name": name, "stage": "acquire", "key": f"{name}-key", "inputs": {}} for name in names]
-    body = {"id": RUN, "recipe": "large", "version": "1.0.0", "recipe_path": "/large.yaml", "profile": "local"}
+    body = {"id": RUN, "recipe": "large", "version": "1.0.0", "recipe_path": "/large.yaml", "profile": "dev"}
+    body["launcher"] = "slurm"
     (store.logs / RUN / "run.json").write_text(json.dumps({**body, "nodes": nodes}))
     (home / "bin").mkdir()
     for program, output in (("squeue", home / "squeue.txt"), ("sacct", "/dev/null")):

@@ -44,7 +44,7 @@ def start(folder: Path, way: str, ranks: int, **settings: Any) -> tuple[Store, R
     loaded = cluster_profile.load(profile)
     store, graph = Store(folder / "home"), verdict_fixtures.graph(folder / "act", way, ranks=ranks)
     (node,) = graph.nodes.values()
-    run = runs.start(graph, store, [node.name], "dev")
+    run = runs.start(graph, store, [node.name], "dev", {"launcher": "slurm"})
     cluster = loaded.cluster()
     limits = JobLimits(None, cluster.restarts, 0.0, None, (), cluster.avoid_seconds)
     script = batch_script(store, run, node, cluster, code_snapshot.freeze(store, {}), [])

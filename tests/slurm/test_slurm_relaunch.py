@@ -36,7 +36,7 @@ def start(folder: Path, seconds: float = 0.25, **settings: object) -> str:
     path = slurm_fixtures.write_profile(folder, environment=environment, free_gb=0.0, **settings)
     profile, store, graph = cluster_profile.load(path), Store(folder / "home"), counting_fixtures.graph(seconds)
     (node,) = graph.nodes.values()
-    run = runs.start(graph, store, [node.name], "dev")
+    run = runs.start(graph, store, [node.name], "dev", {"launcher": "slurm"})
     limits = JobLimits(None, profile.cluster().restarts, 0.0, None, profile.cluster().variables)
     script = batch_script(store, run, node, profile.cluster(), code_snapshot.freeze(store, {}), [])
     job = slurm.start(script, slurm.task_of(graph, store, run, node, profile), limits)

@@ -224,7 +224,14 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
     monkeypatch.setattr(job.mlflow_sync, "Companion", Companion)
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
-    body = {"id": "run", "recipe": "r", "version": "1.0.0", "recipe_path": "/r.yaml", "profile": "local"}
+    body = {
+        "id": "run",
+        "recipe": "r",
+        "version": "1.0.0",
+        "recipe_path": "/r.yaml",
+        "profile": "local",
+        "launcher": "slurm",
+    }
     (tmp_path / "logs/run").mkdir(parents=True)
     (tmp_path / "logs/run/run.json").write_text(
         json.dumps({**body, "nodes": [{"name": "n", "stage": "n", "key": "n-0"}]})
