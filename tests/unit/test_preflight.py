@@ -43,9 +43,11 @@ def test_what_is_wrong_with_a_node_names_it(tmp_path: Path, monkeypatch: pytest.
     assert message and message.startswith("node n7 cannot write to ") and "No such file" in message
     message = check(tmp_path, 0.0, "/sys")  # nobody can write there, not even root
     assert message and message.startswith("node n7 cannot write to /sys (")
-    monkeypatch.setattr(preflight.time, "time", lambda: 0.0)
-    message = check(tmp_path)
-    assert message and message.startswith("the clock of node n7 differs by ")
+    real = time.time
+    for offset, words in ((300.0, "300 s ahead of"), (-300.0, "300 s behind")):
+        monkeypatch.setattr(preflight.time, "time", lambda offset=offset: real() + offset)
+        message = check(tmp_path)
+        assert message == f"the clock of node n7 is {words} the file system's; set it by NTP"
     monkeypatch.undo()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")

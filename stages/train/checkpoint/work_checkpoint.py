@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from pipeline.core import atomic_files
+from pipeline.core import atomic_files, os_errors
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import Report
 from pipeline.core.store import canonical, sha256_bytes, sha256_file
@@ -110,9 +110,10 @@ class Checkpoints:
         """Waits until all ranks have finished writing. Raises the error of any rank, on all of them."""
         while status := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
             if status == 2:
-                self.given_up.set()  # rank 0 may be waiting for a file that will never come
-                errors = self.ranks.gather(str(self.error) if self.error else None)
-                raise self.error or MachineError(next(filter(None, errors)))
+                own_error = self.error
+                errors = self.ranks.gather(str(own_error) if own_error else None)
+                self.given_up.set()  # rank 0 may be waiting for a file that will never come, which is no cause
+                raise own_error or MachineError(next(filter(None, errors)))
             time.sleep(POLL)
         self.thread = None
 
@@ -135,7 +136,9 @@ class Checkpoints:
                 self._prune()
                 self.report.metric(step, checkpoint_write_seconds=time.monotonic() - started)
         except OSError as error:
-            message = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
+            fault = os_errors.device(error, folder)
+            unwritten = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
+            message = fault.text if fault else unwritten
             self.error = MachineError(message if self._is_current() else SUPERSEDED)
         except Exception as error:  # an AtomError or a bug: `wait` raises it
             self.error = error
