@@ -352,12 +352,22 @@ def allocation_of(slurm: Slurm, node: Node) -> Allocation:
     return slurm.allocation(node.name, node.stage.needs(node.config))
 
 
+def missing_image(profile: Profile) -> str | None:
+    """One sentence if the container's image is a file that this host does not have; else None."""
+    container = profile.cluster().container
+    if container is None or not container.image.startswith("/") or Path(container.image).exists():
+        return None
+    return f"slurm.container.image = {container.image} is not on this host; each node of a job needs it"
+
+
 def require_image(profile: Profile) -> None:
-    """Raises RecipeError if the container's image is a missing file."""
-    c = profile.cluster().container
-    if c is not None and c.image.startswith("/") and not Path(c.image).exists():
+    """Raises RecipeError if the container's image is missing from a folder that this host has. If the folder is not
+    here either, it may be one of the nodes alone."""
+    container = profile.cluster().container
+    if container is not None and missing_image(profile) and Path(container.image).parent.is_dir():
         raise RecipeError(
-            f"cluster profile {profile.name}: slurm.container.image = {c.image} is not there; make it, or name another"
+            f"cluster profile {profile.name}: slurm.container.image = {container.image} is not there; make it, or name "
+            "another"
         )
 
 
@@ -399,7 +409,6 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     --test-only`, and its call of srun with `srun --test-only`, if there is a Slurm. Dependencies are comments, because
     the jobs to wait for do not exist."""
     require_inputs(graph, store, selected, profile.other_python)
-    require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
     checks, slurm, lack = [], profile.cluster(), slurm_client.lack()
