@@ -165,6 +165,8 @@ def submit(
     composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
     warn_of_keys(store)
     selected = composed.select(until, only)
+    if not dry_run:
+        slurm.require_image(settings)
     for text in filter(None, (*composed.absent, slurm.missing_image(settings))):
         print(f"note: {text}", file=sys.stderr)
     if not ignore_fit:

@@ -33,7 +33,7 @@ h1 { font-size: 1.25rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; mar
 th, td { text-align: left; padding: 0.25rem 0.7rem 0.25rem 0; border-bottom: 1px solid var(--edge);
   vertical-align: top; white-space: nowrap; }
 td.text { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
-.failed, .lost, .damaged, .ending { color: var(--bad); font-weight: 600; }
+.failed, .lost, .damaged, .ending, .refused, .unsubmitted { color: var(--bad); font-weight: 600; }
 .running { color: var(--line); font-weight: 600; } .sealed { color: var(--good); }
 .charts { display: grid; gap: 0.8rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 figure { margin: 0; border: 1px solid var(--edge); border-radius: 6px; padding: 0.5rem; }

@@ -138,7 +138,7 @@ def _add_job_state(
         return node
     verdict = None if launch is None else Verdict.read(launch)
     if not job.alive:
-        node = replace(node, state="failed", message=end_message(job, node.message, verdict, answers))
+        node = replace(node, state="failed", message=end_message(job, node.message, verdict, answers, node.kind))
         if job.state != "CANCELLED":
             return node
         by_another = job.cancelled_by not in ("", job.user)
@@ -167,20 +167,21 @@ def _hides_jobs(answers: Answers) -> bool:
         return False
 
 
-def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers) -> str:
+def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers, kind: str | None = None) -> str:
     """The sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final state.
-    recorded: the outcome of the stage; empty, or CUT_OFF, if it recorded none."""
+    recorded, kind: the outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none."""
     row = diagnoses.of_job(job.state, job.code)
     if row is diagnoses.CANCELLED:
         is_cascade = job.reason == "DependencyNeverSatisfied"
         return diagnoses.NEVER_STARTED.text() if is_cascade else row.text(user=job.cancelled_by or "somebody")
+    if kind == Kind.STOPPED:  # and then its job did not go on
+        return f"{recorded} (Slurm ended its job: {_plain_end(job)})"
     if recorded not in ("", CUT_OFF):
         return recorded
     if verdict is not None and verdict.decision is Decision.FAILED:
         return verdict.text
     if row is None:
-        code = f"exit code {job.code.partition(':')[0]}" if job.code else job.reason
-        return (verdict.text if verdict else "") or recorded or f"{job.state.lower()} {code}".strip()
+        return (verdict.text if verdict else "") or recorded or _plain_end(job)
     fields = {"nodes": job.nodes or "its nodes"}
     if row in (diagnoses.NOT_LAUNCHED, diagnoses.NO_HOME) and job.nodes:
         with suppress(NoAnswer):  # the sentence has all nodes then
@@ -190,6 +191,12 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
             requested, used = (answers.memory_of if row is diagnoses.MEMORY else answers.time_of)(job.id)
             fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
     return row.text(**fields)
+
+
+def _plain_end(job: Job) -> str:
+    """The final state of a job in Slurm's words."""
+    code = f"exit code {job.code.partition(':')[0]}" if job.code else job.reason
+    return f"{job.state.lower()} {code}".strip()
 
 
 def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:

@@ -97,7 +97,7 @@ def test_drained_nodes_held_jobs_and_failed_launches_have_a_sentence_each(tmp_pa
         assert "down or drained" in drained and ": bad fan" in drained
         slurm_fixtures.slurm("scontrol", "hold", job)
         held = slurm_fixtures.until(lambda: reason("JobHeldAdmin"), "the held job")
-        assert held.startswith("an administrator holds the job") and f"`scontrol release {job}`" in held
+        assert held.startswith("an administrator holds it") and f"`scontrol release {job}`" in held
         (folder / "submitit").rename(folder / "away")  # its log cannot be written
         (folder / "submitit").touch()
         slurm_fixtures.slurm("scontrol", "release", job)

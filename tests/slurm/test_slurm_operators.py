@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch import bad_nodes
-from tests.fixtures import slurm_fixtures
+from pipeline.core.store import Store
+from pipeline.launch import bad_nodes, cluster_profile, slurm
+from tests.fixtures import counting_fixtures, slurm_fixtures
+from tests.fixtures.counting_fixtures import COUNTED
 from tests.fixtures.disturbance_fixtures import finish, status, submit
 from tests.fixtures.run_fixtures import at_length, atom
 from tests.fixtures.slurm_stage_fixtures import detail, ended, start
@@ -57,7 +59,7 @@ def test_a_refused_submission_is_retried_on_slurm_and_its_job_is_known_whatever_
     assert "invalid partition specified: late" in atom(home, *command, code=2).stderr
     stage = pretrain(home)
     assert stage["state"] == "refused" and "invalid partition specified: late" in stage["message"], stage
-    with maintenance(), partition("late", "down"):
+    with partition("late", "down"):
         assert "1 stage submitted" in atom(home, "retry").stdout
         job = slurm_fixtures.job_of(home, "pretrain")
 
@@ -66,18 +68,20 @@ def test_a_refused_submission_is_retried_on_slurm_and_its_job_is_known_whatever_
             return text if word in text else ""
 
         closed = slurm_fixtures.until(lambda: reason("PartitionDown"), "the closed partition")
-        assert closed == ("partition late is closed (PartitionDown): its jobs wait until an administrator opens it")
+        assert closed == ("partition late is closed: its jobs wait until an administrator opens it (PartitionDown)")
         assert f"closed partition: stage pretrain: {closed}" in atom(home, *LOOK, code=1).stdout
         slurm_fixtures.slurm("scontrol", "update", f"jobid={job}", "comment=charged to project 42", "name=llm")
         assert pretrain(home)["state"] == "pending", "Slurm lists it"
         again = json.loads(atom(home, *command, "--json").stdout)
         assert again["attached"] == {"pretrain": job} and not again["submitted"]
-        slurm_fixtures.slurm("scontrol", "update", "partitionname=late", "state=up")
-        reserved = slurm_fixtures.until(lambda: reason("maintenance"), "the reservation")
-        assert reserved.startswith("its nodes are reserved for maintenance (ReqNodeNotAvail, Reserved for maint")
-        assert ": maint1 from " in reserved and "; with minutes of at most " in reserved
-        first = sorted(path.parent.name for path in home.glob("logs/*/jobs.jsonl"))[0]
-        assert "cancelled pretrain" in atom(home, "cancel", first).stdout
+        with maintenance():
+            slurm_fixtures.slurm("scontrol", "update", "partitionname=late", "state=up")
+            reserved = slurm_fixtures.until(lambda: reason("maintenance"), "the reservation")
+            assert reserved.startswith("its nodes are reserved for maintenance, maint1 from ") and reserved.endswith(
+                "in the profile it could start before that (ReqNodeNotAvail, Reserved for maintenance)"
+            )
+            first = sorted(path.parent.name for path in home.glob("logs/*/jobs.jsonl"))[0]
+            assert "cancelled pretrain" in atom(home, "cancel", first).stdout
     assert slurm_fixtures.attempts(home, "pretrain") == 0, "nothing of it ran on this host"
 
 
@@ -126,3 +130,42 @@ def test_a_node_without_the_home_folder_is_avoided_and_no_other_one_is_blamed(no
     (folder,) = [run.node_folder(row["name"]) for row in run.body["nodes"]]
     launches = sorted(path.name for path in folder.glob(f"ranks/{job}.[0-9]*"))
     assert launches == ([f"{job}.1"] if node == "n1" else [f"{job}.0", f"{job}.1"])
+
+
+@at_length("slurm-stages", 100)
+def test_a_stage_with_servers_holds_no_nodes_while_none_runs(tmp_path: Path) -> None:
+    """Its first server waits for a closed partition, and later is held after a requeue."""
+    home, store = tmp_path / "home", Store(tmp_path / "home")
+    home.mkdir()
+    path = slurm_fixtures.write_profile(
+        tmp_path,
+        environment={"PYTHONPATH": counting_fixtures.python_path(tmp_path)},
+        servers={"partition": "late", "minutes": 30, "count": 2},
+        free_gb=0.0,
+    )
+    with partition("late", "down"):
+        graph = counting_fixtures.graph(0.5, servers=True)
+        submission = slurm.submit(graph, store, ["counting"], cluster_profile.load(path), path)
+        job, (first, others) = submission.submitted["counting"], submission.servers["counting"]
+
+        def state(id: str) -> str:
+            return slurm_fixtures.slurm("squeue", "-h", "-j", id, "-o", "%T %r").strip()
+
+        slurm_fixtures.until(lambda: state(job) == "PENDING Dependency", "the stage waits for its first server")
+        slurm_fixtures.until(lambda: state(f"{first}_0") == "PENDING PartitionDown", "the first server waits")
+        names = slurm_fixtures.slurm("squeue", "-h", "-o", "%j", "--partition=late").split()
+        assert set(names) == {"atom-counting-servers"}
+        slurm_fixtures.slurm("scontrol", "update", "partitionname=late", "state=up")
+        slurm_fixtures.until(lambda: slurm_fixtures.reached(home, "counting", 3), "a step with a server")
+        slurm_fixtures.until(lambda: state(f"{others}_1").startswith("RUNNING"), "the other server")
+        slurm_fixtures.slurm("scancel", others)
+        slurm_fixtures.slurm("scontrol", "requeuehold", f"{first}_0")
+        slurm_fixtures.slurm("scontrol", "requeue", job)
+        slurm_fixtures.until(lambda: state(job) == "PENDING Dependency", "the stage waits in the queue again")
+        log = next(home.glob(f"logs/*/counting/submitit/{job}_0_log.out")).read_text()
+        assert f"no server runs; the job waits in the queue for the first one, {first}" in log
+        assert slurm_fixtures.attempts(home, "counting") == 1
+        slurm_fixtures.slurm("scontrol", "release", f"{first}_0")
+        sealed = slurm_fixtures.until(lambda: slurm_fixtures.sealed(home, "counting"), "the end")
+        assert (sealed.parent / "steps").read_text() == COUNTED and slurm_fixtures.attempts(home, "counting") == 2
+        slurm_fixtures.until(lambda: not state(f"{first}_0").startswith("RUNNING"), "the end of the server", 150)

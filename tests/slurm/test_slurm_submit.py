@@ -47,7 +47,7 @@ def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) 
         log = subprocess.Popen(follow, env=environment, stderr=subprocess.PIPE, **pipes)
         assert log.stderr is not None
         line = log.stderr.readline()
-        closed = f"pretrain has not begun: job {job} is pending (partition test is closed (PartitionDown)"
+        closed = f"pretrain has not begun: job {job} is pending (partition test is closed: its jobs wait until an administrator opens it (PartitionDown)"
         assert line.startswith(closed), line
     finally:
         slurm_fixtures.slurm("scontrol", "update", "partitionname=test", "state=up")

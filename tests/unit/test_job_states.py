@@ -138,6 +138,22 @@ def test_a_cancelled_job_names_who_did_it_and_others_are_an_alert(name: str, wor
     assert [each.kind for each in current if each.stage == "pretrain"] == (["cancelled"] if alert else [])
 
 
+ENDED = {
+    "its partition is gone": (("NODE_FAIL", "1:0"), f"{STOPPED} (Slurm ended its job: node_fail exit code 1)"),
+    "its time limit": (("TIMEOUT", "0:0"), f"{STOPPED} (Slurm ended its job: timeout exit code 0)"),
+    "its script failed": (("FAILED", "2:0"), f"{STOPPED} (Slurm ended its job: failed exit code 2)"),
+}
+
+
+@pytest.mark.parametrize("name", ENDED)
+def test_a_stage_that_was_stopped_and_did_not_go_on_names_what_became_of_its_job(name: str, world: World) -> None:
+    (state, code), sentence = ENDED[name]
+    world.attempt("7.0", STOPPED, Kind.STOPPED, Decision.RESTART)
+    world.says(squeue=squeue("7", state, RUN, "pretrain", nodes="n1"), sacct=sacct("7", state, RUN, "pretrain", code))
+    stage, _ = world.look()
+    assert stage.state == "failed" and stage.message.startswith(sentence), stage
+
+
 def test_a_dependent_that_slurm_cancelled_says_so(world: World) -> None:
     queued = squeue("7", "CANCELLED", RUN, "pretrain", "DependencyNeverSatisfied")
     world.says(squeue=queued, sacct=sacct("7", "CANCELLED", RUN, "pretrain", nodes="None assigned"))
