@@ -116,8 +116,8 @@ class EventState(TypedDict):
     """What is known of a stage by its events. launch: of the latest attempt; began: when it began, null once it has
     ended; ran: seconds of all attempts before; began_at: when the latest attempts began; starts: all of them; start:
     the latest; first: the first progress since; progress, last: the latest progress and event; pace: [time, done] of
-    the latest progress since the start; slow: what names the slow rank since then; others: the latest event of each
-    kind that this module does not know."""
+    the latest progress since the start; slow, slow_since: what names the slow rank since then, and when there began to
+    be one; others: the latest event of each kind that this module does not know."""
 
     attempts: Count
     launch: str
@@ -132,6 +132,7 @@ class EventState(TypedDict):
     notes: list[Note]
     pace: list[list[Number]]
     slow: str | None
+    slow_since: Number | None
     others: dict[str, dict[str, Any]]
 
 
@@ -150,7 +151,8 @@ class EventSummary(LogSummary[Event | Other]):
     def empty(self) -> EventState:
         return {
             "attempts": 0, "launch": "", "began": None, "ran": 0.0, "began_at": [], "starts": 0, "start": None,
-            "first": None, "progress": None, "last": None, "notes": [], "pace": [], "slow": None, "others": {},
+            "first": None, "progress": None, "last": None, "notes": [], "pace": [], "slow": None, "slow_since": None,
+            "others": {},
         }  # fmt: skip
 
     def add(self, row: Event | Other) -> None:
@@ -171,12 +173,14 @@ class EventSummary(LogSummary[Event | Other]):
                 self._begin(event["time"])
             state["starts"] += 1
             state["start"], state["first"], state["pace"], state["slow"] = event, None, [], None
+            state["slow_since"] = None
         elif event["event"] == "progress":
             state["first"] = state["first"] or event
             state["progress"] = event
             state["pace"] = [*state["pace"], [event["time"], event["done"]]][-PACE:]
         elif event["event"] == "slow_rank":
             state["slow"] = event["text"]
+            state["slow_since"] = None if event["text"] is None else state["slow_since"] or event["time"]
         elif event["event"] == "note":
             state["notes"] = [*state["notes"], event][-LAST_NOTES:]
         elif event["event"] == "end":

@@ -127,7 +127,8 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
     if state not in ("sealed", *FAILED) and len(begins) > limits.restarts_a_day:
         text = f"stage {name} has begun {len(begins)} times within a day; atom logs {name} shows why"
         yield Alert(f"restarts {name}", "restarts", name, text)
-    if stage.status.slow:
+    slow_since = stage.events.state["slow_since"]
+    if stage.status.slow and slow_since is not None and now - slow_since >= limits.stalled_seconds:
         yield Alert(f"slow rank {name}", "slow rank", name, f"stage {name}: {stage.status.slow}")
     if state not in ("running", HIDDEN):
         return

@@ -16,12 +16,13 @@ from pipeline.core.stage import Config, ServerPlace, ServerSearch, Stage
 from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.graph.dag import Node
-from pipeline.launch import clean_environment, job
+from pipeline.launch import clean_environment, job, slurm
 from pipeline.launch.attempt import ALIVE, Task, server_seconds
 from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
-from pipeline.launch.cluster_profile import Slurm
+from pipeline.launch.cluster_profile import Profile, Slurm
 from pipeline.launch.decision import Decision, Verdict
-from tests.fixtures import batch_fixtures, slurm_line_fixtures
+from pipeline.operations import cancellation
+from tests.fixtures import batch_fixtures, counting_fixtures, slurm_line_fixtures
 from tests.fixtures.batch_fixtures import SLURM, STUBS, end_of, script
 
 
@@ -106,6 +107,34 @@ def test_servers_end_with_the_job_of_their_stage(
     ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     assert end_of(tmp_path, servers.text(), **ids) == (0, "")
     assert (launch / "ended").exists() == ends
+
+
+def test_the_first_server_starts_before_the_stage_and_the_others_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the ranks hold no nodes while they wait for a server, and one server alone waits for the ranks."""
+    (tmp_path / "bin").mkdir()
+    noted = "grep -hE '^#SBATCH --(array|dependency|job-name)=' \"${@: -1}\" | sort | tr '\\n' ' '"
+    programs = {name: "" for name in ("squeue", "sacct", "srun", "scontrol", "scancel")}
+    programs["sbatch"] = (
+        f'{{ {noted}; echo; }} >> {tmp_path}/jobs; echo "Submitted batch job $(wc -l < {tmp_path}/jobs)"'
+    )
+    for name, line in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm, "require_inputs", lambda *arguments: None)
+    profile = Profile.model_validate({"name": "p", "power": {"watts_per_core": 1}, "slurm": WITH_SERVERS.model_dump()})
+    (tmp_path / "home").mkdir()
+    store, graph = Store(tmp_path / "home"), counting_fixtures.graph(servers=True)
+    run = slurm.submit(graph, store, ["counting"], profile, "p").run
+    assert [line.split() for line in (tmp_path / "jobs").read_text().replace("#SBATCH ", "").splitlines()] == [
+        ["--array=0", "--job-name=atom-counting-servers"],
+        ["--dependency=after:1", "--job-name=atom-counting"],
+        ["--array=1-2", "--dependency=after:2", "--job-name=atom-counting-servers"],
+    ]
+    assert run is not None and run.jobs()["counting"].get("servers") == ["1", "3"]
+    assert cancellation.cancel_jobs(run, store) == [], "Slurm has none of them"
 
 
 @pytest.mark.parametrize(
