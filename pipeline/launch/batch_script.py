@@ -199,7 +199,6 @@ def _script(
     folder = run.node_folder(node.name) / part
     log = folder / "submitit" / ("%A_%a_%t_log.out" if part else "%j_%t_log.out")
     cores = f"--cpus-per-task={options['cpus-per-task']}"  # not every version of srun takes that of sbatch
-    srun_options = ["--unbuffered", "--output", str(log), "--export=ALL", "--mpi=none", cores, "--kill-on-bad-exit=1"]
     options = {
         "job-name": f"atom-{node.name}" + (f"-{part}" if part else ""),
         "comment": Owner(run.id, node.name, part).comment(node.key),
@@ -207,6 +206,9 @@ def _script(
         "output": str(log).replace("%t", "0"),
         "chdir": str(store.home),
     }
+    # of a step, whose command is a shell
+    step = ["--unbuffered", "--output", str(log), "--export=ALL", "--mpi=none", f"--job-name={options['job-name']}"]
+    srun_options = [*step, cores, "--kill-on-bad-exit=1"]
     return BatchScript(
         run=run.id,
         stage=node.name,

@@ -188,7 +188,7 @@ fi
 begin_launch "$launches.$start"
 
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --mpi=none --cpus-per-task=1 --kill-on-bad-exit=1 sh -c '[ -e "$0" ] || exit 69; exec "$@"' /shared/atom/logs/tiny-1/run.json /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit \\
+srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --mpi=none --job-name=atom-pretrain --cpus-per-task=1 --kill-on-bad-exit=1 sh -c '[ -e "$0" ] || exit 69; exec "$@"' /shared/atom/logs/tiny-1/run.json /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit \\
     2> "$messages"
 exit_code=$?
 cat "$messages" >&2
