@@ -75,7 +75,7 @@ def of_tasks(place: Path, tasks: int) -> float:
     pickled = place / "7_submitted.pkl"
     pickled.write_bytes(b"")
     begun = processor_seconds()
-    slurm._link_tasks("7", pickled, tasks)
+    slurm._link_tasks("7", pickled, range(tasks))
     seconds = processor_seconds() - begun
     print(f"{tasks:>7,} tasks of an array: {seconds:.2f} s", flush=True)
     return seconds

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -30,7 +31,6 @@ from pipeline.cli.tables import status_table
 from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
-from pipeline.launch.slurm_client import Owner
 from pipeline.tracking import budget, status
 
 TARGET = 0.5
@@ -68,7 +68,8 @@ def make_home(home: Path, stages: int, events: int) -> None:
         write_logs(store.logs / RUN / name, events if n == 0 else 100)
         store.work(f"{name}-key").mkdir(parents=True)
     nodes = [{"name": name, "stage": "acquire", "key": f"{name}-key", "inputs": {}} for name in names]
-    body = {"id": RUN, "recipe": "large", "version": "1.0.0", "recipe_path": "/large.yaml", "profile": "local"}
+    body = {"id": RUN, "recipe": "large", "version": "1.0.0", "recipe_path": "/large.yaml", "profile": "dev"}
+    body["launcher"] = "slurm"
     (store.logs / RUN / "run.json").write_text(json.dumps({**body, "nodes": nodes}))
     (home / "bin").mkdir()
     for program, output in (("squeue", home / "squeue.txt"), ("sacct", "/dev/null")):
@@ -86,9 +87,12 @@ def set_tasks(home: Path, stages: int, tasks: int) -> None:
         (launch / "decision").write_text("sealed\n\n3 shards are done\n")
     for n, name in enumerate(names):
         run.note_job(name, str(n + 1), False, *(("99999", 3 * tasks) if name == names[-1] and tasks else ()))
-    owners = [Owner(RUN, name, f"{name}-key").comment for name in names]
-    lines = [f"{n + 1}|PENDING||0:00|Priority|root|{owner}" for n, owner in enumerate(owners)]
-    lines += [f"99999_{n}|RUNNING|n{n}|1:00|None|root|{owners[-1]}" for n in range(tasks)]
+    scripts = [f"{home}/logs/{RUN}/{name}/submitit/.submission_file_0.sh" for name in names]
+    lines = [
+        f"{n + 1}|PENDING||0:00|Priority|root|test|N/A|(null)|{script}|(null)|" for n, script in enumerate(scripts)
+    ]
+    script = f"{home}/logs/{RUN}/{names[-1]}/shards/submitit/.submission_file_0.sh"
+    lines += [f"99999_{n}|RUNNING|n{n}|1:00|None|root|test|N/A|(null)|{script}|(null)|" for n in range(tasks)]
     (home / "squeue.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -96,14 +100,15 @@ def show(store: Store) -> None:
     """What `atom status` does."""
     run = runs.find(store, None)
     nodes, problem = status.status(run, store)
-    assert problem is None and len(nodes) == len(run.body["nodes"]), problem
+    assert problem is None and {node.state for node in nodes} == {"pending"}, problem
     used = budget.used(store, (stage.key for stage in nodes))
     status_table(run.id, run.owner, nodes, budget.describe(used, None))
 
 
 def processor_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    """Of this process and its children, in microseconds: os.times counts hundredths, and a status takes less."""
+    usages = [resource.getrusage(scope) for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def seconds(home: Path, repetitions: int, stages: int, events: int, tasks: int, summary: str = "yes") -> list[float]:

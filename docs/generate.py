@@ -29,7 +29,7 @@ from typer.main import get_command
 from pipeline.cli.main import app
 from pipeline.core.bounds import Range, Words
 from pipeline.graph import json_schema
-from pipeline.launch import diagnoses
+from pipeline.launch import diagnoses, waiting_reasons
 from pipeline.operations import prometheus
 
 FOLDER = Path(__file__).parent
@@ -80,17 +80,20 @@ def pages() -> dict[str, str]:
         "cli.md": "\n\n".join(command_blocks()) + "\n",
         "configuration.md": "\n\n".join(configuration) + "\n",
         **{f"schemas/{kind}{json_schema.SUFFIX}": json_schema.text(kind) for kind in models},
-        "errors.md": with_part("errors.md", "failures", failures()),
+        "errors.md": with_part("errors.md", "failures", failures(), "waiting", waiting()),
         "metrics.md": with_part("metrics.md", "gauges", gauges()),
         "llms.txt": llms(),
     }
 
 
-def with_part(name: str, part: str, body: str) -> str:
-    """A page with what is generated between its two marks."""
-    mark = MARK.format(part=part)
-    head, _, rest = (FOLDER / name).read_text(encoding="utf-8").partition(mark)
-    return f"{head}{mark}\n\n{body}\n\n{END}{rest.partition(END)[2]}"
+def with_part(name: str, *parts_and_bodies: str) -> str:
+    """A page with what is generated between the two marks of each part."""
+    page = (FOLDER / name).read_text(encoding="utf-8")
+    for part, body in zip(parts_and_bodies[::2], parts_and_bodies[1::2], strict=True):
+        mark = MARK.format(part=part)
+        head, _, rest = page.partition(mark)
+        page = f"{head}{mark}\n\n{body}\n\n{END}{rest.partition(END)[2]}"
+    return page
 
 
 def failures() -> str:
@@ -98,6 +101,13 @@ def failures() -> str:
     columns = ("failure", "recognized by", "another attempt", "node avoided")
     sentences = [item(f"*{name}*: {sentence}") for name, _, _, _, sentence in diagnoses.rows()]
     return table(columns, [row[:4] for row in diagnoses.rows()]) + "\n\n" + "\n".join(sentences)
+
+
+def waiting() -> str:
+    """The table of reasons for which a job waits, and the sentence about each."""
+    sentences = [item(f"*{cause}*: {sentence}") for cause, _, _, sentence in waiting_reasons.rows()]
+    rows = [row[:3] for row in waiting_reasons.rows()]
+    return table(("cause", "reasons of Slurm", "alert"), rows) + "\n\n" + "\n".join(sentences)
 
 
 def gauges() -> str:

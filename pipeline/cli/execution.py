@@ -26,8 +26,13 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
     """Runs stages of a graph on this machine and sends the run to MLflow in the background.
 
     cluster, reference: the profile and the recipe as the user wrote them. Raises AtomError if a stage fails or cannot
-    run, Exit(130) after Ctrl-C.
+    run, or if the profile is of a Slurm cluster alone; Exit(130) after Ctrl-C.
     """
+    if profile.slurm is not None and "local" not in profile.model_fields_set:
+        raise AtomError(
+            f"cluster profile {profile.name} is of a Slurm cluster, and `atom run` would run every stage on this host; "
+            "use `atom submit`, or a profile with a section `local`"
+        )
     damage = damage_of(composed, store, selected)
     requested, selected = selected, [name for name in selected if name not in damage]
     if all(store.sealed(composed.nodes[name].key) for name in selected):
@@ -39,7 +44,7 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
         print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
     require_inputs(composed, store, selected)
     prepare_environment()
-    this = runs.start(composed, store, selected, cluster, {"prices": profile.costs()})
+    this = runs.start(composed, store, selected, cluster, {"launcher": "local", "prices": profile.costs()})
     driver = Lease.take(this.folder / "driver")
     assert driver is not None, "the run was begun just now"
     background = mlflow_sync.Background(this, store)

@@ -179,7 +179,9 @@ def submit(
     composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
     warn_of_keys(store)
     selected = composed.select(until, only)
-    for text in composed.absent:
+    if not dry_run:
+        slurm.require_image(settings)
+    for text in filter(None, (*composed.absent, slurm.missing_image(settings))):
         print(f"note: {text}", file=sys.stderr)
     if not ignore_fit:
         fit.require(composed, store, selected, settings)

@@ -73,7 +73,7 @@ def status(
 
     table, nodes, lack, used = read()
     if as_json:
-        body: dict[str, Any] = {"run": this.id, "owner": this.owner, "unknown": lack, "used": used}
+        body: dict[str, Any] = {"schema": 1, "run": this.id, "owner": this.owner, "unknown": lack, "used": used}
         body["stages"] = [s.json() for s in nodes]
         if bad := bad_nodes.read(store):
             body["bad_nodes"] = [asdict(entry) for entry in bad]
@@ -221,7 +221,7 @@ def cancel(
     concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != users.present()]
     if concerned and not yes:
         _confirm("; ".join(concerned))
-    if this.jobs():
+    if this.on_slurm:
         names = cancellation.cancel_jobs(this, store)
         print(f"run {this.id}: cancelled {', '.join(names) or 'nothing, Slurm holds no job of it'}")
     else:
@@ -265,7 +265,7 @@ def retry(
     if start is not None:
         composed.select(None, start)  # raises for an unknown stage
         selected = [name for name in selected if start in composed.upstream({name})]
-    if this.jobs():
+    if this.on_slurm:
         from pipeline.launch import slurm
 
         submission = slurm.submit(composed, store, selected, cluster_profile.load(cluster), cluster)

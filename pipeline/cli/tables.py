@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from pipeline.core.progress import duration, figures_text, human
+from pipeline.core.progress import duration, human
 from pipeline.core.stage import LongContext, RankSimulation, Traffic
 from pipeline.graph.cost_estimate import CostEstimate
 from pipeline.graph.plan import StagePlan, timed
@@ -180,18 +180,23 @@ def _binary(value: float) -> str:
 def status_table(run: str, owner: str, stages: list[NodeStatus], used: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, title=f"run {run} of {owner}", title_justify="left")
     slurm = any(s.job for s in stages)
-    for column in ("stage", "state", *(("job", "nodes", "restarts") if slurm else ()), "progress", "time", "left", ""):
+    for column in (
+        "stage",
+        "state",
+        *(("job", "nodes", "restarts") if slurm else ()),
+        "progress",
+        "time",
+        "left",
+        "report",
+        "",
+    ):
         table.add_column(column, no_wrap=column != "")
     for s in stages:
         progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
-        servers = f"servers: {s.servers}" if s.servers else ""
-        detail = s.message or s.reason or "; ".join(filter(None, (s.slow, servers, figures_text(s.figures or {}))))
         state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
         job = f"{s.job} of {s.user}" if s.user else s.job or ""
         where = (job, s.nodes or "", str(s.restarts or "")) if slurm else ()
-        took = duration(s.seconds) if s.seconds is not None else (s.elapsed or "")
-        remaining = duration(s.eta) if s.eta is not None and s.state == "running" else ""
-        table.add_row(s.name, state, *where, progress, took, remaining, detail)
+        table.add_row(s.name, state, *where, progress, *s.times, s.detail)
     sealed = sum(s.state == "sealed" for s in stages)
     table.caption = f"{sealed} of {len(stages)} stages sealed; used so far: {used}"
     table.caption_justify = "left"

@@ -39,12 +39,19 @@ def watch(
     ] = 300.0,
     budget_share: Annotated[float, typer.Option(min=0, max=1, help="share of the budget that is an alert")] = 0.9,
     free_gb: Annotated[float, typer.Option(min=0, max=1e9, help="free GB on the disk of $ATOM_HOME")] = 1.0,
+    waiting_hours: Annotated[
+        float, typer.Option(min=0, max=1e5, help="hours of waiting for Slurm alone that are an alert")
+    ] = 24.0,
+    restarts_a_day: Annotated[
+        int, typer.Option(min=1, max=1000, help="starts of a stage within a day, above which is an alert")
+    ] = 5,
 ) -> None:
     """Send an alert when something in a run is wrong.
 
-    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed or stalled, a loss spike, dead experts, the
-    budget, the disk. Each is sent once, and again only after it was over. The command needs nothing from the jobs: it
-    sees a node that has vanished.
+    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed, stalled or restarts too often; a job does not
+    start before a person acts, was cancelled by another user or waits for long; a slow rank, an avoided node, a loss
+    spike, dead experts, the budget, the disk. Each is sent once, and again only after it was over. A job that is queued
+    again is no failure. The command needs nothing from the jobs: it sees a node that has vanished.
 
     Example: atom watch --webhook https://chat.example.org/hook
     """
@@ -55,7 +62,7 @@ def watch(
 
     store = open_store()
     this = runs.find(store, run)
-    limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb)
+    limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb, waiting_hours, restarts_a_day)
     senders = [alerts.by_command(command)] if command else []
     senders += [alerts.by_webhook(webhook)] if webhook else []
     senders += [alerts.by_mail(mail, smtp, f"{getpass.getuser()}@{socket.getfqdn()}")] if mail else []

@@ -6,6 +6,7 @@ the file; nothing reads it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import uuid
 from collections.abc import Iterator
@@ -16,21 +17,42 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """The path of a draft, which takes the place of `path` when the block ends without an error, and is removed
-    otherwise. durable: the draft is on disk before, so that a crash of the machine leaves no empty file. Raises
-    OSError."""
+    otherwise. durable: both the content and the name are on disk at the end, so that a crash of the machine leaves
+    neither an empty file nor the old one. Raises OSError."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield draft
         if durable:
-            with open(draft, "rb") as file:
-                os.fsync(file.fileno())
+            flush(draft)
         os.replace(draft, path)
+        if durable:
+            flush(path.parent)
     except OSError as error:
         if str(error.filename) == str(draft):
             error.filename = str(path)  # so messages do not differ each time
         raise
     finally:
         draft.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or the entries of a folder are on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_file_system(path: Path) -> None:
+    """Waits until all files of the file system that holds a path are on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        if library.syncfs(descriptor):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    finally:
+        os.close(descriptor)
 
 
 def write(path: Path, content: str | bytes, durable: bool = False) -> None:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipeline.core import environment, json_files
+from pipeline.core import atomic_files, environment, json_files
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store, canonical, sha256_bytes
 
@@ -55,8 +55,8 @@ def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
     """`$ATOM_HOME/code/<digest>`: the packages of atom, the pins if they are beside them, and `extra_files` under
     as-run/, read-only.
 
-    The same code has the same folder, which is complete or absent, with the commit of the first checkout that had it.
-    Raises Damaged if the folder was changed later.
+    The same code has the same folder, with the commit of the first checkout that had it. It is complete or absent, also
+    after a crash of the machine. Raises Damaged if the folder was changed later.
     """
     files = dict(_snapshot_files(extra_files))
     digest = sha256_bytes(canonical({name: sha256_bytes(data) for name, data in files.items()}))[:16]
@@ -72,8 +72,10 @@ def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         path.chmod(0o444)
+    atomic_files.flush_file_system(draft)  # hundreds of files, one by one, would take seconds
     try:
         os.rename(draft, target)
+        atomic_files.flush(target.parent)
     except OSError:
         if not target.is_dir():
             raise

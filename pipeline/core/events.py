@@ -158,10 +158,11 @@ Number = Annotated[FiniteFloat, Field(ge=-1e15, le=1e15)]
 
 
 class Attempt(TypedDict):
-    """A job has started."""
+    """A job has started. launch: the name of its folder of messages."""
 
     time: Number
     event: Literal["attempt"]
+    launch: NotRequired[str]
 
 
 class Start(TypedDict):

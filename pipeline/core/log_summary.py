@@ -31,7 +31,6 @@ from pipeline.core.events import (
     Progress,
     Start,
     Tail,
-    UsageEvent,
     curves_of,
     is_known,
 )
@@ -41,7 +40,7 @@ CHUNK = 2**20
 """The bytes of a log that are in memory at a time."""
 PROOF = 4096
 """The bytes before `offset` whose hash shows that a summary is of this log."""
-LAST_NOTES, OTHER_KINDS, OTHER_BYTES = 20, 8, 4096
+LAST_NOTES, LAST_ATTEMPTS, OTHER_KINDS, OTHER_BYTES = 20, 32, 8, 4096
 PACE = 65
 """The reports of progress from which the step time is computed."""
 POINTS, MAX_CURVES, RECENT = 150, 32, 129
@@ -114,21 +113,26 @@ def _proof(log: Path, offset: int) -> str | None:
 
 
 class EventState(TypedDict):
-    """What is known of a stage by its events. starts: all of them; start: the latest; first: the first progress since;
-    progress, usage, last: the latest progress, usage and event; pace: [time, done] of the latest progress since the
-    start; slow: what names the slow rank since then; others: the latest event of each kind that this module does not
-    know."""
+    """What is known of a stage by its events. launch: of the latest attempt; began: when it began, null once it has
+    ended; ran: seconds of all attempts before; began_at: when the latest attempts began; starts: all of them; start:
+    the latest; first: the first progress since; progress, last: the latest progress and event; pace: [time, done] of
+    the latest progress since the start; slow, slow_since: what names the slow rank since then, and when there began to
+    be one; others: the latest event of each kind that this module does not know."""
 
     attempts: Count
+    launch: str
+    began: Number | None
+    ran: Number
+    began_at: list[Number]
     starts: Count
     start: Start | None
     first: Progress | None
     progress: Progress | None
-    usage: UsageEvent | None
     last: Event | None
     notes: list[Note]
     pace: list[list[Number]]
     slow: str | None
+    slow_since: Number | None
     others: dict[str, dict[str, Any]]
 
 
@@ -146,8 +150,9 @@ class EventSummary(LogSummary[Event | Other]):
 
     def empty(self) -> EventState:
         return {
-            "attempts": 0, "starts": 0, "start": None, "first": None, "progress": None, "usage": None, "last": None,
-            "notes": [], "pace": [], "slow": None, "others": {},
+            "attempts": 0, "launch": "", "began": None, "ran": 0.0, "began_at": [], "starts": 0, "start": None,
+            "first": None, "progress": None, "last": None, "notes": [], "pace": [], "slow": None, "slow_since": None,
+            "others": {},
         }  # fmt: skip
 
     def add(self, row: Event | Other) -> None:
@@ -157,22 +162,46 @@ class EventSummary(LogSummary[Event | Other]):
             if has_room and len(json.dumps(row)) <= OTHER_BYTES:
                 state["others"][row["event"]] = cast(dict[str, Any], row)
             return
-        event = state["last"] = cast(Event, row)
+        event = cast(Event, row)
         if event["event"] == "attempt":
             state["attempts"] += 1
+            state["launch"] = event.get("launch", "")
+            self._begin(event["time"])
         elif event["event"] == "start":
+            begun = state["began"] is not None and (state["start"] is None or state["start"]["time"] < state["began"])
+            if not begun:  # on this machine, where no job announces an attempt
+                self._begin(event["time"])
             state["starts"] += 1
             state["start"], state["first"], state["pace"], state["slow"] = event, None, [], None
+            state["slow_since"] = None
         elif event["event"] == "progress":
             state["first"] = state["first"] or event
             state["progress"] = event
             state["pace"] = [*state["pace"], [event["time"], event["done"]]][-PACE:]
         elif event["event"] == "slow_rank":
             state["slow"] = event["text"]
-        elif event["event"] == "usage":
-            state["usage"] = event
+            state["slow_since"] = None if event["text"] is None else state["slow_since"] or event["time"]
         elif event["event"] == "note":
             state["notes"] = [*state["notes"], event][-LAST_NOTES:]
+        elif event["event"] == "end":
+            state["ran"], state["began"] = self.seconds(event["time"]) or 0.0, None
+        state["last"] = event
+
+    def _begin(self, now: float) -> None:
+        """Begins an attempt. The one before may have been killed, and then its last event is its end."""
+        state = self.state
+        state["ran"] = self.seconds() or 0.0
+        state["began"] = now
+        state["began_at"] = [*state["began_at"], now][-LAST_ATTEMPTS:]
+
+    def seconds(self, now: float | None = None) -> float | None:
+        """How long all attempts have run together; None without one. now: of a running one, else its last event
+        counts."""
+        began, last = self.state["began"], self.state["last"]
+        if began is None:
+            return self.state["ran"] or None
+        end = now if now is not None else last["time"] if last else began
+        return self.state["ran"] + max(0.0, end - began)
 
     def eta(self) -> float | None:
         """Remaining seconds at the pace of the present attempt; None if it is too early for an estimate."""

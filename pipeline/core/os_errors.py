@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from pathlib import Path
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import printable
 
+FULL_DISK_BYTES = 1_000_000
 AGAIN = "run the same command to go on"
 UNUSABLE = "{place} cannot be used ({why}); "
 NAME = UNUSABLE + "name a file that you may read, or a folder that you may write"
@@ -144,6 +146,16 @@ def device(error: BaseException, home: Path) -> Fault | None:
             return Fault(fault.kind, fault.text.format(place=printable(path or home)))
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
+
+
+def full_disk(place: Path) -> str | None:
+    """The sentence about a full disk if the disk that holds a folder has less than a megabyte; else None."""
+    try:
+        usage = shutil.disk_usage(place)
+    except OSError:  # who needs the folder says what is wrong with it
+        return None
+    is_full = usage.total > 0 and usage.free < FULL_DISK_BYTES  # some file systems state no size
+    return FAULTS[errno.ENOSPC].text.format(place=printable(place)) if is_full else None
 
 
 def _on_one_line(path: str, place: str) -> bool:

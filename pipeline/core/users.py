@@ -10,16 +10,17 @@ from pathlib import Path
 
 def owner(path: Path) -> str:
     """The name of the user who owns a file, or the number of a user without a name. Raises OSError."""
-    return _name(path.stat().st_uid)
+    return name(path.stat().st_uid)
 
 
 def present() -> str:
     """The name of the user of this process."""
-    return _name(os.geteuid())
+    return name(os.geteuid())
 
 
 @cache
-def _name(uid: int) -> str:
+def name(uid: int) -> str:
+    """The name of a user, or the number of one without a name."""
     import pwd  # not on Windows
 
     try:

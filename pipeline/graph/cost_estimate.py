@@ -78,13 +78,14 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
     gpus, slurm = _gpus(row, profile), profile.slurm
     if gpus and row.gpus and estimate.gpu_seconds is not None:
         seconds = _in_shards(row, estimate.gpu_seconds / gpus, slurm)
-        return Use(name, seconds / 3600, gpu_hours=estimate.gpu_seconds / 3600)
+        held = _gpus(row, profile, all_of_job=True) / gpus
+        return Use(name, seconds / 3600, gpu_hours=held * estimate.gpu_seconds / 3600)
     if gpus:
         training = _training(row, profile)
         if isinstance(training, str):
             return Use(name, why=training)
         seconds = training.seconds if isinstance(training, TrainingTime) else _seconds(row, training) / gpus
-        return _with_servers(Use(name, seconds / 3600), row, profile, _gpus(row, profile, spares=True))
+        return _with_servers(Use(name, seconds / 3600), row, profile, _gpus(row, profile, all_of_job=True))
     if estimate.cpu_seconds is None:
         return Use(name, why="no estimate")
     if estimate.fixed and not small:
@@ -172,12 +173,12 @@ def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
     return f"{_flops_of_ranks(row) / (time.seconds * _gpus(row, profile)) / rate.peak:.2f} of {_peak(row, rate)}"
 
 
-def _gpus(row: StagePlan, profile: Profile, spares: bool = False) -> int:
-    """The total number of GPUs of a stage's ranks; spares: with those of spare nodes."""
+def _gpus(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
+    """The total number of GPUs of a stage's ranks; all_of_job: with unused ones and those of spare nodes."""
     if profile.slurm is None:
         return 0
     allocation = profile.slurm.allocation(row.state.name, row.needs)
-    return allocation.all_gpus if spares else allocation.gpus
+    return allocation.all_gpus if all_of_job else allocation.gpus
 
 
 def _recomputes(row: StagePlan) -> bool:
@@ -227,6 +228,7 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
             sentences.append(
                 f"beside {' and '.join(names)}, while it runs: {servers.count} jobs of a server with {each}, {where}"
             )
+    sentences += _unused_gpus(rows, profile)
     assumptions = [row.estimate.assumed for row in rows if row.state.name in by_name and row.gpus]
     assumptions += [
         row.estimate.served.assumed for row in rows if row.estimate.served is not None
@@ -238,3 +240,19 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
         if use.why:
             reasons.setdefault(use.why, []).append(use.name)
     return sentences + [f"no time is given for {', '.join(names)}: {why}" for why, names in reasons.items()]
+
+
+def _unused_gpus(rows: list[StagePlan], profile: Profile) -> list[str]:
+    """Sentences on the stages whose jobs request whole nodes and leave some GPUs unused."""
+    if profile.slurm is None:
+        return []
+    names: dict[tuple[int, int], list[str]] = {}
+    for row in rows:
+        allocation = profile.slurm.allocation(row.state.name, row.needs)
+        used, requested = allocation.gpus_per_node, allocation.requested_gpus_per_node
+        if row.state.text == "to run" and used < requested:
+            names.setdefault((used, requested), []).append(row.state.name)
+    return [
+        f"{', '.join(stages)}: {used} of the {requested} GPUs of a node are used, and all are paid for (whole_nodes)"
+        for (used, requested), stages in names.items()
+    ]

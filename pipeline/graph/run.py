@@ -4,12 +4,14 @@ memory."""
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -17,11 +19,12 @@ from typing_extensions import TypedDict
 import pipeline
 from pipeline.core import atomic_files, json_files, users
 from pipeline.core.environment import git_commit
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import Tail, figures_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
 from pipeline.core.log_summary import EventSummary
+from pipeline.core.progress import duration, figures_text
 from pipeline.core.store import Store
 from pipeline.graph.dag import Graph
 from pipeline.graph.recipe import Recipe
@@ -54,16 +57,18 @@ class Limits(TypedDict):
 
 
 class LauncherFields(TypedDict):
-    """The fields that a launcher adds to run.json. cluster: name of the profile; code: the snapshot that the jobs run
-    from."""
+    """The fields that a launcher adds to run.json. launcher: where the stages run, whatever has become of their jobs;
+    cluster: name of the profile; code: the snapshot that the jobs run from."""
 
+    launcher: Literal["local", "slurm"]
     prices: NotRequired[Prices | None]
     cluster: NotRequired[str]
     code: NotRequired[Name]
 
 
 class Body(LauncherFields):
-    """run.json. commit, dirty: of the checkout that the run began from; older runs do not have them."""
+    """run.json. commit, dirty: of the checkout that the run began from; older runs do not have them. refused: why its
+    jobs were not submitted, in one sentence."""
 
     id: Name
     recipe: str
@@ -74,21 +79,25 @@ class Body(LauncherFields):
     commit: NotRequired[str | None]
     dirty: NotRequired[bool]
     budget: NotRequired[Limits | None]
+    refused: NotRequired[str]
 
 
 class JobRow(TypedDict):
-    """A line of jobs.jsonl."""
+    """A line of jobs.jsonl. user: whose job it is, if it is not that of the run's owner."""
 
     node: Name
     job: str
     attached: bool
+    user: NotRequired[str]
     array: NotRequired[str | None]
     shards: NotRequired[int]
-    servers: NotRequired[str | None]
+    servers: NotRequired[list[str]]
 
 
 CUT_OFF = "its process is gone; run the same command to go on"
 """The message about a stage that recorded no end."""
+REFUSED = "refused"
+"""The state of the stages whose jobs were not submitted."""
 BODY = TypeAdapter(Body)
 JOB: TypeAdapter[JobRow] = TypeAdapter(JobRow)
 
@@ -111,15 +120,38 @@ class Run(RunFolder):
     body: Body
 
     def note_job(
-        self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1, servers: str | None = None
-    ) -> None:
-        """Records the Slurm job of a node. attached: another run submitted it; array: the job array for its shards,
-        with the number of its tasks; servers: the job array of its servers."""
+        self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1,
+        servers: list[str] | None = None, user: str | None = None,
+    ) -> None:  # fmt: skip
+        """Records the Slurm job of a node. attached: another run submitted it, perhaps of another user; array: the job
+        array for its shards, with the number of its tasks; servers: the job arrays of its servers."""
         row: JobRow = {"node": node, "job": job, "attached": attached, "array": array, "shards": shards}
         if servers is not None:
             row["servers"] = servers
-        with open(self.folder / "jobs.jsonl", "a") as file:
+        if user is not None and user != self.owner:
+            row["user"] = user
+        path = self.folder / "jobs.jsonl"
+        is_new = not path.exists()
+        with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            atomic_files.flush(self.folder)
+
+    def refuse(self, sentence: str) -> None:
+        """Records that its jobs were not submitted, or were cancelled right away."""
+        body = self.body.copy()
+        body["refused"] = sentence
+        _write_body(self.folder, body)
+
+    @property
+    def on_slurm(self) -> bool:
+        return self.body["launcher"] == "slurm"
+
+    def users(self) -> set[str]:
+        """The users whose jobs it waits for. Raises OSError."""
+        return {self.owner, *(row["user"] for row in self.jobs().values() if "user" in row)}
 
     @property
     def owner(self) -> str:
@@ -137,9 +169,7 @@ class Run(RunFolder):
         return rows
 
 
-def start(
-    graph: Graph, store: Store, selected: list[str], profile: str, launcher_fields: LauncherFields | None = None
-) -> Run:
+def start(graph: Graph, store: Store, selected: list[str], profile: str, launcher_fields: LauncherFields) -> Run:
     """Writes a new run: the present recipe, and the selected nodes with keys."""
     identity = graph.recipe.config
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -149,7 +179,7 @@ def start(
     for name, data in graph.recipe.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        atomic_files.write(path, data, durable=True)
     nodes: list[NodeRow] = [
         {"name": n, "stage": node.stage.name, "key": node.key, "inputs": graph.materials(node)}
         for n, node in ((name, graph.nodes[name]) for name in selected)
@@ -165,10 +195,15 @@ def start(
         "commit": commit,
         "dirty": dirty,
         "budget": None if identity.budget is None else {**identity.budget.model_dump()},  # type: ignore[typeddict-item]
-        **(launcher_fields or {}),
+        **launcher_fields,  # type: ignore[typeddict-item]
     }
-    atomic_files.write(folder / "run.json", json.dumps(body, indent=1) + "\n")
+    _write_body(folder, body)
+    atomic_files.flush(store.logs)
     return Run(run_id, folder, body)
+
+
+def _write_body(folder: Path, body: Body) -> None:
+    atomic_files.write(folder / "run.json", json.dumps(body, indent=1) + "\n", durable=True)
 
 
 @cache
@@ -207,6 +242,14 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
     return [run for _, run in sorted(dated_runs, key=lambda item: (item[0], item[1].id))], damaged
 
 
+def _written(path: Path) -> float:
+    """When a run.json was written; that of its folder if it is gone."""
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return path.parent.lstat().st_mtime
+
+
 def _has_begun(folder: Path) -> bool:
     """Whether a run has files that are written after its run.json, which is then lost: files of a launcher or a stage,
     or a link to them. Without such files, the run was killed before it began."""
@@ -232,10 +275,13 @@ def find(store: Store, reference: str | None) -> Run:
     """The run whose id starts with `reference`, or the latest. Raises AtomError if there is none, if there are several,
     or if it is unreadable."""
     readable, damaged = read_all(store)
-    if reference is not None:
-        for each in damaged:
-            if each.path.parent.name.startswith(reference):
-                raise each
+    for each in damaged:
+        id = each.path.parent.name
+        if reference is not None and id.startswith(reference):
+            raise each
+        if reference is None and (not readable or _written(each.path) > _written(readable[-1].folder / "run.json")):
+            others = f"name another, such as {readable[-1].id}, or " if readable else ""
+            raise Damaged(each.path, each.why, f"{id} is the latest run: {others}remove its folder")
     for each in damaged:
         json_files.report(each, "that run is left out")
     if not readable:
@@ -255,12 +301,12 @@ class NodeStatus:
 
     name: str
     key: str
-    state: str  # sealed | running | failed | waiting; of a Slurm job also a state of Slurm, lost or hidden
+    state: str  # sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, lost or hidden
     done: float = 0
     total: float = 0
     unit: str = ""
     figures: dict[str, float] | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # of all attempts
     ranks: int | None = None
     eta: float | None = None  # seconds
     job: str | None = None  # of Slurm, and so is what follows
@@ -271,9 +317,32 @@ class NodeStatus:
     reason: str | None = None
     servers: str | None = None  # how many of its servers run, and how many wait
     slow: str | None = None  # the rank for which the others wait
+    alert: str | None = None  # the cause for which its job waits, if a person must act
+    waits_since: float | None = None  # seconds since the epoch
+    last_report: float | None = None  # seconds since the epoch
     message: str = ""
     kind: str | None = None  # of the failure in `message`
     events: EventSummary | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def detail(self) -> str:
+        """What there is to say of the stage, in one line."""
+        servers = f"servers: {self.servers}" if self.servers else ""
+        return (
+            self.message
+            or self.reason
+            or "; ".join(filter(None, (self.slow, servers, figures_text(self.figures or {}))))
+        )
+
+    @property
+    def times(self) -> tuple[str, str, str]:
+        """How long its attempts took together, how long it still takes, and when it last reported, in words."""
+        took = duration(self.seconds) if self.seconds is not None else self.elapsed or ""
+        if self.state != "running":
+            return took, "", ""
+        left = duration(self.eta) if self.eta is not None else ""
+        age = f"{duration(max(0.0, time.time() - self.last_report))} ago" if self.last_report is not None else ""
+        return took, left, age
 
     def json(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if v not in (None, "") and k != "events"}
@@ -284,7 +353,9 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
     name, key = node["name"], node["key"]
     summary = EventSummary(run.node_folder(name))
     state, tail, eta = summary.state, summary.tail, summary.eta()
-    progress, begun, usage, last = state["progress"], state["start"], state["usage"], state["last"]
+    progress, begun, last = state["progress"], state["start"], state["last"]
+    present = holder(store.work(key))
+    running = present is not None and present.alive
     end = last if last and last["event"] == "end" else None
     node_so_far = NodeStatus(
         name,
@@ -294,14 +365,13 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
         total=progress["total"] if progress else 0,
         unit=progress["unit"] if progress else "",
         figures=(figures_of(progress) or None) if progress else None,
-        seconds=usage["wall_seconds"] if usage else None,
+        seconds=summary.seconds(time.time() if running else None),
         ranks=begun["ranks"] if begun else None,
         eta=eta,
         restarts=max(0, state["attempts"] - 1) or None,
+        last_report=last["time"] if last else None,
         events=summary,
     )
-    present = holder(store.work(key))
-    running = present is not None and present.alive
     if not running and tail.cut:
         json_files.report(Damaged(tail.path, "its last line is cut"), "the other lines count")
     if store.sealed(key):
@@ -323,4 +393,8 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
 
 
 def status(run: Run, store: Store) -> list[NodeStatus]:
-    return [node_status(run, store, node) for node in run.body["nodes"]]
+    stages = [node_status(run, store, node) for node in run.body["nodes"]]
+    if refused := run.body.get("refused"):
+        settled = ("sealed", "damaged", "running")
+        return [s if s.state in settled else replace(s, state=REFUSED, message=refused, kind=Kind.USER) for s in stages]
+    return stages

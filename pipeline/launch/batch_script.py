@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,8 @@ from pipeline.launch.local import JOB_ENVIRONMENT
 from pipeline.launch.slurm_client import Owner
 from pipeline.launch.slurm_options import options_of
 
+RELAUNCH_PAUSE_SECONDS = 30
+"""Seconds before the second relaunch of launches that end within a minute; the third one waits twice as long."""
 EARLY_SIGNAL_SECONDS = 60
 """How much earlier than asked for Slurm may signal a job before its time limit."""
 
@@ -44,8 +46,10 @@ class BatchScript:
     restarts: number of restarts of a job whose attempts are not counted otherwise. relaunches: maximum number of
     launches in one allocation after the first. relaunch_seconds: time that the job must have left for one.
     step_nodes: number of nodes on which srun runs.
-    served_job, served_comment: the job of the stage with which a job of servers ends, and that job's comment.
+    run_file: a file of the run, which a node with the home folder has.
+    served_folder, served_comment: of the script of the stage's job with which servers end, and its comment.
     poll_seconds: how often each of the servers asks Slurm for that job.
+    server_job: the job of the first server, without which the stage does not begin; servers_folder: of their script.
     notify: a shell command, on failure and at the end of the run; in an array, the one task that creates
     notified_folder runs it.
     nodes_folder: folder of the bad nodes, each of which is avoided for avoid_seconds.
@@ -71,9 +75,12 @@ class BatchScript:
     relaunches: int = 0
     relaunch_seconds: int = 0
     step_nodes: int = 1
-    served_job: str | None = None
+    run_file: Path = Path()
+    served_folder: str = ""
     served_comment: str = ""
     poll_seconds: int = 10
+    server_job: str = ""
+    servers_folder: str = ""
     has_image: bool = False
 
     def text(self) -> str:
@@ -88,6 +95,11 @@ class BatchScript:
             decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "relaunch", "failed")},
             relaunch_variable=RELAUNCH_VARIABLE,
             diagnoses=diagnoses.script_values(),
+            no_home_exit_code=diagnoses.NO_HOME_CODE,
+            with_home=shlex.join(
+                ["sh", "-c", f'[ -e "$0" ] || exit {diagnoses.NO_HOME_CODE}; exec "$@"', str(self.run_file)]
+            ),
+            pause_seconds=RELAUNCH_PAUSE_SECONDS,
             check_failed={"kind": Kind.CHECK, "exit_code": Kind.CHECK.exit_code},
             failed_exit_code=Kind.USER.exit_code,
             stopped=Kind.STOPPED,
@@ -109,33 +121,34 @@ def _template() -> jinja2.Template:
 
 def batch_script(
     store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, dependencies: list[str], tasks: int = 0,
-    previous: str | None = None,
+    previous: str | None = None, server_job: str = "",
 ) -> BatchScript:  # fmt: skip
     """The script of a node's job, or of the array with that many tasks for its shards.
 
     code: the snapshot to run from. dependencies: ids of the jobs that must succeed before. previous: that of a job to
-    wait for, however it ends. Raises RecipeError if the ranks do not fill nodes equally, or if a variable to forward
-    looks like a secret.
+    wait for, however it ends. server_job: that of its first server, which must have started. Raises RecipeError if the
+    ranks do not fill nodes equally, or if a variable to forward looks like a secret.
     """
-    folder = run.node_folder(node.name) / ("shards" if tasks else "")
     allocation = slurm.allocation(node.name, node.stage.needs(node.config))
     options = _sbatch_options(slurm, allocation.jobs, allocation.all_nodes, allocation.ranks_per_node,
-                              allocation.cpus_per_task, allocation.gpus_per_node)  # fmt: skip
-    comment = Owner(run.id, node.name, node.key).comment
+                              allocation.cpus_per_task, allocation.requested_gpus_per_node)  # fmt: skip
     conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
     conditions += [f"afterany:{previous}"] if previous else []
+    conditions += [f"after:{server_job}"] if server_job else []
     if conditions:
         options["dependency"] = ",".join(conditions)
     if tasks:
         options["array"] = f"0-{tasks - 1}%{min(tasks, allocation.jobs.array_tasks or slurm.array_tasks)}"
     if allocation.spare_nodes:
         options["no-kill"] = True  # Slurm takes a lost node out of the job, and leaves the job its other nodes
-    script = _script(store, run, node, slurm, allocation.jobs, code, folder, options, comment, is_array=tasks > 0)
+    script = _script(store, run, node, slurm, allocation.jobs, code, "shards" if tasks else "", options)
     if not tasks:
         script = _with_relaunches(script, slurm, allocation)
     if not tasks and (servers := servers_of(slurm, node)):
-        search = ServerSearch(str(servers_folder(run, node) / "announced"), run.id, 60.0 * servers.wait_minutes)
-        script = replace(script, variables={**script.variables, **search.variable()})
+        announced = run.node_folder(node.name) / "servers" / "announced"
+        search = ServerSearch(str(announced), run.id, 60.0 * servers.wait_minutes)
+        script = replace(script, variables={**script.variables, **search.variable()}, server_job=server_job)
+        script = replace(script, servers_folder=f"/logs/{run.id}/{node.name}/servers/submitit/")
     return script
 
 
@@ -155,42 +168,47 @@ def servers_of(slurm: Slurm, node: Node) -> Servers | None:
     return slurm.servers if node.stage.serve is not None and node.stage.takes_servers(node.config) else None
 
 
-def servers_folder(run: RunFolder, node: Node) -> Path:
-    """The folder of a node's servers, within that of the node."""
-    return run.node_folder(node.name) / "servers"
-
-
 def servers_script(
-    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, servers: Servers, job: str
-) -> BatchScript:
-    """The script of the array of a node's servers, which start once the stage's job has started and end with it."""
-    folder = servers_folder(run, node)
+    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, servers: Servers, numbers: str,
+    conditions: list[str],
+) -> BatchScript:  # fmt: skip
+    """The script of an array of a node's servers with these numbers, which end with the stage's job.
+
+    conditions: dependencies in Slurm's notation. The first server starts before the stage's job, which then finds one
+    and holds no nodes while it waits; the others start once the stage's job has started.
+    """
     options = _sbatch_options(slurm, servers, 1, 1, servers.cpus_per_task, servers.gpus_per_node)
-    options |= {"array": f"0-{servers.count - 1}", "dependency": f"after:{job}"}
-    served = Owner(run.id, node.name, node.key)
-    comment = replace(served, key=f"{node.key}.servers").comment  # no job of the key itself
-    script = _script(store, run, node, slurm, servers, code, folder, options, comment, is_array=True)
-    poll_seconds = max(10, servers.count)  # all of them together ask Slurm at most once a second
-    return replace(script, served_job=job, served_comment=served.comment, poll_seconds=poll_seconds)
+    options |= {"array": numbers} | ({"dependency": ",".join(conditions)} if conditions else {})
+    script = _script(store, run, node, slurm, servers, code, "servers", options)
+    return replace(
+        script,
+        served_folder=f"/logs/{run.id}/{node.name}/submitit/",
+        served_comment=Owner(run.id, node.name).comment(node.key),
+        poll_seconds=max(10, servers.count),  # all of them together ask Slurm at most once a second
+    )
 
 
 def _script(
-    store: Store, run: RunFolder, node: Node, slurm: Slurm, jobs: Resources, code: Path, folder: Path,
-    options: dict[str, str | int | bool], comment: str, is_array: bool,
+    store: Store, run: RunFolder, node: Node, slurm: Slurm, jobs: Resources, code: Path, part: str,
+    options: dict[str, str | int | bool],
 ) -> BatchScript:  # fmt: skip
-    """folder: of the job's files. options: of sbatch, beside those that each job has."""
+    """part: that of an Owner. options: of sbatch, beside those that each job has."""
     variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
     if slurm.scratch:
         variables["TMPDIR"] = slurm.scratch
-    log = folder / "submitit" / ("%A_%a_%t_log.out" if is_array else "%j_%t_log.out")
+    folder = run.node_folder(node.name) / part
+    log = folder / "submitit" / ("%A_%a_%t_log.out" if part else "%j_%t_log.out")
     cores = f"--cpus-per-task={options['cpus-per-task']}"  # not every version of srun takes that of sbatch
-    srun_options = ["--unbuffered", "--output", str(log), "--export=ALL", cores, "--kill-on-bad-exit=1"]
-    options |= {
-        "job-name": f"atom-{node.name}",
-        "comment": comment,
+    options = {
+        "job-name": f"atom-{node.name}" + (f"-{part}" if part else ""),
+        "comment": Owner(run.id, node.name, part).comment(node.key),
+        **options,
         "output": str(log).replace("%t", "0"),
         "chdir": str(store.home),
     }
+    # of a step, whose command is a shell
+    step = ["--unbuffered", "--output", str(log), "--export=ALL", "--mpi=none", f"--job-name={options['job-name']}"]
+    srun_options = [*step, cores, "--kill-on-bad-exit=1"]
     return BatchScript(
         run=run.id,
         stage=node.name,
@@ -199,16 +217,17 @@ def _script(
         modules=slurm.modules,
         variables={**variables, **slurm.environment, **jobs.environment},
         setup=slurm.setup,
-        srun_options=shlex.join([*srun_options, *_container_options(slurm, store), *jobs.srun]),
+        srun_options=shlex.join([*srun_options, *_container_options(slurm, store, jobs.srun), *jobs.srun]),
         python=_python(slurm, store),
         submitit_folder=folder / "submitit",
         launches_folder=folder / "ranks",
-        is_array=is_array,
+        is_array=bool(part),
         restarts=slurm.restarts,
         notify=slurm.notify,
         notified_folder=folder / "notified",
         nodes_folder=bad_nodes.folder(store),
         avoid_seconds=slurm.avoid_seconds,
+        run_file=run.folder / "run.json",
         has_image=_has_image(slurm),
     )
 
@@ -218,6 +237,10 @@ def _sbatch_options(
 ) -> dict[str, str | int | bool]:
     """The sbatch options of every job of the profile."""
     gpus = f"{jobs.gpu_type}:{gpus_per_node}" if jobs.gpu_type and gpus_per_node else gpus_per_node
+    is_exclusive = jobs.exclusive or jobs.whole_nodes
+    is_alone = is_exclusive or 0 < gpus_per_node == jobs.gpus_per_node
+    # Slurm gives even an exclusive job no more than DefMemPerCPU
+    memory = 0 if jobs.memory_gb is None and is_alone else jobs.memory_gb
     options: dict[str, str | int | bool | None] = {
         "partition": jobs.partition,
         "time": jobs.minutes,
@@ -225,8 +248,8 @@ def _sbatch_options(
         "ntasks-per-node": tasks_per_node,
         "cpus-per-task": cpus_per_task,
         "gpus-per-node": gpus or None,
-        "mem": None if jobs.memory_gb is None else f"{round(jobs.memory_gb * 1024)}M" if jobs.memory_gb else "0",
-        "exclusive": jobs.exclusive or None,
+        "mem": None if memory is None else f"{round(memory * 1024)}M" if memory else "0",
+        "exclusive": is_exclusive or None,
         "account": jobs.account,
         "qos": jobs.qos,
         "constraint": jobs.constraint,
@@ -278,9 +301,12 @@ def _mounts(slurm: Slurm, store: Store) -> list[str]:
     return [*(f"{place}:{place}" for place in places), *slurm.container.mounts]
 
 
-def _container_options(slurm: Slurm, store: Store) -> list[str]:
-    """srun's options for a container by pyxis."""
+def _container_options(slurm: Slurm, store: Store, words: Iterable[str]) -> list[str]:
+    """srun's options for a container by pyxis. words: further options of the profile, which count more. Without them,
+    pyxis mounts the user's home folder and runs the entry point of the image, where the site has configured that."""
     container = slurm.container
     if container is None or container.kind != "pyxis":
         return []
-    return [f"--container-image={container.image}", f"--container-mounts={','.join(_mounts(slurm, store))}"]
+    options = [f"--container-image={container.image}", f"--container-mounts={','.join(_mounts(slurm, store))}"]
+    stated = {name.removeprefix("no-") for name in options_of(words)}
+    return options + [f"--no-{name}" for name in ("container-mount-home", "container-entrypoint") if name not in stated]

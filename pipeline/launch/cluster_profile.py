@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -19,7 +20,7 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
 from pipeline.graph.run import Prices as RunPrices
 from pipeline.launch.clean_environment import is_secret
-from pipeline.launch.slurm_options import Options
+from pipeline.launch.slurm_options import Options, gpu_request
 
 
 class Local(Config):
@@ -138,13 +139,18 @@ class Resources(Config):
     )
     cpus_per_task: Annotated[int, Range(1, 4096)] = Field(1, description="CPU cores per rank or server")
     memory_gb: Annotated[float, Range(0, 1e6)] | None = Field(
-        None, description="memory per node in GiB; 0: all of the node; null: the default of the partition"
+        None,
+        description="memory per node in GiB; 0: all of the node; null: all of the node for a job that has the node "
+        "alone or all of its GPUs, else the default of the partition",
     )
     account: SlurmName | None = Field(None, description="Slurm account; null: the default of the user")
     qos: SlurmName | None = Field(None, description="Slurm quality of service; null: the default of Slurm")
     constraint: SlurmExpression | None = Field(None, description="required node features, as for sbatch --constraint")
     exclude: SlurmExpression | None = Field(None, description="nodes to avoid, as for sbatch --exclude")
     exclusive: Flag = Field(False, description="do not share nodes with other jobs")
+    whole_nodes: Flag = Field(
+        False, description="request all GPUs of a node, also for fewer ranks, where the site gives nodes whole"
+    )
     sbatch: Options = Field(
         (), description="further options of sbatch, such as --reservation=llm, --switches=1 or --licenses=lustre:2"
     )
@@ -152,6 +158,21 @@ class Resources(Config):
     environment: dict[Variable, Value] = Field(
         {}, max_length=1000, description="environment variables of these jobs, beside those of all"
     )
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        _require_one_gpu_request(self.sbatch)
+        if self.gpu_type is not None and not self.gpus_per_node:
+            raise ValueError(f"gpu_type = {self.gpu_type} needs gpus_per_node, which is 0; set it, or remove gpu_type")
+        return self
+
+
+def _require_one_gpu_request(sbatch: Iterable[str]) -> None:
+    if word := gpu_request(sbatch):
+        raise ValueError(
+            f"{word} of sbatch asks for GPUs beside gpus_per_node, by which atom counts them; set gpus_per_node and "
+            "gpu_type instead, which Slurm takes for the same request"
+        )
 
 
 class Jobs(Resources):
@@ -195,11 +216,17 @@ class Changes(Config):
     constraint: SlurmExpression | None = Field(None, description="required node features")
     exclude: SlurmExpression | None = Field(None, description="nodes to avoid")
     exclusive: Flag | None = Field(None, description="do not share nodes with other jobs")
+    whole_nodes: Flag | None = Field(None, description="request all GPUs of a node")
     sbatch: Options = Field((), description="options of sbatch, after those of the kind")
     srun: Options = Field((), description="options of srun, after those of the kind")
     environment: dict[Variable, Value] = Field(
         {}, max_length=1000, description="environment variables, beside those of the kind"
     )
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        _require_one_gpu_request(self.sbatch)
+        return self
 
     def apply(self, jobs: Jobs) -> Jobs:
         """The jobs with these changes. Options and variables are added, all else is replaced."""
@@ -238,7 +265,12 @@ class Allocation:
 
     @property
     def gpus_per_node(self) -> int:
+        """GPUs that the ranks of a node use."""
         return min(self.ranks_per_node * self.gpus_per_rank, self.jobs.gpus_per_node)
+
+    @property
+    def requested_gpus_per_node(self) -> int:
+        return self.jobs.gpus_per_node if self.jobs.whole_nodes else self.gpus_per_node
 
     @property
     def cpus_per_task(self) -> int:
@@ -252,8 +284,8 @@ class Allocation:
 
     @property
     def all_gpus(self) -> int:
-        """GPUs of the job, those of spare nodes included."""
-        return self.all_nodes * self.gpus_per_node
+        """GPUs of the job, unused ones and those of spare nodes included."""
+        return self.all_nodes * self.requested_gpus_per_node
 
     @property
     def ranks(self) -> int:
@@ -330,6 +362,19 @@ class Slurm(Config):
                 raise ValueError(
                     f"{name} looks like a secret, and no secret reaches a job; leave it out, and give MLflow its user "
                     "and password in ~/.mlflow/credentials"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _signal_within_limit(self) -> Slurm:
+        sections = {name: getattr(self, name) for name in ("cpu", "train", "servers", "gpu")}
+        sections |= {f"stages.{pattern}": changes for pattern, changes in self.stages.items()}
+        for name, jobs in sections.items():
+            minutes = None if jobs is None else jobs.minutes
+            if minutes is not None and 60 * minutes <= self.signal_before_limit_seconds:
+                raise ValueError(
+                    f"{name}.minutes = {minutes} is no longer than signal_before_limit_seconds = "
+                    f"{self.signal_before_limit_seconds}, so a job would be stopped as it begins; change one of them"
                 )
         return self
 

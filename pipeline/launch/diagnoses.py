@@ -4,8 +4,9 @@ The same sentence reaches the log, the decision of the launch, `atom status` and
 (failure_messages.py), or the job's script (post_mortem.sh.jinja), or `atom status` for a job whose script never ran.
 MLflow gets what a rank writes.
 
-Faults of the operating system have their own table (os_errors.py), by number; `rows` lists them here as well. Sentences
-are templates: {nodes} is the list of nodes in Slurm's notation, {detail} what was seen there.
+Faults of the operating system have their own table (os_errors.py), by number; `rows` lists them here as well. Reasons
+for which a job waits are in waiting_reasons.py. Sentences are templates: {nodes} is the list of nodes in Slurm's
+notation, {detail} what was seen there.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from pipeline.core import os_errors
 from pipeline.core.errors import Kind
 
 AGAIN = "`atom retry` resumes it"
-RETRY, WAITS = "by `atom retry`", "the job waits"
+RETRY = "by `atom retry`"
+NO_HOME_CODE = 69
+"""The exit code on a node without the run's files: EX_UNAVAILABLE of sysexits.h."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """One row of the table.
 
-    states: final states of a job, by Slurm. code: its exit code. reasons: why a job waits, as a regular expression.
-    pattern: an extended regular expression, for grep and for Python: in what srun reports or in an exception's message.
-    bad_node: whether the node is avoided from then on. attempt: whether another attempt is made, if its kind does not
-    decide that.
+    states: final states of a job, by Slurm. code: its exit code. pattern: an extended regular expression, for grep and
+    for Python: in what srun reports or in an exception's message. bad_node: whether the node is avoided from then on.
+    attempt: whether another attempt is made, if its kind does not decide that.
     """
 
     name: str
@@ -38,7 +40,6 @@ class Diagnosis:
     sentence: str
     states: tuple[str, ...] = ()
     code: str = ""
-    reasons: str = ""
     pattern: str = ""
     bad_node: bool = False
     attempt: str = ""
@@ -50,7 +51,7 @@ class Diagnosis:
 
 class _Fields(dict[str, str]):
     def __missing__(self, name: str) -> str:
-        return "an unknown node" if name == "nodes" else "not known"
+        return {"nodes": "an unknown node", "user": "somebody", "job": "of it"}.get(name, "not known")
 
 
 MEMORY = Diagnosis(
@@ -81,26 +82,21 @@ NOT_LAUNCHED = Diagnosis(
     f"are not full, then {AGAIN} on others",
     code="0:53", bad_node=True, attempt=RETRY,
 )  # fmt: skip
-HELD_LAUNCH = Diagnosis(
-    "held after a failed launch", "pending, reason `launch failed requeued held`", Kind.MACHINE,
-    "Slurm holds the job because {nodes} could not launch it ({detail}); `atom retry` releases it",
-    reasons="launch.*held", attempt=WAITS,
+NO_HOME = Diagnosis(
+    "no home folder", f"exit code {NO_HOME_CODE} of a rank or of the job's script: it finds no files of the run",
+    Kind.MACHINE,
+    "node {nodes} does not see the run in $ATOM_HOME; mount it there as on the other nodes",
+    code=f"{NO_HOME_CODE}:0", bad_node=True,
 )  # fmt: skip
-HELD = Diagnosis(
-    "held", "pending, reason `JobHeldUser`, `JobHeldAdmin` or `job requeued in held state`", Kind.STOPPED,
-    "the job is held ({detail}); `scontrol release {job}` lets it start, if an administrator did not hold it",
-    reasons="JobHeld|held state|RequeueHold", attempt=WAITS,
+CANCELLED = Diagnosis(
+    "cancelled", "state `CANCELLED`; the accounting says by whom", Kind.STOPPED,
+    "{user} cancelled its job; `atom retry` submits it again",
+    states=("CANCELLED",), attempt=RETRY,
 )  # fmt: skip
-DRAINED = Diagnosis(
-    "drained nodes", "pending, reason `ReqNodeNotAvail` or `Nodes required for job are DOWN, DRAINED…`", Kind.MACHINE,
-    "the job waits for nodes that are down or drained ({detail}); have them repaired, or wait for others",
-    reasons="NotAvail|DOWN, DRAINED|NodeDown|PartitionDown|PartitionInactive", attempt=WAITS,
-)  # fmt: skip
-IMPOSSIBLE = Diagnosis(
-    "impossible request", "pending, reason `BadConstraints`, `PartitionTimeLimit`, `PartitionNodeLimit` or the like",
-    Kind.USER,
-    "the job can never start as it is requested ({detail}); `atom cancel` it, change the profile, and submit again",
-    reasons="BadConstraints|PartitionTimeLimit|PartitionNodeLimit|InvalidAccount|InvalidQOS|AccountNotAllowed",
+NEVER_STARTED = Diagnosis(
+    "cancelled dependent", "state `CANCELLED`, reason `DependencyNeverSatisfied`", Kind.STOPPED,
+    "Slurm cancelled its job, because a job that it waited for did not succeed; `atom retry` submits both again",
+    attempt=RETRY,
 )  # fmt: skip
 SETUP = Diagnosis(
     "failed module or setup", "a `module load` or a line of `setup` with another exit code than 0", Kind.MACHINE,
@@ -155,7 +151,7 @@ NO_ACCOUNTING = Diagnosis(
 )  # fmt: skip
 LOST_JOB = Diagnosis(
     "lost job", "neither the queue nor the accounting has the job", Kind.MACHINE,
-    "Slurm has no record of its job; `atom retry` submits it again", attempt=RETRY,
+    "Slurm no longer has its job (a later job may have the id {job}); `atom retry` submits it again", attempt=RETRY,
 )  # fmt: skip
 HIDDEN_JOB = Diagnosis(
     "hidden job", "Slurm shows no jobs of other users (`PrivateData`), and this one is another's", Kind.MACHINE,
@@ -167,7 +163,7 @@ NO_DECISION = Diagnosis(
     "the stage left no decision on {nodes}, srun's exit code is {detail}; see its log",
 )  # fmt: skip
 TABLE = (
-    MEMORY, TIME_LIMIT, PREEMPTED, NODE_FAILED, NOT_LAUNCHED, HELD_LAUNCH, HELD, DRAINED, IMPOSSIBLE, SETUP,
+    MEMORY, TIME_LIMIT, PREEMPTED, NODE_FAILED, NOT_LAUNCHED, NO_HOME, CANCELLED, NEVER_STARTED, SETUP,
     SETUP_ANYWHERE, NO_PYTHON, NO_PYTHON_ANYWHERE, LOST, LOST_TWICE, PREFLIGHT, DEVICE, DETERMINISTIC, NO_ACCOUNTING,
     LOST_JOB, HIDDEN_JOB, NO_DECISION,
 )  # fmt: skip
@@ -187,11 +183,6 @@ def of_job(state: str, code: str) -> Diagnosis | None:
     """The diagnosis of an ended job that left no outcome. state, code: as accounting has them."""
     by_code = next((row for row in TABLE if row.code and row.code == code), None)
     return by_code or next((row for row in TABLE if state in row.states), None)
-
-
-def of_waiting(reason: str) -> Diagnosis | None:
-    """The diagnosis of a job that waits for another reason than its turn."""
-    return next((row for row in TABLE if row.reasons and re.search(row.reasons, reason)), None)
 
 
 def of_error(error: BaseException) -> tuple[Diagnosis, str] | None:
@@ -215,6 +206,7 @@ def script_values() -> Mapping[str, Diagnosis]:
     """The rows that the job's script recognizes, by the name that its template has for them."""
     return {
         "memory": MEMORY,
+        "no_home": NO_HOME,
         "setup": SETUP,
         "setup_anywhere": SETUP_ANYWHERE,
         "no_python": NO_PYTHON,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
@@ -81,10 +80,6 @@ def _fault(error: BaseException, store: Store) -> os_errors.Fault | None:
 def _is_third_party(error: ImportError) -> bool:
     """Whether a third-party package is missing."""
     return (error.name or "").split(".")[0] not in ("pipeline", "stages", "release")
-
-
-def disk_full_message(store: Store) -> str:
-    return os_errors.FAULTS[errno.ENOSPC].text.format(place=store.home)
 
 
 def strip_paths(text: str, home: Path) -> str:

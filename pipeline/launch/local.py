@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import submitit
 
+from pipeline.core import os_errors
 from pipeline.core.errors import AtomError, Failure, of_kind
 from pipeline.core.events import EventTail, figures_of
 from pipeline.core.lease import holder
@@ -26,7 +26,6 @@ from pipeline.launch import clean_environment
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Profile
 from pipeline.launch.early_start import EarlyStart
-from pipeline.launch.failure_messages import disk_full_message
 from pipeline.launch.rendezvous import (
     announce,
     has_no_end,
@@ -44,8 +43,6 @@ MOST_EARLY = 4
 LAST_SECONDS = 4.0
 """Seconds that the ranks of an ended launch get to end by themselves."""
 PROCESS_GONE = "its process is gone, perhaps killed for memory; see its log, and run the same command to go on"
-FULL_DISK_BYTES = 1_000_000
-"""Free bytes below which a full disk is assumed for a process that died without an end event."""
 
 # One thread for each rank, so that sums have one order under any load of the machine. Seeds of str hashes are fixed, so
 # that no set order enters the bytes. Downloads are off: a stage uses only what is installed, and
@@ -303,8 +300,8 @@ class LocalLauncher:
             self.display.sealed(running_job.node.name)
         if running_job.outcome is None and running_job.lost_ranks and running_job.lost_ranks[0] > 0:
             return Failure(f"rank {running_job.lost_ranks[0]}: {PROCESS_GONE}")
-        if running_job.outcome is None and shutil.disk_usage(self.store.home).free < FULL_DISK_BYTES:
-            return Failure(disk_full_message(self.store))  # there was no space even for the end event
+        if running_job.outcome is None and (full := os_errors.full_disk(self.store.home)):
+            return Failure(full)  # there was no space even for the end event
         if running_job.outcome is None:
             return Failure("its process was killed from outside (perhaps for memory); run the same command to go on")
         return running_job.outcome

@@ -69,9 +69,10 @@ def check_node(home: Path, free_gb: float, scratch: str | None) -> Failure | Non
                 bad_node="" if folder == home else name,
             )
         if folder == home and abs(written - local_time) > SKEW_SECONDS:
-            seconds = written - local_time
+            relation = "ahead of" if local_time > written else "behind"
+            seconds = abs(written - local_time)
             return Failure(
-                f"the clock of node {name} differs by {seconds:.0f} s from the file system's; set it by NTP",
+                f"the clock of node {name} is {seconds:.0f} s {relation} the file system's; set it by NTP",
                 bad_node=name,
             )
     return _gpus(name)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -34,7 +35,7 @@ from pipeline.launch.batch_script import BatchScript, batch_script, servers_of, 
 from pipeline.launch.cluster_profile import Allocation, Profile, Slurm
 from pipeline.launch.job import JobLimits
 from pipeline.launch.local import damage_of, require_inputs
-from pipeline.launch.slurm_client import Job, Owner
+from pipeline.launch.slurm_client import Job, NoAnswer, Owner
 from pipeline.tracking import budget
 
 UNLIMITED = 10**6
@@ -61,7 +62,7 @@ class Submission:
     """The submitted stages that wait for the end of a job that Slurm hides, and whose that is."""
     arrays: dict[str, str] = field(default_factory=dict)
     """The job arrays for the shards of submitted stages."""
-    servers: dict[str, str] = field(default_factory=dict)
+    servers: dict[str, list[str]] = field(default_factory=dict)
     """The job arrays of the servers of submitted stages."""
     damaged: dict[str, str] = field(default_factory=dict)
     """The skipped stages, each with a sentence on the damaged file."""
@@ -92,9 +93,12 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     for name in selected:
         allocation_of(slurm, graph.nodes[name])
     with submission_lock.submitting(store):
-        slurm_jobs = slurm_client.queued_jobs()
+        keys = [graph.nodes[name].key for name in selected]
+        slurm_jobs = slurm_client.queued_jobs(submission_lock.users_of(store, keys))
         code = code_snapshot.freeze(store, graph.recipe.files)  # under the lock, so that gc cannot take it
-        fields: LauncherFields = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
+        fields: LauncherFields = {
+            "launcher": "slurm", "cluster": profile.name, "code": code.name, "prices": profile.costs(),
+        }  # fmt: skip
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
         limits = JobLimits(
@@ -102,11 +106,10 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             slurm.device_test_share,
         )  # fmt: skip
         jobs: dict[str, str] = {}
-        keys = (graph.nodes[name].key for name in selected)
-        note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)
-        avoidance = Avoidance(bad_nodes.read(store))
-        submission.kept_nodes = avoidance.kept
         try:
+            note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)
+            avoidance = Avoidance(bad_nodes.read(store))
+            submission.kept_nodes = avoidance.kept
             for name in selected:
                 node = graph.nodes[name]
                 claim = submission_lock.read(store, node.key, slurm_jobs)
@@ -128,24 +131,29 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                         script = avoidance.apply(script)
                         dependencies = [start_array(script, task, limits, tasks)]
                         submission.arrays[name] = dependencies[0]
-                    script = batch_script(store, run, node, slurm, code, dependencies, previous=previous)
-                    script = avoidance.apply(script)
-                    jobs[name] = submission.submitted[name] = start(script, task, limits)
-                    if servers := servers_of(slurm, node):
-                        script = servers_script(store, run, node, slurm, code, servers, jobs[name])
-                        script = avoidance.apply(script)
-                        submission.servers[name] = start_servers(script, task, limits, servers.count)
-                    submission_lock.write(store, Owner(run.id, name, node.key), jobs[name])
+                    servers, server_job = servers_of(slurm, node), ""
+                    if servers:
+                        conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
+                        script = servers_script(store, run, node, slurm, code, servers, "0", conditions)
+                        server_job = start_servers(avoidance.apply(script), task, limits, range(1))
+                        submission.servers[name] = [server_job]
+                    script = batch_script(
+                        store, run, node, slurm, code, dependencies, previous=previous, server_job=server_job
+                    )
+                    jobs[name] = submission.submitted[name] = start(avoidance.apply(script), task, limits)
+                    if servers and servers.count > 1:
+                        numbers, conditions = f"1-{servers.count - 1}", [f"after:{jobs[name]}"]
+                        script = servers_script(store, run, node, slurm, code, servers, numbers, conditions)
+                        others = start_servers(avoidance.apply(script), task, limits, range(1, servers.count))
+                        submission.servers[name].append(others)
+                    submission_lock.write(store, node.key, Owner(run.id, name), jobs[name])
                 if name in jobs:
                     array, shards = submission.arrays.get(name), node.stage.shards(node.config)
-                    servers_job = submission.servers.get(name)
-                    run.note_job(name, jobs[name], name in submission.attached, array, shards, servers_job)
-        except BaseException:
-            if submission.submitted or submission.arrays:
-                jobs_and_arrays = (submission.submitted, submission.arrays, submission.servers)
-                slurm_client.run_command("scancel", *(id for ids in jobs_and_arrays for id in ids.values()))
-                for name in submission.submitted:
-                    submission_lock.remove(store, graph.nodes[name].key)
+                    servers_job, is_attached = submission.servers.get(name), name in submission.attached
+                    user = slurm_jobs[jobs[name]].user if is_attached else None
+                    run.note_job(name, jobs[name], is_attached, array, shards, servers_job, user)
+        except BaseException as error:
+            run.refuse(_withdraw(submission, store, graph, error))
             raise
     try:
         slurm_client.run_command("sacct", "-n", "-X", "-j", "1", seconds=5)
@@ -154,6 +162,20 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             f"{error}; the jobs are submitted, but the outcome of jobs that Slurm has forgotten will be unknown"
         )
     return submission
+
+
+def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseException) -> str:
+    """Cancels what was submitted before an error. Returns the sentence about the refused run."""
+    reason = str(error) if isinstance(error, AtomError) else f"the submission was stopped ({type(error).__name__})"
+    ids = [*submission.submitted.values(), *submission.arrays.values(), *chain(*submission.servers.values())]
+    try:
+        if ids:
+            slurm_client.run_command("scancel", *ids)
+    except NoAnswer as failure:
+        return f"{reason}; the jobs before it may still be queued, since {failure}; `atom cancel` cancels them"
+    for name in submission.submitted:
+        submission_lock.remove(store, graph.nodes[name].key)
+    return f"{reason}; then `atom retry` submits the run again"
 
 
 def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[str, Job], seconds: int) -> None:
@@ -255,17 +277,17 @@ def start(script: BatchScript, task: Task, limits: JobLimits) -> str:
 
 def start_array(script: BatchScript, task: Task, limits: JobLimits, tasks: int) -> str:
     """Submits the array with that many tasks for a node's shards; returns its id. Raises AtomError as `start` does."""
-    return _link_tasks(*_submit(script, job.run_shards, task, tasks, limits), tasks)
+    return _link_tasks(*_submit(script, job.run_shards, task, tasks, limits), range(tasks))
 
 
-def start_servers(script: BatchScript, task: Task, limits: JobLimits, count: int) -> str:
-    """Submits the array of so many servers of a node; returns its id. Raises AtomError as `start` does."""
-    return _link_tasks(*_submit(script, job.run_server, task, limits), count)
+def start_servers(script: BatchScript, task: Task, limits: JobLimits, numbers: range) -> str:
+    """Submits the array of a node's servers with these numbers; returns its id. Raises AtomError as `start` does."""
+    return _link_tasks(*_submit(script, job.run_server, task, limits), numbers)
 
 
-def _link_tasks(id: str, pickled: Path, tasks: int) -> str:
+def _link_tasks(id: str, pickled: Path, numbers: range) -> str:
     """Links the file of each task of an array, which submitit expects; here all are equal. Returns the id."""
-    for number in range(tasks):
+    for number in numbers:
         os.link(pickled, pickled.with_name(pickled.name.replace(id, f"{id}_{number}", 1)))
     return id
 
@@ -330,12 +352,22 @@ def allocation_of(slurm: Slurm, node: Node) -> Allocation:
     return slurm.allocation(node.name, node.stage.needs(node.config))
 
 
+def missing_image(profile: Profile) -> str | None:
+    """One sentence if the container's image is a file that this host does not have; else None."""
+    container = profile.cluster().container
+    if container is None or not container.image.startswith("/") or Path(container.image).exists():
+        return None
+    return f"slurm.container.image = {container.image} is not on this host; each node of a job needs it"
+
+
 def require_image(profile: Profile) -> None:
-    """Raises RecipeError if the container's image is a missing file."""
-    c = profile.cluster().container
-    if c is not None and c.image.startswith("/") and not Path(c.image).exists():
+    """Raises RecipeError if the container's image is missing from a folder that this host has. If the folder is not
+    here either, it may be one of the nodes alone."""
+    container = profile.cluster().container
+    if container is not None and missing_image(profile) and Path(container.image).parent.is_dir():
         raise RecipeError(
-            f"cluster profile {profile.name}: slurm.container.image = {c.image} is not there; make it, or name another"
+            f"cluster profile {profile.name}: slurm.container.image = {container.image} is not there; make it, or name "
+            "another"
         )
 
 
@@ -377,7 +409,6 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     --test-only`, and its call of srun with `srun --test-only`, if there is a Slurm. Dependencies are comments, because
     the jobs to wait for do not exist."""
     require_inputs(graph, store, selected, profile.other_python)
-    require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
     checks, slurm, lack = [], profile.cluster(), slurm_client.lack()
@@ -398,10 +429,8 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
         script = avoidance.apply(batch_script(store, run, node, slurm, code, []))
         check(script, f"{name}.sh", dependencies)
         if servers := servers_of(slurm, node):
-            script = servers_script(store, run, node, slurm, code, servers, "")
-            options = {option: value for option, value in script.sbatch_options.items() if option != "dependency"}
-            script = replace(script, sbatch_options=options)
-            check(script, f"{name}.servers.sh", [f"the start of {name}"])
+            script = servers_script(store, run, node, slurm, code, servers, f"0-{servers.count - 1}", [])
+            check(script, f"{name}.servers.sh", [f"the start of {name}, except the first one, for which {name} waits"])
     return DryRun(run.folder, checks, lack)
 
 

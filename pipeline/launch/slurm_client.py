@@ -13,15 +13,17 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
+from pipeline.core import users
 from pipeline.core.errors import AtomError
 
 SECONDS = 30.0
 ASK_EVERY = 10.0
 """How often a command that redraws asks Slurm, in seconds."""
 LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
-          "SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT")  # fmt: skip
+          "SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
 
 
 class NoAnswer(AtomError):
@@ -34,28 +36,57 @@ class Refused(AtomError):
 
 @dataclass(frozen=True)
 class Owner:
-    """The owner of a job, recorded in the job's comment: an id alone is ambiguous, because a controller that lost its
-    state assigns ids again."""
+    """The run and the stage that a job belongs to, by the path of its script, which no site changes and no other
+    submission has. Sites change comments and names of jobs, requeueing changes the time of submission, and a controller
+    that lost its state assigns ids again.
+
+    part: `shards` or `servers` of a job array beside the stage's job; empty for that job.
+    """
 
     run: str
     node: str
-    key: str
-
-    @property
-    def comment(self) -> str:
-        return f"atom {self.run} {self.node} {self.key}"
+    part: str = ""
 
     @classmethod
-    def read(cls, comment: str) -> Owner | None:
-        """Parses a comment; None if the job is not one of atom's."""
-        words = comment.split(" ")
-        return cls(*words[1:]) if len(words) == 4 and words[0] == "atom" else None
+    def read(cls, text: str) -> Owner | None:
+        """Finds the owner in the command or the comment of a job; None if the job is not one of atom's. The comment
+        counts where a site's own `sbatch` copies scripts."""
+        if match := _SCRIPT.search(text):
+            return cls(match["run"], match["node"], match["part"] or "")
+        if match := _COMMENT.search(text):
+            return cls(match["run"], match["node"], match["part"] or "")
+        return None
+
+    def comment(self, key: str) -> str:
+        """The comment of the job, for people. key: of the stage."""
+        return f"atom {self.run} {self.node} {key}" + (f".{self.part}" if self.part else "")
+
+
+_SCRIPT = re.compile(
+    r"/logs/(?P<run>[^/\s|]+)/(?P<node>[^/\s|]+)/(?:(?P<part>shards|servers)/)?submitit/\.?submission_file_\w+\.sh"
+)
+_COMMENT = re.compile(r"(?:^|\|)atom (?P<run>\S+) (?P<node>\S+) [\w@-]+(?:\.(?P<part>shards|servers))?\|?$")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job as Slurm describes it. owner: None if accounting keeps no comments. code: exit code and signal of
-    an ended job. user: who submitted it."""
+    """One job as Slurm describes it.
+
+    Attributes:
+        id: Its id; of a task of an array with the number of the task, or with those of the tasks that wait.
+        state: The state in capitals, as Slurm names it.
+        reason: The reason for which it waits; of an ended job, the reason that the accounting has.
+        nodes: Its nodes in Slurm's notation.
+        elapsed: How long it has run, in Slurm's notation.
+        owner: The run and stage that it belongs to; None if Slurm does not show its script.
+        code: Exit code and signal of an ended job.
+        user: The user who submitted it.
+        partition: Its partition, or several with commas between.
+        reservation: The reservation that it asks for; empty without one.
+        waits_since: The time since which nothing but Slurm keeps it waiting, in seconds since the epoch; None if it
+            waits for another job, or if that is not known.
+        cancelled_by: The user who cancelled it; empty if nobody did or it is not known.
+    """
 
     id: str
     state: str
@@ -65,6 +96,10 @@ class Job:
     owner: Owner | None = None
     code: str = ""
     user: str = ""
+    partition: str = ""
+    reservation: str = ""
+    waits_since: float | None = None
+    cancelled_by: str = ""
 
     @property
     def alive(self) -> bool:
@@ -116,15 +151,44 @@ def lack() -> str | None:
     return None
 
 
-def queued_jobs() -> dict[str, Job]:
-    """Every job of atom in the controller, by id: waiting, running and recently ended ones."""
-    rows = run_command("squeue", "-h", "-t", "all", "-o", "%i|%T|%N|%M|%r|%u|%k").splitlines()
+QUEUE_FIELDS = (
+    "JobArrayID", "State", "NodeList", "TimeUsed", "Reason", "UserName", "Partition", "EligibleTime", "Reservation",
+    "Command", "Comment",
+)  # fmt: skip
+"""The fields of `squeue`. The comment is anybody's text, so it is the last one."""
+
+
+def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
+    """The jobs of atom of these users in the controller, by id: waiting, running and recently ended ones.
+
+    Slurm selects by one user; of several users or ids it would send the jobs of the whole cluster.
+    """
     jobs = {}
-    for row in rows:
-        id, state, nodes, elapsed, reason, user, comment = (row.split("|", 6) + [""] * 7)[:7]
-        if owner := Owner.read(comment):
-            jobs[id] = Job(id, state, "" if reason == "None" else reason, nodes, elapsed, owner, user=user)
+    fields = ",".join(f"{name}:0|" for name in QUEUE_FIELDS)
+    for user in sorted(set(users)):
+        for row in run_command("squeue", "-h", "-t", "all", "-u", user, "-O", fields).splitlines():
+            *values, text = row.split("|", len(QUEUE_FIELDS) - 2)
+            if len(values) < len(QUEUE_FIELDS) - 2 or (owner := Owner.read(text)) is None:
+                continue
+            id, state, nodes, elapsed, reason, owner_name, partition, eligible, reservation = map(_word, values)
+            jobs[id] = Job(
+                id, state, reason, nodes, elapsed, owner, user=owner_name, partition=partition, reservation=reservation,
+                waits_since=_seconds(eligible),
+            )  # fmt: skip
     return jobs
+
+
+def _word(value: str) -> str:
+    """A value as Slurm shows it; empty where it shows that there is none."""
+    return "" if value in ("None", "(null)") else value
+
+
+def _seconds(time_text: str) -> float | None:
+    """A time of Slurm, by the clock and the time zone of this host, in seconds since the epoch; None if it is none."""
+    try:
+        return datetime.fromisoformat(time_text).timestamp()
+    except ValueError:  # N/A
+        return None
 
 
 def hides_jobs() -> bool:
@@ -141,15 +205,19 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
     job_ids = sorted(set(ids), key=len)
     if not job_ids:
         return {}
-    fields = "JobID,State,ExitCode,NodeList,Elapsed,User,Comment"
+    fields = "JobID,State,ExitCode,NodeList,Elapsed,User,Reason,SubmitLine,Comment"
     rows = run_command("sacct", "-X", "-n", "-P", "-o", fields, "-j", ",".join(job_ids)).splitlines()
     jobs = {}
     for row in rows:
-        id, state, code, nodes, elapsed, user, comment = (row.split("|", 6) + [""] * 7)[:7]
-        state, _, canceled_by = state.partition(" ")  # "CANCELLED by 0"
-        reason = f"exit code {code.split(':')[0]}" if state == "FAILED" else canceled_by
-        jobs[id] = Job(id, state, reason, nodes, elapsed, Owner.read(comment), code, user)
+        id, state, code, nodes, elapsed, user, reason, text = (row.split("|", 7) + [""] * 8)[:8]
+        state, _, uid = state.partition(" by ")
+        owner, by = Owner.read(text), _user_name(uid)
+        jobs[id] = Job(id, state, _word(reason), nodes, elapsed, owner, code, user, cancelled_by=by)
     return jobs
+
+
+def _user_name(uid: str) -> str:
+    return users.name(int(uid)) if uid.isdecimal() else ""
 
 
 def memory_of(id: str) -> tuple[str, str]:
@@ -198,6 +266,21 @@ def unavailable_nodes() -> str:
     return "; ".join(f"{nodes.strip()}: {' '.join(reason.split())}" for nodes, _, reason in rows)
 
 
+def reservation(name: str | None) -> str:
+    """When a reservation begins and ends, in words; name: None for the next maintenance. Raises NoAnswer."""
+    lines = run_command("scontrol", "-o", "show", "reservation", *([name] if name else [])).splitlines()
+    rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+    rows = [row for row in rows if name or "MAINT" in row.get("Flags", "").split(",")]
+    if not rows:
+        return "see `scontrol show reservation`"
+    row = min(rows, key=lambda row: row.get("StartTime", ""))
+    text = f"{row.get('ReservationName')} from {row.get('StartTime')} to {row.get('EndTime')}"
+    minutes = int(((_seconds(row.get("StartTime", "")) or 0.0) - time.time()) / 60)
+    if name is None and minutes > 0:
+        text += f"; with minutes of at most {minutes} in the profile it could start before that"
+    return text
+
+
 def first_node(nodes: str) -> str:
     """The first of a list of nodes as Slurm writes it, such as `n[1-3]`: the one that runs a job's script. Raises
     NoAnswer."""
@@ -211,8 +294,9 @@ class Answers:
     seconds: float = 0.0
     _kept: dict[object, tuple[float, Any]] = field(default_factory=dict)
 
-    def queued_jobs(self) -> dict[str, Job]:
-        jobs: dict[str, Job] = self._ask("queue", queued_jobs)
+    def queued_jobs(self, users: Iterable[str]) -> dict[str, Job]:
+        names = tuple(sorted(set(users)))
+        jobs: dict[str, Job] = self._ask(("queue", names), lambda: queued_jobs(names))
         return jobs
 
     def finished_jobs(self, ids: Iterable[str]) -> dict[str, Job]:
@@ -233,6 +317,9 @@ class Answers:
 
     def unavailable_nodes(self) -> str:
         return str(self._ask("nodes", unavailable_nodes))
+
+    def reservation(self, name: str | None) -> str:
+        return str(self._ask(f"reservation {name}", lambda: reservation(name)))
 
     def hides_jobs(self) -> bool:
         return bool(self._ask("hidden", hides_jobs))

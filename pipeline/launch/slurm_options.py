@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -14,11 +15,14 @@ OF_PROFILE = {
     "ntasks-per-node": "tasks_per_node", "mem": "memory_gb", "account": "account", "qos": "qos",
     "constraint": "constraint", "exclude": "exclude", "exclusive": "exclusive",
     "signal": "signal_before_limit_seconds", "array": "array_size and array_tasks",
+    "mem-per-cpu": "memory_gb", "mem-per-gpu": "memory_gb",
 }  # fmt: skip
 """Options that have a field in the profile, and that field."""
+GPU_REQUESTS = {"gpus", "gpus-per-task", "gpus-per-socket", "cpus-per-gpu", "ntasks-per-gpu", "tres-per-task"}
+"""Options of sbatch by which a job would get GPUs that the profile does not know of, or fewer than it states."""
 OF_ATOM = {
-    "chdir", "comment", "container-image", "container-mounts", "dependency", "error", "export", "export-file", "input",
-    "job-name", "jobid", "kill-on-bad-exit", "kill-on-invalid-dep", "no-kill", "no-requeue", "nodes", "ntasks",
+    "chdir", "container-image", "container-mounts", "dependency", "error", "export", "export-file", "input",
+    "jobid", "kill-on-bad-exit", "kill-on-invalid-dep", "no-kill", "no-requeue", "nodes", "ntasks",
     "open-mode", "output", "parsable", "requeue", "test-only", "unbuffered", "wait", "wrap",
 }  # fmt: skip
 """Options that follow from the stage and from how atom starts, watches and stops it."""
@@ -40,6 +44,15 @@ def name_of(word: str) -> str:
 def options_of(words: Iterable[str]) -> dict[str, str | bool]:
     """{name: value} of options, True for one without a value. Of two with one name the last counts, as in Slurm."""
     return {name_of(word): word.partition("=")[2] if "=" in word else True for word in words}
+
+
+def gpu_request(words: Iterable[str]) -> str | None:
+    """The first of sbatch's options that asks for GPUs, which gpus_per_node states; None without one."""
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        if name in GPU_REQUESTS or (name == "gres" and re.search(r"\bgpu\b", value)):
+            return word
+    return None
 
 
 Option = Annotated[

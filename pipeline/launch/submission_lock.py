@@ -1,7 +1,7 @@
 """Records the Slurm job of a key in `$ATOM_HOME/jobs/<key>.json`, so that no stage is submitted twice.
 
-A submitter holds the lease of that folder. A claim counts while Slurm has a job with that id whose comment names the
-same run, node and key, because a controller that lost its state assigns ids again. Where Slurm hides the jobs of other
+A submitter holds the lease of that folder. A claim counts while Slurm has a job with that id whose script is that of
+the same run and node, because a controller that lost its state assigns ids again. Where Slurm hides the jobs of other
 users (`PrivateData`), nobody but its owner can see whether such a job lives: then another job of the key waits for its
 end, so that two never run at once, and takes over.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
 from pipeline.core.store import Store
+from pipeline.graph.run import BODY
 from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import Job, Owner
 
@@ -42,7 +43,7 @@ class Claim:
 
     @property
     def owner(self) -> Owner:
-        return Owner(self.run, self.node, self.key)
+        return Owner(self.run, self.node)
 
     def holds(self, slurm_jobs: Mapping[str, Job]) -> bool:
         """Whether Slurm has that job and it has not ended."""
@@ -68,8 +69,17 @@ class _Claim(TypedDict):
 _CLAIM: TypeAdapter[Any] = TypeAdapter(_Claim)
 
 
+def users_of(store: Store, keys: Iterable[str]) -> set[str]:
+    """The users whose jobs may make these keys: this one, and the owners of claims."""
+    names = {users.present()}
+    for key in keys:
+        with suppress(OSError):
+            names.add(users.owner(folder(store) / f"{key}.json"))
+    return names
+
+
 def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
-    """The claim on a key. If its file is unreadable, the living job whose comment names the key counts."""
+    """The claim on a key. If its file is unreadable, the living job of a run's stage with that key counts."""
     path = folder(store) / f"{key}.json"
     try:
         body = json_files.read(path, _CLAIM)
@@ -79,15 +89,23 @@ def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
     except Damaged as error:
         json_files.report(error, "whether a job makes this key is asked of Slurm")
     for id, job in slurm_jobs.items():
-        if job.alive and job.owner is not None and job.owner.key == key:
+        if job.alive and job.owner is not None and not job.owner.part and _key_of(store, job.owner) == key:
             return Claim(key, id, job.owner.run, job.owner.node, job.user)
     return None
 
 
-def write(store: Store, owner: Owner, job: str) -> None:
+def _key_of(store: Store, owner: Owner) -> str | None:
+    try:
+        nodes = json_files.read(store.logs / owner.run / "run.json", BODY)["nodes"]
+    except (FileNotFoundError, Damaged):  # then nothing tells what that job makes
+        return None
+    return next((str(node["key"]) for node in nodes if node["name"] == owner.node), None)
+
+
+def write(store: Store, key: str, owner: Owner, job: str) -> None:
     """Records the job of a key as this user's."""
-    claim: _Claim = {"key": owner.key, "job": job, "run": owner.run, "node": owner.node}
-    atomic_files.write(folder(store) / f"{owner.key}.json", json.dumps(claim) + "\n")
+    claim: _Claim = {"key": key, "job": job, "run": owner.run, "node": owner.node}
+    atomic_files.write(folder(store) / f"{key}.json", json.dumps(claim) + "\n", durable=True)
 
 
 def remove(store: Store, key: str) -> None:

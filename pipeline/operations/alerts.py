@@ -14,7 +14,7 @@ import smtplib
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from email.message import EmailMessage
 from pathlib import Path
@@ -25,31 +25,43 @@ from pydantic import TypeAdapter
 from pipeline.core import json_files
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
-from pipeline.core.log_summary import EventSummary
+from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.progress import duration
+from pipeline.core.progress import stages as stage_count
 from pipeline.core.spike_limit import spike_limit
 from pipeline.core.store import Store
+from pipeline.graph.run import REFUSED, NodeStatus
+from pipeline.launch import bad_nodes
 from pipeline.tracking.budget import RESOURCES
 from pipeline.tracking.page import write
 from pipeline.tracking.snapshot import Snapshot, StageView
-from pipeline.tracking.status import HIDDEN
+from pipeline.tracking.status import ENDING, HIDDEN, UNSUBMITTED
 
 SECONDS = 30.0
 """The time that a command, a web server or a mail server may take."""
 SPIKE_WINDOW, SPIKE_SIGMAS = 64, 6.0
 """Those of a recipe that sets no others (`spikes`)."""
+DEAD_STEPS = 1000
+"""The steps after which an expert without tokens is an alert: in the first ones, routers have not settled."""
+DAY = 86_400
+FAILED = ("failed", "lost", "damaged", ENDING, UNSUBMITTED)
+"""The states of a stage that does not go on by itself."""
+LONG_WAIT = "long wait"
 STATE = TypeAdapter(dict[str, str])
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """stalled_steps: median step times without a step; stalled_seconds: and at least so many seconds; budget_share: of
-    a budget that is used or expected; free_gb: on the disk of the home."""
+    a budget that is used or expected; free_gb: on the disk of the home; waiting_hours: of a job that nothing but Slurm
+    keeps waiting; restarts_a_day: starts of a stage within a day."""
 
     stalled_steps: float = 20.0
     stalled_seconds: float = 300.0
     budget_share: float = 0.9
     free_gb: float = 1.0
+    waiting_hours: float = 24.0
+    restarts_a_day: int = 5
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,17 @@ class Alert:
 
 
 def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
-    """What is wrong with a run now."""
-    current = [alert for stage in snapshot.stages for alert in _of_stage(stage, snapshot.time, limits)]
+    """What is wrong with a run now, the disk first: a full one causes the rest."""
+    current: list[Alert] = []
+    free = shutil.disk_usage(store.home).free / 1e9
+    if free < limits.free_gb:
+        text = f"the disk that holds {store.home} has {free:.3g} GB left; free some space"
+        current.append(Alert("disk", "disk", None, text))
+    current += _of_jobs([stage.status for stage in snapshot.stages], snapshot.time, limits)
+    current += [alert for stage in snapshot.stages for alert in _of_stage(stage, snapshot.time, limits)]
+    for entry in bad_nodes.read(store):
+        if entry.run == snapshot.run.id:
+            current.append(Alert(f"node {entry.node} {entry.until}", "avoided node", entry.stage, entry.sentence))
     for name in RESOURCES:
         spending, resource = snapshot.spending, name.replace("_", " ")
         if not (spending.limits and (limit := spending.limits.get(name))):
@@ -75,18 +96,40 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
         elif spending.expected(name) > limit:
             text = f"{spending.expected(name):,.4g} {resource} are expected, more than the budget of {limit:,.10g}"
             current.append(Alert(f"forecast {name}", "budget", None, text))
-    free = shutil.disk_usage(store.home).free / 1e9
-    if free < limits.free_gb:
-        text = f"the disk that holds {store.home} has {free:.3g} GB left; free some space"
-        current.append(Alert("disk", "disk", None, text))
     return current
+
+
+def _of_jobs(stages: Sequence[NodeStatus], now: float, limits: Thresholds) -> Iterator[Alert]:
+    """What keeps jobs of a run from starting: one alert for a cause, however many jobs have it."""
+    causes: dict[str, list[NodeStatus]] = {}
+    for stage in stages:
+        if stage.state == REFUSED:
+            causes.setdefault(REFUSED, []).append(stage)
+        elif stage.alert:
+            causes.setdefault(stage.alert, []).append(stage)
+        elif stage.waits_since is not None and now - stage.waits_since > 3600 * limits.waiting_hours:
+            causes.setdefault(LONG_WAIT, []).append(stage)
+    for cause, concerned in causes.items():
+        first, others = concerned[0], len(concerned) - 1
+        text = f"stage {first.name}: {first.message or first.reason}"
+        if cause == LONG_WAIT:
+            text = f"stage {first.name} has waited for {duration(now - (first.waits_since or now))}: {first.reason}"
+        text += f"; the same holds for {stage_count(others)} more" if others else ""
+        yield Alert(f"waits {cause}", cause, first.name, text)
 
 
 def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Alert]:
     name, state, curves = stage.status.name, stage.status.state, stage.curves
-    if state in ("failed", "lost", "damaged", "ending"):
+    if state in FAILED:
         reason = stage.status.message or stage.status.reason or "the cause is not known"
         yield Alert(f"failed {name}", "failed", name, f"stage {name} {state}: {reason}")
+    begins = [begin for begin in stage.events.state["began_at"] if now - begin < DAY]
+    if state not in ("sealed", *FAILED) and len(begins) > limits.restarts_a_day:
+        text = f"stage {name} has begun {len(begins)} times within a day; atom logs {name} shows why"
+        yield Alert(f"restarts {name}", "restarts", name, text)
+    slow_since = stage.events.state["slow_since"]
+    if stage.status.slow and slow_since is not None and now - slow_since >= limits.stalled_seconds:
+        yield Alert(f"slow rank {name}", "slow rank", name, f"stage {name}: {stage.status.slow}")
     if state not in ("running", HIDDEN):
         return
     if stalled := _stalled(stage.events, now, limits):
@@ -108,8 +151,19 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
     if skipped and stage.status.done - skipped[-1][0] <= SPIKE_WINDOW:
         text = f"stage {name}: spikes so far: {curves.count('spike')}, the last one near step {skipped[-1][0]:.0f}"
         yield Alert(f"skipped {name} {skipped[-1][0]:.0f}", "loss spike", name, text)
-    if dead := curves.last("dead_experts"):
-        yield Alert(f"dead experts {name}", "dead experts", name, f"stage {name}: {dead:.0f} experts are dead")
+    if dead := _dead_experts(curves):
+        experts = f"{dead:.0f} experts have" if dead > 1 else "1 expert has"
+        text = f"stage {name}: {experts} been dead for {DEAD_STEPS:,} steps"
+        yield Alert(f"dead experts {name}", "dead experts", name, text)
+
+
+def _dead_experts(curves: Curves) -> float:
+    """The latest count of dead experts, if there was one at each report of the last `DEAD_STEPS` steps; else 0."""
+    points = curves.points("dead_experts")
+    if not points or points[-1][0] - points[0][0] < DEAD_STEPS:
+        return 0.0
+    recent = [low for step, _, low, _ in points if step >= points[-1][0] - DEAD_STEPS]
+    return points[-1][1] if min(recent) > 0 else 0.0
 
 
 def _stalled(events: EventSummary, now: float, limits: Thresholds) -> str | None:

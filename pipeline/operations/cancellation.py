@@ -26,7 +26,7 @@ def cancel_jobs(run: Run, store: Store) -> list[str]:
     with submission_lock.submitting(store):
         jobs = _living_jobs(run)
         rows = [row for name, row in run.jobs().items() if name in jobs]
-        arrays = [array for row in rows for array in (row.get("array"), row.get("servers")) if array]
+        arrays = [array for row in rows for array in (row.get("array"), *row.get("servers", ())) if array]
         if not jobs and run.owner != users.present() and slurm_client.hides_jobs():
             raise AtomError(f"Slurm shows jobs of {run.owner} to no other user; let {run.owner} cancel run {run.id}")
         if jobs:
@@ -36,7 +36,7 @@ def cancel_jobs(run: Run, store: Store) -> list[str]:
 
 def _living_jobs(run: Run) -> dict[str, str]:
     """The jobs in Slurm that the run submitted, by stage."""
-    slurm_jobs = slurm_client.queued_jobs()
+    slurm_jobs = slurm_client.queued_jobs({run.owner})
     return {
         name: row["job"]
         for name, row in run.jobs().items()

@@ -236,9 +236,9 @@ def _why_active(store: Store, run: Run) -> str | None:
     folders = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
     if any(lease_holder is not None and lease_holder.alive for lease_holder in map(holder, folders)):
         return "which is running"
-    if "cluster" in run.body:
+    if run.on_slurm:
         try:
-            slurm_jobs = slurm_client.queued_jobs()
+            slurm_jobs = slurm_client.queued_jobs(run.users())
             is_hidden = run.owner != users.present() and slurm_client.hides_jobs()
         except slurm_client.NoAnswer as error:
             return f"whose jobs are not known ({error})"

@@ -17,7 +17,7 @@ from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
-from pipeline.graph.run import Run
+from pipeline.graph.run import REFUSED, Run
 from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import NoAnswer
 from pipeline.tracking.status import is_submitted_job
@@ -30,9 +30,9 @@ LATEST = 1e11
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run. state: `sealed` if all of its stages are; `running`; `queued` in Slurm; `failed`; `stopped`; or
-    `unfinished` if its process is gone, or Slurm hides its jobs. owner: who began it. began, last_event: seconds since
-    the epoch. message: of the last failure."""
+    """One run. state: `sealed` if all of its stages are; `running`; `queued` in Slurm; `refused` by Slurm; `failed`;
+    `stopped`; or `unfinished` if its process is gone, or Slurm hides its jobs. owner: who began it. began, last_event:
+    seconds since the epoch. message: of the last failure."""
 
     id: str
     owner: str
@@ -67,12 +67,13 @@ def rows(runs: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
     """
     sealed, working = _names(store.artifacts), _names(store.home / "work")
     drafts = [_row(run, store, sealed, working) for run in runs]
-    unfinished = [run for run, row in zip(runs, drafts, strict=True) if row.state not in ("sealed", "running")]
+    over = ("sealed", "running", REFUSED)
+    unfinished = [run for run, row in zip(runs, drafts, strict=True) if row.state not in over]
     jobs = {run.id: run.jobs() for run in unfinished if (run.folder / "jobs.jsonl").exists()}
     if not jobs:
         return drafts, None
     try:
-        queue = slurm_client.queued_jobs()
+        queue = slurm_client.queued_jobs({user for run in unfinished for user in run.users()})
     except NoAnswer as error:
         return drafts, f"{error}; the states are those that the stages recorded"
     states: dict[str, str] = {}
@@ -114,6 +115,8 @@ def _row(run: Run, store: Store, sealed: frozenset[str], working: frozenset[str]
                 state = "stopped" if end.get("kind") == Kind.STOPPED else "failed"
                 last, message = name, str(end.get("outcome"))
                 break
+        if refused := run.body.get("refused"):
+            state, message = REFUSED, refused
     final = began if last is None else _last_event(run.node_folder(last) / "events.jsonl").get("time", times[last])
     return RunRow(
         run.id, run.owner, run.body["recipe"], run.body["version"], state, len(nodes), done, began, max(began, final),

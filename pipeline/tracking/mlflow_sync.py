@@ -256,7 +256,7 @@ def outcome_of(nodes: list[NodeStatus]) -> str:
 
 def end_abandoned(run: Run, store: Store) -> None:
     """Ends earlier local runs in MLflow whose `atom run` was killed before it could."""
-    earlier = [each for each in runs.runs(store) if each.id != run.id and not (each.folder / "jobs.jsonl").exists()]
+    earlier = [each for each in runs.runs(store) if each.id != run.id and not each.on_slurm]
     for each in earlier[-MOST_ABANDONED:]:
         driver = holder(each.folder / "driver")
         if (each.folder / "mlflow.json").exists() and not (driver is not None and driver.alive):

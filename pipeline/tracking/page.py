@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import printable
-from pipeline.core.progress import duration, figures_text, human
+from pipeline.core.progress import duration, human
 from pipeline.core.provenance import clock
 from pipeline.core.text import escaped
 from pipeline.tracking.snapshot import Snapshot, StageView
@@ -33,7 +33,7 @@ h1 { font-size: 1.25rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; mar
 th, td { text-align: left; padding: 0.25rem 0.7rem 0.25rem 0; border-bottom: 1px solid var(--edge);
   vertical-align: top; white-space: nowrap; }
 td.text { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
-.failed, .lost, .damaged, .ending { color: var(--bad); font-weight: 600; }
+.failed, .lost, .damaged, .ending, .refused, .unsubmitted { color: var(--bad); font-weight: 600; }
 .running { color: var(--line); font-weight: 600; } .sealed { color: var(--good); }
 .charts { display: grid; gap: 0.8rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 figure { margin: 0; border: 1px solid var(--edge); border-radius: 6px; padding: 0.5rem; }
@@ -80,18 +80,12 @@ def _bar(done: float, total: float) -> str:
 
 def _row(stage: StageView) -> str:
     s = stage.status
-    detail = (
-        s.message
-        or s.reason
-        or "; ".join(filter(None, (s.servers and f"servers: {s.servers}", figures_text(s.figures or {}))))
-    )
-    took = duration(s.seconds) if s.seconds is not None else (s.elapsed or "")
-    left = duration(s.eta) if s.eta is not None and s.state == "running" else ""
+    took, left, _ = s.times
     progress = f"{_bar(s.done, s.total)} {_text(f'{s.done:g}/{s.total:g} {s.unit}')}" if s.total else ""
     state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
     cells = [_text(s.name), f'<span class="{_text(s.state.split()[0])}">{_text(state)}</span>']
     cells += [_text(" ".join(filter(None, (s.job, s.nodes)))), _text(s.restarts or ""), progress, took, left]
-    return f'<tr>{"".join(f"<td>{cell}</td>" for cell in cells)}<td class="text">{_text(detail)}</td></tr>'
+    return f'<tr>{"".join(f"<td>{cell}</td>" for cell in cells)}<td class="text">{_text(s.detail)}</td></tr>'
 
 
 def _details(stage: StageView, now: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,13 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline.core import json_files, open_flags, users
+from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
+from pipeline.core.lease import holder
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
-from pipeline.graph.run import CUT_OFF, JobRow, NodeStatus, Run, RunFolder
-from pipeline.launch import diagnoses, slurm_client
+from pipeline.graph.run import CUT_OFF, REFUSED, JobRow, NodeStatus, Run, RunFolder
+from pipeline.launch import diagnoses, slurm_client, submission_lock, waiting_reasons
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.rendezvous import launch_number
 from pipeline.launch.slurm_client import Answers, Job, NoAnswer
@@ -27,60 +28,74 @@ from pipeline.launch.slurm_client import Answers, Job, NoAnswer
 FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
 """The final states of an array task that cancel the jobs that depend on the array."""
 ENDING = "ending"
-"""The state of a stage whose attempt has failed while Slurm still has its job: the cause is shown instead of
+"""The state of a stage that has failed for good while Slurm still has its job: the cause is shown instead of
 `running`."""
-
-
+RESTARTING = "restarting"
+"""The state of a stage whose attempt has ended while Slurm still has its job, which starts the stage again."""
 HIDDEN = "hidden"
 """The state of a stage of another user that has recorded no end, and whose job Slurm does not show."""
+UNSUBMITTED = "unsubmitted"
+"""The state of a stage of a run on Slurm that has no job, because its submission was killed."""
 
 
 def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
     """The stages of a run, and one sentence on missing information. answers: of Slurm, which a loop keeps."""
     answers = answers or Answers()
     stages, jobs = runs.status(run, store), run.jobs()
+    if run.on_slurm:
+        stages = [stage if stage.name in jobs else _without_job(stage, store) for stage in stages]
     if not jobs:
         return stages, None
     try:
-        slurm_jobs = answers.queued_jobs()
+        slurm_jobs = answers.queued_jobs(run.users())
     except NoAnswer as error:
         return stages, f"{error}; the states are those that the stages recorded"
-    reasons = _node_reasons(slurm_jobs.values(), answers)
-    unmatched = [
-        row["job"]
-        for name, row in jobs.items()
-        if not is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
-        or slurm_jobs[row["job"]].state == "FAILED"  # squeue does not have its exit code
-    ]
+    queued = {name: slurm_jobs.get(row["job"]) for name, row in jobs.items()}
+    queued = {name: job for name, job in queued.items() if is_submitted_job(job, run, jobs[name], name)}
+    # the queue has neither the exit code of a failed job nor who cancelled one
+    in_queue = {name for name, job in queued.items() if job is not None and job.state not in ("FAILED", "CANCELLED")}
+    asked = {row["job"] for name, row in jobs.items() if name not in in_queue}
     finished_jobs: dict[str, Job] = {}
     problem, owner = None, run.owner
     try:
         # accounting never learns the end of a job that the controller lost, and keeps it as pending or running
-        finished_jobs = {
-            id: ended_job for id, ended_job in answers.finished_jobs(unmatched).items() if not ended_job.alive
-        }
+        finished_jobs = {id: job for id, job in answers.finished_jobs(sorted(asked)).items() if not job.alive}
     except NoAnswer as error:
         problem = diagnoses.NO_ACCOUNTING.text(detail=str(error))
-    unknown = set(unmatched) - set(finished_jobs)
+    unknown = asked - set(finished_jobs)
     hidden_of = owner if unknown and owner != users.present() and _hides_jobs(answers) else None
     rows = []
     for node in stages:
         row = jobs.get(node.name)
-        if row is None:
+        if row is None or node.state == REFUSED:
             rows.append(node)
             continue
-        slurm_job = slurm_jobs.get(row["job"])
-        if not is_submitted_job(slurm_job, run, row, node.name):
-            slurm_job = finished_jobs.get(row["job"])
-        elif slurm_job is not None and (finished := finished_jobs.get(row["job"])) is not None:
-            slurm_job = replace(slurm_job, code=finished.code, reason=finished.reason)
-        verdict = _last_verdict(_submitter(run, row, slurm_job, store), node.name, row["job"])
-        with_job = _add_job_state(node, row["job"], slurm_job, verdict, reasons, hidden_of, answers)
+        slurm_job = _merge(queued.get(node.name), finished_jobs.get(row["job"]), run, row, node.name)
+        submitter = _submitter(run, row, slurm_job, store)
+        launch = _last_launch(submitter, node.name, row["job"])
+        with_job = _add_job_state(node, row["job"], slurm_job, launch, hidden_of, answers)
         if slurm_job is not None and slurm_job.user not in ("", owner):
             with_job = replace(with_job, user=slurm_job.user)
         with_job = replace(with_job, servers=_servers(row, slurm_jobs))
         rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
+
+
+def _without_job(node: NodeStatus, store: Store) -> NodeStatus:
+    """The status of a stage of a run on Slurm that has no job."""
+    submitter = holder(submission_lock.folder(store))
+    if node.state != "waiting" or (submitter is not None and submitter.alive):
+        return node
+    return replace(node, state=UNSUBMITTED, message="no job was submitted for it; `atom retry` submits it")
+
+
+def _merge(queued: Job | None, finished: Job | None, run: Run, row: JobRow, name: str) -> Job | None:
+    """A job by the queue and by the accounting, which may have no script of it."""
+    if finished is not None and finished.owner is not None and not is_submitted_job(finished, run, row, name):
+        finished = None
+    if queued is None or finished is None:
+        return queued or finished
+    return replace(queued, code=finished.code, cancelled_by=finished.cancelled_by)
 
 
 def _submitter(run: Run, row: JobRow, job: Job | None, store: Store) -> RunFolder:
@@ -91,45 +106,58 @@ def _submitter(run: Run, row: JobRow, job: Job | None, store: Store) -> RunFolde
     return RunFolder(owner.run, store.logs / owner.run)
 
 
-def _last_verdict(run: RunFolder, node: str, job: str) -> Verdict | None:
-    """The decision about the last start of a job; None if it left none."""
-    starts = (run.node_folder(node) / "ranks").glob(f"{job}.*")
-    last = max(starts, key=launch_number, default=None)
-    return None if last is None else Verdict.read(last)
+def _last_launch(run: RunFolder, node: str, job: str) -> Path | None:
+    """The folder of the last launch of a job; None before the first one."""
+    launches = (run.node_folder(node) / "ranks").glob(f"{job}.*")
+    return max(launches, key=launch_number, default=None)
 
 
 def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
     """Whether a job in Slurm is the submitted one, not another job with the same id."""
     owner = None if job is None else job.owner
-    return owner is not None and owner.node == node and (row["attached"] or owner.run == run.id)
+    return owner is not None and owner.node == node and not owner.part and (row["attached"] or owner.run == run.id)
 
 
 def _add_job_state(
-    node: NodeStatus, id: str, job: Job | None, verdict: Verdict | None, reasons: str = "",
-    hidden_of: str | None = None, answers: Answers | None = None,
-) -> NodeStatus:  # fmt: skip
-    """The status of a node from its files and from Slurm's state of its job; an artifact outranks both. verdict: of
-    the last start. reasons: why nodes of the cluster are down or drained. hidden_of: the user whose jobs Slurm does not
-    show to this one."""
+    node: NodeStatus, id: str, job: Job | None, launch: Path | None, hidden_of: str | None, answers: Answers
+) -> NodeStatus:
+    """The status of a node from its files and from Slurm's state of its job; an artifact outranks both. launch: the
+    folder of the last launch. hidden_of: the user whose jobs Slurm does not show to this one."""
     node = replace(node, job=id)
+    if launch is not None:
+        begins, relaunches = launch_number(launch)
+        node = replace(node, restarts=max(node.restarts or 0, begins + relaunches) or None)
     if job is None:
         if hidden_of and (node.state == "waiting" or node.message == CUT_OFF):
             return replace(node, state=HIDDEN, message="", reason=diagnoses.HIDDEN_JOB.text(detail=hidden_of))
         if node.state in ("sealed", "running", "failed"):
             return node
-        return replace(node, state="lost", message=diagnoses.LOST_JOB.text())
+        return replace(node, state="lost", message=diagnoses.LOST_JOB.text(job=id))
     node = replace(node, nodes=job.nodes or None, elapsed=job.elapsed or None)
     if node.state == "sealed":
         return node
-    if job.alive:
-        reason = waiting_message(job, reasons)
-        if node.state == "failed" and node.kind is not None and job.state in ("RUNNING", "COMPLETING"):
-            return replace(node, state=ENDING, reason=reason or None)  # its attempt has ended, and the job soon will
-        return replace(node, state=job.state.lower(), reason=reason or None, message="", kind=None)
-    message = end_message(job, node.message, verdict, answers)
-    if job.state == "CANCELLED":
-        return replace(node, state="cancelled", reason=job.reason or None, message="", kind=None)
-    return replace(node, state="failed", message=message)
+    verdict = None if launch is None else Verdict.read(launch)
+    if not job.alive:
+        node = replace(node, state="failed", message=end_message(job, node.message, verdict, answers, node.kind))
+        if job.state != "CANCELLED":
+            return node
+        by_another = job.cancelled_by not in ("", job.user)
+        return replace(node, state="cancelled", kind=None, alert="cancelled" if by_another else None)
+    if job.state in ("RUNNING", "COMPLETING") and _has_ended(node, launch):
+        is_final = verdict.decision is Decision.FAILED if verdict else node.kind is not None and Kind(node.kind).final
+        return replace(node, state=ENDING if is_final else RESTARTING)
+    node = replace(node, state=job.state.lower(), reason=job.reason or None, message="", kind=None)
+    if waiting := waiting_reasons.explain(job, answers):
+        row, sentence = waiting
+        node = replace(node, reason=sentence, alert=row.name if row.alert else None)
+    return replace(node, waits_since=job.waits_since) if job.state == "PENDING" else node
+
+
+def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
+    """Whether the present attempt has recorded its end. A launch may have begun since, and not have logged yet."""
+    if node.state != "failed" or node.kind is None or node.events is None:
+        return False
+    return launch is None or launch.name == node.events.state["launch"]
 
 
 def _hides_jobs(answers: Answers) -> bool:
@@ -139,56 +167,44 @@ def _hides_jobs(answers: Answers) -> bool:
         return False
 
 
-def _node_reasons(slurm_jobs: Iterable[Job], answers: Answers) -> str:
-    """Why nodes are down or drained, if a job waits for such nodes."""
-    rows = (diagnoses.of_waiting(job.reason) for job in slurm_jobs if job.state == "PENDING")
-    if not any(row in (diagnoses.DRAINED, diagnoses.HELD_LAUNCH) for row in rows):
-        return ""
-    try:
-        return answers.unavailable_nodes()
-    except NoAnswer:  # the state of the job is shown all the same
-        return ""
-
-
-def waiting_message(job: Job, reasons: str) -> str:
-    """Why a job waits: what to do about it, or Slurm's word for its turn. reasons: of nodes down or drained."""
-    row = diagnoses.of_waiting(job.reason) if job.state == "PENDING" else None
-    if row is None:
-        return job.reason
-    detail = "; ".join(filter(None, (job.reason, reasons)))
-    return row.text(nodes=job.nodes or "a node", detail=detail, job=job.id)
-
-
-def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers | None = None) -> str:
+def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers, kind: str | None = None) -> str:
     """The sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final state.
-    recorded: the outcome of the stage; empty, or CUT_OFF, if it recorded none."""
+    recorded, kind: the outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none."""
+    row = diagnoses.of_job(job.state, job.code)
+    if row is diagnoses.CANCELLED:
+        is_cascade = job.reason == "DependencyNeverSatisfied"
+        return diagnoses.NEVER_STARTED.text() if is_cascade else row.text(user=job.cancelled_by or "somebody")
+    if kind == Kind.STOPPED:  # and then its job did not go on
+        return f"{recorded} (Slurm ended its job: {_plain_end(job)})"
     if recorded not in ("", CUT_OFF):
         return recorded
     if verdict is not None and verdict.decision is Decision.FAILED:
         return verdict.text
-    row = diagnoses.of_job(job.state, job.code)
     if row is None:
-        return (verdict.text if verdict else "") or recorded or f"{job.state.lower()} {job.reason}".strip()
+        return (verdict.text if verdict else "") or recorded or _plain_end(job)
     fields = {"nodes": job.nodes or "its nodes"}
-    if row is diagnoses.NOT_LAUNCHED and job.nodes:
+    if row in (diagnoses.NOT_LAUNCHED, diagnoses.NO_HOME) and job.nodes:
         with suppress(NoAnswer):  # the sentence has all nodes then
-            fields["nodes"] = (answers or Answers()).first_node(job.nodes)
+            fields["nodes"] = answers.first_node(job.nodes)
     if row in (diagnoses.MEMORY, diagnoses.TIME_LIMIT):
-        answers = answers or Answers()
         with suppress(NoAnswer):  # the sentence has no figures then
             requested, used = (answers.memory_of if row is diagnoses.MEMORY else answers.time_of)(job.id)
             fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
     return row.text(**fields)
 
 
+def _plain_end(job: Job) -> str:
+    """The final state of a job in Slurm's words."""
+    code = f"exit code {job.code.partition(':')[0]}" if job.code else job.reason
+    return f"{job.state.lower()} {code}".strip()
+
+
 def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
     """How many servers of a stage run, and how many wait or have ended; None if Slurm has none of them."""
-    if not row.get("servers"):
-        return None
     states = Counter(
         task_job.state
         for id, task_job in slurm_jobs.items()
-        if id.startswith(f"{row['servers']}_")
+        if id.rpartition("_")[0] in row.get("servers", ())
         for _ in range(_tasks(id))
     )
     return ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items())) or None
@@ -271,5 +287,5 @@ def kept_nodes(run: Run) -> list[str]:
 
 def over(stages: list[NodeStatus]) -> bool:
     """Whether no stage of a run continues by itself."""
-    active_states = {"running", ENDING, HIDDEN, *(state.lower() for state in slurm_client.LIVING)}
+    active_states = {"running", ENDING, RESTARTING, HIDDEN, *(state.lower() for state in slurm_client.LIVING)}
     return not any(stage.state in active_states for stage in stages)

@@ -155,11 +155,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
     script = (
         f"mount -t tmpfs -o size=100k none {home} && export ATOM_HOME={home} MLFLOW_TRACKING_URI=none && "
         f"{sys.executable} -m pipeline.cli run atom-smoke --until acquire-docstrings; echo code $?; "
-        f"ls {home}/artifacts; mount -o remount,size=200m {home} && "
+        f"{sys.executable} -m pipeline.cli status 2>&1 | head -n 1; ls {home}/artifacts; mount -o remount,size=200m {home} && "
         f"{sys.executable} -m pipeline.cli run atom-smoke --until acquire-docstrings > /dev/null; echo then $?"
     )
     process = subprocess.run([*space, "sh", "-c", script], capture_output=True, text=True)
     assert "code 2" in process.stdout and "then 0" in process.stdout, process.stdout + process.stderr
+    first = f"atom: the disk that holds {home} is full; free some space and run the same command to go on\n"
+    assert first in process.stdout, "the first line of `atom status`"
     assert "is full" in process.stderr and "Traceback" not in process.stderr, process.stderr
 
 

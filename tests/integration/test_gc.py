@@ -78,7 +78,9 @@ class History:
         """A submission whose jobs have not begun, and whose run.json is lost."""
         code = self.store.home / "code" / f"{len(self.code):016x}"
         code.mkdir(parents=True)
-        folder = runs.start(self.graphs[number], self.store, selected, "dev", {"code": code.name}).folder
+        folder = runs.start(
+            self.graphs[number], self.store, selected, "dev", {"launcher": "slurm", "code": code.name}
+        ).folder
         (folder / selected[0] / "submitit").mkdir(parents=True)
         (folder / "run.json").unlink()
         self.runs[folder], self.code[folder] = (number, selected), code
@@ -410,7 +412,7 @@ def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
         with real(home):
             yield
 
-    monkeypatch.setattr(slurm_client, "queued_jobs", dict)
+    monkeypatch.setattr(slurm_client, "queued_jobs", lambda users: {})
     monkeypatch.setattr(slurm_client, "run_command", lambda *words, **options: "")
     monkeypatch.setattr(slurm, "start", lambda *words: "7")
     code_snapshot.freeze(store, three[0].recipe.files)

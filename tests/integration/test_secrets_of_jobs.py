@@ -113,7 +113,7 @@ def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     store, graph = Store(tmp_path / "home"), verdict_fixtures.graph(tmp_path / "act", "environment", ranks=1)
     (tmp_path / "act" / "go").touch()
     (name,) = graph.nodes
-    run = runs.start(graph, store, [name], "local")
+    run = runs.start(graph, store, [name], "local", {"launcher": "local"})
     with Display(Console(quiet=True)) as display:
         LocalLauncher(graph, store, run, [name], cluster_profile.load("local"), display).go()
     assert os.environ["HF_TOKEN"] == PLANTED, "what runs the stages keeps its own"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, MachineError
+from stages.train.checkpoint import sharded_state
+from stages.train.checkpoint.work_checkpoint import Checkpoints
 from tests.fixtures import train_fixtures
+from tests.fixtures.run_fixtures import RecordingReport
 from tests.fixtures.train_fixtures import checkpoints, damage, fresh
 
 
@@ -219,3 +227,56 @@ def test_a_full_disk_is_one_sentence(corpus: Path, undisturbed: Path, tmp_path: 
     assert not list((tmp_path / "out").iterdir())
     train_fixtures.pretrain(corpus, tmp_path / "work", tmp_path / "out", train_fixtures.config())
     assert train_fixtures.digest(tmp_path / "out") == train_fixtures.digest(undisturbed)
+
+
+class Rank:
+    """One of two ranks that are threads. Its collectives are real ones."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, values: dict[int, Any]) -> None:
+        self.rank, self.world, self.first, self.barrier, self.values = rank, 2, rank == 0, barrier, values
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.barrier.wait(60)
+        values = [self.values[rank] for rank in range(self.world)]
+        self.barrier.wait(60)
+        return values
+
+    def max(self, value: int) -> int:
+        return max(self.gather(value))
+
+    def from_first(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+
+def test_the_first_sentence_about_a_full_disk_is_that_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rank that could not write, and of rank 0, which waits for the files of that rank."""
+    barrier, values, sentences = threading.Barrier(2), dict[int, Any](), dict[int, str]()
+
+    def write(folder: Path, rank: int, pieces: Any, tensors: Any) -> None:
+        if rank == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "rank-00001.safetensors"))
+
+    monkeypatch.setattr(sharded_state, "write", write)
+
+    def run(rank: int) -> None:
+        engine = SimpleNamespace(ranks=Rank(rank, barrier, values), state=lambda: [])
+        checkpoints = Checkpoints(tmp_path / "state", 2, engine, RecordingReport())  # type: ignore[arg-type]
+        if rank == 0:
+            (checkpoints.folder / "training.jsonl").touch()
+        checkpoints.save(5, {}, seal=False)
+        with pytest.raises(MachineError) as error:
+            checkpoints.wait()
+        sentences[rank] = str(error.value)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    full = (
+        f"the disk that holds {tmp_path}/state/attempt-0001/checkpoints/step-000000005/rank-00001.safetensors is full; "
+    )
+    assert {rank: text.startswith(full) for rank, text in sentences.items()} == {0: True, 1: True}, sentences

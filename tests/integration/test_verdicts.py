@@ -38,7 +38,7 @@ def test_a_failure_of_one_rank_ends_all_within_seconds(
     monkeypatch.setenv("PYTHONPATH", verdict_fixtures.python_path(tmp_path))
     store, graph = Store(tmp_path / "home"), verdict_fixtures.graph(tmp_path / "act", way, failing_rank)
     (name,) = graph.nodes
-    run = runs.start(graph, store, [name], "local")
+    run = runs.start(graph, store, [name], "local", {"launcher": "local"})
     ends: list[verdict_fixtures.End] = []
 
     def watch() -> None:

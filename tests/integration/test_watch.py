@@ -107,12 +107,27 @@ def test_spikes_and_dead_experts(tmp_path: Path) -> None:
     append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "spike": 1.0})
     append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "dead_experts": 2.0})
     assert [(alert.kind, alert.text.partition(": ")[2]) for alert in current()] == [
-        ("loss spike", "spikes so far: 1, the last one near step 270"), ("dead experts", "2 experts are dead"),
-    ]  # fmt: skip
-    append(folder / "metrics.jsonl", {"time": 1.0, "step": 271, "dead_experts": 0.0})
-    assert [alert.kind for alert in current()] == ["loss spike"]
+        ("loss spike", "spikes so far: 1, the last one near step 270")
+    ]
     train(folder, time.time(), 400, 2.4)
     assert current() == [], "an update that was skipped long ago is no alert any more"
+
+
+def test_an_expert_that_stays_dead_is_an_alert_and_one_of_the_first_steps_is_not(tmp_path: Path) -> None:
+    """In a short run, and in the first steps of a long one, routers have not settled."""
+    run, store = make_run(tmp_path, 5)
+    metrics = run.node_folder("pretrain") / "metrics.jsonl"
+
+    def texts(step: int, dead: float) -> list[str]:
+        append(metrics, {"time": 1.0, "step": step, "dead_experts": dead})
+        with running(tmp_path):
+            return [alert.text for alert in alerts.alerts(snapshot.take(run, store), store, Thresholds(free_gb=0))]
+
+    for step in range(0, 1000, 10):
+        assert texts(step, 2.0) == []
+    assert texts(1000, 2.0) == ["stage pretrain: 2 experts have been dead for 1,000 steps"]
+    assert texts(1010, 1.0) == ["stage pretrain: 1 expert has been dead for 1,000 steps"]
+    assert texts(1020, 0.0) == [] and texts(1030, 1.0) == []
 
 
 def test_an_alert_is_sent_once_until_it_is_over(tmp_path: Path) -> None:

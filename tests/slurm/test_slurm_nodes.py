@@ -7,20 +7,14 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline.core import code_snapshot
-from pipeline.core.store import Store
-from pipeline.graph import run as runs
-from pipeline.graph.run import Run
-from pipeline.launch import bad_nodes, cluster_profile, slurm, slurm_client
-from pipeline.launch.batch_script import batch_script
-from pipeline.launch.job import JobLimits
-from tests.fixtures import slurm_fixtures, verdict_fixtures
+from pipeline.launch import bad_nodes, slurm_client
+from tests.fixtures import slurm_fixtures
 from tests.fixtures.disturbance_fixtures import finish, status, submit
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
+from tests.fixtures.slurm_stage_fixtures import detail, ended, start
 
 pytestmark = slurm_fixtures.ON_SLURM
 
@@ -33,41 +27,12 @@ def python_that(folder: Path, condition: str) -> str:
     return str(path)
 
 
-def start(folder: Path, way: str, ranks: int, **settings: Any) -> tuple[Store, Run, str]:
-    """Submits the stage that ends so on as many nodes as ranks; returns its home folder, run and job."""
-    slurm_fixtures.until(  # a test before may have left the first nodes busy, and the job would get others
-        lambda: set(slurm_fixtures.slurm("sinfo", "-h", "-N", "-p", "test", "-o", "%T").split()) <= {"idle", "drained"},
-        "idle nodes",
-    )
-    environment = {"PYTHONPATH": f"{slurm_fixtures.ROOT}:{verdict_fixtures.python_path(folder)}"}
-    profile = slurm_fixtures.write_profile(folder, environment=environment, **settings)
-    loaded = cluster_profile.load(profile)
-    store, graph = Store(folder / "home"), verdict_fixtures.graph(folder / "act", way, ranks=ranks)
-    (node,) = graph.nodes.values()
-    run = runs.start(graph, store, [node.name], "dev")
-    cluster = loaded.cluster()
-    limits = JobLimits(None, cluster.restarts, 0.0, None, (), cluster.avoid_seconds)
-    script = batch_script(store, run, node, cluster, code_snapshot.freeze(store, {}), [])
-    job = slurm.start(script, slurm.task_of(graph, store, run, node, loaded), limits)
-    run.note_job(node.name, job, False)
-    return store, run, job
-
-
-def ended(store: Store, state: str) -> dict[str, Any]:
-    def read() -> dict[str, Any] | None:
-        (stage,) = json.loads(atom(store.home, "status", "--json").stdout)["stages"]
-        return stage if stage["state"] == state else None
-
-    stage: dict[str, Any] = slurm_fixtures.until(read, f"state {state}")
-    return stage
-
-
-def detail(job: str, field: str) -> str:
-    words = slurm_fixtures.slurm("scontrol", "-o", "show", "job", job).split()
-    return next(word.partition("=")[2] for word in words if word.startswith(f"{field}="))
-
-
 FAULTS = {
+    "other node": (
+        '[ "$SLURMD_NODENAME" != n2 ] || { echo "no disk" >&2; exit 127; }',
+        "n2",
+        "Python did not start on n2 (no disk); see its local disk",
+    ),
     "interpreter": (
         '[ "$SLURMD_NODENAME" != n1 ] || { echo "no disk" >&2; exit 127; }',
         "n1",
@@ -129,10 +94,10 @@ def test_drained_nodes_held_jobs_and_failed_launches_have_a_sentence_each(tmp_pa
             return text if word in text else None
 
         drained = slurm_fixtures.until(lambda: reason("drained"), "the reason of the drained nodes")
-        assert "the job waits for nodes that are down or drained (" in drained and ": bad fan)" in drained
+        assert "down or drained" in drained and ": bad fan" in drained
         slurm_fixtures.slurm("scontrol", "hold", job)
-        held = slurm_fixtures.until(lambda: reason("held"), "the held job")
-        assert held.startswith("the job is held (JobHeld") and f"`scontrol release {job}`" in held
+        held = slurm_fixtures.until(lambda: reason("JobHeldAdmin"), "the held job")
+        assert held.startswith("an administrator holds it") and f"`scontrol release {job}`" in held
         (folder / "submitit").rename(folder / "away")  # its log cannot be written
         (folder / "submitit").touch()
         slurm_fixtures.slurm("scontrol", "release", job)

@@ -9,7 +9,7 @@ import pytest
 from pipeline.core import code_snapshot
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
-from pipeline.launch import cluster_profile, slurm
+from pipeline.launch import bad_nodes, cluster_profile, slurm
 from pipeline.launch.batch_script import batch_script
 from pipeline.launch.job import JobLimits
 from tests.fixtures import counting_fixtures, slurm_fixtures
@@ -36,7 +36,7 @@ def start(folder: Path, seconds: float = 0.25, **settings: object) -> str:
     path = slurm_fixtures.write_profile(folder, environment=environment, free_gb=0.0, **settings)
     profile, store, graph = cluster_profile.load(path), Store(folder / "home"), counting_fixtures.graph(seconds)
     (node,) = graph.nodes.values()
-    run = runs.start(graph, store, [node.name], "dev")
+    run = runs.start(graph, store, [node.name], "dev", {"launcher": "slurm"})
     limits = JobLimits(None, profile.cluster().restarts, 0.0, None, profile.cluster().variables)
     script = batch_script(store, run, node, profile.cluster(), code_snapshot.freeze(store, {}), [])
     job = slurm.start(script, slurm.task_of(graph, store, run, node, profile), limits)
@@ -77,10 +77,14 @@ def test_a_killed_rank_starts_again_in_the_same_allocation(kill: object, tmp_pat
 def test_after_the_limit_the_job_is_requeued(tmp_path: Path) -> None:
     home = tmp_path / "home"
     start(tmp_path, restarts_in_allocation=1)
+    nodes: list[str] = []
     for attempt, step in enumerate((5, 12, 20), start=1):
-        disturb(home, step, attempt)
+        disturb(home, step, attempt, kill=lambda *_: nodes.append(slurm_fixtures.nodes_of(home, "counting")[-1]))
+        rank_killed(home, "counting")
     assert end(home) == COUNTED
     assert launches(home, "counting") == ["0", "0.1", "1", "1.1"]
+    blamed = [entry.node for entry in bad_nodes.read(Store(home))]
+    assert blamed == [nodes[0]] == [nodes[1]] and nodes[2] != nodes[0], "for two lost ranks in a row"
 
 
 @at_length("slurm-stages", 100)

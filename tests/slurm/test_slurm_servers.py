@@ -40,8 +40,8 @@ def announced(home: Path) -> dict[str, dict[str, Any]]:
     return {path.stem.split("-")[1]: json.loads(path.read_text()) for path in run.glob("announced/server-*.json")}
 
 
-def queued(job: str) -> str:
-    return slurm_fixtures.slurm("squeue", "-h", "-r", "-j", job, "-o", "%i %T").strip()
+def queued(*jobs: str) -> str:
+    return slurm_fixtures.slurm("squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i %T").strip()
 
 
 def steps(home: Path) -> int:
@@ -77,14 +77,14 @@ def test_servers_come_and_go_and_end_with_their_stage(transfer: str, smoke_data:
     slurm_fixtures.until(lambda: steps(home) >= 1, "a step with the first server", PATIENCE)
     (first,) = rows(home)
     slurm_fixtures.slurm("scancel", first["job"])
-    slurm_fixtures.until(lambda: not queued(first["servers"]), "the end of the servers of a canceled stage", 120)
+    slurm_fixtures.until(lambda: not queued(*first["servers"]), "the end of the servers of a canceled stage", 120)
 
     # `atom cancel` ends both
     atom(home, "submit", *only)
     second = rows(home)[-1]
-    slurm_fixtures.until(lambda: "RUNNING" in queued(second["servers"]), "servers once the stage runs", PATIENCE)
+    slurm_fixtures.until(lambda: "RUNNING" in queued(*second["servers"]), "servers once the stage runs", PATIENCE)
     atom(home, "cancel")
-    slurm_fixtures.until(lambda: not queued(second["servers"]) and not queued(second["job"]), "the end of all", 120)
+    slurm_fixtures.until(lambda: not queued(*second["servers"]) and not queued(second["job"]), "the end of all", 120)
 
     # one is canceled in the middle, and the other goes on; then that one is started again, and the stage waits for it
     atom(home, "submit", *only)
@@ -94,17 +94,17 @@ def test_servers_come_and_go_and_end_with_their_stage(transfer: str, smoke_data:
     assert stage["servers"] == "2 running", stage
     before = steps(home)
     slurm_fixtures.until(lambda: steps(home) > before, "a step with both servers", PATIENCE)
-    slurm_fixtures.slurm("scancel", f"{third['servers']}_1")
+    slurm_fixtures.slurm("scancel", f"{third['servers'][1]}_1")
     before = steps(home)
     slurm_fixtures.until(lambda: steps(home) >= before + 2, "steps with one server", PATIENCE)
     start = announced(home)["0"]["start"]
     if transfer == "folder":
-        slurm_fixtures.slurm("scontrol", "requeue", f"{third['servers']}_0")
+        slurm_fixtures.slurm("scontrol", "requeue", f"{third['servers'][0]}_0")
     else:  # vLLM itself dies
         slurm_fixtures.kill(slurm_fixtures.processes(announced(home)["0"]["host"], b"vllm.entrypoints"))
     slurm_fixtures.until(lambda: announced(home).get("0", {}).get("start", start) > start, "the other start", PATIENCE)
     slurm_fixtures.until(lambda: slurm_fixtures.sealed(home, "rlvr"), "rlvr sealed", PATIENCE)
-    slurm_fixtures.until(lambda: not queued(third["servers"]), "the end of the servers", 120)
+    slurm_fixtures.until(lambda: not queued(*third["servers"]), "the end of the servers", 120)
     (states,) = {stage["servers"] for stage in status(home)["stages"] if stage["name"] == "rlvr"}
     assert states == "1 cancelled, 1 completed"
     log = max(home.glob("logs/*/rlvr/events.jsonl"), key=lambda path: path.stat().st_mtime).read_text()

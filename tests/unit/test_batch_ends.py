@@ -70,11 +70,12 @@ def test_what_rank_0_decided_is_done(
 
 
 def launched(
-    home: Path, outcomes: str, answer: str, nodes: str = "n1 n2", says: str = "", **settings: Any
+    home: Path, outcomes: str, answer: str, nodes: str = "n1 n2", says: str = "", began: str = "n1 n2", **settings: Any
 ) -> tuple[list[str], str]:
     """Runs the script of a job whose launches end with these decisions, `-` for none, one after the other.
 
-    answer: of squeue. nodes: those that answer. says: what srun reports of each launch. Returns the options of srun for
+    answer: of squeue. nodes: those that answer; began: those on which a rank began. says: what srun reports of each
+    launch. Returns the options of srun for
     each launch after the first one, and what scontrol is asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{home / 'bin'}:/usr/bin:/bin")
@@ -91,17 +92,18 @@ def launched(
     echo "$ATOM_RELAUNCH $*" >> $PLACE/launched
     echo "{says}" >&2
     launch={batch.launches_folder}/7.0${{ATOM_RELAUNCH:+.$ATOM_RELAUNCH}}
-    mkdir -p $launch; touch $launch/started-0
+    mkdir -p $launch; for node in {began}; do echo $node > $launch/started-$((rank++)); done
     outcome=$(sed -n $(wc -l < $PLACE/launched)p $PLACE/outcomes)
     [ "$outcome" = - ] || printf '%s\\n\\nas it is\\n' $outcome > $launch/decision
     exit 1"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STUBS, "srun", line)
+        patch.setitem(STUBS, "sleep", "echo $1 >> $PLACE/slept")
         patch.setitem(STUBS, "squeue", f"""case "$*" in *EndTime*) echo "{answer}" ;; *) echo RUNNING ;; esac""")
         _, requeued = end_of(home, batch.text(), SLURM_JOB_NUM_NODES="2")
     first, *others = (home / "launched").read_text().splitlines()
     assert first.startswith(" --unbuffered") and "--overlap" not in first
-    return [re.sub(r" --unb.*bad-exit=1| \S+ -u -m.*", "", each) for each in others], requeued
+    return [re.sub(r" --unb.*bad-exit=1| sh -c .* -u -m.*", "", each) for each in others], requeued
 
 
 LATER, SOON = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds)) for seconds in (3600, 170))
@@ -128,6 +130,17 @@ def test_ranks_start_again_in_the_same_allocation(
 ) -> None:
     expected = [f"{number} --overlap --mem=0 --nodelist=n1,n2" for number in range(1, launches + 1)]
     assert launched(tmp_path, outcomes, answer) == (expected, requeued)
+
+
+def test_launches_that_end_within_a_minute_are_followed_by_a_growing_pause(tmp_path: Path) -> None:
+    launched(tmp_path, "relaunch relaunch relaunch relaunch", f"RUNNING N/A {LATER} 2")
+    assert (tmp_path / "slept").read_text().split()[:3] == ["0", "30", "60"]
+
+
+def test_a_launch_that_did_not_begin_on_each_node_is_explained_at_once(tmp_path: Path) -> None:
+    """A node on which Python does not start costs each launch a minute, and no rank was lost."""
+    answer = f"RUNNING N/A {LATER} 2"
+    assert launched(tmp_path, "- sealed", answer, nodes="n1", began="n1") == ([], "requeue 7\n")
 
 
 def test_without_launches_in_the_allocation_the_job_is_requeued(tmp_path: Path) -> None:

@@ -25,27 +25,31 @@ from pipeline.launch.decision import Decision, Verdict
 from tests.fixtures import ROOT, batch_fixtures
 from tests.fixtures.batch_fixtures import SLURM, end_of, script
 
+WITH_HOME = """sh -c '[ -e "$0" ] || exit 69; exec "$@"' /shared/atom/logs/tiny-1/run.json"""
+"""What looks for a file of the run on each node."""
 OF_PROFILES = {
     "dev": ["#SBATCH --partition=test", "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --requeue"],
     "h100-pyxis": [
         "#SBATCH --gpus-per-node=2",
         "#SBATCH --exclusive",
         "#SBATCH --account=llm",
+        "#SBATCH --mem=0",
         "--kill-on-bad-exit=1 --container-image=/shared/images/atom.sqsh "
-        "--container-mounts=/shared/atom:/shared/atom,/tmp:/tmp,/shared:/shared "
+        "--container-mounts=/shared/atom:/shared/atom,/tmp:/tmp,/shared:/shared --no-container-mount-home "
+        f"--no-container-entrypoint {WITH_HOME} "
         'env "${job_variables[@]}" /opt/atom/venv/bin/python -u -m submitit.core._submit',
         "for name in ARROW_DEFAULT_MEMORY_POOL ",
-        " PYTHONPATH PYTHONSAFEPATH ATOM_HOME TMPDIR ATOM_VLLM_PYTHON NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA; do",
+        " PYTHONPATH PYTHONSAFEPATH ATOM_HOME TMPDIR ATOM_VLLM_PYTHON NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME; do",
         "export ATOM_VLLM_PYTHON=/opt/atom/vllm/bin/python\n",
     ],
     "h100-apptainer": [
         "module load apptainer",
-        "--kill-on-bad-exit=1 apptainer exec --nv --bind "
+        f"--kill-on-bad-exit=1 {WITH_HOME} apptainer exec --nv --bind "
         "/shared/atom:/shared/atom,/scratch/local:/scratch/local,/shared:/shared "
         '/shared/images/atom.sif env "${job_variables[@]}" /opt/atom/venv/bin/python -u -m submitit.core._submit',
     ],
     "h100-modules": [
-        "--kill-on-bad-exit=1 /shared/envs/atom/bin/python -u -m submitit.core._submit",
+        f"--kill-on-bad-exit=1 {WITH_HOME} /shared/envs/atom/bin/python -u -m submitit.core._submit",
         "#SBATCH --constraint=h100",
         "#SBATCH --exclude='node[013,027]'",
         "#SBATCH --signal=USR2@300",
@@ -69,7 +73,7 @@ def test_a_stage_that_asks_for_gpus_gets_them_and_their_cores() -> None:
 def test_a_stage_in_an_unpacked_image_sees_the_places_of_the_profile() -> None:
     container = {"kind": "bubblewrap", "image": "/images/atom", "mounts": ["/data", "/a:/b"], "python": "/venv/python"}
     text = script(Slurm.model_validate({**SLURM, "container": container, "scratch": "/scratch"})).text()
-    (command,) = re.findall(r"--kill-on-bad-exit=1 (env .*) -u -m submitit", text)
+    (command,) = re.findall(r"run.json (env .*) -u -m submitit", text)
     words = command.split()
     places = [(words[i + 1], words[i + 2]) for i, word in enumerate(words) if word == "--dev-bind"]
     assert {("/shared/atom", "/shared/atom"), ("/scratch", "/scratch"), ("/data", "/data"), ("/a", "/b")} < set(places)
@@ -157,7 +161,7 @@ export A='it'"'"'s'
 job=$SLURM_JOB_ID
 start=${SLURM_RESTART_COUNT:-0}
 launches=/shared/atom/logs/tiny-1/pretrain/ranks/$SLURM_JOB_ID
-may_restart=
+may_restart= exclude= dependency=
 restarts_left() { # whether another start may follow one without progress
     [ "$start" -lt 3 ]
 }
@@ -168,14 +172,24 @@ begin_launch() { # FOLDER
     : > "$messages" || messages=$(mktemp)  # the home folder may be full
 }
 previous=$(find "$launches.$((start - 1))" "$launches.$((start - 1))".* -maxdepth 0 2> /dev/null | sort -V | tail -n 1)
-begin_launch "$launches.$start"
-
 """
     )
     assert (
-        rest.partition("\n}\n\nexport")[2]
-        == """ SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --cpus-per-task=1 --kill-on-bad-exit=1 /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit 2> "$messages"
+        rest.partition("\n}\n\nif [ ! -e")[2]
+        == """ /shared/atom/logs/tiny-1/run.json ]; then
+    # Another node gets the job: nobody would see what this one writes.
+    echo "node $SLURMD_NODENAME does not see "/shared/atom/logs/tiny-1/run.json >&2
+    avoided=$(excluded_nodes) exclude=yes
+    avoided=${avoided:+$avoided,}$SLURMD_NODENAME
+    [ "$start" -lt 3 ] && requeue_job
+    exit 69
+fi
+[ "$start" -eq 0 ] || [ -n "$previous" ] || blame_excluded
+begin_launch "$launches.$start"
+
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --mpi=none --job-name=atom-pretrain --cpus-per-task=1 --kill-on-bad-exit=1 sh -c '[ -e "$0" ] || exit 69; exec "$@"' /shared/atom/logs/tiny-1/run.json /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit \\
+    2> "$messages"
 exit_code=$?
 cat "$messages" >&2
 
@@ -192,27 +206,8 @@ for n in $(seq 0 3); do [ -e "$launches.$((start - n))/started-0" ] && may_resta
 case $decision in sealed | done) ;; *) blame_lost ;; esac
 
 if [ "$decision" = again ]; then
-    # A job that Slurm itself has ended (scancel, requeue) is no longer RUNNING. A controller that is down is awaited.
-    for _ in $(seq 60); do
-        state=$(squeue -h -j "$job" -o %T 2>&1) && break
-        case $state in *Invalid*) break ;; esac
-        sleep 5
-    done
     avoided_nodes
-    # Slurm takes a list of excluded nodes only of a job that waits: right after it is queued again, while it ends this
-    # start, which the update must survive. The next start is seconds later.
-    terminated=
-    trap 'terminated=yes' TERM
-    if [ "$state" = RUNNING ] && scontrol requeue "$job"; then
-        [ ! -e "$launches-avoided" ] || (
-            trap '' TERM
-            message=$(scontrol update "jobid=$job" "excnodelist=$avoided" 2>&1) ||
-                echo "Slurm did not take the nodes to avoid, ${avoided:-none}, for the next start ($message)" |
-                tee -a "$launches-kept"
-        )
-        trap - TERM
-        [ -n "$terminated" ] || sleep 300  # until Slurm ends this start
-    fi
+    requeue_job
     exit 1
 fi
 
@@ -362,7 +357,7 @@ def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monke
         words = f"minutes = {minutes} is more than the time limit of partition gpu,low, {minutes - 1} minutes"
         assert checked.answer == (f"Slurm takes it, {start.partition('7 ')[2]}" if ok else words)
     call = (tmp_path / "srun").read_text().splitlines()[0]
-    assert call.startswith("--test-only --cpus-per-task=1 --exclusive --gpus-per-node=1 --nodes=2 ")
+    assert call.startswith("--test-only --cpus-per-task=1 --exclusive --gpus-per-node=1 --mem=0 --nodes=2 ")
     assert " --partition=gpu,low " in call and call.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores true")
 
 

@@ -84,7 +84,7 @@ def test_a_job_knows_the_peaks_of_its_gpus_and_one_without_gpus_none(tmp_path: P
     """MLflow's `mfu` is computed from them."""
     profile, store = cluster_profile.load("h100-pyxis"), Store(tmp_path)
     graph = dag.compose(recipe.load("atom-smoke"), store)
-    run = runs.start(graph, store, ["items", "pretrain"], "h100-pyxis")
+    run = runs.start(graph, store, ["items", "pretrain"], "h100-pyxis", {"launcher": "slurm"})
     gpu, cpu = (slurm.task_of(graph, store, run, graph.nodes[name], profile) for name in ("pretrain", "items"))
     assert gpu.gpus and gpu.peaks == profile.peaks() and gpu.peaks["bf16"] == 989e12
     assert not cpu.gpus and cpu.peaks == {}

@@ -16,8 +16,13 @@ from pipeline.launch import diagnoses
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.diagnoses import TABLE
 from pipeline.launch.failure_messages import failure_message
-from pipeline.launch.slurm_client import Job, in_bytes
-from pipeline.tracking.status import end_message, waiting_message
+from pipeline.launch.slurm_client import Answers, Job, in_bytes
+from pipeline.tracking import status
+
+
+def end_message(job: Job, recorded: str, verdict: Verdict | None) -> str:
+    return status.end_message(job, recorded, verdict, Answers())
+
 
 ENDED = {
     "time limit": ("TIMEOUT", "0:0", "n[1-2]", "its time limit came on n[1-2] before it saved: requested not known, used"),
@@ -26,6 +31,7 @@ ENDED = {
     "node failure": ("NODE_FAIL", "1:0", "n[1-2]", "Slurm lost a node of n[1-2]; see `sinfo -R`, and `atom retry`"),
     "node that did not boot": ("BOOT_FAIL", "0:0", "n3", "Slurm lost a node of n3"),
     "launch failure": ("FAILED", "0:53", "n1", "node n1 could not start the job's script (exit code 0:53); see that it mou"),
+    "no home folder": ("FAILED", "69:0", "n1", "node n1 does not see the run in $ATOM_HOME; mount it there as on"),
     "another exit code": ("FAILED", "2:0", "n1", "failed exit code 2"),
     "unknown state": ("SOMETHING_NEW", "0:0", "n1", "something_new exit code 0"),
 }  # fmt: skip
@@ -70,27 +76,6 @@ def test_memory_and_time_are_named_from_the_accounting(tmp_path: Path, monkeypat
     text = end_message(Job("7", "TIMEOUT", nodes="n2", code="0:0"), "", None)
     assert text.startswith("its time limit came on n2 before it saved: requested 1-00:00:00, used 1-00:00:27; raise mi")
     assert [in_bytes(size) for size in ("8K", "1.5G", "512", "", "?")] == [8192, 1.5 * 2**30, 512, 0, 0]
-
-
-WAITING = {
-    "launch failed requeued held": "Slurm holds the job because a node could not launch it (launch failed requeued held; n4: bad fan); `atom retry` releases it",
-    "JobHeldUser": "the job is held (JobHeldUser; n4: bad fan); `scontrol release 7` lets it start",
-    "job requeued in held state": "the job is held (job requeued in held state",
-    "ReqNodeNotAvail, UnavailableNodes:n4": "the job waits for nodes that are down or drained (ReqNodeNotAvail, UnavailableNodes:n4; n4: bad fan)",
-    "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions": "the job waits for nodes that are down",
-    "PartitionTimeLimit": "the job can never start as it is requested (PartitionTimeLimit",
-    "BadConstraints": "the job can never start as it is requested (BadConstraints",
-    "Priority": "Priority",
-    "Resources": "Resources",
-    "BeginTime": "BeginTime",
-    "Dependency": "Dependency",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("reason", WAITING)
-def test_a_job_that_waits(reason: str) -> None:
-    assert waiting_message(Job("7", "PENDING", reason), "n4: bad fan").startswith(WAITING[reason])
-    assert waiting_message(Job("7", "RUNNING", reason), "") == reason
 
 
 OUT_OF_MEMORY = [

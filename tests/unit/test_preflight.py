@@ -46,9 +46,11 @@ def test_what_is_wrong_with_a_node_names_it(tmp_path: Path, monkeypatch: pytest.
     assert message and message.startswith("node n7 cannot write to ") and "No such file" in message
     message = check(tmp_path, 0.0, "/sys")  # nobody can write there, not even root
     assert message and message.startswith("node n7 cannot write to /sys (")
-    monkeypatch.setattr(preflight.time, "time", lambda: 0.0)
-    message = check(tmp_path)
-    assert message and message.startswith("the clock of node n7 differs by ")
+    real = time.time
+    for offset, words in ((300.0, "300 s ahead of"), (-300.0, "300 s behind")):
+        monkeypatch.setattr(preflight.time, "time", lambda offset=offset: real() + offset)
+        message = check(tmp_path)
+        assert message == f"the clock of node n7 is {words} the file system's; set it by NTP"
     monkeypatch.undo()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
@@ -270,7 +272,14 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
     monkeypatch.setattr(job.mlflow_sync, "Companion", Companion)
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
-    body = {"id": "run", "recipe": "r", "version": "1.0.0", "recipe_path": "/r.yaml", "profile": "local"}
+    body = {
+        "id": "run",
+        "recipe": "r",
+        "version": "1.0.0",
+        "recipe_path": "/r.yaml",
+        "profile": "local",
+        "launcher": "slurm",
+    }
     (tmp_path / "logs/run").mkdir(parents=True)
     (tmp_path / "logs/run/run.json").write_text(
         json.dumps({**body, "nodes": [{"name": "n", "stage": "n", "key": "n-0"}]})

@@ -62,7 +62,9 @@ def test_a_stage_that_another_run_sealed_has_its_metrics_there(tmp_path: Path, g
     store = Store(tmp_path / "home")
     first = home_fixtures.start(store, graphs[0], graphs[0].select("pretrain", None))
     log(first, "pretrain", loss=[3.0, 2.0])
-    later = runs.start(graphs[0], store, graphs[0].select("pretrain", None), "local", {"prices": PRICES})
+    later = runs.start(
+        graphs[0], store, graphs[0].select("pretrain", None), "local", {"launcher": "local", "prices": PRICES}
+    )
     row = run_comparison.measure(later, store, ["pretrain.loss"])
     assert row.metrics == {"pretrain": {"loss": 2.0}} and row.curves["pretrain.loss"] == {1: 3.0, 2: 2.0}
     assert row.cost.money == pytest.approx(0.5 * len(first.body["nodes"])) and row.cost.currency == "EUR"
@@ -106,14 +108,14 @@ def test_each_run_has_its_state(tmp_path: Path, graphs: list[Graph]) -> None:
     gone = home_fixtures.start(store, other, ["acquire-sums", "pretrain"], stop_before="pretrain")
     ended = {}
     for kind in (Kind.MACHINE, Kind.STOPPED):
-        ended[kind] = runs.start(graph, store, ["acquire-sums", "acquire-code"], "local")
+        ended[kind] = runs.start(graph, store, ["acquire-sums", "acquire-code"], "local", {"launcher": "local"})
         report = FileReport(ended[kind].node_folder("acquire-code"))
         report.event("start", stage="acquire", key=graph.nodes["acquire-code"].key, pid=1, ranks=1)
         report.end(Failure(f"it was {kind}", kind))
         report.close()
-    live = runs.start(graph, store, ["acquire-code"], "local")
+    live = runs.start(graph, store, ["acquire-code"], "local", {"launcher": "local"})
     FileReport(live.node_folder("acquire-code")).event("start", stage="acquire", key="k", pid=1, ranks=1)
-    begun = runs.start(graph, store, ["acquire-worked"], "local")
+    begun = runs.start(graph, store, ["acquire-worked"], "local", {"launcher": "local"})
     lease = Lease.take(store.work(graph.nodes["acquire-code"].key))
     try:
         assert lease is not None

@@ -16,12 +16,13 @@ from pipeline.core.stage import Config, ServerPlace, ServerSearch, Stage
 from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.graph.dag import Node
-from pipeline.graph.run import Run
-from pipeline.launch import clean_environment, job
+from pipeline.launch import clean_environment, job, slurm
 from pipeline.launch.attempt import ALIVE, Task, server_seconds
 from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
-from pipeline.launch.cluster_profile import Slurm
+from pipeline.launch.cluster_profile import Profile, Slurm
 from pipeline.launch.decision import Decision, Verdict
+from pipeline.operations import cancellation
+from tests.fixtures import batch_fixtures, counting_fixtures, slurm_line_fixtures
 from tests.fixtures.batch_fixtures import SLURM, STUBS, end_of, script
 
 
@@ -30,18 +31,21 @@ def served_node(serve: Any = lambda config, place: None) -> Node:
     return Node("rlvr", stage, Config(), {}, "rlvr-0123456789ab")
 
 
+OF_STAGE, OF_SERVERS = (slurm_line_fixtures.script_path("tiny-1", "rlvr", part) for part in ("", "servers"))
 WITH_SERVERS = Slurm.model_validate(
     {**SLURM, "servers": {"partition": "infer", "minutes": 600, "gpus_per_node": 4, "count": 3, "wait_minutes": 2}}
 )
 
 
 def scripts_with_servers(home: Path) -> tuple[BatchScript, BatchScript]:
-    """The script of a stage's job, which is job 9, and that of its servers."""
+    """The script of a stage's job, whose first server is job 8, and that of its other servers, if that is job 9."""
     store = Store(home)
-    run = Run("tiny-1", store.logs / "tiny-1", {})
-    job_script = batch_script(store, run, served_node(), WITH_SERVERS, Path("/code"), [])
+    run = batch_fixtures.make_run(store)
+    job_script = batch_script(store, run, served_node(), WITH_SERVERS, Path("/code"), ["4"], server_job="8")
     assert WITH_SERVERS.servers is not None
-    return job_script, servers_script(store, run, served_node(), WITH_SERVERS, Path("/code"), WITH_SERVERS.servers, "9")
+    return job_script, servers_script(
+        store, run, served_node(), WITH_SERVERS, Path("/code"), WITH_SERVERS.servers, "1-2", ["after:9"]
+    )
 
 
 def test_servers_are_an_array_beside_the_job_of_their_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,34 +53,38 @@ def test_servers_are_an_array_beside_the_job_of_their_stage(monkeypatch: pytest.
     folder = "/shared/atom/logs/tiny-1/rlvr/servers"
     text = servers.text()
     for words in (
-        "#SBATCH --array=0-2\n",
+        "#SBATCH --array=1-2\n",
         "#SBATCH --dependency=after:9\n",
         "#SBATCH --gpus-per-node=4\n",
         "#SBATCH --nodes=1\n",
         "#SBATCH --ntasks-per-node=1\n",
         "#SBATCH --partition=infer\n",
+        "#SBATCH --job-name=atom-rlvr-servers\n",
+        "#SBATCH --mem=0\n",
         "#SBATCH --comment='atom tiny-1 rlvr rlvr-0123456789ab.servers'\n",
         f"#SBATCH --output={folder}/submitit/%A_%a_0_log.out\n",
-        "comment=$(squeue -h -j 9 -o %k 2>&1)",
-        "[ \"$comment\" = 'atom tiny-1 rlvr rlvr-0123456789ab' ] && continue\n",
+        """jobs=$(squeue -h -u "$(id -un)" -o '%o|%k|' 2> /dev/null) || continue\n""",
+        "grep -qF -e /logs/tiny-1/rlvr/submitit/ -e '|atom tiny-1 rlvr rlvr-0123456789ab|' <<< \"$jobs\" && continue\n",
     ):
         assert words in text, words
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    assert "ATOM_SERVERS" not in text and "squeue -h -j 9" not in job_script.text()
+    assert "#SBATCH --dependency=afterok:4,after:8\n" in job_script.text()
+    assert "ATOM_SERVERS" not in text and 'touch "$ended"' not in job_script.text()
     monkeypatch.setenv("ATOM_SERVERS", job_script.variables["ATOM_SERVERS"])
     assert ServerSearch.of_environment() == ServerSearch(f"{folder}/announced", "tiny-1", 120.0)
     without = script(Slurm.model_validate(SLURM)).text()
-    assert "ATOM_SERVERS" not in without and "squeue -h -j 9" not in without
+    assert "ATOM_SERVERS" not in without and "no server runs" not in without
 
 
 @pytest.mark.parametrize(
     ("answers", "ends"),
     [
-        (["atom tiny-1 rlvr rlvr-0123456789ab"], False),
-        (["atom tiny-1 rlvr rlvr-0123456789ab", ""], True),  # it has ended, or was canceled
-        (["atom other-2 rlvr rlvr-0123456789ab"], True),  # a controller that lost its jobs gives numbers again
-        (["exit 1", "atom tiny-1 rlvr rlvr-0123456789ab"], False),  # the controller is away
-        (["echo slurm_load_jobs error: Invalid job id specified; exit 1"], True),
+        ([f"{OF_STAGE}|charged to project 42|"], False),
+        (["/tmp/copy.sh|atom tiny-1 rlvr rlvr-0123456789ab|"], False),  # the site's sbatch copies scripts
+        ([f"{OF_STAGE}|(null)|", f"{OF_SERVERS}|(null)|"], True),  # it has ended, or was canceled
+        ([f"{OF_STAGE.replace('tiny-1', 'other-2')}|(null)|"], True),
+        ([f"{OF_SERVERS}|atom tiny-1 rlvr rlvr-0123456789ab.servers|"], True),  # that of the servers themselves
+        (["exit 1", f"{OF_STAGE}|(null)|"], False),  # the controller is away
     ],
 )
 def test_servers_end_with_the_job_of_their_stage(
@@ -99,6 +107,59 @@ def test_servers_end_with_the_job_of_their_stage(
     ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     assert end_of(tmp_path, servers.text(), **ids) == (0, "")
     assert (launch / "ended").exists() == ends
+
+
+def test_the_first_server_starts_before_the_stage_and_the_others_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the ranks hold no nodes while they wait for a server, and one server alone waits for the ranks."""
+    (tmp_path / "bin").mkdir()
+    noted = "grep -hE '^#SBATCH --(array|dependency|job-name)=' \"${@: -1}\" | sort | tr '\\n' ' '"
+    programs = {name: "" for name in ("squeue", "sacct", "srun", "scontrol", "scancel")}
+    programs["sbatch"] = (
+        f'{{ {noted}; echo; }} >> {tmp_path}/jobs; echo "Submitted batch job $(wc -l < {tmp_path}/jobs)"'
+    )
+    for name, line in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm, "require_inputs", lambda *arguments: None)
+    profile = Profile.model_validate({"name": "p", "power": {"watts_per_core": 1}, "slurm": WITH_SERVERS.model_dump()})
+    (tmp_path / "home").mkdir()
+    store, graph = Store(tmp_path / "home"), counting_fixtures.graph(servers=True)
+    run = slurm.submit(graph, store, ["counting"], profile, "p").run
+    assert [line.split() for line in (tmp_path / "jobs").read_text().replace("#SBATCH ", "").splitlines()] == [
+        ["--array=0", "--job-name=atom-counting-servers"],
+        ["--dependency=after:1", "--job-name=atom-counting"],
+        ["--array=1-2", "--dependency=after:2", "--job-name=atom-counting-servers"],
+    ]
+    assert run is not None and run.jobs()["counting"].get("servers") == ["1", "3"]
+    assert cancellation.cancel_jobs(run, store) == [], "Slurm has none of them"
+
+
+@pytest.mark.parametrize(
+    ("running", "first", "begins"),
+    [("", "PENDING", False), (OF_SERVERS, "PENDING", True), (OF_SERVERS, "", True), ("", "", True)],
+    ids=["none runs", "another runs", "the first runs", "the first has ended for good"],
+)
+def test_a_stage_waits_in_the_queue_while_no_server_runs(
+    running: str, first: str, begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a requeue: otherwise its ranks would hold their nodes until a server comes."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    job_script, _ = scripts_with_servers(tmp_path)
+    answers = f"""case "$*" in
+        *"-t running"*) echo "{running}" ;;
+        *"-j 8 -t pending"*) echo "{first}" ;;
+        *) echo RUNNING ;;
+    esac"""
+    monkeypatch.setitem(STUBS, "squeue", answers)
+    monkeypatch.setitem(STUBS, "scontrol", 'echo "$*" >> "$PLACE/requeued"')
+    monkeypatch.setitem(STUBS, "sleep", "exit 0")
+    monkeypatch.setitem(STUBS, "srun", 'touch "$PLACE/began"; exit 9')
+    _, asked = end_of(tmp_path, job_script.text())
+    assert (tmp_path / "began").exists() == begins
+    assert begins or asked == "requeue 7\nupdate jobid=7 dependency=after:8\n"
 
 
 def test_a_server_is_started_again_after_it_has_answered_and_else_a_few_times(

@@ -10,8 +10,9 @@ import pytest
 from pipeline.core.store import Store
 from pipeline.graph.run import Run
 from pipeline.launch import slurm_client
-from pipeline.launch.slurm_client import Answers, NoAnswer, Owner
+from pipeline.launch.slurm_client import Answers, NoAnswer
 from pipeline.tracking import snapshot
+from tests.fixtures import slurm_line_fixtures
 
 STAGES = 30
 
@@ -21,23 +22,22 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of many stages on Slurm: one waits for drained nodes, one is out of memory, the others have ended."""
     names = [f"stage{n}" for n in range(STAGES)]
     nodes = [{"name": name, "stage": "acquire", "key": f"{name}-0123456789ab", "inputs": {}} for name in names]
-    run = Run("tiny-1", tmp_path / "logs/tiny-1", {"id": "tiny-1", "recipe": "tiny", "nodes": nodes})  # type: ignore[typeddict-item]
+    body = {"id": "tiny-1", "recipe": "tiny", "nodes": nodes, "launcher": "slurm"}
+    run = Run("tiny-1", tmp_path / "logs/tiny-1", body)  # type: ignore[arg-type]
     run.folder.mkdir(parents=True)
     (run.folder / "run.json").write_text("{}")  # its owner is the run's
     for n, name in enumerate(names):
         run.note_job(name, str(n + 1), False)
-    waits = f"1|PENDING||0:00|ReqNodeNotAvail|root|{Owner(run.id, names[0], nodes[0]['key']).comment}"
-    ended = f"2|OUT_OF_MEMORY|0:125|n1|1:00|root|{Owner(run.id, names[1], nodes[1]['key']).comment}"
-    (tmp_path / "bin").mkdir()
-    for name, line in {"squeue": waits, "sacct": ended, "sinfo": "n1|bad fan"}.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/calls\necho '{line}'\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    waits = slurm_line_fixtures.squeue("1", "PENDING", run.id, names[0], "ReqNodeNotAvail, UnavailableNodes:n1")
+    ended = slurm_line_fixtures.sacct("2", "OUT_OF_MEMORY", run.id, names[1], "0:125")
+    path = slurm_line_fixtures.programs(tmp_path / "bin", squeue=waits, sacct=ended, sinfo="n1|bad fan")
+    monkeypatch.setenv("PATH", path)
     return run
 
 
 def calls(home: Path) -> Counter[str]:
-    return Counter((home / "calls").read_text().split())
+    """How often each program was called."""
+    return Counter(line.split()[0] for line in (home / "bin/calls").read_text().splitlines())
 
 
 def test_a_minute_of_redrawing_asks_for_each_thing_six_times(
@@ -62,13 +62,24 @@ def test_one_look_asks_a_few_times_however_many_stages_there_are(run: Run, tmp_p
     assert calls(tmp_path) == {"squeue": 1, "sinfo": 1, "sacct": 2}
 
 
+def test_slurm_is_asked_for_the_jobs_of_the_run_alone(run: Run, tmp_path: Path) -> None:
+    """By a user, or by one id: for anything else squeue takes the jobs of the whole cluster from the controller."""
+    snapshot.take(run, Store(tmp_path))
+    requests = [line for line in (tmp_path / "bin/calls").read_text().splitlines() if line.startswith("squeue")]
+    assert [request.partition(" -O")[0] for request in requests] == [f"squeue -h -t all -u {run.owner}"]
+    run.note_job("stage3", "77", True, user="ann")
+    snapshot.take(run, Store(tmp_path))
+    requests = [line for line in (tmp_path / "bin/calls").read_text().splitlines() if line.startswith("squeue")]
+    assert {request.partition(" -u ")[2].split()[0] for request in requests[1:]} == {run.owner, "ann"}
+
+
 def test_that_slurm_does_not_answer_is_kept_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request to a controller that is down takes half a minute."""
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho squeue >> {tmp_path}/calls\nexit 1\n")
-    (tmp_path / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", slurm_line_fixtures.programs(tmp_path / "bin", squeue=""))
+    with open(tmp_path / "bin/squeue", "a") as program:
+        program.write("exit 1\n")
     answers = Answers(60.0)
     for _ in range(5):
         with pytest.raises(NoAnswer, match="squeue failed"):
-            answers.queued_jobs()
+            answers.queued_jobs(["ann"])
     assert calls(tmp_path) == {"squeue": 1}

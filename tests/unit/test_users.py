@@ -42,7 +42,7 @@ def test_a_home_that_is_not_there_yet_is_shared_with_nobody(tmp_path: Path, umas
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to another user")
 def test_another_users_run_is_cancelled_only_with_yes(tmp_path: Path) -> None:
     store, graph = Store(tmp_path / "home"), graphs(tmp_path)[0]
-    run = runs.start(graph, store, ["pretrain"], "local")
+    run = runs.start(graph, store, ["pretrain"], "local", {"launcher": "local"})
     assert run.owner == users.present()
     os.chown(run.folder / "run.json", pwd.getpwnam("nobody").pw_uid, -1)
     assert run.owner == "nobody"

@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.core import atomic_files
+from pipeline.core import atomic_files, os_errors
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import Report
 from pipeline.core.store import FileRecord, Progress, canonical, hand_over_hash, no_progress, sha256_bytes, sha256_file
@@ -130,9 +130,10 @@ class Checkpoints:
         reported = self.bytes_done
         while status := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
             if status == 2:
-                self.given_up.set()  # rank 0 may be waiting for a file that will never come
-                errors = self.ranks.gather(str(self.error) if self.error else None)
-                raise self.error or MachineError(next(filter(None, errors)))
+                own_error = self.error
+                errors = self.ranks.gather(str(own_error) if own_error else None)
+                self.given_up.set()  # rank 0 may be waiting for a file that will never come, which is no cause
+                raise own_error or MachineError(next(filter(None, errors)))
             if (done := self.bytes_done) > reported:
                 self.progress(done - reported)
                 reported = done
@@ -150,7 +151,9 @@ class Checkpoints:
             try:
                 write()
             except OSError as error:
-                message = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
+                fault = os_errors.device(error, folder)
+                unwritten = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
+                message = fault.text if fault else unwritten
                 self.error = MachineError(message if self._is_current() else SUPERSEDED)
             except Exception as error:  # an AtomError or a bug
                 self.error = error

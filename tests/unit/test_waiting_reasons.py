@@ -1,0 +1,101 @@
+"""Each reason for which Slurm lets a job wait has its own sentence, and those that need a person are alerts. The reasons are
+those of Slurm's own list: as recorded, and as the installed Slurm has it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.graph.run import NodeStatus
+from pipeline.launch import diagnoses, slurm_client, waiting_reasons
+from pipeline.launch.slurm_client import Answers, Job, NoAnswer
+from pipeline.operations import alerts
+from pipeline.operations.alerts import Thresholds
+from tests.fixtures import slurm_reason_fixtures
+from tests.fixtures.slurm_reason_fixtures import CONTROLLER, TABLE, Known, explained, installed, reasons, recorded
+
+
+def test_each_reason_has_the_sentence_and_the_alert_of_the_table() -> None:
+    """After a change that is meant: python -m tests.fixtures.slurm_reason_fixtures."""
+    assert TABLE.read_text().splitlines() == list(slurm_reason_fixtures.table())
+
+
+@pytest.mark.parametrize("reason", [reason for reason in reasons() if reason != "None"])
+def test_a_reason_is_known_and_quoted(reason: str) -> None:
+    row, sentence = explained(reason)
+    matching = [each.name for each in waiting_reasons.TABLE if waiting_reasons.fits(each, reason)]
+    assert matching == [row.name], "one row, so that their order does not matter"
+    assert sentence.endswith(f" ({reason})")
+    assert "{" not in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize("reason", ["PartitionFrozen", "QOSMaxQubitsPerJob", "ReqNodeNotAvail, Gone fishing", "Held"])
+def test_a_new_reason_is_unknown(reason: str) -> None:
+    row, sentence = explained(reason)
+    assert row is waiting_reasons.UNKNOWN and not row.alert
+    assert sentence == f"Slurm names a reason that atom does not know; see `scontrol show job 7` ({reason})"
+
+
+def test_no_reason_is_recognized_by_a_part_of_it() -> None:
+    for reason in (reason for reason in reasons() if reason != "None"):
+        for other in (f"{reason}Again", f"No{reason}"):
+            if other not in reasons():
+                row, _ = explained(other)
+                open_ended = row.name == "unavailable nodes" or "has ended" in other
+                assert row is waiting_reasons.UNKNOWN or open_ended, other
+
+
+def test_the_installed_slurm_has_no_reason_that_is_taken_for_another() -> None:
+    names = installed("job_state_reason_string")
+    if not names:
+        pytest.skip("there is no Slurm on this machine")
+    new = set(names) - set(recorded("reasons.txt"))
+    assert {explained(name)[0].name for name in new} <= {"unknown"}, new
+    controller = CONTROLLER.read_bytes()
+    assert [text for text in recorded("texts.txt") if text.encode() not in controller] == []
+
+
+def test_each_state_of_slurm_is_one_of_a_living_job_or_has_a_sentence() -> None:
+    for state in [*recorded("states.txt"), *installed("job_state_string", flags=True)]:
+        ended = state == "COMPLETED" or state == "FAILED" or diagnoses.of_job(state, "0:0") is not None
+        assert (state in slurm_client.LIVING) != ended, state
+
+
+def test_only_a_job_that_waits_is_explained() -> None:
+    assert waiting_reasons.explain(Job("7", "RUNNING", "Priority"), Known()) is None
+    assert waiting_reasons.explain(Job("7", "PENDING", ""), Known()) is None
+    held = waiting_reasons.explain(Job("7", "REQUEUE_HOLD", "job requeued in held state"), Known())
+    assert held is not None and held[0].alert
+
+
+class Silent(Answers):
+    def unavailable_nodes(self) -> str:
+        raise NoAnswer("sinfo failed")
+
+    def reservation(self, name: str | None) -> str:
+        raise NoAnswer("scontrol failed")
+
+
+def test_without_further_answers_the_sentence_names_the_command() -> None:
+    for reason, command in (("NodeDown", "sinfo -R"), ("Reservation", "scontrol show reservation")):
+        explanation = waiting_reasons.explain(Job("7", "PENDING", reason), Silent())
+        assert explanation is not None and f"see `{command}`" in explanation[1]
+
+
+def status(reason: str, since: float, number: int = 1) -> NodeStatus:
+    row, sentence = explained(reason)
+    name = f"stage{number}"
+    alert = row.name if row.alert else None
+    return NodeStatus(name, f"{name}-0", "pending", reason=sentence, alert=alert, waits_since=since)
+
+
+@pytest.mark.parametrize("line", TABLE.read_text().splitlines())
+def test_what_needs_a_person_is_one_alert(line: str) -> None:
+    """At once, and the rest after a day; one for all jobs that wait for the same."""
+    reason, alert, sentence = line.split("\t")
+    stages = [status(reason, since=1000.0, number=number) for number in range(3)]
+    at_once = list(alerts._of_jobs(stages, 1000.0, Thresholds()))
+    assert len(at_once) == bool(alert)
+    for each in at_once:
+        assert each.text == f"stage stage0: {sentence}; the same holds for 2 stages more"
+    later = list(alerts._of_jobs(stages, 1000.0 + 86_500, Thresholds()))
+    assert len(later) == 1 and (alert or later[0].kind == "long wait")
