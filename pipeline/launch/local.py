@@ -263,6 +263,8 @@ class LocalLauncher:
         # `env` becomes the stage's process, without denied variables
         options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
         options.append(f"ATOM_HOME={self.store.home}")
+        environment = node.stage.needs(node.config).environment
+        options += [f"{name}={value}" for name, value in environment.items() if name not in os.environ]
         executor = submitit.LocalExecutor(folder / "submitit", python=shlex.join(["env", *options, sys.executable]))
         executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
         executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides all GPUs

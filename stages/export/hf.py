@@ -29,6 +29,7 @@ from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Sta
 from pipeline.core.store import Artifact
 from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
+from stages.mcore.gpu_environment import variables
 from stages.mcore.lora import Lora
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.param_names import BUFFERS
@@ -259,5 +260,6 @@ def _write(path: Path, value: Any) -> None:
 
 STAGE = Stage(
     "export", VERSION, ExportConfig, run, estimate=estimate,
-    obstacle=lambda config: config.model.export_obstacle(), imports=("stages.export.comparison", *TRAINING_LIBRARIES),
+    obstacle=lambda config: config.model.export_obstacle(), environment=lambda config: variables(),
+    imports=("stages.export.comparison", *TRAINING_LIBRARIES),
 )  # fmt: skip

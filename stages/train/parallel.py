@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.errors import AtomError, PeerLost
-from stages.mcore import gpu, moe_metrics
+from stages.mcore import gpu, gpu_environment, moe_metrics
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     RotaryEmbedding,
@@ -105,8 +105,8 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
 
     On CPU a rank computes on one thread with deterministic kernels: its sums have the same bits every time.
     timeout: seconds after which a collective that some rank did not join fails.
-    Raises AtomError if the number of processes is not the layout's or if ranks share a GPU, PeerLost when another rank
-    is lost.
+    Raises AtomError if the number of processes is not the layout's, if this process lacks an environment variable that
+    its GPU needs, or if ranks share a GPU; PeerLost when another rank is lost.
     """
     layout = layout or Layout()
     rank, world = rank_and_world()
@@ -117,9 +117,10 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        gpu_environment.require(layout)
         torch.cuda.set_device(gpu.number(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
     rendezvous: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(seconds=timeout)}
-    kernels = gpu.settings(layout) if on_gpu else _deterministic_cpu()
+    kernels = gpu.deterministic_kernels(layout.deterministic) if on_gpu else _deterministic_cpu()
     with warnings.catch_warnings(), kernels, _no_tf32(), _peer_errors(rank):
         # deprecation warnings between Megatron and PyTorch, which are useless in this log
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
@@ -208,18 +209,10 @@ def _peer_errors(rank: int) -> Iterator[None]:
 @contextmanager
 def _deterministic_cpu() -> Iterator[None]:
     """One CPU thread and deterministic kernels."""
-    deterministic: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
-    saved = (
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        deterministic.fill_uninitialized_memory,
-    )
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # it only slows `torch.empty` down
     try:
-        yield
+        with gpu.deterministic_kernels(True):
+            yield
     finally:
-        torch.set_num_threads(saved[0])
-        torch.use_deterministic_algorithms(saved[1])
-        deterministic.fill_uninitialized_memory = saved[2]
+        torch.set_num_threads(threads)

@@ -102,6 +102,30 @@ def test_a_container_gets_the_variables_of_the_job_whatever_its_image_sets(
     assert not [word for word in assignments if word.startswith(absent)]
 
 
+@pytest.mark.parametrize("kind", ["no container", "pyxis", "apptainer"])
+@pytest.mark.parametrize("tasks", [0, 3])
+def test_a_stage_has_its_variables_before_python_starts(
+    kind: str, tasks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the profile and of a module take precedence; an image's do not."""
+    srun = 'printf "%s\\n" "$@" >> "$PLACE/words"; env >> "$PLACE/words"; exit 9'
+    monkeypatch.setitem(batch_fixtures.STUBS, "srun", srun)
+    monkeypatch.setitem(batch_fixtures.STUBS, "module", "exit 0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+    settings: dict[str, Any] = {"modules": ["nccl"], "environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}}
+    if kind != "no container":
+        settings["container"] = {"kind": kind, "image": "/images/atom", "python": "/venv/python"}
+    text = script(Slurm.model_validate({**SLURM, **settings}), tmp_path, environment=environment, tasks=tasks).text()
+    module = "module() { export NCCL_ALGO=Tree; }\n"
+    end_of(tmp_path, text.replace("\nmodule load", f"\n{module}module load", 1), SLURM_ARRAY_JOB_ID="7")
+    words = (tmp_path / "words").read_text().splitlines()
+    if kind != "no container":
+        words = words[words.index("env") + 1 : words.index("/venv/python")]
+    expected = {"CUDA_DEVICE_MAX_CONNECTIONS=8", "CUBLAS_WORKSPACE_CONFIG=:4096:8", "NCCL_ALGO=Tree"}
+    assert {word for word in words if word.partition("=")[0] in environment} == expected
+
+
 def test_the_script_of_a_job_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin:/bin", "SITE": "north wing", "EDITOR": "vi"})
     settings: dict[str, Any] = {
