@@ -21,7 +21,7 @@ from pipeline.core.stage import ServerSearch
 from pipeline.core.store import Store
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
-from pipeline.launch import bad_nodes, clean_environment, diagnoses
+from pipeline.launch import bad_nodes, clean_environment, diagnoses, preflight
 from pipeline.launch.cluster_profile import Allocation, Resources, Servers, Slurm
 from pipeline.launch.decision import Decision
 from pipeline.launch.local import JOB_ENVIRONMENT
@@ -89,6 +89,7 @@ class BatchScript:
             container_variables=(*self.stage_variables, *self.variables, *of_profile) if self.has_image else (),
             decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "relaunch", "failed")},
             relaunch_variable=RELAUNCH_VARIABLE,
+            open_files=preflight.OPEN_FILES,
             diagnoses=diagnoses.script_values(),
             check_failed={"kind": Kind.CHECK, "exit_code": Kind.CHECK.exit_code},
             failed_exit_code=Kind.USER.exit_code,

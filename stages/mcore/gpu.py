@@ -11,8 +11,8 @@ import torch
 from stages.mcore import gpu_environment
 from stages.mcore.parallel_layout import Layout
 
-BACKENDS = "cpu:gloo,cuda:nccl"
-"""torch.distributed's backends with GPUs, by the device of a tensor."""
+BACKEND = "nccl"
+"""torch.distributed's backend with GPUs, of the default group and of each of Megatron's."""
 
 
 def device() -> torch.device:

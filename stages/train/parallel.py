@@ -45,6 +45,8 @@ class Ranks:
     data_ranks: int
     counts_loss: bool
     """Whether this rank's loss enters the sum: one rank for each share of the tokens."""
+    objects: dist.ProcessGroup | None = field(default=None, compare=False)
+    """All ranks as a group of gloo, for objects and for tensors of the host; None: the default group is one."""
     wrapped: list[DistributedDataParallel] = field(default_factory=list, compare=False)
     """The DDP modules of the session, which are cleared at its end."""
 
@@ -71,7 +73,7 @@ class Ranks:
         if self.world == 1:
             return value
         tensor = torch.tensor([value])  # on CPU, by gloo: it waits for no kernel of a GPU
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.objects)
         return int(tensor.item())
 
     def from_first(self, value: T) -> T:
@@ -79,7 +81,7 @@ class Ranks:
         if self.world == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.objects)
         return values[0]
 
     def gather(self, value: T) -> list[T]:
@@ -87,7 +89,7 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.objects)
         return values
 
     def barrier(self) -> None:
@@ -126,15 +128,13 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         ranks: Ranks | None = None
         failed = False
-        # Objects and flags travel by gloo, tensors of a GPU by NCCL. Naming the device here (`device_id`) would build
-        # NCCL's communicators of all of Megatron's groups at once, of which most layouts use a few.
-        dist.init_process_group(gpu.BACKENDS if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
+        # Naming the device here (`device_id`) would build NCCL's communicators of all of Megatron's groups at once, of
+        # which most layouts use a few.
+        dist.init_process_group(gpu.BACKEND if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
         try:
-            if on_gpu and world > 1:
-                _require_own_gpu()
-            parallel_state.initialize_model_parallel(
-                **layout.group_sizes, distributed_timeout_minutes=math.ceil(timeout / 60)
-            )
+            objects = create_groups(layout, timeout, on_gpu)
+            if objects is not None:
+                _require_own_gpu(objects)
             tensor_parallel.model_parallel_cuda_manual_seed(
                 seed, use_cudagraphable_rng=layout.cuda_graphs, force_reset_rng=layout.cuda_graphs
             )
@@ -145,6 +145,7 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
                 parallel_state.get_data_parallel_rank(),
                 parallel_state.get_data_parallel_world_size(),
                 parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0,
+                objects,
             )
             yield ranks
         except Exception:
@@ -157,11 +158,29 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
                 _destroy_groups(ranks)
 
 
-def _require_own_gpu() -> None:
+def create_groups(layout: Layout, timeout: float, on_gpu: bool) -> dist.ProcessGroup | None:
+    """Creates Megatron's groups, of the default group's backend. Returns a group of gloo for objects, or None if the
+    default group is one or there is one rank.
+
+    gloo connects each rank of a group with each other one: hundreds of sockets for each group of a large layout. So it
+    has one group only, and Megatron's own groups of gloo, which its checkpoints would use, are left out.
+    """
+    objects: dist.ProcessGroup | None = None
+    if on_gpu and layout.ranks > 1:
+        objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    parallel_state.initialize_model_parallel(
+        **layout.group_sizes,
+        distributed_timeout_minutes=math.ceil(timeout / 60),
+        create_gloo_process_groups=False,
+    )
+    return objects
+
+
+def _require_own_gpu(objects: dist.ProcessGroup) -> None:
     """Raises AtomError on every rank if two of them have the same GPU."""
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
     places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (socket.gethostname(), str(uuid)))
+    dist.all_gather_object(places, (socket.gethostname(), str(uuid)), group=objects)
     if problem := gpu.sharing(places):
         raise AtomError(problem)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from pipeline.core import provenance
@@ -159,6 +161,25 @@ def test_what_a_gpu_refuses_is_refused_and_waits_are_counted() -> None:
         assert not emulated_gpu.WAITS
         assert (x.sum().item(), x[x > 4].shape, x.cpu().tolist()) == (30.0, (3,), [[0, 2, 4], [6, 8, 10]])
         assert emulated_gpu.WAITS == {"aten::_local_scalar_dense": 1, "aten::index": 1, "aten::_to_copy": 1}
+
+
+@pytest.mark.usefixtures("without_cuda")
+def test_a_group_takes_tensors_of_its_backend_alone(request: pytest.FixtureRequest) -> None:
+    """NCCL those of the device, gloo those of the host; PyTorch moves objects by itself."""
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group(emulated_gpu.NCCL, rank=0, world_size=1, store=dist.HashStore())
+    request.addfinalizer(dist.destroy_process_group)
+    objects = dist.new_group(backend="gloo")
+    device, host = emulated_gpu.OnGpu(torch.ones(2)), torch.ones(2)
+    with emulated_gpu.emulated():
+        dist.all_reduce(device)
+        dist.all_reduce(host, group=objects)
+        for tensor, group, kind in ((host, None, "cpu"), (device, objects, "cuda")):
+            with pytest.raises(RuntimeError, match=f"No backend type associated with device type {kind}"):
+                dist.all_reduce(tensor, group=group)
+        values: list[Any] = [None]
+        emulated_gpu.of_objects(dist.all_gather_object)(values, "value")
+        assert values == ["value"]
 
 
 @pytest.mark.usefixtures("without_cuda")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,6 @@ OF_PROFILES = {
         "#SBATCH --signal=USR2@300",
         "module load cuda/12.8\ncheck_setup $? 'module cuda/12.8'\nmodule load nccl\n",
         "export NCCL_SOCKET_IFNAME=ib0\n",
-        "ulimit -n 65536\n",
     ],
 }
 
@@ -100,6 +100,18 @@ def test_a_container_gets_the_variables_of_the_job_whatever_its_image_sets(
     assert {f"{name}={value}" for name, value in values.items()} <= set(assignments)
     absent = ("PATH=", "NOT_SET=", *(() if kind == "pyxis" else ("NCCL_IB_HCA=",)))
     assert not [word for word in assignments if word.startswith(absent)]
+
+
+@pytest.mark.parametrize("hard", [900, None])
+def test_each_job_may_open_many_files(hard: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the hard limit allows, whatever soft limit the login node has handed on."""
+    monkeypatch.setitem(batch_fixtures.STUBS, "srun", 'ulimit -Sn >> "$PLACE/limit"; exit 9')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    of_this_machine = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    text = f"ulimit -Sn 800\nulimit -Hn {hard or 'hard'}\n{script(Slurm.model_validate(SLURM), tmp_path).text()}"
+    end_of(tmp_path, text)
+    expected = hard or (65536 if of_this_machine == resource.RLIM_INFINITY else min(of_this_machine, 65536))
+    assert (tmp_path / "limit").read_text().splitlines()[0] == str(expected)
 
 
 @pytest.mark.parametrize("kind", ["no container", "pyxis", "apptainer"])
@@ -177,6 +189,7 @@ export PYTHONPATH=/code
 export PYTHONSAFEPATH=1
 export ATOM_HOME=/shared/atom
 export A='it'"'"'s'
+ulimit -Sn 65536 2> /dev/null || ulimit -Sn hard  # srun hands it on
 
 job=$SLURM_JOB_ID
 start=${SLURM_RESTART_COUNT:-0}
