@@ -25,7 +25,15 @@ import torch.distributed as dist
 
 from stages.rl import weights
 from stages.rl.protocols import Sampler
-from stages.rl.samplers.vllm_worker.atom_group import WORKERS, Group, Packet, connect, packets, view
+from stages.rl.samplers.vllm_worker.atom_group import (
+    WORKERS,
+    Group,
+    Packet,
+    connect,
+    nccl_version,
+    packets,
+    view,
+)
 from stages.rl.samplers.vllm_worker.atom_index import policy_digest
 from stages.rl.weights import Sender, Tensors, Weights
 from stages.train.parallel import Ranks
@@ -95,8 +103,11 @@ class Broadcast(Sender):
             host = os.environ["MASTER_ADDR"]
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
         self.stores[server] = store
-        address, device = f"{host}:{store.port}", self.ranks.device.type
-        return {"store": address, "ranks": len(self.senders), "seconds": SECONDS, "device": device}
+        device = self.ranks.device
+        return {
+            "store": f"{host}:{store.port}", "ranks": len(self.senders), "seconds": SECONDS, "device": device.type,
+            "nccl": nccl_version(device),
+        }  # fmt: skip
 
     def give_up(self, invitation: Mapping[str, Any]) -> None:
         with suppress(RuntimeError):  # the store is gone: nobody waits any more

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atom_group import PATIENCE, WORKERS, Group, connect, packets, view  # type: ignore[import-not-found]
+from atom_group import PATIENCE, WORKERS, Group, connect, other_nccl, packets, view  # type: ignore[import-not-found]
 from atom_index import (  # type: ignore[import-not-found]
     HEAD,
     TABLE,
@@ -40,13 +40,14 @@ NAME = "atom"
 class Model(WeightTransferInitInfo):  # type: ignore[misc]
     """sizes: entries of the trainer's config.json that the server's model must have too. For broadcasts, store: host
     and port of the group's store; ranks: of the trainer in the group; seconds: within which it must form, and each
-    broadcast end on the ranks; device: the type of the trainer's."""
+    broadcast end on the ranks; device: the type of the trainer's; nccl: the release of the trainer's NCCL."""
 
     sizes: dict[str, Any]
     store: str | None = None
     ranks: int = 0
     seconds: float = 0.0
     device: str = "cpu"
+    nccl: str = ""
 
 
 @dataclass
@@ -82,6 +83,8 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
         if info.store is not None:
             if self.device.type != info.device:
                 raise Refused(f"it computes on {self.device.type}, and the trainer on {info.device}; use the folder")
+            if sentence := other_nccl(info.nccl, self.device):
+                raise Refused(sentence)
             store, parallel = connect(info.store, info.seconds), self.parallel_config
             workers = parallel.world_size * parallel.data_parallel_size
             store.set(WORKERS, str(workers))
