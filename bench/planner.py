@@ -117,13 +117,15 @@ def hours_errors() -> list[float]:
 
 
 def fp8_on_h100() -> None:
-    """Prints whether FP8 has been seen to pay on H100, which is what the recipes go by, and what the model gives for
-    the same layout in either, without CUDA graphs and hidden traffic."""
+    """Prints whether FP8 has been seen to pay on H100, which is what the recipes go by: the best published figures on
+    mock data without hidden traffic, and what the model gives for the same layout in either, without CUDA graphs."""
     print(f"\n{'TFLOP/s of an H100':38}{'bf16':>8}{'fp8':>8}{'fp8 / bf16':>12}{'by the model':>14}")
     by_model: dict[str, dict[str, float]] = {}
     for row in anchors():
-        if row["system"] == "H100" and row["run"] == "tuned" and "before" not in row["model"]:
-            by_model.setdefault(row["model"], {})[row["precision"]] = float(row["tflops"])
+        on_mock_data = row["run"] in ("tuned", "held out") and row["overlap"] != "yes" and row["tflops"]
+        if row["system"] == "H100" and on_mock_data and "before" not in row["model"]:
+            figures = by_model.setdefault(row["model"], {})
+            figures[row["precision"]] = max(float(row["tflops"]), figures.get(row["precision"], 0.0))
     tuned = (run for run in throughput.runs() if run.row["system"] == "H100" and run.row["run"] == "tuned")
     described = {run.row["model"]: run for run in tuned}
     for model, figures in by_model.items():

@@ -3,7 +3,8 @@
 Command: `make lock`. It needs uv on the PATH and the Python package index.
 
 `uv pip compile` resolves pyproject.toml's extra `test` for Linux within constraints.txt. The hashes are those that the
-index states for every file of a version. Two things are added to what uv writes:
+index states for every file of a version, of those in overrides.txt instead of what a package asks for. Two things are
+added to what uv writes:
 
 - The CUDA libraries, which torch from the index needs and a CPU build does not, go into cuda.lock.
 - A CPU build of torch that pip finds in its own `find-links`, if any, gets an entry in torch-cpu.lock.
@@ -72,7 +73,7 @@ def compile_lock(python: str) -> list[str]:
 
 def compile_entries(python: str, *what: str, platform: Sequence[str] = PLATFORM, stdin: str | None = None) -> list[str]:
     command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--generate-hashes", *what]
-    command += ["--python-version", python, *platform]
+    command += ["--python-version", python, *platform, "--override", "requirements/overrides.txt"]
     text = subprocess.run(command, cwd=ROOT, check=True, input=stdin, stdout=subprocess.PIPE, text=True).stdout
     return re.split(r"\n(?=\S)", text.rstrip("\n"))
 

@@ -23,6 +23,13 @@ from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pipeline.launch.local import visible_gpus
+from stages.mcore import gpu_environment
+from tests.fixtures import layout_fixtures
+
+if visible_gpus():  # as a launcher does
+    os.environ.update(gpu_environment.missing(layout_fixtures.ANY))
+
 from pipeline.core.stage import Stage
 from pipeline.core.store import Artifact, write_manifest
 from release.assembly import build_release as builder

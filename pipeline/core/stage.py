@@ -296,12 +296,14 @@ class RankSimulation:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a stage asks of a cluster profile. ranks: processes; gpus: of each rank, on one node, of a stage that does
-    not train. A rank that trains has one where the profile has any."""
+    """What a stage asks of a cluster profile and of a launcher. ranks: processes; gpus: of each rank, on one node, of a
+    stage that does not train. A rank that trains has one where the profile has any. environment: variables that its
+    processes have from their start, unless they are set already."""
 
     ranks: int = 1
     gpus: int = 0
     trains: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 Promise = Literal["bitwise", "numeric"]
@@ -369,6 +371,8 @@ class Stage(Generic[C]):
     lack: what this machine lacks to run it, in one sentence; checked likewise, unless jobs run in a container.
     trains: whether it updates weights and needs a GPU for each rank.
     gpus: the GPUs that a rank of a stage that does not train needs on its node, such as those of a server it starts.
+    environment: variables that libraries read when they start to use a GPU, and that a launcher must therefore set
+    before Python starts; one that the profile or the user has set takes precedence.
     imports: modules that `run` imports and that take seconds to load, for a process that waits for its inputs.
     reads: the input node for each role, for a stage that a recipe adds by its name alone.
     time: the time of a training phase on GPUs; None: there is no model of it.
@@ -389,6 +393,7 @@ class Stage(Generic[C]):
     ranks: Callable[[C], int] = lambda config: 1
     trains: bool = False
     gpus: Callable[[C], int] = lambda config: 0
+    environment: Callable[[C], Mapping[str, str]] = lambda config: {}
     imports: tuple[str, ...] = ()
     time: Callable[[C, Accelerator], TrainingTime] | None = None
     simulate: Callable[[C, int], RankSimulation] | None = None
@@ -399,5 +404,5 @@ class Stage(Generic[C]):
     serve: Callable[[C, ServerPlace], None] | None = None
 
     def needs(self, config: C) -> Needs:
-        """What a stage of this config asks of a cluster profile."""
-        return Needs(self.ranks(config), self.gpus(config), self.trains)
+        """What a stage of this config asks of a cluster profile and of a launcher."""
+        return Needs(self.ranks(config), self.gpus(config), self.trains, self.environment(config))

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from pipeline.core.stage import ServerSearch
 from pipeline.core.store import Store
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
-from pipeline.launch import bad_nodes, clean_environment, diagnoses
+from pipeline.launch import bad_nodes, clean_environment, diagnoses, preflight
 from pipeline.launch.cluster_profile import Allocation, Resources, Servers, Slurm
 from pipeline.launch.decision import Decision
 from pipeline.launch.local import JOB_ENVIRONMENT
@@ -40,6 +40,7 @@ class BatchScript:
 
     sbatch_options: without their dashes; True for one that takes no value.
     forwarded_variables: of the process that submits; set before the modules. variables: set after them.
+    stage_variables: that the stage needs; set in between, unless a module has set them.
     setup: lines of shell. python: the shell command for Python, perhaps in a container. has_image: whether that has an
     image whose variables would take precedence over the job's.
     submitit_folder: folder of the job's pickle and logs. launches_folder: folder of the launches.
@@ -72,6 +73,7 @@ class BatchScript:
     notified_folder: Path
     nodes_folder: Path
     avoid_seconds: int
+    stage_variables: Mapping[str, str] = field(default_factory=dict)
     relaunches: int = 0
     relaunch_seconds: int = 0
     step_nodes: int = 1
@@ -91,9 +93,10 @@ class BatchScript:
             non_secret_parts=clean_environment.NON_SECRET_PARTS,
             secret_names=clean_environment.SECRET_NAMES,
             allowed_names=tuple(dict.fromkeys((*clean_environment.ALLOWED, *self.forwarded_variables))),
-            container_variables=(*self.variables, *of_profile) if self.has_image else (),
+            container_variables=(*self.stage_variables, *self.variables, *of_profile) if self.has_image else (),
             decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "relaunch", "failed")},
             relaunch_variable=RELAUNCH_VARIABLE,
+            open_files=preflight.OPEN_FILES,
             diagnoses=diagnoses.script_values(),
             no_home_exit_code=diagnoses.NO_HOME_CODE,
             with_home=shlex.join(
@@ -129,7 +132,8 @@ def batch_script(
     wait for, however it ends. server_job: that of its first server, which must have started. Raises RecipeError if the
     ranks do not fill nodes equally, or if a variable to forward looks like a secret.
     """
-    allocation = slurm.allocation(node.name, node.stage.needs(node.config))
+    needs = node.stage.needs(node.config)
+    allocation = slurm.allocation(node.name, needs)
     options = _sbatch_options(slurm, allocation.jobs, allocation.all_nodes, allocation.ranks_per_node,
                               allocation.cpus_per_task, allocation.requested_gpus_per_node)  # fmt: skip
     conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
@@ -142,6 +146,7 @@ def batch_script(
     if allocation.spare_nodes:
         options["no-kill"] = True  # Slurm takes a lost node out of the job, and leaves the job its other nodes
     script = _script(store, run, node, slurm, allocation.jobs, code, "shards" if tasks else "", options)
+    script = replace(script, stage_variables=needs.environment)
     if not tasks:
         script = _with_relaunches(script, slurm, allocation)
     if not tasks and (servers := servers_of(slurm, node)):

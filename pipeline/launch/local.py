@@ -22,7 +22,7 @@ from pipeline.core.progress import Display
 from pipeline.core.store import Store
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import Run
-from pipeline.launch import clean_environment
+from pipeline.launch import clean_environment, preflight
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Profile
 from pipeline.launch.early_start import EarlyStart
@@ -260,6 +260,8 @@ class LocalLauncher:
         # `env` becomes the stage's process, without denied variables
         options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
         options.append(f"ATOM_HOME={self.store.home}")
+        environment = node.stage.needs(node.config).environment
+        options += [f"{name}={value}" for name, value in environment.items() if name not in os.environ]
         executor = submitit.LocalExecutor(folder / "submitit", python=shlex.join(["env", *options, sys.executable]))
         executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
         executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides all GPUs
@@ -357,7 +359,9 @@ def visible_gpus() -> list[int]:
 
 
 def prepare_environment() -> None:
-    """Sets the variables that affect bytes before the first job starts, because jobs inherit this environment."""
+    """Sets the variables that affect bytes and the limit of open files before the first job starts, which inherits
+    them."""
+    preflight.allow_open_files()
     os.environ.update(JOB_ENVIRONMENT)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of a surrounding launcher, not of the stage's ranks

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import socket
 import time
@@ -35,21 +36,48 @@ POLL = 0.1
 LOOK_SECONDS = 1.0
 """How often a waiting rank looks whether another one has failed."""
 LONGEST_LINE = 65536
+OPEN_FILES = 65536
+"""The files and sockets that each process may have open, where the node's hard limit allows so many; the job's script
+asks for as many."""
+
+
+def least_open_files(ranks: int) -> int:
+    """The fewest open files that a rank of so many needs. gloo connects it with each other rank, and with rank 0 once
+    more, where the ranks meet; the rest is for NCCL and data."""
+    return 512 + 4 * ranks
+
+
+def allow_open_files() -> int:
+    """Lets this process and its children have OPEN_FILES open, or as many as the hard limit allows. Returns the limit
+    then in force."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= possible:
+        return OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+    return possible
 
 
 def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Failure | None:
     """The problem of a node of this launch, in one sentence with its name; on a rank other than 0, the reason why it
     could not report to rank 0. None without a problem."""
-    problem = check_node(home, free_gb, scratch)
+    problem = check_node(home, free_gb, scratch, ranks.size)
     if ranks.rank:
         text = _send_report(ranks, problem)
         return None if text is None else Failure(text)
     return problem if problem is not None or ranks.size == 1 else _gather_reports(ranks)
 
 
-def check_node(home: Path, free_gb: float, scratch: str | None) -> Failure | None:
-    """The problem of this node, if any. The node is named as bad, except for a problem of $ATOM_HOME: all share it."""
+def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) -> Failure | None:
+    """The problem of this node, if any. The node is named as bad, except for a problem of $ATOM_HOME: all share it.
+    ranks: processes of the job."""
     name = node_name()
+    if (limit := allow_open_files()) < (least := least_open_files(ranks)):
+        return Failure(
+            f"node {name} lets a process have {limit} files open, and one of {ranks} ranks needs {least}; have its "
+            "hard limit raised (ulimit -Hn, LimitNOFILE of slurmd)",
+            bad_node=name,
+        )
     for folder in [home, *([Path(scratch)] if scratch else [])]:
         try:
             free = shutil.disk_usage(folder).free / 1e9

@@ -228,6 +228,7 @@ STAGE = Stage(
     promise=lambda c: _reader(c).engine.promise,
     lack=lambda c: _reader(c).engine.lack_of(SETTING),
     gpus=lambda c: _reader(c).engine.gpus,
+    environment=lambda c: _reader(c).engine.environment,
     estimate=estimate,
     shards=lambda c: c.source.parts,
     run_shard=run_shard,

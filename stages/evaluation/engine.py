@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import LongLine, Range
 from pipeline.core.stage import Config, Promise, added, operational
+from stages.mcore import gpu_environment
 from stages.rl.samplers import vllm_server
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class Engine(Config):
     def promise(self) -> Promise:
         """The promise of a stage with this engine."""
         return "bitwise" if self.kind == "in-process" else "numeric"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of a process that computes with it: those of a GPU, which a server's process chooses itself."""
+        return gpu_environment.variables() if self.kind == "in-process" else {}
 
     @property
     def lack(self) -> str | None:

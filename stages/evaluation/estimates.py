@@ -120,6 +120,7 @@ def of_engine(models: int = 1) -> dict[str, Any]:
         "estimate": lambda config: estimate(config.expected, models, config.engine),
         "shards": lambda config: shards(config.expected, models, config.engine),
         "gpus": lambda config: config.engine.gpus,
+        "environment": lambda config: config.engine.environment,
         "promise": lambda config: config.engine.promise,
         "lack": lambda config: config.engine.lack,
     }

@@ -137,9 +137,8 @@ def language_model(folder: Path) -> Any:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise AtomError(f"the harness is not installed ({error}); run pip install 'atom-release[harness]'") from None
-    import torch
-
     from stages.data.tokenizer import END, without_special
+    from stages.mcore import gpu
 
     class Published(HFLM):  # type: ignore[misc, unused-ignore]
         """Ends an answer like the release's evaluation: at the end of a document, with all tokens in the text."""
@@ -152,8 +151,7 @@ def language_model(folder: Path) -> Any:
             end_token = self.tokenizer.convert_tokens_to_ids(END)
             return super()._model_generate(context, max_length, stop, eos_token_id=end_token, **settings)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Published(str(folder.resolve()), dtype="float32", device=device, batch_size=BATCH)
+    model = Published(str(folder.resolve()), dtype="float32", device=gpu.start().type, batch_size=BATCH)
     model.tokenizer = without_special(model.tokenizer)
     return model
 

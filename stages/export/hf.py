@@ -29,6 +29,7 @@ from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Sta
 from pipeline.core.store import Artifact
 from stages.data.tokenizer import CONFIG_FILE, TOKENIZER_FILES
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
+from stages.mcore.gpu_environment import variables
 from stages.mcore.lora import Lora
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.param_names import BUFFERS
@@ -275,5 +276,6 @@ def _json(value: Any) -> str:
 
 STAGE = Stage(
     "export", VERSION, ExportConfig, run, estimate=estimate,
-    obstacle=lambda config: config.model.export_obstacle(), imports=("stages.export.comparison", *TRAINING_LIBRARIES),
+    obstacle=lambda config: config.model.export_obstacle(), environment=lambda config: variables(),
+    imports=("stages.export.comparison", *TRAINING_LIBRARIES),
 )  # fmt: skip

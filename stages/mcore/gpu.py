@@ -1,22 +1,33 @@
-"""The GPU of a rank: which one it is, and the settings of CUDA's libraries. Without CUDA, nothing changes."""
+"""The GPU of a rank: which one it is, and PyTorch's switches. Without CUDA, nothing changes."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from stages.mcore import gpu_environment
 from stages.mcore.parallel_layout import Layout
 
-BACKENDS = "cpu:gloo,cuda:nccl"
-"""torch.distributed's backends with GPUs, by the device of a tensor."""
+BACKEND = "nccl"
+"""torch.distributed's backend with GPUs, of the default group and of each of Megatron's."""
 
 
 def device() -> torch.device:
     """The device of this process's tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start(layout: Layout | None = None) -> torch.device:
+    """The device of this process, before its first tensor is there. layout: of the rank; None: one GPU.
+
+    Raises AtomError if it is a GPU and the process was started without the variables of the layout.
+    """
+    if torch.cuda.is_available():
+        gpu_environment.require(layout)
+    return device()
 
 
 def number(local_rank: int, visible: int) -> int:
@@ -40,44 +51,21 @@ def sharing(places: Sequence[tuple[str, str]]) -> str | None:
     return None
 
 
-def variables(layout: Layout) -> dict[str, str]:
-    """The environment variables of CUDA, NCCL and Transformer Engine for a layout. What is already set is kept."""
-    chosen = {
-        # Steps differ in width and in the tokens of each expert; segments that grow do not fragment the memory.
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        # One hardware queue keeps the order of kernels and collectives, on which the overlap of tensor- and
-        # context-parallel communication relies before Blackwell; otherwise many queues overlap more.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1" if layout.tp > 1 or layout.cp > 1 else "32",
-    }
-    if layout.ranks > 1:
-        # Norm kernels leave multiprocessors to the collectives that run beside them.
-        chosen |= {"NVTE_FWD_LAYERNORM_SM_MARGIN": "20", "NVTE_BWD_LAYERNORM_SM_MARGIN": "20"}
-    if layout.cuda_graphs:
-        # NCCL would register the buffers of a graph, which segments that grow may move; Megatron-core refuses both.
-        chosen["NCCL_GRAPH_REGISTER"] = "0"
-    if layout.deterministic:
-        chosen |= {
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # one workspace a stream, so that cuBLAS splits its sums alike
-            "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # no attention kernels that add atomically
-            "NCCL_ALGO": "Ring",  # one order of adding, whatever NCCL would choose for a size
-        }
-    return chosen
-
-
 @contextmanager
-def settings(layout: Layout) -> Iterator[None]:
-    """Sets `variables` and PyTorch's switches, and restores them. CUDA reads its variables when it starts, so the first
-    session of a process decides."""
-    added = {name: value for name, value in variables(layout).items() if name not in os.environ}
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    os.environ.update(added)
-    torch.use_deterministic_algorithms(layout.deterministic)
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Chooses whether PyTorch uses deterministic kernels only, and restores the choice.
+
+    With them, PyTorch would also fill the memory of each `torch.empty`, which only costs time.
+    """
+    deterministic: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(wanted)
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was_deterministic)
-        for name in added:
-            del os.environ[name]
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -71,8 +71,8 @@ class Layout(Config):
     )
     deterministic: Flag = Field(
         default=False,
-        description="only with GPUs, slower: kernels and collectives that add in one order, so that a repeated step "
-        "has the same bits (CPU ranks always have)",
+        description="only with GPUs, slower: kernels and collectives that add in one order, for equal bits of a "
+        "repeated step (CPU ranks always have; not yet shown on a GPU)",
     )
 
     @property

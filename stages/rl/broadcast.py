@@ -35,6 +35,7 @@ from stages.rl.samplers.vllm_worker.atom_group import (
     Packet,
     SignedStore,
     connect,
+    nccl_version,
     packets,
     view,
 )
@@ -115,8 +116,11 @@ class Broadcast(Sender):
             timeout=timedelta(seconds=SECONDS), master_listen_fd=listener.detach(),
         )  # fmt: skip
         self.keys[server] = sign(secret, GROUP, nonce)
-        device = self.ranks.device.type
-        return {"store": address, "nonce": nonce, "ranks": len(self.senders), "seconds": SECONDS, "device": device}
+        device = self.ranks.device
+        return {
+            "store": address, "nonce": nonce, "ranks": len(self.senders), "seconds": SECONDS, "device": device.type,
+            "nccl": nccl_version(device),
+        }  # fmt: skip
 
     def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
         with suppress(RuntimeError):  # the store is gone: nobody waits any more

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
+from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import DpoTrainConfig, lack
 from stages.rl.rlvr import simulate
@@ -46,6 +47,7 @@ STAGE = Stage(
     "dpo", VERSION, DpoTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
     lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    environment=lambda c: variables(c.phase.parallelism),
     imports=("stages.rl.algorithms.preferences", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
     simulate=simulate, time=estimates.update_time,

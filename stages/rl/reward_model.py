@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
+from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import RewardTrainConfig
 from stages.rl.rlvr import simulate
@@ -36,6 +37,7 @@ def estimate(config: RewardTrainConfig) -> Estimate:
 STAGE = Stage(
     "reward", VERSION, RewardTrainConfig, run, estimate=estimate,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    environment=lambda c: variables(c.phase.parallelism),
     imports=("stages.rl.algorithms.preferences", *TRAINING_LIBRARIES),
     simulate=simulate, time=estimates.update_time,
 )  # fmt: skip

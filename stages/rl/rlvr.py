@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, RankSimulation, Report, Stage
+from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import RlTrainConfig, lack
 from stages.rl.samplers.registry import serve, takes_servers
@@ -58,6 +59,7 @@ STAGE = Stage(
     "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.promise,
     lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    environment=lambda c: variables(c.phase.parallelism),
     imports=("stages.rl.algorithms.grpo", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
     simulate=simulate, time=estimates.update_time,

@@ -178,6 +178,7 @@ class Engine:
                 params_dtype=megatron.params_dtype,
             ),
             self.ddp,
+            use_gloo_process_groups=False,  # which only its own checkpoints need
         )
         for part in self._distributed_optimizers()[:-1]:
             part.model_chunks = []  # each would gather all weights of its chunks: the last one does, after all updates

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.errors import AtomError, PeerLost
-from stages.mcore import gpu, moe_metrics
+from stages.mcore import gpu, gpu_environment, moe_metrics
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     RotaryEmbedding,
@@ -45,6 +45,8 @@ class Ranks:
     data_ranks: int
     counts_loss: bool
     """Whether this rank's loss enters the sum: one rank for each share of the tokens."""
+    objects: dist.ProcessGroup | None = field(default=None, compare=False)
+    """All ranks as a group of gloo, for objects and for tensors of the host; None: the default group is one."""
     wrapped: list[DistributedDataParallel] = field(default_factory=list, compare=False)
     """The DDP modules of the session, which are cleared at its end."""
 
@@ -71,7 +73,7 @@ class Ranks:
         if self.world == 1:
             return value
         tensor = torch.tensor([value])  # on CPU, by gloo: it waits for no kernel of a GPU
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.objects)
         return int(tensor.item())
 
     def from_first(self, value: T) -> T:
@@ -79,7 +81,7 @@ class Ranks:
         if self.world == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.objects)
         return values[0]
 
     def gather(self, value: T) -> list[T]:
@@ -87,7 +89,7 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.objects)
         return values
 
     def barrier(self) -> None:
@@ -105,8 +107,8 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
 
     On CPU a rank computes on one thread with deterministic kernels: its sums have the same bits every time.
     timeout: seconds after which a collective that some rank did not join fails.
-    Raises AtomError if the number of processes is not the layout's or if ranks share a GPU, PeerLost when another rank
-    is lost.
+    Raises AtomError if the number of processes is not the layout's, if this process lacks an environment variable that
+    its GPU needs, or if ranks share a GPU; PeerLost when another rank is lost.
     """
     layout = layout or Layout()
     rank, world = rank_and_world()
@@ -117,23 +119,22 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        gpu_environment.require(layout)
         torch.cuda.set_device(gpu.number(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
     rendezvous: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(seconds=timeout)}
-    kernels = gpu.settings(layout) if on_gpu else _deterministic_cpu()
+    kernels = gpu.deterministic_kernels(layout.deterministic) if on_gpu else _deterministic_cpu()
     with warnings.catch_warnings(), kernels, _no_tf32(), _peer_errors(rank):
         # deprecation warnings between Megatron and PyTorch, which are useless in this log
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         ranks: Ranks | None = None
         failed = False
-        # Objects and flags travel by gloo, tensors of a GPU by NCCL. Naming the device here (`device_id`) would build
-        # NCCL's communicators of all of Megatron's groups at once, of which most layouts use a few.
-        dist.init_process_group(gpu.BACKENDS if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
+        # Naming the device here (`device_id`) would build NCCL's communicators of all of Megatron's groups at once, of
+        # which most layouts use a few.
+        dist.init_process_group(gpu.BACKEND if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
         try:
-            if on_gpu and world > 1:
-                _require_own_gpu()
-            parallel_state.initialize_model_parallel(
-                **layout.group_sizes, distributed_timeout_minutes=math.ceil(timeout / 60)
-            )
+            objects = create_groups(layout, timeout, on_gpu)
+            if objects is not None:
+                _require_own_gpu(objects)
             tensor_parallel.model_parallel_cuda_manual_seed(
                 seed, use_cudagraphable_rng=layout.cuda_graphs, force_reset_rng=layout.cuda_graphs
             )
@@ -144,6 +145,7 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
                 parallel_state.get_data_parallel_rank(),
                 parallel_state.get_data_parallel_world_size(),
                 parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0,
+                objects,
             )
             yield ranks
         except Exception:
@@ -156,11 +158,29 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
                 _destroy_groups(ranks)
 
 
-def _require_own_gpu() -> None:
+def create_groups(layout: Layout, timeout: float, on_gpu: bool) -> dist.ProcessGroup | None:
+    """Creates Megatron's groups, of the default group's backend. Returns a group of gloo for objects, or None if the
+    default group is one or there is one rank.
+
+    gloo connects each rank of a group with each other one: hundreds of sockets for each group of a large layout. So it
+    has one group only, and Megatron's own groups of gloo, which its checkpoints would use, are left out.
+    """
+    objects: dist.ProcessGroup | None = None
+    if on_gpu and layout.ranks > 1:
+        objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    parallel_state.initialize_model_parallel(
+        **layout.group_sizes,
+        distributed_timeout_minutes=math.ceil(timeout / 60),
+        create_gloo_process_groups=False,
+    )
+    return objects
+
+
+def _require_own_gpu(objects: dist.ProcessGroup) -> None:
     """Raises AtomError on every rank if two of them have the same GPU."""
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
     places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (socket.gethostname(), str(uuid)))
+    dist.all_gather_object(places, (socket.gethostname(), str(uuid)), group=objects)
     if problem := gpu.sharing(places):
         raise AtomError(problem)
 
@@ -208,18 +228,10 @@ def _peer_errors(rank: int) -> Iterator[None]:
 @contextmanager
 def _deterministic_cpu() -> Iterator[None]:
     """One CPU thread and deterministic kernels."""
-    deterministic: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
-    saved = (
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        deterministic.fill_uninitialized_memory,
-    )
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # it only slows `torch.empty` down
     try:
-        yield
+        with gpu.deterministic_kernels(True):
+            yield
     finally:
-        torch.set_num_threads(saved[0])
-        torch.use_deterministic_algorithms(saved[1])
-        deterministic.fill_uninitialized_memory = saved[2]
+        torch.set_num_threads(threads)

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple
-from functools import partial
 from itertools import groupby
-from unittest import mock
 
 import torch
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import RankSimulation, Traffic
-from stages.mcore.megatron_imports import get_megatron_optimizer, parallel_state
+from stages.mcore.megatron_imports import parallel_state
 from stages.mcore.model import named_tensors
 from stages.mcore.simulated_rank import Collective, LiveBytes, simulated
 from stages.models.costs import Rows
@@ -62,9 +60,7 @@ def simulate_updates(
     micro_batches = max(phase.micro_batch_counts) // layout.data
     unit = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule takes them in groups
     counts = [min(micro_batches, layout.pp * layout.vpp + extra) for extra in (0, unit)]
-    # the engine wants Megatron's gloo groups for checkpoints in another format only
-    optimizer = partial(get_megatron_optimizer, use_gloo_process_groups=False)
-    with simulated(layout, rank) as machine, mock.patch.object(engines, "get_megatron_optimizer", optimizer):
+    with simulated(layout, rank) as machine:
         place = parallel_state.get_pipeline_model_parallel_rank()
         is_loss = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
         data_rank = parallel_state.get_data_parallel_rank()

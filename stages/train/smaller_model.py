@@ -12,6 +12,7 @@ from pydantic import Field
 
 from pipeline.core.bounds import Words
 from pipeline.core.stage import Inputs, Report, Stage
+from stages.mcore.gpu_environment import variables
 from stages.sizes import NAME
 from stages.train import TRAINING_LIBRARIES
 from stages.train.config import TrainConfig
@@ -42,6 +43,7 @@ def run(config: SizeConfig, inputs: Inputs, work: Path, out: Path, report: Repor
 
 STAGE = Stage(
     NAME, VERSION, SizeConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True, imports=("stages.train.text_trainer", *TRAINING_LIBRARIES),
+    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    environment=lambda c: variables(c.phase.parallelism), imports=("stages.train.text_trainer", *TRAINING_LIBRARIES),
     simulate=simulate,
 )  # fmt: skip

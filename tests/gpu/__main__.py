@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.environment import git_commit
-from tests.fixtures import ROOT, gpu_fixtures
+from stages.mcore import gpu_environment
+from tests.fixtures import ROOT, gpu_fixtures, layout_fixtures
 
 SECTIONS = ("device", "training", "fp8", "resume_export", "profile_memory", "sampler_failures", "variants")
 LIMIT = 8 * 60
@@ -80,7 +81,8 @@ def run_section(
             return earlier
     print(f"section {name}", flush=True)
     lines.write_text("")
-    env = {**os.environ, "ATOM_SOAK": "1", gpu_fixtures.RESULTS: str(lines.absolute())}
+    env = {**os.environ, **gpu_environment.missing(layout_fixtures.ANY)}  # before its Python starts
+    env |= {"ATOM_SOAK": "1", gpu_fixtures.RESULTS: str(lines.absolute())}
     began, code = time.monotonic(), None
     with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True) as process:
         try:

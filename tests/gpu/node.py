@@ -1,6 +1,6 @@
 """Steps of a packaged recipe's model in a layout, on random tokens: speed, losses, memory and a checkpoint's stall.
 
-    torchrun --nproc-per-node 8 -m tests.gpu.node atom-30b-a3b --layers 8 --layout '{"ep": 8}' --tflops 200
+    torchrun --nproc-per-node 8 -m tests.gpu.node atom-30b-a3b --layers 8 --layout '{"ep": 8}' --tflops 135
 
 docs/gpu.md lists what to run on a node of eight. Each figure is a line with its criterion, as in the kit for one GPU;
 exits with 1 if one does not hold. The step's tokens are the same in every layout, so `--losses FILE` keeps the losses of
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -19,7 +20,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.core.errors import AtomError
+from stages.mcore import gpu_environment
 from stages.mcore.megatron_imports import parallel_state
+from stages.mcore.parallel_layout import Layout
 from stages.models.costs import Rows
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.engine import Engine
@@ -130,7 +133,15 @@ def longest_stall(engine: Engine) -> float:
     return longest
 
 
+def restart_with_variables(options: argparse.Namespace) -> None:
+    """Restarts this process with the variables of its GPU, as a launcher would have started it."""
+    layout = Layout.model_validate({"ranks": rank_and_world()[1], **options.layout})
+    if gpu_fixtures.ON_GPU and (missing := gpu_environment.missing(layout)):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
+
+
 if __name__ == "__main__":
+    restart_with_variables(parsed())
     try:
         sys.exit(0 if run(parsed()) else 1)
     except AtomError as error:  # as the worker does: the sentence, no traceback

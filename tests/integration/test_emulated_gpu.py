@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from stages.mcore import layer_spec
+from pipeline.core import provenance
+from pipeline.core.store import Store
+from stages.mcore import gpu_environment, layer_spec
 from tests.fixtures import (
+    ROOT,
     architecture_fixtures,
     emulated_gpu,
     gpu_step_fixtures,
@@ -159,6 +164,25 @@ def test_what_a_gpu_refuses_is_refused_and_waits_are_counted() -> None:
 
 
 @pytest.mark.usefixtures("without_cuda")
+def test_a_group_takes_tensors_of_its_backend_alone(request: pytest.FixtureRequest) -> None:
+    """NCCL those of the device, gloo those of the host; PyTorch moves objects by itself."""
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group(emulated_gpu.NCCL, rank=0, world_size=1, store=dist.HashStore())
+    request.addfinalizer(dist.destroy_process_group)
+    objects = dist.new_group(backend="gloo")
+    device, host = emulated_gpu.OnGpu(torch.ones(2)), torch.ones(2)
+    with emulated_gpu.emulated():
+        dist.all_reduce(device)
+        dist.all_reduce(host, group=objects)
+        for tensor, group, kind in ((host, None, "cpu"), (device, objects, "cuda")):
+            with pytest.raises(RuntimeError, match=f"No backend type associated with device type {kind}"):
+                dist.all_reduce(tensor, group=group)
+        values: list[Any] = [None]
+        emulated_gpu.of_objects(dist.all_gather_object)(values, "value")
+        assert values == ["value"]
+
+
+@pytest.mark.usefixtures("without_cuda")
 def test_what_has_no_deterministic_kernel_is_refused(request: pytest.FixtureRequest) -> None:
     """Where only such kernels may be used."""
     was_deterministic = torch.are_deterministic_algorithms_enabled()
@@ -203,3 +227,54 @@ def test_attention_of_the_emulated_gpu_is_that_of_its_definition(window: int | N
         torch.testing.assert_close(out.values, expected)
         for seen, right in zip(on_gpu, on_host, strict=True):
             torch.testing.assert_close(seen.grad.values, right.grad)
+
+
+def test_a_launcher_gives_a_stage_the_variables_of_its_gpu(smoke_data: Path, tmp_path: Path) -> None:
+    """The stage's process sees the emulated device, which refuses a variable that comes later."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'submitit.core._submit' in sys.orig_argv:\n"
+        "    from tests.fixtures import emulated_gpu\n"
+        "    emulated_gpu.install()\n"
+        "    emulated = emulated_gpu.emulated()\n"
+        "    emulated.__enter__()\n"
+    )
+    run_fixtures.copy_sealed(smoke_data, tmp_path / "home", "*")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    run_fixtures.atom(tmp_path / "home", "run", "atom-smoke", "--until", "pretrain", timeout=900, PYTHONPATH=path)
+    store = Store(tmp_path / "home")
+    (key,) = (folder.name for folder in store.artifacts.glob("pretrain-*"))
+    ((_, statement),) = provenance.read(store.ledger, key)
+    assert provenance.environment_of(statement)["device"]["type"] == "cuda"
+
+
+def test_a_variable_that_comes_after_cuda_has_started_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulated_gpu, "STARTED", {})
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    emulated_gpu.note_environment()
+    emulated_gpu.note_environment()
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.delenv("NCCL_ALGO")
+    with pytest.raises(RuntimeError, match="CUDA_DEVICE_MAX_CONNECTIONS, NCCL_ALGO changed after CUDA had started"):
+        emulated_gpu.note_environment()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_process_without_the_variables_of_its_gpu_is_refused_in_a_sentence(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """Which names each of them and says how to set it."""
+    monkeypatch.setenv("TEST_THROUGH", EMULATED[0])
+    monkeypatch.setattr(gpu_environment, "missing", lambda layout: {})
+    settings = train_fixtures.config(parallelism={"ranks": 1, "deterministic": deterministic})
+    codes, logs = layout_fixtures.end(layout_fixtures.start(corpus, tmp_path, settings))
+    (line,) = (line for line in logs[0].splitlines() if "this process uses a GPU" in line)
+    assert codes == [1] and "Traceback" not in logs[0]
+    assert line.startswith(
+        "this process uses a GPU and was started without PYTORCH_CUDA_ALLOC_CONF and CUDA_DEVICE_MAX_CONNECTIONS"
+    )
+    export = "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True CUDA_DEVICE_MAX_CONNECTIONS=32"
+    assert f"run the same command after: {export}" in line
+    assert ("CUBLAS_WORKSPACE_CONFIG=:4096:8" in line) == deterministic

@@ -10,6 +10,7 @@ import sys
 import warnings
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
-from stages.mcore import fusions, gpu, layer_spec
+from pipeline.graph import registry
+from stages.mcore import fusions, gpu, gpu_environment, layer_spec
 from stages.mcore.layout_check import problem
 from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
 from stages.mcore.model import build, named_buffers, named_tensors, transformer_config
@@ -52,18 +54,34 @@ def test_ranks_that_share_a_gpu_are_told_so() -> None:
     assert problem is not None and problem.startswith("ranks 2 and 3 have the same GPU: node b runs 3 ranks on 2 GPUs;")
 
 
-def test_variables_of_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_a_layout() -> None:
     one, cut = Layout(), Layout(ranks=8, tp=2, deterministic=True)
-    assert set(gpu.variables(one)) == {"PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"}
-    assert (gpu.variables(one) | gpu.variables(cut))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    monkeypatch.setenv("NCCL_ALGO", "Tree")
-    before = {name: os.environ.get(name) for name in gpu.variables(cut)}
+    variables = gpu_environment.variables(one)
+    assert set(variables) == {"PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"}
+    assert (variables | gpu_environment.variables(cut))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    lacking = gpu_environment.missing(cut, {**variables, "NCCL_ALGO": "Tree"})
+    assert lacking["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0" and not {*variables, "NCCL_ALGO"} & set(lacking)
+    assert {*variables, *lacking, "NCCL_ALGO", "NCCL_GRAPH_REGISTER"} == set(gpu_environment.NAMES)
+
+
+def test_every_stage_that_trains_names_the_variables_of_its_layout() -> None:
+    for name in registry.stages():
+        stage = registry.stage(name)
+        if stage.trains:
+            config = SimpleNamespace(phase=SimpleNamespace(parallelism=Layout(ranks=2, tp=2)))
+            assert stage.environment(config) == gpu_environment.variables(Layout(ranks=2, tp=2)), name
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_kernels_do_not_fill_memory_that_is_overwritten(wanted: bool) -> None:
+    """On a GPU as on a CPU; both switches are restored."""
     was_deterministic = torch.are_deterministic_algorithms_enabled()
-    with gpu.settings(cut):
-        assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0" and os.environ["NCCL_ALGO"] == "Tree"
-        assert torch.are_deterministic_algorithms_enabled()
-    assert {name: os.environ.get(name) for name in before} == before
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with gpu.deterministic_kernels(wanted):
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert not torch.utils.deterministic.fill_uninitialized_memory
     assert torch.are_deterministic_algorithms_enabled() == was_deterministic
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_the_whole_model_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,8 +216,8 @@ def test_cuda_graphs_are_megatrons_of_complete_layers(monkeypatch: pytest.Monkey
     assert str(refused.value) == (
         "parallelism.cuda_graphs = true needs a GPU, which this phase lacks here; leave it out"
     )
-    assert "NCCL_GRAPH_REGISTER" not in gpu.variables(Layout())
-    assert gpu.variables(layout)["NCCL_GRAPH_REGISTER"] == "0" and layout_label(layout) == "graphs"
+    assert "NCCL_GRAPH_REGISTER" not in gpu_environment.variables(Layout())
+    assert gpu_environment.variables(layout)["NCCL_GRAPH_REGISTER"] == "0" and layout_label(layout) == "graphs"
     monkeypatch.setattr(gpu, "device", lambda: torch.device("cuda"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 0.19 calls the default, complete layers, by another name

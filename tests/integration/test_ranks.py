@@ -28,7 +28,7 @@ from pipeline.launch import rendezvous
 from pipeline.launch.attempt import Task
 from pipeline.launch.local import visible_gpus
 from pipeline.launch.worker import _record_operation, attempt, work
-from stages.mcore import gpu
+from stages.mcore.parallel_layout import Layout
 from tests.fixtures.recipe_fixtures import SMOKE
 from tests.fixtures.run_fixtures import SOAK, at_length, atom, digests, start, wait_for
 
@@ -339,22 +339,22 @@ def hang(config: Hanging, inputs: Inputs, work: Path, out: Path, report: Any) ->
 
 
 def fail(rank: int) -> None:
-    """One of two ranks raises; the other one waits for it in a collective. The groups are those of ranks with GPUs, but
-    for NCCL."""
-    import torch
+    """One of two ranks raises; the other one waits for it in a collective, by gloo beside a default group of another
+    backend, as with GPUs."""
     import torch.distributed as dist
     from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend `fake`
 
-    backends, this_rank = gpu.BACKENDS.replace("nccl", "fake"), int(os.environ["RANK"])
-    dist.init_process_group(backends, rank=this_rank, world_size=2)
-    for group in (None, dist.new_group([0, 1])):
-        total, everyone = torch.ones(1), [None, None]
-        dist.all_reduce(total, group=group)
-        dist.all_gather_object(everyone, this_rank, group=group)
-        assert total == 2 and everyone == [0, 1], "tensors and objects of the host go by gloo"
+    from stages.train import parallel
+
+    this_rank = int(os.environ["RANK"])
+    dist.init_process_group("fake", rank=this_rank, world_size=2)
+    objects = parallel.create_groups(Layout(ranks=2), 60.0, on_gpu=True)
+    ranks = parallel.Ranks(this_rank, 2, Layout(ranks=2), this_rank, 2, True, objects)
+    assert dist.get_backend() == "fake" and ranks.gather(this_rank) == [0, 1]
+    assert ranks.max(this_rank) == 1 and ranks.from_first(this_rank) == 0
     if this_rank == rank:
         raise ValueError("a bug")
-    dist.all_reduce(torch.ones(1))
+    ranks.barrier()
 
 
 STAGE = Stage("hanging", 1, Hanging, hang)

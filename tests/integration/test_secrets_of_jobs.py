@@ -107,7 +107,8 @@ def test_what_setup_or_an_image_sets_is_dropped_unless_the_profile_names_it(tmp_
 
 
 def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**SECRETS, "NCCL_SOCKET_IFNAME": "lo"}.items():
+    """And it has from its start the variables that it needs, unless the user has set others."""
+    for name, value in {**SECRETS, "NCCL_SOCKET_IFNAME": "lo", "NCCL_ALGO": "Tree"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", verdict_fixtures.python_path(tmp_path))
     store, graph = Store(tmp_path / "home"), verdict_fixtures.graph(tmp_path / "act", "environment", ranks=1)
@@ -121,3 +122,4 @@ def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         environ = (tmp_path / "act" / f"{role}.environ").read_bytes()
         assert PLANTED.encode() not in environ and PLANTED.replace("-", "").encode() not in environ, environ
         assert b"NCCL_SOCKET_IFNAME=lo" in environ and b"PATH=" in environ
+        assert b"CUDA_DEVICE_MAX_CONNECTIONS=1" in environ and b"NCCL_ALGO=Tree" in environ

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,6 @@ OF_PROFILES = {
         "#SBATCH --signal=USR2@300",
         "module load cuda/12.8\ncheck_setup $? 'module cuda/12.8'\nmodule load nccl\n",
         "export NCCL_SOCKET_IFNAME=ib0\n",
-        "ulimit -n 65536\n",
     ],
 }
 
@@ -104,6 +104,42 @@ def test_a_container_gets_the_variables_of_the_job_whatever_its_image_sets(
     assert {f"{name}={value}" for name, value in values.items()} <= set(assignments)
     absent = ("PATH=", "NOT_SET=", *(() if kind == "pyxis" else ("NCCL_IB_HCA=",)))
     assert not [word for word in assignments if word.startswith(absent)]
+
+
+@pytest.mark.parametrize("hard", [900, None])
+def test_each_job_may_open_many_files(hard: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the hard limit allows, whatever soft limit the login node has handed on."""
+    monkeypatch.setitem(batch_fixtures.STUBS, "srun", 'ulimit -Sn >> "$PLACE/limit"; exit 9')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    of_this_machine = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    text = f"ulimit -Sn 800\nulimit -Hn {hard or 'hard'}\n{script(Slurm.model_validate(SLURM), tmp_path).text()}"
+    end_of(tmp_path, text)
+    expected = hard or (65536 if of_this_machine == resource.RLIM_INFINITY else min(of_this_machine, 65536))
+    assert (tmp_path / "limit").read_text().splitlines()[0] == str(expected)
+
+
+@pytest.mark.parametrize("kind", ["no container", "pyxis", "apptainer"])
+@pytest.mark.parametrize("tasks", [0, 3])
+def test_a_stage_has_its_variables_before_python_starts(
+    kind: str, tasks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the profile and of a module take precedence; an image's do not."""
+    srun = 'printf "%s\\n" "$@" >> "$PLACE/words"; env >> "$PLACE/words"; exit 9'
+    monkeypatch.setitem(batch_fixtures.STUBS, "srun", srun)
+    monkeypatch.setitem(batch_fixtures.STUBS, "module", "exit 0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+    settings: dict[str, Any] = {"modules": ["nccl"], "environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}}
+    if kind != "no container":
+        settings["container"] = {"kind": kind, "image": "/images/atom", "python": "/venv/python"}
+    text = script(Slurm.model_validate({**SLURM, **settings}), tmp_path, environment=environment, tasks=tasks).text()
+    module = "module() { export NCCL_ALGO=Tree; }\n"
+    end_of(tmp_path, text.replace("\nmodule load", f"\n{module}module load", 1), SLURM_ARRAY_JOB_ID="7")
+    words = (tmp_path / "words").read_text().splitlines()
+    if kind != "no container":
+        words = words[words.index("env") + 1 : words.index("/venv/python")]
+    expected = {"CUDA_DEVICE_MAX_CONNECTIONS=8", "CUBLAS_WORKSPACE_CONFIG=:4096:8", "NCCL_ALGO=Tree"}
+    assert {word for word in words if word.partition("=")[0] in environment} == expected
 
 
 def test_the_script_of_a_job_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +193,7 @@ export PYTHONPATH=/code
 export PYTHONSAFEPATH=1
 export ATOM_HOME=/shared/atom
 export A='it'"'"'s'
+ulimit -Sn 65536 2> /dev/null || ulimit -Sn hard  # srun hands it on
 
 job=$SLURM_JOB_ID
 start=${SLURM_RESTART_COUNT:-0}

@@ -15,6 +15,7 @@ from pipeline.core.stage import Needs, identity
 from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry
 from stages.evaluation import bits_per_byte, confidence, exact_match, model_evaluation
+from stages.mcore import gpu_environment
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
 
@@ -110,9 +111,10 @@ def test_the_engine_changes_a_key_by_its_kind_alone() -> None:
     wide = config({**CONFIG, "engine": {"kind": "vllm", "gpus": 8, "options": ["--enforce-eager"], "python": "/p"}})
     assert identity(wide) == identity(served) == {**CONFIG, "engine": {"kind": "vllm"}}
     stage = model_evaluation.STAGE
-    assert [(stage.promise(c), stage.needs(c)) for c in (plain, wide)] == [
-        ("bitwise", Needs()), ("numeric", Needs(gpus=8))
-    ]  # fmt: skip
+    needs = [Needs(environment=gpu_environment.variables()), Needs(gpus=8)]
+    assert [(stage.promise(c), stage.needs(c)) for c in (plain, wide)] == list(
+        zip(["bitwise", "numeric"], needs, strict=True)
+    )
     assert stage.lack(plain) is None
     assert stage.lack(wide) is not None and "evaluation.engine.kind = vllm: /p is no" in str(stage.lack(wide))
     with pytest.raises(ValidationError, match="gpus has no effect with kind = in-process"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -56,6 +57,38 @@ def test_what_is_wrong_with_a_node_names_it(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         assert "0 GPUs under /dev, and Slurm gave 2; check the NVIDIA driver" in (check(tmp_path) or "")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "ranks", "after"),
+    [(1024, 3000, 8, 3000), (1024, 10**6, 512, 65536), (1024, -1, 512, 65536), (10**5, 10**6, 512, 10**5)],
+)
+def test_a_job_may_open_as_many_files_as_the_hard_limit_allows(
+    soft: int, hard: int, ranks: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever soft limit the login node has handed on."""
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append(pair))
+    assert preflight.check_node(tmp_path, 0.0, None, ranks) is None
+    assert limits[-1] == (after, hard)
+
+
+def test_a_hard_limit_of_open_files_that_is_too_low_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 2000))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: None)
+    assert preflight.check_node(tmp_path, 0.0, None, 8) is None
+    failure = preflight.check_node(tmp_path, 0.0, None, 512)
+    assert (
+        failure is not None
+        and failure.bad_node == "n7"
+        and failure.text
+        == (
+            "node n7 lets a process have 2000 files open, and one of 512 ranks needs 2560; have its hard limit raised "
+            "(ulimit -Hn, LimitNOFILE of slurmd)"
+        )
+    )
 
 
 def verdict_of_rank_0(folder: Path, size: int, **free: float) -> str | None:

@@ -61,6 +61,17 @@ def test_make_installs_nothing_by_itself() -> None:
     assert lines and [line for line in lines if not line.startswith("build/lock/bin/python -m pip ")] == []
 
 
+def test_all_environments_have_the_nccl_of_the_images_base() -> None:
+    """NCCL connects equal releases only: the trainer's, in an image that of the base, and those of vLLM's servers."""
+    locked = {path.name: pins(path.read_text()).get("nvidia-nccl-cu13") for path in LOCKS}
+    wanted = pins((ROOT / "requirements/overrides.txt").read_text())["nvidia-nccl-cu13"]
+    named = {name: version for name, version in locked.items() if version is not None}
+    assert named == dict.fromkeys(("cuda.lock", "te.lock", "vllm.lock"), wanted)
+    for path in ("docs/containers.md", "containers/Dockerfile", "containers/atom.def"):
+        stated = re.findall(r"\bNCCL\s+(\d[\d.]*\d)", (ROOT / path).read_text())
+        assert stated and {f"=={version}" for version in stated} == {wanted}, path
+
+
 def test_the_kit_for_gpus_has_the_versions_of_the_other_locks() -> None:
     packed = pins((ROOT / "requirements/gpu.lock").read_text())
     assert packed.keys() == {canonicalize_name(n) for n in re.findall(r"^[a-z-]+$", (ROOT / "requirements/gpu.in").read_text(), re.M)}  # fmt: skip

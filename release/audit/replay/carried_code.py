@@ -37,8 +37,8 @@ from release.audit.replay.retraining import Progress, Retrained
 from release.audit.replay.source import Source
 from stages.rl.sandbox.cell import remedy
 
-ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|TORCH)_[A-Z0-9_]+|CUDA_VISIBLE_DEVICES")
-"""Settings that decide how numbers are added, which a replay inherits."""
+ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|CUDA|NCCL|NVTE|PYTORCH|TORCH)_[A-Z0-9_]+")
+"""Settings that decide how numbers are added, and those that a GPU needs, which a replay inherits."""
 VARIABLES = "device variables"
 """The name of these settings among the differences of the environment."""
 RESULT_BYTES = 10_000_000

@@ -39,6 +39,8 @@ class RewardModel(Verifier):
         from tokenizers import Tokenizer
         from transformers import AutoModelForCausalLM
 
+        from stages.mcore import gpu
+
         assert context.chat is not None, "a phase has a tokenizer"
         artifact = context.inputs["reward_model"]
         read_by = Tokenizer.from_file(str(artifact / "model" / "tokenizer.json"))
@@ -47,7 +49,7 @@ class RewardModel(Verifier):
                 f"the reward model {artifact.key} has another tokenizer than the policy, whose answers it cannot read; "
                 "train it on pairs of this policy"
             )
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"  # that of the rank, beside the policy
+        self.device = gpu.start()  # that of the rank, beside the policy
         self.model = (
             AutoModelForCausalLM.from_pretrained(artifact / "model", dtype=torch.float32, local_files_only=True)
             .to(self.device)
@@ -71,7 +73,7 @@ class RewardModel(Verifier):
                     f"of {limit}; allow shorter answers"
                 )
         order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
-        rows_at_once = ROWS if self.device == "cpu" else GPU_ROWS
+        rows_at_once = ROWS if self.device.type == "cpu" else GPU_ROWS
         for start in range(0, len(order), rows_at_once):
             batch = order[start : start + rows_at_once]
             last = torch.tensor([len(rows[i]) - 1 for i in batch])

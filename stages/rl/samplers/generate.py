@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.core.errors import AtomError
+from stages.mcore import gpu
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.rollout import routes as records
 from stages.rl.samplers.library_decode import LibraryDecoder
@@ -41,9 +42,7 @@ class InProcess(Sampler):
         else:
             hf_config = AutoConfig.for_model(**config)
             self.model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
-        if torch.cuda.is_available():
-            self.model.cuda()
-        self.model.requires_grad_(False)
+        self.model.to(gpu.start()).requires_grad_(False)
         self.decoder: Decoder | LibraryDecoder
         if isinstance(self.model, CLASSES):
             self.decoder = Decoder(self.model, routes)

@@ -29,6 +29,7 @@ from pipeline.core.progress import Display, duration
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.core.text import shown
 from pipeline.graph.recipe import Recipe
+from stages.mcore.gpu_environment import missing
 from stages.mcore.quantize import FP8, RECIPES
 from stages.recipe import ReleaseRecipe
 from stages.train.config import Optimizer, PhaseConfig
@@ -211,7 +212,7 @@ class _Crew:
 
     def _start(self, precision: str, seed: int, out: Path, errors: TextIO) -> subprocess.Popen[str]:
         one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | one_thread
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | one_thread | missing()
         module = [sys.executable, "-m", "stages.train.precision_simulation.runner"]
         command = [*module, str(self.folder / "settings.json"), precision, str(seed), str(out)]
         with self.lock:

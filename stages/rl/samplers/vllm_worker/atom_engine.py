@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atom_group import GROUP, PATIENCE, WORKERS, Group, connect, packets, view  # type: ignore[import-not-found]
+from atom_group import (  # type: ignore[import-not-found]
+    GROUP,
+    PATIENCE,
+    WORKERS,
+    Group,
+    connect,
+    other_nccl,
+    packets,
+    view,
+)
 from atom_index import (  # type: ignore[import-not-found]
     HEAD,
     TABLE,
@@ -43,7 +52,7 @@ class Model(WeightTransferInitInfo):  # type: ignore[misc]
     """sizes: entries of the trainer's config.json that the server's model must have too. For broadcasts, store: host
     and port of the group's store; nonce: of which and of the run's secret the key of its entries is made; ranks: of the
     trainer in the group; seconds: within which it must form, and each broadcast end on the ranks; device: the type of
-    the trainer's."""
+    the trainer's; nccl: the release of the trainer's NCCL."""
 
     sizes: dict[str, Any]
     store: str | None = None
@@ -51,6 +60,7 @@ class Model(WeightTransferInitInfo):  # type: ignore[misc]
     ranks: int = 0
     seconds: float = 0.0
     device: str = "cpu"
+    nccl: str = ""
 
 
 @dataclass
@@ -86,6 +96,8 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
         if info.store is not None:
             if self.device.type != info.device:
                 raise Refused(f"it computes on {self.device.type}, and the trainer on {info.device}; use the folder")
+            if sentence := other_nccl(info.nccl, self.device):
+                raise Refused(sentence)
             key = sign(read(Path(os.environ[VARIABLE])), GROUP, info.nonce)
             store, parallel = connect(info.store, key, info.seconds), self.parallel_config
             workers = parallel.world_size * parallel.data_parallel_size

@@ -6,8 +6,14 @@ The trainer's ranks come first. A broadcast moves a packet: tensors of one rank 
 
 from __future__ import annotations
 
+import ctypes
 import hmac
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
@@ -23,6 +29,13 @@ WORKERS = "workers"
 PACKET_BYTES = 64_000_000
 """Bytes of the tensors, of all ranks together, that are under way at once, unless one is larger."""
 ALIGNMENT = 16
+BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
+"""PyTorch's variable, at 1 when a group of NCCL is made: the thread that waits finds errors, and no watchdog does."""
+FAR = timedelta(days=1)
+"""The limit that PyTorch gets for NCCL's collectives: far above the own one, at which this project leaves the group."""
+POLL_SECONDS = 0.001
+ABORT_SECONDS = 10.0
+"""How long leaving a group may take; then a thread goes on with it."""
 PATIENCE = 4
 """How many times longer a server waits for a broadcast than the ranks, which may wait for another server first."""
 
@@ -59,40 +72,126 @@ class SignedStore(dist.Store):  # type: ignore[misc]
 
 
 class Group:
-    """A process's end of a group. device: of its tensors, on which the backend depends. Raises RuntimeError if it does
-    not form within `seconds`, in which each broadcast must also end, `patience` times over."""
+    """A process's end of a group. A group that fails, of NCCL too, raises an error in this process and does not end it.
+
+    A process that is lost, or that stops, must not hold up the others for ever. So nothing waits without a deadline:
+    what NCCL or gloo might never finish runs in a thread of its own, which is left behind then.
+    """
 
     def __init__(
         self, store: SignedStore, rank: int, size: int, seconds: float, device: torch.device, patience: int = 1
     ) -> None:
-        self.store, self.device, self.timeout = store, device, timedelta(seconds=seconds)  # a group needs its store
-        # NCCL's own threads use its store, and must not wait for Python; its entries are not signed
-        place = dist.PrefixStore("group", store.store if device.type == "cuda" else store)
-        self.group: Any
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = patience * self.timeout  # its watchdog ends the process
-            self.group = dist.ProcessGroupNCCL(place, rank, size, options)
-        else:
-            self.group = dist.ProcessGroupGloo(place, rank, size, self.timeout)
-        self.timeout *= patience
+        """store: where the processes meet, which the group needs as long as it lives. device: of its tensors, on which
+        the backend depends. seconds: within which it must form, and each broadcast end, `patience` times over.
 
-    def start(self, buffer: torch.Tensor, root: int) -> Any:
+        Raises RuntimeError if it does not form.
+        """
+        self.store, self.seconds = store, patience * seconds
+        # gloo ends an operation at its limit, and could not be left before; NCCL can, and must not come first
+        self.limit = FAR if device.type == "cuda" else timedelta(seconds=self.seconds)
+        self.group: Any = None
+        buffer = torch.zeros(1, dtype=torch.uint8, device=device)
+
+        def form() -> None:
+            # NCCL's own threads use its store, and must not wait for Python; its entries are not signed
+            place = dist.PrefixStore("group", store.store if device.type == "cuda" else store)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a thread begins with the first one
+                with _without_watchdog():
+                    options = dist.ProcessGroupNCCL.Options()
+                    options._timeout = FAR
+                    self.group = dist.ProcessGroupNCCL(place, rank, size, options)
+            else:
+                self.group = dist.ProcessGroupGloo(place, rank, size, timedelta(seconds=seconds))
+            self.end(self.start(buffer, 0))  # at which NCCL connects
+
+        try:
+            _within(seconds, form)
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, buffer: torch.Tensor, root: int) -> tuple[Any, float]:
         """Starts a broadcast of bytes; returns what `end` takes."""
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.timeout = root, 0, self.timeout
-        return self.group.broadcast([buffer], options)
+        options.rootRank, options.rootTensor, options.timeout = root, 0, self.limit
+        return self.group.broadcast([buffer], options), time.monotonic() + self.seconds
 
-    def end(self, work: Any) -> None:
-        """Waits for a broadcast. Raises RuntimeError if it fails or takes too long."""
-        work.wait(self.timeout)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+    def end(self, started: tuple[Any, float]) -> None:
+        """Waits until a broadcast has ended, on the device too. Raises RuntimeError if it fails or takes too long."""
+        work, deadline = started
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"a broadcast did not end within {self.seconds:g} s")
+            time.sleep(POLL_SECONDS)
+        work.wait()  # raises its error, and orders this thread's stream after it
 
     def close(self) -> None:
-        """Leaves the group at once; who waits for this process there fails."""
-        self.group.abort()
-        self.group = None  # without which gloo keeps its connections
+        """Leaves the group at once; a process that waits for this one there fails."""
+        group, self.group = self.group, None  # without which gloo keeps its connections
+        if group is not None:
+            with suppress(RuntimeError):
+                _within(ABORT_SECONDS, group.abort)
+
+
+@contextmanager
+def _without_watchdog() -> Iterator[None]:
+    """Groups of NCCL that are made in this block have no watchdog.
+
+    PyTorch's watchdog ends the process when a collective fails or times out, whoever handles the error. Without it, the
+    thread that waits finds the error. PyTorch has no such option of a group: it reads a variable when it makes one.
+    """
+    before = os.environ.get(BLOCKING)
+    os.environ[BLOCKING] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BLOCKING]
+        else:
+            os.environ[BLOCKING] = before
+
+
+def _within(seconds: float, action: Callable[[], None]) -> None:
+    """Runs an action in a thread of its own. Raises RuntimeError if it takes longer, and what it raises."""
+    results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            action()
+            results.put(None)
+        except BaseException as error:
+            results.put(error)
+
+    threading.Thread(target=run, name="group", daemon=True).start()
+    try:
+        error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise RuntimeError(f"it did not end within {seconds:g} s") from None
+    if error is not None:
+        raise error
+
+
+def nccl_version(device: torch.device) -> str:
+    """The release of the NCCL that this process has loaded, such as 2.30.4; empty if the device is no GPU.
+
+    `torch.cuda.nccl.version()` is that with which PyTorch was built.
+    """
+    if device.type != "cuda":
+        return ""
+    version = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
+    return f"{version.value // 10_000}.{version.value // 100 % 100}.{version.value % 100}"
+
+
+def other_nccl(of_trainer: str, device: torch.device) -> str | None:
+    """A sentence if this process has another NCCL than the trainer, which NCCL would refuse while it connects."""
+    if (own := nccl_version(device)) == of_trainer:
+        return None
+    return (
+        f"it has NCCL {own}, and the trainer has {of_trainer}; NCCL connects equal releases only, so install one for "
+        "both, or set sampling.transfer = folder"
+    )
 
 
 def connect(address: str, key: str, seconds: float) -> SignedStore:
