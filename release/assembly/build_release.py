@@ -227,7 +227,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     facts = {name: release_facts(folder, name, model, data, resumptions, run_costs) for name, model in models.items()}
     load_reports = _write_models(assembly, release, facts)
     for suffix, variant in read_variants(folder).items():
-        card = render.variant_card(suffix, release, variant)
+        card = render.variant_card(suffix, release, variant, facts[MODEL].example)
         assembly.write(f"{VARIANT}{suffix}/README.md", card.encode(), CARD_ORIGIN)
     if all(report.goldens for report in load_reports.values()):  # else the gate on loading says why
         runs = runtimes.compare_all(folder, progress)

@@ -16,7 +16,7 @@ from release.cards import card_tables, composition, croissant, plot, render, res
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Absent, Findings, require_comparable, require_file
 from release.checks.scores import score_problems
-from release.layout import CANARY, VARIANT
+from release.layout import CANARY, MODEL, VARIANT
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
 
@@ -101,17 +101,20 @@ def _canary(dataset: Path, items: str) -> list[str]:
 def rendered_cards(build: BuildContext) -> Findings:
     """Checks that cards and plots rendered again from the published files have the same bytes."""
     findings = Findings()
+    facts_of = {
+        folder: card_tables.release_facts(build.folder, folder, model, build.data, build.interventions, build.costs)
+        for folder, model in build.models.items()
+    }
     for folder, model in build.models.items():
-        facts = card_tables.release_facts(build.folder, folder, model, build.data, build.interventions, build.costs)
-        if (build.folder / folder / "README.md").read_text() != render.model_card(folder, build.release, facts):
+        card = render.model_card(folder, build.release, facts_of[folder])
+        if (build.folder / folder / "README.md").read_text() != card:
             findings.problems.append(f"{folder}/README.md is not what the artifacts give")
         for name, image in plot.training_plots(build.folder / folder, model.has_experts).items():
             if (build.folder / folder / name).read_bytes() != image:
                 findings.problems.append(f"{folder}/{name} is not what the logs of training give")
     for suffix, variant in read_variants(build.folder).items():
-        if (build.folder / f"{VARIANT}{suffix}/README.md").read_text() != render.variant_card(
-            suffix, build.release, variant
-        ):
+        card = render.variant_card(suffix, build.release, variant, facts_of[MODEL].example)
+        if (build.folder / f"{VARIANT}{suffix}/README.md").read_text() != card:
             findings.problems.append(f"{VARIANT}{suffix}/README.md is not what the artifacts give")
     for name, image in composition.plots(build.data).items():
         if (build.folder / "dataset" / name).read_bytes() != image:
