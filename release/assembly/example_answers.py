@@ -50,8 +50,8 @@ def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
 
 
 def best_example(examples: Sequence[ExampleAnswer]) -> ExampleAnswer | None:
-    """The answer for a reader to draw again: the first right one; without any, the first with a text; None of none."""
-    return min(examples, key=lambda answer: (not answer.right, not answer.text.strip()), default=None)
+    """The answer for a reader to draw again: the first right one, or the first of all. An empty text is no answer."""
+    return min(filter(lambda answer: answer.text.strip(), examples), key=lambda answer: not answer.right, default=None)
 
 
 def _in_conversation(dataset: Path, folder: Path) -> Iterator[tuple[str, ExampleAnswer]]:

@@ -153,7 +153,7 @@ def request(answer: ExampleAnswer | None) -> list[str]:
 
 def output(answer: ExampleAnswer | None) -> list[str]:
     """What a reader gets who draws an answer again, as code; none without an answer."""
-    if answer is None or not answer.text.strip():
+    if answer is None:
         return []
     text = answer.text if len(answer.text) <= OUTPUT else f"{answer.text[:OUTPUT]}…"
     return ["````text", *(escaped(line).replace("````", "` ` ` `") for line in text.splitlines()), "````"]

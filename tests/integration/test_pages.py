@@ -138,9 +138,9 @@ def test_another_output_is_named() -> None:
 
 
 NEEDS_MORE = {
-    "bash\nhf download local/atom-smoke serve": "needs vLLM; `make test-vllm`",
-    "bash\nvllm serve": "needs vLLM; `make test-vllm`",
-    "python\nfrom openai": "needs a server",
+    r"bash\nhf download \S+ serve\.yaml": "needs vLLM; `make test-vllm`",
+    r"bash\nvllm serve": "needs vLLM; `make test-vllm`",
+    r"python\nfrom openai": "needs a server",
 }
 """{start of a block on a card: why it is not run here}"""
 LOADED = """
@@ -157,15 +157,15 @@ def test_the_examples_of_a_card_run_against_the_hub(place: examples.Place, folde
     release = place.folder / "runs/releases/atom-smoke-0.1.0"
     card = re.sub(r"^pip install .*\n", "", (release / folder / "README.md").read_text("utf-8"), flags=re.MULTILINE)
     for start, reason in NEEDS_MORE.items():
-        card = card.replace(f"```{start}", f"<!-- not run: {reason} -->\n\n```{start}")
+        card = re.sub(f"^```(?={start})", f"<!-- not run: {reason} -->\n\n```", card, flags=re.MULTILINE)
     card = card.replace("BRANCH", "pretrain-step-60") + (LOADED if folder == "dataset" else "")
     outputs = list(examples.run(f"{folder}/README.md", card, place).values())
     assert outputs
     if folder.startswith("model"):
-        (answer,) = re.findall(
+        answers = re.findall(
             r"^The evaluation has this answer:\n\n````text\n(.*?)````$", card, re.MULTILINE | re.DOTALL
         )
-        assert outputs[0].strip() == answer.strip()
+        assert [answer.strip() for answer in answers] in ([outputs[0].strip()], [] if folder == "model-base" else None)
         assert ("apply_chat_template" in card) == (folder in ("model", "model-sft"))
     if folder != "dataset":
         assert ": verified\n" in outputs[-1]
