@@ -58,7 +58,7 @@ ELSEWHERE = {
 """{page: why its blocks are not run here}"""
 MOST_LINES, FIRST, LAST = 16, 10, 4
 """A longer output is shown as its first and last lines, with `…` between."""
-WIDTH = 160
+WIDTH = 300
 """Characters of a line of output; a longer one ends in `…`."""
 ELISION = "…"
 VARIABLE = (
@@ -217,8 +217,8 @@ def place(folder: Path, home: Path, release: str) -> Iterator[Place]:
     """Makes an empty folder a checkout with a copy of a home folder, and starts the local Hub of that copy."""
     from release.hub.local.server import LOCAL_TOKEN, running
 
-    for name in ("LICENSE", "docs", "examples", "pipeline", "stages", "release", "data_recipes", "tests", "bench"):
-        (folder / name).symlink_to(ROOT / name)
+    for name in ("docs", "examples", "pipeline", "stages", "release", "data_recipes", "tests", "bench"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(home, folder / "runs", ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts", "work"))
     for name, arguments in (("atom", "-P -m pipeline.cli "), ("python", "")):
         command = folder / ".bin" / name
@@ -296,8 +296,8 @@ def run(page: str, text: str, at: Place, wanted: tuple[str, ...] = ()) -> dict[i
                 raise ExampleError(
                     f"{page}:{block.line} exits with {code}, not {block.code}\n{(output + told)[-3000:]}"
                 )
-            # the sentence of an error; progress and warnings on standard error beside an output are not shown
-            outputs[block.line] = output or told
+            # the sentence of an error; beside the output of a success, standard error has progress and warnings
+            outputs[block.line] = output + told if code or not output else output
     return outputs
 
 

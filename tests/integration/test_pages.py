@@ -62,6 +62,14 @@ def test_an_example_that_fails_is_named(tmp_path: Path) -> None:
         examples.run("page.md", "```python\nprint('one')\nraise ValueError('two')\n```\n", at)
 
 
+def test_outputs_need_a_finished_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "ROOT", tmp_path)
+    with pytest.raises(
+        examples.ExampleError, match=r"runs/releases/atom-tiny-0\.1\.0, which is not there: run `make demo`"
+    ):
+        examples.main([])
+
+
 def test_blocks_share_a_shell_and_a_python(tmp_path: Path) -> None:
     page = """<!-- names: word = one two; question = 1+1 -->
 
