@@ -39,7 +39,7 @@ help:
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
 	@echo "make soak PART=layouts   a part of the long tests (at most 90 minutes each, resumable); without PART: lists them; STEP=\"seed 0\": one step"
 	@echo "make lint    linters and types only"
-	@echo "make docs    generate docs/cli.md and docs/configuration.md from the commands and the schemas"
+	@echo "make docs    generate docs/cli.md and docs/configuration.md, then the outputs of all examples from the release of make demo"
 	@echo "make site    build the documentation site from docs/ into site/; a link that leads nowhere is an error"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt and requirements/"
 	@echo "make clean   remove the environment and everything produced"
@@ -141,6 +141,7 @@ soak: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/examples.py
 
 $(VENV_SITE)/.ready: requirements/site.lock | system
 	$(PYTHON) -m venv $(VENV_SITE)

@@ -27,7 +27,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 DENSE = ["gate_proj", "up_proj", "down_proj"]
 KEPT = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "training_chat_template.jinja",
+    "training_chat_template.jinja", "LICENSE",
 )  # fmt: skip
 """Files beside the weights, which a merged model has as they are: transformers 5 would write settings under names that
 other programs do not read, such as `num_local_experts`."""

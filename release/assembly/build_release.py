@@ -153,7 +153,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.assembly.model_facts import read_model_facts
     from release.assembly.receipts import receipt_path, write_receipts
     from release.audit import independent_verifier, merkle
-    from release.cards import all_cards, composition, croissant
+    from release.cards import all_cards, composition, croissant, render
     from release.cards.card_tables import release_facts
     from release.checks.check import BuildContext
     from release.layout import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,21 @@ SHOWN = 2
 
 @dataclass(frozen=True)
 class ExampleAnswer:
-    """A greedy answer of a model. kind: of the problem; text: of the answer, with its reasoning."""
+    """A greedy answer of a model.
+
+    Attributes:
+        kind: Kind of the problem.
+        request: What the model was asked, or the text that it continues.
+        text: Answer with its reasoning.
+        right: True for a right answer.
+        in_conversation: True if the request is in the chat template.
+    """
 
     kind: str
     request: str
     text: str
     right: bool
+    in_conversation: bool
 
 
 def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
@@ -40,6 +49,11 @@ def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
     return _chosen(_in_plain_text(folders[model])) if model in folders else []
 
 
+def best_example(examples: Sequence[ExampleAnswer]) -> ExampleAnswer | None:
+    """The answer for a reader to draw again: the first right one, or the first of all. An empty text is no answer."""
+    return min(filter(lambda answer: answer.text.strip(), examples), key=lambda answer: not answer.right, default=None)
+
+
 def _in_conversation(dataset: Path, folder: Path) -> Iterator[tuple[str, ExampleAnswer]]:
     columns = ["id", "kind", "sample", "text", "reward"]
     rows = [row for row in stream_rows(folder / "answers.parquet", columns) if row["sample"] == GREEDY]
@@ -48,13 +62,14 @@ def _in_conversation(dataset: Path, folder: Path) -> Iterator[tuple[str, Example
     questions = {row["id"]: row["question"] for row in read_jsonl(path) if row["id"] in ids and "question" in row}
     for row in rows:
         if row["reward"] in (0.0, 1.0) and row["id"] in questions:
-            yield row["id"], ExampleAnswer(row["kind"], questions[row["id"]], row["text"], row["reward"] == 1.0)
+            right = row["reward"] == 1.0
+            yield row["id"], ExampleAnswer(row["kind"], questions[row["id"]], row["text"], right, True)
 
 
 def _in_plain_text(folder: Path) -> Iterator[tuple[str, ExampleAnswer]]:
     columns = ["id", "task", "prompt", "output", "score"]
     for row in stream_rows(folder / "items.parquet", columns):
-        yield row["id"], ExampleAnswer(row["task"], row["prompt"], row["output"], bool(row["score"]))
+        yield row["id"], ExampleAnswer(row["task"], row["prompt"], row["output"], bool(row["score"]), False)
 
 
 def _chosen(answers: Iterable[tuple[str, ExampleAnswer]]) -> list[ExampleAnswer]:

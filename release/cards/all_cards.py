@@ -11,7 +11,7 @@ from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.variant_facts import read_variants
 from release.cards import card_tables, render, tables
-from release.layout import VARIANT
+from release.layout import MODEL, VARIANT
 from release.repositories import repositories
 from release.schema import CARD, ReleaseInfo
 
@@ -36,11 +36,14 @@ def render_all(
         costs: The cost of each stage.
         canary: The string that identifies its evaluation problems.
     """
+    example = None
     for name, model in models.items():
         facts = card_tables.release_facts(folder, name, model, data, interventions, costs)
+        if name == MODEL:
+            example = facts.example
         yield f"{name}/{CARD}", render.model_card(name, release, facts)
     for suffix, variant in read_variants(folder).items():
-        yield f"{VARIANT}{suffix}/{CARD}", render.variant_card(suffix, release, variant)
+        yield f"{VARIANT}{suffix}/{CARD}", render.variant_card(suffix, release, variant, example)
     yield f"dataset/{CARD}", render.data_card(release, data, canary)
     steps = tables.checkpoints(read_checkpoints(folder / "checkpoints"))
     yield f"checkpoints/{CARD}", render.plain_card("checkpoints", release, release.license.weights, checkpoints=steps)

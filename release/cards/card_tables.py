@@ -17,7 +17,7 @@ from release.assembly.changes import Changes, read_changes
 from release.assembly.checkpoint_facts import Intervention
 from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
-from release.assembly.example_answers import ExampleAnswer, read_examples
+from release.assembly.example_answers import ExampleAnswer, best_example, read_examples
 from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import read_json
 from release.assembly.score_facts import ChatScores
@@ -71,6 +71,19 @@ class ReleaseFacts:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     changes: Changes | None = None
 
+    @property
+    def example(self) -> ExampleAnswer | None:
+        """The answer that the card shows how to draw again."""
+        return best_example(self.examples)
+
+    @property
+    def new_tokens(self) -> int:
+        """The tokens that such an answer may have, by the recipe."""
+        if self.example is None:
+            return 32
+        evaluation = self.recipe["evaluation"]
+        return int((evaluation["chat"] if self.example.in_conversation else evaluation)["max_new_tokens"])
+
     def interventions_of_model(self) -> list[Intervention]:
         """The interventions in the phases that trained the model."""
         return [row for row in self.interventions if row.phase in self.model.training]
@@ -107,7 +120,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("parity", tables.parity, added=2),
     CardTable("context", tables.context, added=2, changed=6),
     CardTable("tokenizer", tables.tokenizer, added=5),
-    CardTable("chat_format", tables.chat_format, added=5),
+    CardTable("chat_format", tables.chat_format, added=5, changed=7),
     CardTable("passkeys", lambda model: tables.passkeys(model.scores), added=2, changed=5),
     CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores), added=2, changed=5),
     CardTable("retrieval", lambda model: tables.retrieval(model.scores), added=6),
@@ -204,6 +217,8 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("waived_gates", _waived_gates, added=6),
     CardTable("funnel", lambda release: tables.funnel_by_source(release.data), added=2, until=5),
     CardTable("examples", lambda release: chat_tables.examples(release.examples), added=5),
+    CardTable("request", lambda release: chat_tables.request(release.example), added=7),
+    CardTable("output", lambda release: chat_tables.output(release.example), added=7),
     CardTable("shares", _shares, added=5),
     CardTable("licenses", _licenses, added=5),
     CardTable("changes", lambda release: tables.changes(release.changes), added=5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 
 from pipeline.core.text import escaped
@@ -15,6 +16,8 @@ from stages.rl.rollout.probes import MARGIN
 
 SHOWN, CHARACTERS = 4, 160
 """Sample pairs that a card shows, and characters of a text."""
+OUTPUT = 600
+"""Characters of the answer below the first example of a card."""
 
 
 def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
@@ -152,6 +155,28 @@ def probes(data: DataFacts) -> list[str]:
     )
     head = ["tasks", "phase", "best answer", "chance", "reward", "acknowledged"]
     return [rule, "", *table(head, body, labels=2)] if body else []
+
+
+def conversation(answer: ExampleAnswer | None) -> str:
+    """A line of code with the request of an answer as a conversation. A text in JSON is one in Python as well."""
+    text = json.dumps(answer.request if answer else "your request", ensure_ascii=False)
+    return f'chat = [{{"role": "user", "content": {text}}}]'
+
+
+def request(answer: ExampleAnswer | None) -> list[str]:
+    """The line of code with the request of an answer, in the form in which the model got it."""
+    if answer and answer.in_conversation:
+        return [conversation(answer)]
+    text = json.dumps(answer.request if answer else "The", ensure_ascii=False)
+    return [f'inputs = tokenizer({text}, return_tensors="pt")']
+
+
+def output(answer: ExampleAnswer | None) -> list[str]:
+    """What a reader gets who draws an answer again, as code; none without an answer."""
+    if answer is None:
+        return []
+    text = answer.text if len(answer.text) <= OUTPUT else f"{answer.text[:OUTPUT]}…"
+    return ["````text", *(escaped(line).replace("````", "` ` ` `") for line in text.splitlines()), "````"]
 
 
 def overlaps(report: ContaminationReport | None) -> list[str]:

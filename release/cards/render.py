@@ -15,10 +15,11 @@ import jinja2
 from pipeline.hub.client import load
 from release import schema
 from release.assembly.data_facts import DataFacts
+from release.assembly.example_answers import ExampleAnswer
 from release.assembly.message_tables import FOLDER as MESSAGES
 from release.assembly.model_facts import ModelFacts
 from release.assembly.variant_facts import VariantFacts
-from release.cards import card_tables, composition
+from release.cards import card_tables, chat_tables, composition
 from release.cards.card_tables import ReleaseFacts
 from release.layout import numbered
 from release.schema import ReleaseInfo
@@ -138,6 +139,9 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         t=texts,
         sections=card_tables.sections((*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES), texts, "###"),
         folded=card_tables.folded,
+        example=facts.example,
+        conversation=chat_tables.conversation(facts.example),
+        new_tokens=facts.new_tokens,
         gguf=next((suffix for suffix, variant in facts.variants.items() if variant.file), None),
     )
     return _normalize_text(str(text))
@@ -159,8 +163,15 @@ def variant_metadata(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> 
     )
 
 
-def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> str:
-    """The card of a variant of the final model. suffix: the end of its repository's name."""
+def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts, example: ExampleAnswer | None) -> str:
+    """The card of a variant of the final model.
+
+    Args:
+        suffix: The end of its repository's name.
+        release: Of which it is a part.
+        facts: Of the variant.
+        example: An answer of the final model, whose request the card takes.
+    """
     hub = load()
 
     repo, card_data = f"{release.repository}{suffix}", variant_metadata(suffix, release, facts)
@@ -172,6 +183,7 @@ def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> str:
         facts=facts,
         prefix=release.repository,
         repo=repo,
+        conversation=chat_tables.conversation(example),
         t=_texts(card_tables.lines_by_table(card_tables.VARIANT_TABLES, facts)),
     )
     return _normalize_text(str(text))

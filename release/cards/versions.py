@@ -8,11 +8,11 @@ does not require later parts, and reports the parts that it skips.
 from __future__ import annotations
 
 SCHEMA = 7
-"""7: plots name the version of matplotlib, and the attestation of the gates names the code and the settings of the
-build. 6: tasks in long texts, the ladder of a prediction on the page, the composition of the data, example documents,
-the field's words for settings. 5: in the order of a reader, with further plots; no table twice in a release, and none
-wider than the Hub's column. 4: the phases that learn from preferences have other names. 3: cards state their versions,
-and start with caveats."""
+"""7: plots name the version of matplotlib, the attestation of the gates names the code and the settings of the build,
+and the card has an answer that a reader can draw again. 6: tasks in long texts, the ladder of a prediction on the page,
+the composition of the data, example documents, the field's words for settings. 5: in the order of a reader, with
+further plots; no table twice in a release, and none wider than the Hub's column. 4: the phases that learn from preferences have
+other names. 3: cards state their versions, and start with caveats."""
 ESCAPED = 3
 """The schema that introduced the escaping of unprintable characters in model output."""
 FIGURES: dict[str, int] = {}
@@ -24,7 +24,7 @@ PARTS = {
     "eval_results": 4,
     "croissant": 4,
     "attestations": 7,
-    "standards": 6,
+    "standards": 7,
     "page": 7,
     "origins": 7,
     "tool_files": 7,

@@ -1,7 +1,7 @@
 """CITATION.cff of the release, in the Citation File Format 1.2.0 (citation-file-format.github.io).
 
-The format knows no models: a release is a dataset with weights. A license that is no single identifier of SPDX has its
-address in place of an identifier. There is a date only if the maker states one.
+The format knows software and datasets, and no models: weights are software, since one runs them. A license that is no
+single identifier of SPDX has its address in place of an identifier. There is a date only if the maker states one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def citation(facts: StandardFacts) -> str:
     body: dict[str, Any] = {
         "cff-version": "1.2.0",
         "message": "If you use this release, please cite it as below.",
-        "type": "dataset",
+        "type": "software",
         "title": release.title,
         "version": release.version,
-        "authors": [{"name": facts.provider}],
+        "authors": [{"name": facts.maker.provider or f"the maker of {release.repository}, who states no name"}],
         "abstract": release.description,
         "url": address(facts.model_url()),
         "repository-artifact": address(facts.evidence_url),

@@ -8,13 +8,15 @@ import http.client
 import os
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from release.hub.local.server import running
+from release.hub.local.server import free_port, running
 from release.hub.local.store import HubError, HubStore
 
 PRELUDE = """
@@ -87,6 +89,41 @@ e = refused(HfHubHTTPError, api.create_commit, rid, [CommitOperationAdd("a", b"1
 assert e.response.status_code == 412
 assert len(api.list_repo_commits(rid, repo_type=kind)) == 3
 api.delete_repo(rid, repo_type=kind); assert not api.repo_exists(rid, repo_type=kind)
+""")
+
+
+@pytest.mark.parametrize("name", ["kept/code", "sub dir/%2F/a+b", "100%25 é/c#d", "q?x=%2f/%"])
+def test_a_folder_and_a_revision_of_any_name_are_listed_and_read(client, name: str) -> None:
+    """A client quotes the slashes of a folder whose tree it asks for, and those of a revision."""
+    client(f"""
+from urllib.parse import quote
+rid, name, branch = "local/names", {name!r}, "b/%2F"
+api.create_repo(rid, repo_type="dataset", exist_ok=True)
+api.create_branch(rid, repo_type="dataset", branch=branch, exist_ok=True)
+api.upload_file(path_or_fileobj=b"text", path_in_repo=name + "/x.txt", repo_id=rid, repo_type="dataset", revision=branch)
+path = name + "/x.txt"
+listed = api.list_repo_tree(rid, path_in_repo=name, repo_type="dataset", revision=branch)
+assert [entry.path for entry in listed] == [path]
+got = hf_hub_download(rid, path, repo_type="dataset", revision=branch, local_dir=tmp)
+assert pathlib.Path(got).read_text() == "text"
+refused(EntryNotFoundError, lambda: list(api.list_repo_tree(rid, path_in_repo=name + "/y", repo_type="dataset")))
+api.delete_branch(rid, repo_type="dataset", branch=branch)
+""")
+
+
+def test_load_dataset_reads_a_configuration_by_name(client) -> None:
+    client("""
+import datasets
+api.create_repo("local/rows-data", repo_type="dataset"); d = tmp / "rows"
+for split in ("train", "heldout"):
+    (d / "messages/chat" / split).mkdir(parents=True)
+    datasets.Dataset.from_list([{"text": split}]).to_parquet(d / "messages/chat" / split / "part-00000.parquet")
+files = [{"split": s, "path": f"messages/chat/{s}/*.parquet"} for s in ("train", "heldout")]
+(d / "README.md").write_text(f"---\\nconfigs: {[{'config_name': 'chat-messages', 'data_files': files}]}\\n---\\n")
+api.upload_folder(folder_path=d, repo_id="local/rows-data", repo_type="dataset")
+for split in ("train", "heldout"):
+    rows = datasets.load_dataset("local/rows-data", "chat-messages", split=split, cache_dir=str(tmp / "cache"))
+    assert rows["text"] == [split]
 """)
 
 
@@ -182,6 +219,23 @@ def test_a_view_of_a_repository_follows_its_file(tmp_path: Path) -> None:
     assert store.view("model", "local/m") == repo != view
     store.delete(repo)
     assert store.view("model", "local/m") is None
+
+
+def test_the_server_says_when_it_is_up(tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "release.hub.local.server", "--root", str(tmp_path / "hub"), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        limit = threading.Timer(60, server.kill)  # then the line is empty
+        limit.start()
+        line = server.stdout.readline()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                assert answer.status == 200
+        finally:
+            limit.cancel()
+            server.terminate()
+    assert f"HF_ENDPOINT=http://127.0.0.1:{port}," in line and "HF_TOKEN=hf_local" in line, line
 
 
 def test_an_idle_connection_stays_open_longer_than_clients_keep_it(endpoint: str) -> None:

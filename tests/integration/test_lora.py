@@ -76,6 +76,7 @@ def test_an_adapter_learns_reloads_and_merges(architecture: str, tmp_path: Path)
 
     model, data, out = tmp_path / "model", tmp_path / "data", tmp_path / "out"
     make_model(model, architecture)
+    (model / "LICENSE").write_text("of the weights")
     data.mkdir()
     make_data(data)
     splits = load_dataset(str(data), f"{SOURCE}-messages", cache_dir=str(tmp_path / "cache"))
@@ -100,5 +101,5 @@ def test_an_adapter_learns_reloads_and_merges(architecture: str, tmp_path: Path)
     settings = json.loads((out / "adapter/adapter_config.json").read_text())
     experts = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
     assert set(settings["target_parameters"] or ()) == (experts if architecture == "qwen3_moe" else set())
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("LICENSE", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (out / "merged" / name).read_bytes() == (model / name).read_bytes()

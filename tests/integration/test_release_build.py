@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from release.layout import ALL_SUMS, GATES, GATES_STATED, PAGE, SUMS
 from release.repositories import files_below
 from release.schema import read_release
 from stages.recipe import ReleaseSection
-from tests.fixtures import release_fixtures
+from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.run_fixtures import at_length
 
@@ -100,6 +102,17 @@ def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> N
     assert not [path for path in files_below(built) if path.endswith(".sqlite")]  # no part of the release
 
 
+@pytest.mark.parametrize("folder, target", [(".", "."), (".", "dataset"), ("dataset", ".")])
+def test_a_question_in_the_folder_of_a_release_leaves_no_file_there(copy: Path, folder: str, target: str) -> None:
+    """`atom trace .`, as a page of the documentation has it: without ATOM_HOME, and so with `runs` as the home folder."""
+    before = sorted(copy.rglob("*"))
+    command = [sys.executable, "-P", "-m", "pipeline.cli", "trace", target, "--text", "quick brown fox"]
+    environment = {name: value for name, value in os.environ.items() if name != "ATOM_HOME"} | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=copy / folder, env=environment, check=True)
+    assert sorted(copy.rglob("*")) == before
+    assert list(copy.with_name(f"{copy.name}.runs").glob("trace/*.sqlite"))
+
+
 def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Path, monkeypatch) -> None:
     from release.audit.tracing import text_index
 
@@ -116,8 +129,6 @@ def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Pat
 
 
 def test_sha256sum_agrees(built: Path) -> None:
-    import subprocess
-
     for folder, name in (
         (built, ALL_SUMS),
         (built, SUMS),
@@ -427,8 +438,6 @@ def test_section_says_what_is_wrong() -> None:
 
 
 def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(tmp_path: Path) -> None:
-    import subprocess
-
     from pipeline.core.code_snapshot import sources
     from pipeline.core.environment import git_commit
 

@@ -6,13 +6,17 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
 from pipeline.core import environment, provenance
 from pipeline.core.lease import holder
@@ -68,6 +72,42 @@ def test_every_artifact_has_one_statement_and_its_materials_are_sealed(smoke_hom
         assert usage["energy_joules_estimate"] >= 0 and "not measured" in usage["energy_method"]
     assert statements(smoke_home, "sealed") == dict.fromkeys(sealed, 1)
     assert not any((smoke_home / "work").iterdir()), "finished stages leave no work folder"
+
+
+def test_every_sequence_of_tokens_is_as_the_page_of_formats_states(smoke_home: Path) -> None:
+    """Read without the code of this project: Megatron's index, and `tokenizers` on the kept texts."""
+    (tokens,), (dedup,) = (list(smoke_home.glob(f"artifacts/{name}-*")) for name in ("tokenize", "dedup"))
+    (file,) = smoke_home.glob("artifacts/tokenizer-*/tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(file))
+    (statement,) = map(json.loads, map(Path.read_text, smoke_home.glob(f"ledger/{tokens.name}/*.json")))
+    conversations = statement["predicate"]["buildDefinition"]["externalParameters"]["config"]["conversations"]
+    assert conversations == ["chat_problems", "courtesies"]
+    counted: Counter[bool] = Counter()
+    for table in sorted(tokens.glob("documents/*/*.parquet")):
+        source = table.parent.name
+        texts = {row["id"]: row for row in pq.read_table(dedup / "kept" / source / table.name).to_pylist()}
+        for row in pq.read_table(table).to_pylist():
+            text, first = texts[row["id"]]["text"], texts[row["id"]]["prompt_chars"]
+            ids = sequence(tokens / row["split"] / source / table.stem, row["ordinal"])
+            prompt, answer = (tokenizer.encode(part).ids for part in (text[:first], text[first:]))
+            assert len(ids) == row["tokens"] and row["loss_from"] == len(prompt)
+            if source in conversations:
+                assert ids == prompt + answer and ids[-1] == 3 and 1 not in ids and 2 in ids
+            else:
+                assert ids == [*prompt, *answer, 1] and min(ids[:-1]) > 5
+            counted[source in conversations] += 1
+    assert min(counted.values()) > 400
+
+
+def sequence(shard: Path, number: int) -> list[int]:
+    """A sequence of one of Megatron's indexed data sets."""
+    index = shard.with_suffix(".idx").read_bytes()
+    assert index[:9] == b"MMIDIDX\0\0" and index[17] == 8, "two bytes a token"
+    (count,) = struct.unpack_from("<Q", index, 18)
+    lengths = struct.unpack_from(f"<{count}i", index, 34)
+    places = struct.unpack_from(f"<{count}q", index, 34 + 4 * count)
+    data = shard.with_suffix(".bin").read_bytes()
+    return list(struct.unpack_from(f"<{lengths[number]}H", data, places[number]))
 
 
 def test_reinforcement_learning_moves_the_weights_on_any_processor(smoke_home: Path) -> None:

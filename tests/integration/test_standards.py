@@ -91,7 +91,9 @@ def test_the_documents_say_what_the_release_is(built: Path) -> None:
     assert weights["hashes"] == [{"alg": "SHA-256", "content": sums["model.safetensors"]}]
     sources = {part["name"]: part for part in bom["components"] if part["type"] == "data"}
     assert sources["prose"]["licenses"] == [{"expression": "PSF-2.0"}]
-    assert yaml.safe_load((built / bundle.CITATION).read_text())["license"] == "Apache-2.0"
+    cited = yaml.safe_load((built / bundle.CITATION).read_text())
+    assert (cited["license"], cited["type"]) == ("Apache-2.0", "software")
+    assert cited["authors"] == [{"name": "the maker of local/tiny, who states no name"}]
     notice = (built / "dataset" / NOTICE).read_text()
     assert "prose\n  licenses: PSF-2.0\n  origin: https://example.org/prose" in notice and "sums" not in notice
     assert not (built / "dataset" / notices.PYTHON).exists(), "no source is Python's own library"

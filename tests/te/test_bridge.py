@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from docs.examples import blocks_of
 from stages.models.registry import ARCHITECTURES
-from tests.fixtures import ROOT, architecture_fixtures, layout_fixtures, page_fixtures
+from tests.fixtures import ROOT, architecture_fixtures, layout_fixtures
 from tests.te.conftest import Spawn
 
 YARN = {"yarn": {"factor": 4.0, "original_length": 16}}
@@ -18,7 +19,7 @@ QWEN3_MOE, QWEN3, QWEN3_NEXT, GLM, DEEPSEEK, GPT_OSS = (
 UNTIED = {"layers": 3, "tie_embeddings": False, "rope_theta": 1e6, "norm_eps": 1e-5}
 GLM_SPARSE = {k: v for k, v in GLM.items() if k not in ("dense_layers", "intermediate_size")}
 (GPT_OSS_ROPE,) = (
-    block.text for block in page_fixtures.blocks(ROOT / "docs/users.md") if "provider.yarn_" in block.text
+    block.text for block in blocks_of((ROOT / "docs/users.md").read_text("utf-8")) if "provider.yarn_" in block.text
 )
 """The lines of docs/users.md with which a user corrects what the bridge takes for the rotary embedding of gpt_oss."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from release.assembly.changes import Changes, _leaves, compare, read_changes
-from release.assembly.example_answers import SHOWN, read_examples, settings_of
+from release.assembly.example_answers import SHOWN, ExampleAnswer, best_example, read_examples, settings_of
 from release.assembly.model_facts import ModelFacts, Parameters
 from release.cards import chat_tables, tables, training_tables
 from tests.fixtures.release_fixtures import table
@@ -73,3 +75,19 @@ def test_changes_since_the_version_before(tmp_path: Path) -> None:
     ]  # fmt: skip
     many = Changes("0.1.0", [(f"s{n}", None, n) for n in range(50)], {})
     assert tables.changes(many)[-1] == "- 20 further settings" and len(tables.changes(many)) == 33
+
+
+def test_the_answer_that_a_card_shows_is_right_if_there_is_a_right_one() -> None:
+    empty, wrong, right = (
+        ExampleAnswer("add", f'say "{text}"\n``` twice', text, text == "right", True) for text in ("", "wrong", "right")
+    )
+    assert best_example([empty, wrong, right]) == right and best_example([empty, wrong]) == wrong
+    assert best_example([empty]) is None and best_example([]) is None
+    (line,) = chat_tables.request(right)
+    assert ast.literal_eval(line.removeprefix("chat = ")) == [{"role": "user", "content": right.request}]
+    assert chat_tables.output(right) == ["````text", "right", "````"]
+    plain = dataclasses.replace(wrong, in_conversation=False, text="a\n````\nb" + "x" * 700)
+    assert chat_tables.request(plain) == ['inputs = tokenizer("say \\"wrong\\"\\n``` twice", return_tensors="pt")']
+    lines = chat_tables.output(plain)
+    assert lines[2] != "````" and len(lines) == 5 and lines[3].endswith("x…")
+    assert chat_tables.request(None) == ['inputs = tokenizer("The", return_tensors="pt")']

@@ -34,7 +34,7 @@ PAGES = ("cli.md", "configuration.md", "errors.md", "metrics.md", "llms.txt")
 @pytest.mark.parametrize("name", [*PAGES, *(f"schemas/{kind}.schema.json" for kind in SCHEMAS)])
 def test_a_generated_page_is_up_to_date(pages: dict[str, str], name: str) -> None:
     is_current = (DOCS / name).read_text(encoding="utf-8") == pages[name]
-    assert is_current, f"docs/{name} is not what docs/generate.py gives today; run `make docs` and commit the page"
+    assert is_current, f"docs/{name} is not what docs/generate.py gives today; run it and commit the page"
 
 
 @pytest.mark.parametrize("name", ["cli.md", "configuration.md"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import unquote
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -76,7 +74,7 @@ def _repo_id(request: Request) -> str:
 
 
 def revision(request: Request) -> str:
-    return unquote(request.path_params.get("rev", "main"))
+    return str(request.path_params.get("rev", "main"))
 
 
 async def error_response(request: Request, error: Exception) -> Response:

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     tokens = {token if mark else user: user if mark else "local" for user, mark, token in pairs}
     limits = options.lfs_bytes, options.part_bytes, options.commits_per_hour
     app = make_app(options.root, tokens, *limits, options.log)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host="127.0.0.1",
         port=options.port,
@@ -54,6 +54,18 @@ def main(argv: list[str] | None = None) -> None:
         access_log=False,
         timeout_keep_alive=IDLE_SECONDS,
     )
+
+    class Server(uvicorn.Server):
+        """A server that prints a line once it listens."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                user = tokens.get(LOCAL_TOKEN)
+                token = f", and HF_TOKEN={LOCAL_TOKEN} for the user {user}" if user else ""
+                print(f"the local Hub is up: set HF_ENDPOINT=http://127.0.0.1:{options.port}{token}", flush=True)
+
+    Server(config).run()
 
 
 def free_port() -> int:
@@ -75,7 +87,9 @@ def running(
     endpoint = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "release.hub.local.server", "--root", str(root), "--port", str(port)]
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
-    server = subprocess.Popen([*command, "--token", f"{user}={token}", *extra], env={**os.environ, "PYTHONPATH": path})
+    command += ["--token", f"{user}={token}", *extra]
+    environment = {**os.environ, "PYTHONPATH": path}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + seconds
         while not _answers(endpoint):

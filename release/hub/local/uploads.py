@@ -8,7 +8,6 @@ import json
 import os
 import uuid
 from typing import Any
-from urllib.parse import unquote
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -170,7 +169,7 @@ def _new_ref(request: Request, refs: dict[str, str], name: str, sha: str, repo: 
 async def delete_ref(request: Request) -> Response:
     repo, _ = await access.writable(request)
     refs = repo.branches if "/branch/" in request.url.path else repo.tags
-    if refs.pop(unquote(request.path_params["rev"]), None) is None:
+    if refs.pop(request.path_params["rev"], None) is None:
         raise HubError(404, "no such branch or tag", "RevisionNotFound")
     access.store(request).save(repo)
     return JSONResponse({})
