@@ -9,10 +9,10 @@ from __future__ import annotations
 
 SCHEMA = 7
 """7: plots name the version of matplotlib, the attestation of the gates names the code and the settings of the build,
-and the card has an answer that a reader can draw again. 6: tasks in long texts, the ladder of a prediction on the page,
-the composition of the data, example documents, the field's words for settings. 5: in the order of a reader, with
-further plots; no table twice in a release, and none wider than the Hub's column. 4: the phases that learn from preferences have
-other names. 3: cards state their versions, and start with caveats."""
+and the card has an answer that a reader can draw again. 6: tasks in long texts, the ladder of a prediction on the
+page, the composition of the data, example documents, the field's words for settings. 5: in the order of a reader,
+with further plots; no table twice in a release, and none wider than the Hub's column. 4: the phases that learn from
+preferences have other names. 3: cards state their versions, and start with caveats."""
 ESCAPED = 3
 """The schema that introduced the escaping of unprintable characters in model output."""
 FIGURES: dict[str, int] = {}
