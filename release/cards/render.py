@@ -66,7 +66,7 @@ def install_commands(release: ReleaseInfo) -> str:
 def code_readme(release: ReleaseInfo) -> str:
     """The README of `code/` in a release, which the build of its wheel needs."""
     template = jinja2.Template((TEMPLATES / "code.md.jinja").read_text("utf-8"), keep_trailing_newline=True)
-    return template.render(release=release)
+    return str(template.render(release=release))
 
 
 def model_index(scores: ModelScores, dataset: str) -> list[Any]:

@@ -182,7 +182,7 @@ def _definitions(
             yield from _definitions(node, prefix, name_counts)
 
 
-def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
+def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> str | None:
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     line_numbers = list(range(first, (node.end_lineno or node.lineno) + 1))
     body = node.body[0]
@@ -193,7 +193,7 @@ def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, line
     return textwrap.dedent("\n".join(lines[n - 1] for n in line_numbers)).strip("\n")
 
 
-def _file_without_docstrings(tree: ast.Module, lines: list[str]) -> str:
+def _file_without_docstrings(tree: ast.Module, lines: Sequence[str]) -> str:
     """The file's text without the docstrings of `_definitions`, and of functions inside functions.
 
     A docstring that is the whole body, or shares a line with code, becomes `pass`, so that the rest still parses.

@@ -35,7 +35,6 @@ from release.audit import rebuild
 from release.audit.replay import post_training
 from release.audit.replay.retraining import Progress, Retrained
 from release.audit.replay.source import Source
-from stages.rl.sandbox.cell import remedy
 
 ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|CUDA|NCCL|NVTE|PYTORCH|TORCH)_[A-Z0-9_]+")
 """Settings that decide how numbers are added, and those that a GPU needs, which a replay inherits."""
@@ -220,6 +219,8 @@ def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -
     command += ["--bind", str(work), str(work), "--chdir", str(work)]
     probe = subprocess.run([*command, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if probe.returncode:
+        from stages.rl.sandbox.cell import remedy  # which Linux alone can import
+
         reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         raise AtomError(
             "the code that this release carries runs under bubblewrap, which cannot start here: "
