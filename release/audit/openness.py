@@ -46,7 +46,7 @@ from release.signing import recorded_identity
 from release.standards import bundle
 from release.standards.frameworks import NO_CLASS
 from release.standards.standard_facts import NOT_STATED
-from stages.evaluation.contamination import VERDICTS
+from stages.evaluation.scores import VERDICTS
 from stages.train.imported_weights import NAME as BASE
 
 SMALL_BYTES = 4_000_000_000

@@ -25,7 +25,7 @@ from release.standards.bundle import DOCUMENTS, RECORDED
 STANDARDS = [path for path in (*DOCUMENTS, RECORDED) if path.startswith("evidence/")]
 NAMES = {
     "benchmark": "test|fresh|preferences|memorization|harness",
-    "code": "|".join(map(re.escape, CODE_FILES)),
+    "code": "|".join(map(re.escape, (*CODE_FILES, "Makefile"))),  # earlier releases have a Makefile
     "constraints": r"constraints[A-Za-z0-9_.-]*\.txt",
     "document": "|".join(map(re.escape, STANDARDS)),
     "encoding": r"[A-Z0-9_]+",

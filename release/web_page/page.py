@@ -30,8 +30,7 @@ from release.web_page import charts, curves, lineage, markdown_html, removals
 from release.web_page.markdown_html import file_link
 from release.web_page.outputs import ITEMS_PER_PART, Written
 from release.web_page.script_parts import embedded
-from stages.evaluation.contamination import VERDICTS
-from stages.evaluation.scores import pass_at_1
+from stages.evaluation.scores import VERDICTS, pass_at_1
 
 FOLDER = Path(__file__).parent
 STARTS = 40

@@ -31,11 +31,10 @@ from stages.evaluation.confidence import clustered
 from stages.evaluation.contamination_corpus import Corpus, CorpusSearch, Item
 from stages.evaluation.eval_set import chat_rows, texts_of
 from stages.evaluation.pass_at_k import GREEDY
-from stages.evaluation.scores import ContaminationReport, Mean, ScoresByVerdict, VerdictCounts
+from stages.evaluation.scores import VERDICTS, ContaminationReport, Mean, ScoresByVerdict, VerdictCounts
 from stages.rl.protocols import question
 
 VERSION = 1
-VERDICTS = ("clean", "overlap", "contaminated")
 
 
 class OverlapRow(TypedDict):

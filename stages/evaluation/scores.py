@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
+VERDICTS = ("clean", "overlap", "contaminated")
+"""On a test item compared with the training data, from the best to the worst."""
+
 
 class Figure(TypedDict):
     """An estimate and its standard error."""

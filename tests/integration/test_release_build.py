@@ -410,8 +410,9 @@ def test_a_waived_gate_is_on_the_card_and_the_page_and_not_among_those_that_pass
     assert gate["ok"] is None and gate["detail"].startswith("waived by the recipe (an example); accuracy ")
     assert "midtraining_raises_accuracy" not in (release / GATES_STATED).read_text()
     page = (release / PAGE).read_text()
-    count = len(json.loads((release / GATES).read_text()))
-    assert f"{count - 1} of {count}" in page and "not judged" in page
+    gates = json.loads((release / GATES).read_text()).values()
+    passed = sum(gate["ok"] is True for gate in gates)
+    assert f"{passed} of {len(gates)}" in page and f"{len(gates) - passed} not judged" in page
     (release / "model/README.md").write_text(card.replace(line, ""))
     assert not verify(release).ok
 
