@@ -12,6 +12,7 @@ from release.checks.check import BuildContext, Subject
 from release.checks.file_list import ADAPTER
 from release.checks.findings import Findings
 from release.layout import models_of, when
+from release.repositories import files_below
 
 
 def tensors(subject: Subject) -> Findings:
@@ -47,12 +48,15 @@ def shards(subject: Subject) -> Findings:
     """Checks that the tensors of each model and each optimizer are in one file, or in the shards of its index: no file
     more or less, and in each the tensors that the index states."""
     folder, findings = subject.folder, Findings(compared=False)
-    for place in sorted({path.parent for path in folder.rglob("*.safetensors*")}):
-        prefix = f"{place.relative_to(folder).as_posix()}/".removeprefix("./")
-        names = sorted(path.name for path in place.glob("*.safetensors*"))
+    names_by_place: dict[str, list[str]] = {}
+    for path in files_below(folder):  # without those of a client, which has one for each file that it downloads
+        place, slash, name = path.rpartition("/")
+        if ".safetensors" in name:
+            names_by_place.setdefault(f"{place}{slash}", []).append(name)
+    for prefix, names in names_by_place.items():
         for stem in sorted({name.partition(".")[0].partition("-")[0] for name in names}):
             own = [name for name in names if re.match(f"{stem}[.-]", name)]
-            findings.problems += [f"{prefix}{text}" for text in _shard_problems(place, stem, own)]
+            findings.problems += [f"{prefix}{text}" for text in _shard_problems(folder / prefix, stem, own)]
             findings.compared = True
     findings.summary = "every tensor is in one file, or in the shards of an index"
     findings.problems += [f"{name}.safetensors is missing" for name in _missing(subject)]

@@ -67,7 +67,7 @@ def test_a_deep_verification_says_what_it_lacks(release: Path, tmp_path: Path) -
         in deep
     )
     assert "skipped weights: not checked, because it needs torch; install atom-release[train]" in deep
-    assert "ok      order" in deep and "ok      documents" in deep and deep.endswith(": verified\n")
+    assert "ok      order" in deep and "ok      documents" in deep and ": verified; it is not signed: " in deep
 
 
 @at_length("release", 10)
