@@ -46,6 +46,8 @@ def test_names_and_values_decide() -> None:
 
 def test_the_shell_has_the_same_rule(tmp_path: Path) -> None:
     run = Run("run", tmp_path / "run", {})
+    run.folder.mkdir()
+    (run.folder / "run.json").touch()  # a node that does not see it runs nothing
     node = Node("stage", Stage("stage", 1, Config, lambda *_: None), Config(), {}, "stage-0")
     script = batch_script(Store(tmp_path), run, node, cluster_profile.load("dev").cluster(), tmp_path, [])
     text = replace(script, forwarded_variables={}, variables={}, srun_options="2> /dev/null; env -0; exit;").text()
