@@ -20,7 +20,7 @@ from release.audit.verify import Verdict
 from release.checks import file_list
 from release.checks.listing import kind_of
 from release.checks.load_report import load_models
-from release.layout import GATES_STATED, ORIGINS, RETRACTED, SUMS
+from release.layout import ALL_SUMS, GATES_STATED, ORIGINS, RETRACTED, SUMS
 from release.repositories import files_below
 from release.schema import CARD
 from release.signing import Trust
@@ -361,7 +361,7 @@ def kinds(folder: Path) -> dict[tuple[str, str], str]:
         kind = file_list.kind_of_place(place) if whole else kind_of(folder)
         name = path.removeprefix(f"{place}/")
         patterns = [each for each in file_list.list_of(kind, [name]).patterns if file_list.fits(each, name)]
-        if patterns:  # not of checksums
+        if patterns and not (whole and path == ALL_SUMS):  # not of checksums, which are made anew
             found.setdefault((kind, patterns[0]), path)
     return found
 
