@@ -323,7 +323,7 @@ def test_a_reward_that_is_no_number_is_named() -> None:
     verifiers = generation.Verifiers({"no-number": NoNumber()}, 0, print)  # type: ignore[dict-item]
     row = {"id": "task/1", "verifier": "no-number"}
     with pytest.raises(
-        VerifierFailed, match="verifier no-number: the reward nan of an answer to task task/1 is no number"
+        VerifierFailed, match="verifier no-number: the reward of an answer to task task/1 is nan, which is no number"
     ):
         verifiers.score([(row, Response("", "", True))])
 

@@ -127,8 +127,8 @@ class Verifiers:
                 for part_name, value in part.items():
                     if not math.isfinite(value):
                         raise VerifierFailed(
-                            f"verifier {name}: the part {part_name} = {value} of the reward of an answer to task "
-                            f"{answers[i][0]['id']} is no number; correct the verifier"
+                            f"verifier {name}: the {part_name} of an answer to task {answers[i][0]['id']} is {value}, "
+                            "which is no number; correct the verifier"
                         )
                 parts[i] = part
         return [parts[i] for i in range(len(answers))]
