@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-
 from pipeline.hub.client import load
 from release import schema
 from release.assembly.data_facts import DataFacts
@@ -65,6 +63,8 @@ def install_commands(release: ReleaseInfo) -> str:
 
 def code_readme(release: ReleaseInfo) -> str:
     """The README of `code/` in a release, which the build of its wheel needs."""
+    import jinja2
+
     template = jinja2.Template((TEMPLATES / "code.md.jinja").read_text("utf-8"), keep_trailing_newline=True)
     return str(template.render(release=release))
 
