@@ -157,7 +157,9 @@ def test_models_that_converse_sample_and_others_are_greedy(tmp_path: Path) -> No
     converse = {name for name, node in graph.nodes.items() if getattr(node.config, "converses", False)}
     assert converse == {"export-sft", "export-rlvr", "export-dpo", "export-online-rlhf"}
     ids = {name: n for n, name in enumerate(SPECIAL_TOKENS)}
-    greedy, sampled = (GenerationConfig(**hf.generation_config(converses, ids)) for converses in (False, True))
+    greedy, sampled = (
+        GenerationConfig(**json.loads(hf.generation_config(converses, ids))) for converses in (False, True)
+    )
     assert greedy.eos_token_id == sampled.eos_token_id == [1, 3] and greedy.do_sample is False
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                          num_attention_heads=1, num_key_value_heads=1, head_dim=16))  # fmt: skip

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,14 +19,12 @@ from typing import Any
 import pytest
 import uvicorn
 
-from release.checksums import write_sums
+from release.assembly import build_release as builder
 from release.hub.local.app import make_app
 from release.hub.local.server import IDLE_SECONDS, LOCAL_TOKEN, free_port
 from release.hub.local.store import Commit, HubStore, current_time
-from release.layout import ALL_SUMS, SUMS
-from release.repositories import files_below, files_of, repositories
 from tests.fixtures import ROOT
-from tests.fixtures.publish_fixtures import PRELUDE
+from tests.fixtures.publish_fixtures import PRELUDE, build_another
 from tests.fixtures.run_fixtures import SOAK, at_length
 
 PUBLISH = """
@@ -140,12 +137,12 @@ POINTS = [
 
 @pytest.mark.parametrize("point", POINTS)
 def test_of_two_publications_at_once_one_ends_verified_and_the_other_says_so(
-    copy: Path, hub: Hub, point: str, tmp_path: Path
+    source: builder.BuildInput, copy: Path, hub: Hub, point: str, tmp_path: Path
 ) -> None:
     """The second runs from its beginning to its end while the first is held at one of its requests."""
     public, other_release = "", copy
     if point == "another release":
-        other_release = changed(copy, tmp_path / "other" / copy.name)
+        other_release = build_another(source, tmp_path / "other")
     if point == "a staging branch":
         public = "public"
         first = start(copy, hub, "setup", public=public)
@@ -179,18 +176,6 @@ def test_of_two_publications_at_once_one_ends_verified_and_the_other_says_so(
         assert first.returncode == 2 and err.startswith("atom: ") and err.strip().endswith(ends), err
     hub.meet = lambda request: (True, True)
     require_published(other_release, hub, public)
-
-
-def changed(release: Path, target: Path) -> Path:
-    """A copy of a release with another license of a model, and with its checksums."""
-    shutil.copytree(release, target)
-    path = target / "model/LICENSE"
-    path.write_text(path.read_text() + "\nAnother.\n")
-    for place in sorted(repositories(target), key=lambda place: place.folder == ""):
-        if not place.folder:
-            write_sums(target / ALL_SUMS, target, [p for p in files_below(target) if p not in (SUMS, ALL_SUMS)])
-        write_sums(target / place.folder / SUMS, target / place.folder, files_of(target, place))
-    return target
 
 
 def remove_from_main(hub: Hub, path: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from release.assembly import build_release as builder
 from release.hub.local.server import free_port, running
 from tests.fixtures import release_fixtures
+from tests.fixtures.publish_fixtures import build_another
 from tests.fixtures.run_fixtures import at_length
 
 
@@ -166,18 +167,14 @@ def heads():
 """
 
 
-def test_a_version_is_published_once(client, release: Path, tmp_path: Path) -> None:
+def test_a_version_is_published_once(client, source: builder.BuildInput, release: Path, tmp_path: Path) -> None:
     journal = release.with_name("tiny-0.1.0.publish.jsonl")
     with running(tmp_path / "hub") as endpoint:
         client("publish(release, 'local')", endpoint)
         before = journal.read_bytes()
-        (release / "README.md").write_text((release / "README.md").read_text() + "\nMore.\n")
-        from release.checksums import write_sums
-        from release.layout import ALL_SUMS, SUMS
-        from release.repositories import files_below, files_of, repositories
-
-        write_sums(release / ALL_SUMS, release, [p for p in files_below(release) if p not in (SUMS, ALL_SUMS)])
-        write_sums(release / SUMS, release, files_of(release, next(p for p in repositories(release) if not p.folder)))
+        another = build_another(source, tmp_path / "another")
+        shutil.rmtree(release)
+        shutil.copytree(another, release)
         client(
             HEADS
             + """
