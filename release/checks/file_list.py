@@ -176,7 +176,7 @@ DATASET = FileList(
         evaluation/{{benchmark}}/{{model}}/{{table}}.parquet evaluation/{{benchmark}}/{{model}}/scores.json
         evaluation/harness/{{model}}/tasks.json evaluation/contamination/items.parquet
         evaluation/contamination/report.json evaluation/fresh/chat.jsonl evaluation/fresh/meta.json
-        rl/{{phase}}/tasks.jsonl rl/{{phase}}/{{table}}.parquet
+        rl/{{phase}}/tasks.jsonl rl/{{phase}}/probes.json rl/{{phase}}/{{table}}.parquet
     """,
     generated=f"""
         {CARD} !NOTICE license_texts/python.txt !merkle.json !croissant.json !filter_agreement.json

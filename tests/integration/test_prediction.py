@@ -103,7 +103,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> builder.BuildInput:
     (path,) = (p for p in source.statements if p.parent.name == trained.key)
     body = json.loads(path.read_text())
     start = {"start": 1, "startedOn": "2126-01-01T00:00:00Z", "prediction": artifact.digest}
-    body["predicate"]["runDetails"]["byproducts"].append({"name": "starts", "annotations": {"starts": [start]}})
+    (starts,) = (each for each in body["predicate"]["runDetails"]["byproducts"] if each["name"] == provenance.STARTS)
+    starts["annotations"]["starts"] = [each | start for each in starts["annotations"]["starts"]]
     path.unlink()
     stated = provenance.write(path.parent.parent, trained.key, body)
     statements = [*(p for p in source.statements if p != path), stated]

@@ -347,7 +347,9 @@ def fail(rank: int) -> None:
     from stages.train import parallel
 
     this_rank = int(os.environ["RANK"])
-    dist.init_process_group("fake", rank=this_rank, world_size=2)
+    # without a store, the backend `fake` takes one that gloo cannot use
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 2, this_rank == 0)
+    dist.init_process_group("fake", rank=this_rank, world_size=2, store=store)
     objects = parallel.create_groups(Layout(ranks=2), 60.0, on_gpu=True)
     ranks = parallel.Ranks(this_rank, 2, Layout(ranks=2), this_rank, 2, True, objects)
     assert dist.get_backend() == "fake" and ranks.gather(this_rank) == [0, 1]

@@ -139,7 +139,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, folder = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("release")
     artifacts, statements = release_fixtures.make_run(run, INPUTS, configs=CONFIGS)
     assembly = assemble.Assembly(folder)
-    assemble.place_artifacts(assembly, artifacts)
+    assemble.place_artifacts(assembly, artifacts, {})
     for path in statements:
         assembly.include(path, f"evidence/statements/{path.name}", "statement")
     assembly.json(RECIPE, {"sizes": STATED}, "recipe")

@@ -151,7 +151,7 @@ def test_a_stage_is_described_from_its_start_and_ended_by_what_happened(
     assert child()[1].info.status == "FINISHED" and "atom.error" not in child()[1].data.tags
 
     # `atom run` was killed before it could end the run: the next one does
-    later = runs_of.start(graph, store, ["items"], "local")
+    later = runs_of.start(graph, store, ["items"], "local", {"launcher": "local"})
     mlflow_sync.end_abandoned(later, store)
     assert client.get_run(parent.info.run_id).info.status == "KILLED", "its export is neither sealed nor failed"
     assert mlflow_sync.Forwarder(run, store).state["outcome"] == "KILLED"
@@ -178,7 +178,7 @@ def test_a_run_that_is_over_has_the_status_of_its_stages(states: list[str], outc
 
 def test_an_unwritable_folder_of_logs_ends_no_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, graph = Store(tmp_path / "home"), home_fixtures.graphs(tmp_path)[0]
-    run = runs_of.start(graph, store, ["items"], "local")
+    run = runs_of.start(graph, store, ["items"], "local", {"launcher": "local"})
     (run.node_folder("items") / start_file.NAME).mkdir(parents=True)
     started(run, graph, store, "items", 1)
     assert "items: start.json was not written" in capsys.readouterr().err

@@ -255,7 +255,7 @@ def test_the_first_sentence_about_a_full_disk_is_that_it_is_full(
     """Of the rank that could not write, and of rank 0, which waits for the files of that rank."""
     barrier, values, sentences = threading.Barrier(2), dict[int, Any](), dict[int, str]()
 
-    def write(folder: Path, rank: int, pieces: Any, tensors: Any) -> None:
+    def write(folder: Path, rank: int, pieces: Any, tensors: Any, progress: Any) -> None:
         if rank == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "rank-00001.safetensors"))
 
