@@ -25,6 +25,7 @@ def test_a_cell_that_is_killed_starts_again() -> None:
         before = cell.pid
         assert before
         os.kill(before, 9)
+        os.waitid(os.P_PID, before, os.WEXITED | os.WNOWAIT)  # a kill takes effect at some later time
         assert pool.run([Program("print('again')")])[0].stdout == "again\n" and cell.pid != before
         killer = threading.Timer(0.5, lambda: os.kill(cell.pid or 0, 9))
         killer.start()
