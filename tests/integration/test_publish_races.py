@@ -111,7 +111,8 @@ def killer(
     return meet
 
 
-@pytest.mark.parametrize("public", ["", pytest.param("public", marks=at_length("release", 120))])
+@at_length("release", 240)
+@pytest.mark.parametrize("public", ["", "public"])
 def test_a_publication_that_is_killed_at_every_few_requests_ends_verified(copy: Path, hub: Hub, public: str) -> None:
     """With kill -9, alternately before a request has an effect and after it, while its answer is awaited."""
     every, kills, requests = (3 if SOAK else 9), 0, list[str]()

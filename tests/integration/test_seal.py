@@ -17,6 +17,7 @@ from pipeline.graph import recipe
 from stages.train.checkpoint import release_checkpoint, tensor_file, work_checkpoint
 from stages.train.engine import MOMENTS
 from tests.fixtures import layout_fixtures, train_fixtures
+from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.train_fixtures import damage, fresh
 
 LIMIT = 4.0
@@ -59,6 +60,7 @@ def test_a_rank_is_alive_while_another_one_seals(corpus: Path, tmp_path: Path) -
     assert sorted(p.name for p in (tmp_path / "out").glob("step-*")) == ["step-000000", "step-000012"]
 
 
+@at_length("training", 40)
 def test_a_seal_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
     """On a rank whose files the others wait for: none of them makes progress."""
     settings = layout_fixtures.settings_of({}, 2, watchdog_timeout_seconds=LIMIT, release_checkpoint_interval=100)
@@ -81,6 +83,7 @@ def test_a_seal_that_is_killed_again_and_again_comes_to_its_end(corpus: Path, in
     assert train_fixtures.digest(tmp_path / "out") == train_fixtures.digest(in_shards)
 
 
+@at_length("training", 40)
 def test_a_seal_goes_on_in_another_layout_with_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     """Two ranks begin the last checkpoint, one of them dies, and a single rank completes it."""
     two = layout_fixtures.settings_of({}, 2, release_checkpoint_interval=100)
