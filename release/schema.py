@@ -3,7 +3,7 @@
 There are two numbers: the **format** of the release, which determines the content of its files and the names in them,
 and the **card schema**, which determines the tables of the cards and their lines. Both are in release.json (`format`,
 `card_schema`) and at the head of each repository's card (`atom_release_format`, `atom_card_schema`). A folder without
-them has format 2 with card schema 2, the only ones before versions were stated.
+them, such as that of a checkpoint, is checked as one of the present versions.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ LINE = re.compile(r"^atom_(release_format|card_schema): ([0-9]{1,9})\r?$", re.MU
 class Stated:
     """The versions that a release or a repository states."""
 
-    format: int = schema_v2.FORMAT
-    cards: int = schema_v2.CARDS
+    format: int = FORMAT
+    cards: int = CARDS
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def of_card(folder: Path) -> Stated | None:
     numbers = {name: int(number) for name, number in LINE.findall(metadata_of(text))}
     if not numbers:
         return None
-    return Stated(numbers.get("release_format", schema_v2.FORMAT), numbers.get("card_schema", schema_v2.CARDS))
+    return Stated(numbers.get("release_format", FORMAT), numbers.get("card_schema", CARDS))
 
 
 def of_release(folder: Path) -> Stated | None:
@@ -153,20 +153,19 @@ def stated(path: Path) -> Stated:
 
 
 def unknown(folder: Path) -> str:
-    """A sentence, if a release or a repository states a version that is unknown to this atom; else ""."""
+    """A sentence, if a release or a repository states other versions than those that this atom checks; else "".
+
+    A folder of an earlier version would be compared with less, so whoever forges one would state that.
+    """
     versions = of_release(folder) or of_card(folder) or Stated()
     return next(_unknown(versions), "")
 
 
 def _unknown(stated: Stated) -> Iterator[str]:
-    for what, number, lowest, highest in (
-        ("format", stated.format, min(READERS), max(READERS)),
-        ("card schema", stated.cards, schema_v2.CARDS, CARDS),
-    ):
-        if number > highest:
-            yield f"states {what} {number}, and this atom knows {highest} at most; use a later atom"
-        elif number < lowest:
-            yield f"states {what} {number}, and the first that there was is {lowest}"
+    for what, number, present in (("format", stated.format, FORMAT), ("card schema", stated.cards, CARDS)):
+        if number != present:
+            which = "a later" if number > present else "an earlier"
+            yield f"states {what} {number}, and this atom checks {present} alone; use {which} atom"
 
 
 def reader(path: Path) -> ModuleType:

@@ -14,29 +14,28 @@ from functools import cache
 from pipeline.core.code_snapshot import PACKAGES, SUFFIXES
 from pipeline.core.parts import PART_NAME
 from pipeline.core.text import printable
-from release import schema, schema_v2
 from release.assembly.assemble import CODE_FILES
 from release.checks.formats import PAGE_FILES
 from release.checks.listing import Contents
 from release.checks.verdict import CheckResult, Problems
-from release.layout import EXPORTED, FORMAT, PUBLIC_KEY, RETRACTED, SIGNATURE, SIZE, SUMS, TRAINING
+from release.layout import EXPORTED, PUBLIC_KEY, RETRACTED, SIGNATURE, SIZE, SUMS, TRAINING
 from release.standards.bundle import DOCUMENTS, RECORDED
 
 STANDARDS = [path for path in (*DOCUMENTS, RECORDED) if path.startswith("evidence/")]
 NAMES = {
     "benchmark": "test|fresh|preferences|memorization|harness",
-    "code": "|".join(map(re.escape, (*CODE_FILES, "Makefile"))),  # earlier releases have a Makefile
+    "code": "|".join(map(re.escape, CODE_FILES)),
     "constraints": r"constraints[A-Za-z0-9_.-]*\.txt",
     "document": "|".join(map(re.escape, STANDARDS)),
     "encoding": r"[A-Z0-9_]+",
     "key": r"[a-z0-9_]+(?:-[a-z0-9_]+)*(?:@[0-9]+)?-[0-9a-f]{12}",
-    "model": rf"(?:{'|'.join(dict.fromkeys((*EXPORTED, *schema_v2.MODELS)))})(?:-[0-9]+)?",
+    "model": rf"(?:{'|'.join(EXPORTED)})(?:-[0-9]+)?",
     "module": rf"(?:[A-Za-z0-9_][\w.-]*/)*[A-Za-z0-9_][\w.-]*(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))})",
     "node": r"[a-z0-9_]+(?:-[a-z0-9_]+)*(?:@[0-9]+)?",
     "package": "|".join(PACKAGES),
     "page": PAGE_FILES.pattern,
     "part": PART_NAME,
-    "phase": rf"(?:{'|'.join(dict.fromkeys((*TRAINING, SIZE, *schema_v2.PHASES)))})(?:-[0-9]+)?",
+    "phase": rf"(?:{'|'.join((*TRAINING, SIZE))})(?:-[0-9]+)?",
     "recipe": r"[^/]+",
     "release": r"[a-z0-9][a-z0-9._-]*",
     "sha256": r"[0-9a-f]{64}",
@@ -272,8 +271,7 @@ def check(contents: Contents) -> CheckResult:
     name, folder = "file_list", contents.folder
     if contents.kind == "release" and contents.missing:
         return CheckResult(name, None, "not checked, because parts of the release are missing")
-    number = schema.stated(folder).format
-    complete = number == FORMAT and not (folder / RETRACTED).exists()
+    complete = not (folder / RETRACTED).exists()
     problems: Problems = []
     for place in contents.places:
         kind = contents.kind if contents.kind != "release" else kind_of_place(place.folder)
@@ -283,7 +281,5 @@ def check(contents: Contents) -> CheckResult:
         paths = contents.present_in(place)
         prefix = f"{place.folder}/".lstrip("/")
         problems += [prefix + text for text in list_of(kind, paths).problems(paths, complete)]
-    reason = f"skipped: which files a release of format {number} must have, this atom does not know"
-    skipped = [] if number == FORMAT else [reason]
     detail = problems[0] if problems else "every file is one that atom writes"
-    return CheckResult(name, not problems, detail, problems, skipped)
+    return CheckResult(name, not problems, detail, problems)

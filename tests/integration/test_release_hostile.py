@@ -27,7 +27,7 @@ from release.checks.check_runner import run_check
 from release.checks.load_report import load_models
 from release.checks.scores import scores
 from release.checksums import read_sums
-from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
+from release.layout import ALL_SUMS, ORIGINS, SUMS
 from stages.export.conversations import CONVERSATIONS
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
@@ -106,41 +106,6 @@ def test_texts_that_grow_when_they_are_read(copy: Path) -> None:
     ]
 
 
-def test_a_release_of_an_older_version_lacks_what_there_was_not_yet(copy: Path) -> None:
-    path = copy / "evidence/release.json"
-    about = json.loads(path.read_text())
-    release_fixtures.write_json(
-        path, {name: value for name, value in about.items() if name != "card_schema"} | {"format": 1}
-    )
-    for card in copy.rglob("README.md"):  # which stated no versions then
-        card.write_text(re.sub(r"^atom_.*\n", "", card.read_text(), flags=re.MULTILINE))
-    later_files = [
-        f"dataset/{ROOTS}",
-        "dataset/croissant.json",
-        f"dataset/{CANARY}",
-        GATES_STATED,
-        "model/goldens.json",
-    ]
-    rows = json.loads((copy / ORIGINS).read_text())
-    for path in later_files:
-        (copy / path).unlink()
-        rows.pop(path, None)
-    release_fixtures.write_json(copy / ORIGINS, rows)
-    resum(copy)
-    checks = {check.name: check for check in verify(copy, deep=True).checks}
-    absent = {name for name, check in checks.items() if check.ok is None}
-    assert absent == {
-        "signatures", "merkle_roots", "croissant", "attestations", "cards", "standards", "page", "page_search", "plots",
-        "tool_files", "runtimes",
-    }  # fmt: skip
-    assert checks["file_list"].skipped == [
-        "skipped: which files a release of format 1 must have, this atom does not know"
-    ]
-    assert "this release was made before there was one" in checks["merkle_roots"].detail
-    wrong = [name for name, check in checks.items() if check.ok is False]
-    assert wrong == ["data_card"], "which is in the present form, and no card of that format was"
-
-
 def test_code_of_a_models_own_is_refused_and_not_run(copy: Path, tmp_path: Path, monkeypatch) -> None:
     marker, config = tmp_path / "opened", json.loads((copy / "model/config.json").read_text())
     auto_map = {"AutoConfig": "m.Own", "AutoModelForCausalLM": "m.Model"}
@@ -203,15 +168,15 @@ def test_recorded_conversations_are_rendered_again(copy: Path) -> None:
     assert lost.ok and lost.skipped == ["skipped: conversations: this release was built before any were recorded"]
 
 
-LATER = "and this atom knows {} at most; use a later atom"
+LATER = "and this atom checks {} alone; use a later atom"
 VERSIONS: dict[str, tuple[dict[str, object], str]] = {
     "a later format": ({"format": 99}, f"states format 99, {LATER.format(4)}"),
-    "format 0": ({"format": 0}, "states format 0, and the first that there was is 1"),
-    "a negative format": ({"format": -7}, "states format -7, and the first that there was is 1"),
+    "format 0": ({"format": 0}, "states format 0, and this atom checks 4 alone; use an earlier atom"),
+    "a negative format": ({"format": -7}, "states format -7, and this atom checks 4 alone; use an earlier atom"),
     "a huge format": ({"format": 10**30}, f"states format {10**30}, {LATER.format(4)}"),
-    "a format that is no number": ({"format": "2"}, "evidence/release.json does not state its format as a number"),
+    "a format that is no number": ({"format": "four"}, "evidence/release.json does not state its format as a number"),
     "a later card schema": ({"card_schema": 9}, f"states card schema 9, {LATER.format(versions.SCHEMA)}"),
-    "card schema 0": ({"card_schema": 0}, "states card schema 0, and the first that there was is 2"),
+    "card schema 0": ({"card_schema": 0}, "states card schema 0, and this atom checks 7 alone; use an earlier atom"),
 }
 
 

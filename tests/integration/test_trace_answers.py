@@ -153,7 +153,7 @@ def test_the_command_prints_json_and_names_damage(release: Path, tmp_path: Path)
     assert sum(len(task["answers"]) for task in body["tasks"]) == sum(
         row["step"] == 2 for row in rollouts(release, "online-rlhf")
     )
-    damaged = Path(shutil.copytree(release / "dataset", tmp_path / "damaged"))
-    (damaged / "rl/online/tasks.jsonl").write_text("{}\n")
+    damaged = Path(shutil.copytree(release, tmp_path / "damaged"))
+    (damaged / "dataset/rl/online/tasks.jsonl").write_text("{}\n")
     process = atom(tmp_path, "trace", str(damaged), "--phase", "online-rlhf", "--step", "2", code=2)
     assert "tasks.jsonl has a line that is no task" in process.stderr
