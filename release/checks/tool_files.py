@@ -20,6 +20,7 @@ from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
 from release.cards import render
 from release.cards.results import FOLDER as RESULTS
+from release.checks import loader_configs
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import CODE_README, FILTER_AGREEMENT, MODEL, NOTICE, RECIPE, RELEASE, SECOND_VERIFIER, STANDARDS
@@ -115,6 +116,7 @@ def _names(model: Path, release: ReleaseInfo | None) -> tuple[str, str]:
 def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterator[str]:
     """Problems of the files that loaders read beside the weights. is_chat: whether it converses; None: of a variant,
     which may be either."""
+    yield from loader_configs.problems(folder)
     if not (folder / CONFIG_FILE).is_file():  # GGUF, whose file has their content
         return
     templates = {INFERENCE_FILE: inference_template(), TRAINING_FILE: training_template()}
