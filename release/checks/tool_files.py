@@ -36,6 +36,18 @@ from stages.train.imported_weights import NAME as BASE
 OWN_VERIFIER = Path(audit.__path__[0], Path(SECOND_VERIFIER).name)
 WITH_CARD = {"dataset": [NOTICE], "evidence": [f"{STANDARDS}/"]}
 """Further texts of a repository, by its kind, that follow from the whole release."""
+ALONE = {
+    "dataset": (
+        "croissant.json", "evaluation/canary.json", "evaluation/harness/*/tasks.json", "order/*/meta.json",
+        "summary.json", "tokens/meta.json", "tokens/tokenizer_stats.json",
+    ),
+    "evidence": ("evidence/attestations/evaluation-*.json",),
+    "model": ("the numbers of config.json", "evaluation/harness/tasks.json"),
+    "variant": ("the numbers of config.json",),
+    "repository": ("index.json",),
+    "checkpoint": ("state.json",),
+}  # fmt: skip
+"""Files of a repository, by its kind, whose values nothing beside them shows."""
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 """Fields of a card's metadata."""
 TAG = re.compile(r"/tree/v([0-9.]+)/evaluation/")
@@ -47,6 +59,8 @@ def tool_files(subject: Subject) -> Findings:
     findings = Findings(
         compared=False, summary="programs, options, templates and licenses are as this atom writes them"
     )
+    if names := ALONE.get(subject.kind):
+        findings.skipped["alone"] = f"values: nothing in this repository alone shows those of {', '.join(names)}"
     if subject.kind == "checkpoint":  # it has no card
         reason = "LICENSE: nothing in the branch of a checkpoint states the license of its weights"
         problems = list(_licenses(subject.folder, subject.kind, None, {}, findings))

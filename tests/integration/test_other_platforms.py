@@ -66,7 +66,10 @@ def test_a_deep_verification_says_what_it_lacks(release: Path, tmp_path: Path) -
         f"skipped reload_in_transformers: not checked, because loading a model within limits needs {LACKING['macos']}"
         in deep
     )
-    assert "skipped weights: not checked, because it needs torch; install atom-release[train]" in deep
+    assert (
+        "skipped weights: not checked, because it needs torch; run pip install '.[train]' in the checkout or in code/ of a release"
+        in deep
+    )
     assert "ok      order" in deep and "ok      documents" in deep and ": verified; it is not signed: " in deep
 
 
