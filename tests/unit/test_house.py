@@ -105,6 +105,15 @@ def test_patterns_of_gitignore_are_anchored() -> None:
     assert loose == [], f".gitignore: {loose} match at any depth, and may hide a package; begin them with /"
 
 
+def test_no_advice_installs_this_package_from_an_index() -> None:
+    """None has it: `pipeline.core.errors.installing` says where it is."""
+    folders = ("pipeline", "stages", "release", "docs")
+    files = [
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".jinja")
+    ]
+    assert [path for path in files if re.search(r"install '?atom-release", path.read_text())] == []
+
+
 def test_no_module_has_the_name_of_another_library() -> None:
     """A script in the same folder, or a path that holds it, would import ours in the place of theirs."""
     installed = {name for name, owners in packages_distributions().items() if set(owners) != {DISTRIBUTION}}
