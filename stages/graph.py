@@ -17,7 +17,7 @@ from pipeline.core.text import escaped
 from pipeline.graph import checkpoints, registry
 from pipeline.graph.dag import Graph, GraphBuilder, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
-from stages import sizes
+from stages import known_gates, sizes
 from stages.data.recipe import DataRecipe
 from stages.data.recipe import loads as load_data_recipe
 from stages.evaluation import estimates
@@ -27,6 +27,7 @@ from stages.mcore.lora import Lora
 from stages.models.base import ModelConfig
 from stages.recipe import ReleaseRecipe
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
+from stages.text_phases import phases
 from stages.train.config import PhaseConfig
 from stages.train.published_base import dtype_of, require_dtype
 from stages.train.published_base import section as start_from
@@ -75,17 +76,6 @@ FP32_PARAMETERS = 10**9
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A phase that trains on text: the name of its node, the stage that runs it, the location of its section in the
-    recipe, and its section."""
-
-    node: str
-    stage: str
-    where: str
-    config: PhaseConfig
-
-
-@dataclass(frozen=True)
 class Trained:
     """The result of a phase: the config of the model after it, the type of its published weights, the format to whose
     numbers they are rounded, and, if it is an adapter, its settings and the node of its base."""
@@ -95,20 +85,6 @@ class Trained:
     weight_format: str | None = None
     lora: Lora | None = None
     base: str = ""
-
-
-def phases(config: ReleaseRecipe) -> list[Phase]:
-    """The phases of a recipe that train on text, in order."""
-    sections = []
-    if config.pretrain is not None:
-        sections.append(Phase("pretrain", "pretrain", "pretrain", config.pretrain))
-    if config.midtrain is not None:
-        sections.append(Phase("midtrain", "midtrain", "midtrain", config.midtrain))
-    for number, section in enumerate(config.long_context):
-        sections.append(Phase(f"longcontext-{number + 1}", "midtrain", f"long_context.{number}", section))
-    if config.sft is not None:
-        sections.append(Phase("sft", "sft", "sft", config.sft))
-    return sections
 
 
 def models(config: ReleaseRecipe) -> dict[str, tuple[str, int | None]]:
@@ -160,7 +136,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_lengths(config)
     yield from _problems_of_engine(config)
     yield from _problems_of_weight_format(config)
-    yield from _problems_of_gates(config, data)
+    yield from known_gates.problems(config, data)
     vocabulary = config.tokenizer.padded_vocab_size
     yield from sizes.problems(config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None)
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
@@ -577,27 +553,6 @@ def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:
                 f"evaluation.engine.gpus = {gpus} does not divide the {heads} heads of the model, which vLLM "
                 f"spreads over them; use one of {divisors}"
             )
-
-
-def _problems_of_gates(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]:
-    """Reasons known now for which a gate would refuse the release after its training."""
-    gates = {"pretrain": "pretraining_lowers_bits_per_byte", "midtrain": "midtraining_keeps_bits_per_byte"}
-    evaluation, heldout = config.evaluation, {s.name for s in data.sources if data.heldout_fraction_of(s)}
-    for phase in phases(config):
-        gate = gates.get(phase.node, "longcontext_keeps_bits_per_byte")
-        if phase.node == "sft" or gate in evaluation.waived_gates or heldout & phase.config.mix.keys():
-            continue
-        yield (
-            f"{phase.where}.mix has no source with held-out documents, by which the gate {gate} judges the phase; set "
-            "heldout_fraction of one in the data recipe"
-        )
-    gate, context = "longcontext_finds_passkeys", config.model.context_length
-    texts = evaluation.context
-    if config.long_context and texts and texts.lengths[-1] <= context and gate not in evaluation.waived_gates:
-        yield (
-            f"evaluation.context.lengths end with {texts.lengths[-1]}, and the gate {gate} asks for keys in more than "
-            f"model.context_length = {context} tokens; add a longer text"
-        )
 
 
 def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:

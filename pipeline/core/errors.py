@@ -91,3 +91,8 @@ def of_kind(failure: Failure, text: str) -> AtomError:
     error = CheckFailed(text) if failure.kind is Kind.CHECK else AtomError(text)
     error.kind = failure.kind
     return error
+
+
+def installing(extra: str) -> str:
+    """The advice to install an extra of this package, which is on no index."""
+    return f"run pip install '.[{extra}]' in the checkout or in code/ of a release"

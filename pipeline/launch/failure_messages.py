@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.core import os_errors
 from pipeline.core.environment import node_name
-from pipeline.core.errors import AtomError, Failure, Interrupted, Kind
+from pipeline.core.errors import AtomError, Failure, Interrupted, Kind, installing
 from pipeline.core.progress import duration
 from pipeline.core.store import Store
 from pipeline.launch import diagnoses
@@ -57,7 +57,7 @@ def failure_message(error: BaseException, stage: str, store: Store) -> str:
     if isinstance(error, AtomError):
         return str(error)
     if isinstance(error, ImportError) and _is_third_party(error):
-        return f"stage {stage} needs {error.name}; install atom-release[data,train] and run the same command again"
+        return f"stage {stage} needs {error.name}; {installing('data,train')}, and the same command again"
     return f"a bug in stage {stage}: {type(error).__name__}: {error}; the traceback is in its log".replace("\n", " ")
 
 

@@ -48,8 +48,12 @@ def least_open_files(ranks: int) -> int:
 
 
 def allow_open_files() -> int:
-    """Lets this process and its children have OPEN_FILES open, or as many as the hard limit allows. Returns the limit
-    then in force."""
+    """Raises the limit of open files of this process and of its later children to OPEN_FILES, but not above the hard
+    limit. A higher limit stays as it is.
+
+    Returns:
+        The limit of this process after the call.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     possible = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft == resource.RLIM_INFINITY or soft >= possible:

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
@@ -153,7 +154,11 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                     user = slurm_jobs[jobs[name]].user if is_attached else None
                     run.note_job(name, jobs[name], is_attached, array, shards, servers_job, user)
         except BaseException as error:
-            run.refuse(_withdraw(submission, store, graph, error))
+            sentence = _withdraw(submission, store, graph, error)
+            try:
+                run.refuse(sentence)
+            except OSError as failure:
+                print(f"run {run.id} cannot be marked as refused ({failure}): {sentence}", file=sys.stderr)
             raise
     try:
         slurm_client.run_command("sacct", "-n", "-X", "-j", "1", seconds=5)
@@ -173,8 +178,13 @@ def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseExc
             slurm_client.run_command("scancel", *ids)
     except NoAnswer as failure:
         return f"{reason}; the jobs before it may still be queued, since {failure}; `atom cancel` cancels them"
-    for name in submission.submitted:
-        submission_lock.remove(store, graph.nodes[name].key)
+    try:
+        for name in submission.submitted:
+            submission_lock.remove(store, graph.nodes[name].key)
+    except OSError as failure:
+        return (
+            f"{reason}; a record of a cancelled job cannot be removed ({failure}); `atom retry` submits the run again"
+        )
     return f"{reason}; then `atom retry` submits the run again"
 
 

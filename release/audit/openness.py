@@ -79,10 +79,10 @@ class Row:
 
 
 class Published:
-    """What the rows read of a release."""
+    """What the rows read of a release. identity: of the signer, as `atom verify` checked it; "" if it did not."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, identity: str = "") -> None:
+        self.folder, self.identity = folder, identity
 
     @cached_property
     def gates(self) -> dict[str, Any]:
@@ -259,36 +259,50 @@ def _replay(release: Published) -> Answer:
     return _complete(reasons, len(release.phases), command, "not of", evidence)
 
 
-@_row("bitwise replay", "add certificates of others who replayed every phase bit for bit to NAME-VERSION.replays")
+@_row(
+    "bitwise replay",
+    "replay it yourself: `atom replay . PHASE`; a certificate in NAME-VERSION.replays is a file that anybody can write",
+)
 def _bitwise(release: Published) -> Answer:
-    shown = {
+    """Never Y from files: a certificate has no signature, so its maker may have written it."""
+    stated = {
         certificate.notes["phase"]: certificate.path.name
         for certificate in read_certificates(release.folder)
         if certificate.result == "PASSED" and certificate.notes["tensors_that_differ"] == 0
     }
-    missing = [phase for phase in release.phases if phase not in shown]
-    evidence = ["evidence/statements"]
-    if not missing:
-        return "Y", f"replayed bit for bit: {', '.join(shown)}, by {', '.join(sorted(set(shown.values())))}", evidence
     devices = set()
     for body in release.statements:
         if numbered(provenance.parameters_of(body)["node"].split("@")[0])[0] in (*TRAINING, SIZE):
             devices.add(str(provenance.environment_of(body).get("device", {}).get("type", "unknown")))
     trained = f"trained on {', '.join(sorted(devices))}"
     promise = "equal bits in an equal environment are promised" if devices == {"cpu"} else "a tolerance is stated"
-    return "P", f"{trained}; {promise}; no certificate shows it of {', '.join(missing)}", evidence
+    missing = [phase for phase in release.phases if phase not in stated]
+    parts = [trained, promise]
+    if shown := [f"{phase} ({stated[phase]})" for phase in release.phases if phase in stated]:
+        parts.append(f"unsigned certificates say so of {', '.join(shown)}")
+    if missing:
+        parts.append(f"no certificate says so of {', '.join(missing)}")
+    return "P", "; ".join(parts), ["evidence/statements"]
 
 
-@_row("signatures", "sign with an identity that a third party vouches for: `atom sign --keyless`")
+@_row(
+    "signatures",
+    "sign with an identity that a third party vouches for: `atom sign --keyless`; a reader gives --identity and "
+    "--issuer, by which it is checked",
+)
 def _signatures(release: Published) -> Answer:
     places = [f"{place.folder}/{SIGNATURE}".lstrip("/") for place in repositories(release.folder)]
     missing = release.without({path: path for path in places})
     present = [path for path in places if path not in missing]
     whole = f"{len(places)} repositories and branches"
     answer, reason, evidence = _complete(missing, len(places), whole, "`atom sign` has not written", present)
-    if answer == "Y" and None in {recorded_identity(release.folder / path) for path in present}:
+    if answer != "Y":
+        return answer, reason, evidence
+    if None in {recorded_identity(release.folder / path) for path in present}:
         return "P", f"{whole}, by a key; nothing outside the release vouches for it", evidence
-    return answer, reason, evidence
+    if not release.identity:
+        return "P", f"{whole}, by an identity that nothing has checked", evidence
+    return "Y", f"{whole}, by {release.identity}, which was checked", evidence
 
 
 def _of_standards(release: Published, paths: Sequence[str]) -> Answer:
@@ -388,13 +402,18 @@ def _sizes(release: Published) -> Answer:
     return answer, f"weights of {size / 1e6:,.1f} MB, one size; a release names no others of its recipe", [MODEL]
 
 
-def rows(folder: Path) -> Iterator[Row]:
-    """The twenty rows, in order. Raises AtomError if the folder is not a whole release of the present format."""
+def rows(folder: Path, identity: str = "") -> Iterator[Row]:
+    """The twenty rows, in order. Raises AtomError if the folder is not a whole release of the present format.
+
+    Args:
+        folder: Of the release.
+        identity: Of the signer of all its repositories, which the caller has checked; "" if it has not.
+    """
     if not (folder / ORIGINS).is_file() or not (folder / "checkpoints").is_dir():
         raise AtomError(f"{folder} is not a whole release; the openness of one repository alone is not computed")
     if (stated := schema.stated(folder).format) != FORMAT:
         raise AtomError(f"{folder} has format {stated}; openness is computed of releases of format {FORMAT}")
-    published = Published(folder)
+    published = Published(folder, identity)
     for name, (function, for_a_yes) in ROWS.items():
         answer, reason, evidence = function(published)
         yield Row(name, answer, reason, tuple(evidence), "" if answer == "Y" else for_a_yes)

@@ -16,14 +16,14 @@ from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
 from release import schema, scratch, signing
 from release.audit import old_copies
-from release.checks import file_list, formats, listing, registry
+from release.checks import file_list, formats, listing, page, registry, tool_files
 from release.checks.check import Check
-from release.checks.check_runner import CheckRunner
+from release.checks.check_runner import CheckRunner, run_check
 from release.checks.listing import Checksums, Contents, kind_of
 from release.checks.verdict import CheckResult, Problems, Verdict, answer
 from release.checksums import compare
 from release.hash_cache import Digests
-from release.layout import ALL_SUMS, PUBLIC_KEY, RETRACTED, SIGNATURE, SUMS
+from release.layout import ALL_SUMS, PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS
 from release.signing import ANYONE, Trust, TrustPolicy
 from release.tree import scan
 
@@ -115,9 +115,14 @@ def _verify_folder(
     if (folder / RETRACTED).exists():  # what is left need not agree any more with what was measured on the whole
         verdict.checks.append(runner.run("tombstone", lambda: old_copies.check_tombstone(folder, kind)))
         verdict.retracted = old_copies.sentence(folder) if verdict.ok else ""
-        verdict.checks.append(
-            _left_out("content", "since documents were taken back", registry.verifiers(folder, kind, True))
-        )
+        applicable = list(registry.verifiers(folder, kind, True))
+        kept = [check for check in applicable if check.function is tool_files.tool_files and bytes_hold]
+        verdict.checks += [runner.ask(check, kind, digests) for check in kept]
+        if bytes_hold and (folder / SITE).exists():
+            verdict.checks.append(runner.run("page", lambda: run_check("page", lambda: page.scripts(folder))))
+        verdict.retracted = verdict.retracted if verdict.ok else ""
+        left_out = [check for check in applicable if check not in kept]
+        verdict.checks.append(_left_out("content", "since documents were taken back", left_out))
         return verdict
     if bytes_hold:
         verdict.checks += runner.check_tables()

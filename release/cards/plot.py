@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, installing
 from pipeline.core.store import sha256_file
 from release.assembly import training
 from release.cards import tables
@@ -46,8 +46,7 @@ def require() -> None:
     """Raises AtomError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise AtomError(
-            f"atom build draws {LOSS} of each model with matplotlib, which is not installed; "
-            "install atom-release[report]"
+            f"atom build draws {LOSS} of each model with matplotlib, which is not installed; {installing('report')}"
         )
 
 

@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from pipeline.core.text import escaped
 from release import schema, untrusted
 from release.assembly import attest
 from release.assembly.published_tables import read_json
+from release.checks import gate_results
 from release.checks.check import Subject
 from release.checks.findings import Findings, require_comparable
-from release.layout import GATES, GATES_STATED
+from release.checks.gate_results import Checks
+from release.layout import GATES, GATES_STATED, RECIPE
 
 
-def passed_gates(subject: Subject) -> Findings:
-    """Checks that no gate failed when the release was built."""
-    gates = untrusted.read_json(subject.folder / GATES, follow=True)
-    failed = [(name, gate["detail"]) for name, gate in sorted(gates.items()) if gate["ok"] is False]
+def passed_gates(checks: Callable[[], Checks], subject: Subject) -> Findings:
+    """Checks that no gate failed when the release was built, that all gates which apply are there and no others, and
+    that those which follow from the published files have the result that these give.
+
+    checks: Gives all checks of the registry, which names this one.
+    """
+    published = untrusted.read_json(subject.folder / GATES, follow=True)
+    failed = [(name, gate["detail"]) for name, gate in sorted(published.items()) if gate["ok"] is False]
     findings = Findings([f"{GATES}: gate {name} failed: {detail}" for name, detail in failed])
-    findings.compared = any(gate["ok"] is not None for gate in gates.values())
+    findings.compared = any(gate["ok"] is not None for gate in published.values())
     findings.skipped = {
-        name: f"gate {name}: {gate['detail']}" for name, gate in sorted(gates.items()) if gate["ok"] is None
+        name: f"gate {name}: {gate['detail']}" for name, gate in sorted(published.items()) if gate["ok"] is None
     }
+    stated = schema.stated(subject.folder)
+    findings.compare_part("gates", stated, lambda: list(_gate_problems(checks(), subject, published, findings)))
     return findings
+
+
+def _gate_problems(checks: Checks, subject: Subject, published: Mapping[str, Any], findings: Findings) -> Iterator[str]:
+    """Sentences about gates that are invented, missing, or not what the published files give."""
+    yield from (
+        f"{GATES}: there is no gate {escaped(name)}"
+        for name in sorted(published.keys() - set(gate_results.names(checks)))
+    )
+    lacking = gate_results.required(checks, subject.folder) - published.keys()
+    yield from (f"{GATES}: gate {name} applies to the release, and is not there" for name in sorted(lacking))
+    again = (
+        gate_results.computed_again(checks, subject.folder, read_json(subject.folder / RECIPE))
+        if subject.kind == "release"
+        else {}
+    )
+    for name, result in again.items():
+        expected = {"ok": result.ok, "detail": result.detail} if result else None
+        if published.get(name) != expected and name not in lacking:
+            yield f"{GATES}: gate {name} is not what the files of the release give"
+    words = sorted(name for name in published.keys() - again.keys() if published[name]["ok"])
+    if words:
+        findings.skipped["details"] = f"details of the gates {', '.join(map(escaped, words))}: the words of the maker"
 
 
 def attestations(subject: Subject) -> Findings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.errors import installing
 from release import untrusted
 from release.checks import formats
 from release.checks.check import Subject
@@ -57,7 +58,7 @@ def _id_problems(model: Path, rows: list[dict[str, Any]], findings: Findings) ->
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        reason = "token ids of conversations: tokenizers is not installed; install atom-release[train]"
+        reason = f"token ids of conversations: tokenizers is not installed; {installing('train')}"
         findings.skipped["token ids"] = reason
         return []
     content = untrusted.read(model / "tokenizer.json", formats.TEXT_BYTES, follow=True)

@@ -115,9 +115,14 @@ class BuildContext:
 
 @dataclass(frozen=True)
 class BuildCheck:
-    """A check that needs more than published files, so that only `atom build` runs it. Its function returns None if it
-    does not apply to the release; then there is no such gate."""
+    """A check that only `atom build` runs. Its function returns None if it does not apply to the release; then there is
+    no such gate.
+
+    private: whether it needs more than a release publishes; it then applies to every release. `atom verify` computes
+    the others again, to compare them with the published result.
+    """
 
     gate: str
     function: Callable[[BuildContext], Findings | None]
     remedy: str = ""
+    private: bool = False

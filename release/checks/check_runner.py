@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import CheckFailed
+from pipeline.core.errors import CheckFailed, installing
 from release.checks import confine, table_sizes
 from release.checks.check import NOTHING_LARGE, Check, Reads
 from release.checks.confine import Budget
@@ -52,14 +52,14 @@ def guarded(name: str, question: Callable[[], CheckResult]) -> CheckResult:
         return question()
     except ImportError as error:
         lacking = error.name or error
-        return CheckResult(name, None, f"not checked, because it needs {lacking}; install atom-release[train]")
+        return CheckResult(name, None, f"not checked, because it needs {lacking}; {installing('train')}")
     except CheckFailed as error:
         return answer(name, [str(error)])
     except Absent as error:
         return CheckResult(name, None, str(error))
-    except (MemoryError, KeyboardInterrupt, SystemExit):
+    except (MemoryError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # a panic of a parser in Rust is no Exception
+    except BaseException as error:  # a panic of a parser in Rust is no Exception, nor is SystemExit
         return answer(name, [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"])
 
 
@@ -132,7 +132,7 @@ class CheckRunner:
         if not paths or self.spent:
             return
         try:
-            body = self._run_confined(lambda: table_sizes.sizes(self.folder, paths), Budget(0, 0))
+            body = self._run_confined(lambda: self._table_sizes(paths), Budget(0, 0))
         except CheckFailed as error:
             self.spent = "tables took all the time or memory that there is"
             yield answer("tables", [f"cannot be checked: it {error}"])
@@ -142,6 +142,17 @@ class CheckRunner:
         yield answer("tables", body["wrong"], f"{len(paths)} tables, {rows} rows")
         if body["wrong"]:
             self.spent = "a table cannot be read"
+
+    def _table_sizes(self, paths: list[str]) -> dict[str, Any]:
+        """What `table_sizes.sizes` gives; with a sentence in `wrong` if it fails."""
+        body: dict[str, Any] = {"tables": {}}
+
+        def question() -> CheckResult:
+            body.update(table_sizes.sizes(self.folder, paths))
+            return answer("tables", body["wrong"])
+
+        result = guarded("tables", question)
+        return {**body, "wrong": result.wrong or [result.detail] * (result.ok is None)}
 
     def _allowance(self, reads: Reads) -> Budget:
         """The allowance of a check for the files that it reads."""

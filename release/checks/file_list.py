@@ -36,7 +36,7 @@ NAMES = {
     "page": PAGE_FILES.pattern,
     "part": PART_NAME,
     "phase": rf"(?:{'|'.join((*TRAINING, SIZE))})(?:-[0-9]+)?",
-    "recipe": r"[^/]+",
+    "recipe": r"[A-Za-z0-9_][\w.-]*\.ya?ml",
     "release": r"[a-z0-9][a-z0-9._-]*",
     "sha256": r"[0-9a-f]{64}",
     "shard": r"[0-9]{5}-of-[0-9]{5}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from stages import export
 MODEL, CHAT_TEMPLATE = "model", "chat_template"
 LOADING_SECONDS, BYTES_PER_SECOND = 3600, 5_000_000
 """The limit for loading models: so many seconds, and one for so many bytes of their weights."""
+NOTHING_FROM_THE_HUB = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
+"""Variables with which transformers downloads nothing, and takes no kernel that a config names."""
 
 
 class LoadProblem(NamedTuple):
@@ -49,8 +52,9 @@ def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadR
     wall_seconds = LOADING_SECONDS + weight_bytes(folders) // BYTES_PER_SECOND
     try:
         process = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=wall_seconds
-        )
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=wall_seconds,
+            env={**os.environ, **NOTHING_FROM_THE_HUB},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return _failed(folders, f"loading did not end within {wall_seconds} s")
     lines = [line.removeprefix("RELOAD ") for line in process.stdout.splitlines() if line.startswith("RELOAD ")]

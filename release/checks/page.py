@@ -36,3 +36,8 @@ def search(subject: Subject) -> Findings:
 
 def _write_search(release: Path, out: Path) -> None:
     search_index.write(release, PartWriter(out))
+
+
+def scripts(folder: Path) -> Findings:
+    """Checks the scripts of the page in a folder whose content is not compared, such as that of a retracted release."""
+    return Findings(list(site_files.foreign_scripts(folder / SITE)))

@@ -6,6 +6,7 @@ import importlib.util
 import io
 from pathlib import Path
 
+from pipeline.core.errors import installing
 from release.assembly.data_facts import DataFacts, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.cards import composition, plot, scaling_plots
@@ -54,7 +55,7 @@ def _compare(folder: Path, drawings: plot.Drawings, findings: Findings) -> None:
         published = (folder / name).read_bytes()
         entries = plot.entries(published) or {}
         if importlib.util.find_spec("matplotlib") is None:
-            findings.skipped["plots"] = "plots: drawing them again needs matplotlib; install atom-release[report]"
+            findings.skipped["plots"] = f"plots: drawing them again needs matplotlib; {installing('report')}"
         elif entries.get(plot.SOFTWARE) != plot.version():
             findings.skipped["plots"] = f"plots: drawn by {entries.get(plot.SOFTWARE)}, and here is {plot.version()}"
         else:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.core import provenance
 from pipeline.core.code_snapshot import roots
+from pipeline.core.text import escaped
 from release import schema
 from release.assembly.attest import code_files
 from release.assembly.published_tables import read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
-from release.layout import CODE_README
+from release.layout import CODE_README, RECIPE
 
 AS_RUN = "code/as-run/"
 """The folder of the recipe files, which are data."""
+NAMED = 10
+"""The maximum number of files that a sentence names."""
 
 
 def source_files(subject: Subject) -> Findings:
@@ -36,11 +39,19 @@ def source_files(subject: Subject) -> Findings:
                 f"{source_file.relative_to(folder).as_posix()} is not the file that the statements name"
             )
     if others := _others(folder):
-        findings.skipped["code"] = (
-            f"{others[0]} and {len(others) - 1} further files of the code are not, or not like this, in the atom that "
-            "is installed here; read them before you run them"
-        )
+        new, changed = ([name for name, is_new in others.items() if is_new == wanted] for wanted in (True, False))
+        parts = [f"{_listed(new)}: not in the atom that is installed here"] if new else []
+        parts += [f"{_listed(changed)}: not like this in the atom that is installed here"] if changed else []
+        findings.skipped["code"] = f"{'; '.join(parts)}; read these files before you run them"
+    if as_run := sorted(path.relative_to(folder).as_posix() for path in (folder / AS_RUN).rglob("*.y*ml")):
+        findings.skipped["recipes"] = f"{_listed(as_run)}: not compared with {RECIPE}; read them before you run them"
     return findings
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first NAMED names, and the number of the others."""
+    shown = ", ".join(map(escaped, names[:NAMED]))
+    return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} further files"
 
 
 def _stated(folder: Path, artifacts: set[str]) -> Mapping[str, set[str]]:
@@ -54,17 +65,14 @@ def _stated(folder: Path, artifacts: set[str]) -> Mapping[str, set[str]]:
     return digests_by_module
 
 
-def _others(release: Path) -> list[str]:
-    """The files of the published code that the installed atom does not have, or has with other bytes."""
-    names = [path.relative_to(release).as_posix() for path in code_files(release)]
-    return [
-        name
-        for name in names
-        if not name.startswith(AS_RUN)
-        and name != CODE_README
-        and not any(_same(release / name, root / name.removeprefix("code/")) for root in roots())
-    ]
-
-
-def _same(published: Path, own: Path) -> bool:
-    return own.is_file() and own.read_bytes() == published.read_bytes()
+def _others(release: Path) -> dict[str, bool]:
+    """{file of the published code: whether the installed atom has none of its name} of the files that it does not have,
+    or has with other bytes."""
+    others = {}
+    for path in code_files(release):
+        name = path.relative_to(release).as_posix()
+        own = [root / name.removeprefix("code/") for root in roots()]
+        is_data = name.startswith(AS_RUN) or name == CODE_README
+        if not is_data and not any(file.is_file() and file.read_bytes() == path.read_bytes() for file in own):
+            others[name] = not any(file.is_file() for file in own)
+    return others

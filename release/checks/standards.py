@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.core.errors import installing
 from release import schema
 from release.assembly import costs
 from release.assembly.data_facts import read_data_facts
@@ -41,5 +42,5 @@ def valid(subject: Subject) -> Findings:
     try:
         problems = validation.problems(subject.folder)
     except ImportError as error:
-        raise Absent(f"not checked, because it needs {error.name or error}; install atom-release[report]") from None
+        raise Absent(f"not checked, because it needs {error.name or error}; {installing('report')}") from None
     return Findings(problems, summary=f"{len(validation.VALIDATORS)} valid by their standards")

@@ -23,15 +23,15 @@ def sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
         size = (folder / path).stat().st_size
         try:
             footer = pq.read_metadata(folder / path)
+            groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+            columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+            values = sum(column.num_values for column in columns)
+            unpacked = sum(max(0, column.total_uncompressed_size) for column in columns)
         except MemoryError:
             raise
-        except Exception as error:  # any error of the library for bytes that are not a table
+        except BaseException as error:  # any error of the library for bytes that are not a table
             problems.append(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}")
             continue
-        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-        values = sum(column.num_values for column in columns)
-        unpacked = sum(max(0, column.total_uncompressed_size) for column in columns)
         memory = ROW_BYTES * footer.num_rows + VALUE_BYTES * values + 3 * unpacked
         if not 0 <= memory <= SMALL + GROWTH * size or footer.num_rows < 0 or values < 0:
             problems.append(f"{path} says that its {size} bytes hold {footer.num_rows} rows in {unpacked} bytes")

@@ -20,6 +20,7 @@ from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
 from release.cards import render
 from release.cards.results import FOLDER as RESULTS
+from release.checks import loader_configs
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import CODE_README, FILTER_AGREEMENT, MODEL, NOTICE, RECIPE, RELEASE, SECOND_VERIFIER, STANDARDS
@@ -35,6 +36,18 @@ from stages.train.imported_weights import NAME as BASE
 OWN_VERIFIER = Path(audit.__path__[0], Path(SECOND_VERIFIER).name)
 WITH_CARD = {"dataset": [NOTICE], "evidence": [f"{STANDARDS}/"]}
 """Further texts of a repository, by its kind, that follow from the whole release."""
+ALONE = {
+    "dataset": (
+        "croissant.json", "evaluation/canary.json", "evaluation/harness/*/tasks.json", "order/*/meta.json",
+        "summary.json", "tokens/meta.json", "tokens/tokenizer_stats.json",
+    ),
+    "evidence": ("evidence/attestations/evaluation-*.json",),
+    "model": ("the numbers of config.json", "evaluation/harness/tasks.json"),
+    "variant": ("the numbers of config.json",),
+    "repository": ("index.json",),
+    "checkpoint": ("state.json",),
+}  # fmt: skip
+"""Files of a repository, by its kind, whose values nothing beside them shows."""
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 """Fields of a card's metadata."""
 TAG = re.compile(r"/tree/v([0-9.]+)/evaluation/")
@@ -46,6 +59,8 @@ def tool_files(subject: Subject) -> Findings:
     findings = Findings(
         compared=False, summary="programs, options, templates and licenses are as this atom writes them"
     )
+    if names := ALONE.get(subject.kind):
+        findings.skipped["alone"] = f"values: nothing in this repository alone shows those of {', '.join(names)}"
     if subject.kind == "checkpoint":  # it has no card
         reason = "LICENSE: nothing in the branch of a checkpoint states the license of its weights"
         problems = list(_licenses(subject.folder, subject.kind, None, {}, findings))
@@ -115,6 +130,7 @@ def _names(model: Path, release: ReleaseInfo | None) -> tuple[str, str]:
 def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterator[str]:
     """Problems of the files that loaders read beside the weights. is_chat: whether it converses; None: of a variant,
     which may be either."""
+    yield from loader_configs.problems(folder)
     if not (folder / CONFIG_FILE).is_file():  # GGUF, whose file has their content
         return
     templates = {INFERENCE_FILE: inference_template(), TRAINING_FILE: training_template()}

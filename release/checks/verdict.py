@@ -106,12 +106,11 @@ class Verdict:
         """The verdict in one sentence, with what it leaves open: what only the signer's key can show."""
         if not self.ok:
             return "NOT what it claims to be"
-        if self.retracted:
-            return f"retracted: {self.retracted}"
+        result = f"retracted: {self.retracted}" if self.retracted else "verified"
         if self.signed and self.signer_is_known:
-            return "verified, and signed by whom you named"
+            return result if self.retracted else "verified, and signed by whom you named"
         state = "it is signed, but nothing here says whose key that is" if self.signed else "it is not signed"
-        return f"verified; {state}: {OPEN[self.kind]}"
+        return f"{result}; {state}: {OPEN[self.kind]}"
 
     def require(self) -> None:
         """Raises CheckFailed with the first problem."""

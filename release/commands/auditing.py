@@ -95,7 +95,8 @@ def verify(
         verdict = verify_release(target, deep, progress, trust, retracted, ask_hub=True)
     from release.audit import openness as audit
 
-    table = list(audit.rows(Path(target))) if openness and verdict.ok else []
+    checked = identity if identity and verdict.signed else ""
+    table = list(audit.rows(Path(target), checked)) if openness and verdict.ok else []
     if as_json:
         print(json.dumps(verdict.to_json() | ({"openness": audit.to_json(table)} if table else {}), indent=1))
     else:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypedDict
 from pydantic import Field
 
 from pipeline.core.bounds import Range
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, installing
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from pipeline.core.store import Artifact
 from stages.data.table import Int32, String, columns_of, read_table, write_json, write_rows
@@ -107,7 +107,7 @@ def task_manager(folder: Path | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise AtomError(f"the harness is not installed ({error}); run pip install 'atom-release[harness]'") from None
+        raise AtomError(f"the harness is not installed ({error}); {installing('harness')}") from None
     return TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
 
 

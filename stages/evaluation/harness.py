@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, installing
 from pipeline.core.stage import Inputs, Report, Stage, operational
 from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.evaluation import MODEL_LIBRARIES, estimates
@@ -136,7 +136,7 @@ def language_model(folder: Path) -> Any:
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise AtomError(f"the harness is not installed ({error}); run pip install 'atom-release[harness]'") from None
+        raise AtomError(f"the harness is not installed ({error}); {installing('harness')}") from None
     from stages.data.tokenizer import END, without_special
     from stages.mcore import gpu
 

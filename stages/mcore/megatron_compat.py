@@ -66,9 +66,10 @@ def _count_without_padding() -> None:
 
 def _balance_dispatched_experts() -> None:
     """All versions, of routers with sigmoid scores: the balance loss counts the experts with the best scores, while
-    tokens are dispatched by biased scores within groups (issue 2767 of Megatron-LM). It divides scores by their sum
-    plus 1e-20, so a router lowers it by scores that are all far smaller (issue 1545). Here it counts the dispatched
-    experts, and the scores of a token sum to 1 whatever their size."""
+    tokens are dispatched by biased scores within groups (issue 2767 of Megatron-LM). It divides the scores
+    of a token by their sum plus 1e-20. A router can therefore lower the loss without balancing anything, by making all
+    scores very small (issue 1545). Here the loss counts the dispatched experts, and the scores of a token sum to 1
+    whatever their size."""
     from megatron.core.transformer.moe import router
 
     dispatch, scores_for_loss = router.topk_routing_with_score_function, router.compute_routing_scores_for_aux_loss

@@ -15,6 +15,9 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
 from release.assembly import build_release as builder
 from release.audit import openness, show
+from release.audit.replay.certificates import Certificate
+from release.layout import SIGNATURE
+from release.repositories import repositories
 from stages.models.registry import parse
 from tests.fixtures import release_fixtures, train_fixtures
 from tests.fixtures.release_fixtures import resum
@@ -112,3 +115,31 @@ def test_a_model_that_no_laptop_holds_is_not_small(
     for limit, expected in ((10**9, "P"), (1000, "N")):
         monkeypatch.setattr(openness, "SMALL_BYTES", limit)
         assert [row.answer for row in openness.rows(copy)][-1] == expected
+
+
+def answers(release: Path, name: str, identity: str = "") -> openness.Row:
+    return next(row for row in openness.rows(release, identity) if row.name == name)
+
+
+def test_an_identity_that_nobody_checked_is_a_claim(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can make a bundle with any name in its certificate."""
+    copy = Path(shutil.copytree(release, tmp_path / "release"))
+    for place in repositories(copy):
+        (copy / place.folder / SIGNATURE).write_text("{}")
+    monkeypatch.setattr(openness, "recorded_identity", lambda signature: "maker@example.org")
+    row = answers(copy, "signatures")
+    assert row.answer == "P" and "nothing has checked" in row.reason and "--identity" in row.for_a_yes
+    assert answers(copy, "signatures", "maker@example.org").answer == "Y"
+
+
+def test_certificates_that_anybody_can_write_give_no_yes(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = [{"phase": phase, "tensors_that_differ": 0} for phase in openness.Published(release).phases]
+    given = [Certificate("eve", Path("eve.json"), "PASSED", each) for each in notes]
+    monkeypatch.setattr(openness, "read_certificates", lambda folder: given)
+    row = answers(release, "bitwise replay")
+    assert (
+        row.answer == "P" and "unsigned certificates say so of pretrain (eve.json), midtrain (eve.json)" in row.reason
+    )
+    assert "no certificate" not in row.reason and row.for_a_yes.startswith("replay it yourself")

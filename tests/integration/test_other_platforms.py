@@ -58,7 +58,7 @@ def test_verify_gives_the_same_verdict_and_says_what_it_lacks(built: Path, tmp_p
     assert verdict["ok"] and limits["ok"] is None and LACKING["windows"] in limits["detail"]
     for check in expected["checks"]:
         there = checks.pop(check["name"])
-        lacks_package = there["ok"] is None or any("install atom-release[" in line for line in there["skipped"])
+        lacks_package = there["ok"] is None or any("pip install" in line for line in there["skipped"])
         assert there == check or lacks_package, there
     assert not checks
 
@@ -70,7 +70,10 @@ def test_a_deep_verification_says_what_it_lacks(built: Path, tmp_path: Path) -> 
         f"skipped reload_in_transformers: not checked, because loading a model within limits needs {LACKING['macos']}"
         in deep
     )
-    assert "skipped weights: not checked, because it needs torch; install atom-built[train]" in deep
+    assert (
+        "skipped weights: not checked, because it needs torch; run pip install '.[train]' in the checkout or in code/ of a release"
+        in deep
+    )
     assert "ok      order" in deep and "ok      documents" in deep and ": verified; it is not signed: " in deep
 
 

@@ -269,7 +269,7 @@ def test_without_matplotlib_it_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         simulation.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
-    with pytest.raises(AtomError, match=r"the plots need matplotlib, .* pip install 'atom-release\[report\]'"):
+    with pytest.raises(AtomError, match=r"the plots need matplotlib, .* pip install '\.\[report\]'"):
         rehearse(tmp_path)
 
 

@@ -12,16 +12,15 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, sha256_file
 from stages.evaluation import eval_set
-from stages.rl import sandbox
 from stages.rl.protocols import Answer, Parts, Row, VerifierFailed, to_row
 from stages.rl.rewards.instructions import Instructions
 from stages.rl.rollout import tasks
 from stages.rl.rollout.probes import ProbedBin, probe, require_solving
 from tests.fixtures import chat_fixtures
+from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 from tests.fixtures.verifier_fixtures import Server, serve
 
 __all__ = ["serve"]
-needs_sandbox = pytest.mark.skipif(sandbox.missing() is not None, reason=str(sandbox.missing()))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +104,16 @@ def test_chance_is_what_the_best_constant_earns(items: Artifact, tmp_path: Path)
     assert probed["chance"] == 0.5 and probed["answers"][0]["reward"]["value"] > 0.4
 
 
+def test_an_answer_that_is_nearly_always_right_is_no_chance(items: Artifact, tmp_path: Path) -> None:
+    """Of two answers, one that is right twice as often as the other is what a policy would learn to give always."""
+    for name, answers in (("one", ["yes"] * 60), ("mostly", ["yes", "yes", "no"] * 100)):
+        source = file_of(tmp_path, "exact", flips(*answers))
+        with pytest.raises(AtomError, match=r"tasks own/1: the frequent answer 'yes', .* where chance earns 0\.500"):
+            draw(items, tmp_path / name, source)
+    probed = draw(items, tmp_path / "acknowledged", source | {"acknowledged_reward": 0.75})["own/1"]
+    assert (probed["chance"], probed["acknowledged"]) == (0.5, 0.75)
+
+
 def test_a_few_tasks_do_not_decide_by_luck() -> None:
     def score(answers: Sequence[Answer]) -> list[Parts]:
         """Some constant is right in one of ten tasks."""
@@ -128,12 +137,13 @@ def test_a_reward_that_is_no_number_stops_the_stage(
 
     monkeypatch.setattr(Instructions, "score", score)
     with pytest.raises(
-        VerifierFailed, match=f"verifier instructions: the part {part} = nan of the reward of an answer"
+        VerifierFailed,
+        match=f"verifier instructions: the {part} of an answer to task instructions/1/.* is nan, which is no number",
     ):
         draw(items, tmp_path / "tasks", {"source": "instructions", "levels": [1], "count": 20})
 
 
-@needs_sandbox
+@NEEDS_BUBBLEWRAP
 def test_programs_that_compute_nothing_earn_nothing(items: Artifact, tmp_path: Path) -> None:
     """Tests of one kind of value pass a function that always returns it."""
 

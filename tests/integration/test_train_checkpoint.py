@@ -10,13 +10,13 @@ import signal
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.core.errors import AtomError, MachineError
-from stages.train.checkpoint import sharded_state
+from stages.train.checkpoint import sharded_state, work_checkpoint
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from tests.fixtures import train_fixtures
 from tests.fixtures.run_fixtures import RecordingReport
@@ -38,8 +38,10 @@ def test_damaged_work_checkpoints(corpus: Path, undisturbed: Path, tmp_path: Pat
     assert train_fixtures.digest(out) == train_fixtures.digest(undisturbed)
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "marker", "log"])
-def test_every_kind_of_damage_is_seen(corpus: Path, undisturbed: Path, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "marker", "log", "device", "marker's device"])
+def test_every_kind_of_damage_is_seen(
+    corpus: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         train_fixtures.pretrain(corpus, work, out, train_fixtures.config(), train_fixtures.Reporter(5, signal.SIGTERM))
@@ -49,7 +51,21 @@ def test_every_kind_of_damage_is_seen(corpus: Path, undisturbed: Path, tmp_path:
         folder / "complete.json",
         folder.parent.parent / "training.jsonl",
     )
+
+    def fail_to_read(module: ModuleType, name: str, unreadable: Path) -> None:
+        """Lets a function raise what a failing disk or a lost server of files makes of a read."""
+        function = getattr(module, name)
+
+        def read(path: Path, *arguments: Any) -> Any:
+            if path == unreadable:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return function(path, *arguments)
+
+        monkeypatch.setattr(module, name, read)
+
     {
+        "device": lambda: fail_to_read(work_checkpoint, "sha256_file", data),
+        "marker's device": lambda: fail_to_read(work_checkpoint, "read_marker", folder),
         "flipped": lambda: damage(data),
         "truncated": lambda: data.write_bytes(data.read_bytes()[:-1]),
         "missing": data.unlink,

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -46,6 +47,8 @@ async def every(scope, receive, send):
     print(scope["method"], scope["path"], flush=True)
     if body == b'{"fail": 1}':
         raise RuntimeError("the worker said [[no]]")
+    if body == b'{"busy": 1}':
+        raise RuntimeError("the worker is busy")
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b'{"got": ', "more_body": True})
     await send({"type": "http.response.body", "body": b"%d}" % len(body)})
@@ -102,7 +105,7 @@ def client(guarded: Guarded, secret: Path) -> Server:
 def proof(
     key: bytes, instance: str, path: str = "/pause", method: str = "POST", digest: str = DIGEST
 ) -> dict[str, str]:
-    nonce = "n" * 32
+    nonce = secrets.token_hex(16)
     signature = sign(key, "request", method, path, instance, nonce, digest)
     return {"Atom-Nonce": nonce, "Atom-Body": digest, "Atom-Signature": signature}
 
@@ -139,6 +142,31 @@ def test_only_signed_requests_of_known_paths_come_through(guarded: Guarded, clie
         assert (status, json.loads(body)) == (404, {"error": {"message": "this server has no such path"}})
     assert guarded.reached == reached
     assert guarded.raw("POST", "/pause", good) == (200, b'{"got": 2}')
+
+
+@pytest.mark.parametrize("path", ["/pause?mode=keep", "/update_weights", "/inference/v1/generate", "/sleep"])
+def test_a_signed_request_counts_once(guarded: Guarded, client: Server, secret: Path, path: str) -> None:
+    """Whoever listens on the network may send it again, at once or later."""
+    heard = proof(atom_secret.read(secret), client.instance, path)
+    first, _ = guarded.raw("POST", path, heard)
+    assert first == (404 if path == "/sleep" else 200)
+    reached = guarded.reached
+    client.post("/resume")
+    for _ in range(2):
+        status, body = guarded.raw("POST", path, heard)
+        assert (status, json.loads(body)) == (401, {"error": {"message": "this request was sent before"}})
+    assert guarded.reached == [*reached, "POST /resume"]
+
+
+def test_a_request_that_failed_is_signed_anew(
+    guarded: Guarded, client: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt reaches the application; none is taken for a repetition of the one before."""
+    monkeypatch.setattr(vllm_server, "RETRY_SECONDS", 0.01)
+    reached = guarded.reached
+    with pytest.raises(ServerLost, match="/pause: 500 the worker is busy"):
+        client.post("/pause", {"busy": 1}, attempts=3)
+    assert guarded.reached == [*reached, *["POST /pause"] * 3]
 
 
 def test_a_websocket_is_refused(guarded: Guarded, client: Server) -> None:

@@ -41,7 +41,7 @@ i=0; for node in $(grep -vxFf "$PLACE/dead" "$PLACE/nodes"); do
 done""",
     "squeue": 'cat "$PLACE/state"',
     "scontrol": 'case "$1 $2" in "show job") cat "$PLACE/job"; exit ;; esac; '
-    'case "$1 $3" in "show n1") echo n1; exit ;; "show ") exit ;; esac; '
+    'case "$1 $3" in "show "*[[]*) ;; "show "*) tr , "\\n" <<< "$3"; exit ;; esac; '
     '[ "$1" = show ] && { cat "$PLACE/nodes"; exit; }; echo "$*" >> "$PLACE/requests"; '
     '[ "$1" = requeue ] || { cat "$PLACE/refusal" >&2; [ -z "$(cat "$PLACE/refusal")" ]; }',
     "sbatch": 'echo "$*" >> "$PLACE/tested"; ! grep -qE -- "--exclude=[^ ]*($(cat "$PLACE/needed"))" <<< "$*"',
@@ -89,8 +89,8 @@ def run_script(
     return requests.read_text() if requests.exists() else ""
 
 
-def batch(place: Path) -> Any:
-    settings = Slurm.model_validate({**SLURM, "forward": ["PATH"]})
+def batch(place: Path, **changed: Any) -> Any:
+    settings = Slurm.model_validate({**SLURM, "forward": ["PATH"], **changed})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{place / 'bin'}:/usr/bin:/bin")
         return script(settings, place)
@@ -310,13 +310,33 @@ def test_a_first_node_without_the_home_folder_excludes_itself_and_is_blamed_by_t
     batch_text = batch(tmp_path).text()
     run_file.unlink()
     requests = run_script(tmp_path, nodes="n1 n2", script_text=batch_text)
-    assert requests == "requeue 7\nupdate jobid=7 excnodelist=n1\n"
+    assert requests == "requeue 7\nupdate jobid=7 excnodelist=n1,n1\n"
     assert not batch(tmp_path).launches_folder.exists()
     away.rename(run_file)
     begun(tmp_path, 1, "n3", "n4")
-    run_script(tmp_path, 1, "n3 n4", says="srun: error: n3: task 0: Exited with exit code 1", job="ExcNodeList=n1")
+    run_script(tmp_path, 1, "n3 n4", says="srun: error: n3: task 0: Exited with exit code 1", job="ExcNodeList=n1,n1")
     (entry,) = bad_nodes.read(Store(tmp_path))
     assert entry.node == "n1" and entry.evidence.startswith("node n1 does not see the run in $ATOM_HOME")
+    assert bad_nodes.clear(Store(tmp_path), ["n1"]) == ["n1"]
+    run_script(tmp_path, 3, "n3 n4", job="ExcNodeList=n1,n1")
+    assert avoided(tmp_path) == [], "the job still has its list, but the node was repaired"
+
+
+@pytest.mark.parametrize("excluded", ["n1", "n1,n5", "(null)"])
+def test_a_node_that_a_person_excluded_is_not_blamed_after_a_start_without_a_launch(
+    excluded: str, tmp_path: Path
+) -> None:
+    """Such a start waited for a server, or Slurm ended it before its script."""
+    begun(tmp_path, 1, "n3", "n4")
+    run_script(tmp_path, 1, "n3 n4", job=f"ExcNodeList={excluded}")
+    assert avoided(tmp_path) == []
+
+
+def test_a_node_that_the_submission_lists_twice_is_not_blamed(tmp_path: Path) -> None:
+    """As it does if a bad node is one that the profile excludes."""
+    batch_text = batch(tmp_path, train={**SLURM["train"], "exclude": "n1,n1"}).text()
+    run_script(tmp_path, 1, "n3 n4", job="ExcNodeList=n1,n1", script_text=batch_text)
+    assert avoided(tmp_path) == []
 
 
 def test_a_dead_node_is_not_probed_and_not_blamed(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def test_what_rank_0_decided_is_done(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     notify = f'echo "$ATOM_RUN $ATOM_STAGE: $ATOM_OUTCOME" >> {tmp_path}/notes'
     batch = script(Slurm.model_validate({**SLURM, "notify": notify}), tmp_path)
+    for start in range(starts):
+        (batch.launches_folder / f"7.{start}").mkdir(parents=True)
     if decision is not None:
         launch = Path(f"{batch.launches_folder}/7.{starts}")
         launch.mkdir(parents=True)
@@ -70,7 +72,14 @@ def test_what_rank_0_decided_is_done(
 
 
 def launched(
-    home: Path, outcomes: str, answer: str, nodes: str = "n1 n2", says: str = "", began: str = "n1 n2", **settings: Any
+    home: Path,
+    outcomes: str,
+    answer: str,
+    nodes: str = "n1 n2",
+    says: str = "",
+    began: str = "n1 n2",
+    start: int = 0,
+    **settings: Any,
 ) -> tuple[list[str], str]:
     """Runs the script of a job whose launches end with these decisions, `-` for none, one after the other.
 
@@ -91,7 +100,7 @@ def launched(
     esac
     echo "$ATOM_RELAUNCH $*" >> $PLACE/launched
     echo "{says}" >&2
-    launch={batch.launches_folder}/7.0${{ATOM_RELAUNCH:+.$ATOM_RELAUNCH}}
+    launch={batch.launches_folder}/7.{start}${{ATOM_RELAUNCH:+.$ATOM_RELAUNCH}}
     mkdir -p $launch; for node in {began}; do echo $node > $launch/started-$((rank++)); done
     outcome=$(sed -n $(wc -l < $PLACE/launched)p $PLACE/outcomes)
     [ "$outcome" = - ] || printf '%s\\n\\nas it is\\n' $outcome > $launch/decision
@@ -100,7 +109,7 @@ def launched(
         patch.setitem(STUBS, "srun", line)
         patch.setitem(STUBS, "sleep", "echo $1 >> $PLACE/slept")
         patch.setitem(STUBS, "squeue", f"""case "$*" in *EndTime*) echo "{answer}" ;; *) echo RUNNING ;; esac""")
-        _, requeued = end_of(home, batch.text(), SLURM_JOB_NUM_NODES="2")
+        _, requeued = end_of(home, batch.text(), start, SLURM_JOB_NUM_NODES="2")
     first, *others = (home / "launched").read_text().splitlines()
     assert first.startswith(" --unbuffered") and "--overlap" not in first
     return [re.sub(r" --unb.*bad-exit=1| sh -c .* -u -m.*", "", each) for each in others], requeued
@@ -199,6 +208,8 @@ def test_a_node_on_which_the_setup_fails_does_not_run_the_stage(
 ) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     batch = script(Slurm.model_validate({**SLURM, "setup": ["A=1", "test -e /no/such/driver", "true"]}), tmp_path)
+    for start in range(starts):
+        (batch.launches_folder / f"7.{start}").mkdir(parents=True)
     assert end_of(tmp_path, batch.text(), starts) == end
     verdict = Verdict.read(Path(f"{batch.launches_folder}/7.{starts}"))
     assert verdict is not None and verdict.kind is Kind.MACHINE
@@ -214,11 +225,46 @@ def test_a_job_that_dies_after_it_began_is_started_again_each_time(
     """Its attempts are counted from its events, not here."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     batch = script(Slurm.model_validate(SLURM), tmp_path)
-    (Path(f"{batch.launches_folder}/7.90")).mkdir(parents=True)
-    (Path(f"{batch.launches_folder}/7.90") / "started-0").touch()
+    for start in range(90, 95):
+        (batch.launches_folder / f"7.{start}").mkdir(parents=True)
+    (batch.launches_folder / "7.90/started-0").touch()
     assert end_of(tmp_path, batch.text(), 93) == (1, "requeue 7\n")
     (tmp_path / "requeued").unlink()
     assert end_of(tmp_path, batch.text(), 94) == (2, "")
+
+
+def test_starts_without_a_launch_use_up_no_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a start waited for a server, or Slurm ended it before its script."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    batch = script(Slurm.model_validate(SLURM), tmp_path)
+    for requeued, start in enumerate((5, 9, 17), start=1):
+        assert end_of(tmp_path, batch.text(), start) == (1, "requeue 7\n" * requeued)
+    (tmp_path / "requeued").unlink()
+    assert end_of(tmp_path, batch.text(), 20) == (2, ""), "three launches failed before"
+    (batch.launches_folder / "7.5/started-0").touch()
+    (batch.launches_folder / "7.20/decision").unlink()
+    assert end_of(tmp_path, batch.text(), 20) == (1, "requeue 7\n"), "rank 0 began three launches ago"
+
+
+def test_a_node_is_blamed_for_two_launches_in_a_row_with_a_wait_in_between(tmp_path: Path) -> None:
+    says, answer = "srun: error: n2: task 1: Killed", f"RUNNING N/A {LATER} 2"
+    launched(tmp_path, "again", answer, says=says)
+    assert bad_nodes.read(Store(tmp_path)) == []
+    launched(tmp_path, "again again", answer, says=says, start=3)
+    assert [entry.node for entry in bad_nodes.read(Store(tmp_path))] == ["n2"]
+
+
+def test_starts_that_can_write_nothing_are_counted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a job would be queued again without an end."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    batch = script(Slurm.model_validate(SLURM), tmp_path)
+    batch.launches_folder.parent.mkdir(parents=True)
+    batch.launches_folder.write_text("no folder can be made here")
+    assert end_of(tmp_path, batch.text(), 2) == (1, "requeue 7\n")
+    (tmp_path / "requeued").unlink()
+    assert end_of(tmp_path, batch.text(), 3) == (2, "")
 
 
 def test_a_task_that_finished_a_shard_is_started_again_and_one_task_notifies(

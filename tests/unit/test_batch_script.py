@@ -199,8 +199,14 @@ job=$SLURM_JOB_ID
 start=${SLURM_RESTART_COUNT:-0}
 launches=/shared/atom/logs/tiny-1/pretrain/ranks/$SLURM_JOB_ID
 may_restart= exclude= dependency=
+# A start that waited for a server, or that Slurm ended before the script, began no launch, and is no failure.
+started=()  # the earlier starts that did begin one, the latest first
+for ((n = start - 1; n >= 0; n--)); do [ -e "$launches.$n" ] && started+=("$n"); done
 restarts_left() { # whether another start may follow one without progress
-    [ "$start" -lt 3 ]
+    local earlier
+    earlier=$(wc -w <<< "${started[*]}")
+    [ -e "$launch" ] || earlier=$start  # nothing can be written: starts leave no folder
+    [ "$earlier" -lt 3 ]
 }
 begin_launch() { # FOLDER
     launch=$1
@@ -208,7 +214,7 @@ begin_launch() { # FOLDER
     messages=$launch/srun
     : > "$messages" || messages=$(mktemp)  # the home folder may be full
 }
-previous=$(find "$launches.$((start - 1))" "$launches.$((start - 1))".* -maxdepth 0 2> /dev/null | sort -V | tail -n 1)
+previous=$(find "$launches.${started[0]}" "$launches.${started[0]}".* -maxdepth 0 2> /dev/null | sort -V | tail -n 1)
 """
     )
     assert (
@@ -217,11 +223,13 @@ previous=$(find "$launches.$((start - 1))" "$launches.$((start - 1))".* -maxdept
     # Another node gets the job: nobody would see what this one writes.
     echo "node $SLURMD_NODENAME does not see "/shared/atom/logs/tiny-1/run.json >&2
     avoided=$(excluded_nodes) exclude=yes
-    avoided=${avoided:+$avoided,}$SLURMD_NODENAME
+    # The script lists the node twice, so that the next start can tell it from a node that a person excluded.
+    avoided=${avoided:+$avoided,}$SLURMD_NODENAME,$SLURMD_NODENAME
+    # Without the folders of the launches, all starts count.
     [ "$start" -lt 3 ] && requeue_job
     exit 69
 fi
-[ "$start" -eq 0 ] || [ -n "$previous" ] || blame_excluded
+[ "$start" -eq 0 ] || [ -e "$launches.$((start - 1))" ] || blame_excluded
 begin_launch "$launches.$start"
 
 export SUBMITIT_EXECUTOR=slurm
@@ -238,7 +246,9 @@ outcome=$(tail -n +3 "$launch/decision" 2> /dev/null)
 [ "$decision" = relaunch ] && decision=again
 
 restarts_left && may_restart=yes
-for n in $(seq 0 3); do [ -e "$launches.$((start - n))/started-0" ] && may_restart=yes; done
+for n in "$start" "${started[@]:0:3}"; do
+    [ -e "$launches.$n/started-0" ] && may_restart=yes
+done
 { [ -z "$decision" ] || { [ "$decision" = again ] && ran_out_of_memory; }; } && explain
 case $decision in sealed | done) ;; *) blame_lost ;; esac
 

@@ -33,6 +33,9 @@ OF_A_TEST = re.compile(r"\b(?:from|import) tests\.(?:[\w.]+\.test_\w+|\w+ import
 AT_LENGTH = re.compile(r'^@at_length\(\s*"([a-z-]+)"', re.MULTILINE)
 """The part of the soak that a test is marked for."""
 
+SKIPPED_SANDBOX = re.compile(r"\bmark\.skipif\(\s*(?:not )?(?:sandbox\b|missing\()")
+"""A mark that skips a test where no sandbox works."""
+
 
 @cache
 def modules() -> dict[str, Path]:
@@ -102,6 +105,15 @@ def test_patterns_of_gitignore_are_anchored() -> None:
     assert loose == [], f".gitignore: {loose} match at any depth, and may hide a package; begin them with /"
 
 
+def test_no_advice_installs_this_package_from_an_index() -> None:
+    """None has it: `pipeline.core.errors.installing` says where it is."""
+    folders = ("pipeline", "stages", "release", "docs")
+    files = [
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".jinja")
+    ]
+    assert [path for path in files if re.search(r"install '?atom-release", path.read_text())] == []
+
+
 def test_no_module_has_the_name_of_another_library() -> None:
     """A script in the same folder, or a path that holds it, would import ours in the place of theirs."""
     installed = {name for name, owners in packages_distributions().items() if set(owners) != {DISTRIBUTION}}
@@ -139,6 +151,14 @@ def test_the_soak_runs_every_test_at_length() -> None:
             if part not in PARTS or path not in " ".join(PARTS[part].steps()):
                 left_out.append(f"{path}: {part}")
     assert left_out == []
+
+
+def test_no_test_is_skipped_for_want_of_a_sandbox() -> None:
+    """Tests of the sandbox fail where none works; see NEEDS_BUBBLEWRAP of tests/fixtures/sandbox_fixtures.py."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert [str(file.relative_to(ROOT)) for file in files if SKIPPED_SANDBOX.search(file.read_text())] == []
+    for text in ("skipif(sandbox.missing())", "skipif(\n    missing() is not None", "skipif(not sandbox.usable()"):
+        assert SKIPPED_SANDBOX.search(f"pytest.mark.{text}")
 
 
 def test_only_the_ranks_of_one_job_send_each_other_pickles() -> None:

@@ -296,7 +296,7 @@ def test_queued_jobs_are_read_as_slurm_prints_them(tmp_path: Path, monkeypatch: 
     lines = [
         "21|PENDING||0:00|ReqNodeNotAvail, Reserved for maintenance|nobody|test|2026-11-30T21:31:27|(null)|"
         f"{script_path(RUN, 'pretrain')}|(null)|",
-        "22|PENDING||0:00|Reservation|nobody|test|N/A|res2|/tmp/ops/x/sub.sh|(null)|",
+        "22|PENDING||0:00|Reservation|nobody|test|N/A|res2|/home/ann/sub.sh|(null)|",
         "a comment may have lines|",
         "",
     ]

@@ -112,7 +112,10 @@ def test_a_missing_package_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert obstacle(["exact", "math-verify"], {}) is None
     monkeypatch.setattr(pooled_verifier, "version", version)
-    assert obstacle(["exact", "math-verify"], {}) == "math-verify is not installed; pip install 'atom-release[rl]'"
+    assert (
+        obstacle(["exact", "math-verify"], {})
+        == "math-verify is not installed; run pip install '.[rl]' in the checkout or in code/ of a release"
+    )
     with pytest.raises(AtomError, match="math-verify is not installed"):
         make_verifier("math-verify")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +18,8 @@ from pipeline.core.stage import Config, ServerPlace, ServerSearch, Stage
 from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.graph.dag import Node
-from pipeline.launch import clean_environment, job, slurm
+from pipeline.graph.run import Run
+from pipeline.launch import clean_environment, job, slurm, submission_lock
 from pipeline.launch.attempt import ALIVE, Task, server_seconds
 from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
 from pipeline.launch.cluster_profile import Profile, Slurm
@@ -109,21 +112,23 @@ def test_servers_end_with_the_job_of_their_stage(
     assert (launch / "ended").exists() == ends
 
 
+def slurm_commands(place: Path, monkeypatch: pytest.MonkeyPatch, **lines: str) -> None:
+    """Puts shell lines in the place of Slurm's commands, for a submission."""
+    (place / "bin").mkdir()
+    for name in ("squeue", "sacct", "srun", "scontrol", "scancel", "sbatch"):
+        (place / "bin" / name).write_text(f"#!/bin/bash\n{lines.get(name, '')}\n")
+        (place / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm, "require_inputs", lambda *arguments: None)
+
+
 def test_the_first_server_starts_before_the_stage_and_the_others_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the ranks hold no nodes while they wait for a server, and one server alone waits for the ranks."""
-    (tmp_path / "bin").mkdir()
     noted = "grep -hE '^#SBATCH --(array|dependency|job-name)=' \"${@: -1}\" | sort | tr '\\n' ' '"
-    programs = {name: "" for name in ("squeue", "sacct", "srun", "scontrol", "scancel")}
-    programs["sbatch"] = (
-        f'{{ {noted}; echo; }} >> {tmp_path}/jobs; echo "Submitted batch job $(wc -l < {tmp_path}/jobs)"'
-    )
-    for name, line in programs.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setattr(slurm, "require_inputs", lambda *arguments: None)
+    sbatch = f'{{ {noted}; echo; }} >> {tmp_path}/jobs; echo "Submitted batch job $(wc -l < {tmp_path}/jobs)"'
+    slurm_commands(tmp_path, monkeypatch, sbatch=sbatch)
     profile = Profile.model_validate({"name": "p", "power": {"watts_per_core": 1}, "slurm": WITH_SERVERS.model_dump()})
     (tmp_path / "home").mkdir()
     store, graph = Store(tmp_path / "home"), counting_fixtures.graph(servers=True)
@@ -160,6 +165,34 @@ def test_a_stage_waits_in_the_queue_while_no_server_runs(
     _, asked = end_of(tmp_path, job_script.text())
     assert (tmp_path / "began").exists() == begins
     assert begins or asked == "requeue 7\nupdate jobid=7 dependency=after:8\n"
+
+
+@pytest.mark.parametrize("full", ["remove", "refuse"])
+def test_a_full_disk_does_not_hide_why_a_submission_was_withdrawn(
+    full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third sbatch fails, after the stage's job was submitted."""
+
+    def no_space(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    count = f"echo >> {tmp_path}/jobs; count=$(wc -l < {tmp_path}/jobs)"
+    sbatch = f'{count}; [ $count -lt 3 ] || {{ echo "no such QOS" >&2; exit 1; }}; echo "Submitted batch job $count"'
+    slurm_commands(tmp_path, monkeypatch, sbatch=sbatch, scancel=f'echo "$*" > {tmp_path}/canceled')
+    profile = Profile.model_validate({"name": "p", "power": {"watts_per_core": 1}, "slurm": WITH_SERVERS.model_dump()})
+    (tmp_path / "home").mkdir()
+    store = Store(tmp_path / "home")
+    monkeypatch.setattr(*{"remove": (submission_lock, "remove"), "refuse": (Run, "refuse")}[full], no_space)
+    with pytest.raises(AtomError, match="no such QOS"):
+        slurm.submit(counting_fixtures.graph(servers=True), store, ["counting"], profile, "p")
+    assert (tmp_path / "canceled").read_text() == "2 1\n"
+    (record,) = store.logs.glob("*/run.json")
+    refused = json.loads(record.read_text()).get("refused")
+    if full == "remove":
+        assert "no such QOS" in refused and "cannot be removed ([Errno 28] No space left on device)" in refused
+    else:
+        told = capsys.readouterr().err
+        assert refused is None and "cannot be marked as refused ([Errno 28]" in told and "no such QOS" in told
 
 
 def test_a_server_is_started_again_after_it_has_answered_and_else_a_few_times(

@@ -138,7 +138,7 @@ def test_references_of_spdx_resolve(tmp_path: Path) -> None:
 def test_without_the_tools_it_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_documents(make_facts(tmp_path, {"web": source_facts()}))
     monkeypatch.setitem(sys.modules, "cyclonedx.schema", None)
-    with pytest.raises(Absent, match=r"it needs cyclonedx\.schema; install atom-release\[report\]"):
+    with pytest.raises(Absent, match=r"it needs cyclonedx\.schema; run pip install '\.\[report\]'"):
         valid(Subject(tmp_path))
 
 

@@ -32,7 +32,8 @@ def page(folder: Path) -> list[bytes]:
 
 def words(folder: Path) -> list[bytes]:
     cards = ROOT / "release/cards"
-    return sources(*cards.glob("*.jinja"), cards / "render.py", cards / "all_cards.py")
+    pinned = {*cards.glob("*.jinja"), *cards.glob("*.py")} - {cards / "versions.py"}  # which has the pin itself
+    return sources(*pinned)
 
 
 def tool_files(folder: Path) -> list[bytes]:
@@ -65,3 +66,10 @@ def test_whoever_changes_what_published_releases_hold_raises_its_version(part: s
         f"{part} is not what release/cards/versions.py pins: if releases with the present form are published and its "
         f"bytes change, raise SCHEMA and PARTS[{part!r}]; then pin {digest.hexdigest()} with that number"
     )
+
+
+def test_the_words_are_written_by_every_file_beside_the_versions() -> None:
+    """Their tables, captions and caveats are on the cards, too."""
+    names = {part.decode() for part in words(ROOT)[::2]}
+    present = {path.name for path in (ROOT / "release/cards").iterdir() if path.is_file()}
+    assert names == present - {"versions.py"}

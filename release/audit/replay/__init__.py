@@ -18,7 +18,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, installing
 from release import scratch
 from release.audit.replay import carried_code
 from release.audit.replay.comparison import compare_checkpoints
@@ -48,7 +48,7 @@ def replay(
     state how the phase was trained, or if the kept documents do not give the token shards of the release.
     """
     if missing_module := next((name for name in NEEDS if importlib.util.find_spec(name) is None), None):
-        raise AtomError(f"atom replay trains, which needs {missing_module}; install atom-release[train,data]")
+        raise AtomError(f"atom replay trains, which needs {missing_module}; {installing('train,data')}")
     source = Source(release)
     first, last = select_steps(source, phase, first, last)
     progress("hashing checkpoints and evidence")

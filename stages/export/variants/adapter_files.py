@@ -17,6 +17,7 @@ import torch
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, sha256_file
 from stages.data.table import write_json
+from stages.export.variants.written_settings import STACKED, adapter_config
 from stages.mcore.lora import A, B, Lora, factor
 from stages.models.base import ModelConfig
 from stages.train.checkpoint import release_checkpoint
@@ -26,8 +27,6 @@ from stages.train.imported_weights import NAME as BASE
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."
 EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-"""Stacked tensors of a layer's experts. PEFT wraps a module once for each; the first one is inside."""
 PLACES = {"gate_up": "base_layer.", "down": ""}
 """Where PEFT has the factors of a stacked tensor, in its module."""
 ROUNDING = 8
@@ -100,12 +99,7 @@ def write(
             plain |= {f"{place}lora_A.weight": a, f"{place}lora_B.weight": b.flatten(1)}
     folder.mkdir(parents=True, exist_ok=True)
     release_checkpoint.save_tensors(folder / f"{WEIGHTS}.safetensors", dict(sorted(plain.items())))
-    settings = {
-        "base_model_name_or_path": repo, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": True, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "modules_to_save": None,
-        "peft_type": "LORA", "r": lora.rank, "target_modules": modules or None,
-        "target_parameters": list(STACKED) if stacks else None, "task_type": "CAUSAL_LM", "use_rslora": False,
-    }  # fmt: skip
+    settings = adapter_config(repo, lora.rank, lora.alpha, modules or None, list(STACKED) if stacks else None)
     write_json(folder / CONFIG, settings)
     write_json(folder / BASE, {"repo": repo, "files": digests(base)})
 

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from stages.export.variants.written_settings import quantization_config
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors
 
@@ -24,20 +24,15 @@ SCALE = "_scale"
 
 @dataclass(frozen=True)
 class Encoding:
-    """matrices: pattern of the tensors that are quantized. ignore: patterns of the other linear layers, for servers.
-    largest: number of the type. form, type: their names in the format."""
+    """matrices: pattern of the tensors that are quantized. largest: number of the type."""
 
     matrices: re.Pattern[str]
-    ignore: tuple[str, ...]
     largest: float
-    form: str
-    type: str
     convert: Callable[[torch.Tensor], torch.Tensor]
 
 
 ALL = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
 ATTENTION = re.compile(r"model\.layers\.\d+\.self_attn\..*_proj(_with_mqa)?\.weight")
-HEAD, ROUTERS, FEED_FORWARD = "lm_head", r"re:.*mlp\.gate$", r"re:.*\.mlp\..*"
 
 
 def _fp8(values: torch.Tensor) -> torch.Tensor:
@@ -49,9 +44,9 @@ def _int8(values: torch.Tensor) -> torch.Tensor:
 
 
 ENCODINGS = {
-    "fp8": Encoding(ALL, (HEAD, ROUTERS), 448.0, "float-quantized", "float", _fp8),
-    "fp8-attention": Encoding(ATTENTION, (HEAD, FEED_FORWARD), 448.0, "float-quantized", "float", _fp8),
-    "int8": Encoding(ALL, (HEAD, ROUTERS), 127.0, "int-quantized", "int", _int8),
+    "fp8": Encoding(ALL, 448.0, _fp8),
+    "fp8-attention": Encoding(ATTENTION, 448.0, _fp8),
+    "int8": Encoding(ALL, 127.0, _int8),
 }
 
 
@@ -60,7 +55,7 @@ def write(model: Path, folder: Path, name: str) -> None:
     encoding = ENCODINGS[name]
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, _quantized(Tensors(model), encoding))
     config = json.loads((model / "config.json").read_text())
-    text = json.dumps({**config, "quantization_config": _config(encoding)}, indent=1, sort_keys=True)
+    text = json.dumps({**config, "quantization_config": quantization_config(name)}, indent=1, sort_keys=True)
     (folder / "config.json").write_text(f"{text}\n")
 
 
@@ -82,24 +77,3 @@ def _quantized(tensors: Mapping[str, torch.Tensor], encoding: Encoding) -> Itera
         scale[scale == 0] = 1.0
         yield name, encoding.convert((values / scale).clamp(-encoding.largest, encoding.largest))
         yield name + SCALE, scale
-
-
-def _config(encoding: Encoding) -> dict[str, Any]:
-    """`quantization_config` of config.json."""
-    eight_bits = {"num_bits": 8, "type": encoding.type, "symmetric": True, "group_size": None, "actorder": None,
-                  "block_structure": None, "observer_kwargs": {}}  # fmt: skip
-    group = {
-        "targets": ["Linear"],
-        "weights": {**eight_bits, "strategy": "channel", "dynamic": False, "observer": "minmax"},
-        "input_activations": {**eight_bits, "strategy": "token", "dynamic": True, "observer": None},
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": encoding.form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(encoding.ignore),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }

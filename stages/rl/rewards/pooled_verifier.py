@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from pipeline.core.bounds import Range
+from pipeline.core.errors import installing
 from pipeline.core.stage import Config
 from stages.rl.protocols import Answer, Parts, Row, Verifier, VerifierContext
 from stages.rl.rewards.scoring_pool import ScoringPool
@@ -43,7 +44,7 @@ class PooledVerifier(Verifier):
             try:
                 version(package)
             except PackageNotFoundError:
-                return f"{package} is not installed; pip install 'atom-release[rl]'"
+                return f"{package} is not installed; {installing('rl')}"
         return None
 
     @staticmethod

@@ -5,11 +5,12 @@ solving the task: constants, numbers that are none, single characters, the quest
 answers, and others in the form that the verifier reads. Their mean reward may not be more than MARGIN above chance.
 
 - **Chance** of a bin is the share of its tasks that have the most frequent right answer, which the best constant earns
-  where right answers alone are rewarded, or what guessing between shown choices earns, if that is more. It is 0 if the
-  rows state no right answer and show no choice.
+  where right answers alone are rewarded, but at most EVEN, or what guessing between shown choices earns, if that is
+  more. It is 0 if the rows state no right answer and show no choice. A task of two answers has chance EVEN; where one
+  of them is right more often, a policy would learn to give it always, and that is no chance.
 - All answers are scored on SCREENED tasks. The best FINALISTS of them are scored again on up to PROBED other tasks, so
-  that none of many answers is best by luck. A bin is refused if the mean, less Z standard errors and one task, is above
-  chance and MARGIN. In a small bin all answers are scored on all tasks.
+  that none of many answers is best by luck. A bin is refused if the mean, less Z standard errors and one task, is more
+  than MARGIN above chance. In a small bin all answers are scored on all tasks.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ PROBES = "probes.json"
 """The file of the probes of a phase's tasks."""
 MARGIN = 0.05
 """The mean reward above chance that an answer may earn without solving the task."""
+EVEN = 0.5
+"""The largest chance that follows from the right answers: of two that are equally frequent."""
 SCREENED, PROBED, FINALISTS, FREQUENT = 16, 256, 3, 3
 Z = 2.576
 """Half the width of a normal 99 % interval, in standard errors."""
@@ -88,7 +91,7 @@ def probe(
     return {
         "tasks": len(rows),
         "verifier": str(rows[0]["verifier"]),
-        "chance": max(guess, golds[frequent[0]] / len(rows) if frequent else 0.0),
+        "chance": max(guess, min(EVEN, golds[frequent[0]] / len(rows)) if frequent else 0.0),
         "acknowledged": acknowledged,
         "answers": best,
     }

@@ -31,7 +31,7 @@ from stages.rl.rollout.generation import Verifiers
 from stages.rl.rollout.probes import PROBES, ProbedBin, probe, require_solving
 from stages.rl.rollout.task_sources.registry import source_classes
 
-VERSION = 3
+VERSION = 4
 TRAINED = "reward-model"
 """The verifier that is trained after the tasks are drawn, so that none of its rewards is known."""
 

@@ -12,7 +12,7 @@ from pipeline.core.store import Artifact, Progress
 from stages.mcore.model import check_tensors
 from stages.mcore.tensor_sharding import cut
 from stages.train.checkpoint import release_checkpoint
-from stages.train.checkpoint.work_checkpoint import gather_when_done
+from stages.train.checkpoint.work_checkpoint import find_damage
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine, Piece
 
@@ -68,8 +68,12 @@ class Origin:
         """Raises AtomError if files that are loaded are damaged. Each rank hashes its share of them."""
         ranks, find = engine.ranks, release_checkpoint.damage
         share = ranks.rank, ranks.world
-        damages = gather_when_done(ranks, lambda: find(self.artifact, self.subfolder, moments, share, self.progress))
-        if damage := next(filter(None, damages), None):
+        damage = find_damage(
+            ranks,
+            self.artifact / self.subfolder,
+            lambda: find(self.artifact, self.subfolder, moments, share, self.progress),
+        )
+        if damage:
             raise AtomError(damage)
 
     def _load(self, engine: Engine, moments: bool) -> None:

@@ -266,7 +266,7 @@ class Checkpoints:
         names = [f.relative_to(self.work).as_posix() for f in reversed(_checkpoints(self.work))]
         for name in self.ranks.from_first(names):
             folder = self.work / name
-            damage = next(filter(None, gather_when_done(self.ranks, partial(self._find_damage, folder))), None)
+            damage = find_damage(self.ranks, folder, partial(self._find_damage, folder))
             if damage is None:
                 marker = read_marker(folder)
                 optimizer_steps = int(marker["state"]["optimizer_step"])
@@ -296,7 +296,7 @@ class Checkpoints:
         names = [f.relative_to(self.work).as_posix() for f in reversed(_checkpoints(self.work)) if _step(f) <= step]
         for name in self.ranks.from_first(names):
             folder = self.work / name
-            if any(gather_when_done(self.ranks, partial(self._find_damage, folder))):
+            if find_damage(self.ranks, folder, partial(self._find_damage, folder)):
                 continue
             marker = read_marker(folder)
             state: dict[str, Any] = marker["state"]
@@ -368,16 +368,32 @@ class Checkpoints:
         return is_release_step(marker["step"]) and not target.exists()
 
 
-def gather_when_done(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Does work of different length on each rank, in a thread. Returns the results of all ranks, on each of them.
+def find_damage(ranks: Ranks, folder: Path, find: Callable[[], str | None]) -> str | None:
+    """Looks for damage to files on all ranks, in a thread of each, which may take longer on one than on another.
 
-    Ranks that are done poll the others: in a single collective they would wait for longer than its timeout allows.
+    Ranks that are done poll the others: in a single collective they would wait for longer than its timeout allows. An
+    error of the file system counts as damage: if it was raised on one rank, the others would wait for that rank.
+
+    Args:
+        ranks: The ranks, each of which calls this.
+        folder: The folder of the files, for the sentence about one that cannot be read.
+        find: Describes damage to the files that this rank checks; None if they are intact.
+
+    Returns:
+        The damage that the first rank with any found, on all ranks; None if all files are intact.
     """
+
+    def find_or_describe_error() -> str | None:
+        try:
+            return find()
+        except OSError as error:
+            return f"{folder} cannot be read: {error}"
+
     with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(work)
-        while ranks.max(int(not result.done())):
+        damage = pool.submit(find_or_describe_error)
+        while ranks.max(int(not damage.done())):
             time.sleep(POLL)
-    return ranks.gather(result.result())
+    return next(filter(None, ranks.gather(damage.result())), None)
 
 
 def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from pipeline.core import atomic_files
 from pipeline.core.code_digests import code_digests
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, installing
 from pipeline.core.progress import Display, duration
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.core.text import shown
@@ -107,7 +107,7 @@ def _check(precisions: Sequence[str], steps: int, seeds: int, baseline: str, bou
     if not 0 < bound < 1:
         raise AtomError(f"--bound {bound} is no relative deviation of a loss; use something like 0.0025")
     if importlib.util.find_spec("matplotlib") is None:
-        raise AtomError("the plots need matplotlib, which is not installed; pip install 'atom-release[report]'")
+        raise AtomError(f"the plots need matplotlib, which is not installed; {installing('report')}")
     return match
 
 

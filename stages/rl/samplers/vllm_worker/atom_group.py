@@ -87,7 +87,8 @@ class Group:
         Raises RuntimeError if it does not form.
         """
         self.store, self.seconds = store, patience * seconds
-        # gloo ends an operation at its limit, and could not be left before; NCCL can, and must not come first
+        # An operation of gloo that waits cannot be interrupted. It ends at its own limit, which is our deadline.
+        # One of NCCL can be aborted at our deadline, so its own limit must be later.
         self.limit = FAR if device.type == "cuda" else timedelta(seconds=self.seconds)
         self.group: Any = None
         buffer = torch.zeros(1, dtype=torch.uint8, device=device)

@@ -10,8 +10,9 @@ a signed request reaches the routes that this project uses, and no other.
     Atom-Signature    in a request: of method, target, instance, nonce and body
                       in an answer: of instance, nonce, status and body
 
-A request is signed for one start of one server, so nobody can send it to another server again. Only /health is signed
-without an instance, because its answer tells it.
+A request is signed for one start of one server, and that server takes each nonce once. So nobody who listens on the
+network can send a request again. The exception is /health, which changes nothing: it is signed without an instance,
+because its answer tells it, and its nonce is not remembered.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Guard:
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self.app, self.key, self.instance = app, read(Path(os.environ[VARIABLE])), secrets.token_hex(16)
+        self.nonces: set[str] = set()
+        """Of the signed requests so far, but for /health; some 100 bytes each."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -63,6 +66,10 @@ class Guard:
         body = await _body(receive)
         if body is None or hashlib.sha256(body).hexdigest() != digest:
             return await _answer(send, 401, "the body is not the one that was signed")
+        if nonce in self.nonces:
+            return await _answer(send, 401, "this request was sent before")
+        if scope["path"] != HEALTH:
+            self.nonces.add(nonce)  # without an await since the look-up, so two requests at once cannot both pass
         answer = _SignedAnswer(send, self.key, self.instance, nonce)
         if scope["path"] not in PATHS:
             return await _answer(answer, 404, "this server has no such path")

@@ -1,0 +1,90 @@
+"""Results of gates, for a list of checks: that of the registry, which imports the check of published results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from release import schema
+from release.assembly.data_facts import read_data_facts
+from release.checks.check import BuildCheck, BuildContext, Check
+from release.checks.findings import Absent, Findings
+from stages.evaluation.settings import EvaluationSection
+
+Checks = Iterable[Check | BuildCheck]
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The result of a gate.
+
+    Attributes:
+        name: The gate.
+        ok: Whether it was passed; None if there was nothing to judge, or if the recipe waives it.
+        detail: The measurement; of a failed gate the problem and the remedy; else the reason why it was not judged.
+    """
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def names(checks: Checks) -> list[str]:
+    """The names of all gates, in the order of their checks."""
+    return list(dict.fromkeys(check.gate for check in checks if check.gate))
+
+
+def required(checks: Checks, folder: Path) -> set[str]:
+    """The gates that apply to a release, or to the release of an evidence repository, as far as its files show it."""
+    return {
+        check.gate
+        for check in checks
+        if check.gate and (check.private if isinstance(check, BuildCheck) else check.applies_to(folder, "release"))
+    }
+
+
+def computed_again(checks: Checks, folder: Path, recipe: Mapping[str, Any]) -> dict[str, GateResult | None]:
+    """{gate: its result by the published files; None if it does not apply} of the gates that follow from these alone.
+
+    Args:
+        checks: All checks.
+        folder: Of a whole release.
+        recipe: The published one.
+    """
+    evaluation = EvaluationSection.model_validate(recipe["evaluation"]).model_dump()
+    release, data = schema.read_release(folder), read_data_facts(folder / "dataset")
+    build, waived = BuildContext(folder, release, evaluation, data), evaluation.get("waived_gates", {})
+    others = {c.gate for c in checks if not isinstance(c, BuildCheck) or c.private}
+    results = {name: run_gate(checks, name, build) for name in names(checks) if name not in others}
+    return {name: result and waive(result, waived) for name, result in results.items()}
+
+
+def run_gate(checks: Checks, name: str, build: BuildContext) -> GateResult | None:
+    """Runs all checks of one gate; the first problem counts. None if none of them applies to the release."""
+    results = [(check, _findings(check, build)) for check in checks if check.gate == name]
+    applied = [(check, findings) for check, findings in results if findings is not None]
+    for check, findings in applied:
+        if findings.problems:
+            return GateResult(name, False, "; ".join(filter(None, [findings.problems[0], check.remedy])))
+    summaries = [findings.summary for _, findings in applied if findings.summary]
+    compared = any(findings.compared for _, findings in applied) or None
+    return GateResult(name, compared, "; ".join(summaries)) if applied else None
+
+
+def _findings(check: Check | BuildCheck, build: BuildContext) -> Findings | None:
+    if isinstance(check, BuildCheck):
+        return check.function(build)
+    if not check.applies_to(build.folder, "release"):
+        return None
+    try:
+        return check.function(check.scope.subject(build.folder, "release"))
+    except Absent as error:  # a new release has every part of the present format
+        return Findings([str(error)])
+
+
+def waive(result: GateResult, waived: Mapping[str, str]) -> GateResult:
+    if result.name not in waived:
+        return result
+    return GateResult(result.name, None, f"waived by the recipe ({waived[result.name]}); {result.detail}")
