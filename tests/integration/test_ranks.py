@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,17 +230,33 @@ class Launch:
 
 
 def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For longer than they wait for a word of it; and they hear no more of its work once it has called them."""
+    """For longer than they wait for a word of it; and they hear no more of its work once it has called them.
+
+    The clock of the rendezvous stands still, and goes on by more than half of that time after each word that they read.
+    """
+    now, heard = [0.0], set()
+    read = rendezvous.read
+
+    def listen(path: Path) -> Any:
+        message = read(path)
+        if path.name == "meeting.json" and message is not None and "turns" in message:
+            heard.add(message["turns"])
+        return message
 
     def hash_slowly(path: Path, progress: Progress) -> str:
-        for _ in range(30):
-            time.sleep(0.1)
-            progress(1)
+        for _ in range(5 if path.name == "one" else 0):
+            before = len(heard)
+            while len(heard) == before and launch.follower.is_alive():
+                progress(1)
+                time.sleep(0.01)
+            now[0] += 0.6 * rendezvous.RENDEZVOUS_SECONDS
         return sha256_file(path)
 
+    monkeypatch.setattr(rendezvous, "read", listen)
+    monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
     launch = Launch(tmp_path, monkeypatch, hash_slowly)
     assert launch.attempt() == "sealed"
-    launch.follower.join(30)
+    launch.follower.join(60)
     (meeting,) = launch.met
     assert isinstance(meeting, rendezvous.Rendezvous) and meeting.lease == 1, meeting
     assert launch.helped.is_set(), "it was asked to hash its share"

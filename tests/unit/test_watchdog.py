@@ -32,7 +32,11 @@ def test_the_place_of_a_rank_is_written_before_the_recorder_is_read(
 
 
 def test_progress_of_one_rank_keeps_the_others_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One writes for longer than the limit while another waits; once nobody writes, both are found."""
+    """One writes for longer than the limit while another waits; once nobody writes, both are found.
+
+    The limit is long, so that no pause of a loaded machine is taken for a hang; then it is short, to be found soon.
+    """
+    limit = 10.0
     abandoned: set[str] = set()
 
     def abandon(watchdog: Watchdog) -> None:
@@ -41,15 +45,19 @@ def test_progress_of_one_rank_keeps_the_others_alive(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Watchdog, "_abandon", abandon)
     report = RecordingReport()
-    with Watchdog("writing", 4.0, tmp_path, report) as writing, Watchdog("waiting", 4.0, tmp_path, report) as waiting:
+    with (
+        Watchdog("writing", limit, tmp_path, report) as writing,
+        Watchdog("waiting", limit, tmp_path, report) as waiting,
+    ):
         for watchdog in (writing, waiting):
             watchdog.alive()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 1.2 * limit
         while time.monotonic() < end:
             writing.progress(1)
             assert not abandoned
             time.sleep(0.05)
         for watchdog in (writing, waiting):
+            watchdog.limit = 0.1
             watchdog.thread.join(60)
     assert abandoned == {"writing", "waiting"}
 
