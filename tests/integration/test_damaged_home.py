@@ -265,7 +265,7 @@ def test_of_many_tasks_each_file_is_hashed_by_one(home: Path, composed: Graph, t
     code = (
         "import sys; from pathlib import Path; from pipeline.core import input_integrity as intact; from pipeline.core.store import Artifact\n"
         "intact.PART_BYTES, real = 1, intact.sha256_file\n"
-        "intact.sha256_file = lambda path, *_: print('hashed', path.parent.name) or real(path)\n"
+        "intact.sha256_file = lambda path, *_: sys.stdout.write(f'hashed {path.parent.name}\\n') and real(path)\n"
         "intact.check(Path(sys.argv[1]), [Artifact.open(Path(p)) for p in sys.argv[2:]])"
     )
     folders = sorted(str(path) for path in (home / "artifacts").iterdir())

@@ -155,9 +155,9 @@ def test_no_task_shares_words_with_an_item_of_a_task_set(own_tasks: Path, tmp_pa
         "benchmarks": run_stage(benchmarks.STAGE, {"sets": sets, "limit": 2}, {}),
     }
     questions = ("After The quick,  BROWN what?", "The quick red fox?", "Which is brown: the quick?")
-    rows = [
-        to_row(str(n), text, verifier="exact", kind="word", level=1, expected_answer="fox")
-        for n, text in enumerate(questions)
+    rows = [  # with answers that differ, or one of them would earn the reward of all
+        to_row(str(n), text, verifier="exact", kind="word", level=1, expected_answer=answer)
+        for n, (text, answer) in enumerate(zip(questions, ("fox", "dog", "hen"), strict=True))
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"source": "rows", "path": str(tmp_path / "rows.jsonl"), "verifier": "exact", "kind": "word"}

@@ -12,11 +12,12 @@ from docs import examples
 from tests.fixtures import ROOT, page_fixtures
 from tests.fixtures.page_fixtures import TUTORIALS, compare
 
-PAGES = {
-    page: text
+README = ROOT / "README.md"
+PAGES = [
+    page
     for page in examples.pages()
-    if TUTORIALS not in page.parents and examples.examples_of(text := page.read_text("utf-8"))
-}
+    if page != README and TUTORIALS not in page.parents and examples.examples_of(page.read_text("utf-8"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +178,8 @@ def test_the_examples_of_a_card_run_against_the_hub(place: examples.Place, folde
         assert ("apply_chat_template" in card) == (folder in ("model", "model-sft"))
     if folder != "dataset":
         assert ": verified" in outputs[-1]
+
+
+def test_the_examples_of_the_readme_give_what_it_shows(place: examples.Place) -> None:
+    """Last: it builds the release again without the signature of the demo, which other pages check."""
+    page_fixtures.check(README, place)
