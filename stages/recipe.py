@@ -16,9 +16,10 @@ from stages.export.variants.registry import VARIANTS, VariantName
 from stages.maker import Maker
 from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
-from stages.sizes import Sizes
 from stages.train.config import LongContext, PhaseConfig, SftPhase
 from stages.train.imported_weights import StartFrom
+from stages.train.nodes import TextPhase
+from stages.train.sizes import Sizes
 
 
 class Licenses(Config):
@@ -142,6 +143,33 @@ class ReleaseRecipe(Identity):
                         "or leave it out of release.by_reference"
                     )
         return self
+
+    @property
+    def text_phases(self) -> list[TextPhase]:
+        """The phases that train on text, in order."""
+        phases = []
+        if self.pretrain is not None:
+            phases.append(TextPhase("pretrain", "pretrain", "pretrain", self.pretrain))
+        if self.midtrain is not None:
+            phases.append(TextPhase("midtrain", "midtrain", "midtrain", self.midtrain))
+        for number, section in enumerate(self.long_context):
+            phases.append(TextPhase(f"longcontext-{number + 1}", "midtrain", f"long_context.{number}", section))
+        if self.sft is not None:
+            phases.append(TextPhase("sft", "sft", "sft", self.sft))
+        return phases
+
+    @property
+    def exported(self) -> dict[str, tuple[str, int | None]]:
+        """The exported models, the final one last: name → (node of the phase, step). None is the phase's last step."""
+        exported: dict[str, tuple[str, int | None]] = {"base": ("import", None)}
+        if self.pretrain is not None:
+            exported = {"init": ("pretrain", 0), "base": ("pretrain", None)}
+        if self.midtrain is not None:
+            exported["mid"] = ("midtrain", None)
+        for number in range(1, len(self.long_context) + 1):
+            exported[f"long-{number}"] = (f"longcontext-{number}", None)
+        later = {"sft": self.sft, "rlvr": self.rlvr, "dpo": self.dpo, "online-rlhf": self.online_rlhf}
+        return exported | {name: (name, None) for name, section in later.items() if section is not None}
 
     def replay_mixes(self) -> dict[str, Mapping[str, float]]:
         """The mixes of earlier data that phases of post-training replay, by their location in the recipe."""

@@ -73,39 +73,51 @@ class Graph:
         return [name for name in self.nodes if name in names]
 
 
-class GraphBuilder:
-    """Nodes by name, each added after its inputs. title: the name of the recipe in errors."""
+@dataclass(frozen=True)
+class NodeSpec:
+    """A node as a section of the recipe asks for it, before its key is known.
 
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.nodes: dict[str, Node] = {}
+    Attributes:
+        name: Name of the node, unique in its graph.
+        stage: Name of the stage that runs it.
+        config: Settings of the stage, not yet validated.
+        inputs: The nodes whose artifacts it reads, by role. They precede it.
+        continued: The sealed checkpoint of an earlier run that it starts from, if there is one.
+    """
 
-    def add(
-        self,
-        name: str,
-        stage: str,
-        config: Mapping[str, Any],
-        external: Mapping[str, str] | None = None,
-        /,
-        **inputs: str,
-    ) -> None:
-        """Adds a node: its stage and config, the keys of its input artifacts from earlier runs and its input nodes, by
-        role. Raises RecipeError for a config that the stage refuses."""
-        registered = registry.stage(stage)
+    name: str
+    stage: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    continued: Checkpoint | None = None
+
+
+def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ...] = ()) -> Graph:
+    """Validates the config of each node, computes its key, and returns the graph.
+
+    Args:
+        recipe: The recipe that the graph belongs to.
+        specs: The nodes in topological order.
+        absent: Sentences on sources whose files are missing.
+
+    Raises:
+        RecipeError: A stage refuses its config, or a training phase needs more than any machine has.
+    """
+    nodes: dict[str, Node] = {}
+    for spec in specs:
+        stage = registry.stage(spec.stage)
+        where = f"{recipe.title}, stage {spec.name}"
         try:
-            resolved = registered.config.model_validate(config)
+            config = stage.config.model_validate(spec.config)
         except ValidationError as error:
-            raise explain(error, registered.config, f"{self.title}, stage {name}") from None
-        keys = {role: self.nodes[node].key for role, node in inputs.items()} | dict(external or {})
-        parts = [registered.name, registered.version, identity(resolved), keys]
-        key = f"{name}-{sha256_bytes(canonical(parts))[:12]}"
-        self.nodes[name] = Node(name, registered, resolved, inputs, key, external or {})
-
-    def check_sizes(self) -> None:
-        """Raises RecipeError if a training phase needs more than any machine has: each number may be possible where
-        their product is not."""
-        for name, node in self.nodes.items():
-            _check_size(f"{self.title}, stage {name}", node)
+            raise explain(error, stage.config, where) from None
+        external = {"continue": spec.continued.key} if spec.continued else {}
+        keys = {role: nodes[name].key for role, name in spec.inputs.items()} | external
+        digest = sha256_bytes(canonical([stage.name, stage.version, identity(config), keys]))
+        nodes[spec.name] = Node(spec.name, stage, config, dict(spec.inputs), f"{spec.name}-{digest[:12]}", external)
+    for node in nodes.values():
+        _check_size(f"{recipe.title}, stage {node.name}", node)
+    return Graph(recipe, nodes, absent)
 
 
 class Composer(Protocol):

@@ -7,7 +7,7 @@ here, because `atom plan` needs the recipe and the digests of the source trees b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Renamed, added, operational
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
+from pipeline.graph.dag import NodeSpec
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
 from stages.data.curation.alarms import RULES, Acknowledged
@@ -34,6 +35,7 @@ from stages.data.readers.generated import Generated
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import HeldoutFraction
 from stages.data.steps import MAX_STEPS, AnyFilter
+from stages.data.tokenizer import TokenizerSection
 
 LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)
 """The files of curation: each is a setting with its path, and one with its digest."""
@@ -224,6 +226,48 @@ class DataRecipe(Config):
     def tokenize_config(self) -> dict[str, Any]:
         """The config of stage tokenize for all sources."""
         return {"conversations": self.conversations, "parts": self.parts, "expected": self.expected}
+
+    def acquisition_nodes(self, seed: int) -> list[NodeSpec]:
+        """Returns the nodes that acquire the sources; generated ones after those that they are made from."""
+        acquired, generated = [], []
+        for source in self.sources:
+            node, config = f"acquire-{source.name}", self.acquire_config(source.name, seed)
+            if parent := self.generated.get(source.name):
+                generated.append(NodeSpec(node, "generate", config, {"parent": f"acquire-{parent}"}))
+            else:
+                acquired.append(NodeSpec(node, "acquire", config))
+        return acquired + generated
+
+    def curation_nodes(
+        self, seed: int, tokenizer: TokenizerSection, evaluated: Mapping[str, str], imported: Mapping[str, str]
+    ) -> list[NodeSpec]:
+        """Returns the nodes from acquired sources to token shards.
+
+        Args:
+            seed: Seed of the recipe.
+            tokenizer: The section `tokenizer`.
+            evaluated: The nodes of evaluation items, by role. Training documents with such an item are removed.
+            imported: The node of the published model whose tokenizer is used, by role; empty if one is trained.
+        """
+        specs = []
+        acquired = {source.name: f"acquire-{source.name}" for source in self.sources}
+        classifiers = {}
+        for classifier in self.classifiers:
+            node, config = f"classifier-{classifier.name}", self.classifier_config(classifier.name, seed)
+            examples = {name: acquired[name] for name in (*classifier.positive, *classifier.negative)}
+            specs.append(NodeSpec(node, "classifier", config, examples))
+            classifiers[node] = node
+        tokenizer_config = tokenizer.model_dump() | {"leave_out": (*tokenizer.leave_out, *self.conversations)}
+        searched = {"filter": "filter", "duplicates": "duplicates"}
+        return [
+            *specs,
+            NodeSpec("filter", "filter", self.filter_config(seed), {**acquired, **classifiers, **evaluated}),
+            NodeSpec("duplicates", "duplicates", self.duplicates_config(), {"filter": "filter"}),
+            NodeSpec("representatives", "representatives", self.representatives_config(), searched),
+            NodeSpec("dedup", "dedup", self.dedup_config(), {**searched, "representatives": "representatives"}),
+            NodeSpec("tokenizer", "tokenizer", tokenizer_config, {"dedup": "dedup", **imported}),
+            NodeSpec("tokenize", "tokenize", self.tokenize_config(), {"dedup": "dedup", "tokenizer": "tokenizer"}),
+        ]
 
     @property
     def generated(self) -> dict[str, str]:

@@ -13,11 +13,11 @@ from pydantic import Field
 from pipeline.core.bounds import Words
 from pipeline.core.stage import Inputs, Report, Stage
 from stages.mcore.gpu_environment import variables
-from stages.sizes import NAME
 from stages.train import TRAINING_LIBRARIES
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 from stages.train.pretrain import simulate
+from stages.train.sizes import NAME
 
 VERSION = 2
 

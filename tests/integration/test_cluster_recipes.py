@@ -24,7 +24,6 @@ from stages.mcore.memory import memory_share
 from stages.mcore.parallel_layout import Layout
 from stages.models.hf import hf_config
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.text_phases import phases
 from stages.train.config import PhaseConfig
 from tests.fixtures import ROOT, fake_rank_fixtures
 from tests.fixtures.run_fixtures import SOAK, atom
@@ -45,7 +44,7 @@ def composed(name: str) -> dag.Graph:
 def trained(name: str) -> list[tuple[str, Any]]:
     """(phase, config of its training stage), in order."""
     graph = composed(name)
-    return [(phase.node, graph.nodes[phase.node].config) for phase in phases(graph.recipe.config)]
+    return [(phase.node, graph.nodes[phase.node].config) for phase in graph.recipe.config.text_phases]
 
 
 @each

@@ -24,7 +24,6 @@ from pipeline.graph import recipe as recipes
 from pipeline.launch import preflight
 from stages.mcore.megatron_imports import parallel_state
 from stages.mcore.parallel_layout import Layout
-from stages.text_phases import phases
 from stages.train import parallel
 from tests.fixtures import layout_fixtures
 
@@ -78,7 +77,7 @@ def test_the_rule_holds_for_real_ranks() -> None:
 
 def layouts(name: str) -> set[Layout]:
     graph = dag.compose(recipes.load(name), Store(Path("none")), without_data=True)
-    return {graph.nodes[phase.node].config.phase.parallelism for phase in phases(graph.recipe.config)}
+    return {graph.nodes[phase.node].config.phase.parallelism for phase in graph.recipe.config.text_phases}
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("atom-1b-a300m", 64), ("atom-30b-a3b", 256), ("atom-235b-a22b", 512)])

@@ -26,8 +26,8 @@ from release.checks.check import BuildContext, Subject
 from release.checks.statements import statements
 from release.repositories import files_below
 from release.schema import read_release
-from stages import graph
 from stages.evaluation.settings import SURE
+from stages.recipe import ReleaseRecipe
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
 
@@ -82,7 +82,8 @@ def write_log(model: Path, phase: str, lines: list[dict[str, Any]]) -> None:
 def test_names_follow_each_other_as_in_the_graph() -> None:
     later = dict.fromkeys(("sft", "rlvr", "dpo", "online_rlhf"))
     recipe = SimpleNamespace(pretrain=None, midtrain=None, long_context=(None,) * 11, **later)
-    phases, models = [phase.node for phase in graph.phases(recipe)], list(graph.models(recipe))
+    phases = [phase.node for phase in ReleaseRecipe.text_phases.fget(recipe)]
+    models = list(ReleaseRecipe.exported.fget(recipe))
     nodes = [*phases, *(f"order-{phase}" for phase in phases), "pretrain@30", "longcontext-1@2"]
     nodes += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
     assert layout.phases_of(sorted(nodes)) == phases

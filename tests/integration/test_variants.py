@@ -239,9 +239,10 @@ def test_a_recipe_names_the_variants_of_its_final_model(tmp_path: Path) -> None:
 
 def test_a_large_model_is_published_in_bf16_however_it_was_trained() -> None:
     from pipeline.graph.recipe import load
-    from stages.graph import _dtype
+    from stages.train.nodes import published_dtype
 
     for name, dtype in (("atom-smoke", "float32"), ("atom-30b-a3b", "bfloat16")):
         config: Any = load(name).config
-        assert _dtype(config, config.pretrain.model_copy(update={"precision": "fp32"})) == dtype
-        assert _dtype(config, config.pretrain.model_copy(update={"precision": "bf16"})) == "bfloat16"
+        vocabulary = config.tokenizer.padded_vocab_size
+        assert published_dtype(config.model, vocabulary, "fp32") == dtype
+        assert published_dtype(config.model, vocabulary, "bf16") == "bfloat16"

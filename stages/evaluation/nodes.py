@@ -1,0 +1,195 @@
+"""The nodes of a recipe's graph that measure models: on held-out data, problems, conversations and task sets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import RecipeError
+from pipeline.graph.dag import NodeSpec
+from stages.data.recipe import DataRecipe
+from stages.evaluation import estimates
+from stages.evaluation.settings import ChatSection, EvaluationSection
+from stages.train.nodes import ExportedModel
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The models of a recipe and what their evaluation needs."""
+
+    section: EvaluationSection
+    data: DataRecipe
+    # All exported models by name, the final one last.
+    models: Mapping[str, ExportedModel]
+    padded_vocab_size: int
+    # Seed of the recipe.
+    seed: int
+    # Name of the recipe, for errors.
+    title: str
+
+
+def item_nodes(
+    section: EvaluationSection, seed: int, base: Path, title: str
+) -> tuple[list[NodeSpec], dict[str, str], dict[str, Any]]:
+    """Returns the nodes of evaluation items, these nodes by role, and the config of the benchmarks.
+
+    Args:
+        section: The section `evaluation`.
+        seed: Seed of the recipe.
+        base: Folder of the recipe, from which task sets of its own are found.
+        title: Name of the recipe, for errors.
+
+    Raises:
+        RecipeError: A task set of the recipe's own is missing, or differs from its pin.
+    """
+    items = {"problems": section.problems, "seed": seed, "chat": section.chat_items}
+    specs, roles = [NodeSpec("items", "items", items)], {"items": "items"}
+    benchmarks: dict[str, Any] = {}
+    if harness := section.harness:
+        benchmarks = {"sets": harness.task_sets(base, title), "limit": harness.limit}
+        specs.append(NodeSpec("benchmarks", "benchmarks", benchmarks))
+        roles["benchmarks"] = "benchmarks"
+    return specs, roles, benchmarks
+
+
+def heldout_config(measured: Measured, model: ExportedModel) -> dict[str, Any]:
+    """Returns the settings of a model's evaluation on held-out documents and problems, without long texts."""
+    section, sources = measured.section, len(measured.data.sources)
+    return {
+        "heldout_documents": section.heldout_documents,
+        "max_new_tokens": section.max_new_tokens,
+        "engine": section.engine,
+        "conversations": measured.data.conversations,
+        "expected": _expected(measured, model, section.tokens(sources), section.pieces(sources)),
+    }
+
+
+def heldout_node(measured: Measured, model: ExportedModel) -> NodeSpec:
+    """Returns the node that evaluates a model on held-out documents, problems and long texts."""
+    config = heldout_config(measured, model) | {"context": measured.section.context}
+    inputs = {"model": f"export-{model.name}", "dedup": "dedup", "items": "items"}
+    return NodeSpec(f"evaluate-{model.name}", "evaluate", config, inputs)
+
+
+def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[NodeSpec]) -> list[NodeSpec]:
+    """Returns the nodes that evaluate models in conversations, and the search for test items in training data.
+
+    Args:
+        measured: The models of the recipe.
+        chat_models: Names of the models that were trained on conversations, in order.
+        before: All earlier nodes of the graph, among which are the tasks, orders and evaluations to search in.
+    """
+    section, data, seed = measured.section, measured.data, measured.seed
+    chat = section.chat
+    if chat is None or not chat_models:
+        return []
+    tasks = {spec.name: spec.name for spec in before if spec.stage == "tasks"}
+    orders = {spec.name: spec for spec in before if spec.stage == "order"}
+    mixes = {order.config["phase"]: sorted(order.config["mix"]) for order in orders.values()}
+    sources = sorted({name for mix in mixes.values() for name in mix})
+    corpus = {"parts": {source: data.parts[source] for source in sources}, "expected": data.expected}
+    fresh = {"problems": section.problems, "phases": mixes, **corpus}
+    inputs = {"model": f"export-{chat_models[-1]}", "dedup": "dedup", "items": "items"}
+    specs = [NodeSpec("fresh", "fresh", fresh, inputs | tasks)]
+    for number, which in enumerate(chat_models):
+        specs += _solving_nodes(measured, chat, which)
+        if number and chat.items.courtesies > 1:
+            # Each model is compared with the one before; one of online RLHF with the last before preferences.
+            previous = chat_models[number - 2 if which == "online-rlhf" else number - 1]
+            specs.append(_preference_node(measured, chat, which, previous))
+    scored = {spec.name: spec.name for spec in (*before, *specs) if spec.stage in ("evaluate", "solve")}
+    inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
+    if section.harness:
+        inputs["benchmarks"] = "benchmarks"
+    inputs |= {name: name for name in orders} | tasks | scored
+    specs.append(NodeSpec("contamination", "contamination", {"seed": seed, **corpus}, inputs))
+    return specs
+
+
+def _solving_nodes(measured: Measured, chat: ChatSection, which: str) -> list[NodeSpec]:
+    """Returns the nodes in which a model answers the items, and the items drawn after training."""
+    tokens = measured.section.chat_tokens() * chat.num_samples
+    expected = _expected(measured, measured.models[which], tokens, measured.section.chat_pieces())
+    config = _generation(measured, chat) | {"expected": expected, "num_samples": chat.num_samples}
+    model = f"export-{which}"
+    return [
+        NodeSpec(f"solve-{which}", "solve", config, {"model": model, "items": "items"}),
+        NodeSpec(f"fresh-solve-{which}", "solve", config, {"model": model, "items": "fresh"}),
+    ]
+
+
+def _preference_node(measured: Measured, chat: ChatSection, which: str, previous: str) -> NodeSpec:
+    """Returns the node that compares the answers of two models."""
+    tokens, pieces = measured.section.chat_tokens(), measured.section.preference_pieces()
+    expected = _expected(measured, measured.models[which], tokens, pieces)
+    config = _generation(measured, chat) | {"expected": expected, "model": which, "before": previous}
+    inputs = {"model": f"export-{which}", "before": f"export-{previous}", "items": "items"}
+    return NodeSpec(f"prefer-{which}", "prefer", config, inputs)
+
+
+def _generation(measured: Measured, chat: ChatSection) -> dict[str, Any]:
+    return {"max_new_tokens": chat.max_new_tokens, "seed": measured.seed, "engine": measured.section.engine}
+
+
+def memorization_nodes(
+    measured: Measured, longest_row: int, trained: Sequence[str], nodes: Collection[str]
+) -> list[NodeSpec]:
+    """Returns the nodes that measure how much of its training data a model reproduces.
+
+    Args:
+        measured: The models of the recipe.
+        longest_row: Tokens of the longest row of a phase on text.
+        trained: The nodes of all phases, in order.
+        nodes: All earlier nodes of the graph.
+
+    Raises:
+        RecipeError: No row of training is as long as the texts to compare.
+    """
+    section, data = measured.section.memorization, measured.data
+    if section is None:
+        return []
+    length = section.prefix_tokens + section.continuation_tokens
+    if length > longest_row:
+        raise RecipeError(
+            f"{measured.title}: evaluation.memorization compares {length} tokens of a document (prefix_tokens + "
+            f"continuation_tokens), and no row of training has more than {longest_row}; lower one of them"
+        )
+    tokens = section.tokens(len(data.sources), data.canaries.values())
+    settings = section.model_dump(exclude={"every_model"})
+    settings |= {"canaries": data.canaries, "seed": measured.seed, "engine": measured.section.engine}
+    specs = []
+    for model in _chosen(measured, section.every_model):
+        config = settings | {"expected": _expected(measured, model, tokens)}
+        read = [f"order-{name}" for name in trained[: trained.index(model.node) + 1]]
+        inputs = {"model": f"export-{model.name}", "tokens": "tokenize"}
+        inputs |= {order: order for order in read if order in nodes}
+        specs.append(NodeSpec(f"memorization-{model.name}", "memorization", config, inputs))
+    return specs
+
+
+def harness_nodes(measured: Measured, benchmarks: Mapping[str, Any]) -> list[NodeSpec]:
+    """Returns the nodes that run the task sets of lm-evaluation-harness, whose config is `benchmarks`."""
+    section, engine = measured.section.harness, measured.section.engine
+    if section is None:
+        return []
+    tokens, tasks = section.tokens(engine.kind == "vllm"), section.tasks()
+    specs = []
+    for model in _chosen(measured, section.every_model):
+        config = {**benchmarks, "expected": _expected(measured, model, tokens, tasks), "engine": engine}
+        inputs = {"model": f"export-{model.name}", "benchmarks": "benchmarks"}
+        specs.append(NodeSpec(f"harness-{model.name}", "harness", config, inputs))
+    return specs
+
+
+def _chosen(measured: Measured, every_model: bool) -> list[ExportedModel]:
+    """Returns every model that is exported after its last step, or the final one alone."""
+    whole = [model for model in measured.models.values() if model.step is None]
+    return whole if every_model else whole[-1:]
+
+
+def _expected(measured: Measured, model: ExportedModel, tokens: int, pieces: int = 1) -> estimates.Expected:
+    """Returns what `atom plan` expects of a measurement of so many tokens in so many pieces."""
+    trained, engine = model.trained, measured.section.engine
+    return estimates.expected(trained.model, measured.padded_vocab_size, tokens, pieces, trained.dtype, engine)

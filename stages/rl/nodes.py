@@ -1,0 +1,120 @@
+"""The nodes of a recipe's graph that learn from answers: RLVR, DPO, the reward model and online RLHF."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.graph.dag import NodeSpec
+from stages.models.base import ModelConfig
+from stages.rl.config import DpoPhase, RewardPhase, RlPhase
+from stages.train.nodes import TrainedModel, published_dtype, training_config
+
+
+@dataclass(frozen=True)
+class PostTraining:
+    """The sections of a recipe that learn from answers, and what their nodes share."""
+
+    rlvr: RlPhase | None
+    dpo: DpoPhase | None
+    reward_model: RewardPhase | None
+    online_rlhf: RlPhase | None
+    # Model that the last phase on text leaves, and the node of that phase.
+    model: ModelConfig
+    base: str
+    padded_vocab_size: int
+    # Seed of the recipe.
+    seed: int
+    # Words of an n-gram by which tasks that occur in benchmarks are found; None without benchmarks.
+    benchmark_ngram: int | None
+
+
+def trained_models(sections: PostTraining) -> dict[str, TrainedModel]:
+    """Returns the model after each phase, by node."""
+    phases = {
+        "rlvr": sections.rlvr,
+        "dpo": sections.dpo,
+        "reward": sections.reward_model,
+        "online-rlhf": sections.online_rlhf,
+    }
+    model, vocabulary = sections.model, sections.padded_vocab_size
+    return {
+        name: TrainedModel(model, published_dtype(model, vocabulary, section.precision))
+        for name, section in phases.items()
+        if section is not None
+    }
+
+
+def offline_nodes(sections: PostTraining) -> list[NodeSpec]:
+    """Returns the nodes of RLVR, DPO and the reward model, with their tasks and replayed data."""
+    specs: list[NodeSpec] = []
+    base = sections.base
+    if rlvr := sections.rlvr:
+        specs += _phase_nodes(sections, "rlvr", "rlvr", rlvr, {"init": base}, rlvr.tasks, {"name": "rlvr"})
+        base = "rlvr"
+    if dpo := sections.dpo:
+        tasks = (*dpo.preferences.tasks, *(dpo.sft_tasks.tasks if dpo.sft_tasks else ()))
+        specs += _phase_nodes(sections, "dpo", "dpo", dpo, {"init": base}, tasks)
+    if reward := sections.reward_model:
+        specs += _phase_nodes(sections, "reward", "reward", reward, {"pairs": "dpo", "init": base})
+    return specs
+
+
+def online_nodes(sections: PostTraining) -> list[NodeSpec]:
+    """Returns the nodes of online RLHF, which reads the exported reward model."""
+    online = sections.online_rlhf
+    if online is None:
+        return []
+    inputs = {"init": "dpo", "reward": "reward", "reward_model": "export-reward"}
+    return _phase_nodes(sections, "online-rlhf", "rlvr", online, inputs, online.tasks, {"name": "online-rlhf"})
+
+
+def _phase_nodes(
+    sections: PostTraining,
+    name: str,
+    stage: str,
+    section: RlPhase | DpoPhase | RewardPhase,
+    base: Mapping[str, str],
+    tasks: Sequence[Any] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> list[NodeSpec]:
+    """Returns the node of a phase, after those of its tasks and of the order of the data that it replays.
+
+    Args:
+        sections: What the phases share.
+        name: Name of the phase and its node.
+        stage: Stage that runs it.
+        section: Its section of the recipe.
+        base: The nodes that it begins with, by role.
+        tasks: Sources of its tasks, if it draws answers.
+        settings: Settings of the stage beside the common ones.
+    """
+    specs = []
+    inputs = {"tokenizer": "tokenizer", **base}
+    if tasks:
+        verifiers = {} if isinstance(section, RewardPhase) else section.verifiers
+        config: dict[str, Any] = {"sources": tasks, "verifiers": verifiers, "seed": sections.seed}
+        searched = {"items": "items"}
+        if sections.benchmark_ngram is not None:
+            config["ngram"] = sections.benchmark_ngram
+            searched["benchmarks"] = "benchmarks"
+        specs.append(NodeSpec(f"tasks-{name}", "tasks", config, searched))
+        inputs |= {"tasks": f"tasks-{name}", "items": "items"}
+    if isinstance(section, RlPhase) and (replay := section.replay):
+        order = {
+            "phase": name,
+            "mix": replay.mix,
+            "sequence_length": replay.sequence_length,
+            "steps": section.steps,
+            "rows": replay.rows,
+            "seed": sections.seed,
+        }
+        specs.append(NodeSpec(f"order-{name}", "order", order, {"tokens": "tokenize"}))
+        inputs |= {"tokens": "tokenize", "order": f"order-{name}"}
+    if isinstance(section, RlPhase) and section.tools:
+        for tool in section.tools.offered:
+            inputs |= tool.inputs
+    training = training_config(sections.model, section, sections.padded_vocab_size, sections.seed)
+    specs.append(NodeSpec(name, stage, training | dict(settings or {}), inputs))
+    return specs
