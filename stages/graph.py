@@ -6,7 +6,6 @@ Only this module has their names; the engine (`pipeline/`) runs any graph.
 from __future__ import annotations
 
 import difflib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,12 +76,11 @@ FP32_PARAMETERS = 10**9
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a phase: the config of the model after it, the type of its published weights, the format to whose
-    numbers they are rounded, and, if it is an adapter, its settings and the node of its base."""
+    """The result of a phase: the config of the model after it, the type of its published weights and, if it is an
+    adapter, its settings and the node of its base."""
 
     model: ModelConfig
     dtype: Dtype
-    weight_format: str | None = None
     lora: Lora | None = None
     base: str = ""
 
@@ -135,7 +133,6 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_generated(config, data)
     yield from _problems_of_lengths(config)
     yield from _problems_of_engine(config)
-    yield from _problems_of_weight_format(config)
     yield from known_gates.problems(config, data)
     vocabulary = config.tokenizer.padded_vocab_size
     yield from sizes.problems(config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None)
@@ -231,7 +228,7 @@ def _add_training(
         longest = section.sequence_length if phase.where.startswith("long_context") else model.context_length
         model = model.with_rope(section.rope, longest)
         base = previous.get("init", "")
-        trained[name] = Trained(model, _dtype(config, section), section.weight_format, section.adapter, base)
+        trained[name] = Trained(model, _dtype(config, section), section.adapter, base)
         if section.continue_from:
             where = f"{title}: {phase.where}.continue_from"
             checkpoint = checkpoints.find(section.continue_from, name, where, store)
@@ -309,7 +306,6 @@ def _add_exports(graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[st
     for which, (name, step) in models(config).items():
         export: dict[str, Any] = {"model": trained[name].model, "dtype": trained[name].dtype, "step": step}
         export["converses"] = which in chat_models
-        export["weight_format"] = trained[name].weight_format if step is None else None
         export["padded_vocab_size"] = config.tokenizer.padded_vocab_size
         export["parity_tolerance"] = config.evaluation.parity_tolerance
         export["parity_tokens"] = parity_tokens(trained[name].model.context_length)
@@ -522,26 +518,6 @@ def _problems_of_generated(config: ReleaseRecipe, data: DataRecipe) -> Iterator[
             )
     for name in sorted(set(config.release.publish_generated) - set(hidden)):
         yield (f"release.publish_generated names {name}, which is not generated from a source by reference; remove it")
-
-
-def _problems_of_weight_format(config: ReleaseRecipe) -> Iterator[str]:
-    """What trains after a phase with a weight format would leave the format."""
-    for phase in phases(config):
-        section = phase.config
-        if section.weight_format and section.precision == "fp32" and _dtype(config, section) == "bfloat16":
-            yield (
-                f"{phase.where}.weight_format = {section.weight_format} with precision = fp32 rounds weights of fp32, "
-                "and a model of this size is published in bf16; use precision: bf16"
-            )
-    later = {"rlvr": config.rlvr, "dpo": config.dpo, "online_rlhf": config.online_rlhf}
-    sections = [(phase.where, phase.config.weight_format) for phase in phases(config)]
-    sections += [(where, None) for where, section in later.items() if section is not None]
-    for (where, weight_format), (after, after_format) in itertools.pairwise(sections):
-        if weight_format and not after_format:
-            yield (
-                f"{where}.weight_format = {weight_format}, but {after} trains on without it, which leaves the format; "
-                "state it in the last phases only, and none after them may be one of reinforcement or preferences"
-            )
 
 
 def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:

@@ -22,7 +22,6 @@ weight's gradient pass a random Hadamard transform by 16 tokens, and the last la
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -123,23 +122,6 @@ RECIPES: Mapping[str, QuantizationRecipe] = MappingProxyType(
 )
 FP8 = ("fp8-tensorwise", "fp8-blockwise", "mxfp8")
 FP4 = ("nvfp4", "mxfp4")
-
-
-WEIGHT_BLOCK = 32
-"""Weights of a row that share a scale in a weight format (MXFP4)."""
-FORMATTED = re.compile(r"decoder\.layers\..*\.(linear_\w+|in_proj|out_proj)\.weight")
-"""The global names of the matrices that a weight format holds for: all linear layers of the decoder, the experts' too.
-Embeddings, router, norms and output head stay as they are."""
-
-
-def to_weight_format(weight: torch.Tensor) -> torch.Tensor:
-    """A weight, [outputs, inputs], rounded to numbers of MXFP4, by blocks along its inputs; exact in fp32 and bf16. Of
-    its own result it gives the same. Like `quantize`, without its counts, which a simulated rank does not have."""
-    recipe, columns = RECIPES["mxfp4"], weight.shape[1]
-    blocks = F.pad(weight.float(), (0, -columns % WEIGHT_BLOCK)).unflatten(1, (-1, WEIGHT_BLOCK))
-    multiplier = _multiplier(blocks.abs().amax(-1, keepdim=True), recipe.forward.largest, recipe.scale)
-    rounded = _round(blocks * multiplier, recipe.forward).mul_(1 / multiplier)
-    return rounded.flatten(1)[:, :columns].to(weight.dtype)
 
 
 @dataclass(frozen=True)
