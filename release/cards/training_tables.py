@@ -149,18 +149,6 @@ def _setting(section: Any, path: Sequence[str]) -> str:
     return count(section) if type(section) is int else f"{section:g}" if isinstance(section, float) else str(section)
 
 
-def process_rewards(model: ModelFacts) -> list[str]:
-    """One row for each phase, kind of task and logged part of its reward: its mean over the first and the last quarter
-    of the steps."""
-    body = [
-        [title(phase, PHASES), kind, part, *(f"{x['value']:.3f} ± {x['se']:.3f}" for x in (row["first"], row["last"]))]
-        for phase, log in model.training.items()
-        for kind, parts in log.parts.items()
-        for part, row in parts.items()
-    ]
-    return table(["phase", "task", "part of the reward", "first steps", "last steps"], body) if body else []
-
-
 def start(model: ModelFacts) -> list[str]:
     """The published model that training began with; none without one."""
     if model.base is None:

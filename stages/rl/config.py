@@ -232,10 +232,6 @@ class RlPhase(PostTrainingPhase):
                 f"updates = {self.updates} is not possible with algorithm {self.algorithm}, whose loss does not "
                 "correct for earlier updates; use 1, or another algorithm"
             )
-        if self.asynchronous is not None and not SAMPLERS[self.sampling.kind].apart:
-            kinds = " or ".join(name for name, entry in SAMPLERS.items() if entry.apart)
-            raise ValueError(f"asynchronous needs a sampler in a process of its own, and sampling.kind = "
-                             f"{self.sampling.kind} has none; use {kinds}")  # fmt: skip
         if self.asynchronous is not None and self.queue_groups > (most := self.prompts_per_step * (
             self.asynchronous.max_staleness + 1
         )):  # fmt: skip

@@ -58,7 +58,7 @@ class Policy:
         """Of an answer in turns."""
         if tools is not None:
             self.limits = turns.Limits(
-                tools.max_turns, config.phase.sampling.max_new_tokens, config.model.context_length, tools.max_subtasks
+                tools.max_turns, config.phase.sampling.max_new_tokens, config.model.context_length
             )
         self.toolbox: turns.Toolbox | None = None
         self.sampler: Sampler | None = None

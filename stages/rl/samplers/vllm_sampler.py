@@ -381,6 +381,3 @@ def _answers(server: Server) -> bool:
         return server.problem() is None
     except ServerLost:
         return False
-
-
-SAMPLER = VllmServer
