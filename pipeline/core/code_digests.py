@@ -1,7 +1,8 @@
 """Digest of a stage's code: its module and every module of atom that it imports, directly or indirectly.
 
 A registry names modules or their classes (`module:class`) as strings and imports them by name, so a string that is the
-full name of a module or of a class counts as an import. Strings of the engine do not count: the engine names the graph, and the graph names every stage.
+full name of a module or of a class counts as an import. Strings of the engine do not count: the engine names the graph,
+and the graph names every stage.
 
 The digest is recorded in statements, not in keys: a key identifies the requested work, the code digest identifies the
 code that did it. `plan` compares recorded and present digests, so a cache never hides a change of code.

@@ -6,7 +6,6 @@ the same weights; another order is named."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from tests.fixtures import ROOT, layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.rl_fixtures import first, place, rewrite, without_sampler  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.sampler_fixtures import MODEL, VOCAB, tensors
+
 
 def settings(**phase: Any) -> dict[str, Any]:
     defaults: dict[str, Any] = dict(steps=6, release_checkpoint_interval=2, checkpoint_interval=1)

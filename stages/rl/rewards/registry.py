@@ -1,6 +1,6 @@
 """The verifiers (reward functions) by name. A new one is a file in this folder and a line here.
 
-The file defines a class derived from `Verifier` (stages/rl/protocols.py). It is imported when a task names the verifier.
+The file defines a class derived from `Verifier` (stages/rl/protocols.py), and is imported when a task names it.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class ScoringPool:
     def __init__(
         self, name: str, verifier: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int
     ) -> None:
-        """name, verifier: the verifier's, the latter as `module:class`; fields: those of a row that its scorer reads; probe: the correct answer to a
-        row, in the form of a model's answer; seconds: processor time for one answer."""
+        """name, verifier: the verifier's, the latter as `module:class`; fields: those of a row that its scorer reads;
+        probe: the correct answer to a row; seconds: processor time for one answer."""
         self.name, self.fields, self.probe = name, fields, probe
         count = min(8, len(os.sched_getaffinity(0)))
         self.workers = [Worker(verifier, seconds) for _ in range(count)]

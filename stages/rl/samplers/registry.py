@@ -1,7 +1,7 @@
 """The samplers by name. A new one is a file in this folder and a line here.
 
-The file defines a class derived from `Sampler` (stages/rl/protocols.py). It may import torch, because it is imported when
-a phase starts to draw; the data for a plan is stated here.
+The file defines a class derived from `Sampler` (stages/rl/protocols.py). It may import torch, because it is imported
+when a phase starts to draw; the data for a plan is stated here.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from stages.rl.samplers import vllm_server
 
 @dataclass(frozen=True)
 class SamplerEntry:
-    """sampler: its class, as `module:name`. promise: of a stage that draws with it. apart: whether it draws in processes
-    of its own, which read the weights from files. obstacle: the reason why it cannot work here with the recipe's
-    settings, if any; called before anything starts, without torch. serve: runs a server in a job of its own."""
+    """A sampler, and what a plan needs to know of it."""
 
-    sampler: str
-    promise: Promise
-    apart: bool = False
+    sampler: str  # its class, as `module:name`
+    promise: Promise  # of a stage that draws with it
+    apart: bool = False  # draws in processes of its own, which read the weights from files
+    # the reason why it cannot work here with the recipe's settings; called before anything starts, without torch
     obstacle: Callable[[SamplingSettings], str | None] = lambda settings: None
-    serve: Callable[[SamplingSettings, ServerPlace], None] | None = None
+    serve: Callable[[SamplingSettings, ServerPlace], None] | None = None  # runs a server in a job of its own
 
 
 SAMPLERS = {
