@@ -1,8 +1,8 @@
 """The algorithms of this project: advantages, the loss of a token, the mean of an update, and what each paper combines.
 
 Advantages are functions of the rewards, [prompts, answers] each, of all prompts of a step that count. They are exactly
-0 where all answers to a prompt have the same reward, and computed in fp32. Means are `Mean` of the registry; answers that
-carry no loss, such as truncated ones, are not among those of an update. No torch is imported.
+0 where all answers to a prompt have the same reward, and computed in fp32. Means are `Mean` of the registry; answers
+that carry no loss, such as truncated ones, are not among those of an update. No torch is imported.
 """
 
 from __future__ import annotations
