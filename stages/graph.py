@@ -417,9 +417,9 @@ def _add_memorization(
             f"continuation_tokens), and no row of training has more than {longest}; lower one of them"
         )
     exported = {which: node for which, (node, step) in models(config).items() if step is None}
-    tokens = section.tokens(len(data.sources), data.canaries.values())
-    for which in exported if section.every_model else list(exported)[-1:]:
-        measured = section.model_dump(exclude={"every_model"}) | {"canaries": data.canaries, "seed": config.seed}
+    tokens = section.tokens(len(data.sources))
+    for which in list(exported)[-1:]:
+        measured = section.model_dump() | {"seed": config.seed}
         vocabulary, model = config.tokenizer.padded_vocab_size, trained[exported[which]].model
         measured["engine"] = engine = config.evaluation.engine
         measured["expected"] = estimates.expected(

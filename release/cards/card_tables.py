@@ -123,7 +123,6 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("chat_format", tables.chat_format, added=5, changed=7),
     CardTable("passkeys", lambda model: tables.passkeys(model.scores), added=2, changed=5),
     CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores), added=2, changed=5),
-    CardTable("retrieval", lambda model: tables.retrieval(model.scores), added=6),
     CardTable("positions", lambda model: tables.positions(model.scores), added=2, changed=5),
     CardTable("experts_by_phase", training_tables.experts_by_phase, added=2, changed=5),
     CardTable("experts", training_tables.experts, added=2, changed=6),
