@@ -217,8 +217,8 @@ def test_a_recipe_names_the_models_and_their_orders(tmp_path: Path) -> None:
     nodes = compose(tmp_path, section).nodes
     measured = {name: node for name, node in nodes.items() if node.stage.name == "memorization"}
     assert set(measured) == {"memorization-rlvr"}
-    assert set(measured["memorization-mid"].inputs) == {"model", "tokens", "order-pretrain", "order-midtrain"}
-    assert "order-rlvr" in measured["memorization-rlvr"].inputs
+    orders = {f"order-{phase}" for phase in ("pretrain", "midtrain", "sft", "rlvr")}
+    assert set(measured["memorization-rlvr"].inputs) == {"model", "tokens", *orders}
     assert not any(node.stage.name == "memorization" for node in compose(tmp_path, None).nodes.values())
     with pytest.raises(
         RecipeError, match="compares 132 tokens of a document .* and no row of training has more than 129"

@@ -124,7 +124,8 @@ def run_all(folder: Path, requested: Sequence[tuple[str, int]], display: Display
     try:
         while waiting or running:
             while waiting and len(running) < len(os.sched_getaffinity(0)):
-                running[waiting[0]] = _start(folder, *waiting.pop(0))
+                run = waiting.pop(0)
+                running[run] = _start(folder, *run)
             for run, process in list(running.items()):
                 if process.poll() is not None:
                     del running[run]
