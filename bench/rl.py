@@ -52,7 +52,7 @@ from stages.models.qwen3_moe.spec import to_hf
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Completion, Parts, Prompt, Response, Row
-from stages.rl.rollout.task_sources.problem_tasks import ProblemTasks
+from stages.rl.rollout.task_sources.procedural_tasks import ProblemTasks
 from stages.rl.samplers.generate import InProcess
 from stages.train.engine import Engine
 from stages.train.parallel import session

@@ -59,8 +59,7 @@ from stages.rl.config import RlTrainConfig
 from stages.rl.policy import scored, unscored
 from stages.rl.protocols import Row, question, to_row
 from stages.rl.rollout.batches import Example
-from stages.rl.rollout.task_sources.courtesy_tasks import CourtesyTasks
-from stages.rl.rollout.task_sources.problem_tasks import ProblemTasks
+from stages.rl.rollout.task_sources.procedural_tasks import CourtesyTasks, ProblemTasks
 from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Engine
 from stages.train.parallel import session

@@ -22,14 +22,14 @@ def simulate_precision(
         list[str] | None,
         typer.Option(help="fp8-tensorwise, fp8-blockwise, mxfp8, nvfp4 or mxfp4; repeatable; default: FP8's three"),
     ] = None,
-    steps: Annotated[int, typer.Option(help="optimizer steps of each run; the last quarter counts")] = 64,
-    seeds: Annotated[int, typer.Option(help="initial weights and data orders, each run in every precision")] = 3,
-    baseline: Annotated[str, typer.Option(help="what is compared with, and around it: bf16 or fp32")] = "bf16",
-    bound: Annotated[float, typer.Option(help="largest relative deviation of the loss")] = 0.0025,
-    hidden: Annotated[
-        int | None, typer.Option(help="width of the proxy; default: the smallest of two blocks everywhere")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="layers of the proxy; default: 2")] = None,
+    steps: Annotated[
+        int, typer.Option(min=8, max=1_000_000, help="optimizer steps of each run; the last quarter counts")
+    ] = 64,
+    seeds: Annotated[
+        int, typer.Option(min=2, max=1000, help="initial weights and data orders, each run in every precision")
+    ] = 3,
+    bound: Annotated[float, typer.Option(min=0, max=1, help="largest relative deviation of the loss")] = 0.0025,
+    layers: Annotated[int | None, typer.Option(max=1000, help="layers of the proxy; default: 2")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="folder of the result; default: one under $ATOM_HOME/precision-simulations"),
@@ -54,9 +54,8 @@ def simulate_precision(
     try:
         with Display(screen) as display:
             report, folder = simulate(
-                recipes.load(recipe), open_store().home, display, precision or (), steps, seeds, baseline, bound,
-                hidden, layers, out,
-            )  # fmt: skip
+                recipes.load(recipe), open_store().home, display, precision or (), steps, seeds, bound, layers, out
+            )
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -95,4 +94,4 @@ def pin(
 def _report_text(report: dict[str, Any], folder: Path) -> str:
     """The verdicts of a precision simulation, one line each."""
     lines = [f"{x['precision']}: {x['verdict']}, {x['reason']}" for x in report["precisions"]]
-    return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; table and plots are in {folder}"])
+    return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; the table is in {folder}"])

@@ -6,7 +6,6 @@ Only this module has their names; the engine (`pipeline/`) runs any graph.
 from __future__ import annotations
 
 import difflib
-import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pipeline.core.errors import RecipeError
@@ -235,7 +234,6 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_generated(config, data)
     yield from _problems_of_lengths(config)
     yield from _problems_of_engine(config)
-    yield from _problems_of_weight_format(config)
     yield from _problems_of_gates(config, data)
     vocabulary = config.tokenizer.padded_vocab_size
     yield from sizes.problems(config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None)
@@ -281,27 +279,6 @@ def _problems_of_generated(config: ReleaseRecipe, data: DataRecipe) -> Iterator[
             )
     for name in sorted(set(config.release.publish_generated) - set(hidden)):
         yield (f"release.publish_generated names {name}, which is not generated from a source by reference; remove it")
-
-
-def _problems_of_weight_format(config: ReleaseRecipe) -> Iterator[str]:
-    """What trains after a phase with a weight format would leave the format."""
-    for phase in config.text_phases:
-        section = phase.config
-        dtype = published_dtype(config.model, config.tokenizer.padded_vocab_size, section.precision)
-        if section.weight_format and section.precision == "fp32" and dtype == "bfloat16":
-            yield (
-                f"{phase.where}.weight_format = {section.weight_format} with precision = fp32 rounds weights of fp32, "
-                "and a model of this size is published in bf16; use precision: bf16"
-            )
-    later = {"rlvr": config.rlvr, "dpo": config.dpo, "online_rlhf": config.online_rlhf}
-    sections = [(phase.where, phase.config.weight_format) for phase in config.text_phases]
-    sections += [(where, None) for where, section in later.items() if section is not None]
-    for (where, weight_format), (after, after_format) in itertools.pairwise(sections):
-        if weight_format and not after_format:
-            yield (
-                f"{where}.weight_format = {weight_format}, but {after} trains on without it, which leaves the format; "
-                "state it in the last phases only, and none after them may be one of reinforcement or preferences"
-            )
 
 
 def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Digest of a stage's code: its module and every module of atom that it imports, directly or indirectly.
 
-A registry names modules as strings and imports them by name, so a string that is the full name of a module counts as an
-import. Strings of the engine do not count: the engine names the graph, and the graph names every stage.
+A registry names modules or their classes (`module:class`) as strings and imports them by name, so a string that is the
+full name of a module or of a class counts as an import. Strings of the engine do not count: the engine names the graph,
+and the graph names every stage.
 
 The digest is recorded in statements, not in keys: a key identifies the requested work, the code digest identifies the
 code that did it. `plan` compares recorded and present digests, so a cache never hides a change of code.
@@ -50,7 +51,7 @@ def _imports(module: str) -> tuple[str, ...]:
             modules.add(node.module)
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not module.startswith("pipeline."):
-            modules.update([node.value] if "." in node.value else [])
+            modules.update([node.value.partition(":")[0]] if "." in node.value else [])
     return tuple(sorted(name for name in modules if name.split(".")[0] in OURS and _locate(name)))
 
 

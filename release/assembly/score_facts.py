@@ -87,13 +87,11 @@ def compute_harness(folder: Path) -> HarnessScores:
 
 
 def compute_memorization(folder: Path) -> MemorizationScores:
-    """What one model gives away, recomputed from its tables."""
+    """Returns what one model gives away, recomputed from its table."""
     from stages.evaluation import memorization
 
-    canaries = folder / "canaries.parquet"
     documents: list[Any] = read_rows(folder / "documents.parquet")
-    exposed: list[Any] = read_rows(canaries) if canaries.is_file() else []
-    return cast(MemorizationScores, {**memorization.summary(documents, exposed), **_stated(folder, "engine")})
+    return cast(MemorizationScores, {**memorization.summary(documents), **_stated(folder, "engine")})
 
 
 def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,7 +18,7 @@ from stages.evaluation.confidence import clustered
 from stages.evaluation.scores import Mean
 
 Facts = dict[str, Any]
-FIGURES = ("step", "tokens", "experts", "spike", "rewards", "parts", "excluded")
+FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
 """The fields of a line that a card uses."""
 
 
@@ -68,7 +68,6 @@ class PhaseLog:
     spikes: list[Facts]
     rewards: dict[str, FirstAndLast]
     excluded: list[int]
-    parts: dict[str, dict[str, FirstAndLast]] = field(default_factory=dict)
 
 
 def log_facts(lines: list[Facts]) -> PhaseLog:
@@ -78,7 +77,6 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
     spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
     spike_steps = {step for spike in spikes for step in spike["excluded"]}
     rewards = [line["rewards"] for line in lines if "rewards" in line]
-    parts = [line["parts"] for line in lines if "parts" in line]
     return PhaseLog(
         first=min(steps),
         last=max(steps),
@@ -88,10 +86,6 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
         spikes=spikes,
         rewards=_first_and_last(rewards),
         excluded=[line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
-        parts={
-            kind: _first_and_last([row[kind] for row in parts if kind in row])
-            for kind in sorted({kind for row in parts for kind in row})
-        },
     )
 
 

@@ -194,19 +194,6 @@ def passkeys_by_depth(scores: dict[str, ModelScores]) -> list[str]:
     return table(["tokens of the text", *(f"depth {depth}" for depth in depths)], body) if body else []
 
 
-def retrieval(scores: dict[str, ModelScores]) -> list[str]:
-    """Tasks in long texts that were answered, by kind and length, one column for each model that was asked them."""
-    names, columns = titles(scores), [model for model in scores if "retrieval" in scores[model]]
-    rows = {(task, int(length)) for model in columns for task, row in scores[model]["retrieval"].items()
-            for length in row}  # fmt: skip
-    body = []
-    for task, length in sorted(rows):
-        cells = [scores[model]["retrieval"].get(task, {}).get(str(length)) for model in columns]
-        values = [with_error(cell, 3) if cell else "not measured" for cell in cells]
-        body.append([task.replace("_", " "), count(length), *values])
-    return table(["task", "tokens of the text", *(names[model] for model in columns)], body) if body else []
-
-
 def _by_model(
     scores: dict[str, ModelScores], kind: Literal["passkey", "loss_by_position"], head: str, digits: int
 ) -> list[str]:

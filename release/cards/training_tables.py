@@ -125,7 +125,6 @@ SETTINGS = {
     "Adam β2": ("optimizer", "beta2"),
     "gradient clipping, norm": ("optimizer", "clip"),
     "last layers in bf16, the others in NVFP4": ("bf16_layers",),
-    "format of published weights": ("weight_format",),
     "prompts of a step": ("prompts_per_step",),
     "generations of a prompt": ("num_generations",),
     "max new tokens": ("sampling", "max_new_tokens"),
@@ -148,18 +147,6 @@ def _setting(section: Any, path: Sequence[str]) -> str:
     if section is None or isinstance(section, (Mapping, list)):
         return ""
     return count(section) if type(section) is int else f"{section:g}" if isinstance(section, float) else str(section)
-
-
-def process_rewards(model: ModelFacts) -> list[str]:
-    """One row for each phase, kind of task and logged part of its reward: its mean over the first and the last quarter
-    of the steps."""
-    body = [
-        [title(phase, PHASES), kind, part, *(f"{x['value']:.3f} ± {x['se']:.3f}" for x in (row["first"], row["last"]))]
-        for phase, log in model.training.items()
-        for kind, parts in log.parts.items()
-        for part, row in parts.items()
-    ]
-    return table(["phase", "task", "part of the reward", "first steps", "last steps"], body) if body else []
 
 
 def start(model: ModelFacts) -> list[str]:

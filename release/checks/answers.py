@@ -156,7 +156,7 @@ def _rescore_answers(scorer: Scorer, scored: Sequence[Scored], tally: Tally) -> 
 
 
 def _rescore_answer(scorer: Scorer, scored_answer: Scored) -> Iterator[str]:
-    answer = scorers.RESPONSES[scorer](scored_answer.text)
+    answer = scorers.answer_of(scored_answer.text)
     if scored_answer.answer is not None and scored_answer.answer != answer:
         yield f"{scored_answer.location}: its answer is not the one that its text holds"
     try:

@@ -23,7 +23,7 @@ from release.standards.package_list import PACKAGES, Package
 from stages.maker import Category, Maker
 
 NOT_STATED = "not stated"
-PROCEDURAL = ("problems", "chat-problems", "courtesies", "canaries", "passkeys", "retrieval")
+PROCEDURAL = ("problems", "chat-problems", "courtesies", "passkeys")
 """Readers whose documents a program of this project wrote."""
 HUB = "https://huggingface.co"
 WEIGHTS = (".safetensors", ".gguf")

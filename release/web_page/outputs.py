@@ -64,7 +64,6 @@ def item_sets(release: Path) -> Iterator[ItemSet]:
     tables = {
         "problems": ("Problems, continued as text", "*/items.parquet", _problem_rows),
         "passkey": ("Keys hidden in long texts", "*/passkey.parquet", _passkey_rows),
-        "retrieval": ("Tasks in long texts", "*/retrieval.parquet", _retrieval_rows),
         "test": ("Problems in conversation", "test/*/answers.parquet", _chat_rows(folder / "chat.jsonl")),
         "fresh": ("New problems, drawn from the digest of the weights", "fresh/*/answers.parquet",
                   _chat_rows(folder / "fresh/chat.jsonl")),
@@ -106,12 +105,6 @@ def _passkey_rows(path: Path) -> Iterator[Answer]:
         question = f"a text of {row['length']} tokens, the key at {row['depth']:g} of it"
         kind = f"{row['length']} tokens"
         yield Answer(row["id"], kind, question, row["expected"], row["output"], _verdict(row["score"]))
-
-
-def _retrieval_rows(path: Path) -> Iterator[Answer]:
-    for row in stream_rows(path, ["id", "task", "length", "depth", "expected", "output", "score"], ROWS):
-        question = f"a text of {row['length']} tokens, the first statement that is needed at {row['depth']:.2g} of it"
-        yield Answer(row["id"], row["task"], question, row["expected"], row["output"], _verdict(row["score"]))
 
 
 def _harness_rows(path: Path) -> Iterator[Answer]:

@@ -282,7 +282,7 @@ MODEL_SHOWN = {
     "evaluation": "Every measure, every model", "chat_test": "In conversation, on the test problems",
     "chat_fresh": "In conversation, on problems that are newer than the weights",
     "preferences": "Which answers the preference reward prefers", "reward_parts": "Parts of the preference reward",
-    "passkeys": "Keys found in texts of each length", "retrieval": "Tasks in long texts",
+    "passkeys": "Keys found in texts of each length",
     "positions": "Bits per token by position",
     "prediction": "Prediction and result", "given_away": "Memorization: the training data that it repeats",
     "harness": "Task sets of lm-evaluation-harness", "samples": "What was measured", "architecture": "Architecture",
@@ -301,7 +301,7 @@ CONTAMINATION_SHOWN = {
 }  # fmt: skip
 
 
-IN_PLAIN_TEXT = ("evaluation", "passkeys", "retrieval", "positions")
+IN_PLAIN_TEXT = ("evaluation", "passkeys", "positions")
 """Tables of MODEL_SHOWN whose columns are from `dataset/evaluation/<model>/scores.json`."""
 
 

@@ -79,7 +79,7 @@ def require_enough(long: Mapping[str, Mapping[str, int]], rule: LongDocuments) -
     if lacks:
         raise AtomError(
             f"order: {'; '.join(lacks)}; long_documents.max_missing = {rule.max_missing:g} allows no more: "
-            "add long documents (reader retrieval), lower share, or raise max_epochs or max_missing"
+            "add long documents, lower share, or raise max_epochs or max_missing"
         )
 
 

@@ -30,7 +30,6 @@ from stages.data.estimates import Size
 from stages.data.licenses.allow import AllowedLicenses, Licenses
 from stages.data.licenses.derivatives import forbids_derivatives
 from stages.data.quality_classifier import ClassifierSettings
-from stages.data.readers.canaries import Canaries
 from stages.data.readers.generated import Generated
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import HeldoutFraction
@@ -172,11 +171,6 @@ class DataRecipe(Config):
                 messages.append(f"no {file.title} at {path}; put it there before running{keys}")
         curation = self._resolved_curation([file for file in LISTS if file not in missing_lists])
         return self.model_copy(update={"sources": tuple(sources), "curation": curation}), tuple(messages)
-
-    @property
-    def canaries(self) -> dict[str, Canaries]:
-        """The canaries that are planted, by source."""
-        return {source.name: source.reader for source in self.sources if isinstance(source.reader, Canaries)}
 
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
         """The config of stage acquire for one source: without its curation steps, which must not re-acquire it."""

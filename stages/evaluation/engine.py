@@ -107,9 +107,5 @@ class LanguageModel(ABC):
     def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
         """How many tokens after the prefix a greedy continuation has in common with each row; rows have one length."""
 
-    @abstractmethod
-    def sentence_bits(self, sentences: Sequence[Sequence[int]]) -> list[float]:
-        """Minus log2 of the probability of each sentence after its first token. Many short ones are read at once."""
-
     def close(self) -> None:  # noqa: B027 - a model in the process holds nothing
         """Ends what it has started."""

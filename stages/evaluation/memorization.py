@@ -2,11 +2,9 @@
 
     atom run atom-tiny --only memorization-online-rlhf
 
-- **Verbatim regurgitation** (Carlini et al. 2023, arXiv 2202.07646): a document's first tokens are the prefix, and the
-  model continues them greedily. Measured is the share of documents whose next tokens come out verbatim, and the number
-  of matching tokens before the first other one, by source and by times seen. Held-out documents are the baseline.
-- **Planted personal data** (Carlini et al. 2019, arXiv 1802.08232): the exposure of the canaries of a source with the
-  reader `canaries`, beside canaries that were not planted (stages/evaluation/canary_exposure.py).
+A document's first tokens are the prefix, and the model continues them greedily (Carlini et al. 2023, arXiv 2202.07646).
+Measured is the share of documents whose next tokens come out verbatim, and the number of matching tokens before the
+first other one, by source and by times seen. Held-out documents are the baseline.
 
 A document is seen once for each row of an order that holds its prefix and continuation, in all phases up to the model.
 The prompts of reinforcement learning are not counted, nor is the order of an earlier run that a phase continues from.
@@ -20,8 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, partial
@@ -31,17 +28,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from pydantic import Field
 
-from pipeline.core.bounds import MOST_SOURCES, Context, Flag, Range, Seed, SourceName
+from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import once
-from stages.data.readers.canaries import Canaries
 from stages.data.seeds import seed_of, split_mix
 from stages.data.shards import document_files, first_tokens, shard_name
-from stages.data.synthetic import canaries
 from stages.data.table import Int32, Int64, String, columns_of, order_files, stream_part_batches, write_json, write_rows
-from stages.evaluation import MODEL_LIBRARIES, canary_exposure, estimates
-from stages.evaluation.canary_exposure import CANARIES, CanaryRow
+from stages.evaluation import MODEL_LIBRARIES, estimates
 from stages.evaluation.confidence import binomial, clustered, wilson
 from stages.evaluation.engine import Engine, LanguageModel, engine_field
 from stages.evaluation.open_model import open_model
@@ -83,46 +77,32 @@ class Place(TypedDict):
     times_seen: int
 
 
-class Measures(Config):
-    """The settings that change the measured numbers."""
+class MemorizationSection(Config):
+    """Memorization of the training data by the final model: verbatim continuations."""
 
     documents: Annotated[int, Range(2, 1e5)] = Field(
         50, description="maximum number of documents per source and range of times seen"
     )
     prefix_tokens: Context = Field(50, description="tokens of a document that the model receives")
     continuation_tokens: Context = Field(50, description="tokens after them that are compared")
-    alternatives: Annotated[int, Range(1, 1e6)] = Field(
-        1023, description="random secrets among which the secret of a canary is ranked"
-    )
+
+    @property
+    def length(self) -> int:
+        return self.prefix_tokens + self.continuation_tokens
+
+    def tokens(self, sources: int) -> int:
+        """Tokens that the evaluation of a model reads, at most."""
+        return sources * STRATA * self.documents * self.length
 
 
-class MemorizationSection(Measures):
-    """Memorization of the training data: verbatim continuations, and the exposure of canaries."""
+class MemorizationConfig(MemorizationSection):
+    """Config of the stage."""
 
-    every_model: Flag = Field(False, description="measure every trained model, not only the final one")
-
-    def tokens(self, sources: int, planted: Iterable[Canaries]) -> int:
-        """Tokens that the evaluation of one model reads, at most."""
-        documents = sources * STRATA * self.documents * (self.prefix_tokens + self.continuation_tokens)
-        count = sum(len(canaries.CARRIERS) * p.count * (1 + len(p.repetitions)) for p in planted)
-        return documents + count * (self.alternatives + 1) * canary_exposure.SENTENCE_TOKENS
-
-
-class MemorizationConfig(Measures):
-    """The settings, and the canaries of the data recipe."""
-
-    canaries: Annotated[dict[SourceName, Canaries], Field(max_length=MOST_SOURCES)] = Field(
-        {}, description="canaries that were planted, by source"
-    )
     seed: Seed = Field(description="seed of the recipe")
     engine: Engine = engine_field()
     expected: estimates.Expected | None = operational(
         None, "the model and tokens, for `atom plan` alone; null: unknown"
     )
-
-    @property
-    def length(self) -> int:
-        return self.prefix_tokens + self.continuation_tokens
 
     @cached_property
     def salt(self) -> int:
@@ -136,18 +116,14 @@ class MemorizationConfig(Measures):
 def run(config: MemorizationConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["model"]: an export; inputs["tokens"]: token shards; order-<phase> of every phase that trained the model.
 
-    Seals `documents.parquet`, with canaries in the data also `canaries.parquet`, and `scores.json`, which follows from
-    the two (`summary`). Resumes from `work`, which keeps the lottery, every finished source and every canary.
+    Seals `documents.parquet` and `scores.json`, which follows from it (`summary`). Resumes from `work`, which keeps the
+    lottery and every finished source.
     Raises AtomError if the orders read no document that is long enough, or a shard is damaged.
     """
     from transformers import AutoTokenizer
 
-    drawn = once(work / "drawn.json", partial(draw, config, inputs))
-    places: list[Place] = drawn["documents"]
-    planted = [(source, canary) for source, reader in sorted(config.canaries.items())
-               for canary in canaries.draw(source, reader.count, reader.repetitions, config.seed)]  # fmt: skip
-    total, completed = len(places) + len(planted), 0
-    documents, exposed = list[DocumentRow](), list[CanaryRow]()
+    places: list[Place] = once(work / "drawn.json", partial(draw, config, inputs))
+    documents, completed = list[DocumentRow](), 0
     folder = inputs["model"] / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     with closing(open_model(config.engine, folder, tokenizer, work)) as model:
@@ -155,29 +131,19 @@ def run(config: MemorizationConfig, inputs: Inputs, work: Path, out: Path, repor
             chosen = list(group)
             documents += once(work / f"documents-{source}.json", partial(_continue, config, inputs, model, chosen))
             completed += len(chosen)
-            report.progress(completed, total, "documents and canaries")
-        expose = partial(canary_exposure.expose, model, tokenizer, config.alternatives, config.seed)
-        for source, canary in planted:
-            name = f"canary-{source}-{canary.name.replace('/', '-')}.json"
-            times_seen = drawn["canaries"].get(f"{source}/{canary.name}", 0)
-            exposed.append(once(work / name, partial(expose, source, canary, times_seen)))
-            completed += 1
-            report.progress(completed, total, "documents and canaries")
+            report.progress(completed, len(places), "documents")
     write_rows(out / "documents.parquet", DOCUMENTS, documents)
-    if exposed:
-        write_rows(out / "canaries.parquet", CANARIES, exposed)
-    scores = summary(documents, exposed)
+    scores = summary(documents)
     write_json(out / "scores.json", {**scores, **config.engine.stated()})
     for seen, row in scores["by_times_seen"].items():
         share = row["identical"]
         report.note(f"seen {seen} times: {share['value']:.1%} of {share['n']} documents are continued verbatim")
 
 
-def draw(config: MemorizationConfig, inputs: Inputs) -> dict[str, Any]:
-    """`documents`: the places of those that the lottery draws, by source; `canaries`: readings of each by its id."""
-    candidates, canary_readings = _count_readings(config, inputs)
+def draw(config: MemorizationConfig, inputs: Inputs) -> list[Place]:
+    """Returns the places of the documents that the lottery draws, by source."""
     strata: dict[tuple[str, str], list[Place]] = defaultdict(list)
-    for place in candidates:
+    for place in _count_readings(config, inputs):
         strata[place["source"], stratum(place["times_seen"])].append(place)
     if not strata:
         raise AtomError(
@@ -187,35 +153,30 @@ def draw(config: MemorizationConfig, inputs: Inputs) -> dict[str, Any]:
     drawn = [place for group in strata.values() for place in _first(config, group)]
     for source, files in document_files(inputs["tokens"].path).items():
         drawn += _first(config, _heldout(config, source, files))
-    drawn.sort(key=lambda place: (place["source"], place["split"], place["part"], place["ordinal"]))
-    return {"documents": drawn, "canaries": canary_readings}
+    return sorted(drawn, key=lambda place: (place["source"], place["split"], place["part"], place["ordinal"]))
 
 
 def _first(config: MemorizationConfig, places: Iterable[Place]) -> list[Place]:
     return heapq.nsmallest(config.documents, places, key=lambda place: (config.ticket(place["id"]), place["id"]))
 
 
-def _count_readings(config: MemorizationConfig, inputs: Inputs) -> tuple[list[Place], Counter[str]]:
-    """The candidates with their readings, and the readings of each canary. Streams the orders once."""
+def _count_readings(config: MemorizationConfig, inputs: Inputs) -> list[Place]:
+    """Returns the candidates with their readings. Streams the orders once."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     share = CANDIDATES / max(sum(inputs["tokens"].json("meta.json")["documents"]["train"].values()), 1)
     candidates: dict[str, Place] = {}
-    canary_readings: Counter[str] = Counter()
-    planted = pa.array(sorted(config.canaries), pa.string())
     whole = (pc.field("length") >= config.length) & (pc.field("loss_from") < config.prefix_tokens)
     place_columns = ["id", "source", "part", "ordinal"]
     columns = [*place_columns, "offset", "length", "loss_from"]
     for role in sorted(role for role in inputs if role.startswith("order-")):
         for batch in stream_part_batches(order_files(inputs[role].path), columns):
             beginnings = pa.Table.from_batches([batch]).filter(pc.field("offset") == 0)
-            for row in _counted(beginnings.filter(pc.field("source").isin(planted)), ["id"]):
-                canary_readings[row["id"].rpartition("/")[0]] += row["count_all"]
             for row in _counted(_sampled(config, beginnings.filter(whole), share), place_columns):
                 place = _place(row, "train", row["part"])
                 candidates.setdefault(row["id"], place)["times_seen"] += row["count_all"]
-    return list(candidates.values()), canary_readings
+    return list(candidates.values())
 
 
 def _sampled(config: MemorizationConfig, rows: pa.Table, share: float) -> pa.Table:
@@ -277,23 +238,19 @@ def stratum(times_seen: int) -> str:
     return str(times_seen) if low < 2 else f"{low}-{2 * low - 1}"
 
 
-def summary(documents: Sequence[DocumentRow], exposed: Sequence[CanaryRow] = ()) -> MemorizationScores:
-    """`scores.json` from the tables alone, so that it can be recomputed. Errors are over documents, or canaries."""
+def summary(documents: Sequence[DocumentRow]) -> MemorizationScores:
+    """Returns `scores.json` from the table alone, so that it can be recomputed. Errors are over documents."""
     strata: dict[str, list[DocumentRow]] = defaultdict(list)
     by_source: dict[str, dict[str, list[DocumentRow]]] = defaultdict(lambda: defaultdict(list))
     for row in documents:
         strata[stratum(row["times_seen"])].append(row)
         by_source[row["source"]][stratum(row["times_seen"])].append(row)
-    scores: MemorizationScores = {
+    return {
         "prefix_tokens": documents[0]["prefix"],
         "continuation_tokens": documents[0]["continuation"],
         "by_times_seen": _by_stratum(strata),
         "by_source": {source: _by_stratum(parts) for source, parts in sorted(by_source.items())},
     }
-    if exposed:
-        scores["exposure"] = canary_exposure.summary(exposed)
-        scores["max_exposure"] = math.log2(exposed[0]["alternatives"] + 1)
-    return scores
 
 
 def _by_stratum(strata: Mapping[str, Sequence[DocumentRow]]) -> dict[str, Regurgitation]:

@@ -39,7 +39,7 @@ from stages.evaluation.confidence import binomial, ratio
 from stages.evaluation.engine import Engine, LanguageModel, engine_field
 from stages.evaluation.exact_match import PROBLEM_ANSWERS, ProblemAnswer, answer_batch
 from stages.evaluation.heldout import HeldoutDocument, heldout_documents, heldout_texts
-from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow, RetrievalRow
+from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
 from stages.evaluation.open_model import open_model
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import ModelScores, Ratio
@@ -48,7 +48,7 @@ R = TypeVar("R")
 
 VERSION = 3
 ROWS_PER_BATCH = 32
-KINDS = ("documents", "items", "passkey", "positions", "retrieval")
+KINDS = ("documents", "items", "passkey", "positions")
 """Of the rows, which are the beginnings of the names of pieces. Each has a table of that name."""
 PROBLEM_COLUMNS = ["id", "task", "prompt", "answer"]
 
@@ -72,7 +72,7 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     """Measures inputs["model"] on the held-out documents of inputs["dedup"] and the problems of inputs["items"].
 
     Seals `items.parquet` (one row a problem), `documents.parquet` (one row a scored document) and `scores.json`; with
-    config.context also `passkey.parquet` and `positions.parquet`, and `retrieval.parquet` if its tasks are asked for.
+    config.context also `passkey.parquet` and `positions.parquet`.
     Resumes from `work`, which keeps every finished batch.
     Raises AtomError if there is no held-out document or no problem.
     """
@@ -98,16 +98,13 @@ def measure(config: EvaluateConfig, model: Path, inputs: Inputs, work: Path, out
             completed += piece.size
             report.progress(completed, total, "documents and problems")
     scored, answered = scored_documents(measured["documents"]), sorted(measured["items"], key=lambda row: row["id"])
-    passkeys, positions, tasks = measured["passkey"], measured["positions"], measured["retrieval"]
+    passkeys, positions = measured["passkey"], measured["positions"]
     if config.context is not None:
         long_context.report_passkeys(passkeys, report)
         write_rows(out / "passkey.parquet", long_context.PASSKEY, passkeys)
         write_rows(out / "positions.parquet", long_context.POSITIONS, positions)
-        if config.context.retrieval is not None:
-            long_context.report_retrieval(tasks, report)
-            write_rows(out / "retrieval.parquet", long_context.RETRIEVAL, tasks)
     write_tables(out, scored, answered)
-    return summary(scored, answered, passkeys, positions, tasks)
+    return summary(scored, answered, passkeys, positions)
 
 
 def run_shard(config: EvaluateConfig, inputs: Inputs, work: Path, shard: int) -> None:
@@ -174,7 +171,6 @@ def summary(
     items: Sequence[ProblemAnswer],
     passkeys: Sequence[PasskeyRow] = (),
     positions: Sequence[PositionRow] = (),
-    retrieved: Sequence[RetrievalRow] = (),
 ) -> ModelScores:
     """`scores.json` from the tables alone, so that it can be recomputed.
 
@@ -204,8 +200,6 @@ def summary(
         long = long_context.summary(passkeys, positions)
         scores["passkey"], scores["passkey_by_depth"] = long["passkey"], long["passkey_by_depth"]
         scores["loss_by_position"] = long["loss_by_position"]
-    if retrieved:
-        scores["retrieval"] = long_context.summarize_retrieval(retrieved)
     return scores
 
 

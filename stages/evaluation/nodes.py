@@ -147,7 +147,7 @@ def memorization_nodes(
     Raises:
         RecipeError: No row of training is as long as the texts to compare.
     """
-    section, data = measured.section.memorization, measured.data
+    section = measured.section.memorization
     if section is None:
         return []
     length = section.prefix_tokens + section.continuation_tokens
@@ -156,11 +156,10 @@ def memorization_nodes(
             f"{measured.title}: evaluation.memorization compares {length} tokens of a document (prefix_tokens + "
             f"continuation_tokens), and no row of training has more than {longest_row}; lower one of them"
         )
-    tokens = section.tokens(len(data.sources), data.canaries.values())
-    settings = section.model_dump(exclude={"every_model"})
-    settings |= {"canaries": data.canaries, "seed": measured.seed, "engine": measured.section.engine}
+    tokens = section.tokens(len(measured.data.sources))
+    settings = section.model_dump() | {"seed": measured.seed, "engine": measured.section.engine}
     specs = []
-    for model in _chosen(measured, section.every_model):
+    for model in _chosen(measured, every_model=False):
         config = settings | {"expected": _expected(measured, model, tokens)}
         read = [f"order-{name}" for name in trained[: trained.index(model.node) + 1]]
         inputs = {"model": f"export-{model.name}", "tokens": "tokenize"}

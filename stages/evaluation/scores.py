@@ -50,7 +50,7 @@ class LongContextScores(TypedDict):
 
 class ModelScores(TypedDict):
     """Of the stage evaluate. bits_per_byte: by source. accuracy: by task. The others exist for a recipe with long
-    contexts, as in LongContextScores. retrieval: by kind of task and length of the text, if it is asked for."""
+    contexts, as in LongContextScores."""
 
     bits_per_byte: dict[str, Ratio]
     bits_per_byte_all: Ratio
@@ -59,7 +59,6 @@ class ModelScores(TypedDict):
     passkey: NotRequired[dict[str, Mean]]
     passkey_by_depth: NotRequired[dict[str, dict[str, Mean]]]
     loss_by_position: NotRequired[dict[str, Ratio]]
-    retrieval: NotRequired[dict[str, dict[str, Mean]]]
     engine: NotRequired[str]
 
 
@@ -200,21 +199,12 @@ class Regurgitation(TypedDict):
     matching: Mean | None
 
 
-class Exposure(TypedDict):
-    """Canaries of one kind with equally many copies. exposure: in bits. times_seen: mean number of readings."""
-
-    exposure: Mean
-    times_seen: float
-
-
 class MemorizationScores(TypedDict):
     """Of the stage memorization. by_times_seen: by range of times seen, `0` for held-out documents. by_source: the same
-    by source. exposure: by kind and copies; without canaries in the data there is none. max_exposure: its upper end."""
+    by source."""
 
     prefix_tokens: int
     continuation_tokens: int
     by_times_seen: dict[str, Regurgitation]
     by_source: dict[str, dict[str, Regurgitation]]
-    exposure: NotRequired[dict[str, dict[str, Exposure]]]
-    max_exposure: NotRequired[float]
     engine: NotRequired[str]

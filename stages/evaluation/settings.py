@@ -92,12 +92,10 @@ class EvaluationSection(Config):
         "the cards state"
     )  # fmt: skip
     chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
-    context: ContextSection | None = added(
-        None, "evaluation on long texts: passkeys, retrieval, and loss by position; null: none"
-    )
+    context: ContextSection | None = added(None, "evaluation on long texts: passkeys and loss by position; null: none")
     memorization: MemorizationSection | None = added(
         None,
-        "how much of its training data a model reproduces: verbatim continuations and canaries; null: not measured",
+        "how much of its training data a model reproduces: verbatim continuations; null: not measured",
     )
     harness: HarnessSection | None = added(None, "task sets of lm-evaluation-harness; null: none")
     engine: Engine = Field(Engine(), description="what computes evaluations: the stages' processes, or vLLM")

@@ -102,19 +102,3 @@ class TransformersModel(LanguageModel):
                 logits = self.model(batch, logits_to_keep=ids.shape[1] - prefix + 1).logits[:, :-1]
             counts += (logits.argmax(-1) == batch[:, prefix:]).long().cumprod(1).sum(1).tolist()
         return counts
-
-    def sentence_bits(self, sentences: Sequence[Sequence[int]]) -> list[float]:
-        """Rows are padded at their ends, which no earlier position sees."""
-        width = max(map(len, sentences))
-        size, bits = max(1, LOGITS // (width * self.model.config.vocab_size)), []
-        for start in range(0, len(sentences), size):
-            batch = sentences[start : start + size]
-            ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch])
-            with torch.inference_mode():
-                log_probs = torch.log_softmax(self.model(ids).logits[:, :-1].double(), -1)
-            targets = log_probs.gather(2, ids[:, 1:, None])[:, :, 0]
-            bits += [
-                -float(row[: len(sentence) - 1].sum()) / math.log(2)
-                for row, sentence in zip(targets, batch, strict=True)
-            ]
-        return bits

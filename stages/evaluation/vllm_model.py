@@ -214,9 +214,6 @@ class ServedModel(LanguageModel):
 
         return self.client.map(count, rows)
 
-    def sentence_bits(self, sentences: Sequence[Sequence[int]]) -> list[float]:
-        return self.client.map(lambda ids: _bits(self.client.read(ids)), sentences)
-
     def close(self) -> None:
         self.client.close()
 

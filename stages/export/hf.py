@@ -65,9 +65,6 @@ class ExportConfig(Config):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of the exported weights")
     converses: Flag = added(False, "sample by default, as chat models do; else decode greedily")
-    weight_format: Literal["mxfp4"] | None = added(
-        None, "format to whose numbers the phase rounded the weights of linear layers; null: none"
-    )
     parity_tokens: Context | None = added(
         None, "tokens of the longest compared row, spread over the context; null: as many as the context"
     )
@@ -107,7 +104,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     if vocab_size > config.padded_vocab_size:
         raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
                         f"{config.padded_vocab_size}; raise it in the recipe")  # fmt: skip
-    tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype), config.weight_format is not None)
+    tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype))
     mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
     _write(folder / "config.json", hf_config(config.model, vocab_size, ids[STOPS[0]], ids[PAD], config.dtype))
@@ -129,8 +126,6 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         "tensors_compared": tensors_compared,
         "dtype": config.dtype,
     }  # fmt: skip
-    if config.weight_format:
-        parity["weight_format"] = config.weight_format
     for tokens, step in steps.items():
         parity["spread_over"] = (tokens - 1) * step + 1
     _write(out / "parity.json", parity)
@@ -139,20 +134,14 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 class Rounded(Mapping[str, "torch.Tensor"]):
     """Tensors of another mapping in the data type of the export, each made on access. Biases that choose experts stay
-    fp32, as in training and in the classes of transformers: a step changes them by less than bf16 can hold. in_format:
-    weights of linear layers are numbers of the weight format, as the phase computed with them."""
+    fp32, as in training and in the classes of transformers: a step changes them by less than bf16 can hold."""
 
-    def __init__(self, full: Mapping[str, torch.Tensor], dtype: torch.dtype, in_format: bool = False) -> None:
-        self.full, self.dtype, self.in_format = full, dtype, in_format
+    def __init__(self, full: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        self.full, self.dtype = full, dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        from stages.mcore.quantize import FORMATTED, to_weight_format
-
         tensor = self.full[name]
-        if name.endswith(BUFFERS):
-            return tensor
-        tensor = tensor.to(self.dtype)
-        return to_weight_format(tensor) if self.in_format and FORMATTED.fullmatch(name) else tensor
+        return tensor if name.endswith(BUFFERS) else tensor.to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.full)

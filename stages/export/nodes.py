@@ -29,8 +29,6 @@ def export_node(
     config = _export_config(model.trained, padded_vocab_size, parity_tolerance)
     config["step"] = model.step
     config["converses"] = converses
-    if model.step is None:
-        config["weight_format"] = model.trained.weight_format
     inputs = {"tokenizer": "tokenizer", "checkpoint": model.node}
     if lora := model.trained.lora:
         config["lora"] = lora

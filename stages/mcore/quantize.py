@@ -22,7 +22,6 @@ weight's gradient pass a random Hadamard transform by 16 tokens, and the last la
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -43,23 +42,19 @@ EXPONENT = 0x7F800000
 
 @dataclass(frozen=True)
 class Format:
-    """A floating-point format of 8 or 4 bits, defined by its numbers."""
+    """A floating-point format of 8 or 4 bits."""
 
     name: str
-    mantissa_bits: int
-    smallest_exponent: int  # of a normal number; subnormals below it have the same spacing
     largest: float
-
-    @property
-    def overflow(self) -> float:
-        """Magnitudes from here on are nearer to the next number above the largest, which the format does not have."""
-        spacing: float = 2.0 ** (math.frexp(self.largest)[1] - 1 - self.mantissa_bits)
-        return self.largest + spacing / 2
+    overflow: float
+    """Magnitudes from here on are nearer to the next number above the largest, which the format does not have."""
+    dtype: torch.dtype | None = None
+    """PyTorch's type, whose cast rounds; None: numbers of 4 bits, for which it has no cast."""
 
 
-E4M3 = Format("e4m3", 3, -6, 448.0)
-E5M2 = Format("e5m2", 2, -14, 57344.0)
-E2M1 = Format("e2m1", 1, 0, 6.0)
+E4M3 = Format("e4m3", 448.0, 464.0, torch.float8_e4m3fn)
+E5M2 = Format("e5m2", 57344.0, 61440.0, torch.float8_e5m2)
+E2M1 = Format("e2m1", 6.0, 7.0)
 
 HADAMARD = 16
 """Tokens that a Hadamard transform mixes, in every recipe that has one."""
@@ -123,23 +118,6 @@ RECIPES: Mapping[str, QuantizationRecipe] = MappingProxyType(
 )
 FP8 = ("fp8-tensorwise", "fp8-blockwise", "mxfp8")
 FP4 = ("nvfp4", "mxfp4")
-
-
-WEIGHT_BLOCK = 32
-"""Weights of a row that share a scale in a weight format (MXFP4)."""
-FORMATTED = re.compile(r"decoder\.layers\..*\.(linear_\w+|in_proj|out_proj)\.weight")
-"""The global names of the matrices that a weight format holds for: all linear layers of the decoder, the experts' too.
-Embeddings, router, norms and output head stay as they are."""
-
-
-def to_weight_format(weight: torch.Tensor) -> torch.Tensor:
-    """A weight, [outputs, inputs], rounded to numbers of MXFP4, by blocks along its inputs; exact in fp32 and bf16. Of
-    its own result it gives the same. Like `quantize`, without its counts, which a simulated rank does not have."""
-    recipe, columns = RECIPES["mxfp4"], weight.shape[1]
-    blocks = F.pad(weight.float(), (0, -columns % WEIGHT_BLOCK)).unflatten(1, (-1, WEIGHT_BLOCK))
-    multiplier = _multiplier(blocks.abs().amax(-1, keepdim=True), recipe.forward.largest, recipe.scale)
-    rounded = _round(blocks * multiplier, recipe.forward).mul_(1 / multiplier)
-    return rounded.flatten(1)[:, :columns].to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -261,7 +239,7 @@ def _quantize(
         _round(y, format_)
     else:
         draws = torch.rand(rows, columns, generator=noise, device=x.device)
-        _round_stochastically(y, format_, (F.pad(draws, padding) if any(padding) else draws).reshape(blocks))
+        _round_stochastically(y, (F.pad(draws, padding) if any(padding) else draws).reshape(blocks))
     counts = Counts(x.numel(), nonzero, nonzero - int(torch.count_nonzero(y)), overflow)
     if block_scale is not None:
         y.mul_(block_scale)
@@ -299,12 +277,11 @@ def _block_scale(largest: torch.Tensor, shared: torch.Tensor, format_: Format) -
     return _round(scale, E4M3)
 
 
-def _round_stochastically(y: torch.Tensor, format_: Format, draws: torch.Tensor) -> torch.Tensor:
-    """Rounds fp32 values in place to one of the two neighboring numbers of the format; up, in magnitude, where the draw
-    from [0, 1) is less than the distance from the lower one in spacings. Saturates; NaN stays."""
-    y.clamp_(-format_.largest, format_.largest)
-    power = (y.view(torch.int32) & EXPONENT).view(torch.float32).clamp_min_(2.0**format_.smallest_exponent)
-    spacing = power.mul_(2.0**-format_.mantissa_bits)
+def _round_stochastically(y: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Rounds fp32 values in place to one of the two neighboring numbers of e2m1; up, in magnitude, where the draw from
+    [0, 1) is less than the distance from the lower one in spacings. Saturates; NaN stays."""
+    y.clamp_(-E2M1.largest, E2M1.largest)
+    spacing = _spacing(y)
     size = y.abs().div_(spacing)  # exact: the spacing is a power of two
     lower = size.floor()
     return y.copy_((lower + (draws < size - lower)).mul_(spacing).copysign_(y))
@@ -327,12 +304,18 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
 
 
 def _round(y: torch.Tensor, format_: Format) -> torch.Tensor:
-    """Rounds fp32 values in place to the nearest numbers of the format, ties to even; NaN stays.
+    """Rounds fp32 values in place to the nearest numbers of the format, ties to even; saturates; NaN stays.
 
-    Adding 1.5 x 2^23 spacings and taking them off again leaves a whole number of spacings, because that is where fp32
-    itself has no finer ones; the spacing follows from a value's power of two, and is constant below the normal ones.
+    For e2m1, adding 1.5 x 2^23 spacings and taking them off again leaves a whole number of spacings, because that is
+    where fp32 itself has no finer ones.
     """
     y.clamp_(-format_.largest, format_.largest)
-    power = (y.view(torch.int32) & EXPONENT).view(torch.float32).clamp_min_(2.0**format_.smallest_exponent)
-    shift = power.mul_(1.5 * 2.0 ** (23 - format_.mantissa_bits))
+    if format_.dtype is not None:
+        return y.copy_(y.to(format_.dtype))
+    shift = _spacing(y).mul_(1.5 * 2.0**23)
     return y.add_(shift).sub_(shift)
+
+
+def _spacing(y: torch.Tensor) -> torch.Tensor:
+    """Returns the distance of the numbers of e2m1 at each value: half the value's power of two, at least 0.5."""
+    return (y.view(torch.int32) & EXPONENT).view(torch.float32).clamp_min_(1.0).mul_(0.5)

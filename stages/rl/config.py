@@ -67,7 +67,7 @@ class Asynchronous(Config):
     )
 
 
-_OF_VLLM = ("python", "url", "secret", "options", "transfer")
+_OF_VLLM = ("python", "url", "secret", "options")
 
 
 class Sampling(Config):
@@ -87,9 +87,6 @@ class Sampling(Config):
     )
     secret: LongLine | None = operational(
         None, "file with the secret of the servers of url, the same that they were started with"
-    )
-    transfer: Literal["folder", "broadcast"] = operational(
-        "folder", "how vLLM servers get the weights: by files in the work folder, or by NCCL (on CPU gloo)"
     )
     options: tuple[LongLine, ...] = operational(
         (), "additional command-line options of the vLLM server that the stage starts", max_length=100
@@ -232,10 +229,6 @@ class RlPhase(PostTrainingPhase):
                 f"updates = {self.updates} is not possible with algorithm {self.algorithm}, whose loss does not "
                 "correct for earlier updates; use 1, or another algorithm"
             )
-        if self.asynchronous is not None and not SAMPLERS[self.sampling.kind].apart:
-            kinds = " or ".join(name for name, entry in SAMPLERS.items() if entry.apart)
-            raise ValueError(f"asynchronous needs a sampler in a process of its own, and sampling.kind = "
-                             f"{self.sampling.kind} has none; use {kinds}")  # fmt: skip
         if self.asynchronous is not None and self.queue_groups > (most := self.prompts_per_step * (
             self.asynchronous.max_staleness + 1
         )):  # fmt: skip

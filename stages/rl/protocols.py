@@ -77,7 +77,7 @@ class Completion:
     """A sampler's output: token ids with the stop token, if one came, and the log-probability of each under the
     distribution that it was drawn from (temperature applied, nothing cut off). routes: the experts of its tokens, as
     stages/rl/rollout/routes.py records them, if the sampler was asked for them. versions: the digest of the policy and
-    the number of tokens that it drew, in their order, from a sampler in processes of its own.
+    the number of tokens that it drew, in their order; empty if the weights have no digest.
 
     turns: of an answer that may call tools, which several outputs of a sampler make up. Its ids are all tokens after
     the question, and those that the policy did not draw have the log-probability 0."""
@@ -131,8 +131,8 @@ class AnswerGenerator(Protocol):
 class Sampler(ABC):
     """Draws completions at temperature 1. Not collective: one process holds it.
 
-    A sampler in processes of its own takes calls from several threads. Weights may change while it draws: the tokens
-    after the change are of the new policy, given all tokens before."""
+    An asynchronous phase calls it from several threads. Weights may change while it draws: the tokens after the change
+    are of the new policy, given all tokens before. A sampler may also have `load` wait for the answers."""
 
     serves_many: ClassVar[bool] = False
     """Whether calls that overlap are drawn together, and not one after the other."""
@@ -226,8 +226,6 @@ class Verifier(ABC):
 
     name: ClassVar[str]
     """Its name in rows, recipes and the registry."""
-    logged_parts: ClassVar[tuple[str, ...]] = ()
-    """The parts of its rewards whose means are in the training log and on the card, beside those of `reward`."""
     Settings: ClassVar[type[Config]] = NoSettings
     """The settings of its execution in a recipe. They are no part of a key, so they must not change a score."""
     version: str
@@ -272,9 +270,6 @@ class TaskSource(Protocol):
     @property
     def acknowledged_reward(self) -> float | None:
         """The mean reward up to which its tasks are used although an answer that solves nothing earns it."""
-
-    def chance(self, level: int) -> float:
-        """The share of right answers among guesses between what a question of that level shows; 0 for no choice."""
 
     def bins(self) -> list[str]:
         """The bins that it fills, as `<kind>/<level>`."""

@@ -202,9 +202,6 @@ class PhaseConfig(PhaseBase):
     excluded_steps: tuple[Steps, ...] = added(
         (), "steps whose batch is skipped because its data is known to be bad", max_length=MOST_EXCLUDED
     )
-    weight_format: Literal["mxfp4"] | None = added(
-        None, "format to whose numbers the forward pass and the export round the weights of linear layers; null: none"
-    )
     continue_from: Line | None = added(
         None, "release checkpoint to continue from, such as pretrain@1200; only later steps are trained"
     )
@@ -236,11 +233,6 @@ class PhaseConfig(PhaseBase):
             raise ValueError(
                 f"optimizer.decay_steps = {decay} and warmup_steps = {self.optimizer.warmup_steps} are more than "
                 f"steps = {self.steps}; use at most {self.steps - self.optimizer.warmup_steps}"
-            )
-        if self.weight_format and self.parallelism.overlap_weights:
-            raise ValueError(
-                f"weight_format = {self.weight_format} rounds the weights before a step, and "
-                "parallelism.overlap_weights gathers them during it; leave overlap_weights out"
             )
         if self.long_documents and not self.pack:
             raise ValueError("long_documents = … weighs chunks by their tokens, which only packed rows do; set pack")
@@ -314,15 +306,6 @@ class SftPhase(PhaseConfig):
     lora: Lora | None = added(
         None, "train low-rank adapters on the frozen model of the previous phase; null: train all weights"
     )
-
-    @model_validator(mode="after")
-    def _one_change(self) -> SftPhase:
-        if self.lora and self.weight_format:
-            raise ValueError(
-                f"weight_format = {self.weight_format} rounds the weights, and lora leaves them as they are; leave one "
-                "out"
-            )
-        return self
 
     @property
     def adapter(self) -> Lora | None:

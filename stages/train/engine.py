@@ -28,12 +28,11 @@ from stages.mcore.megatron_imports import (
 )
 from stages.mcore.model import build, named_buffers, named_tensors
 from stages.mcore.moe_metrics import Experts, RouterWatch
-from stages.mcore.quantize import FORMATTED, WEIGHT_BLOCK, to_weight_format
 from stages.mcore.routing_replay import RoutingReplay
 from stages.mcore.row_tables import context_positions
 from stages.mcore.tensor_sharding import Box, boxes, cut
 from stages.mcore.weight_init import full_tensor
-from stages.train.config import PhaseConfig, TrainerConfig
+from stages.train.config import TrainerConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.full_tensors import FullTensors, is_repeated
 from stages.train.parallel import Ranks
@@ -138,7 +137,6 @@ class Engine:
         if config.phase.replays_routing:
             assert model.routing is not None, "the recipe's check"
             self.replay = RoutingReplay(self.chunks, model.routing)
-        self._formatted = self._formatted_weights()
         self.routers = RouterWatch(self.chunks, model.routing) if model.routing else None
         megatron = self.chunks[0].config
         modules = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
@@ -219,8 +217,7 @@ class Engine:
         self.optimizer.zero_grad()
         self._is_stale = False
         saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        with self._weights_in_format():
-            loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
+        loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
         router = self._router_figures(len(rank_batch.micro))
         reason, norm = check_update(loss, None), math.nan
         if reason or norm_first:
@@ -267,18 +264,18 @@ class Engine:
         self._gather_weights()
         for chunk in self.ddp:
             chunk.eval()
-        with torch.no_grad(), self._weights_in_format():
+        with torch.no_grad():
             result = self._run(rank_batch, forward_only=True, objective=objective)
         moe_metrics.collect_losses()
         return result
 
-    def full_tensors(self, by_turns: bool = True) -> FullTensors:
+    def full_tensors(self) -> FullTensors:
         """The full tensors that training changes, as the model computes with them, by global name, each put together
-        when it is read. by_turns: whether data ranks take turns at it."""
+        when it is read; data ranks take turns."""
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
         model = self.config.model
-        return FullTensors(tensors, self.shapes, model.tie_embeddings, by_turns, model.spec().stacks_experts)
+        return FullTensors(tensors, self.shapes, model.tie_embeddings, model.spec().stacks_experts)
 
     def local_weights(self) -> list[torch.Tensor]:
         """Copies on CPU of this rank's tensors that the model computes with, in the model's order."""
@@ -297,34 +294,6 @@ class Engine:
     def _compute_with(self, weights: Sequence[torch.Tensor]) -> None:
         for tensor, value in zip(self._computed_with(), weights, strict=True):
             tensor.copy_(value)
-
-    def _formatted_weights(self) -> list[torch.nn.Parameter]:
-        """This rank's weights that the phase's format holds for. Raises RecipeError if the layout cuts a block."""
-        phase = self.config.phase
-        if not isinstance(phase, PhaseConfig) or phase.weight_format is None:
-            return []
-        weights = [(name, weight) for name, weight in named_tensors(self.chunks) if FORMATTED.fullmatch(name)]
-        for name, weight in weights:
-            if weight.shape[1] != self.shapes[name][1] and weight.shape[1] % WEIGHT_BLOCK:
-                raise RecipeError(
-                    f"weight_format = {phase.weight_format} scales {WEIGHT_BLOCK} weights together, and parallelism.tp "
-                    f"or etp leaves {weight.shape[1]} inputs of {name} on a rank; use fewer ranks"
-                )
-        return [weight for _, weight in weights]
-
-    @contextmanager
-    def _weights_in_format(self) -> Iterator[None]:
-        """Within it, the model computes with the numbers of the phase's weight format. Gradients, which are those at
-        the rounded weights, go to the unrounded ones: the straight-through estimator (Bengio et al., 2013,
-        arXiv:1308.3432)."""
-        unrounded = [weight.detach().clone() for weight in self._formatted]
-        try:
-            for weight in self._formatted:
-                weight.data.copy_(to_weight_format(weight.data))
-            yield
-        finally:
-            for weight, value in zip(self._formatted, unrounded, strict=True):
-                weight.data.copy_(value)
 
     def _gather_weights(self) -> None:
         """Gathers the weights that the last step has updated, if its successor has not."""

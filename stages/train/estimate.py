@@ -115,8 +115,6 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     activations = activation_bytes(
         model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=phase.adapter is not None
     )
-    if isinstance(phase, PhaseConfig) and phase.weight_format:  # the unrounded weights, while the rounded ones compute
-        activations += (4 if phase.precision == "fp32" else 2) * (share.all - share.table)
     state = state_bytes(share, layout, phase.precision)
     # before the update gradients are scaled, each with a copy; a table's is large
     if share.table and not phase.adapter:

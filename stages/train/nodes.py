@@ -41,8 +41,6 @@ class TrainedModel:
     model: ModelConfig
     # Type of its published weights.
     dtype: Dtype
-    # Format to whose numbers the published weights are rounded; None if they are not.
-    weight_format: str | None = None
     # Settings of the adapters, if the phase trained adapters and left the base frozen.
     lora: Lora | None = None
     # Node of the model that the phase began with; empty for random weights.
@@ -138,9 +136,7 @@ def phase_nodes(
         specs.append(NodeSpec(f"order-{name}", "order", order, {"tokens": "tokenize"}, checkpoint))
         specs.append(NodeSpec(name, phase.stage, training, inputs, checkpoint))
         dtype = published_dtype(model, padded_vocab_size, section.precision)
-        trained[name] = TrainedModel(
-            model, dtype, section.weight_format, section.adapter, base, continued=checkpoint is not None
-        )
+        trained[name] = TrainedModel(model, dtype, section.adapter, base, continued=checkpoint is not None)
         base = name
     return specs, trained
 

@@ -1,18 +1,17 @@
-"""An asynchronous phase: answers are drawn while the policy is updated, in a process of its own that may die. Its
-recorded answers, taken in their order, move the same weights; another order is named."""
+"""An asynchronous phase: answers are drawn while the policy is updated. Its recorded answers, taken in their order, move
+the same weights; another order is named."""
 
 # ruff: noqa: F811 - fixtures are imported, and are arguments
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,31 +26,26 @@ from stages.rl.protocols import Prompt, Response, VerifierFailed, to_row
 from stages.rl.rollout import generation, rollouts
 from stages.rl.rollout.asynchronous import LiveGroups
 from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.subprocess_sampler import SubprocessSampler
-from tests.fixtures import ROOT, layout_fixtures, rl_fixtures, train_fixtures, weights_fixtures
+from stages.rl.weights import Weights
+from tests.fixtures import ROOT, layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.rl_fixtures import first, place, rewrite, without_sampler  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.sampler_fixtures import MODEL, VOCAB, tensors
 
-SUBPROCESS = {"kind": "subprocess", "max_new_tokens": 12}
-
 
 def settings(**phase: Any) -> dict[str, Any]:
-    defaults: dict[str, Any] = dict(steps=6, release_checkpoint_interval=2, checkpoint_interval=1, sampling=SUBPROCESS)
+    defaults: dict[str, Any] = dict(steps=6, release_checkpoint_interval=2, checkpoint_interval=1)
     defaults |= {"asynchronous": {"queue_groups": 8}}
     return rl_fixtures.config(**{**defaults, **phase})
 
 
 @pytest.fixture(scope="module")
 def live(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The product of a run whose sampler draws all groups in the queue during an update, so that some become stale. Its
-    process is killed after step 3."""
-    folder, report = tmp_path_factory.mktemp("live"), train_fixtures.Reporter()
+    """The product of a run whose sampler draws all groups in the queue during an update, so that some become stale."""
+    folder = tmp_path_factory.mktemp("live")
     finish = LiveGroups.finish
 
     def fill_queue(self: LiveGroups, step: int, answers: Any) -> None:
-        if step == 3:
-            os.kill(self.policy.sampler.process.process.pid, signal.SIGKILL)  # type: ignore[union-attr]
         finish(self, step, answers)
         deadline = time.monotonic() + 120
         while len(self.finished) < len(self.groups) and self.error is None and time.monotonic() < deadline:
@@ -59,36 +53,20 @@ def live(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LiveGroups, "finish", fill_queue)
-        rl_fixtures.rlvr(place, folder / "work", folder / "out", settings(), report)
-    assert sum("the sampler's process died (exit code -9)" in note for note in report.notes) == 1
+        rl_fixtures.rlvr(place, folder / "work", folder / "out", settings())
     return folder / "out"
 
 
-def test_the_process_draws_what_the_in_process_sampler_draws(tmp_path: Path) -> None:
-    config, notes = hf_config(MODEL, VOCAB, 1, 0, "float32"), []
+def test_an_answer_states_the_policy_that_drew_it() -> None:
+    config = hf_config(MODEL, VOCAB, 1, 0, "float32")
     requests = [Prompt(tuple(range(6, 6 + n)), 7 * n) for n in (3, 9, 3, 17, 5)]
-    sampler = SubprocessSampler(config, (1, 3), 12, tmp_path / "served", note=notes.append)
-    given = weights_fixtures.written(tmp_path / "served", tensors(0))
-    sampler.load(given)
-    inside = InProcess(config, (1, 3), 12)
-    inside.load(tensors(0))
-    expected = [replace(c, versions=((given.digest, len(c.ids)),)) for c in inside.generate(requests)]
-    assert sampler.generate(requests) == expected and not notes
-
-    changed = weights_fixtures.written(tmp_path / "changed", tensors(1))
-    assert changed.folder is not None
-    path = changed.folder / "rank-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(
-        AtomError, match="^the sampler's process refuses the weights: .* is not the tensor of the index$"
-    ):
-        sampler.load(changed)
-    process = sampler.process
-    assert process is not None
-    sampler.close()
-    assert process.process.poll() is not None
-    with pytest.raises(AtomError, match="ended"):
-        sampler.generate(requests)
+    one, other = InProcess(config, (1, 3), 12), InProcess(config, (1, 3), 12)
+    one.load(tensors(0))
+    other.load(Weights("first", tensors(0)))
+    expected = [replace(c, versions=(("first", len(c.ids)),)) for c in one.generate(requests)]
+    assert other.generate(requests) == expected
+    other.load(Weights("second", tensors(1)))
+    assert {c.versions[0][0] for c in other.generate(requests)} == {"second"}
 
 
 def test_a_question_is_its_own_whichever_thread_asks(tmp_path: Path) -> None:
@@ -293,14 +271,7 @@ def test_an_order_that_depends_on_time_is_replayed_too(place: Path, tmp_path: Pa
 def test_a_sampler_that_gives_nothing_stops_the_phase(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    issue = LiveGroups.issue
-
-    def stop_sampler(self: LiveGroups, groups: Any) -> None:
-        process = self.policy.sampler.process  # type: ignore[union-attr]
-        os.kill(process.process.pid, signal.SIGSTOP)
-        issue(self, groups)
-
-    monkeypatch.setattr(LiveGroups, "issue", stop_sampler)
+    monkeypatch.setattr(InProcess, "_draw", lambda *_: time.sleep(2))
     patience = {"asynchronous": {"starvation_timeout_seconds": 0.5}}
     with pytest.raises(
         AtomError, match=r"step 1 waited 0.5 s for a group of answers and the sampler finished none of 4"
@@ -332,15 +303,11 @@ def test_a_reward_that_is_no_number_is_named() -> None:
     ("phase", "sentence"),
     [
         (
-            {"sampling": {"max_new_tokens": 12}},
-            "asynchronous needs a sampler in a process of its own, and sampling.kind = in-process has none; use subprocess",
-        ),
-        (
             {"asynchronous": {"queue_groups": 9}},
             "queue_groups = 9 keeps answers in the queue for more than max_staleness",
         ),
         ({"asynchronous": {"max_staleness": 0}}, "max_staleness"),
-        ({"sampling": {**SUBPROCESS, "python": "python3"}}, "python has no effect with kind = subprocess"),
+        ({"sampling": {"max_new_tokens": 12, "python": "python3"}}, "python has no effect with kind = in-process"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(phase: dict[str, Any], sentence: str) -> None:
@@ -354,30 +321,6 @@ def start(place: Path, folder: Path) -> subprocess.Popen[str]:
         [sys.executable, "-m", "tests.fixtures.rl_fixtures", *arguments], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-
-
-def samplers_of(trainer: int) -> Iterator[int]:
-    """The processes of the sampler that a trainer started."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            command = stat.with_name("cmdline").read_bytes()
-        except OSError:
-            continue
-        if parent == trainer and b"decode_process" in command:
-            yield int(stat.parent.name)
-
-
-def ends(pid: int) -> bool:
-    """Whether a process ends within ten seconds."""
-    for _ in range(100):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def rollout_files(folder: Path) -> set[str]:
@@ -418,13 +361,12 @@ def test_two_ranks_lose_one_and_replay_bit_for_bit(place: Path, tmp_path: Path, 
 @at_length("training", 300)
 @pytest.mark.parametrize("seed", range(4))
 def test_kills_lose_nothing_and_count_nothing_twice(place: Path, tmp_path: Path, seed: int) -> None:
-    """The trainer, its sampler, or both are killed at random points, until the phase ends by itself."""
+    """The trainer is killed at random points, until the phase ends by itself."""
     (tmp_path / "config.json").write_text(json.dumps(settings()))
     rng, kills = random.Random(seed), 0
     while True:
         before = rollout_files(tmp_path)
         trainer = start(place, tmp_path)
-        victim = rng.choice(["trainer", "sampler", "both"])
         while trainer.poll() is None and (kills == 4 or rollout_files(tmp_path) == before):
             time.sleep(0.01)
         until = time.monotonic() + rng.uniform(0, 1.5)
@@ -435,16 +377,7 @@ def test_kills_lose_nothing_and_count_nothing_twice(place: Path, tmp_path: Path,
             assert trainer.returncode == 0, log
             break
         kills += 1
-        samplers = list(samplers_of(trainer.pid))
-        if victim != "trainer":
-            for pid in samplers:
-                os.kill(pid, signal.SIGKILL)
-        if victim == "sampler":
-            log = trainer.communicate()[0]
-            assert trainer.returncode == 0, log
-            break
         trainer.kill()
         trainer.communicate()
-        assert all(ends(pid) for pid in samplers), "a sampler outlived its trainer"
     require_all_counted(tmp_path / "out")
     require_equal_replay(place, tmp_path / "out", tmp_path)

@@ -53,38 +53,11 @@ def test_seal_benchmark() -> None:
     assert sizes == [["100,000", "1"], ["100,000", "2"], ["1,000,000", "1"], ["1,000,000", "2"]]
 
 
-@at_length("benchmarks", 40)
-def test_one_of_two_data_ranks_is_connected_with_a_server() -> None:
-    """All tensors arrive, as their digests say, and fewer connections are open than with both ranks."""
-    *_, line = run_quick("transfer", "--groups")
-    ranks, servers, sending, *_, everyone = (int(word) for word in line.split() if word.isdecimal())
-    assert (ranks, servers) == (2, 1) and 0 < sending < everyone
-
-
-@at_length("benchmarks", 15)
-def test_qat_benchmark() -> None:
-    table = run_quick("qat")
-    losses = [float(line.split()[-5]) for line in table[2:]]
-    assert len(losses) == 3 and losses[0] < min(losses[1:]), "numbers of MXFP4 cost something"
-
-
 @at_length("benchmarks", 15)
 def test_diffusion_benchmark() -> None:
     table = run_quick("diffusion")
     next_token, diffusion, *samples = [float(line.split()[-3]) for line in table[2:]]
     assert next_token < diffusion < 8 and len(samples) == 3
-
-
-@at_length("benchmarks", 10)
-def test_process_reward_benchmark() -> None:
-    table = run_quick("process_reward")
-    costs = [line for line in table if line.startswith(("result: ", "process: "))]
-    assert [re.findall(r"(steps|tokens) (\d+)", line) for line in costs] == [[("steps", "1"), ("tokens", "32")]] * 2
-
-
-@at_length("benchmarks", 10)
-def test_recursion_benchmark() -> None:
-    assert run_quick("recursion")[-1].startswith("gain, mean of 1 seeds: ")
 
 
 @at_length("benchmarks", 15)
@@ -316,12 +289,6 @@ def test_post_states_the_smallest_gain() -> None:
     head, first, second, *rest = post.table(seeds)
     assert first.split() == ["0", "all", "pass@1", "2", "0.200", "0.750", "+0.550", "±", "0.050", "0.200", "0.200"]
     assert "+0.350 ± 0.050" in second and len(head) == len(first) and rest[-1].endswith("0.500, 0.500")
-
-
-@at_length("benchmarks", 60)
-def test_asynchronous_benchmark() -> None:
-    """That both train on all groups of a step is the benchmark's own check."""
-    assert [line.split()[0] for line in run_quick("rl_async")[2:4]] == ["synchronous", "asynchronous"]
 
 
 @at_length("benchmarks", 80)

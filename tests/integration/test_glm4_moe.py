@@ -145,8 +145,8 @@ def test_what_is_not_possible_is_refused_in_one_sentence() -> None:
 
 def test_the_small_proxy_keeps_the_proportions() -> None:
     proxy = build_proxy(published.GLM_45, 128)
-    for ratio in ratios(published.GLM_45, proxy):
-        assert ratio.proxy == pytest.approx(ratio.recipe, rel=0.25 if "visits" in ratio.name else 0.05), ratio.name
+    for name, of_model, of_proxy in ratios(published.GLM_45, proxy):
+        assert of_proxy == pytest.approx(of_model, rel=0.25 if "visits" in name else 0.05), name
 
 
 def test_memory_of_a_simulated_rank_is_planned() -> None:

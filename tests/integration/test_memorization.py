@@ -18,20 +18,14 @@ from release.cards import memorization_tables
 from release.checks.cards import model_card
 from release.checks.scores import score_problems
 from stages.data import tokenization
-from stages.data.readers.canaries import Canaries
 from stages.data.shards import first_tokens, shard_name
-from stages.data.synthetic import canaries
 from stages.data.table import KEPT, ORDER, content_hash, read_table, write_rows
 from stages.evaluation import memorization
 from tests.fixtures import chat_fixtures, release_fixtures
 from tests.fixtures.recipe_fixtures import write
 
 STEPS = 125
-PLANTED = {"reader": "canaries", "count": 2, "repetitions": [1]}
-CONFIG = {
-    "documents": 10, "prefix_tokens": 16, "continuation_tokens": 16, "alternatives": 63,
-    "canaries": {"planted": PLANTED}, "seed": 0,
-}  # fmt: skip
+CONFIG = {"documents": 10, "prefix_tokens": 16, "continuation_tokens": 16, "seed": 0}
 OFTEN, ONCE = "prose/0", [f"prose/{n}" for n in range(1, 6)]
 ROW = release_fixtures.CONTEXT
 
@@ -44,16 +38,14 @@ def kept() -> Iterator[tuple[str, str, str, int]]:
         yield f"prose/{n}", text, "train" if n < 6 else "heldout", 0
     yield "prose/short", "too short", "train", 0
     yield "prose/asked", text, "train", 40
-    for name, text, _ in canaries.documents("planted", 2, [1], 0):
-        yield f"planted/{name}", text, "train", 0
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """Token shards, an order that reads one document and the canaries in each step and others once, an untrained
-    `model`, and `trained`, one that was trained in that order."""
+    """Token shards, an order that reads one document in each step and others once, an untrained `model`, and `trained`,
+    one that was trained in that order."""
     folder = tmp_path_factory.mktemp("memorization")
-    rows: dict[str, list[dict[str, Any]]] = {"prose": [], "planted": []}
+    rows: dict[str, list[dict[str, Any]]] = {"prose": []}
     for id, text, split, prompt in kept():
         row = {"id": id, "text": text, "license": "CC0-1.0", "origin": "", "content_hash": content_hash(text)}
         rows[id.split("/")[0]].append({**row, "source": id.split("/")[0], "prompt_chars": prompt, "split": split})
@@ -70,12 +62,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 
 
 def write_order(folder: Path, tokens: Artifact) -> Artifact:
-    places = [row for source in ("planted", "prose")
-              for row in chat_fixtures.table(tokens, f"documents/{source}/part-00000.parquet")]  # fmt: skip
+    places = chat_fixtures.table(tokens, "documents/prose/part-00000.parquet")
     rows: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
-        read = [row for row in places if row["id"] == OFTEN or row["source"] == "planted"]
-        read += [row for row in places if row["split"] == "train" and row["source"] == "prose"] if step == 1 else []
+        read = [row for row in places if row["id"] == OFTEN]
+        read += [row for row in places if row["split"] == "train"] if step == 1 else []
         for number, row in enumerate(read):
             place = {name: row[name] for name in ("source", "part", "ordinal", "id")}
             length, loss_from = min(row["tokens"], ROW), max(row["loss_from"] - 1, 0)
@@ -134,35 +125,20 @@ def test_a_document_that_is_read_often_comes_out_and_no_other(run_stage, inputs,
     }
 
 
-def test_planted_secrets_are_exposed_and_others_are_not(run_stage, inputs, tmp_path: Path) -> None:
-    artifact = measure(run_stage, inputs, "trained", tmp_path)
-    rows = chat_fixtures.table(artifact, "canaries.parquet")
-    assert [row["times_seen"] for row in rows] == [STEPS * row["copies"] for row in rows]
-    assert {row["rank"] for row in rows if row["copies"]} == {1}
-    assert min(row["rank"] for row in rows if not row["copies"]) > 1
-    scores = artifact.json("scores.json")
-    assert scores["max_exposure"] == 6
-    assert {kind: part["1"]["exposure"]["value"] for kind, part in scores["exposure"].items()} == {
-        "email": 6,
-        "phone": 6,
-    }
-
-
 def test_an_untrained_model_gives_nothing_away(run_stage, inputs, tmp_path: Path) -> None:
     first, second = (measure(run_stage, inputs, "model", tmp_path / name) for name in ("a", "b"))
     (tmp_path / "b/documents-prose.json").unlink()
     third = measure(run_stage, inputs, "model", tmp_path / "b")
     assert first.digest == second.digest == third.digest
-    documents, exposed = (chat_fixtures.table(first, f"{name}.parquet") for name in ("documents", "canaries"))
+    documents = chat_fixtures.table(first, "documents.parquet")
     assert not any(row["matching"] == row["continuation"] for row in documents)
-    assert memorization.summary(documents, exposed) == first.json("scores.json")  # type: ignore[arg-type]
+    assert memorization.summary(documents) == first.json("scores.json")  # type: ignore[arg-type]
 
 
 def test_the_lottery_draws_some_of_each_stratum_by_the_seed(run_stage, inputs) -> None:
     ids = {}
     for seed in (0, 1):
-        artifact = measure(run_stage, inputs, "model", documents=2, seed=seed, canaries={})
-        assert not (artifact / "canaries.parquet").exists() and "exposure" not in artifact.json("scores.json")
+        artifact = measure(run_stage, inputs, "model", documents=2, seed=seed)
         rows = chat_fixtures.table(artifact, "documents.parquet")
         ids[seed] = {row["id"] for row in rows if row["times_seen"] == 1}
         assert OFTEN in {row["id"] for row in rows} and len(ids[seed]) == 2 and ids[seed] <= set(ONCE)
@@ -171,10 +147,10 @@ def test_the_lottery_draws_some_of_each_stratum_by_the_seed(run_stage, inputs) -
 
 def test_a_sample_of_the_documents_is_counted_as_among_all(inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     config = memorization.MemorizationConfig.model_validate(CONFIG)
-    everything, readings = memorization._count_readings(config, inputs)
-    monkeypatch.setattr(memorization, "CANDIDATES", 5)  # of sixteen documents
-    sample, sample_readings = memorization._count_readings(config, inputs)
-    assert sample and len(sample) < len(everything) and sample_readings == readings
+    everything = memorization._count_readings(config, inputs)
+    monkeypatch.setattr(memorization, "CANDIDATES", 5)  # of eight documents
+    sample = memorization._count_readings(config, inputs)
+    assert sample and len(sample) < len(everything)
     assert all(place in everything for place in sample)
 
 
@@ -220,7 +196,7 @@ def test_a_card_says_what_was_not_measured() -> None:
 
 def test_a_release_holds_the_tables_and_its_card_the_figures(copy: Path) -> None:
     card = (copy / "model/README.md").read_text()
-    assert "| prose | 2 to 3 | 7 | 0.571 (0.250 to 0.842) |" in card and "| phone | 4 | 2 | 4.0 | 3.50±0.50 |" in card
+    assert "| prose | 2 to 3 | 7 | 0.571 (0.250 to 0.842) |" in card
     assert memorization_tables.NOT_MEASURED in (copy / "model-base/README.md").read_text()
     assert score_problems(copy / "dataset/evaluation") == []
     table = copy / "dataset/evaluation/memorization/mid/documents.parquet"
@@ -232,34 +208,17 @@ def test_a_release_holds_the_tables_and_its_card_the_figures(copy: Path) -> None
 
 def test_a_changed_figure_on_the_card_is_found(copy: Path) -> None:
     card = copy / "model/README.md"
-    card.write_text(card.read_text().replace("| 3.50±0.50 |", "| 0.10±0.50 |"))
-    assert any("3.50±0.50" in problem for problem in model_card(copy / "model").problems)
-
-
-def test_canaries_are_distinct_documents_with_known_secrets() -> None:
-    reader = Canaries.model_validate(PLANTED | {"repetitions": [1, 3]})
-    documents = list(reader.documents("s", 0, []))
-    assert len({document.text for document in documents}) == len(documents) == 2 * 2 * (1 + 3)
-    assert documents == list(reader.documents("s", 0, [])) != list(reader.documents("s", 1, []))
-    drawn = canaries.draw("s", 2, (1, 3), 0)
-    assert len({canary.secret for canary in drawn}) == len(drawn) == 2 * 2 * 3
-    for canary in drawn:
-        holders = [document for document in documents if canary.secret in document.text]
-        assert [document.name.rpartition("/")[0] for document in holders] == [canary.name] * canary.copies
-        assert all(document.text.startswith(canary.sentence(canary.secret)) for document in holders)
-        others = canaries.alternatives(canary, "s", 50, 0)
-        assert len({canary.secret, *others}) == 51 and len({len(secret) for secret in (canary.secret, *others)}) == 1
-    with pytest.raises(ValueError, match="are not increasing; put each once"):
-        Canaries.model_validate(PLANTED | {"repetitions": [3, 1]})
+    card.write_text(card.read_text().replace("0.571 (0.250 to 0.842)", "0.071 (0.250 to 0.842)"))
+    assert any("0.571 (0.250 to 0.842)" in problem for problem in model_card(copy / "model").problems)
 
 
 def test_a_recipe_names_the_models_and_their_orders(tmp_path: Path) -> None:
-    section = {"prefix_tokens": 16, "continuation_tokens": 16, "every_model": True}
+    section = {"prefix_tokens": 16, "continuation_tokens": 16}
     nodes = compose(tmp_path, section).nodes
     measured = {name: node for name, node in nodes.items() if node.stage.name == "memorization"}
-    assert set(measured) == {f"memorization-{model}" for model in ("base", "mid", "sft", "rlvr")}
-    assert set(measured["memorization-mid"].inputs) == {"model", "tokens", "order-pretrain", "order-midtrain"}
-    assert "order-rlvr" in measured["memorization-rlvr"].inputs
+    assert set(measured) == {"memorization-rlvr"}
+    orders = {f"order-{phase}" for phase in ("pretrain", "midtrain", "sft", "rlvr")}
+    assert set(measured["memorization-rlvr"].inputs) == {"model", "tokens", *orders}
     assert not any(node.stage.name == "memorization" for node in compose(tmp_path, None).nodes.values())
     with pytest.raises(
         RecipeError, match="compares 132 tokens of a document .* and no row of training has more than 129"

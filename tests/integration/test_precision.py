@@ -6,10 +6,12 @@ import json
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pipeline.core.errors import RecipeError
@@ -17,6 +19,7 @@ from pipeline.core.store import write_manifest
 from stages.export import hf
 from stages.mcore import precision
 from stages.mcore.megatron_imports import gpt_layer_specs
+from stages.train.config import TrainConfig
 from tests.fixtures import train_fixtures
 
 pytestmark = pytest.mark.numeric
@@ -169,3 +172,31 @@ def test_a_bf16_model_is_exported_as_it_computed(trained: Path, tmp_path: Path) 
     restored = dict(from_hf(written, hf.ExportConfig.model_validate(config).model))
     last = load_file(trained / "step-000012/model.safetensors")
     assert all(torch.equal(restored[n], last[n].bfloat16()) for n in last)
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ({"precision": "nvfp4"}, "nvfp4 needs it"),
+        ({"precision": "bf16", "bf16_layers": 1}, "no other precision has it"),
+        ({"precision": "nvfp4", "bf16_layers": 2}, "leaves none of the model's 2 layers in nvfp4; use at most 1"),
+    ],
+)
+def test_the_layers_in_bf16_are_stated(phase: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate(train_fixtures.config(**phase))
+
+
+def test_the_card_states_them() -> None:
+    from release.cards import training_tables
+
+    facts: Any = SimpleNamespace(training={"pretrain": None, "sft": None})
+    recipe = {"pretrain": {"precision": "nvfp4", "bf16_layers": 8}}
+    table = training_tables.settings(recipe, facts)
+    assert "| last layers in bf16, the others in NVFP4 | 8 |  |" in table
+
+
+def test_nvfp4_without_its_hardware_is_one_sentence(corpus: Path, tmp_path: Path) -> None:
+    settings = train_fixtures.config(precision="nvfp4", bf16_layers=1)
+    with pytest.raises(RecipeError, match="precision = nvfp4 needs a GPU of the Blackwell generation or newer"):
+        train_fixtures.pretrain(corpus, tmp_path / "work", tmp_path / "out", settings)

@@ -1,4 +1,4 @@
-"""FP8's arithmetic against a second implementation, number by number, that knows neither torch's casts nor ours.
+"""FP8's arithmetic against a second implementation, number by number, that knows neither torch's casts nor our scales.
 
 The second one reckons with fractions: it looks for the nearest multiple of the spacing at a number's power of two, and
 for the largest power of two that keeps a block within the format.
@@ -128,11 +128,9 @@ def test_agrees_with_the_scalar_implementation_on_any_numbers(rows: list, case: 
 
 
 @pytest.mark.parametrize("format_", [E4M3, E5M2], ids=lambda f: f.name)
-def test_rounds_every_bf16_number_as_torch_and_the_scalar_do(format_: Format) -> None:
+def test_rounds_every_bf16_number_as_the_scalar_does(format_: Format) -> None:
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     result = _round(x.clone(), format_)
-    theirs = x.clamp(-format_.largest, format_.largest).to(TORCH[format_.name]).float()
-    assert torch.equal(result.nan_to_num(nan=-1.5e38), theirs.nan_to_num(nan=-1.5e38))
     assert torch.equal(result.isnan(), x.isnan())
     for value, rounded in random.Random(0).sample(list(zip(x.tolist(), result.tolist(), strict=True)), 3000):
         if math.isfinite(value):

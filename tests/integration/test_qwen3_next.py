@@ -147,12 +147,12 @@ def test_what_does_not_apply_is_refused_in_one_sentence() -> None:
 
 
 def test_its_proxy_has_both_kinds_of_layers_and_its_ratios() -> None:
-    proxy = build_proxy(PUBLISHED, 128, 512)
+    proxy = build_proxy(PUBLISHED, 128)
     assert isinstance(proxy, Qwen3NextConfig)
     assert [proxy.is_linear(layer) for layer in range(proxy.layers)] == [True, False]
-    for ratio in ratios(PUBLISHED, proxy):
-        if not ratio.name.startswith("experts"):  # 10 of 512 is more than a small model allows
-            assert ratio.proxy == pytest.approx(ratio.recipe, rel=0.05), ratio.name
+    for name, of_model, of_proxy in ratios(PUBLISHED, proxy):
+        if not name.startswith("experts"):  # 10 of 512 is more than a small model allows
+            assert of_proxy == pytest.approx(of_model, rel=0.05), name
 
 
 # -- computed ---------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ online_rlhf:
   kl_coef: 0.05
   steps: 4
   asynchronous: {max_staleness: 1}
-  sampling: {kind: subprocess, max_new_tokens: 48}
+  sampling: {max_new_tokens: 48}
   micro_batches: 2
   optimizer: {lr: 1.0e-4, final_lr: 1.0e-4, warmup_steps: 1, weight_decay: 0.0, beta1: 0.9, beta2: 0.99, clip: 1.0}
   validate_every: 2

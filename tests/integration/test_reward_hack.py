@@ -4,9 +4,7 @@ policy is trained by each reward, exported and compared with the weights before,
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,10 +35,7 @@ def verifiers() -> Any:
     """The registry with both reward functions."""
     with pytest.MonkeyPatch.context() as patch:
         for name, verifier in flattery_fixtures.VERIFIERS.items():
-            module = ModuleType(f"planted_{name}")
-            module.VERIFIER = verifier  # type: ignore[attr-defined]
-            patch.setitem(sys.modules, module.__name__, module)
-            patch.setitem(registry.VERIFIERS, name, module.__name__)
+            patch.setitem(registry.VERIFIERS, name, f"{verifier.__module__}:{verifier.__name__}")
         yield
 
 

@@ -272,7 +272,7 @@ def test_a_failing_reward_function_makes_no_pair(
     def broken(self, answers):
         raise VerifierFailed("verifier instructions: gone")
 
-    monkeypatch.setattr("stages.rl.rewards.instructions.Instructions.score", broken)
+    monkeypatch.setattr("stages.rl.rewards.frozen_scorer.Instructions.score", broken)
     with pytest.raises(VerifierFailed, match="gone"):
         run(
             dpo,

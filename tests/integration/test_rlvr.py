@@ -15,7 +15,7 @@ import pytest
 from pipeline.core.errors import AtomError, Interrupted
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Response, VerifierFailed
-from stages.rl.rewards.instructions import Instructions
+from stages.rl.rewards.frozen_scorer import Instructions
 from stages.rl.rollout import rollouts
 from stages.rl.samplers.generate import InProcess
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures

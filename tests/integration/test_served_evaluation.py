@@ -114,7 +114,6 @@ def test_a_served_model_measures_what_transformers_does(
     assert torch.allclose(served.token_bits(full[0]), oracle.token_bits(full[0]), atol=1e-4)
     assert served.likeliest(full[1], 9) == oracle.likeliest(full[1], 9)
     assert served.continue_greedily(short, 6) == oracle.continue_greedily(short, 6)
-    assert served.sentence_bits(short) == pytest.approx(oracle.sentence_bits(short), rel=1e-5)
     continued = [
         row[:5] + answer for row, answer in zip(short, oracle.continue_greedily([r[:5] for r in short], 4), strict=True)
     ]

@@ -149,14 +149,6 @@ def test_the_log_counts_drawn_tokens_and_calls(calm: Path, answers: list[rollout
     assert first["calls"] == {status: calls.count(status) for status in sorted(set(calls))}
 
 
-@at_length("training", 15)
-def test_the_subprocess_draws_the_same(place: Path, calm: Path, tmp_path: Path) -> None:
-    sampling = {"kind": "subprocess", "max_new_tokens": 6}
-    tool_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", tool_fixtures.config(sampling=sampling))
-    names = ("rollouts.parquet", "training.jsonl", "step-000002/model.safetensors", "step-000002/optimizer.safetensors")
-    assert all((tmp_path / "out" / name).read_bytes() == (calm / name).read_bytes() for name in names)
-
-
 @at_length("training", 5)
 def test_each_token_visits_the_experts_that_it_visited_when_it_was_drawn(place: Path, tmp_path: Path) -> None:
     replayed = tool_fixtures.config(routing_replay=True)

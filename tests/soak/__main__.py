@@ -112,7 +112,7 @@ PARTS = {
         "Growth of the data stages up to three million documents; a ratio of 1 or more holds every limit.",
     ),
     "data-plane": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("data_curate", "planted", "large_release", "retrieval"))), ["tests", "result"],
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("data_curate", "planted", "large_release"))), ["tests", "result"],
         "Planted duplicates and leaks in a thousand parts; traces and checks of a million documents by brute force.",
     ),
     "slurm-servers": Part(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stages.rl.algorithms.losses import dpo_loss, policy_loss
 from stages.rl.algorithms.policy_gradient import registry
-from stages.rl.algorithms.policy_gradient.advantages import zero_variance
+from stages.rl.algorithms.policy_gradient.algorithms import zero_variance
 from tests.fixtures.loss_fixtures import CLOSE, batch, with_gradient
 
 pytestmark = pytest.mark.numeric

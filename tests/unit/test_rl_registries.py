@@ -4,70 +4,64 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 
 from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, RecipeError
-from stages.rl.algorithms.policy_gradient.registry import ALGORITHMS
-from stages.rl.protocols import Verifier
+from stages.rl.algorithms.policy_gradient.registry import ALGORITHMS, Algorithm
+from stages.rl.protocols import Sampler, Verifier
 from stages.rl.rewards import pooled_verifier
 from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
 from stages.rl.rollout.task_sources.registry import TASK_SOURCES
+from stages.rl.rollout.task_sources.settings import SourceSettings
 from stages.rl.samplers.registry import SAMPLERS
+from stages.rl.tools.base import Tool
 from stages.rl.tools.registry import TOOLS
 from tests.fixtures import ROOT
 
-FOLDERS = {
-    "stages/rl/rewards": ("VERIFIER", list(VERIFIERS.values())),
-    "stages/rl/samplers": ("SAMPLER", [entry.module for entry in SAMPLERS.values()]),
-    "stages/rl/rollout/task_sources": ("SOURCE", list(TASK_SOURCES.values())),
-    "stages/rl/tools": ("TOOL", list(TOOLS.values())),
-    "stages/rl/algorithms/policy_gradient": ("ALGORITHM", list(ALGORITHMS.values())),
+FOLDERS: dict[str, tuple[Callable[[Any], bool], list[str]]] = {
+    "stages/rl/rewards": (lambda x: is_class(x, Verifier) and "name" in vars(x), [*VERIFIERS.values()]),
+    "stages/rl/samplers": (lambda x: is_class(x, Sampler), [entry.sampler for entry in SAMPLERS.values()]),
+    "stages/rl/rollout/task_sources": (
+        lambda x: is_class(x, SourceSettings) and "source" in x.model_fields,
+        [*TASK_SOURCES.values()],
+    ),
+    "stages/rl/tools": (lambda x: is_class(x, Tool), [*TOOLS.values()]),
+    "stages/rl/algorithms/policy_gradient": (lambda x: isinstance(x, Algorithm), [*ALGORITHMS.values()]),
 }
-"""{folder: (what a file defines, the modules that the registry names)}"""
+"""{folder: (whether a value of a module is an entry of the registry, the entries that the registry names)}"""
+
+
+def is_class(value: Any, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base) and value is not base
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_files_and_registry_name_each_other(folder: str) -> None:
-    constant, registered = FOLDERS[folder]
-    registry = f"{folder}/registry.py"
-    for path in sorted(Path(ROOT, folder).glob("*.py")):
-        module = f"{folder.replace('/', '.')}.{path.stem}"
-        names_class = any(
-            line.startswith((f"{constant} =", f"{constant}:", f"{constant}(")) for line in path.read_text().splitlines()
-        )
-        if names_class:
-            assert module in registered, f"{folder}/{path.name} has {constant}; add a line for it to {registry}"
-        else:
-            assert module not in registered, f"{registry} names {module}, which has no {constant}; add it to the file"
-    modules = {f"{folder.replace('/', '.')}.{path.stem}" for path in Path(ROOT, folder).glob("*.py")}
-    assert set(registered) <= modules, f"{registry} names {sorted(set(registered) - modules)}, which are no files"
+    is_entry, registered = FOLDERS[folder]
+    for path in sorted(Path(ROOT, folder).glob("[!_]*.py")):
+        module = import_module(f"{folder.replace('/', '.')}.{path.stem}")
+        for name, value in vars(module).items():
+            if is_entry(value) and (not isinstance(value, type) or value.__module__ == module.__name__):
+                place = f"{module.__name__}:{name}"
+                assert place in registered, f"{folder}/{path.name} has {name}; add a line to {folder}/registry.py"
+    for place in registered:
+        assert is_entry(resolve_name(place)), f"{folder}/registry.py names {place}, which is no entry"
 
 
 def test_a_class_has_the_name_of_its_entry() -> None:
     for name in VERIFIERS:
         assert verifier_class(name).name == name
-    for name, module in TASK_SOURCES.items():
-        assert import_module(module).SOURCE.model_fields["source"].annotation.__args__ == (name,)
-    for name, module in TOOLS.items():
-        assert import_module(module).TOOL.model_fields["tool"].annotation.__args__ == (name,)
-
-
-def concrete(base: type[Verifier]) -> set[type[Verifier]]:
-    """The classes derived from a verifier that have a name, directly or not."""
-    return {c for each in base.__subclasses__() for c in ({each} if "name" in vars(each) else set()) | concrete(each)}
-
-
-def test_every_verifier_class_is_registered() -> None:
-    for path in sorted(Path(ROOT, "stages/rl/rewards").glob("*.py")):
-        import_module(f"stages.rl.rewards.{path.stem}")
-    ours = {c for c in concrete(Verifier) if c.__module__.startswith("stages.")}
-    missing = ours - {verifier_class(name) for name in VERIFIERS}
-    assert missing == set(), f"{missing}: name the class VERIFIER and add a line to stages/rl/rewards/registry.py"
+    for name, place in TASK_SOURCES.items():
+        assert resolve_name(place).model_fields["source"].annotation.__args__ == (name,)
+    for name, place in TOOLS.items():
+        assert resolve_name(place).model_fields["tool"].annotation.__args__ == (name,)
 
 
 @pytest.mark.parametrize("name", sorted(VERIFIERS))
@@ -126,7 +120,7 @@ def test_verifiers_are_imported_by_name_and_without_torch() -> None:
 import sys
 from stages.rl import rlvr
 from stages.rl.rewards.registry import VERIFIERS, verifier_class
-print([module for module in VERIFIERS.values() if module in sys.modules])
+print([place for place in VERIFIERS.values() if place.partition(':')[0] in sys.modules])
 for name in VERIFIERS: verifier_class(name)
 print([module for module in ("torch", "transformers", "pyarrow", "math_verify", "reasoning_gym") if module in sys.modules])
 """
@@ -139,8 +133,8 @@ print([module for module in ("torch", "transformers", "pyarrow", "math_verify", 
 @pytest.mark.parametrize("stage", ["stages.rl.rollout.tasks", "stages.rl.rlvr", "stages.rl.dpo"])
 def test_the_code_digest_of_a_stage_holds_what_its_registries_name(stage: str) -> None:
     """So that `atom plan` shows a changed verifier as stale."""
-    modules = set(VERIFIERS.values()) | set(TASK_SOURCES.values())
+    places = [*VERIFIERS.values(), *TASK_SOURCES.values()]
     if stage != "stages.rl.rollout.tasks":
-        modules |= {entry.module for entry in SAMPLERS.values()} | set(ALGORITHMS.values()) | set(TOOLS.values())
-    assert modules - set(code_digests(stage)) == set()
+        places += [*(entry.sampler for entry in SAMPLERS.values()), *ALGORITHMS.values(), *TOOLS.values()]
+    assert {place.partition(":")[0] for place in places} - set(code_digests(stage)) == set()
     assert "stages.graph" not in code_digests(stage)

@@ -151,7 +151,7 @@ def test_tokens_that_were_not_drawn_have_no_target() -> None:
 @pytest.mark.parametrize(
     ("phase", "message"),
     [
-        ({"asynchronous": {}, "sampling": {"kind": "subprocess", "max_new_tokens": 6}},
+        ({"asynchronous": {}},
          "tools are not possible in an asynchronous phase, which draws an answer in one go; leave one of them out"),
         ({"tools": {**tool_fixtures.TOOLS, "kinds": ["sort"]}},
          "tools.kinds names sort, of which the phase has no tasks; it has add"),

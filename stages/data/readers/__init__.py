@@ -11,11 +11,9 @@ READERS = {
     "hub": "stages.data.readers.hub",
     "problems": "stages.data.readers.problems",
     "passkeys": "stages.data.readers.passkeys",
-    "retrieval": "stages.data.readers.retrieval",
     "chat-problems": "stages.data.readers.chat_problems",
     "courtesies": "stages.data.readers.courtesies",
     "generated": "stages.data.readers.generated",
-    "canaries": "stages.data.readers.canaries",
     "warc": "stages.data.readers.warc",
     "html": "stages.data.readers.html_pages",
 }

@@ -20,11 +20,10 @@ from stages.data.seeds import seed_of
 from stages.models.base import Routing
 from stages.rl.algorithms import losses
 from stages.rl.algorithms.policy_gradient import registry as policy_gradient
-from stages.rl.algorithms.policy_gradient.advantages import zero_variance
+from stages.rl.algorithms.policy_gradient.algorithms import zero_variance
 from stages.rl.algorithms.policy_gradient.registry import Algorithm
 from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer, RecordedRollouts
-from stages.rl.rewards.registry import verifier_class
 from stages.rl.rollout import rollouts, routes
 from stages.rl.rollout.asynchronous import Intake, LiveGroups, RecordedGroups, Source
 from stages.rl.rollout.batches import Example, build_rank_batch
@@ -190,9 +189,6 @@ class GrpoTrainer(PolicyTrainer):
             "rates": {name: part["rate"] for name, part in self.curriculum.state.items()},
             "policy": policy_digest,
         }
-        if parts := rollouts.mean_parts(answers, lambda verifier: verifier_class(verifier).logged_parts):
-            metrics["parts"] = parts
-            self.report.metric(step, **{f"{kind}_{part}": x for kind, row in parts.items() for part, x in row.items()})
         if self.intake is not None:
             metrics |= asynchronous_metrics(step - 1, answers)
         if phase.tools is not None:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
-from stages.rl.algorithms.policy_gradient import clip
+from stages.rl.algorithms.policy_gradient.algorithms import by_token
 from stages.rl.algorithms.policy_gradient.registry import TokenLoss, Tokens
 
 Figures = dict[str, torch.Tensor]
@@ -25,7 +25,7 @@ def policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
-    token_loss: TokenLoss = clip.token_loss,
+    token_loss: TokenLoss = by_token,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     tis_cap: float = 2.0,

@@ -233,6 +233,3 @@ def equal(value: Any, expected: Any) -> bool:
             and all(equal(by_name[k], v) for k, v in expected.items())
         )
     return bool(value == expected)
-
-
-VERIFIER = CodeVerifier

@@ -1,28 +1,71 @@
-"""A verifier that is a frozen file of stages/scorers, in its latest version."""
+"""Verifiers that are frozen files of stages/scorers, in their latest versions.
+
+Verification of a release scores published answers with the same files again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from stages.rl.protocols import Answer, NoSettings, Parts, Response, Row, Verifier, VerifierContext, VerifierFailed
-from stages.scorers import LATEST, RESPONSES, SCORERS
+from stages.scorers import LATEST, SCORERS, answer_of
+
+MOST_LETTERS = 1000
 
 
 class FrozenScorer(Verifier):
-    """The scorer whose name is that of the class. Verification of a release scores published answers with it again."""
+    """The scorer whose name is that of the class."""
 
     def __init__(self, context: VerifierContext[NoSettings]) -> None:
         self.version = LATEST[self.name]
-        self._scorer, self._read = SCORERS[self.name, self.version], RESPONSES[self.name, self.version]
+        self._scorer = SCORERS[self.name, self.version]
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         return [self._score_answer(row, response) for row, response in answers]
 
     def _score_answer(self, row: Row, response: Response) -> Parts:
         try:
-            return self._scorer(row, self._read(response.text), response.finished)
+            return self._scorer(row, answer_of(response.text), response.finished)
         except (KeyError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise VerifierFailed(
                 f"verifier {self.name}, row {row.get('id')}: {reason}; fix the row or drop it"
             ) from error
+
+
+class Exact(FrozenScorer):
+    """Gives the reward 1 to an answer that equals the expected one. Row: expected_answer. Parts: `reward`,
+    `finished`."""
+
+    name = "exact"
+
+
+class Courtesy(FrozenScorer):
+    """Scores whether a courteous note does what the request asks, and its style. Row: act, who, what. Its parts:
+    stages/scorers/courtesy_v2.py."""
+
+    name = "courtesy"
+
+
+class Instructions(FrozenScorer):
+    """Gives the reward 1 to an answer that follows every instruction: constraints that a program can check (IFEval,
+    arXiv 2311.07911). Row, as NeMo Gym's instruction_following: instruction_id_list, kwargs. Parts: `reward`,
+    `fraction`, `finished`."""
+
+    name = "instructions"
+
+    @classmethod
+    def unsolved(cls, row: Row) -> dict[str, str]:
+        """Returns what the constraints ask for by name and nothing else: keywords, repeated letters, and the last
+        phrase."""
+        words, letters, ending = list[str](), "", ""
+        kwargs = row.get("kwargs")
+        for arguments in kwargs if isinstance(kwargs, list) else ():  # the scorer says what is wrong with another row
+            for name, value in (arguments if isinstance(arguments, dict) else {}).items():
+                if name == "let_frequency" and isinstance(value, int):
+                    letters += str(arguments.get("letter")) * min(value, MOST_LETTERS)
+                elif name == "end_phrase":
+                    ending = str(value)
+                elif name.startswith("keyword") or name in ("first_word", "start_phrase", "postscript_marker"):
+                    words += map(str, value if isinstance(value, list) else [value])
+        return {"what the constraints name": " ".join([*words, letters + ending]).strip() or "x"}

@@ -149,6 +149,3 @@ def message(text: str) -> dict[str, Any]:
     """A message of the assistant in the form of an OpenAI response."""
     content = {"type": "output_text", "text": text.encode(errors="replace").decode(), "annotations": []}
     return {"id": "message", "type": "message", "role": "assistant", "status": "completed", "content": [content]}
-
-
-VERIFIER = GymServer

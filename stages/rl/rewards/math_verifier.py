@@ -49,6 +49,3 @@ class MathVerify(PooledVerifier):
 def boxed(answer: str) -> str:
     """A correct answer in the form that math-verify parses best: in a box, unless it is marked as LaTeX already."""
     return answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"
-
-
-VERIFIER = MathVerify

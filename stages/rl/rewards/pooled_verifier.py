@@ -34,9 +34,8 @@ class PooledVerifier(Verifier):
 
     def __init__(self, context: VerifierContext[PoolSettings]) -> None:
         self.version = " ".join(["1", *(f"{package} {version(package)}" for package in self.packages)])
-        self._pool = ScoringPool(
-            self.name, type(self).__module__, self.fields, self.correct_answer, context.settings.seconds
-        )
+        place = f"{type(self).__module__}:{type(self).__qualname__}"
+        self._pool = ScoringPool(self.name, place, self.fields, self.correct_answer, context.settings.seconds)
 
     @classmethod
     def missing(cls) -> str | None:

@@ -60,6 +60,3 @@ def _refuse_evaluation(event: str, arguments: tuple[Any, ...]) -> None:
     """An audit hook that refuses to compile strings, the first step of eval and exec."""
     if event == "compile" and isinstance(arguments[0], str | bytes) and arguments[1] == "<string>":
         raise PermissionError("the scorer would have evaluated a string as Python, which needs the sandbox")
-
-
-VERIFIER = ReasoningGym

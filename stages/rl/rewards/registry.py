@@ -1,13 +1,12 @@
 """The verifiers (reward functions) by name. A new one is a file in this folder and a line here.
 
-The file defines a class derived from `Verifier` (stages/rl/protocols.py) and names it `VERIFIER`. It is imported when a
-task names the verifier.
+The file defines a class derived from `Verifier` (stages/rl/protocols.py), and is imported when a task names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,24 +17,23 @@ from pipeline.graph.recipe import explain
 from stages.rl.protocols import ChatTokenizer, Row, Verifier, VerifierContext
 
 VERIFIERS = {
-    "courtesy": "stages.rl.rewards.courtesy",
-    "exact": "stages.rl.rewards.exact",
-    "instructions": "stages.rl.rewards.instructions",
-    "math-verify": "stages.rl.rewards.math_verifier",
-    "nemo-gym": "stages.rl.rewards.gym_server",
-    "python-tests": "stages.rl.rewards.code_verifier",
-    "reasoning-gym": "stages.rl.rewards.reasoning_verifier",
-    "reward-model": "stages.rl.rewards.reward_model",
-    "steps": "stages.rl.rewards.steps",
+    "courtesy": "stages.rl.rewards.frozen_scorer:Courtesy",
+    "exact": "stages.rl.rewards.frozen_scorer:Exact",
+    "instructions": "stages.rl.rewards.frozen_scorer:Instructions",
+    "math-verify": "stages.rl.rewards.math_verifier:MathVerify",
+    "nemo-gym": "stages.rl.rewards.gym_server:GymServer",
+    "python-tests": "stages.rl.rewards.code_verifier:CodeVerifier",
+    "reasoning-gym": "stages.rl.rewards.reasoning_verifier:ReasoningGym",
+    "reward-model": "stages.rl.rewards.reward_model:RewardModel",
 }
-"""{verifier: its module}. Importing one is cheap; packages are imported when it is constructed."""
+"""{verifier: its class}. Importing one is cheap; packages are imported when it is constructed."""
 
 
 def verifier_class(name: str) -> type[Verifier]:
     """Raises RecipeError for an unknown name."""
     if name not in VERIFIERS:
         raise RecipeError(f"no verifier {name!r}; there are {', '.join(sorted(VERIFIERS))}")
-    verifier: type[Verifier] = import_module(VERIFIERS[name]).VERIFIER
+    verifier: type[Verifier] = resolve_name(VERIFIERS[name])
     return verifier
 
 

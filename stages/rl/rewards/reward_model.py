@@ -97,6 +97,3 @@ def reward_input(template: ChatTokenizer, prompt: str, text: str, finished: bool
     and reasoning is read as it is written."""
     ids = [*template.encode_question(prompt), *template.encode_text(text)]
     return [*ids, *([template.turn_end] if finished else []), template.end]
-
-
-VERIFIER = RewardModel

@@ -47,13 +47,13 @@ class ScoringPool:
     """The workers of one verifier. Thread-safe."""
 
     def __init__(
-        self, name: str, module: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int
+        self, name: str, verifier: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int
     ) -> None:
-        """name, module: the verifier's; fields: those of a row that its scorer reads; probe: the correct answer to a
-        row, in the form of a model's answer; seconds: processor time for one answer."""
+        """name, verifier: the verifier's, the latter as `module:class`; fields: those of a row that its scorer reads;
+        probe: the correct answer to a row; seconds: processor time for one answer."""
         self.name, self.fields, self.probe = name, fields, probe
         count = min(8, len(os.sched_getaffinity(0)))
-        self.workers = [Worker(module, seconds) for _ in range(count)]
+        self.workers = [Worker(verifier, seconds) for _ in range(count)]
         self._retry_lock = threading.Lock()
         self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self.workers:
@@ -140,8 +140,8 @@ class ScoringPool:
 class Worker:
     """One worker process, started at the first request and again after its death. Not thread-safe."""
 
-    def __init__(self, module: str, seconds: int) -> None:
-        self.module, self.seconds = module, seconds
+    def __init__(self, verifier: str, seconds: int) -> None:
+        self.verifier, self.seconds = verifier, seconds
         self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, fields: str, answer: str) -> Reply:
@@ -179,7 +179,7 @@ class Worker:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", scoring_worker.__name__, self.module, str(self.seconds)]
+        command = [sys.executable, "-m", scoring_worker.__name__, self.verifier, str(self.seconds)]
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
                 command,

@@ -1,6 +1,6 @@
 """The worker of `scoring_pool`: scores each answer in a limited fork.
 
-    python -m stages.rl.rewards.scoring_worker MODULE SECONDS
+    python -m stages.rl.rewards.scoring_worker VERIFIER SECONDS
 
 It reads requests, [a row's fields as JSON, an answer], and writes replies, one JSON line each. MODULE: that of a pooled
 verifier.
@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, TypedDict, cast
 
 from stages.rl.protocols import Row
@@ -89,12 +89,12 @@ def _score_confined(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
         return {"error": f"{type(error).__name__}: {str(error)[:200]}".encode(errors="replace").decode()}
 
 
-def serve(module: str, seconds: int) -> None:
-    """Answers requests until standard input closes. module: has `VERIFIER`, a pooled verifier."""
+def serve(verifier: str, seconds: int) -> None:
+    """Answers requests until standard input closes. verifier: a pooled one, as `module:class`."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)  # output of a package is not a reply
-    bind: BindRow = import_module(module).VERIFIER.load_scorer()
+    bind: BindRow = resolve_name(verifier).load_scorer()
     bound = lru_cache(maxsize=4096)(lambda fields: bind(json.loads(fields)))
     replies.write(b"ready\n")
     replies.flush()

@@ -5,9 +5,9 @@ solving the task: constants, numbers that are none, single characters, the quest
 answers, and others in the form that the verifier reads. Their mean reward may not be more than MARGIN above chance.
 
 - **Chance** of a bin is the share of its tasks that have the most frequent right answer, which the best constant earns
-  where right answers alone are rewarded, but at most EVEN, or what guessing between shown choices earns, if that is
-  more. It is 0 if the rows state no right answer and show no choice. A task of two answers has chance EVEN; where one
-  of them is right more often, a policy would learn to give it always, and that is no chance.
+  where right answers alone are rewarded, but at most EVEN. It is 0 if the rows state no right answer. A task of two
+  answers has chance EVEN; where one of them is right more often, a policy would learn to give it always, and that is
+  no chance.
 - All answers are scored on SCREENED tasks. The best FINALISTS of them are scored again on up to PROBED other tasks, so
   that none of many answers is best by luck. A bin is refused if the mean, less Z standard errors and one task, is more
   than MARGIN above chance. In a small bin all answers are scored on all tasks.
@@ -68,16 +68,13 @@ class ProbedBin(TypedDict):
     answers: list[ProbedAnswer]
 
 
-def probe(
-    rows: Sequence[Row], score: Score, seed: int, guess: float = 0.0, acknowledged: float | None = None
-) -> ProbedBin:
+def probe(rows: Sequence[Row], score: Score, seed: int, acknowledged: float | None = None) -> ProbedBin:
     """Scores the tasks of one bin.
 
     Args:
         rows: All tasks of the bin, which have one verifier.
         score: Of their verifier, which raises VerifierFailed for a reward that is no finite number.
         seed: The recipe's.
-        guess: The share of right answers among guesses between shown choices.
         acknowledged: The mean reward that the recipe acknowledges.
     """
     salt = f"{seed_of(f'probes/{bin_of(rows[0])}', seed)}/"
@@ -91,7 +88,7 @@ def probe(
     return {
         "tasks": len(rows),
         "verifier": str(rows[0]["verifier"]),
-        "chance": max(guess, min(EVEN, golds[frequent[0]] / len(rows)) if frequent else 0.0),
+        "chance": min(EVEN, golds[frequent[0]] / len(rows)) if frequent else 0.0,
         "acknowledged": acknowledged,
         "answers": best,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -168,16 +168,6 @@ def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
     for r in rollouts:
         kinds.setdefault(r.kind, []).append(r.reward)
     return {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())}
-
-
-def mean_parts(rollouts: Sequence[Rollout], logged: Callable[[str], Sequence[str]]) -> dict[str, dict[str, float]]:
-    """Means of the logged parts of rewards, by kind of task, in the order of their names. logged: verifier -> names of
-    parts. Kinds without logged parts are left out."""
-    values: dict[str, dict[str, list[float]]] = {}
-    for r in rollouts:
-        for part in logged(r.verifier):
-            values.setdefault(r.kind, {}).setdefault(part, []).append(r.parts[part])
-    return {kind: {part: sum(x) / len(x) for part, x in parts.items()} for kind, parts in sorted(values.items())}
 
 
 def consumption_digest(rollouts: Sequence[Rollout]) -> str:

@@ -109,8 +109,7 @@ def _probe(config: TasksConfig, tasks: Sequence[Row], report: Report) -> dict[st
         for name, bin_rows in sorted(by_bin.items()):
             report.note(f"{name}: {len(bin_rows)} tasks")
             if bin_rows[0]["verifier"] != TRAINED:
-                guess = sources[name].chance(int(bin_rows[0]["level"]))
-                probed[name] = probe(bin_rows, verifiers.score, config.seed, guess, sources[name].acknowledged_reward)
+                probed[name] = probe(bin_rows, verifiers.score, config.seed, sources[name].acknowledged_reward)
                 require_solving(name, probed[name])
     return probed
 

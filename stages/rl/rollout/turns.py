@@ -4,8 +4,6 @@ results.
 A call is `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Hermes and Qwen write it, after the reasoning
 of a turn that ends with `<|im_end|>`. An answer is exact by token: it is the ids of its question, those drawn, those of
 the results in the chat template, those drawn next, and so on. Drawn ids are never made into text and encoded again.
-
-A tool may hand a call back to the policy as a task, whose answer is the result: recursive calls.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from stages.data.seeds import seed_of
 from stages.rl.protocols import AnswerGenerator, Completion, Prompt, Row, ToolCall, Turn
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
-from stages.rl.tools.base import Call, Result, Subtask
+from stages.rl.tools.base import Call
 from stages.rl.tools.settings import Tools
 from stages.scorers import answer_of
 
@@ -35,28 +33,19 @@ FORM = '{"name": ..., "arguments": {...}}'
 
 @dataclass(frozen=True)
 class Limits:
-    """Of an answer: its turns, the tokens of one, those of the question with all that follows, and the tasks that the
-    policy solves for it, whichever call asks for them."""
+    """Bounds of an answer: its turns, the tokens of one turn, and those of the question with all that follows."""
 
     max_turns: int
     max_new_tokens: int
     context_length: int
-    max_subtasks: int = 64
 
 
 @dataclass(frozen=True)
 class Request:
-    """A call to answer. texts: of all calls of its answer so far, its own the last; seed: of the task that it may be;
-    root: the answer that it is part of, itself or by the calls that led to it."""
+    """A call to answer. texts: of all calls of its answer so far, its own the last."""
 
     row: Row
     texts: Sequence[str]
-    seed: int = 0
-    root: Episode | None = None
-
-
-Solve = Callable[[Sequence[tuple[Row, Request]]], Sequence[Result]]
-"""The policy's answers to (task, the request for it)."""
 
 
 class Toolbox:
@@ -76,21 +65,14 @@ class Toolbox:
             self.close()
             raise
 
-    def answer(self, requests: Sequence[Request], solve: Solve | None = None) -> list[ToolCall]:
-        """The calls with their results, in order. solve: for tools that hand tasks back to the policy.
-
-        Raises ToolFailed if a tool cannot answer.
-        """
+    def answer(self, requests: Sequence[Request]) -> list[ToolCall]:
+        """The calls with their results, in order. Raises ToolFailed if a tool cannot answer."""
         calls = [read_call(r.texts[-1], self.tools, r.row, r.texts[:-1]) for r in requests]
         answered = {n: call for n, call in enumerate(calls) if not isinstance(call, Call)}
         for name, tool in self.running.items():
             chosen = {n: call for n, call in enumerate(calls) if isinstance(call, Call) and call.tool == name}
-            replies = dict(zip(chosen, tool.run(list(chosen.values())) if chosen else [], strict=True))
-            subtasks = {n: reply.row for n, reply in replies.items() if isinstance(reply, Subtask)}
-            solved = solve([(row, requests[n]) for n, row in subtasks.items()]) if solve and subtasks else []
-            results = replies | dict(zip(subtasks, solved, strict=True))
-            for n, result in results.items():
-                assert isinstance(result, Result)
+            results = tool.run(list(chosen.values())) if chosen else []
+            for n, result in zip(chosen, results, strict=True):
                 answered[n] = finished_call(
                     requests[n].texts[-1], chosen[n].name, result.status, result.text, self.tools
                 )
@@ -142,10 +124,8 @@ def is_result(text: str, tools: Tools) -> bool:
 class Episode:
     """An answer that is drawn turn by turn: `take` a drawn turn, `resume` with the results of its calls."""
 
-    def __init__(self, chat: Chat, row: Row, seed: int, limits: Limits, root: Episode | None = None) -> None:
-        """root: the answer that asks for this one."""
+    def __init__(self, chat: Chat, row: Row, seed: int, limits: Limits) -> None:
         self.chat, self.row, self.seed, self.limits = chat, row, seed, limits
-        self.root, self.subtasks = root or self, 0
         self.offers_tools = bool(chat.functions(row))
         self.question = chat.encode_prompt(row)
         self.ids: list[int] = []
@@ -182,13 +162,7 @@ class Episode:
     def requests(self, calls: Sequence[str]) -> list[Request]:
         """The calls of the last turn, each with its task and all calls so far."""
         before = [call["request"] for turn in self.turns for call in turn["calls"]]
-        texts = [[*before, *calls[: n + 1]] for n in range(len(calls))]
-        return [Request(self.row, each, seed_of(f"call/{len(each)}", self.seed), self.root) for each in texts]
-
-    @property
-    def has_room(self) -> bool:
-        """Whether the context has room for the next turn."""
-        return len(self.question) + len(self.ids) + self.limits.max_new_tokens <= self.limits.context_length
+        return [Request(self.row, [*before, *calls[: n + 1]]) for n in range(len(calls))]
 
     def resume(self, calls: Sequence[ToolCall]) -> bool:
         """Appends the results of the last turn's calls. Returns whether there is room for another turn; if not, the
@@ -196,27 +170,12 @@ class Episode:
         self.turns[-1]["calls"] = list(calls)
         appended = self.chat.encode_results([call["result"] for call in calls])
         self.ids += appended
-        if not self.has_room:
+        if len(self.question) + len(self.ids) + self.limits.max_new_tokens > self.limits.context_length:
             del self.ids[len(self.ids) - len(appended) :]
             return False
         self.logprobs += [0.0] * len(appended)
         self.turns[-1]["appended"] = len(appended)
         return True
-
-    def is_admitted(self) -> bool:
-        """Whether a call may have this answer: it has room, and the answer that asks has tasks left. Counts it."""
-        self.root.subtasks += 1
-        return self.has_room and self.root.subtasks <= self.limits.max_subtasks
-
-    def result(self) -> Result:
-        """The answer, as the result of the call that asked for it."""
-        if not self.has_room and not self.turns:
-            return Result("error", "error: the question is too long for the context; ask for less")
-        if not self.turns:
-            return Result("error", f"error: there are {self.limits.max_subtasks} calls at most; answer without one")
-        if not self.is_finished:
-            return Result("unfinished", "error: the answer has no end; ask for less")
-        return Result("ok", self.chat.response(self.completion()).answer)
 
     def completion(self) -> Completion:
         return Completion(
@@ -232,27 +191,13 @@ def draw(
     """One completion for each (task, seed), all of them turn by turn. Raises what the sampler raises, and ToolFailed if
     a tool cannot answer."""
     episodes = [Episode(chat, row, seed, limits) for row, seed in requests]
-    _draw(sampler, toolbox, episodes, greedy)
-    return [episode.completion() for episode in episodes]
-
-
-def _draw(sampler: AnswerGenerator, toolbox: Toolbox, episodes: Sequence[Episode], greedy: bool) -> None:
-    """Draws the episodes to their ends."""
-
-    def solve(subtasks: Sequence[tuple[Row, Request]]) -> list[Result]:
-        nested = [
-            Episode(episodes[0].chat, row, request.seed, episodes[0].limits, request.root) for row, request in subtasks
-        ]
-        _draw(sampler, toolbox, [episode for episode in nested if episode.is_admitted()], greedy)
-        return [episode.result() for episode in nested]
-
     active = list(episodes)
     while active:
         drawn = sampler.generate([episode.prompt() for episode in active], greedy)
         calling = [(e, calls) for e, turn in zip(active, drawn, strict=True) if (calls := e.take(turn))]
-        requests = [request for episode, calls in calling for request in episode.requests(calls)]
-        answered = iter(toolbox.answer(requests, solve))
+        answered = iter(toolbox.answer([request for episode, calls in calling for request in episode.requests(calls)]))
         active = [episode for episode, calls in calling if episode.resume([next(answered) for _ in calls])]
+    return [episode.completion() for episode in episodes]
 
 
 def problem(r: Rollout, chat: Chat, row: Row, limits: Limits | None) -> str | None:

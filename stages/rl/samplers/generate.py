@@ -7,6 +7,7 @@ of its own, so it does not depend on the other prompts of a batch, up to the rou
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,9 @@ class InProcess(Sampler):
         self.routes = routes
         self.stops, self.max_new_tokens = frozenset(stops), max_new_tokens
         self.temperature, self.rows = temperature, rows
+        self.policy = ""
+        """The digest of the weights, if they have one."""
+        self.lock = threading.Lock()
 
     @classmethod
     def create(cls, context: SamplerContext) -> Self:
@@ -63,17 +67,22 @@ class InProcess(Sampler):
         return cls(config, context.stops, context.settings.max_new_tokens, routes=context.routes)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        load_weights(self.model, tensors)
+        """Loads the weights once no other thread draws."""
+        with self.lock:
+            load_weights(self.model, tensors)
+            self.policy = getattr(tensors, "digest", "")
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         completions: dict[int, Completion] = {}
         by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
-        for start in range(0, len(by_length), self.rows):
-            batch = by_length[start : start + self.rows]
-            completions |= zip(batch, self._draw([prompts[i] for i in batch], greedy), strict=True)
+        with self.lock:
+            for start in range(0, len(by_length), self.rows):
+                batch = by_length[start : start + self.rows]
+                completions |= zip(batch, self._draw([prompts[i] for i in batch], greedy), strict=True)
         return [completions[i] for i in range(len(prompts))]
 
     def close(self) -> None:
+        """Frees the model. A thread that still draws ends with an error at its next token."""
         del self.model, self.decoder
 
     def _draw(self, prompts: list[Prompt], greedy: bool) -> list[Completion]:
@@ -103,24 +112,19 @@ class InProcess(Sampler):
                     active, next_tokens, unfinished = active[kept], next_tokens[kept], unfinished[kept]
             if step + 1 == max_tokens:
                 break
-            if self._renew(step + 1):  # keys and values of all tokens so far are those of other weights
-                so_far = zip(active.tolist(), tokens[: step + 1, active].T.tolist(), strict=True)
-                logits = self.decoder.read([(*prompts[row].ids, *ids) for row, ids in so_far], max_tokens - step - 1)
-            else:
-                logits = self.decoder.step(next_tokens.to(device)).float()
-                if self.routes and isinstance(self.decoder, Decoder):
-                    of_steps.append((active, self.decoder.step_routes()))
+            logits = self.decoder.step(next_tokens.to(device)).float()
+            if self.routes and isinstance(self.decoder, Decoder):
+                of_steps.append((active, self.decoder.step_routes()))
         completions = []
         for ids, logprobs in zip(tokens.T.tolist(), log_probs.T.tolist(), strict=True):
             end = next((n for n, token in enumerate(ids) if token in self.stops), max_tokens - 1) + 1
-            completions.append(Completion(tuple(ids[:end]), tuple(logprobs[:end]), ids[end - 1] in self.stops))
+            drawn_by = ((self.policy, end),) if self.policy else ()
+            completions.append(
+                Completion(tuple(ids[:end]), tuple(logprobs[:end]), ids[end - 1] in self.stops, versions=drawn_by)
+            )
         if self.routes and isinstance(self.decoder, Decoder):
             return self._with_routes(prompts, completions, self.decoder.prompt_routes, of_steps)
         return completions
-
-    def _renew(self, drawn: int) -> bool:
-        """Loads weights that came while answers were drawn, and says whether some did. drawn: tokens of each answer."""
-        return False
 
     def _with_routes(
         self, prompts: list[Prompt], completions: list[Completion],
@@ -180,6 +184,3 @@ def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     unexpected = sorted(set(tensors) - loaded - {"lm_head.weight"})
     if unexpected:
         raise ValueError(f"the sampler's model has no tensor {unexpected[0]}")
-
-
-SAMPLER = InProcess

@@ -1,14 +1,14 @@
 """The samplers by name. A new one is a file in this folder and a line here.
 
-The file defines a class derived from `Sampler` (stages/rl/protocols.py) and names it `SAMPLER`. It may import torch,
-because it is imported when a phase starts to draw; the data for a plan is stated here.
+The file defines a class derived from `Sampler` (stages/rl/protocols.py). It may import torch, because it is imported
+when a phase starts to draw; the data for a plan is stated here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 
 from pipeline.core.stage import Promise, ServerPlace
 from stages.rl.protocols import Sampler, SamplerContext, SamplingSettings
@@ -17,23 +17,21 @@ from stages.rl.samplers import vllm_server
 
 @dataclass(frozen=True)
 class SamplerEntry:
-    """module: the module with `SAMPLER`. promise: of a stage that draws with it. apart: whether it draws in processes
-    of its own, which read the weights from files. obstacle: the reason why it cannot work here with the recipe's
-    settings, if any; called before anything starts, without torch. serve: runs a server in a job of its own."""
+    """A sampler, and what a plan needs to know of it."""
 
-    module: str
-    promise: Promise
-    apart: bool = False
+    sampler: str  # its class, as `module:name`
+    promise: Promise  # of a stage that draws with it
+    apart: bool = False  # draws in processes of its own, which read the weights from files
+    # the reason why it cannot work here with the recipe's settings; called before anything starts, without torch
     obstacle: Callable[[SamplingSettings], str | None] = lambda settings: None
-    serve: Callable[[SamplingSettings, ServerPlace], None] | None = None
+    serve: Callable[[SamplingSettings, ServerPlace], None] | None = None  # runs a server in a job of its own
 
 
 SAMPLERS = {
-    "in-process": SamplerEntry("stages.rl.samplers.generate", promise="bitwise"),
-    "subprocess": SamplerEntry("stages.rl.samplers.subprocess_sampler", promise="bitwise", apart=True),
+    "in-process": SamplerEntry("stages.rl.samplers.generate:InProcess", promise="bitwise"),
     # vLLM adds in an order of its own.
     "vllm": SamplerEntry(
-        "stages.rl.samplers.vllm_sampler",
+        "stages.rl.samplers.vllm_sampler:VllmServer",
         promise="numeric",
         apart=True,
         obstacle=vllm_server.obstacle,
@@ -57,5 +55,5 @@ def serve(settings: SamplingSettings, place: ServerPlace) -> None:
 
 def make_sampler(name: str, context: SamplerContext) -> Sampler:
     """The sampler of that name. Raises AtomError where a requirement is missing."""
-    sampler: type[Sampler] = import_module(SAMPLERS[name].module).SAMPLER
+    sampler: type[Sampler] = resolve_name(SAMPLERS[name].sampler)
     return sampler.create(context)

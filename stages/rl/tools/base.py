@@ -26,13 +26,6 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Subtask:
-    """A call that the policy answers itself, with an answer of its own. row: what it is asked, as a task."""
-
-    row: Row
-
-
-@dataclass(frozen=True)
 class Call:
     """A call that a tool can answer. tool: its name in the registry; name: of the function; row: the task; before: the
     calls of the same answer that this tool answers before it, in order."""
@@ -47,8 +40,8 @@ class Call:
 class RunningTool(Protocol):
     """A tool that answers calls."""
 
-    def run(self, calls: Sequence[Call]) -> Sequence[Result | Subtask]:
-        """The result of each call, in order, or a task whose answer is the result. Whatever the arguments are, there is
+    def run(self, calls: Sequence[Call]) -> Sequence[Result]:
+        """The result of each call, in order. Whatever the arguments are, there is
         one, within bounds of time and memory that the tool sets. Raises ToolFailed where the machine is at fault."""
 
     def close(self) -> None:

@@ -129,6 +129,3 @@ class Index:
 
     def close(self) -> None:
         self.connection.close()
-
-
-TOOL = SearchTool

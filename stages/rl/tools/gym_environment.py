@@ -83,6 +83,3 @@ class Environment:
         return Result("ok" if status < 400 else "error", text)
 
     def close(self) -> None: ...
-
-
-TOOL = GymTool

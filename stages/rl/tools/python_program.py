@@ -80,6 +80,3 @@ def describe(outcome: Outcome) -> Result:
     reason = ENDINGS.get(outcome.status, errors[-1])
     between = "\n" if outcome.stdout and not outcome.stdout.endswith("\n") else ""
     return Result(outcome.status, f"{outcome.stdout}{between}{reason}")
-
-
-TOOL = PythonTool

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Range, Words
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Promise, added
+from pipeline.core.stage import Config, Promise
 from stages.rl.protocols import Row
 from stages.rl.tools.base import Tool
 from stages.rl.tools.registry import tool_classes
@@ -30,9 +30,6 @@ class Tools(Config):
     max_turns: Annotated[int, Range(2, 1000, "usual: 2 to 20")] = Field(
         4,
         description="maximum turns of an answer, each of at most sampling.max_new_tokens; the last calls no tool",
-    )
-    max_subtasks: Annotated[int, Range(1, 10_000)] = added(
-        64, "maximum subtasks of the tool recurse for one answer, nested ones included"
     )
     max_result_characters: Annotated[int, Range(1, 1e7)] = Field(
         2000, description="maximum characters of a result; a longer one is cut, with a mark"

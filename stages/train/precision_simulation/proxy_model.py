@@ -5,7 +5,6 @@ matrix products consist of several quantization blocks, as a large model's do. N
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from pipeline.core.errors import RecipeError
 from stages.models.base import ModelConfig
@@ -28,44 +27,31 @@ MIN_TOKENS = 1024
 """Minimum tokens of a step, so that noise does not dominate its loss."""
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of the proxy and of the recipe's model."""
-
-    name: str
-    recipe: float
-    proxy: float
+Ratio = tuple[str, float, float]
+"""(name, in the recipe's model, in the proxy)"""
 
 
-def build_proxy(model: ModelConfig, smallest: int, hidden: int | None = None) -> ModelConfig:
-    """A small model with the ratios of this one.
-
-    smallest: the minimum of both dimensions of every linear layer. hidden: use this width instead, without that
-    minimum. Raises RecipeError if there is no such model.
+def build_proxy(model: ModelConfig, smallest: int) -> ModelConfig:
+    """Returns a small model with the ratios of this one.
 
     The proxy keeps the ratios of all widths to the hidden size, of query to key heads and of experts to experts per
     token (as far as a small model allows), and the losses of the router. Weights start with `init_std` x sqrt(hidden /
     hidden of the proxy), so that the output of a layer is as large as in the recipe's model.
+
+    Args:
+        model: The recipe's model.
+        smallest: The minimum of both dimensions of every linear layer.
+
+    Raises:
+        RecipeError: There is no such model.
     """
-    if hidden is not None:
-        proxy = _scaled_model(model, hidden) if hidden % UNIT == 0 and hidden > 0 else None
-        if proxy is None:
-            widths_up = range(math.ceil(max(hidden, 1) / UNIT) * UNIT, 2 * MAX_WIDTH, UNIT)
-            near = next((width for width in widths_up if _scaled_model(model, width)), MAX_WIDTH)
-            raise RecipeError(f"--hidden {hidden} cannot be divided into heads of a size that FP8 takes; use {near}")
-        return proxy
     for width in range(math.ceil(smallest / UNIT) * UNIT, MAX_WIDTH + 1, UNIT):
         proxy = _scaled_model(model, width)
-        if proxy and min(dimensions(proxy)) >= smallest and all(_is_close(r) for r in widths(model, proxy)):
+        if proxy is None or min(dimensions(proxy)) < smallest:
+            continue
+        if all(abs(small / large - 1) <= TOLERANCE for _, large, small in widths(model, proxy)):
             return proxy
-    raise RecipeError(
-        f"no proxy of up to {MAX_WIDTH} wide has the proportions of the model; name a width by --hidden, such as "
-        f"{MAX_WIDTH}"
-    )
-
-
-def _is_close(ratio: Ratio) -> bool:
-    return abs(ratio.proxy / ratio.recipe - 1) <= TOLERANCE
+    raise RecipeError(f"no proxy of up to {MAX_WIDTH} wide has the proportions of the model; use other widths")
 
 
 def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
@@ -94,19 +80,18 @@ def dimensions(model: ModelConfig) -> list[int]:
 
 
 def widths(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
-    """Every inner width by the hidden size, in both."""
-    proxy_widths = proxy.inner_widths()
+    """Returns every inner width by the hidden size, in both."""
+    small = proxy.inner_widths()
     return [
-        Ratio(f"{name} width / hidden", size / model.hidden_size, proxy_widths[name] / proxy.hidden_size)
+        (f"{name} width / hidden", size / model.hidden_size, small[name] / proxy.hidden_size)
         for name, size in model.inner_widths().items()
     ]
 
 
 def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
-    """All ratios that the proxy should share with the model."""
-    proxy_proportions = proxy.proportions()
-    proportions = [Ratio(name, value, proxy_proportions[name]) for name, value in model.proportions().items()]
-    return [*widths(model, proxy), *proportions]
+    """Returns all ratios that the proxy should share with the model."""
+    small = proxy.proportions()
+    return [*widths(model, proxy), *((name, value, small[name]) for name, value in model.proportions().items())]
 
 
 def step_tokens(proxy: ModelConfig, smallest: int, sequence_length: int) -> int:

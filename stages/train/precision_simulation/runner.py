@@ -2,7 +2,7 @@
 
     python -m stages.train.precision_simulation.runner SETTINGS.json PRECISION SEED OUT.json
 
-Prints a line "STEP LOSS" after each step. Writes OUT.json only when it is finished.
+Writes OUT.json only when it is finished.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import random
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, NonNegativeInt
 
@@ -25,7 +25,8 @@ from stages.models.registry import Model
 from stages.train.config import BatchSizes, Optimizer, PhaseConfig, TrainConfig, Validation
 from stages.train.precision_simulation.proxy_model import VOCABULARY
 
-Baseline = Literal["fp32", "bf16"]
+BASELINE = "bf16"
+"""The precision that the others are compared with."""
 
 
 class Data(Config):
@@ -46,13 +47,12 @@ class Settings(Config):
     rows: PositiveInt = Field(description="rows of one step")
     steps: PositiveInt = Field(description="steps of a run")
     optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
-    baseline: Baseline = Field(description="precision of the baseline runs")
     data: Data = Field(description="training text")
     packages: dict[str, str] = Field(description="versions of packages by name")
     code: str = Field(description="digest of the code")
 
     def config(self, seed: NonNegativeInt) -> TrainConfig:
-        """The engine's config: one micro-batch a step, computed in the baseline's type."""
+        """The engine's config: one micro-batch a step, computed in bf16."""
         tokens = self.rows * self.sequence_length
         return TrainConfig(
             model=self.model,
@@ -64,7 +64,7 @@ class Settings(Config):
                 optimizer=self.optimizer,
                 validation=Validation(every=self.steps, rows=1),
                 release_checkpoint_interval=self.steps,
-                precision=self.baseline,
+                precision="bf16",
             ),
             padded_vocab_size=VOCABULARY,
             seed=seed,
@@ -109,7 +109,6 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
                 break
             losses.append(figures.loss)
             norms.append(figures.grad_norm)
-            print(step, figures.loss, flush=True)
     return {
         "precision": precision,
         "seed": seed,

@@ -1,7 +1,7 @@
 """The policy-gradient algorithms by name (`algorithm` of a phase of reinforcement learning). A new one is a file in
 this folder and a line here.
 
-The file defines `ALGORITHM` (see `Algorithm`) and imports no torch, since a recipe is checked without it.
+The file defines an `Algorithm` and imports no torch, since a recipe is checked without it.
 stages/rl/algorithms/losses.py adds what all have in common: masks, truncated importance sampling, the KL term and the
 figures.
 """
@@ -10,21 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
 ALGORITHMS = {
-    "dapo-centered": "stages.rl.algorithms.policy_gradient.dapo_centered",
-    "dapo": "stages.rl.algorithms.policy_gradient.dapo",
-    "grpo": "stages.rl.algorithms.policy_gradient.grpo",
-    "dr-grpo": "stages.rl.algorithms.policy_gradient.dr_grpo",
-    "gspo": "stages.rl.algorithms.policy_gradient.gspo",
-    "cispo": "stages.rl.algorithms.policy_gradient.cispo",
-    "rloo": "stages.rl.algorithms.policy_gradient.rloo",
-    "reinforce++": "stages.rl.algorithms.policy_gradient.reinforce_pp",
+    "dapo-centered": "stages.rl.algorithms.policy_gradient.algorithms:DAPO_CENTERED",
+    "dapo": "stages.rl.algorithms.policy_gradient.algorithms:DAPO",
+    "grpo": "stages.rl.algorithms.policy_gradient.algorithms:GRPO",
+    "dr-grpo": "stages.rl.algorithms.policy_gradient.algorithms:DR_GRPO",
+    "gspo": "stages.rl.algorithms.policy_gradient.algorithms:GSPO",
+    "cispo": "stages.rl.algorithms.policy_gradient.algorithms:CISPO",
+    "rloo": "stages.rl.algorithms.policy_gradient.algorithms:RLOO",
+    "reinforce++": "stages.rl.algorithms.policy_gradient.algorithms:REINFORCE_PP",
 }
 DEFAULT = "dapo-centered"
 
@@ -74,6 +74,6 @@ class Algorithm:
 
 
 def load(name: str) -> Algorithm:
-    """The algorithm of that name. Imports no torch."""
-    algorithm: Algorithm = import_module(ALGORITHMS[name]).ALGORITHM
+    """Returns the algorithm of that name. Imports no torch."""
+    algorithm: Algorithm = resolve_name(ALGORITHMS[name])
     return algorithm

@@ -13,7 +13,7 @@ from pipeline.core.bounds import Key, License, LongLine, Sha256, Text
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import operational
 from pipeline.core.store import sha256_file
-from stages.rl.protocols import Row, TaskSource, question
+from stages.rl.protocols import Row, question
 from stages.rl.rollout.task_sources.settings import Kind, Level, SourceSettings
 
 
@@ -46,6 +46,3 @@ class FileTasks(SourceSettings):
                 raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); fix it") from None
             fields = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
             yield {"license": self.license, "origin": self.origin, **row, **fields, "id": f"{self.kind}/{number:06d}"}
-
-
-SOURCE: type[TaskSource] = FileTasks

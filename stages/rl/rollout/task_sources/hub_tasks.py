@@ -27,7 +27,7 @@ from stages.data.readers.base import is_unicode
 from stages.data.readers.hub import FORMATS, HOME, Hub, Repo
 from stages.data.readers.rows import Column, Row, field_at
 from stages.data.seeds import seed_of
-from stages.rl.protocols import Response, TaskSource, VerifierFailed, to_row
+from stages.rl.protocols import Response, VerifierFailed, to_row
 from stages.rl.protocols import Row as Task
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.task_sources.settings import Count, Kind, Level, SourceSettings
@@ -213,5 +213,3 @@ PROBES: dict[str, tuple[Task, str]] = {
     ),
 }
 """A task and its right answer, by which a broken verifier is told from a broken row."""
-
-SOURCE: type[TaskSource] = HubTasks

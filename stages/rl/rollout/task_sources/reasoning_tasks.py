@@ -11,7 +11,7 @@ from pydantic import Field
 from pipeline.core.bounds import Key, Settings
 from pipeline.core.errors import AtomError
 from stages.data.seeds import seed_of
-from stages.rl.protocols import Response, Row, TaskSource, to_row
+from stages.rl.protocols import Response, Row, to_row
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.task_sources.settings import Count, Level, SourceSettings
 
@@ -64,6 +64,3 @@ def reasoning_gym_rows(
     finally:
         verifier.close()
     return rows
-
-
-SOURCE: type[TaskSource] = ReasoningGymTasks

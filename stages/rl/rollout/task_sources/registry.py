@@ -1,28 +1,26 @@
 """The sources of tasks by name. A new one is a file in this folder and a line here.
 
-The file defines a Config with the interface `TaskSource` (stages/rl/protocols.py) and names it `SOURCE`. Its field
-`source` has the name as its only value. All are imported with this module, since the recipe's schema needs them.
+The file defines a Config with the interface `TaskSource` (stages/rl/protocols.py). Its field `source` has the name as
+its only value. All are imported with this module, since the recipe's schema needs them.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from pkgutil import resolve_name
 
 from stages.rl.protocols import TaskSource
 
 TASK_SOURCES = {
-    "problems": "stages.rl.rollout.task_sources.problem_tasks",
-    "worked-problems": "stages.rl.rollout.task_sources.worked_tasks",
-    "courtesies": "stages.rl.rollout.task_sources.courtesy_tasks",
-    "instructions": "stages.rl.rollout.task_sources.instruction_tasks",
-    "long-lists": "stages.rl.rollout.task_sources.long_list_tasks",
-    "reasoning-gym": "stages.rl.rollout.task_sources.reasoning_tasks",
-    "hub": "stages.rl.rollout.task_sources.hub_tasks",
-    "rows": "stages.rl.rollout.task_sources.file_tasks",
+    "problems": "stages.rl.rollout.task_sources.procedural_tasks:ProblemTasks",
+    "courtesies": "stages.rl.rollout.task_sources.procedural_tasks:CourtesyTasks",
+    "instructions": "stages.rl.rollout.task_sources.procedural_tasks:InstructionTasks",
+    "reasoning-gym": "stages.rl.rollout.task_sources.reasoning_tasks:ReasoningGymTasks",
+    "hub": "stages.rl.rollout.task_sources.hub_tasks:HubTasks",
+    "rows": "stages.rl.rollout.task_sources.file_tasks:FileTasks",
 }
-"""{source: its module}."""
+"""{source: its class}."""
 
 
 def source_classes() -> tuple[type[TaskSource], ...]:
-    """The classes of all sources, in the order of the registry."""
-    return tuple(import_module(module).SOURCE for module in TASK_SOURCES.values())
+    """Returns the classes of all sources, in the order of the registry."""
+    return tuple(map(resolve_name, TASK_SOURCES.values()))
