@@ -26,6 +26,7 @@ SOURCE = Path(__file__).resolve().parents[1]
 EXTRAS = ("data", "harness", "hub", "report", "rl", "track", "train")
 """The parts of pyproject.toml that every image has."""
 LISTING = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+WORKER = "stages/rl/samplers/vllm_worker"
 IMPORTS = ("torch", "megatron.core", "transformers", "tokenizers", "datatrove", "mlflow", "lm_eval")
 
 
@@ -100,6 +101,18 @@ def check_imports() -> str:
     return f"{', '.join(modules)}; {gpu or 'no GPU'}"
 
 
+def check_nccl(pythons: list[Path]) -> str:
+    """All environments have loaded one release of NCCL, as their PyTorch finds it: else their ranks cannot connect."""
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(SOURCE / WORKER)!r}); import atom_group; "
+        "print(atom_group.nccl_version(torch.device('cuda')))"
+    )
+    versions = {str(python): run(python, "-c", code) for python in pythons}
+    if len(set(versions.values())) > 1:
+        raise CheckFailed("; ".join(f"{python} has {version}" for python, version in versions.items()))
+    return next(iter(versions.values()))
+
+
 def check_training(atom: Path) -> str:
     """Trains the smallest recipe from its text, on the device that there is."""
     with tempfile.TemporaryDirectory() as home:
@@ -138,7 +151,8 @@ def main() -> int:
         ("training", lambda: check_training(atom)),
     ]
     if (vllm := folder / "vllm/bin/vllm").exists():
-        checks.append(("vllm --version", lambda: run(vllm, "--version")))
+        pythons = [folder / environment / "bin/python" for environment in ("venv", "vllm")]
+        checks += [("vllm --version", lambda: run(vllm, "--version")), ("one NCCL", lambda: check_nccl(pythons))]
     return report(checks)
 
 

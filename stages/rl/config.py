@@ -67,7 +67,7 @@ class Asynchronous(Config):
     )
 
 
-_OF_VLLM = ("python", "url", "secret", "options")
+_OF_VLLM = ("python", "url", "secret", "options", "transfer")
 
 
 class Sampling(Config):
@@ -87,6 +87,9 @@ class Sampling(Config):
     )
     secret: LongLine | None = operational(
         None, "file with the secret of the servers of url, the same that they were started with"
+    )
+    transfer: Literal["folder", "broadcast"] = operational(
+        "folder", "how vLLM servers get the weights: by files in the work folder, or by NCCL (on CPU gloo)"
     )
     options: tuple[LongLine, ...] = operational(
         (), "additional command-line options of the vLLM server that the stage starts", max_length=100

@@ -22,6 +22,7 @@ from stages.evaluation.eval_set import chat_rows
 from stages.models.base import Routing
 from stages.models.hf import hf_config
 from stages.rl import weights
+from stages.rl.broadcast import Broadcast
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
 from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Completion, Parts, Row, Sampler, SamplerContext
@@ -46,6 +47,9 @@ class Policy:
             inputs["rollouts"] / "rollouts.parquet"
         )
         is_apart = sampler_registry.SAMPLERS[config.phase.sampling.kind].apart or engine.ranks.world > 1
+        self.broadcast: Broadcast | None = None
+        if config.phase.sampling.transfer == "broadcast" and "rollouts" not in inputs:
+            self.broadcast, is_apart = Broadcast(self._tensors, engine.ranks), False
         needs_files = self.names_whole or (is_apart and "rollouts" not in inputs)
         self.folder = work / "served" if needs_files else None
         tools = config.phase.tools if isinstance(config.phase, RlPhase) else None
@@ -81,6 +85,8 @@ class Policy:
 
     def load(self) -> str:
         """Hands the engine's weights to the sampler. Returns the policy's digest, on every rank. Collective."""
+        if self.broadcast is not None:
+            return self.broadcast.load(self.sampler)
         if self.folder is None:
             digest = weights.digest_of(self._tensors(), self.engine.ranks)
             if self.sampler is not None:
@@ -96,8 +102,8 @@ class Policy:
                 digest = self.engine.ranks.from_first(whole)
         return digest
 
-    def _tensors(self) -> weights.Tensors:
-        return weights.hf_tensors(self.engine.full_tensors(), self.config.model, self.chat.vocab_size)
+    def _tensors(self, by_turns: bool = True) -> weights.Tensors:
+        return weights.hf_tensors(self.engine.full_tensors(by_turns), self.config.model, self.chat.vocab_size)
 
     def draw(self, requests: Sequence[tuple[Row, int]], greedy: bool = False) -> list[Completion]:
         assert self.sampler is not None, "rank 0 draws"
@@ -116,7 +122,7 @@ class Policy:
         return generation.mean_reward_by_kind(list(zip(rows, self.score(rows, completions), strict=True)))
 
     def close(self) -> None:
-        for resource in (self.sampler, self.verifiers, self.toolbox):
+        for resource in (self.broadcast, self.sampler, self.verifiers, self.toolbox):
             if resource is not None:
                 resource.close()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,12 +33,40 @@ Share = tuple[Rows, dict[str, str]]
 """The tensors of a rank: their entries, and their files."""
 
 
+class Sender(Protocol):
+    """What rank 0's sampler does with all ranks to have them send a policy to servers, which it names by their URLs."""
+
+    def has_group(self, server: str) -> bool:
+        """Whether the ranks are in a group with a server."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What a server is told of the tensors that it receives."""
+
+    def invite(self, server: str, secret: bytes) -> dict[str, Any]:
+        """What a server is told of a new group, which `join` then forms. secret: what it shares with the server. Raises
+        OSError if it cannot be reached."""
+
+    def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
+        """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
+
+    def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Forms the groups of invited servers. Returns those that have one."""
+
+    def send(self, servers: Sequence[str]) -> set[str]:
+        """Sends the policy to these servers, which must be receiving. Returns those that got all of it."""
+
+
 class Weights(Mapping[str, torch.Tensor]):
     """A policy's tensors by transformers' names. digest: of the policy; folder: of the files with them, of which each
-    tensor is then read on access, or None for the trainer's live tensors."""
+    tensor is then read on access, or None for the trainer's live tensors. sender: sends them instead; there are then
+    no tensors here."""
 
-    def __init__(self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None) -> None:
-        self.digest, self.tensors, self.folder = digest, tensors, folder
+    def __init__(
+        self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None,
+        sender: Sender | None = None,
+    ) -> None:  # fmt: skip
+        self.digest, self.tensors, self.folder, self.sender = digest, tensors, folder, sender
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -57,9 +85,14 @@ def hf_tensors(full: FullTensors, model: ModelConfig, vocab_size: int) -> Tensor
 
 def digest_of(tensors: Tensors, ranks: Ranks) -> str:
     """The digest of the policy with these `hf_tensors`, on every rank. Collective."""
+    return policy_digest(merge(*describe(tensors, ranks)))
+
+
+def describe(tensors: Tensors, ranks: Ranks) -> tuple[list[str], list[Rows]]:
+    """The names of all of a policy's `hf_tensors`, in order, and the entries of those of each rank. Collective."""
     names: list[str] = []
     rows = {name: row_of(tensor) for name, tensor in _held_tensors(tensors, names)}
-    return policy_digest(merge(names, ranks.gather(rows)))
+    return names, ranks.gather(rows)
 
 
 def write(tensors: Tensors, ranks: Ranks, folder: Path) -> tuple[str, Path]:

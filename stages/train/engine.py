@@ -269,13 +269,13 @@ class Engine:
         moe_metrics.collect_losses()
         return result
 
-    def full_tensors(self) -> FullTensors:
+    def full_tensors(self, by_turns: bool = True) -> FullTensors:
         """The full tensors that training changes, as the model computes with them, by global name, each put together
-        when it is read; data ranks take turns."""
+        when it is read. by_turns: whether data ranks take turns at it."""
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
         model = self.config.model
-        return FullTensors(tensors, self.shapes, model.tie_embeddings, model.spec().stacks_experts)
+        return FullTensors(tensors, self.shapes, model.tie_embeddings, by_turns, model.spec().stacks_experts)
 
     def local_weights(self) -> list[torch.Tensor]:
         """Copies on CPU of this rank's tensors that the model computes with, in the model's order."""

@@ -28,15 +28,13 @@ class FullTensors(Mapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self,
-        local: Mapping[str, torch.Tensor],
-        shapes: Mapping[str, tuple[int, ...]],
-        tied: bool,
-        stacked: bool = False,
-    ) -> None:
+        self, local: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], tied: bool,
+        by_turns: bool = True, stacked: bool = False,
+    ) -> None:  # fmt: skip
         """local: this rank's tensors by global name. shapes: the full ones. tied: whether the model ties its
-        embeddings. stacked: whether one rank gets the equal tensors of all experts of a layer, which must be whole."""
-        self.local, self.shapes, self.tied, self.stacked = local, shapes, tied, stacked
+        embeddings. by_turns: whether data ranks take turns. stacked: whether one rank gets the equal tensors of all
+        experts of a layer, which must be whole."""
+        self.local, self.shapes, self.tied, self.by_turns, self.stacked = local, shapes, tied, by_turns, stacked
         self.stacks: dict[str, list[torch.Tensor]] = {}
         """The tensors of experts on this rank, by their name without the number of the expert."""
         for name, tensor in local.items() if stacked else ():
@@ -49,7 +47,7 @@ class FullTensors(Mapping[str, torch.Tensor]):
         if self.stacked and (expert := EXPERT.search(name)):
             part = self._of_stack(name, int(expert[0]))
             return absent if part is None else part
-        if name not in self.local or not speaks_for(name, self.tied):
+        if name not in self.local or not speaks_for(name, self.tied, self.by_turns):
             return absent
         part = self.local[name]
         group = (
@@ -77,7 +75,7 @@ class FullTensors(Mapping[str, torch.Tensor]):
         """The tensor of an expert, on the rank that gets those of all experts of the layer; None on others."""
         stack = EXPERT.sub("", name)
         equal = self.stacks.get(stack, [])
-        size = parallel_state.get_expert_data_parallel_world_size()
+        size = parallel_state.get_expert_data_parallel_world_size() if self.by_turns else 1
         if not equal or _turn(stack) % size != parallel_state.get_expert_data_parallel_rank():
             return None
         group = parallel_state.get_expert_model_parallel_group()
@@ -100,16 +98,17 @@ class FullTensors(Mapping[str, torch.Tensor]):
         return len(self.shapes)
 
 
-def speaks_for(name: str, tied: bool) -> bool:
-    """Returns True if this rank, of those with its part of a tensor, hands it over: the first of those that repeat it,
-    and of equal data ranks the one whose turn it is. tied: whether the model ties its embeddings."""
+def speaks_for(name: str, tied: bool, by_turns: bool = True) -> bool:
+    """Whether this rank is the one of those with its part of a tensor that hands it over: the first of those that
+    repeat it, and of equal data ranks the one whose turn it is, or the first. tied: whether the model ties its
+    embeddings."""
     if EXPERTS in name:
         rank = parallel_state.get_expert_data_parallel_rank()
         size = parallel_state.get_expert_data_parallel_world_size()
     else:
         rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    return bool(_turn(name) % size == rank) and not is_repeated(name, tied)
+    return bool((_turn(name) % size if by_turns else 0) == rank) and not is_repeated(name, tied)
 
 
 def is_repeated(name: str, tied: bool) -> bool:

@@ -53,6 +53,14 @@ def test_seal_benchmark() -> None:
     assert sizes == [["100,000", "1"], ["100,000", "2"], ["1,000,000", "1"], ["1,000,000", "2"]]
 
 
+@at_length("benchmarks", 40)
+def test_one_of_two_data_ranks_is_connected_with_a_server() -> None:
+    """All tensors arrive, as their digests say, and fewer connections are open than with both ranks."""
+    *_, line = run_quick("transfer", "--groups")
+    ranks, servers, sending, *_, everyone = (int(word) for word in line.split() if word.isdecimal())
+    assert (ranks, servers) == (2, 1) and 0 < sending < everyone
+
+
 @at_length("benchmarks", 15)
 def test_diffusion_benchmark() -> None:
     table = run_quick("diffusion")

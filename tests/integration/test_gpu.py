@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,17 +286,21 @@ def test_what_an_image_for_gpus_sets_and_holds_changes_nothing_without_one(tmp_p
 
 @pytest.mark.parametrize("layout", layout_fixtures.FOUR.values(), ids=layout_fixtures.FOUR)
 def test_one_rank_speaks_for_each_part(layout: dict[str, Any]) -> None:
-    """The parts that the ranks of a layout hand over are each full tensor, once, by turns of the data ranks."""
+    """The parts that the ranks of a layout hand over are each full tensor, once, by turns of the data ranks or without;
+    then one replica's ranks do it all."""
     model = Qwen3MoeConfig(**layout_fixtures.MODEL, router_bias_update_rate=0.01)
     shapes, ranks = model.shapes(train_fixtures.VOCAB), Layout(ranks=4, **layout)
-    sent: dict[str, list[Box]] = {}
+    sent: dict[tuple[bool, str], list[Box]] = {}
+    speakers: set[int] = set()
     for rank in range(4):
         with fake_rank_fixtures.as_rank(ranks, rank), torch.device("meta"):
             chunks = build(model, train_fixtures.VOCAB, ranks)
-            for name in [*dict(named_tensors(chunks)), *named_buffers(chunks)]:
-                if speaks_for(name, model.tie_embeddings):
-                    sent.setdefault(name, []).extend(boxes(name, shapes[name]))
-    assert sent.keys() == shapes.keys()
-    for name, parts in sent.items():
+            for name, by_turns in product([*dict(named_tensors(chunks)), *named_buffers(chunks)], (True, False)):
+                if speaks_for(name, model.tie_embeddings, by_turns):
+                    speakers |= set() if by_turns else {rank}
+                    sent.setdefault((by_turns, name), []).extend(boxes(name, shapes[name]))
+    assert sent.keys() == set(product((True, False), shapes))
+    assert 0 in speakers and len(speakers) <= ranks.tp * ranks.pp * ranks.ep
+    for (_, name), parts in sent.items():
         assert len(set(parts)) == len(parts), name
         assert sum(math.prod(b - a for a, b in part) for part in parts) == math.prod(shapes[name]), name

@@ -18,14 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from pipeline.core import environment
 from pipeline.core.errors import AtomError
 from pipeline.run_secret import atom_secret
 from pipeline.run_secret.atom_secret import UnusableSecret, sign
+from stages.mcore.parallel_layout import Layout
+from stages.rl import broadcast
+from stages.rl.broadcast import Broadcast
 from stages.rl.samplers import vllm_server
 from stages.rl.samplers.vllm_sampler import VllmServer
 from stages.rl.samplers.vllm_server import Server, ServerLost
+from stages.rl.samplers.vllm_worker.atom_group import SignedStore, connect
+from stages.train.parallel import Ranks
 from tests.fixtures import weights_fixtures
 from tests.fixtures.vllm_fixtures import CHANGED, TENSORS, fakes, sampler, secret  # noqa: F401 - fixtures
 
@@ -295,6 +301,44 @@ def test_the_address_of_a_node_is_never_all_interfaces(monkeypatch: pytest.Monke
     monkeypatch.setattr(socket, "getaddrinfo", resolving("127.0.1.1"))
     address, host = environment.own_address()
     assert address == host and address not in ("0.0.0.0", "::", "127.0.1.1")  # noqa: S104
+
+
+def test_what_a_stranger_writes_into_the_store_of_a_group_is_not_believed(
+    sampler: VllmServer, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could say how many workers a server has, and with whom the ranks connect."""
+    monkeypatch.setattr(broadcast, "SECONDS", 30.0)
+    sender = Broadcast(lambda by_turns: iter(TENSORS.items()), Ranks(0, 1, Layout(), 0, 1, True))
+    sender.senders = [0]
+    url = fakes[1][0]
+    invitation = sender.invite(url, b"s" * 32)
+    host, port = invitation["store"].rsplit(":", 1)
+    assert listeners(int(port)) == {"127.0.0.1"}
+    stranger = dist.TCPStore(host, int(port), is_master=False)
+    for value in ("0", "1", "00" * 40):
+        stranger.set("workers", value)
+        with pytest.raises(RuntimeError, match="the entry workers of the group's store is not of a member"):
+            SignedStore(sender.stores[url], sender.keys[url]).get("workers")
+    connect(invitation["store"], "00" * 32, 30).set("workers", "1")  # signed with another key
+    assert sender._join({url: (invitation["store"], sender.keys[url])}) == set() and not sender.groups
+    invitation = sender.invite(url, b"s" * 32)
+    connect(invitation["store"], sender.keys[url], 30).set("workers", "1")
+    stranger = dist.TCPStore("127.0.0.1", int(invitation["store"].rsplit(":", 1)[1]), is_master=False)
+    stranger.set("group/0/1", "an address of its own")
+    assert sender._join({url: (invitation["store"], sender.keys[url])}) == set() and not sender.groups
+
+
+def listeners(port: int) -> set[str]:
+    """The local addresses on which somebody listens at a port."""
+    found = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        address, state = line.split()[1], line.split()[3]
+        if state == "0A" and int(address[9:], 16) == port:
+            found.add(socket.inet_ntoa(bytes.fromhex(address[:8])[::-1]))
+    for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]:
+        if line.split()[3] == "0A" and int(line.split()[1].rpartition(":")[2], 16) == port:
+            found.add("IPv6")
+    return found
 
 
 def test_the_settings_of_servers_that_others_start(tmp_path: Path) -> None:

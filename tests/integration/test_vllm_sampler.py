@@ -22,15 +22,18 @@ import pytest
 import torch
 
 from pipeline.core.errors import AtomError
+from stages.mcore.parallel_layout import Layout
 from stages.mcore.weight_init import full_tensor
 from stages.models.hf import hf_config
 from stages.models.qwen3_moe import spec
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.rl.broadcast import Broadcast
 from stages.rl.protocols import Completion, Prompt
 from stages.rl.rollout import rollouts
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.vllm_sampler import VllmServer
 from stages.rl.weights import Weights
+from stages.train.parallel import Ranks
 from tests.fixtures import rl_fixtures, weights_fixtures
 
 pytestmark = pytest.mark.skipif(
@@ -235,6 +238,22 @@ def test_weights_that_do_not_add_up_leave_the_old_ones(served: VllmServer, tmp_p
     assert served.generate(requests, greedy=True) != before
 
 
+def broadcast(
+    sampler: VllmServer, tensors: dict[str, torch.Tensor], sent: dict[str, torch.Tensor] | None = None
+) -> Any:
+    """The trainer's end, which has handed over the tensors. sent: what it sends in their place."""
+    passes = iter([tensors, tensors, sent or tensors])
+    sender = Broadcast(lambda by_turns: iter(next(passes).items()), Ranks(0, 1, Layout(), 0, 1, True))
+    try:
+        return sender.load(sampler)
+    finally:
+        sender.close()
+
+
+def test_a_broadcast_gives_the_answers_of_the_folder(served: VllmServer, ours: InProcess) -> None:
+    compare_transfers(served, ours)
+
+
 def compare_transfers(sampler: VllmServer, ours: InProcess) -> None:
     requests = prompts(40)
     answers = []
@@ -244,9 +263,28 @@ def compare_transfers(sampler: VllmServer, ours: InProcess) -> None:
         answers.append(sampler.generate(requests, greedy=True))
         assert [c.ids for c in answers[-1]] == [c.ids for c in ours.generate(requests, greedy=True)]
     assert answers[0] != answers[1]
+    for tensors, folders in zip((FIRST, SECOND), answers, strict=True):
+        began = time.monotonic()
+        assert broadcast(sampler, tensors) == weights_fixtures.written(sampler.folder, tensors).digest
+        print(f"\nbroadcast and loaded in {time.monotonic() - began:.2f} s")
+        assert [c.ids for c in sampler.generate(requests, greedy=True)] == [c.ids for c in folders]
 
 
-def test_two_tensor_ranks_take_weights(ours: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_arrives_as_another_tensor_is_not_loaded_and_the_server_answers_nothing(served: VllmServer) -> None:
+    load(served, FIRST)
+    requests = prompts(8)
+    before = served.generate(requests, greedy=True)
+    name = "model.layers.1.mlp.gate.weight"
+    with pytest.raises(AtomError, match=rf"refuses the weights: what arrived as {name} is not the trainer's tensor"):
+        broadcast(served, SECOND, {**SECOND, name: SECOND[name] + 1})
+    assert get(served, "/is_paused") == {"is_paused": True}
+    broadcast(served, FIRST)
+    assert [c.ids for c in served.generate(requests, greedy=True)] == [c.ids for c in before]
+
+
+def test_two_tensor_ranks_take_weights_by_folder_and_by_broadcast(
+    ours: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not torch.cuda.is_available():
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # else each wants a NUMA node of its own
     elif torch.cuda.device_count() < 2:

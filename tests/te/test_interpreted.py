@@ -3,9 +3,11 @@ environment's PyTorch loads."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 
+import torch
+
+from stages.rl.samplers.vllm_worker.atom_group import nccl_version
 from tests.fixtures import ROOT, layout_fixtures
 
 
@@ -24,6 +26,4 @@ def test_kernels_of_permutation_and_cross_entropy() -> None:
 def test_pytorch_loads_the_nccl_of_the_lock_files() -> None:
     """Which is newer than the one with which it was built."""
     (pinned,) = (line.partition("==")[2] for line in (ROOT / "requirements/overrides.txt").read_text().splitlines() if "==" in line)  # fmt: skip
-    version = ctypes.c_int()  # `torch.cuda.nccl.version()` is that with which PyTorch was built
-    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
-    assert f"{version.value // 10_000}.{version.value // 100 % 100}.{version.value % 100}" == pinned
+    assert nccl_version(torch.device("cuda")) == pinned

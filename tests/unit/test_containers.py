@@ -91,6 +91,20 @@ def test_the_check_follows_requirements(tmp_path: Path, monkeypatch: pytest.Monk
         smoke.check_requirements("outer", ("more",))
 
 
+def test_the_check_compares_the_nccl_of_the_environments(tmp_path: Path) -> None:
+    """By what each interpreter says; here scripts are in their place."""
+    pythons = [tmp_path / "one", tmp_path / "two"]
+    for version in ("2.30.4", "2.29.7"):
+        for python in pythons:
+            python.write_text(f"#!/bin/sh\necho {'2.30.4' if python == pythons[0] else version}\n")
+            python.chmod(0o755)
+        if version == "2.30.4":
+            assert smoke.check_nccl(pythons) == version
+    with pytest.raises(smoke.CheckFailed, match=r"one has 2.30.4; \S+two has 2.29.7"):
+        smoke.check_nccl(pythons)
+    assert (ROOT / smoke.WORKER / "atom_group.py").is_file()
+
+
 def test_one_failed_check_fails_all_and_each_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     checks = [
         ("python", lambda: smoke.run(sys.executable, "-c", "print(1); print(2)")),

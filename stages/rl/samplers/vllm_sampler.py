@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -27,8 +27,10 @@ from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.samplers import server_files, vllm_server
 from stages.rl.samplers.server_files import Announced
 from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
-from stages.rl.weights import Weights
+from stages.rl.weights import Sender, Weights
 
+REASON_SECONDS = 5.0
+"""How long a server to which a broadcast failed is asked why."""
 REVIVALS = 3
 """How often the servers of a step may all be lost before the stage ends."""
 
@@ -131,7 +133,7 @@ class VllmServer(Sampler):
             with self.renewing:  # another thread may renew them
                 if not self.serving:
                     revivals += 1
-                    if revivals > REVIVALS:
+                    if revivals > REVIVALS or self.weights.sender is not None:  # the other ranks do not send now
                         raise next(iter(self.lost.values()))
                     self._renew()
             # neighbors are often answers to one question, so that one server keeps its cache
@@ -195,6 +197,8 @@ class VllmServer(Sampler):
         update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
         is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
         self._find(is_alone)
+        if self.weights.sender is not None:
+            return self._receive(self.weights.sender, is_alone)
 
         def check(server: Server, _: None) -> bool:
             self._check(server, update, is_alone)
@@ -284,6 +288,84 @@ class VllmServer(Sampler):
     def _model(self) -> dict[str, Any]:
         """What a server is told of the trainer's model."""
         return {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
+
+    def _receive(self, sender: Sender, is_alone: bool) -> None:
+        """Has all servers that are there receive the weights. One that fails is left out, and breaks nothing else."""
+        assert self.weights is not None
+        digest = self.weights.digest
+        invitations: dict[Server, dict[str, Any]] = {}
+
+        def greet(server: Server, _: None) -> bool:
+            if server not in self.serving or not sender.has_group(server.url):
+                self._greet(server, is_alone)
+                try:
+                    invitations[server] = sender.invite(server.url, server.key)
+                except OSError as error:
+                    raise server.lost(str(error)) from None
+            return True
+
+        greeted = self._map([(server, None) for server in self.servers], self._unless_lost(greet))
+        present = [server for server, done in zip(self.servers, greeted, strict=True) if done]
+
+        def enter(server: Server, invitation: Mapping[str, Any]) -> None:
+            try:
+                server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
+            except BaseException:
+                sender.give_up(server.url, invitation)
+                raise
+
+        def update(server: Server, _: None) -> None:
+            server.post("/start_weight_update", attempts=1)
+            server.post("/pause?mode=keep")
+            server.post("/update_weights", {"update_info": {"digest": digest, **sender.content}}, attempts=1)
+
+        def finish(server: Server, _: None) -> bool:
+            server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
+            server.post("/resume")
+            return True
+
+        if invitations:
+            joined = self._beside(enter, list(invitations.items()), lambda: sender.join(
+                {server.url: invitation for server, invitation in invitations.items()}
+            ))  # fmt: skip
+            present = [server for server in present if server not in invitations or server in joined]
+        taken = self._beside(update, [(server, None) for server in present], lambda: sender.send(
+            [server.url for server in present]
+        ))  # fmt: skip
+        self.serving = []
+        finished = self._map([(server, None) for server in taken], self._unless_lost(finish))
+        self.serving = [server for server, done in zip(taken, finished, strict=True) if done]
+        for server in self.serving:
+            self.lost.pop(server, None)
+        if not self.serving:
+            raise next(iter(self.lost.values()))
+
+    def _beside(
+        self, request: Callable[[Server, Any], None], items: Sequence[tuple[Server, Any]], act: Callable[[], set[str]]
+    ) -> list[Server]:
+        """The servers whose request is answered, and with which the trainer's ranks succeed meanwhile in `act`. Of the
+        others the reason is awaited for a moment, since a server that hangs may never answer."""
+        results: dict[Server, Future[None]] = {server: Future() for server, _ in items}
+
+        def run(server: Server, item: Any) -> None:
+            try:
+                request(server, item)
+                results[server].set_result(None)
+            except BaseException as error:
+                results[server].set_exception(error)
+
+        def confirm(server: Server, _: Any) -> bool:
+            with contextlib.suppress(TimeoutError):
+                results[server].result(None if server.url in succeeded else REASON_SECONDS)
+            if server.url not in succeeded:
+                raise server.lost("its weights did not come through in time; see whether it and the ranks reach each "
+                                  "other, and what NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names")  # fmt: skip
+            return True
+
+        for server, item in items:
+            threading.Thread(target=run, args=(server, item), name="request", daemon=True).start()
+        succeeded = act()
+        return [server for server, _ in items if self._unless_lost(confirm)(server, None)]
 
     def _take(self, server: Server, update: Mapping[str, Any]) -> None:
         """Running answers wait, and go on with the new weights, which read their tokens again."""

@@ -7,8 +7,8 @@ Other servers on nodes of their own are started beforehand, each by
 
 with ATOM_VLLM_PYTHON set, where FOLDER has the config.json of a model of the same shape (any earlier export), SECRET is
 a file that is made if it is missing, and options are vLLM's; the recipe then lists the servers in `sampling.url`, and
-names the file in `sampling.secret`. The weights reach them through the stage's work folder, which they must see under
-the same path.
+names the file in `sampling.secret`. The weights reach them by broadcast, or through the stage's work folder, which they
+must then see under the same path.
 
 A server answers only requests that are signed with the secret (vllm_worker/atom_guard.py), and a client believes only
 signed answers.

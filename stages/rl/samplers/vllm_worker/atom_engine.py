@@ -1,17 +1,43 @@
-"""vLLM's weight transfer engine `atom`: a policy's weights from a folder that the trainer's ranks have written.
+"""vLLM's weight transfer engine `atom`: a policy's weights from a folder that the trainer's ranks have written, or
+broadcast by them.
 
-An update has two requests. The first checks the folder: every tensor that the index lists is in its file, the digests
-are right, and their digest is that of the policy. The workers of a server share this reading. The second loads; until
-then a refusal leaves the old weights as they are.
+An update by the folder has two requests. The first checks the folder: every tensor that the index lists is in its file,
+the digests are right, and their digest is that of the policy. The workers of a server share this reading. The second
+loads; until then a refusal leaves the old weights as they are.
+
+A broadcast states the digest of each tensor beforehand, and the workers share the check of what arrives: a tensor
+is loaded after its check. An update that fails half-way never ends, and the server answers nothing until one does.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atom_index import Refused, check, tensors  # type: ignore[import-not-found]
+import torch
+from atom_group import (  # type: ignore[import-not-found]
+    GROUP,
+    PATIENCE,
+    WORKERS,
+    Group,
+    connect,
+    other_nccl,
+    packets,
+    view,
+)
+from atom_index import (  # type: ignore[import-not-found]
+    HEAD,
+    TABLE,
+    Refused,
+    check,
+    policy_digest,
+    row_of,
+    tensors,
+)
+from atom_secret import VARIABLE, read, sign  # type: ignore[import-not-found]
 from vllm.distributed.weight_transfer.base import (  # type: ignore[import-not-found]
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -23,26 +49,40 @@ NAME = "atom"
 
 @dataclass
 class Model(WeightTransferInitInfo):  # type: ignore[misc]
-    """sizes: entries of the trainer's config.json that the server's model must have too."""
+    """sizes: entries of the trainer's config.json that the server's model must have too. For broadcasts, store: host
+    and port of the group's store; nonce: of which and of the run's secret the key of its entries is made; ranks: of the
+    trainer in the group; seconds: within which it must form, and each broadcast end on the ranks; device: the type of
+    the trainer's; nccl: the release of the trainer's NCCL."""
 
     sizes: dict[str, Any]
+    store: str | None = None
+    nonce: str = ""
+    ranks: int = 0
+    seconds: float = 0.0
+    device: str = "cpu"
+    nccl: str = ""
 
 
 @dataclass
 class Weights(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """digest: of the policy, whose weights are in `folder`. load: False to check the folder only."""
+    """digest: of the policy. Of a folder, load: False to check it only. Of a broadcast, names and rows: of the tensors
+    in their order, as in the index; roots: the rank of the trainer that holds each."""
 
     digest: str
-    folder: str
+    folder: str = ""
     load: bool = True
+    names: list[str] | None = None
+    rows: list[dict[str, Any]] | None = None
+    roots: list[int] | None = None
 
 
 class Engine(WeightTransferEngine):  # type: ignore[misc]
     init_info_cls, update_info_cls = Model, Weights
     checked = ""
-    """The digest of the weights that this update has checked."""
+    """The digest of the weights in a folder that this update has checked."""
     begun = False
     """Whether the model takes weights, until `finish_weight_update`."""
+    group: Group | None = None
 
     def init_transfer_engine(self, info: Model) -> None:
         config = self.model_config.hf_text_config
@@ -52,20 +92,69 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
                     f"its model has {name} = {getattr(config, name)}, and the trainer's has {value}; start it with the "
                     "trainer's config.json"
                 )
+        self.shutdown()
+        if info.store is not None:
+            if self.device.type != info.device:
+                raise Refused(f"it computes on {self.device.type}, and the trainer on {info.device}; use the folder")
+            if sentence := other_nccl(info.nccl, self.device):
+                raise Refused(sentence)
+            key = sign(read(Path(os.environ[VARIABLE])), GROUP, info.nonce)
+            store, parallel = connect(info.store, key, info.seconds), self.parallel_config
+            workers = parallel.world_size * parallel.data_parallel_size
+            store.set(WORKERS, str(workers))
+            rank = info.ranks + parallel.data_parallel_index * parallel.world_size + parallel.rank
+            self.group = Group(store, rank, info.ranks + workers, info.seconds, self.device, PATIENCE)
 
     def start_weight_update(self) -> None:
         self.checked, self.begun = "", False
 
     def receive_weights(self, info: Weights) -> None:
-        if not info.load:
-            check(Path(info.folder), info.digest, self.parallel_config.rank, self.parallel_config.world_size)
+        parallel = self.parallel_config
+        if info.rows is not None:
+            self._load(self._received(info), f"the policy {info.digest}")
+        elif not info.load:
+            check(Path(info.folder), info.digest, parallel.rank, parallel.world_size)
             self.checked = info.digest
         elif self.checked != info.digest:
             raise Refused(f"the weights of {info.digest} were not checked before")
         else:
-            self._load(info.folder)
+            self._load([tensors(Path(info.folder))], info.folder)
 
-    def _load(self, folder: str) -> None:
+    def _received(self, info: Weights) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The tensors of a broadcast, of one packet after the other, checked."""
+        assert info.rows is not None and info.names is not None and info.roots is not None, "of one request"
+        if policy_digest(dict(zip(info.names, info.rows, strict=True))) != info.digest:
+            raise Refused(f"the tensors of the broadcast are not the policy {info.digest}")
+        if self.group is None:
+            raise Refused("it is in no group with the trainer")
+        part, parts = self.parallel_config.rank, self.parallel_config.world_size
+        try:
+            for together in packets(info.rows, info.roots):
+                buffers = [torch.empty(packet.size, dtype=torch.uint8, device=self.device) for packet in together]
+                works = [
+                    self.group.start(buffer, packet.root) for packet, buffer in zip(together, buffers, strict=True)
+                ]
+                for packet, buffer, work in zip(together, buffers, works, strict=True):
+                    self.group.end(work)
+                    yield [
+                        (name, tensor)
+                        for number, offset in zip(packet.numbers, packet.offsets, strict=True)
+                        for tensor in [view(buffer, offset, info.rows[number])]
+                        for name in self._check(info, number, tensor, number % parts == part)
+                    ]
+        except BaseException:
+            self.shutdown()  # the trainer's ranks then fail at once, and form another group
+            raise
+
+    def _check(self, info: Weights, number: int, tensor: torch.Tensor, is_mine: bool) -> list[str]:
+        """The names of a received tensor in this model, which keeps two copies of tied embeddings."""
+        assert info.rows is not None and info.names is not None, "of one request"
+        name = info.names[number]
+        if is_mine and row_of(tensor) != info.rows[number]:
+            raise Refused(f"what arrived as {name} is not the trainer's tensor")
+        return [name, HEAD] if name == TABLE and HEAD not in info.names else [name]
+
+    def _load(self, parts: Iterable[Iterable[tuple[str, torch.Tensor]]], source: str) -> None:
         from vllm.model_executor.model_loader.reload import (  # type: ignore[import-not-found]
             initialize_layerwise_reload,
         )
@@ -81,13 +170,14 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
         initialize_layerwise_reload(self.model)
         self.begun = True
         try:
-            missing -= self.model.load_weights(tensors(Path(folder)))
+            for part in parts:
+                missing -= self.model.load_weights(part)
         except BaseException:
             self._end()
             raise
         if missing:
             self._end()
-            raise Refused(f"no tensor of {folder} is {min(missing)} of its model; start it with the trainer's model")
+            raise Refused(f"no tensor of {source} is {min(missing)} of its model; start it with the trainer's model")
 
     def finish_weight_update(self) -> None:
         if not self.begun:
@@ -101,7 +191,9 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
         self.checked, self.begun = "", False
 
     def shutdown(self) -> None:
-        """Holds nothing."""
+        if self.group is not None:
+            self.group.close()
+            self.group = None
 
 
 def register() -> None:
