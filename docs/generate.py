@@ -1,6 +1,6 @@
 """Write docs/cli.md from the command line, from the classes of recipes and profiles docs/configuration.md and the JSON
-Schemas in docs/schemas, in docs/errors.md the table of failures and in docs/metrics.md that of the gauges, and
-docs/llms.txt from the navigation.
+Schemas in docs/schemas, in docs/errors.md the tables of failures and waiting reasons, and docs/llms.txt from the
+navigation.
 
     python docs/generate.py
 
@@ -30,7 +30,6 @@ from pipeline.cli.main import app
 from pipeline.core.bounds import Range, Words
 from pipeline.graph import json_schema
 from pipeline.launch import diagnoses, waiting_reasons
-from pipeline.operations import prometheus
 
 FOLDER = Path(__file__).parent
 PROSE_WIDTH = 100
@@ -81,7 +80,6 @@ def pages() -> dict[str, str]:
         "configuration.md": "\n\n".join(configuration) + "\n",
         **{f"schemas/{kind}{json_schema.SUFFIX}": json_schema.text(kind) for kind in models},
         "errors.md": with_part("errors.md", "failures", failures(), "waiting", waiting()),
-        "metrics.md": with_part("metrics.md", "gauges", gauges()),
         "llms.txt": llms(),
     }
 
@@ -108,10 +106,6 @@ def waiting() -> str:
     sentences = [item(f"*{cause}*: {sentence}") for cause, _, _, sentence in waiting_reasons.rows()]
     rows = [row[:3] for row in waiting_reasons.rows()]
     return table(("cause", "reasons of Slurm", "alert"), rows) + "\n\n" + "\n".join(sentences)
-
-
-def gauges() -> str:
-    return table(("gauge", "meaning"), [(f"`{name}`", meaning) for name, meaning in prometheus.HELP.items()])
 
 
 def llms() -> str:

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +16,6 @@ from pipeline.operations.command_options import JsonOption, RunArgument, console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pipeline.core.store import Store
     from pipeline.graph.run import NodeStatus, Run
     from pipeline.tracking.budget import Hours
 
@@ -29,25 +27,16 @@ def status(
     run: RunArgument = None,
     watch: Annotated[bool, typer.Option("--watch", help="redraw every two seconds until the run ends")] = False,
     as_json: JsonOption = False,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="write one page of HTML there instead, with curves")
-    ] = None,
-    prometheus: Annotated[
-        Path | None,
-        typer.Option("--prometheus", metavar="FILE", help="write metrics for Prometheus there instead; -: print them"),
-    ] = None,
 ) -> None:
     """Show the progress and the resource use of a run.
 
-    The use of time, energy and money includes failed attempts. A running stage keeps the same page of HTML up to date
-    in logs/RUN/status.html of $ATOM_HOME. Only --html and --prometheus may be given together.
+    The use of time, energy and money includes failed attempts. --watch also shows curves, spikes, dead experts, and
+    what the running stages still need.
 
     Example: atom status --watch
     """
-    files = " and ".join(name for name, file in (("--html", html), ("--prometheus", prometheus)) if file is not None)
-    outputs = [name for name, given in (("--watch", watch), ("--json", as_json), (files, files)) if given]
-    if len(outputs) > 1:
-        raise AtomError(f"atom status: {' and '.join(outputs)} are different outputs; give one of them at a time")
+    if watch and as_json:
+        raise AtomError("atom status: --watch and --json are different outputs; give one of them at a time")
     from rich.console import Group
     from rich.live import Live
     from rich.markup import escape
@@ -60,10 +49,6 @@ def status(
     store = open_store()
     warn_of_home(store)
     this = runs.find(store, run)
-
-    if html is not None or prometheus is not None:
-        _write_views(this, store, html, prometheus)
-        return
 
     def read() -> tuple[Table, list[NodeStatus], str | None, Hours]:
         nodes, lack = status.status(this, store)
@@ -97,22 +82,6 @@ def status(
             if current.over:
                 return
             time.sleep(2)
-
-
-def _write_views(run: Run, store: Store, html: Path | None, prometheus: Path | None) -> None:
-    from pipeline.tracking import page, snapshot
-
-    current = snapshot.take(run, store)
-    if html is not None:
-        page.write(html, page.page(current))
-    if prometheus is not None:
-        from pipeline.operations.prometheus import exposition
-
-        text = exposition(current)
-        if str(prometheus) == "-":
-            sys.stdout.write(text)
-        else:
-            page.write(prometheus, text)
 
 
 @app.command()

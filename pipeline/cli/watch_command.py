@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 import sys
 import time
 from pathlib import Path
@@ -21,11 +19,11 @@ app = typer.Typer()
 def watch(
     run: RunArgument = None,
     command: Annotated[
-        str | None, typer.Option(help="shell command for each alert, with ATOM_RUN, ATOM_ALERT and ATOM_TEXT set")
+        str | None,
+        typer.Option(
+            help="shell command for each alert, as JSON on its input and in ATOM_RUN, ATOM_ALERT and ATOM_TEXT"
+        ),
     ] = None,
-    webhook: Annotated[str | None, typer.Option(metavar="URL", help="address that gets each alert as JSON")] = None,
-    mail: Annotated[str | None, typer.Option(metavar="ADDRESS", help="address that gets each alert as a mail")] = None,
-    smtp: Annotated[str, typer.Option(metavar="HOST[:PORT]", help="server that sends the mails")] = "localhost",
     once: Annotated[bool, typer.Option("--once", help="look once, for cron; exit code 1 if an alert stands")] = False,
     every: Annotated[float, typer.Option(min=1, max=86_400, help="seconds between two looks")] = 60.0,
     state: Annotated[
@@ -53,7 +51,7 @@ def watch(
     spike, dead experts, the budget, the disk. Each is sent once, and again only after it was over. A job that is queued
     again is no failure. The command needs nothing from the jobs: it sees a node that has vanished.
 
-    Example: atom watch --webhook https://chat.example.org/hook
+    Example: atom watch --command 'curl -sSf --json @- https://chat.example.org/hook'
     """
     from pipeline.graph import run as runs
     from pipeline.launch import slurm_client
@@ -63,10 +61,7 @@ def watch(
     store = open_store()
     this = runs.find(store, run)
     limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb, waiting_hours, restarts_a_day)
-    senders = [alerts.by_command(command)] if command else []
-    senders += [alerts.by_webhook(webhook)] if webhook else []
-    senders += [alerts.by_mail(mail, smtp, f"{getpass.getuser()}@{socket.getfqdn()}")] if mail else []
-    watcher = alerts.Watcher(this.id, state or this.folder / "watch.json", senders)
+    watcher = alerts.Watcher(this.id, state or this.folder / "watch.json", command)
     answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None
     while True:
         current = snapshot.take(this, store, answers)

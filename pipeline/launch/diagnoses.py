@@ -1,6 +1,6 @@
 """The table of failures: how each is recognized, whether another attempt is made, and the sentence about it.
 
-The same sentence reaches the log, the decision of the launch, `atom status` and the notification: a rank writes it
+The same sentence reaches the log, the decision of the launch, `atom status` and the alert: a rank writes it
 (failure_messages.py), or the job's script (post_mortem.sh.jinja), or `atom status` for a job whose script never ran.
 MLflow gets what a rank writes.
 

@@ -28,6 +28,7 @@ from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import HEARTBEAT
+from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.graph.run import BODY
@@ -39,7 +40,6 @@ from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, read, write
 from pipeline.launch.worker import STOP, attempt, stop_signals
 from pipeline.tracking import budget, mlflow_sync
-from pipeline.tracking.live import LiveFiles
 
 MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
 """The MLflow status of the run for each decision; any other decision leaves the run open."""
@@ -127,7 +127,7 @@ def run(task: Task, limits: JobLimits) -> str:
             print(f"{task.node}: {problem.text}", file=sys.stderr, flush=True)
             report.end(problem)
             record_outcome(problem)
-            LiveFiles(store, task.run, task.node).close()
+            SummaryWriter(folder).close()
             outcome: str | Failure = problem
         else:
             begun, companion = True, mlflow_sync.Companion(store.home, task.run)

@@ -21,6 +21,7 @@ from pipeline.core.errors import Failure, Interrupted, Kind, MachineError, PeerL
 from pipeline.core.events import FileReport, FollowerReport
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, draft_folder
+from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import registry
 from pipeline.launch import start_file
@@ -30,7 +31,6 @@ from pipeline.launch.early_start import EarlyStart
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
 from pipeline.launch.start_records import StartRecords
-from pipeline.tracking.live import LiveFiles
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption."""
@@ -66,11 +66,11 @@ def attempt(
     if ranks.rank:
         return _run_follower(task, store, ranks)
     report = FileReport(store.logs / task.run / task.node)
-    live = LiveFiles(store, task.run, task.node)
+    summaries = SummaryWriter(store.logs / task.run / task.node)
 
     def end(outcome: str | Failure) -> None:
         report.end(outcome)
-        live.close()
+        summaries.close()
         on_outcome(outcome)
         if isinstance(outcome, Failure):
             ranks.finish()

@@ -118,7 +118,7 @@ def test_another_users_job_that_is_seen_is_shared_and_cancelled_after_a_question
     assert stage(team, "root", second_run)["user"] == FIRST
     counts(team)
     before = files(team.home)
-    for arguments in (("status",), ("status", run), ("status", "--prometheus", "-"), ("runs",), ("nodes",)):
+    for arguments in (("status",), ("status", run), ("runs",), ("nodes",)):
         assert team.atom(READER, *arguments)
     assert set(files(team.home)) == set(before), "who reads writes nothing"
     assert f"run {second_run} of root waits for its jobs; add --yes" in team.atom(FIRST, "cancel", run, code=2)
