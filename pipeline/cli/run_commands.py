@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.core.errors import AtomError
-from pipeline.operations.command_options import JsonOption, RunArgument, console, graph_of, open_store, warn_of_home
+from pipeline.operations.command_options import (
+    JsonOption,
+    RunArgument,
+    confirm,
+    console,
+    graph_of,
+    open_store,
+    warn_of_home,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -189,7 +197,7 @@ def cancel(
     concerned = [f"run {this.id} is {this.owner}'s"] if this.owner != users.present() else []
     concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != users.present()]
     if concerned and not yes:
-        _confirm("; ".join(concerned))
+        confirm("; ".join(concerned), "cancel all the same")
     if this.on_slurm:
         names = cancellation.cancel_jobs(this, store)
         print(f"run {this.id}: cancelled {', '.join(names) or 'nothing, Slurm holds no job of it'}")
@@ -198,14 +206,6 @@ def cancel(
         print(f"run {this.id}: stopped {', '.join(names) or 'nothing, no stage was running'}")
     for other in waiting:
         print(f"run {other.id} of {other.owner} waited for these jobs; `atom retry {other.id}` goes on")
-
-
-def _confirm(concerned: str) -> None:
-    """Raises AtomError unless a person at a terminal agrees."""
-    if not sys.stdin.isatty():
-        raise AtomError(f"{concerned}; add --yes to cancel all the same")
-    if not typer.confirm(f"{concerned}. Cancel all the same?"):
-        raise AtomError(f"{concerned}; nothing was cancelled")
 
 
 @app.command()

@@ -37,6 +37,20 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
+def confirm(statement: str, action: str) -> None:
+    """Asks a person at a terminal whether to go on.
+
+    Raises:
+        AtomError: Nobody can be asked, or the answer is no.
+    """
+    from pipeline.core.errors import AtomError
+
+    if not sys.stdin.isatty():
+        raise AtomError(f"{statement}; add --yes to {action}")
+    if not typer.confirm(f"{statement}. {action[0].upper()}{action[1:]}?"):
+        raise AtomError(f"{statement}; nothing was done")
+
+
 def graph_of(recipe: str, without_data: bool = False) -> Graph:
     from pipeline.graph import dag
     from pipeline.graph import recipe as recipes
