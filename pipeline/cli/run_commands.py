@@ -267,10 +267,7 @@ def sync(run: RunArgument = None) -> None:
         raise AtomError(f"a job of run {this.id} is sending it at the moment; its metrics arrive by themselves")
     forwarder = mlflow_sync.Forwarder(this, store)
     try:
-        if is_over or mlflow_sync.outcome_of(nodes) == "FINISHED":
-            forwarder.finish(mlflow_sync.outcome_of(nodes))
-        else:
-            forwarder.sync()
+        forwarder.sync(over=is_over or mlflow_sync.outcome_of(nodes) == "FINISHED")
     except AtomError:
         raise
     except Exception as error:

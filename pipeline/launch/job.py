@@ -35,14 +35,12 @@ from pipeline.graph.run import BODY
 from pipeline.launch import bad_nodes, clean_environment, device_test, preflight
 from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
+from pipeline.launch.companion import Companion
 from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, read, write
 from pipeline.launch.worker import STOP, attempt, stop_signals
-from pipeline.tracking import budget, mlflow_sync
-
-MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
-"""The MLflow status of the run for each decision; any other decision leaves the run open."""
+from pipeline.tracking import budget
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def run(task: Task, limits: JobLimits) -> str:
         return _run_follower(task, limits, store, ranks)
     report = FileReport(folder)
     report.event("attempt", job=slurm_job.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
-    companion: mlflow_sync.Companion | None = None
+    companion: Companion | None = None
     begun, keys = False, list[str]()
     with watch_stop_signals() as stop_signals_received:
 
@@ -109,7 +107,7 @@ def run(task: Task, limits: JobLimits) -> str:
             if companion is not None and decision in (Decision.RESTART, Decision.RELAUNCH):
                 companion.kill()  # the time limit may be near; the next start sends the rest
             elif companion is not None:
-                companion.close(MLFLOW_OUTCOMES.get(decision, ""), isinstance(outcome, Failure))
+                companion.close(decision in (Decision.DONE, Decision.FAILED), quick=isinstance(outcome, Failure))
 
         problem = _check(task, limits, store, ranks)
         if (stall := standstill(folder)).since > limits.restarts + 1:
@@ -130,7 +128,7 @@ def run(task: Task, limits: JobLimits) -> str:
             SummaryWriter(folder).close()
             outcome: str | Failure = problem
         else:
-            begun, companion = True, mlflow_sync.Companion(store.home, task.run)
+            begun, companion = True, Companion(store.home, task.run, whole=False)
             outcome = attempt(task, store, ranks, record_outcome)
         report.close()
     if isinstance(outcome, Failure) and ranks.size > 1:
