@@ -14,7 +14,7 @@ from pipeline.graph.checkpoint_times import require_patient_watchdogs
 from pipeline.graph.cost_estimate import Use, estimate_costs, servers_of
 from pipeline.graph.dag import Graph, states
 from pipeline.graph.plan import StagePlan, is_small, plan
-from pipeline.hub.repository_limits import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
+from pipeline.hub.remote import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
 from pipeline.launch.cluster_profile import Profile
 
 GIB, GB = 2**30, 10**9
