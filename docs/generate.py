@@ -28,8 +28,8 @@ from typer.main import get_command
 
 from pipeline.cli.main import app
 from pipeline.core.bounds import Range, Words
-from pipeline.graph import json_schema
 from pipeline.launch import diagnoses, waiting_reasons
+from pipeline.operations import json_schema
 
 FOLDER = Path(__file__).parent
 PROSE_WIDTH = 100

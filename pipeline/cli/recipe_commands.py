@@ -56,11 +56,11 @@ def plan(
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
     from pipeline.cli.tables import cost_table, long_context_table, phases_table, plan_table, simulation_table
-    from pipeline.graph import dag, fit, plan
+    from pipeline.graph import budget, dag, plan
     from pipeline.graph.checkpoint_times import checkpoint_times, require_patient_watchdogs, sentences
-    from pipeline.graph.cost_estimate import estimate_costs
     from pipeline.launch import cluster_profile
-    from pipeline.tracking import budget
+    from pipeline.operations import fit
+    from pipeline.operations.cost_estimate import estimate_costs
 
     composed, store = graph_of(recipe, without_data=True), open_store()
     warn_of_home(store)
@@ -172,9 +172,9 @@ def submit(
     Example: atom submit atom-tiny --cluster cluster.yaml
     """
     from pipeline.cli import execution
-    from pipeline.graph import fit
     from pipeline.launch import cluster_profile, slurm
     from pipeline.launch.local import damage_of
+    from pipeline.operations import fit
 
     composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
     warn_of_keys(store)

@@ -24,8 +24,8 @@ from pipeline.operations.command_options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from pipeline.graph.budget import Hours
     from pipeline.graph.run import NodeStatus, Run
-    from pipeline.tracking.budget import Hours
 
 app = typer.Typer()
 
@@ -50,9 +50,10 @@ def status(
     from rich.markup import escape
 
     from pipeline.cli.tables import status_table
+    from pipeline.graph import budget
     from pipeline.graph import run as runs
     from pipeline.launch import bad_nodes, slurm_client
-    from pipeline.tracking import budget, snapshot, status
+    from pipeline.tracking import snapshot, status
 
     store = open_store()
     warn_of_home(store)

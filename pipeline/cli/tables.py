@@ -6,9 +6,9 @@ from rich.table import Table
 
 from pipeline.core.progress import duration, human
 from pipeline.core.stage import LongContext, RankSimulation, Traffic
-from pipeline.graph.cost_estimate import CostEstimate
 from pipeline.graph.plan import StagePlan, timed
 from pipeline.graph.run import NodeStatus
+from pipeline.operations.cost_estimate import CostEstimate
 
 
 def _cell(value: float | None, unit: str = "") -> str:

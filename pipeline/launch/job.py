@@ -30,17 +30,16 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.lease import HEARTBEAT
 from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Store
-from pipeline.graph import registry
+from pipeline.graph import budget, registry
 from pipeline.graph.run import BODY
 from pipeline.launch import bad_nodes, clean_environment, device_test, preflight
 from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.companion import Companion
 from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.failure_messages import report_failure
+from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, read, write
 from pipeline.launch.worker import STOP, attempt, stop_signals
-from pipeline.tracking import budget
 
 
 @dataclass(frozen=True)

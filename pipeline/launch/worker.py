@@ -24,11 +24,9 @@ from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import registry
-from pipeline.launch import start_file
-from pipeline.launch.attempt import Attempt, Task
-from pipeline.launch.checkpoint_artifacts import CheckpointArtifacts
+from pipeline.launch.attempt import Attempt, CheckpointArtifacts, Task
+from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.early_start import EarlyStart
-from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
 from pipeline.launch.start_records import StartRecords
 
@@ -204,7 +202,7 @@ def _run_attempt(
                 if attempt.stage.trains:
                     attempt.starts = StartRecords(folder, lease.number)
                     attempt.starts.add(store, task.key, attempt.started)
-                start_file.write(attempt, lease.number)
+                attempt.write_settings(lease.number)
                 out.mkdir()
             with ranks.environment(ranks.open_rendezvous(lease.number)):
                 attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)

@@ -24,9 +24,9 @@ from pipeline.core.progress import duration
 from pipeline.core.progress import stages as stage_count
 from pipeline.core.spike_limit import spike_limit
 from pipeline.core.store import Store
+from pipeline.graph.budget import RESOURCES
 from pipeline.graph.run import REFUSED, NodeStatus
 from pipeline.launch import bad_nodes
-from pipeline.tracking.budget import RESOURCES
 from pipeline.tracking.snapshot import Snapshot, StageView
 from pipeline.tracking.status import ENDING, HIDDEN, UNSUBMITTED
 

@@ -13,7 +13,7 @@ from pipeline.core.figures import estimates, scores_of
 from pipeline.core.provenance import Statement
 from pipeline.core.store import Artifact
 from pipeline.graph.run import NodeStatus, Run
-from pipeline.launch.start_file import StartSettings
+from pipeline.launch.start_records import StartSettings
 
 BATCH, PARAMS_PER_BATCH = 1000, 100
 LONGEST_DIGEST = 36

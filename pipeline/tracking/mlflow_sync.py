@@ -33,9 +33,9 @@ from pipeline.core.lease import Lease
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run, status
-from pipeline.launch import start_file
+from pipeline.launch import start_records
 from pipeline.launch.companion import NO_TRACKING
-from pipeline.launch.start_file import StartSettings
+from pipeline.launch.start_records import StartSettings
 from pipeline.tracking import mlflow_records as records
 
 
@@ -163,7 +163,7 @@ class Forwarder:
             run = client.create_run(self.state["experiment"], run_name=node.name, tags=tags)
             progress["id"] = run.info.run_id
             self._save()
-        start = start_file.read(self.run.node_folder(node.name))
+        start = start_records.read_settings(self.run.node_folder(node.name))
         if start is not None and start["start"] != progress.get("start"):
             records.log(
                 client,

@@ -13,10 +13,11 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.progress import duration, human
 from pipeline.core.store import Store
+from pipeline.graph import budget
+from pipeline.graph.budget import RESOURCES, Hours, Limits, Resource
 from pipeline.graph.run import NodeStatus, Run
 from pipeline.launch.slurm_client import Answers
-from pipeline.tracking import budget, status
-from pipeline.tracking.budget import RESOURCES, Hours, Limits, Resource
+from pipeline.tracking import status
 
 CURVES = (
     "loss", "heldout_loss", "reward", "step_tokens_per_s", "tokens_per_s", "step_seconds", "grad_norm",

@@ -25,7 +25,7 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import submission_lock
-from pipeline.launch.failure_messages import failure_kind, failure_message
+from pipeline.launch.diagnoses import failure_kind, failure_message
 from pipeline.launch.slurm_client import Job, Owner
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length, atom

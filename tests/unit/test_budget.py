@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.store import Store
-from pipeline.tracking import budget
-from pipeline.tracking.budget import Hours, Limits
+from pipeline.graph import budget
+from pipeline.graph.budget import Hours, Limits
 
 
 def test_the_jobs_of_a_run_read_each_statement_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
