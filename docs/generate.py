@@ -143,8 +143,11 @@ def command_blocks() -> Iterator[str]:
     """The command line: exit codes, then each command with its help text, usage, arguments and options."""
     yield from ("# Command line", GENERATED, prose(app.info.help or ""), "## Exit codes")
     yield table(("code", "meaning"), [(str(code), meaning) for code, meaning in EXIT_CODES.items()])
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
-        yield f"## atom {name}"
+    panels = get_command(app).panels()  # type: ignore[attr-defined]
+    for panel, name, command in ((panel, *item) for panel, commands in panels.items() for item in commands.items()):
+        if name == next(iter(panels[panel])):
+            yield f"## {panel}"
+        yield f"### atom {name}"
         yield prose(command.help or "")
         hints = get_type_hints(command.callback, include_extras=True)
         usage, arguments, options = ["atom", name], [], []

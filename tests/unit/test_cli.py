@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from pipeline.cli.main import app
 from pipeline.cli.run_commands import status
@@ -22,9 +23,19 @@ def test_commands_stand_in_the_order_of_their_use() -> None:
     """Those of the engine first, and then what the registry adds."""
     assert HERE == [
         "init", "validate", "diff", "plan", "run", "submit", "status", "logs", "nodes", "cancel", "retry", "sync",
-        "watch", "runs", "compare", "gc",
+        "runs", "compare", "watch", "gc",
     ]  # fmt: skip
     assert list(COMMANDS)[: len(HERE)] == HERE and {"simulate-precision", "build", "verify"} < COMMANDS.keys()
+
+
+def test_help_lists_the_commands_by_who_needs_them() -> None:
+    text = CliRunner().invoke(app, ["--help"]).stdout
+    titles = re.findall(r"^([A-Z][a-z ]+):$", text, re.MULTILINE)
+    assert titles == ["Options", "Plan and run", "Release", "Check", "Data"]
+    panels = get_command(app).panels()  # type: ignore[attr-defined]
+    assert {"plan", "run"} < set(panels["Plan and run"]) and {"build", "sign", "publish"} < set(panels["Release"])
+    assert {"verify", "trace", "replay"} < set(panels["Check"]) and "pin" in panels["Data"]
+    assert sorted(name for commands in panels.values() for name in commands) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -45,6 +45,6 @@ def test_headings_are_distinct(pages: dict[str, str], name: str) -> None:
 
 
 def test_every_command_and_section_has_a_heading(pages: dict[str, str]) -> None:
-    assert {"## atom plan", "## atom run", "## atom verify"} <= set(pages["cli.md"].splitlines())
+    assert {"## Check", "### atom plan", "### atom run", "### atom verify"} <= set(pages["cli.md"].splitlines())
     headings = {"## Recipe", "## Data recipe", "## Cluster profile", "### pretrain.batch", "### sources.reader: jsonl"}
     assert headings <= set(pages["configuration.md"].splitlines())
