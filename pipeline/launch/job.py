@@ -117,7 +117,7 @@ def run(task: Task, limits: JobLimits) -> str:
             problem = problem or Failure(
                 f"run.json of {task.run} cannot be read ({error}); restore it, or submit again"
             )
-        if (budget_problem := budget.exceeded(limits.budget, store, keys, folder.parent / "hours.json")) is not None:
+        if (budget_problem := budget.exceeded(limits.budget, store, keys)) is not None:
             problem = problem or Failure(budget_problem, Kind.USER)
         if problem is not None:
             ranks.announce(problem)

@@ -47,7 +47,7 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
     if not jobs:
         return stages, None
     try:
-        slurm_jobs = answers.queued_jobs(run.users())
+        slurm_jobs = answers.ask(slurm_client.queued_jobs, tuple(sorted(run.users())))
     except NoAnswer as error:
         return stages, f"{error}; the states are those that the stages recorded"
     queued = {name: slurm_jobs.get(row["job"]) for name, row in jobs.items()}
@@ -59,7 +59,8 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
     problem, owner = None, run.owner
     try:
         # accounting never learns the end of a job that the controller lost, and keeps it as pending or running
-        finished_jobs = {id: job for id, job in answers.finished_jobs(sorted(asked)).items() if not job.alive}
+        ended = answers.ask(slurm_client.finished_jobs, tuple(sorted(asked)))
+        finished_jobs = {id: job for id, job in ended.items() if not job.alive}
     except NoAnswer as error:
         problem = diagnoses.NO_ACCOUNTING.text(detail=str(error))
     unknown = asked - set(finished_jobs)
@@ -162,7 +163,7 @@ def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
 
 def _hides_jobs(answers: Answers) -> bool:
     try:
-        return answers.hides_jobs()
+        return answers.ask(slurm_client.hides_jobs)
     except NoAnswer:  # the states are shown all the same
         return False
 
@@ -185,10 +186,11 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
     fields = {"nodes": job.nodes or "its nodes"}
     if row in (diagnoses.NOT_LAUNCHED, diagnoses.NO_HOME) and job.nodes:
         with suppress(NoAnswer):  # the sentence has all nodes then
-            fields["nodes"] = answers.first_node(job.nodes)
+            fields["nodes"] = answers.ask(slurm_client.first_node, job.nodes)
     if row in (diagnoses.MEMORY, diagnoses.TIME_LIMIT):
         with suppress(NoAnswer):  # the sentence has no figures then
-            requested, used = (answers.memory_of if row is diagnoses.MEMORY else answers.time_of)(job.id)
+            question = slurm_client.memory_of if row is diagnoses.MEMORY else slurm_client.time_of
+            requested, used = answers.ask(question, job.id)
             fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
     return row.text(**fields)
 
