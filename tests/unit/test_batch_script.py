@@ -242,7 +242,6 @@ cat "$messages" >&2
 # rank 0 began in one of the last starts.
 decision=$(head -n 1 "$launch/decision" 2> /dev/null)
 kind=$(sed -n 2p "$launch/decision" 2> /dev/null)
-outcome=$(tail -n +3 "$launch/decision" 2> /dev/null)
 [ "$decision" = relaunch ] && decision=again
 
 restarts_left && may_restart=yes
