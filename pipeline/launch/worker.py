@@ -26,7 +26,6 @@ from pipeline.core.store import Artifact, Store
 from pipeline.graph import registry
 from pipeline.launch.attempt import Attempt, CheckpointArtifacts, Task
 from pipeline.launch.diagnoses import report_failure
-from pipeline.launch.early_start import EarlyStart
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
 from pipeline.launch.start_records import StartRecords
 
@@ -36,17 +35,14 @@ WAIT_SECONDS = 1.0
 OPERATIONS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 
 
-def work(task: Task, early_start: EarlyStart | None = None) -> str:
+def work(task: Task) -> str:
     """Runs one node to its sealed artifact. Returns "sealed", "busy" (another worker has it) or a failure sentence.
 
     Never raises for an error of the stage: the job's outcome is a value, in `events.jsonl` and in the ledger. If the
     stage has several ranks, all of them call this; rank 0 handles lease, report and product, the others only run the
     stage. With several ranks, each process ends with exit code 1 if the launch has failed.
-    early_start: the gate to wait at, if the inputs are not sealed yet.
     """
     collector.collect_rarely()
-    if early_start is not None and not early_start.wait(registry.stage(task.stage).imports):
-        return "interrupted"
     store = Store(Path(task.home))
     outcome = attempt(task, store, Ranks.from_environment(task.ranks, store.logs / task.run / task.node))
     if isinstance(outcome, str):

@@ -40,7 +40,7 @@ from stages.data.seeds import seed_of, split_mix
 from stages.data.shards import document_files, first_tokens, shard_name
 from stages.data.synthetic import canaries
 from stages.data.table import Int32, Int64, String, columns_of, order_files, stream_part_batches, write_json, write_rows
-from stages.evaluation import MODEL_LIBRARIES, canary_exposure, estimates
+from stages.evaluation import canary_exposure, estimates
 from stages.evaluation.canary_exposure import CANARIES, CanaryRow
 from stages.evaluation.confidence import binomial, clustered, wilson
 from stages.evaluation.engine import Engine, LanguageModel, engine_field
@@ -311,5 +311,5 @@ def _summarize(rows: Sequence[DocumentRow]) -> Regurgitation:
 
 STAGE = Stage(
     "memorization", VERSION, MemorizationConfig, run,
-    **estimates.of_engine(), imports=MODEL_LIBRARIES,
+    **estimates.of_engine(),
 )  # fmt: skip
