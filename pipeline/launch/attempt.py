@@ -27,6 +27,8 @@ from pipeline.core.stage import family, identity, operation
 from pipeline.core.store import Artifact, Store, digest_of, rows_of, sha256_file
 from pipeline.graph import registry
 from pipeline.graph.checkpoints import Checkpoint
+from pipeline.graph.dag import Graph, Node
+from pipeline.graph.run import Run
 from pipeline.launch.diagnoses import strip_paths
 from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, USAGE_SECONDS, Ranks, Usage
 from pipeline.launch.start_records import SETTINGS, StartRecords, StartSettings
@@ -58,6 +60,20 @@ class Task:
     watts_per_gpu: float = 0.0
     server_gpus: int = 0  # of each of its servers in jobs of their own
     peaks: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, graph: Graph, store: Store, run: Run, node: Node, **resources: Any) -> Task:
+        """The parameters of a node's job in a run. resources: the fields that the launcher decides."""
+        return cls(
+            home=str(store.home),
+            run=run.id,
+            node=node.name,
+            stage=node.stage.name,
+            config=node.config.model_dump(mode="json"),
+            inputs=graph.materials(node),
+            key=node.key,
+            **resources,
+        )
 
 
 ALIVE = "alive"

@@ -163,23 +163,18 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
     Returns the decision: after an error the task is started again while it makes progress, and otherwise as often as
     the profile allows. Finished shards are kept.
     """
-    slurm_job, store = _begin(task, limits)
-    launch = launch_folder(store.logs / task.run / task.node / "shards", slurm_job.raw_job_id)
-    launch.mkdir(parents=True, exist_ok=True)
-    (launch / "started-0").write_text(node_name() + "\n")
+    store, launch = _begin_task(task, limits, "shards")
     stage, usage_at_start = registry.stage(task.stage), Usage.now()
     assert stage.run_shard is not None, "only such stages are submitted so"
-    problem = preflight.check_node(Path(task.home), limits.free_gb, limits.scratch)
-    if problem:
-        avoid_node(problem, task, limits, store)
-        return _decide(launch, _failed_starts(launch) < limits.restarts, problem)
+    if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
+        return _end_task(problem, task, limits, store, launch)
     own_shards: list[int] = []
     if not store.sealed(task.key):
         work = store.work(task.key) / "state"
         work.mkdir(parents=True, exist_ok=True)
         config = stage.config.model_validate(task.config)
         own_shards = list(range(int(os.environ["SLURM_ARRAY_TASK_ID"]), stage.shards(config), tasks))
-        earlier_done = max((start["done"] for start in _earlier_starts(launch, slurm_job.raw_job_id)), default=0)
+        earlier_done = max((start["done"] for start in _earlier_starts(launch)), default=0)
         location = "its inputs"
         try:
             materials = {role: store.open(key) for role, key in task.inputs.items()}
@@ -192,10 +187,7 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
                     (launch / "further").touch()  # which the job's script reads
         except Exception as error:
             failure = report_failure(error, task.node, task.stage, store)
-            avoid_node(failure, task, limits, store)
-            further = (launch / "further").exists()
-            restart = not failure.kind.final and (further or _failed_starts(launch) < limits.restarts)
-            return _decide(launch, restart, Failure(f"{location}: {failure.text}", failure.kind))
+            return _end_task(failure, task, limits, store, launch, f"{location}: ")
     write(launch / "usage.json", Usage.now().since(usage_at_start).__dict__)
     Verdict(Decision.SEALED, f"{len(own_shards)} shards are done").write(launch)
     return Decision.SEALED
@@ -233,14 +225,10 @@ class _Place:
 def run_server(task: Task, limits: JobLimits) -> str:
     """Runs a server for a node, in this task of a job array, until the stage has ended. Returns the decision: a server
     that dies is started again as long as it has answered before, and otherwise as often as the profile allows."""
-    slurm_job, store = _begin(task, limits)
-    launch = launch_folder(store.logs / task.run / task.node / "servers", slurm_job.raw_job_id)
-    launch.mkdir(parents=True, exist_ok=True)
-    (launch / "started-0").write_text(node_name() + "\n")
+    store, launch = _begin_task(task, limits, "servers")
     place = _Place(task, store, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
-        avoid_node(problem, task, limits, store)
-        return _decide(launch, _failed_starts(launch) < limits.restarts, problem)
+        return _end_task(problem, task, limits, store, launch)
     stage = registry.stage(task.stage)
     assert stage.serve is not None, "only such stages are submitted so"
     try:
@@ -248,13 +236,10 @@ def run_server(task: Task, limits: JobLimits) -> str:
             place.folder.mkdir(exist_ok=True)
             stage.serve(stage.config.model_validate(task.config), place)
     except Interrupted:
-        return _decide(launch, True, Failure("interrupted", Kind.STOPPED))
+        Verdict.of(Decision.RESTART, Failure("interrupted", Kind.STOPPED)).write(launch)
+        return Decision.RESTART
     except Exception as error:
-        failure = report_failure(error, task.node, task.stage, store)
-        avoid_node(failure, task, limits, store)
-        further = (launch / "further").exists()
-        restart = not failure.kind.final and (further or _failed_starts(launch) < limits.restarts)
-        return _decide(launch, restart, failure)
+        return _end_task(report_failure(error, task.node, task.stage, store), task, limits, store, launch)
     Verdict(Decision.SEALED, "the stage has ended").write(launch)
     return Decision.SEALED
 
@@ -292,15 +277,30 @@ def avoid_node(failure: Failure, task: Task, limits: JobLimits, store: Store) ->
         print(f"{task.node}: node {failure.bad_node} cannot be noted as bad: {error}", file=sys.stderr, flush=True)
 
 
-def _decide(launch: Path, restart: bool, failure: Failure) -> Decision:
-    """Writes the decision whether a failed task of an array is started again; returns it."""
+def _begin_task(task: Task, limits: JobLimits, part: str) -> tuple[Store, Path]:
+    """Begins a task of a job array. Returns the home, and the folder of this launch."""
+    slurm_job, store = _begin(task, limits)
+    launch = launch_folder(store.logs / task.run / task.node / part, slurm_job.raw_job_id)
+    launch.mkdir(parents=True, exist_ok=True)
+    (launch / "started-0").write_text(node_name() + "\n")
+    return store, launch
+
+
+def _end_task(
+    failure: Failure, task: Task, limits: JobLimits, store: Store, launch: Path, location: str = ""
+) -> Decision:
+    """Ends a failed task of a job array: writes the decision whether it is started again, and returns it."""
+    avoid_node(failure, task, limits, store)
+    further = (launch / "further").exists()
+    restart = not failure.kind.final and (further or _failed_starts(launch) < limits.restarts)
     decision = Decision.RESTART if restart else Decision.FAILED
-    Verdict.of(decision, failure).write(launch)
+    Verdict.of(decision, Failure(f"{location}{failure.text}", failure.kind)).write(launch)
     return decision
 
 
-def _earlier_starts(launch: Path, job: str) -> list[dict[str, Any]]:
+def _earlier_starts(launch: Path) -> list[dict[str, Any]]:
     """The progress of earlier starts of this task."""
+    job = launch.name.partition(".")[0]
     records = (read(path / "shards.json") for path in launch.parent.glob(f"{job}.*") if path != launch)
     return [record for record in records if record is not None]
 

@@ -201,14 +201,11 @@ class LocalLauncher:
     def _submit(self, node: Node) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
         gpus = visible_gpus()
-        task = Task(
-            home=str(self.store.home),
-            run=self.run.id,
-            node=node.name,
-            stage=node.stage.name,
-            config=node.config.model_dump(mode="json"),
-            inputs=self.graph.materials(node),
-            key=node.key,
+        task = Task.of(
+            self.graph,
+            self.store,
+            self.run,
+            node,
             watts_per_core=self.profile.power.watts_per_core,
             ranks=number,
             peaks=self.profile.peaks() if gpus else {},

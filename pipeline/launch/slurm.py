@@ -334,14 +334,11 @@ def _request(script: BatchScript) -> list[str]:
 
 def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) -> Task:
     allocation, servers = allocation_of(profile.cluster(), node), servers_of(profile.cluster(), node)
-    return Task(
-        home=str(store.home),
-        run=run.id,
-        node=node.name,
-        stage=node.stage.name,
-        config=node.config.model_dump(mode="json"),
-        inputs=graph.materials(node),
-        key=node.key,
+    return Task.of(
+        graph,
+        store,
+        run,
+        node,
         watts_per_core=profile.power.watts_per_core,
         ranks=allocation.ranks,
         gpus=allocation.all_gpus,
