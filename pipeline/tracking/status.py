@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from contextlib import suppress
@@ -13,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, open_flags, users
+from pipeline.core import json_files, users
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
@@ -229,8 +228,11 @@ def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[s
         if "." not in name:  # a mark that the job's script left beside the launches
             continue
         launch, task = folder / "ranks" / name, name.rpartition(".")[0]
-        if (done := _sealed_shards(launch)) is None:
-            verdict, done = Verdict.read(launch), _shards_done(launch / "shards.json")
+        verdict = Verdict.read(launch)
+        if verdict is not None and (match := re.fullmatch(r"([0-9]{1,9}) shards are done", verdict.text)):
+            done = int(match[1])
+        else:
+            done = _shards_done(launch / "shards.json")
             failed += [verdict.text] if verdict and verdict.decision is Decision.FAILED else []
         done_by_task[task] = max(done_by_task.get(task, 0), done)  # a restarted task also counts finished shards
     tasks = (task_job for id, task_job in slurm_jobs.items() if id.startswith(f"{row['array']}_"))
@@ -241,22 +243,6 @@ def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[s
         )
         return replace(node, state="failed", reason=None, message=message)
     return replace(node, done=sum(done_by_task.values()), total=row.get("shards", 0), unit="shards")
-
-
-def _sealed_shards(launch: Path) -> int | None:
-    """The shards of a task that has ended well; None of any other. An array has thousands of tasks, so this opens one
-    file of each, and leaves whatever is odd to others."""
-    try:
-        file = os.open(launch / "decision", open_flags.READ)
-    except OSError:
-        return None
-    try:
-        match = re.fullmatch(rb"sealed\n\n([0-9]{1,9}) shards are done\n", os.read(file, 100))
-    except OSError:
-        return None
-    finally:
-        os.close(file)
-    return int(match[1]) if match else None
 
 
 class _Shards(TypedDict):
