@@ -296,7 +296,7 @@ class Answers:
     seconds: float = 0.0
     _kept: dict[object, tuple[float, Any]] = field(default_factory=dict)
 
-    def ask(self, function: Callable[Arguments, Answer], *arguments: Arguments.args, **_: Arguments.kwargs) -> Answer:
+    def ask(self, function: Callable[Arguments, Answer], *arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
         """Calls a function of this module, unless its last answer still counts.
 
         Args:
@@ -310,7 +310,7 @@ class Answers:
         asked_at, answer = self._kept.get(question, (float("-inf"), None))
         if time.monotonic() - asked_at >= self.seconds:
             try:
-                answer = function(*arguments)
+                answer = function(*arguments, **options)
             except NoAnswer as error:
                 answer = error
             now = time.monotonic()
