@@ -296,7 +296,9 @@ class Answers:
     seconds: float = 0.0
     _kept: dict[object, tuple[float, Any]] = field(default_factory=dict)
 
-    def ask(self, function: Callable[Arguments, Answer], *arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
+    def ask(
+        self, function: Callable[Arguments, Answer], *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> Answer:
         """Calls a function of this module, unless its last answer still counts.
 
         Args:
