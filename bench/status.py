@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from pipeline.cli.tables import status_table
 from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.store import Store
+from pipeline.graph import budget
 from pipeline.graph import run as runs
-from pipeline.tracking import budget, status
+from pipeline.tracking import status
 
 TARGET = 0.5
 BEHIND = 20

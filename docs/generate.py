@@ -1,6 +1,6 @@
 """Write docs/cli.md from the command line, from the classes of recipes and profiles docs/configuration.md and the JSON
-Schemas in docs/schemas, in docs/errors.md the table of failures and in docs/metrics.md that of the gauges, and
-docs/llms.txt from the navigation.
+Schemas in docs/schemas, in docs/errors.md the tables of failures and waiting reasons, and docs/llms.txt from the
+navigation.
 
     python docs/generate.py
 
@@ -28,9 +28,8 @@ from typer.main import get_command
 
 from pipeline.cli.main import app
 from pipeline.core.bounds import Range, Words
-from pipeline.graph import json_schema
 from pipeline.launch import diagnoses, waiting_reasons
-from pipeline.operations import prometheus
+from pipeline.operations import json_schema
 
 FOLDER = Path(__file__).parent
 PROSE_WIDTH = 100
@@ -81,7 +80,6 @@ def pages() -> dict[str, str]:
         "configuration.md": "\n\n".join(configuration) + "\n",
         **{f"schemas/{kind}{json_schema.SUFFIX}": json_schema.text(kind) for kind in models},
         "errors.md": with_part("errors.md", "failures", failures(), "waiting", waiting()),
-        "metrics.md": with_part("metrics.md", "gauges", gauges()),
         "llms.txt": llms(),
     }
 
@@ -108,10 +106,6 @@ def waiting() -> str:
     sentences = [item(f"*{cause}*: {sentence}") for cause, _, _, sentence in waiting_reasons.rows()]
     rows = [row[:3] for row in waiting_reasons.rows()]
     return table(("cause", "reasons of Slurm", "alert"), rows) + "\n\n" + "\n".join(sentences)
-
-
-def gauges() -> str:
-    return table(("gauge", "meaning"), [(f"`{name}`", meaning) for name, meaning in prometheus.HELP.items()])
 
 
 def llms() -> str:
@@ -149,8 +143,11 @@ def command_blocks() -> Iterator[str]:
     """The command line: exit codes, then each command with its help text, usage, arguments and options."""
     yield from ("# Command line", GENERATED, prose(app.info.help or ""), "## Exit codes")
     yield table(("code", "meaning"), [(str(code), meaning) for code, meaning in EXIT_CODES.items()])
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
-        yield f"## atom {name}"
+    panels = get_command(app).panels()  # type: ignore[attr-defined]
+    for panel, name, command in ((panel, *item) for panel, commands in panels.items() for item in commands.items()):
+        if name == next(iter(panels[panel])):
+            yield f"## {panel}"
+        yield f"### atom {name}"
         yield prose(command.help or "")
         hints = get_type_hints(command.callback, include_extras=True)
         usage, arguments, options = ["atom", name], [], []

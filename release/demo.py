@@ -159,7 +159,7 @@ class Screen:
             self._run = self._run or runs.find(self.store, None)
         except AtomError:  # the command has not begun its run yet
             return lines
-        current = snapshot.take(self._run, self.store, ask_slurm=False)
+        current = snapshot.take(self._run, self.store)
         sealed = [stage for stage in current.stages if stage.status.state == "sealed"]
         lines.append(Text(f"    {len(sealed)} of {len(current.stages)} stages sealed"))
         for stage in sealed[-MOST_STAGES:]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.graph.recipe import lock_of
-from pipeline.operations.command_options import JsonOption, RecipeArgument, console, open_store
+from pipeline.operations.command_options import DATA, JsonOption, RecipeArgument, console, open_store
 
 app = typer.Typer()
 
@@ -64,7 +64,7 @@ def simulate_precision(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def pin(
     recipe: Annotated[
         str, typer.Argument(help="name of a packaged recipe or data recipe, or path to the YAML file of either")

@@ -14,16 +14,16 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch.cluster_profile import Profile
+from pipeline.launch.companion import Companion
 from pipeline.launch.local import LocalLauncher, damage_of, prepare_environment, require_inputs
 from pipeline.operations.command_options import console
-from pipeline.tracking import mlflow_sync
 
 if TYPE_CHECKING:
     from pipeline.launch.slurm import Submission
 
 
 def run(composed: Graph, store: Store, selected: list[str], cluster: str, profile: Profile, reference: str) -> None:
-    """Runs stages of a graph on this machine and sends the run to MLflow in the background.
+    """Runs stages of a graph on this machine. A process beside it sends the run to MLflow.
 
     cluster, reference: the profile and the recipe as the user wrote them. Raises AtomError if a stage fails or cannot
     run, or if the profile is of a Slurm cluster alone; Exit(130) after Ctrl-C.
@@ -47,25 +47,17 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
     this = runs.start(composed, store, selected, cluster, {"launcher": "local", "prices": profile.costs()})
     driver = Lease.take(this.folder / "driver")
     assert driver is not None, "the run was begun just now"
-    background = mlflow_sync.Background(this, store)
-    outcome = "FAILED"
-    print(f"run {this.id}, logs in {this.folder}")
+    companion = Companion(store.home, this.id, whole=True)
+    print(f"run {this.id}, logs in {this.folder}", flush=True)
     try:
         with Display(console()) as display:
             LocalLauncher(composed, store, this, selected, profile, display).go()
-        outcome = "FINISHED"
     except KeyboardInterrupt:
-        outcome = "KILLED"
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
-        problem = background.close(outcome)
         driver.release()
-        if problem:
-            print(
-                f"MLflow at {mlflow_sync.shown_uri(store)} did not accept everything ({problem}); nothing is lost: "
-                f"`atom sync {this.id}` sends it later"
-            )
+        companion.close(over=True)
     if damage:
         raise AtomError(f"{stages(len(selected))} of {len(requested)} sealed; {next(iter(damage.values()))}")
     after = f"atom build {reference}" if len(selected) == len(composed.nodes) else f"atom run {reference}"

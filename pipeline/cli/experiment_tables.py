@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.cli import tables
 from pipeline.cli.tables import cost_table
 from pipeline.core.figures import estimates
 from pipeline.core.progress import stages
@@ -17,20 +19,13 @@ from pipeline.operations.recipe_diff import Difference
 from pipeline.operations.run_comparison import Measured, differing_settings
 from pipeline.operations.run_list import RunRow
 
+table = partial(tables.table, wraps=100)
+"""All columns may be wrapped."""
 LONGEST_VALUE = 48
 """Characters of a value in a table."""
 MOST_REASONS = 4
 CURVE_ROWS = 20
 """Steps of a curve in a table; --json has them all."""
-
-
-def table(*columns: str, right: int = 0) -> Table:
-    """right: how many of the last columns hold numbers."""
-    result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    for number, column in enumerate(columns):
-        is_number = number >= len(columns) - right
-        result.add_column(escape(column), justify="right" if is_number else "left", overflow="fold")
-    return result
 
 
 def value_text(value: Any) -> str:

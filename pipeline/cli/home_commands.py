@@ -1,97 +1,199 @@
-"""The command that frees space under $ATOM_HOME."""
+"""The commands about all that lies under $ATOM_HOME: list and compare runs, watch one, free space."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from pipeline.core.errors import AtomError
-from pipeline.operations.command_options import JsonOption, open_store
-
-if TYPE_CHECKING:
-    from pipeline.core.store import Store
+from pipeline.core.text import escaped
+from pipeline.operations.command_options import (
+    JsonOption,
+    RunArgument,
+    confirm,
+    console,
+    open_store,
+    warn_of_home,
+)
 
 app = typer.Typer()
 
 
+@app.command("runs")
+def list_runs(
+    recipe: Annotated[str | None, typer.Option(help="only runs of the recipe with this name")] = None,
+    last: Annotated[int, typer.Option(help="only so many runs, the latest; 0: all")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs of $ATOM_HOME, the latest last.
+
+    Each has its recipe, its state, the number of its sealed stages, the hours from its start to its last event, and the
+    stage of that event or of the failure.
+
+    Example: atom runs --recipe atom-tiny --last 5
+    """
+    from pipeline.cli.experiment_tables import run_table
+    from pipeline.graph import run as runs
+    from pipeline.operations import run_list
+
+    if last < 0:
+        raise AtomError(f"--last {last} is no number of runs; use 0 for all, or more")
+    store = open_store()
+    warn_of_home(store)
+    every = [run for run in runs.runs(store) if recipe in (None, run.body["recipe"])]
+    rows, lack = run_list.rows(every[-last:], store)
+    if as_json:
+        print(json.dumps({"runs": [row.json() for row in rows], "earlier": len(every) - len(rows), "unknown": lack},
+                         indent=1))  # fmt: skip
+        return
+    if lack:
+        print(f"atom: {lack}", file=sys.stderr)
+    if not every:
+        print(f"there is no run under {store.logs}" + (f" of recipe {escaped(recipe, 80)}" if recipe else ""))
+        return
+    console().print(run_table(rows))
+    if len(rows) < len(every):
+        print(f"and {len(every) - len(rows)} earlier runs: atom runs --last 0")
+
+
+@app.command()
+def compare(
+    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="ids of runs, or their beginnings")],
+    curve: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE.METRIC", help="show this metric of a stage by step; repeatable"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs by metrics, scores and cost.
+
+    The settings in which they differ, the last value of each metric, the scores of evaluations, and the time, energy
+    and money that their stages took. A run may still be running. The tables leave out stages with equal keys in all
+    runs, and figures that one run alone has; --json has them.
+
+    Example: atom compare atom-tiny-20261128-083109 atom-tiny-20261128-102030 --curve pretrain.loss
+    """
+    from pipeline.cli.experiment_tables import print_comparison
+    from pipeline.graph import run as runs
+    from pipeline.operations import run_comparison
+
+    store = open_store()
+    warn_of_home(store)
+    chosen = {each.id: each for each in (runs.find(store, reference) for reference in run)}
+    rows = [run_comparison.measure(each, store, curve or ()) for each in chosen.values()]
+    if as_json:
+        body = {"different": run_comparison.differing_settings(rows), "runs": [row.json() for row in rows]}
+        print(json.dumps(body, indent=1))
+    else:
+        print_comparison(rows, curve or [], console())
+
+
+@app.command()
+def watch(
+    run: RunArgument = None,
+    command: Annotated[
+        str | None,
+        typer.Option(
+            help="shell command for each alert, as JSON on its input and in ATOM_RUN, ATOM_ALERT and ATOM_TEXT"
+        ),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="look once, for cron; exit code 1 if an alert stands")] = False,
+    every: Annotated[float, typer.Option(min=1, max=86_400, help="seconds between two looks")] = 60.0,
+    state: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where sent alerts are kept; default: watch.json of the run")
+    ] = None,
+    stalled_steps: Annotated[
+        float, typer.Option(min=2, max=1e6, help="median step times without a report after which a stage has stalled")
+    ] = 20.0,
+    stalled_seconds: Annotated[
+        float, typer.Option(min=1, max=1e6, help="and at least so many seconds; evaluation and checkpoints take time")
+    ] = 300.0,
+    budget_share: Annotated[float, typer.Option(min=0, max=1, help="share of the budget that is an alert")] = 0.9,
+    free_gb: Annotated[float, typer.Option(min=0, max=1e9, help="free GB on the disk of $ATOM_HOME")] = 1.0,
+    waiting_hours: Annotated[
+        float, typer.Option(min=0, max=1e5, help="hours of waiting for Slurm alone that are an alert")
+    ] = 24.0,
+    restarts_a_day: Annotated[
+        int, typer.Option(min=1, max=1000, help="starts of a stage within a day, above which is an alert")
+    ] = 5,
+) -> None:
+    """Send an alert when something in a run is wrong.
+
+    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed, stalled or restarts too often; a job does not
+    start before a person acts, was cancelled by another user or waits for long; a slow rank, an avoided node, a loss
+    spike, dead experts, the budget, the disk. Each is sent once, and again only after it was over. A job that is queued
+    again is no failure. The command needs nothing from the jobs: it sees a node that has vanished.
+
+    Example: atom watch --command 'curl -sSf --json @- https://chat.example.org/hook'
+    """
+    from pipeline.graph import run as runs
+    from pipeline.launch import slurm_client
+    from pipeline.operations import alerts
+    from pipeline.tracking import snapshot
+
+    store = open_store()
+    this = runs.find(store, run)
+    limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb, waiting_hours, restarts_a_day)
+    watcher = alerts.Watcher(this.id, state or this.folder / "watch.json", command)
+    answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None
+    while True:
+        current = snapshot.take(this, store, answers)
+        if current.lack and current.lack != lack:
+            print(f"atom: {current.lack}", file=sys.stderr, flush=True)
+        lack = current.lack
+        standing = alerts.alerts(current, store, limits)
+        new, problems = watcher.send(standing)
+        for alert in standing if once else new:
+            print(f"{alert.kind}: {alert.text}", flush=True)
+        if once and problems:
+            raise AtomError(problems[0])
+        for problem in problems:
+            print(f"atom: {problem}", file=sys.stderr, flush=True)
+        if once or current.over:
+            raise typer.Exit(1 if standing else 0)
+        time.sleep(every)
+
+
 @app.command()
 def gc(
-    delete: Annotated[bool, typer.Option("--delete", help="move what is listed to the trash")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="delete what is listed, after a question")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask before deleting")] = False,
     include: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="this artifact and its work, too, whatever references it")
     ] = None,
     ignore_run: Annotated[
         list[str] | None, typer.Option(metavar="RUN", help="what only this run references is not needed any more")
     ] = None,
-    restore: Annotated[list[str] | None, typer.Option(metavar="KEY|PATH", help="move this back from the trash")] = None,
-    empty_trash: Annotated[bool, typer.Option("--empty-trash", help="delete all that lies in the trash")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List unused data, or move it to the trash.
+    """List unused data, or delete it.
 
     Data that a run references, that a release was built from or that a running job needs is never listed. Products and
-    checkpoints of training are listed only if --include names them. The trash keeps a folder in $ATOM_HOME/trash for 14
-    days; the next --delete after that deletes it.
+    checkpoints of training are listed only if --include names them. What is deleted is gone.
 
     Example: atom gc --delete
     """
-    if ((restore or empty_trash) and (delete or include or ignore_run)) or (restore and empty_trash):
-        raise AtomError("--restore and --empty-trash stand alone; run them one after the other")
-    store = open_store()
-    if restore:
-        _restore(store, restore, as_json)
-    elif empty_trash:
-        _empty_trash(store, as_json)
-    else:
-        _collect(store, delete, include or (), ignore_run or (), as_json)
-
-
-def _restore(store: Store, names: Sequence[str], as_json: bool) -> None:
-    from pipeline.operations import trash
-
-    back = [str(path) for name in names for path in trash.restore(store, name)]
-    print(json.dumps({"restored": back}) if as_json else "\n".join(back))
-
-
-def _empty_trash(store: Store, as_json: bool) -> None:
-    from pipeline.core.progress import human
-    from pipeline.operations import trash
-
-    freed = trash.empty(store, everything=True)
-    place = store.home / "trash"
-    rest = (
-        f"the rest of {place} was not put there by gc" if place.is_dir() and os.listdir(place) else "the trash is empty"
-    )
-    print(json.dumps({"freed": freed}) if as_json else f"{human(freed)}B freed; {rest}")
-
-
-def _collect(store: Store, delete: bool, include: Sequence[str], ignored_runs: Sequence[str], as_json: bool) -> None:
     from pipeline.core.progress import human
     from pipeline.operations import garbage_collection as collector
-    from pipeline.operations import trash
 
-    rows, notes = collector.loose(store, include, ignored_runs)
-    freed = 0
+    if as_json and delete and not yes:
+        raise AtomError("atom gc --delete --json asks no question; add --yes")
+    store, named, ignored = open_store(), include or (), ignore_run or ()
+    rows, notes = collector.loose(store, named, ignored)
+    if not as_json:
+        for row in rows:
+            print(f"{human(row.bytes):>8}B  {row.path}  ({row.why})")
+        print(*notes, f"{human(sum(row.bytes for row in rows))}B can be deleted", sep="\n")
     if delete:
-        rows = collector.move(store, include, ignored_runs)
-        freed = trash.empty(store)
-    entries = trash.entries(store)
+        if rows and not yes:
+            confirm(f"{len(rows)} folders are to be deleted", "delete them")
+        rows = collector.delete(store, {row.path for row in rows}, named, ignored)
     if as_json:
-        body = {"loose": [row.json() for row in rows], "kept": notes, "deleted": delete, "freed": freed}
-        print(json.dumps({**body, "trash": [entry.json() for entry in entries]}, indent=1))
-        return
-    for row in rows:
-        print(f"{human(row.bytes):>8}B  {row.path}  ({row.why})")
-    for text in notes:
-        print(text)
-    total = human(sum(row.bytes for row in rows))
-    print(f"{total}B {'moved to the trash' if delete else 'can go: atom gc --delete moves it to the trash'}")
-    if freed:
-        print(f"{human(freed)}B freed: the trash kept it for more than {trash.GRACE_DAYS} days")
-    if entries:
-        size = human(sum(trash.freed(entry.path for entry in entries).values()))
-        print(f"{size}B in {store.home / 'trash'}: atom gc --restore KEY moves it back, --empty-trash deletes it")
+        print(json.dumps({"loose": [row.json() for row in rows], "kept": notes, "deleted": delete}, indent=1))
+    elif delete:
+        print(f"{human(sum(row.bytes for row in rows))}B freed")

@@ -10,23 +10,38 @@ import warnings
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from pipeline.cli import (
-    comparison_commands,
-    experiment_commands,
-    home_commands,
-    recipe_commands,
-    run_commands,
-    watch_command,
-)
+from pipeline.cli import home_commands, recipe_commands, run_commands
 from pipeline.core import collector, os_errors
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import DamagedFile
 from pipeline.core.text import printable
 from pipeline.graph import registry
-from pipeline.operations.command_options import open_store
+from pipeline.operations.command_options import CHECK, DATA, PLAN_AND_RUN, RELEASE, open_store
+
+PANELS = (PLAN_AND_RUN, RELEASE, CHECK, DATA)
+
+
+class CommandGroup(TyperGroup):
+    """The commands, which `atom --help` lists by who needs them."""
+
+    def panels(self) -> dict[str, dict[str, Any]]:
+        """The commands of each panel. A command without one is about planning and running."""
+        panels: dict[str, dict[str, Any]] = {panel: {} for panel in PANELS}
+        for name, command in self.commands.items():
+            panels[getattr(command, "rich_help_panel", None) or PLAN_AND_RUN][name] = command
+        return panels
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for panel, commands in self.panels().items():
+            with formatter.section(panel):
+                formatter.write_dl([(name, each.get_short_help_str(width)) for name, each in commands.items()])
+
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -55,9 +70,8 @@ def _options(
 ) -> None: ...
 
 
-ENGINE = (experiment_commands, recipe_commands, run_commands, watch_command, comparison_commands, home_commands)
-for group in (*ENGINE, *map(importlib.import_module, registry.COMMANDS)):
-    app.add_typer(group.app)
+for module in (recipe_commands, run_commands, home_commands, *map(importlib.import_module, registry.COMMANDS)):
+    app.add_typer(module.app)
 
 
 def _show_warning(

@@ -6,20 +6,26 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.core.errors import AtomError
-from pipeline.operations.command_options import JsonOption, RunArgument, console, graph_of, open_store, warn_of_home
+from pipeline.operations.command_options import (
+    JsonOption,
+    RunArgument,
+    confirm,
+    console,
+    graph_of,
+    open_store,
+    warn_of_home,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pipeline.core.store import Store
+    from pipeline.graph.budget import Hours
     from pipeline.graph.run import NodeStatus, Run
-    from pipeline.tracking.budget import Hours
 
 app = typer.Typer()
 
@@ -29,41 +35,29 @@ def status(
     run: RunArgument = None,
     watch: Annotated[bool, typer.Option("--watch", help="redraw every two seconds until the run ends")] = False,
     as_json: JsonOption = False,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="write one page of HTML there instead, with curves")
-    ] = None,
-    prometheus: Annotated[
-        Path | None,
-        typer.Option("--prometheus", metavar="FILE", help="write metrics for Prometheus there instead; -: print them"),
-    ] = None,
 ) -> None:
     """Show the progress and the resource use of a run.
 
-    The use of time, energy and money includes failed attempts. A running stage keeps the same page of HTML up to date
-    in logs/RUN/status.html of $ATOM_HOME. Only --html and --prometheus may be given together.
+    The use of time, energy and money includes failed attempts. --watch also shows curves, spikes, dead experts, and
+    what the running stages still need.
 
     Example: atom status --watch
     """
-    files = " and ".join(name for name, file in (("--html", html), ("--prometheus", prometheus)) if file is not None)
-    outputs = [name for name, given in (("--watch", watch), ("--json", as_json), (files, files)) if given]
-    if len(outputs) > 1:
-        raise AtomError(f"atom status: {' and '.join(outputs)} are different outputs; give one of them at a time")
+    if watch and as_json:
+        raise AtomError("atom status: --watch and --json are different outputs; give one of them at a time")
     from rich.console import Group
     from rich.live import Live
     from rich.markup import escape
 
     from pipeline.cli.tables import status_table
+    from pipeline.graph import budget
     from pipeline.graph import run as runs
     from pipeline.launch import bad_nodes, slurm_client
-    from pipeline.tracking import budget, snapshot, status
+    from pipeline.tracking import snapshot, status
 
     store = open_store()
     warn_of_home(store)
     this = runs.find(store, run)
-
-    if html is not None or prometheus is not None:
-        _write_views(this, store, html, prometheus)
-        return
 
     def read() -> tuple[Table, list[NodeStatus], str | None, Hours]:
         nodes, lack = status.status(this, store)
@@ -97,22 +91,6 @@ def status(
             if current.over:
                 return
             time.sleep(2)
-
-
-def _write_views(run: Run, store: Store, html: Path | None, prometheus: Path | None) -> None:
-    from pipeline.tracking import page, snapshot
-
-    current = snapshot.take(run, store)
-    if html is not None:
-        page.write(html, page.page(current))
-    if prometheus is not None:
-        from pipeline.operations.prometheus import exposition
-
-        text = exposition(current)
-        if str(prometheus) == "-":
-            sys.stdout.write(text)
-        else:
-            page.write(prometheus, text)
 
 
 @app.command()
@@ -220,7 +198,7 @@ def cancel(
     concerned = [f"run {this.id} is {this.owner}'s"] if this.owner != users.present() else []
     concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != users.present()]
     if concerned and not yes:
-        _confirm("; ".join(concerned))
+        confirm("; ".join(concerned), "cancel all the same")
     if this.on_slurm:
         names = cancellation.cancel_jobs(this, store)
         print(f"run {this.id}: cancelled {', '.join(names) or 'nothing, Slurm holds no job of it'}")
@@ -229,14 +207,6 @@ def cancel(
         print(f"run {this.id}: stopped {', '.join(names) or 'nothing, no stage was running'}")
     for other in waiting:
         print(f"run {other.id} of {other.owner} waited for these jobs; `atom retry {other.id}` goes on")
-
-
-def _confirm(concerned: str) -> None:
-    """Raises AtomError unless a person at a terminal agrees."""
-    if not sys.stdin.isatty():
-        raise AtomError(f"{concerned}; add --yes to cancel all the same")
-    if not typer.confirm(f"{concerned}. Cancel all the same?"):
-        raise AtomError(f"{concerned}; nothing was cancelled")
 
 
 @app.command()
@@ -298,10 +268,7 @@ def sync(run: RunArgument = None) -> None:
         raise AtomError(f"a job of run {this.id} is sending it at the moment; its metrics arrive by themselves")
     forwarder = mlflow_sync.Forwarder(this, store)
     try:
-        if is_over or mlflow_sync.outcome_of(nodes) == "FINISHED":
-            forwarder.finish(mlflow_sync.outcome_of(nodes))
-        else:
-            forwarder.sync()
+        forwarder.sync(over=is_over or mlflow_sync.outcome_of(nodes) == "FINISHED")
     except AtomError:
         raise
     except Exception as error:

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.core.progress import duration, human
 from pipeline.core.stage import LongContext, RankSimulation, Traffic
-from pipeline.graph.cost_estimate import CostEstimate
 from pipeline.graph.plan import StagePlan, timed
 from pipeline.graph.run import NodeStatus
+from pipeline.operations.cost_estimate import CostEstimate
+
+
+def table(*columns: str, right: int = 0, wraps: int = 0, caption: str | None = None, title: str | None = None) -> Table:
+    """An empty table without lines.
+
+    Args:
+        columns: The heads.
+        right: The number of last columns that hold numbers.
+        wraps: The number of last columns that may be wrapped.
+        caption: The text below.
+        title: The text above.
+    """
+    result = Table(
+        box=None, header_style="bold", pad_edge=False, padding=(0, 1), title=title, title_justify="left",
+        caption=caption, caption_justify="left",
+    )  # fmt: skip
+    for number, column in enumerate(columns, start=1):
+        is_number, may_wrap = number > len(columns) - right, number > len(columns) - wraps
+        overflow: Any = "fold" if may_wrap else "ellipsis"
+        result.add_column(
+            escape(column), justify="right" if is_number else "left", overflow=overflow, no_wrap=not may_wrap
+        )
+    return result
 
 
 def _cell(value: float | None, unit: str = "") -> str:
@@ -19,24 +45,17 @@ def plan_table(rows: list[StagePlan]) -> Table:
     """One line for each stage. CPU time is shown if every training phase has an estimate of it; GPUs of
     a rank that does not train, if there are any."""
     has_cpu_time, has_gpus = timed(row.estimate for row in rows), any(row.gpus for row in rows)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    for column in ("stage", "key", "state"):
-        table.add_column(column, no_wrap=True)
-    for column in (
-        "params/active",
-        "tokens",
-        "FLOP",
-        "memory",
-        "disk",
-        *(["CPU"] if has_cpu_time else []),
-        "ranks",
-        *(["GPUs"] if has_gpus else []),
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
+    to_run = [r for r in rows if r.state.text == "to run"]
+    seconds = sum(r.estimate.cpu_seconds or 0 for r in to_run)
+    time = f", about {duration(seconds)} of CPU time (estimate)" if has_cpu_time else ""
+    figures = ("params/active", "tokens", "FLOP", "memory", "disk", *(["CPU"] if has_cpu_time else []), "ranks")
+    figures += ("GPUs",) if has_gpus else ()
+    caption = f"{len(to_run)} of {len(rows)} stages to run{time}"
+    result = table("stage", "key", "state", *figures, right=len(figures), caption=caption)
     for row in rows:
         e = row.estimate
         cpu = "" if e.cpu_seconds is None else duration(e.cpu_seconds)
-        table.add_row(
+        result.add_row(
             row.state.name,
             row.state.key.rsplit("-", 1)[1],
             row.state.text,
@@ -49,12 +68,7 @@ def plan_table(rows: list[StagePlan]) -> Table:
             str(row.ranks),
             *([str(row.gpus or "")] if has_gpus else []),
         )
-    to_run = [r for r in rows if r.state.text == "to run"]
-    seconds = sum(r.estimate.cpu_seconds or 0 for r in to_run)
-    time = f", about {duration(seconds)} of CPU time (estimate)" if has_cpu_time else ""
-    table.caption = f"{len(to_run)} of {len(rows)} stages to run{time}"
-    table.caption_justify = "left"
-    return table
+    return result
 
 
 def phases_table(rows: list[StagePlan]) -> Table | None:
@@ -62,17 +76,13 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
     phases = [(row, row.estimate.training) for row in rows if row.estimate.training is not None]
     if not phases:
         return None
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column("phase", no_wrap=True)
-    for column in ("steps", "batch", "row"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("precision", no_wrap=True)
-    for column in ("GFLOP/token", "state", "activ.", "both", "host", "checkpoints", "data"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("layout")
+    figures = ("GFLOP/token", "state", "activ.", "both", "host", "checkpoints", "data")
+    result = table("phase", "steps", "batch", "row", "precision", *figures, "layout", wraps=1)
+    for number in (1, 2, 3, *range(5, 5 + len(figures))):
+        result.columns[number].justify = "right"
     for row, t in phases:
         ramp = f"{human(t.batch_tokens[0])}→" if len(t.batch_tokens) > 1 else ""
-        table.add_row(
+        result.add_row(
             row.state.name,
             f"{t.steps:,}",
             ramp + human(t.batch_tokens[-1]),
@@ -87,33 +97,28 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
             human(t.data_bytes) + "B",
             t.layout,
         )
-    table.caption = (
+    result.caption = (
         "batch, row: tokens; state, activations, both: bytes of the fullest rank, host: of its copy in host memory; "
         "checkpoints: sealed ones;\ndata: token shards, and the order with one document a row"
     )
-    table.caption_justify = "left"
-    return table
+    return result
 
 
 def long_context_table(cost: LongContext) -> Table:
     """The cache and the FLOPs of a long text, beside those of full attention in all layers."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column(f"{cost.tokens:,} tokens", no_wrap=True)
-    for column in ("cache in bf16", "GFLOP/token"):
-        table.add_column(column, justify="right", no_wrap=True)
+    result = table(f"{cost.tokens:,} tokens", "cache in bf16", "GFLOP/token", right=2)
     columns = ((cost.cache_bytes, cost.full_cache_bytes), (cost.flops_per_token, cost.full_flops_per_token))
     (cache, full_cache), (flops, full_flops) = columns
-    table.add_row("this model", _binary(cache), f"{flops / 1e9:.4g}")
-    table.add_row("with full attention", _binary(full_cache), f"{full_flops / 1e9:.4g}")
-    table.add_row("saved", *(f"{1 - part / whole:.1%}" for part, whole in columns))
-    return table
+    result.add_row("this model", _binary(cache), f"{flops / 1e9:.4g}")
+    result.add_row("with full attention", _binary(full_cache), f"{full_flops / 1e9:.4g}")
+    result.add_row("saved", *(f"{1 - part / whole:.1%}" for part, whole in columns))
+    return result
 
 
 def simulation_table(name: str, result: RankSimulation) -> Table:
     """What a simulated rank sends in a step, by operation and group, under its memory beside the estimate."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1), title_justify="left")
     activations = result.peak_bytes - result.state_bytes, result.planned_peak_bytes - result.planned_state_bytes
-    table.title = "\n".join([
+    title = "\n".join([
         f"{name}: rank {result.rank} of {result.ranks:,}, simulated",
         f"parameters: {result.parameters:,}, planned: {result.planned_parameters:,}",
         f"state: {_binary(result.state_bytes)}, planned: {_binary(result.planned_state_bytes)}",
@@ -123,22 +128,19 @@ def simulation_table(name: str, result: RankSimulation) -> Table:
         *([f"copies on the host: {_binary(result.copies_bytes)}, planned: {_binary(result.planned_copies_bytes)}"]
           if result.copies_bytes else []),
     ])  # fmt: skip
-    table.add_column("collective", no_wrap=True)
-    for column in ("group", "ranks", "calls", "largest", "sum"):
-        table.add_column(column, justify="right", no_wrap=True)
+    caption = (
+        f"calls, sum: of a step of {result.micro_batches} micro-batches; bytes of a collective: of its larger side;\n"
+        f"memory and sequence (--json): of a simulated step of {result.simulated_micro_batches} micro-batches"
+    )
+    traffic = table("collective", "group", "ranks", "calls", "largest", "sum", right=5, caption=caption, title=title)
     together: dict[tuple[str, str, int], list[Traffic]] = {}
     for row in result.traffic:
         together.setdefault((row.operation, row.group, row.ranks), []).append(row)
     for (operation, group, ranks), rows in sorted(together.items(), key=lambda x: -sum(_volume(r) for r in x[1])):
         calls, largest = sum(row.calls for row in rows), max(row.bytes for row in rows)
         volume = human(sum(map(_volume, rows))) + "B"
-        table.add_row(operation, group, str(ranks), f"{calls:,}", human(largest) + "B", volume)
-    table.caption = (
-        f"calls, sum: of a step of {result.micro_batches} micro-batches; bytes of a collective: of its larger side;\n"
-        f"memory and sequence (--json): of a simulated step of {result.simulated_micro_batches} micro-batches"
-    )
-    table.caption_justify = "left"
-    return table
+        traffic.add_row(operation, group, str(ranks), f"{calls:,}", human(largest) + "B", volume)
+    return traffic
 
 
 def _volume(row: Traffic) -> int:
@@ -151,21 +153,18 @@ def cost_table(estimate: CostEstimate) -> Table:
     hours = {"GPU hours": "gpu_hours", "core hours": "core_hours"}
     if total.server_gpu_hours or total.server_core_hours:
         hours["of servers"] = "server_gpu_hours" if total.server_gpu_hours else "server_core_hours"
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column(f"on {estimate.profile.name}", no_wrap=True)
-    for column in ("hours", *hours, *([prices.currency] if prices else []), "energy"):
-        table.add_column(column, justify="right", no_wrap=True)
+    figures = ("hours", *hours, *([prices.currency] if prices else []), "energy")
+    caption = "hours: on the clock; of all: one stage after the other; money and energy: by the profile"
+    result = table(f"on {estimate.profile.name}", *figures, right=len(figures), caption=caption)
     for use in (*(use for use in estimate.uses if use.why is None), estimate.total):
-        table.add_row(
+        result.add_row(
             use.name,
             _hours(use.hours),
             *(_hours(value) if (value := getattr(use, name)) else "" for name in hours.values()),
             *([f"{use.cost:,.2f}"] if prices else []),
             (human(use.energy_wh) if use.energy_wh >= 100 else f"{use.energy_wh:.2g}") + "Wh",
         )
-    table.caption = "hours: on the clock; of all: one stage after the other; money and energy: by the profile"
-    table.caption_justify = "left"
-    return table
+    return result
 
 
 def _hours(value: float) -> str:
@@ -178,26 +177,15 @@ def _binary(value: float) -> str:
 
 
 def status_table(run: str, owner: str, stages: list[NodeStatus], used: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, title=f"run {run} of {owner}", title_justify="left")
     slurm = any(s.job for s in stages)
-    for column in (
-        "stage",
-        "state",
-        *(("job", "nodes", "restarts") if slurm else ()),
-        "progress",
-        "time",
-        "left",
-        "report",
-        "",
-    ):
-        table.add_column(column, no_wrap=column != "")
+    sealed = sum(s.state == "sealed" for s in stages)
+    columns = ("stage", "state", *(("job", "nodes", "restarts") if slurm else ()), "progress", "time", "left", "report")
+    caption = f"{sealed} of {len(stages)} stages sealed; used so far: {used}"
+    result = table(*columns, "", wraps=1, caption=caption, title=f"run {run} of {owner}")
     for s in stages:
         progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
         state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
         job = f"{s.job} of {s.user}" if s.user else s.job or ""
         where = (job, s.nodes or "", str(s.restarts or "")) if slurm else ()
-        table.add_row(s.name, state, *where, progress, *s.times, s.detail)
-    sealed = sum(s.state == "sealed" for s in stages)
-    table.caption = f"{sealed} of {len(stages)} stages sealed; used so far: {used}"
-    table.caption_justify = "left"
-    return table
+        result.add_row(s.name, state, *where, progress, *s.times, s.detail)
+    return result

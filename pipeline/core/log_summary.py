@@ -11,6 +11,8 @@ import hashlib
 import json
 import math
 import statistics
+import sys
+import threading
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from pathlib import Path
@@ -40,11 +42,14 @@ CHUNK = 2**20
 """The bytes of a log that are in memory at a time."""
 PROOF = 4096
 """The bytes before `offset` whose hash shows that a summary is of this log."""
-LAST_NOTES, LAST_ATTEMPTS, OTHER_KINDS, OTHER_BYTES = 20, 32, 8, 4096
+LAST_NOTES, LAST_ATTEMPTS = 20, 32
 PACE = 65
 """The reports of progress from which the step time is computed."""
 POINTS, MAX_CURVES, RECENT = 150, 32, 129
 """The points of a curve, the curves of a stage, and the losses that are kept unthinned."""
+SAVE_EVERY = 10.0
+LAST_SECONDS = 2.0
+"""Seconds that the last save may take: the other ranks of a failed launch end within five."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Row = TypeVar("Row")
@@ -117,7 +122,7 @@ class EventState(TypedDict):
     ended; ran: seconds of all attempts before; began_at: when the latest attempts began; starts: all of them; start:
     the latest; first: the first progress since; progress, last: the latest progress and event; pace: [time, done] of
     the latest progress since the start; slow, slow_since: what names the slow rank since then, and when there began to
-    be one; others: the latest event of each kind that this module does not know."""
+    be one."""
 
     attempts: Count
     launch: str
@@ -133,7 +138,6 @@ class EventState(TypedDict):
     pace: list[list[Number]]
     slow: str | None
     slow_since: Number | None
-    others: dict[str, dict[str, Any]]
 
 
 class _EventBody(TypedDict):
@@ -152,15 +156,11 @@ class EventSummary(LogSummary[Event | Other]):
         return {
             "attempts": 0, "launch": "", "began": None, "ran": 0.0, "began_at": [], "starts": 0, "start": None,
             "first": None, "progress": None, "last": None, "notes": [], "pace": [], "slow": None, "slow_since": None,
-            "others": {},
         }  # fmt: skip
 
     def add(self, row: Event | Other) -> None:
         state = self.state
         if not is_known(row):
-            has_room = row["event"] in state["others"] or len(state["others"]) < OTHER_KINDS
-            if has_room and len(json.dumps(row)) <= OTHER_BYTES:
-                state["others"][row["event"]] = cast(dict[str, Any], row)
             return
         event = cast(Event, row)
         if event["event"] == "attempt":
@@ -306,3 +306,43 @@ def _append(buckets: list[list[float]], bucket: list[float], width: int) -> None
 def _merge(first: list[float], second: list[float]) -> list[float]:
     (step, n, total, low, high), (_, m, further, lower, higher) = first, second
     return [step, n + m, float(f"{total + further:.9g}"), min(low, lower), max(high, higher)]
+
+
+class SummaryWriter:
+    """Saves the summaries of a running stage every `SAVE_EVERY` seconds, from a thread, until `close`.
+
+    No error of it reaches the stage: a summary that is old costs only the time of reading the log.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.problem = folder, ""
+        self._summaries: list[LogSummary[Any]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="summaries", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        stopping = False
+        while not stopping:
+            stopping = self._stop.wait(SAVE_EVERY)
+            try:
+                self._summaries = self._summaries or [EventSummary(self.folder), Curves(self.folder)]
+                for summary in self._summaries:
+                    summary.read()
+                    summary.save()
+            except Exception as error:
+                self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        """Prints a problem once, as long as it stays the same. The path of an OSError may be that of a draft, which has
+        another name each time."""
+        reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
+        problem = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
+        if problem != self.problem:
+            self.problem = problem
+            print(f"the summaries are not up to date ({problem}); the stage goes on", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Saves once more, unless that takes too long."""
+        self._stop.set()
+        self._thread.join(LAST_SECONDS)

@@ -302,41 +302,39 @@ def read(ledger: Path, key: str) -> Iterator[tuple[Path, Statement]]:
 
 
 def outcome(body: Statement) -> str:
-    return str(_byproduct(body, "outcome")["text"])
+    return str(_byproducts(body)["outcome"]["annotations"]["text"])
 
 
 def kind(body: Statement) -> str | None:
     """The kind of a failure; None of a product, and of a statement that was written before kinds were."""
-    failure_kind = _byproduct(body, "outcome").get("kind")
+    failure_kind = _byproducts(body)["outcome"]["annotations"].get("kind")
     return None if failure_kind is None else str(failure_kind)
 
 
 def usage(body: Statement) -> dict[str, Any]:
-    return _byproduct(body, "usage")
+    return dict(_byproducts(body)["usage"]["annotations"])
 
 
 def summary(body: Statement) -> Byproduct | None:
     """The byproduct of a product's summary.json, {name, digest: {sha256}, annotations: its content}; None if the
-    product has none, or if the statement is older than this byproduct."""
-    summaries = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == SUMMARY)
-    return next(summaries, None)
+    product has none."""
+    return _byproducts(body).get(SUMMARY)
 
 
 def metrics(body: Statement) -> str | None:
     """The SHA-256 of the timed metrics of a sealed product; None if it has none."""
-    products = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == METRICS)
-    return next((str(product["digest"]["sha256"]) for product in products), None)
+    product = _byproducts(body).get(METRICS)
+    return None if product is None else str(product["digest"]["sha256"])
 
 
 def starts(body: Statement) -> list[Start]:
-    """The records of the starts of a stage that trains; none of another stage, or of an older statement."""
-    products = body["predicate"]["runDetails"]["byproducts"]
-    return next((list(p["annotations"]["starts"]) for p in products if p["name"] == STARTS), [])
+    """The records of the starts of a stage that trains; none of another stage."""
+    product = _byproducts(body).get(STARTS)
+    return [] if product is None else list(product["annotations"]["starts"])
 
 
-def _byproduct(body: Statement, name: str) -> dict[str, Any]:
-    products = body["predicate"]["runDetails"]["byproducts"]
-    return next(dict(p["annotations"]) for p in products if p["name"] == name)
+def _byproducts(body: Statement) -> dict[str, Byproduct]:
+    return {product["name"]: product for product in reversed(body["predicate"]["runDetails"]["byproducts"])}
 
 
 def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, Statement] | None:

@@ -373,7 +373,6 @@ class Stage(Generic[C]):
     gpus: the GPUs that a rank of a stage that does not train needs on its node, such as those of a server it starts.
     environment: variables that libraries read when they start to use a GPU, and that a launcher must therefore set
     before Python starts; one that the profile or the user has set takes precedence.
-    imports: modules that `run` imports and that take seconds to load, for a process that waits for its inputs.
     reads: the input node for each role, for a stage that a recipe adds by its name alone.
     time: the time of a training phase on GPUs; None: there is no model of it.
     simulate: walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
@@ -394,7 +393,6 @@ class Stage(Generic[C]):
     trains: bool = False
     gpus: Callable[[C], int] = lambda config: 0
     environment: Callable[[C], Mapping[str, str]] = lambda config: {}
-    imports: tuple[str, ...] = ()
     time: Callable[[C, Accelerator], TrainingTime] | None = None
     simulate: Callable[[C, int], RankSimulation] | None = None
     reads: Mapping[str, str] = field(default_factory=dict)

@@ -120,33 +120,15 @@ class RetryingClient:
     def _retrying(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def retrying(*arguments: Any, **options: Any) -> Any:
             inspect.signature(call).bind(*arguments, **options)  # raises TypeError for a wrong call
-            errors, transport = load().errors, _http().TransportError
-            for attempt in range(ATTEMPTS):
-                limits.begin_call(retried=attempt > 0)
-                try:
-                    with parsing():
-                        answer = _call_unwrapped(call, *arguments, **options)
-                        if not inspect.isgenerator(answer):
-                            return answer
-                        rows = list(islice(answer, MAX_LISTED + 1))  # each page is a request
-                    if len(rows) > MAX_LISTED:
-                        raise HubLimit(f"lists more than {MAX_LISTED} entries")
-                    return rows
-                except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, transport) as error:
-                    # the client's error for a failed download; its cause says why
-                    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
-                    attempts = UNREACHABLE_ATTEMPTS if isinstance(cause, transport) else ATTEMPTS
-                    if (
-                        not (isinstance(cause, transport) or _status(cause) in RETRIED_STATUSES)
-                        or attempt >= attempts - 1
-                    ):
-                        raise
-                    time.sleep(_wait(cause, attempt))
-                except json.JSONDecodeError:  # a failing server's; the client reads some answers before their status
-                    if attempt == ATTEMPTS - 1:
-                        raise
-                    time.sleep(2.0**attempt)
-            raise AssertionError("the last attempt returns or raises")
+            with limits.limited():
+                for attempt in range(ATTEMPTS - 1):
+                    try:
+                        return _answer(call, *arguments, **options)
+                    except Exception as error:
+                        if (seconds := _pause(error, attempt)) is None:
+                            raise
+                    time.sleep(seconds)
+                return _answer(call, *arguments, **options)
 
         return retrying
 
@@ -173,9 +155,28 @@ def _call_unwrapped(call: Any, *arguments: Any, **options: Any) -> Any:
         raise error.__cause__ from None
 
 
-def _wait(error: Any, attempt: int) -> float:
-    """Seconds until the next attempt: the Hub's Retry-After, or 1, 2, 4, …; at most a minute."""
-    response = getattr(error, "response", None)
+def _answer(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Makes a call; returns the rows of a listing as a list. Raises MalformedAnswer for another shape."""
+    with parsing():
+        answer = _call_unwrapped(call, *arguments, **options)
+        if not inspect.isgenerator(answer):
+            return answer
+        rows = list(islice(answer, MAX_LISTED + 1))  # each page is a request
+    if len(rows) > MAX_LISTED:
+        raise HubLimit(f"lists more than {MAX_LISTED} entries")
+    return rows
+
+
+def _pause(error: Exception, attempt: int) -> float | None:
+    """Seconds until a failed call is repeated: the Hub's Retry-After, or 1, 2, 4, …; None if it is not repeated."""
+    if isinstance(error, json.JSONDecodeError):  # a failing server's; the client reads some answers before their status
+        return 2.0**attempt
+    # the client's error for a failed download; its cause says why
+    cause = error.__cause__ if isinstance(error, load().errors.LocalEntryNotFoundError) else error
+    is_silent = isinstance(cause, _http().TransportError)
+    if _status(cause) not in RETRIED_STATUSES and not (is_silent and attempt < UNREACHABLE_ATTEMPTS - 1):
+        return None
+    response = getattr(cause, "response", None)
     retry_after = str(response.headers.get("Retry-After", "")) if response is not None else ""
     return min(float(retry_after) if retry_after.isdigit() else 2.0**attempt, MAX_RETRY_SECONDS)
 

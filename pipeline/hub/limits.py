@@ -1,32 +1,27 @@
-"""Limits on every request and response of the Hub client, for any behavior of the server.
+"""Limits on every request and answer of the Hub client, for any behavior of the server.
 
-They are enforced in the network backend under httpx, so they cover a server that is silent, that sends one byte a
-second, or that never stops, in headers, responses and files, on uploads and on downloads.
+The client's own time-outs end a server that is silent. They do not end one that sends a byte a second, or that never
+stops sending. So the connections of the client are counted, and a thread beside each call ends them if it takes too
+long.
 """
 
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from pipeline.core.errors import AtomError
 from pipeline.core.text import shown
 
 PUBLIC_HUB = "https://huggingface.co"
-PIECE = 16 << 10
-"""Bytes of one write."""
-FILES_PER_REQUEST, REQUESTS = 256, 4
-"""The files of a commit that the client names in one request, and the requests to one address for so many files, with
-repetitions."""
-
-
 ETAG = re.compile('(W/)?"?[0-9A-Za-z][0-9A-Za-z._-]{0,127}"?')
 """The ETags of files that are accepted, of which the client makes names of files. Those of the Hub are digests."""
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -40,24 +35,27 @@ class HubLimit(AtomError):
 class Limits:
     """Seconds and bytes.
 
-    connect: for a connection. silence: without a byte while reading. work: the same after a write, which a Hub may have
-    to process. patience: without any answer, over all attempts. answer_seconds, answer_bytes: of an answer that is not
-    a file. window, window_bytes: seconds in which at least so many bytes of a file must move. call_seconds: of a call,
-    besides a second for each bytes_per_second of its files. attempts_per_address: requests for one address in a call.
-    retry_after: the longest wait that a Hub may demand.
+    Attributes:
+        connect: Seconds for a connection.
+        silence: Seconds without a byte while reading.
+        work: Seconds without a byte after a write, which a Hub may have to process.
+        window: Seconds in which a call must get an answer, or move `window_bytes` of files. Longer than `work` and
+            `retry_after` together.
+        window_bytes: Bytes for a window without an answer.
+        call_seconds: Seconds for a call with all of its attempts, besides one for each `bytes_per_second` of its files.
+        bytes_per_second: The least speed of a whole transfer.
+        answer_bytes: Bytes that a call may receive, besides twice its files.
+        retry_after: The longest wait that a Hub may demand.
     """
 
     connect: float = 10.0
     silence: float = 10.0
     work: float = 60.0
-    patience: float = 90.0
-    answer_seconds: float = 60.0
-    answer_bytes: int = 8 << 20
-    window: float = 30.0
-    window_bytes: int = 30_000
+    window: float = 150.0
+    window_bytes: int = 150_000
     call_seconds: float = 600.0
     bytes_per_second: int = 32_000
-    attempts_per_address: int = 12
+    answer_bytes: int = 128 << 20
     retry_after: int = 60
 
 
@@ -67,50 +65,73 @@ LIMITS = Limits()
 
 @dataclass
 class _Call:
-    """Counters of one call of the client. expected, files: bytes and number of the files that it transfers."""
+    """Counters of one call of the client.
+
+    Attributes:
+        expected: Bytes of the files that it transfers.
+        received: Bytes that it received.
+        moved: Bytes that it received or sent.
+        answers: Answers that are not files.
+        problem: The limit that it exceeded.
+    """
 
     expected: int = 0
-    files: int = 0
     started: float = field(default_factory=time.monotonic)
-    last_heard: float = field(default_factory=time.monotonic)
     received: int = 0
-    requests: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass
-class _Exchange:
-    """One request and its answer. is_file: whether the answer is a file of a repository."""
-
-    is_file: bool = False
-    reading: float | None = None
-    received: int = 0
-    window_started: float = field(default_factory=time.monotonic)
-    window_bytes: int = 0
+    moved: int = 0
+    answers: int = 0
+    problem: str = ""
 
 
 _call = _Call()
-_expected = (0, 0)
-_thread_state = threading.local()
-_lock = threading.Lock()
+_expected = 0
+_streams: WeakSet[_Stream] = WeakSet()
+_waiting: set[_Stream] = set()
+"""The connections that wait for the Hub at the moment."""
 
 
 @contextmanager
-def transfer(expected: int, files: int = 0) -> Iterator[None]:
-    """Context for calls that transfer files of that many bytes: they may take longer, and receive that much. files:
-    the number of them, for calls that name them in several requests to one address."""
+def transfer(expected: int) -> Iterator[None]:
+    """Context for calls that transfer files of that many bytes: they may take longer, and receive that much."""
     global _expected
-    _expected = expected, files
+    _expected = expected
     try:
         yield
     finally:
-        _expected = 0, 0
+        _expected = 0
 
 
-def begin_call(retried: bool = False) -> None:
-    """Resets the counters; a retried call keeps its start and the time of the last answer."""
+@contextmanager
+def limited() -> Iterator[None]:
+    """Context of one call of the client, with all of its attempts. Raises HubLimit if it takes too long."""
     global _call
-    now = time.monotonic()
-    _call = _Call(*_expected, _call.started if retried else now, _call.last_heard if retried else now)
+    call = _call = _Call(_expected)
+    stop = threading.Event()
+    threading.Thread(target=_watch, args=(call, stop), name="hub", daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        if call.problem and not isinstance(error, HubLimit):
+            raise HubLimit(call.problem) from None
+        raise
+    finally:
+        stop.set()
+
+
+def _watch(call: _Call, stop: threading.Event) -> None:
+    """Ends the connections of a call that makes no progress, or takes longer than its files allow."""
+    answers = moved = 0
+    while not stop.wait(LIMITS.window):
+        seconds = time.monotonic() - call.started
+        if _waiting and call.answers == answers and call.moved - moved < LIMITS.window_bytes:
+            call.problem = f"does not answer in time: {call.moved - moved} bytes within {LIMITS.window:g} s"
+        elif seconds > LIMITS.call_seconds + call.expected / LIMITS.bytes_per_second:
+            call.problem = f"is too slow: not finished after {seconds:.0f} s"
+        answers, moved = call.answers, call.moved
+        if call.problem:
+            for stream in list(_streams):
+                with suppress(OSError):  # it may be closed already
+                    stream.handle.shutdown(socket.SHUT_RDWR)
 
 
 def install(client: Any, endpoint: str) -> Any:
@@ -119,8 +140,11 @@ def install(client: Any, endpoint: str) -> Any:
     def begin(request: Any) -> None:
         _begin_request(request, endpoint)
 
+    def answered(response: Any) -> None:
+        _begin_response(response, endpoint)
+
     hooks = client.event_hooks
-    client.event_hooks = {"request": [*hooks["request"], begin], "response": [*hooks["response"], _begin_response]}
+    client.event_hooks = {"request": [*hooks["request"], begin], "response": [*hooks["response"], answered]}
     for transport in (client._transport, *client._mounts.values()):
         if transport is not None:
             transport._pool._network_backend = _Backend(transport._pool._network_backend)
@@ -128,29 +152,13 @@ def install(client: Any, endpoint: str) -> Any:
 
 
 def _begin_request(request: Any, endpoint: str) -> None:
-    url, limits, now = str(request.url), LIMITS, time.monotonic()
-    _check_host(request, url, endpoint)
-    with _lock:
-        _call.requests[f"{request.method} {url}"] += 1
-        attempts = _call.requests[f"{request.method} {url}"]
-    if attempts > limits.attempts_per_address + REQUESTS * (_call.files // FILES_PER_REQUEST):
-        raise HubLimit(f"was asked for {urlsplit(url).path} {attempts - 1} times without success")
-    if now - _call.last_heard > limits.patience:
-        raise HubLimit(f"does not answer: no answer within {limits.patience:g} s")
-    _check_duration(now)
-    silence = limits.silence if request.method in ("GET", "HEAD") else limits.work
-    request.extensions["timeout"] = {
-        "connect": limits.connect, "read": silence, "write": limits.work, "pool": limits.patience
-    }  # fmt: skip
+    if _call.problem:
+        raise HubLimit(_call.problem)
+    _check_host(request, str(request.url), endpoint)
+    silence = LIMITS.silence if request.method in ("GET", "HEAD") else LIMITS.work
+    times = {"connect": LIMITS.connect, "read": silence, "write": LIMITS.work, "pool": LIMITS.call_seconds}
+    request.extensions["timeout"] = times
     request.headers["accept-encoding"] = "identity"  # compressed data can expand to any size
-    is_api_answer = request.method != "GET" or urlsplit(url).path.startswith(f"{urlsplit(endpoint).path}/api/")
-    _thread_state.exchange = _Exchange(is_file=not is_api_answer)
-
-
-def _check_duration(now: float) -> None:
-    """Raises HubLimit if a call takes longer than its files allow."""
-    if now - _call.started > LIMITS.call_seconds + _call.expected / LIMITS.bytes_per_second:
-        raise HubLimit(f"is too slow: not finished after {now - _call.started:.0f} s")
 
 
 def _check_host(request: Any, url: str, endpoint: str) -> None:
@@ -172,11 +180,10 @@ def _origin(parts: Any) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _begin_response(response: Any) -> None:
-    if response.status_code >= 400:
-        _exchange().is_file = False
-    if not _exchange().is_file:  # a file counts by its bytes
-        _call.last_heard = time.monotonic()
+def _begin_response(response: Any, endpoint: str) -> None:
+    is_api = str(response.request.url).startswith(f"{endpoint}/api/")
+    if is_api or response.request.method != "GET" or response.status_code >= 400:
+        _call.answers += 1  # a file counts by its bytes
     if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise HubLimit("sends a compressed answer, which was not requested")
     retry_after = response.headers.get("retry-after", "")
@@ -202,97 +209,58 @@ def _check_paths(response: Any) -> None:
     response.headers.pop("content-disposition", None)
 
 
-def _exchange() -> _Exchange:
-    """The current exchange of this thread."""
-    if not hasattr(_thread_state, "exchange"):
-        _thread_state.exchange = _Exchange()
-    exchange: _Exchange = _thread_state.exchange
-    return exchange
-
-
-def _count_window(exchange: _Exchange, count: int) -> None:
-    """Raises HubLimit if too few bytes moved within a window of time, or the call takes too long."""
-    now, exchange.window_bytes = time.monotonic(), exchange.window_bytes + count
-    _check_duration(now)
-    if now - exchange.window_started > LIMITS.window:
-        if exchange.window_bytes < LIMITS.window_bytes:
-            raise HubLimit(f"transfers only {exchange.window_bytes} bytes in {now - exchange.window_started:.0f} s")
-        exchange.window_started, exchange.window_bytes = now, 0
-
-
-def _count_received(exchange: _Exchange, count: int) -> None:
-    """Raises HubLimit if an answer has too many bytes, or files have more than was announced."""
-    exchange.received += count
-    if not exchange.is_file:
-        if exchange.received > LIMITS.answer_bytes:
-            raise HubLimit(f"answers with more than {LIMITS.answer_bytes} bytes where a short answer was expected")
-        return
-    if exchange.reading is not None and count and exchange.received > count:  # the first bytes are its header
-        _call.last_heard = time.monotonic()
-    with _lock:
-        _call.received += count
-    if _call.received > 2 * _call.expected + LIMITS.answer_bytes:  # interrupted transfers are repeated
-        raise HubLimit(f"sends more than the {_call.expected} bytes that were announced for its files")
-
-
 class _Backend:
-    """httpcore's network backend, with limits."""
+    """httpcore's network backend, whose connections are counted."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
 
     def connect_tcp(self, *arguments: Any, **options: Any) -> Any:
-        return _Stream(self.inner.connect_tcp(*arguments, **options))
+        inner = self.inner.connect_tcp(*arguments, **options)
+        return _Stream(inner, inner.get_extra_info("socket").dup())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
 
 class _Stream:
-    """A connection, with limits."""
+    """A connection, and a handle by which another thread can end it, also within a handshake of TLS."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    def __init__(self, inner: Any, handle: socket.socket) -> None:
+        self.inner, self.handle = inner, handle
+        _streams.add(self)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        exchange, now = _exchange(), time.monotonic()
-        if exchange.reading is None:
-            exchange.reading = exchange.window_started = now
-            exchange.window_bytes = 0
-        read_timeout = LIMITS.work if timeout is None else timeout
-        if not exchange.is_file:
-            answer_seconds_left = exchange.reading + LIMITS.answer_seconds - now
-            if answer_seconds_left <= 0:
-                raise HubLimit(f"does not finish its answer within {LIMITS.answer_seconds:g} s")
-            read_timeout = min(read_timeout, answer_seconds_left)
-        data: bytes = self.inner.read(max_bytes, read_timeout)
-        _count_received(exchange, len(data))
-        if exchange.is_file:
-            _count_window(exchange, len(data))
+        _waiting.add(self)
+        try:
+            data: bytes = self.inner.read(max_bytes, timeout)
+        finally:
+            _waiting.discard(self)
+        _call.received += len(data)
+        _call.moved += len(data)
+        most = LIMITS.answer_bytes + 2 * _call.expected  # interrupted transfers are repeated
+        if _call.received > most:
+            raise HubLimit(f"sends more than {most} bytes, and its files have {_call.expected}")
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        exchange, view = _exchange(), memoryview(buffer)
-        for start in range(0, len(view), PIECE):
-            piece = view[start : start + PIECE]
-            self.inner.write(piece, LIMITS.work if timeout is None else timeout)
-            if len(piece) == PIECE:
-                _call.last_heard = time.monotonic()
-            _count_window(exchange, len(piece))
+        _waiting.add(self)
+        try:
+            self.inner.write(buffer, timeout)
+        finally:
+            _waiting.discard(self)
+        _call.moved += len(buffer)
 
     def start_tls(self, *arguments: Any, **options: Any) -> Any:
-        # in a handshake, the timeout is for each byte
-        timer = threading.Timer(LIMITS.connect, self._shut_down)
-        timer.daemon = True
-        timer.start()
+        _waiting.add(self)
         try:
-            return _Stream(self.inner.start_tls(*arguments, **options))
+            return _Stream(self.inner.start_tls(*arguments, **options), self.handle)
         finally:
-            timer.cancel()
+            _waiting.discard(self)
 
-    def _shut_down(self) -> None:
-        with suppress(OSError):  # it may be closed already
-            self.inner.get_extra_info("socket").shutdown(2)
+    def close(self) -> None:
+        self.handle.close()
+        self.inner.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -10,6 +10,13 @@ from pathlib import PurePosixPath
 from pipeline.core.text import shown
 from pipeline.hub.client import api, parsing
 
+FILE_BYTES = 50 * 10**9
+"""The largest file that the Hub's client reads without Xet (`MAX_HTTP_DOWNLOAD_SIZE` of huggingface_hub 2.4). The Hub
+itself recommends files below 200 GB and stores none above 500 GB (`docs/hub/storage-limits.md` of
+github.com/huggingface/hub-docs, read at commit 003e04e94a59)."""
+FOLDER_FILES = 10_000
+REPOSITORY_FILES = 100_000
+"""A recommendation: the Hub refuses no repository for its files."""
 PART_BYTES, PATH_BYTES = 240, 1000
 """The longest part of a path and the longest path of a repository. File systems take 255 bytes and 4,096, of which the
 client needs some for its own files beside them."""

@@ -1,8 +1,13 @@
-"""One attempt at a node: its parameters, and the statement about its end."""
+"""One attempt at a node: its parameters, the statement about its end, and the checkpoints that it seals before."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import socket
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,18 +17,21 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import environment, json_files, provenance
+from pipeline.core import atomic_files, environment, json_files, provenance
 from pipeline.core.code_digests import code_digests
-from pipeline.core.errors import AtomError, Failure, Kind
+from pipeline.core.errors import AtomError, Failure, Kind, MachineError
 from pipeline.core.events import FileReport
 from pipeline.core.json_files import Damaged
-from pipeline.core.stage import identity, operation
-from pipeline.core.store import Artifact, Store, sha256_file
+from pipeline.core.lease import Lease, draft_folder
+from pipeline.core.stage import family, identity, operation
+from pipeline.core.store import Artifact, Store, digest_of, rows_of, sha256_file
 from pipeline.graph import registry
 from pipeline.graph.checkpoints import Checkpoint
-from pipeline.launch.failure_messages import strip_paths
+from pipeline.graph.dag import Graph, Node
+from pipeline.graph.run import Run
+from pipeline.launch.diagnoses import strip_paths
 from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, USAGE_SECONDS, Ranks, Usage
-from pipeline.launch.start_records import StartRecords
+from pipeline.launch.start_records import SETTINGS, StartRecords, StartSettings
 
 
 class _UsageFile(TypedDict):
@@ -52,6 +60,20 @@ class Task:
     watts_per_gpu: float = 0.0
     server_gpus: int = 0  # of each of its servers in jobs of their own
     peaks: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, graph: Graph, store: Store, run: Run, node: Node, **resources: Any) -> Task:
+        """The parameters of a node's job in a run. resources: the fields that the launcher decides."""
+        return cls(
+            home=str(store.home),
+            run=run.id,
+            node=node.name,
+            stage=node.stage.name,
+            config=node.config.model_dump(mode="json"),
+            inputs=graph.materials(node),
+            key=node.key,
+            **resources,
+        )
 
 
 ALIVE = "alive"
@@ -92,6 +114,31 @@ class Attempt:
         """The distinct operational configs of this attempt and of those that it resumed, the latest last."""
         self.starts: StartRecords | None = None
         """Of a stage that trains; the worker sets it."""
+
+    def write_settings(self, number: int) -> None:
+        """Writes start.json. An error is printed, and the stage continues. number: of the lease."""
+        path = self.store.logs / self.task.run / self.task.node / SETTINGS
+        try:
+            atomic_files.write(path, json.dumps(self._settings(number)))
+        except Exception as error:  # whatever it is, it must not end the stage
+            print(f"{self.task.node}: {SETTINGS} was not written: {error}", file=sys.stderr, flush=True)
+
+    def _settings(self, number: int) -> StartSettings:
+        task, training = self.task, self.stage.estimate(self.config).training
+        return {
+            "start": number,
+            "time": self.started,
+            "config": identity(self.config),
+            "operation": self.operations[-1],
+            "inputs": {role: {"key": a.key, "digest": a.digest} for role, a in sorted(self.materials.items())},
+            "ranks": task.ranks,
+            "gpus": task.gpus,
+            "layout": training.layout if training else None,
+            "flops_per_token": training.gflop_per_token * 1e9 if training else None,
+            "peak_flops": task.peaks.get(family(training.precision)) if training and task.peaks else None,
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "nodes": os.environ.get("SLURM_JOB_NODELIST") or socket.gethostname(),
+        }
 
     def record(self, artifact: Artifact, part: Checkpoint | None = None) -> None:
         """Writes the statement of a product just before it is sealed. Raises AtomError if it must not be sealed.
@@ -194,3 +241,55 @@ class Attempt:
         provenance.write(self.store.ledger, part.key if part else self.task.key, body)
         if part is None:
             self.report.event("usage", **usage)
+
+
+class CheckpointArtifacts:
+    """Seals the release checkpoints of one attempt, which holds the lease of its key. Any of its threads may seal one.
+
+    The artifact of the phase has the same files (the same inodes, by hard links), but only after the end of the phase.
+    A checkpoint can be used while its phase is running, or if the phase never ends.
+    """
+
+    def __init__(self, attempt: Attempt, lease: Lease) -> None:
+        self.attempt, self.lease, self.lock = attempt, lease, threading.Lock()
+
+    def seal(self, step: int, folder: Path) -> None:
+        """Seals `folder` as the checkpoint after `step`, unless that was done before.
+
+        Raises AtomError if it was sealed with different bytes by the same code in the same environment, MachineError if
+        another worker has taken over.
+        """
+        with self.lock:
+            task, store = self.attempt.task, self.attempt.store
+            checkpoint = Checkpoint(task.key, step)
+            self._require_lease(checkpoint)
+            if store.sealed(checkpoint.key):
+                self._check_same_digest(store.open(checkpoint.key), folder)
+                return
+            draft = draft_folder(store.work(task.key), self.lease.number, step)
+            try:
+                shutil.copytree(folder, draft, copy_function=os.link)
+                store.seal(draft, checkpoint.key, lambda artifact: self._record(artifact, checkpoint))
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+
+    def _record(self, artifact: Artifact, checkpoint: Checkpoint) -> None:
+        self._require_lease(checkpoint)
+        self.attempt.record(artifact, checkpoint)
+
+    def _check_same_digest(self, sealed: Artifact, folder: Path) -> None:
+        pairs = [(sealed / row.path, folder / row.path) for row in sealed.rows]
+        if all(new.exists() and os.path.samefile(old, new) for old, new in pairs):
+            return  # same files by hard links: nothing to compare
+        rows = rows_of(folder, handed_over=True)
+        artifact = Artifact(sealed.key, digest_of(rows), folder, tuple(rows))
+        self.attempt.refuse_second_digest(artifact)
+        if artifact.digest != sealed.digest:
+            self.attempt.report.note(
+                f"{artifact.key} came out as {artifact.digest[:12]}; {sealed.digest[:12]} stands, made by other code, "
+                "in another environment or by other ranks"
+            )
+
+    def _require_lease(self, checkpoint: Checkpoint) -> None:
+        if self.lease.lost:
+            raise MachineError(f"another worker took over {checkpoint.phase} before {checkpoint.node} was sealed here")

@@ -51,8 +51,6 @@ class BatchScript:
     served_folder, served_comment: of the script of the stage's job with which servers end, and its comment.
     poll_seconds: how often each of the servers asks Slurm for that job.
     server_job: the job of the first server, without which the stage does not begin; servers_folder: of their script.
-    notify: a shell command, on failure and at the end of the run; in an array, the one task that creates
-    notified_folder runs it.
     nodes_folder: folder of the bad nodes, each of which is avoided for avoid_seconds.
     """
 
@@ -69,8 +67,6 @@ class BatchScript:
     launches_folder: Path
     is_array: bool
     restarts: int
-    notify: str | None
-    notified_folder: Path
     nodes_folder: Path
     avoid_seconds: int
     stage_variables: Mapping[str, str] = field(default_factory=dict)
@@ -228,8 +224,6 @@ def _script(
         launches_folder=folder / "ranks",
         is_array=bool(part),
         restarts=slurm.restarts,
-        notify=slurm.notify,
-        notified_folder=folder / "notified",
         nodes_folder=bad_nodes.folder(store),
         avoid_seconds=slurm.avoid_seconds,
         run_file=run.folder / "run.json",

@@ -347,10 +347,6 @@ class Slurm(Config):
     avoid_hours: Annotated[float, Range(0, 8760, "8760 are a year")] = Field(
         24.0, description="hours for which a node at which a start failed is avoided; 0: never"
     )
-    notify: LongLine | None = Field(
-        None,
-        description="shell command on failure or completion, with ATOM_RUN, ATOM_STAGE and ATOM_OUTCOME set",
-    )
 
     @model_validator(mode="after")
     def _no_secret(self) -> Slurm:

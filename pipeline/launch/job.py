@@ -28,21 +28,18 @@ from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import HEARTBEAT
+from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Store
-from pipeline.graph import registry
+from pipeline.graph import budget, registry
 from pipeline.graph.run import BODY
 from pipeline.launch import bad_nodes, clean_environment, device_test, preflight
 from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
+from pipeline.launch.companion import Companion
 from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.failure_messages import report_failure
+from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, read, write
 from pipeline.launch.worker import STOP, attempt, stop_signals
-from pipeline.tracking import budget, mlflow_sync
-from pipeline.tracking.live import LiveFiles
-
-MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
-"""The MLflow status of the run for each decision; any other decision leaves the run open."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def run(task: Task, limits: JobLimits) -> str:
         return _run_follower(task, limits, store, ranks)
     report = FileReport(folder)
     report.event("attempt", job=slurm_job.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
-    companion: mlflow_sync.Companion | None = None
+    companion: Companion | None = None
     begun, keys = False, list[str]()
     with watch_stop_signals() as stop_signals_received:
 
@@ -109,7 +106,7 @@ def run(task: Task, limits: JobLimits) -> str:
             if companion is not None and decision in (Decision.RESTART, Decision.RELAUNCH):
                 companion.kill()  # the time limit may be near; the next start sends the rest
             elif companion is not None:
-                companion.close(MLFLOW_OUTCOMES.get(decision, ""), isinstance(outcome, Failure))
+                companion.close(decision in (Decision.DONE, Decision.FAILED), quick=isinstance(outcome, Failure))
 
         problem = _check(task, limits, store, ranks)
         if (stall := standstill(folder)).since > limits.restarts + 1:
@@ -120,17 +117,17 @@ def run(task: Task, limits: JobLimits) -> str:
             problem = problem or Failure(
                 f"run.json of {task.run} cannot be read ({error}); restore it, or submit again"
             )
-        if (budget_problem := budget.exceeded(limits.budget, store, keys, folder.parent / "hours.json")) is not None:
+        if (budget_problem := budget.exceeded(limits.budget, store, keys)) is not None:
             problem = problem or Failure(budget_problem, Kind.USER)
         if problem is not None:
             ranks.announce(problem)
             print(f"{task.node}: {problem.text}", file=sys.stderr, flush=True)
             report.end(problem)
             record_outcome(problem)
-            LiveFiles(store, task.run, task.node).close()
+            SummaryWriter(folder).close()
             outcome: str | Failure = problem
         else:
-            begun, companion = True, mlflow_sync.Companion(store.home, task.run)
+            begun, companion = True, Companion(store.home, task.run, whole=False)
             outcome = attempt(task, store, ranks, record_outcome)
         report.close()
     if isinstance(outcome, Failure) and ranks.size > 1:
@@ -166,23 +163,18 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
     Returns the decision: after an error the task is started again while it makes progress, and otherwise as often as
     the profile allows. Finished shards are kept.
     """
-    slurm_job, store = _begin(task, limits)
-    launch = launch_folder(store.logs / task.run / task.node / "shards", slurm_job.raw_job_id)
-    launch.mkdir(parents=True, exist_ok=True)
-    (launch / "started-0").write_text(node_name() + "\n")
+    store, launch = _begin_task(task, limits, "shards")
     stage, usage_at_start = registry.stage(task.stage), Usage.now()
     assert stage.run_shard is not None, "only such stages are submitted so"
-    problem = preflight.check_node(Path(task.home), limits.free_gb, limits.scratch)
-    if problem:
-        avoid_node(problem, task, limits, store)
-        return _decide(launch, _failed_starts(launch) < limits.restarts, problem)
+    if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
+        return _end_task(problem, task, limits, store, launch)
     own_shards: list[int] = []
     if not store.sealed(task.key):
         work = store.work(task.key) / "state"
         work.mkdir(parents=True, exist_ok=True)
         config = stage.config.model_validate(task.config)
         own_shards = list(range(int(os.environ["SLURM_ARRAY_TASK_ID"]), stage.shards(config), tasks))
-        earlier_done = max((start["done"] for start in _earlier_starts(launch, slurm_job.raw_job_id)), default=0)
+        earlier_done = max((start["done"] for start in _earlier_starts(launch)), default=0)
         location = "its inputs"
         try:
             materials = {role: store.open(key) for role, key in task.inputs.items()}
@@ -195,10 +187,7 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
                     (launch / "further").touch()  # which the job's script reads
         except Exception as error:
             failure = report_failure(error, task.node, task.stage, store)
-            avoid_node(failure, task, limits, store)
-            further = (launch / "further").exists()
-            restart = not failure.kind.final and (further or _failed_starts(launch) < limits.restarts)
-            return _decide(launch, restart, Failure(f"{location}: {failure.text}", failure.kind))
+            return _end_task(failure, task, limits, store, launch, f"{location}: ")
     write(launch / "usage.json", Usage.now().since(usage_at_start).__dict__)
     Verdict(Decision.SEALED, f"{len(own_shards)} shards are done").write(launch)
     return Decision.SEALED
@@ -236,14 +225,10 @@ class _Place:
 def run_server(task: Task, limits: JobLimits) -> str:
     """Runs a server for a node, in this task of a job array, until the stage has ended. Returns the decision: a server
     that dies is started again as long as it has answered before, and otherwise as often as the profile allows."""
-    slurm_job, store = _begin(task, limits)
-    launch = launch_folder(store.logs / task.run / task.node / "servers", slurm_job.raw_job_id)
-    launch.mkdir(parents=True, exist_ok=True)
-    (launch / "started-0").write_text(node_name() + "\n")
+    store, launch = _begin_task(task, limits, "servers")
     place = _Place(task, store, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
-        avoid_node(problem, task, limits, store)
-        return _decide(launch, _failed_starts(launch) < limits.restarts, problem)
+        return _end_task(problem, task, limits, store, launch)
     stage = registry.stage(task.stage)
     assert stage.serve is not None, "only such stages are submitted so"
     try:
@@ -251,13 +236,10 @@ def run_server(task: Task, limits: JobLimits) -> str:
             place.folder.mkdir(exist_ok=True)
             stage.serve(stage.config.model_validate(task.config), place)
     except Interrupted:
-        return _decide(launch, True, Failure("interrupted", Kind.STOPPED))
+        Verdict.of(Decision.RESTART, Failure("interrupted", Kind.STOPPED)).write(launch)
+        return Decision.RESTART
     except Exception as error:
-        failure = report_failure(error, task.node, task.stage, store)
-        avoid_node(failure, task, limits, store)
-        further = (launch / "further").exists()
-        restart = not failure.kind.final and (further or _failed_starts(launch) < limits.restarts)
-        return _decide(launch, restart, failure)
+        return _end_task(report_failure(error, task.node, task.stage, store), task, limits, store, launch)
     Verdict(Decision.SEALED, "the stage has ended").write(launch)
     return Decision.SEALED
 
@@ -295,15 +277,30 @@ def avoid_node(failure: Failure, task: Task, limits: JobLimits, store: Store) ->
         print(f"{task.node}: node {failure.bad_node} cannot be noted as bad: {error}", file=sys.stderr, flush=True)
 
 
-def _decide(launch: Path, restart: bool, failure: Failure) -> Decision:
-    """Writes the decision whether a failed task of an array is started again; returns it."""
+def _begin_task(task: Task, limits: JobLimits, part: str) -> tuple[Store, Path]:
+    """Begins a task of a job array. Returns the home, and the folder of this launch."""
+    slurm_job, store = _begin(task, limits)
+    launch = launch_folder(store.logs / task.run / task.node / part, slurm_job.raw_job_id)
+    launch.mkdir(parents=True, exist_ok=True)
+    (launch / "started-0").write_text(node_name() + "\n")
+    return store, launch
+
+
+def _end_task(
+    failure: Failure, task: Task, limits: JobLimits, store: Store, launch: Path, location: str = ""
+) -> Decision:
+    """Ends a failed task of a job array: writes the decision whether it is started again, and returns it."""
+    avoid_node(failure, task, limits, store)
+    further = (launch / "further").exists()
+    restart = not failure.kind.final and (further or _failed_starts(launch) < limits.restarts)
     decision = Decision.RESTART if restart else Decision.FAILED
-    Verdict.of(decision, failure).write(launch)
+    Verdict.of(decision, Failure(f"{location}{failure.text}", failure.kind)).write(launch)
     return decision
 
 
-def _earlier_starts(launch: Path, job: str) -> list[dict[str, Any]]:
+def _earlier_starts(launch: Path) -> list[dict[str, Any]]:
     """The progress of earlier starts of this task."""
+    job = launch.name.partition(".")[0]
     records = (read(path / "shards.json") for path in launch.parent.glob(f"{job}.*") if path != launch)
     return [record for record in records if record is not None]
 

@@ -25,7 +25,6 @@ from pipeline.graph.run import Run
 from pipeline.launch import clean_environment, preflight
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Profile
-from pipeline.launch.early_start import EarlyStart
 from pipeline.launch.rendezvous import (
     announce,
     has_no_end,
@@ -38,8 +37,6 @@ from pipeline.launch.worker import work
 
 POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365
-MOST_EARLY = 4
-"""Processes that wait for their inputs: of some 300 MB each."""
 LAST_SECONDS = 4.0
 """Seconds that the ranks of an ended launch get to end by themselves."""
 PROCESS_GONE = "its process is gone, perhaps killed for memory; see its log, and run the same command to go on"
@@ -124,8 +121,6 @@ class RunningJob:
     """Whether the lost ranks were announced to the others."""
     finished_since: float | None = None
     """The time since which the remaining ranks have no work."""
-    early_start: EarlyStart | None = None
-    """The gate at which its ranks wait for their inputs."""
 
     def kill(self) -> None:
         """Kills its processes: the ranks, and submitit's controller."""
@@ -137,8 +132,7 @@ class RunningJob:
 class LocalLauncher:
     """Runs stages in up to `profile.local.jobs` slots until all of `selected` are sealed or one has failed.
 
-    A stage takes one slot for each of its ranks; a stage with more ranks than slots takes all of them. While a slot is
-    free, the processes of the next stages load their modules, and take no slot until their inputs are sealed.
+    A stage takes one slot for each of its ranks; a stage with more ranks than slots takes all of them.
     """
 
     graph: Graph
@@ -148,8 +142,6 @@ class LocalLauncher:
     profile: Profile
     display: Display
     running: dict[str, RunningJob] = field(default_factory=dict)
-    early: dict[str, RunningJob] = field(default_factory=dict)
-    """The jobs that wait for their inputs, by node."""
 
     def go(self) -> None:
         """Runs to the end. Raises AtomError with the first failure; KeyboardInterrupt after a clean stop."""
@@ -162,13 +154,10 @@ class LocalLauncher:
                     node = self.graph.nodes[name]
                     if self.store.sealed(node.key):
                         waiting.remove(name)
-                        self._end_early(name)
                         self.display.sealed(name, elsewhere=True)
                     elif not failures and self._ready(node) and self._places(node) <= self._free_places():
                         waiting.remove(name)
-                        self.running[name] = self._admit_early(node) or self._submit(node)
-                if not failures:
-                    self._start_early(waiting)
+                        self.running[name] = self._submit(node)
                 for name, running_job in list(self.running.items()):
                     outcome = self._poll(running_job)
                     if outcome is None:
@@ -185,8 +174,6 @@ class LocalLauncher:
         except KeyboardInterrupt:
             self._stop()
             raise
-        finally:
-            self._end_early(*self.early)
         if failures:
             name, failure = next(iter(failures.items()))
             raise of_kind(failure, f"stage {name} failed: {failure.text} (log: atom logs {name})")
@@ -211,48 +198,14 @@ class LocalLauncher:
             return False
         return True
 
-    def _start_early(self, waiting: list[str]) -> None:
-        """Starts the process of the first waiting stage whose missing inputs are all being made, or, if it does not
-        train, will be by stages that have started early."""
-        if not self._free_places() or len(self.early) >= MOST_EARLY:
-            return
-        in_work = {job.node.key for job in self.running.values()}
-        expected = in_work | {job.node.key for job in self.early.values()}
-        for name in waiting:
-            node = self.graph.nodes[name]
-            missing = {key for key in self.graph.materials(node).values() if not self.store.sealed(key)}
-            soon = in_work if node.stage.trains else expected
-            if node.stage.imports and name not in self.early and missing and missing <= soon:
-                gate = self.run.node_folder(name) / "submitit" / "admitted"
-                gate.parent.mkdir(parents=True, exist_ok=True)
-                self.early[name] = self._submit(node, EarlyStart.at(gate))
-                return
-
-    def _admit_early(self, node: Node) -> RunningJob | None:
-        """The job of this node if it has started early and still waits, now admitted."""
-        early = self.early.pop(node.name, None)
-        if early is None or early.early_start is None or early.job.done():
-            return None  # killed, perhaps for memory; it has done nothing yet
-        early.early_start.admit()
-        self.display.started(node.name, str(early.job.paths.stdout), early.ranks)
-        return early
-
-    def _end_early(self, *names: str) -> None:
-        for name in names:
-            if early := self.early.pop(name, None):
-                early.kill()
-
-    def _submit(self, node: Node, early_start: EarlyStart | None = None) -> RunningJob:
+    def _submit(self, node: Node) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
         gpus = visible_gpus()
-        task = Task(
-            home=str(self.store.home),
-            run=self.run.id,
-            node=node.name,
-            stage=node.stage.name,
-            config=node.config.model_dump(mode="json"),
-            inputs=self.graph.materials(node),
-            key=node.key,
+        task = Task.of(
+            self.graph,
+            self.store,
+            self.run,
+            node,
             watts_per_core=self.profile.power.watts_per_core,
             ranks=number,
             peaks=self.profile.peaks() if gpus else {},
@@ -272,12 +225,11 @@ class LocalLauncher:
         try:
             tail = EventTail(folder / "events.jsonl")
             tail.read()
-            job = executor.submit(work, task, early_start)
+            job = executor.submit(work, task)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
-        if early_start is None:
-            self.display.started(node.name, str(job.paths.stdout), number)
-        return RunningJob(node, job, tail, number, early_start=early_start)
+        self.display.started(node.name, str(job.paths.stdout), number)
+        return RunningJob(node, job, tail, number)
 
     def _poll(self, running_job: RunningJob) -> str | Failure | None:
         """The job's outcome, or None while it runs."""

@@ -4,6 +4,8 @@ Each rank checks its node (space, clock, GPU, versions) and sends the result to 
 will use, signed with the secret of the launch. Rank 0 gathers the results and reports for all. The shared file system
 holds only the address of rank 0 and the secret. A rank opens three files there, and one more for each second in which
 it waits for rank 0.
+
+`nvidia-smi` tells the state of the GPUs. It has run on no GPU yet: the tests have a program in its place.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,6 @@ from typing import Any
 from pipeline.core import environment
 from pipeline.core.environment import node_name, own_address
 from pipeline.core.errors import Failure
-from pipeline.launch import gpu_health
 from pipeline.launch.rendezvous import Ranks, polls, read, write
 from pipeline.run_secret import atom_secret
 from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
@@ -39,6 +43,17 @@ LONGEST_LINE = 65536
 OPEN_FILES = 65536
 """The files and sockets that each process may have open, where the node's hard limit allows so many; the job's script
 asks for as many."""
+SMI_SECONDS = 60.0
+SOUND = {
+    "ecc.errors.uncorrected.volatile.total": ("0",),
+    "remapped_rows.pending": ("no", "0"),
+    "remapped_rows.failure": ("no", "0"),
+    "clocks_throttle_reasons.hw_slowdown": ("not active",),
+    "gpu_recovery_action": ("none",),
+}
+"""The fields of `nvidia-smi --query-gpu`, and the values of a sound GPU. The last one is that of newer drivers."""
+UNKNOWN = ("n/a", "not supported", "unknown", "requested functionality has been deprecated", "")
+"""What it answers, in brackets or not, where a GPU or a driver does not have a field."""
 
 
 def least_open_files(ranks: int) -> int:
@@ -123,7 +138,48 @@ def _gpus(name: str) -> Failure | None:
         )
     is_first = os.environ.get("SLURM_LOCALID", "0") == "0"  # of the ranks of this node, if all have the same GPUs
     has_part = len(assigned) < int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-    return gpu_health.check(name, assigned) if assigned and (is_first or has_part) else None
+    return gpu_problem(name, assigned) if assigned and (is_first or has_part) else None
+
+
+def gpu_problem(node: str, gpus: Sequence[str]) -> Failure | None:
+    """The problem of one of these GPUs of this node, in one sentence; None without one. Without nvidia-smi nothing is
+    known, which a line of the log says. gpus: their numbers; the others may be another job's."""
+    if shutil.which("nvidia-smi") is None:
+        print(
+            f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked", file=sys.stderr
+        )
+        return None
+    fields = list(SOUND)
+    while True:
+        query = f"--query-gpu=index,{','.join(fields)}"
+        command = ["nvidia-smi", f"--id={','.join(gpus)}", query, "--format=csv,noheader,nounits"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            stdout, stderr = process.communicate(timeout=SMI_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps a killed process
+                process.communicate(timeout=1.0)
+            why = f"nvidia-smi gave no answer within {SMI_SECONDS:.0f} s"
+            return Failure(f"{why} on node {node}; have its GPUs and their driver checked", bad_node=node)
+        output = " ".join((stdout + stderr).split())
+        if unknown := [field for field in fields if f'"{field}" is not a valid field' in output]:
+            fields = [field for field in fields if field not in unknown]  # an older driver
+            continue
+        if process.returncode:
+            text = f"nvidia-smi failed on node {node} ({output[:200]}); have its GPUs and their driver checked"
+            return Failure(text, bad_node=node)
+        return _first_problem(node, fields, stdout)
+
+
+def _first_problem(node: str, fields: list[str], output: str) -> Failure | None:
+    for line in output.splitlines():
+        index, *values = (value.strip() for value in line.split(","))
+        for field, value in zip(fields, values, strict=False):
+            if value.strip("[]").lower() not in (*SOUND[field], *UNKNOWN):
+                text = f"GPU {index} of node {node} is not sound ({field}: {value}); have it reset or repaired"
+                return Failure(text, bad_node=node)
+    return None
 
 
 def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:

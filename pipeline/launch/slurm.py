@@ -26,6 +26,7 @@ from pipeline.core import code_snapshot
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.progress import stages
 from pipeline.core.store import Store
+from pipeline.graph import budget
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import LauncherFields, Run, RunFolder
@@ -37,7 +38,6 @@ from pipeline.launch.cluster_profile import Allocation, Profile, Slurm
 from pipeline.launch.job import JobLimits
 from pipeline.launch.local import damage_of, require_inputs
 from pipeline.launch.slurm_client import Job, NoAnswer, Owner
-from pipeline.tracking import budget
 
 UNLIMITED = 10**6
 OF_ALLOCATION = (
@@ -334,14 +334,11 @@ def _request(script: BatchScript) -> list[str]:
 
 def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) -> Task:
     allocation, servers = allocation_of(profile.cluster(), node), servers_of(profile.cluster(), node)
-    return Task(
-        home=str(store.home),
-        run=run.id,
-        node=node.name,
-        stage=node.stage.name,
-        config=node.config.model_dump(mode="json"),
-        inputs=graph.materials(node),
-        key=node.key,
+    return Task.of(
+        graph,
+        store,
+        run,
+        node,
         watts_per_core=profile.power.watts_per_core,
         ranks=allocation.ranks,
         gpus=allocation.all_gpus,

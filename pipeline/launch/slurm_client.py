@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 from pipeline.core import users
 from pipeline.core.errors import AtomError
 
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
 SECONDS = 30.0
 ASK_EVERY = 10.0
 """How often a command that redraws asks Slurm, in seconds."""
@@ -294,41 +296,23 @@ class Answers:
     seconds: float = 0.0
     _kept: dict[object, tuple[float, Any]] = field(default_factory=dict)
 
-    def queued_jobs(self, users: Iterable[str]) -> dict[str, Job]:
-        names = tuple(sorted(set(users)))
-        jobs: dict[str, Job] = self._ask(("queue", names), lambda: queued_jobs(names))
-        return jobs
+    def ask(
+        self, function: Callable[Arguments, Answer], *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> Answer:
+        """Calls a function of this module, unless its last answer still counts.
 
-    def finished_jobs(self, ids: Iterable[str]) -> dict[str, Job]:
-        wanted = tuple(ids)
-        jobs: dict[str, Job] = self._ask(wanted, lambda: finished_jobs(wanted))
-        return jobs
+        Args:
+            function: The function.
+            arguments: Its arguments, which can be hashed.
 
-    def memory_of(self, id: str) -> tuple[str, str]:
-        sizes: tuple[str, str] = self._ask(f"memory {id}", lambda: memory_of(id))
-        return sizes
-
-    def time_of(self, id: str) -> tuple[str, str]:
-        times: tuple[str, str] = self._ask(f"time {id}", lambda: time_of(id))
-        return times
-
-    def first_node(self, nodes: str) -> str:
-        return str(self._ask(f"first of {nodes}", lambda: first_node(nodes)))
-
-    def unavailable_nodes(self) -> str:
-        return str(self._ask("nodes", unavailable_nodes))
-
-    def reservation(self, name: str | None) -> str:
-        return str(self._ask(f"reservation {name}", lambda: reservation(name)))
-
-    def hides_jobs(self) -> bool:
-        return bool(self._ask("hidden", hides_jobs))
-
-    def _ask(self, question: object, function: Callable[[], Any]) -> Any:
+        Raises:
+            NoAnswer: Slurm does not answer, or did not the last time.
+        """
+        question = (function.__name__, arguments)
         asked_at, answer = self._kept.get(question, (float("-inf"), None))
         if time.monotonic() - asked_at >= self.seconds:
             try:
-                answer = function()
+                answer = function(*arguments, **options)
             except NoAnswer as error:
                 answer = error
             now = time.monotonic()
@@ -336,4 +320,4 @@ class Answers:
             self._kept[question] = (now, answer)
         if isinstance(answer, NoAnswer):
             raise answer
-        return answer
+        return cast(Answer, answer)

@@ -1,9 +1,11 @@
-"""The record of every start of a stage that trains, for its statement.
+"""The records of the starts of a stage.
 
-    work/<key>/starts.json               what the worker knows: time, commit, dirty, prediction
+    work/<key>/starts.json               of every start of a stage that trains: time, commit, dirty, prediction
     work/<key>/state/starts/0002.json    what the stage adds: restored step, device, comparison with the log
+    logs/<run>/<node>/start.json         of the latest start: settings, inputs and nodes, for MLflow
 
-Both name a start by the number of its lease. A killed start writes no statement, but stays in the next one's.
+The first two are for the statement of the stage, and name a start by the number of its lease. A killed start writes no
+statement, but stays in the next one's. Nothing depends on the third one.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 import pipeline
 from pipeline.core import atomic_files, environment, json_files, provenance
+from pipeline.core.events import Number
 from pipeline.core.json_files import Damaged
 from pipeline.core.provenance import Start
 from pipeline.core.store import Store
 
 RECORDS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+SETTINGS = "start.json"
 PREDICTION = "prediction"
 """The name of a prediction's key; the rest is that of the predicted stage's key."""
 
@@ -71,3 +76,43 @@ def _read(path: Path, kind: TypeAdapter[Any]) -> Any:
     except Damaged as error:
         json_files.report(error, "what it says of earlier starts is not stated")
         return None
+
+
+class Input(TypedDict):
+    key: str
+    digest: str
+
+
+class StartSettings(TypedDict):
+    """start: the number of the lease, 1 for the first start at the key. config: what is in the key; operation: the
+    rest of it. layout: of the ranks of a training phase, in words. flops_per_token: of the model, in training.
+    peak_flops: of one GPU in the precision of the phase. job, nodes: of Slurm; else None, and the host."""
+
+    start: int
+    time: Number
+    config: dict[str, Any]
+    operation: dict[str, Any]
+    inputs: dict[str, Input]
+    ranks: int
+    gpus: int
+    layout: str | None
+    flops_per_token: Number | None
+    peak_flops: float | None
+    job: str | None
+    nodes: str
+
+
+START_SETTINGS: TypeAdapter[StartSettings] = TypeAdapter(StartSettings)
+
+
+def read_settings(folder: Path) -> StartSettings | None:
+    """The latest start of a stage with this folder of logs; None if there was none, or if the file is damaged, which is
+    reported."""
+    try:
+        start: StartSettings = json_files.read(folder / SETTINGS, START_SETTINGS)
+    except FileNotFoundError:  # no start yet, or an older run
+        return None
+    except Damaged as error:
+        json_files.report(error, "how the stage was started is not known")
+        return None
+    return start

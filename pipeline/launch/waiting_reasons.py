@@ -9,9 +9,11 @@ reason. Slurm's own word follows each sentence. Sentences are templates: {job} i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
+from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import Answers, Job, NoAnswer
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -234,19 +236,15 @@ def explain(job: Job, answers: Answers) -> tuple[WaitingReason, str] | None:
     row = next((row for row in TABLE if fits(row, job.reason)), UNKNOWN)
     fields = {"job": job.id, "partition": job.partition}
     if "{nodes}" in row.sentence:
-        fields["nodes"] = _ask(answers.unavailable_nodes, "see `sinfo -R`") or "none"
+        fields["nodes"] = "see `sinfo -R`"
+        with suppress(NoAnswer):
+            fields["nodes"] = answers.ask(slurm_client.unavailable_nodes) or "none"
     if "{reservation}" in row.sentence:
         name = None if row is MAINTENANCE else job.reservation
-        fields["reservation"] = _ask(lambda: answers.reservation(name), "see `scontrol show reservation`")
+        fields["reservation"] = "see `scontrol show reservation`"
+        with suppress(NoAnswer):
+            fields["reservation"] = answers.ask(slurm_client.reservation, name)
     return row, f"{row.sentence.format_map(fields)} ({job.reason})"
-
-
-def _ask(question: Callable[[], str], otherwise: str) -> str:
-    """The answer of Slurm; `otherwise` if there is none."""
-    try:
-        return question()
-    except NoAnswer:
-        return otherwise
 
 
 def rows() -> Iterator[tuple[str, str, str, str]]:

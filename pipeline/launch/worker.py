@@ -21,16 +21,13 @@ from pipeline.core.errors import Failure, Interrupted, Kind, MachineError, PeerL
 from pipeline.core.events import FileReport, FollowerReport
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, draft_folder
+from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import registry
-from pipeline.launch import start_file
-from pipeline.launch.attempt import Attempt, Task
-from pipeline.launch.checkpoint_artifacts import CheckpointArtifacts
-from pipeline.launch.early_start import EarlyStart
-from pipeline.launch.failure_messages import report_failure
+from pipeline.launch.attempt import Attempt, CheckpointArtifacts, Task
+from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
 from pipeline.launch.start_records import StartRecords
-from pipeline.tracking.live import LiveFiles
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption."""
@@ -38,17 +35,14 @@ WAIT_SECONDS = 1.0
 OPERATIONS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 
 
-def work(task: Task, early_start: EarlyStart | None = None) -> str:
+def work(task: Task) -> str:
     """Runs one node to its sealed artifact. Returns "sealed", "busy" (another worker has it) or a failure sentence.
 
     Never raises for an error of the stage: the job's outcome is a value, in `events.jsonl` and in the ledger. If the
     stage has several ranks, all of them call this; rank 0 handles lease, report and product, the others only run the
     stage. With several ranks, each process ends with exit code 1 if the launch has failed.
-    early_start: the gate to wait at, if the inputs are not sealed yet.
     """
     collector.collect_rarely()
-    if early_start is not None and not early_start.wait(registry.stage(task.stage).imports):
-        return "interrupted"
     store = Store(Path(task.home))
     outcome = attempt(task, store, Ranks.from_environment(task.ranks, store.logs / task.run / task.node))
     if isinstance(outcome, str):
@@ -66,11 +60,11 @@ def attempt(
     if ranks.rank:
         return _run_follower(task, store, ranks)
     report = FileReport(store.logs / task.run / task.node)
-    live = LiveFiles(store, task.run, task.node)
+    summaries = SummaryWriter(store.logs / task.run / task.node)
 
     def end(outcome: str | Failure) -> None:
         report.end(outcome)
-        live.close()
+        summaries.close()
         on_outcome(outcome)
         if isinstance(outcome, Failure):
             ranks.finish()
@@ -204,7 +198,7 @@ def _run_attempt(
                 if attempt.stage.trains:
                     attempt.starts = StartRecords(folder, lease.number)
                     attempt.starts.add(store, task.key, attempt.started)
-                start_file.write(attempt, lease.number)
+                attempt.write_settings(lease.number)
                 out.mkdir()
             with ranks.environment(ranks.open_rendezvous(lease.number)):
                 attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)

@@ -1,28 +1,22 @@
 """Alerts on a run, from outside of its jobs: a job whose node has vanished reports nothing itself.
 
-`alerts` computes from files and Slurm what is wrong at a moment. `Watcher` sends each alert once, and again only after
-it was over: what was sent is in a file, so that cron may call it.
+`alerts` computes the present alerts from files and Slurm. `Watcher` hands each of them to one shell command, and
+records what was sent in a file, so that cron may call it.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import shutil
-import smtplib
 import subprocess
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from email.message import EmailMessage
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.core import json_files
+from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.log_summary import Curves, EventSummary
@@ -30,15 +24,14 @@ from pipeline.core.progress import duration
 from pipeline.core.progress import stages as stage_count
 from pipeline.core.spike_limit import spike_limit
 from pipeline.core.store import Store
+from pipeline.graph.budget import RESOURCES
 from pipeline.graph.run import REFUSED, NodeStatus
 from pipeline.launch import bad_nodes
-from pipeline.tracking.budget import RESOURCES
-from pipeline.tracking.page import write
 from pipeline.tracking.snapshot import Snapshot, StageView
 from pipeline.tracking.status import ENDING, HIDDEN, UNSUBMITTED
 
 SECONDS = 30.0
-"""The time that a command, a web server or a mail server may take."""
+"""The time that the command of an alert may take."""
 SPIKE_WINDOW, SPIKE_SIGMAS = 64, 6.0
 """Those of a recipe that sets no others (`spikes`)."""
 DEAD_STEPS = 1000
@@ -75,7 +68,7 @@ class Alert:
 
 
 def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
-    """What is wrong with a run now, the disk first: a full one causes the rest."""
+    """The present alerts of a run, the disk first: a full one causes the rest."""
     current: list[Alert] = []
     free = shutil.disk_usage(store.home).free / 1e9
     if free < limits.free_gb:
@@ -100,7 +93,7 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
 
 
 def _of_jobs(stages: Sequence[NodeStatus], now: float, limits: Thresholds) -> Iterator[Alert]:
-    """What keeps jobs of a run from starting: one alert for a cause, however many jobs have it."""
+    """Alerts on jobs that do not start: one for each cause, however many jobs have it."""
     causes: dict[str, list[NodeStatus]] = {}
     for stage in stages:
         if stage.state == REFUSED:
@@ -167,7 +160,7 @@ def _dead_experts(curves: Curves) -> float:
 
 
 def _stalled(events: EventSummary, now: float, limits: Thresholds) -> str | None:
-    """How long a running stage has reported nothing, if that is too long."""
+    """The end of the sentence about a stage that has reported nothing for too long; None if it reports."""
     last, step = events.state["last"], events.step_seconds()
     if last is None:
         return None
@@ -178,107 +171,58 @@ def _stalled(events: EventSummary, now: float, limits: Thresholds) -> str | None
     return f"has reported nothing for {duration(silent)}{usual}; see atom logs, and the node that it runs on"
 
 
-Sender = Callable[[str, str, dict[str, Any]], None]
-"""Sends a subject, a text and the same as JSON. Raises AtomError."""
-
-
-def by_command(command: str) -> Sender:
-    """Runs a shell command with ATOM_RUN, ATOM_ALERT and ATOM_TEXT set, and the JSON on its standard input."""
-
-    def send(subject: str, text: str, body: dict[str, Any]) -> None:
-        variables = {"ATOM_RUN": body["run"], "ATOM_ALERT": body["kind"], "ATOM_TEXT": text}
-        try:
-            process = subprocess.run(
-                ["sh", "-c", command], env={**os.environ, **variables}, input=json.dumps(body), text=True,
-                capture_output=True, timeout=SECONDS, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise AtomError(f"the command of the alert took more than {SECONDS:.0f} s; let it end sooner") from None
-        if process.returncode:
-            message = " ".join((process.stderr or process.stdout).split())[-300:]
-            raise AtomError(f"the command of the alert ended with exit code {process.returncode}: {message}")
-
-    return send
-
-
-def by_webhook(url: str) -> Sender:
-    """Posts JSON with `text`, as chat systems take it, and the fields of the alert. The address may be a secret, and is
-    in no message."""
-    if not url.startswith(("https://", "http://")):
-        raise AtomError("the address of a webhook begins with https:// or http://")
-
-    def send(subject: str, text: str, body: dict[str, Any]) -> None:
-        data = json.dumps({"text": f"{subject}: {text}", **{k: v for k, v in body.items() if k != "text"}}).encode()
-        try:
-            request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=SECONDS):
-                pass
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            why = f"it answers {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-            raise AtomError(f"the webhook did not take the alert ({why}); see its address and its server") from None
-
-    return send
-
-
-def by_mail(recipient: str, server: str, sender: str) -> Sender:
-    """Sends a mail. server: HOST or HOST:PORT of an SMTP server."""
-    host, _, port = server.partition(":")
-    if port and not (port.isdecimal() and 0 < int(port) < 65536):
-        raise AtomError(f"--smtp {server}: the port is no number from 1 to 65535; write HOST:PORT")
-
-    def send(subject: str, text: str, body: dict[str, Any]) -> None:
-        message = EmailMessage()
-        try:
-            message["Subject"], message["From"], message["To"] = subject, sender, recipient
-            message.set_content(f"{text}\n\nrun {body['run']}\n")
-            with smtplib.SMTP(host, int(port or 25), timeout=SECONDS) as client:
-                client.send_message(message)
-        except (OSError, ValueError, smtplib.SMTPException) as error:
-            raise AtomError(f"{server} did not take the mail ({error}); see --smtp and --mail") from None
-
-    return send
-
-
 @dataclass
 class Watcher:
-    """Sends the alerts of a run. state: the file with those that were sent and still stand; without senders nothing is
-    sent, and the file is neither read nor written. Raises AtomError if it cannot be written."""
+    """Sends each alert of a run once, and again only after it was over.
+
+    Attributes:
+        run: The id of the run.
+        state: The file with the alerts that were sent and still stand.
+        command: The shell command that gets each alert. Without it nothing is sent, and the file is neither read nor
+            written.
+    """
 
     run: str
     state: Path
-    senders: list[Sender]
+    command: str | None = None
     shown: dict[str, str] = field(default_factory=dict)
 
     def send(self, current: list[Alert]) -> tuple[list[Alert], list[str]]:
-        """Sends what was not sent yet by all senders; returns it, and what went wrong. An alert that a sender did not
-        take is sent by all again the next time."""
+        """Sends what was not sent yet. An alert whose command failed is sent again the next time.
+
+        Returns:
+            The alerts that are new, and a sentence for each failure of the command.
+
+        Raises:
+            AtomError: The file of sent alerts cannot be written.
+        """
         stored, problems = self._read(), list[str]()
         sent = {id: text for id, text in stored.items() if any(alert.id == id for alert in current)}
         new = [alert for alert in current if alert.id not in sent]
         if new or sent != stored:
             self._write(sent)  # raises before anything is sent that would be sent at every look
         for alert in new:
-            errors = []
-            for sender in self.senders:
-                try:
-                    sender(f"atom: {alert.kind} in {self.run}", alert.text, {"run": self.run, **asdict(alert)})
-                except AtomError as error:
-                    errors.append(str(error))
-            if not errors:
+            problem = None if self.command is None else run_command(self.command, self.run, alert)
+            if problem is None:
                 sent[alert.id] = alert.text
-            problems += errors
+            else:
+                problems.append(problem)
         if new:
             self._write(sent)
         return new, problems
 
     def _write(self, sent: dict[str, str]) -> None:
-        if not self.senders:
+        if self.command is None:
             self.shown = dict(sent)
             return
-        write(self.state, json.dumps(sent, indent=1, sort_keys=True) + "\n")
+        try:
+            atomic_files.write(self.state, json.dumps(sent, indent=1, sort_keys=True) + "\n")
+        except OSError as error:
+            place = json_files.printable(self.state)
+            raise AtomError(f"{place} cannot be written ({error.strerror}); name a writable file by --state") from error
 
     def _read(self) -> dict[str, str]:
-        if not self.senders:
+        if self.command is None:
             return dict(self.shown)
         try:
             sent: dict[str, str] = json_files.read(self.state, STATE)
@@ -288,3 +232,29 @@ class Watcher:
             json_files.report(error, "all alerts that stand are sent again")
             return {}
         return sent
+
+
+def run_command(command: str, run: str, alert: Alert) -> str | None:
+    """Runs a shell command with an alert as JSON on its standard input, and in ATOM_RUN, ATOM_ALERT and ATOM_TEXT.
+
+    Returns:
+        None if the command succeeded, or one sentence on its failure.
+    """
+    body = json.dumps({"run": run, **asdict(alert)})
+    variables = {"ATOM_RUN": run, "ATOM_ALERT": alert.kind, "ATOM_TEXT": alert.text}
+    try:
+        process = subprocess.run(
+            ["sh", "-c", command],
+            env={**os.environ, **variables},
+            input=body,
+            text=True,
+            capture_output=True,
+            timeout=SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"the command of the alert took more than {SECONDS:.0f} s; let it end sooner"
+    if process.returncode:
+        message = " ".join((process.stderr or process.stdout).split())[-300:]
+        return f"the command of the alert ended with exit code {process.returncode}: {message}"
+    return None

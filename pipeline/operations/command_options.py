@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pipeline.core.store import Store
     from pipeline.graph.dag import Graph
 
+PLAN_AND_RUN, RELEASE, CHECK, DATA = "Plan and run", "Release", "Check", "Data"
+"""The panels of `atom --help`: the `rich_help_panel` of a command."""
 RecipeArgument = Annotated[str, typer.Argument(help="name of a packaged recipe, or path to its YAML file")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result alone, without progress")]
@@ -35,6 +37,20 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def confirm(statement: str, action: str) -> None:
+    """Asks a person at a terminal whether to go on.
+
+    Raises:
+        AtomError: Nobody can be asked, or the answer is no.
+    """
+    from pipeline.core.errors import AtomError
+
+    if not sys.stdin.isatty():
+        raise AtomError(f"{statement}; add --yes to {action}")
+    if not typer.confirm(f"{statement}. {action[0].upper()}{action[1:]}?"):
+        raise AtomError(f"{statement}; nothing was done")
 
 
 def graph_of(recipe: str, without_data: bool = False) -> Graph:

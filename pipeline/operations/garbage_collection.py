@@ -3,15 +3,17 @@ that no run references.
 
 Every artifact that a run of any age and recipe references, or that a release was built from, is kept. Products of
 training stages, including checkpoints of unfinished ones, and predictions are removed only by name. If a file with
-references is unreadable, everything that it might reference is kept. Nothing is deleted: data is moved to the trash
-(trash.py).
+references is unreadable, everything that it might reference is kept.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +33,10 @@ from pipeline.graph.run import Run
 from pipeline.launch import slurm_client, submission_lock
 from pipeline.launch.slurm_client import Job
 from pipeline.launch.start_records import PREDICTION, prediction_key
-from pipeline.operations import trash
-from pipeline.operations.trash import CODE, KEY
+
+KEY = re.compile(r"[A-Za-z0-9][\w@.-]*-[0-9a-f]{12}")
+CODE = re.compile(r"[0-9a-f]{16}")
+PRODUCT = re.compile(r"out\.\S+")
 
 
 class _Keyed(TypedDict):
@@ -97,7 +101,7 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
     keys = {_match_prefix(name, [*_names(store.artifacts, KEY), *_names(store.home / "work", KEY)]) for name in named}
     _require_idle(store, all_runs, keys, set(ids.values()))
     rows = [*_loose_work(store, needed, keys), *_loose_artifacts(store, needed, keys), *_loose_code(store, needed)]
-    sizes = trash.freed(path for path, _ in rows)
+    sizes = freed(path for path, _ in rows)
     loose_folders = [Loose(path, sizes[path], reason) for path, reason in rows]
     kept_reasons = [
         f"{key} is kept, since {_why_kept(key)}; --include {key} names it"
@@ -110,38 +114,75 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
     return sorted(loose_folders, key=lambda row: (-row.bytes, str(row.path))), [*needed.doubts, *kept_reasons]
 
 
-def move(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> list[Loose]:
-    """Moves removable folders to the trash; returns them. Submissions are locked out meanwhile. Data that a run started
-    meanwhile references is moved back, unless it was made again."""
+def delete(
+    store: Store, confirmed: Collection[Path], named: Sequence[str] = (), ignored: Sequence[str] = ()
+) -> list[Loose]:
+    """Deletes removable folders, and what an interrupted deletion left. Submissions are locked out meanwhile.
+
+    The folders are first moved to `$ATOM_HOME/trash`, so that a kill leaves no half of an artifact in its place. What a
+    run that began meanwhile references is moved back, unless the run has made it again.
+
+    Args:
+        store: The home.
+        confirmed: The folders that may be deleted; others that `loose` would list by now stay.
+        named: As for `loose`.
+        ignored: As for `loose`.
+
+    Returns:
+        The deleted folders.
+
+    Raises:
+        AtomError: As `loose`, or the trash is a link.
+    """
+    trash = store.home / "trash"
+    if trash.is_symlink():
+        raise AtomError(f"{trash} is a link, and nothing is deleted through it; remove the link")
     with submission_lock.submitting(store):
         run_ids = {run.id for run in _read_runs(store)[0]}
-        rows, _ = loose(store, named, ignored)
-        targets = {row: target for row in rows if (target := _move(store, row.path)) is not None}
+        rows = [row for row in loose(store, named, ignored)[0] if row.path in confirmed]
+        trash.mkdir(exist_ok=True)
+        moved = {row: target for row in rows if (target := _move(store, row.path, trash)) is not None}
         newly_needed = _needed_by_runs(store, [run for run in _read_runs(store)[0] if run.id not in run_ids])
-        for row, target in list(targets.items()):
-            if row.path.name in newly_needed.keys | newly_needed.code:
-                try:
-                    trash.put_back(target, row.path)
-                    del targets[row]
-                except OSError as error:
-                    shown_path = json_files.printable(row.path)
-                    json_files.note(
-                        f"{shown_path} is not moved back for a new run ({error.strerror}); it stays in {target}"
-                    )
-    return list(targets)
+        for row in [row for row in moved if row.path.name in newly_needed.keys | newly_needed.code]:
+            if not os.path.lexists(row.path):
+                os.rename(moved[row], row.path)
+            del moved[row]
+        shutil.rmtree(trash)
+    return list(moved)
 
 
-def _move(store: Store, path: Path) -> Path | None:
+def _move(store: Store, path: Path, trash: Path) -> Path | None:
     """Moves a folder and returns its new path; None if it has disappeared, or if it is work whose lease is held."""
     kind, name = path.relative_to(store.home).parts[:2]
     lease = None
     if kind == "work" and (lease := Lease.take(store.work(name))) is None:
         return None
     try:
-        return trash.move(store, path) if os.path.lexists(path) else None
+        return path.rename(trash / uuid.uuid4().hex) if os.path.lexists(path) else None
     finally:
         if lease is not None:
             lease.release()
+
+
+def freed(paths: Iterable[Path]) -> dict[Path, int]:
+    """Computes the bytes that become free if all of these paths are removed.
+
+    A file counts only if all of its hard links are below the paths, and then once, at the path of its first link.
+    """
+    links: Counter[tuple[int, int]] = Counter()
+    first_link: dict[tuple[int, int], tuple[Path, os.stat_result]] = {}
+    bytes_by_path: dict[Path, int] = {}
+    for path in paths:
+        bytes_by_path[path] = 0
+        for root, _, names in () if path.is_symlink() else os.walk(path):
+            for entry in (os.lstat(os.path.join(root, name)) for name in names):
+                inode = (entry.st_dev, entry.st_ino)
+                links[inode] += 1
+                first_link.setdefault(inode, (path, entry))
+    for inode, (path, entry) in first_link.items():
+        if links[inode] == entry.st_nlink:
+            bytes_by_path[path] += entry.st_size
+    return bytes_by_path
 
 
 def _read_runs(store: Store) -> tuple[list[Run], list[Damaged]]:
@@ -299,7 +340,7 @@ def _loose_work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple
             yield folder, "its stage is sealed"
         else:
             with suppress(Damaged):  # `holder` has reported it
-                unfinished = [product for product in json_files.names(folder) if trash.PRODUCT.fullmatch(product)]
+                unfinished = [product for product in json_files.names(folder) if PRODUCT.fullmatch(product)]
                 yield from ((folder / product, "a product that was never finished") for product in unfinished)
 
 

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ValidationError
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Store
 from pipeline.core.yaml_text import line_of, parse_yaml, read_file
-from pipeline.graph import dag, fit, recipe, registry
-from pipeline.graph.cost_estimate import estimate_costs
+from pipeline.graph import budget, dag, recipe, registry
 from pipeline.graph.dag import Graph
 from pipeline.graph.plan import is_small, plan
 from pipeline.launch import cluster_profile
-from pipeline.tracking import budget
+from pipeline.operations import fit
+from pipeline.operations.cost_estimate import estimate_costs
 
 
 @dataclass(frozen=True)

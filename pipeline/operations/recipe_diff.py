@@ -9,11 +9,11 @@ from typing import Any
 from pipeline.core.stage import identity
 from pipeline.core.store import Store
 from pipeline.graph import dag
-from pipeline.graph.cost_estimate import CostEstimate, estimate_costs
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.plan import is_small, plan
 from pipeline.graph.settings import flat
 from pipeline.launch.cluster_profile import Profile
+from pipeline.operations.cost_estimate import CostEstimate, estimate_costs
 
 ABSENT = "absent"
 """In the place of a value that one of two recipes does not have."""

@@ -14,7 +14,8 @@ from pipeline.core import atomic_files
 from pipeline.core.bounds import ReleaseName
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped, shown
-from pipeline.graph import json_schema, recipe, registry
+from pipeline.graph import recipe, registry
+from pipeline.operations import json_schema
 
 HEAD = """\
 # yaml-language-server: $schema={schema}

@@ -1,29 +1,21 @@
-"""Lists the runs of a home, at the cost of a few small reads a run."""
+"""Lists the runs of a home."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from pipeline.core import json_files
 from pipeline.core.errors import Kind
-from pipeline.core.json_files import Damaged
-from pipeline.core.lease import holder
 from pipeline.core.store import Store
-from pipeline.graph.run import REFUSED, Run
+from pipeline.graph import run as runs
+from pipeline.graph.run import REFUSED, NodeStatus, Run
 from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import NoAnswer
 from pipeline.tracking.status import is_submitted_job
 
-END_BYTES = 2**16
-"""Of a log of events, in which its last event stands."""
 LATEST = 1e11
 """Seconds since the epoch that are still a time of an event: those of the year 5138."""
 
@@ -60,17 +52,12 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def rows(runs: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
-    """A row for each of these runs, and one sentence on missing information.
-
-    Each folder of the home is listed once. Of a run, the times of its logs and the end of the latest are read.
-    """
-    sealed, working = _names(store.artifacts), _names(store.home / "work")
-    drafts = [_row(run, store, sealed, working) for run in runs]
+def rows(listed: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
+    """A row for each of these runs, and one sentence on missing information. Slurm is asked once for all."""
+    drafts = [_row(run, store) for run in listed]
     over = ("sealed", "running", REFUSED)
-    unfinished = [run for run, row in zip(runs, drafts, strict=True) if row.state not in over]
-    jobs = {run.id: run.jobs() for run in unfinished if (run.folder / "jobs.jsonl").exists()}
-    if not jobs:
+    unfinished = [run for run, row in zip(listed, drafts, strict=True) if row.state not in over and run.jobs()]
+    if not unfinished:
         return drafts, None
     try:
         queue = slurm_client.queued_jobs({user for run in unfinished for user in run.users()})
@@ -78,50 +65,39 @@ def rows(runs: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
         return drafts, f"{error}; the states are those that the stages recorded"
     states: dict[str, str] = {}
     for run in unfinished:
-        for name, job in jobs.get(run.id, {}).items():
+        for name, job in run.jobs().items():
             slurm_job = queue.get(job["job"])
             if is_submitted_job(slurm_job, run, job, name) and slurm_job is not None and slurm_job.alive:
                 is_running = slurm_job.state == "RUNNING" or states.get(run.id) == "running"
                 states[run.id] = "running" if is_running else "queued"
-    return [RunRow(**{**asdict(row), "state": states.get(row.id, row.state)}) for row in drafts], None
+    return [replace(row, state=states.get(row.id, row.state)) for row in drafts], None
 
 
-def _names(folder: Path) -> frozenset[str]:
-    try:
-        return frozenset(json_files.names(folder))
-    except Damaged as error:
-        json_files.report(error, "what is in it is not known")
-        return frozenset()
-
-
-def _row(run: Run, store: Store, sealed: frozenset[str], working: frozenset[str]) -> RunRow:
-    nodes = {node["name"]: node["key"] for node in run.body["nodes"]}
-    done = sum(key in sealed for key in nodes.values())
-    began = _began(run)
-    times: dict[str, float] = {}
-    for name in nodes:
-        with suppress(OSError):  # a stage that has not begun
-            times[name] = os.stat(run.node_folder(name) / "events.jsonl").st_mtime
-    last = max(times, key=lambda name: times[name], default=None)
+def _row(run: Run, store: Store) -> RunRow:
+    """The row of a run by its files alone."""
+    nodes, began = runs.status(run, store), _began(run)
+    failed = [node for node in nodes if node.kind is not None or node.state == "damaged"]
+    sealed = sum(node.state == "sealed" for node in nodes)
     state, message = "unfinished", None
-    if done == len(nodes):
+    latest = max(nodes, key=_last_report)
+    final = min(LATEST, max(began, _last_report(latest)))
+    if sealed == len(nodes):
         state = "sealed"
-    elif any(_is_held(store, key) for name, key in nodes.items() if key in working and name in times):
+    elif any(node.state == "running" for node in nodes):
         state = "running"
-    else:
-        for name in sorted(times, key=lambda name: times[name], reverse=True):
-            end = {} if nodes[name] in sealed else _last_event(run.node_folder(name) / "events.jsonl")
-            if end.get("event") == "end" and end.get("outcome") not in ("sealed", "busy"):
-                state = "stopped" if end.get("kind") == Kind.STOPPED else "failed"
-                last, message = name, str(end.get("outcome"))
-                break
-        if refused := run.body.get("refused"):
-            state, message = REFUSED, refused
-    final = began if last is None else _last_event(run.node_folder(last) / "events.jsonl").get("time", times[last])
+    elif failed:
+        latest = max(failed, key=_last_report)
+        message = latest.message
+        state = REFUSED if latest.state == REFUSED else "stopped" if latest.kind == Kind.STOPPED else "failed"
+    stage = None if latest.last_report is None else latest.name
     return RunRow(
-        run.id, run.owner, run.body["recipe"], run.body["version"], state, len(nodes), done, began, max(began, final),
-        last, message,
+        run.id, run.owner, run.body["recipe"], run.body["version"], state, len(nodes), sealed, began, final, stage,
+        message,
     )  # fmt: skip
+
+
+def _last_report(node: NodeStatus) -> float:
+    return node.last_report or 0.0
 
 
 def _began(run: Run) -> float:
@@ -130,27 +106,3 @@ def _began(run: Run) -> float:
         with suppress(ValueError):
             return datetime.strptime(match[1], "%Y%m%d-%H%M%S").replace(tzinfo=UTC).timestamp()
     return (run.folder / "run.json").stat().st_mtime
-
-
-def _is_held(store: Store, key: str) -> bool:
-    present = holder(store.work(key))
-    return present is not None and present.alive
-
-
-def _last_event(path: Path) -> Mapping[str, Any]:
-    """The last complete line of a log of events; empty if it cannot be read."""
-    try:
-        with json_files.open_file(path) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - END_BYTES))
-            lines = file.read(END_BYTES).split(b"\n")
-    except FileNotFoundError:
-        return {}
-    except Damaged as error:
-        json_files.report(error, "what it says is not known")
-        return {}
-    for line in reversed(lines):
-        with suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("time"), (int, float)) and 0 <= event["time"] < LATEST:
-                return event
-    return {}

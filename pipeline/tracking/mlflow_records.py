@@ -1,10 +1,10 @@
-"""What MLflow gets of a stage: parameters and inputs of a start, points of curves, scores and usage of a product."""
+"""The entities that MLflow gets: parameters and inputs of a start, points of curves, scores and usage of a product."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.core import provenance
@@ -13,31 +13,35 @@ from pipeline.core.figures import estimates, scores_of
 from pipeline.core.provenance import Statement
 from pipeline.core.store import Artifact
 from pipeline.graph.run import NodeStatus, Run
-from pipeline.launch.start_file import StartSettings
+from pipeline.launch.start_records import StartSettings
 
 BATCH, PARAMS_PER_BATCH = 1000, 100
-LONGEST_PARAMETER, LONGEST_TAG = 500, 5000
+LONGEST_DIGEST = 36
 SPEED = "step_tokens_per_s"
 """The curve from which the utilization of the GPUs is computed."""
 ERROR_TAGS = ("atom.error", "atom.error_kind")
 
 
-def log(client: Any, run: str, params: Mapping[str, str], metrics: list[Any], tags: Mapping[str, str]) -> None:
-    """Sends any number of each."""
+def log(
+    client: Any,
+    run: str,
+    params: Mapping[str, str] | None = None,
+    metrics: Sequence[Any] = (),
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Sends any number of each, in as many requests as MLflow wants. It cuts long values itself."""
     from mlflow.entities import Param, RunTag
 
-    every = [Param(name, value) for name, value in params.items()]
-    client.log_batch(
-        run, metrics=metrics[:BATCH], tags=[RunTag(name, value[:LONGEST_TAG]) for name, value in tags.items()]
-    )
-    for i in range(BATCH, len(metrics), BATCH):
+    every = [Param(name, value) for name, value in (params or {}).items()]
+    client.log_batch(run, tags=[RunTag(name, value) for name, value in (tags or {}).items()])
+    for i in range(0, len(metrics), BATCH):
         client.log_batch(run, metrics=metrics[i : i + BATCH])
     for i in range(0, len(every), PARAMS_PER_BATCH):
         client.log_batch(run, params=every[i : i + PARAMS_PER_BATCH])
 
 
 def start_tags(start: StartSettings) -> dict[str, str]:
-    """How a stage was started. A later start overwrites these."""
+    """The tags about a start. A later start overwrites them."""
     texts = {name: start[name] for name in ("job", "nodes", "layout", "ranks", "gpus", "start")}
     return {
         **{f"atom.{name}": str(value) for name, value in texts.items() if value is not None},
@@ -55,7 +59,7 @@ def run_tags(run: Run) -> dict[str, str]:
 
 
 def error_tags(node: NodeStatus) -> dict[str, str]:
-    """Why a stage has failed."""
+    """The tags about the failure of a stage."""
     return dict(
         zip(ERROR_TAGS, (node.message or node.reason or "the cause is not known", node.kind or "unknown"), strict=True)
     )
@@ -108,29 +112,16 @@ def usage(body: Statement) -> list[Any]:
     return [Metric(name, float(value), 0, 0) for name, value in sorted(numbers.items())]
 
 
-def started_inputs(start: StartSettings) -> list[Any]:
-    """The artifacts that a started stage reads."""
-    return _datasets((role, row["key"], row["digest"]) for role, row in start["inputs"].items())
-
-
-def sealed_inputs(body: Statement) -> list[Any]:
-    """The artifacts that went into a product."""
-    keys, digests = provenance.material_keys(body), provenance.materials_of(body)
-    return _datasets((role, keys[role], digest) for role, digest in digests.items())
-
-
-def _datasets(rows: Iterator[tuple[str, str, str]]) -> list[Any]:
+def inputs(start: StartSettings) -> list[Any]:
+    """The artifacts that a started stage reads, as datasets."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    return [
-        DatasetInput(
-            Dataset(
-                key, digest[:36], "atom", json.dumps({"uri": f"atom:artifact/{key}", "digest": {"sha256": digest}})
-            ),
-            [InputTag("mlflow.data.context", role)],
-        )
-        for role, key, digest in rows
-    ]
+    datasets = []
+    for role, row in start["inputs"].items():
+        source = json.dumps({"uri": f"atom:artifact/{row['key']}", "digest": {"sha256": row["digest"]}})
+        dataset = Dataset(row["key"], row["digest"][:LONGEST_DIGEST], "atom", source)
+        datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", role)]))
+    return datasets
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
@@ -138,4 +129,4 @@ def flat(value: Any, prefix: str = "") -> dict[str, str]:
         return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}{name}.").items()}
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{prefix}{i}.").items()}
-    return {prefix.rstrip("."): str(value)[:LONGEST_PARAMETER]}
+    return {prefix.rstrip("."): str(value)}

@@ -3,7 +3,10 @@
 The files are authoritative. This module only forwards their content and records its position in `mlflow.json`. It may
 be called again at any time: after an outage of the tracking server the next call sends the missing rows.
 
-Beside a Slurm job it runs as a process of its own (`Companion`); one job of a run at a time sends for all jobs.
+    python -m pipeline.tracking.mlflow_sync HOME RUN [whole]
+
+runs beside `atom run` and beside each Slurm job (`Companion` in pipeline/launch/companion.py). One process of a run at
+a time sends, for all jobs.
 """
 
 from __future__ import annotations
@@ -13,13 +16,8 @@ import logging
 import os
 import re
 import select
-import signal
-import subprocess
 import sys
-import threading
 import time
-import uuid
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -31,21 +29,22 @@ from pipeline.core import atomic_files, collector, json_files, provenance
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import POINT, Tail
 from pipeline.core.json_files import Damaged
-from pipeline.core.lease import Lease, holder
+from pipeline.core.lease import Lease
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run, status
-from pipeline.launch import start_file
-from pipeline.launch.start_file import StartSettings
+from pipeline.launch import start_records
+from pipeline.launch.companion import NO_TRACKING
+from pipeline.launch.start_records import StartSettings
 from pipeline.tracking import mlflow_records as records
 
 
 class _Progress(TypedDict):
     offset: Annotated[int, Field(ge=0, lt=2**63)]
     id: NotRequired[str]
-    ended: NotRequired[bool]
     start: NotRequired[int]
     status: NotRequired[str]
+    ended: NotRequired[bool]
 
 
 class _State(TypedDict):
@@ -53,23 +52,19 @@ class _State(TypedDict):
     uri: NotRequired[str]
     parent: NotRequired[str]
     experiment: NotRequired[str]
-    scored: NotRequired[list[str]]
-    outcome: NotRequired[str]
 
 
 STATE: TypeAdapter[Any] = TypeAdapter(_State)
-NO_TRACKING = "none"
-"""The MLFLOW_TRACKING_URI with which nothing is sent."""
+EVERY = 5.0
+"""Seconds between two transfers."""
 SQLITE = b"SQLite format 3\0"
 SMALL = 1_000_000
-MOST_ABANDONED = 20
-"""Of the latest runs that are looked at."""
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",  # below, MLflow prints each value that it cuts
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -77,10 +72,6 @@ MLFLOW_ENVIRONMENT = {
 def tracking_uri(store: Store) -> str:
     """MLFLOW_TRACKING_URI if set, else an SQLite file in the home folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.home / 'mlflow.db'}"
-
-
-def is_off() -> bool:
-    return os.environ.get("MLFLOW_TRACKING_URI") == NO_TRACKING
 
 
 def shown_uri(store: Store) -> str:
@@ -106,38 +97,41 @@ class Forwarder:
         except Damaged as error:
             raise Damaged(self.path, error.why, "remove it, and `atom sync` sends everything again") from error
 
-    def sync(self) -> None:
-        """Brings MLflow up to date with the present files."""
+    def sync(self, over: bool = False) -> None:
+        """Brings MLflow up to date with the present files.
+
+        Args:
+            over: True if the run has ended: then its parent run ends, with the status of its stages.
+        """
         client = self._client()
         parent = self._parent(client)
-        for node in status(self.run, self.store):
+        nodes = status(self.run, self.store)
+        for node in nodes:
+            progress = self.state["nodes"].setdefault(node.name, {"offset": 0})
+            if progress.get("ended"):
+                continue
             if (self.run.node_folder(node.name) / "events.jsonl").exists():
-                self._child(client, parent, node)
-            if node.state == "sealed" and node.name not in self.state.setdefault("scored", []):
+                self._child(client, parent, node, progress)
+            if node.state == "sealed":
                 client.log_batch(parent, metrics=records.scores(self.store.manifest(node.key), f"{node.name}/"))
-                self.state["scored"].append(node.name)
+                progress["ended"] = True
                 self._save()
-
-    def finish(self, outcome: str) -> None:
-        """The last sync, and the parent's end: FINISHED, FAILED or KILLED."""
-        self.sync()
-        self._client().set_terminated(self.state["parent"], outcome)
-        self.state["outcome"] = outcome
-        self._save()
+        if over:
+            client.set_terminated(parent, outcome_of(nodes))
 
     def _client(self) -> Any:
-        if is_off():
+        uri = tracking_uri(self.store)
+        if uri == NO_TRACKING:
             raise AtomError(f"MLFLOW_TRACKING_URI = {NO_TRACKING}, so nothing is sent; unset it, or name a store")
-        _require_sqlite(tracking_uri(self.store), self.store.home / "mlartifacts")
+        _require_sqlite(uri, self.store.home / "mlartifacts")
         os.environ.update({k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ})
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        uri = tracking_uri(self.store)
-        public_uri = shown_uri(self.store)
-        if self.state.setdefault("uri", public_uri) != public_uri:  # a different store than last time: send everything
-            self.state = {"nodes": {}, "uri": public_uri}
+        if self.state.setdefault("uri", redacted(uri)) != redacted(
+            uri
+        ):  # another store than last time: send everything
+            self.state = {"nodes": {}, "uri": redacted(uri)}
         return MlflowClient(tracking_uri=uri)
 
     def _save(self) -> None:
@@ -148,63 +142,62 @@ class Forwarder:
             from pipeline.graph.settings import recipe_settings  # which jobs of Slurm need not import
 
             name = self.run.body["recipe"]
-            existing = client.get_experiment_by_name(name)
             is_local = self.state["uri"].startswith("sqlite:")
-            artifact_location = (self.store.home / "mlartifacts" / name).as_uri() if is_local else None
-            experiment = (
-                existing.experiment_id
-                if existing
-                else client.create_experiment(name, artifact_location=artifact_location)
+            location = (self.store.home / "mlartifacts" / name).as_uri() if is_local else None
+            existing = client.get_experiment_by_name(name)
+            self.state["experiment"] = (
+                existing.experiment_id if existing else client.create_experiment(name, artifact_location=location)
             )
             tags = records.run_tags(self.run)
-            self.state["parent"] = client.create_run(experiment, run_name=self.run.id, tags=tags).info.run_id
-            self.state["experiment"] = experiment
-            params = records.flat(recipe_settings(self.run))
-            records.log(client, self.state["parent"], params, [], {})
+            run = client.create_run(self.state["experiment"], run_name=self.run.id, tags=tags)
+            self.state["parent"] = run.info.run_id
+            records.log(client, self.state["parent"], params=records.flat(recipe_settings(self.run)))
             for file in sorted((self.run.folder / "recipes").glob("*")):
                 client.log_artifact(self.state["parent"], str(file), "recipe")
             self._save()
         return str(self.state["parent"])
 
-    def _child(self, client: Any, parent: str, node: NodeStatus) -> None:
-        progress = self.state["nodes"].setdefault(node.name, {"offset": 0})
-        if progress.get("ended"):
-            return
+    def _child(self, client: Any, parent: str, node: NodeStatus, progress: dict[str, Any]) -> None:
         if "id" not in progress:
             tags = {**records.run_tags(self.run), "mlflow.parentRunId": parent, "atom.key": node.key}
             run = client.create_run(self.state["experiment"], run_name=node.name, tags=tags)
             progress["id"] = run.info.run_id
             self._save()
-        start = start_file.read(self.run.node_folder(node.name))
+        start = start_records.read_settings(self.run.node_folder(node.name))
         if start is not None and start["start"] != progress.get("start"):
-            params = records.flat(start["config"])
-            records.log(client, progress["id"], params, records.restarts(start), records.start_tags(start))
-            if inputs := records.started_inputs(start):
-                client.log_inputs(progress["id"], datasets=inputs)
+            records.log(
+                client,
+                progress["id"],
+                records.flat(start["config"]),
+                records.restarts(start),
+                records.start_tags(start),
+            )
+            if datasets := records.inputs(start):
+                client.log_inputs(progress["id"], datasets=datasets)
             progress["start"] = start["start"]
             self._save()
         self._metrics(client, node.name, progress, start)
         if node.state == "sealed":
-            self._sealed(client, progress["id"], self.store.open(node.key), has_start="start" in progress)
-        self._end(client, progress, node)
+            self._sealed(client, progress["id"], self.store.open(node.key))
+        self._set_status(client, progress, node)
 
-    def _end(self, client: Any, progress: dict[str, Any], node: NodeStatus) -> None:
+    def _set_status(self, client: Any, progress: dict[str, Any], node: NodeStatus) -> None:
         """Sets the status of a stage, once for each change: FINISHED, FAILED or KILLED with the error, or RUNNING again
         after one of these."""
-        text = child_status(node)
-        if text == progress.get("status", "RUNNING"):
+        before, now = progress.get("status", "RUNNING"), child_status(node)
+        if now == before:
             return
-        if text in ("FAILED", "KILLED"):
+        if now in ("FAILED", "KILLED"):
             tags = {name: redacted(text) for name, text in records.error_tags(node).items()}
-            records.log(client, progress["id"], {}, [], tags)
-        elif progress.get("status", "RUNNING") != "RUNNING":
+            records.log(client, progress["id"], tags=tags)
+        elif before != "RUNNING":
             for tag in records.ERROR_TAGS:
                 client.delete_tag(progress["id"], tag)
-        if text == "RUNNING":
-            client.update_run(progress["id"], status=text)
+        if now == "RUNNING":
+            client.update_run(progress["id"], status=now)
         else:
-            client.set_terminated(progress["id"], text)
-        progress["status"], progress["ended"] = text, text == "FINISHED"
+            client.set_terminated(progress["id"], now)
+        progress["status"] = now
         self._save()
 
     def _metrics(self, client: Any, name: str, progress: dict[str, Any], start: StartSettings | None) -> None:
@@ -213,24 +206,19 @@ class Forwarder:
         while has_more:
             points = records.points(tail.read(), start)
             has_more = tail.has_more
-            for i in range(0, len(points), records.BATCH):
-                client.log_batch(progress["id"], metrics=points[i : i + records.BATCH])
+            records.log(client, progress["id"], metrics=points)
             if tail.offset != progress["offset"]:
                 progress["offset"] = tail.offset
                 self._save()
 
-    def _sealed(self, client: Any, child: str, artifact: Artifact, has_start: bool) -> None:
-        """Sends the data of a finished stage: scores, usage, small result files; params and inputs with digests unless
-        its start has sent them."""
+    def _sealed(self, client: Any, child: str, artifact: Artifact) -> None:
+        """Sends the data of a finished stage: scores, usage, small result files."""
         sealed_statement = provenance.sealed(self.store.ledger, artifact)
         if sealed_statement is None:
             return
         path, body = sealed_statement
-        params = {} if has_start else records.flat(provenance.parameters_of(body)["config"])
         tags = {"atom.digest": artifact.digest, "atom.statement": path.stem}
-        records.log(client, child, params, [*records.usage(body), *records.scores(artifact)], tags)
-        if not has_start and (inputs := records.sealed_inputs(body)):
-            client.log_inputs(child, datasets=inputs)
+        records.log(client, child, {}, [*records.usage(body), *records.scores(artifact)], tags)
         client.log_artifact(child, str(path), "statement")
         for row in artifact.rows:
             if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
@@ -252,17 +240,6 @@ def outcome_of(nodes: list[NodeStatus]) -> str:
     killed."""
     statuses = {child_status(node) for node in nodes}
     return "FINISHED" if statuses == {"FINISHED"} else "FAILED" if "FAILED" in statuses else "KILLED"
-
-
-def end_abandoned(run: Run, store: Store) -> None:
-    """Ends earlier local runs in MLflow whose `atom run` was killed before it could."""
-    earlier = [each for each in runs.runs(store) if each.id != run.id and not each.on_slurm]
-    for each in earlier[-MOST_ABANDONED:]:
-        driver = holder(each.folder / "driver")
-        if (each.folder / "mlflow.json").exists() and not (driver is not None and driver.alive):
-            forwarder = Forwarder(each, store)
-            if "outcome" not in forwarder.state and forwarder.state.get("uri") == shown_uri(store):
-                forwarder.finish(outcome_of(status(each, store)))
 
 
 @cache
@@ -287,147 +264,59 @@ def _require_sqlite(uri: str, artifact_folder: Path) -> None:
         raise Damaged(artifact_folder, "it is no folder", "move it away")
 
 
-class Background:
-    """Forwards every few seconds from a thread of its own. An error is reported once and never affects the run."""
+def send(run: Run, store: Store, over: bool = False) -> str | None:
+    """Sends the new rows of a run.
 
-    EVERY = 5.0
-    LAST_CHANCE = 60.0
-
-    def __init__(self, run: Run, store: Store) -> None:
-        self.run, self.store = run, store
-        self.problem: str | None = None
-        self._outcome: str | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def _loop(self) -> None:
-        are_earlier_ended = False
-        while True:
-            is_last = self._stop.wait(self.EVERY)
-            self.problem = _send(self.run, self.store, (self._outcome or "FAILED") if is_last else "")
-            if is_last:
-                return
-            if self.problem is None and not are_earlier_ended and not is_off():
-                self.problem, are_earlier_ended = _attempted(lambda: end_abandoned(self.run, self.store)), True
-
-    def close(self, outcome: str) -> str | None:
-        """Sends the rest and ends the parent run. Returns a sentence if data is missing in MLflow."""
-        self._outcome = outcome
-        self._stop.set()
-        self._thread.join(self.LAST_CHANCE)
-        if self._thread.is_alive():
-            self.problem = f"no answer within {self.LAST_CHANCE:.0f} seconds"
-        return self.problem
-
-
-class Companion:
-    """A process beside a Slurm job that sends its run to the tracking server in MLFLOW_TRACKING_URI. A file of SQLite
-    is not used, because many hosts cannot write it on a shared file system. Its errors never affect the job."""
-
-    LAST_CHANCE = 60.0
-    QUICK = 2.0
-
-    def __init__(self, home: Path, run: str) -> None:
-        self.process: subprocess.Popen[str] | None = None
-        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http:", "https:")):
-            return
-        # Slurm signals every process of a job; this one ends when the job closes its input or dies
-        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT})
-        try:
-            command = [sys.executable, "-m", "pipeline.tracking.mlflow_sync", str(home), run]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
-
-    def close(self, outcome: str, quick: bool = False) -> None:
-        """Lets it send the rest. outcome: of the whole run, FINISHED or FAILED; empty: the run continues. quick: with a
-        short timeout, because idle nodes stay allocated meanwhile."""
-        if self.process is None:
-            return
-        seconds = self.QUICK if quick else self.LAST_CHANCE
-        try:
-            self.process.communicate(outcome, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            message = f"no answer within {seconds:.0f} seconds"
-            print(f"MLflow did not accept everything ({message}); `atom sync` sends it later", file=sys.stderr)
-
-    def kill(self) -> None:
-        """Ends it at once."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-
-def run_companion(home: Path, run: str) -> None:
-    """The main function of that process: the companion that holds the turn sends the new rows of all jobs of the run
-    every few seconds. When its own job ends, it sends once more, or waits until the holder of the turn has done so."""
-    store = Store(home)
-    run_record = runs.find(store, run)
-    folder = run_record.folder / "mlflow"
-    own_id = uuid.uuid4().hex
-    end_file, begun_file, sent_file = folder / f"end-{own_id}", folder / f"begun-{own_id}", folder / "sent"
-    job_is_over, outcome, lease, problem = False, "", None, None
-    while True:
-        if not job_is_over and select.select([sys.stdin], [], [], Background.EVERY)[0]:
-            job_is_over, outcome = True, sys.stdin.read()
-        elif job_is_over:
-            time.sleep(0.5)
-        if lease is not None and lease.lost:
-            lease = None
-        lease = lease or Lease.take(folder)
-        if job_is_over and not end_file.exists():
-            end_file.touch()
-            if outcome:
-                (folder / "outcome").write_text(outcome)
-        if lease is not None:
-            begun_file.touch()
-            problem = _send(run_record, store, _read_if_exists(folder / "outcome"))
-            os.replace(begun_file, sent_file)  # its time is the start of the last transfer
-        if job_is_over and (lease is not None or _is_newer(sent_file, end_file)):
-            break
-    end_file.unlink()
-    if lease is not None:
-        lease.release()
-    if problem:
-        print(f"MLflow did not accept everything ({problem}); `atom sync {run}` sends it later", file=sys.stderr)
-
-
-def _send(run: Run, store: Store, outcome: str) -> str | None:
-    """Sends the new rows; returns the error in one line, without passwords."""
-    if is_off():
-        return None
-
-    def send() -> None:
-        forwarder = Forwarder(run, store)
-        if outcome:
-            forwarder.finish(outcome)
-        else:
-            forwarder.sync()
-
-    return _attempted(send)
-
-
-def _attempted(send: Callable[[], None]) -> str | None:
-    """Returns the error of a transfer in one line, without passwords."""
+    Returns:
+        The error in one line, without passwords; None without one.
+    """
     try:
-        send()
+        Forwarder(run, store).sync(over)
     except AtomError as error:
         return redacted(str(error))
-    except Exception as error:  # the stage continues after any error of a tracking server; the caller reports it
+    except Exception as error:  # whatever a tracking server does, the run goes on
         return redacted(f"{type(error).__name__}: {error}".splitlines()[0][:300])
     return None
 
 
-def _read_if_exists(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def follow(home: Path, run_id: str, whole: bool) -> None:
+    """Sends the new rows of a run every few seconds, and the rest after the end of this process's input.
 
+    The process that holds the lease sends for all jobs of the run. At the end of its job, another one leaves the rest
+    to it, unless the run is over.
 
-def _is_newer(path: Path, other: Path) -> bool:
-    return path.exists() and path.stat().st_mtime_ns > other.stat().st_mtime_ns
+    Args:
+        home: The home.
+        run_id: The run.
+        whole: True if the run ends with the input; else it does if the input is `over`.
+    """
+    store = Store(home)
+    run = runs.find(store, run_id)
+    folder = run.folder / "mlflow"
+    end = folder / "over"
+    lease = Lease.take(folder)
+    while not select.select([sys.stdin], [], [], EVERY)[0]:
+        if lease is None or lease.lost:
+            lease = Lease.take(folder)
+        if lease is not None:
+            send(run, store, end.exists())
+    over = whole or sys.stdin.read() == "over"
+    if over:
+        end.touch()
+    while lease is None and over:
+        time.sleep(0.5)
+        lease = Lease.take(folder)
+    if lease is not None:
+        problem = send(run, store, end.exists())
+        lease.release()
+        if problem:
+            print(
+                f"MLflow at {shown_uri(store)} did not accept everything ({problem}); nothing is lost: "
+                f"`atom sync {run.id}` sends it later",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
     collector.collect_rarely()
-    run_companion(Path(sys.argv[1]), sys.argv[2])
+    follow(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "whole")

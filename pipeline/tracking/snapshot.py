@@ -1,4 +1,4 @@
-"""What there is to see of a run at one moment: its stages with curves, and its hours and money against the budget."""
+"""A run at one moment: its stages with curves, and its hours and money against the budget."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.progress import duration, human
 from pipeline.core.store import Store
-from pipeline.graph import run as runs
+from pipeline.graph import budget
+from pipeline.graph.budget import RESOURCES, Hours, Limits, Resource
 from pipeline.graph.run import NodeStatus, Run
 from pipeline.launch.slurm_client import Answers
-from pipeline.tracking import budget, status
-from pipeline.tracking.budget import RESOURCES, Hours, Limits, Resource
+from pipeline.tracking import status
 
 CURVES = (
     "loss", "heldout_loss", "reward", "step_tokens_per_s", "tokens_per_s", "step_seconds", "grad_norm",
@@ -117,10 +117,10 @@ class Snapshot:
         return lines
 
 
-def take(run: Run, store: Store, answers: Answers | None = None, ask_slurm: bool = True) -> Snapshot:
+def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
     """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing. answers: of Slurm, which a
     loop keeps."""
-    nodes, lack = status.status(run, store, answers) if ask_slurm else (runs.status(run, store), None)
+    nodes, lack = status.status(run, store, answers)
     stages = []
     for node in nodes:
         folder = run.node_folder(node.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from contextlib import suppress
@@ -13,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, open_flags, users
+from pipeline.core import json_files, users
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
@@ -47,7 +46,7 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
     if not jobs:
         return stages, None
     try:
-        slurm_jobs = answers.queued_jobs(run.users())
+        slurm_jobs = answers.ask(slurm_client.queued_jobs, tuple(sorted(run.users())))
     except NoAnswer as error:
         return stages, f"{error}; the states are those that the stages recorded"
     queued = {name: slurm_jobs.get(row["job"]) for name, row in jobs.items()}
@@ -59,7 +58,8 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
     problem, owner = None, run.owner
     try:
         # accounting never learns the end of a job that the controller lost, and keeps it as pending or running
-        finished_jobs = {id: job for id, job in answers.finished_jobs(sorted(asked)).items() if not job.alive}
+        ended = answers.ask(slurm_client.finished_jobs, tuple(sorted(asked)))
+        finished_jobs = {id: job for id, job in ended.items() if not job.alive}
     except NoAnswer as error:
         problem = diagnoses.NO_ACCOUNTING.text(detail=str(error))
     unknown = asked - set(finished_jobs)
@@ -162,7 +162,7 @@ def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
 
 def _hides_jobs(answers: Answers) -> bool:
     try:
-        return answers.hides_jobs()
+        return answers.ask(slurm_client.hides_jobs)
     except NoAnswer:  # the states are shown all the same
         return False
 
@@ -185,10 +185,11 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
     fields = {"nodes": job.nodes or "its nodes"}
     if row in (diagnoses.NOT_LAUNCHED, diagnoses.NO_HOME) and job.nodes:
         with suppress(NoAnswer):  # the sentence has all nodes then
-            fields["nodes"] = answers.first_node(job.nodes)
+            fields["nodes"] = answers.ask(slurm_client.first_node, job.nodes)
     if row in (diagnoses.MEMORY, diagnoses.TIME_LIMIT):
         with suppress(NoAnswer):  # the sentence has no figures then
-            requested, used = (answers.memory_of if row is diagnoses.MEMORY else answers.time_of)(job.id)
+            question = slurm_client.memory_of if row is diagnoses.MEMORY else slurm_client.time_of
+            requested, used = answers.ask(question, job.id)
             fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
     return row.text(**fields)
 
@@ -227,8 +228,11 @@ def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[s
         if "." not in name:  # a mark that the job's script left beside the launches
             continue
         launch, task = folder / "ranks" / name, name.rpartition(".")[0]
-        if (done := _sealed_shards(launch)) is None:
-            verdict, done = Verdict.read(launch), _shards_done(launch / "shards.json")
+        verdict = Verdict.read(launch)
+        if verdict is not None and (match := re.fullmatch(r"([0-9]{1,9}) shards are done", verdict.text)):
+            done = int(match[1])
+        else:
+            done = _shards_done(launch / "shards.json")
             failed += [verdict.text] if verdict and verdict.decision is Decision.FAILED else []
         done_by_task[task] = max(done_by_task.get(task, 0), done)  # a restarted task also counts finished shards
     tasks = (task_job for id, task_job in slurm_jobs.items() if id.startswith(f"{row['array']}_"))
@@ -239,22 +243,6 @@ def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[s
         )
         return replace(node, state="failed", reason=None, message=message)
     return replace(node, done=sum(done_by_task.values()), total=row.get("shards", 0), unit="shards")
-
-
-def _sealed_shards(launch: Path) -> int | None:
-    """The shards of a task that has ended well; None of any other. An array has thousands of tasks, so this opens one
-    file of each, and leaves whatever is odd to others."""
-    try:
-        file = os.open(launch / "decision", open_flags.READ)
-    except OSError:
-        return None
-    try:
-        match = re.fullmatch(rb"sealed\n\n([0-9]{1,9}) shards are done\n", os.read(file, 100))
-    except OSError:
-        return None
-    finally:
-        os.close(file)
-    return int(match[1]) if match else None
 
 
 class _Shards(TypedDict):

@@ -12,7 +12,7 @@ import typer
 
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import StatusLine
-from pipeline.operations.command_options import JsonOption, QuietOption, open_store
+from pipeline.operations.command_options import CHECK, DATA, JsonOption, QuietOption, open_store
 from release.commands.options import (
     AnyReleaseArgument,
     ReleaseArgument,
@@ -30,7 +30,7 @@ RETRACTION = "retraction"
 """The check that recognizes an old copy."""
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def verify(
     target: Annotated[
         str, typer.Argument(metavar="PATH_OR_REPO[@REVISION]", help="release folder, pulled repository, or Hub id")
@@ -121,7 +121,7 @@ def _check_proofs(proof: Path, roots: Path, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def show(
     release: ReleaseArgument,
     as_json: JsonOption = False,
@@ -140,7 +140,7 @@ def show(
     print(json.dumps(facts, indent=1) if as_json else page.text(facts, width))
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def trace(
     release: AnyReleaseArgument,
     step: Annotated[int | None, typer.Option(help="the documents, tasks and answers of this optimizer step")] = None,
@@ -184,7 +184,7 @@ def trace(
     print(json.dumps(answer.to_json(), indent=1) if as_json else tracing.text(answer))
 
 
-@app.command("rebuild-data")
+@app.command("rebuild-data", rich_help_panel=DATA)
 def rebuild_data(
     release: AnyReleaseArgument,
     to: Annotated[
@@ -218,7 +218,7 @@ def rebuild_data(
     print(json.dumps(result.to_json(), indent=1) if as_json else rebuild.text(result))
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 def replay(
     release: ReleaseArgument,
     stage: Annotated[str, typer.Argument(help="a training phase, for example pretrain or rlvr")],

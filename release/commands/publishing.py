@@ -11,7 +11,7 @@ import typer
 
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import StatusLine
-from pipeline.operations.command_options import JsonOption, RecipeArgument, graph_of, open_store
+from pipeline.operations.command_options import RELEASE, JsonOption, RecipeArgument, graph_of, open_store
 from release.commands.options import ReleaseArgument, TrustConfigOption, print_line, require_release
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASE)
 def build(
     recipe: RecipeArgument,
     previous: Annotated[
@@ -42,7 +42,7 @@ def build(
     print(f"release built: {folder}; next: atom verify {folder}")
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASE)
 def site(release: ReleaseArgument) -> None:
     """Write the web page of a release.
 
@@ -59,7 +59,7 @@ def site(release: ReleaseArgument) -> None:
     print(f"{'page written' if changed else 'the page is up to date'}: {(release / PAGE).resolve().as_uri()}")
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASE)
 def sign(
     release: ReleaseArgument,
     key: Annotated[
@@ -117,7 +117,7 @@ def sign(
     print(f"signed by {name}; check it: atom verify {release} --key {name}")
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASE)
 def publish(
     release: ReleaseArgument,
     to: Annotated[str, typer.Option("--to", metavar="NAMESPACE", help="user or organization on the Hub")],
@@ -145,7 +145,7 @@ def publish(
     print(json.dumps(report.to_json(), indent=1) if as_json else _published_text(report))
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASE)
 def retract(
     release: ReleaseArgument,
     documents: Annotated[

@@ -11,11 +11,12 @@ import typer
 
 from pipeline.core.errors import AtomError
 from pipeline.core.text import printable
+from pipeline.operations.command_options import RELEASE
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASE)
 def keys(
     history: Annotated[Path, typer.Argument(metavar="FILE", help="the history of keys, a JSON file; made if missing")],
     add: Annotated[Path | None, typer.Option(metavar="KEY", help="the first private key of a holder, as PEM")] = None,

@@ -21,8 +21,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.hub import limits
 from pipeline.hub.client import Changed, api, endpoint, load, parsing, translate_errors
-from pipeline.hub.remote import RemoteFile, RemoteRepository
-from pipeline.hub.repository_limits import FILE_BYTES, FOLDER_FILES
+from pipeline.hub.remote import FILE_BYTES, FOLDER_FILES, RemoteFile, RemoteRepository
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import Repository, files_of
 
@@ -267,7 +266,7 @@ class Destination:
         operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
         size = sum((self.folder / path).stat().st_size for path in difference.missing)
         try:
-            with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size, len(operations)):
+            with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size):
                 commit_info = api().create_commit(
                     remote.id, operations, commit_message=message, repo_type=remote.kind, revision=branch,
                     parent_commit=parent,

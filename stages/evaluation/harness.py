@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 from pipeline.core.errors import AtomError, installing
 from pipeline.core.stage import Inputs, Report, Stage, operational
 from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
-from stages.evaluation import MODEL_LIBRARIES, estimates
+from stages.evaluation import estimates
 from stages.evaluation.benchmarks import BenchmarksConfig, data_folder, in_folder, load_task, task_manager
 from stages.evaluation.confidence import clustered
 from stages.evaluation.engine import Engine, engine_field
@@ -204,5 +204,5 @@ def _response(sample: dict[str, Any]) -> str:
 
 STAGE = Stage(
     "harness", VERSION, HarnessConfig, run,
-    **estimates.of_engine(), run_shard=run_shard, imports=MODEL_LIBRARIES,
+    **estimates.of_engine(), run_shard=run_shard,
 )  # fmt: skip

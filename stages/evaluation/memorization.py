@@ -35,7 +35,7 @@ from pipeline.core.store import once
 from stages.data.seeds import seed_of, split_mix
 from stages.data.shards import document_files, first_tokens, shard_name
 from stages.data.table import Int32, Int64, String, columns_of, order_files, stream_part_batches, write_json, write_rows
-from stages.evaluation import MODEL_LIBRARIES, estimates
+from stages.evaluation import estimates
 from stages.evaluation.confidence import binomial, clustered, wilson
 from stages.evaluation.engine import Engine, LanguageModel, engine_field
 from stages.evaluation.open_model import open_model
@@ -268,5 +268,5 @@ def _summarize(rows: Sequence[DocumentRow]) -> Regurgitation:
 
 STAGE = Stage(
     "memorization", VERSION, MemorizationConfig, run,
-    **estimates.of_engine(), imports=MODEL_LIBRARIES,
+    **estimates.of_engine(),
 )  # fmt: skip

@@ -26,7 +26,7 @@ from pipeline.core.bounds import MOST_SOURCES, Context, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, added, operational
 from stages.data.table import ItemRow, arrow_schema, read_table, write_rows
-from stages.evaluation import MODEL_LIBRARIES, estimates, long_context
+from stages.evaluation import estimates, long_context
 from stages.evaluation.bits_per_byte import (
     DOCUMENT_SCORES,
     DocumentScore,
@@ -215,5 +215,5 @@ def write_tables(out: Path, documents: Sequence[DocumentScore], items: Sequence[
 
 STAGE = Stage(
     "evaluate", VERSION, EvaluateConfig, run,
-    **estimates.of_engine(), run_shard=run_shard, imports=MODEL_LIBRARIES,
+    **estimates.of_engine(), run_shard=run_shard,
 )  # fmt: skip

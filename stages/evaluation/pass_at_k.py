@@ -31,7 +31,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from stages.data.seeds import seed_of
 from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
-from stages.evaluation import MODEL_LIBRARIES, estimates
+from stages.evaluation import estimates
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation.engine import Engine, engine_field
 from stages.evaluation.eval_set import chat_rows
@@ -263,5 +263,5 @@ def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accurac
 
 STAGE = Stage(
     "solve", VERSION, SolveConfig, run,
-    **estimates.of_engine(), run_shard=run_shard, imports=MODEL_LIBRARIES,
+    **estimates.of_engine(), run_shard=run_shard,
 )  # fmt: skip

@@ -24,7 +24,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from stages.data.seeds import seed_of
 from stages.data.table import write_json, write_rows
-from stages.evaluation import MODEL_LIBRARIES, estimates
+from stages.evaluation import estimates
 from stages.evaluation.confidence import clustered, wilson
 from stages.evaluation.engine import Engine, engine_field
 from stages.evaluation.eval_set import chat_rows
@@ -191,5 +191,5 @@ def _summarize_side(pairs: Sequence[dict[str, Any]], side: str) -> SideScores:
 
 STAGE = Stage(
     "prefer", VERSION, PreferConfig, run,
-    **estimates.of_engine(len(SIDES)), run_shard=run_shard, imports=MODEL_LIBRARIES,
+    **estimates.of_engine(len(SIDES)), run_shard=run_shard,
 )  # fmt: skip

@@ -36,7 +36,6 @@ from stages.mcore.param_names import BUFFERS
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
 from stages.models.registry import Model
-from stages.train import TRAINING_LIBRARIES
 from stages.train.checkpoint import SHARD_BYTES
 
 if TYPE_CHECKING:
@@ -266,5 +265,4 @@ def _json(value: Any) -> str:
 STAGE = Stage(
     "export", VERSION, ExportConfig, run, estimate=estimate,
     obstacle=lambda config: config.model.export_obstacle(), environment=lambda config: variables(),
-    imports=("stages.export.comparison", *TRAINING_LIBRARIES),
 )  # fmt: skip

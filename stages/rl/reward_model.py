@@ -12,7 +12,6 @@ from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import RewardTrainConfig
 from stages.rl.rlvr import simulate
-from stages.train import TRAINING_LIBRARIES
 
 VERSION = 4
 
@@ -38,6 +37,5 @@ STAGE = Stage(
     "reward", VERSION, RewardTrainConfig, run, estimate=estimate,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     environment=lambda c: variables(c.phase.parallelism),
-    imports=("stages.rl.algorithms.preferences", *TRAINING_LIBRARIES),
     simulate=simulate, time=estimates.update_time,
 )  # fmt: skip

@@ -17,7 +17,6 @@ from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import RlTrainConfig, lack
 from stages.rl.samplers.registry import serve, takes_servers
-from stages.train import TRAINING_LIBRARIES
 
 VERSION = 5
 
@@ -60,7 +59,6 @@ STAGE = Stage(
     promise=lambda c: c.phase.promise,
     lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
     environment=lambda c: variables(c.phase.parallelism),
-    imports=("stages.rl.algorithms.grpo", "stages.rl.samplers.generate", *TRAINING_LIBRARIES),
     takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
     simulate=simulate, time=estimates.update_time,
 )  # fmt: skip

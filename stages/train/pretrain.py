@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pipeline.core.stage import Inputs, RankSimulation, Report, Stage
 from stages.mcore.gpu_environment import variables
-from stages.train import TRAINING_LIBRARIES
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 
@@ -38,6 +37,6 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
 STAGE = Stage(
     "pretrain", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    environment=lambda c: variables(c.phase.parallelism), imports=("stages.train.text_trainer", *TRAINING_LIBRARIES),
+    environment=lambda c: variables(c.phase.parallelism),
     simulate=simulate,
 )  # fmt: skip

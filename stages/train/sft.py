@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from pipeline.core.stage import Stage
 from stages.mcore.gpu_environment import variables
-from stages.train import TRAINING_LIBRARIES
 from stages.train.config import SftConfig
 from stages.train.estimate import estimate, training_time
 from stages.train.midtrain import run
@@ -21,6 +20,6 @@ VERSION = 3
 STAGE = Stage(
     "sft", VERSION, SftConfig, run, estimate=estimate, time=training_time,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    environment=lambda c: variables(c.phase.parallelism), imports=("stages.train.text_trainer", *TRAINING_LIBRARIES),
+    environment=lambda c: variables(c.phase.parallelism),
     simulate=simulate,
 )  # fmt: skip

@@ -13,7 +13,6 @@ from pydantic import Field
 from pipeline.core.bounds import Words
 from pipeline.core.stage import Inputs, Report, Stage
 from stages.mcore.gpu_environment import variables
-from stages.train import TRAINING_LIBRARIES
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 from stages.train.pretrain import simulate
@@ -44,6 +43,6 @@ def run(config: SizeConfig, inputs: Inputs, work: Path, out: Path, report: Repor
 STAGE = Stage(
     NAME, VERSION, SizeConfig, run, estimate=estimate, time=training_time,
     ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    environment=lambda c: variables(c.phase.parallelism), imports=("stages.train.text_trainer", *TRAINING_LIBRARIES),
+    environment=lambda c: variables(c.phase.parallelism),
     simulate=simulate,
 )  # fmt: skip

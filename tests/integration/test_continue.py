@@ -22,8 +22,7 @@ from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.graph.checkpoints import Checkpoint
-from pipeline.launch.attempt import Attempt, Task
-from pipeline.launch.checkpoint_artifacts import CheckpointArtifacts
+from pipeline.launch.attempt import Attempt, CheckpointArtifacts, Task
 from pipeline.launch.rendezvous import Ranks
 from stages.data import order
 from stages.data.table import write_json

@@ -25,7 +25,7 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import submission_lock
-from pipeline.launch.failure_messages import failure_kind, failure_message
+from pipeline.launch.diagnoses import failure_kind, failure_message
 from pipeline.launch.slurm_client import Job, Owner
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
@@ -66,8 +66,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Graph:
 
 @pytest.fixture(scope="module")
 def undamaged_home(composed: Graph, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with two runs, of which the latest stopped in the middle of filtering, a release and something in the
-    trash."""
+    """A home with two runs, of which the latest stopped in the middle of filtering, and a release."""
     store = Store(tmp_path_factory.mktemp("whole") / "home")
     selected = composed.select("items", None)
     home_fixtures.start(store, composed, selected)
@@ -76,7 +75,6 @@ def undamaged_home(composed: Graph, tmp_path_factory: pytest.TempPathFactory) ->
     lease = Lease.take(store.work(composed.nodes["filter"].key))
     assert lease
     lease.release()
-    (store.home / "trash" / "2026-01-01" / "artifacts" / "items-000000000000").mkdir(parents=True)
     return store.home
 
 
@@ -177,7 +175,7 @@ def test_a_run_goes_on_without_what_is_damaged_and_says_so(home: Path, composed:
     assert states["acquire-courtesies"] == "sealed"
     plan = json.loads(atom(home, "plan", recipe, "--json").stdout)["stages"]
     assert {row["name"]: row["state"] for row in plan}["acquire-sums"] == "damaged"
-    atom(home, "gc", "--delete", "--include", sums)
+    atom(home, "gc", "--delete", "--yes", "--include", sums)
     assert not store.sealed(sums)
     atom(home, "run", recipe, "--until", "acquire-sums")
     store.open(sums).verify()

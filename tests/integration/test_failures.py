@@ -112,7 +112,7 @@ def test_a_remade_input_with_other_bytes_is_no_irreproducible_stage(smoke_home: 
 
 
 def test_a_failed_attempt_leaves_no_place_of_the_machine_in_its_statement(tmp_path: Path) -> None:
-    from pipeline.launch.failure_messages import strip_paths
+    from pipeline.launch.diagnoses import strip_paths
 
     home = tmp_path / "home"
     text = (

@@ -13,7 +13,7 @@ import yaml
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Estimate, Published
 from pipeline.core.store import Store
-from pipeline.graph import dag, fit, plan
+from pipeline.graph import dag, plan
 from pipeline.graph import recipe as recipes
 from pipeline.graph.checkpoint_times import (
     HASH_RATE,
@@ -22,10 +22,11 @@ from pipeline.graph.checkpoint_times import (
     checkpoint_times,
     require_patient_watchdogs,
 )
-from pipeline.graph.cost_estimate import Use, estimate_costs
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
+from pipeline.operations import fit
+from pipeline.operations.cost_estimate import Use, estimate_costs
 from tests.fixtures import ROOT
 from tests.fixtures.fit_fixtures import BODY, GIB, TRAINING
 from tests.fixtures.run_fixtures import atom

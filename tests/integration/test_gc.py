@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.core import code_snapshot, json_files
+from pipeline.core import code_snapshot
 from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
 from pipeline.core.store import Store
@@ -26,7 +25,7 @@ from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import cluster_profile, slurm, slurm_client, submission_lock
 from pipeline.launch.start_records import prediction_key
-from pipeline.operations import garbage_collection, trash
+from pipeline.operations import garbage_collection
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import atom
 
@@ -45,8 +44,10 @@ def store(tmp_path: Path) -> Store:
 
 
 def collected_paths(store: Store, **options: Any) -> set[str]:
-    """The paths below the home that gc moves."""
-    return {row.path.relative_to(store.home).as_posix() for row in garbage_collection.move(store, **options)}
+    """The paths below the home that gc deletes."""
+    listed = {row.path for row in garbage_collection.loose(store, **options)[0]}
+    deleted = garbage_collection.delete(store, listed, **options)
+    return {row.path.relative_to(store.home).as_posix() for row in deleted}
 
 
 class History:
@@ -95,7 +96,7 @@ class History:
 
     def collect(self) -> None:
         before = set(os.listdir(self.store.artifacts)) if self.store.artifacts.exists() else set()
-        garbage_collection.move(self.store)
+        collected_paths(self.store)
         after = set(os.listdir(self.store.artifacts)) if before else set()
         expected = before if self.damaged else before & (self.led_to() | self.trained)
         assert after == expected, (after - expected, expected - after)
@@ -171,11 +172,11 @@ def test_a_trivial_later_submission_makes_no_run_and_takes_nothing(three: list[G
     home_fixtures.start(
         store, composed, composed.select("acquire-code", None)
     )  # as an older version of this program made one
-    report = json.loads(atom(store.home, "gc", "--delete", "--json").stdout)
+    report = json.loads(atom(store.home, "gc", "--delete", "--yes", "--json").stdout)
     assert report["loose"] == [] and sorted(os.listdir(store.artifacts)) == before
 
 
-def test_what_no_run_leads_to_goes_and_comes_back(three: list[Graph], store: Store) -> None:
+def test_what_no_run_leads_to_goes(three: list[Graph], store: Store) -> None:
     first, second = three[0], three[1]
     run = home_fixtures.start(store, first, first.select("export-base", None))
     home_fixtures.start(store, second, second.select("export-base", None), "midtrain")
@@ -185,11 +186,7 @@ def test_what_no_run_leads_to_goes_and_comes_back(three: list[Graph], store: Sto
     collectable = {f"artifacts/{key}" for key in only - trained}
     assert collected_paths(store) == set(), "the run leads to it"
     assert collected_paths(store, ignored=[run.id]) == collectable and len(collectable) == 2, "order and export"
-    (key,) = [key for key in only - trained if key.startswith("export")]
-    assert not store.sealed(key)
-    atom(store.home, "gc", "--restore", key)
-    store.open(key).verify()
-    assert "there is no" in atom(store.home, "gc", "--restore", key, code=2).stderr
+    assert not any(store.sealed(key) for key in only - trained)
 
 
 def test_what_was_trained_goes_only_by_its_name(three: list[Graph], store: Store) -> None:
@@ -278,51 +275,6 @@ def test_sizes_count_a_file_when_its_last_link_goes(three: list[Graph], store: S
     assert sum(row.bytes for row in both) == manifests
 
 
-def test_the_trash_keeps_for_days_and_then_not(
-    three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    composed = three[0]
-    home_fixtures.start(store, composed, composed.select("items", None))
-    key, day = composed.nodes["items"].key, trash.today()
-    garbage_collection.move(store, [key])
-    monkeypatch.setattr(trash, "today", lambda: day + timedelta(days=trash.GRACE_DAYS))
-    assert trash.empty(store) == 0 and len(trash.entries(store)) == 1
-    monkeypatch.setattr(trash, "today", lambda: day + timedelta(days=trash.GRACE_DAYS + 1))
-    assert trash.empty(store) > 0 and not (store.home / "trash" / day.isoformat()).exists()
-
-
-def test_of_two_of_one_name_and_day_both_lie_in_the_trash(three: list[Graph], store: Store) -> None:
-    composed = three[0]
-    for _ in range(2):
-        home_fixtures.start(store, composed, composed.select("items", None))
-        garbage_collection.move(store, [composed.nodes["items"].key])
-    assert [entry.place.parts[0] for entry in trash.entries(store)] == ["artifacts", "artifacts"]
-    (store.home / "trash" / "notes").mkdir()
-    stderr = atom(store.home, "gc", "--empty-trash").stderr
-    assert "its name is no date" in stderr and os.listdir(store.home / "trash") == ["notes"]
-
-
-def test_products_of_unfinished_work_come_back_into_it(three: list[Graph], store: Store) -> None:
-    composed = three[0]
-    key = composed.nodes["tokenizer"].key
-    home_fixtures.start(store, composed, composed.select("tokenizer", None), "tokenizer")
-    product, state = store.work(key) / "out.1", store.work(key) / "state"
-    assert collected_paths(store) == {f"work/{key}/out.1"} and state.exists()
-    assert trash.restore(store, key) == [product] and (product / "file").exists()
-    place = f"work/{key}/out.1"
-    for number in range(11):
-        product.mkdir(exist_ok=True)
-        (product / "file").write_text(str(number))
-        assert collected_paths(store) == {place}
-    assert [entry.names[1] for entry in trash.entries(store)] == [place] * 11
-    assert trash.restore(store, place) == [product]
-    assert (product / "file").read_text() == "10", "the last of one day, .11, comes after .2"
-    with pytest.raises(AtomError, match=f"{place} is there already"):
-        trash.restore(store, key)
-    assert collected_paths(store, named=[key]) == {f"work/{key}"}
-    assert trash.restore(store, f"work/{key}") == [store.work(key)] and state.exists()
-
-
 @pytest.mark.parametrize("file", ["evidence/release.json", "evidence/manifests/items.json"])
 def test_a_damaged_release_keeps_everything(three: list[Graph], store: Store, file: str) -> None:
     composed = three[0]
@@ -395,7 +347,7 @@ def test_what_cannot_be_looked_into_keeps_everything(
         (store.home / "mount").mkdir()
         links = {"a link that leads nowhere": "/unmounted/x", "a link to an empty folder": store.home / "mount"}
         path.symlink_to(links.get(obstacle, path.name))
-    process = atom(store.home, "gc", "--delete")
+    process = atom(store.home, "gc", "--delete", "--yes")
     assert str(path) in process.stderr and "damaged" in process.stderr and "is kept" in process.stderr
     assert not (store.home / "trash").exists()
 
@@ -408,7 +360,8 @@ def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
     @contextmanager
     def after_gc(home: Store) -> Iterator[None]:
         monkeypatch.setattr(submission_lock, "submitting", real)
-        assert [row.path.parent.name for row in garbage_collection.move(home)] == ["code"], "of an earlier dry run"
+        (path,) = collected_paths(home)
+        assert path.startswith("code/"), "of an earlier dry run"
         with real(home):
             yield
 
@@ -421,53 +374,46 @@ def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
     assert run and (store.home / "code" / run.body["code"]).is_dir()
 
 
-def test_what_was_made_anew_meanwhile_stays_in_the_trash(
+def test_what_a_run_that_begins_meanwhile_needs_is_moved_back_or_made_anew(
     three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composed, real = three[0], garbage_collection._move
     selected = composed.select("dedup", None)
     shutil.rmtree(home_fixtures.start(store, composed, selected).folder)
 
-    def slow(home: Store, path: Path) -> Path | None:
+    def slow(home: Store, path: Path, trash: Path) -> Path | None:
         """A run is begun after the first one was moved, and makes what is not there."""
         if sorted(os.listdir(home.artifacts)) == sorted(keys[1:]):
             home_fixtures.start(home, composed, selected)
-        return real(home, path)
+        return real(home, path, trash)
 
     keys = [row.path.name for row in garbage_collection.loose(store)[0]]
     monkeypatch.setattr(garbage_collection, "_move", slow)
-    with pytest.warns(json_files.DamagedFile, match="is not moved back for a new run .it exists again.; it stays in"):
-        moved = garbage_collection.move(store)
-    assert [row.path.name for row in moved] == keys[:1], "the others were moved back"
-    assert not any(store.damage(key) for key in keys)
-    assert [entry.place.name for entry in trash.entries(store)] == sorted(keys[:1])
+    assert collected_paths(store) == set() and set(os.listdir(store.artifacts)) == set(keys)
+    assert not any(store.damage(key) for key in keys) and not (store.home / "trash").exists()
 
 
-def test_no_link_in_the_trash_is_followed(three: list[Graph], store: Store) -> None:
-    composed, trashed = three[0], store.home / "trash"
+def test_a_deletion_asks_first_and_one_that_was_killed_is_finished(three: list[Graph], store: Store) -> None:
+    composed = three[0]
     home_fixtures.start(store, composed, composed.select("tokenizer", None), "tokenizer")
-    before = sorted(path for path in store.home.rglob("*") if path.is_file())
-    key, work = composed.nodes["items"].key, store.work(composed.nodes["tokenizer"].key)
-    (trashed / "2026-01-02" / "code").mkdir(parents=True)
-    (trashed / "2026-01-03" / "work" / key).mkdir(parents=True)
-    links = {
-        "2026-01-01": "..",
-        "2026-01-02/work": "../../artifacts",
-        "2026-01-02/artifacts": "../../work",
-        "2026-01-02/code/x": "../../../artifacts",
-        f"2026-01-03/work/{work.name}": work,
-        f"2026-01-03/work/{key}/out.1": store.artifacts / key,
-        trash.today().isoformat(): "..",
-    }
-    for name, target in links.items():
-        (trashed / name).symlink_to(target)
-    for line in (["gc"], ["gc", "--empty-trash"]):
-        process = atom(store.home, *line)
-        assert all(f"trash/{name} is damaged" in process.stderr for name in list(links)[:4]), process.stderr
-    assert "was not put there by gc" in process.stdout and not os.path.lexists(trashed / "2026-01-03"), (
-        "a link itself is an entry"
-    )
-    assert sorted(path for path in store.home.rglob("*") if path.is_file()) == before
-    garbage_collection.move(store, named=[key])
-    days = {entry.path.relative_to(trashed).parts[0] for entry in trash.entries(store)}
-    assert days == {f"{trash.today().isoformat()}.2"}, "nothing is moved through a link"
+    product = store.work(composed.nodes["tokenizer"].key) / "out.1"
+    process = atom(store.home, "gc", "--delete", code=2)
+    assert str(product) in process.stdout and "1 folders are to be deleted; add --yes to delete them" in process.stderr
+    assert "asks no question; add --yes" in atom(store.home, "gc", "--delete", "--json", code=2).stderr
+    assert product.exists()
+    (store.home / "trash" / "0123").mkdir(parents=True)
+    (store.home / "trash" / "link").symlink_to(store.artifacts)
+    report = json.loads(atom(store.home, "gc", "--delete", "--yes", "--json").stdout)
+    assert [row["path"] for row in report["loose"]] == [str(product)] and not product.exists()
+    assert not (store.home / "trash").exists() and os.listdir(store.artifacts), "no link is followed"
+
+
+def test_nothing_is_deleted_that_was_not_listed_or_through_a_link(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    home_fixtures.start(store, composed, composed.select("tokenizer", None), "tokenizer")
+    product = store.work(composed.nodes["tokenizer"].key) / "out.1"
+    assert garbage_collection.delete(store, set()) == [] and product.exists()
+    (store.home / "trash").symlink_to(store.artifacts)
+    with pytest.raises(AtomError, match="trash is a link, and nothing is deleted through it"):
+        collected_paths(store)
+    assert product.exists()

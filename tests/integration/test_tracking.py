@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from pipeline.core.store import Artifact, Store
 from pipeline.graph import run as runs_of
 from pipeline.graph.dag import Graph
 from pipeline.graph.run import NodeStatus, Run
-from pipeline.launch import start_file
+from pipeline.launch import start_records
 from pipeline.launch.attempt import Attempt, Task
 from pipeline.launch.rendezvous import Ranks
 from pipeline.tracking import mlflow_sync
@@ -67,7 +69,7 @@ def started(run: Run, graph: Graph, store: Store, stage: str, number: int, **tas
     report.event("start", stage=stage, key=node.key, pid=os.getpid(), ranks=1)
     attempt = Attempt(Task(**of_task), store, report, Ranks.from_environment(1, run.node_folder(stage)))
     attempt.materials = {role: store.manifest(key) for role, key in inputs.items()}
-    start_file.write(attempt, number)
+    attempt.write_settings(number)
     report.close()
 
 
@@ -150,11 +152,8 @@ def test_a_stage_is_described_from_its_start_and_ended_by_what_happened(
     }
     assert child()[1].info.status == "FINISHED" and "atom.error" not in child()[1].data.tags
 
-    # `atom run` was killed before it could end the run: the next one does
-    later = runs_of.start(graph, store, ["items"], "local", {"launcher": "local"})
-    mlflow_sync.end_abandoned(later, store)
+    mlflow_sync.Forwarder(run, store).sync(over=True)
     assert client.get_run(parent.info.run_id).info.status == "KILLED", "its export is neither sealed nor failed"
-    assert mlflow_sync.Forwarder(run, store).state["outcome"] == "KILLED"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_a_run_that_is_over_has_the_status_of_its_stages(states: list[str], outc
 def test_an_unwritable_folder_of_logs_ends_no_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, graph = Store(tmp_path / "home"), home_fixtures.graphs(tmp_path)[0]
     run = runs_of.start(graph, store, ["items"], "local", {"launcher": "local"})
-    (run.node_folder("items") / start_file.NAME).mkdir(parents=True)
+    (run.node_folder("items") / start_records.SETTINGS).mkdir(parents=True)
     started(run, graph, store, "items", 1)
     assert "items: start.json was not written" in capsys.readouterr().err
 
@@ -206,9 +205,8 @@ def test_what_is_no_database_is_reported_at_once(tmp_path: Path, kind: str) -> N
     path = store.home / ("mlartifacts" if kind == "artifacts" else "mlflow.db")
     make = {"a folder": path.mkdir, "a pipe": lambda: os.mkfifo(path)}
     make.get(kind, lambda: path.write_text("x" * 100))()
-    background = mlflow_sync.Background(run, store)
     begun = time.monotonic()
-    problem = background.close("FINISHED")
+    problem = mlflow_sync.send(run, store)
     assert problem and problem.startswith(f"{path} is damaged (it is ") and problem.endswith("; move it away"), problem
     assert time.monotonic() - begun < 10
 
@@ -227,6 +225,33 @@ def test_the_sentence_about_a_failed_stage_is_a_tag(tmp_path: Path, monkeypatch:
     tracked = tracked_runs(uri, "one")["acquire-sums"]
     assert tracked.data.tags["atom.error"] == "node n7 has 0 GPUs; see http://host/x"
     assert tracked.info.status == "FAILED"
+
+
+def test_one_process_of_a_run_sends_and_the_last_one_ends_the_run(tmp_path: Path) -> None:
+    """Also if the run is over although nobody said so: `atom run` was killed."""
+    store, graph = Store(tmp_path / "home"), home_fixtures.graphs(tmp_path)[0]
+    run = home_fixtures.start(store, graph, ["acquire-sums"])
+    uri = f"sqlite:///{store.home / 'mlflow.db'}"
+
+    def follow(*whole: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "pipeline.tracking.mlflow_sync", str(store.home), run.id, *whole]
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    turn = Lease.take(run.folder / "mlflow")
+    assert turn is not None
+    assert follow("").communicate(timeout=60) == ("", None), "the holder of the turn sends the rest"
+    assert not (store.home / "mlflow.db").exists()
+    last = follow("whole")
+    assert last.stdin is not None
+    last.stdin.close()
+    time.sleep(1.0)
+    assert last.poll() is None, "the end of a run is waited for"
+    turn.release()
+    assert last.wait(timeout=120) == 0
+    parent = tracked_runs(uri, "one")[run.id]
+    assert parent.info.status == "FINISHED"  # type: ignore[attr-defined]
+    last.stdout.close()  # type: ignore[union-attr]
 
 
 def test_a_run_sends_nothing_where_tracking_is_off(tmp_path: Path) -> None:

@@ -1,19 +1,16 @@
-"""Alerts on a run from outside of its jobs, over real commands, web servers and mail servers of this machine."""
+"""Alerts on a run from outside of its jobs, by a real command."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socketserver
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -131,38 +128,38 @@ def test_an_expert_that_stays_dead_is_an_alert_and_one_of_the_first_steps_is_not
 
 
 def test_an_alert_is_sent_once_until_it_is_over(tmp_path: Path) -> None:
-    sent: list[str] = []
+    sent = tmp_path / "sent"
     alert, other = Alert("a", "stalled", "x", "text"), Alert("b", "disk", None, "full")
 
-    def watcher() -> Watcher:  # a new process each time, as with cron
-        return Watcher(RUN, tmp_path / "watch.json", [lambda subject, text, body: sent.append(text)])
+    def watcher(state: Path = tmp_path / "watch.json") -> Watcher:  # a new process each time, as with cron
+        return Watcher(RUN, state, f'echo "$ATOM_TEXT" >> {sent}')
 
     for current in ([alert], [alert], [alert, other], [other], [alert, other]):
         watcher().send(current)
-    assert sent == ["text", "full", "text"]
-    assert Watcher(RUN, tmp_path / "nowhere" / "watch.json", []).send([]) == ([], [])
-    with pytest.raises(AtomError, match="cannot be written .No such file or directory.; name a file"):
-        Watcher(RUN, tmp_path / "nowhere" / "watch.json", [lambda *mail: sent.append("twice")]).send([alert])
-    assert "twice" not in sent, "what cannot be remembered is not sent"
+    assert sent.read_text().split() == ["text", "full", "text"]
+    assert Watcher(RUN, tmp_path / "nowhere" / "watch.json").send([]) == ([], [])
+    with pytest.raises(AtomError, match="cannot be written .No such file or directory.; name a writable file"):
+        watcher(tmp_path / "nowhere" / "watch.json").send([alert])
+    assert len(sent.read_text().split()) == 3, "what cannot be remembered is not sent"
     (tmp_path / "watch.json").write_text("{")
     with pytest.warns(UserWarning, match="all alerts that stand are sent again"):
         watcher().send([other])
-    assert sent[3:] == ["full"]
+    assert sent.read_text().split()[3:] == ["full"]
 
 
-def test_a_look_without_a_sender_takes_no_alert_from_a_later_one(tmp_path: Path) -> None:
-    alert, sent = Alert("a", "stalled", "x", "text"), list[str]()
-    viewer = Watcher(RUN, tmp_path / "watch.json", [])
+def test_a_look_without_a_command_takes_no_alert_from_a_later_one(tmp_path: Path) -> None:
+    alert, sent = Alert("a", "stalled", "x", "text"), tmp_path / "sent"
+    viewer = Watcher(RUN, tmp_path / "watch.json")
     assert [viewer.send([alert])[0] for _ in range(2)] == [[alert], []], "a loop shows it once"
-    Watcher(RUN, tmp_path / "watch.json", [lambda subject, text, body: sent.append(text)]).send([alert])
-    assert sent == ["text"]
+    Watcher(RUN, tmp_path / "watch.json", f"cat > {sent}").send([alert])
+    assert json.loads(sent.read_text()) == {
+        "run": RUN, "id": "a", "kind": "stalled", "stage": "x", "text": "text",
+    }  # fmt: skip
 
 
 def test_what_was_not_taken_is_sent_again(tmp_path: Path) -> None:
     alert, marker = Alert("a", "stalled", "x", "text"), tmp_path / "marker"
-    watcher = Watcher(
-        RUN, tmp_path / "watch.json", [alerts.by_command(f"test -e {marker} || {{ echo no >&2; exit 3; }}")]
-    )
+    watcher = Watcher(RUN, tmp_path / "watch.json", f"test -e {marker} || {{ echo no >&2; exit 3; }}")
     assert watcher.send([alert]) == ([alert], ["the command of the alert ended with exit code 3: no"])
     assert watcher.send([alert])[1] != []
     marker.touch()
@@ -170,68 +167,12 @@ def test_what_was_not_taken_is_sent_again(tmp_path: Path) -> None:
     assert watcher.send([alert]) == ([], [])
 
 
-class Hook(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))  # type: ignore[attr-defined]
-        self.send_response(self.server.code)  # type: ignore[attr-defined]
-        self.end_headers()
-
-    def log_message(self, *arguments: object) -> None: ...
-
-
-class Mail(socketserver.StreamRequestHandler):
-    """As much of a mail server (RFC 5321) as takes one mail."""
-
-    def handle(self) -> None:
-        self.wfile.write(b"220 ready\r\n")
-        while line := self.rfile.readline().strip():
-            if line.upper() == b"DATA":
-                self.wfile.write(b"354 go on\r\n")
-                lines = iter(self.rfile.readline, b".\r\n")
-                self.server.mails.append(b"".join(lines).decode())  # type: ignore[attr-defined]
-            self.wfile.write(b"221 bye\r\n" if line.upper() == b"QUIT" else b"250 ok\r\n")
-
-
-@contextmanager
-def serving(server: socketserver.BaseServer) -> Iterator[int]:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_address[1]  # type: ignore[index]
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def test_webhook_and_mail_get_the_alert(tmp_path: Path) -> None:
-    hook, mail = HTTPServer(("127.0.0.1", 0), Hook), socketserver.TCPServer(("127.0.0.1", 0), Mail)
-    hook.bodies, hook.code, mail.mails = [], 200, []  # type: ignore[attr-defined]
-    alert = Alert("stalled pretrain", "stalled", "pretrain", "stage pretrain has reported nothing for 9:00")
-    with serving(hook) as hook_port, serving(mail) as mail_port:
-        url = f"http://127.0.0.1:{hook_port}/secret"
-        senders = [alerts.by_webhook(url), alerts.by_mail("ops@example.org", f"127.0.0.1:{mail_port}", "a@b")]
-        assert Watcher(RUN, tmp_path / "a.json", senders).send([alert])[1] == []
-        hook.code = 500  # type: ignore[attr-defined]
-        (problem,) = Watcher(RUN, tmp_path / "b.json", senders[:1]).send([alert])[1]
-        assert "it answers 500" in problem and "secret" not in problem
-    assert hook.bodies[0] == {  # type: ignore[attr-defined]
-        "text": f"atom: stalled in {RUN}: {alert.text}", "run": RUN, "id": alert.id, "kind": "stalled", "stage": "pretrain",
-    }  # fmt: skip
-    (text,) = mail.mails  # type: ignore[attr-defined]
-    assert f"Subject: atom: stalled in {RUN}" in text and "To: ops@example.org" in text and alert.text in text
-    assert Watcher(RUN, tmp_path / "c.json", senders).send([alert])[1][1].startswith("127.0.0.1:"), "both are down"
-
-
-@pytest.mark.parametrize("url", ["http://secret:port/", "http://sec ret/", "http://[secret"])
-def test_an_address_that_is_none_is_one_sentence_without_the_address(tmp_path: Path, url: str) -> None:
-    alert = Alert("stalled pretrain", "stalled", "pretrain", "it reports nothing")
-    (problem,) = Watcher(RUN, tmp_path / "a.json", [alerts.by_webhook(url)]).send([alert])[1]
-    assert problem.startswith("the webhook did not take the alert (") and "sec" not in problem
-
-
-def test_a_recipient_that_is_none_is_one_sentence(tmp_path: Path) -> None:
-    alert = Alert("stalled pretrain", "stalled", "pretrain", "it reports nothing")
-    (problem,) = Watcher(RUN, tmp_path / "a.json", [alerts.by_mail("a@b\nc", "localhost", "a@b")]).send([alert])[1]
-    assert problem.startswith("localhost did not take the mail (") and "\n" not in problem
+def test_a_command_that_does_not_end_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alerts, "SECONDS", 0.2)
+    watcher = Watcher(RUN, tmp_path / "watch.json", "exec sleep 60")
+    assert watcher.send([Alert("a", "stalled", "x", "text")])[1] == [
+        "the command of the alert took more than 0 s; let it end sooner"
+    ]
 
 
 JOB = """
@@ -283,14 +224,3 @@ def test_a_job_that_was_killed_is_reported_from_outside(tmp_path: Path) -> None:
     finally:
         job.kill()
         job.wait()
-
-
-def test_watch_refuses_what_makes_no_sense(tmp_path: Path) -> None:
-    make_run(tmp_path, 1)
-    for options, sentence in (
-        (("--webhook", "ftp://x"), "begins with https:// or http://"),
-        (("--mail", "a@b", "--smtp", "host:x"), "the port is no number"),
-        (("--mail", "a@b", "--smtp", "host:70000"), "the port is no number"),
-    ):
-        process = atom(tmp_path, "watch", RUN, "--once", *options, code=2)
-        assert sentence in process.stderr and process.stderr.count("\n") == 1

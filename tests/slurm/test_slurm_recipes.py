@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.store import Store
-from pipeline.graph import dag, fit, recipe
+from pipeline.graph import dag, recipe
 from pipeline.launch import cluster_profile, slurm
 from pipeline.launch.cluster_profile import Profile
+from pipeline.operations import fit
 from tests.fixtures import slurm_fixtures
 
 pytestmark = slurm_fixtures.ON_SLURM

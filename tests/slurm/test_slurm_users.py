@@ -118,7 +118,7 @@ def test_another_users_job_that_is_seen_is_shared_and_cancelled_after_a_question
     assert stage(team, "root", second_run)["user"] == FIRST
     counts(team)
     before = files(team.home)
-    for arguments in (("status",), ("status", run), ("status", "--prometheus", "-"), ("runs",), ("nodes",)):
+    for arguments in (("status",), ("status", run), ("runs",), ("nodes",)):
         assert team.atom(READER, *arguments)
     assert set(files(team.home)) == set(before), "who reads writes nothing"
     assert f"run {second_run} of root waits for its jobs; add --yes" in team.atom(FIRST, "cancel", run, code=2)
@@ -129,5 +129,5 @@ def test_another_users_job_that_is_seen_is_shared_and_cancelled_after_a_question
     slurm_fixtures.until(lambda: stage(team, FIRST, run)["state"] == "cancelled", "its end")
     _, third_run, third_job = submit(team, SECOND, 0.1)
     assert product(team) == COUNTED and third_job != job and third_run != run
-    text = team.atom(READER, "gc", "--delete", code=2)
+    text = team.atom(READER, "gc", "--delete", "--yes", code=2)
     assert "Permission denied" in text and "Traceback" not in text, text

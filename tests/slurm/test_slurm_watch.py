@@ -20,21 +20,20 @@ pytestmark = slurm_fixtures.ON_SLURM
 
 def test_a_stage_that_would_fail_again_is_not_retried_and_stops_what_waits_for_it(home: Path) -> None:
     folder = home.parent
-    notes_file = folder / "notified"
     recipe = slurm_fixtures.write_recipe(folder)
     order = next((home / "artifacts").glob("order-pretrain-*"))
     part = order / "part-00000.parquet"
     part.write_bytes(b"x" * part.stat().st_size)  # no retry mends it
-    notify = f'echo "$ATOM_STAGE: $ATOM_OUTCOME" >> {notes_file}'
-    cluster = slurm_fixtures.write_profile(folder, restarts=3, notify=notify)
+    cluster = slurm_fixtures.write_profile(folder, restarts=3)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "midtrain")
     stages = slurm_fixtures.until(lambda: finished_stages(home), "an end")
     assert stages["pretrain"]["state"] == "failed" and "restarts" not in stages["pretrain"]
     assert stages["pretrain"]["kind"] == "user"
     assert stages["midtrain"]["state"] == "cancelled"
     assert "pretrain" in stages["pretrain"]["message"] or "order" in stages["pretrain"]["message"]
-    assert notes_file.read_text().startswith("pretrain: ") and stages["pretrain"]["message"] in notes_file.read_text()
     assert atom(home, "logs", "pretrain").stdout.startswith("pretrain failed: ")
+    alerts = atom(home, "watch", "--once", "--free-gb", "0", code=1).stdout.splitlines()
+    assert f"failed: stage pretrain failed: {stages['pretrain']['message']}" in alerts
     failed = [path for path in (home / "ledger").glob("pretrain-*/*.json")]
     assert len(failed) == 1, "the attempt has its statement"
 

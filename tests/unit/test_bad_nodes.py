@@ -20,7 +20,7 @@ from pipeline.launch.attempt import Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.cluster_profile import Slurm
 from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.failure_messages import report_failure
+from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.job import JobLimits, avoid_node
 from pipeline.tracking import status
 from tests.fixtures.batch_fixtures import SLURM, script

@@ -54,21 +54,19 @@ def test_what_rank_0_decided_is_done(
     decision: str | None, starts: int, end: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    notify = f'echo "$ATOM_RUN $ATOM_STAGE: $ATOM_OUTCOME" >> {tmp_path}/notes'
-    batch = script(Slurm.model_validate({**SLURM, "notify": notify}), tmp_path)
+    batch = script(Slurm.model_validate(SLURM), tmp_path)
     for start in range(starts):
         (batch.launches_folder / f"7.{start}").mkdir(parents=True)
+    launch = Path(f"{batch.launches_folder}/7.{starts}")
     if decision is not None:
-        launch = Path(f"{batch.launches_folder}/7.{starts}")
         launch.mkdir(parents=True)
         (launch / "decision").write_text(decision)
     assert end_of(tmp_path, batch.text(), starts) == end
-    notes = (tmp_path / "notes").read_text() if (tmp_path / "notes").exists() else ""
-    is_over = decision is None or not decision.startswith(("sealed", "again"))
-    expected = (
-        decision.split("\n", 2)[2] if decision else f"{NO_PYTHON.text(nodes='n1', detail='it printed nothing')}\n"
-    )
-    assert notes == (f"tiny-1 pretrain: {expected}" if is_over and not end[1] else "")
+    verdict = Verdict.read(launch)
+    assert verdict is not None
+    if decision is None:
+        assert verdict.text == NO_PYTHON.text(nodes="n1", detail="it printed nothing")
+        assert verdict.decision is (Decision.RESTART if end[1] else Decision.FAILED)
 
 
 def launched(
@@ -267,13 +265,10 @@ def test_starts_that_can_write_nothing_are_counted_all_the_same(
     assert end_of(tmp_path, batch.text(), 3) == (2, "")
 
 
-def test_a_task_that_finished_a_shard_is_started_again_and_one_task_notifies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_that_finished_a_shard_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    text = (
-        array := script(Slurm.model_validate({**SLURM, "notify": f"echo x >> {tmp_path}/notes"}), tmp_path, tasks=2)
-    ).text()
+    array = script(Slurm.model_validate(SLURM), tmp_path, tasks=2)
+    text = array.text()
     ids = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
     launch = Path(f"{array.launches_folder}/7.8")
     for start in range(5, 9):
@@ -284,10 +279,8 @@ def test_a_task_that_finished_a_shard_is_started_again_and_one_task_notifies(
     (launch / "further").unlink()
     for start in range(5, 8):
         Verdict(Decision.RESTART, "its node failed", Kind.MACHINE).write(launch.with_name(f"7.{start}"))
-    for _ in range(2):
-        (launch / "decision").unlink()
-        assert end_of(tmp_path, text, 8, **ids) == (2, "")
-    assert (tmp_path / "notes").read_text() == "x\n"
+    (launch / "decision").unlink()
+    assert end_of(tmp_path, text, 8, **ids) == (2, "")
 
 
 def test_a_verdict_is_read_as_it_was_written(tmp_path: Path) -> None:

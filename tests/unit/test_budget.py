@@ -1,38 +1,25 @@
-"""How often the jobs of a run read its statements for the budget."""
+"""The budget of a recipe counts all attempts at its keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from pipeline.core.store import Store
-from pipeline.tracking import budget
-from pipeline.tracking.budget import Hours, Limits
+from pipeline.graph import budget
+from pipeline.graph.budget import Limits
 
 
-def test_the_jobs_of_a_run_read_each_statement_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, read, keys = Store(tmp_path), list[str](), [f"stage{n}-0123456789ab" for n in range(50)]
-
-    def used(store: Store, keys: Iterable[str]) -> Hours:
-        (key,) = keys
-        read.append(key)
-        return {"gpu_hours": float(len(list((store.ledger / key).iterdir()))), "core_hours": 0.0}
-
-    monkeypatch.setattr(budget, "used", used)
+def test_a_budget_is_used_up_by_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = {"a-0123456789ab": 20.0, "b-0123456789ab": 39.0}
+    monkeypatch.setattr(
+        budget, "used", lambda store, keys: {"gpu_hours": sum(hours[key] for key in keys), "core_hours": 0.0}
+    )
     limits: Limits = {"gpu_hours": 60.0, "core_hours": None}
-    for key in keys:
-        (store.ledger / key).mkdir(parents=True)
-        (store.ledger / key / "1.json").touch()
-    counted = tmp_path / "hours.json"
-    for _ in range(50):
-        assert budget.exceeded(limits, store, keys, counted) is None
-    assert read == keys
-    for number in range(2, 12):  # failed attempts at one of them count as well
-        (store.ledger / keys[3] / f"{number}.json").touch()
-    sentence = budget.exceeded(limits, store, keys, counted)
+    assert (
+        budget.exceeded(limits, Store(tmp_path), hours) is None and budget.exceeded(None, Store(tmp_path), []) is None
+    )
+    hours["b-0123456789ab"] += 1.0
+    sentence = budget.exceeded(limits, Store(tmp_path), hours)
     assert sentence == "the budget of 60 gpu hours is used up (60.00); raise budget.gpu_hours of the recipe"
-    assert read == [*keys, keys[3]]
-    counted.write_text("{")
-    assert budget.exceeded(limits, store, keys, counted) == sentence and read[51:] == keys, "it is made anew"

@@ -14,8 +14,7 @@ from pipeline.core.store import Store
 from pipeline.graph.run import CUT_OFF
 from pipeline.launch import diagnoses
 from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.diagnoses import TABLE
-from pipeline.launch.failure_messages import failure_message
+from pipeline.launch.diagnoses import TABLE, failure_message
 from pipeline.launch.slurm_client import Answers, Job, in_bytes
 from pipeline.tracking import status
 

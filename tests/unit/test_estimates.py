@@ -11,9 +11,9 @@ import yaml
 
 from pipeline.core.stage import Estimate
 from pipeline.graph import plan
-from pipeline.graph.cost_estimate import estimate_costs
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
+from pipeline.operations.cost_estimate import estimate_costs
 from stages.data import (
     acquire,
     dedup,

@@ -1,5 +1,5 @@
-"""docs/cli.md, docs/configuration.md, docs/schemas, the tables of failures and gauges, and docs/llms.txt are what
-commands, schemas, diagnoses, gauges and pages of today give."""
+"""docs/cli.md, docs/configuration.md, docs/schemas, the tables of failures, and docs/llms.txt are what commands,
+schemas, diagnoses and pages of today give."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pages() -> dict[str, str]:
 
 
 SCHEMAS = ("recipe", "data_recipe", "cluster_profile")
-PAGES = ("cli.md", "configuration.md", "errors.md", "metrics.md", "llms.txt")
+PAGES = ("cli.md", "configuration.md", "errors.md", "llms.txt")
 
 
 @pytest.mark.parametrize("name", [*PAGES, *(f"schemas/{kind}.schema.json" for kind in SCHEMAS)])
@@ -45,6 +45,6 @@ def test_headings_are_distinct(pages: dict[str, str], name: str) -> None:
 
 
 def test_every_command_and_section_has_a_heading(pages: dict[str, str]) -> None:
-    assert {"## atom plan", "## atom run", "## atom verify"} <= set(pages["cli.md"].splitlines())
+    assert {"## Check", "### atom plan", "### atom run", "### atom verify"} <= set(pages["cli.md"].splitlines())
     headings = {"## Recipe", "## Data recipe", "## Cluster profile", "### pretrain.batch", "### sources.reader: jsonl"}
     assert headings <= set(pages["configuration.md"].splitlines())

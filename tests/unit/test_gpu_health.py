@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch import gpu_health, preflight
+from pipeline.launch import preflight
 
 SOUND = "0, No, No, Not Active, None"
 
@@ -16,7 +16,7 @@ def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> str | 
     program.write_text(f"#!/bin/bash\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    failure = gpu_health.check("n7", ["0", "1"])
+    failure = preflight.gpu_problem("n7", ["0", "1"])
     assert failure is None or failure.bad_node == "n7"
     return failure and failure.text
 
@@ -53,7 +53,7 @@ def test_a_driver_that_fails_or_hangs_is_the_nodes_fault(tmp_path: Path, monkeyp
     lost = "Unable to determine the device handle for GPU0000:18:00.0: Unknown Error"
     text = answer(tmp_path, monkeypatch, f"echo '{lost}'; exit 15")
     assert text == f"nvidia-smi failed on node n7 ({lost}); have its GPUs and their driver checked"
-    monkeypatch.setattr(gpu_health, "SECONDS", 0.2)
+    monkeypatch.setattr(preflight, "SMI_SECONDS", 0.2)
     text = answer(tmp_path, monkeypatch, "exec sleep 20")
     assert text == "nvidia-smi gave no answer within 0 s on node n7; have its GPUs and their driver checked"
 
@@ -79,7 +79,7 @@ def test_only_the_gpus_of_the_job_are_looked_at(tmp_path: Path, monkeypatch: pyt
     program.write_text(f"#!/bin/bash\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    failure = gpu_health.check("n7", ["2", "3"])
+    failure = preflight.gpu_problem("n7", ["2", "3"])
     assert failure and failure.text.startswith(
         "GPU 3 of node n7 is not sound (ecc.errors.uncorrected.volatile.total: 7)"
     )

@@ -190,6 +190,21 @@ def test_imports_run_one_way() -> None:
             assert [target for target in targets if target.startswith("pipeline.operations")] == [], name
 
 
+ORDER = ("core", "run_secret", "hub", "graph", "launch", "tracking", "operations", "cli")
+"""The packages of `pipeline`: each may import those before it."""
+
+
+def test_packages_of_the_pipeline_import_one_way() -> None:
+    upwards = [
+        f"{name} imports {target}"
+        for name, targets in imports().items()
+        for target in targets
+        if name.startswith("pipeline.") and target.count(".") > 1
+        and ORDER.index(target.split(".")[1]) > ORDER.index(name.split(".")[1])
+    ]  # fmt: skip
+    assert upwards == []
+
+
 def test_no_import_circles() -> None:
     assert circles(imports()) == []
 

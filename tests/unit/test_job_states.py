@@ -101,8 +101,8 @@ def test_a_requeue_is_no_failure_at_any_of_its_moments(world: World) -> None:
 
 
 def test_a_failure_is_one_alert_from_the_decision_on(world: World) -> None:
-    sent: list[str] = []
-    watcher = alerts.Watcher(RUN, world.folder / "watch.json", [lambda subject, text, body: sent.append(text)])
+    sent = world.folder / "sent"
+    watcher = alerts.Watcher(RUN, world.folder / "watch.json", f'echo "$ATOM_TEXT" >> {sent}')
     dependent = squeue("8", "PENDING", RUN, "sft", "Dependency")
     world.says(squeue=squeue("7", "RUNNING", RUN, "pretrain", nodes="n1") + f"\n{dependent}")
     world.attempt("7.0", "recipe r: no", Kind.USER, Decision.FAILED)
@@ -116,7 +116,7 @@ def test_a_failure_is_one_alert_from_the_decision_on(world: World) -> None:
     stage, current = world.look()
     assert stage.state == "failed" and [alert.kind for alert in current] == ["failed"]
     watcher.send(current)
-    assert sent == ["stage pretrain ending: recipe r: no"]
+    assert sent.read_text() == "stage pretrain ending: recipe r: no\n"
 
 
 CANCELLED = {

@@ -292,9 +292,9 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
     closed: list[bool] = []
 
     class Companion:
-        def __init__(self, home: Path, run: str) -> None: ...
+        def __init__(self, home: Path, run: str, whole: bool) -> None: ...
 
-        def close(self, outcome: str, quick: bool) -> None:
+        def close(self, over: bool, quick: bool) -> None:
             closed.append(quick)
 
     def attempt(task: Task, store: Store, ranks: Ranks, ended: Callable[[str | Failure], None]) -> str | Failure:
@@ -302,7 +302,7 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
         return outcome
 
     be_a_job(monkeypatch)
-    monkeypatch.setattr(job.mlflow_sync, "Companion", Companion)
+    monkeypatch.setattr(job, "Companion", Companion)
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
     body = {

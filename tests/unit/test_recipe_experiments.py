@@ -16,10 +16,10 @@ from pipeline.cli.main import app
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Store, sha256_file
 from pipeline.core.yaml_text import parse_yaml
-from pipeline.graph import dag, json_schema, settings
+from pipeline.graph import dag, settings
 from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
-from pipeline.operations import recipe_check, recipe_diff, recipe_template
+from pipeline.operations import json_schema, recipe_check, recipe_diff, recipe_template
 from tests.fixtures import ROOT, home_fixtures
 
 SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")

@@ -12,13 +12,13 @@ import yaml
 
 from pipeline.core.stage import Estimate, ServedWork
 from pipeline.core.store import Store
-from pipeline.graph import dag, fit, plan, registry
+from pipeline.graph import budget, dag, plan, registry
 from pipeline.graph import recipe as recipes
-from pipeline.graph.cost_estimate import Use, estimate_costs
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
-from pipeline.tracking import budget
+from pipeline.operations import fit
+from pipeline.operations.cost_estimate import Use, estimate_costs
 from stages.evaluation.estimates import BASE_BYTES
 from tests.fixtures import ROOT
 from tests.fixtures.fit_fixtures import BODY, GIB, TRAINING

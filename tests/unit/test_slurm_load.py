@@ -53,7 +53,7 @@ def test_a_minute_of_redrawing_asks_for_each_thing_six_times(
     assert calls(tmp_path) == {"squeue": 6, "sinfo": 6, "sacct": 12}, "of the jobs, and of the memory of one"
     for look in range(100):  # the jobs of each look are others
         now[0] = 100.0 + slurm_client.ASK_EVERY * look
-        answers.finished_jobs([str(look)])
+        answers.ask(slurm_client.finished_jobs, (str(look),))
     assert len(answers._kept) == 1, "no answer is kept for longer than it counts"
 
 
@@ -81,5 +81,5 @@ def test_that_slurm_does_not_answer_is_kept_as_well(tmp_path: Path, monkeypatch:
     answers = Answers(60.0)
     for _ in range(5):
         with pytest.raises(NoAnswer, match="squeue failed"):
-            answers.queued_jobs(["ann"])
+            answers.ask(slurm_client.queued_jobs, ("ann",))
     assert calls(tmp_path) == {"squeue": 1}

@@ -3,6 +3,8 @@ those of Slurm's own list: as recorded, and as the installed Slurm has it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pipeline.graph.run import NodeStatus
@@ -68,11 +70,8 @@ def test_only_a_job_that_waits_is_explained() -> None:
 
 
 class Silent(Answers):
-    def unavailable_nodes(self) -> str:
-        raise NoAnswer("sinfo failed")
-
-    def reservation(self, name: str | None) -> str:
-        raise NoAnswer("scontrol failed")
+    def ask(self, function: Any, *arguments: Any, **_: Any) -> Any:
+        raise NoAnswer(f"{function.__name__} failed")
 
 
 def test_without_further_answers_the_sentence_names_the_command() -> None:

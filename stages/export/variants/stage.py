@@ -24,7 +24,7 @@ from pydantic import Field
 from pipeline.core.bounds import Line
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from stages.data.table import read_table, write_json, write_rows
-from stages.evaluation import MODEL_LIBRARIES, estimates
+from stages.evaluation import estimates
 from stages.evaluation.bits_per_byte import token_ids
 from stages.evaluation.heldout import heldout_documents
 from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, measure, measure_shard
@@ -189,5 +189,5 @@ def estimate(config: VariantConfig) -> Estimate:
 
 STAGE = Stage(
     "variant", VERSION, VariantConfig, run,
-    **estimates.of_engine(MODELS) | {"estimate": estimate}, run_shard=run_shard, imports=MODEL_LIBRARIES,
+    **estimates.of_engine(MODELS) | {"estimate": estimate}, run_shard=run_shard,
 )  # fmt: skip

@@ -11,11 +11,11 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import family
 from pipeline.core.store import Store
 from pipeline.graph.checkpoint_times import require_patient_watchdogs
-from pipeline.graph.cost_estimate import Use, estimate_costs, servers_of
 from pipeline.graph.dag import Graph, states
 from pipeline.graph.plan import StagePlan, is_small, plan
-from pipeline.hub.repository_limits import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
+from pipeline.hub.remote import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
 from pipeline.launch.cluster_profile import Profile
+from pipeline.operations.cost_estimate import Use, estimate_costs, servers_of
 
 GIB, GB = 2**30, 10**9
 FILES_PER_SHARD, FILES = 4, 10

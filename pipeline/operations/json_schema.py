@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from pipeline.graph import recipe, registry
+from pipeline.launch.cluster_profile import Profile
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SUFFIX = ".schema.json"
@@ -24,8 +25,6 @@ def schema_id(kind: str) -> str:
 
 def models() -> dict[str, type[BaseModel]]:
     """The class of each kind of file that a user writes."""
-    from pipeline.launch.cluster_profile import Profile
-
     return {"recipe": recipe.schema(), "data_recipe": registry.definition().DATA_RECIPE, "cluster_profile": Profile}
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import atomic_files, json_files, provenance
-from pipeline.core.json_files import Damaged
+from pipeline.core import provenance
 from pipeline.core.store import Store
 from pipeline.graph.recipe import Identity
 from pipeline.graph.run import Limits as Limits
@@ -26,13 +21,6 @@ class Hours(TypedDict):
     core_hours: float
 
 
-class _Counted(Hours):
-    """The use at a key by its first statements, which are never changed nor removed."""
-
-    statements: int
-
-
-_COUNTED: TypeAdapter[Any] = TypeAdapter(dict[str, _Counted])
 Resource = Literal["gpu_hours", "core_hours"]
 RESOURCES: tuple[Resource, ...] = ("gpu_hours", "core_hours")
 
@@ -53,34 +41,6 @@ def used(store: Store, keys: Iterable[str]) -> Hours:
             hours["gpu_hours"] += usage.get("gpu_seconds", 0.0) / 3600
             hours["core_hours"] += usage.get("cpu_seconds", 0.0) / 3600
     return hours
-
-
-def _used_since(store: Store, keys: Iterable[str], path: Path) -> Hours:
-    """As `used`, reading the statements that are new since the file was written; one that is damaged is made anew."""
-    try:
-        earlier: dict[str, _Counted] = json_files.read(path, _COUNTED)
-    except FileNotFoundError:
-        earlier = {}
-    except Damaged as error:
-        json_files.report(error, "all statements of the run are read again")
-        earlier = {}
-    present: dict[str, _Counted] = {}
-    for key in keys:
-        try:
-            statements = len(json_files.names(store.ledger / key))
-        except Damaged:  # `used` reports it
-            statements = 0
-        if key in earlier and earlier[key]["statements"] == statements:
-            present[key] = earlier[key]
-        else:
-            present[key] = {"statements": statements, **used(store, [key])}
-    if present != earlier:
-        with suppress(OSError):  # a full disk: the next job reads them once more
-            atomic_files.write(path, json.dumps(present) + "\n")
-    return {
-        "gpu_hours": sum(each["gpu_hours"] for each in present.values()),
-        "core_hours": sum(each["core_hours"] for each in present.values()),
-    }
 
 
 def describe(hours: Hours, prices: Prices | None) -> str:
@@ -104,12 +64,11 @@ def foreseen(limits: Limits | None, spent: Hours, coming: Hours) -> list[str]:
     ]
 
 
-def exceeded(limits: Limits | None, store: Store, keys: Iterable[str], counted: Path | None = None) -> str | None:
-    """The reason why no further stage starts, in one sentence; None within the budget. counted: a file that keeps the
-    use at each key, so that the jobs of a run together read each statement about once."""
+def exceeded(limits: Limits | None, store: Store, keys: Iterable[str]) -> str | None:
+    """The reason that no further stage starts, in one sentence; None within the budget."""
     if limits is None:
         return None
-    hours = used(store, keys) if counted is None else _used_since(store, keys, counted)
+    hours = used(store, keys)
     for name in RESOURCES:
         limit = limits[name]
         if limit is not None and hours[name] >= limit:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.core.stage import RECOMPUTED, TrainingTime, family
+from pipeline.graph.budget import Hours
 from pipeline.graph.plan import StagePlan
 from pipeline.launch.cluster_profile import Profile, Rate, Servers, Slurm
-from pipeline.tracking.budget import Hours
 
 
 @dataclass(frozen=True)
