@@ -27,7 +27,7 @@ from pipeline.core.bounds import Context, Flag, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from pipeline.core.store import Artifact
-from stages.data.tokenizer import CONFIG_FILE, TOKENIZER_FILES
+from stages.data.tokenizer import CONFIG_FILE, PAD, STOPS, TOKENIZER_FILES
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
 from stages.mcore.gpu_environment import variables
 from stages.mcore.lora import Lora
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 3
-STOPS = ("<|endoftext|>", "<|im_end|>")
-PAD = "<|pad|>"
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 """The distribution of the model itself, from which post-training and pass@k draw. Without `top_k` transformers cuts

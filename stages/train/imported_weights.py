@@ -26,7 +26,7 @@ from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operati
 from pipeline.core.store import home_folder, sha256_file
 from pipeline.core.text import escaped, printable
 from stages.data.table import write_json
-from stages.data.tokenizer import TOKENIZER_FILES
+from stages.data.tokenizer import PAD, STOPS, TOKENIZER_FILES
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
@@ -93,7 +93,6 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     Raises CheckFailed for files that are not those of the digest, RecipeError for a model that is another than the
     recipe's.
     """
-    from stages.export.hf import PAD, STOPS
     from stages.models.hf import hf_config
     from stages.train.checkpoint import release_checkpoint
 

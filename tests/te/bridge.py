@@ -20,6 +20,7 @@ import torch
 from megatron.bridge import AutoBridge
 from safetensors.torch import load_file
 
+from stages.data.tokenizer import END, PAD
 from stages.export import comparison, hf
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.weight_init import Initial
@@ -60,7 +61,7 @@ def export(model: ModelConfig, tensors: Mapping[str, torch.Tensor], folder: Path
     ids = hf.write_tokenizer(train_fixtures.tokenizer(folder.with_name("tokenizer")), folder, model.context_length)
     mapped = model.spec().to_hf(tensors, model, VOCAB)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
-    config = hf_config(model, VOCAB, ids[hf.STOPS[0]], ids[hf.PAD], "float32")
+    config = hf_config(model, VOCAB, ids[END], ids[PAD], "float32")
     (folder / "config.json").write_text(json.dumps(config))
 
 
