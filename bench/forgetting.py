@@ -143,8 +143,8 @@ def train(
     engine: Engine, config: Any, tokens: Artifact, order: Artifact, heldout: Heldout, measured: Sequence[int]
 ) -> list[dict[str, float]]:
     """Bits per byte before the first step and after the steps of `measured`."""
+    from stages.train.config import learning_rate
     from stages.train.data import Order, RankBatch, Shards
-    from stages.train.schedule import learning_rate
 
     reader, shards, points = Order(order, config.phase), Shards(tokens, "train"), []
     for step in range(config.phase.steps + 1):

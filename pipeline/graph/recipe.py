@@ -160,7 +160,7 @@ def _mistake(row: Any, model: type[BaseModel], raw: Any) -> Mistake:
         about_a_field = re.match(r"[a-z_0-9.]+ = ", message)  # such a sentence continues after the section's name
         text = f"{where}{'.' if about_a_field else ': '}{message}" if where else message
     else:
-        text = f"{field}= {shown(row['input'])}: {row['msg'][0].lower()}{row['msg'][1:]}{_mend(row)}"
+        text = f"{field}= {shown(row['input'])}: {row['msg'][0].lower()}{row['msg'][1:]}"
     return Mistake(tuple(row["loc"]), where, escaped(text, LONGEST_SENTENCE))
 
 
@@ -171,20 +171,6 @@ def _names_today(model: type[BaseModel], mistake: Any) -> list[str]:
     *place, last = mistake["loc"]
     fields = [field for each in _classes_at(model, place) for field in each.model_fields.items()]
     return [name for name, info in fields if (mark := renamed(info)) and mark.before == last]
-
-
-def _mend(mistake: Any) -> str:
-    """The remedy for a value of the wrong type."""
-    kind, value = mistake["type"], mistake["input"]
-    if kind == "bool_type":
-        return "; write true or false"
-    if kind == "int_type" and isinstance(value, float) and value.is_integer():
-        return f"; write {int(value)}"
-    if kind == "string_type" and isinstance(value, (bool, int, float)):
-        return "; put it in quotes"
-    if kind in ("int_type", "float_type") and isinstance(value, str):
-        return "; write a plain number"
-    return ""
 
 
 def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:

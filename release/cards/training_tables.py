@@ -124,7 +124,6 @@ SETTINGS = {
     "Adam β1": ("optimizer", "beta1"),
     "Adam β2": ("optimizer", "beta2"),
     "gradient clipping, norm": ("optimizer", "clip"),
-    "last layers in bf16, the others in NVFP4": ("bf16_layers",),
     "prompts of a step": ("prompts_per_step",),
     "generations of a prompt": ("num_generations",),
     "max new tokens": ("sampling", "max_new_tokens"),

@@ -31,13 +31,11 @@ from stages.models.base import ModelConfig, Precision
 
 
 def transformer_config(
-    model: ModelConfig, layout: Layout, precision: Precision = "fp32", routing_replay: bool = False,
-    bf16_layers: int = 0,
-) -> TransformerConfig:  # fmt: skip
+    model: ModelConfig, layout: Layout, precision: Precision = "fp32", routing_replay: bool = False
+) -> TransformerConfig:
     """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
-    the precision. routing_replay: routers can be given the experts of their tokens. bf16_layers: the last layers whose
-    products stay in bf16."""
-    words, of_model = keywords(precision, bf16_layers), model.spec().megatron(model)
+    the precision. routing_replay: routers can be given the experts of their tokens."""
+    words, of_model = keywords(precision, model.layers), model.spec().megatron(model)
     engine = uses_transformer_engine(words["params_dtype"])
     megatron_compat.multiply_routers_with_transformer_engine(engine)
     kind = MLATransformerConfig if of_model.get("multi_latent_attention") else TransformerConfig
@@ -92,7 +90,6 @@ def _dispatcher(layout: Layout) -> str:
 def build(
     model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
     packed: bool = False, vocab_size: int | None = None, on_meta: bool = False, routing_replay: bool = False,
-    bf16_layers: int = 0,
 ) -> list[GPTModel]:  # fmt: skip
     """This rank's part of the model, one chunk for each virtual pipeline stage, without its initial weights. Each of
     Megatron's layers, and its router, has the number of the model's layer (`model_layer`, from 0).
@@ -100,12 +97,12 @@ def build(
     packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
     vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
     on_meta: tensors take no memory until `to_empty` gives them some.
-    routing_replay: for `routing_replay.RoutingReplay`. bf16_layers: as of `transformer_config`.
+    routing_replay: for `routing_replay.RoutingReplay`.
 
     Needs a `stages.train.parallel.session` of the same layout.
     """
     layout = layout or Layout()
-    config = transformer_config(model, layout, precision, routing_replay, bf16_layers)
+    config = transformer_config(model, layout, precision, routing_replay)
     if on_meta:  # Megatron's layers then name no device; those of Transformer Engine name this one
         config.init_model_with_meta_device = uses_transformer_engine(config.params_dtype)
         config.use_cpu_initialization = not config.init_model_with_meta_device

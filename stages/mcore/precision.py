@@ -14,7 +14,7 @@ import torch
 
 from stages.mcore import megatron_cpu_patches
 from stages.mcore.layer_spec import has_transformer_engine
-from stages.models.base import Precision
+from stages.models.base import Precision, layers_in_bf16
 
 # Of each format of 8 or 4 bits: the first GPU generation whose tensor cores support it, and Transformer Engine's answer
 # whether this machine does, which also depends on the versions of CUDA and its libraries.
@@ -38,15 +38,16 @@ _RECIPES: dict[Precision, dict[str, Any]] = {
 }
 
 
-def keywords(precision: Precision, bf16_layers: int = 0) -> dict[str, Any]:
+def keywords(precision: Precision, layers: int = 1) -> dict[str, Any]:
     """The keyword arguments of Megatron's TransformerConfig; constructing it with the FP8 and FP4 ones needs
-    Transformer Engine. Weights stay bf16 under them and are quantized as they are used. bf16_layers: the number of last
-    layers whose products stay in bf16."""
+    Transformer Engine. Weights stay bf16 under them and are quantized as they are used. layers: of the model."""
     if precision == "fp32":
         return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
-    last = {"num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": bf16_layers}
-    exempt: dict[str, Any] = {"first_last_layers_bf16": True, **last} if bf16_layers else {}
-    return {**_BF16, **_RECIPES.get(precision, {}), **exempt}
+    words = {**_BF16, **_RECIPES.get(precision, {})}
+    if precision == "nvfp4":
+        words |= {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 0}
+        words["num_layers_at_end_in_bf16"] = layers_in_bf16(precision, layers)
+    return words
 
 
 def missing_requirement(precision: Precision) -> str | None:

@@ -31,6 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from stages.models.base import layers_in_bf16
+
 Kind = Literal["input", "weight", "gradient"]
 KINDS: tuple[Kind, ...] = ("input", "weight", "gradient")
 """The operands of a linear layer's three products: the input, the weight, the gradient of the output."""
@@ -77,8 +79,6 @@ class QuantizationRecipe:
     """Whether gradients are rounded up or down at random, so that their expectation is the value."""
     hadamard: bool = False
     """Whether both operands of a weight's gradient are transformed."""
-    bf16_share: float = 0.0
-    """Share of the layers, from the last one backwards, whose products stay in bf16; rounded up."""
 
     def format(self, kind: Kind) -> Format:
         return self.backward if kind == "gradient" else self.forward
@@ -93,7 +93,7 @@ class QuantizationRecipe:
 
     def layers_in_bf16(self, layers: int) -> range:
         """The layers of a model of so many, from 0, whose products are not rounded."""
-        return range(layers - math.ceil(self.bf16_share * layers), layers)
+        return range(layers - (layers_in_bf16("nvfp4", layers) if self.forward == E2M1 else 0), layers)
 
     @property
     def smallest_dimension(self) -> int:
@@ -107,12 +107,11 @@ RECIPES: Mapping[str, QuantizationRecipe] = MappingProxyType(
         "fp8-tensorwise": QuantizationRecipe(E4M3, E5M2, None),
         "fp8-blockwise": QuantizationRecipe(E4M3, E4M3, 128, square_weights=True, scale="power of two"),
         "mxfp8": QuantizationRecipe(E4M3, E4M3, 32, scale="e8m0"),
-        # the paper keeps about 15 % of the linear layers in bf16, and finds the last layers to be enough
         "nvfp4": QuantizationRecipe(
-            E2M1, E2M1, 16, square_weights=True, scale="e4m3", stochastic_gradients=True, hadamard=True, bf16_share=0.15
+            E2M1, E2M1, 16, square_weights=True, scale="e4m3", stochastic_gradients=True, hadamard=True
         ),
         "mxfp4": QuantizationRecipe(
-            E2M1, E2M1, 32, scale="e8m0, rounded down", stochastic_gradients=True, hadamard=True, bf16_share=0.15
+            E2M1, E2M1, 32, scale="e8m0, rounded down", stochastic_gradients=True, hadamard=True
         ),
     }
 )

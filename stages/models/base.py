@@ -8,6 +8,7 @@ No torch here: `atom plan` reads this file.
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-for
 RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
 LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
 Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4"]
+BF16_SHARE = 0.15
+"""Share of the layers, from the last one backwards, whose products stay in bf16 under FP4: the NVFP4 paper
+(arXiv:2509.25149) keeps about as many linear layers in bf16, and finds the last layers to be enough."""
 """The precision of matrix products. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
 PositiveCount = Annotated[int, Range(1, 1e15)]
 MOST_PARAMETERS = 10**14
@@ -38,7 +42,11 @@ LONG_CONTEXT = 2**17
 """Tokens for which `atom plan` states the cache."""
 CACHE_WIDTH = 2
 """Bytes of a number in that cache: bf16."""
-Turns = Annotated[float, Range(0, 1e4, above=True)]
+
+
+def layers_in_bf16(precision: Precision, layers: int) -> int:
+    """Returns the number of last layers whose products stay in bf16 although the precision is lower."""
+    return math.ceil(BF16_SHARE * layers) if precision == "nvfp4" else 0
 
 
 class Yarn(Config):
@@ -49,14 +57,10 @@ class Yarn(Config):
         description="ratio of the new context length to original_length"
     )
     original_length: Context = Field(description="context length in tokens for which the frequencies were trained")
-    beta_fast: Turns = Field(32.0, description="rotations within original_length above which a frequency is kept")
-    beta_slow: Turns = Field(1.0, description="rotations within original_length below which a frequency is divided")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Yarn:
-        if self.beta_slow >= self.beta_fast:
-            raise ValueError(f"beta_slow = {self.beta_slow} is not below beta_fast = {self.beta_fast}; use 1 and 32")
-        return self
+    beta_fast: ClassVar[float] = 32.0
+    """Rotations within original_length above which a frequency is kept."""
+    beta_slow: ClassVar[float] = 1.0
+    """Rotations within original_length below which a frequency is divided."""
 
 
 class Rope(Config):

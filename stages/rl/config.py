@@ -11,7 +11,6 @@ from pipeline.core.stage import Config, Promise, Renamed, added, operational
 from stages.models.base import ModelConfig
 from stages.rl.algorithms.policy_gradient import registry as policy_gradient
 from stages.rl.rewards import registry as reward_registry
-from stages.rl.rollout.curriculum import CurriculumConfig
 from stages.rl.rollout.tasks import Tasks, kinds_of
 from stages.rl.samplers.registry import SAMPLERS
 from stages.rl.tools.settings import Tools
@@ -29,7 +28,6 @@ ClipHigh = Annotated[float, Range(0, 100, "PPO: 0.2, DAPO: 0.28, GSPO: 4e-4", ab
 KlCoefficient = Annotated[float, Range(0, 1000, "DeepSeekMath: 0.04, DeepSeek-R1: 0.001", above=True)]
 Retries = Annotated[int, Range(0, 1000)]
 Staleness = Annotated[int, Range(1, 1000, "usual: 1 to 8")]
-Patience = Annotated[float, Range(0, 1e7, above=True)]
 Url = Annotated[str, Words(2000, "address; write it as in http://node1:8000", r"https?://[^\s/]+(/\S*)?")]
 Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
 
@@ -61,9 +59,6 @@ class Asynchronous(Config):
     queue_groups: Prompts | None = Field(
         None,
         description="maximum number of groups, finished or in flight; null: max_staleness times prompts_per_step",
-    )
-    starvation_timeout_seconds: Patience = operational(
-        1500.0, "seconds without a finished group after which a step that waits for one stops the phase"
     )
 
 
@@ -193,14 +188,12 @@ class RlPhase(PostTrainingPhase):
         None, "generation of answers while the policy is updated; null: each step generates, then updates"
     )
     tools: Tools | None = added(None, "tools that the model may call while it answers, in turns; null: none")
-    curriculum: CurriculumConfig = Field(CurriculumConfig(), description="selection of tasks by difficulty")
     replay: Replay | None = Field(None, description="replay of earlier training data; null: none")
     validate_every: Steps = Field(description="steps between evaluations on the validation items")
     max_logprob_diff: Annotated[Gap, Renamed("logprob_gap")] = Field(
         1e-3, description="maximum mean difference in token log-probability between sampler and trainer, in nats"
     )
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
-    retries: Retries = operational(2, "retries of a failed verifier before the phase stops")
 
     @model_validator(mode="before")
     @classmethod
@@ -344,7 +337,6 @@ class DpoPhase(PostTrainingPhase):
     )
     validate_every: Steps = Field(description="rounds between evaluations on the validation items")
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
-    retries: Retries = operational(2, "retries of a failed verifier before the phase stops")
 
     @model_validator(mode="after")
     def _effective(self) -> DpoPhase:
@@ -366,7 +358,6 @@ class RewardPhase(PostTrainingPhase):
     heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True), Renamed("heldout")] = Field(
         0.2, description="share of prompts, by hash, whose pairs are held out from training"
     )
-    heldout_pairs: Prompts = Field(400, description="maximum number of held-out pairs that are evaluated")
     validate_every: Steps = Field(description="updates between evaluations on the held-out pairs")
 
 

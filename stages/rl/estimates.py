@@ -16,9 +16,11 @@ from pipeline.core.stage import (
 )
 from stages.mcore.memory import MASTER, MOMENTS, memory_share
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
+from stages.models.base import layers_in_bf16
 from stages.models.costs import Rows
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
 from stages.rl.samplers import server_memory
+from stages.train.config import WORK_CHECKPOINTS
 from stages.train.estimate import checkpoints, fullest, layout_label, release_files, share_bytes, silent_bytes
 
 AnyConfig = RlTrainConfig | DpoTrainConfig | RewardTrainConfig
@@ -121,9 +123,11 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
     """The time of all updates, by stages/mcore/throughput.py, with answers of full length in rows of equal length."""
     phase, layout = config.phase, config.phase.parallelism
     length = math.ceil(_update_tokens(config) / phase.micro_batches)
-    run = StepSetup(
-        layout, phase.precision, Rows(1, length), phase.micro_batches // layout.data, bf16_layers=phase.bf16_layers or 0
+    micro_batches, bf16_layers = (
+        phase.micro_batches // layout.data,
+        layers_in_bf16(phase.precision, config.model.layers),
     )
+    run = StepSetup(layout, phase.precision, Rows(1, length), micro_batches, bf16_layers=bf16_layers)
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
     return TrainingTime(seconds * (1 + _readings(config) / 3), *UNFITTED_ERRORS)
 
@@ -190,7 +194,7 @@ def estimate(
     row = examples.row(number)
     states, activations, owned, memory = fullest(config, row)
     releases = phase.steps // phase.release_checkpoint_interval + 1
-    checkpoint, work = (MASTER + MOMENTS) * parameters["total"], phase.work_checkpoints_kept + 1
+    checkpoint, work = (MASTER + MOMENTS) * parameters["total"], WORK_CHECKPOINTS + 1
     return Estimate(
         cpu_seconds=START_SECONDS + flops / rate,
         tokens=tokens,

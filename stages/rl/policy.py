@@ -68,7 +68,7 @@ class Policy:
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
             verifiers = make_verifiers(rows, inputs, self.chat, config.phase.verifiers)
-            self.verifiers = generation.Verifiers(verifiers, config.phase.retries, report.note)
+            self.verifiers = generation.Verifiers(verifiers, report.note)
             if tools is not None:
                 self.toolbox = turns.Toolbox(tools, inputs, work / "tools")
 

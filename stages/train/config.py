@@ -24,8 +24,9 @@ BatchTokens = Annotated[int, Range(1, 2**30, "Llama 3: 1.6e7, DeepSeek-V3: 6.3e7
 LearningRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01")]
 PeakRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01", above=True)]
 Beta = Annotated[float, Range(0, 1, "usual: 0.9 and 0.95", below=True)]
-Kept = Annotated[int, Range(1, 1000)]
 Patience = Annotated[float, Range(0, 604_800, "seconds; 604800 are a week", above=True)]
+WORK_CHECKPOINTS = 2
+"""The newest work checkpoints that are kept."""
 MOST_EXCLUDED = 10_000
 """Steps of one phase."""
 
@@ -95,6 +96,19 @@ class Optimizer(Config):
         return self
 
 
+def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
+    """Returns the learning rate of a step, 1 to `steps`: at its peak at the end of warmup, and at the final rate at the
+    last step. `Optimizer` describes the two decay schedules."""
+    warmup = optimizer.warmup_steps
+    if step <= warmup:
+        return optimizer.lr * step / warmup
+    if optimizer.decay_steps is not None:
+        progress = max(0, step - (steps - optimizer.decay_steps)) / optimizer.decay_steps
+        return optimizer.final_lr + (optimizer.lr - optimizer.final_lr) * (1 - math.sqrt(progress))
+    progress = (step - warmup) / (steps - warmup)
+    return optimizer.final_lr + 0.5 * (optimizer.lr - optimizer.final_lr) * (1 + math.cos(math.pi * progress))
+
+
 class Validation(Config):
     """Measurement of the loss on held-out documents during training."""
 
@@ -137,16 +151,12 @@ class PhaseBase(Config):
     steps: Steps = Field(description="optimizer steps, counted from the beginning of the phase")
     optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
     precision: Precision = Field("fp32", description="data type of matrix multiplications")
-    bf16_layers: Annotated[int, Range(1, 1024, "NVFP4's paper: about 15 % of the layers")] | None = added(
-        None, "last layers whose products stay in bf16; only for precision = nvfp4, which requires it"
-    )
     release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
         description="steps between sealed checkpoints"
     )
     checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
         1000, "steps between checkpoints from which an interrupted run resumes"
     )
-    work_checkpoints_kept: Kept = operational(2, "number of newest work checkpoints to keep")
     watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
         1800.0, "seconds without a finished step or progress of a checkpoint after which a rank is considered hung"
     )
@@ -325,21 +335,6 @@ class TrainerConfig(Config):
 
     if TYPE_CHECKING:
         phase: PhaseBase
-
-    @model_validator(mode="after")
-    def _possible_precision(self) -> TrainerConfig:
-        kept, layers = self.phase.bf16_layers, self.model.layers
-        if (self.phase.precision == "nvfp4") != (kept is not None):
-            raise ValueError(
-                f"bf16_layers = {kept} with precision = {self.phase.precision}: nvfp4 needs it, and no other precision "
-                f"has it; the NVFP4 paper keeps about 15 % of the layers in bf16, here {math.ceil(0.15 * layers)}"
-            )
-        if kept is not None and kept >= layers:
-            raise ValueError(
-                f"bf16_layers = {kept} leaves none of the model's {layers} layers in nvfp4; use at most {layers - 1}, "
-                "or precision = bf16"
-            )
-        return self
 
     @model_validator(mode="after")
     def _possible_layout(self) -> TrainerConfig:

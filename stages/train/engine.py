@@ -124,7 +124,7 @@ class Engine:
             )
         self.chunks = build(
             model, config.padded_vocab_size, self.layout, kind, config.phase.packed, vocab_size,
-            routing_replay=config.phase.replays_routing, bf16_layers=config.phase.bf16_layers or 0,
+            routing_replay=config.phase.replays_routing,
         )  # fmt: skip
         if self.lora:
             if uses_transformer_engine(self.chunks[0].config.params_dtype):

@@ -11,9 +11,10 @@ from stages.mcore.activations import activation_bytes, merged_bytes, unkept_byte
 from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
+from stages.models.base import layers_in_bf16
 from stages.models.costs import MemoryShare, Rows
 from stages.train.checkpoint import FLUSH_BYTES, SHARD_BYTES
-from stages.train.config import PhaseConfig, TrainConfig, TrainerConfig
+from stages.train.config import WORK_CHECKPOINTS, PhaseConfig, TrainConfig, TrainerConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
 # 54 ms (docs/lab-log.md), that is 2.3e9 FLOPs a step.
@@ -34,7 +35,7 @@ def estimate(config: TrainConfig) -> Estimate:
     checkpoint = (MASTER + MOMENTS) * trained
     releases, first = release_checkpoints(phase), phase.first_step == 1
     # step 0 has no moments yet; while a work checkpoint is written there is one more than is kept
-    work = phase.work_checkpoints_kept + 1
+    work = WORK_CHECKPOINTS + 1
     if phase.spikes and phase.spikes.action == "rewind":
         work += 2  # the one to which a spike at the next step would rewind, and the next one
     disk = checkpoint * (releases - first + work) + first * MASTER * trained
@@ -80,7 +81,8 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
     for last, batch_rows in (*phase.row_ramp, (phase.steps, phase.rows_of(phase.steps))):
         micro_batches = batch_rows // rows.rows // layout.data
         if last >= first:
-            run = StepSetup(layout, phase.precision, rows, micro_batches, bf16_layers=phase.bf16_layers or 0)
+            bf16_layers = layers_in_bf16(phase.precision, config.model.layers)
+            run = StepSetup(layout, phase.precision, rows, micro_batches, bf16_layers=bf16_layers)
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
     return TrainingTime(seconds, *UNFITTED_ERRORS)

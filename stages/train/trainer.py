@@ -26,18 +26,17 @@ import torch
 from pipeline.core.environment import device
 from pipeline.core.errors import AtomError, Interrupted
 from pipeline.core.stage import Inputs, Report, identity
-from stages.train import log_replay, nccl_trace, parallel
+from stages.train import log_replay, parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import LOG, SEALED, Checkpoints
-from stages.train.config import TrainerConfig
+from stages.train.config import WORK_CHECKPOINTS, TrainerConfig, learning_rate
 from stages.train.engine import Engine
 from stages.train.log import Log
 from stages.train.log_replay import LogReplay
-from stages.train.schedule import learning_rate
 from stages.train.spikes import finite_or_none
 from stages.train.step_times import measured_waits
-from stages.train.watchdog import START_SECONDS, Watchdog
+from stages.train.watchdog import START_SECONDS, Watchdog, prepare_recorder
 
 STOP, FAILED = 1, 2
 
@@ -57,7 +56,7 @@ class Trainer(ABC):
         self.name, self.config, self.inputs, self.work, self.report = name, config, inputs, work, report
         self.engine, self.first, self.watchdog = engine, engine.ranks.first, watchdog
         self.checkpoints = Checkpoints(
-            work, config.phase.work_checkpoints_kept, engine, report, lease, self.rewind_steps, watchdog.progress
+            work, WORK_CHECKPOINTS, engine, report, lease, self.rewind_steps, watchdog.progress
         )
         self.log = Log(self.checkpoints.folder / LOG, self.first)
         self.tokens = 0  # targets seen
@@ -293,7 +292,7 @@ def train(
     """
     timeout = config.phase.watchdog_timeout_seconds
     if torch.cuda.is_available():
-        nccl_trace.prepare(work / "stacks")
+        prepare_recorder(work / "stacks")
     # the watchdog acts before a collective times out, so that its stacks are in the log
     with (
         Watchdog(name, timeout, work, report) as watchdog,

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 from pipeline.core import atomic_files
 from pipeline.core.shared_progress import SharedProgress
 from pipeline.core.stage import Report
-from stages.train import nccl_trace, parallel
+from stages.train import parallel
 from stages.train.step_times import WAITS, Place, first_missing
 
 COLLECT_SECONDS = 10.0
@@ -30,6 +34,14 @@ START_SECONDS = 600.0
 """Minimum time for rendezvous and building the model."""
 PROGRESS_SECONDS = 10.0
 """The longest time from one sign of progress to the next of a rank that reads or writes checkpoints."""
+
+PREFIX = "nccl-rank-"
+"""Prefix of the files of NCCL's flight recorder, by rank: `fr_trace FOLDER -p nccl-rank-` names the collective that a
+rank did not join."""
+SETTINGS = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""Variables of PyTorch that start the recorder, unless the cluster profile sets others."""
+RECORDER_SECONDS = 60.0
+"""The time that the recorder may take to give what it has."""
 
 
 class Watchdog:
@@ -106,9 +118,9 @@ class Watchdog:
                 places = [json.loads((folder / f"rank-{rank:05d}.json").read_text()) for rank in sorted(expected)]
                 text += f"; {first_missing([Place(**place) for place in places])}"
             print(f"{self.phase}{text}", file=sys.stderr, flush=True)  # in case that the recorder hangs
-            recorded = nccl_trace.write(folder, self.rank)
+            recorded = write_collectives(folder, self.rank)
             return text + (f"; what NCCL recorded is in {recorded}" if recorded else "")
-        nccl_trace.write(folder, self.rank)
+        write_collectives(folder, self.rank)
         time.sleep(2 * COLLECT_SECONDS)  # rank 0 reports first
         return "; the stacks of all ranks are in the log"
 
@@ -119,3 +131,30 @@ class Watchdog:
             if path.stat().st_mtime > since - self.limit:
                 ranks.add(int(path.stem[5:]))
         return ranks
+
+
+def prepare_recorder(folder: Path) -> None:
+    """Makes NCCL's flight recorder of this process run, and write to `folder` when a collective times out. Call it
+    before the process groups are created."""
+    folder.mkdir(exist_ok=True)
+    for name, value in {**SETTINGS, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / PREFIX)}.items():
+        os.environ.setdefault(name, value)
+
+
+def write_collectives(folder: Path, rank: int) -> Path | None:
+    """Writes what the recorder has; returns the folder, or None where PyTorch has no recorder. A recorder that takes
+    longer than RECORDER_SECONDS ends this process with exit code 1."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if dump is None or not torch.cuda.is_available():
+        return None
+    _write_in_time(dump, folder / f"{PREFIX}{rank}")
+    return folder
+
+
+def _write_in_time(dump: Callable[[], bytes], path: Path) -> None:
+    # the recorder holds the interpreter, so no thread could
+    faulthandler.dump_traceback_later(RECORDER_SECONDS, exit=True)
+    try:
+        path.write_bytes(dump())
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -272,11 +272,11 @@ def test_a_sampler_that_gives_nothing_stops_the_phase(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(InProcess, "_draw", lambda *_: time.sleep(2))
-    patience = {"asynchronous": {"starvation_timeout_seconds": 0.5}}
+    monkeypatch.setattr("stages.rl.rollout.asynchronous.STARVED_SECONDS", 0.5)
     with pytest.raises(
         AtomError, match=r"step 1 waited 0.5 s for a group of answers and the sampler finished none of 4"
     ):
-        rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings(**patience))
+        rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings(asynchronous={}))
 
 
 class NoNumber:
@@ -291,7 +291,7 @@ class NoNumber:
 
 
 def test_a_reward_that_is_no_number_is_named() -> None:
-    verifiers = generation.Verifiers({"no-number": NoNumber()}, 0, print)  # type: ignore[dict-item]
+    verifiers = generation.Verifiers({"no-number": NoNumber()}, print)  # type: ignore[dict-item]
     row = {"id": "task/1", "verifier": "no-number"}
     with pytest.raises(
         VerifierFailed, match="verifier no-number: the reward of an answer to task task/1 is nan, which is no number"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bench.humaneval import problems
 from stages.rl.protocols import Response, VerifierContext, VerifierFailed
 from stages.rl.rewards.code_verifier import (
     MAX_ANSWER_CHARACTERS,
@@ -22,7 +23,6 @@ from stages.rl.rewards.code_verifier import (
     equal,
     returns_expected,
 )
-from stages.rl.rewards.humaneval import problems
 from stages.rl.sandbox import Limits, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
 from stages.rl.sandbox.cell import Cell

@@ -185,7 +185,7 @@ def test_what_cannot_be_measured_is_one_sentence(loaded: Any, tmp_path: Path) ->
     [
         ({"lengths": [512, 128]}, "lengths = [512, 128] are not increasing"),
         ({"depths": [0, 0]}, "depths = [0.0, 0.0] are not increasing"),
-        ({"depths": [0, 1.5]}, "evaluation.context.depths.1 = 1.5 is out of range; use 0 to 1"),
+        ({"depths": [0, 1.5]}, "evaluation.context.depths.1 = 1.5: input should be less than or equal to 1"),
         ({"per_cell": 0}, "per_cell = 0"),
     ],
 )

@@ -176,9 +176,12 @@ def test_without_a_measured_rate_the_model_gives_the_time(tmp_path: Path) -> Non
     [
         (
             {"bf16": {"peak_tflops": 1000, "utilization": 1.2}},
-            "gpu.bf16.utilization = 1.2 is out of range; use 0.0001 to 1",
+            "gpu.bf16.utilization = 1.2: input should be less than or equal to 1",
         ),
-        ({"bf16": {"peak_tflops": 0, "utilization": 0.2}}, "gpu.bf16.peak_tflops = 0 is out of range; use 0.001"),
+        (
+            {"bf16": {"peak_tflops": 0, "utilization": 0.2}},
+            "gpu.bf16.peak_tflops = 0: input should be greater than or equal to 0.001",
+        ),
         ({"bf61": {"peak_tflops": 1000, "utilization": 0.2}}, "gpu.bf61 is not a field; did you mean bf16?"),
     ],
 )

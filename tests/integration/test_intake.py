@@ -17,14 +17,14 @@ from stages.rl.policy import RolloutFiles
 from stages.rl.protocols import Completion, Row
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.asynchronous import Intake, LiveGroups
-from stages.rl.rollout.curriculum import Curriculum, CurriculumConfig
+from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout
 from tests.fixtures import rl_fixtures
 from tests.fixtures.run_fixtures import RecordingReport
 
 SAMPLES, QUEUE = 3, 8
 PHASE: Any = SimpleNamespace(
-    asynchronous=SimpleNamespace(max_staleness=1, starvation_timeout_seconds=20), prompts_per_step=4,
+    asynchronous=SimpleNamespace(max_staleness=1), prompts_per_step=4,
     max_resample_rounds=1, num_generations=SAMPLES, queue_groups=QUEUE,
 )  # fmt: skip
 ROWS = [rl_fixtures.row(f"task/{level}/{n}", "letter", level, "say it") for level in (0, 1) for n in range(6)]
@@ -62,7 +62,7 @@ Taken = dict[int, tuple[list[Rollout], dict[str, Any]]]
 
 def take(folder: Path, start: int, state: Any, log: list[dict[str, Any]], upto: int, name: str, many: bool) -> Taken:
     """{step: its answers, the state after it} of the steps after `start`, whose policies are `name`<version>."""
-    curriculum = Curriculum(CurriculumConfig(), ROWS, "test", 0)
+    curriculum = Curriculum(ROWS, "test", 0)
     intake, policy, taken = Intake(PHASE, curriculum, "test", 0), Policy(many), {}
     if state is not None:
         curriculum.load(state["curriculum"])

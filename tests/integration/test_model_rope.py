@@ -31,7 +31,7 @@ YARN = Yarn(factor=4.0, original_length=64)
 SHAPES = [
     (128, 1e6, Yarn(factor=4.0, original_length=32768)),
     (64, 1e4, Yarn(factor=16.0, original_length=4096)),
-    (32, 5e5, Yarn(factor=8.0, original_length=512, beta_fast=16.0, beta_slow=2.0)),
+    (32, 5e5, Yarn(factor=8.0, original_length=512)),
     (8, 1e4, YARN),
     (32, 1e4, None),
 ]

@@ -6,12 +6,10 @@ import json
 import sys
 import types
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pipeline.core.errors import RecipeError
@@ -40,7 +38,7 @@ BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bf
     ],
 )  # fmt: skip
 def test_megatrons_words(kind: Any, expected: dict[str, Any]) -> None:
-    assert precision.keywords(kind, expected.get("num_layers_at_end_in_bf16", 0)) == expected
+    assert precision.keywords(kind, 10) == expected
     from megatron.core.enums import Fp4Recipe, Fp8Recipe
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -142,7 +140,6 @@ def test_bf16_resumes_bit_by_bit(corpus: Path, trained: Path, tmp_path: Path) ->
 
 def test_gradients_are_summed_in_fp32(corpus: Path) -> None:
     from stages.train import parallel
-    from stages.train.config import TrainConfig
     from stages.train.engine import Engine
 
     with parallel.session(0) as ranks:
@@ -174,29 +171,7 @@ def test_a_bf16_model_is_exported_as_it_computed(trained: Path, tmp_path: Path) 
     assert all(torch.equal(restored[n], last[n].bfloat16()) for n in last)
 
 
-@pytest.mark.parametrize(
-    ("phase", "message"),
-    [
-        ({"precision": "nvfp4"}, "nvfp4 needs it"),
-        ({"precision": "bf16", "bf16_layers": 1}, "no other precision has it"),
-        ({"precision": "nvfp4", "bf16_layers": 2}, "leaves none of the model's 2 layers in nvfp4; use at most 1"),
-    ],
-)
-def test_the_layers_in_bf16_are_stated(phase: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        TrainConfig.model_validate(train_fixtures.config(**phase))
-
-
-def test_the_card_states_them() -> None:
-    from release.cards import training_tables
-
-    facts: Any = SimpleNamespace(training={"pretrain": None, "sft": None})
-    recipe = {"pretrain": {"precision": "nvfp4", "bf16_layers": 8}}
-    table = training_tables.settings(recipe, facts)
-    assert "| last layers in bf16, the others in NVFP4 | 8 |  |" in table
-
-
 def test_nvfp4_without_its_hardware_is_one_sentence(corpus: Path, tmp_path: Path) -> None:
-    settings = train_fixtures.config(precision="nvfp4", bf16_layers=1)
+    settings = train_fixtures.config(precision="nvfp4")
     with pytest.raises(RecipeError, match="precision = nvfp4 needs a GPU of the Blackwell generation or newer"):
         train_fixtures.pretrain(corpus, tmp_path / "work", tmp_path / "out", settings)

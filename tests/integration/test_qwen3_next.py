@@ -21,7 +21,7 @@ from stages.models.hf import hf_config
 from stages.models.qwen3_next.config import Qwen3NextConfig
 from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.library_decode import LibraryDecoder
+from stages.rl.samplers.sampler_decode import LibraryDecoder
 from stages.train import parallel
 from stages.train.precision_simulation.proxy_model import build_proxy, ratios
 from tests.fixtures import fake_rank_fixtures, layout_fixtures, qwen3_next_fixtures, train_fixtures

@@ -273,10 +273,11 @@ def test_a_failing_reward_function_makes_no_pair(
         raise VerifierFailed("verifier instructions: gone")
 
     monkeypatch.setattr("stages.rl.rewards.frozen_scorer.Instructions.score", broken)
+    monkeypatch.setattr("stages.rl.rollout.generation.RETRY_SECONDS", 0.0)
     with pytest.raises(VerifierFailed, match="gone"):
         run(
             dpo,
-            settings(PHASE, retries=0, validate_every=6),
+            settings(PHASE, validate_every=6),
             inputs,
             tmp_path / "work",
             tmp_path / "out",

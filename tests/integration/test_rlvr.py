@@ -52,8 +52,9 @@ def calm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.numeric
-def test_the_policy_learns(place: Path, tmp_path: Path) -> None:
-    settings = rl_fixtures.config(steps=36, release_checkpoint_interval=36, curriculum={"unlock_pass_rate": 0.5})
+def test_the_policy_learns(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.rl.rollout.curriculum.UNLOCK", 0.5)
+    settings = rl_fixtures.config(steps=36, release_checkpoint_interval=36)
     rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
     lines = rl_fixtures.lines(tmp_path / "out")
     passed = [x["rates"]["letter/0"] for x in lines if "rates" in x]
@@ -153,13 +154,14 @@ def test_a_verifier_out_of_order_stops_the_step_and_loses_nothing(
         return score(self, answers)
 
     monkeypatch.setattr("stages.rl.rollout.generation.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("stages.rl.rollout.generation.RETRIES", 1)
     monkeypatch.setattr(Instructions, "score", broken)
     with pytest.raises(VerifierFailed, match="out of order"):
-        rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", rl_fixtures.config(retries=1))
+        rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", rl_fixtures.config())
     (unscored,) = (tmp_path / "work" / "rollouts").glob("*.drawn")
     assert rollouts.read(unscored)
     monkeypatch.setattr(Instructions, "score", score)
-    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", rl_fixtures.config(retries=1))
+    rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", rl_fixtures.config())
     assert train_fixtures.digest(tmp_path / "out") == train_fixtures.digest(calm)
 
 
@@ -175,6 +177,7 @@ def test_a_verifier_that_recovers_is_retried(
         return score(self, answers)
 
     monkeypatch.setattr("stages.rl.rollout.generation.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("stages.rl.rollout.generation.RETRIES", 1)
     monkeypatch.setattr(Instructions, "score", flaky)
     report = train_fixtures.Reporter()
     rl_fixtures.rlvr(place, tmp_path / "work", tmp_path / "out", rl_fixtures.config(), report)

@@ -213,7 +213,7 @@ def stopped(pid: int) -> bool:
 
 
 def test_the_newest_checkpoints_are_kept(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
-    work, settings = tmp_path / "work", train_fixtures.config(work_checkpoints_kept=3, checkpoint_interval=1)
+    work, settings = tmp_path / "work", train_fixtures.config(checkpoint_interval=1)
     for step in (4, 9):
         with pytest.raises(KeyboardInterrupt):
             train_fixtures.pretrain(
@@ -221,7 +221,7 @@ def test_the_newest_checkpoints_are_kept(corpus: Path, undisturbed: Path, tmp_pa
             )
         names = [p.relative_to(work).as_posix() for p in checkpoints(work)]
         number = 1 if step == 4 else 2
-        assert names == [f"attempt-{number:04d}/checkpoints/step-{n:09d}" for n in range(step - 2, step + 1)]
+        assert names == [f"attempt-{number:04d}/checkpoints/step-{n:09d}" for n in range(step - 1, step + 1)]
     report = train_fixtures.Reporter()
     train_fixtures.pretrain(corpus, work, tmp_path / "out", settings, report)
     assert train_fixtures.digest(tmp_path / "out") == train_fixtures.digest(undisturbed)

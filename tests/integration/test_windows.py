@@ -24,7 +24,7 @@ from stages.models.gpt_oss.config import GptOssConfig
 from stages.models.hf import hf_config
 from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.library_decode import LibraryDecoder
+from stages.rl.samplers.sampler_decode import LibraryDecoder
 from stages.train import parallel
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.model_fixtures import load_tensors

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
 
 import pytest
 
 from pipeline.core.errors import RecipeError
 from stages.rl.protocols import bin_of, to_row
-from stages.rl.rollout.curriculum import Curriculum, CurriculumConfig
+from stages.rl.rollout import curriculum as module
+from stages.rl.rollout.curriculum import Curriculum
 
 ROWS = [
     to_row(f"{kind}/{level}/{n}", f"{kind} {level} {n}", "exact", kind, level)
@@ -20,18 +20,20 @@ ROWS = [
 ]
 
 
-def test_without_a_config_every_bin_is_drawn_alike() -> None:
-    curriculum = Curriculum(None, ROWS, "test", 0)
+def test_a_uniform_one_draws_every_bin_alike() -> None:
+    curriculum = Curriculum(ROWS, "test", 0, uniform=True)
     drawn = Counter(bin_of(row) for step in range(200) for row in curriculum.draw(8, step, 0))
     assert set(drawn) == {bin_of(row) for row in ROWS} and min(drawn.values()) > 0.8 * max(drawn.values())
 
 
-def make_curriculum(**settings: Any) -> Curriculum:
-    return Curriculum(CurriculumConfig(**settings), ROWS, "test", 0)
+@pytest.fixture
+def newest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass rate of a bin is that of its newest group."""
+    monkeypatch.setattr(module, "NEWEST", 1.0)
 
 
-def test_levels_open_one_after_another_and_close_again() -> None:
-    curriculum = make_curriculum(unlock_pass_rate=0.7, ema_alpha=1.0)
+def test_levels_open_one_after_another_and_close_again(newest_alone: None) -> None:
+    curriculum = Curriculum(ROWS, "test", 0)
     assert curriculum.open_bins() == ["add/0", "sort/3"]
     easy = next(row for row in ROWS if bin_of(row) == "add/0")
     curriculum.update(easy, 0.69)
@@ -44,8 +46,8 @@ def test_levels_open_one_after_another_and_close_again() -> None:
     assert curriculum.open_bins() == ["add/0", "sort/3"]
 
 
-def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
-    curriculum = make_curriculum(ema_alpha=1.0, min_weight=0.05)
+def test_weights_are_the_variance_of_a_coin_and_never_nothing(newest_alone: None) -> None:
+    curriculum = Curriculum(ROWS, "test", 0)
     add, sort = ROWS[0], ROWS[-1]
     assert curriculum.weights() == {"add/0": 1.0, "sort/3": 1.0}
     curriculum.update(add, 0.5)
@@ -57,8 +59,8 @@ def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
     assert set(drawn) == {"add/0", "sort/3"}
 
 
-def test_signal_is_asked_more_often() -> None:
-    curriculum = make_curriculum(ema_alpha=1.0)
+def test_signal_is_asked_more_often(newest_alone: None) -> None:
+    curriculum = Curriculum(ROWS, "test", 0)
     curriculum.update(ROWS[0], 0.5)
     curriculum.update(ROWS[-1], 0.95)
     drawn = Counter(bin_of(row) for step in range(200) for row in curriculum.draw(8, step, 0))
@@ -66,7 +68,7 @@ def test_signal_is_asked_more_often() -> None:
 
 
 def test_a_bin_is_walked_through_before_anything_comes_again() -> None:
-    curriculum = make_curriculum(min_weight=1.0)
+    curriculum = Curriculum(ROWS, "test", 0)
     names = [row["id"] for step in range(10) for row in curriculum.draw(4, step, 0) if bin_of(row) == "sort/3"]
     epochs = [names[i : i + 10] for i in range(0, len(names) - 9, 10)]
     assert epochs and all(len(set(epoch)) == 10 for epoch in epochs)
@@ -74,7 +76,7 @@ def test_a_bin_is_walked_through_before_anything_comes_again() -> None:
 
 
 def test_it_goes_on_from_its_state() -> None:
-    one, other = make_curriculum(), make_curriculum()
+    one, other = (Curriculum(ROWS, "test", 0) for _ in range(2))
     for step in range(5):
         for row in one.draw(4, step, 0):
             one.update(row, step / 5)
@@ -93,4 +95,4 @@ def test_it_goes_on_from_its_state() -> None:
 
 def test_no_task_is_a_mistake() -> None:
     with pytest.raises(RecipeError, match="no task to draw from"):
-        Curriculum(CurriculumConfig(), [], "test", 0)
+        Curriculum([], "test", 0)

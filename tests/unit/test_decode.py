@@ -13,8 +13,7 @@ from stages.models.qwen3_moe import spec
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.library_decode import LibraryDecoder
-from stages.rl.samplers.sampler_decode import Decoder
+from stages.rl.samplers.sampler_decode import Decoder, LibraryDecoder
 from tests.fixtures import rl_fixtures
 
 pytestmark = pytest.mark.numeric

@@ -90,7 +90,7 @@ def test_the_reward_model_needs_its_inputs() -> None:
         ("math", {}, f"no verifier 'math'; there are {', '.join(sorted(VERIFIERS))}"),
         ("exact", {"strict": True}, "verifier exact with the settings {'strict': True}: strict is not a field"),
         ("nemo-gym", {}, "verifier nemo-gym with the settings {}: url is missing (and 1 more)"),
-        ("math-verify", {"seconds": 0}, "verifier math-verify with the settings {'seconds': 0}: seconds = 0 is out of range; use 1 to 86400"),
+        ("math-verify", {"seconds": 0}, "verifier math-verify with the settings {'seconds': 0}: seconds = 0: input should be greater than or equal to 1"),
     ],
 )  # fmt: skip
 def test_wrong_names_and_settings_are_refused_before_a_run(name: str, settings: dict[str, Any], words: str) -> None:

@@ -16,8 +16,7 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.train.config import Optimizer, PhaseConfig, TrainConfig
-from stages.train.schedule import learning_rate
+from stages.train.config import Optimizer, PhaseConfig, TrainConfig, learning_rate
 from tests.fixtures import ROOT, train_fixtures
 
 
@@ -34,7 +33,7 @@ from tests.fixtures import ROOT, train_fixtures
          "batch.global_tokens = 8 is not a multiple of sequence_length 32; nearest: 32"),
         ({"optimizer": {"lr": 1e-3, "final_lr": 1e-4, "warmup_steps": 12}}, "optimizer.warmup_steps = 12 leaves"),
         ({"optimizer": {"lr": 1e-3, "final_lr": 1e-2, "warmup_steps": 1}}, "final_lr = 0.01 is above lr = 0.001"),
-        ({"mix": {"text": 0.0}}, "is out of range; use more than 0 and at most 1"),
+        ({"mix": {"text": 0.0}}, "Input should be greater than 0"),
         ({"sequence_length": 128, "batch": {"global_tokens": 256, "micro_tokens": 128}},
          "sequence_length = 128 is longer than model.context_length = 64"),
         ({"warm": 3}, "Extra inputs are not permitted"),
@@ -52,7 +51,7 @@ def test_phase(change: dict, sentence: str) -> None:
         ({"heads": 6, "kv_heads": 4}, "kv_heads = 4 does not divide heads = 6; nearest: 3 or 6"),
         ({"head_dim": 7}, "head_dim = 7 is odd, but rotary embedding turns pairs; nearest: 6 or 8"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5 is more than experts = 4"),
-        ({"layers": 0}, "is out of range; use 1 to 1024"),
+        ({"layers": 0}, "Input should be greater than or equal to 1"),
     ],
 )
 def test_model(change: dict, sentence: str) -> None:
@@ -74,7 +73,7 @@ def test_model(change: dict, sentence: str) -> None:
         ({"ranks": 2, "tp": 2, "etp": 1}, "parallelism.etp = 1 with tp = 2 and ep = 1 would train wrongly"),
         ({"ranks": 2, "etp": 2}, "parallelism.etp = 2 with tp = 1 and ep = 1 would train wrongly"),
         ({"vpp": 2}, "parallelism.vpp = 2 interleaves pipeline ranks, and pp = 1 has none"),
-        ({"ranks": 0}, "is out of range; use 1 to 1000000"),
+        ({"ranks": 0}, "Input should be greater than or equal to 1"),
     ],
 )  # fmt: skip
 def test_layouts_that_cannot_work(layout: dict, sentence: str) -> None:
@@ -110,7 +109,7 @@ def test_plan_refuses_a_layout_and_keys_do_not_hold_one(tmp_path) -> None:
 
 @pytest.mark.parametrize("seconds", [0, -5])
 def test_a_hang_takes_time(seconds: int) -> None:
-    with pytest.raises(ValidationError, match="watchdog_timeout_seconds\n.*use more than 0"):
+    with pytest.raises(ValidationError, match="watchdog_timeout_seconds\n.*Input should be greater than 0"):
         PhaseConfig.model_validate(train_fixtures.config(watchdog_timeout_seconds=seconds)["phase"])
 
 
@@ -149,9 +148,8 @@ def test_work_checkpoints_are_not_identity() -> None:
         ({"long_documents": {"over": 32, "share": 0.5}, "pack": True}, "long_documents.over = 32 leaves no chunk of sequence_length = 32"),
         ({"excluded_steps": list(range(1, 13))}, "leaves no step to train; leave some in"),
         ({"excluded_steps": [3, 13]}, "excluded_steps = [3, 13] goes beyond steps = 12; leave later ones out"),
-        ({"spikes": {"action": "skip", "window": 1}}, "is out of range; use 4 to 100000"),
+        ({"spikes": {"action": "skip", "window": 1}}, "Input should be greater than or equal to 4"),
         ({"precision": "fp8"}, "'fp32', 'bf16', 'fp8-tensorwise', 'fp8-blockwise', 'mxfp8' or 'nvfp4'"),
-        ({"rope": {"yarn": {"factor": 4, "original_length": 16, "beta_fast": 1}}}, "beta_slow = 1.0 is not below beta_fast"),
     ],
 )  # fmt: skip
 def test_phases_that_cannot_work(phase: dict, sentence: str) -> None:

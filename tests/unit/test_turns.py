@@ -110,7 +110,7 @@ def test_a_search_gives_the_best_passages_of_training_documents(tmp_path: Path) 
 
 
 def test_an_index_has_the_first_documents_in_passages(tmp_path: Path) -> None:
-    index = open_search(tmp_path, documents=1, passage_characters=50, sources=["rivers"])
+    index = open_search(tmp_path, documents=1, sources=["rivers"])
     assert search(index, "elbe lake")[0].text == "[rivers/0]\nthe elbe is a river"
     index.close()
     text = " ".join(f"word{n}" for n in range(50)) + " " + "x" * 200

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from stages.train import nccl_trace
 from stages.train.watchdog import Watchdog
 from tests.fixtures import ROOT
 from tests.fixtures.run_fixtures import RecordingReport
@@ -26,7 +25,7 @@ def test_the_place_of_a_rank_is_written_before_the_recorder_is_read(
         assert "pretrain; the stacks of all ranks are in the log" in capsys.readouterr().err
         return folder
 
-    monkeypatch.setattr(nccl_trace, "write", write)
+    monkeypatch.setattr("stages.train.watchdog.write_collectives", write)
     text = Watchdog("pretrain", 1.0, tmp_path, RecordingReport())._stacks()
     assert text == f"; the stacks of all ranks are in the log; what NCCL recorded is in {tmp_path / 'stacks'}"
 
@@ -64,9 +63,9 @@ def test_progress_of_one_rank_keeps_the_others_alive(tmp_path: Path, monkeypatch
 
 def test_a_recorder_that_hangs_with_the_interpreter_ends_the_process(tmp_path: Path) -> None:
     program = (
-        "import ctypes, sys; from pathlib import Path; from stages.train import nccl_trace; nccl_trace.SECONDS = 1\n"
-        "nccl_trace._write_in_time(lambda: b'soon', Path(sys.argv[1]))\n"
-        "nccl_trace._write_in_time(lambda: ctypes.PyDLL(None).sleep(300), Path(sys.argv[1]))"
+        "import ctypes, sys; from pathlib import Path; from stages.train import watchdog; watchdog.RECORDER_SECONDS = 1\n"
+        "watchdog._write_in_time(lambda: b'soon', Path(sys.argv[1]))\n"
+        "watchdog._write_in_time(lambda: ctypes.PyDLL(None).sleep(300), Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "nccl-rank-0")]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)

@@ -51,7 +51,7 @@ class GrpoTrainer(PolicyTrainer):
         if phase.kl_coef is not None:
             self.load_previous_phase()
             self.reference = self.engine.local_weights()
-        self.curriculum = Curriculum(phase.curriculum, self.rows, seed_label(self.name), self.config.seed)
+        self.curriculum = Curriculum(self.rows, seed_label(self.name), self.config.seed)
         self.generated = 0  # tokens of all answers
         self.intake: Intake | None = None
         self.live: LiveGroups | None = None

@@ -30,6 +30,8 @@ from stages.seed_labels import seed_label
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 
+HELDOUT_PAIRS = 400
+"""The most held-out pairs that a reward model is evaluated on."""
 PAIRS = {
     "round": "int32",
     "task": "string",
@@ -60,13 +62,12 @@ class Dpo(PolicyTrainer):
         self.by_id = {row["id"]: row for row in self.rows}
         seed = self.config.seed
         preference_kinds = set(tasks.kinds_of(phase.preferences.tasks))
-        self.prompts = Curriculum(
-            None, [r for r in self.rows if r["kind"] in preference_kinds], f"{seed_label(self.name)}/ask", seed
-        )
+        asked = [row for row in self.rows if row["kind"] in preference_kinds]
+        self.prompts = Curriculum(asked, f"{seed_label(self.name)}/ask", seed, uniform=True)
         self.skills = None
         if phase.sft_tasks is not None:
             skill_tasks = [row for row in self.rows if row["kind"] not in preference_kinds]
-            self.skills = Curriculum(None, skill_tasks, f"{seed_label(self.name)}/skills", seed)
+            self.skills = Curriculum(skill_tasks, f"{seed_label(self.name)}/skills", seed, uniform=True)
 
     @property
     def phase(self) -> DpoPhase:
@@ -257,9 +258,7 @@ class Reward(PostTrainer):
         self.chat = generation.Chat(self.inputs["tokenizer"])
         rows = read_pairs(self.inputs["pairs"])
         heldout = [row for row in rows if hash_fraction(row["question"]) < phase.heldout_fraction]
-        self.heldout = sorted(heldout, key=lambda row: hash_fraction(row["chosen"] + row["rejected"]))[
-            : phase.heldout_pairs
-        ]
+        self.heldout = sorted(heldout, key=lambda row: hash_fraction(row["chosen"] + row["rejected"]))[:HELDOUT_PAIRS]
         self.pairs = [row for row in rows if hash_fraction(row["question"]) >= phase.heldout_fraction]
         self.order = PairOrder(len(self.pairs), phase.pairs, seed_label(self.name), self.config.seed)
         if not self.pairs or not self.heldout:

@@ -20,10 +20,10 @@ VERIFIERS = {
     "courtesy": "stages.rl.rewards.frozen_scorer:Courtesy",
     "exact": "stages.rl.rewards.frozen_scorer:Exact",
     "instructions": "stages.rl.rewards.frozen_scorer:Instructions",
-    "math-verify": "stages.rl.rewards.math_verifier:MathVerify",
+    "math-verify": "stages.rl.rewards.pooled_verifier:MathVerify",
     "nemo-gym": "stages.rl.rewards.gym_server:GymServer",
     "python-tests": "stages.rl.rewards.code_verifier:CodeVerifier",
-    "reasoning-gym": "stages.rl.rewards.reasoning_verifier:ReasoningGym",
+    "reasoning-gym": "stages.rl.rewards.pooled_verifier:ReasoningGym",
     "reward-model": "stages.rl.rewards.reward_model:RewardModel",
 }
 """{verifier: its class}. Importing one is cheap; packages are imported when it is constructed."""

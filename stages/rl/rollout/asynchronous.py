@@ -29,6 +29,8 @@ from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout, Span
 
 JOIN_SECONDS = 10.0
+STARVED_SECONDS = 1500.0
+"""How long a step waits for a group of answers while none is finished; then the phase stops."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,6 @@ class LiveGroups:
         assert phase.asynchronous is not None and policy.sampler is not None
         self.files, self.policy, self.note = files, policy, files.report.note
         self.samples = phase.num_generations
-        self.timeout = phase.asynchronous.starvation_timeout_seconds
         self.changed = threading.Condition()
         self.groups: dict[int, Group] = {}
         """Those that are issued and not taken."""
@@ -235,11 +236,10 @@ class LiveGroups:
             while not self.finished:
                 if self.error is not None:
                     raise self.error
-                if not self.changed.wait(max(0.0, start + self.timeout - time.monotonic())) and not self.finished:
+                if not self.changed.wait(max(0.0, start + STARVED_SECONDS - time.monotonic())) and not self.finished:
                     raise MachineError(
-                        f"step {step} waited {self.timeout:g} s for a group of answers and the sampler finished none "
-                        f"of {len(self.groups)}; see its log, or raise asynchronous.starvation_timeout_seconds, and "
-                        "run again to go on"
+                        f"step {step} waited {STARVED_SECONDS:g} s for a group of answers and the sampler finished "
+                        f"none of {len(self.groups)}; see its log and run again to go on"
                     )
             self.waited += time.monotonic() - start
             return self.finished.pop(0)[1]

@@ -1,37 +1,26 @@
 """The curriculum: draws tasks from bins of one kind and level, weighted by the signal that the pass rate predicts.
 
 A group of answers has the most signal if half of them pass (the variance of a coin, p(1 - p)) and none if all or none
-do. Levels of a kind open one after another: the next one as soon as the pass rate of the one below reaches
-`unlock_pass_rate`. The state is plain JSON and part of every checkpoint.
+do. Levels of a kind open one after another: the next one as soon as the pass rate of the one below reaches UNLOCK. The
+state is plain JSON and part of every checkpoint.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Annotated, TypedDict
+from typing import TypedDict
 
-from pydantic import Field
-
-from pipeline.core.bounds import PositiveShare
 from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.stage import Config, Renamed
 from stages.data.seeds import seed_of
 from stages.rl.protocols import Row, bin_of
 
-
-class CurriculumConfig(Config):
-    """Selection of tasks from bins of one kind and level of difficulty, weighted by pass rate."""
-
-    unlock_pass_rate: Annotated[PositiveShare, Renamed("rise")] = Field(
-        default=0.7, description="pass rate at which the next level of a kind is unlocked"
-    )
-    min_weight: Annotated[PositiveShare, Renamed("floor")] = Field(
-        default=0.05, description="minimum weight of an unlocked bin; the maximum is 1"
-    )
-    ema_alpha: Annotated[PositiveShare, Renamed("memory")] = Field(
-        default=0.1, description="weight of the newest group in the moving average of the pass rate of its bin"
-    )
+UNLOCK = 0.7
+"""The pass rate at which the next level of a kind is unlocked."""
+FLOOR = 0.05
+"""The least weight of an unlocked bin; the most is 1."""
+NEWEST = 0.1
+"""The weight of the newest group in the moving average of the pass rate of its bin."""
 
 
 class BinState(TypedDict):
@@ -44,11 +33,11 @@ class BinState(TypedDict):
 class Curriculum:
     """Draws tasks and tracks their pass rates."""
 
-    def __init__(self, config: CurriculumConfig | None, tasks: Sequence[Row], label: str, seed: int) -> None:
-        """config: None draws from every bin equally, for any pass rates. Raises RecipeError if there is no task."""
+    def __init__(self, tasks: Sequence[Row], label: str, seed: int, uniform: bool = False) -> None:
+        """uniform: draws from every bin equally, for any pass rates. Raises RecipeError if there is no task."""
         if not tasks:
             raise RecipeError("there is no task to draw from; give the phase a source of tasks")
-        self.config, self.label, self.seed = config, label, seed
+        self.label, self.seed, self.uniform = label, seed, uniform
         self.bins: dict[str, list[Row]] = {}
         for row in tasks:
             self.bins.setdefault(bin_of(row), []).append(row)
@@ -69,9 +58,8 @@ class Curriculum:
         self.state = {name: bin_state.copy() for name, bin_state in state.items()}
 
     def open_bins(self) -> list[str]:
-        """The open bins, by name: of each kind the levels up to the first whose pass rate is below
-        `unlock_pass_rate`."""
-        if self.config is None:
+        """Returns the open bins, by name: of each kind the levels up to the first whose pass rate is below UNLOCK."""
+        if self.uniform:
             return sorted(self.bins)
         kinds: dict[str, list[tuple[int, str]]] = {}
         for name, rows in self.bins.items():
@@ -80,16 +68,16 @@ class Curriculum:
         for levels in kinds.values():
             for _, name in sorted(levels):
                 names.append(name)
-                if (self.state[name]["rate"] or 0.0) < self.config.unlock_pass_rate:
+                if (self.state[name]["rate"] or 0.0) < UNLOCK:
                     break
         return sorted(names)
 
     def weights(self) -> dict[str, float]:
         """The weight of each open bin: 4 p (1 - p), which is 1 for an unknown p, and at least the floor."""
-        if self.config is None:
+        if self.uniform:
             return dict.fromkeys(self.open_bins(), 1.0)
         rates = {name: self.state[name]["rate"] for name in self.open_bins()}
-        return {n: 1.0 if p is None else max(self.config.min_weight, 4 * p * (1 - p)) for n, p in rates.items()}
+        return {n: 1.0 if p is None else max(FLOOR, 4 * p * (1 - p)) for n, p in rates.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:
         """`count` tasks for a wave of a step. Each bin is read in a seeded order, and repeated from its end."""
@@ -113,7 +101,6 @@ class Curriculum:
 
     def update(self, row: Row, pass_rate: float) -> None:
         """Updates the pass rate of a task's bin with that of one group."""
-        assert self.config is not None, "a curriculum without config is uniform"
         bin_state = self.state[bin_of(row)]
         previous = bin_state["rate"]
-        bin_state["rate"] = pass_rate if previous is None else previous + self.config.ema_alpha * (pass_rate - previous)
+        bin_state["rate"] = pass_rate if previous is None else previous + NEWEST * (pass_rate - previous)

@@ -30,6 +30,8 @@ from stages.rl.protocols import (
 )
 from stages.rl.tools.settings import Tools
 
+RETRIES = 2
+"""How often a failed verifier is tried again before the phase stops."""
 RETRY_SECONDS = 2.0
 
 
@@ -109,9 +111,9 @@ class Chat:
 class Verifiers:
     """The verifiers of a phase by name, with retries."""
 
-    def __init__(self, verifiers: Mapping[str, Verifier], retries: int, note: Callable[[str], object]) -> None:
+    def __init__(self, verifiers: Mapping[str, Verifier], note: Callable[[str], object]) -> None:
         """note: prints a line to the log."""
-        self.by_name, self.retries, self.note = dict(verifiers), retries, note
+        self.by_name, self.note = dict(verifiers), note
         self.lock = threading.Lock()
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
@@ -134,11 +136,11 @@ class Verifiers:
         return [parts[i] for i in range(len(answers))]
 
     def _score_with_retries(self, verifier: Verifier, answers: list[Answer]) -> list[Parts]:
-        for attempt in range(self.retries + 1):
+        for attempt in range(RETRIES + 1):
             try:
                 return self._note_killed(verifier.name, answers, verifier.score(answers))
             except VerifierFailed as error:
-                if attempt == self.retries:
+                if attempt == RETRIES:
                     raise
                 self.note(f"{error}; retrying")
                 time.sleep(RETRY_SECONDS * 2**attempt)

@@ -105,7 +105,7 @@ def _probe(config: TasksConfig, tasks: Sequence[Row], report: Report) -> dict[st
     sources = {name: source for source in config.sources for name in source.bins()}
     probed: dict[str, ProbedBin] = {}
     rows = [row for row in tasks if row["verifier"] != TRAINED]
-    with closing(Verifiers(make_verifiers(rows, {}, None, config.verifiers), 0, report.note)) as verifiers:
+    with closing(Verifiers(make_verifiers(rows, {}, None, config.verifiers), report.note)) as verifiers:
         for name, bin_rows in sorted(by_bin.items()):
             report.note(f"{name}: {len(bin_rows)} tasks")
             if bin_rows[0]["verifier"] != TRAINED:

@@ -20,8 +20,7 @@ from pipeline.core.errors import AtomError
 from stages.mcore import gpu
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.rollout import routes as records
-from stages.rl.samplers.library_decode import LibraryDecoder
-from stages.rl.samplers.sampler_decode import CLASSES, NAMES, Decoder
+from stages.rl.samplers.sampler_decode import CLASSES, NAMES, Decoder, LibraryDecoder
 
 ROWS = 256
 """Answers that are drawn in parallel, which bounds the cache."""

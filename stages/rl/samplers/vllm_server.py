@@ -39,7 +39,6 @@ from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerPlace, ServerSearch
 from pipeline.run_secret import atom_secret
 from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
-from stages.rl.direct_requests import DIRECT
 from stages.rl.protocols import SamplingSettings
 from stages.rl.samplers import server_files
 from stages.rl.samplers.server_files import Announced
@@ -60,6 +59,8 @@ POLL_SECONDS = 1.0
 """How often a server in a job of its own looks whether its stage has ended, and asks the server whether it answers."""
 SECRET = "secret"
 """The file of servers in jobs of their own, in the folder that they and their stage see."""
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs without a proxy of the environment: between the nodes of a cluster there is none."""
 HEALTH = "/health"
 HIDDEN = "<path>"
 """What vLLM writes in its messages instead of a path."""

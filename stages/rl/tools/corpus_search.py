@@ -23,6 +23,8 @@ from stages.rl.tools.base import Call, Result, Tool, ToolFailed
 WORD = re.compile(r"\w+")
 MOST_WORDS = 32
 """Words of a query that count, which bounds its time."""
+PASSAGE = 1000
+"""Most characters of a passage."""
 SCHEMA = "CREATE VIRTUAL TABLE passages USING fts5(document UNINDEXED, text, tokenize='unicode61')"
 # Equal scores are ordered by place, so that a query has one result.
 QUERY = "SELECT document, text FROM passages WHERE passages MATCH ? ORDER BY bm25(passages), rowid LIMIT ?"
@@ -42,7 +44,6 @@ class SearchTool(Tool):
     documents: Annotated[int, Range(1, 1e9)] = Field(
         100_000, description="maximum documents of each source, the first ones, which bounds the start of the phase"
     )
-    passage_characters: Annotated[int, Range(50, 1e6)] = Field(1000, description="maximum characters of a passage")
     passages: Annotated[int, Range(1, 1000)] = Field(3, description="maximum passages of a result")
 
     def missing(self) -> str | None:
@@ -76,7 +77,7 @@ class SearchTool(Tool):
                 if count == self.documents:
                     break
                 count += 1
-                for passage in cut(row["text"], self.passage_characters):
+                for passage in cut(row["text"], PASSAGE):
                     yield row["id"], passage
 
 

@@ -19,6 +19,8 @@ from stages.rl.tools.base import Call, Result, Tool, ToolFailed
 
 WALL = Limits().wall_seconds / Limits().cpu_seconds
 """Seconds of the clock for each of processor time: a program that computes ends by the one also on a busy machine."""
+MEMORY = 512 << 20
+"""Bytes of memory of a program."""
 ENDINGS = {
     "timeout": "the program was ended: it took too long",
     "memory": "the program was ended: it used too much memory",
@@ -38,7 +40,6 @@ class PythonTool(Tool):
     cpu_seconds: Annotated[int, Range(1, 3600)] = Field(
         4, description="processor time of a program, in seconds; its wall-clock limit is ten times as long"
     )
-    memory_mib: Annotated[int, Range(64, 2**20)] = Field(512, description="memory of a program, in MiB")
     workers: Annotated[int, Range(1, 4096)] | None = operational(
         None, "programs that run at once; null: two for each core"
     )
@@ -48,9 +49,7 @@ class PythonTool(Tool):
         return reason and f"the tool python runs what the model writes: {reason}"
 
     def open(self, inputs: Inputs, folder: Path) -> Programs:
-        limits = Limits(
-            cpu_seconds=self.cpu_seconds, wall_seconds=WALL * self.cpu_seconds, memory_bytes=self.memory_mib << 20
-        )
+        limits = Limits(cpu_seconds=self.cpu_seconds, wall_seconds=WALL * self.cpu_seconds, memory_bytes=MEMORY)
         return Programs(Pool(self.workers, limits))
 
 

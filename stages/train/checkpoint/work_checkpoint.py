@@ -312,8 +312,8 @@ class Checkpoints:
                         shutil.rmtree(newer, ignore_errors=True)
             self.ranks.barrier()
             return state
-        raise AtomError(f"no work checkpoint of step {step} or before is left in {self.work} to go back to; raise "
-                        f"work_checkpoints_kept")  # fmt: skip
+        raise AtomError(f"no work checkpoint of step {step} or before is left in {self.work} to go back to; set "
+                        "spikes.action to skip")  # fmt: skip
 
     def _find_damage(self, folder: Path) -> str | None:
         """A description of damage to a checkpoint or its log and release checkpoints; each rank checks its share."""

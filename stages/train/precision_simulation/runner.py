@@ -87,8 +87,8 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
     from stages.mcore.fake_quantization import attach
     from stages.mcore.quantize import RECIPES
     from stages.train import parallel
+    from stages.train.config import learning_rate
     from stages.train.engine import Engine
-    from stages.train.schedule import learning_rate
 
     text, files = read_library()
     if describe(text, files) != settings.data:

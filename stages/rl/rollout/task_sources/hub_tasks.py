@@ -123,7 +123,7 @@ class HubTasks(SourceSettings):
             return None
         question = question.strip()
         if self.verifier == "math-verify":
-            from stages.rl.rewards.math_verifier import boxed
+            from stages.rl.rewards.pooled_verifier import boxed
 
             if not isinstance(answer, str | int | float):
                 return None

@@ -41,7 +41,7 @@ def reasoning_gym_rows(
 
     Raises AtomError if there is no such dataset, it refuses the settings, or its answers cannot be scored here.
     """
-    from stages.rl.rewards.reasoning_verifier import ReasoningGym
+    from stages.rl.rewards.pooled_verifier import ReasoningGym
 
     arguments = dict(settings or {})
     verifier = make_verifier(ReasoningGymTasks.verifier)
