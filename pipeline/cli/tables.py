@@ -116,7 +116,7 @@ def long_context_table(cost: LongContext) -> Table:
 
 
 def simulation_table(name: str, result: RankSimulation) -> Table:
-    """What a simulated rank sends in a step, by operation and group, under its memory beside the estimate."""
+    """The traffic of a simulated rank in a step, by operation and group, under its memory and the estimate of it."""
     activations = result.peak_bytes - result.state_bytes, result.planned_peak_bytes - result.planned_state_bytes
     title = "\n".join([
         f"{name}: rank {result.rank} of {result.ranks:,}, simulated",

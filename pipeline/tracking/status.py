@@ -113,7 +113,7 @@ def _last_launch(run: RunFolder, node: str, job: str) -> Path | None:
 
 
 def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
-    """Whether a job in Slurm is the submitted one, not another job with the same id."""
+    """Returns True if a job in Slurm is the submitted one, not another job with the same id."""
     owner = None if job is None else job.owner
     return owner is not None and owner.node == node and not owner.part and (row["attached"] or owner.run == run.id)
 
@@ -154,7 +154,8 @@ def _add_job_state(
 
 
 def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
-    """Whether the present attempt has recorded its end. A launch may have begun since, and not have logged yet."""
+    """Returns True if the present attempt has recorded its end. A launch may have begun since, and not have logged
+    yet."""
     if node.state != "failed" or node.kind is None or node.events is None:
         return False
     return launch is None or launch.name == node.events.state["launch"]
@@ -201,7 +202,7 @@ def _plain_end(job: Job) -> str:
 
 
 def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
-    """How many servers of a stage run, and how many wait or have ended; None if Slurm has none of them."""
+    """The number of servers of a stage by state, in words; None if Slurm has none of them."""
     states = Counter(
         task_job.state
         for id, task_job in slurm_jobs.items()
@@ -274,6 +275,6 @@ def kept_nodes(run: Run) -> list[str]:
 
 
 def over(stages: list[NodeStatus]) -> bool:
-    """Whether no stage of a run continues by itself."""
+    """Returns True if no stage of a run continues by itself."""
     active_states = {"running", ENDING, RESTARTING, HIDDEN, *(state.lower() for state in slurm_client.LIVING)}
     return not any(stage.state in active_states for stage in stages)
