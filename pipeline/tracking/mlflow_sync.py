@@ -319,4 +319,7 @@ def follow(home: Path, run_id: str, whole: bool) -> None:
 
 if __name__ == "__main__":
     collector.collect_rarely()
-    follow(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "whole")
+    try:
+        follow(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "whole")
+    except (AtomError, OSError) as error:  # such as a full disk, of which the run itself has a sentence
+        print(f"nothing more is sent to MLflow ({error}); `atom sync {sys.argv[2]}` sends it later", flush=True)
