@@ -25,9 +25,15 @@ def table(*columns: str, right: int = 0, wraps: int = 0, caption: str | None = N
         title: The text above.
     """
     result = Table(
-        box=None, header_style="bold", pad_edge=False, padding=(0, 1), title=title, title_justify="left",
-        caption=caption, caption_justify="left",
-    )  # fmt: skip
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+        padding=(0, 1),
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+    )
     for number, column in enumerate(columns, start=1):
         is_number, may_wrap = number > len(columns) - right, number > len(columns) - wraps
         overflow: Any = "fold" if may_wrap else "ellipsis"
