@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,16 @@ def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
     """Returns True if a job in Slurm is the submitted one, not another job with the same id."""
     owner = None if job is None else job.owner
     return owner is not None and owner.node == node and not owner.part and (row["attached"] or owner.run == run.id)
+
+
+def living_jobs(run: Run, slurm_jobs: Mapping[str, Job]) -> dict[str, Job]:
+    """The jobs in Slurm that have not ended, by the stage of the run that waits for them."""
+    living = {}
+    for name, row in run.jobs().items():
+        job = slurm_jobs.get(row["job"])
+        if job is not None and job.alive and is_submitted_job(job, run, row, name):
+            living[name] = job
+    return living
 
 
 def _add_job_state(
