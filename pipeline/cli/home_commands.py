@@ -185,13 +185,14 @@ def gc(
         raise AtomError("atom gc --delete --json asks no question; add --yes")
     store, named, ignored = open_store(), include or (), ignore_run or ()
     rows, notes = collector.loose(store, named, ignored)
+    size = human(sum(row.bytes for row in rows))
     if not as_json:
         for row in rows:
             print(f"{human(row.bytes):>8}B  {row.path}  ({row.why})")
-        print(*notes, f"{human(sum(row.bytes for row in rows))}B can be deleted", sep="\n")
+        print(*notes, f"{size}B can be deleted", sep="\n")
     if delete:
         if rows and not yes:
-            confirm(f"{len(rows)} folders are to be deleted", "delete them")
+            confirm(f"{size}B are to be deleted for good", "delete them")
         rows = collector.delete(store, {row.path for row in rows}, named, ignored)
     if as_json:
         print(json.dumps({"loose": [row.json() for row in rows], "kept": notes, "deleted": delete}, indent=1))

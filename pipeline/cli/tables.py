@@ -25,9 +25,15 @@ def table(*columns: str, right: int = 0, wraps: int = 0, caption: str | None = N
         title: The text above.
     """
     result = Table(
-        box=None, header_style="bold", pad_edge=False, padding=(0, 1), title=title, title_justify="left",
-        caption=caption, caption_justify="left",
-    )  # fmt: skip
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+        padding=(0, 1),
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+    )
     for number, column in enumerate(columns, start=1):
         is_number, may_wrap = number > len(columns) - right, number > len(columns) - wraps
         overflow: Any = "fold" if may_wrap else "ellipsis"
@@ -116,7 +122,7 @@ def long_context_table(cost: LongContext) -> Table:
 
 
 def simulation_table(name: str, result: RankSimulation) -> Table:
-    """What a simulated rank sends in a step, by operation and group, under its memory beside the estimate."""
+    """The traffic of a simulated rank in a step, by operation and group, under its memory and the estimate of it."""
     activations = result.peak_bytes - result.state_bytes, result.planned_peak_bytes - result.planned_state_bytes
     title = "\n".join([
         f"{name}: rank {result.rank} of {result.ranks:,}, simulated",

@@ -1,4 +1,4 @@
-"""How often Python looks for objects that refer to each other in cycles."""
+"""Makes Python look less often for objects that refer to each other in cycles."""
 
 import atexit
 import gc

@@ -248,7 +248,7 @@ def _kind(row: Any) -> str:
 
 
 def is_known(row: Mapping[str, object]) -> bool:
-    """Whether an event is of a kind that this module knows."""
+    """Returns True if an event is of a kind that this module knows."""
     return _kind(row) != "other"
 
 

@@ -84,8 +84,8 @@ def this_process() -> dict[str, str | int | None]:
 
 
 def is_superseded(process: Mapping[str, Any]) -> bool:
-    """Whether that process belongs to an earlier launch of this process's Slurm job: Slurm or the job's script gave it
-    up, even if it is alive on a node whose daemon died."""
+    """Returns True if that process belongs to an earlier launch of this process's Slurm job: Slurm or the job's
+    script gave it up, even if it is alive on a node whose daemon died."""
     current = this_process()
     return (
         process.get("job") is not None
@@ -100,7 +100,7 @@ def _launch_number(process: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def has_exited(process: Mapping[str, Any]) -> bool:
-    """Whether the process that `me` described has exited for certain; False for a process of another host."""
+    """Returns True if the process that `me` described has exited for certain; False for a process of another host."""
     if process.get("host") != socket.gethostname() or process.get("boot") != _boot():
         return False
     start = _process_start(int(process["pid"]))
@@ -220,7 +220,7 @@ class Lease:
 
 
 def _exists(path: Path) -> bool:
-    """Whether the path exists. Raises OSError if the file system does not answer, unlike `Path.exists`."""
+    """Returns True if the path exists. Raises OSError if the file system does not answer, unlike `Path.exists`."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):

@@ -118,11 +118,11 @@ def _proof(log: Path, offset: int) -> str | None:
 
 
 class EventState(TypedDict):
-    """What is known of a stage by its events. launch: of the latest attempt; began: when it began, null once it has
+    """The knowledge of a stage by its events. launch: of the latest attempt; began: when it began, null once it has
     ended; ran: seconds of all attempts before; began_at: when the latest attempts began; starts: all of them; start:
     the latest; first: the first progress since; progress, last: the latest progress and event; pace: [time, done] of
-    the latest progress since the start; slow, slow_since: what names the slow rank since then, and when there began to
-    be one."""
+    the latest progress since the start; slow, slow_since: what names the slow rank since then, and when there began
+    to be one."""
 
     attempts: Count
     launch: str
@@ -195,8 +195,7 @@ class EventSummary(LogSummary[Event | Other]):
         state["began_at"] = [*state["began_at"], now][-LAST_ATTEMPTS:]
 
     def seconds(self, now: float | None = None) -> float | None:
-        """How long all attempts have run together; None without one. now: of a running one, else its last event
-        counts."""
+        """The seconds of all attempts together; None without one. now: of a running one, else its last event counts."""
         began, last = self.state["began"], self.state["last"]
         if began is None:
             return self.state["ran"] or None

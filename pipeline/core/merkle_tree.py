@@ -69,7 +69,8 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
-    """Whether the proof leads from this leaf, at this place among `size` leaves, to the root (RFC 9162, 2.1.3.2)."""
+    """Returns True if the proof leads from this leaf, at this place among `size` leaves, to the root (RFC 9162,
+    2.1.3.2)."""
     if not 0 <= index < size:
         return False
     node, last_index = leaf_hash(leaf), size - 1

@@ -159,7 +159,7 @@ def full_disk(place: Path) -> str | None:
 
 
 def _on_one_line(path: str, place: str) -> bool:
-    """Whether a path equals a place, is below it, or is a folder above it."""
+    """Returns True if a path equals a place, is below it, or is a folder above it."""
     first, second = Path(os.path.abspath(path)), Path(os.path.abspath(place))
     return first.is_relative_to(second) or second.is_relative_to(first)
 

@@ -53,7 +53,7 @@ class CheckpointOf(TypedDict):
 
 
 class Parameters(TypedDict):
-    """What was asked for. of: the phase and the step of a checkpoint."""
+    """The request of an attempt. of: the phase and the step of a checkpoint."""
 
     stage: str
     version: NotRequired[Any]
@@ -158,7 +158,7 @@ class _Predicate(TypedDict):
 
 
 class Statement(TypedDict):
-    """What is read of a statement about an attempt of a stage; whatever else stands in it stays as it is."""
+    """The fields of a statement about an attempt of a stage that are read; others stay as they are."""
 
     _type: NotRequired[Any]
     subject: list[_Subject]
@@ -346,7 +346,7 @@ def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, Statement] | None:
 
 
 def parameters_of(body: Statement) -> Parameters:
-    """What the attempt was asked for: stage, node, key and config."""
+    """The request of the attempt: stage, node, key and config."""
     return body["predicate"]["buildDefinition"]["externalParameters"]
 
 
@@ -378,12 +378,12 @@ def phase_of(body: Statement) -> str | None:
 
 
 def environment_of(body: Statement) -> dict[str, Any]:
-    """What the attempt ran in."""
+    """The environment of the attempt."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])
 
 
 def operation_of(body: Statement) -> dict[str, Any]:
-    """How the attempt was run: the operational part of its config."""
+    """The operational part of the config of the attempt."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"].get("operation", {}))
 
 
@@ -393,6 +393,6 @@ def invocation(body: Statement) -> str:
 
 
 def operations_of(body: Statement) -> list[dict[str, Any]]:
-    """How the attempt and those whose work it went on from were run, the latest last."""
+    """The operational configs of the attempt and of those that it resumed, the latest last."""
     earlier = body["predicate"]["buildDefinition"]["internalParameters"].get("earlier_operations", [])
     return [*earlier, operation_of(body)]

@@ -68,12 +68,13 @@ class StagePlan:
 
 
 def timed(estimates: Iterable[Estimate]) -> bool:
-    """Whether every training phase has an estimate of CPU time: that of fp32 on CPU, for small phases."""
+    """Returns True if every training phase has an estimate of CPU time: that of fp32 on CPU, for small phases."""
     return all(estimate.cpu_seconds is not None for estimate in estimates if estimate.training)
 
 
 def is_small(graph: Graph) -> bool:
-    """Whether all corpora of a recipe are as small as those that the fixed estimates of stages were measured with."""
+    """Returns True if all corpora of a recipe are as small as those that the fixed estimates of stages were measured
+    with."""
     return timed(node.stage.estimate(node.config) for node in graph.nodes.values())
 
 

@@ -251,8 +251,8 @@ def _written(path: Path) -> float:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a run has files that are written after its run.json, which is then lost: files of a launcher or a stage,
-    or a link to them. Without such files, the run was killed before it began."""
+    """Returns True if a run has files that are written after its run.json, which is then lost: files of a launcher
+    or a stage, or a link to them. Without such files, the run was killed before it began."""
     later = ("driver", "jobs.jsonl", "*/events.jsonl", "*/submitit", "*/shards/submitit", "*/servers/submitit")
     if not folder.is_dir():
         return False
@@ -326,7 +326,7 @@ class NodeStatus:
 
     @property
     def detail(self) -> str:
-        """What there is to say of the stage, in one line."""
+        """The state of the stage in one line of words."""
         servers = f"servers: {self.servers}" if self.servers else ""
         return (
             self.message
@@ -336,7 +336,7 @@ class NodeStatus:
 
     @property
     def times(self) -> tuple[str, str, str]:
-        """How long its attempts took together, how long it still takes, and when it last reported, in words."""
+        """The time of its attempts together, the remaining time, and the age of its last report, in words."""
         took = duration(self.seconds) if self.seconds is not None else self.elapsed or ""
         if self.state != "running":
             return took, "", ""

@@ -40,7 +40,7 @@ SHAPE_ERRORS = (AttributeError, IndexError, KeyError, RecursionError, TypeError,
 
 
 class Changed(AtomError):
-    """What was to be read or changed on the Hub was changed or deleted by somebody else meanwhile."""
+    """Somebody else changed or deleted on the Hub what was to be read or changed."""
 
 
 class MalformedAnswer(Exception):

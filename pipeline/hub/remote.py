@@ -87,7 +87,8 @@ class RemoteRepository:
 
 
 def is_unsafe(path: str) -> bool:
-    """Whether a path leads outside its folder or into the client's own files, or is too long for a file system."""
+    """Returns True if a path leads outside its folder or into the client's own files, or is too long for a file
+    system."""
     if not path.isprintable() or "\\" in path or len(path.encode()) > PATH_BYTES:
         return True
     parts = path.split("/")

@@ -263,7 +263,8 @@ def _sbatch_options(
 
 
 def _has_image(slurm: Slurm) -> bool:
-    """Whether there is a container whose image may set variables, which pyxis and Apptainer prefer to the job's."""
+    """Returns True if there is a container whose image may set variables, which pyxis and Apptainer prefer to the
+    job's."""
     return slurm.container is not None and slurm.container.kind != "bubblewrap"
 
 
@@ -294,7 +295,7 @@ def _bubblewrap_bind(mount: str) -> list[str]:
 
 
 def _mounts(slurm: Slurm, store: Store) -> list[str]:
-    """What the container sees of the host, as from:to or one path."""
+    """The paths of the host that the container sees, as from:to or one path."""
     assert slurm.container is not None, "there is one"
     places = [str(store.home), *([slurm.scratch] if slurm.scratch else [])]
     return [*(f"{place}:{place}" for place in places), *slurm.container.mounts]

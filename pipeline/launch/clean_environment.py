@@ -54,7 +54,7 @@ _RESTARTED_BY = "ATOM_BEGUN_ANEW"
 
 
 def is_secret(name: str, value: str = "") -> bool:
-    """Whether a variable looks like a secret, by a word in its name, or by a password or token in its value."""
+    """Returns True if a variable looks like a secret, by a word in its name, or by a password or token in its value."""
     upper_name = name.upper()
     for part in NON_SECRET_PARTS:
         upper_name = upper_name.replace(part, "_")
@@ -62,7 +62,7 @@ def is_secret(name: str, value: str = "") -> bool:
 
 
 def is_allowed(name: str, value: str = "", profile_names: Collection[str] = ()) -> bool:
-    """Whether a stage may have a variable.
+    """Returns True if a stage may have a variable.
 
     profile_names: the variables that the cluster profile names. In these, the part before the @ of a URL may be a user
     name; elsewhere it counts as a token.

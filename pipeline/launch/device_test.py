@@ -96,8 +96,8 @@ class Problem(TypedDict):
 
 @dataclass(frozen=True)
 class Table:
-    """What the ranks report, in the store of rank 0, to which anyone in the network may write. key: with which they
-    sign it."""
+    """The reports of the ranks in the store of rank 0, to which anyone in the network may write. key: with which
+    they sign it."""
 
     store: Any
     size: int
@@ -128,7 +128,7 @@ class Table:
 
 
 def main(rank: int, size: int, local_rank: int, host: str, port: int, least: float, secret: Path) -> Problem | None:
-    """What is wrong, and the bad rank, if it is known. Raises RuntimeError if the device of this rank fails."""
+    """The problem, and the bad rank, if it is known. Raises RuntimeError if the device of this rank fails."""
     import torch
     import torch.distributed as dist
 
@@ -159,7 +159,7 @@ def main(rank: int, size: int, local_rank: int, host: str, port: int, least: flo
 
 
 def product_problem(device: torch.device, least: float) -> str | None:
-    """What is wrong with a product of matrices on a device. least: FLOP/s."""
+    """The problem of a product of matrices on a device; None without one. least: FLOP/s."""
     import torch
 
     size, dtype = (GPU_SIZE, torch.bfloat16) if device.type == "cuda" else (CPU_SIZE, torch.float32)

@@ -282,8 +282,8 @@ def failure_message(error: BaseException, stage: str, store: Store) -> str:
 
 
 def _before_limit(signal_name: str) -> str:
-    """How long before the time limit of its Slurm job a stage was signaled to save. Slurm does so shortly before the
-    limit, and for a preemption."""
+    """The time between the signal to save and the time limit of the Slurm job, in words. Slurm signals a job shortly
+    before the limit, and for a preemption."""
     start, end = (os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
     if signal_name != "SIGUSR2" or not (start.isdigit() and end.isdigit()):
         return ""
@@ -298,7 +298,7 @@ def _fault(error: BaseException, store: Store) -> os_errors.Fault | None:
 
 
 def _is_third_party(error: ImportError) -> bool:
-    """Whether a third-party package is missing."""
+    """Returns True if a third-party package is missing."""
     return (error.name or "").split(".")[0] not in ("pipeline", "stages", "release")
 
 

@@ -290,7 +290,7 @@ class Ranks:
         return [Usage(**end["usage"]) for end in ends if end is not None]
 
     def _has_exited(self, rank: int) -> bool:
-        """Whether a rank's process has exited for certain."""
+        """Returns True if a rank's process has exited for certain."""
         process = read(self.folder / f"rank-{rank}.json")
         return process is not None and lease.has_exited(process)
 
@@ -381,7 +381,7 @@ def ranks_without_end(folder: Path, exited: Iterable[int]) -> list[int]:
 
 
 def has_no_end(folder: Path, rank: int) -> bool:
-    """Whether a rank has no record of its end, like a killed one."""
+    """Returns True if a rank has no record of its end, like a killed one."""
     return read(_end(folder, rank)) is None
 
 

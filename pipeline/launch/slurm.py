@@ -255,7 +255,7 @@ def _without(script: BatchScript, excluded: str) -> BatchScript:
 
 
 def _can_start(script: BatchScript, excluded: str) -> bool:
-    """Whether Slurm would start the job without these nodes; the jobs that it waits for may not exist yet."""
+    """Returns True if Slurm would start the job without these nodes; the jobs that it waits for may not exist yet."""
     options = {name: value for name, value in script.sbatch_options.items() if name != "dependency"}
     try:
         slurm_client.test_only("sbatch", text=_without(replace(script, sbatch_options=options), excluded).text())

@@ -109,7 +109,7 @@ class Job:
 
     @property
     def stuck(self) -> bool:
-        """Whether Slurm holds the job after a failed launch: it waits until it is released."""
+        """True if Slurm holds the job after a failed launch: it waits until it is released."""
         return self.state == "PENDING" and "launch" in self.reason and "held" in self.reason
 
 
@@ -144,7 +144,7 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
 
 
 def lack() -> str | None:
-    """Why there is no Slurm for this host, in a few words; None if it answers."""
+    """The reason that there is no Slurm for this host, in a few words; None if it answers."""
     try:
         run_command("sinfo", "--noheader", "--format=%P")
     except NoAnswer as error:
@@ -194,7 +194,8 @@ def _seconds(time_text: str) -> float | None:
 
 
 def hides_jobs() -> bool:
-    """Whether Slurm shows this user no jobs of others: `PrivateData` has `jobs`. Root sees all. Raises NoAnswer."""
+    """Returns True if Slurm shows this user no jobs of others: `PrivateData` has `jobs`. Root sees all. Raises
+    NoAnswer."""
     if os.geteuid() == 0:
         return False
     lines = (line.partition("=") for line in run_command("scontrol", "show", "config").splitlines())

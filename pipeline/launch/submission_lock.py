@@ -46,12 +46,12 @@ class Claim:
         return Owner(self.run, self.node)
 
     def holds(self, slurm_jobs: Mapping[str, Job]) -> bool:
-        """Whether Slurm has that job and it has not ended."""
+        """Returns True if Slurm has that job and it has not ended."""
         slurm_job = slurm_jobs.get(self.job)
         return slurm_job is not None and slurm_job.alive and slurm_job.owner == self.owner
 
     def is_hidden(self, slurm_jobs: Mapping[str, Job]) -> bool:
-        """Whether Slurm may have that job and not show it to this user. Raises NoAnswer."""
+        """Returns True if Slurm may have that job and not show it to this user. Raises NoAnswer."""
         return self.job not in slurm_jobs and self.user != users.present() and slurm_client.hides_jobs()
 
 

@@ -225,7 +225,7 @@ TABLE = (
 
 
 def fits(row: WaitingReason, reason: str) -> bool:
-    """Whether a row is that of a reason as Slurm shows it."""
+    """Returns True if a row is that of a reason as Slurm shows it."""
     return re.fullmatch(row.reasons, reason) is not None
 
 

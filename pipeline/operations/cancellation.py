@@ -14,7 +14,7 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run
 from pipeline.launch import slurm_client, submission_lock
-from pipeline.tracking.status import is_submitted_job
+from pipeline.tracking.status import living_jobs
 
 STOP_SECONDS = 30.0
 """The total time to wait for stages on this machine."""
@@ -36,14 +36,9 @@ def cancel_jobs(run: Run, store: Store) -> list[str]:
 
 def _living_jobs(run: Run) -> dict[str, str]:
     """The jobs in Slurm that the run submitted, by stage."""
-    slurm_jobs = slurm_client.queued_jobs({run.owner})
-    return {
-        name: row["job"]
-        for name, row in run.jobs().items()
-        if not row["attached"]
-        and is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
-        and slurm_jobs[row["job"]].alive
-    }
+    rows = run.jobs()
+    living = living_jobs(run, slurm_client.queued_jobs({run.owner}))
+    return {name: rows[name]["job"] for name in living if not rows[name]["attached"]}
 
 
 def attached_runs(run: Run, store: Store) -> list[Run]:

@@ -130,7 +130,7 @@ def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
 
 
 def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
-    """What the time of a training phase comes from: a measured rate, or the model; or the reason why it has none."""
+    """The source of the time of a training phase: a measured rate or the model; or the reason that it has none."""
     training, gpu, name = row.estimate.training, profile.gpu, f"cluster profile {profile.name}"
     if training is None:
         return "on GPUs training phases alone are estimated"

@@ -1,4 +1,4 @@
-"""Whether stages fit a cluster profile: nodes, memory of GPUs and nodes, time limits, disk, files, and the Hub."""
+"""Checks that stages fit a cluster profile: nodes, memory, time limits, disk, files, and the Hub."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def unpublishable(rows: list[StagePlan]) -> list[str]:
 
 
 def _nodes(row: StagePlan, profile: Profile) -> list[str]:
-    """Of the job; and its GPUs together with those of its servers, if they share a partition."""
+    """Checks the nodes of the job, and its GPUs together with those of its servers if they share a partition."""
     if profile.slurm is None:
         return []
     allocation = profile.slurm.allocation(row.state.name, row.needs)
@@ -151,7 +151,7 @@ def _format(row: StagePlan, profile: Profile) -> list[str]:
 
 
 def _memory(row: StagePlan, profile: Profile) -> list[str]:
-    """Of each GPU, and of the processes of a node together."""
+    """Checks the memory of each GPU, and of the processes of a node together."""
     estimate, slurm = row.estimate, profile.slurm
     need = (estimate.memory_bytes or 0) * (row.gpus or 1) + estimate.host_bytes  # without GPUs
     if slurm is None:
@@ -171,7 +171,7 @@ def _memory(row: StagePlan, profile: Profile) -> list[str]:
 
 
 def _server_memory(row: StagePlan, profile: Profile) -> list[str]:
-    """Of each GPU and of the job of a server, for a stage that has some in jobs of their own."""
+    """Checks the memory of each GPU and of the job of a server, for a stage with servers in jobs of their own."""
     servers, work, reasons = servers_of(row, profile), row.estimate.served, []
     if servers is None or work is None:
         return []

@@ -251,7 +251,8 @@ def _add_needed_by_releases(store: Store, needed: Needed) -> None:
 
 
 def _is_beside(path: Path) -> bool:
-    """Whether an entry of the folder of releases is hidden, or what publications and replays leave beside a release."""
+    """Returns True if an entry of the folder of releases is hidden, or what publications and replays leave beside a
+    release."""
     is_file, is_folder = path.is_file() and not path.is_symlink(), path.is_dir() and not (path / "evidence").exists()
     beside = (is_file and path.name.endswith(".publish.jsonl")) or (is_folder and path.name.endswith(".replays"))
     return path.name.startswith(".") or beside
@@ -304,7 +305,7 @@ def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
 
 
 def _is_needed(store: Store, key: str, needed: Needed) -> bool:
-    """Whether a run or release references a key, or the phase of the checkpoint with that key."""
+    """Returns True if a run or release references a key, or the phase of the checkpoint with that key."""
     phases = (
         (provenance.phase_of(body) for _, body in provenance.statements(store.ledger, key)[0]) if "@" in key else ()
     )
@@ -318,7 +319,7 @@ def _why_kept(key: str) -> str:
 
 
 def _is_trained(store: Store, key: str, needed: Needed) -> bool:
-    """Whether a key belongs to a training stage, a checkpoint or an unknown stage."""
+    """Returns True if a key belongs to a training stage, a checkpoint or an unknown stage."""
     names = {needed.stages[key]} if key in needed.stages else set()
     if not names and "@" not in key:
         statements = provenance.statements(store.ledger, key)[0]

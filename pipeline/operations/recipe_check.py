@@ -136,7 +136,7 @@ def _located(error: AtomError, kind: str, path: Path) -> Problem:
 
 
 def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str], list[str]]:
-    """What the Hub or the profile would not take, and notes."""
+    """The sentences on what the Hub or the profile would not take, and notes."""
     profile = None if cluster is None else cluster_profile.load(cluster)
     other_python = profile is not None and profile.other_python
     rows = plan(graph, dag.states(graph, store), graph.select(None, None), other_python)
@@ -157,6 +157,6 @@ def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str
 
 
 def lines(findings: Findings) -> Iterator[str]:
-    """What `atom validate` prints."""
+    """The lines that `atom validate` prints."""
     yield from map(str, findings.problems)
     yield from (f"note: {text}" for text in findings.notes)

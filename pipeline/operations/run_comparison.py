@@ -76,7 +76,7 @@ class Measured:
 
 
 def measure(run: Run, store: Store, curves: Sequence[str] = ()) -> Measured:
-    """What a run has measured and used so far. curves: `STAGE.METRIC`, to be read by step.
+    """Reads the metrics, scores and costs of a run so far. curves: `STAGE.METRIC`, to be read by step.
 
     Raises AtomError for a curve that the run does not have; a damaged file is reported and left out.
     """

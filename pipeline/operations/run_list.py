@@ -14,7 +14,7 @@ from pipeline.graph import run as runs
 from pipeline.graph.run import REFUSED, NodeStatus, Run
 from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import NoAnswer
-from pipeline.tracking.status import is_submitted_job
+from pipeline.tracking.status import living_jobs
 
 LATEST = 1e11
 """Seconds since the epoch that are still a time of an event: those of the year 5138."""
@@ -65,11 +65,9 @@ def rows(listed: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
         return drafts, f"{error}; the states are those that the stages recorded"
     states: dict[str, str] = {}
     for run in unfinished:
-        for name, job in run.jobs().items():
-            slurm_job = queue.get(job["job"])
-            if is_submitted_job(slurm_job, run, job, name) and slurm_job is not None and slurm_job.alive:
-                is_running = slurm_job.state == "RUNNING" or states.get(run.id) == "running"
-                states[run.id] = "running" if is_running else "queued"
+        if jobs := living_jobs(run, queue):
+            is_running = any(job.state == "RUNNING" for job in jobs.values())
+            states[run.id] = "running" if is_running else "queued"
     return [replace(row, state=states.get(row.id, row.state)) for row in drafts], None
 
 

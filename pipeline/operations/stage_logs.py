@@ -24,7 +24,7 @@ def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> 
 
 
 def submitted_run(candidates: Sequence[Run], stage: str) -> Run | None:
-    """Of the first run that has the stage: the run that submitted its job, which may be an earlier one. None if there
+    """The run that submitted the job of a stage in the first run that has it, perhaps an earlier one. None if there
     is no such job."""
     rows = [(run, run.jobs().get(stage)) for run in candidates if any(n["name"] == stage for n in run.body["nodes"])]
     if not rows or rows[0][1] is None:

@@ -63,5 +63,5 @@ def sign(key: bytes, purpose: str, *parts: str) -> str:
 
 
 def is_signed(signature: str, key: bytes, purpose: str, *parts: str) -> bool:
-    """Whether a signature is that of a message, in a time that does not depend on where they differ."""
+    """Returns True if a signature is that of a message, in a time that does not depend on where they differ."""
     return hmac.compare_digest(signature.encode(errors="replace"), sign(key, purpose, *parts).encode())

@@ -12,6 +12,7 @@ from pipeline.core.events import Point, curves_of
 from pipeline.core.figures import estimates, scores_of
 from pipeline.core.provenance import Statement
 from pipeline.core.store import Artifact
+from pipeline.graph import settings
 from pipeline.graph.run import NodeStatus, Run
 from pipeline.launch.start_records import StartSettings
 
@@ -45,7 +46,7 @@ def start_tags(start: StartSettings) -> dict[str, str]:
     texts = {name: start[name] for name in ("job", "nodes", "layout", "ranks", "gpus", "start")}
     return {
         **{f"atom.{name}": str(value) for name, value in texts.items() if value is not None},
-        **{f"atom.operation.{name}": value for name, value in flat(start["operation"]).items()},
+        **{f"atom.operation.{name}": value for name, value in params(start["operation"]).items()},
     }
 
 
@@ -60,9 +61,8 @@ def run_tags(run: Run) -> dict[str, str]:
 
 def error_tags(node: NodeStatus) -> dict[str, str]:
     """The tags about the failure of a stage."""
-    return dict(
-        zip(ERROR_TAGS, (node.message or node.reason or "the cause is not known", node.kind or "unknown"), strict=True)
-    )
+    sentence, kind = ERROR_TAGS
+    return {sentence: node.message or node.reason or "the cause is not known", kind: node.kind or "unknown"}
 
 
 def restarts(start: StartSettings) -> list[Any]:
@@ -124,9 +124,6 @@ def inputs(start: StartSettings) -> list[Any]:
     return datasets
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, dict):
-        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}{name}.").items()}
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{prefix}{i}.").items()}
-    return {prefix.rstrip("."): str(value)}
+def params(values: Any) -> dict[str, str]:
+    """Settings as texts by their dotted names."""
+    return {name: str(value) for name, (value, _) in settings.flat(values) if name}

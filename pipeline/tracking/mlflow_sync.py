@@ -33,6 +33,7 @@ from pipeline.core.lease import Lease
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run, status
+from pipeline.graph.settings import recipe_settings
 from pipeline.launch import start_records
 from pipeline.launch.companion import NO_TRACKING
 from pipeline.launch.start_records import StartSettings
@@ -139,8 +140,6 @@ class Forwarder:
 
     def _parent(self, client: Any) -> str:
         if "parent" not in self.state:
-            from pipeline.graph.settings import recipe_settings  # which jobs of Slurm need not import
-
             name = self.run.body["recipe"]
             is_local = self.state["uri"].startswith("sqlite:")
             location = (self.store.home / "mlartifacts" / name).as_uri() if is_local else None
@@ -151,7 +150,7 @@ class Forwarder:
             tags = records.run_tags(self.run)
             run = client.create_run(self.state["experiment"], run_name=self.run.id, tags=tags)
             self.state["parent"] = run.info.run_id
-            records.log(client, self.state["parent"], params=records.flat(recipe_settings(self.run)))
+            records.log(client, self.state["parent"], params=records.params(recipe_settings(self.run)))
             for file in sorted((self.run.folder / "recipes").glob("*")):
                 client.log_artifact(self.state["parent"], str(file), "recipe")
             self._save()
@@ -168,7 +167,7 @@ class Forwarder:
             records.log(
                 client,
                 progress["id"],
-                records.flat(start["config"]),
+                records.params(start["config"]),
                 records.restarts(start),
                 records.start_tags(start),
             )
@@ -319,4 +318,7 @@ def follow(home: Path, run_id: str, whole: bool) -> None:
 
 if __name__ == "__main__":
     collector.collect_rarely()
-    follow(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "whole")
+    try:
+        follow(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "whole")
+    except (AtomError, OSError) as error:  # such as a full disk, of which the run itself has a sentence
+        print(f"nothing more is sent to MLflow ({error}); `atom sync {sys.argv[2]}` sends it later", flush=True)

@@ -171,7 +171,7 @@ def sparkline(values: list[float], width: int = 48) -> str:
 
 
 def lines(snapshot: Snapshot) -> list[str]:
-    """What `atom status --watch` shows below its table."""
+    """The lines that `atom status --watch` shows below its table."""
     text = []
     for stage in snapshot.shown()[:2]:
         assert stage.curves is not None

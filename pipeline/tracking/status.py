@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -113,9 +114,19 @@ def _last_launch(run: RunFolder, node: str, job: str) -> Path | None:
 
 
 def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
-    """Whether a job in Slurm is the submitted one, not another job with the same id."""
+    """Returns True if a job in Slurm is the submitted one, not another job with the same id."""
     owner = None if job is None else job.owner
     return owner is not None and owner.node == node and not owner.part and (row["attached"] or owner.run == run.id)
+
+
+def living_jobs(run: Run, slurm_jobs: Mapping[str, Job]) -> dict[str, Job]:
+    """The jobs in Slurm that have not ended, by the stage of the run that waits for them."""
+    living = {}
+    for name, row in run.jobs().items():
+        job = slurm_jobs.get(row["job"])
+        if job is not None and job.alive and is_submitted_job(job, run, row, name):
+            living[name] = job
+    return living
 
 
 def _add_job_state(
@@ -154,7 +165,8 @@ def _add_job_state(
 
 
 def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
-    """Whether the present attempt has recorded its end. A launch may have begun since, and not have logged yet."""
+    """Returns True if the present attempt has recorded its end. A launch may have begun since, and not have logged
+    yet."""
     if node.state != "failed" or node.kind is None or node.events is None:
         return False
     return launch is None or launch.name == node.events.state["launch"]
@@ -201,7 +213,7 @@ def _plain_end(job: Job) -> str:
 
 
 def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
-    """How many servers of a stage run, and how many wait or have ended; None if Slurm has none of them."""
+    """The number of servers of a stage by state, in words; None if Slurm has none of them."""
     states = Counter(
         task_job.state
         for id, task_job in slurm_jobs.items()
@@ -274,6 +286,6 @@ def kept_nodes(run: Run) -> list[str]:
 
 
 def over(stages: list[NodeStatus]) -> bool:
-    """Whether no stage of a run continues by itself."""
+    """Returns True if no stage of a run continues by itself."""
     active_states = {"running", ENDING, RESTARTING, HIDDEN, *(state.lower() for state in slurm_client.LIVING)}
     return not any(stage.state in active_states for stage in stages)

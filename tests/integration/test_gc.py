@@ -398,7 +398,8 @@ def test_a_deletion_asks_first_and_one_that_was_killed_is_finished(three: list[G
     home_fixtures.start(store, composed, composed.select("tokenizer", None), "tokenizer")
     product = store.work(composed.nodes["tokenizer"].key) / "out.1"
     process = atom(store.home, "gc", "--delete", code=2)
-    assert str(product) in process.stdout and "1 folders are to be deleted; add --yes to delete them" in process.stderr
+    assert str(product) in process.stdout
+    assert process.stderr == "atom: 1000B are to be deleted for good; add --yes to delete them\n"
     assert "asks no question; add --yes" in atom(store.home, "gc", "--delete", "--json", code=2).stderr
     assert product.exists()
     (store.home / "trash" / "0123").mkdir(parents=True)

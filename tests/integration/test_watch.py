@@ -152,9 +152,8 @@ def test_a_look_without_a_command_takes_no_alert_from_a_later_one(tmp_path: Path
     viewer = Watcher(RUN, tmp_path / "watch.json")
     assert [viewer.send([alert])[0] for _ in range(2)] == [[alert], []], "a loop shows it once"
     Watcher(RUN, tmp_path / "watch.json", f"cat > {sent}").send([alert])
-    assert json.loads(sent.read_text()) == {
-        "run": RUN, "id": "a", "kind": "stalled", "stage": "x", "text": "text",
-    }  # fmt: skip
+    body = {"run": RUN, "id": "a", "kind": "stalled", "stage": "x", "text": "text"}
+    assert json.loads(sent.read_text()) == body
 
 
 def test_what_was_not_taken_is_sent_again(tmp_path: Path) -> None:
