@@ -50,16 +50,6 @@ def verify(
         str | None, typer.Option(metavar="URL", help="the OpenID provider that vouches for --identity")
     ] = None,
     trust_config: TrustConfigOption = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="the history of the signer's keys (atom keys): successors, expiry, revocation"
-        ),
-    ] = None,
-    timestamp_authority: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="the root certificate of a trusted timestamp authority; repeatable"),
-    ] = None,
     retracted: Annotated[
         str | None,
         typer.Option(metavar="PATH_OR_REPO", help="a repository with a tombstone, to recognize an old copy by"),
@@ -90,7 +80,7 @@ def verify(
     from release.audit.verify import verify as verify_release
     from release.signing import Trust
 
-    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config, keys, tuple(timestamp_authority or ()))
+    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
     with StatusLine(quiet) as progress:
         verdict = verify_release(target, deep, progress, trust, retracted, ask_hub=True)
     from release.audit import openness as audit

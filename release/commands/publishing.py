@@ -76,12 +76,6 @@ def sign(
         ),
     ] = False,
     trust_config: TrustConfigOption = None,
-    timestamp_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="an RFC 3161 timestamp authority: it proves when a key that expires has signed"
-        ),
-    ] = None,
 ) -> None:
     """Sign every repository of a release.
 
@@ -97,11 +91,8 @@ def sign(
     from release import signing
 
     if keyless:
-        if key is not None or certificate is not None or chain or timestamp_url:
-            raise AtomError(
-                "--keyless signs without a key, and Sigstore states the time; leave out --key, --certificate, --chain "
-                "and --timestamp-url"
-            )
+        if key is not None or certificate is not None or chain:
+            raise AtomError("--keyless signs without a key; leave out --key, --certificate and --chain")
         require_release(release)
         identity = signing.sign_keyless(release, trust_config, print_line)
         options = f"--identity {identity.name} --issuer {identity.issuer}"
@@ -113,7 +104,7 @@ def sign(
         raise AtomError(f"no key to sign with; give --key PEM ({signing.HOW_TO}), or --keyless to sign without a key")
     signing_key = signing.SigningKey(key, certificate, tuple(chain or ()), os.environ.get("ATOM_KEY_PASSWORD"))
     require_release(release)
-    name = signing.sign(release, signing_key, print_line, timestamp_url)
+    name = signing.sign(release, signing_key, print_line)
     print(f"signed by {name}; check it: atom verify {release} --key {name}")
 
 

@@ -190,15 +190,15 @@ def test_without_a_network_there_is_one_sentence(built: Path, tmp_path: Path) ->
         (["sign"], "no key to sign with; give --key PEM"),
         (
             ["sign", "--keyless", "--key", "key.pem"],
-            "--keyless signs without a key, and Sigstore states the time; leave out --key",
+            "--keyless signs without a key; leave out --key",
         ),
         (
             ["sign", "--keyless", "--certificate", "a.pem"],
-            "--keyless signs without a key, and Sigstore states the time; leave out --key",
+            "--keyless signs without a key; leave out --key",
         ),
         (
             ["sign", "--keyless", "--chain", "a.pem"],
-            "--keyless signs without a key, and Sigstore states the time; leave out --key",
+            "--keyless signs without a key; leave out --key",
         ),
         (["sign", "--key", "key.pem", "--trust-config", "t.json"], "give it with --keyless"),
         (["verify", "--identity", IDENTITY], "give --identity WHO and --issuer URL"),

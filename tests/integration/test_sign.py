@@ -150,6 +150,17 @@ def test_a_certificate_names_the_signer(release: Path, tmp_path: Path) -> None:
     assert verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0] is False
 
 
+def test_an_expired_certificate_signs_no_more(release: Path, tmp_path: Path) -> None:
+    root, leaf = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    (tmp_path / "root.pem").write_bytes(certificate("root", "root", root, root))
+    (tmp_path / "leaf.pem").write_bytes(certificate("team", "root", leaf, root, days=1))
+    key = write_key(tmp_path / "leaf.key", leaf)
+    signing.sign(release, signing.SigningKey(key, tmp_path / "leaf.pem", (tmp_path / "root.pem",)))
+    ok, wrong = verdict(release, Trust(chain=(tmp_path / "root.pem",)))
+    expected = "its certificate is valid from 2026-01-01T00:00:00Z to 2026-01-02T00:00:00Z only"
+    assert ok is False and len(wrong) == len(repositories(release)) and all(expected in text for text in wrong)
+
+
 def test_certificates_that_are_not_there_and_a_stripped_release(release: Path, tmp_path: Path) -> None:
     with pytest.raises(AtomError, match="there is no certificate"):
         verify(release, trust=Trust(chain=(tmp_path / "none.pem",)))
