@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Annotated, TypedDict
+from typing import TypedDict
 
 from pydantic import Field
 
 from pipeline.core.bounds import PositiveShare
 from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.stage import Config, Renamed
+from pipeline.core.stage import Config
 from stages.data.seeds import seed_of
 from stages.rl.protocols import Row, bin_of
 
@@ -23,13 +23,11 @@ from stages.rl.protocols import Row, bin_of
 class CurriculumConfig(Config):
     """Selection of tasks from bins of one kind and level of difficulty, weighted by pass rate."""
 
-    unlock_pass_rate: Annotated[PositiveShare, Renamed("rise")] = Field(
+    unlock_pass_rate: PositiveShare = Field(
         default=0.7, description="pass rate at which the next level of a kind is unlocked"
     )
-    min_weight: Annotated[PositiveShare, Renamed("floor")] = Field(
-        default=0.05, description="minimum weight of an unlocked bin; the maximum is 1"
-    )
-    ema_alpha: Annotated[PositiveShare, Renamed("memory")] = Field(
+    min_weight: PositiveShare = Field(default=0.05, description="minimum weight of an unlocked bin; the maximum is 1")
+    ema_alpha: PositiveShare = Field(
         default=0.1, description="weight of the newest group in the moving average of the pass rate of its bin"
     )
 
