@@ -20,7 +20,6 @@ from pipeline.operations.command_options import (
     graph_of,
     open_store,
     warn_of_home,
-    warn_of_keys,
 )
 
 app = typer.Typer()
@@ -142,7 +141,6 @@ def run(
     from pipeline.launch import cluster_profile
 
     composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
-    warn_of_keys(store)
     execution.run(composed, store, composed.select(until, only), cluster, settings, recipe)
 
 
@@ -177,7 +175,6 @@ def submit(
     from pipeline.launch.local import damage_of
 
     composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
-    warn_of_keys(store)
     selected = composed.select(until, only)
     if not dry_run:
         slurm.require_image(settings)

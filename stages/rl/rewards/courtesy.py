@@ -1,4 +1,4 @@
-"""Verifier `courtesy`: rules for a courteous note. Row: act, who, what. Its parts: stages/scorers/courtesy_v2.py."""
+"""Verifier `courtesy`: rules for a courteous note. Row: act, who, what. Its parts: stages/scorers/courtesy_v1.py."""
 
 from __future__ import annotations
 
