@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, open_flags, users
+from pipeline.core import json_files, users
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
@@ -245,7 +245,7 @@ def _sealed_shards(launch: Path) -> int | None:
     """The shards of a task that has ended well; None of any other. An array has thousands of tasks, so this opens one
     file of each, and leaves whatever is odd to others."""
     try:
-        file = os.open(launch / "decision", open_flags.READ)
+        file = os.open(launch / "decision", json_files.READ)
     except OSError:
         return None
     try:

@@ -80,8 +80,8 @@ def _verify_folder(
         )
     kind = kind_of(folder)
     verdict = Verdict(subject, kind, deep)
-    if unknown := schema.unknown(folder):
-        verdict.checks.append(answer("versions", [unknown]))
+    if refusal := schema.refusal(folder):
+        verdict.checks.append(answer("versions", [refusal]))
         return verdict
     progress(f"listing the files of {verdict.subject}")
     sums = Checksums(folder)

@@ -161,7 +161,7 @@ def trace(
         raise AtomError("--phase names the phase of a step; give it with --step N")
     if report and doc is None:
         raise AtomError("--report is about a document; give it with --doc ID")
-    require_release(release, "dispositions", "dispositions.parquet")
+    require_release(release, "dispositions")
     answer: tracing.Answer
     with StatusLine() as progress:
         if step is not None:

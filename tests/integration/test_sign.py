@@ -61,8 +61,8 @@ def altered(release: Path) -> str:
 
 
 def removed(release: Path) -> str:
-    (release / "dataset/dispositions.parquet").unlink()
-    return "dataset/dispositions.parquet is missing, and was signed"
+    (release / "dataset/dispositions/prose/part-00000.parquet").unlink()
+    return "dataset/dispositions/prose/part-00000.parquet is missing, and was signed"
 
 
 def added(release: Path) -> str:

@@ -127,18 +127,10 @@ def test_a_writer_holds_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "shard.bin").read_bytes() == expected
 
 
-def test_heldout_rows_of_an_earlier_layout(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
+def test_a_missing_table_of_heldout_documents_is_named(tmp_path: Path) -> None:
     from stages.train.data import heldout_rows
 
     tokens = write_tokens(tmp_path / "tokens", ["text"], heldout={0: 3})
-    table = pq.read_table(tokens / "documents/text/part-00000.parquet").drop_columns(["part"])
-    pq.write_table(table, tokens / "documents.parquet")
     (tokens / "documents/text/part-00000.parquet").unlink()
-    assert megatron.document_files(tokens.path) == {"text": [(0, tokens / "documents.parquet")]}
-    rows = heldout_rows(tokens, phase(2, text=1.0))
-    assert [(row.segments[0].part, row.segments[0].ordinal) for row in rows] == [(0, 0), (0, 1)]
-    (tokens / "documents.parquet").unlink()
     with pytest.raises(AtomError, match="has no table of the documents of text; run tokenize again"):
         heldout_rows(tokens, phase(2, text=1.0))
