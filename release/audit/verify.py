@@ -105,7 +105,7 @@ def _verify_folder(
         signing.load_libraries()
     signatures = runner.run("signatures", lambda: _check_signatures(contents, digests, policy))
     verdict.checks.append(signatures)
-    verdict.signed, verdict.signer_is_known = signatures.ok is True, bool(policy.signer or policy.chain)
+    verdict.signed, verdict.signer_is_known = signatures.ok is True, bool(policy.signer)
     archive = kind in ("release", "evidence")
     verdict.checks.append(
         runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
@@ -201,7 +201,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     if not signers:
         if policy == TrustPolicy():
             return CheckResult(name, None, "not signed")
-        message = f"not signed, so not by {policy.signer or 'whom the certificates vouch for'}"
+        message = f"not signed, so not by {policy.signer}"
         return CheckResult(name, False, message, [message])
     unsigned = [f"{p.folder}/" if p.folder else "" for p in repositories]
     problems += [

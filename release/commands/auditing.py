@@ -39,9 +39,6 @@ def verify(
     key: Annotated[
         str | None, typer.Option(help="who must have signed it: a public key's file, or its fingerprint sha256:…")
     ] = None,
-    chain: Annotated[
-        list[Path] | None, typer.Option(help="a certificate that is trusted, if it was signed with one; repeatable")
-    ] = None,
     identity: Annotated[
         str | None,
         typer.Option(metavar="WHO", help="who must have signed it without a key: an address, or a workflow's URL"),
@@ -80,7 +77,7 @@ def verify(
     from release.audit.verify import verify as verify_release
     from release.signing import Trust
 
-    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
+    trust = Trust(key, identity, issuer, trust_config)
     with StatusLine(quiet) as progress:
         verdict = verify_release(target, deep, progress, trust, retracted, ask_hub=True)
     from release.audit import openness as audit

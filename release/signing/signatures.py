@@ -23,14 +23,10 @@ def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambd
         The fingerprint of the key.
 
     Raises:
-        AtomError: The key or the certificate cannot be used.
+        AtomError: The key cannot be used.
     """
     from model_signing import signing
 
-    if key.certificate is not None and not key.chain:
-        raise AtomError("a certificate needs its chain up to the root; give each certificate of it with --chain")
-    if key.certificate is not None and key.password is not None:
-        raise AtomError("a key with a password cannot be used with a certificate; give a key without a password")
     pem = key.public_key()
     for repository in repositories(release):
         folder = release / repository.folder
@@ -38,12 +34,7 @@ def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambd
         config = signing.Config()
         config.set_hashing_config(_hashing(release, repository))
         try:
-            if key.certificate is None:
-                config.use_elliptic_key_signer(private_key=key.path, password=key.password)
-            else:
-                config.use_certificate_signer(
-                    private_key=key.path, signing_certificate=key.certificate, certificate_chain=key.chain
-                )
+            config.use_elliptic_key_signer(private_key=key.path, password=key.password)
             config.sign(folder, folder / SIGNATURE)
         except (ValueError, TypeError, OSError) as error:
             raise AtomError(f"{release} cannot be signed: {' '.join(str(error).split())}") from None

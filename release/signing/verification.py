@@ -1,15 +1,13 @@
-"""Verifies the signature of a repository by a trust policy: a key, a certificate chain, or a Sigstore identity."""
+"""Verifies the signature of a repository by a trust policy: a key, or a Sigstore identity."""
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pipeline.core.errors import AtomError
@@ -18,8 +16,6 @@ from release.signing import keyless
 from release.signing.keys import fingerprint, is_fingerprint
 from release.signing.signatures import IGNORED
 
-TIME = "%Y-%m-%dT%H:%M:%SZ"
-
 
 @dataclass(frozen=True)
 class TrustPolicy:
@@ -27,13 +23,10 @@ class TrustPolicy:
 
     Attributes:
         signer: The required signer, as a key's fingerprint, or as an identity, which `verifier` then checks.
-        chain: Trusted certificates, for a release that was signed with one. Without them the key beside the signature
-            counts.
         verifier: Checks signatures without a key.
     """
 
     signer: str | None = None
-    chain: tuple[Path, ...] = ()
     verifier: Any = None
 
 
@@ -43,14 +36,12 @@ class Trust:
 
     Attributes:
         key: A public key's fingerprint, or the file of the key.
-        chain: Files of trusted certificates.
         identity: The signer that Sigstore certified.
         issuer: The OpenID provider that vouches for the identity.
         trust_config: The trust configuration of another instance of Sigstore than the public one.
     """
 
     key: str | None = None
-    chain: tuple[Path, ...] = ()
     identity: str | None = None
     issuer: str | None = None
     trust_config: Path | None = None
@@ -60,8 +51,6 @@ class Trust:
 
         Raises AtomError if a value is invalid or contradicts another, or if Sigstore's trust root cannot be loaded.
         """
-        if missing := [path for path in self.chain if not path.is_file()]:
-            raise AtomError(f"there is no certificate {missing[0]}; give the PEM file of one that you trust")
         if self.identity or self.issuer or self.trust_config:
             return self._identity_policy()
         name = self.key
@@ -70,13 +59,13 @@ class Trust:
                 name = fingerprint(Path(name).read_bytes())
             except (OSError, ValueError):
                 raise AtomError(f"{name} is neither a fingerprint, sha256:…, nor the file of a public key") from None
-        return TrustPolicy(name, self.chain)
+        return TrustPolicy(name)
 
     def _identity_policy(self) -> TrustPolicy:
         if not self.identity or not self.issuer:
             raise AtomError("a signer without a key is named by both: give --identity WHO and --issuer URL")
-        if self.key is not None or self.chain:
-            raise AtomError("--identity is for signatures without a key; leave out --key and --chain")
+        if self.key is not None:
+            raise AtomError("--identity is for signatures without a key; leave out --key")
         identity = keyless.Identity(self.identity, self.issuer)
         return TrustPolicy(str(identity), verifier=keyless.verifier(identity, self.trust_config))
 
@@ -86,7 +75,7 @@ ANYONE = Trust()
 
 def load_libraries() -> None:
     """Imports the libraries for verifying, once."""
-    from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb, signing  # noqa: F401
+    from model_signing._signing import sign_ec_key, sign_sigstore_pb, signing  # noqa: F401
     from sigstore import dsse  # noqa: F401
 
 
@@ -142,8 +131,6 @@ class _Signed:
 def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
     if os.path.lexists(public):
         return _Signed(None, {}, f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key")
-    if policy.chain:
-        return _Signed(None, {}, f"{SIGNATURE} was made without a key, not by whom the certificates vouch for")
     try:
         with redirect_stdout(sys.stderr):
             identity, manifest = keyless.verify_bundle(signature, policy.verifier)
@@ -163,8 +150,7 @@ def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
     if policy.verifier:
         return _Signed(None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {policy.signer}")
     try:
-        digests, bundle = _verified_digests(signature, public, policy.chain)
-        return _Signed(name, digests, _certificate_problem(bundle))
+        return _Signed(name, _verified_digests(signature, public))
     except Exception as error:
         problem = f"{SIGNATURE} is not by the key {name[:23]}… in {PUBLIC_KEY}, or is altered: {_error_text(error)}"
         return _Signed(name, {}, problem)
@@ -174,44 +160,17 @@ def _error_text(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _certificate_problem(bundle: Any) -> str:
-    """A sentence if the certificate in a bundle is not valid today, which the library does not check; else ""."""
-    from cryptography import x509
-
-    certificates = bundle.verification_material.x509_certificate_chain
-    if certificates is None:
-        return ""
-    certificate = x509.load_der_x509_certificate(certificates.certificates[0].raw_bytes)
-    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if start <= datetime.datetime.now(datetime.UTC) <= end:
-        return ""
-    span = f"from {start:{TIME}} to {end:{TIME}}"
-    return f"{SIGNATURE}: its certificate is valid {span} only; ask its signer to sign with a current one"
-
-
-def _verified_digests(signature: Path, public: Path, chain: Sequence[Path]) -> tuple[dict[str, str], Any]:
-    """{path: SHA-256} of the files that a signature by a key covers, and its bundle. Raises what the library raises, if
+def _verified_digests(signature: Path, public: Path) -> dict[str, str]:
+    """Returns {path: SHA-256} of the files that a signature by a key covers. Raises what the library raises, if it is
     invalid."""
     # the library's public interface hashes every file again
-    from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb
+    from model_signing._signing import sign_ec_key, sign_sigstore_pb
 
     bundle = sign_sigstore_pb.Signature.read(signature)
     if signature.read_text() != bundle.bundle.to_json():  # base64 has bits that decide nothing
         raise ValueError("it is not written as signers write it")
-    certificate_chain = bundle.bundle.verification_material.x509_certificate_chain
-    with redirect_stdout(sys.stderr), NamedTemporaryFile(suffix=".pem") as anchor:
-        verifier: Any = sign_ec_key.Verifier(public)
-        if certificate_chain is not None:
-            pems = [_pem(certificate.raw_bytes) for certificate in certificate_chain.certificates]
-            if fingerprint(pems[0][1]) != fingerprint(public.read_bytes()):
-                raise ValueError("its certificate is of another key")
-            # without trusted certificates, the certificate in the signature counts, like the key beside it
-            anchor.write(pems[-1][0])
-            anchor.flush()
-            verifier = sign_certificate.Verifier(chain or [Path(anchor.name)])
-        elif chain:
-            raise ValueError("it was made without a certificate")
-        return _digests(verifier.verify(bundle)), bundle.bundle
+    with redirect_stdout(sys.stderr):
+        return _digests(sign_ec_key.Verifier(public).verify(bundle))
 
 
 def _digests(manifest: Any) -> dict[str, str]:
@@ -220,13 +179,3 @@ def _digests(manifest: Any) -> dict[str, str]:
     if foreign := [row for row in rows if row.digest.algorithm != "sha256"]:
         raise ValueError(f"{foreign[0].identifier} was signed by {foreign[0].digest.algorithm}, not sha256")
     return {row.identifier: row.digest.digest_hex for row in rows}
-
-
-def _pem(der: bytes) -> tuple[bytes, bytes]:
-    """A certificate and its public key, as PEM."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    certificate = x509.load_der_x509_certificate(der)
-    key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return certificate.public_bytes(Encoding.PEM), key
