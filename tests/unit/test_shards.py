@@ -81,15 +81,6 @@ def test_the_index_is_not_read_when_a_shard_is_opened(tmp_path: Path, monkeypatc
         Shards(tokens, "train").read(Segment("text", "", 1, 0, LENGTH, 0))
 
 
-def test_an_earlier_layout_has_one_part(tmp_path: Path) -> None:
-    from stages.train.data import Segment, Shards
-
-    tokens = write_tokens(tmp_path / "tokens", ["text"])
-    assert Shards(tokens, "train").read(Segment("text", "", 2, 1, 4, 0)).tolist() == document(0, 2)[1:5].tolist()
-    with pytest.raises(AtomError, match="part-00001"):
-        Shards(tokens, "train").read(Segment("text", "", 2, 1, 4, 0, 1))
-
-
 def phase(rows: int, **mix: float) -> Any:
     return SimpleNamespace(mix=mix, validation=SimpleNamespace(rows=rows), sequence_length=6)
 
