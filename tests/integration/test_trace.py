@@ -24,6 +24,7 @@ from release.audit.tracing.documents import FATE, PLACE
 from release.checksums import write_sums
 from release.layout import SUMS
 from release.repositories import files_below
+from stages.data.table import DISPOSITIONS, write_rows
 from tests.fixtures import parts_fixtures, release_fixtures
 
 ORDERS = [
@@ -52,15 +53,13 @@ def segment(step: int, row: int, id: str, **changed: Any) -> dict[str, Any]:
 
 
 def change(path: Path, changes: dict[str, dict[str, Any]]) -> None:
-    """Other values in the rows of some ids. The schema stays, also of columns that held nothing."""
+    """Other values in the rows of some ids. The schema stays."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"duplicate_of": pa.string(), "split": pa.string(), "rule": pa.string(), "match": pa.string()}
     table = pq.read_table(path)
     rows = [{**row, **changes.get(row["id"], {})} for row in table.to_pylist()]
-    schema = pa.schema([(f.name, kinds.get(f.name, f.type)) for f in table.schema])
-    pq.write_table(pa.Table.from_pylist(rows, schema), path)
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
 
 
 def enrich(folder: Path) -> None:
@@ -94,7 +93,7 @@ def enrich(folder: Path) -> None:
         "id": "old/1", "source": "old", "license": "MIT", "content_hash": OLD["content_hash"], "split": "train",
         "kept_hash": OLD["content_hash"], "rule": None, "value": None, "threshold": None,
     }  # fmt: skip
-    release_fixtures.table(earlier / "dedup-bbbb/dispositions/old/part-00000.parquet", [disposition])
+    write_rows(earlier / "dedup-bbbb/dispositions/old/part-00000.parquet", DISPOSITIONS, [disposition])
     rows = [segment(step, row, id) for step in range(1, 6) for row, id in enumerate(("old/1", "prose/001", "sums/002"))]
     release_fixtures.table(earlier / "order-midtrain-aaaa/part-00000.parquet", rows)
     release_fixtures.write_json(earlier / "order-midtrain-aaaa/meta.json", {"phase": "midtrain", "steps": 5})
