@@ -141,11 +141,12 @@ def refusal(folder: Path) -> str:
     if (folder / RELEASE).is_file():
         try:
             body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
-            stated = Stated(body["format"], body["card_schema"])
-        except (CheckFailed, KeyError, TypeError):
-            stated = None
-        if stated is None or not type(stated.format) is type(stated.cards) is int:
+        except CheckFailed:  # whoever reads it says what is wrong
+            return ""
+        numbers = [body.get(name) for name in ("format", "card_schema")] if isinstance(body, dict) else []
+        if [type(number) for number in numbers] != [int, int]:
             return f"{RELEASE} does not state its format and card schema; get the release again"
+        stated = Stated(*numbers)
     for name, number, present in (("format", stated.format, FORMAT), ("card schema", stated.cards, CARDS)):
         if number < present:
             return f"states {name} {number}, which was never published; get the release again from its maker"
