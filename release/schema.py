@@ -143,7 +143,8 @@ def refusal(folder: Path) -> str:
             body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
         except CheckFailed:  # whoever reads it says what is wrong
             return ""
-        numbers = [body.get(name) for name in ("format", "card_schema")] if isinstance(body, dict) else []
+        names = ("format", "card_schema")
+        numbers: list[Any] = [body.get(name) for name in names] if isinstance(body, dict) else []
         if [type(number) for number in numbers] != [int, int]:
             return f"{RELEASE} does not state its format and card schema; get the release again"
         stated = Stated(*numbers)
