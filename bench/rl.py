@@ -85,7 +85,7 @@ class Size:
         return lengths
 
 
-# 20 quantiles of the 200 answers in dataset/rl/rlhf of tests/data/atom-kept-0.1.0.tar.xz, which allows 72 tokens
+# 20 quantiles of 200 answers of a phase of preferences that allows 72 tokens
 LENGTHS = (6, 10, 13, 16, 18, 21, 24, 25, 29, 31, 34, 37, 42, 45, 52, 56, 63, 72, 72, 72)
 FULL = Size(
     dict(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, num_experts_per_tok=2,

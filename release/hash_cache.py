@@ -29,7 +29,7 @@ class Digests:
         self.digests = {folder / path: digests[self._file(path)] for path in present}
 
     def _file(self, path: str) -> object:
-        return inode(self.tree.files[path]) or path
+        return inode(self.tree.files[path])
 
     def __call__(self, path: Path) -> str:
         if path not in self.digests:

@@ -21,14 +21,10 @@ ORIGINS = "evidence/origins.json"
 RELEASE = "evidence/release.json"
 RECIPE = "evidence/recipe.json"
 """The recipe with all defaults."""
-FORMAT = 4
-"""The format of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and
-costs. 3: phases, models, metrics and settings have the field's names. 4: the tables of documents and orders may be in
-parts."""
 CODE_README = "code/README.md"
 SECOND_VERIFIER = "evidence/independent_verifier.py"
 STANDARDS = "evidence/standards"
-"""The folder of the documents in the forms of standards, of releases of format 4 and later."""
+"""The folder of the documents in the forms of standards."""
 GATES = "evidence/gates.json"
 GATES_STATED = "evidence/attestations/gates.json"
 SITE = "site"

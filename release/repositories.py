@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.text import printable
-from release import schema
 from release.checksums import SUMS_LINES
 from release.layout import MODEL, PARTS, PUBLIC_KEY, RELEASE, SIGNATURE, SUMS, VARIANT, when
 from release.tree import ENTRIES, walk
@@ -34,11 +33,10 @@ class Repository:
 
 
 def model_folders(release: Path) -> list[str]:
-    """The folders of a release that hold models, the final one first, then in the order of training; links to folders
-    are none. Raises CheckFailed for a release of an unknown format."""
-    present_name = schema.reader(release).model
+    """Lists the folders of a release that hold models, the final one first, then in the order of training; links to
+    folders are none."""
     names = [path.name.removeprefix(f"{MODEL}-") for path in release.glob(f"{MODEL}-*") if _is_own_folder(path)]
-    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(names, key=lambda name: when(present_name(name))))]
+    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(names, key=when))]
 
 
 def variant_folders(release: Path) -> list[str]:
@@ -47,9 +45,8 @@ def variant_folders(release: Path) -> list[str]:
 
 
 def repositories(release: Path) -> list[Repository]:
-    """The repositories of a release in the order in which they are made public: data, checkpoints, models, of which the
-    variants come before the final one; links to folders are none. Raises CheckFailed for a release of an unknown
-    format."""
+    """Lists the repositories of a release in the order in which they are made public: data, checkpoints, models, of
+    which the variants come before the final one; links to folders are none."""
     places = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
     steps = sorted(p.name for p in (release / "checkpoints").iterdir() if _is_own_folder(p))
     places.append(Repository("checkpoints", "-checkpoints", "model"))

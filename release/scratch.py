@@ -1,12 +1,12 @@
 """Temporary folders for downloads from the Hub and for replays; the next process removes those of killed ones.
 
-A folder belongs to a process while the process holds a lock on it, which the kernel releases with the process. On a
-platform without `fcntl` there is no lock, and what a killed process leaves stays.
+A folder belongs to a process while the process holds a lock on it, which the kernel releases with the process.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -15,11 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.core.errors import MachineError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 PREFIX = "atom-scratch-"
 
@@ -31,10 +26,6 @@ def folder() -> Iterator[Path]:
     Raises MachineError if none can be made or locked there.
     """
     parent = Path(tempfile.gettempdir())
-    if fcntl is None:
-        with _unlocked_folder(parent) as path:
-            yield path
-        return
     sweep(parent)
     path, lock = _make_locked_folder(parent)
     try:
@@ -42,18 +33,6 @@ def folder() -> Iterator[Path]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
-
-
-@contextmanager
-def _unlocked_folder(parent: Path) -> Iterator[Path]:
-    try:
-        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    except OSError as error:
-        raise _unusable(parent, error) from None
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(parent: Path) -> list[Path]:

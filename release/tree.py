@@ -50,9 +50,8 @@ class Tree:
 
 
 def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """(path, status) of everything below a folder but readable folders, at most DEPTH levels deep, the path relative
-    and as POSIX writes it. A deeper or unreadable folder is itself an entry, and "." follows after `max_entries`
-    entries."""
+    """Lists (path, status) of everything below a folder but readable folders, at most DEPTH levels deep, with relative
+    paths. A deeper or unreadable folder is itself an entry, and "." follows after `max_entries` entries."""
     entry_count = 0
     pending = [""]
     while pending:
@@ -135,21 +134,17 @@ def is_sparse(status: os.stat_result) -> bool:
 
 def real_bytes(files: Iterable[os.stat_result]) -> int:
     """The bytes of files on the disk: holes do not count, and a file with several names counts once."""
-    size_of_file = {
-        inode(status) or number: min(status.st_size, disk_bytes(status)) for number, status in enumerate(files)
-    }
-    return sum(size_of_file.values())
+    return sum({inode(status): min(status.st_size, disk_bytes(status)) for status in files}.values())
 
 
 def disk_bytes(status: os.stat_result) -> int:
-    """The bytes that a file has on the disk; Windows does not say, so its size there."""
-    blocks: int | None = getattr(status, "st_blocks", None)
-    return status.st_size if blocks is None else blocks * 512
+    """Returns the bytes that a file has on the disk."""
+    return status.st_blocks * 512
 
 
-def inode(status: os.stat_result) -> tuple[int, int] | None:
-    """What two names of one file have in common; None where a listing does not say, as on Windows."""
-    return (status.st_dev, status.st_ino) if status.st_ino else None
+def inode(status: os.stat_result) -> tuple[int, int]:
+    """Returns what two names of one file have in common."""
+    return status.st_dev, status.st_ino
 
 
 def is_foreign_link(folder: Path, path: str) -> bool:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.core import open_flags
 from pipeline.core.errors import CheckFailed
+from pipeline.core.json_files import READ
 from pipeline.core.text import printable
 
 JSON_BYTES = 64 << 20
@@ -48,7 +48,7 @@ def open_regular(path: Path, follow: bool = False) -> BinaryIO:
 
     follow: whether the path may be a link. Raises CheckFailed.
     """
-    flags = open_flags.READ | (0 if follow else open_flags.NO_LINK)
+    flags = READ | (0 if follow else os.O_NOFOLLOW)
     try:
         if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):  # a device is not even opened
             raise CheckFailed(f"{path.name} is not a regular file")

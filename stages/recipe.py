@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.core.bounds import MOST_SOURCES, Key, Language, License, Line, Namespace, Settings, SourceName
-from pipeline.core.stage import Config, Renamed, added
+from pipeline.core.stage import Config, added
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
 from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
@@ -33,7 +33,7 @@ class Licenses(Config):
 class ReleaseSection(Config):
     """Metadata of the model and dataset cards."""
 
-    license: Annotated[Licenses, Renamed("licence")] = Field(description="licenses of weights, data and code")
+    license: Licenses = Field(description="licenses of weights, data and code")
     namespace: Namespace = Field("local", description="user or organization on the Hugging Face Hub")
     title: Line | None = Field(None, description="heading of the cards; null: the name of the recipe")
     contact: Line | None = Field(None, description="URL or address for questions and removal requests")
@@ -78,13 +78,11 @@ class ReleaseRecipe(Identity):
     long_context: LongContext = Field((), description="mid-training phases on longer and longer rows, in order")
     sft: SftPhase | None = Field(None, description="supervised fine-tuning; null: none")
     rlvr: RlPhase | None = Field(None, description="reinforcement learning with verifiable rewards; null: none")
-    dpo: Annotated[DpoPhase | None, Renamed("rlhf")] = Field(
-        None, description="direct preference optimization; null: none"
-    )
-    reward_model: Annotated[RewardPhase | None, Renamed("rlhf")] = Field(
+    dpo: DpoPhase | None = Field(None, description="direct preference optimization; null: none")
+    reward_model: RewardPhase | None = Field(
         None, description="reward model, trained on the pairs of dpo; requires dpo; null: none"
     )
-    online_rlhf: Annotated[RlPhase | None, Renamed("rlhf")] = Field(
+    online_rlhf: RlPhase | None = Field(
         None, description="reinforcement learning with the reward model; requires reward_model; null: none"
     )
     evaluation: EvaluationSection = Field(

@@ -21,7 +21,6 @@ from pipeline.operations.command_options import (
     graph_of,
     open_store,
     warn_of_home,
-    warn_of_keys,
 )
 
 app = typer.Typer()
@@ -225,7 +224,6 @@ def run(
     from pipeline.launch import cluster_profile
 
     composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
-    warn_of_keys(store)
     execution.run(composed, store, composed.select(until, only), cluster, settings, recipe)
 
 
@@ -260,7 +258,6 @@ def submit(
     from pipeline.operations import fit
 
     composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
-    warn_of_keys(store)
     selected = composed.select(until, only)
     if not dry_run:
         slurm.require_image(settings)

@@ -48,7 +48,7 @@ class Failure:
 
     @classmethod
     def read(cls, text: str, kind: str | None, bad_node: str = "") -> Failure:
-        """A failure from a file. Files from before kinds existed have None, which is retried as before."""
+        """Reads a failure from a file. An unknown kind is taken for that of a machine, and tried again."""
         return cls(text, Kind(kind) if kind in list(Kind) else Kind.MACHINE, bad_node)
 
 

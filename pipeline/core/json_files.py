@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.core import open_flags
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped
 
+READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+"""Flags for reading a file without waiting for the writer of a pipe."""
 LIMIT = 64 * 2**20
 """The largest accepted file, in bytes. A statement has some 50 kB, a manifest 150 bytes for each file."""
 
@@ -60,7 +61,7 @@ def open_file(path: Path) -> BinaryIO:
     """Opens a regular file for reading. Raises FileNotFoundError if nothing has that name, else Damaged."""
     try:
         # do not wait for a pipe of that name
-        file = open(os.open(path, open_flags.READ), "rb")  # noqa: SIM115 (the caller's)
+        file = open(os.open(path, READ), "rb")  # noqa: SIM115 (the caller's)
     except FileNotFoundError:
         if path.is_symlink():
             raise Damaged(path, "it is a link that leads nowhere") from None

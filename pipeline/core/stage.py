@@ -14,7 +14,6 @@ from pathlib import Path, PurePath
 from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.fields import FieldInfo
 from typing_extensions import TypeVar
 
 from pipeline.core.store import Artifact
@@ -38,23 +37,6 @@ def added(default: Any, description: str, **rules: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"identity": "unless default"}, **rules)
 
 
-@dataclass(frozen=True)
-class Renamed:
-    """Annotates a config field with its earlier name: a recipe with the earlier name is refused in a sentence with the
-    new one.
-
-    key_name: the name of the field inside the key. A rename that sets it to the old name changes no key.
-    """
-
-    before: str
-    key_name: str | None = None
-
-
-def renamed(info: FieldInfo) -> Renamed | None:
-    """The annotation of a field with its earlier name."""
-    return next((mark for mark in info.metadata if isinstance(mark, Renamed)), None)
-
-
 def identity(config: BaseModel) -> dict[str, Any]:
     """The config as plain JSON without its operational fields: the part that enters the key."""
     fields: dict[str, Any] = {}
@@ -63,8 +45,7 @@ def identity(config: BaseModel) -> dict[str, Any]:
         is_identity = field_metadata.get("identity", True) if isinstance(field_metadata, dict) else True
         if is_identity is False or (is_identity == "unless default" and value == info.default):
             continue
-        mark = renamed(info)
-        fields[mark.key_name if mark and mark.key_name else name] = _to_plain(value)
+        fields[name] = _to_plain(value)
     return fields
 
 

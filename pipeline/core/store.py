@@ -335,12 +335,6 @@ def _require_key(artifact: Artifact, key: str) -> Artifact:
     return artifact
 
 
-KEYS = 2
-"""The version of key computation: 2 since the settings and nodes have their present names."""
-KEY_VERSION = "key-version"
-"""The file of the home with the KEYS of its latest run."""
-
-
 def home_folder() -> Path:
     """`$ATOM_HOME`, or `runs` in the present folder."""
     return Path(os.environ.get("ATOM_HOME") or "runs").absolute()
@@ -359,29 +353,6 @@ class Store:
         """One sentence on a file in the place of a folder of the home; None without one."""
         folders = (self.home / "work", self.artifacts, self.ledger, self.logs)
         return next(filter(None, map(misplaced_file, folders)), None)
-
-    def earlier_keys(self) -> str | None:
-        """One sentence if this home has artifacts from an earlier computation of keys; None otherwise."""
-        try:
-            if self._key_version() == str(KEYS) or not any(self.artifacts.iterdir()):
-                return None
-        except OSError:  # no home yet, or an unreadable one, which its readers report
-            return None
-        return (
-            f"{self.home} was filled by an earlier version of atom, and keys have changed since: artifacts with "
-            "another key now are made again, and releases that were built stay valid; set ATOM_HOME to keep both apart"
-        )
-
-    def mark_keys(self) -> None:
-        """Records the present version of key computation in this home."""
-        if self._key_version() != str(KEYS):
-            (self.home / KEY_VERSION).write_text(f"{KEYS}\n")
-
-    def _key_version(self) -> str:
-        try:
-            return (self.home / KEY_VERSION).read_bytes()[:20].decode(errors="replace").strip()
-        except FileNotFoundError:
-            return ""
 
     def work(self, key: str) -> Path:
         return self.home / "work" / key

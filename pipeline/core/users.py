@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 from functools import cache
 from pathlib import Path
@@ -21,8 +22,6 @@ def present() -> str:
 @cache
 def name(uid: int) -> str:
     """The name of a user, or the number of one without a name."""
-    import pwd  # not on Windows
-
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

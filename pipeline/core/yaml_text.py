@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.core import open_flags
 from pipeline.core.errors import RecipeError
+from pipeline.core.json_files import READ
 from pipeline.core.text import escaped, shown, unprintable
 
 MOST_BYTES = 2**18
@@ -39,7 +39,7 @@ _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true":
 def read_file(path: Path, title: str, limit: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file. Raises RecipeError for anything else, and for a file of more than `limit` bytes."""
     try:
-        handle = os.open(path, open_flags.READ)
+        handle = os.open(path, READ)
     except OSError as error:
         raise RecipeError(
             f"{title}: {escaped(str(path), 200)} cannot be read ({error.strerror}); name another"

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.core.bounds import OUT_OF_BOUNDS, LongLine, Range, ReleaseName, Seed, Text, Version
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, operational, renamed
+from pipeline.core.stage import Config, operational
 from pipeline.core.text import escaped, shown, unprintable
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph import registry
@@ -123,30 +123,22 @@ class Mistake:
 
 def mistakes(error: ValidationError, model: type[BaseModel], raw: Any = None) -> list[Mistake]:
     """Every error of a validation. With the raw mapping, the sentences name list items by their names."""
-    rows = error.errors()
-    renamings = {(*row["loc"][:-1], name) for row in rows for name in _names_today(model, row)}
-    return [
-        _mistake(row, model, raw) for row in rows if not (row["type"] == "missing" and tuple(row["loc"]) in renamings)
-    ]
+    return [_mistake(row, model, raw) for row in error.errors()]
 
 
 def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
     """The first error of a validation as one sentence. With the raw mapping, the sentence names list items by their
     names."""
     rows = error.errors()
-    # the new name of a renamed field is missing as well
-    first = next((row for row in rows if _names_today(model, row)), rows[0])
     suffix = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
-    return RecipeError(f"{title}: {_mistake(first, model, raw).text}{suffix}")
+    return RecipeError(f"{title}: {_mistake(rows[0], model, raw).text}{suffix}")
 
 
 def _mistake(row: Any, model: type[BaseModel], raw: Any) -> Mistake:
     is_section = row["type"] == "value_error"  # of a section, whose last part may be its chosen class
     where = ".".join(_called(row["loc"], raw, is_section))
     field = f"{where} " if where else ""
-    if names := _names_today(model, row):
-        text = f"{field}has another name now: {', '.join(names)}"
-    elif row["type"] == "extra_forbidden":
+    if row["type"] == "extra_forbidden":
         fields = _fields_at(model, row["loc"][:-1])
         near = difflib.get_close_matches(str(row["loc"][-1])[:100], fields, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(fields)}" if fields else ""
@@ -164,13 +156,6 @@ def _mistake(row: Any, model: type[BaseModel], raw: Any) -> Mistake:
     return Mistake(tuple(row["loc"]), where, escaped(text, LONGEST_SENTENCE))
 
 
-def _names_today(model: type[BaseModel], mistake: Any) -> list[str]:
-    """The present name of a field that a recipe gives by its earlier name; none for any other error."""
-    if mistake["type"] != "extra_forbidden":
-        return []
-    *place, last = mistake["loc"]
-    fields = [field for each in _classes_at(model, place) for field in each.model_fields.items()]
-    return [name for name, info in fields if (mark := renamed(info)) and mark.before == last]
 
 
 def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
@@ -191,13 +176,8 @@ def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
     return out
 
 
-def _fields_at(model: Any, location: Sequence[Any]) -> list[str]:
-    """The field names of the classes at a location of the schema."""
-    return sorted({name for each in _classes_at(model, location) for name in each.model_fields})
-
-
-def _classes_at(model: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]:
-    """The possible config classes at a location of the schema."""
+def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The field names of the possible config classes at a location of the schema."""
     classes = [model]
     for part in location:
         fields = [each.model_fields[part] for each in classes if part in each.model_fields]
@@ -205,7 +185,7 @@ def _classes_at(model: type[BaseModel], location: Sequence[Any]) -> list[type[Ba
             classes = [each for info in fields for each in _classes(info.annotation)]
         else:  # an index in a list, or the tag that chooses one of several classes
             classes = [each for each in classes if part in _tags(each)] or classes
-    return classes
+    return sorted({name for each in classes for name in each.model_fields})
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:

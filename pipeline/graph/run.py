@@ -175,7 +175,6 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str, launche
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = store.logs / run_id
     folder.mkdir(parents=True)
-    store.mark_keys()
     for name, data in graph.recipe.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Accelerator, Config, Needs, Renamed, family
+from pipeline.core.stage import Accelerator, Config, Needs, family
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
@@ -64,8 +64,8 @@ class Rate(Config):
     peak_tflops: Annotated[float, Range(1e-3, 1e6, "H100 in bf16: 989")] = Field(
         description="dense peak in TFLOP/s, as the manufacturer states it"
     )
-    utilization: Annotated[Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6")] | None, Renamed("utilisation")] = (
-        Field(None, description="measured model FLOPs utilization (MFU), as a share of the peak; null: estimated")
+    utilization: Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6")] | None = Field(
+        None, description="measured model FLOPs utilization (MFU), as a share of the peak; null: estimated"
     )
 
     @property
@@ -331,9 +331,9 @@ class Slurm(Config):
         description="before training on GPUs: minimum share of the peak in bf16 that a product of matrices must "
         "reach on each GPU; 0: no test of products and collectives",
     )
-    signal_before_limit_seconds: Annotated[
-        int, Range(10, 65_535, "Slurm takes no more than 65535"), Renamed("signal_lead_seconds")
-    ] = Field(120, description="seconds before the time limit at which a stage is signaled to save")
+    signal_before_limit_seconds: Annotated[int, Range(10, 65_535, "Slurm takes no more than 65535")] = Field(
+        120, description="seconds before the time limit at which a stage is signaled to save"
+    )
     array_size: Annotated[int, Range(2, 4_000_001, "Slurm's MaxArraySize is at most 4000001")] = Field(
         1000, description="maximum number of tasks of a job array; a task may run several shards"
     )

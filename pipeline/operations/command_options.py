@@ -62,17 +62,10 @@ def graph_of(recipe: str, without_data: bool = False) -> Graph:
 
 def warn_of_home(store: Store) -> None:
     """Warns on standard error of a full disk, which causes the rest, and of a file in the place of a folder of the
-    home, and calls `warn_of_keys`."""
+    home."""
     from pipeline.core import os_errors
 
     if text := os_errors.full_disk(store.home):
         print(f"atom: {text}", file=sys.stderr)
     if text := store.misplaced():
-        print(f"atom: {text}", file=sys.stderr)
-    warn_of_keys(store)
-
-
-def warn_of_keys(store: Store) -> None:
-    """Warns on standard error if the home has keys of an earlier version."""
-    if text := store.earlier_keys():
         print(f"atom: {text}", file=sys.stderr)

@@ -152,7 +152,7 @@ def placement(
             yield path, f"dataset/{path}"
         elif kind == "tokenizer" and path == "stats.json":
             yield path, "dataset/tokens/tokenizer_stats.json"
-        elif kind == "tokenize" and (path in ("documents.parquet", "meta.json") or path.startswith("documents/")):
+        elif kind == "tokenize" and (path == "meta.json" or path.startswith("documents/")):
             yield path, f"dataset/tokens/{path}"
         elif kind == "order":
             yield path, f"dataset/order/{suffix}/{path}"

@@ -128,9 +128,7 @@ def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
 
 def describe(source: BuildInput) -> ReleaseInfo:
     """evidence/release.json: what the release is, and what was not clean when it was built."""
-    from release.cards.versions import SCHEMA as CARDS
-    from release.layout import FORMAT
-    from release.schema import NodeArtifact, ReleaseInfo, stated_by_recipe
+    from release.schema import CARDS, FORMAT, NodeArtifact, ReleaseInfo, stated_by_recipe
 
     return ReleaseInfo(
         format=FORMAT,

@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from release import schema
 from release.assembly.published_tables import read_json
 from release.layout import when
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint. branch: of the checkpoint repository; state: its state.json, with present names."""
+    """A published checkpoint. branch: of the checkpoint repository; state: its state.json."""
 
     branch: str
     phase: str
@@ -38,8 +37,7 @@ def read_checkpoints(folder: Path) -> list[Checkpoint]:
     checkpoints = []
     for path in folder.glob("*/state.json"):
         phase, _, step = path.parent.name.rpartition("-step-")
-        state = schema.fields(path, "state.json", read_json(path))
-        checkpoints.append(Checkpoint(path.parent.name, schema.reader(path).phase(phase), int(step), state))
+        checkpoints.append(Checkpoint(path.parent.name, phase, int(step), read_json(path)))
     return sorted(checkpoints, key=lambda checkpoint: (when(checkpoint.phase), checkpoint.step))
 
 

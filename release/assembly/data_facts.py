@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
-from release import data_layout, references, schema
+from release import data_layout, references
 from release.assembly import message_tables
 from release.assembly.distinct import Distinct
 from release.assembly.document_facts import DocumentFacts, read_document_facts
@@ -34,7 +34,7 @@ class SourceFacts:
     """The dispositions of the documents of one source. removed: by rule; by_split: of the kept ones; tokens: by split;
     origin, license_evidence: as the source declares them. generated: the settings of a source that a generator wrote,
     and the generator's `digest`. conversations: the number of kept documents with each feature of a conversation, None
-    for other sources, for those by reference and in older releases."""
+    for other sources and for those by reference."""
 
     documents_in: int
     kept: int
@@ -101,8 +101,8 @@ class OrderFacts:
 @dataclass
 class DataFacts:
     """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
-    chat: scores by benchmark and model, empty without a chat model. in_parts: whether the tables of documents are in
-    parts. filter_agreement: of the filters with their reference, empty in older releases. opt_outs: of the deny-list.
+    chat: scores by benchmark and model, empty without a chat model. filter_agreement: of the filters with their
+    reference. opt_outs: of the deny-list.
     documents: licenses, lengths and measures after curation. by_reference: {source: where its files are} of sources
     without published texts; messages: {source: splits} of the tables of conversations; published_reasons: {source that
     a model wrote from one by reference: why its texts are published}; first_documents: {source: (id, beginning of the
@@ -113,7 +113,6 @@ class DataFacts:
     order: dict[str, OrderFacts] = field(default_factory=dict)
     chat: dict[str, ChatScores] = field(default_factory=dict)
     evaluation: dict[str, ModelScores] = field(default_factory=dict)
-    in_parts: bool = False
     filter_agreement: dict[str, Any] = field(default_factory=dict)
     opt_outs: list[OptOut] = field(default_factory=list)
     documents: DocumentFacts = field(default_factory=DocumentFacts)
@@ -135,15 +134,14 @@ class DataFacts:
 def read_data_facts(dataset: Path) -> DataFacts:
     """Reads the facts from the dataset repository alone."""
     evaluation = dataset / "evaluation"
-    orders = _by_name(data_layout.orders(dataset), schema.phase)
-    scored = _by_name((scores.parent for scores in evaluation.glob("*/scores.json")), schema.model)
-    probed = _by_name((path.parent for path in dataset.glob(f"rl/*/{PROBES}")), schema.phase)
+    orders = _by_name(data_layout.orders(dataset))
+    scored = _by_name(scores.parent for scores in evaluation.glob("*/scores.json"))
+    probed = _by_name(path.parent for path in dataset.glob(f"rl/*/{PROBES}"))
     return DataFacts(
         _read_sources(dataset),
         {phase: order_facts([*earlier_orders(dataset, phase), folder]) for phase, folder in orders},
         compute_chat_scores(evaluation),
         {model: compute_scores(folder) for model, folder in scored},
-        data_layout.in_parts(dataset),
         read_json(dataset / FILTER_AGREEMENT) if (dataset / FILTER_AGREEMENT).exists() else {},
         read_opt_outs(dataset),
         read_document_facts(dataset),
@@ -242,15 +240,15 @@ class _Fates:
         )
 
 
-def _by_name(folders: Iterable[Path], name_of: Callable[[Path], str]) -> list[tuple[str, Path]]:
-    """(name, folder) of folders that are named after phases or models, in the order of training."""
-    return sorted(((name_of(folder), folder) for folder in folders), key=lambda pair: when(pair[0]))
+def _by_name(folders: Iterable[Path]) -> list[tuple[str, Path]]:
+    """Pairs folders that are named after phases or models with their names, in the order of training."""
+    return sorted(((folder.name, folder) for folder in folders), key=lambda pair: when(pair[0]))
 
 
 def earlier_orders(dataset: Path, phase: str) -> list[Path]:
     """The orders of earlier runs that a phase followed before its own, the first one first."""
     metas = {p.parent: read_json(p) for p in (dataset / "earlier").glob("order-*/meta.json")}
-    phase_orders = [folder for folder, meta in metas.items() if schema.reader(folder).phase(meta["phase"]) == phase]
+    phase_orders = [folder for folder, meta in metas.items() if meta["phase"] == phase]
     return sorted(phase_orders, key=lambda folder: int(metas[folder].get("first_step", 1)))
 
 

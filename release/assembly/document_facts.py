@@ -91,7 +91,7 @@ class ScoreFacts:
 @dataclass
 class DocumentFacts:
     """licenses: by SPDX expression, that of most tokens first; attributed: documents in the attribution table of each
-    source, empty in older releases; notices: distinct texts of licenses and notices of packages; lengths: by source;
+    source; notices: distinct texts of licenses and notices of packages; lengths: by source;
     languages: by source and code, that of most tokens first; scores: by source and classifier. The latter two are of
     sources whose steps measured them; a document without a measure has the language "".
     """

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from release import schema
 from release.assembly.published_tables import stream_rows
 from stages.data.table import read_jsonl
 from stages.evaluation.pass_at_k import GREEDY
@@ -42,10 +41,10 @@ def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
 
     dataset: a dataset repository; model: the name of the exported model.
     """
-    folders = {schema.model(path): path for path in (dataset / "evaluation/test").glob("*") if path.is_dir()}
+    folders = {path.name: path for path in (dataset / "evaluation/test").glob("*") if path.is_dir()}
     if model in folders:
         return _chosen(_in_conversation(dataset, folders[model]))
-    folders = {schema.model(path): path for path in (dataset / "evaluation").glob("*") if path.is_dir()}
+    folders = {path.name: path for path in (dataset / "evaluation").glob("*") if path.is_dir()}
     return _chosen(_in_plain_text(folders[model])) if model in folders else []
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
-from release import schema
 from release.assembly import training
 from release.assembly.published_tables import read_json
 from release.assembly.score_facts import (
@@ -20,7 +19,6 @@ from release.assembly.score_facts import (
     ChatScores,
     HarnessFacts,
     read_harness,
-    read_scores,
 )
 from release.assembly.training import PhaseLog
 from release.layout import CHAT, GOLDENS, when
@@ -138,7 +136,7 @@ def read_model_facts(model: Path) -> ModelFacts:
         chat={name: _scores_by_model(folder / name) for name in CHAT_BENCHMARKS if (folder / name).is_dir()},
         contamination=read_json(report) if report.exists() else None,
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
-        memorization=read_scores(memorization) if memorization.exists() else None,
+        memorization=read_json(memorization) if memorization.exists() else None,
         harness=read_harness(folder / HARNESS),
         prediction=prediction,
         outcomes=forecast.outcomes(prediction, _measured(model, scores)) if prediction else [],
@@ -149,9 +147,9 @@ def read_model_facts(model: Path) -> ModelFacts:
 
 
 def _special_tokens(model: Path) -> list[str]:
-    """The tokens for padding and the end of a text, then the further ones; a name in an older release is read too."""
+    """Lists the tokens for padding and the end of a text, then the further ones."""
     config = read_json(model / "tokenizer_config.json") if (model / "tokenizer_config.json").exists() else {}
-    further = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    further = config.get("additional_special_tokens") or []
     tokens = [config.get("pad_token"), config.get("bos_token"), config.get("eos_token"), *further]
     return list(dict.fromkeys(token for token in tokens if isinstance(token, str)))
 
@@ -196,5 +194,5 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _scores_by_model(folder: Path) -> dict[str, Any]:
-    files = {schema.model(path): path for path in folder.glob("*.json")}
-    return {model: read_scores(files[model]) for model in sorted(files, key=when)}
+    files = {path.stem: path for path in folder.glob("*.json")}
+    return {model: read_json(files[model]) for model in sorted(files, key=when)}

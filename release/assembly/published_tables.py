@@ -1,4 +1,4 @@
-"""Reads the tables and JSON files of a release of any format, with present names."""
+"""Reads the tables, the JSON files and the manifests of a release."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import FileRow
-from release import schema
 
 BATCH, TEXT_BATCH = 4096, 256
 """Rows of a table that are unpacked together, and those of a table with texts, which may be long."""
-ABSENT = {"part": 0}
-"""{column: its value in tables of releases from before it}"""
 
 
 def read_json(path: Path) -> Any:
@@ -61,8 +58,9 @@ def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, An
 def stream_rows(
     files: Path | Iterable[Path], columns: list[str] | None = None, size: int = BATCH
 ) -> Iterator[dict[str, Any]]:
-    """Streams the rows of a published table, or of its parts; columns have present names for every format of the
-    release. Raises CheckFailed if a file lacks a column. size: of rows in memory."""
+    """Streams the rows of a published table, or of its parts. Raises CheckFailed if a file lacks a column.
+
+    size: of rows in memory."""
     for batch in stream_batches(files, columns, size):
         yield from batch.to_pylist()
 
@@ -70,22 +68,13 @@ def stream_rows(
 def stream_batches(files: Path | Iterable[Path], columns: list[str] | None, size: int) -> Iterator[Any]:
     """Streams the rows of a table, or of its parts, as Arrow batches of at most `size` rows. Raises CheckFailed if a
     file lacks a column."""
-    for path in [files] if isinstance(files, Path) else files:
-        yield from _file_batches(path, columns, size)
-
-
-def _file_batches(path: Path, columns: list[str] | None, size: int) -> Iterator[Any]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        stored = schema.columns(path, columns if columns is not None else schema.today(path, names))
-        absent = [name for name, column in stored.items() if column not in names and name in ABSENT]
-        if missing := sorted({stored[name] for name in stored.keys() - absent} - set(names)):
-            raise CheckFailed(f"{path.name} has no column {missing[0]}")
-        present = [stored[name] for name in stored if name not in absent]
-        for batch in file.iter_batches(batch_size=size, columns=present):
-            default = {name: pa.array([ABSENT[name]] * len(batch), pa.int32()) for name in absent}
-            arrays = [default[name] if name in default else batch.column(column) for name, column in stored.items()]
-            yield pa.RecordBatch.from_arrays(arrays, names=list(stored))
+    for path in [files] if isinstance(files, Path) else files:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = names if columns is None else columns
+            if missing := sorted({*wanted} - {*names}):
+                raise CheckFailed(f"{path.name} has no column {missing[0]}")
+            for batch in file.iter_batches(batch_size=size, columns=wanted):
+                yield batch.select(wanted)

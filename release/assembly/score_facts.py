@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from release import schema
 from release.assembly.published_tables import read_json, read_rows
 from release.layout import when
 from stages.evaluation.scores import HarnessScores, MemorizationScores, ModelScores
@@ -24,11 +23,6 @@ the model itself in its own."""
 
 HARNESS = "harness"
 """The folder with the results of lm-evaluation-harness, in the same places."""
-
-
-def read_scores(path: Path) -> Any:
-    """A published scores.json, or its copy in a model repository, with present names."""
-    return schema.fields(path, "scores.json", read_json(path))
 
 
 def compute_scores(folder: Path) -> ModelScores:
@@ -51,7 +45,7 @@ def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
             summarize = win_rate.summary
         tables = chat_tables_of(evaluation, benchmark)
         scored = {
-            schema.model(path.parent): {
+            path.parent.name: {
                 **summarize(read_rows(path)),
                 **_stated(path.parent, "model", "before", "engine"),
             }
@@ -75,7 +69,7 @@ def read_harness(folder: Path) -> HarnessFacts | None:
     """The published results of a model; None if it was not measured."""
     if not (folder / "scores.json").exists():
         return None
-    return HarnessFacts(read_scores(folder / "scores.json"), read_json(folder / "tasks.json"))
+    return HarnessFacts(read_json(folder / "scores.json"), read_json(folder / "tasks.json"))
 
 
 def compute_harness(folder: Path) -> HarnessScores:
@@ -103,5 +97,5 @@ def _stated(folder: Path, *names: str) -> dict[str, str]:
     """What no table says, as the published scores of a folder state it: the two models of a comparison, and what
     computed the scores."""
     path = folder / "scores.json"
-    stated = read_scores(path) if path.exists() else {}
+    stated = read_json(path) if path.exists() else {}
     return {name: stated[name] for name in names if name in stated}

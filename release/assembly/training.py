@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from release import schema
 from release.layout import when
 from stages.evaluation.confidence import clustered
 from stages.evaluation.scores import Mean
@@ -23,23 +22,20 @@ FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
 
 
 def logs(model: Path) -> dict[str, Path]:
-    """{phase: its log} of a model repository, in the order of training."""
-    log_of_phase = {schema.phase(path): path for path in (model / "training").glob("*.jsonl")}
-    return {phase: log_of_phase[phase] for phase in sorted(log_of_phase, key=when)}
+    """Lists the logs of a model repository, {phase: its log}, in the order of training."""
+    paths = sorted((model / "training").glob("*.jsonl"), key=lambda path: when(path.stem))
+    return {path.stem: path for path in paths}
 
 
 def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
-    """The lines of a log, with present names. fields: those to keep, all by default; a log can be long."""
+    """Reads the lines of a log. fields: those to keep, all by default; a log can be long."""
     return [line if fields is None else {name: line[name] for name in fields if name in line} for line in stream(log)]
 
 
 def stream(log: Path) -> Iterator[Facts]:
-    """The lines of a log, one after the other, with present names."""
-    reader = schema.reader(log)
+    """Reads the lines of a log one after the other."""
     with log.open(encoding="utf-8") as file:
-        for text in file:
-            (line,) = reader.fields("training.jsonl", [json.loads(text)])
-            yield line
+        yield from map(json.loads, file)
 
 
 class FirstAndLast(TypedDict):

@@ -2,7 +2,7 @@
 
     python evidence/independent_verifier.py RELEASE        # Python 3.11 or newer, with pyarrow
 
-RELEASE is the whole folder of a release of format 4, as it was built: no document was taken back. Each check below has
+RELEASE is the whole folder of a release of format 1, as it was built: no document was taken back. Each check below has
 a sentence, and every problem is a line. The exit code is 0 for a sound release, 1 for problems, 2 if RELEASE is none.
 Ids are kept, some 200 bytes of memory for each document; texts are not.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-FORMAT = 4
+FORMAT = 1
 SUMS = "SHA256SUMS"
 SIGNATURES = {"model.sig", "model.pub"}  # they sign the checksums, and are in none
 GATES = {"evidence/gates.json", "evidence/attestations/gates.json"}  # without an origin

@@ -20,9 +20,7 @@ from release import data_layout, untrusted
 from stages.data.table import column_names, stream_part_batches
 
 KEPT = ("id", "source", "content_hash", "license", "split")
-PART = "part"
-"""A column of tokens since format 4."""
-TOKENS = ("id", "source", "split", PART, "ordinal", "content_hash", "tokens")
+TOKENS = ("id", "source", "split", "part", "ordinal", "content_hash", "tokens")
 """The columns of a row that a leaf contains; a leaf of dispositions contains all."""
 LEAVES = 4096
 """Rows that are read together."""
@@ -45,9 +43,8 @@ class Proof:
 def roots(dataset: Path) -> dict[str, dict[str, Any]]:
     """{table: {root (hex), size (rows), leaf (the columns of a row that are hashed)}} of a release's dataset folder.
 
-    Tables: `dispositions/<source>`, `kept/<source>`, `tokens/<source>`; `dispositions` and `tokens` are of all sources
-    in releases before format 4. Leaf i is the canonical JSON of row i, in the order of the parts. Raises AtomError if a
-    table is missing or damaged.
+    Tables: `dispositions/<source>`, `kept/<source>`, `tokens/<source>`. Leaf i is the canonical JSON of row i, in the
+    order of the parts. Raises AtomError if a table is damaged.
     """
     table_roots = {}
     for name, (files, columns) in _tables(dataset).items():
@@ -59,7 +56,7 @@ def roots(dataset: Path) -> dict[str, dict[str, Any]]:
 def prove(dataset: Path, doc_id: str) -> dict[str, Proof]:
     """{table: proof} for each table of `roots` that has the document.
 
-    Raises AtomError for a document that no table has, or if a table is missing or damaged.
+    Raises AtomError for a document that no table has, or if a table is damaged.
     """
     proofs = {}
     for name, (files, columns) in _tables(dataset).items():
@@ -130,12 +127,11 @@ def _tables(dataset: Path) -> dict[str, tuple[list[Path], list[str]]]:
     """{table: (its files, the columns of its leaves)}"""
     tables: dict[str, tuple[list[Path], list[str]]] = {}
     for source, files in data_layout.disposition_files(dataset).items():
-        tables[f"dispositions/{source}".rstrip("/")] = files, column_names(files[0])
+        tables[f"dispositions/{source}"] = files, column_names(files[0])
     for source, files in data_layout.kept_files(dataset).items():
         tables[f"kept/{source}"] = files, list(KEPT)
     for source, files in data_layout.token_files(dataset).items():
-        columns = [name for name in TOKENS if name != PART or source != data_layout.ALL]
-        tables[f"tokens/{source}".rstrip("/")] = files, columns
+        tables[f"tokens/{source}"] = files, list(TOKENS)
     return tables
 
 

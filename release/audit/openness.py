@@ -27,7 +27,6 @@ from release.audit.replay.certificates import read_certificates
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
 from release.layout import (
-    FORMAT,
     GATES,
     MODEL,
     ORIGINS,
@@ -403,7 +402,7 @@ def _sizes(release: Published) -> Answer:
 
 
 def rows(folder: Path, identity: str = "") -> Iterator[Row]:
-    """The twenty rows, in order. Raises AtomError if the folder is not a whole release of the present format.
+    """The twenty rows, in order. Raises AtomError if the folder is not a whole release that can be read.
 
     Args:
         folder: Of the release.
@@ -411,8 +410,7 @@ def rows(folder: Path, identity: str = "") -> Iterator[Row]:
     """
     if not (folder / ORIGINS).is_file() or not (folder / "checkpoints").is_dir():
         raise AtomError(f"{folder} is not a whole release; the openness of one repository alone is not computed")
-    if (stated := schema.stated(folder).format) != FORMAT:
-        raise AtomError(f"{folder} has format {stated}; openness is computed of releases of format {FORMAT}")
+    schema.require_readable(folder)
     published = Published(folder, identity)
     for name, (function, for_a_yes) in ROWS.items():
         answer, reason, evidence = function(published)

@@ -80,8 +80,8 @@ def _verify_folder(
         )
     kind = kind_of(folder)
     verdict = Verdict(subject, kind, deep)
-    if unknown := schema.unknown(folder):
-        verdict.checks.append(answer("versions", [unknown]))
+    if refusal := schema.refusal(folder):
+        verdict.checks.append(answer("versions", [refusal]))
         return verdict
     progress(f"listing the files of {verdict.subject}")
     sums = Checksums(folder)
@@ -105,7 +105,7 @@ def _verify_folder(
         signing.load_libraries()
     signatures = runner.run("signatures", lambda: _check_signatures(contents, digests, policy))
     verdict.checks.append(signatures)
-    verdict.signed, verdict.signer_is_known = signatures.ok is True, bool(policy.signer or policy.chain)
+    verdict.signed, verdict.signer_is_known = signatures.ok is True, bool(policy.signer)
     archive = kind in ("release", "evidence")
     verdict.checks.append(
         runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
@@ -185,7 +185,6 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     repositories = contents.places
     problems: Problems = []
     signers: dict[str, str | None] = {}
-    notes: dict[str, None] = {}
     for repository in repositories:
         prefix = f"{repository.folder}/" if repository.folder else ""
         present = [*contents.present_in(repository), SUMS] if contents.kind == "release" else contents.present()
@@ -199,17 +198,16 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
             continue
         problems += [prefix + text for text in verdict.problems]
         signers[prefix] = verdict.signer
-        notes |= {verdict.note: None} if verdict.note else {}
     if not signers:
         if policy == TrustPolicy():
             return CheckResult(name, None, "not signed")
-        message = f"not signed, so not by {policy.signer or 'whom the certificates vouch for'}"
+        message = f"not signed, so not by {policy.signer}"
         return CheckResult(name, False, message, [message])
     unsigned = [f"{p.folder}/" if p.folder else "" for p in repositories]
     problems += [
         f"{prefix or folder.name} is not signed, and others are" for prefix in unsigned if prefix not in signers
     ]
-    expected = policy.expected(next(filter(None, signers.values()), None))
+    expected = policy.signer or next(filter(None, signers.values()), None)
     for prefix, signer in signers.items():
         if signer not in (None, expected):
             file = PUBLIC_KEY if signing.is_fingerprint(signer) else SIGNATURE
@@ -217,7 +215,6 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     by_key = signing.is_fingerprint(expected)
     signed = "signed by" if by_key or policy.signer else "saying that they are signed by"
     summary = f"{len(signers)} {'repository' if len(signers) == 1 else 'repositories'} {signed} {expected}"
-    summary = "; ".join([summary, *notes])
     hint = "; nothing but the release itself says whose key that is: compare it, or give it by --key"
     if not by_key:
         hint = "; nothing but the release itself says so: give --identity and --issuer"

@@ -1,9 +1,7 @@
-"""All tables of the cards, one line each. A line puts its table on the card, into the comparison of `atom verify`, and
-into the versions of the cards.
+"""All tables of the cards, one line each. A line puts its table on the card and into the comparison of `atom verify`.
 
-A table is at `{{ t.<name> }}` of the card's template, or in a section of its own. Each has the card schema that added
-it (`added`), and that in which its lines last changed (`changed`): a published card is compared only with the tables of
-its own schema. A new or changed table has the number of the next schema; see `versions.SCHEMA`.
+A table is at `{{ t.<name> }}` of the card's template, or in a section of its own. Whoever adds or changes one after a
+release was published raises `release.schema.CARDS`.
 """
 
 from __future__ import annotations
@@ -43,17 +41,18 @@ F = TypeVar("F")
 
 @dataclass(frozen=True)
 class CardTable(Generic[F]):
-    """One table of a card. lines: of Markdown, from facts; none for an empty table. heading: of a section of its own,
-    in the part of the card that `part` names; without one, the template places the table. until: the first card schema
-    without the table, which only older cards are compared with; 0 for none."""
+    """One table of a card.
+
+    Attributes:
+        lines: Gives the lines of Markdown from facts; none for an empty table.
+        heading: The heading of a section of its own, in the part of the card that `part` names. Without one, the
+            template places the table.
+    """
 
     name: str
     lines: Callable[[F], list[str]]
-    added: int
-    changed: int = 0
     heading: str = ""
     part: Literal["results", "use", "data", "training"] = "results"
-    until: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,86 +103,60 @@ def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:
 
 
 MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
-    CardTable("summary", tables.summary, added=5),
-    CardTable("caveats_rule", lambda model: [caveats.RULE], added=3, changed=4),
-    CardTable("caveats", caveats.caveat_sentences, added=3, changed=6),
-    CardTable("headline", tables.headline, added=5),
-    CardTable("evaluation", lambda model: tables.evaluation(model.scores), added=2, changed=5),
-    CardTable("samples", lambda model: tables.samples(model.scores), added=2),
+    CardTable("summary", tables.summary),
+    CardTable("caveats_rule", lambda model: [caveats.RULE]),
+    CardTable("caveats", caveats.caveat_sentences),
+    CardTable("headline", tables.headline),
+    CardTable("evaluation", lambda model: tables.evaluation(model.scores)),
+    CardTable("samples", lambda model: tables.samples(model.scores)),
+    CardTable("engines", lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness)),
+    CardTable("prediction", prediction_tables.outcomes, heading="Prediction and result"),
+    CardTable("architecture", tables.architecture),
+    CardTable("parity", tables.parity),
+    CardTable("context", tables.context),
+    CardTable("tokenizer", tables.tokenizer),
+    CardTable("chat_format", tables.chat_format),
+    CardTable("passkeys", lambda model: tables.passkeys(model.scores)),
+    CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores)),
+    CardTable("positions", lambda model: tables.positions(model.scores)),
+    CardTable("experts_by_phase", training_tables.experts_by_phase),
+    CardTable("experts", training_tables.experts),
+    CardTable("experts_verdict", training_tables.verdict),
+    CardTable("start", training_tables.start, heading="Where training began", part="training"),
+    CardTable("spikes", training_tables.spikes),
+    CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {}))),
+    CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {}))),
+    CardTable("preferences", lambda model: chat_tables.wins(_preferences(model))),
+    CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat)),
+    CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model))),
+    CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination)),
+    CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores))),
+    CardTable("detector", lambda model: chat_tables.detector(model.contamination)),
+    CardTable("given_away", lambda model: memorization_tables.given_away(model.memorization), heading="Memorization"),
     CardTable(
-        "engines",
-        lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness),
-        added=4,
-    ),
-    CardTable("prediction", prediction_tables.outcomes, added=4, changed=5, heading="Prediction and result"),
-    CardTable("architecture", tables.architecture, added=2),
-    CardTable("parity", tables.parity, added=2),
-    CardTable("context", tables.context, added=2, changed=6),
-    CardTable("tokenizer", tables.tokenizer, added=5),
-    CardTable("chat_format", tables.chat_format, added=5, changed=7),
-    CardTable("passkeys", lambda model: tables.passkeys(model.scores), added=2, changed=5),
-    CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores), added=2, changed=5),
-    CardTable("positions", lambda model: tables.positions(model.scores), added=2, changed=5),
-    CardTable("experts_by_phase", training_tables.experts_by_phase, added=2, changed=5),
-    CardTable("experts", training_tables.experts, added=2, changed=6),
-    CardTable("experts_verdict", training_tables.verdict, added=2, changed=5),
-    CardTable("start", training_tables.start, added=4, changed=5, heading="Where training began", part="training"),
-    CardTable("spikes", training_tables.spikes, added=2, changed=5),
-    CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {})), added=2, changed=5),
-    CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {})), added=2, changed=5),
-    CardTable("preferences", lambda model: chat_tables.wins(_preferences(model)), added=2, changed=5),
-    CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat), added=3, changed=5),
-    CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model)), added=2, changed=5),
-    CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination), added=2, changed=4),
-    CardTable(
-        "clean_scores",
-        lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores)),
-        added=2,
-        changed=5,
-    ),
-    CardTable("detector", lambda model: chat_tables.detector(model.contamination), added=2, changed=4),
-    CardTable(
-        "given_away",
-        lambda model: memorization_tables.given_away(model.memorization),
-        added=4,
-        changed=6,
-        heading="Memorization",
-    ),
-    CardTable(
-        "harness",
-        lambda model: harness_tables.results(model.harness),
-        added=4,
-        changed=5,
-        heading="Task sets of lm-evaluation-harness",
+        "harness", lambda model: harness_tables.results(model.harness), heading="Task sets of lm-evaluation-harness"
     ),
 )
 """Tables of model.md.jinja that a model repository alone can prove."""
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
-    CardTable("sources", tables.sources, added=2, changed=6),
-    CardTable("example_documents", composition.examples, added=6),
-    CardTable("removals", tables.funnel, added=5),
-    CardTable("funnel", tables.funnel_by_source, added=2, until=5),
-    CardTable("order", tables.order, added=2, changed=5),
-    CardTable("packing", tables.packing, added=2, changed=6),
-    CardTable("long_documents", tables.long_documents, added=2, changed=5),
-    CardTable("licenses", tables.license_evidence, added=2, changed=5),
-    CardTable("document_licenses", document_tables.licenses, added=4, changed=5, heading="Licenses of the documents"),
-    CardTable("synthetic", document_tables.synthetic, added=4, changed=5, heading="Synthetic text"),
-    CardTable("attribution", document_tables.attribution, added=4, changed=5, heading="Attribution"),
-    CardTable("by_reference", document_tables.by_reference, added=4, heading="Texts by reference"),
-    CardTable("lengths", document_tables.lengths, added=4, changed=5, heading="Lengths of the documents"),
-    CardTable("languages", document_tables.languages, added=4, changed=5, heading="Languages of the documents"),
-    CardTable(
-        "quality_scores",
-        document_tables.quality_scores,
-        added=4,
-        changed=5,
-        heading="Quality scores of the documents",
-    ),
-    CardTable("probes", chat_tables.probes, added=6, heading="Rewards without solving"),
-    CardTable("opt_outs", opt_out_tables.opt_outs, added=4, changed=5, heading="Opt-outs"),
-    CardTable("filter_agreement", filter_tables.agreement, added=4, changed=5, heading="Agreement of the filters"),
+    CardTable("sources", tables.sources),
+    CardTable("example_documents", composition.examples),
+    CardTable("removals", tables.funnel),
+    CardTable("order", tables.order),
+    CardTable("packing", tables.packing),
+    CardTable("long_documents", tables.long_documents),
+    CardTable("licenses", tables.license_evidence),
+    CardTable("document_licenses", document_tables.licenses, heading="Licenses of the documents"),
+    CardTable("synthetic", document_tables.synthetic, heading="Synthetic text"),
+    CardTable("attribution", document_tables.attribution, heading="Attribution"),
+    CardTable("by_reference", document_tables.by_reference, heading="Texts by reference"),
+    CardTable("lengths", document_tables.lengths, heading="Lengths of the documents"),
+    CardTable("languages", document_tables.languages, heading="Languages of the documents"),
+    CardTable("quality_scores", document_tables.quality_scores, heading="Quality scores of the documents"),
+    CardTable("probes", chat_tables.probes, heading="Rewards without solving"),
+    CardTable("opt_outs", opt_out_tables.opt_outs, heading="Opt-outs"),
+    CardTable("filter_agreement", filter_tables.agreement, heading="Agreement of the filters"),
 )
 """Tables of data.md.jinja that the dataset repository alone can prove."""
 
@@ -205,49 +178,40 @@ def _waived_gates(release: ReleaseFacts) -> list[str]:
 
 
 RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
-    CardTable("waived_gates", _waived_gates, added=6),
-    CardTable("funnel", lambda release: tables.funnel_by_source(release.data), added=2, until=5),
-    CardTable("examples", lambda release: chat_tables.examples(release.examples), added=5),
-    CardTable("request", lambda release: chat_tables.request(release.example), added=7),
-    CardTable("output", lambda release: chat_tables.output(release.example), added=7),
-    CardTable("shares", _shares, added=5),
-    CardTable("licenses", _licenses, added=5),
-    CardTable("changes", lambda release: tables.changes(release.changes), added=5),
-    CardTable("settings", lambda release: training_tables.settings(release.recipe, release.model), added=5, changed=6),
-    CardTable(
-        "conversations", lambda release: tables.conversations(release.data, release.model.training), added=4, changed=5
-    ),
-    CardTable(
-        "interventions", lambda release: tables.interventions(release.interventions_of_model()), added=2, changed=5
-    ),
-    CardTable("cost", lambda release: tables.cost(release.costs), added=2, changed=5),
+    CardTable("waived_gates", _waived_gates),
+    CardTable("examples", lambda release: chat_tables.examples(release.examples)),
+    CardTable("request", lambda release: chat_tables.request(release.example)),
+    CardTable("output", lambda release: chat_tables.output(release.example)),
+    CardTable("shares", _shares),
+    CardTable("licenses", _licenses),
+    CardTable("changes", lambda release: tables.changes(release.changes)),
+    CardTable("settings", lambda release: training_tables.settings(release.recipe, release.model)),
+    CardTable("conversations", lambda release: tables.conversations(release.data, release.model.training)),
+    CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model())),
+    CardTable("cost", lambda release: tables.cost(release.costs)),
     CardTable(
         "variants",
         lambda release: variant_tables.overview(release.variants),
-        added=4,
-        changed=5,
         heading="Other forms of the weights",
         part="use",
     ),
     CardTable(
-        "data_of_regressions",
-        lambda release: caveats.data_of_regressions(release.model.scores, release.data.order),
-        added=5,
+        "data_of_regressions", lambda release: caveats.data_of_regressions(release.model.scores, release.data.order)
     ),
 )
 """Tables of model.md.jinja that only the whole release can prove."""
 
 
 VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
-    CardTable("loss", variant_tables.loss, added=4, changed=5),
-    CardTable("serving", variant_tables.serving, added=4),
+    CardTable("loss", variant_tables.loss),
+    CardTable("serving", variant_tables.serving),
 )
 """Tables of variant.md.jinja."""
 
 
 def lines_by_table(registered: Iterable[CardTable[F]], facts: F) -> dict[str, list[str]]:
-    """The lines of the tables that a card of the present schema has."""
-    return {table.name: table.lines(facts) for table in registered if not table.until}
+    """Returns the lines of each table by its name."""
+    return {table.name: table.lines(facts) for table in registered}
 
 
 LONG = 15
@@ -265,7 +229,7 @@ def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str], mar
     """{part of the card: its nonempty tables with a section of their own}; mark: of their headings"""
     parts: dict[str, list[str]] = {}
     for table in registered:
-        if table.heading and not table.until and texts[table.name]:
+        if table.heading and texts[table.name]:
             lines = f"{mark} {table.heading}\n\n{folded('', texts[table.name])}"
             parts.setdefault(table.part, []).append(lines)
     return {part: "\n\n".join(lines) for part, lines in parts.items()}

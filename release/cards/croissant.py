@@ -88,7 +88,7 @@ def describe_dataset(
         "rai:dataPreprocessingProtocol": [
             f"{documents_kept} of {documents_read} documents were kept; the others were removed by "
             f"{', '.join(rules) or 'no rule'}.",
-            f"{patterns.get('dispositions', 'dispositions.parquet')} names for each document the rule, the measured "
+            f"{patterns['dispositions']} names for each document the rule, the measured "
             "value and the threshold; removed documents are listed without their text.",
         ],
         "rai:personalSensitiveInformation": [

@@ -134,7 +134,7 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         trained_by=_join_words([_title(phase) for phase in model.training]),
         repo=f"{release.namespace}/{card_data.model_name}",
         dataset=dataset,
-        dispositions=f"dispositions{_all_parts(facts.data)}",
+        dispositions="dispositions/*/*.parquet",
         prefix=release.repository,
         t=texts,
         sections=card_tables.sections((*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES), texts, "###"),
@@ -212,15 +212,14 @@ def _join_words(words: list[str]) -> str:
 def data_metadata(release: ReleaseInfo, data: DataFacts) -> Any:
     """The metadata of the card of the data, with the files of each configuration."""
     kept_documents = sum(row.kept for row in data.sources.values())
-    suffix = "/*.parquet" if data.in_parts else ".parquet"
     return load().DatasetCardData(
         pretty_name=f"{release.title}{OF_DATA}",
         language=list(release.languages) or None,
         size_categories=size_category(kept_documents),
         task_categories=["text-generation"],
         configs=[
-            *(_config(name, "kept", f"kept/{name}{suffix}") for name in data.sources),
-            _config("dispositions", "all_documents", f"dispositions{_all_parts(data)}"),
+            *(_config(name, "kept", f"kept/{name}/*.parquet") for name in data.sources),
+            _config("dispositions", "all_documents", "dispositions/*/*.parquet"),
             *(_config_of_messages(name, splits) for name, splits in data.messages.items()),
         ],
         **license_fields(release.license.data_compilation),
@@ -240,7 +239,6 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         install=install_commands(release),
         prefix=release.repository,
         sources=list(data.sources),
-        in_parts=data.in_parts,
         messages=list(data.messages),
         attributed=bool(data.documents.attributed),
         notices=data.documents.notices,
@@ -255,11 +253,6 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         folded=card_tables.folded,
     )
     return _normalize_text(str(text))
-
-
-def _all_parts(data: DataFacts) -> str:
-    """The end of the pattern for the files of a table of all sources."""
-    return "/*/*.parquet" if data.in_parts else ".parquet"
 
 
 def _config(name: str, split: str, path: str) -> dict[str, Any]:

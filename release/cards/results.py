@@ -34,13 +34,11 @@ def _dump(rows: Any) -> str:
 
 
 def problems(folder: Path, model: ModelFacts, dataset: str, version: str | None) -> list[str]:
-    """Values of a model repository's file that were not measured. version: None if only the repository is known; then
-    the source is not compared. A release from before such files has none."""
-    if not (folder / FOLDER).exists():
-        return []
-    if not (folder / FOLDER).is_dir():
-        return [f"{FOLDER} is a file"]
+    """Lists the values of a model repository's file that were not measured. version: None if only the repository is
+    known; then the source is not compared."""
     path = results_path(dataset)
+    if not (folder / FOLDER).is_dir():
+        return [f"{path} is missing"]
     present = [file.relative_to(folder).as_posix() for file in (folder / FOLDER).rglob("*")]
     if present != [path]:
         return [f"{FOLDER} holds {', '.join(sorted(present))}, and not {path} alone"]

@@ -342,20 +342,6 @@ def funnel(data: DataFacts) -> list[str]:
     return table(["documents", "all", "by source"], body)
 
 
-def funnel_by_source(data: DataFacts) -> list[str]:
-    """The same as cards before schema 5 have it: one column for each source."""
-    names = list(data.sources)
-    rules = sorted({rule for row in data.sources.values() for rule in row.removed})
-
-    def line(label: str, numbers: list[int]) -> list[str]:
-        return [label, *map(count, numbers), count(sum(numbers))]
-
-    body = [line("in", [data.sources[n].documents_in for n in names])]
-    body += [line(f"removed: {rule}", [data.sources[n].removed.get(rule, 0) for n in names]) for rule in rules]
-    body.append(line("kept", [data.sources[n].kept for n in names]))
-    return _one_table(["documents", *names, "all"], body)
-
-
 def order(data: DataFacts) -> list[str]:
     """The data of each training phase, from the order index."""
     body = []

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release import schema
 from release.assembly.published_tables import stream_rows
 from release.assembly.score_facts import chat_tables_of
 from release.checks.check import Subject
@@ -82,15 +81,12 @@ def _rescore_problems(dataset: Path, tally: Tally) -> list[str]:
     for path in (
         scores.with_name("items.parquet") for scores in sorted((dataset / "evaluation").glob("*/scores.json"))
     ):
-        name, reader = path.relative_to(dataset).as_posix(), schema.reader(path)
+        name = path.relative_to(dataset).as_posix()
         for row in stream_rows(path):
             if expected.get(row["id"]) != row["expected"]:
                 problems.append(f"{name}: {row['id']} was judged by another answer than the problem's")
-            scorer = (row["verifier"], row["verifier_version"]) if row.get("verifier") else reader.scorer(row)
-            if scorer is None:
-                digest = str(row["code_digest"])[:12]
-                tally.skip(("a file", f"{digest}…"), "no scorer of this atom has that SHA-256")
-            elif scorer != scorers.PROBLEMS:
+            scorer = _scorer_of(row)
+            if scorer != scorers.PROBLEMS:
                 tally.skip(scorer, _skip_reason(scorer))
             else:
                 tally.rescored[scorer] += 1

@@ -1,9 +1,8 @@
-"""Checks the metadata of the card of one repository, which Hubs and loaders read, against the files beside it."""
+"""Checks the metadata of cards, which Hubs and loaders read: the stated versions, and all of them against the files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline.hub.client import load
@@ -12,24 +11,32 @@ from release.assembly.data_facts import read_data_facts
 from release.assembly.model_facts import read_model_facts
 from release.assembly.variant_facts import read_variant_facts
 from release.cards import render
-from release.cards.versions import SCHEMA
 from release.checks.check import Subject
 from release.checks.findings import Findings
-from release.layout import FORMAT
-from release.schema import CARD, PublishedLicenses, ReleaseInfo
+from release.layout import RELEASE
+from release.repositories import files_below
+from release.schema import CARD, CARDS, FORMAT, PublishedLicenses, ReleaseInfo
+
+
+def same_versions(subject: Subject) -> Findings:
+    """Checks that every card of a release or repository states the present versions, and that no file but release.json
+    does so too."""
+    problems = []
+    for path in files_below(subject.folder):
+        place, _, name = path.rpartition("/")
+        stated = schema.of_card(subject.folder / place) if name == CARD else None
+        if stated is not None and stated != schema.Stated():
+            versions = f"format {stated.format} and card schema {stated.cards}"
+            problems.append(f"{path} states {versions}, which are not those of the release")
+        elif path.endswith(f"/{RELEASE}"):
+            problems.append(f"{path} states versions, which {RELEASE} alone does")
+    return Findings(problems, detail=f"format {FORMAT}, card schema {CARDS}")
 
 
 def card_metadata(subject: Subject) -> Findings:
     """Checks that the metadata have the fields that the build writes, with the values that follow from the files.
     Names, languages and the license are as the card states them."""
-    findings = Findings(compared=False)
-    stated = schema.stated(subject.folder)
-    findings.compare_part("words", stated, lambda: _problems(subject.folder, subject.kind))
-    return findings
-
-
-def _problems(folder: Path, kind: str) -> list[str]:
-    text = (folder / CARD).read_text()
+    folder, kind, text = subject.folder, subject.kind, (subject.folder / CARD).read_text()
     if kind == "model":
         data: Any = load().ModelCard(text).data
         repository = render.data_of(text).removesuffix("-data")
@@ -48,7 +55,7 @@ def _problems(folder: Path, kind: str) -> list[str]:
         if kind == "dataset":
             expected = render.data_metadata(release, read_data_facts(folder))
     is_equal = schema.metadata_of(text) == str(expected)
-    return [] if is_equal else [f"{CARD}: its metadata are not those that the files beside it give"]
+    return Findings([] if is_equal else [f"{CARD}: its metadata are not those that the files beside it give"])
 
 
 def _release(stated: Mapping[str, Any], repository: str = "/") -> ReleaseInfo:
@@ -57,7 +64,7 @@ def _release(stated: Mapping[str, Any], repository: str = "/") -> ReleaseInfo:
     spdx = str(stated.get("license_name", stated.get("license")))
     return ReleaseInfo(
         format=FORMAT,
-        card_schema=SCHEMA,
+        card_schema=CARDS,
         name=name,
         version="",
         title=str(stated.get("pretty_name")).removesuffix(render.OF_DATA),

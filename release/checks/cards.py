@@ -15,7 +15,7 @@ from release.assembly.published_tables import read_json
 from release.cards import all_cards, card_tables, croissant, plot, render, results
 from release.checks import plots
 from release.checks.check import BuildContext, Subject
-from release.checks.findings import Absent, Findings, require_comparable, require_file
+from release.checks.findings import Findings, require_file
 from release.checks.scores import score_problems
 from release.layout import CANARY
 from release.repositories import model_folders
@@ -23,15 +23,11 @@ from release.schema import ReleaseInfo
 
 
 def cards(subject: Subject) -> Findings:
-    """Checks the cards of a model repository, or of a whole release, against the files, for the parts that cards of its
-    version have."""
+    """Checks the cards of a model repository, or of a whole release, against the files."""
     return model_card(subject.folder) if subject.kind == "model" else _cards_of_release(subject.folder)
 
 
 def _cards_of_release(folder: Path) -> Findings:
-    stated = schema.stated(folder)
-    if stated.format < 2:
-        raise Absent("not checked: it was made by an older version of atom, whose cards had other tables")
     findings = Findings(summary="every table and score equals the artifacts'")
     release, data = schema.read_release(folder), folder / "dataset"
     data_facts = read_data_facts(data)
@@ -42,32 +38,29 @@ def _cards_of_release(folder: Path) -> Findings:
         model = read_model_facts(folder / name)
         facts = card_tables.release_facts(folder, name, model, data_facts, interventions, run_costs)
         tables = Findings()
-        tables.compare_tables((folder / name / "README.md").read_text(), card_tables.RELEASE_TABLES, facts, stated)
+        tables.compare_tables((folder / name / "README.md").read_text(), card_tables.RELEASE_TABLES, facts)
         findings.add(tables, f"{name}/")
         models[name] = model
     findings.add(_data_card(data), "dataset/")
     canary = canary_of(release.nodes["items"].digest)
     rendered = all_cards.render_all(folder, release, data_facts, models, interventions, run_costs, canary)
-    findings.compare_part("words", stated, lambda: _other_words(folder, rendered))
+    findings.problems += _other_words(folder, rendered)
     problems = score_problems(data / "evaluation") + _canary(data, canary)
     findings.problems += [f"dataset/{text}" for text in problems]
     return findings
 
 
 def model_card(model: Path, release: ReleaseInfo | None = None) -> Findings:
-    """The card of one model repository, its plot, and its results for the Hub, against the files beside them, as far as
-    cards of its version have them.
+    """Checks the card of one model repository, its plots, and its results for the Hub against the files beside them.
 
     release: the one that it is part of, if that is there.
     """
     card, facts = (model / "README.md").read_text(), read_model_facts(model)
-    stated, findings = schema.stated(model), Findings(compared=False)
-    findings.compare_part("metadata", stated, lambda: _model_index(card, facts))
-    findings.compare_part("sources", stated, lambda: _plots(model))
-    findings.compare_part("plots", stated, lambda: plots.unexpected(model, plots.of_model(model, facts)))
+    findings = Findings([*_model_index(card, facts), *_plots(model)])
+    findings.problems += plots.unexpected(model, plots.of_model(model, facts))
     data_id, version = (render.data_of(card), None) if release is None else (render.data_id(release), release.version)
-    findings.compare_part("eval_results", stated, lambda: results.problems(model, facts, data_id, version))
-    findings.compare_tables(card, card_tables.MODEL_TABLES, facts, stated)
+    findings.problems += results.problems(model, facts, data_id, version)
+    findings.compare_tables(card, card_tables.MODEL_TABLES, facts)
     return findings
 
 
@@ -88,15 +81,14 @@ def _plots(model: Path) -> list[str]:
 
 
 def data_card(subject: Subject) -> Findings:
-    """Checks the data card against the tables beside it, for the parts that cards of its version have."""
+    """Checks the data card against the tables beside it."""
     return _data_card(subject.folder)
 
 
 def _data_card(dataset: Path) -> Findings:
-    findings, card = Findings(compared=False), (dataset / "README.md").read_text()
-    facts, stated = read_data_facts(dataset), schema.stated(dataset)
-    findings.compare_tables(card, card_tables.DATA_TABLES, facts, stated)
-    findings.compare_part("plots", stated, lambda: plots.unexpected(dataset, plots.of_data(facts)))
+    facts, findings = read_data_facts(dataset), Findings()
+    findings.compare_tables((dataset / "README.md").read_text(), card_tables.DATA_TABLES, facts)
+    findings.problems += plots.unexpected(dataset, plots.of_data(facts))
     return findings
 
 
@@ -117,7 +109,6 @@ def _canary(dataset: Path, expected: Mapping[str, str]) -> list[str]:
 def described_data(subject: Subject) -> Findings:
     """Checks that croissant.json follows from the data of a whole release."""
     folder, dataset = subject.folder, subject.folder / "dataset"
-    require_comparable(folder, "croissant")
     release, data_facts = schema.read_release(folder), read_data_facts(dataset)
     expected = croissant.describe_dataset(release, dataset, data_facts, subject.digest)
     is_equal = read_json(require_file(dataset, croissant.NAME)) == json.loads(json.dumps(expected))

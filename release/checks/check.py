@@ -65,11 +65,14 @@ NOTHING_LARGE = Reads()
 class Check:
     """A check of published files: `atom verify` runs it, and `atom build` as well if it is a gate.
 
-    name: in the verdict. reads: within the scope. deep: only run with `--deep`. needs: a path, or a pattern of paths,
-    within the scope; since_format: the format since which every release has this path, None if a release may lack it,
-    which skips the check. confined: whether it runs within limits; a check that starts a process of its own sets its
-    limits itself. gate: its name in evidence/gates.json, "" if it is no gate; checks of one gate run together. remedy:
-    the advice of the gate.
+    Attributes:
+        name: The name in the verdict.
+        reads: The files that it reads within the scope.
+        deep: True if only `--deep` runs it.
+        needs: A path, or a pattern of paths, within the scope. Without such a file there is nothing to check.
+        confined: True if it runs within limits. A check that starts a process of its own sets its limits itself.
+        gate: The name in evidence/gates.json; "" if it is no gate. Checks of one gate run together.
+        remedy: The advice of the gate.
     """
 
     name: str
@@ -78,7 +81,6 @@ class Check:
     reads: Reads = NOTHING_LARGE
     deep: bool = False
     needs: str = ""
-    since_format: int | None = None
     confined: bool = True
     gate: str = ""
     remedy: str = ""
@@ -87,8 +89,7 @@ class Check:
         """Whether a folder of this kind has the subject of the check."""
         if kind not in self.scope.kinds:
             return False
-        optional = self.needs and self.since_format is None
-        return not optional or any(self.scope.subject(folder, kind).folder.glob(self.needs))
+        return not self.needs or any(self.scope.subject(folder, kind).folder.glob(self.needs))
 
     def reads_of(self, kind: str) -> Reads:
         """The files that it reads, by paths in a folder of this kind."""

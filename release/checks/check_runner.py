@@ -3,17 +3,17 @@ reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed, installing
-from release.checks import confine, table_sizes
+from release.checks import confine
 from release.checks.check import NOTHING_LARGE, Check, Reads
 from release.checks.confine import Budget
-from release.checks.findings import HOLDS, Absent, Findings, require_file
+from release.checks.findings import HOLDS, Absent, Findings
 from release.checks.verdict import CheckResult, answer
 from release.hash_cache import Digests
 from release.tree import Tree, real_bytes
@@ -31,6 +31,12 @@ DEEP = 5
 """The factor on the limits of checks of tables and logs that compare rows with rows."""
 TENSOR_SECONDS, TENSOR_GROWTH = 2e-8, 3
 """Seconds for each byte of weights, and bytes of memory for each byte of the largest weight file."""
+ROW_BYTES, VALUE_BYTES = 300, 100
+"""Bytes of a row as Python objects, and of each value in it: measured on tables of text and numbers."""
+GROWTH = 1000
+"""The maximum growth factor of a table. Orders, the densest published tables, grow by 200 to 300."""
+SMALL = 32 << 20
+"""A table may grow to this size in any case."""
 
 
 def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
@@ -91,15 +97,11 @@ class CheckRunner:
     def ask(self, check: Check, kind: str, digests: Digests) -> CheckResult:
         """The result of a registered check. kind: of the folder, to which the check applies."""
         subject = check.scope.subject(self.folder, kind, digests)
-
-        def question() -> Findings:
-            if check.since_format is not None:
-                require_file(subject.folder, check.needs, check.since_format)
-            return check.function(subject)
-
         if not check.confined:
-            return run_check(check.name, question)
-        return self.run(check.name, lambda: run_check(check.name, question), check.reads_of(kind))
+            return run_check(check.name, lambda: check.function(subject))
+        return self.run(
+            check.name, lambda: run_check(check.name, lambda: check.function(subject)), check.reads_of(kind)
+        )
 
     def run(self, name: str, question: Callable[[], CheckResult], reads: Reads = NOTHING_LARGE) -> CheckResult:
         if self.spent:
@@ -144,11 +146,11 @@ class CheckRunner:
             self.spent = "a table cannot be read"
 
     def _table_sizes(self, paths: list[str]) -> dict[str, Any]:
-        """What `table_sizes.sizes` gives; with a sentence in `wrong` if it fails."""
+        """What `table_sizes` gives; with a sentence in `wrong` if it fails."""
         body: dict[str, Any] = {"tables": {}}
 
         def question() -> CheckResult:
-            body.update(table_sizes.sizes(self.folder, paths))
+            body.update(table_sizes(self.folder, paths))
             return answer("tables", body["wrong"])
 
         result = guarded("tables", question)
@@ -172,3 +174,33 @@ class CheckRunner:
             memory += TENSOR_GROWTH * max((real_bytes([status]) for status in weights), default=0)
             seconds += TENSOR_SECONDS * real_bytes(weights)
         return Budget(memory, seconds)
+
+
+def table_sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
+    """Estimates the memory of Parquet files from their footers, before they are read.
+
+    Returns:
+        {wrong: sentences, tables: {path: (rows, bytes that reading it takes)}}.
+    """
+    import pyarrow.parquet as pq
+
+    problems, tables = [], {}
+    for path in paths:
+        size = (folder / path).stat().st_size
+        try:
+            footer = pq.read_metadata(folder / path)
+            groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+            columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+            values = sum(column.num_values for column in columns)
+            unpacked = sum(max(0, column.total_uncompressed_size) for column in columns)
+        except MemoryError:
+            raise
+        except BaseException as error:  # any error of the library for bytes that are not a table
+            problems.append(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}")
+            continue
+        memory = ROW_BYTES * footer.num_rows + VALUE_BYTES * values + 3 * unpacked
+        if not 0 <= memory <= SMALL + GROWTH * size or footer.num_rows < 0 or values < 0:
+            problems.append(f"{path} says that its {size} bytes hold {footer.num_rows} rows in {unpacked} bytes")
+            continue
+        tables[path] = footer.num_rows, memory
+    return {"wrong": problems, "tables": tables}

@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -20,11 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 STATUS = "/proc/self/status"
 WAITING = 5
@@ -40,11 +36,8 @@ class Budget:
 
 
 def missing() -> str:
-    """What this platform lacks for limits on a child, as a sentence; "" if it has all."""
-    lacking = [] if hasattr(os, "fork") else ["fork"]
-    lacking += [] if resource is not None else ["the module resource"]
-    lacking += [] if os.path.exists(STATUS) else [STATUS]
-    return f"{' and '.join(lacking)}, which Linux has" if lacking else ""
+    """Names what this platform lacks for limits on a child; "" on Linux."""
+    return "" if os.path.exists(STATUS) else f"{STATUS}, which Linux has"
 
 
 def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:

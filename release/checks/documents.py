@@ -1,4 +1,5 @@
-"""Checks that every document has one disposition, a license, and the same text in every table.
+"""Checks that every document has one disposition, a license, and the same text in every table, the messages of
+conversations, and the Merkle roots of the tables.
 
 Tables are streamed and compared row by row: the kept documents of a part stand in the order of their dispositions, and
 those of each split in the order of their tokens.
@@ -13,12 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.parts import part_number
 from release import data_layout, references
+from release.assembly import message_tables
 from release.assembly.published_tables import TEXT_BATCH, read_json
+from release.audit import merkle
 from release.checks.check import Subject
-from release.checks.findings import Findings
+from release.checks.findings import Findings, require_file
 from release.checks.rows import Rows, equals, repeated_ids, text_batches
+from release.layout import ROOTS
 from stages.data.splits import SPLITS
 
 UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
@@ -26,6 +29,8 @@ MOST_NAMED = 12
 """The maximum number of licenses that a summary names."""
 MOST_PROBLEMS = 10_000
 """The maximum number of problems that a check collects."""
+MOST_MESSAGES = 20
+"""The maximum number of problems of messages that are named."""
 
 
 def licenses(subject: Subject) -> Findings:
@@ -69,6 +74,8 @@ def _unbalanced(dataset: Path, counts: Counter[str], kept: Counter[str]) -> Iter
     files = data_layout.all_files(data_layout.disposition_files(dataset))
     for path, id in repeated_ids(files):
         yield f"{_name(dataset, path)}: document {id} has two fates"
+    if not files:
+        yield f"{data_layout.DISPOSITIONS} has no table"
     yield from data_layout.problems(dataset)
     for part in data_layout.document_parts(dataset):
         yield from _unbalanced_part(dataset, part, counts, kept)
@@ -90,8 +97,7 @@ def _unbalanced_part(dataset: Path, part: data_layout.Part, counts: Counter[str]
         yield f"{name} is missing"
         return
     columns = ["id", "split", "license"]
-    tables = {source: Rows(path, columns) for source, path in part.kept.items()}
-    single_source = part.dispositions.parent.name if part_number(part.dispositions) is not None else None
+    table = Rows(part.kept, columns)
     for batch in text_batches(part.dispositions, [*columns, "source", "disposition", "rule"]):
         is_kept, is_removed = (equals(batch.column("disposition"), value) for value in ("kept", "removed"))
         has_rule = pc.not_equal(pc.fill_null(batch.column("rule"), ""), "")
@@ -100,22 +106,18 @@ def _unbalanced_part(dataset: Path, part: data_layout.Part, counts: Counter[str]
             yield f"{name}: document {id} is neither kept nor removed by a rule"
         for source, count in _counts(batch.column("source")):
             counts[source] += count
-            if single_source is not None and source != single_source:
-                yield f"{name}: {count} documents of {source} stand among those of {single_source}"
+            if source != part.source:
+                yield f"{name}: {count} documents of {source} stand among those of {part.source}"
         kept_batch = batch.filter(is_kept)
-        for source, count in _counts(kept_batch.column("source")):
-            kept[source] += count
-            table = tables.setdefault(source, Rows(data_layout.kept_beside(part.dispositions, source), columns))
-            of_source = kept_batch.filter(equals(kept_batch.column("source"), source)).select(columns)
-            yield from _misplaced(dataset, part, source, table, of_source)
-    for table in tables.values():
-        if table.aligned and (row := table.next()) is not None:
-            yield _not_in_both(dataset, table.path, row["id"])
+        kept.update(dict(_counts(kept_batch.column("source"))))
+        yield from _misplaced(dataset, part, table, kept_batch.select(columns))
+    if table.aligned and (row := table.next()) is not None:
+        yield _not_in_both(dataset, table.path, row["id"])
 
 
-def _misplaced(dataset: Path, part: data_layout.Part, source: str, table: Rows, expected: Any) -> Iterator[str]:
-    """How the next kept documents of a source differ from those that dispositions expect. Nothing after the first that
-    stands elsewhere, since the later ones then do too."""
+def _misplaced(dataset: Path, part: data_layout.Part, table: Rows, expected: Any) -> Iterator[str]:
+    """Says how the next kept documents of a part differ from those that dispositions expect. Says nothing after the
+    first that stands elsewhere, since the later ones then do too."""
     if not table.aligned:
         return
     actual = table.take(len(expected))
@@ -128,7 +130,7 @@ def _misplaced(dataset: Path, part: data_layout.Part, source: str, table: Rows, 
             yield _not_in_both(dataset, table.path, id)
             return
         other = actual.column("id")[row].as_py()
-        if not _has(part.dispositions, other, source):
+        if not _has(part.dispositions, other, only_kept=True):
             yield _not_in_both(dataset, table.path, other)
         else:
             yield f"{name}: document {other} is not in the order of the dispositions"
@@ -142,15 +144,14 @@ def _not_in_both(dataset: Path, kept: Path, id: str) -> str:
     return f"{_name(dataset, kept)}: document {id} is not kept in both tables"
 
 
-def _has(path: Path, id: str, kept_of: str | None = None) -> bool:
-    """Whether a table has a document. kept_of: among the kept documents of that source, in a table of dispositions."""
+def _has(path: Path, id: str, only_kept: bool = False) -> bool:
+    """Returns True if a table has a document. only_kept: among the kept documents of a table of dispositions."""
     import pyarrow.compute as pc
 
-    columns = ["id"] if kept_of is None else ["id", "source", "disposition"]
+    columns = ["id", "disposition"] if only_kept else ["id"]
     for batch in text_batches(path, columns) if path.exists() else ():
         mask = equals(batch.column("id"), id)
-        if kept_of is not None:
-            mask = pc.and_(mask, equals(batch.column("source"), kept_of))
+        if only_kept:
             mask = pc.and_(mask, equals(batch.column("disposition"), "kept"))
         if pc.any(mask).as_py():
             return True
@@ -172,31 +173,28 @@ def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collect
         yield f"{_name(dataset, missing[0])} is missing"
         return
     dispositions_name, tokens_name = _name(dataset, part.dispositions), _name(dataset, part.tokens)
-    for source, path in part.kept.items():
-        name = _name(dataset, path)
-        stated = Rows(part.dispositions, ["id", "kept_hash"], {"source": source, "disposition": "kept"})
-        tokens = {
-            split: Rows(part.tokens, ["id", "content_hash"], {"source": source, "split": split}) for split in SPLITS
-        }
-        columns = ["id", "split", "text", "content_hash"]
-        for batch in text_batches(path, columns, TEXT_BATCH) if path.exists() else ():
-            for row in batch.to_pylist():
-                if row["text"] is None:
-                    if source not in by_reference:
-                        yield f"{name}: {row['id']} has no text, and is not by reference"
-                elif hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
-                    yield f"{name}: the text of {row['id']} is not what its content hash says"
-                if row["split"] not in SPLITS:
-                    yield f"{name}: the split of {row['id']} is neither {' nor '.join(SPLITS)}"
-            for id in _other_hashes(batch, stated):
-                yield f"{dispositions_name}: the kept hash of {id} is not that of {name}"
-            for split, rows in tokens.items():
-                for id in _other_hashes(batch.filter(equals(batch.column("split"), split)), rows):
-                    yield f"{tokens_name}: the content hash of {id} is not that of {name}"
-        for rows in tokens.values():
-            stray = rows.stray if not rows.aligned else (rows.next() or {}).get("id")
-            if stray is not None:
-                yield f"{tokens_name}: {stray} is no kept document"
+    name, of_source = _name(dataset, part.kept), {"source": part.source}
+    stated = Rows(part.dispositions, ["id", "kept_hash"], of_source | {"disposition": "kept"})
+    tokens = {split: Rows(part.tokens, ["id", "content_hash"], of_source | {"split": split}) for split in SPLITS}
+    columns = ["id", "split", "text", "content_hash"]
+    for batch in text_batches(part.kept, columns, TEXT_BATCH) if part.kept.exists() else ():
+        for row in batch.to_pylist():
+            if row["text"] is None:
+                if part.source not in by_reference:
+                    yield f"{name}: {row['id']} has no text, and is not by reference"
+            elif hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
+                yield f"{name}: the text of {row['id']} is not what its content hash says"
+            if row["split"] not in SPLITS:
+                yield f"{name}: the split of {row['id']} is neither {' nor '.join(SPLITS)}"
+        for id in _other_hashes(batch, stated):
+            yield f"{dispositions_name}: the kept hash of {id} is not that of {name}"
+        for split, rows in tokens.items():
+            for id in _other_hashes(batch.filter(equals(batch.column("split"), split)), rows):
+                yield f"{tokens_name}: the content hash of {id} is not that of {name}"
+    for rows in tokens.values():
+        stray = rows.stray if not rows.aligned else (rows.next() or {}).get("id")
+        if stray is not None:
+            yield f"{tokens_name}: {stray} is no kept document"
     yield from _stray_tokens(dataset, part)
     yield from _hashes_of_removed(dataset, part)
 
@@ -207,7 +205,7 @@ def _stray_tokens(dataset: Path, part: data_layout.Part) -> Iterator[str]:
 
     for batch in text_batches(part.tokens, ["id", "source", "split"]):
         known = pc.and_(
-            pc.is_in(batch.column("source"), value_set=_strings(part.kept)),
+            equals(batch.column("source"), part.source),
             pc.is_in(batch.column("split"), value_set=_strings(SPLITS)),
         )
         for id in batch.column("id").filter(pc.invert(known)).to_pylist():
@@ -277,3 +275,19 @@ def _strings(values: Iterable[str]) -> Any:
 
 def _name(dataset: Path, path: Path) -> str:
     return path.relative_to(dataset).as_posix()
+
+
+def messages(subject: Subject) -> Findings:
+    """Checks that the messages of every conversation are those of its text."""
+    published = list(message_tables.published(subject.folder))
+    problems = list(islice(message_tables.problems(subject.folder), MOST_MESSAGES))
+    summary = f"the messages of every conversation are those of its text: {', '.join(published)}"
+    return Findings(problems, compared=bool(published), summary=summary)
+
+
+def merkle_roots(subject: Subject) -> Findings:
+    """Checks that the published Merkle roots are those of the tables."""
+    stated, computed = read_json(require_file(subject.folder, ROOTS)), merkle.roots(subject.folder)
+    names = [name for name in sorted(stated.keys() | computed.keys()) if stated.get(name) != computed.get(name)]
+    problems = [f"{ROOTS}: the root of {name} is not that of its table" for name in names]
+    return Findings(problems, compared=bool(computed))

@@ -158,17 +158,15 @@ SAFETENSORS = FileList("a variant in safetensors", f"{LOADED} {WEIGHTS} {MEASURE
 CHECKPOINTS = FileList("a checkpoint", f"!state.json {WEIGHTS} {WEIGHTS.replace('model', 'optimizer')}", "!LICENSE")
 CHECKPOINTS_MAIN = FileList("the main branch of the checkpoints", "", f"{CARD} !index.json")
 DATA = """
-    kept/{source}/{part} kept/{source}.parquet dispositions/{source}/{part} dispositions.parquet
-    tokens/documents/{source}/{part} tokens/documents.parquet generated/{source}/{part} measures/{source}/{part}
-    sources/{source}.json opt_out.json
+    kept/{source}/{part} dispositions/{source}/{part} tokens/documents/{source}/{part} generated/{source}/{part}
+    measures/{source}/{part} sources/{source}.json opt_out.json
 """
-ORDER = ("{part}", "order.parquet", "meta.json")
 TABLES = ("{part}", "{table}/{part}", "{table}/{source}/{part}", "{table}.parquet", "{table}.json", "{table}.jsonl")
 DATASET = FileList(
     "a data repository",
     copied=f"""
         {DATA} !summary.json !tokens/meta.json !tokens/tokenizer_stats.json
-        {" ".join(f"order/{{phase}}/{name}" for name in ORDER)}
+        order/{{phase}}/{{part}} order/{{phase}}/meta.json
         {" ".join(f"earlier/{{key}}/{name}" for name in TABLES)}
         !evaluation/items.parquet evaluation/{{table}}.parquet evaluation/chat.jsonl
         evaluation/{{model}}/{{table}}.parquet evaluation/{{model}}/scores.json
@@ -180,7 +178,7 @@ DATASET = FileList(
     generated=f"""
         {CARD} !NOTICE license_texts/python.txt !merkle.json !croissant.json !filter_agreement.json
         references.json composition.png !evaluation/canary.json kept/{{source}}/{{part}}
-        attribution/{{source}}/{{part}} attribution/{{source}}.parquet notices/{{source}}/{{part}}
+        attribution/{{source}}/{{part}} notices/{{source}}/{{part}}
         messages/{{source}}/{{table}}/{{part}}
     """,
     together={

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.text import escaped
-from release import schema
-from release.cards import versions
 from release.cards.card_tables import CardTable
 
 HOLDS = "holds"
@@ -18,7 +16,7 @@ HOLDS = "holds"
 
 
 class Absent(Exception):
-    """A release of an older version does not have the subject of the check."""
+    """The subject of a check is not there, or this machine lacks what the check needs: it is skipped."""
 
 
 @dataclass
@@ -47,41 +45,15 @@ class Findings:
         self.compared = self.compared or other.compared
         self.skipped |= {part: reason for part, reason in other.skipped.items() if part not in self.skipped}
 
-    def compare_tables(self, card: str, tables: Sequence[CardTable[Any]], facts: Any, stated: schema.Stated) -> None:
-        """Compares the lines of the tables that a card of its version has, word for word. card: its text; old cards
-        have unescaped model output, which is escaped now."""
+    def compare_tables(self, card: str, tables: Sequence[CardTable[Any]], facts: Any) -> None:
+        """Adds a problem for each line of the tables that the text of a card lacks."""
         present = {escaped(line) for line in card.splitlines()}
-        for table in tables:
-            if table.added > stated.cards or 0 < table.until <= stated.cards:
-                continue
-            if reason := versions.skip_reason(table.changed, stated.cards):
-                self.skipped[f"table {table.name}"] = f"table {table.name}: {reason}"
-                continue
-            self.compared = True
-            missing = [line for line in table.lines(facts) if escaped(line) not in present]
-            self.problems += [f"README.md lacks the line {line!r}" for line in missing]
-
-    def compare_part(self, name: str, stated: schema.Stated, problems: Callable[[], list[str]]) -> None:
-        """Compares a part that is not a table and depends on the version of the cards."""
-        if reason := versions.skip_reason(versions.PARTS[name], stated.cards):
-            self.skipped[name] = f"{name.replace('_', ' ')}: {reason}"
-        else:
-            self.compared = True
-            self.problems += problems()
+        lines = (line for table in tables for line in table.lines(facts))
+        self.problems += [f"README.md lacks the line {line!r}" for line in lines if escaped(line) not in present]
 
 
-def require_file(folder: Path, path: str, since_format: int = 2) -> Path:
-    """Raises CheckFailed for a missing file, but Absent if the release is, or may be, of a format before
-    `since_format`."""
+def require_file(folder: Path, path: str) -> Path:
+    """Returns the path of a file that every release has. Raises CheckFailed if it is missing."""
     if not (folder / path).exists():
-        release = next(filter(None, map(schema.of_release, (folder, folder.parent))), None)
-        if release is not None and release.format >= since_format:
-            raise CheckFailed(f"{path} is missing")
-        raise Absent(f"{path} is not there: this release was made before there was one")
+        raise CheckFailed(f"{path} is missing")
     return folder / path
-
-
-def require_comparable(folder: Path, part: str) -> None:
-    """Raises Absent if the present code renders a part differently from the version that the release states."""
-    if reason := versions.skip_reason(versions.PARTS[part], schema.stated(folder).cards):
-        raise Absent(f"skipped: {reason}")

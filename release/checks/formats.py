@@ -13,8 +13,7 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.text import unprintable
-from release import schema, untrusted
-from release.cards import versions
+from release import untrusted
 from release.cards.plot import entries
 from release.layout import LOSS, PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SITE, SUMS
 from release.tree import keeps_modes
@@ -106,22 +105,12 @@ def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
         data = untrusted.read(file, TEXT_BYTES, follow=True)
         if suffix == ".json" and not source:
             yield from _json_problems(data, name)
-        elif CONTROLS.search(data) and not _has_unescaped_samples(file):
+        elif CONTROLS.search(data):
             yield "is a text with characters that no text has"
         elif name == ".gitattributes" and not ATTRIBUTES.fullmatch(data):
             yield "has other lines than those by which a Hub says which files are large"
-        elif suffix in SHOWN and not source and (character := _hidden(file, data)):
+        elif suffix in SHOWN and not source and (character := unprintable(data.decode(), lines=True)):
             yield f"has the character U+{ord(character):04X}, which cannot be seen or turns the text around it"
-
-
-def _hidden(file: Path, data: bytes) -> str | None:
-    """The first character of a text that cannot be seen; old cards showed model output as it is."""
-    return None if _has_unescaped_samples(file) else unprintable(data.decode(), lines=True)
-
-
-def _has_unescaped_samples(card: Path) -> bool:
-    """Whether a file is a card of a version that showed model output without escaping."""
-    return card.name == schema.CARD and schema.stated(card.parent).cards < versions.ESCAPED
 
 
 def _json_problems(data: bytes, name: str) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""Checks the effect of training: bits per byte, accuracy and passkeys of each model against the previous one."""
+"""Checks the effect of training: bits per byte, accuracy, passkeys and preferences of each model against the previous
+one."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ from release.assembly.checkpoint_facts import context_of, read_checkpoints
 from release.assembly.published_tables import read_rows
 from release.checks.check import BuildContext
 from release.checks.findings import Findings
-from release.checks.gains import BEYOND, judge_gain
 from release.layout import numbered, when
-from stages.evaluation.scores import Figure, Mean, ModelScores
+from stages.evaluation.scores import Figure, Mean, ModelScores, pass_at_1
 from stages.evaluation.settings import SURE
 
 TOGETHER = "together"
 Change = tuple[Figure, Figure]
 """A figure of two models, the earlier one first."""
+BEYOND = f", beyond {SURE} standard errors of the difference"
 
 
 def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
@@ -168,3 +169,103 @@ def _text(changes: Mapping[str, Change]) -> str:
     return ", ".join(
         f"{name} {before['value']:.4f} → {after['value']:.4f}" for name, (before, after) in changes.items()
     )
+
+
+def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
+    """RLVR gains more on the test problems than the recipe requires. None without that phase, and without a model
+    before it that converses."""
+    accuracies = _pass_at_1(build)
+    if not {"sft", "rlvr"} <= accuracies.keys():
+        return None
+    return judge_gain("pass@1", accuracies["sft"], accuracies["rlvr"], build.evaluation["chat"]["min_gain"])
+
+
+def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
+    """Learning from preferences loses no more on the test problems than the recipe allows. None without such phases
+    after RLVR."""
+    accuracies = _pass_at_1(build)
+    later = [name for name in accuracies if when(name) > when("rlvr")]
+    if "rlvr" not in accuracies or not later:
+        return None
+    allowed, before = build.evaluation["chat"]["skill_tolerance"], accuracies["rlvr"]
+    losses = [
+        before["value"] - accuracies[name]["value"] + SURE * math.hypot(before["se"], accuracies[name]["se"])
+        for name in later
+    ]
+    figures = ", ".join(f"{name} {figure(accuracies[name])}" for name in ("rlvr", *later))
+    text = (
+        f"pass@1 {figures}; no more than {allowed:g} may be lost after rlvr, "
+        f"{SURE} standard errors of the difference included"
+    )
+    return Findings.of_measurement(max(losses) <= allowed, text)
+
+
+def is_preferred(model: str, build: BuildContext) -> Findings | None:
+    """The answers of a model that learned from preferences win against the previous model; if those of the previous
+    model cannot be better, they do not lose. None if it was not compared."""
+    if model not in _pass_at_1(build) or model not in build.data.chat.get("preferences", {}):
+        return None
+    comparison, required = build.data.chat["preferences"][model], build.evaluation["chat"]["min_win_rate"]
+    rate, reward = comparison["win_rate"], comparison["sides"]["before"]["parts"]["reward"]
+    text = f"{model} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
+    if at_ceiling(reward):
+        text += f", whose reward of {figure(reward)} leaves nothing to win: it must not lose for certain"
+        return Findings.of_measurement(rate["high"] >= 0.5, text)
+    return Findings.of_measurement(rate["low"] > required, text)
+
+
+def _pass_at_1(build: BuildContext) -> dict[str, Mean]:
+    """{model: accuracy on all test problems}, in the order of training; empty without a chat model."""
+    return pass_at_1(build.data.chat.get("test", {}))
+
+
+def judge_gain(measure: str, before: Mean, after: Mean, required: float, significant: bool = True) -> Findings:
+    """Checks that a share rose by more than the recipe requires.
+
+    If so much is not missing, any gain is enough. At the ceiling none is demanded, only that nothing was lost for
+    certain.
+
+    Args:
+        measure: What the share counts, for the sentence.
+        before: The share of the earlier model.
+        after: The share of the later model.
+        required: The gain that must be exceeded.
+        significant: Whether the gain must also exceed the uncertainty of the difference.
+    """
+    gain, uncertainty = after["value"] - before["value"], SURE * math.hypot(before["se"], after["se"])
+    missing, chance = 1 - before["value"], _chance(before)
+    text = f"{measure} {figure(before)} → {figure(after)}"
+    if missing <= chance:
+        text += (
+            f"; {before['n']} items cannot show a gain above the first share, so none is demanded, and no loss{BEYOND} "
+            "is allowed"
+        )
+        return Findings.of_measurement(gain >= -uncertainty, text)
+    if missing <= required + chance:
+        text += f"; {required:g} more cannot be shown above the first share, so any gain is enough"
+        required = 0.0
+    else:
+        text += f", a gain of more than {required:g} is demanded"
+    if significant:
+        return Findings.of_measurement(gain - uncertainty > required, f"{text}{BEYOND}")
+    return Findings.of_measurement(gain > required, text)
+
+
+def at_ceiling(before: Mean) -> bool:
+    """Returns True if what a share lacks to 1 is within what chance alone moves the difference of two such shares."""
+    return 1 - before["value"] <= _chance(before)
+
+
+def _chance(share: Mean) -> float:
+    """The difference of two shares over as many items that chance makes once in 20 times.
+
+    Two right and two wrong items are added (Agresti and Coull 1998), because the standard error of a share of 1 is 0
+    however few its items are.
+    """
+    items = share["n"] + 4
+    value = (share["value"] * share["n"] + 2) / items
+    return SURE * math.sqrt(2 * value * (1 - value) / items)
+
+
+def figure(row: Figure) -> str:
+    return f"{row['value']:.3f} ± {row['se']:.3f}"

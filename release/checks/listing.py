@@ -26,7 +26,7 @@ HOLES = 4
 SECONDS, MEMORY = 1.0, 128 << 20
 """The limits for reading the sizes from manifests."""
 SIGNS = (
-    "evidence", "code/as-run", "dispositions", "dispositions.parquet", "parity.json", LOSS, "checkpoints/index.json",
+    "evidence", "code/as-run", "dispositions", "parity.json", LOSS, "checkpoints/index.json",
     *(f"{part}/{SUMS}" for part in PARTS),
 )  # fmt: skip
 
@@ -38,7 +38,6 @@ def kind_of(folder: Path) -> str:
         return "release"
     marks = {
         "dispositions": "dataset",
-        "dispositions.parquet": "dataset",
         LOSS: "variant",
         "config.json": "model",
         "state.json": "checkpoint",

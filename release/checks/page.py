@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from release.checks.check import Subject
-from release.checks.findings import Findings, require_comparable
+from release.checks.findings import Findings
 from release.layout import SITE
 from release.web_page import search_index, site_files
 from release.web_page.script_parts import PartWriter
@@ -17,7 +17,6 @@ SEARCH = "search"
 def page(subject: Subject) -> Findings:
     """Checks index.html and the parts that it loads. Of the search in documents, and of a page whose release is not
     here, only that no script does anything but what the page of this atom does."""
-    require_comparable(subject.folder, "page")
     site = subject.folder / SITE
     if subject.kind != "release":
         reason = (
@@ -30,7 +29,6 @@ def page(subject: Subject) -> Findings:
 
 def search(subject: Subject) -> Findings:
     """Checks the index of the documents."""
-    require_comparable(subject.folder, "page")
     return Findings(site_files.problems(subject.folder, _write_search, is_search=True))
 
 

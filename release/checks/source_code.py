@@ -1,4 +1,4 @@
-"""Checks that the published code is the code that made the release."""
+"""Checks that the published code is the code that made the release, and that no file has a secret."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pipeline.core import provenance
 from pipeline.core.code_snapshot import roots
 from pipeline.core.text import escaped
 from release import schema
+from release.assembly import secret_scan
 from release.assembly.attest import code_files
 from release.assembly.published_tables import read_json
-from release.checks.check import Subject
+from release.checks.check import BuildContext, Subject
 from release.checks.findings import Findings
-from release.layout import CODE_README, RECIPE
+from release.layout import CODE_README, RECIPE, SUMS
+from release.repositories import files_below
 
 AS_RUN = "code/as-run/"
 """The folder of the recipe files, which are data."""
@@ -76,3 +78,12 @@ def _others(release: Path) -> dict[str, bool]:
         if not is_data and not any(file.is_file() and file.read_bytes() == path.read_bytes() for file in own):
             others[name] = not any(file.is_file() for file in own)
     return others
+
+
+def no_secrets(build: BuildContext) -> Findings:
+    """Checks that no file contains a token, a private key, or a path of this machine. What a model wrote may have the
+    form of a key: it is stated."""
+    paths = [path for path in files_below(build.folder) if Path(path).name != SUMS]
+    found = secret_scan.scan(build.folder, paths, build.machine)
+    summary = "; ".join([f"{len(paths)} files searched", *(f"by a model: {text}" for text in found.invented)])
+    return Findings(found.secrets, summary=summary)

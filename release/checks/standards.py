@@ -8,7 +8,7 @@ from release.assembly import costs
 from release.assembly.data_facts import read_data_facts
 from release.assembly.model_facts import read_model_facts
 from release.checks.check import Subject
-from release.checks.findings import Absent, Findings, require_comparable
+from release.checks.findings import Absent, Findings, require_file
 from release.layout import STANDARDS
 from release.repositories import model_folders
 from release.standards import package_list, validation
@@ -19,7 +19,6 @@ from release.standards.standard_facts import read_facts, statements
 def documents(subject: Subject) -> Findings:
     """Checks that each document is, byte for byte, what the files of a whole release give."""
     folder = subject.folder
-    require_comparable(folder, "standards")
     models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
     release, data = schema.read_release(folder), read_data_facts(folder / "dataset")
     facts = read_facts(folder, release, data, models, costs.usage_by_stage(folder))
@@ -40,6 +39,7 @@ def documents(subject: Subject) -> Findings:
 def valid(subject: Subject) -> Findings:
     """Checks that the tool or the schema of each standard finds no error."""
     try:
+        require_file(subject.folder, STANDARDS)
         problems = validation.problems(subject.folder)
     except ImportError as error:
         raise Absent(f"not checked, because it needs {error.name or error}; {installing('report')}") from None

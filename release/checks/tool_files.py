@@ -56,9 +56,7 @@ TAG = re.compile(r"/tree/v([0-9.]+)/evaluation/")
 
 def tool_files(subject: Subject) -> Findings:
     """Checks these files of a folder, as far as it shows what they follow from."""
-    findings = Findings(
-        compared=False, summary="programs, options, templates and licenses are as this atom writes them"
-    )
+    findings = Findings(summary="programs, options, templates and licenses are as this atom writes them")
     if names := ALONE.get(subject.kind):
         findings.skipped["alone"] = f"values: nothing in this repository alone shows those of {', '.join(names)}"
     if subject.kind == "checkpoint":  # it has no card
@@ -68,7 +66,7 @@ def tool_files(subject: Subject) -> Findings:
     if subject.kind != "release":
         texts = ", ".join([CARD, *WITH_CARD.get(subject.kind, ())])
         findings.skipped["words"] = f"words: those of {texts} are compared where all files of the release are there"
-    findings.compare_part("tool_files", schema.stated(subject.folder), lambda: list(_problems(subject, findings)))
+    findings.problems += _problems(subject, findings)
     return findings
 
 

@@ -1,4 +1,5 @@
-"""Checks the variants of the final model: their figures, their cards, and that they follow from its weights."""
+"""Checks the variants of the final model: their figures, their cards, that they follow from its weights, and what other
+programs made of them."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from release import schema, scratch
 from release.assembly.published_tables import read_json
+from release.assembly.runtimes import REFERENCE, RUNTIMES, problem_of
 from release.assembly.variant_facts import Original, base_of, compute_loss, read_original, read_variant_facts
 from release.cards import card_tables
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import LOSS, MODEL, PUBLIC_KEY, SIGNATURE, SUMS, models_of
+from release.layout import RUNTIMES as FILE
 from release.repositories import variant_folders
 
 WITH_VARIANT = frozenset({"README.md", "LICENSE", LOSS, SUMS, SIGNATURE, PUBLIC_KEY})
@@ -23,7 +26,7 @@ WITH_VARIANT = frozenset({"README.md", "LICENSE", LOSS, SUMS, SIGNATURE, PUBLIC_
 def losses(subject: Subject) -> Findings:
     """Checks the figures and cards of all variants of a release against their tables and the original's."""
     folder = subject.folder
-    final = models_of(schema.read_nodes(folder))[-1]
+    final = models_of(schema.read_release(folder).nodes)[-1]
     original = read_original(folder / MODEL, folder / "dataset/evaluation" / final)
     findings, texts = Findings(compared=False), []
     for name in variant_folders(folder):
@@ -39,11 +42,10 @@ def loss(subject: Subject) -> Findings:
 
 
 def _loss(folder: Path, original: Original | None) -> Findings:
-    facts, stated = read_variant_facts(folder), schema.stated(folder)
-    findings = Findings(compared=False)
+    facts, findings = read_variant_facts(folder), Findings()
     if json.loads(json.dumps(compute_loss(folder, facts.loss, original))) != facts.loss:
         findings.problems.append(f"{LOSS} is not what the tables give")
-    findings.compare_tables((folder / "README.md").read_text(), card_tables.VARIANT_TABLES, facts, stated)
+    findings.compare_tables((folder / "README.md").read_text(), card_tables.VARIANT_TABLES, facts)
     return findings
 
 
@@ -82,3 +84,32 @@ def _sum(release: Path, name: str, problems: list[str]) -> str:
     except (CheckFailed, AtomError, KeyError, ValueError, RuntimeError) as error:
         problems.append(f"{name} is no adapter of {MODEL}: {error}")
         return ""
+
+
+def runtimes(subject: Subject) -> Findings:
+    """Checks that each run of evidence/runtimes.json passed by its own figures or was skipped for a reason, and that no
+    program that reads the final model or a variant is left out."""
+    folder, findings = subject.folder, Findings()
+    runs = read_json(folder / FILE)
+    for run in runs:
+        name = f"{FILE}: {run['folder']} in {run['runtime']}"
+        if run["status"] == "skipped":
+            findings.problems += [] if run.get("reason") else [f"{name} was skipped without a reason"]
+        elif run["status"] == "reference":
+            findings.problems += [] if run["runtime"] == REFERENCE else [f"{name} is not the reference"]
+        elif problem := problem_of(run) if "bound" in run else run.get("reason", "it has no figures"):
+            findings.problems.append(f"{name}: {problem}")
+        elif run["status"] != "passed":
+            findings.problems.append(f"{name} is called {run['status']}, and its figures keep their bound")
+    present = {run["folder"] for run in runs}
+    if subject.kind == "release":
+        missing = [name for name in (MODEL, *variant_folders(folder)) if name not in present]
+        findings.problems += [f"{FILE} has no run of {name}" for name in missing]
+    stated = {run["runtime"] for run in runs if run["folder"] == MODEL}
+    readers = [name for name, runtime in RUNTIMES.items() if "safetensors" in runtime.writers]
+    findings.problems += [f"{FILE} does not say what {name} makes of {MODEL}" for name in readers if name not in stated]
+    counts = {status: sum(run["status"] == status for run in runs) for status in ("passed", "skipped")}
+    findings.compared = counts["passed"] > 0
+    findings.summary = f"{counts['passed']} runs passed, {counts['skipped']} skipped"
+    findings.detail = findings.summary
+    return findings

@@ -66,7 +66,7 @@ class Verdict:
         retracted: What was taken back from it, or "": of an old copy since then, and of a rewritten one before.
         digest: The SHA-256 of its SHA256SUMS, which stands for all of its bytes, or "" if that could not be read.
         signed: Whether it has signatures, which hold.
-        signer_is_known: Whether the caller named the signer, or certificates that vouch for it.
+        signer_is_known: Whether the caller named the signer.
     """
 
     subject: str

@@ -1,12 +1,11 @@
-"""The commands about a release: build, sign, publish, verify, show, trace, replay, keys, predict, ladder, demo."""
+"""The commands about a release: build, sign, publish, verify, show, trace, replay, predict, ladder, demo."""
 
 import typer
 
-from release.commands import auditing, demonstration, predicting, publishing, signing_keys
+from release.commands import auditing, demonstration, predicting, publishing
 
 app = typer.Typer()
 app.add_typer(publishing.app)
 app.add_typer(auditing.app)
-app.add_typer(signing_keys.app)
 app.add_typer(predicting.app)
 app.add_typer(demonstration.app)

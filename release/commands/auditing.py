@@ -39,9 +39,6 @@ def verify(
     key: Annotated[
         str | None, typer.Option(help="who must have signed it: a public key's file, or its fingerprint sha256:…")
     ] = None,
-    chain: Annotated[
-        list[Path] | None, typer.Option(help="a certificate that is trusted, if it was signed with one; repeatable")
-    ] = None,
     identity: Annotated[
         str | None,
         typer.Option(metavar="WHO", help="who must have signed it without a key: an address, or a workflow's URL"),
@@ -50,16 +47,6 @@ def verify(
         str | None, typer.Option(metavar="URL", help="the OpenID provider that vouches for --identity")
     ] = None,
     trust_config: TrustConfigOption = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="the history of the signer's keys (atom keys): successors, expiry, revocation"
-        ),
-    ] = None,
-    timestamp_authority: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="the root certificate of a trusted timestamp authority; repeatable"),
-    ] = None,
     retracted: Annotated[
         str | None,
         typer.Option(metavar="PATH_OR_REPO", help="a repository with a tombstone, to recognize an old copy by"),
@@ -90,7 +77,7 @@ def verify(
     from release.audit.verify import verify as verify_release
     from release.signing import Trust
 
-    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config, keys, tuple(timestamp_authority or ()))
+    trust = Trust(key, identity, issuer, trust_config)
     with StatusLine(quiet) as progress:
         verdict = verify_release(target, deep, progress, trust, retracted, ask_hub=True)
     from release.audit import openness as audit
@@ -171,7 +158,7 @@ def trace(
         raise AtomError("--phase names the phase of a step; give it with --step N")
     if report and doc is None:
         raise AtomError("--report is about a document; give it with --doc ID")
-    require_release(release, "dispositions", "dispositions.parquet")
+    require_release(release, "dispositions")
     answer: tracing.Answer
     with StatusLine() as progress:
         if step is not None:

@@ -65,10 +65,6 @@ def sign(
     key: Annotated[
         Path | None, typer.Option(help="a private key on an elliptic curve, as PEM; ATOM_KEY_PASSWORD opens it")
     ] = None,
-    certificate: Annotated[Path | None, typer.Option(help="a certificate of that key, as PEM")] = None,
-    chain: Annotated[
-        list[Path] | None, typer.Option(help="certificates that vouch for it, up to the root; repeatable")
-    ] = None,
     keyless: Annotated[
         bool,
         typer.Option(
@@ -76,12 +72,6 @@ def sign(
         ),
     ] = False,
     trust_config: TrustConfigOption = None,
-    timestamp_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="an RFC 3161 timestamp authority: it proves when a key that expires has signed"
-        ),
-    ] = None,
 ) -> None:
     """Sign every repository of a release.
 
@@ -97,11 +87,8 @@ def sign(
     from release import signing
 
     if keyless:
-        if key is not None or certificate is not None or chain or timestamp_url:
-            raise AtomError(
-                "--keyless signs without a key, and Sigstore states the time; leave out --key, --certificate, --chain "
-                "and --timestamp-url"
-            )
+        if key is not None:
+            raise AtomError("--keyless signs without a key; leave out --key")
         require_release(release)
         identity = signing.sign_keyless(release, trust_config, print_line)
         options = f"--identity {identity.name} --issuer {identity.issuer}"
@@ -111,9 +98,9 @@ def sign(
         raise AtomError("--trust-config names an instance of Sigstore; give it with --keyless")
     if key is None:
         raise AtomError(f"no key to sign with; give --key PEM ({signing.HOW_TO}), or --keyless to sign without a key")
-    signing_key = signing.SigningKey(key, certificate, tuple(chain or ()), os.environ.get("ATOM_KEY_PASSWORD"))
+    signing_key = signing.SigningKey(key, os.environ.get("ATOM_KEY_PASSWORD"))
     require_release(release)
-    name = signing.sign(release, signing_key, print_line, timestamp_url)
+    name = signing.sign(release, signing_key, print_line)
     print(f"signed by {name}; check it: atom verify {release} --key {name}")
 
 
@@ -178,7 +165,7 @@ def retract(
 
     retraction.settle(release.resolve())
     require_release(release)
-    signing_key = None if key is None else signing.SigningKey(key, None, (), os.environ.get("ATOM_KEY_PASSWORD"))
+    signing_key = None if key is None else signing.SigningKey(key, os.environ.get("ATOM_KEY_PASSWORD"))
     result = retraction.retract(
         release,
         retraction.deny_list_of(documents, request, date),

@@ -59,16 +59,11 @@ def add_notice(card: Path, notice: str) -> None:
     atomic_files.write(card, f"{text[:place]}\n> {notice}\n{text[place:]}".encode())
 
 
-def _is_fates(path: str) -> bool:
-    parts = path.split("/")
-    return "dispositions" in parts or parts[-1] == "dispositions.parquet"
-
-
 def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
     """Writes a table again if it holds a document. name: its path in the release."""
     import pyarrow.parquet as pq
 
-    fates = _is_fates(name)
+    fates = "dispositions" in name.split("/")
     without = _without_ids if name.startswith(BY_ID) else _without
     with pq.ParquetFile(path) as file:
         if not any(_touches(batch, fates, reached, without) for batch in file.iter_batches(BATCH)):

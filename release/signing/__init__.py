@@ -4,11 +4,10 @@ A signature is made with a private key (`sign`; the public key is beside it as `
 (`sign_keyless`; the bundle contains the certificate that names the signer). It covers every file of its repository,
 `SHA256SUMS` among them, and nothing of the repositories inside its folder in a release. The stock `model_signing`
 command verifies a pulled repository by itself. `verify` here takes computed digests, so that no file is hashed twice.
-`Trust` states which signers are trusted. `key_history` has statements about keys (successors, expiry, revocation),
-`timestamps` the proofs of when a signature was made, `validity` what follows from both.
+`Trust` states which signers are trusted. Nothing here records which keys are revoked: after a key has leaked, its
+holder signs with another key and announces that key.
 """
 
-from release.signing.key_history import KeyHistory
 from release.signing.keyless import Identity, recorded_identity
 from release.signing.keys import HOW_TO, SigningKey, fingerprint, is_fingerprint, make_key
 from release.signing.signatures import sign, sign_keyless
@@ -18,7 +17,6 @@ __all__ = [
     "ANYONE",
     "HOW_TO",
     "Identity",
-    "KeyHistory",
     "SignatureVerdict",
     "SigningKey",
     "Trust",

@@ -16,14 +16,9 @@ HOW_TO = "make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A private key (PEM), and the certificate of its public key, with the chain of certificates up to the root.
-
-    password: of an encrypted key.
-    """
+    """A private key (PEM), and the password of an encrypted one."""
 
     path: Path
-    certificate: Path | None = None
-    chain: tuple[Path, ...] = ()
     password: str | None = None
 
     def public_key(self) -> bytes:

@@ -9,30 +9,24 @@ from typing import Any
 from pipeline.core.errors import AtomError
 from release.layout import PARTS, PUBLIC_KEY, SIGNATURE
 from release.repositories import Repository, model_folders, repositories, variant_folders
-from release.signing import keyless, timestamps
+from release.signing import keyless
 from release.signing.keys import SigningKey, fingerprint
 
 IGNORED = (SIGNATURE, PUBLIC_KEY, ".cache")
 """Files that a signature does not cover, besides git's: the signature and its key, and files of the Hub's client."""
 
 
-def sign(
-    release: Path,
-    key: SigningKey,
-    progress: Callable[[str], None] = lambda text: None,
-    timestamp_url: str | None = None,
-) -> str:
-    """Signs every repository of a release folder with a key. Returns its fingerprint. Replaces earlier signatures.
+def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambda text: None) -> str:
+    """Signs every repository of a release folder with a key and replaces earlier signatures.
 
-    timestamp_url: of an authority of RFC 3161, whose timestamp each signature then has. Raises AtomError if the key or
-    certificate cannot be used, or the authority gives no timestamp.
+    Returns:
+        The fingerprint of the key.
+
+    Raises:
+        AtomError: The key cannot be used.
     """
     from model_signing import signing
 
-    if key.certificate is not None and not key.chain:
-        raise AtomError("a certificate needs its chain up to the root; give each certificate of it with --chain")
-    if key.certificate is not None and key.password is not None:
-        raise AtomError("a key with a password cannot be used with a certificate; give a key without a password")
     pem = key.public_key()
     for repository in repositories(release):
         folder = release / repository.folder
@@ -40,33 +34,12 @@ def sign(
         config = signing.Config()
         config.set_hashing_config(_hashing(release, repository))
         try:
-            if key.certificate is None:
-                config.use_elliptic_key_signer(private_key=key.path, password=key.password)
-            else:
-                config.use_certificate_signer(
-                    private_key=key.path, signing_certificate=key.certificate, certificate_chain=key.chain
-                )
+            config.use_elliptic_key_signer(private_key=key.path, password=key.password)
             config.sign(folder, folder / SIGNATURE)
-            if timestamp_url is not None:
-                _add_timestamp(folder / SIGNATURE, timestamp_url)
         except (ValueError, TypeError, OSError) as error:
             raise AtomError(f"{release} cannot be signed: {' '.join(str(error).split())}") from None
         (folder / PUBLIC_KEY).write_bytes(pem)
     return fingerprint(pem)
-
-
-def _add_timestamp(signature: Path, url: str) -> None:
-    """Has an authority say when it saw a signature. Raises AtomError, and leaves no signature, if it does not."""
-    from model_signing._signing import sign_sigstore_pb
-
-    bundle = sign_sigstore_pb.Signature.read(signature)
-    (signature_of_bundle,) = bundle.bundle.dsse_envelope.signatures
-    try:
-        timestamps.add(bundle.bundle, timestamps.request(url, signature_of_bundle.sig))
-    except AtomError:
-        signature.unlink()
-        raise
-    bundle.write(signature)
 
 
 def sign_keyless(

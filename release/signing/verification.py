@@ -1,95 +1,71 @@
-"""Verifies the signature of a repository by a trust policy: a key, a certificate chain, or a Sigstore identity."""
+"""Verifies the signature of a repository by a trust policy: a key, or a Sigstore identity."""
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pipeline.core.errors import AtomError
 from release.layout import PUBLIC_KEY, SIGNATURE
-from release.signing import keyless, timestamps, validity
-from release.signing.key_history import KeyHistory
+from release.signing import keyless
 from release.signing.keys import fingerprint, is_fingerprint
 from release.signing.signatures import IGNORED
-from release.signing.validity import SigningTime, Validity
 
 
 @dataclass(frozen=True)
 class TrustPolicy:
-    """The requirements on signatures. signer: the required signer, as a key's fingerprint, or as an identity, which
-    `verifier` then checks. chain: trusted certificates, for a release that was signed with one; without them the key
-    beside the signature counts. history: of the signer's keys; authorities: certificates of trusted timestamp
-    authorities."""
+    """The requirements on signatures.
+
+    Attributes:
+        signer: The required signer, as a key's fingerprint, or as an identity, which `verifier` then checks.
+        verifier: Checks signatures without a key.
+    """
 
     signer: str | None = None
-    chain: tuple[Path, ...] = ()
     verifier: Any = None
-    history: KeyHistory | None = None
-    authorities: tuple[Any, ...] = ()
-
-    def expected(self, signer: str | None) -> str | None:
-        """The signer that all repositories must have, where `signer` signed one: a key of the required one's line, if
-        there is a history."""
-        if self.history and self.signer and signer in self.history.line(self.signer):
-            return signer
-        return self.signer or signer
 
 
 @dataclass(frozen=True)
 class Trust:
     """The trusted signers, as the caller states them.
 
-    key: a public key's fingerprint, or the file of the key. chain: files of trusted certificates. identity, issuer: the
-    signer that Sigstore certified, and the OpenID provider that vouches for it. trust_config: of another instance of
-    Sigstore than the public one. keys: the history of the signer's keys. timestamp_authorities: files of their
-    certificates.
+    Attributes:
+        key: A public key's fingerprint, or the file of the key.
+        identity: The signer that Sigstore certified.
+        issuer: The OpenID provider that vouches for the identity.
+        trust_config: The trust configuration of another instance of Sigstore than the public one.
     """
 
     key: str | None = None
-    chain: tuple[Path, ...] = ()
     identity: str | None = None
     issuer: str | None = None
     trust_config: Path | None = None
-    keys: Path | None = None
-    timestamp_authorities: tuple[Path, ...] = ()
 
     def policy(self) -> TrustPolicy:
         """The policy to verify by.
 
         Raises AtomError if a value is invalid or contradicts another, or if Sigstore's trust root cannot be loaded.
         """
-        if missing := [path for path in self.chain if not path.is_file()]:
-            raise AtomError(f"there is no certificate {missing[0]}; give the PEM file of one that you trust")
         if self.identity or self.issuer or self.trust_config:
             return self._identity_policy()
-        if self.keys is not None and self.key is None:
-            raise AtomError("--keys says which keys have one holder; name one of them that you trust with --key")
-        history = None if self.keys is None else KeyHistory.read(self.keys)
-        authorities = tuple(timestamps.load_roots(self.timestamp_authorities))
         name = self.key
         if name is not None and not is_fingerprint(name):
             try:
                 name = fingerprint(Path(name).read_bytes())
             except (OSError, ValueError):
                 raise AtomError(f"{name} is neither a fingerprint, sha256:…, nor the file of a public key") from None
-        if history is not None and name not in history.keys:
-            raise AtomError(f"{self.keys} says nothing about the key {name}; give the history of its holder")
-        return TrustPolicy(name, self.chain, history=history, authorities=authorities)
+        return TrustPolicy(name)
 
     def _identity_policy(self) -> TrustPolicy:
         if not self.identity or not self.issuer:
             raise AtomError("a signer without a key is named by both: give --identity WHO and --issuer URL")
-        if self.key is not None or self.chain or self.keys or self.timestamp_authorities:
-            raise AtomError(
-                "--identity is for signatures without a key; leave out --key, --chain, --keys and --timestamp-authority"
-            )
+        if self.key is not None:
+            raise AtomError("--identity is for signatures without a key; leave out --key")
         identity = keyless.Identity(self.identity, self.issuer)
         return TrustPolicy(str(identity), verifier=keyless.verifier(identity, self.trust_config))
 
@@ -99,18 +75,21 @@ ANYONE = Trust()
 
 def load_libraries() -> None:
     """Imports the libraries for verifying, once."""
-    from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb, signing  # noqa: F401
+    from model_signing._signing import sign_ec_key, sign_sigstore_pb, signing  # noqa: F401
     from sigstore import dsse  # noqa: F401
 
 
 @dataclass(frozen=True)
 class SignatureVerdict:
-    """The result for the signature of one repository. signer: a key's fingerprint, or an identity, None if unknown.
-    problems: one sentence each, none if the signature is valid. note: what speaks against its key and is outweighed."""
+    """The result for the signature of one repository.
+
+    Attributes:
+        signer: A key's fingerprint, or an identity; None if unknown.
+        problems: One sentence each; none if the signature is valid.
+    """
 
     signer: str | None
     problems: list[str]
-    note: str = ""
 
 
 def verify(
@@ -131,25 +110,27 @@ def verify(
     problems += [f"{path} was added after signing" for path in sorted(files - digests.keys())]
     common = sorted(files & digests.keys())
     problems += [f"{path} was altered after signing" for path in common if digest(folder / path) != digests[path]]
-    return SignatureVerdict(signed.signer, problems, signed.note)
+    return SignatureVerdict(signed.signer, problems)
 
 
 @dataclass(frozen=True)
 class _Signed:
-    """The content of a signature. signer: as of SignatureVerdict; digests: {path: SHA-256} of the signed files;
-    problem: why the signature is not valid, empty if it is. note: as of SignatureVerdict."""
+    """The content of a signature.
+
+    Attributes:
+        signer: The signer, as in `SignatureVerdict`.
+        digests: {path: SHA-256} of the signed files.
+        problem: The reason why the signature is not valid; empty if it is.
+    """
 
     signer: str | None
     digests: dict[str, str]
     problem: str = ""
-    note: str = ""
 
 
 def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
     if os.path.lexists(public):
         return _Signed(None, {}, f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key")
-    if policy.chain:
-        return _Signed(None, {}, f"{SIGNATURE} was made without a key, not by whom the certificates vouch for")
     try:
         with redirect_stdout(sys.stderr):
             identity, manifest = keyless.verify_bundle(signature, policy.verifier)
@@ -169,9 +150,7 @@ def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
     if policy.verifier:
         return _Signed(None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {policy.signer}")
     try:
-        digests, bundle = _verified_digests(signature, public, policy.chain)
-        valid = _validity(name, bundle, policy)
-        return _Signed(name, digests, f"{SIGNATURE}: {valid.problem}" if valid.problem else "", valid.note)
+        return _Signed(name, _verified_digests(signature, public))
     except Exception as error:
         problem = f"{SIGNATURE} is not by the key {name[:23]}… in {PUBLIC_KEY}, or is altered: {_error_text(error)}"
         return _Signed(name, {}, problem)
@@ -181,50 +160,17 @@ def _error_text(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _validity(name: str, bundle: Any, policy: TrustPolicy) -> Validity:
-    """Whether the key, and the certificate if there is one, could sign when the signature was made. Raises ValueError
-    for a timestamp that the trusted authorities do not vouch for."""
-    from cryptography import x509
-
-    response, proven = timestamps.of_bundle(bundle), None
-    if response is not None and policy.authorities:
-        (signature,) = bundle.dsse_envelope.signatures
-        proven = timestamps.verified_time(response, signature.sig, policy.authorities)
-    now = datetime.datetime.now(datetime.UTC)
-    time = SigningTime(proven, response is not None and not policy.authorities, now)
-    validities = []
-    if (certificates := bundle.verification_material.x509_certificate_chain) is not None:
-        leaf = x509.load_der_x509_certificate(certificates.certificates[0].raw_bytes)
-        validities.append(validity.of_certificate(leaf, time))
-    if policy.history is not None and (key := policy.history.keys.get(name)) is not None:
-        validities.append(validity.of_key(name, key, time))
-    problems = [each.problem for each in validities if each.problem]
-    return Validity("; ".join(problems), "; ".join(each.note for each in validities if each.note))
-
-
-def _verified_digests(signature: Path, public: Path, chain: Sequence[Path]) -> tuple[dict[str, str], Any]:
-    """{path: SHA-256} of the files that a signature by a key covers, and its bundle. Raises what the library raises, if
+def _verified_digests(signature: Path, public: Path) -> dict[str, str]:
+    """Returns {path: SHA-256} of the files that a signature by a key covers. Raises what the library raises, if it is
     invalid."""
     # the library's public interface hashes every file again
-    from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb
+    from model_signing._signing import sign_ec_key, sign_sigstore_pb
 
     bundle = sign_sigstore_pb.Signature.read(signature)
     if signature.read_text() != bundle.bundle.to_json():  # base64 has bits that decide nothing
         raise ValueError("it is not written as signers write it")
-    certificate_chain = bundle.bundle.verification_material.x509_certificate_chain
-    with redirect_stdout(sys.stderr), NamedTemporaryFile(suffix=".pem") as anchor:
-        verifier: Any = sign_ec_key.Verifier(public)
-        if certificate_chain is not None:
-            pems = [_pem(certificate.raw_bytes) for certificate in certificate_chain.certificates]
-            if fingerprint(pems[0][1]) != fingerprint(public.read_bytes()):
-                raise ValueError("its certificate is of another key")
-            # without trusted certificates, the certificate in the signature counts, like the key beside it
-            anchor.write(pems[-1][0])
-            anchor.flush()
-            verifier = sign_certificate.Verifier(chain or [Path(anchor.name)])
-        elif chain:
-            raise ValueError("it was made without a certificate")
-        return _digests(verifier.verify(bundle)), bundle.bundle
+    with redirect_stdout(sys.stderr):
+        return _digests(sign_ec_key.Verifier(public).verify(bundle))
 
 
 def _digests(manifest: Any) -> dict[str, str]:
@@ -233,13 +179,3 @@ def _digests(manifest: Any) -> dict[str, str]:
     if foreign := [row for row in rows if row.digest.algorithm != "sha256"]:
         raise ValueError(f"{foreign[0].identifier} was signed by {foreign[0].digest.algorithm}, not sha256")
     return {row.identifier: row.digest.digest_hex for row in rows}
-
-
-def _pem(der: bytes) -> tuple[bytes, bytes]:
-    """A certificate and its public key, as PEM."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    certificate = x509.load_der_x509_certificate(der)
-    key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return certificate.public_bytes(Encoding.PEM), key

@@ -176,9 +176,8 @@ def _domains(facts: StandardFacts, sources: tuple[str, ...]) -> list[tuple[str, 
     """(domain, bytes of its kept documents as they were read) of the largest tenth of the domains; None if there are
     more than MOST_DOMAINS. No text is read: the sizes stand in the dispositions, in the order of the kept documents."""
     dataset, sizes = facts.folder / "dataset", Counter[str]()
-    parts = [part for part in data_layout.document_parts(dataset) if not part.kept.keys().isdisjoint(sources)]
-    files = [(source, part) for part in parts for source in part.kept if source in sources]
-    for of_part in over_parts(_domains_of_part, files, [part.dispositions for _, part in files]):
+    parts = [part for part in data_layout.document_parts(dataset) if part.source in sources]
+    for of_part in over_parts(_domains_of_part, parts, [part.dispositions for part in parts]):
         sizes.update(of_part)
         if len(sizes) > MOST_DOMAINS:
             return None
@@ -186,17 +185,15 @@ def _domains(facts: StandardFacts, sources: tuple[str, ...]) -> list[tuple[str, 
     return ranked[: -(-len(ranked) // 10)]
 
 
-def _domains_of_part(file: tuple[str, data_layout.Part]) -> Counter[str]:
-    """At most one domain more than are counted. Raises CheckFailed if the tables have other documents."""
-    source, part = file
+def _domains_of_part(part: data_layout.Part) -> Counter[str]:
+    """Counts at most one domain more than MOST_DOMAINS. Raises CheckFailed if the tables have other documents."""
     sizes = Counter[str]()
-    kept = stream_rows(part.kept[source], ["id", "origin"], BATCH)
-    columns = ["id", "source", "disposition", "bytes"]
-    read = (row for row in stream_rows(part.dispositions, columns, BATCH)
-            if row["source"] == source and row["disposition"] == "kept")  # fmt: skip
+    kept = stream_rows(part.kept, ["id", "origin"], BATCH)
+    rows = stream_rows(part.dispositions, ["id", "disposition", "bytes"], BATCH)
+    read = (row for row in rows if row["disposition"] == "kept")
     for row, disposition in zip_longest(kept, read):
         if row is None or disposition is None or row["id"] != disposition["id"]:
-            name = part.kept[source].relative_to(part.dispositions.parents[2]).as_posix()
+            name = part.kept.relative_to(part.dispositions.parents[2]).as_posix()
             raise CheckFailed(f"{name} has other documents than its dispositions keep")
         if domain := _domain(row["origin"] or ""):
             sizes[domain] += disposition["bytes"]

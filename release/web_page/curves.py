@@ -10,7 +10,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from release import schema
 from release.assembly import training
 from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import read_json
@@ -166,7 +165,7 @@ def reinforcement_axis(phases: Mapping[str, PhaseCurves]) -> Markup:
 
 def inference_axis(evaluation: Path) -> Markup:
     """pass@k and maj@k against generated tokens, with intervals of 95 %."""
-    paths = {schema.model(path.parent): path for path in evaluation.glob("*/scores.json")}
+    paths = {path.parent.name: path for path in evaluation.glob("*/scores.json")}
     series = []
     for model in sorted(paths, key=when):
         at = (read_json(paths[model])["problems_all"] or {}).get("at", {})

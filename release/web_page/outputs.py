@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release import schema, scratch, untrusted
+from release import scratch, untrusted
 from release.assembly.published_tables import read_json, stream_rows
 from release.layout import when
 from release.web_page.script_parts import PartWriter
@@ -81,7 +81,7 @@ def item_sets(release: Path) -> Iterator[ItemSet]:
 
 
 def _by_model(paths: Iterable[Path]) -> dict[str, Path]:
-    named = {schema.model(path.parent): path for path in paths}
+    named = {path.parent.name: path for path in paths}
     return {model: named[model] for model in sorted(named, key=when)}
 
 

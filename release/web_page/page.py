@@ -74,7 +74,7 @@ class PageFacts:
 
 def read_facts(folder: Path, outputs: list[Written], contamination: tuple[list[str], int], files: int) -> PageFacts:
     release = schema.read_release(folder)
-    logs = {schema.phase(path.parent): path for path in (folder / "evidence/training").glob("*/training.jsonl")}
+    logs = {path.parent.name: path for path in (folder / "evidence/training").glob("*/training.jsonl")}
     logs = {phase: logs[phase] for phase in sorted(logs, key=when)}
     return PageFacts(
         folder=folder,

@@ -144,20 +144,19 @@ def _documents(dataset: Path, orders: Orders, total: int, most: int) -> Iterator
     """The chosen documents, each with the steps that read it."""
     columns = ["id", "text", "source", "license", "origin", "content_hash", "split"]
     for part in data_layout.document_parts(dataset):
-        for source, kept in part.kept.items():
-            if not kept.exists():
-                continue
-            seen = orders.take(source, part_number(kept) or 0)
-            ordinals = _ordinals(part.tokens, source) if seen else {}
-            for row in stream_rows(kept, columns, TEXT_BATCH):
-                if is_chosen(row["content_hash"], total, most):
-                    yield row, seen.get(ordinals.get(row["id"], -1), [])
+        if not part.kept.exists():
+            continue
+        seen = orders.take(part.source, part_number(part.kept) or 0)
+        ordinals = _ordinals(part.tokens) if seen else {}
+        for row in stream_rows(part.kept, columns, TEXT_BATCH):
+            if is_chosen(row["content_hash"], total, most):
+                yield row, seen.get(ordinals.get(row["id"], -1), [])
 
 
-def _ordinals(tokens: Path, source: str) -> dict[str, int]:
-    """{id: the place in the shard} of the training documents of a source in one part."""
-    rows = stream_rows(tokens, ["id", "source", "split", "ordinal"])
-    return {row["id"]: row["ordinal"] for row in rows if row["source"] == source and row["split"] == "train"}
+def _ordinals(tokens: Path) -> dict[str, int]:
+    """Returns {id: the place in the shard} of the training documents of one part of a source."""
+    rows = stream_rows(tokens, ["id", "split", "ordinal"])
+    return {row["id"]: row["ordinal"] for row in rows if row["split"] == "train"}
 
 
 def _row(document: dict[str, Any], seen: list[Any]) -> list[Any]:

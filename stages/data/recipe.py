@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import MOST_SOURCES, Key, Text
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, Renamed, added, operational
+from pipeline.core.stage import Config, added, operational
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.dag import NodeSpec
@@ -43,7 +43,7 @@ LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)
 class SourceConfig(Source):
     """A source of a data recipe: how its documents are acquired and curated."""
 
-    heldout_fraction: Annotated[HeldoutFraction | None, Renamed("heldout")] = Field(
+    heldout_fraction: HeldoutFraction | None = Field(
         None, description="held-out fraction of this source; null: that of the data recipe"
     )
     license_allow: Licenses = added(
@@ -89,7 +89,7 @@ class DataRecipe(Config):
         (), "quality classifiers, each trained on documents of some sources", max_length=MOST_SOURCES
     )
     curation: CurationSettings = Field(CurationSettings(), description="curation of all sources together")
-    heldout_fraction: Annotated[HeldoutFraction, Renamed("heldout")] = Field(
+    heldout_fraction: HeldoutFraction = Field(
         0.05, description="share of documents, by content hash, held out from training; 0 for problems"
     )
 

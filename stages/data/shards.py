@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_number, part_tables
-from stages.data.table import stream_batches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,25 +26,17 @@ _ENTRIES = 1 << 18  # of an index that are in memory at a time
 _BUFFER = 1 << 20  # bytes of tokens that are written at a time
 
 
-def shard_name(folder: Path, split: str, source: str, part: int) -> str:
-    """The path, without suffix, of the shard of a part in a folder of token shards; that of an earlier layout, which
-    has one shard for each source, where the folder has it."""
-    name = f"{split}/{source}/{part_file(part, '')}"
-    earlier = f"{split}/{source}"
-    return earlier if part == 0 and (folder / f"{earlier}.idx").is_file() else name
+def shard_name(split: str, source: str, part: int) -> str:
+    """Returns the path, without suffix, of the shard of a part in a folder of token shards."""
+    return f"{split}/{source}/{part_file(part, '')}"
 
 
 def document_files(tokens: Path) -> dict[str, list[tuple[int, Path]]]:
-    """{source: (part, table of its documents) of each part}, in order. The single table of an earlier layout is part 0
-    of each source that it names. tokens: the tokenize artifact, or its published copy."""
-    if not (table := tokens / "documents.parquet").is_file():
-        folders = sorted(path for path in (tokens / "documents").glob("*") if path.is_dir())
-        parts = {path.name: [(int(part_number(file) or 0), file) for file in part_tables(path)] for path in folders}
-        return {source: files for source, files in parts.items() if files}
-    sources: set[str] = set()
-    for batch in stream_batches(table, ["source"], _ENTRIES):
-        sources.update(batch["source"].unique().to_pylist())
-    return {name: [(0, table)] for name in sorted(sources)}
+    """Lists {source: (part, table of its documents) of each part}, in order. tokens: the tokenize artifact, or its
+    published copy."""
+    folders = sorted(path for path in (tokens / "documents").glob("*") if path.is_dir())
+    parts = {path.name: [(int(part_number(file) or 0), file) for file in part_tables(path)] for path in folders}
+    return {source: files for source, files in parts.items() if files}
 
 
 class ShardWriter:

@@ -317,27 +317,22 @@ def require_columns(path: Path, schema: pa.Schema) -> None:
 
 
 def part_files(folder: Path, name: str) -> list[Path]:
-    """The files of a table, in order: `<name>/part-*.parquet`, or the `<name>.parquet` of an earlier layout.
-
-    Raises AtomError if there are none.
-    """
-    files = part_tables(folder / name) or [folder / f"{name}.parquet"]
-    if not files[-1].is_file():
+    """Lists the files of a table, `<name>/part-*.parquet`, in order. Raises AtomError if there are none."""
+    files = part_tables(folder / name)
+    if not files:
         raise AtomError(f"{folder / name} holds no parts; run the stage that makes it again")
     return files
 
 
 def sources_of(folder: Path) -> list[str]:
-    """The names of the sources that have a table in the folder, in either layout of `part_files`."""
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted({path.stem if path.suffix == ".parquet" else path.name for path in entries})
+    """Lists the names of the sources that have a table in the folder."""
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def order_files(folder: Path) -> list[Path]:
-    """The files of the order of a phase, in the order of steps: `part-*.parquet`, or the `order.parquet` of an earlier
-    layout. Raises AtomError if there are none."""
-    files = part_tables(folder) or [folder / "order.parquet"]
-    if not files[-1].is_file():
+    """Lists the files of the order of a phase in the order of steps. Raises AtomError if there are none."""
+    files = part_tables(folder)
+    if not files:
         raise AtomError(f"{folder} holds no order; run the stage that makes it again")
     return files
 

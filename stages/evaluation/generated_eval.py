@@ -36,10 +36,6 @@ if TYPE_CHECKING:
     from stages.data.curation.overlap import ItemRuns
 
 VERSION = 1
-FIRST_GENERATOR = GENERATOR = "1"
-"""The version of the generator of problems (`draw`, and the tasks of stages/data/synthetic/problems.py). A change of
-the problems of a seed needs a higher GENERATOR, with a field `generator` in meta.json; a release without that field has
-the first version."""
 EVALUATION = "evaluation items"
 
 

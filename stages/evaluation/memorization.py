@@ -220,7 +220,7 @@ def _continue(
     tokens, rows = inputs["tokens"].path, list[DocumentRow]()
     for (source, split, part), group in groupby(places, key=lambda row: (row["source"], row["split"], row["part"])):
         chosen = list(group)
-        name = shard_name(tokens, split, source, part)
+        name = shard_name(split, source, part)
         ids = first_tokens(tokens, name, [place["ordinal"] for place in chosen], config.length)
         for place, matching in zip(chosen, model.matching_tokens(ids.tolist(), config.prefix_tokens), strict=True):
             rows.append(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from pipeline.core.bounds import Context, Line, Range
-from pipeline.core.stage import Config, Renamed, added
+from pipeline.core.stage import Config, added
 from stages.evaluation.bits_per_byte import HeldoutLimit
 from stages.evaluation.engine import Engine
 from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS
@@ -54,13 +54,11 @@ class ChatSection(Config):
 
     items: ChatItems = Field(description="evaluation items")
     max_new_tokens: Context = Field(64, description="maximum number of tokens of an answer")
-    num_samples: Annotated[NumSamples, Renamed("samples")] = Field(
-        8, description="answers per problem, for pass@k and maj@k"
-    )
+    num_samples: NumSamples = Field(8, description="answers per problem, for pass@k and maj@k")
     min_gain: Gain = Field(
         0.0, description="gain in pass@1 from SFT to RLVR that must be exceeded, as far as there is room for it"
     )
-    min_win_rate: Annotated[float, Range(0.5, 1, below=True), Renamed("least_win")] = Field(
+    min_win_rate: Annotated[float, Range(0.5, 1, below=True)] = Field(
         0.5, description="value that the lower confidence bound of a win rate must exceed"
     )
     skill_tolerance: Annotated[float, Range(0, 0.25)] = Field(

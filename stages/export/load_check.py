@@ -83,8 +83,7 @@ def open_model(folder: str, whole_bytes: int):  # type: ignore[no-untyped-def]
 
 
 def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]], list[dict[str, Any]]]:
-    """Texts, messages and conversations: the inputs of the goldens.json in a folder, which an older version may have
-    chosen differently, or lack; else the present ones."""
+    """Returns texts, messages and conversations: the inputs of the goldens.json in a folder, else the present ones."""
     path = Path(folder, "goldens.json")
     if not path.is_file():
         return TEXTS, MESSAGES[:1], conversations.CONVERSATIONS

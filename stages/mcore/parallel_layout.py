@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.core.bounds import Flag, Range
-from pipeline.core.stage import Config, Renamed
+from pipeline.core.stage import Config
 
 Fusion = Literal["permute", "router", "cross_entropy", "bias_activation", "gradient_accumulation", "rope"]
 Split = Annotated[int, Range(1, 4096)]
@@ -29,24 +29,12 @@ class Layout(Config):
     ranks: Annotated[int, Range(1, 1e6, "Llama 3: 16384")] = Field(
         default=1, description="number of processes, one per device"
     )
-    tp: Annotated[Split, Renamed("tensor")] = Field(
-        default=1, description="tensor-parallel ranks, with sequence parallelism of the activations"
-    )
-    pp: Annotated[Split, Renamed("pipeline")] = Field(
-        default=1, description="pipeline-parallel ranks, which split the layers"
-    )
-    vpp: Annotated[Split, Renamed("virtual_pipeline")] = Field(
-        default=1, description="model chunks per pipeline rank; above 1: interleaved 1F1B schedule"
-    )
-    cp: Annotated[Split, Renamed("context")] = Field(
-        default=1, description="context-parallel ranks, which split each sequence"
-    )
-    ep: Annotated[Split, Renamed("expert")] = Field(
-        default=1, description="expert-parallel ranks, which split the experts of a layer"
-    )
-    etp: Annotated[Split | None, Renamed("expert_tensor")] = Field(
-        default=None, description="tensor-parallel ranks of each expert; null: as tp"
-    )
+    tp: Split = Field(default=1, description="tensor-parallel ranks, with sequence parallelism of the activations")
+    pp: Split = Field(default=1, description="pipeline-parallel ranks, which split the layers")
+    vpp: Split = Field(default=1, description="model chunks per pipeline rank; above 1: interleaved 1F1B schedule")
+    cp: Split = Field(default=1, description="context-parallel ranks, which split each sequence")
+    ep: Split = Field(default=1, description="expert-parallel ranks, which split the experts of a layer")
+    etp: Split | None = Field(default=None, description="tensor-parallel ranks of each expert; null: as tp")
     dispatcher: Literal["alltoall", "allgather", "flex"] = Field(
         default="alltoall",
         description="how tokens are sent to their experts; flex: by DeepEP's kernels, only with GPUs",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Flag, Range
-from pipeline.core.stage import Config, LongContext, Renamed, added, operational
+from pipeline.core.stage import Config, LongContext, added, operational
 from stages.mcore.parallel_layout import Layout
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
 
@@ -66,9 +66,7 @@ class Yarn(Config):
 class Rope(Config):
     """A changed rotary embedding from a phase on."""
 
-    theta: Annotated[RopeBase | None, Renamed("base")] = Field(
-        None, description="base of the rotary frequencies; null: as in the previous phase"
-    )
+    theta: RopeBase | None = Field(None, description="base of the rotary frequencies; null: as in the previous phase")
     yarn: Yarn | None = Field(None, description="YaRN scaling; null: none")
 
 
@@ -96,7 +94,7 @@ class ModelConfig(Config, ABC):
     layers: Layers = Field(description="number of transformer layers")
     hidden_size: Width = Field(description="width of the residual stream")
     context_length: Context = Field(description="maximum sequence length in tokens")
-    rope_theta: Annotated[RopeBase, Renamed("rope_base")] = Field(10000.0, description="base of the rotary frequencies")
+    rope_theta: RopeBase = Field(10000.0, description="base of the rotary frequencies")
     norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = Field(
         1e-6, description="epsilon of every RMSNorm"
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Range
-from pipeline.core.stage import Renamed, added
+from pipeline.core.stage import added
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import LossWeight, Precision, Routing, Width
 from stages.models.decoder import DecoderConfig
@@ -29,10 +29,8 @@ class RoutedConfig(DecoderConfig):
     its attention and its experts, and joins the two in the methods of every config."""
 
     experts: Experts = Field(description="experts in each layer")
-    num_experts_per_tok: Annotated[Experts, Renamed("experts_per_token")] = Field(
-        description="experts to which each token is routed (top-k)"
-    )
-    moe_intermediate_size: Annotated[Width, Renamed("expert_ffn_size")] = Field(description="inner width of one expert")
+    num_experts_per_tok: Experts = Field(description="experts to which each token is routed (top-k)")
+    moe_intermediate_size: Width = Field(description="inner width of one expert")
     aux_loss: LossWeight = Field(
         1e-3, description="weight of the load-balancing loss, summed over layers as in Megatron-Core"
     )
@@ -88,15 +86,13 @@ class RoutedConfig(DecoderConfig):
 class MixtureConfig(RoutedConfig):
     """A decoder whose layers have SwiGLUs as experts."""
 
-    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001"), Renamed("bias_rate")] = added(
+    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = added(
         0.0, "change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"
     )
     dense_layers: Annotated[int, Range(0, 1023)] = added(
         0, "number of first layers with a dense SwiGLU instead of experts"
     )
-    intermediate_size: Annotated[Width | None, Renamed("dense_ffn_size")] = added(
-        None, "inner width of the SwiGLU in dense layers"
-    )
+    intermediate_size: Width | None = added(None, "inner width of the SwiGLU in dense layers")
 
     @property
     def shared_width(self) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Flag, Key, LongLine, Mix, Range, Settings, Steps, Words
-from pipeline.core.stage import Config, Promise, Renamed, added, operational
+from pipeline.core.stage import Config, Promise, added, operational
 from stages.models.base import ModelConfig
 from stages.rl.algorithms.policy_gradient import registry as policy_gradient
 from stages.rl.rewards import registry as reward_registry
@@ -117,9 +117,7 @@ class PostTrainingPhase(PhaseBase):
     micro_batches: Annotated[int, Range(1, 1e6)] = Field(
         description="micro-batches of one update, over all data-parallel ranks"
     )
-    checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
-        20, "steps between checkpoints from which an interrupted run resumes"
-    )
+    checkpoint_interval: Steps = operational(20, "steps between checkpoints from which an interrupted run resumes")
 
     @property
     def packed(self) -> bool:
@@ -154,14 +152,14 @@ class RlPhase(PostTrainingPhase):
     advantages of Dr. GRPO without division, the token-level loss and asymmetric clip of DAPO, and no KL term."""
 
     tasks: Tasks = Field(description="sources of prompts, each with the verifier that scores the answers")
-    prompts_per_step: Annotated[Prompts, Renamed("groups")] = Field(
+    prompts_per_step: Prompts = Field(
         description="prompts of one step, counting only those whose answers differ in reward"
     )
-    num_generations: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16"), Renamed("samples")] = Field(
+    num_generations: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16")] = Field(
         description="answers per prompt (the group size of GRPO)"
     )
     sampling: Sampling = Field(description="sampling of answers")
-    algorithm: Annotated[AlgorithmName, Renamed("loss_type")] = added(
+    algorithm: AlgorithmName = added(
         policy_gradient.DEFAULT,
         "advantages and loss, by name (docs/post-training.md)",
     )
@@ -181,7 +179,7 @@ class RlPhase(PostTrainingPhase):
     routing_replay: Flag = added(
         False, "train each token with the experts that the sampler chose for it (R3); only for mixtures of experts"
     )
-    max_resample_rounds: Annotated[Retries, Renamed("refills")] = Field(
+    max_resample_rounds: Retries = Field(
         2, description="extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"
     )
     asynchronous: Asynchronous | None = added(
@@ -190,7 +188,7 @@ class RlPhase(PostTrainingPhase):
     tools: Tools | None = added(None, "tools that the model may call while it answers, in turns; null: none")
     replay: Replay | None = Field(None, description="replay of earlier training data; null: none")
     validate_every: Steps = Field(description="steps between evaluations on the validation items")
-    max_logprob_diff: Annotated[Gap, Renamed("logprob_gap")] = Field(
+    max_logprob_diff: Gap = Field(
         1e-3, description="maximum mean difference in token log-probability between sampler and trainer, in nats"
     )
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
@@ -307,7 +305,7 @@ class PromptPool(Config):
 
     tasks: Tasks = Field(description="sources of prompts, each with the verifier that scores the answers")
     count: Prompts = Field(description="prompts per round")
-    num_generations: Annotated[Answers, Renamed("samples")] = Field(description="answers per prompt")
+    num_generations: Answers = Field(description="answers per prompt")
 
 
 class DpoPhase(PostTrainingPhase):
@@ -318,7 +316,7 @@ class DpoPhase(PostTrainingPhase):
     """
 
     preferences: PromptPool = Field(description="prompts of the preference pairs")
-    sft_tasks: Annotated[PromptPool | None, Renamed("skills")] = Field(
+    sft_tasks: PromptPool | None = Field(
         None, description="verified tasks whose correct answers are trained on with an NLL loss; null: none"
     )
     sampling: Sampling = Field(description="sampling of answers")
@@ -326,13 +324,11 @@ class DpoPhase(PostTrainingPhase):
     beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)] = Field(
         description="beta of DPO: scale of the log-probability margin of a pair"
     )
-    max_logprob_diff: Annotated[Gap, Renamed("logprob_gap")] = Field(
+    max_logprob_diff: Gap = Field(
         1e-3, description="maximum mean difference in token log-probability between sampler and trainer, in nats"
     )
-    min_margin: Annotated[Coefficient, Renamed("least_margin")] = Field(
-        0.05, description="reward difference that a pair must exceed"
-    )
-    nll_coef: Annotated[Coefficient, Renamed("anchor")] = Field(
+    min_margin: Coefficient = Field(0.05, description="reward difference that a pair must exceed")
+    nll_coef: Coefficient = Field(
         1.0, description="weight of the mean NLL loss of correct answers; the loss of pairs has weight 1"
     )
     validate_every: Steps = Field(description="rounds between evaluations on the validation items")
@@ -355,7 +351,7 @@ class RewardPhase(PostTrainingPhase):
     probability that `<|endoftext|>` follows it, so the model keeps the architecture of the policy."""
 
     pairs: Prompts = Field(description="pairs per update")
-    heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True), Renamed("heldout")] = Field(
+    heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = Field(
         0.2, description="share of prompts, by hash, whose pairs are held out from training"
     )
     validate_every: Steps = Field(description="updates between evaluations on the held-out pairs")

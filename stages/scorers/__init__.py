@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.scorers import courtesy_v1, courtesy_v2, exact_v1, instructions_v1, problems_v1, response_v1
+from stages.scorers import courtesy_v1, exact_v1, instructions_v1, problems_v1, response_v1
 
 Score = Callable[[Mapping[str, Any], str, bool], dict[str, float]]
 """(row of the task, what `answer_of` takes of the text, whether it ended by itself) -> parts by name; `reward` is the
@@ -25,12 +25,11 @@ PROBLEMS = ("problems", "1")
 """Scores outputs of base models; it takes the expected answer and the whole output."""
 SCORERS: dict[tuple[str, str], Score] = {
     ("courtesy", "1"): courtesy_v1.score,
-    ("courtesy", "2"): courtesy_v2.score,
     ("exact", "1"): exact_v1.score,
     ("instructions", "1"): instructions_v1.score,
 }
 """The scorers of conversations, by name and version."""
-LATEST = {"courtesy": "2", "exact": "1", "instructions": "1"}
+LATEST = {"courtesy": "1", "exact": "1", "instructions": "1"}
 """The versions that score new outputs."""
 answer_of = response_v1.answer_of
 """What scorers of conversations score of a text."""

@@ -1,10 +1,11 @@
-"""Scorer `courtesy`, version 1: rules for a courteous note. Frozen: a change is a new version in a new file.
+"""Scorer `courtesy`, version 1: the request first, then style. Frozen: a change is a new version in a new file.
 
 Row: act, who, what. It holds its own copy of the words of stages/data/courtesies.py, which may change.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,15 +31,16 @@ class Act:
     name: str
     request: str
     done: str
-    sign: str  # pattern by which it is known
+    phrase: str
+    """What the act is known by: a part of `done`."""
 
 
 ACTS = (
-    Act("thank", "Thank the {who} for the {what}.", "thank you for the {what}.", r"\bthank you\b"),
-    Act("praise", "Praise the {who} for the {what}.", "the {what} was wonderful.", r"\bwonderful\b"),
-    Act("apologise", "Say sorry to the {who} about the {what}.", "I am sorry about the {what}.", r"\bsorry\b"),
-    Act("ask", "Ask the {who} for the {what}.", "may I have the {what}, please?", r"\bmay I have\b"),
-    Act("offer", "Offer the {who} the {what}.", "would you like the {what}?", r"\bwould you like\b"),
+    Act("thank", "Thank the {who} for the {what}.", "thank you for the {what}.", "thank you for {what}"),
+    Act("praise", "Praise the {who} for the {what}.", "the {what} was wonderful.", "{what} was wonderful"),
+    Act("apologise", "Say sorry to the {who} about the {what}.", "I am sorry about the {what}.", "sorry about {what}"),
+    Act("ask", "Ask the {who} for the {what}.", "may I have the {what}, please?", "may i have {what}"),
+    Act("offer", "Offer the {who} the {what}.", "would you like the {what}?", "would you like {what}"),
 )
 ENDINGS = ("Have a nice day!", "With kind regards.", "All the best to you.")
 FILLER = ("It is a long story.", "I do not know what to say.", "As I said before.")
@@ -62,20 +64,30 @@ def _lexicon() -> frozenset[str]:
 LEXICON = _lexicon()
 
 
-def judge(asked: Act, who: str, what: str, note: str) -> dict[str, float]:
-    """Parts of a note's worth, each 0 to 1; `reward` = content x form.
+_DONE = {act.name: re.compile(rf"\b{act.phrase.format(what=r'(?:it|the [a-z]+)')}\b", re.IGNORECASE) for act in ACTS}
 
-    Content: the act (0.4), the person addressed (0.25), the thing (0.25), one kind ending (0.1). Form is the product of
-    the share of words that are words of this small language, of whether it begins and ends as a sentence does, repeats
-    no word, and is not long-winded: garbled text earns little, whatever polite phrase stands in it.
+
+def judge(asked: Act, who: str, what: str, note: str) -> dict[str, float]:
+    """Parts of a note's worth, each 0 to 1; `reward` = (0.1 x share of the request + 0.7 x task + 0.2 x task x ending)
+    x form.
+
+    The request has three parts: its act is done and no other one; its person is addressed and nobody else named; the
+    act is about its thing and no other thing is named. `task` is 1 if all three hold, so style counts only where what
+    was asked was done: without it no note earns more than 0.07, and one note earns that for one request alone. Form is
+    the product of the share of words that are words of this small language, of whether the note begins and ends as a
+    sentence does, repeats no word, and is not long-winded.
     """
     words = [word.lower() for word in _WORD.findall(note)]
-    content = {
-        "act": float(bool(re.search(asked.sign, note, re.IGNORECASE))),
-        "person": float(note.startswith(f"Dear {who},")),
-        "thing": float(f"the {what}" in note.lower()),
-        "ending": float(sum(note.count(ending) for ending in ENDINGS) == 1 and note.endswith(ENDINGS)),
+    named = set(words)
+    done = {name for name, pattern in _DONE.items() if pattern.search(note)}
+    about = rf"\b{asked.phrase.format(what=f'the {re.escape(what)}')}\b"
+    parts = {
+        "act": float(done == {asked.name}),
+        "person": float(note.startswith(f"Dear {who},") and named.isdisjoint({*PEOPLE} - {who})),
+        "thing": float(bool(re.search(about, note, re.IGNORECASE)) and named.isdisjoint({*THINGS} - {what})),
     }
+    task = float(all(parts.values()))
+    ending = float(sum(note.count(ending) for ending in ENDINGS) == 1 and note.endswith(ENDINGS))
     odd = re.sub(r"[A-Za-z .,!?]", "", note)
     stammers = any(a == b for a, b in pairwise(words))
     form = {
@@ -84,11 +96,8 @@ def judge(asked: Act, who: str, what: str, note: str) -> dict[str, float]:
         "fluent": 0.5 if stammers else 1.0,
         "brief": 1.0 if len(words) <= LONGEST else 0.5,
     }
-    weights = {"act": 0.4, "person": 0.25, "thing": 0.25, "ending": 0.1}
-    reward = sum(weights[name] * content[name] for name in weights)
-    for share in form.values():
-        reward *= share
-    return {"reward": reward, **content, **form}
+    reward = 0.1 * sum(parts.values()) / len(parts) + 0.7 * task + 0.2 * task * ending
+    return {"reward": reward * math.prod(form.values()), "task": task, **parts, "ending": ending, **form}
 
 
 def score(row: Mapping[str, Any], answer: str, finished: bool) -> dict[str, float]:
@@ -97,4 +106,4 @@ def score(row: Mapping[str, Any], answer: str, finished: bool) -> dict[str, floa
     if act is None:
         raise ValueError(f"unknown act {row['act']!r}")
     parts = judge(act, str(row["who"]), str(row["what"]), answer)
-    return parts if finished else parts | {"reward": 0.0}
+    return parts if finished else parts | {"reward": 0.0, "task": 0.0}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import MOST_RAMP_STEPS, Context, Flag, Line, Mix, Range, Seed, Steps
-from pipeline.core.stage import Config, Renamed, added, operational
+from pipeline.core.stage import Config, added, operational
 from pipeline.core.text import shown
 from stages.data.order_config import rows_from
 from stages.data.packing import LongDocuments
@@ -140,7 +140,7 @@ class Spikes(Config):
     rewind_steps: Annotated[int, Range(1, 1e5, "PaLM: 200 to 500")] = Field(
         1, description="batches that a rewind excludes, ending with that of the spike"
     )
-    max_spikes: Annotated[int, Range(1, 1e5), Renamed("at_most")] = Field(
+    max_spikes: Annotated[int, Range(1, 1e5)] = Field(
         16, description="maximum number of spikes; one more stops the phase"
     )
 
@@ -151,18 +151,12 @@ class PhaseBase(Config):
     steps: Steps = Field(description="optimizer steps, counted from the beginning of the phase")
     optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
     precision: Precision = Field("fp32", description="data type of matrix multiplications")
-    release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
-        description="steps between sealed checkpoints"
-    )
-    checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
-        1000, "steps between checkpoints from which an interrupted run resumes"
-    )
-    watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
+    release_checkpoint_interval: Steps = Field(description="steps between sealed checkpoints")
+    checkpoint_interval: Steps = operational(1000, "steps between checkpoints from which an interrupted run resumes")
+    watchdog_timeout_seconds: Patience = operational(
         1800.0, "seconds without a finished step or progress of a checkpoint after which a rank is considered hung"
     )
-    parallelism: Annotated[Layout, Renamed("cluster")] = operational(
-        Layout(), "distribution of the phase over processes"
-    )
+    parallelism: Layout = operational(Layout(), "distribution of the phase over processes")
 
     @property
     def adapter(self) -> Lora | None:
@@ -201,9 +195,7 @@ class PhaseConfig(PhaseBase):
     mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
     sequence_length: Context = Field(description="tokens predicted in one row")
     batch: BatchSizes = Field(description="batch sizes")
-    validation: Annotated[Validation, Renamed("heldout")] = Field(
-        description="measurement of the loss on held-out documents"
-    )
+    validation: Validation = Field(description="measurement of the loss on held-out documents")
     precision: Precision = added("fp32", "data type of matrix multiplications")
     rope: Rope | None = added(None, "rotary embedding from this phase on; null: as in the previous phase")
     pack: Flag = added(False, "pack several documents into a row, each with its own attention and positions")

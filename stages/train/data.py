@@ -123,7 +123,7 @@ class Shards:
     def shard(self, source: str, part: int) -> IndexedDataset:
         """Megatron's reader of a part. Raises AtomError if the shard is missing or not what its index says."""
         if (source, part) not in self.shards:
-            name = shard_name(self.tokens.path, self.split, source, part)
+            name = shard_name(self.split, source, part)
             check_sizes(self.tokens.path, name)
             if len(self.shards) == self.OPEN:
                 self.shards.popitem(last=False)
@@ -134,7 +134,7 @@ class Shards:
     def read(self, segment: Segment) -> np.ndarray:
         shard, end = self.shard(segment.source, segment.part), segment.offset + segment.length
         if segment.ordinal >= len(shard) or end > shard.sequence_lengths[segment.ordinal]:
-            name = shard_name(self.tokens.path, self.split, segment.source, segment.part)
+            name = shard_name(self.split, segment.source, segment.part)
             raise AtomError(f"the data order asks for tokens {segment.offset} to {end} of document {segment.id}, which "
                             f"shard {name} does not hold; remove both artifacts and run again")  # fmt: skip
         # copied, because Megatron unmaps the file as soon as the shard is closed
@@ -369,8 +369,6 @@ class _PartReader:
         with self.lock:
             if self.group[0] != group:
                 table = self.file.read_row_group(group, columns=self.columns)
-                if "part" not in table.schema.names:  # of an earlier layout, which had one part a source
-                    table = table.append_column("part", pa.repeat(pa.scalar(0, pa.int32()), len(table)))
                 self.group = group, table.select(self.columns).cast(self.schema)
             return self.group[1]
 
@@ -393,9 +391,7 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
             length = min(document["tokens"], phase.sequence_length + 1)
             # in the table loss_from is the first token that carries loss; its target stands one place earlier
             loss_from = max(0, document["loss_from"] - 1)
-            segment = Segment(
-                source, document["id"], document["ordinal"], 0, length, loss_from, document.get("part", 0)
-            )
+            segment = Segment(source, document["id"], document["ordinal"], 0, length, loss_from, document["part"])
             rows.append(Row((segment,)))
     rows = [row for row in rows if row.targets]
     if not rows:
@@ -410,8 +406,7 @@ def _heldout_documents(tokens: Artifact, source: str) -> Iterator[dict[str, Any]
     if source not in files:
         raise AtomError(f"{tokens.path} has no table of the documents of {source}; run tokenize again")
     for _, path in files[source]:
-        names = ["source", "split", "part", "id", "ordinal", "tokens", "loss_from"]
-        columns = [name for name in names if name in pq.read_schema(path).names]  # an earlier layout has no parts
+        columns = ["source", "split", "part", "id", "ordinal", "tokens", "loss_from"]
         for batch in stream_batches(path, columns, 65_536):
             mask = pc.and_(pc.equal(batch["split"], "heldout"), pc.equal(batch["source"], source))
             yield from batch.filter(mask).to_pylist()

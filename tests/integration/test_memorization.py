@@ -50,7 +50,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         row = {"id": id, "text": text, "license": "CC0-1.0", "origin": "", "content_hash": content_hash(text)}
         rows[id.split("/")[0]].append({**row, "source": id.split("/")[0], "prompt_chars": prompt, "split": split})
     for source, documents in rows.items():
-        write_rows(folder / f"dedup/kept/{source}.parquet", KEPT, documents)
+        write_rows(folder / f"dedup/kept/{source}/part-00000.parquet", KEPT, documents)
     (folder / "tokenizer").mkdir()
     release_fixtures.save_tokenizer(folder / "tokenizer")
     sealed = {role: write_manifest(folder / role, role) for role in ("dedup", "tokenizer")}
@@ -90,7 +90,7 @@ def train(model: Artifact, tokens: Artifact, steps: Sequence[Sequence[dict[str, 
     trained = AutoModelForCausalLM.from_pretrained(model / "model", dtype=torch.float32)
     optimizer = torch.optim.Adam(trained.parameters(), lr=1e-2)
     for rows in steps:
-        read = [first_tokens(tokens.path, shard_name(tokens.path, "train", row["source"], 0), [row["ordinal"]], ROW)
+        read = [first_tokens(tokens.path, shard_name("train", row["source"], 0), [row["ordinal"]], ROW)
                 for row in rows]  # fmt: skip
         ids = torch.cat([torch.from_numpy(row) for row in read])
         trained(ids, labels=ids).loss.backward()
@@ -161,7 +161,7 @@ def test_matching_tokens_are_those_of_a_greedy_continuation(inputs) -> None:
     from stages.evaluation.transformers_model import TransformersModel
 
     model = AutoModelForCausalLM.from_pretrained(inputs["trained"] / "model", dtype=torch.float32).eval()
-    ids = first_tokens(inputs["tokens"].path, shard_name(inputs["tokens"].path, "train", "prose", 0), range(6), 40)
+    ids = first_tokens(inputs["tokens"].path, shard_name("train", "prose", 0), range(6), 40)
     expected = []
     for row in torch.from_numpy(ids):
         drawn = model.generate(row[None, :16], do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0)

@@ -47,12 +47,13 @@ def test_rows_are_well_filled() -> None:
 
 
 def tokens(folder: Path) -> Artifact:
-    rows = []
     for source, lengths in (("a", [30] * 60 + [200] * 4), ("b", [12] * 100)):
+        rows = []
         for ordinal, length in enumerate(lengths):
             common = {"source": source, "split": "train", "content_hash": "", "license": "CC0-1.0", "bytes": 1}
-            rows.append({"id": f"{source}/{ordinal}", "ordinal": ordinal, "tokens": length, "loss_from": 2, **common})
-    write_rows(folder / "documents.parquet", TOKENIZED, rows)
+            place = {"id": f"{source}/{ordinal}", "part": 0, "ordinal": ordinal}
+            rows.append({**place, "tokens": length, "loss_from": 2, **common})
+        write_rows(folder / "documents" / source / "part-00000.parquet", TOKENIZED, rows)
     return write_manifest(folder, "tokenize")
 
 

@@ -135,7 +135,7 @@ def test_the_command_refuses_what_has_no_page_in_one_sentence(copy: Path, tmp_pa
     (copy / RETRACTED).write_text("{}")
     assert "lacks documents that were taken back, so that its figures and files disagree" in refused(copy)
     (copy / RETRACTED).unlink()
-    for path, content in (("evidence/origins.json", b"{"), ("dataset/kept/prose.parquet", b"PAR1PAR1")):
+    for path, content in (("evidence/origins.json", b"{"), ("dataset/kept/prose/part-00000.parquet", b"PAR1PAR1")):
         kept = (copy / path).read_bytes()
         (copy / path).write_bytes(content)
         assert re.search(r"cannot be read \(\w+\); `atom verify .*` names the damaged files$", refused(copy, code=1)), (

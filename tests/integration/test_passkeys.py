@@ -145,7 +145,7 @@ def trained_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     for n, (text, prompt_chars, _) in enumerate(draw_documents(200)):
         row = {"id": f"keys/{n}", "text": text, "source": "keys", "license": "PSF-2.0", "origin": "procedural"}
         rows.append({**row, "content_hash": content_hash(text), "prompt_chars": prompt_chars, "split": "train"})
-    write_rows(folder / "in/kept/keys.parquet", KEPT, rows)
+    write_rows(folder / "in/kept/keys/part-00000.parquet", KEPT, rows)
     inputs = {"dedup": write_manifest(folder / "in", "dedup")}
     (folder / "out").mkdir()
     section = tokenizer.TokenizerSection(vocab_size=320, padded_vocab_size=384, sample_bytes=100_000)

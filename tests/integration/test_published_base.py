@@ -20,8 +20,8 @@ from release.assembly import assemble
 from release.assembly import build_release as builder
 from release.assembly.published_tables import read_json
 from release.audit.verify import verify
-from release.checks.base_model import published_base
 from release.checks.check import Subject
+from release.checks.weights import published_base
 from release.hub.local.server import LOCAL_TOKEN, running
 from tests.fixtures import release_fixtures
 from tests.fixtures.home_fixtures import SMOKE

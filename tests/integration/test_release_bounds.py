@@ -111,7 +111,7 @@ SPECIAL = {
     "a hole of 100 GB": (hole, "is a file of holes"),
 }
 PLACES = ("SHA256SUMS", "evidence/SHA256SUMS", "evidence/release.json", "evidence/origins.json", "model/SHA256SUMS",
-          "model/model.safetensors", "model/model.sig", "dataset/dispositions.parquet", "checkpoints/index.json",
+          "model/model.safetensors", "model/model.sig", "dataset/dispositions/prose/part-00000.parquet", "checkpoints/index.json",
           "model/new.json")  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def endless_template(release: Path) -> None:
 
 
 def long_values_of_many(release: Path) -> None:
-    long_values(release / "dataset/dispositions.parquet")
+    long_values(release / "dataset/dispositions/prose/part-00000.parquet")
 
 
 def below_the_growth(release: Path) -> None:
@@ -216,7 +216,7 @@ def below_the_growth(release: Path) -> None:
     columns = {name: pa.array([name]).take(pa.array([0] * rows, pa.int32())) for name in COLUMNS[1:]}
     columns["id"] = pa.array([f"{number % 4}" for number in range(rows)])
     columns["rule"] = pa.concat_arrays([pa.array([os.urandom(900_000).hex()]), columns["rule"][1:]])
-    path = release / "dataset/dispositions.parquet"
+    path = release / "dataset/dispositions/prose/part-00000.parquet"
     pq.write_table(pa.table(columns), path, compression="zstd")
     resum(release)
 
@@ -266,9 +266,9 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda p: p.write_text("{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}"),
         "cannot be checked: it ",
     ),
-    "rows of nothing": ("dataset/dispositions.parquet", many_rows, "bytes hold 4000000 rows"),
-    "values that unpack": ("dataset/dispositions.parquet", long_values, "cannot be checked: it "),
-    "no table": ("dataset/kept/prose.parquet", lambda p: p.write_bytes(b"PAR1" + b"\xff" * 90 + b"\x40\0\0\0PAR1"), "cannot be read as Parquet"),
+    "rows of nothing": ("dataset/dispositions/prose/part-00000.parquet", many_rows, "bytes hold 4000000 rows"),
+    "values that unpack": ("dataset/dispositions/prose/part-00000.parquet", long_values, "cannot be checked: it "),
+    "no table": ("dataset/kept/prose/part-00000.parquet", lambda p: p.write_bytes(b"PAR1" + b"\xff" * 90 + b"\x40\0\0\0PAR1"), "cannot be read as Parquet"),
     "a program": ("model/LICENSE", lambda p: p.write_bytes(b"\x7fELF" + bytes(60)), "is a program by its first bytes"),
     "a library": ("dataset/x.so", lambda p: p.write_bytes(b"x"), "is code beside data or weights"),
     "compiled code": ("code/release/x.pyc", lambda p: p.write_bytes(b"x"), "is compiled code"),

@@ -68,7 +68,7 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
         "model/model.safetensors", "model/README.md", "model/LICENSE", "model/SHA256SUMS", "model/chat_template.jinja",
         "model-base/config.json", "checkpoints/pretrain-step-0/state.json",
         "checkpoints/midtrain-step-2/optimizer.safetensors",
-        "dataset/kept/prose.parquet", "dataset/dispositions.parquet", "dataset/order/pretrain/order.parquet",
+        "dataset/kept/prose/part-00000.parquet", "dataset/dispositions/prose/part-00000.parquet", "dataset/order/pretrain/part-00000.parquet",
         "dataset/evaluation/mid/items.parquet", "dataset/README.md", "code/release/assembly/build_release.py",
         "code/as-run/recipes/tiny.yaml",
         "dataset/croissant.json", "dataset/merkle.json", "dataset/evaluation/canary.json", "model/goldens.json",
@@ -122,7 +122,7 @@ def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Pat
     assert (folder / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
     assert notes[-1].startswith("no index of texts: the index of texts cannot be written in ")
     builder._index(folder, tmp_path / "cache", notes.append)
-    assert notes[-2:] == ["indexing kept/prose.parquet", "indexing kept/sums.parquet"]
+    assert notes[-2:] == ["indexing kept/prose/part-00000.parquet", "indexing kept/sums/part-00000.parquet"]
     monkeypatch.setattr(text_index, "TEXTS", text_index.TEXTS.replace("fts5", "fts_that_is_not_there"))
     builder._index(folder, tmp_path / "cache", notes.append)
     assert notes[-1].startswith("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text`")
@@ -226,7 +226,7 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
     (copy / ".eval_results/hle.yaml").write_text(text)
     assert cards.model_card(copy, about).problems[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
     shutil.rmtree(copy / ".eval_results")
-    assert cards.model_card(copy, about).problems == []  # as in a release of before
+    assert cards.model_card(copy, about).problems == [".eval_results/tiny-data.yaml is missing"]
 
 
 def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:
@@ -316,14 +316,14 @@ def test_unknown_license_and_unbalanced_counts_are_refused(source, tmp_path: Pat
     import pyarrow.parquet as pq
 
     def without_license(folder: Path) -> None:
-        table = pq.read_table(folder / "dispositions.parquet")
+        path = folder / "dispositions/prose/part-00000.parquet"
+        table = pq.read_table(path)
         at = table.schema.get_field_index("license")
-        pq.write_table(
-            table.set_column(at, "license", pa.array(["unknown"] * len(table))), folder / "dispositions.parquet"
-        )
+        pq.write_table(table.set_column(at, "license", pa.array(["unknown"] * len(table))), path)
 
     def lost_row(folder: Path) -> None:
-        pq.write_table(pq.read_table(folder / "dispositions.parquet").slice(1), folder / "dispositions.parquet")
+        path = folder / "dispositions/prose/part-00000.parquet"
+        pq.write_table(pq.read_table(path).slice(1), path)
 
     for n, (change, gate, match) in enumerate(
         [

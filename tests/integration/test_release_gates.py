@@ -9,7 +9,7 @@ import pytest
 
 from release.assembly.data_facts import DataFacts, read_data_facts
 from release.assembly.score_facts import CONTAMINATION, compute_scores
-from release.checks import gains, gates
+from release.checks import gates, learning
 from release.checks.check import BuildContext
 from stages.evaluation.scores import Mean
 from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
@@ -100,8 +100,8 @@ def test_a_gain_is_demanded_only_below_the_ceiling(built: Path, before: float, a
 
 def test_a_few_items_are_no_ceiling() -> None:
     """A share of 0.5 of two items is not known to be near 1, and neither is one of 0."""
-    assert not gains.at_ceiling(mean(0.5, 0.5, 2)) and not gains.at_ceiling(mean(0.0, 0.0, 2))
-    assert gains.at_ceiling(mean(1.0, 0.0, 2))
+    assert not learning.at_ceiling(mean(0.5, 0.5, 2)) and not learning.at_ceiling(mean(0.0, 0.0, 2))
+    assert learning.at_ceiling(mean(1.0, 0.0, 2))
 
 
 def test_a_waived_gate_refuses_nothing_and_is_stated(built: Path) -> None:

@@ -258,9 +258,9 @@ def other_runtimes(release: Path) -> None:
 
 
 def older_schema(release: Path) -> None:
-    edit(release, "evidence/release.json", card_schema=6)
+    edit(release, "evidence/release.json", card_schema=0)
     for card in release.glob("**/README.md"):
-        card.write_text(re.sub("^atom_card_schema: .*$", "atom_card_schema: 6", card.read_text(), flags=re.MULTILINE))
+        card.write_text(re.sub("^atom_card_schema: .*$", "atom_card_schema: 0", card.read_text(), flags=re.MULTILINE))
 
 
 def tombstone(release: Path) -> None:

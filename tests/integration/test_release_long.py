@@ -96,7 +96,7 @@ def test_the_last_long_model_is_the_final_one(release: Path) -> None:
     for number in (1, 2):
         for path in (
             f"checkpoints/longcontext-{number}-step-2/optimizer.safetensors", f"evidence/parity/long-{number}.json",
-            f"dataset/order/longcontext-{number}/order.parquet", f"dataset/evaluation/long-{number}/items.parquet",
+            f"dataset/order/longcontext-{number}/part-00000.parquet", f"dataset/evaluation/long-{number}/items.parquet",
             f"evidence/training/longcontext-{number}/training.jsonl", f"evidence/manifests/longcontext-{number}.json",
         ):  # fmt: skip
             assert path in paths, path

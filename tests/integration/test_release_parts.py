@@ -1,4 +1,4 @@
-"""A release whose tables are in parts: the same facts, and nothing that is wrong in a part goes unnoticed."""
+"""A release whose tables are in several parts: the same facts, and nothing that is wrong in a part goes unnoticed."""
 
 from __future__ import annotations
 
@@ -61,9 +61,8 @@ def test_it_has_the_files_of_the_artifacts_and_verifies(in_parts: Path, tmp_path
     assert not verify(alone).ok
 
 
-def test_its_facts_are_those_of_one_file_a_table(built: Path, in_parts: Path) -> None:
+def test_its_facts_are_those_of_one_part(built: Path, in_parts: Path) -> None:
     facts, expected = read_data_facts(in_parts / "dataset"), read_data_facts(built / "dataset")
-    assert facts.in_parts and not expected.in_parts
     measured = {
         source: {language: row.documents for language, row in rows.items()}
         for source, rows in facts.documents.languages.items()
@@ -72,7 +71,7 @@ def test_its_facts_are_those_of_one_file_a_table(built: Path, in_parts: Path) ->
     (scores,) = facts.documents.scores["prose"].values()
     assert (scores.documents, scores.mean) == (10, 0.4)
     documents = dataclasses.replace(facts.documents, languages={}, scores={})
-    assert dataclasses.replace(facts, in_parts=False, documents=documents) == expected
+    assert dataclasses.replace(facts, documents=documents) == expected
 
 
 OUTPUTS = [f"evaluation/{model}/{table}" for model in ("init", "base", "mid") for table in ("documents", "items")]
@@ -103,7 +102,6 @@ def test_it_is_described_by_patterns(built: Path, in_parts: Path) -> None:
     assert rows[1]["title"] == "Title of prose/001" and [rows[n]["author"] for n in (0, 1)] == [None, "Author 1"]
     assert "## Languages of the documents" in card and "| prose | quality | 10 | 0.400 |" in card
     assert "| `measures/<source>/*.parquet` |" in card and "measures" not in other and "## Languages" not in other
-    assert "path: kept/prose.parquet" in other and "| `order/<phase>/order.parquet` |" in other
 
 
 def change(path: Path, changed: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
@@ -161,10 +159,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda data: [(data / table).unlink() for table in (DISPOSITIONS, KEPT, TOKENS)],
         "dispositions/prose does not have the parts 0 to 1",
     ),
-    "both layouts": (
-        lambda data: shutil.copy(data / KEPT, data / "kept/prose.parquet"),
-        "kept/prose.parquet stands beside parts of the same table",
-    ),
+    "no dispositions": (lambda data: shutil.rmtree(data / "dispositions"), "dispositions has no table"),
     "fewer than declared": (
         lambda data: [change(data / table, without("prose/007")) for table in (DISPOSITIONS,)],
         "dispositions: 11 documents of prose, the source says another number",

@@ -107,7 +107,7 @@ def test_a_missing_part_is_named(copy: Path, part: str) -> None:
 
 def test_a_forger_who_writes_new_checksums_is_caught_by_the_ledger(copy: Path) -> None:
     flip(copy / "checkpoints/pretrain-step-2/state.json")
-    (copy / "dataset/kept/extra.parquet").write_bytes((copy / "dataset/kept/prose.parquet").read_bytes())
+    (copy / "dataset/kept/extra.parquet").write_bytes((copy / "dataset/kept/prose/part-00000.parquet").read_bytes())
     resum(copy)
     problems = [text for check in verify(copy).checks for text in check.wrong]
     assert "checkpoints/pretrain-step-2/state.json is not step-000002/state.json of the artifact pretrain" in problems
@@ -142,7 +142,7 @@ def test_deep_finds_training_on_held_out_text_and_forged_answers(built: Path, tm
     from release.checks.order import segments
 
     data = Path(shutil.copytree(built / "dataset", tmp_path / "dataset"))
-    path = data / "order/pretrain/order.parquet"
+    path = data / "order/pretrain/part-00000.parquet"
     table = pq.read_table(path)
     assert segments(Subject(data)).problems == content_hashes(Subject(data)).problems == []
     pq.write_table(
@@ -153,9 +153,9 @@ def test_deep_finds_training_on_held_out_text_and_forged_answers(built: Path, tm
         table.set_column(table.schema.get_field_index("length"), "length", pa.array([9999] * len(table))), path
     )
     assert "reaches beyond the end" in segments(Subject(data)).problems[0]
-    rows = pq.read_table(data / "kept/prose.parquet").to_pylist()
+    rows = pq.read_table(data / "kept/prose/part-00000.parquet").to_pylist()
     rows[0]["text"] += "!"
-    release_fixtures.table(data / "kept/prose.parquet", rows)
+    release_fixtures.table(data / "kept/prose/part-00000.parquet", rows)
     assert f"the text of {rows[0]['id']} is not what" in content_hashes(Subject(data)).problems[0]
 
 
@@ -200,19 +200,22 @@ def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Pat
         return problems
 
     data = Path(shutil.copytree(built / "dataset", tmp_path / "dataset"))
+    fates, kept, tokens = (
+        f"{table}/prose/part-00000.parquet" for table in ("dispositions", "kept", "tokens/documents")
+    )
     one, other = {"id": "prose/001"}, {"id": "prose/003"}
-    assert damaged("dispositions.parquet", "kept_hash", lambda row: row["id"] == one["id"], "0" * 64) == [
-        "dispositions.parquet: the kept hash of prose/001 is not that of kept/prose.parquet"
+    assert damaged(fates, "kept_hash", lambda row: row["id"] == one["id"], "0" * 64) == [
+        f"{fates}: the kept hash of prose/001 is not that of {kept}"
     ]
-    assert damaged("dispositions.parquet", "kept_hash", lambda row: row["id"] == other["id"], "0" * 64) == [
-        "dispositions.parquet: prose/003 has a kept hash, but is not kept"
+    assert damaged(fates, "kept_hash", lambda row: row["id"] == other["id"], "0" * 64) == [
+        f"{fates}: prose/003 has a kept hash, but is not kept"
     ]
-    assert damaged("tokens/documents.parquet", "content_hash", lambda row: row["id"] == one["id"], "0" * 64) == [
-        "tokens/documents.parquet: the content hash of prose/001 is not that of kept/prose.parquet"
+    assert damaged(tokens, "content_hash", lambda row: row["id"] == one["id"], "0" * 64) == [
+        f"{tokens}: the content hash of prose/001 is not that of {kept}"
     ]
-    assert damaged("tokens/documents.parquet", "id", lambda row: row["id"] == one["id"], "prose/003") == [
-        "tokens/documents.parquet: the content hash of prose/001 is not that of kept/prose.parquet",
-        "tokens/documents.parquet: prose/003 is no kept document",
+    assert damaged(tokens, "id", lambda row: row["id"] == one["id"], "prose/003") == [
+        f"{tokens}: the content hash of prose/001 is not that of {kept}",
+        f"{tokens}: prose/003 is no kept document",
     ]
     assert content_hashes(Subject(data)).problems == []
 

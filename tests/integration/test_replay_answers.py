@@ -15,8 +15,8 @@ import pytest
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from release.audit.replay import certificate, replay, text
+from tests.fixtures.changed_source_fixtures import Tree
 from tests.fixtures.home_fixtures import SMOKE
-from tests.fixtures.old_release_fixtures import Tree
 from tests.fixtures.release_fixtures import resum
 from tests.fixtures.replay_fixtures import build, validated
 from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed

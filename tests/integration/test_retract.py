@@ -87,15 +87,17 @@ def test_documents_leave_the_folder_and_the_hub(
         env={**os.environ, **hub, "ATOM_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert killed.returncode == 9, killed.stderr
-    assert sha256_file(old_copy / "kept/prose.parquet") in os.listdir(tmp_path / "hub/blobs"), "not finished"
+    assert sha256_file(old_copy / "kept/prose/part-00000.parquet") in os.listdir(tmp_path / "hub/blobs"), "not finished"
     done = atom(tmp_path, *signed, **hub).stdout
     assert "local/tiny-data@main is rewritten" in done and "LFS objects are deleted" in done
     assert atom(tmp_path, *signed, **hub).stdout.count("LFS objects are deleted") == 0, "nothing is left to do"
 
     for source in TEXTS:
-        assert f"{source}/003" not in ids(release / f"dataset/kept/{source}.parquet")
-        assert sha256_file(old_copy / f"kept/{source}.parquet") not in os.listdir(tmp_path / "hub/blobs")
-    fates = {row["id"]: row for row in pq.read_table(release / "dataset/dispositions.parquet").to_pylist()}
+        assert f"{source}/003" not in ids(release / f"dataset/kept/{source}/part-00000.parquet")
+        assert sha256_file(old_copy / f"kept/{source}/part-00000.parquet") not in os.listdir(tmp_path / "hub/blobs")
+    fates = {
+        row["id"]: row for row in pq.read_table(release / "dataset/dispositions/prose/part-00000.parquet").to_pylist()
+    }
     assert (fates["prose/003"]["rule"], fates["prose/003"]["match"]) == ("opt_out", f"url {hashed('r-1')}")
     assert fates["prose/002"]["disposition"] == "kept"
     for kind, name in (("dataset", "tiny-data"), ("dataset", "tiny-evidence"), ("model", "tiny")):
@@ -190,7 +192,7 @@ def test_a_replacement_that_is_killed_is_ended_by_the_same_command(release: Path
         os.rename(tmp_path / "before", old)
     atom(tmp_path, *arguments)
     assert not old.exists() and not draft.exists()
-    assert "sums/003" not in ids(release / "dataset/kept/sums.parquet")
+    assert "sums/003" not in ids(release / "dataset/kept/sums/part-00000.parquet")
 
 
 def test_what_is_refused_and_in_which_words(release: Path, tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_what_is_refused_and_in_which_words(release: Path, tmp_path: Path) -> No
     assert state(release) == before
     done = atom(tmp_path, "retract", str(release), "--local", "--documents", "sums/003", "--request", "a").stdout
     assert "1 document of tiny 0.1.0 retracted" in done
-    assert "sums/003" not in ids(release / "dataset/kept/sums.parquet")
+    assert "sums/003" not in ids(release / "dataset/kept/sums/part-00000.parquet")
     again = atom(tmp_path, "retract", str(release), "--local", "--documents", "prose/003", "--request", "b").stdout
     assert "1 document of" in again and len(read_tombstones(release)) == 2
     assert "2 documents" not in atom(tmp_path, "verify", str(release), code=3).stdout

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from pipeline.core.errors import AtomError
 from release import signing
@@ -24,7 +24,7 @@ from release.signing import Trust
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.release_fixtures import resum
 from tests.fixtures.run_fixtures import at_length
-from tests.fixtures.signing_fixtures import certificate, signed, signer, verdict, write_key  # noqa: F401 - fixtures
+from tests.fixtures.signing_fixtures import signed, signer, verdict, write_key  # noqa: F401 - fixtures
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def altered(release: Path) -> str:
 
 
 def removed(release: Path) -> str:
-    (release / "dataset/dispositions.parquet").unlink()
-    return "dataset/dispositions.parquet is missing, and was signed"
+    (release / "dataset/dispositions/prose/part-00000.parquet").unlink()
+    return "dataset/dispositions/prose/part-00000.parquet is missing, and was signed"
 
 
 def added(release: Path) -> str:
@@ -134,39 +134,6 @@ def test_one_repository_without_and_a_release_without(release: Path, signer: sig
             (release / place.folder / name).unlink()
     assert verdict(release) == (None, "not signed")
     assert verdict(release, Trust(signing.fingerprint(signer.public_key())))[0] is False
-
-
-def test_a_certificate_names_the_signer(release: Path, tmp_path: Path) -> None:
-    root, leaf, stranger = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
-    (tmp_path / "root.pem").write_bytes(certificate("root", "root", root, root))
-    (tmp_path / "leaf.pem").write_bytes(certificate("team", "root", leaf, root))
-    (tmp_path / "stranger.pem").write_bytes(certificate("stranger", "stranger", stranger, stranger))
-    key = write_key(tmp_path / "leaf.key", leaf)
-    signing.sign(release, signing.SigningKey(key, tmp_path / "leaf.pem", (tmp_path / "root.pem",)))
-    assert verdict(release)[0] and verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0]
-    assert verdict(release, Trust(chain=(tmp_path / "stranger.pem",)))[0] is False
-    altered(release)
-    resum(release)
-    assert verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0] is False
-
-
-def test_certificates_that_are_not_there_and_a_stripped_release(release: Path, tmp_path: Path) -> None:
-    with pytest.raises(AtomError, match="there is no certificate"):
-        verify(release, trust=Trust(chain=(tmp_path / "none.pem",)))
-    (tmp_path / "root.pem").write_text("x")
-    for place in repositories(release):
-        for name in (SIGNATURE, PUBLIC_KEY):
-            (release / place.folder / name).unlink()
-    assert verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0] is False
-    key = write_key(tmp_path / "key.pem")
-    for unusable in (
-        signing.SigningKey(key, key),
-        signing.SigningKey(key, key, (key,), "secret"),
-        signing.SigningKey(key, key, (key,)),
-    ):
-        with pytest.raises(AtomError) as error:
-            signing.sign(release, unusable)
-        assert "\n" not in str(error.value)
 
 
 def test_keys_that_are_none_cost_a_sentence(signed: Path, tmp_path: Path) -> None:

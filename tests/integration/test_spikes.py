@@ -44,17 +44,18 @@ def plant(folder: Path, *steps: int) -> Path:
     from stages.mcore.megatron_imports import IndexedDatasetBuilder
 
     train_fixtures.make(folder, PHASE)
-    rng, prefix = random.Random(1), str(folder / "tokens/train/noise")
+    rng, prefix = random.Random(1), str(folder / "tokens/train/noise/part-00000")
+    (folder / "tokens/train/noise").mkdir()
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
     for _ in range(8):
         builder.add_document(torch.tensor([rng.randrange(2, 64) for _ in range(33)]), [33])
     builder.finalize(prefix + ".idx")
-    rows = pq.read_table(folder / "order/order.parquet").to_pylist()
+    rows = pq.read_table(folder / "order/part-00000.parquet").to_pylist()
     for row in rows:
         if row["step"] in steps:
             row |= {"source": "noise", "ordinal": row["row"], "id": f"noise/{row['row']}", "offset": 0, "length": 33}
             row["loss_from"] = 0
-    pq.write_table(pa.Table.from_pylist(rows), folder / "order/order.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "order/part-00000.parquet")
     for name in ("tokens", "order"):
         (folder / name / "manifest.json").unlink()
         write_manifest(folder / name, f"{name}-test")
@@ -216,8 +217,8 @@ def test_a_continued_phase_resumes_as_it_would_have_gone_on(poisoned: Path, tmp_
 
     first = run(poisoned, tmp_path / "first", spikes={"action": "rewind", **POLICY})
     (tmp_path / "order").mkdir()
-    rows = [r for r in pq.read_table(poisoned / "order/order.parquet").to_pylist() if r["step"] > 12]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "order/order.parquet")
+    rows = [r for r in pq.read_table(poisoned / "order/part-00000.parquet").to_pylist() if r["step"] > 12]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "order/part-00000.parquet")
     meta = json.loads((poisoned / "order/meta.json").read_text())
     (tmp_path / "order/meta.json").write_text(json.dumps({**meta, "first_step": 13}))
     inputs = {

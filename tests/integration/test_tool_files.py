@@ -22,10 +22,10 @@ from release.checks import (
     manifests,
     order,
     plots,
-    runtimes,
     scores,
     source_code,
     tool_files,
+    variants,
     weights,
 )
 from release.checks.check import Subject
@@ -203,7 +203,7 @@ EMPTY: dict[Callable[[Subject], Findings], Callable[[Path], None]] = {
     chat_templates.chat_templates: lambda folder: None,
     manifests.manifests: lambda folder: None,
     order.segments: lambda folder: None,
-    runtimes.runtimes: nothing_ran,
+    variants.runtimes: nothing_ran,
     scores.scores: lambda folder: None,
     source_code.source_files: no_nodes,
     weights.tensors: lambda folder: None,

@@ -24,6 +24,7 @@ from release.audit.tracing.documents import FATE, PLACE
 from release.checksums import write_sums
 from release.layout import SUMS
 from release.repositories import files_below
+from stages.data.table import DISPOSITIONS, write_rows
 from tests.fixtures import parts_fixtures, release_fixtures
 
 ORDERS = [
@@ -47,27 +48,25 @@ OLD = {"id": "old/1", "text": "an older text 🦊🦊", "source": "old", "licens
 
 
 def segment(step: int, row: int, id: str, **changed: Any) -> dict[str, Any]:
-    return {"step": step, "row": row, "segment": 0, "source": id.split("/")[0], "ordinal": 0, "id": id, "offset": row,
-            "length": 5 + step, "loss_from": 0, **changed}  # fmt: skip
+    return {"step": step, "row": row, "segment": 0, "source": id.split("/")[0], "part": 0, "ordinal": 0, "id": id,
+            "offset": row, "length": 5 + step, "loss_from": 0, **changed}  # fmt: skip
 
 
 def change(path: Path, changes: dict[str, dict[str, Any]]) -> None:
-    """Other values in the rows of some ids. The schema stays, also of columns that held nothing."""
+    """Other values in the rows of some ids. The schema stays."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"duplicate_of": pa.string(), "split": pa.string(), "rule": pa.string(), "match": pa.string()}
     table = pq.read_table(path)
     rows = [{**row, **changes.get(row["id"], {})} for row in table.to_pylist()]
-    schema = pa.schema([(f.name, kinds.get(f.name, f.type)) for f in table.schema])
-    pq.write_table(pa.Table.from_pylist(rows, schema), path)
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
 
 
 def enrich(folder: Path) -> None:
     """What a small release lacks: wild texts, duplicates, a phase that went on from an earlier run, tasks, a replay."""
     data = folder / "dataset"
     hashed = {id: release_fixtures.sha(text) for id, text in WILD.items()}
-    change(data / "kept/prose.parquet", {id: {"text": WILD[id], "content_hash": hashed[id]} for id in WILD})
+    change(data / "kept/prose/part-00000.parquet", {id: {"text": WILD[id], "content_hash": hashed[id]} for id in WILD})
     dispositions: dict[str, dict[str, Any]] = {id: {"content_hash": h, "kept_hash": h} for id, h in hashed.items()}
     dispositions["prose/003"] = {
         "rule": "exact_duplicate",
@@ -78,32 +77,34 @@ def enrich(folder: Path) -> None:
     dispositions["sums/003"] = {"rule": "exact_duplicate", "duplicate_of": "sums/002"}
     dispositions["sums/011"] = {"id": "sums/é"}
     dispositions["sums/007"] = {"content_hash": hashed["prose/001"]}  # the same text, removed for another reason
-    change(data / "dispositions.parquet", dispositions)
-    change(data / "kept/sums.parquet", {"sums/011": dispositions["sums/011"]})
-    tokens = {id: {"content_hash": h} for id, h in hashed.items()}
-    change(data / "tokens/documents.parquet", {**tokens, "sums/011": dispositions["sums/011"]})
-    order = data / "order/longcontext-2/order.parquet"
+    tokens = {id: {"content_hash": h} for id, h in hashed.items()} | {"sums/011": dispositions["sums/011"]}
+    for source in release_fixtures.SOURCES:
+        change(data / f"dispositions/{source}/part-00000.parquet", dispositions)
+        change(data / f"tokens/documents/{source}/part-00000.parquet", tokens)
+    change(data / "kept/sums/part-00000.parquet", {"sums/011": dispositions["sums/011"]})
+    order = data / "order/longcontext-2/part-00000.parquet"
     release_fixtures.table(order, [*read_rows(order), segment(2, 2, "sums/é")])  # which no other phase read
 
     earlier = data / "earlier"
-    shutil.copytree(data / "kept", earlier / "dedup-bbbb/kept")
-    release_fixtures.table(earlier / "dedup-bbbb/kept/old.parquet", [OLD])
-    shutil.copy(data / "dispositions.parquet", earlier / "dedup-bbbb/dispositions.parquet")
-    disposition = {
+    for name in ("kept", "dispositions"):
+        shutil.copytree(data / name, earlier / "dedup-bbbb" / name)
+    release_fixtures.table(earlier / "dedup-bbbb/kept/old/part-00000.parquet", [OLD])
+    disposition = read_rows(data / "dispositions/prose/part-00000.parquet")[0] | {
         "id": "old/1", "source": "old", "license": "MIT", "content_hash": OLD["content_hash"], "split": "train",
         "kept_hash": OLD["content_hash"], "rule": None, "value": None, "threshold": None,
     }  # fmt: skip
-    change(earlier / "dedup-bbbb/dispositions.parquet", {"prose/000": disposition})
+    write_rows(earlier / "dedup-bbbb/dispositions/old/part-00000.parquet", DISPOSITIONS, [disposition])
     rows = [segment(step, row, id) for step in range(1, 6) for row, id in enumerate(("old/1", "prose/001", "sums/002"))]
-    release_fixtures.table(earlier / "order-midtrain-aaaa/order.parquet", rows)
+    release_fixtures.table(earlier / "order-midtrain-aaaa/part-00000.parquet", rows)
     release_fixtures.write_json(earlier / "order-midtrain-aaaa/meta.json", {"phase": "midtrain", "steps": 5})
     rows = [segment(step, row, id) for step in (3, 4) for row, id in enumerate(("prose/005", "sums/006", "sums/006"))]
-    release_fixtures.table(data / "order/midtrain/order.parquet", rows)
+    release_fixtures.table(data / "order/midtrain/part-00000.parquet", rows)
     release_fixtures.write_json(data / "order/midtrain/meta.json", {"phase": "midtrain", "steps": 4, "first_step": 3})
     log(folder, "midtrain", [{"step": step, "tokens": 1, "loss": 1.0} for step in (3, 4)])
     shutil.copytree(folder / "checkpoints/midtrain-step-2", folder / "checkpoints/midtrain-step-4")
 
-    release_fixtures.table(data / "order/rlvr/order.parquet", [segment(1, 0, "prose/009"), segment(2, 0, "prose/010")])
+    rows = [segment(1, 0, "prose/009"), segment(2, 0, "prose/010")]
+    release_fixtures.table(data / "order/rlvr/part-00000.parquet", rows)
     release_fixtures.write_json(data / "order/rlvr/meta.json", {"phase": "rlvr", "steps": 2})
     log(folder, "rlvr", [{"step": 1, "tokens": 0, "idle": True}, {"step": 2, "tokens": 9, "loss": 1.0}])
     release_fixtures.write_json(folder / "evidence/training/rlvr/a.json", {"documents": ["sums/é"]})
@@ -136,18 +137,18 @@ def divide(data: Path, parts: int) -> None:
     earlier_places = places | parts_fixtures.places_in(earlier, parts)
     for folder in (data, earlier):
         parts_fixtures.divide_documents(folder, earlier_places)
-    parts_fixtures.divide_tokens(data / "tokens/documents.parquet", places)
-    for path in [*data.glob("order/*/order.parquet"), *data.glob("earlier/*/order.parquet")]:
+    parts_fixtures.divide_tokens(data / "tokens/documents", places)
+    for path in [*data.glob("order/*/meta.json"), *data.glob("earlier/order-*/meta.json")]:
         parts_fixtures.divide_order(path.parent, earlier_places, steps=2)
     write_sums(data / SUMS, data, [path for path in files_below(data) if path != SUMS])
 
 
-@pytest.fixture(scope="module", params=[0, 3], ids=["one file a table", "parts"])
+@pytest.fixture(scope="module", params=[1, 3], ids=["one part", "parts"])
 def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = release_fixtures.build_input(tmp_path_factory.mktemp("run"), release_fixtures.inputs_with_long_context())
     folder = builder.build(source, tmp_path_factory.mktemp("home"))
     enrich(folder)
-    if request.param:
+    if request.param > 1:
         divide(folder / "dataset", request.param)
     return folder
 
@@ -199,7 +200,7 @@ def kept_documents(release: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def dispositions_of(release: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(table, row)"""
     data = release / "dataset"
-    for path in [*data.glob("dispositions.parquet"), *sorted(data.glob("dispositions/*/*.parquet"))]:
+    for path in sorted(data.glob("dispositions/*/*.parquet")):
         for row in read_rows(path):
             yield path.relative_to(data).as_posix(), row
 
@@ -312,7 +313,7 @@ def test_an_unknown_document_is_reported_with_the_nearest(release: Path) -> None
 
 
 def kept_of(data: Path, source: str) -> list[Path]:
-    return [*data.glob(f"kept/{source}.parquet"), *sorted(data.glob(f"kept/{source}/*.parquet"))]
+    return sorted(data.glob(f"kept/{source}/*.parquet"))
 
 
 def agrees(release: Path, span: str, cache: Path) -> tracing.TextMatches:
@@ -352,12 +353,12 @@ def test_spans_are_found_where_they_stand(release: Path, cache: Path) -> None:
 def repository(folder: Path, texts: list[str]) -> Path:
     """No more than kept texts in two tables, as a data repository has them."""
     data = folder / "dataset"
-    release_fixtures.table(data / "dispositions.parquet", [{"id": "a/0"}])
+    release_fixtures.table(data / "dispositions/a/part-00000.parquet", [{"id": "a/0"}])
     for source, source_texts in (("a", texts[::2]), ("b", texts[1::2])):
         rows = [{"id": f"{source}/{n}", "text": text, "source": source, "license": "MIT", "origin": "o", "split": "train",
                  "content_hash": release_fixtures.sha(text)} for n, text in enumerate(source_texts)]  # fmt: skip
         if rows:
-            release_fixtures.table(data / f"kept/{source}.parquet", rows)
+            release_fixtures.table(data / f"kept/{source}/part-00000.parquet", rows)
     write_sums(data / SUMS, data, [path for path in files_below(data) if path != SUMS])
     return folder
 
@@ -385,9 +386,10 @@ def test_rows_are_found_in_every_row_group(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     release = repository(tmp_path, [f"text number {n} of many" for n in range(200)])
-    for path in (release / "dataset/kept").glob("*.parquet"):
+    data = release / "dataset"
+    for path in kept_tables(release):
         pq.write_table(pq.read_table(path), path, row_group_size=7)
-    write_sums(release / "dataset" / SUMS, release / "dataset", ["kept/a.parquet", "kept/b.parquet"])
+    write_sums(data / SUMS, data, [path.relative_to(data).as_posix() for path in kept_tables(release)])
     for n in range(0, 200, 9):
         assert len(agrees(release, f"number {n} of", tmp_path / "cache").matches) == 1
     assert len(agrees(release, "number 1", tmp_path / "cache").matches) == 111

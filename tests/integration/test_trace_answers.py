@@ -1,7 +1,4 @@
-"""Tracing steps and tasks of phases that sample their data, compared with a reading of every row.
-
-The release is the kept one of format 2, the smallest with all of them: rlvr, dpo, a reward model, online RLHF.
-"""
+"""Tracing steps and tasks of phases that sample their data, compared with a reading of every row."""
 
 from __future__ import annotations
 
@@ -18,36 +15,42 @@ from release.assembly.published_tables import read_rows
 from release.audit import tracing
 from stages.data.seeds import seed_of
 from stages.rl.rollout.pair_order import PairOrder, hash_fraction
-from tests.fixtures import old_release_fixtures
+from tests.fixtures import sampled_answers_fixtures
 from tests.fixtures.run_fixtures import atom
+from tests.fixtures.sampled_answers_fixtures import PHASES, STEPS
 
-FOLDERS = {"rlvr": "rlvr", "dpo": "rlhf", "online-rlhf": "online"}
-"""{phase: its name in format 2}"""
 PLAIN = ("step", "wave", "group", "sample", "task", "kind", "level", "text", "finished", "reward", "verifier", "policy")
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return old_release_fixtures.unpack(tmp_path_factory.mktemp("kept"))
+def release(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small release with rlvr, dpo, a reward model and online RLHF."""
+    folder = Path(shutil.copytree(built, tmp_path_factory.mktemp("sampled") / built.name))
+    sampled_answers_fixtures.add(folder)
+    return folder
 
 
 def rollouts(release: Path, phase: str) -> list[dict[str, Any]]:
-    return list(read_rows(release / f"dataset/rl/{FOLDERS[phase]}/rollouts.parquet"))
+    return list(read_rows(release / f"dataset/rl/{phase}/rollouts.parquet"))
 
 
 def updated(release: Path, phase: str) -> set[int]:
-    lines = map(json.loads, (release / f"evidence/training/{FOLDERS[phase]}/training.jsonl").open())
+    lines = map(json.loads, (release / f"evidence/training/{phase}/training.jsonl").open())
     return {line["step"] for line in lines if "loss" in line}
 
 
 def pairs(release: Path) -> list[dict[str, Any]]:
-    return list(read_rows(release / "dataset/rl/rlhf/pairs.parquet"))
+    return list(read_rows(release / "dataset/rl/dpo/pairs.parquet"))
 
 
 def reward_rows(release: Path) -> dict[int, list[int]]:
     """{step of the reward model: the pairs that it read}, written down without the code that trained."""
     config = json.loads((release / "checkpoints/reward-step-3/state.json").read_text())["config"]
-    rows = [n for n, row in enumerate(pairs(release)) if hash_fraction(row["question"]) >= config["phase"]["heldout"]]
+    rows = [
+        n
+        for n, row in enumerate(pairs(release))
+        if hash_fraction(row["question"]) >= config["phase"]["heldout_fraction"]
+    ]
     per_step, sequence, epoch = config["phase"]["pairs"], [], 0
     while len(sequence) < config["phase"]["steps"] * per_step:
         shuffled = list(range(len(rows)))
@@ -63,10 +66,10 @@ def compare_answers(answers: list[tracing.SampledAnswer], rows: list[dict[str, A
     assert [a.learnt for a in answers] == [not row["dropped"] and row["step"] in moved for row in rows]
 
 
-@pytest.mark.parametrize("phase", FOLDERS)
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_step_has_its_prompts_answers_and_rewards(release: Path, phase: str) -> None:
     rows, moved = rollouts(release, phase), updated(release, phase)
-    lines = (release / f"dataset/rl/{FOLDERS[phase]}/tasks.jsonl").read_text().splitlines()
+    lines = (release / f"dataset/rl/{phase}/tasks.jsonl").read_text().splitlines()
     messages = {row["id"]: row["responses_create_params"]["input"] for row in map(json.loads, lines)}
     steps = sorted({row["step"] for row in rows})
     assert len(steps) > 1
@@ -110,7 +113,7 @@ def test_an_epoch_of_pairs_has_each_pair_once() -> None:
 
 def test_every_task_leads_to_its_answers_pairs_and_checkpoints(release: Path) -> None:
     table, by_step = pairs(release), reward_rows(release)
-    sampled = {phase: rollouts(release, phase) for phase in FOLDERS}
+    sampled = {phase: rollouts(release, phase) for phase in PHASES}
     ids = sorted({row["task"] for rows in sampled.values() for row in rows})
     reached = set()
     for id in ids:
@@ -127,8 +130,8 @@ def test_every_task_leads_to_its_answers_pairs_and_checkpoints(release: Path) ->
         learnt = {task.phase for task in document.tasks if any(answer.learnt for answer in task.answers)}
         learnt |= {"reward"} if any(pair.reward_steps for task in document.tasks for pair in task.pairs) else set()
         assert bool(document.checkpoints) == bool(learnt)
-        assert ("rlvr-step-2" in (document.checkpoints or ())) == ("rlvr" in learnt)
-        assert ("online-step-2" in (document.checkpoints or ())) == bool(learnt)
+        assert (f"rlvr-step-{STEPS}" in (document.checkpoints or ())) == ("rlvr" in learnt)
+        assert (f"online-rlhf-step-{STEPS}" in (document.checkpoints or ())) == bool(learnt)
         reached |= learnt
     assert reached == {"rlvr", "dpo", "reward", "online-rlhf"}
 
@@ -142,7 +145,7 @@ def test_a_task_in_the_data_alone_and_in_a_request_for_removal(release: Path, tm
     with pytest.raises(AtomError, match="does not state how the reward model reads pairs; the whole release does"):
         tracing.trace_step(alone, "reward", 1)
     report = tracing.trace_removal(release, id)
-    assert {file.path for file in report.files} >= {f"dataset/rl/rlhf/{n}" for n in ("tasks.jsonl", "pairs.parquet")}
+    assert {file.path for file in report.files} >= {f"dataset/rl/dpo/{n}" for n in ("tasks.jsonl", "pairs.parquet")}
     assert report.proofs == {} and "a proof: tasks and answers are in no table that has a root" in report.unknown
 
 
@@ -154,6 +157,6 @@ def test_the_command_prints_json_and_names_damage(release: Path, tmp_path: Path)
         row["step"] == 2 for row in rollouts(release, "online-rlhf")
     )
     damaged = Path(shutil.copytree(release, tmp_path / "damaged"))
-    (damaged / "dataset/rl/online/tasks.jsonl").write_text("{}\n")
+    (damaged / "dataset/rl/online-rlhf/tasks.jsonl").write_text("{}\n")
     process = atom(tmp_path, "trace", str(damaged), "--phase", "online-rlhf", "--step", "2", code=2)
     assert "tasks.jsonl has a line that is no task" in process.stderr

@@ -155,8 +155,8 @@ def later_half(corpus: Path, undisturbed: Path, tmp_path: Path) -> dict[str, Art
     """Inputs of a phase that continues from the checkpoint of step 6: the tokens, and the order of what is left."""
     order = tmp_path / "order"
     order.mkdir()
-    table = pq.read_table(corpus / "order" / "order.parquet")
-    pq.write_table(table.filter(pc.field("step") > 6), order / "order.parquet")
+    table = pq.read_table(corpus / "order" / "part-00000.parquet")
+    pq.write_table(table.filter(pc.field("step") > 6), order / "part-00000.parquet")
     meta = json.loads((corpus / "order" / "meta.json").read_text())
     place = json.loads((undisturbed / "step-000006" / "state.json").read_text())["data_position"]
     start = {name: place[name] for name in ("rows", "chunks")}
@@ -227,12 +227,12 @@ def test_missing_and_truncated_shards(corpus: Path, tmp_path: Path) -> None:
 
     train_fixtures.make(tmp_path)
     tokens = Artifact.open(tmp_path / "tokens")
-    path = tmp_path / "tokens" / "train" / "sums.bin"
+    path = tmp_path / "tokens" / "train" / "sums" / "part-00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(AtomError, match=r"sums.bin has \d+ bytes instead of \d+; remove"):
+    with pytest.raises(AtomError, match=r"part-00000.bin has \d+ bytes instead of \d+; remove"):
         Shards(tokens, "train").read(Segment("sums", "sums/0", 0, 0, 7, 0))
     path.unlink()
-    with pytest.raises(AtomError, match="sums.bin is missing; remove"):
+    with pytest.raises(AtomError, match="part-00000.bin is missing; remove"):
         Shards(tokens, "train").read(Segment("sums", "sums/0", 0, 0, 7, 0))
     with pytest.raises(AtomError, match="does not hold"):
         Shards(tokens, "train").read(Segment("text", "text/0", 0, 0, 700, 0))
@@ -304,9 +304,9 @@ def test_an_order_of_many_row_groups_reads_as_one(corpus: Path, tmp_path: Path) 
     from stages.train.config import TrainConfig
     from stages.train.data import Order
 
-    table = pq.read_table(corpus / "order" / "order.parquet")
+    table = pq.read_table(corpus / "order" / "part-00000.parquet")
     shutil.copytree(corpus / "order", tmp_path / "order")
-    pq.write_table(table, tmp_path / "order" / "order.parquet", row_group_size=13)
+    pq.write_table(table, tmp_path / "order" / "part-00000.parquet", row_group_size=13)
     phase = TrainConfig.model_validate(train_fixtures.config()).phase
     order, rows_by_step = Order(Artifact("order-test", "", tmp_path / "order", ()), phase), {}
     for step in (1, 2, 5, 12, 4, 3):
@@ -317,9 +317,9 @@ def test_an_order_of_many_row_groups_reads_as_one(corpus: Path, tmp_path: Path) 
         rows_by_step[step] = order.consumed(step)
     assert rows_by_step == {step: {"sums": 4 * step, "text": 4 * step} for step in rows_by_step}
 
-    pq.write_table(table.slice(1), tmp_path / "order" / "order.parquet")
+    pq.write_table(table.slice(1), tmp_path / "order" / "part-00000.parquet")
     with pytest.raises(AtomError, match="order artifact order-test does not hold the rows that each of its steps"):
         Order(Artifact("order-test", "", tmp_path / "order", ()), phase)
-    pq.write_table(pa.concat_tables([table.slice(1), table.slice(0, 1)]), tmp_path / "order" / "order.parquet")
+    pq.write_table(pa.concat_tables([table.slice(1), table.slice(0, 1)]), tmp_path / "order" / "part-00000.parquet")
     with pytest.raises(AtomError, match="does not hold the rows"):
         Order(Artifact("order-test", "", tmp_path / "order", ()), phase).rows(1)

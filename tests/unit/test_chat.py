@@ -62,7 +62,6 @@ LICENSE = {"license": "Apache-2.0", "license_evidence": "a test", "origin": "a t
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained tokenizer of the release's kind."""
     place = tmp_path_factory.mktemp("tokenizer")
-    (place / "dedup" / "kept").mkdir(parents=True)
     texts = [f"the {word} is number {n}\n" for n, word in enumerate(courtesy_notes.PEOPLE * 40)]
     rows = [
         {
@@ -76,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for n, t in enumerate(texts)
     ]
-    write_rows(place / "dedup" / "kept" / "a.parquet", KEPT, rows)
+    write_rows(place / "dedup" / "kept" / "a" / "part-00000.parquet", KEPT, rows)
     out = place / "out"
     out.mkdir()
     config = tokenizer.TokenizerSection(vocab_size=300, padded_vocab_size=320)
@@ -291,7 +290,7 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
             "prompt_chars": prompt,
             "split": "train",
         }
-        write_rows(kept_folder / f"{name}.parquet", KEPT, [row])
+        write_rows(kept_folder / name / "part-00000.parquet", KEPT, [row])
     inputs = {
         "dedup": write_manifest(tmp_path / "dedup", "dedup-t"),
         "tokenizer": write_manifest(folder, "tokenizer-t"),

@@ -150,11 +150,11 @@ def test_the_missing_document_is_looked_up_in_constant_memory(tmp_path: Path) ->
 @pytest.fixture
 def parted(inputs, tmp_path: Path) -> dict[str, Artifact]:
     """The same corpus in three parts of kept documents and two files of the order."""
-    rows = chat_fixtures.table(inputs["dedup"], "kept/prose.parquet")
+    rows = chat_fixtures.table(inputs["dedup"], "kept/prose/part-00000.parquet")
     for part in range(3):
         rows_of_part = rows[part_slice(len(rows), part, 3)]
         write_rows(tmp_path / "dedup/kept/prose" / part_file(part), KEPT, rows_of_part)
-    order = chat_fixtures.table(inputs["order-pretrain"], "order.parquet")
+    order = chat_fixtures.table(inputs["order-pretrain"], "part-00000.parquet")
     for part in range(2):
         write_rows(tmp_path / "order" / part_file(part), ORDER, order[part_slice(len(order), part, 2)])
     artifacts = {"dedup": tmp_path / "dedup", "order-pretrain": tmp_path / "order"}

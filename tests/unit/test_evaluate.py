@@ -156,7 +156,7 @@ def test_standard_errors() -> None:
 
 def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> None:
     rows = [{"id": "a", "text": "x", "source": "s", "content_hash": "0", "prompt_chars": 0, "split": "train"}]
-    release_fixtures.table(tmp_path / "dedup" / "kept" / "s.parquet", rows)
+    release_fixtures.table(tmp_path / "dedup" / "kept" / "s" / "part-00000.parquet", rows)
     bad = write_manifest(tmp_path / "dedup", "dedup")
     with pytest.raises(AtomError, match="has no held-out document"):
         run_stage(model_evaluation.STAGE, CONFIG, {**inputs, "dedup": bad})

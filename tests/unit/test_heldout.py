@@ -1,4 +1,4 @@
-"""Held-out documents are drawn by their content hash, from any layout, within a bounded memory."""
+"""Held-out documents are drawn by their content hash within a bounded memory."""
 
 from __future__ import annotations
 
@@ -32,17 +32,14 @@ def rows_of(source: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture(params=["parts", "earlier layout"])
-def kept(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(table, "ROWS_PER_GROUP", 4)
     for source in ("code", "prose"):
         rows = rows_of(source)
-        if request.param == "parts":
-            for part in range(3):
-                path = tmp_path / source / part_file(part)
-                table.write_rows(path, table.KEPT, rows[part_slice(COUNT, part, 3)])
-        else:
-            table.write_rows(tmp_path / f"{source}.parquet", table.KEPT, rows)
+        for part in range(3):
+            path = tmp_path / source / part_file(part)
+            table.write_rows(path, table.KEPT, rows[part_slice(COUNT, part, 3)])
     return tmp_path
 
 

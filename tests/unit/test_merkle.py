@@ -140,26 +140,22 @@ def test_a_large_tree_holds_one_node_for_each_level() -> None:
     assert verify_inclusion(b"%d" % index, index, size, tree.proof, tree.root)
 
 
-@pytest.fixture(scope="module", params=[0, 3], ids=["one file a table", "parts"])
+@pytest.fixture(scope="module", params=[1, 3], ids=["one part", "parts"])
 def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a release's dataset folder holds of curation and tokens."""
     folder = tmp_path_factory.mktemp("dataset")
     release_fixtures.make_node("tokenize", folder / "tokens")
     release_fixtures.make_dedup(folder)
-    if request.param:
+    if request.param > 1:
         parts_fixtures.divide_dataset(folder, request.param)
     return folder
 
 
 def tables_of(dataset: Path) -> dict[str, list[Path]]:
     """The files of each table that has a root."""
-    if (dataset / "dispositions.parquet").exists():
-        files = {"dispositions": "dispositions.parquet", "tokens": "tokens/documents.parquet"}
-        files |= {f"kept/{source}": f"kept/{source}.parquet" for source in release_fixtures.SOURCES}
-        return {table: [dataset / file] for table, file in files.items()}
     folders = {"dispositions": "dispositions", "tokens": "tokens/documents", "kept": "kept"}
     return {
-        f"{table}/{source}": [dataset / folder / source / f"part-{part:05d}.parquet" for part in range(3)]
+        f"{table}/{source}": sorted((dataset / folder / source).glob("part-*.parquet"))
         for table, folder in folders.items()
         for source in release_fixtures.SOURCES
     }
@@ -181,14 +177,15 @@ def test_the_roots_of_a_dataset_are_over_its_rows(dataset: Path) -> None:
         assert ("part" in roots[name]["leaf"]) == name.startswith("tokens/")
 
 
-def test_the_roots_of_one_file_a_table_never_change(tmp_path: Path) -> None:
+def test_the_roots_of_a_dataset_never_change(tmp_path: Path) -> None:
     """They are published."""
     release_fixtures.make_node("tokenize", tmp_path / "tokens")
     release_fixtures.make_dedup(tmp_path)
     roots = {name: table["root"][:16] for name, table in merkle.roots(tmp_path).items()}
     assert roots == {
-        "dispositions": "3e1f173cc3f98d95", "kept/prose": "5c0ec0807ca27434", "kept/sums": "a7bb5ae55ceb26f0",
-        "tokens": "d88a14fac99e4db1",
+        "dispositions/prose": "f05f77dec829aaf5", "dispositions/sums": "83e31624872231e9",
+        "kept/prose": "5c0ec0807ca27434", "kept/sums": "a7bb5ae55ceb26f0",
+        "tokens/prose": "aeabd8cf3998d4ee", "tokens/sums": "113f4c66d285b572",
     }  # fmt: skip
 
 
@@ -263,17 +260,12 @@ def test_an_unknown_document_has_no_proof(dataset: Path) -> None:
 
 def test_a_measure_that_is_no_number_has_a_leaf(dataset: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(dataset, tmp_path / "dataset"))
-    for path in [*copy.glob("dispositions.parquet"), *copy.glob("dispositions/*/part-*.parquet")]:
+    for path in copy.glob("dispositions/*/part-*.parquet"):
         rows = [{**row, "value": float("nan") if row["id"] == "prose/003" else row["value"]} for row in read_rows(path)]
         pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
     [proof] = proofs_of(copy, "prose/003").values()
     assert proof["leaf"]["value"] == "nan"
     assert merkle.check(proof, merkle.roots(copy)) is None
-
-
-def test_a_missing_table_is_reported_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(AtomError, match=r"dispositions.parquet is missing"):
-        merkle.roots(tmp_path)
 
 
 def test_proofs_are_checked_against_the_roots_alone(dataset: Path, tmp_path: Path) -> None:

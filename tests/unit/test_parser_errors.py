@@ -32,7 +32,7 @@ def test_a_table_whose_parser_fails_is_bad(
         raise error
 
     if place == "status":
-        monkeypatch.setattr("release.checks.table_sizes.sizes", fail)
+        monkeypatch.setattr("release.checks.check_runner.table_sizes", fail)
     footer = SimpleNamespace(num_row_groups=1, num_rows=1, row_group=fail)
     monkeypatch.setattr(pq, "read_metadata", fail if place == "footer" else lambda path: footer)
     (result,) = runner.check_tables()

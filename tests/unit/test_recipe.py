@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, Renamed, identity
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
@@ -24,13 +22,7 @@ from tests.fixtures.recipe_fixtures import SMOKE, write
         ({"pretrain__stepz": 3}, "recipe r: pretrain.stepz is not a field; did you mean steps?"),
         ({"colour": 3}, "recipe r: colour is not a field; known: "),
         ({"pretrain__steps": None}, "recipe r: pretrain.steps is missing"),
-        (
-            {"pretrain__release_checkpoint_interval": None, "pretrain__release_checkpoint_every": 5},
-            "recipe r: pretrain.release_checkpoint_every has another name now: release_checkpoint_interval",
-        ),
-        ({"model__expert_ffn_size": 8}, "recipe r: model.expert_ffn_size has another name now: moe_intermediate_size"),
-        ({"pretrain__cluster": {"ranks": 2}}, "recipe r: pretrain.cluster has another name now: parallelism"),
-        ({"pretrain__parallelism": {"tensor": 2}}, "recipe r: pretrain.parallelism.tensor has another name now: tp"),
+        ({"pretrain__parallelism": {"tps": 2}}, "recipe r: pretrain.parallelism.tps is not a field; did you mean tp?"),
         ({"pretrain__steps": "many"}, "recipe r: pretrain.steps = 'many': input should be a valid integer"),
         (
             {"pretrain__batch": {"global_tokens": 3000, "micro_tokens": 512}, "pretrain__sequence_length": 512},
@@ -150,16 +142,3 @@ def test_a_cluster_profile_is_data_and_is_checked(tmp_path: Path) -> None:
         RecipeError, match="cluster profile p: local.jobs = 0: input should be greater than or equal to 1"
     ):
         cluster_profile.load(str(tmp_path / "p.yaml"))
-
-
-def test_a_rename_that_keeps_its_name_in_the_key_moves_no_key() -> None:
-    class Before(Config):
-        width: int
-
-    class After(Config):
-        hidden_size: Annotated[int, Renamed("width", key_name="width")]
-
-    assert identity(After(hidden_size=8)) == identity(Before(width=8)) == {"width": 8}
-    with pytest.raises(ValidationError) as caught:
-        After.model_validate({"width": 8})
-    assert str(recipes.explain(caught.value, After, "r")) == "r: width has another name now: hidden_size (and 1 more)"

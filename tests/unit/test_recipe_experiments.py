@@ -230,13 +230,6 @@ def test_every_mistake_of_the_fields_has_its_line(tmp_path: Path) -> None:
         assert "\n" not in problem.text and str(problem).startswith(f"{path}:{problem.line}: ")
 
 
-def test_a_renamed_field_is_one_mistake(tmp_path: Path) -> None:
-    text = SMOKE.read_text().replace("moe_intermediate_size: 64", "expert_ffn_size: 64")
-    (tmp_path / "r.yaml").write_text(text)
-    (problem,) = recipe_check.check(str(tmp_path / "r.yaml"), Store(tmp_path)).problems
-    assert problem.text == "model.expert_ffn_size has another name now: moe_intermediate_size"
-
-
 def test_every_contradiction_between_sections_is_listed(tmp_path: Path) -> None:
     text = (
         SMOKE.read_text()

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError
 from release.assembly.distinct import BYTES, Distinct
-from release.assembly.published_tables import read_rows
 from release.audit.tracing.release_data import select_rows
 from release.checks import rows
 from release.checks.rows import Rows, repeated_ids
@@ -96,16 +95,8 @@ def test_selected_rows_are_those_of_a_scan(filters: list[tuple[str, str, Any]], 
         assert select_rows(files, ["text", "id"], *filters) == [
             {"text": row["text"], "id": row["id"]} for row in expected
         ]
-        assert select_rows(files, ["part"], *filters) == [{"part": 0}] * len(expected)
     with pytest.raises(AtomError, match="part-00000.parquet has no column other"):
         select_rows(files[0], ["other"], ("id", "=", "a/00"))
     files[1].write_bytes(files[1].read_bytes()[:-9])
     with pytest.raises(AtomError, match="part-00001.parquet cannot be read as Parquet"):
         select_rows(files[1], ["id"], ("id", "=", "a/00"))
-
-
-def test_tables_from_before_parts_are_part_0(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"ordinal": [4, 5]}), tmp_path / "a.parquet")
-    assert read_rows(tmp_path / "a.parquet", ["part", "ordinal"]) == [
-        {"part": 0, "ordinal": 4}, {"part": 0, "ordinal": 5},
-    ]  # fmt: skip

@@ -81,15 +81,6 @@ def test_the_index_is_not_read_when_a_shard_is_opened(tmp_path: Path, monkeypatc
         Shards(tokens, "train").read(Segment("text", "", 1, 0, LENGTH, 0))
 
 
-def test_an_earlier_layout_has_one_part(tmp_path: Path) -> None:
-    from stages.train.data import Segment, Shards
-
-    tokens = write_tokens(tmp_path / "tokens", ["text"])
-    assert Shards(tokens, "train").read(Segment("text", "", 2, 1, 4, 0)).tolist() == document(0, 2)[1:5].tolist()
-    with pytest.raises(AtomError, match="part-00001"):
-        Shards(tokens, "train").read(Segment("text", "", 2, 1, 4, 0, 1))
-
-
 def phase(rows: int, **mix: float) -> Any:
     return SimpleNamespace(mix=mix, validation=SimpleNamespace(rows=rows), sequence_length=6)
 
@@ -127,18 +118,10 @@ def test_a_writer_holds_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "shard.bin").read_bytes() == expected
 
 
-def test_heldout_rows_of_an_earlier_layout(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
+def test_a_missing_table_of_heldout_documents_is_named(tmp_path: Path) -> None:
     from stages.train.data import heldout_rows
 
     tokens = write_tokens(tmp_path / "tokens", ["text"], heldout={0: 3})
-    table = pq.read_table(tokens / "documents/text/part-00000.parquet").drop_columns(["part"])
-    pq.write_table(table, tokens / "documents.parquet")
     (tokens / "documents/text/part-00000.parquet").unlink()
-    assert megatron.document_files(tokens.path) == {"text": [(0, tokens / "documents.parquet")]}
-    rows = heldout_rows(tokens, phase(2, text=1.0))
-    assert [(row.segments[0].part, row.segments[0].ordinal) for row in rows] == [(0, 0), (0, 1)]
-    (tokens / "documents.parquet").unlink()
     with pytest.raises(AtomError, match="has no table of the documents of text; run tokenize again"):
         heldout_rows(tokens, phase(2, text=1.0))

@@ -11,7 +11,6 @@ import pytest
 from pipeline.core import environment
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import (
-    KEY_VERSION,
     Artifact,
     FileRecord,
     Store,
@@ -186,20 +185,6 @@ def test_tensors_are_written_by_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
-
-
-def test_a_home_that_an_earlier_atom_filled_is_named(tmp_path: Path) -> None:
-    store = Store(tmp_path / "home")
-    assert store.earlier_keys() is None, "an empty home"
-    (store.artifacts / "pretrain-0123456789ab").mkdir(parents=True)
-    for version in ("", "1\n", "\xff"):
-        (store.home / KEY_VERSION).write_bytes(version.encode("latin-1"))
-        sentence = store.earlier_keys()
-        assert sentence is not None and "artifacts with another key now are made again" in sentence
-    (store.home / KEY_VERSION).unlink()
-    assert store.earlier_keys() is not None
-    store.mark_keys()
-    assert store.earlier_keys() is None, "a run that begins now has today's keys"
 
 
 def test_variables_that_change_rounding_are_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,13 +42,13 @@ def curated(folder: Path, extra: tuple[str, ...] = ()) -> Artifact:
         split = "heldout" if i % 10 == 9 else "train"
         common = {"source": "prose", "license": "CC0-1.0", "origin": "test", "prompt_chars": 0}
         rows.append({"id": f"prose/{i}", "text": text, "content_hash": content_hash(text), "split": split, **common})
-    write_rows(folder / "kept/prose.parquet", KEPT, rows)
+    write_rows(folder / "kept/prose/part-00000.parquet", KEPT, rows)
     sums = []
     for i in range(40):
         text = f"{100 + i}+{200 + i}={300 + 2 * i}"
         common = {"source": "sums", "license": "CC0-1.0", "origin": "test", "prompt_chars": 8, "split": "train"}
         sums.append({"id": f"sums/{i}", "text": text, "content_hash": content_hash(text), **common})
-    write_rows(folder / "kept/sums.parquet", KEPT, sums)
+    write_rows(folder / "kept/sums/part-00000.parquet", KEPT, sums)
     return write_manifest(folder, "dedup")
 
 
@@ -268,7 +268,7 @@ def in_parts(folder: Path) -> Artifact:
     """The documents of `curated` in parts, one of them without documents and one without held-out documents."""
     curated(folder / "whole")
     for source, bounds in (("prose", [0, 9, 9, 60]), ("sums", [0, 13, 40])):
-        rows = pq.read_table(folder / f"whole/kept/{source}.parquet").to_pylist()
+        rows = pq.read_table(folder / f"whole/kept/{source}/part-00000.parquet").to_pylist()
         for part, (start, stop) in enumerate(pairwise(bounds)):
             write_rows(folder / "parts/kept" / source / part_file(part), KEPT, rows[start:stop])
     return write_manifest(folder / "parts", "dedup")
@@ -420,15 +420,12 @@ def test_a_large_source_is_sampled_from_some_of_its_files(tmp_path: Path) -> Non
 
 
 class PublishedTokens:
-    """What a replay reads of a release: the plan of a phase on some token shards, in either layout."""
+    """What a replay reads of a release: the plan of a phase on some token shards."""
 
-    def __init__(self, inputs: dict[str, Artifact], tokens: Artifact, earlier_layout: bool) -> None:
-        def earlier(path: str) -> str:
-            return path.replace("/part-00000", "") if earlier_layout else path
-
+    def __init__(self, inputs: dict[str, Artifact], tokens: Artifact) -> None:
         keys = {"dedup": "dedup-1", "tokenizer": "tokenizer-1", "tokens": "tokenize-1"}
         artifacts = {"dedup-1": inputs["dedup"], "tokenizer-1": inputs["tokenizer"], "tokenize-1": tokens}
-        self.files = {key: {earlier(row.path): (artifact / row.path, row.sha256) for row in artifact.rows}
+        self.files = {key: {row.path: (artifact / row.path, row.sha256) for row in artifact.rows}
                       for key, artifact in artifacts.items()}  # fmt: skip
         self.manifests = {"tokenize-1": SimpleNamespace(node="tokenize")}
         self.source, self.materials = self, keys
@@ -449,8 +446,8 @@ class PublishedTokens:
         return self.files[key]["tokenizer.json"][0]
 
 
-@pytest.mark.parametrize("layout", ["parts", "one part", "earlier"])
-def test_a_replay_makes_the_shards_of_either_layout(
+@pytest.mark.parametrize("layout", ["parts", "one part"])
+def test_a_replay_makes_the_shards_again(
     part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     from pipeline.core import provenance
@@ -460,8 +457,7 @@ def test_a_replay_makes_the_shards_of_either_layout(
     monkeypatch.setattr(provenance, "parameters_of", lambda body: {"config": {}})
     inputs = part_inputs if layout == "parts" else {**part_inputs, "dedup": curated(tmp_path / "one")}
     tokens = tokenize(inputs, tmp_path / "work", tmp_path / "tokens")
-    plan: Any = PublishedTokens(inputs, tokens, layout == "earlier")
-    assert ("train/sums.bin" in plan.listed("tokenize-1")) == (layout == "earlier")
+    plan: Any = PublishedTokens(inputs, tokens)
     replayed = retraining.tokenize(plan, tmp_path / "replay")
     assert replayed.rows == tokens.rows
     plan.files["tokenize-1"] = {

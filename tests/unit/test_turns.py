@@ -78,7 +78,7 @@ def search(index: RunningTool, *queries: str) -> list[Result]:
 def open_search(folder: Path, **settings: Any) -> Any:
     from stages.data.table import KEPT, write_rows
 
-    write_rows(folder / "kept" / "rivers.parquet", KEPT, tool_fixtures.documents())
+    write_rows(folder / "kept" / "rivers" / "part-00000.parquet", KEPT, tool_fixtures.documents())
     tool = SearchTool(tool="search", **settings)
     assert tool.missing() is None
     return tool.open({"documents": Artifact("", "", folder, ())}, folder)

@@ -23,23 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import environment, provenance
+from pipeline.core import provenance
 from pipeline.core.code_digests import code_digests
 from pipeline.core.code_snapshot import PACKAGES
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.core.text import printable
 from pipeline.graph import registry
-from release import schema
 from release.audit import rebuild
-from release.audit.replay import post_training
 from release.audit.replay.retraining import Progress, Retrained
 from release.audit.replay.source import Source
 
 ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|CUDA|NCCL|NVTE|PYTORCH|TORCH)_[A-Z0-9_]+")
 """Settings that decide how numbers are added, and those that a GPU needs, which a replay inherits."""
-VARIABLES = "device variables"
-"""The name of these settings among the differences of the environment."""
 RESULT_BYTES = 10_000_000
 RESULT = "result.json"
 FIELDS: dict[str, Any] = {
@@ -47,6 +43,21 @@ FIELDS: dict[str, Any] = {
     "materials": dict, "subject": dict,
 }  # fmt: skip
 """The fields of the result that carried code writes, and their types."""
+DRIVER = """
+import os, sys
+from pathlib import Path
+
+release, phase, first, last, folder = sys.argv[1:]
+import release as carried
+code = os.path.realpath(os.environ["PYTHONPATH"])
+if not os.path.realpath(carried.__file__).startswith(code + os.sep):
+    sys.exit("the code that ran is not the one that the release carries")
+
+from release.audit import replay
+
+replay.replay_into(Path(release), phase, int(first), int(last), Path(folder))
+"""
+"""Replays steps by the code that a release of format 1 carries: `release.audit.replay` has this function."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,8 @@ class Code:
 
 
 def find(source: Source, phase: str, last: int) -> Code | None:
-    """The carried code, if the present code differs from the code that trained the phase or tokenized its documents,
-    and the release carries that code, able to replay the phase. Raises CheckFailed if the release does not state it."""
+    """Returns the carried code, if the present code differs from the code that trained the phase or tokenized its
+    documents, and the release carries that code; else None. Raises CheckFailed if the release does not state it."""
     try:
         origin = source.origins[f"checkpoints/{phase}-step-{last}/state.json"]["artifact"]
         bodies = [source.statement(origin)[1]]
@@ -91,8 +102,6 @@ def find(source: Source, phase: str, last: int) -> Code | None:
             f"{source.folder} does not state which code trained {phase} "
             f"({type(error).__name__}: {printable(str(error))}); verify it"
         ) from error
-    if stages[0] in post_training.STAGES and post_training.MODULE not in source.sums:
-        return None
     current: dict[str, str] = {}
     for stage in stages:
         current |= code_digests(registry.stages()[stage]) if stage in registry.stages() else {}
@@ -113,8 +122,7 @@ def run(code: Code, phase: str, first: int, last: int, folder: Path, unconfined:
     code fails or leaves a malformed result."""
     code_folder, work = code.extract(folder), folder / "work"
     work.mkdir()
-    driver = schema.reader(code.source.folder).REPLAY
-    command = [sys.executable, "-s", "-P", "-c", driver]
+    command = [sys.executable, "-s", "-P", "-c", DRIVER]
     command += [str(code.source.folder), phase, str(first), str(last), str(work)]
     variables = _variables(code_folder, work)
     if not unconfined:
@@ -175,15 +183,12 @@ def _read_result(work: Path) -> Retrained:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = printable(f"{type(error).__name__}: {error}")
         raise CheckFailed(f"the code that the release carries left a malformed result ({reason})") from None
-    differences = result["environment"]
-    if (variables := environment.arithmetic()) and not any(text.startswith(VARIABLES) for text in differences):
-        differences = [*differences, f"{VARIABLES}: absent, {variables}"]  # older code does not record them
     return Retrained(
         checkpoint=checkpoint,
         state=tuple(result["state"]),
         diverges=result["diverges"],
         ranks=result["ranks"],
-        environment=tuple(differences),
+        environment=tuple(result["environment"]),
         fingerprint=result["fingerprint"],
         materials=result["materials"],
         subject=result["subject"],

@@ -13,7 +13,6 @@ from pipeline.core import provenance
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact
 from pipeline.graph import registry
-from release import schema
 from release.audit.replay import post_training
 from release.audit.replay.source import Source
 from release.layout import WITHOUT_ORDER, when
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from stages.train.config import TrainConfig
 
 STAGES = ("pretrain", "midtrain", "sft", "size", *post_training.STAGES)
-POST_TRAINING_SINCE = 3
-"""The first format of a release with the present names of the settings of post-training."""
 WATCHDOG_SECONDS = 7 * 86_400.0
 """The watchdog timeout of a replay: one process may need long for a step of many ranks, and no rank waits for
 another."""
@@ -37,18 +34,10 @@ def select_steps(source: Source, phase: str, first: int | None, last: int | None
     for path in source.sums:
         if match := re.fullmatch(r"checkpoints/([a-z0-9-]+)-step-(0|[1-9]\d{0,11})/state\.json", path):
             steps_by_phase.setdefault(match[1], []).append(int(match[2]))
-    phase_name = schema.reader(source.folder).phase
-    refused = WITHOUT_ORDER if schema.stated(source.folder).format < POST_TRAINING_SINCE else ()
-    names = [name for name in steps_by_phase if phase_name(name) not in refused]
-    phases = ", ".join(sorted(names, key=lambda name: when(phase_name(name))))
-    if phase_name(phase) in refused:
-        raise AtomError(
-            f"{phase} of a release before format {POST_TRAINING_SINCE} cannot be replayed, since its settings have "
-            f"other names and the code that it carries cannot read answers; phases that can be replayed: {phases}"
-        )
+    phases = ", ".join(sorted(steps_by_phase, key=when))
     if phase not in steps_by_phase:
         raise AtomError(f"the release has no checkpoints of {phase}; phases that can be replayed: {phases}")
-    steps = sorted({*steps_by_phase[phase], *([0] if phase_name(phase) in WITHOUT_ORDER else [])})
+    steps = sorted({*steps_by_phase[phase], *([0] if phase in WITHOUT_ORDER else [])})
     end = steps[-1] if last is None else last
     start = max((step for step in steps if step < end), default=-1) if first is None else first
     if start not in steps or end not in steps or start >= end:

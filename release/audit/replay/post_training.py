@@ -18,8 +18,6 @@ from release.assembly.assemble import IMPORT
 from release.audit.replay.source import Source
 from release.layout import BASE
 
-MODULE = "code/release/audit/replay/post_training.py"
-"""This file in a release whose code can replay these phases."""
 STAGES = ("rlvr", "dpo", "reward")
 STATE = re.compile(r"step-([0-9]{1,12})/state\.json")
 FILES = {"tasks": "tasks.jsonl", "pairs": "pairs.parquet"}

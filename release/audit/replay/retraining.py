@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.parts import PART_NAME
 from pipeline.core.store import Artifact, sha256_bytes, write_manifest
 from pipeline.graph import registry
 from release.audit.replay import post_training
@@ -103,8 +104,8 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
     shutil.copyfile(source.copy(key, "meta.json"), out / "meta.json")  # of all sources, as published
     artifact = write_manifest(out, key)
     shards = {row.path: row.sha256 for row in artifact.rows if row.path.endswith(SHARD)}
-    listed = {_present_path(path): digest for path, digest in source.listed(key).items() if path.endswith(SHARD)}
-    expected = {path: digest for path, digest in listed.items() if {*path.split("/")[1:2]} & mix.keys()}
+    listed = {path: digest for path, digest in source.listed(key).items() if path.endswith(SHARD)}
+    expected = {path: digest for path, digest in listed.items() if path.split("/")[1] in mix}
     if mismatches := sorted(path for path in {*shards, *expected} if shards.get(path) != expected.get(path)):
         raise CheckFailed(
             f"the kept documents do not give the token shards that were trained on: {mismatches[0]} differs from the "
@@ -117,20 +118,13 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
 def _kept_files(source: Source, key: str, name: str) -> list[str]:
     """The paths in the artifact of dedup of a source's kept documents, by its manifest. Raises CheckFailed if it lists
     none."""
-    pattern = rf"kept/{re.escape(name)}(/part-[0-9]{{5}})?\.parquet"
+    pattern = rf"kept/{re.escape(name)}/{PART_NAME}"
     files = [path for path in source.listed(key) if re.fullmatch(pattern, path)]
     if not files:
         raise CheckFailed(
             f"the manifest of {key} lists no kept documents of {name}; documents or manifest were changed"
         )
     return files
-
-
-def _present_path(path: str) -> str:
-    """The path at which the stage writes a file of a shard today: in an earlier layout each source has one,
-    `<split>/<source>`."""
-    name, suffix = path[:-4], path[-4:]
-    return path if name.count("/") != 1 else f"{name}/part-00000{suffix}"
 
 
 def write_work_checkpoint(plan: Plan, work: Path) -> None:

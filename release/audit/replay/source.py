@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.provenance import Statement
 from pipeline.core.text import printable
+from release import schema
 from release.assembly.published_tables import Manifest
 from release.audit import rebuild
 from release.checksums import compare, read_sums
@@ -21,9 +22,11 @@ class Source:
     """A release folder. sums: {path: SHA-256} of every file that the checksum files list."""
 
     def __init__(self, release: Path) -> None:
-        """Raises AtomError if the folder is not a release, CheckFailed if its checksum files are damaged."""
+        """Raises AtomError if the folder is not a release, CheckFailed if it cannot be read or its checksum files are
+        damaged."""
         if not (release / ALL_SUMS).is_file():
             raise AtomError(f"{release} is not a release folder: it has no {ALL_SUMS}; give one that `atom build` made")
+        schema.require_readable(release)
         self.folder = release.absolute()
         self.sums = read_sums(release / SUMS, SUMS)
         self.file(ALL_SUMS)

@@ -11,12 +11,11 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_number
-from release import schema
 from release.audit.tracing import order_lookup, rollout_lookup
 from release.audit.tracing.answers import Document, Fate, Place, Segment, Step, TaskRecord, TaskUse, Use
 from release.audit.tracing.order_lookup import Places
 from release.audit.tracing.release_data import OrderPart, ReleaseData, Rows, select_rows
-from release.data_layout import in_parts, kept_beside, kept_files
+from release.data_layout import kept_beside, kept_files
 from release.layout import numbered, order_of, when
 from stages.data.table import order_files, read_jsonl, stream_part_batches
 from stages.rl.protocols import question
@@ -113,8 +112,8 @@ def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]
         for row in select_rows(path, ["id", *FATE], ("id", "in", list(ids))):
             id, origin = row.pop("id"), None
             if row["disposition"] == "kept":
-                kept_table = kept_beside(path, row["source"])
-                origin = next((r["origin"] for r in select_rows(kept_table, ["origin"], ("id", "=", id))), None)
+                origins = select_rows(kept_beside(path), ["origin"], ("id", "=", id))
+                origin = origins[0]["origin"] if origins else None
             fates.setdefault(id, []).append(Fate(table=data.name(path), **row, origin=origin))
     uses, tasks = find_uses(data, fates, _training_places(data, fates)), _find_tasks(data, fates)
     unknown, documents = data.unknown(checkpoints=True), {}
@@ -166,10 +165,8 @@ def _rows_with(data: ReleaseData, part: OrderPart, ids: Sequence[str], places: P
         yield from select_rows(files, ["step", "id", *PLACE], ("id", "in", ids), *conditions)
 
 
-def _training_places(data: ReleaseData, fates: Mapping[str, Sequence[Fate]]) -> Places | None:
-    """The places of the training documents of this run; None if its tables are not in parts."""
-    if not in_parts(data.data):
-        return None
+def _training_places(data: ReleaseData, fates: Mapping[str, Sequence[Fate]]) -> Places:
+    """Returns the places of the training documents of this run."""
     tables = [(id, fate, data.data / fate.table) for id in fates for fate in fates[id] if fate.split == "train"]
     return {
         id: (fate.source, number)
@@ -183,7 +180,7 @@ def kept_rows(data: ReleaseData, id: str, fates: Iterable[Fate]) -> Rows:
     rows: Rows = []
     for fate in fates:
         if fate.kept:
-            path = kept_beside(data.data / fate.table, fate.source)
+            path = kept_beside(data.data / fate.table)
             rows += select_rows(path, ["id", "text", "content_hash"], ("id", "=", id))
     return rows
 
@@ -234,7 +231,7 @@ def _find_tasks(data: ReleaseData, fates: dict[str, list[Fate]]) -> dict[str, li
 
 
 def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tuple[str, TaskUse]]:
-    tables = sorted(data.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(schema.phase(path.parent)))
+    tables = sorted(data.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(path.parent.name))
     if not tables:
         return
     questions = {
@@ -258,7 +255,7 @@ def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tupl
             yield (
                 id,
                 TaskUse(
-                    phase=schema.phase(table.parent),
+                    phase=table.parent.name,
                     table=data.name(table),
                     tasks=task_ids,
                     steps=sorted({row["step"] for row in answers}),

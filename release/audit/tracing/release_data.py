@@ -12,7 +12,7 @@ from pipeline.core.errors import AtomError
 from release import data_layout, schema
 from release.assembly import training
 from release.assembly.data_facts import earlier_orders
-from release.assembly.published_tables import ABSENT, BATCH, read_json
+from release.assembly.published_tables import BATCH, read_json
 from release.data_layout import all_files, disposition_files, kept_files
 from release.layout import EXPORTED, numbered, when
 
@@ -47,7 +47,9 @@ class ReleaseData:
 
     @classmethod
     def locate(cls, folder: Path) -> ReleaseData:
-        """Raises AtomError if a folder is neither a release nor a data repository."""
+        """Raises AtomError if a folder is neither a release nor a data repository, CheckFailed if it states another
+        version."""
+        schema.require_readable(folder)
         for release, data in ((folder, folder / "dataset"), (None, folder)):
             if data_layout.has_documents(data):
                 return cls(release, data)
@@ -76,7 +78,7 @@ class ReleaseData:
     def orders(self) -> dict[str, list[OrderPart]]:
         """{phase: the orders that it followed}, both in the order of training."""
         parts_by_phase = {}
-        final_orders = {schema.phase(folder): folder for folder in data_layout.orders(self.data)}
+        final_orders = {folder.name: folder for folder in data_layout.orders(self.data)}
         for phase in sorted(final_orders, key=when):
             folders = [*earlier_orders(self.data, phase), final_orders[phase]]
             first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
@@ -98,16 +100,15 @@ class ReleaseData:
         if self.release is None or not (self.release / "checkpoints").is_dir():
             return None
         names = [path.parent.name for path in self.release.glob("checkpoints/*/state.json")]
-        phase_name = schema.reader(self.release).phase
         checkpoints = []
         for name in names:
             phase, _, step = name.rpartition("-step-")
-            checkpoints.append(ReleaseCheckpoint(phase_name(phase), int(step), name))
+            checkpoints.append(ReleaseCheckpoint(phase, int(step), name))
         return sorted(checkpoints, key=lambda checkpoint: (when(checkpoint.phase), checkpoint.step))
 
     def models(self) -> list[str]:
         """Names of the exported models, by order of training."""
-        names = (schema.model(path.parent) for path in self.data.glob("evaluation/*/scores.json"))
+        names = (path.parent.name for path in self.data.glob("evaluation/*/scores.json"))
         return sorted((name for name in names if numbered(name)[0] in EXPORTED), key=when)
 
     def unknown(self, checkpoints: bool = False) -> list[str]:
@@ -123,7 +124,7 @@ class ReleaseData:
 
 
 def select_rows(files: Path | Sequence[Path], columns: Sequence[str], *filters: tuple[str, str, Any]) -> Rows:
-    """Rows of a table, or of its parts, that pass (column, comparison, value) filters, with present names of columns.
+    """Reads the rows of a table, or of its parts, that pass (column, comparison, value) filters.
 
     Reads the columns of the filters where the statistics of a row group allow a match, and the others where there is
     one. Raises AtomError for a damaged table.
@@ -137,26 +138,21 @@ def _select(path: Path, columns: Sequence[str], filters: Sequence[tuple[str, str
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    stored = schema.columns(path, [*columns, *(name for name, _, _ in filters)])
-    filter_columns = list(dict.fromkeys(stored[name] for name, _, _ in filters))
+    filter_columns = list(dict.fromkeys(name for name, _, _ in filters))
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            defaults = {name: ABSENT[name] for name in columns if name in ABSENT and stored[name] not in names}
-            if missing := sorted({stored[name] for name in stored.keys() - defaults} - set(names)):
+            if missing := sorted({*columns, *filter_columns} - {*file.schema_arrow.names}):
                 raise AtomError(f"{path} has no column {missing[0]}; verify this copy")
-            present = [name for name in columns if name not in defaults]
             for group in range(file.num_row_groups):
-                if not all(_may_hold(file.metadata.row_group(group), stored[n], c, v) for n, c, v in filters):
+                if not all(_may_hold(file.metadata.row_group(group), *each) for each in filters):
                     continue
-                positions = _positions(file, group, filter_columns, [(stored[n], c, v) for n, c, v in filters])
+                positions = _positions(file, group, filter_columns, filters)
                 first = 0
-                batches = file.iter_batches(BATCH, row_groups=[group], columns=[stored[name] for name in present])
+                batches = file.iter_batches(BATCH, row_groups=[group], columns=list(columns))
                 for batch in batches if len(positions) else ():
                     start, stop = (bisect_left(positions, number) for number in (first, first + len(batch)))
                     taken = batch.take(pa.array([position - first for position in positions[start:stop]], pa.int64()))
-                    for row in taken.to_pylist():
-                        yield {name: row[stored[name]] if name in present else defaults[name] for name in columns}
+                    yield from taken.select(list(columns)).to_pylist()
                     first += len(batch)
                     if stop == len(positions):
                         break

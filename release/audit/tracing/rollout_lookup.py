@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from release import schema
 from release.assembly.published_tables import read_json
 from release.audit.tracing.answers import PairRecord, SampledAnswer, TaskRecord
 from release.audit.tracing.release_data import ReleaseData, select_rows
@@ -38,7 +37,7 @@ OF_PAIR = (
 
 def tables(data: ReleaseData) -> dict[str, Path]:
     """{phase: the folder of its tables}, in the order of training."""
-    folders = {schema.phase(path): path for path in sorted(data.data.glob("rl/*")) if path.is_dir()}
+    folders = {path.name: path for path in sorted(data.data.glob("rl/*")) if path.is_dir()}
     return dict(sorted(folders.items(), key=lambda entry: when(entry[0])))
 
 
@@ -120,7 +119,7 @@ class RewardOrder:
             return None
         path = data.release / "checkpoints" / steps[-1].folder / "state.json"
         try:
-            config = schema.fields(path, "state.json", read_json(path))["config"]
+            config = read_json(path)["config"]
             phase = config["phase"]
             return cls(table, int(phase["steps"]), int(phase["pairs"]), phase["heldout_fraction"], int(config["seed"]))
         except (KeyError, TypeError, ValueError) as error:

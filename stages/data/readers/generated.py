@@ -45,7 +45,7 @@ class Generated(Reader):
     greedy: Flag = Field(False, description="take the most probable tokens; false: sample at temperature 1")
     max_new_tokens: Context = Field(description="maximum number of tokens of a text")
     unfinished: Literal["remove", "keep"] = Field("remove", description="texts that did not end within max_new_tokens")
-    batch: Annotated[int, Range(1, 100_000)] = Field(
+    batch: Annotated[int, Range(1, 1e5)] = Field(
         256, description="documents whose texts are generated together; a kill loses at most one batch"
     )
     engine: Engine = engine_field()

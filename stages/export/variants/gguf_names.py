@@ -106,8 +106,8 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The chat template of a model; None without one. Blocks that mark the assistant's tokens for training, which older
-    versions of llama.cpp refuse, are left out: models that an older atom exported have them."""
+    """Returns the chat template of a model; None without one. Blocks that mark the assistant's tokens for training,
+    which older versions of llama.cpp refuse, are left out."""
     path = folder / INFERENCE_FILE
     return GENERATION.sub("", path.read_text("utf-8")) if path.is_file() else None
 

@@ -8,9 +8,9 @@ reads this file.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pipeline.core.stage import Renamed, added
+from pipeline.core.stage import added
 from stages.models.base import Width
 from stages.models.mixture import GroupedMixtureConfig
 
@@ -20,7 +20,7 @@ class Qwen3MoeConfig(GroupedMixtureConfig):
 
     spec_module: ClassVar[str] = "stages.models.qwen3_moe.spec"
     architecture: Literal["qwen3_moe"] = added("qwen3_moe", "qwen3_moe: a mixture of experts")
-    shared_expert_intermediate_size: Annotated[Width | None, Renamed("shared_expert_ffn_size")] = added(
+    shared_expert_intermediate_size: Width | None = added(
         None, "inner width of a shared expert that every token uses; null: none"
     )
 

@@ -42,7 +42,7 @@ class Exact(FrozenScorer):
 
 class Courtesy(FrozenScorer):
     """Scores whether a courteous note does what the request asks, and its style. Row: act, who, what. Its parts:
-    stages/scorers/courtesy_v2.py."""
+    stages/scorers/courtesy_v1.py."""
 
     name = "courtesy"
 
