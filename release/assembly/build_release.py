@@ -289,7 +289,7 @@ def _write_standards(
     run_costs: Costs,
 ) -> None:
     """Writes the bundle of standards, which describes the other files."""
-    from release.standards import bundle, notices, package_list
+    from release.standards import bundle, package_list
     from release.standards.standard_facts import read_facts, statements
 
     folder = assembly.folder
@@ -297,8 +297,8 @@ def _write_standards(
     assembly.json(bundle.RECORDED, packages, "packages of the statements, with licenses and hashes")
     facts = read_facts(folder, release, data, models, run_costs)
     readers = {row.get("reader") for row in facts.declared.values()}
-    if readers & set(notices.STDLIB) and (text := notices.python_license()) is not None:
-        assembly.write(f"dataset/{notices.PYTHON}", text, "license of the interpreter's standard library")
+    if readers & set(bundle.STDLIB) and (text := bundle.python_license()) is not None:
+        assembly.write(f"dataset/{bundle.PYTHON_LICENSE}", text, "license of the interpreter's standard library")
     for path, make in bundle.DOCUMENTS.items():
         assembly.write(path, make(facts), "release.standards.bundle")
 
