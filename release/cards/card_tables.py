@@ -22,20 +22,7 @@ from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import read_json
 from release.assembly.score_facts import ChatScores
 from release.assembly.variant_facts import VariantFacts, read_variants
-from release.cards import (
-    caveats,
-    chat_tables,
-    composition,
-    document_tables,
-    filter_tables,
-    harness_tables,
-    memorization_tables,
-    opt_out_tables,
-    prediction_tables,
-    tables,
-    training_tables,
-    variant_tables,
-)
+from release.cards import caveats, chat_tables, document_tables, measurement_tables, tables, training_tables
 from release.layout import RECIPE
 
 F = TypeVar("F")
@@ -115,7 +102,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
         lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness),
         added=4,
     ),
-    CardTable("prediction", prediction_tables.outcomes, added=4, changed=5, heading="Prediction and result"),
+    CardTable("prediction", measurement_tables.prediction, added=4, changed=5, heading="Prediction and result"),
     CardTable("architecture", tables.architecture, added=2),
     CardTable("parity", tables.parity, added=2),
     CardTable("context", tables.context, added=2, changed=6),
@@ -153,14 +140,14 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("detector", lambda model: chat_tables.detector(model.contamination), added=2, changed=4),
     CardTable(
         "given_away",
-        lambda model: memorization_tables.given_away(model.memorization),
+        lambda model: measurement_tables.memorization(model.memorization),
         added=4,
         changed=6,
         heading="Memorization",
     ),
     CardTable(
         "harness",
-        lambda model: harness_tables.results(model.harness),
+        lambda model: measurement_tables.task_sets(model.harness),
         added=4,
         changed=5,
         heading="Task sets of lm-evaluation-harness",
@@ -170,7 +157,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("sources", tables.sources, added=2, changed=6),
-    CardTable("example_documents", composition.examples, added=6),
+    CardTable("example_documents", document_tables.examples, added=6),
     CardTable("removals", tables.funnel, added=5),
     CardTable("funnel", tables.funnel_by_source, added=2, until=5),
     CardTable("order", tables.order, added=2, changed=5),
@@ -191,8 +178,10 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
         heading="Quality scores of the documents",
     ),
     CardTable("probes", chat_tables.probes, added=6, heading="Rewards without solving"),
-    CardTable("opt_outs", opt_out_tables.opt_outs, added=4, changed=5, heading="Opt-outs"),
-    CardTable("filter_agreement", filter_tables.agreement, added=4, changed=5, heading="Agreement of the filters"),
+    CardTable("opt_outs", document_tables.opt_outs, added=4, changed=5, heading="Opt-outs"),
+    CardTable(
+        "filter_agreement", document_tables.filter_agreement, added=4, changed=5, heading="Agreement of the filters"
+    ),
 )
 """Tables of data.md.jinja that the dataset repository alone can prove."""
 
@@ -232,7 +221,7 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("cost", lambda release: tables.cost(release.costs), added=2, changed=5),
     CardTable(
         "variants",
-        lambda release: variant_tables.overview(release.variants),
+        lambda release: measurement_tables.variants(release.variants),
         added=4,
         changed=5,
         heading="Other forms of the weights",
@@ -248,8 +237,8 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
 
 
 VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
-    CardTable("loss", variant_tables.loss, added=4, changed=5),
-    CardTable("serving", variant_tables.serving, added=4),
+    CardTable("loss", measurement_tables.variant_loss, added=4, changed=5),
+    CardTable("serving", measurement_tables.variant_serving, added=4),
 )
 """Tables of variant.md.jinja."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.core.text import escaped
 from release.assembly.example_answers import settings_of
 from release.assembly.model_facts import ModelFacts
-from release.cards.tables import PHASES, count, table, title
+from release.cards.tables import PHASES, count, table, title, with_error
 
 Facts = dict[str, Any]
 
@@ -154,7 +154,7 @@ def process_rewards(model: ModelFacts) -> list[str]:
     """One row for each phase, kind of task and logged part of its reward: its mean over the first and the last quarter
     of the steps."""
     body = [
-        [title(phase, PHASES), kind, part, *(f"{x['value']:.3f} ± {x['se']:.3f}" for x in (row["first"], row["last"]))]
+        [title(phase, PHASES), kind, part, *(with_error(x, 3) for x in (row["first"], row["last"]))]
         for phase, log in model.training.items()
         for kind, parts in log.parts.items()
         for part, row in parts.items()
