@@ -34,7 +34,7 @@ help:
 	@echo "make test-runtimes transformers 4, vLLM on CPU and llama.cpp on exported models and their variants (compiles llama.cpp: 20 minutes of CPU)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, and answer in turns, on $(PYTHON_LATEST) (1.6 GB on disk)"
 	@echo "make test-te       Transformer Engine's layers on CPU against ours, and Megatron-Bridge on our export, on $(PYTHON_LATEST) (6 GB on disk)"
-	@echo "make test-gpu      sixteen points that a GPU decides, with figures and criteria, into docs/gpu-report.md; on CPU, that they work"
+	@echo "make test-gpu      sixteen points that a GPU decides, with figures and criteria, into runs/gpu/report.md; on CPU, that they work"
 	@echo "make gpu-wheels    the packages that a machine with a GPU and no network lacks for that, into build/gpu-wheels (64 MiB at most)"
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
 	@echo "make soak PART=layouts   a part of the long tests (at most 90 minutes each, resumable); without PART: lists them; STEP=\"seed 0\": one step"

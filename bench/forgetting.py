@@ -1,6 +1,6 @@
 """What fine-tuning learns of a new task against what it forgets of the old text, by rank, data and replay.
 
-    .venv/bin/python bench/forgetting.py --json FILE --figure docs/forgetting.svg    # three seeds, one after the other
+    .venv/bin/python bench/forgetting.py --json FILE --figure docs/forgetting.png    # three seeds, one after the other
     .venv/bin/python bench/forgetting.py --quick    # one seed, few steps: its figures mean nothing
 
 A small dense model is pre-trained on text and code (the data of atom-smoke). From these weights each arm trains on
@@ -33,12 +33,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
-import three_panels
 from intervals import interval
 from quiet import Quiet
 
 from pipeline.core.store import Artifact, write_manifest
-from release.cards.plot import COLORS
+from release.cards.plots import COLORS, png
 from stages.data.shards import document_files
 
 if TYPE_CHECKING:
@@ -202,7 +201,7 @@ def changes(points: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
 
 
 def draw(seeds: Sequence[Mapping[str, Any]]) -> bytes:
-    """An SVG of three panels: learnt and forgotten by data, and one against the other. Raises AtomError without
+    """A picture of three panels: learnt and forgotten by data, and one against the other. Raises AtomError without
     matplotlib."""
 
     def paint(learnt: Axes, forgotten: Axes, trade: Axes) -> None:
@@ -232,7 +231,7 @@ def draw(seeds: Sequence[Mapping[str, Any]]) -> bytes:
             axis.spines[["top", "right"]].set_visible(False)
         learnt.legend(fontsize=6.5, frameon=False)
 
-    return three_panels.draw(paint)
+    return png((13.0, 4.5), lambda figure: paint(*figure.subplots(1, 3)))
 
 
 def line_of(seeds: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
@@ -260,7 +259,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, few steps; the figures mean nothing")
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="number of seeds, from 0 on")
     parser.add_argument("--json", type=Path, help="file of the points; seeds that it has are not trained again")
-    parser.add_argument("--figure", type=Path, help="where to write the SVG")
+    parser.add_argument("--figure", type=Path, help="where to write the picture")
     parser.add_argument("--home", type=Path, help="an ATOM_HOME whose data stages are taken, or made")
     arguments = parser.parse_args()
     began = time.monotonic()

@@ -1,6 +1,6 @@
 """Whether a preference reward saturates with compute where a verified one goes on: RLHF beside RLVR.
 
-    .venv/bin/python bench/rlhf_saturation.py            # seeds 0, 1, 2 in two processes; draws the figure of docs/
+    .venv/bin/python bench/rlhf_saturation.py            # seeds 0, 1, 2 in two processes
     .venv/bin/python bench/rlhf_saturation.py --quick    # one seed, few steps: its figures mean nothing
 
 A small dense model is fine-tuned from initial weights on problems and on requests for courteous notes. From these
@@ -377,18 +377,18 @@ def measure(size: Size, seeds: int, processes: int, out: Path) -> dict[str, Any]
     curves = [{"seed": result["seed"], **{arm: result[arm] for arm in ARMS}} for result in results]
     out.mkdir(parents=True, exist_ok=True)
     (out / "rlhf-saturation.json").write_text(json.dumps(curves, sort_keys=True) + "\n")
-    (out / "rlhf-saturation.svg").write_bytes(draw_figure(curves))
+    (out / "rlhf-saturation.png").write_bytes(draw_figure(curves))
     return report(results)
 
 
 if __name__ == "__main__":
     parser = small_policies.argument_parser(__doc__)
     parser.add_argument("--processes", type=int, default=2, help="seeds that are trained at once")
-    parser.add_argument("--out", type=Path, help="folder of the figure and its points; docs/ by default, if not quick")
+    parser.add_argument("--out", type=Path, help="folder of the figure and its points; runs/ by default, if not quick")
     arguments = parser.parse_args()
     if arguments.quick:
         with tempfile.TemporaryDirectory() as temporary:
             print(json.dumps(measure(QUICK, 1, 1, arguments.out or Path(temporary))))
     else:
-        docs = Path(__file__).parent.parent / "docs"
-        print(json.dumps(measure(FULL, arguments.seeds, arguments.processes, arguments.out or docs)))
+        runs = Path(__file__).parent.parent / "runs"
+        print(json.dumps(measure(FULL, arguments.seeds, arguments.processes, arguments.out or runs)))

@@ -2,8 +2,8 @@
 
     python bench/run_page.py runs/releases/atom-mini-0.1.0 docs/atom-mini.md
 
-Writes the tables below the line MARK of the page, whatever stands above it stays, and the three scaling axes into an
-SVG beside it. Everything is read from the files of the release, so anybody who has it gets the same page. Intervals are
+Writes the tables below the line MARK of the page, whatever stands above it stays, and the three scaling axes into a
+PNG beside it. Everything is read from the files of the release, so anybody who has it gets the same page. Intervals are
 95 %, over documents or problems: both models answer the same ones, so a difference is taken for each of them.
 """
 
@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
-import three_panels
 
 from release.assembly import costs, training
 from release.cards import tables
-from release.cards.plot import COLORS
+from release.cards.plots import COLORS, png
 from release.layout import when
 from stages.evaluation.confidence import Z95, clustered
 
@@ -186,7 +185,7 @@ def draw(release: Path) -> bytes:
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=6, frameon=False)
 
-    return three_panels.draw(paint)
+    return png((13.0, 4.5), lambda figure: paint(*figure.subplots(1, 3)))
 
 
 def _label(axis: Axes, title: str, x: str, y: str) -> None:
@@ -243,14 +242,14 @@ def _inference(axis: Axes, evaluation: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("release", type=Path, help="folder of a release")
-    parser.add_argument("page", type=Path, help="Markdown file; the drawing gets the same name with .svg")
+    parser.add_argument("page", type=Path, help="Markdown file; the drawing gets the same name with .png")
     options = parser.parse_args()
     release, page = options.release, options.page
     facts = json.loads((release / "evidence/release.json").read_text())
     device = json.loads((release / "evidence/environment.json").read_text()).get("device", {}).get("model")
     evaluation = release / "dataset/evaluation"
     losses = text_losses(evaluation)
-    drawing = page.with_suffix(".svg")
+    drawing = page.with_suffix(".png")
     drawing.write_bytes(draw(release))
     head = page.read_text().partition(MARK)[0].rstrip() if page.exists() else f"# {facts['name']}"
     commit = facts["commit"] and f"commit `{facts['commit'][:12]}`"

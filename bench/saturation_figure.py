@@ -1,6 +1,6 @@
 """The figure of bench/rlhf_saturation.py, drawn from its points: equal bytes for one version of matplotlib.
 
-python bench/saturation_figure.py docs/rlhf-saturation.json docs/rlhf-saturation.svg
+python bench/saturation_figure.py runs/rlhf-saturation.json docs/rlhf-saturation.png
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import three_panels
 from intervals import interval
 
-from release.cards.plot import COLORS
+from release.cards.plots import COLORS, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +25,7 @@ PARTS = ("act", "person", "thing", "ending")
 
 
 def draw(curves: Sequence[Mapping[str, Any]]) -> bytes:
-    """An SVG of three panels. curves: of each seed, the points of each policy. Raises AtomError without matplotlib."""
+    """A picture of three panels. curves: of each seed, the points of each policy."""
 
     def paint(success: Axes, preference: Axes, parts: Axes) -> None:
         for color, (arm, title) in zip(COLORS, TITLES.items(), strict=False):
@@ -41,7 +40,7 @@ def draw(curves: Sequence[Mapping[str, Any]]) -> bytes:
         _seeds(parts, curves, lambda point: point["task"], COLORS[1], "task: act, person and thing")
         _label(parts, "Parts of the preference reward, RLHF, by seed", "share of notes")
 
-    return three_panels.draw(paint)
+    return png((13.0, 4.5), lambda figure: paint(*figure.subplots(1, 3)))
 
 
 def _band(

@@ -51,9 +51,7 @@ ELSEWHERE = {
     "cli.md": "written by docs/generate.py",
     "configuration.md": "written by docs/generate.py",
     "extending.md": "run by tests/integration/test_extending.py",
-    "lab-log.md": "a record of measurements",
-    "soak.md": "written by tests.soak",
-    "gpu-report.md": "written by tests.gpu",
+    "2026-11.md": "a record of measurements",
 }
 """{page: why its blocks are not run here}"""
 MOST_LINES, FIRST, LAST = 16, 10, 4

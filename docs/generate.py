@@ -1,6 +1,5 @@
-"""Write docs/cli.md from the command line, from the classes of recipes and profiles docs/configuration.md and the JSON
-Schemas in docs/schemas, in docs/errors.md the tables of failures and waiting reasons, and docs/llms.txt from the
-navigation.
+"""Write docs/cli.md from the command line, docs/configuration.md from the classes of recipes and profiles, in
+docs/errors.md the tables of failures and waiting reasons, and docs/llms.txt from the navigation.
 
     python docs/generate.py
 
@@ -52,11 +51,10 @@ part of a key, so changing one does not run a sealed stage again. All other sett
 are part of the keys of the stages that read them. An unknown setting is an error.
 """
 SCHEMAS = """
-Editors complete and check these files by their JSON Schemas: add
-`# yaml-language-server: $schema=PATH` as the first line of a file, with the path of one of
-[recipe](schemas/recipe.schema.json), [data recipe](schemas/data_recipe.schema.json) and
-[cluster profile](schemas/cluster_profile.schema.json). `atom init` writes that line, and the schema
-beside the recipe. Only `atom validate` finds contradictions between fields.
+Editors complete and check these files by their JSON Schemas, if the first line of a file is
+`# yaml-language-server: $schema=PATH`. `atom init` writes that line, and the schema beside the recipe. `python -m
+pipeline.graph.json_schema KIND` prints the schema of a `recipe`, a `data_recipe` or a `cluster_profile`. Only `atom
+validate` finds contradictions between fields.
 """
 DOCUMENTS = {
     "recipe": "One release. Packaged recipes are in `pipeline/recipes/`.",
@@ -78,7 +76,6 @@ def pages() -> dict[str, str]:
     return {
         "cli.md": "\n\n".join(command_blocks()) + "\n",
         "configuration.md": "\n\n".join(configuration) + "\n",
-        **{f"schemas/{kind}{json_schema.SUFFIX}": json_schema.text(kind) for kind in models},
         "errors.md": with_part("errors.md", "failures", failures(), "waiting", waiting()),
         "llms.txt": llms(),
     }
@@ -351,6 +348,5 @@ def prose(text: str) -> str:
 
 
 if __name__ == "__main__":
-    (FOLDER / "schemas").mkdir(exist_ok=True)
     for name, content in pages().items():
         (FOLDER / name).write_text(content, encoding="utf-8")

@@ -17,9 +17,7 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store, canonical, sha256_bytes
 
 PACKAGES = ("pipeline", "stages", "release", "data_recipes")
-SUFFIXES = frozenset(
-    {".py", ".yaml", ".yml", ".jinja", ".js", ".css", ".md", ".toml", ".json", ".txt", ".sh", ".typed"}
-)
+SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".css", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
 
 
 def roots() -> list[Path]:

@@ -48,3 +48,14 @@ def shown(value: object, longest: int = 80) -> str:
         items = ", ".join(shown(item, 30) for item in value[:8])
         return escaped(f"[{items}{', …' if len(value) > 8 else ''}]", longest)
     return escaped(repr(value), longest)
+
+
+def short(value: float) -> str:
+    """A number in few characters: 1.5M, 20k, 0.25, 3e-05, 1e21."""
+    size = abs(value)
+    if size >= 1e15:
+        return f"{value:.3g}".replace("e+", "e")
+    for limit, divisor, sign in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if size >= limit:
+            return f"{value / divisor:.4g}{sign}"
+    return f"{value:.4g}" if size == 0 or size >= 1e-3 else f"{value:.2g}"

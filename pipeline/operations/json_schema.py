@@ -1,5 +1,7 @@
 """JSON Schemas of recipes, data recipes and cluster profiles, for editors: from the classes that validate these files.
 
+    python -m pipeline.graph.json_schema recipe
+
 A schema has the fields, types, bounds and descriptions. Only `atom validate` finds contradictions between fields.
 https://json-schema.org/draft/2020-12
 """
@@ -7,6 +9,7 @@ https://json-schema.org/draft/2020-12
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from pydantic import BaseModel
@@ -50,3 +53,7 @@ def text(kind: str) -> str:
     schema = models()[kind].model_json_schema(schema_generator=_Generator)
     body = {"$schema": DIALECT, "$id": schema_id(kind), **schema, "title": f"atom {kind.replace('_', ' ')}"}
     return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    print(text(sys.argv[1]), end="")

@@ -75,12 +75,12 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     `<name>-<version>.refused` for inspection, and the earlier release is unchanged.
     """
     from release.assembly import assemble
-    from release.cards import plot
+    from release.cards import plots
     from release.checks import gates
     from release.layout import SITE
     from release.web_page import site_files
 
-    plot.require()
+    plots.require()
     assemble.require_nodes(source.artifacts)
     target = home / "releases" / f"{source.name}-{source.version}"
     draft = target.with_name(f".{target.name}.{os.getpid()}")
@@ -151,7 +151,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release.assembly.model_facts import read_model_facts
     from release.assembly.receipts import receipt_path, write_receipts
     from release.audit import independent_verifier, merkle
-    from release.cards import all_cards, composition, croissant, render
+    from release.cards import croissant, plots, render
     from release.cards.card_tables import release_facts
     from release.checks.check import BuildContext
     from release.layout import (
@@ -224,13 +224,13 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
     description = croissant.describe_dataset(release, folder / "dataset", data)
     assembly.json(f"dataset/{croissant.NAME}", description, "description of the tables")
-    for name, draw in composition.plots(data).items():
+    for name, draw in plots.data_plots(data).items():
         assembly.write(f"dataset/{name}", draw(), "plot of the tables of kept documents")
     for target, statement in attest.evaluations(folder, release.nodes).items():
         assembly.json(target, statement, "in-toto statement of what was measured")
     assembly.json("checkpoints/index.json", index_rows(steps), "states of the checkpoints")
     repos = repositories(folder)
-    for place, card in all_cards.render_all(folder, release, data, models, resumptions, run_costs, canary):
+    for place, card in render.render_all(folder, release, data, models, resumptions, run_costs, canary):
         assembly.write(place, card.encode(), CARD_ORIGIN)
     for repository in repos:
         spdx = assemble.license_of(repository.folder, licenses, models)
@@ -248,7 +248,7 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
     process of its own loads them while the plots are drawn."""
     from release.assembly import serving
     from release.assembly.model_facts import rendered_chat
-    from release.cards import plot, render, results, scaling_plots
+    from release.cards import plots, render, results
     from release.checks.load_report import load_models
     from release.layout import GOLDENS, MODEL
 
@@ -265,11 +265,12 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
             assembly.write(
                 f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"
             )
-            for plot_name, draw in plot.training_plots(folder / name, model.has_experts).items():
-                assembly.write(f"{name}/{plot_name}", draw(), "plot of the logs in training/")
-            for plot_name, draw in scaling_plots.model_plots(folder / name, model).items():
-                origin = "plot of the scores in evaluation/ and the logs in training/"
-                assembly.write(f"{name}/{plot_name}", draw(), origin)
+            for plot_name, draw in plots.model_plots(folder / name, model).items():
+                logs_alone = plot_name in (plots.LOSS, plots.EXPERTS)
+                origin = (
+                    "the logs in training/" if logs_alone else "the scores in evaluation/ and the logs in training/"
+                )
+                assembly.write(f"{name}/{plot_name}", draw(), f"plot of {origin}")
         reports = dict(zip(facts, loading.result(), strict=True))
     for name, report in reports.items():  # a template renders the fields of a tool in their order
         origin = "what plain transformers makes of fixed inputs"
@@ -287,7 +288,7 @@ def _write_standards(
     run_costs: Costs,
 ) -> None:
     """Writes the bundle of standards, which describes the other files."""
-    from release.standards import bundle, notices, package_list
+    from release.standards import bundle, package_list
     from release.standards.standard_facts import read_facts, statements
 
     folder = assembly.folder
@@ -295,8 +296,8 @@ def _write_standards(
     assembly.json(bundle.RECORDED, packages, "packages of the statements, with licenses and hashes")
     facts = read_facts(folder, release, data, models, run_costs)
     readers = {row.get("reader") for row in facts.declared.values()}
-    if readers & set(notices.STDLIB) and (text := notices.python_license()) is not None:
-        assembly.write(f"dataset/{notices.PYTHON}", text, "license of the interpreter's standard library")
+    if readers & set(bundle.STDLIB) and (text := bundle.python_license()) is not None:
+        assembly.write(f"dataset/{bundle.PYTHON_LICENSE}", text, "license of the interpreter's standard library")
     for path, make in bundle.DOCUMENTS.items():
         assembly.write(path, make(facts), "release.standards.bundle")
 
@@ -321,6 +322,43 @@ def write_checksums(folder: Path) -> None:
     write_sums(folder / ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)])
     root_repository = next(repository for repository in repos if repository.folder == "")
     write_sums(folder / SUMS, folder, files_of(folder, root_repository))
+
+
+def rewrite_page(release: Path, progress: Callable[[str], None] = lambda text: None) -> bool:
+    """Makes the page of a release folder again, with the checksums that cover it. Returns True if the page changed.
+
+    Raises:
+        AtomError: If the release is signed and the page would change, or if documents were taken back from it.
+        CheckFailed: If a file of it is damaged.
+    """
+    from release import scratch
+    from release.layout import RETRACTED, SIGNATURE, SITE, SUMS
+    from release.web_page import site_files
+
+    if (release / RETRACTED).exists():
+        raise AtomError(
+            f"{release} lacks documents that were taken back, so that its figures and files disagree; it has no page"
+        )
+    with scratch.folder() as folder:
+        progress("reading the release")
+        try:
+            site_files.write(release, folder / SITE)
+        except (ValueError, KeyError, TypeError) as error:  # of a damaged file
+            raise CheckFailed(
+                f"{release} cannot be read ({type(error).__name__}); `atom verify {release}` names the damaged files"
+            ) from error
+        if not any(site_files.differences(release / SITE, folder / SITE)) and (release / SUMS).exists():
+            return False
+        if (release / SIGNATURE).exists():
+            raise AtomError(
+                f"{release} is signed, and another page would break the signature of its root; remove "
+                f"{release / SIGNATURE}, run this again, then `atom sign`"
+            )
+        (release / SUMS).unlink(missing_ok=True)  # a call that is cut off leaves none, and the next one completes it
+        shutil.rmtree(release / SITE, ignore_errors=True)
+        shutil.copytree(folder / SITE, release / SITE)
+    write_checksums(release)
+    return True
 
 
 def _replace(draft: Path, target: Path) -> None:

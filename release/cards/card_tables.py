@@ -20,20 +20,7 @@ from release.assembly.model_facts import ModelFacts
 from release.assembly.published_tables import read_json
 from release.assembly.score_facts import ChatScores
 from release.assembly.variant_facts import VariantFacts, read_variants
-from release.cards import (
-    caveats,
-    chat_tables,
-    composition,
-    document_tables,
-    filter_tables,
-    harness_tables,
-    memorization_tables,
-    opt_out_tables,
-    prediction_tables,
-    tables,
-    training_tables,
-    variant_tables,
-)
+from release.cards import caveats, chat_tables, document_tables, measurement_tables, tables, training_tables
 from release.layout import RECIPE
 
 F = TypeVar("F")
@@ -110,7 +97,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("evaluation", lambda model: tables.evaluation(model.scores)),
     CardTable("samples", lambda model: tables.samples(model.scores)),
     CardTable("engines", lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness)),
-    CardTable("prediction", prediction_tables.outcomes, heading="Prediction and result"),
+    CardTable("prediction", measurement_tables.prediction, heading="Prediction and result"),
     CardTable("architecture", tables.architecture),
     CardTable("parity", tables.parity),
     CardTable("context", tables.context),
@@ -132,16 +119,18 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination)),
     CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores))),
     CardTable("detector", lambda model: chat_tables.detector(model.contamination)),
-    CardTable("given_away", lambda model: memorization_tables.given_away(model.memorization), heading="Memorization"),
+    CardTable("given_away", lambda model: measurement_tables.memorization(model.memorization), heading="Memorization"),
     CardTable(
-        "harness", lambda model: harness_tables.results(model.harness), heading="Task sets of lm-evaluation-harness"
+        "harness",
+        lambda model: measurement_tables.task_sets(model.harness),
+        heading="Task sets of lm-evaluation-harness",
     ),
 )
 """Tables of model.md.jinja that a model repository alone can prove."""
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("sources", tables.sources),
-    CardTable("example_documents", composition.examples),
+    CardTable("example_documents", document_tables.examples),
     CardTable("removals", tables.funnel),
     CardTable("order", tables.order),
     CardTable("packing", tables.packing),
@@ -155,8 +144,8 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("languages", document_tables.languages, heading="Languages of the documents"),
     CardTable("quality_scores", document_tables.quality_scores, heading="Quality scores of the documents"),
     CardTable("probes", chat_tables.probes, heading="Rewards without solving"),
-    CardTable("opt_outs", opt_out_tables.opt_outs, heading="Opt-outs"),
-    CardTable("filter_agreement", filter_tables.agreement, heading="Agreement of the filters"),
+    CardTable("opt_outs", document_tables.opt_outs, heading="Opt-outs"),
+    CardTable("filter_agreement", document_tables.filter_agreement, heading="Agreement of the filters"),
 )
 """Tables of data.md.jinja that the dataset repository alone can prove."""
 
@@ -191,7 +180,7 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("cost", lambda release: tables.cost(release.costs)),
     CardTable(
         "variants",
-        lambda release: variant_tables.overview(release.variants),
+        lambda release: measurement_tables.variants(release.variants),
         heading="Other forms of the weights",
         part="use",
     ),
@@ -203,8 +192,8 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
 
 
 VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
-    CardTable("loss", variant_tables.loss),
-    CardTable("serving", variant_tables.serving),
+    CardTable("loss", measurement_tables.variant_loss),
+    CardTable("serving", measurement_tables.variant_serving),
 )
 """Tables of variant.md.jinja."""
 

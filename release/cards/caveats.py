@@ -19,7 +19,7 @@ from release.assembly.data_facts import OrderFacts
 from release.assembly.model_facts import ModelFacts
 from release.assembly.score_facts import ChatScores
 from release.assembly.training import FirstAndLast
-from release.cards.tables import PHASES, count, title, titles, with_error
+from release.cards.tables import PHASES, count, title, titles, with_error, with_interval
 from stages.evaluation.scores import AnswerStatistics, Figure, Mean, ModelScores
 from stages.evaluation.settings import SURE
 
@@ -117,8 +117,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
         if rises(old["reward"], new["reward"]):
             gains.append(f"the preference reward rose ({_change(old['reward'], new['reward'])})")
         if row is not None and (rate := row["win_rate"])["low"] > 0.5:
-            interval = f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
-            gains.append(f"{title(after)} won {interval} of {count(rate['n'])} comparisons")
+            gains.append(f"{title(after)} won {with_interval(rate)} of {count(rate['n'])} comparisons")
         if not gains:
             continue
         risen, fallen = moved(old, new), moved(new, old)

@@ -10,8 +10,8 @@ from release.assembly.data_facts import DataFacts
 from release.assembly.example_answers import ExampleAnswer
 from release.assembly.score_facts import ChatScores
 from release.cards import caveats
-from release.cards.tables import PHASES, count, table, title
-from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Figure, Mean, Proportion
+from release.cards.tables import PHASES, count, table, title, with_error, with_interval
+from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Figure, Mean
 from stages.rl.rollout.probes import MARGIN
 
 SHOWN, CHARACTERS = 4, 160
@@ -65,7 +65,7 @@ def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:
     sides = [(row["sides"]["before"]["parts"], row["sides"]["model"]["parts"]) for row in preferences.values()]
     body = [
         ["requests: won, tied, lost", *map(_outcomes, preferences.values())],
-        ["wins, ties as half (95 %)", *(_interval(row["win_rate"]) for row in preferences.values())],
+        ["wins, ties as half (95 %)", *(with_interval(row["win_rate"]) for row in preferences.values())],
         ["does what was asked (`task`)", *(_change("task", old, new) for old, new in sides)],
         ["preference reward", *(_change("reward", old, new) for old, new in sides)],
         ["parts of it that rose", *(_changes(caveats.moved(old, new), old, new) for old, new in sides)],
@@ -84,10 +84,6 @@ def _changes(names: Iterable[str], old: Mapping[str, Mean], new: Mapping[str, Me
 
 def _outcomes(row: ComparisonScores) -> str:
     return f"{count(row['win_rate']['n'])}: {count(row['wins'])}, {count(row['ties'])}, {count(row['losses'])}"
-
-
-def _interval(rate: Proportion) -> str:
-    return f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
 
 
 def reward_parts(chat: Mapping[str, ChatScores]) -> list[str]:
@@ -233,7 +229,7 @@ def detector(report: ContaminationReport | None) -> list[str]:
 
 
 def _value(row: Figure) -> str:
-    return f"{row['value']:.3f} ± {row['se']:.3f}"
+    return with_error(row, 3)
 
 
 def _code_cell(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The data card's tables about documents: their licenses, what these ask for, lengths, languages and quality scores."""
+"""The data card's tables about documents: licenses, lengths, languages, scores, opt-outs, filters, and examples."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ MOST_LICENSES = 30
 MOST_LANGUAGES = 10
 """Languages of a source with a row of their own, those of most tokens; the others share one."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+EXAMPLE_CHARACTERS = 240
+"""Of an example document."""
+OPT_OUT_KINDS = ("id", "content_hash", "url", "host", "copy", "near_duplicate", "derived")
+OPT_OUTS = (
+    "Documents that were left out because somebody asked for it, by the SHA-256 of the reference of each request; a "
+    "document of several requests counts for each. Copies, near duplicates and rewrites of a document are those of its "
+    "request. The receipt of a request is in the evidence repository."
+)
 BASES = {
     "": "declared by the source", "field": "in a field of the document", "file": "in a file of its package",
     "page": "on its page", "parent": "of the document that it was made from", "none": "none was found",
@@ -196,3 +204,64 @@ def _not_measured(data: DataFacts, measured: Collection[str], start: str) -> str
     """A further sentence that names the sources without a measure, if there are some."""
     names = [name for name in data.sources if name not in measured]
     return f" {start} {', '.join(names)}." if names else ""
+
+
+def opt_outs(data: DataFacts) -> list[str]:
+    """One row for each request; none for a corpus without a deny-list."""
+    if not data.opt_outs:
+        return []
+    body = []
+    for row in data.opt_outs:
+        named = sum(number for kind, number in row.removed.items() if kind not in OPT_OUT_KINDS[4:])
+        others = [count(row.removed[kind]) for kind in OPT_OUT_KINDS[4:]]
+        body.append([f"`{escaped(row.request[:16])}`", escaped(row.date), count(named), *others])
+    head = ["request", "date", "named", "copies", "near duplicates", "rewrites"]
+    return [OPT_OUTS, "", *table(head, body)]
+
+
+def filter_agreement(data: DataFacts) -> list[str]:
+    """How far the filters agree with the reference that published thresholds were made for: one row for each rule; none
+    for a release without figures."""
+    figures = data.filter_agreement
+    if not figures:
+        return []
+    body = [
+        [
+            escaped(rule),
+            f"{row['agreement']:.1%}",
+            f"{row['kappa']:.2f}",
+            count(row["kept"]),
+            count(row["reference_kept"]),
+        ]
+        for rule, row in figures["rules"].items()
+    ]
+    head = ["rule", "agreement", "Cohen's κ", "kept by this pipeline", "kept by the reference"]
+    sentence = (
+        f"Thresholds of the rules are those published for the reference, {escaped(figures['reference'])}. At equal "
+        f"settings the rules gave these verdicts on {count(figures['documents'])} documents "
+        f"({escaped(figures['corpus'])}):"
+    )
+    return [sentence, "", *table(head, body)]
+
+
+def examples(data: DataFacts) -> list[str]:
+    """The beginning of the first document of each source that has one with a text."""
+    items = [
+        f"- `{_code(id)}` of {source}: `{_code(text)[:EXAMPLE_CHARACTERS]}`"
+        for source, (id, text) in data.first_documents.items()
+    ]
+    rule = (
+        "The first training document of each source, in the order of its table and cut off at "
+        f"{count(EXAMPLE_CHARACTERS)} characters, with line breaks as spaces. Nobody chose them:"
+    )
+    return [rule, "", *items] if items else []
+
+
+def is_example_of(line: str, id: str) -> bool:
+    """Returns True if a line of a data card shows the document with this id."""
+    return line.startswith(f"- `{_code(id)}` of ")
+
+
+def _code(text: str) -> str:
+    """A text as code in one line."""
+    return escaped(" ".join(text.split()).replace("`", "'"))

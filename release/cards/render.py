@@ -6,21 +6,24 @@ The templates contain only words: numbers come from `card_tables` or the metadat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.hub.client import load
 from release import schema
+from release.assembly.checkpoint_facts import Intervention, read_checkpoints
+from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.example_answers import ExampleAnswer
 from release.assembly.message_tables import FOLDER as MESSAGES
 from release.assembly.model_facts import ModelFacts
-from release.assembly.variant_facts import VariantFacts
-from release.cards import card_tables, chat_tables, composition
+from release.assembly.variant_facts import VariantFacts, read_variants
+from release.cards import card_tables, chat_tables, plots, tables
 from release.cards.card_tables import ReleaseFacts
-from release.layout import numbered
-from release.schema import ReleaseInfo
+from release.layout import MODEL, VARIANT, numbered
+from release.repositories import repositories
+from release.schema import CARD, ReleaseInfo
 from stages.evaluation.scores import ModelScores
 
 TEMPLATES = Path(__file__).parent
@@ -44,6 +47,49 @@ PHASES = {
     "dpo": "direct preference optimization (DPO)",
     "online-rlhf": "reinforcement learning against a reward model (online RLHF)",
 }  # fmt: skip
+
+
+def render_all(
+    folder: Path,
+    release: ReleaseInfo,
+    data: DataFacts,
+    models: Mapping[str, ModelFacts],
+    interventions: list[Intervention],
+    costs: Costs,
+    canary: Mapping[str, str],
+) -> Iterator[tuple[str, str]]:
+    """Yields (path in the release, text) of each card of a release.
+
+    Args:
+        folder: The release, with all files that the cards describe.
+        release: Its own statement.
+        data: The facts of its data.
+        models: The facts of each model, by folder.
+        interventions: Resumptions from earlier runs.
+        costs: The cost of each stage.
+        canary: The string that identifies its evaluation problems.
+    """
+    example = None
+    for name, model in models.items():
+        facts = card_tables.release_facts(folder, name, model, data, interventions, costs)
+        if name == MODEL:
+            example = facts.example
+        yield f"{name}/{CARD}", model_card(name, release, facts)
+    for suffix, variant in read_variants(folder).items():
+        yield f"{VARIANT}{suffix}/{CARD}", variant_card(suffix, release, variant, example)
+    yield f"dataset/{CARD}", data_card(release, data, canary)
+    steps = tables.checkpoints(read_checkpoints(folder / "checkpoints"))
+    yield f"checkpoints/{CARD}", plain_card("checkpoints", release, release.license.weights, checkpoints=steps)
+    places = [
+        [place.id(release.namespace, release.name), place.kind, place.branch, f"`{place.folder or '.'}`"]
+        for place in repositories(folder)
+    ]
+    repository_table = tables.table(["repository", "kind", "branch", "place in the release"], places)
+    further = tables.further_evidence(folder)
+    yield (
+        CARD,
+        plain_card("evidence", release, release.license.code, repositories=repository_table, further=further),
+    )
 
 
 def license_fields(spdx: str) -> dict[str, Any]:
@@ -245,7 +291,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         measured=bool(data.documents.languages or data.documents.scores),
         generated=any(row.generated for row in data.sources.values()),
         earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
-        composition=bool(composition.amounts(data)) and composition.NAME,
+        composition=bool(plots.amounts(data)) and plots.COMPOSITION,
         canary=canary and canary["canary"],
         chat=bool(data.chat),
         t=texts,

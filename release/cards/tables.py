@@ -15,7 +15,7 @@ from release.assembly.model_facts import ModelFacts
 from release.assembly.score_facts import ChatScores, HarnessFacts
 from release.layout import RUNTIMES, numbered
 from release.prediction.forecast import FOLDER as PREDICTION
-from stages.evaluation.scores import Figure, ModelScores
+from stages.evaluation.scores import Figure, ModelScores, Proportion
 
 MOST_CHANGES = 30
 """Changed settings that a card lists."""
@@ -105,6 +105,10 @@ def _width(text: str) -> float:
 
 def with_error(row: Figure, digits: int) -> str:
     return f"{row['value']:.{digits}f} ± {row['se']:.{digits}f}"
+
+
+def with_interval(row: Proportion) -> str:
+    return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
 
 
 def title(name: str, names: Mapping[str, str] = TITLES) -> str:

@@ -12,10 +12,10 @@ from release.assembly.checkpoint_facts import find_interventions, read_checkpoin
 from release.assembly.data_facts import canary_of, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
-from release.cards import all_cards, card_tables, croissant, plot, render, results
-from release.checks import plots
+from release.cards import card_tables, croissant, plots, render, results
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Findings, require_file
+from release.checks.plots import unexpected
 from release.checks.scores import score_problems
 from release.layout import CANARY
 from release.repositories import model_folders
@@ -43,7 +43,7 @@ def _cards_of_release(folder: Path) -> Findings:
         models[name] = model
     findings.add(_data_card(data), "dataset/")
     canary = canary_of(release.nodes["items"].digest)
-    rendered = all_cards.render_all(folder, release, data_facts, models, interventions, run_costs, canary)
+    rendered = render.render_all(folder, release, data_facts, models, interventions, run_costs, canary)
     findings.problems += _other_words(folder, rendered)
     problems = score_problems(data / "evaluation") + _canary(data, canary)
     findings.problems += [f"dataset/{text}" for text in problems]
@@ -57,7 +57,7 @@ def model_card(model: Path, release: ReleaseInfo | None = None) -> Findings:
     """
     card, facts = (model / "README.md").read_text(), read_model_facts(model)
     findings = Findings([*_model_index(card, facts), *_plots(model)])
-    findings.problems += plots.unexpected(model, plots.of_model(model, facts))
+    findings.problems += unexpected(model, plots.model_plots(model, facts))
     data_id, version = (render.data_of(card), None) if release is None else (render.data_id(release), release.version)
     findings.problems += results.problems(model, facts, data_id, version)
     findings.compare_tables(card, card_tables.MODEL_TABLES, facts)
@@ -72,11 +72,11 @@ def _model_index(card: str, facts: ModelFacts) -> list[str]:
 
 
 def _plots(model: Path) -> list[str]:
-    drawn = [model / name for name in (plot.EXPERTS, plot.LOSS) if (model / name).exists()]
+    drawn = [model / name for name in (plots.EXPERTS, plots.LOSS) if (model / name).exists()]
     return [
         f"{path.name} was not drawn from the logs in training/"
         for path in drawn
-        if (plot.entries(path.read_bytes()) or {}).get(plot.SOURCE) != plot.source(model)
+        if (plots.entries(path.read_bytes()) or {}).get(plots.SOURCE) != plots.source(model)
     ]
 
 
@@ -88,7 +88,7 @@ def data_card(subject: Subject) -> Findings:
 def _data_card(dataset: Path) -> Findings:
     facts, findings = read_data_facts(dataset), Findings()
     findings.compare_tables((dataset / "README.md").read_text(), card_tables.DATA_TABLES, facts)
-    findings.problems += plots.unexpected(dataset, plots.of_data(facts))
+    findings.problems += unexpected(dataset, plots.data_plots(facts))
     return findings
 
 

@@ -15,7 +15,6 @@ from pipeline.core.code_snapshot import PACKAGES, SUFFIXES
 from pipeline.core.parts import PART_NAME
 from pipeline.core.text import printable
 from release.assembly.assemble import CODE_FILES
-from release.checks.formats import PAGE_FILES
 from release.checks.listing import Contents
 from release.checks.verdict import CheckResult, Problems
 from release.layout import EXPORTED, PUBLIC_KEY, RETRACTED, SIGNATURE, SIZE, SUMS, TRAINING
@@ -33,7 +32,6 @@ NAMES = {
     "module": rf"(?:[A-Za-z0-9_][\w.-]*/)*[A-Za-z0-9_][\w.-]*(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))})",
     "node": r"[a-z0-9_]+(?:-[a-z0-9_]+)*(?:@[0-9]+)?",
     "package": "|".join(PACKAGES),
-    "page": PAGE_FILES.pattern,
     "part": PART_NAME,
     "phase": rf"(?:{'|'.join((*TRAINING, SIZE))})(?:-[0-9]+)?",
     "recipe": r"[A-Za-z0-9_][\w.-]*\.ya?ml",
@@ -208,7 +206,7 @@ EVIDENCE = FileList(
         !code/LICENSE !code/README.md code/{{code}} code/{{constraints}} code/{{package}}/{{module}}
         code/as-run/recipes/{{recipe}} code/as-run/data_recipes/{{recipe}}
     """,
-    others="!evidence/SHA256SUMS !evidence/gates.json !evidence/attestations/gates.json !site/index.html {page}",
+    others="!evidence/SHA256SUMS !evidence/gates.json !evidence/attestations/gates.json !site/index.html",
 )
 KINDS = {
     "model": MODELS,

@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from pipeline.core.text import unprintable
 from release import untrusted
-from release.cards.plot import entries
-from release.layout import LOSS, PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SITE, SUMS
+from release.cards.plots import entries
+from release.layout import LOSS, PAGE, PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SUMS
 from release.tree import keeps_modes
 
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
@@ -23,11 +23,8 @@ PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pk
 TEXTS = frozenset({".bib", ".cff", ".csv", ".jinja", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml"})
 TABLES = frozenset({".gguf", ".parquet", ".png", ".safetensors"})
 NAMES = frozenset({"LICENSE", "NOTICE", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
-SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed", ".js", ".css"})
+SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed", ".css"})
 """Further kinds that are allowed in `code/` and for the second verifier, which only a release's evidence has."""
-PAGE_FILES = re.compile(rf"{SITE}/(index\.html|(search|outputs|contamination|lineage|replays)/[A-Za-z0-9_.-]+\.js)")
-"""The page and its parts, which only a release's evidence has; a browser runs them. The check `page` makes them again
-where all files of the release are there."""
 TEXT_BYTES = 64 << 20
 """The maximum size of a text; the size of logs (.jsonl) follows from the length of the training."""
 GGUF = b"GGUF"
@@ -61,7 +58,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
         if path.startswith(".cache/"):
             continue
         source = archive and (path.startswith("code/") or path == SECOND_VERIFIER)
-        page = archive and PAGE_FILES.fullmatch(path) is not None
+        page = archive and path == PAGE
         try:
             problems += [f"{path} {text}" for text in _file_problems(folder / path, source, page)]
         except CheckFailed as error:

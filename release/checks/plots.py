@@ -7,15 +7,14 @@ import io
 from pathlib import Path
 
 from pipeline.core.errors import installing
-from release.assembly.data_facts import DataFacts, read_data_facts
-from release.assembly.model_facts import ModelFacts, read_model_facts
-from release.cards import composition, plot, scaling_plots
+from release.assembly.data_facts import read_data_facts
+from release.assembly.model_facts import read_model_facts
+from release.cards.plots import NAMES, SOFTWARE, Drawings, data_plots, entries, model_plots, version
 from release.checks.check import Subject
 from release.checks.findings import Findings
 
 ROUNDED = 16
 """The largest difference of a color, of 256, that another processor may round."""
-NAMES = (*plot.NAMES, *scaling_plots.NAMES, composition.NAME)
 
 
 def plots(subject: Subject) -> Findings:
@@ -24,43 +23,33 @@ def plots(subject: Subject) -> Findings:
     findings = Findings(compared=False)
     if subject.kind in ("release", "dataset"):
         dataset = folder / "dataset" if subject.kind == "release" else folder
-        _compare(dataset, of_data(read_data_facts(dataset)), findings)
+        _compare(dataset, data_plots(read_data_facts(dataset)), findings)
     if subject.kind in ("release", "model"):
         for model in subject.models:
-            _compare(model, of_model(model, read_model_facts(model)), findings)
+            _compare(model, model_plots(model, read_model_facts(model)), findings)
     return findings
 
 
-def of_data(facts: DataFacts) -> plot.Drawings:
-    """The plots of a data repository."""
-    return composition.plots(facts)
-
-
-def of_model(model: Path, facts: ModelFacts) -> plot.Drawings:
-    """The plots of a model repository."""
-    return plot.training_plots(model, facts.has_experts) | scaling_plots.model_plots(model, facts)
-
-
-def unexpected(folder: Path, drawings: plot.Drawings) -> list[str]:
+def unexpected(folder: Path, drawings: Drawings) -> list[str]:
     """Sentences about plots that a repository lacks, or should not have. drawings: those that it should have."""
     present = {name for name in NAMES if (folder / name).is_file()}
     missing = [f"{name} is missing" for name in sorted(drawings.keys() - present)]
     return missing + [f"{name} shows what is not here" for name in sorted(present - drawings.keys())]
 
 
-def _compare(folder: Path, drawings: plot.Drawings, findings: Findings) -> None:
+def _compare(folder: Path, drawings: Drawings, findings: Findings) -> None:
     """Compares the plots of one repository."""
     for name in sorted(name for name in drawings if (folder / name).is_file()):
         published = (folder / name).read_bytes()
-        entries = plot.entries(published) or {}
+        stated = entries(published) or {}
         if importlib.util.find_spec("matplotlib") is None:
             findings.skipped["plots"] = f"plots: drawing them again needs matplotlib; {installing('report')}"
-        elif entries.get(plot.SOFTWARE) != plot.version():
-            findings.skipped["plots"] = f"plots: drawn by {entries.get(plot.SOFTWARE)}, and here is {plot.version()}"
+        elif stated.get(SOFTWARE) != version():
+            findings.skipped["plots"] = f"plots: drawn by {stated.get(SOFTWARE)}, and here is {version()}"
         else:
             findings.compared = True
             drawn = drawings[name]()
-            if published != drawn and not (entries == plot.entries(drawn) and _look_alike(published, drawn)):
+            if published != drawn and not (stated == entries(drawn) and _look_alike(published, drawn)):
                 findings.problems.append(f"{folder.name}/{name} does not show the numbers beside it")
 
 

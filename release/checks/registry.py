@@ -160,7 +160,6 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     ),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),
     Check("page", page.page, EVIDENCE, EVERYTHING, needs=f"{SITE}/*"),
-    Check("page_search", page.search, RELEASE, EVERYTHING, deep=True, needs=f"{SITE}/*"),
     BuildCheck("no_secrets", source_code.no_secrets, "remove it at its source and run again", private=True),
 )  # fmt: skip
 

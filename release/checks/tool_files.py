@@ -26,7 +26,7 @@ from release.checks.findings import Findings
 from release.layout import CODE_README, FILTER_AGREEMENT, MODEL, NOTICE, RECIPE, RELEASE, SECOND_VERIFIER, STANDARDS
 from release.repositories import repositories, variant_folders
 from release.schema import CARD, ReleaseInfo
-from release.standards import notices
+from release.standards import bundle
 from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE, inference_template, training_template
 from stages.data.curation.agreement import read_figures
 from stages.data.tokenizer import CONFIG_FILE, tokenizer_config
@@ -155,14 +155,15 @@ def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterat
 def _of_data(dataset: Path, release: Path | None, findings: Findings) -> Iterator[str]:
     if _differs(dataset / FILTER_AGREEMENT, to_json(read_figures())):
         yield f"{FILTER_AGREEMENT} does not have the figures of this atom"
-    if not (dataset / notices.PYTHON).is_file() or not _differs(dataset / notices.PYTHON, notices.python_license()):
+    path = dataset / bundle.PYTHON_LICENSE
+    if not path.is_file() or not _differs(path, bundle.python_license()):
         return
     python = read_json(release / "evidence/environment.json").get("python") if release else None
     if python == platform.python_version():
-        yield f"{notices.PYTHON} is not the license of Python {python}"
+        yield f"{bundle.PYTHON_LICENSE} is not the license of Python {python}"
     else:
-        findings.skipped[notices.PYTHON] = (
-            f"{notices.PYTHON}: it is not the license of Python {platform.python_version()}, which runs here"
+        findings.skipped[bundle.PYTHON_LICENSE] = (
+            f"{bundle.PYTHON_LICENSE}: it is not the license of Python {platform.python_version()}, which runs here"
         )
 
 

@@ -74,7 +74,7 @@ def ladder(
         float, typer.Option("--serve", metavar="TOKENS", help="tokens that the model serves over its life")
     ] = 0.0,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="write ladder.json and ladder.svg there")
+        Path | None, typer.Option("--out", metavar="FOLDER", help="write ladder.json and ladder.png there")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,7 +109,9 @@ def ladder(
     runs = [(name, _figures(name, form)) for name in following or ()]
     result = instrument.make(form, rows, runs, budget, served)
     if out is not None:
-        instrument.write(result, out)
+        from release.cards import plots
+
+        instrument.write(result, plots.law(instrument.drawing(result)), out)
     if as_json:
         print(json.dumps(result.to_json(), indent=1, sort_keys=True, allow_nan=False))
         return

@@ -51,11 +51,11 @@ def site(release: ReleaseArgument) -> None:
 
     Example: atom site runs/releases/atom-tiny-0.1.0
     """
+    from release.assembly.build_release import rewrite_page
     from release.layout import PAGE
-    from release.web_page.rewrite import rewrite
 
     require_release(release)
-    changed = rewrite(release, print_line)
+    changed = rewrite_page(release, print_line)
     print(f"{'page written' if changed else 'the page is up to date'}: {(release / PAGE).resolve().as_uri()}")
 
 

@@ -1,9 +1,8 @@
 """The Space of a release: its page as a static site on the Hub.
 
     README.md                      the card: a static Space, with its models and its data
-    index.html, search/, …         the folder `site` of the release, byte for byte, except for
-    replays/record.js              the record of replays by others: a row for each certificate
-    replays/NAME.json              the certificates, from `RELEASE.replays/` beside the release
+    index.html                     the page of the release, with links to the Hub and the list of replays
+    replays/NAME.json              the certificates of replays by others, from `RELEASE.replays/` beside the release
 
 Unlike the release, of which a version is published once, the Space follows the folder at each `atom publish`: new
 certificates appear on it.
@@ -11,25 +10,36 @@ certificates appear on it.
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core.errors import AtomError, CheckFailed
+from markupsafe import Markup, escape
+
+from pipeline.core.errors import CheckFailed
 from pipeline.hub.client import load
+from pipeline.hub.limits import PUBLIC_HUB
 from pipeline.hub.remote import RemoteRepository
 from release import scratch
 from release.audit.replay.certificates import Certificate
 from release.cards.render import license_fields
+from release.cards.tables import count
 from release.hub.pull import pull, remove_client_files
 from release.hub.upload import Destination, Journal, Progress, Published
-from release.layout import PAGE, SITE
+from release.layout import MODEL, PAGE, VARIANT
 from release.repositories import Repository
 from release.schema import CARD, ReleaseInfo
-from release.web_page.script_parts import PartWriter
-from release.web_page.site_files import RECORD, differences
+from release.web_page.markdown_html import table
+from release.web_page.page import NO_REPLAYS
+from release.web_page.site_files import differences
 
 DESCRIPTION = 60
 """The maximum number of characters of a Space's short description on the Hub."""
+LINK = re.compile(r'href="\.\./([^"]*)"')
+"""A link of the page to a file of the release; its path has the escapes of a URI."""
+FILE = re.compile(r"(\.[A-Za-z0-9]+|(^|/)[A-Z][A-Za-z0-9]+)$")
+"""The end of the path of a file; NOTICE and LICENSE are files as well."""
 
 
 def space_of(info: ReleaseInfo) -> RemoteRepository:
@@ -57,21 +67,59 @@ def publish_space(
         pull(remote, staged.commit, copy)
         remove_client_files(copy)
         if problem := next(differences(copy, content), None):
-            raise CheckFailed(f"{remote.id}: {problem[0]} is not the file that was uploaded; publish again")
+            raise CheckFailed(f"{remote.id} serves other files than were uploaded ({problem}); publish again")
         published = destination.promote(staged)
         destination.clear_staging()
     return published
 
 
-def write_space(release: Path, info: ReleaseInfo, certificates: list[Certificate], content: Path) -> None:
+def write_space(release: Path, info: ReleaseInfo, certificates: Sequence[Certificate], content: Path) -> None:
     """Writes the files of the Space into a new folder."""
-    shutil.copytree(release / SITE, content)
-    PartWriter(content).write(RECORD, [certificate.row() for certificate in certificates])
+    (content / "replays").mkdir(parents=True)
     for certificate in certificates:
         shutil.copyfile(certificate.path, content / f"replays/{certificate.name}.json")
-    if (content / CARD).exists():
-        raise AtomError(f"{release / SITE / CARD} is no part of the page; write it again by `atom site {release}`")
+    text = (release / PAGE).read_text(encoding="utf-8").replace(NO_REPLAYS, _replays(certificates))
+    text = LINK.sub(lambda link: f'href="{escape(hub_address(info, link[1]))}" target="_blank" rel="noopener"', text)
+    (content / "index.html").write_text(text, encoding="utf-8")
     (content / CARD).write_text(card(info), encoding="utf-8")
+
+
+def _replays(certificates: Sequence[Certificate]) -> Markup:
+    """The table of replays by others."""
+    if not certificates:
+        return Markup("<p>No certificate was sent so far.</p>")
+    rows = [["from", "result", "steps", "in words", "tensors with equal bits", "environment"]]
+    for each in certificates:
+        name, result, phase, first, last, verdict, tensors, different, environment = each.row()
+        link = Markup('<a href="replays/{}.json">{}</a>').format(name, name)
+        steps = f"{phase}, {count(first)} to {count(last)}"
+        equal = f"{count(tensors - different)} of {count(tensors)}"
+        rows.append([link, result.lower(), escape(steps), escape(verdict), equal, escape(environment[:19])])
+    return table(rows)
+
+
+def hub_address(info: ReleaseInfo, path: str) -> str:
+    """Returns the address on the Hub of a file or folder of a release, at the tag of this version.
+
+    Args:
+        info: The release.
+        path: In its folder; special characters have the escapes of a URI.
+    """
+    top, _, rest = path.partition("/")
+    kind, suffix, revision = "datasets/", "-evidence", info.tag
+    if top == "dataset":
+        suffix = "-data"
+    elif top == "checkpoints":
+        kind, suffix = "", "-checkpoints"
+        branch, _, below = rest.partition("/")
+        if re.search(r"-step-[0-9]+$", branch):
+            revision, rest = branch, below
+    elif top.partition("-")[0] in (MODEL, VARIANT):
+        kind, suffix = "", top.removeprefix(MODEL).removeprefix(VARIANT)
+    else:
+        rest = path
+    view = "blob" if FILE.search(path) else "tree"
+    return f"{PUBLIC_HUB}/{kind}{info.repository}{suffix}/{view}/{revision}/{rest}"
 
 
 def card(info: ReleaseInfo) -> str:
@@ -93,7 +141,7 @@ def card(info: ReleaseInfo) -> str:
     )
     return (
         f"---\n{data}\n---\n\n# {info.title} {info.version}: the page\n\n"
-        f"Results, data, removed documents, search, training curves, outputs and origins of the release. The page is "
-        f"`site/` of [{info.repository}-evidence](https://huggingface.co/datasets/{info.repository}-evidence), byte "
-        "for byte, except for the record of replays by others in `replays/`.\n"
+        f"Results, data, removed documents, training curves, outputs and origins of the release. The page is that of "
+        f"[{info.repository}-evidence](https://huggingface.co/datasets/{info.repository}-evidence), with links to the "
+        "Hub and the replays by others.\n"
     )

@@ -16,20 +16,45 @@ import numpy as np
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
+from pipeline.core.text import short
 from release.prediction import lifetime
 from release.prediction.ladder_points import Point
 from release.prediction.lifetime import TRAIN, Advice
-from release.web_page.charts import Series, short, standalone
 from stages.evaluation import ladder_laws
 from stages.evaluation.ladder_laws import LEVEL, PRETRAINING, Fit, Form
 from stages.evaluation.scaling_law import Band
 
 SCHEMA = 1
-REPORT, PLOT = "ladder.json", "ladder.svg"
+REPORT, PLOT = "ladder.json", "ladder.png"
 CURVE = 40
 """Places of the drawn law."""
 MOST_SIZES = 6
 """Sizes with a color of their own in the plot; of more, all points have one."""
+
+
+Points = list[tuple[float, float, float, float]]
+"""Compute, the value there, and its band."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The content of the plot.
+
+    Attributes:
+        title: Above it.
+        unit: The compute of the x axis.
+        label: The name of the law.
+        law: Its curve.
+        runs: The points of the fit, by label.
+        predicted: The runs that are predicted, by label.
+    """
+
+    title: str
+    unit: str
+    label: str
+    law: Points
+    runs: Mapping[str, Points]
+    predicted: Mapping[str, Points]
 
 
 @dataclass(frozen=True)
@@ -103,11 +128,11 @@ def make(
     return Ladder(points, fit, expectations, advice, remarks)
 
 
-def write(ladder: Ladder, folder: Path) -> None:
+def write(ladder: Ladder, plot: bytes, folder: Path) -> None:
     """Writes REPORT and PLOT into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     atomic_files.write(folder / REPORT, json.dumps(ladder.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n")
-    atomic_files.write(folder / PLOT, plot(ladder))
+    atomic_files.write(folder / PLOT, plot)
 
 
 def sentences(ladder: Ladder) -> list[str]:
@@ -148,34 +173,35 @@ def _figure(row: Band) -> str:
     return f"{row.value:.5g} ({row.low:.5g} to {row.high:.5g})"
 
 
-def plot(ladder: Ladder) -> str:
-    """An SVG file: the points, the law with its band, and what is predicted, by compute. For the law `pretraining`
-    compute is 6 N D, and the line is the least loss that it buys."""
+def drawing(ladder: Ladder) -> Drawing:
+    """Returns the points, the law with its band, and what is predicted, by compute. For the law `pretraining` compute
+    is 6 N D, and the line is the least loss that it buys."""
     form = ladder.form
     at = [(_compute(form, point.figures), point.figures[form.value]) for point in ladder.points]
-    predicted = [(_compute(form, row.figures), row.band) for row in ladder.expectations]
-    shown = [x for x, _ in at if x > 0] + [x for x, _ in predicted if x > 0]
+    predicted = {
+        f"{row.name}, predicted": [(x, row.band.value, row.band.low, row.band.high)]
+        for row in ladder.expectations
+        if (x := _compute(form, row.figures)) > 0
+    }
+    shown = [x for x, _ in at if x > 0] + [points[0][0] for points in predicted.values()]
     grid = np.geomspace(min(shown), max(shown), CURVE)
     values = lifetime.frontier(ladder.fit, grid) if form is PRETRAINING else ladder.fit.curve(grid[None])
-    law = Series("least loss for the compute" if form is PRETRAINING else "law", _points(grid, *values))
-    series = [law]
-    for label, rows in _groups(ladder, at).items():
-        series.append(Series(label, [(x, y, y, y) for x, y in sorted(rows) if x > 0], dots=True))
-    for (x, row), expected in zip(predicted, ladder.expectations, strict=True):
-        if x > 0:
-            series.append(Series(f"{expected.name}, predicted", [(x, row.value, row.low, row.high)], dots=True))
+    runs = {label: [(x, y, y, y) for x, y in sorted(rows) if x > 0] for label, rows in _groups(ladder, at).items()}
     unit = {"pretraining": "training FLOPs, 6 N D", "compute": "training FLOPs"}.get(form.name, "compute")
-    return standalone(f"{form.value} by {unit}, with {LEVEL:.0%} bands", series, unit)
+    return Drawing(
+        title=f"{form.value} by {unit}, with {LEVEL:.0%} bands",
+        unit=unit,
+        label="least loss for the compute" if form is PRETRAINING else "law",
+        law=[(float(a), float(b), float(c), float(d)) for a, b, c, d in zip(grid, *values, strict=True)],
+        runs={label: points for label, points in runs.items() if points},
+        predicted=predicted,
+    )
 
 
 def _compute(form: Form, figures: Mapping[str, float]) -> float:
     return (
         TRAIN * math.prod(figures[name] for name in form.columns) if form is PRETRAINING else figures[form.columns[0]]
     )
-
-
-def _points(*columns: Any) -> list[tuple[float, float, float, float]]:
-    return [(float(a), float(b), float(c), float(d)) for a, b, c, d in zip(*columns, strict=True)]
 
 
 def _groups(ladder: Ladder, at: Sequence[tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:

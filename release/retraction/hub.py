@@ -62,7 +62,7 @@ def update(release: Path, info: ReleaseInfo, tombstone: Tombstone, progress: Pro
 
 
 def _delete_space(space: RemoteRepository, journal: Journal) -> Iterator[str]:
-    """Deletes the Space of the page, whose search has the texts: a retracted release has no page."""
+    """Deletes the Space of the page, which has texts of documents: a retracted release has no page."""
     with translate_errors(f"deleting {space.id}"):
         if space.exists():
             api().delete_repo(space.id, repo_type=space.kind)

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.core import atomic_files
 from release.assembly import message_tables
 from release.audit import merkle
-from release.cards.composition import is_example_of
+from release.cards.document_tables import is_example_of
 from release.data_layout import ATTRIBUTION
 from release.layout import ROOTS, SITE, SUMS
 from release.repositories import files_below

@@ -13,9 +13,8 @@ from typing import Any
 from pipeline.core.store import canonical
 from release.assembly.model_facts import ModelFacts
 from release.layout import MODEL, SIZE, VARIANT, numbered
-from release.standards.energy_report import energy
 from release.standards.package_list import normalized
-from release.standards.standard_facts import HUB, WEIGHTS, StandardFacts, address, expression, joined, segment
+from release.standards.standard_facts import HUB, WEIGHTS, StandardFacts, address, energy, expression, joined, segment
 
 Json = dict[str, Any]
 MOST_LOCKED = 200

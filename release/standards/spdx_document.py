@@ -11,9 +11,8 @@ from typing import Any
 
 from pipeline.core.store import sha256_bytes
 from release.layout import MODEL, VARIANT
-from release.standards.energy_report import energy
 from release.standards.package_list import normalized
-from release.standards.standard_facts import HUB, WEIGHTS, StandardFacts, address, expression, joined, segment
+from release.standards.standard_facts import HUB, WEIGHTS, StandardFacts, address, energy, expression, joined, segment
 
 Json = dict[str, Any]
 CONTEXT = "https://spdx.org/rdf/3.0.1/spdx-context.jsonld"

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from pipeline.core import provenance
 from pipeline.core.bounds import spdx
+from release.assembly import costs
 from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
@@ -23,6 +24,7 @@ from release.standards.package_list import PACKAGES, Package
 from stages.maker import Category, Maker
 
 NOT_STATED = "not stated"
+LEFT_OUT = "making of the machines, network, storage, experiments before this run, and use of the model"
 PROCEDURAL = ("problems", "chat-problems", "courtesies", "passkeys")
 """Readers whose documents a program of this project wrote."""
 HUB = "https://huggingface.co"
@@ -167,6 +169,38 @@ def read_facts(
         manifests=read_manifests(folder),
         variants=read_variants(folder),
     )
+
+
+def energy(facts: StandardFacts) -> dict[str, Any]:
+    """Returns the content of energy.json: energy by stage, and carbon by the maker's factor.
+
+    Energies are in kWh, carbon in kg of CO2 equivalent, null without a factor:
+
+    carbon in kg = energy in kWh x overhead x grams of CO2 equivalent per kWh / 1000
+    """
+    carbon, (counted, attempts) = facts.maker.carbon, facts.counted
+
+    def row(usage: dict[str, float]) -> dict[str, float | None]:
+        kwh = usage["energy_wh"] / 1000
+        return {
+            "attempts": int(usage["attempts"]),
+            "failed": int(usage["failed"]),
+            "core_hours": usage["core_hours"],
+            "gpu_hours": usage["gpu_hours"],
+            "energy_kwh": kwh,
+            "co2_kg": kwh * carbon.overhead * carbon.grams_per_kwh / 1000 if carbon else None,
+        }
+
+    return {
+        "measured": False,
+        "methods": facts.methods,
+        "attempts_with_energy": counted,
+        "attempts": attempts,
+        "factors": {"carbon": carbon.model_dump() if carbon else None, "stated_by": "maker" if carbon else None},
+        "left_out": LEFT_OUT,
+        "stages": {stage: row(usage) for stage, usage in facts.costs.items()},
+        "total": row(costs.total(facts.costs)),
+    }
 
 
 def statements(folder: Path) -> Iterator[provenance.Statement]:

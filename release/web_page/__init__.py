@@ -1,1 +1,1 @@
-"""The page of a release: `site/index.html` and the parts that it loads, made from the release's other files."""
+"""The page of a release: `site/index.html`, made from the release's other files."""

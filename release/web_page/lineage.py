@@ -1,27 +1,21 @@
-"""How every file came about: the artifacts of a release as a graph, and the origin of each file."""
+"""How the artifacts of a release came about, as a graph and as rows of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from pipeline.core import provenance
-from release.assembly.published_tables import Manifest, read_json, read_manifests
-from release.layout import ORIGINS
-from release.schema import ReleaseInfo
-from release.web_page.script_parts import PartWriter
+from release.assembly.published_tables import read_json, read_manifests
+from release.standards.standard_facts import segment
 
 COLUMN, ROW, BOX, MARGIN = 166, 32, 144, 8
 MOST_ALIKE = 6
-"""Boxes of one stage in a column of the graph; more of them are one box, whose artifacts a click lists."""
-PRODUCTS = "lineage/products"
-"""The part with all artifacts."""
-FILES_PER_PART = 2_000
-STATEMENTS = "evidence/statements"
+"""Boxes of one stage in a column of the graph; more of them are one box."""
+STATEMENTS, MANIFESTS = "evidence/statements", "evidence/manifests"
 
 
 @dataclass
@@ -41,7 +35,7 @@ class Product:
     checkpoint: bool = False
 
 
-def read_products(folder: Path, release: ReleaseInfo) -> dict[str, Product]:
+def read_products(folder: Path) -> dict[str, Product]:
     """{node: product}, with the artifacts of earlier runs by their keys."""
     manifests = read_manifests(folder)
     products = {m.key: Product(node, m.key, m.digest) for node, m in manifests.items()}
@@ -65,17 +59,6 @@ def read_products(folder: Path, release: ReleaseInfo) -> dict[str, Product]:
     return {product.node: product for product in sorted(products.values(), key=lambda each: each.node)}
 
 
-def write_products(products: Mapping[str, Product], parts: PartWriter) -> None:
-    """Writes the part with {node: [stage, key, digest, statement, [[role, node], …], seconds, failed attempts]}, and
-    the artifacts of each box of the graph that stands for several."""
-    rows = {
-        node: [p.stage, p.key, p.digest, p.statement, sorted(p.inputs.items()), round(p.seconds, 1), p.failed]
-        for node, p in products.items()
-    }
-    groups = {box: nodes for box, nodes in _boxes(products)[0].items() if len(nodes) > 1}
-    parts.write(PRODUCTS, {"products": rows, "groups": groups})
-
-
 def _boxes(products: Mapping[str, Product]) -> tuple[dict[str, list[str]], dict[str, int]]:
     """({box: its artifacts}, {artifact: its column}) of the graph, without checkpoints."""
     drawn = {node: p for node, p in products.items() if not p.checkpoint}
@@ -93,8 +76,8 @@ def _boxes(products: Mapping[str, Product]) -> tuple[dict[str, list[str]], dict[
 
 
 def drawing(products: Mapping[str, Product]) -> Markup:
-    """The graph as SVG: what was made later stands to the right of what it was made from. Checkpoints are not drawn;
-    they are listed at their phase. Each box is a link that the page's script handles."""
+    """The graph as SVG: what was made later stands to the right of what it was made from. Checkpoints are not drawn.
+    Each box is a link to the statement of its artifact; one that stands for several, to the folder of statements."""
     drawn, depth = _boxes(products)
     box_of = {node: box for box, nodes in drawn.items() for node in nodes}
     columns: dict[int, list[str]] = {}
@@ -110,10 +93,10 @@ def drawing(products: Mapping[str, Product]) -> Markup:
         for row, box in enumerate(order):
             places[box] = MARGIN + number * COLUMN, MARGIN + row * ROW
     height = MARGIN + ROW * max((len(column) for column in columns.values()), default=1)
-    edges = Markup("").join(_edge(places[source], places[box], source, box) for box in drawn for source in inputs[box])
-    boxes = Markup("").join(_box(box, len(nodes), *places[box]) for box, nodes in drawn.items())
+    edges = Markup("").join(_edge(places[source], places[box]) for box in drawn for source in inputs[box])
+    boxes = Markup("").join(_box(box, [products[node] for node in nodes], *places[box]) for box, nodes in drawn.items())
     width = MARGIN + COLUMN * (max(columns, default=0) + 1)
-    return Markup('<svg id="graph" width="{}" height="{}" viewBox="0 0 {} {}">{}{}</svg>').format(
+    return Markup('<svg width="{}" height="{}" viewBox="0 0 {} {}">{}{}</svg>').format(
         width, height, width, height, edges, boxes
     )
 
@@ -138,45 +121,21 @@ def _height(inputs: list[str], places: Mapping[str, tuple[float, float]]) -> flo
     return sum(heights) / len(heights) if heights else 0.0
 
 
-def _edge(start: tuple[float, float], end: tuple[float, float], source: str, node: str) -> Markup:
+def _edge(start: tuple[float, float], end: tuple[float, float]) -> Markup:
     (x1, y1), (x2, y2) = (start[0] + BOX, start[1] + 12), (end[0], end[1] + 12)
     bend = max(18.0, (x2 - x1) / 2)
-    return Markup('<path class="edge" data-from="{}" data-to="{}" d="M{} {}C{} {} {} {} {} {}"/>').format(
-        source, node, x1, y1, x1 + bend, y1, x2 - bend, y2, x2, y2
+    return Markup('<path class="edge" d="M{} {}C{} {} {} {} {} {}"/>').format(
+        x1, y1, x1 + bend, y1, x2 - bend, y2, x2, y2
     )
 
 
-def _box(node: str, artifacts: int, x: float, y: float) -> Markup:
-    name = node if artifacts == 1 else f"{artifacts} × {node.partition(':')[0]}"
+def _box(name: str, products: Sequence[Product], x: float, y: float) -> Markup:
+    if len(products) > 1:
+        name, path = f"{len(products)} × {products[0].stage}", f"{STATEMENTS}/"
+    else:
+        path = products[0].statement or f"{MANIFESTS}/{products[0].node}.json"
     label = name if len(name) <= 21 else f"{name[:20]}…"
     return Markup(
-        '<a class="box" href="#lineage" data-node="{}" aria-label="{}"><rect x="{}" y="{}" width="{}" '
-        'height="24" rx="5"/><text x="{}" y="{}">{}</text></a>'
-    ).format(node, name if artifacts > 1 else f"artifact {node}", x, y, BOX, x + 8, y + 16, label)
-
-
-def write_files(folder: Path, parts: PartWriter) -> int:
-    """Writes the origin of each file in parts: [path, node or null, file of the artifact or reason, digest or null].
-    Returns the number of parts. Source code is left out: its digests are in the checksums."""
-    manifests = read_manifests(folder)
-    rows: list[list[Any]] = []
-    number = 0
-    for row in _origins(folder, manifests):
-        rows.append(row)
-        if len(rows) == FILES_PER_PART:
-            parts.write(f"lineage/files-{number}", rows)
-            rows, number = [], number + 1
-    if rows:
-        parts.write(f"lineage/files-{number}", rows)
-        number += 1
-    return number
-
-
-def _origins(folder: Path, manifests: Mapping[str, Manifest]) -> Iterator[list[Any]]:
-    digests = {node: manifest.digests for node, manifest in manifests.items()}
-    for path, origin in sorted(read_json(folder / ORIGINS).items()):
-        if "artifact" in origin:
-            node, file = origin["artifact"], origin["file"]
-            yield [path, node, file, digests.get(node, {}).get(file)]
-        elif not path.startswith("code/"):
-            yield [path, None, origin["generated"], None]
+        '<a class="box" href="../{}" aria-label="{}"><rect x="{}" y="{}" width="{}" height="24" rx="5"/>'
+        '<text x="{}" y="{}">{}</text></a>'
+    ).format(segment(path, "/"), f"artifacts: {name}", x, y, BOX, x + 8, y + 16, label)

@@ -16,7 +16,7 @@ NUMBER = re.compile(r"[-+±0-9., %→()kMB/:]+|not measured|")
 
 def file_link(path: str, text: str = "") -> Markup:
     """A link to a file or a folder of the release."""
-    return Markup('<a class="file" href="../{}" data-path="{}">{}</a>').format(segment(path, "/"), path, text or path)
+    return Markup('<a class="file" href="../{}">{}</a>').format(segment(path, "/"), text or path)
 
 
 def inline(text: str) -> Markup:

@@ -1,9 +1,12 @@
-"""The content of `site/index.html`, from the facts of a release and `page.html.jinja`."""
+"""The content of `site/index.html`, from the facts of a release and `page.html.jinja`.
+
+The page is one file without scripts. It shows tables and pictures of the cards, and bounded samples of the rest with
+links to the files, so its size does not depend on the number of documents.
+"""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import itertools
 import re
 from collections import Counter
@@ -12,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from pipeline.core.text import escaped
+from pipeline.core.text import escaped, short
 from release import schema
 from release.assembly import costs
 from release.assembly.checkpoint_facts import Checkpoint, read_checkpoints
@@ -22,38 +25,60 @@ from release.assembly.data_facts import DataFacts, read_data_facts
 from release.assembly.model_facts import ModelFacts, read_model_facts
 from release.assembly.published_tables import read_json
 from release.assembly.size_facts import Trained, read_sizes
-from release.cards import card_tables, caveats, composition, tables
-from release.layout import GATES, MODEL, REFERENCES, STANDARDS, order_of, when
+from release.cards import card_tables, caveats, plots, tables
+from release.layout import GATES, MODEL, REFERENCES, STANDARDS, when
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
-from release.web_page import charts, curves, lineage, markdown_html, removals
+from release.web_page import lineage, markdown_html, samples
 from release.web_page.markdown_html import file_link
-from release.web_page.outputs import ITEMS_PER_PART, Written
-from release.web_page.script_parts import embedded
-from stages.evaluation.scores import VERDICTS, pass_at_1
+from stages.evaluation.scores import VERDICTS
 
 FOLDER = Path(__file__).parent
-STARTS = 40
-"""Starts of training that the page lists, the last ones."""
-SCRIPT, STYLE, TEMPLATE = "page.js", "page.css", "page.html.jinja"
+TEMPLATE = "page.html.jinja"
+STARTS, ARTIFACTS = 40, 200
+"""Starts of training that the page lists, the last ones, and artifacts, the first ones by name."""
+TRAINING = "evidence/training"
+PICTURES = {
+    plots.LOSS: "Loss of each step of the phases that read text, and mean reward of the others",
+    plots.EXPERTS: "Tokens of each expert, and balance and entropy of the routers",
+    plots.PROGRESS: "Bits per byte and right answers after each phase",
+    plots.INFERENCE: "Right answers by the tokens generated for a problem",
+    plots.REINFORCEMENT: "Validation by the tokens generated in reinforcement learning",
+}
+"""{plot of the final model: what it shows}"""
+NO_REPLAYS = Markup(
+    '<p id="replays">None is in this copy, which was sealed before anybody replayed it. The Space of the page on the '
+    "Hub has those that came later.</p>"
+)
+"""What a release says of replays by others; its Space has a table in this place."""
 
 
 @dataclass(frozen=True)
 class PageFacts:
-    """What the page shows beside its parts. models: by folder, the final one first. logs, phase_curves: by phase, in
-    the order of training. sizes: the model after pre-training, and its smaller ones if there are any."""
+    """What the page shows.
+
+    Attributes:
+        folder: The release.
+        release: Its own statement.
+        data: The facts of its data.
+        models: The facts of its models by folder, the final one first.
+        checkpoints: Its checkpoints.
+        products: Its artifacts, by node.
+        documents: Some kept documents.
+        answers: Some items of each set of the evaluation, with the answers of all models.
+        contamination: The items that share the most with the training data.
+        sizes: The model after pre-training, and its smaller ones if there are any.
+    """
 
     folder: Path
     release: ReleaseInfo
     data: DataFacts
     models: Mapping[str, ModelFacts]
     checkpoints: list[Checkpoint]
-    logs: Mapping[str, Path]
-    phase_curves: Mapping[str, curves.PhaseCurves]
     products: Mapping[str, lineage.Product]
-    outputs: list[Written]
-    contamination: tuple[list[str], int]
-    file_parts: int
+    documents: list[samples.Document]
+    answers: list[samples.Sample]
+    contamination: samples.Contamination | None
     sizes: list[Trained]
 
     @property
@@ -62,9 +87,9 @@ class PageFacts:
 
     @property
     def phases(self) -> list[str]:
-        """All phases, in the order of training."""
-        names = {*self.logs, *(row.phase for row in self.checkpoints)}
-        return sorted(names | set(self.data.order), key=when)
+        """The phases with a log, in the order of training."""
+        logs = (self.folder / TRAINING).glob("*/training.jsonl")
+        return sorted((schema.phase(path.parent) for path in logs), key=when)
 
     def segments(self) -> list[tuple[str, int, int]]:
         """(phase, step, step) of checkpoints of a phase that follow each other."""
@@ -72,31 +97,27 @@ class PageFacts:
         return [(after.phase, before.step, after.step) for before, after in pairs if before.phase == after.phase]
 
 
-def read_facts(folder: Path, outputs: list[Written], contamination: tuple[list[str], int], files: int) -> PageFacts:
-    release = schema.read_release(folder)
-    logs = {path.parent.name: path for path in (folder / "evidence/training").glob("*/training.jsonl")}
-    logs = {phase: logs[phase] for phase in sorted(logs, key=when)}
+def read_facts(folder: Path) -> PageFacts:
+    """Reads what the page of a release shows."""
+    data = read_data_facts(folder / "dataset")
     return PageFacts(
         folder=folder,
-        release=release,
-        data=read_data_facts(folder / "dataset"),
+        release=schema.read_release(folder),
+        data=data,
         models={name: read_model_facts(folder / name) for name in model_folders(folder)},
         checkpoints=read_checkpoints(folder / "checkpoints"),
-        logs=logs,
-        phase_curves={phase: curves.read_curves(log) for phase, log in logs.items()},
-        products=lineage.read_products(folder, release),
-        outputs=outputs,
-        contamination=contamination,
-        file_parts=files,
+        products=lineage.read_products(folder),
+        documents=samples.read_documents(folder, data),
+        answers=samples.read_samples(folder),
+        contamination=samples.read_contamination(folder),
         sizes=read_sizes(folder),
     )
 
 
 def render(facts: PageFacts) -> str:
-    """The page. It is allowed to run its own script and to load scripts beside it, and nothing else."""
+    """Returns the page, which may load nothing and runs nothing."""
     import jinja2  # which `verify` needs for this alone
 
-    script, style = sources()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -105,41 +126,46 @@ def render(facts: PageFacts) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= {
-        "file": file_link, "count": tables.count, "short": charts.short, "shown": escaped,
+        "file": file_link, "count": tables.count, "short": short, "shown": escaped, "lines": _lines,
         "breakable": _breakable,
     }  # fmt: skip
     return environment.get_template(TEMPLATE).render(
         facts=facts,
         release=facts.release,
         folder=facts.folder,
-        policy=policy(script, style),
-        script=Markup(script),
-        style=Markup(style),
-        data=Markup(embedded(_embedded_data(facts))),
         tiles=_tiles(facts),
-        glance=_glance(facts),
         caveats=_caveats(facts),
         measured=_measured(facts),
         sources=_sources(facts),
-        composition=[charts.bars(title, rows, "tokens") for title, rows in composition.amounts(facts.data).items()],
+        composition=_picture(facts.folder, f"dataset/{plots.COMPOSITION}", "Kept tokens by source and by license"),
         seen=markdown_html.blocks(
             tables.order(facts.data),
             {tables.title(phase, tables.PHASES): f"dataset/order/{phase}/meta.json" for phase in facts.data.order},
         ),
         data_tables=_sections(card_tables.DATA_TABLES, facts.data, DATA_SHOWN),
-        removals=removals.read_removals(facts.folder / "dataset"),
+        removals=samples.read_removals(facts.folder / "dataset"),
         removal_table=_removal_table,
         by_reference=REFERENCES if facts.data.by_reference else "",
-        phases=_phases(facts),
-        axes=_axes(facts),
+        pictures=_pictures(facts),
         sizes=_sizes(facts),
         contaminated=_sections(card_tables.MODEL_TABLES, facts.final, CONTAMINATION_SHOWN),
+        worst=_worst(facts),
+        verdicts={"right": "✓ right", "partly": "◐ in part", "wrong": "✗ wrong"},
         graph=lineage.drawing(facts.products),
+        artifacts=_artifacts(facts),
         gates=read_json(facts.folder / GATES),
+        replays=NO_REPLAYS,
         starts=_starts(facts),
         cost=_cost(facts),
         energy=read_json(facts.folder / STANDARDS / "energy.json"),
     )
+
+
+def runs_nothing(text: str) -> bool:
+    """Returns True if a page begins as those of this atom do, whose policy allows no script, and has none."""
+    head = (FOLDER / TEMPLATE).read_text(encoding="utf-8").partition("<title>")[0]
+    lower = text.lower()
+    return text.startswith(head) and "<script" not in lower and lower.count("<meta") == head.count("<meta")
 
 
 def _breakable(name: str) -> Markup:
@@ -147,54 +173,29 @@ def _breakable(name: str) -> Markup:
     return Markup("<wbr>").join(re.split("(?<=[/_])", escaped(name, 80)))
 
 
-def sources() -> tuple[str, str]:
-    """The script and the style sheet of a page."""
-    script, style = ((FOLDER / name).read_text(encoding="utf-8") for name in (SCRIPT, STYLE))
-    return script, style
+def _lines(text: str, longest: int = 2_000) -> str:
+    """A text in its own lines, cut, with unprintable characters escaped."""
+    cut = text if len(text) <= longest else f"{text[:longest]}…"
+    return "\n".join(map(escaped, cut.splitlines()))
 
 
-def policy(script: str, style: str) -> str:
-    """The content security policy of a page with this script and style sheet."""
-    return (
-        f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src {_hash(style)}; "
-        f"script-src {_hash(script)} 'self'"
-    )
+def _picture(folder: Path, path: str, caption: str) -> Markup:
+    """A picture of the release in the page itself, with a link to its file; nothing without the file."""
+    if not (folder / path).is_file():
+        return Markup()
+    data = base64.b64encode((folder / path).read_bytes()).decode()
+    return Markup(
+        '<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}. {}</figcaption></figure>'
+    ).format(data, caption, caption, file_link(path))
 
 
-def has_own_script(text: str) -> bool:
-    """Returns True if a page begins with the policy of this atom, and has its script and style sheet and no others."""
-    script, style = sources()
-    template = (FOLDER / TEMPLATE).read_text(encoding="utf-8")
-    before = template.partition("{{ policy }}")[0]
-    head = f'{before}{escape(policy(script, style))}">'
-    own = [f"<script>{script}</script>", f"<style>{style}</style>", '<script type="application/json" id="data">']
-    lower, known = text.lower(), script.lower()
-    return (
-        text.startswith(head)
-        and all(text.count(part) == 1 for part in own)
-        and lower.count("<script") == known.count("<script") + 2
-        and lower.count("http-equiv") == known.count("http-equiv") + 1
-    )
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _embedded_data(facts: PageFacts) -> dict[str, Any]:
-    """What the script of the page reads."""
-    trained = [(model.name(), list(model.training)[-1], name) for name, model in facts.models.items() if model.training]
-    phases, items = facts.contamination
-    return {
-        "repository": facts.release.repository,
-        "tag": facts.release.tag,
-        "phases": facts.phases,
-        "checkpoints": [[row.phase, row.step, order_of(row.phase)] for row in facts.checkpoints],
-        "models": sorted(trained, key=lambda row: when(row[0])),
-        "outputs": [vars(row) for row in facts.outputs],
-        "contamination": {"phases": phases, "items": items, "perPart": ITEMS_PER_PART},
-        "fileParts": facts.file_parts,
-    }
+def _pictures(facts: PageFacts) -> list[Markup]:
+    """The plots of the final model, and those of training of the models that other phases made."""
+    shown = [_picture(facts.folder, f"{MODEL}/{name}", caption) for name, caption in PICTURES.items()]
+    for name, model in facts.models.items():
+        if not model.training.keys() <= facts.final.training.keys():
+            shown.append(_picture(facts.folder, f"{name}/{plots.LOSS}", f"The same of {model.name()}"))
+    return [picture for picture in shown if picture]
 
 
 def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
@@ -203,24 +204,15 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
     documents = sum(row.documents_in for row in data.sources.values())
     kept = sum(row.kept for row in data.sources.values())
     tokens = sum(f.tokens for order in data.order.values() for part in order.parts for f in part.by_source.values())
-    active = f", {charts.short(final.parameters.active)} active for a token" if final.has_experts else ""
+    active = f", {short(final.parameters.active)} active for a token" if final.has_experts else ""
     tiles = [
-        (charts.short(final.parameters.total), f"parameters{active}", file_link(f"{MODEL}/config.json", "config.json")),
-        (charts.short(tokens), "tokens predicted in training", file_link("dataset/order/", "order")),
+        (short(final.parameters.total), f"parameters{active}", file_link(f"{MODEL}/config.json", "config.json")),
+        (short(tokens), "tokens predicted in training", file_link("dataset/order/", "order")),
         (
-            f"{charts.short(kept)} of {charts.short(documents)}", "documents kept of those read",
+            f"{short(kept)} of {short(documents)}", "documents kept of those read",
             file_link("dataset/summary.json", "summary.json"),
         ),
     ]  # fmt: skip
-    first, last = next(iter(data.evaluation)), final.name()
-    for name, title in (("bits_per_byte_all", "bits per byte of held-out text"), ("accuracy_all", "exact match")):
-        values = [f"{data.evaluation[model][name]['value']:.3f}" for model in (first, last)]  # type: ignore[literal-required]
-        link = file_link(f"dataset/evaluation/{last}/scores.json", "scores.json")
-        tiles.append((" → ".join(values), f"{title}, from {first} to {last}", link))
-    rates = pass_at_1(data.chat.get("test", {}))
-    if last in rates:
-        link = file_link(f"dataset/evaluation/test/{last}/scores.json", "scores.json")
-        tiles.append((f"{rates[last]['value']:.3f}", "pass@1 in conversation: drawn answers that are right", link))
     if (report := final.contamination) is not None:
         splits = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
         totals = [f"{sum(verdicts[name] for verdicts in splits):,} {name}" for name in VERDICTS]
@@ -234,42 +226,6 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
     return tiles
 
 
-def _glance(facts: PageFacts) -> Markup:
-    """One row for each model, one column for each overall score; each value links to its file."""
-    data = facts.data
-    rates = {name: pass_at_1(data.chat.get(name, {})) for name in ("test", "fresh")}
-    wins = data.chat.get("preferences", {})
-    head = ["model", "bits per byte, held-out text (less is better)", "exact match"]
-    head += [title for name, title in (("test", "pass@1, test"), ("fresh", "pass@1, new problems")) if rates[name]]
-    head += ["wins against the model before"] if wins else []
-    rows: list[list[str]] = []
-    titles = tables.titles(data.evaluation)
-    for model, scores in data.evaluation.items():
-        path = f"dataset/evaluation/{model}/scores.json"
-        row: list[str] = [titles[model], _value(scores["bits_per_byte_all"], path, 4)]
-        row.append(_value(scores["accuracy_all"], path, 3, share=True))
-        for name in ("test", "fresh"):
-            if rates[name]:
-                known = rates[name].get(model)
-                path = f"dataset/evaluation/{name}/{model}/scores.json"
-                row.append(_value(known, path, 3, share=True) if known else "not measured")
-        if wins:
-            path = f"dataset/evaluation/preferences/{model}/scores.json"
-            row.append(_value(wins[model]["win_rate"], path, 3, share=True) if model in wins else "not measured")
-        rows.append(row)
-    return markdown_html.table([head, *rows])
-
-
-def _value(figure: Any, path: str, digits: int, share: bool = False) -> Markup:
-    """A value with its standard error or its interval, linked to its file; a share has a bar with 95 %."""
-    value, se = figure["value"], figure["se"]
-    low, high = figure.get("low", value - 1.96 * se), figure.get("high", value + 1.96 * se)
-    link = Markup('<a class="file value" href="../{}" data-path="{}">{} ± {}</a>').format(
-        path, path, f"{value:.{digits}f}", f"{se:.{digits}f}"
-    )
-    return link + charts.interval_bar(value, low, high) if share else link
-
-
 def _caveats(facts: PageFacts) -> Markup:
     sentences = [
         *caveats.caveat_sentences(facts.final),
@@ -279,6 +235,7 @@ def _caveats(facts: PageFacts) -> Markup:
 
 
 MODEL_SHOWN = {
+    "headline": "This model, the one before it, and the base model",
     "evaluation": "Every measure, every model", "chat_test": "In conversation, on the test problems",
     "chat_fresh": "In conversation, on problems that are newer than the weights",
     "preferences": "Which answers the preference reward prefers", "reward_parts": "Parts of the preference reward",
@@ -308,7 +265,12 @@ IN_PLAIN_TEXT = ("evaluation", "passkeys", "positions")
 def _measured(facts: PageFacts) -> list[tuple[str, Markup]]:
     titles = tables.titles(facts.data.evaluation)
     scores = {title: f"dataset/evaluation/{model}/scores.json" for model, title in titles.items()}
-    return _sections(card_tables.MODEL_TABLES, facts.final, MODEL_SHOWN, dict.fromkeys(IN_PLAIN_TEXT, scores))
+    sections = _sections(card_tables.MODEL_TABLES, facts.final, MODEL_SHOWN, dict.fromkeys(IN_PLAIN_TEXT, scores))
+    for model in facts.models.values():
+        if model is not facts.final:
+            title = {"prediction": f"Prediction and result of {model.name()}"}
+            sections += _sections(card_tables.MODEL_TABLES, model, title)
+    return sections
 
 
 def _sections(
@@ -326,48 +288,42 @@ def _sources(facts: PageFacts) -> Markup:
     return markdown_html.blocks(tables.sources(facts.data), links)
 
 
-def _removal_table(removal: removals.Removal) -> Markup:
-    """The samples of a rule; a duplicate names the document that stayed, which a click searches."""
+def _removal_table(removal: samples.Removal) -> Markup:
+    """The samples of a rule; a duplicate names the document that stayed."""
     rows: list[list[str]] = [["document", "source", "bytes", "measured", "threshold", "because of"]]
     for row in removal.samples:
-        reason = Markup("")
-        if row["duplicate_of"]:
-            reason = Markup('<button class="link" type="button" data-query="{}">{}</button>').format(
-                row["duplicate_of"], escaped(row["duplicate_of"], 120)
-            )
-        elif row["match"]:
-            reason = Markup("{}").format(escaped(row["match"], 120))
         numbers = ["" if row[name] is None else tables.number(row[name]) for name in ("bytes", "value", "threshold")]
-        name = Markup('<bdi dir="auto">{}</bdi>').format(escaped(row["id"], 120))
-        rows.append([name, Markup("{}").format(escaped(row["source"], 80)), *numbers, reason])
+        reason = row["duplicate_of"] or row["match"] or ""
+        rows.append([_foreign(row["id"]), _foreign(row["source"]), *numbers, _foreign(reason)])
     return markdown_html.table(rows)
 
 
-def _phases(facts: PageFacts) -> list[dict[str, Any]]:
-    """Of each phase: its charts, the load of its experts at the end, and the path of its log."""
-    rows = []
-    for phase, drawn in facts.phase_curves.items():
-        experts = curves.expert_table(drawn)
-        table = None
-        if experts is not None:
-            step, layers = experts
-            width = max(len(loads) for _, loads in layers)
-            head = ["layer", *(f"expert {n}" for n in range(width))]
-            table = step, markdown_html.table([head, *([str(n), *(f"{x:.2f}" for x in row)] for n, row in layers)])
-        path = facts.logs[phase].relative_to(facts.folder).as_posix()
-        rows.append({"name": phase, "charts": curves.phase_charts(drawn), "experts": table, "path": path})
-    return rows
+def _foreign(text: str) -> Markup:
+    """A text of a document as one cell, which is no Markdown and keeps its direction to itself."""
+    return Markup('<bdi dir="auto">{}</bdi>').format(escaped(text, 120))
 
 
-def _axes(facts: PageFacts) -> list[Markup]:
-    drawn = [
-        curves.text_axis(facts.phase_curves),
-        curves.sizes_axis(facts.phase_curves, [size.name for size in facts.sizes]),
-        curves.reinforcement_axis(facts.phase_curves),
-        curves.inference_axis(facts.folder / "dataset/evaluation/test"),
-        curves.ladder_axis(facts.models.values()),
-    ]
-    return [each for each in drawn if each]
+def _worst(facts: PageFacts) -> Markup:
+    """The items that share the most with the training data."""
+    if (found := facts.contamination) is None:
+        return Markup()
+    head = ["item", "kind", "split", "words", *found.phases, "longest run, words", "overlap"]
+    return markdown_html.table([head, *([_foreign(id), _foreign(kind), *cells] for id, kind, *cells in found.rows)])
+
+
+def _artifacts(facts: PageFacts) -> Markup:
+    """The artifacts with what they were made from; the first ones, if there are many."""
+    products = [product for product in facts.products.values() if not product.checkpoint]
+    rows: list[list[str]] = [["artifact", "stage", "made from", "seconds", "failed attempts", "statement"]]
+    for product in products[:ARTIFACTS]:
+        manifest = file_link(f"{lineage.MANIFESTS}/{product.node}.json", product.node)
+        inputs = ", ".join(dict.fromkeys(sorted(product.inputs.values())))
+        statement = file_link(product.statement, "statement") if product.statement else "none"
+        figures = [f"{product.seconds:,.1f}", tables.count(product.failed)]
+        rows.append([manifest, product.stage, escaped(inputs, 400), *figures, statement])
+    left_out = len(products) - ARTIFACTS
+    note = f"{tables.count(left_out)} others have statements as well." if left_out > 0 else ""
+    return markdown_html.table(rows) + markdown_html.blocks(filter(None, [note]))
 
 
 def _sizes(facts: PageFacts) -> Markup:

@@ -5,8 +5,7 @@
 
 A section that passed on this kind of machine with these sources is not run again: its result is in the folder, which
 may be carried from one machine to the next. On a CPU the points run that can, on tiny models, and each other says why
-it needs a GPU. The report goes to FOLDER/report.md and to docs/gpu-report.md; a CPU does not replace a GPU's there.
-Exits with 1 if a point does not hold or a section takes too long.
+it needs a GPU. The report goes to FOLDER/report.md. Exits with 1 if a point does not hold or a section takes too long.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ LIMIT = 8 * 60
 """Seconds of a section."""
 CELL = 115
 """Characters of a cell of the report."""
-PAGE = ROOT / "docs/gpu-report.md"
 POINTS = {
     1: "imports, versions and groups of ranks",
     2: "attention's kernels",
@@ -125,7 +123,7 @@ def page(results: Mapping[str, Section], where: Mapping[str, Any], on_gpu: bool)
         f"| {' | '.join(shortened(cell.replace('|', '/')) for cell in row)} |"
         for row in sorted(rows, key=lambda row: int(row[0]))
     ]
-    head = ["# GPU report", "", "`make test-gpu` writes this page; [GPUs](gpu.md) explains the kit.", ""]
+    head = ["# GPU report", "", "`make test-gpu` writes this report; `docs/gpu.md` explains the kit.", ""]
     head += [] if on_gpu else [ON_CPU, ""]
     head += [f"- {name}: {value}" for name, value in where["machine"].items()]
     commit = git_commit(ROOT)[0]
@@ -141,13 +139,6 @@ def shortened(cell: str) -> str:
     return cell if len(cell) <= CELL else f"{cell[: CELL - 1]}…"
 
 
-def write_pages(text: str, out: Path, on_gpu: bool, public: Path = PAGE) -> None:
-    """Writes the report, and the public one unless that is a GPU's and this one is not."""
-    (out / "report.md").write_text(text)
-    if on_gpu or not public.exists() or ON_CPU in public.read_text():
-        public.write_text(text)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("--section", choices=SECTIONS, help="this one only")
@@ -160,9 +151,8 @@ def main() -> int:
         command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "--confcutdir=tests/gpu"]
         result = run_section(name, [*command, f"tests/gpu/test_{name}.py"], options.out, where)
         failed += [] if result["passed"] else [name]
-        write_pages(
-            page(read_sections(options.out, where), where, gpu_fixtures.ON_GPU), options.out, gpu_fixtures.ON_GPU
-        )
+        report = page(read_sections(options.out, where), where, gpu_fixtures.ON_GPU)
+        (options.out / "report.md").write_text(report)
     print(f"the report is {options.out / 'report.md'}; " + (f"failed: {', '.join(failed)}" if failed else "all holds"))
     return int(bool(failed))
 

@@ -76,7 +76,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bill of materials": (lambda r: (r / "evidence/standards/bom.spdx3.json").unlink(), "N"),
     "EU summary of training content": (lambda r: (r / "evidence/standards/eu_summary.json").unlink(), "N"),
     "Model Openness Framework": (lambda r: (r / "evidence/gates.json").write_text("{}"), "N"),
-    "data browser": (lambda r: shutil.rmtree(r / "site/search"), "P"),
+    "data browser": (lambda r: shutil.rmtree(r / "site"), "P"),
     "tracing": (lambda r: shutil.rmtree(r / "dataset/tokens"), "P"),
 }  # fmt: skip
 

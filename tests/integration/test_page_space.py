@@ -1,13 +1,9 @@
-"""The Space of a release's page: published over HTTP, shown by a real browser, with certificates of replays; and what
-`atom site` and `atom publish` refuse."""
+"""The Space of a release's page: published, with certificates of replays; and what `atom site` and `atom publish` refuse."""
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +18,9 @@ from release.audit.replay.source import Source
 from release.hub.local.server import LOCAL_TOKEN, running
 from release.hub.local.store import HubStore
 from release.hub.space import write_space
-from release.layout import RETRACTED, SIGNATURE, SITE
+from release.layout import PAGE, RETRACTED, SIGNATURE, SITE
 from tests.fixtures.run_fixtures import at_length, atom
-from tests.fixtures.web_page_fixtures import browse, contents
+from tests.fixtures.web_page_fixtures import contents
 
 
 def certificate_of(release: Path) -> dict[str, Any]:
@@ -50,23 +46,22 @@ def space(hub: Path) -> dict[str, bytes] | None:
 
 
 def test_the_space_shows_the_record_of_replays_and_leads_to_the_tag(built: Path, tmp_path: Path) -> None:
-    """Its files, in a browser that takes their server for the Hub."""
     (tmp_path / "lab.json").write_text(json.dumps(certificate_of(built)))
     row = read_certificate(tmp_path / "lab.json", Source(built))
     write_space(built, schema.read_release(built), [row], tmp_path / "space")
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "space"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    host = "local-tiny-page.static.hf.space"
-    address = f"http://{host}:{server.server_port}/index.html"
-    process = browse(address, tmp_path / "profile", f"--host-resolver-rules=MAP {host} 127.0.0.1")
-    server.shutdown()
-    assert "Refused to" not in process.stderr and "Uncaught" not in process.stderr, process.stderr
-    assert 'data-replays="1"' in process.stdout and '<a href="replays/lab.json">' in process.stdout
-    links = set(re.findall(r'href="(https://huggingface.co/[^"]*)"', process.stdout))
+    assert contents(tmp_path / "space").keys() == {"README.md", "index.html", "replays/lab.json"}
+    text = (tmp_path / "space/index.html").read_text()
+    rows = text[text.index("Replays by others") :]
+    _, _, phase, first, last, *_ = row.row()
+    for cell in ('<a href="replays/lab.json">lab</a>', f"{phase}, {first} to {last}", "31 of 31"):
+        assert cell in rows, rows[:2000]
+    links = set(re.findall(r'href="(https://[^"]*)" target="_blank" rel="noopener"', text))
     assert "https://huggingface.co/datasets/local/tiny-evidence/blob/v0.1.0/evidence/gates.json" in links
-    assert all("/v0.1.0/" in link for link in links) and len(links) > 20
-    assert not re.search(r'class="file[^"]*" href="\.\./', process.stdout), "a link that leads nowhere on the Hub"
+    assert len(links) > 20 and all("/v0.1.0/" in link for link in links)
+    assert 'href="../' not in text, "a link that leads nowhere on the Hub"
+    write_space(built, schema.read_release(built), [], tmp_path / "empty")
+    assert "No certificate was sent so far." in (tmp_path / "empty/index.html").read_text()
+    assert "None is in this copy" in (built / PAGE).read_text()
 
 
 @at_length("release", 45)
@@ -85,7 +80,7 @@ def test_the_space_is_published_updated_and_retracted(copy: Path, tmp_path: Path
         assert (head["sdk"], head["app_file"], head["models"]) == ("static", "index.html", ["local/tiny"])
         page = contents(release / SITE)
         assert files.pop("replays/university-lab.json") == (folder / "university-lab.json").read_bytes()
-        assert {path for path in files | page if files.get(path) != page.get(path)} == {"replays/record.js"}
+        assert files.keys() == page.keys() == {"index.html"}
         [collection] = (tmp_path / "hub/collections").glob("*.json")
         assert {"id": "local/tiny-page", "type": "space"}.items() <= json.loads(collection.read_text())["items"][
             -1
@@ -95,7 +90,7 @@ def test_the_space_is_published_updated_and_retracted(copy: Path, tmp_path: Path
         before = HubStore(tmp_path / "hub").load("dataset", "local/tiny-evidence")
         atom(tmp_path, *publish, **hub)
         files = space(tmp_path / "hub")
-        assert files is not None and b"somebody" in files["replays/record.js"], "a public Space got the later one"
+        assert files is not None and b"somebody" in files["index.html"], "a public Space got the later one"
         assert HubStore(tmp_path / "hub").load("dataset", "local/tiny-evidence") == before
         body["subject"][0]["digest"]["sha256"] = "0" * 64
         (folder / "somebody.json").write_text(json.dumps(body))
@@ -135,7 +130,7 @@ def test_the_command_refuses_what_has_no_page_in_one_sentence(copy: Path, tmp_pa
     (copy / RETRACTED).write_text("{}")
     assert "lacks documents that were taken back, so that its figures and files disagree" in refused(copy)
     (copy / RETRACTED).unlink()
-    for path, content in (("evidence/origins.json", b"{"), ("dataset/kept/prose/part-00000.parquet", b"PAR1PAR1")):
+    for path, content in (("evidence/gates.json", b"{"), ("dataset/kept/prose/part-00000.parquet", b"PAR1PAR1")):
         kept = (copy / path).read_bytes()
         (copy / path).write_bytes(content)
         assert re.search(r"cannot be read \(\w+\); `atom verify .*` names the damaged files$", refused(copy, code=1)), (

@@ -191,16 +191,11 @@ def picture(release: Path) -> None:
     grey = io.BytesIO()
     Image.new("RGBA", image.size, "grey").save(grey, "PNG", pnginfo=entries, dpi=image.info["dpi"])
     forge(release, "model/training.png", grey.getvalue())
-
-
-def search_script(release: Path) -> None:
-    path = release / "site/search/about.js"
-    path.write_text(path.read_text() + "alert(1);\n")
+    describe_again(release)
 
 
 def scripts(evidence: Path) -> None:
-    (evidence / "site/search/evil.js").write_text("alert(1);\n")
-    replace(evidence, "site/index.html", "<main>", "<main><script src='search/evil.js'></script>")
+    replace(evidence, "site/index.html", "<main>", "<main><script>alert(1)</script>")
 
 
 def page_words(evidence: Path) -> None:
@@ -291,7 +286,7 @@ def script_and_tombstone(release: Path) -> None:
     site = Path(shutil.copytree(release / "site", release.with_name("kept-site")))
     tombstone(release)
     shutil.copytree(site, release / "site")
-    (release / "site/search/evil.js").write_text("alert(1);\n")
+    scripts(release)
 
 
 LIES: dict[tuple[str, str], Lie] = {
@@ -321,9 +316,8 @@ LIES: dict[tuple[str, str], Lie] = {
     ("another license in the metadata of a card", "model"): license_of_card,
     ("another text of a license", "release"): license_text,
     ("another license in cards, `LICENSE` and `release.json`", "release"): license_everywhere_but_in_the_recipe,
-    ("another picture that names the right logs", "release"): picture,
-    ("a script in the search of the page", "release"): search_script,
-    ("a script in the page, or beside it", "evidence"): scripts,
+    ("another picture that names the right logs, also on the page", "release"): picture,
+    ("a script in the page", "evidence"): scripts,
     ("other words on the page", "evidence"): page_words,
     ("another commit of the build", "release"): commit,
     ("another commit of the build, attested anew", "release"): attested_commit,

@@ -20,7 +20,7 @@ from release.assembly.checkpoint_facts import read_checkpoints
 from release.assembly.data_facts import DataFacts, Packing, SourceInOrder, read_data_facts
 from release.assembly.model_facts import read_model_facts
 from release.assembly.published_tables import read_json
-from release.cards import card_tables, plot, render, tables
+from release.cards import card_tables, plots, render, tables
 from release.checks import cards, gates
 from release.checks.check import BuildContext, Subject
 from release.checks.statements import statements
@@ -214,33 +214,34 @@ def test_a_phase_without_a_measurement_is_reported_as_such(model: Path) -> None:
         "Where the routers sent the tokens was not measured."
     ]
     assert "| mid-training | never |" in "".join(lines["experts_by_phase"])
-    assert source_of(plot.draw_experts(model)) == plot.source(model)
+    assert source_of(plots.draw_experts(model, plots.source(model))) == plots.source(model)
 
 
 def source_of(png: bytes) -> str:
-    entries = plot.entries(png)
+    entries = plots.entries(png)
     assert entries is not None
-    return entries[plot.SOURCE]
+    return entries[plots.SOURCE]
 
 
 def test_the_plot_is_the_same_bytes_and_names_its_logs(release: Path, monkeypatch) -> None:
     import matplotlib
 
-    before = (release / "model/experts.png").read_bytes()
+    model = release / "model"
+    before = (model / "experts.png").read_bytes()
     monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "black")
-    plot._draw_experts.cache_clear()
-    assert plot.draw_experts(release / "model") == before
-    assert plot.draw_losses(release / "model") == (release / "model/training.png").read_bytes()
-    entries = plot.entries(before)
-    assert entries is not None and entries.keys() == {plot.SOURCE, plot.SOFTWARE}, "and no time"
-    source = entries[plot.SOURCE]
-    assert source == plot.source(release / "model") and source.count("\n") == 3 and "training/midtrain.jsonl" in source
-    assert entries[plot.SOFTWARE] == plot.version()
-    assert plot.entries(b"no picture") is None and plot.entries(before + b"x") is None
+    plots.draw_experts.cache_clear()
+    assert plots.draw_experts(model, plots.source(model)) == before
+    assert plots.draw_losses(model, plots.source(model)) == (model / "training.png").read_bytes()
+    entries = plots.entries(before)
+    assert entries is not None and entries.keys() == {plots.SOURCE, plots.SOFTWARE}, "and no time"
+    source = entries[plots.SOURCE]
+    assert source == plots.source(release / "model") and source.count("\n") == 3 and "training/midtrain.jsonl" in source
+    assert entries[plots.SOFTWARE] == plots.version()
+    assert plots.entries(b"no picture") is None and plots.entries(before + b"x") is None
     for at in range(0, len(before), len(before) // 50):
-        assert plot.entries(before[:at]) is None, f"cut at {at}"
+        assert plots.entries(before[:at]) is None, f"cut at {at}"
         flipped = before[:at] + bytes([before[at] ^ 255]) + before[at + 1 :]
-        assert plot.entries(flipped) is None, f"another byte at {at}"
+        assert plots.entries(flipped) is None, f"another byte at {at}"
 
 
 def test_without_matplotlib_nothing_is_built(source: Any, tmp_path: Path, monkeypatch) -> None:

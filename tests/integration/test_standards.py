@@ -16,7 +16,7 @@ from release.cards import croissant
 from release.layout import NOTICE, ORIGINS, STANDARDS
 from release.repositories import files_of, repositories
 from release.schema import read_release
-from release.standards import bundle, notices
+from release.standards import bundle
 from stages.rl.rollout import rollouts
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
@@ -92,7 +92,7 @@ def test_the_documents_say_what_the_release_is(built: Path) -> None:
     assert cited["authors"] == [{"name": "the maker of local/tiny, who states no name"}]
     notice = (built / "dataset" / NOTICE).read_text()
     assert "prose\n  licenses: PSF-2.0\n  origin: https://example.org/prose" in notice and "sums" not in notice
-    assert not (built / "dataset" / notices.PYTHON).exists(), "no source is Python's own library"
+    assert not (built / "dataset" / bundle.PYTHON_LICENSE).exists(), "no source is Python's own library"
 
 
 def test_every_table_is_described_and_loads(built: Path) -> None:

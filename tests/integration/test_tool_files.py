@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from release.assembly import serving
 from release.assembly.assemble import to_json
-from release.cards import plot
+from release.cards.plots import entries as entries_of
 from release.checks import (
     chat_templates,
     check_runner,
@@ -117,7 +117,7 @@ def grey(png: bytes, **entries: str) -> bytes:
     from PIL.PngImagePlugin import PngInfo
 
     image, info, out = Image.open(io.BytesIO(png)), PngInfo(), io.BytesIO()
-    for name, value in ((plot.entries(png) or {}) | entries).items():
+    for name, value in ((entries_of(png) or {}) | entries).items():
         info.add_text(name, value)
     Image.new("RGBA", image.size, "grey").save(out, "PNG", pnginfo=info)
     return out.getvalue()
@@ -141,7 +141,7 @@ def test_a_picture_of_the_same_look_is_the_same(model: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     path = model / "training.png"
-    entries, image = plot.entries(path.read_bytes()) or {}, Image.open(path).convert("RGBA")
+    entries, image = entries_of(path.read_bytes()) or {}, Image.open(path).convert("RGBA")
     info = PngInfo()
     for name, value in entries.items():
         info.add_text(name, value)

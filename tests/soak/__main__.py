@@ -5,7 +5,7 @@
     python -m tests.soak [PART [STEP]]     # without a part: lists the parts
 
 A part consists of steps. A finished step is recorded in runs/soak/, so that a part that was stopped goes on where it
-was; a step that is recorded for another commit runs again. At its end a part writes its own section of docs/soak.md,
+was; a step that is recorded for another commit runs again. At its end a part writes its own section of runs/soak/report.md,
 with date, commit and minutes. Exits with 1, and names the step, if anything is not as it must be.
 """
 
@@ -30,7 +30,8 @@ from tests.fixtures import ROOT
 from tests.soak import layouts, processes, simulated_ranks, slurm_seeds
 from tests.soak.layouts import Cells, Step
 
-PAGE, RECORDS = ROOT / "docs/soak.md", ROOT / "runs/soak"
+RECORDS = ROOT / "runs/soak"
+REPORT = RECORDS / "report.md"
 HEAD = """# Soak
 
 What takes too long for every test run. `make soak PART=<part>` runs a part, which takes at most 90 minutes on two
@@ -206,9 +207,10 @@ def write_section(name: str, part: Part, present: str, finished: dict[str, dict]
     rows = [f"| {' | '.join([step, *finished[step]['cells']])} |" for step in part.steps() if step in finished]
     table = [f"| {' | '.join(part.head)} |", "|---" * len(part.head) + "|", *rows]
     section = "\n".join([f"## {name}", "", about, "", part.about, "", *table, ""])
-    sections = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL))
+    written = REPORT.read_text() if REPORT.exists() else ""
+    sections = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", written, re.MULTILINE | re.DOTALL))
     sections = {title: f"## {title}\n{text.rstrip()}\n" for title, text in sections.items()} | {name: section}
-    PAGE.write_text("\n".join([HEAD, *(sections[title] for title in PARTS if title in sections)]))
+    REPORT.write_text("\n".join([HEAD, *(sections[title] for title in PARTS if title in sections)]))
     print(section)
 
 

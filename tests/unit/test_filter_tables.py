@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from release.assembly.data_facts import DataFacts
-from release.cards.filter_tables import agreement
+from release.cards.document_tables import filter_agreement
 from stages.data.curation.agreement import agreement_of, read_figures
 from stages.data.filters import FILTERS
 
@@ -16,7 +16,7 @@ def test_agreement_counts_verdicts_and_not_reasons() -> None:
 
 def test_the_table_has_a_row_for_each_measured_rule() -> None:
     figures = read_figures()
-    sentence, blank, head, rule, *rows = agreement(DataFacts(filter_agreement=figures))
+    sentence, blank, head, rule, *rows = filter_agreement(DataFacts(filter_agreement=figures))
     assert "datatrove" in sentence and f"{figures['documents']:,} documents" in sentence and not blank
     assert head.split(" | ")[0] == "| rule" and set(rule) == {"|", "-"}
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in figures["rules"]]
@@ -24,4 +24,4 @@ def test_the_table_has_a_row_for_each_measured_rule() -> None:
 
 
 def test_an_older_release_has_no_table() -> None:
-    assert agreement(DataFacts()) == []
+    assert filter_agreement(DataFacts()) == []

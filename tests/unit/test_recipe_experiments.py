@@ -173,10 +173,9 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def validators() -> dict[str, Any]:
-    """By the schemas as they are published."""
     out = {}
     for kind in json_schema.models():
-        schema = json.loads((ROOT / f"docs/schemas/{kind}{json_schema.SUFFIX}").read_text())
+        schema = json.loads(json_schema.text(kind))
         jsonschema.Draft202012Validator.check_schema(schema)
         out[kind] = jsonschema.Draft202012Validator(schema)
     return out

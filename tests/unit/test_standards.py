@@ -19,7 +19,7 @@ from release.checks.findings import Absent
 from release.checks.standards import valid
 from release.layout import MODEL
 from release.schema import PublishedLicenses
-from release.standards import bundle, eu_summary, frameworks, notices, package_list, validation
+from release.standards import bundle, eu_summary, frameworks, package_list, validation
 from release.standards.eu_summary import INTERACTIONS
 from stages.data.table import DISPOSITIONS, DOCUMENTS, KEPT, write_rows
 from stages.maker import Maker
@@ -305,13 +305,13 @@ def test_texts_by_reference_are_not_called_published(tmp_path: Path) -> None:
 def test_the_license_of_python_stays_with_its_texts(tmp_path: Path) -> None:
     rows = {"code": source_facts(licenses=["PSF-2.0"]), "free": source_facts(licenses=["CC0-1.0"])}
     facts = make_facts(tmp_path, rows, declared={"code": {"reader": "stdlib-source"}})
-    assert "https://docs.python.org/3/license.html" in notices.notice(facts) and "free" not in notices.notice(facts)
-    (tmp_path / "dataset" / notices.PYTHON).parent.mkdir(parents=True)
-    (tmp_path / "dataset" / notices.PYTHON).write_bytes(b"PSF LICENSE AGREEMENT")
+    assert "https://docs.python.org/3/license.html" in bundle.notice(facts) and "free" not in bundle.notice(facts)
+    (tmp_path / "dataset" / bundle.PYTHON_LICENSE).parent.mkdir(parents=True)
+    (tmp_path / "dataset" / bundle.PYTHON_LICENSE).write_bytes(b"PSF LICENSE AGREEMENT")
     (tmp_path / "dataset/notices/code").mkdir(parents=True)
-    text = notices.notice(facts)
-    assert f"copyright: {notices.PYTHON}" in text and "packages: notices/code" in text
-    text = notices.notice(make_facts(tmp_path, {"free": rows["free"]}))
+    text = bundle.notice(facts)
+    assert f"copyright: {bundle.PYTHON_LICENSE}" in text and "packages: notices/code" in text
+    text = bundle.notice(make_facts(tmp_path, {"free": rows["free"]}))
     assert text.endswith("or to keep notices:\n\nnone\n")
 
 

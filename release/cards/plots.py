@@ -1,0 +1,493 @@
+"""All plots of a release, drawn with matplotlib: of training, scores and composition, and of the laws of `atom ladder`.
+
+Each is a PNG that is drawn from the files beside it, always with equal bytes. Equal bytes are promised for one version
+of matplotlib and its fonts, which the text entry `Software` of the PNG names. With other versions a check can still
+identify the training logs: the entry `Source` has their digests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import AtomError, installing
+from pipeline.core.store import sha256_file
+from pipeline.core.text import escaped
+from release.assembly import training
+from release.assembly.data_facts import DataFacts
+from release.assembly.model_facts import ModelFacts
+from release.cards import tables
+from release.prediction.forecast import LOSS as VALIDATION_LOSS
+from stages.evaluation.confidence import Z95
+from stages.evaluation.scores import pass_at_1
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    from release.prediction.ladder import Drawing
+
+LOSS, EXPERTS = "training.png", "experts.png"
+PROGRESS, INFERENCE, REINFORCEMENT = "progress.png", "inference.png", "reinforcement.png"
+COMPOSITION = "composition.png"
+NAMES = (LOSS, EXPERTS, PROGRESS, INFERENCE, REINFORCEMENT, COMPOSITION)
+SOURCE, SOFTWARE = "Source", "Software"
+"""Text entries of a plot: the digests of the logs that it shows, and the version of matplotlib that drew it."""
+Drawings = dict[str, Callable[[], bytes]]
+"""{name of a plot: the function that draws it}. Functions raise AtomError if matplotlib is not installed."""
+DPI = 144
+COLORS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933", "#332288", "#444444",
+)  # fmt: skip
+"""Distinct for color-blind readers (Okabe and Ito, then Tol). The background is white in every theme of a reader."""
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+FIGURES = ("step", "loss", "reward", "skipped", VALIDATION_LOSS)
+"""Fields of the training logs that the plot of losses reads."""
+MEANINGS = {"pass": "pass@k: one of k is right", "maj": "maj@k: the most frequent is right"}
+MARKERS = "osv^P*Xd<>"
+LABEL_STEP = 0.055
+"""The least distance of two labels, as a share of the axis."""
+MOST_BARS, LABEL = 10, 34
+"""Bars of a panel; the smaller ones are one bar. Characters of a label."""
+
+
+def require() -> None:
+    """Raises AtomError if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise AtomError(
+            f"atom build draws {LOSS} of each model with matplotlib, which is not installed; {installing('report')}"
+        )
+
+
+def source(model: Path) -> str:
+    """The logs of a model's plot, one per line: `<sha256> training/<phase>.jsonl`."""
+    return "\n".join(f"{sha256_file(log)}  training/{log.name}" for log in training.logs(model).values())
+
+
+def entries(png: bytes) -> dict[str, str] | None:
+    """The text entries of a plot by name; None if it is no PNG whose chunks are all there, each with its checksum (PNG
+    specification, section 5)."""
+    if not png.startswith(SIGNATURE):
+        return None
+    offset, kind, texts = len(SIGNATURE), b"", dict[str, str]()
+    while kind != b"IEND":
+        if offset + 12 > len(png):
+            return None
+        length, kind = struct.unpack(">I4s", png[offset : offset + 8])
+        end = offset + 8 + length
+        if png[end : end + 4] != struct.pack(">I", zlib.crc32(png[offset + 4 : end])):
+            return None
+        name, _, text = png[offset + 8 : end].partition(b"\0")
+        if kind == b"tEXt":
+            texts[name.decode("latin-1")] = text.decode("latin-1")
+        offset = end + 4
+    return texts if offset == len(png) else None
+
+
+def model_plots(folder: Path, model: ModelFacts) -> Drawings:
+    """Returns the plots of a model repository, by name.
+
+    Args:
+        folder: The repository, with its training logs.
+        model: Its facts, with the scores to draw.
+    """
+    plots: Drawings = {}
+    logs = training.logs(folder)
+    if logs:
+        plots[LOSS] = lambda: draw_losses(folder, source(folder))
+    if logs and model.has_experts:
+        plots[EXPERTS] = lambda: draw_experts(folder, source(folder))
+    plots[PROGRESS] = lambda: progress(model)
+    if scores := {name: row for name, row in model.chat.get("test", {}).items() if row["problems_all"]}:
+        plots[INFERENCE] = lambda: inference(scores)
+    if "rlvr" in logs:
+        plots[REINFORCEMENT] = lambda: reinforcement({"rlvr": training.read(logs["rlvr"])})
+    return plots
+
+
+def data_plots(data: DataFacts) -> Drawings:
+    """Returns the plot of the dataset repository, by its name; none of data without tokens."""
+    return {COMPOSITION: lambda: composition(amounts(data))} if amounts(data) else {}
+
+
+def version() -> str:
+    """The text entry `Software` of the plots that are drawn here."""
+    import matplotlib
+
+    return f"Matplotlib version{matplotlib.__version__}, https://matplotlib.org/"
+
+
+def png(figure_size: tuple[float, float], paint: Callable[[Figure], None], source: str = "") -> bytes:
+    """A figure as PNG. figure_size: in inches. Raises AtomError if matplotlib is not installed."""
+    require()
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # not the settings of the user; a line of very many steps is rasterized in pieces, or Agg refuses it
+    with matplotlib.style.context(["default", {"agg.path.chunksize": 10000}]):
+        figure = Figure(figsize=figure_size, dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        paint(figure)
+        buffer = io.BytesIO()
+        stated = {SOFTWARE: version(), **({SOURCE: source} if source else {})}
+        figure.savefig(buffer, format="png", metadata=stated)
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=8)  # the gates request the plot that the build has just drawn
+def draw_losses(model: Path, source: str) -> bytes:
+    """Draws the loss of every step and the validation loss of the phases that read text, and the mean reward of each
+    step of the others.
+
+    Args:
+        model: A model repository with its training logs.
+        source: Their digests.
+
+    Raises:
+        AtomError: If matplotlib is not installed.
+    """
+    lines = {phase: training.read(log, FIGURES) for phase, log in training.logs(model).items()}
+    rewarded = {phase: rows for phase, rows in lines.items() if any("reward" in row for row in rows)}
+    read_text = {phase: rows for phase, rows in lines.items() if phase not in rewarded}
+    panels = [(read_text, "loss", "nats per token")] * bool(read_text)
+    panels += [(rewarded, "reward", "mean reward of a step")] * bool(rewarded)
+
+    def paint(figure: Figure) -> None:
+        for axis, (phases, key, unit) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+            _phases(axis, phases, key)
+            axis.set_ylabel(unit)
+            axis.set_xlabel("steps, phase after phase")
+            note = " (line: each step; dots: validation)" if key == "loss" else ""
+            axis.set_title(
+                f"{key.capitalize()} of the answers" if key == "reward" else f"Loss{note}", loc="left", fontsize=10
+            )
+
+    return png((8.0, 2.9 * len(panels)), paint, source)
+
+
+def _phases(axis: Axes, phases: dict[str, list[training.Facts]], key: str) -> None:
+    """Draws a figure of all steps, each phase after the previous one in its own color, with its name above."""
+    begin = 0
+    for number, (phase, rows) in enumerate(phases.items()):
+        color, last = COLORS[number % len(COLORS)], max(row["step"] for row in rows)
+        steps = [row for row in rows if key in row and "skipped" not in row]
+        axis.plot([begin + row["step"] for row in steps], [row[key] for row in steps], color=color, linewidth=0.9)
+        held = [row for row in rows if VALIDATION_LOSS in row] if key == "loss" else []
+        positions = [begin + row["step"] for row in held]
+        axis.plot(
+            positions, [row[VALIDATION_LOSS] for row in held], "o", color=color, markersize=4, mec="white", mew=0.5
+        )
+        if number:
+            axis.axvline(begin, color="#bbbbbb", linewidth=0.6)
+        label = tables.title(phase, tables.PHASES)
+        axis.annotate(
+            label, (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -2 - 10 * (number % 3)),
+            textcoords="offset points", va="top", fontsize=8, color=color, weight="bold",
+        )  # fmt: skip
+        begin += last
+    axis.set_xlim(0, max(begin, 1))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.3 * (high - low))  # room for the names
+
+
+@lru_cache(maxsize=8)
+def draw_experts(model: Path, source: str) -> bytes:
+    """Draws the tokens of each expert at the last measurement, and balance and entropy of all steps; as `draw_losses`.
+
+    Raises:
+        AtomError: If matplotlib is not installed.
+    """
+    lines = {phase: training.read(log) for phase, log in training.logs(model).items()}
+    measurements = [(phase, x["step"], x["experts"]) for phase, log in lines.items() for x in log if "experts" in x]
+    rows = len(measurements[-1][2]["layers"]) if measurements else 0
+    heights = [1.2 + min(4.0, 0.25 * rows)] * bool(measurements) + [1.7, 1.7]
+
+    def paint(figure: Figure) -> None:
+        grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+        axes = [figure.add_subplot(grid[n]) for n in range(len(heights))]
+        if measurements:
+            _heat_map(figure, axes[0], *measurements[-1])
+        legend_lines = _curves(axes[-2], axes[-1], {phase: training.curves(log) for phase, log in lines.items()})
+        if measurements:
+            _draw_uniform_entropy(axes[-1], len(measurements[-1][2]["share"][0]))
+        if legend_lines:
+            figure.legend(handles=legend_lines, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+    return png((8.0, sum(heights) + 1.1), paint, source)
+
+
+def _heat_map(figure: Figure, axis: Axes, phase: str, step: int, measurement: training.Facts) -> None:
+    """Draws layers down and experts across; white is a fair share, blue less and red more."""
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.ticker import MaxNLocator
+
+    loads = [[share * len(row) for share in row] for row in measurement["share"]]
+    norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=max(2.0, *(max(row) for row in loads)))
+    image = axis.imshow(loads, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+    name = tables.title(phase, tables.PHASES)
+    axis.set_title(f"Tokens of each expert at step {step:,} of {name} (1 = a fair share)", loc="left", fontsize=10)
+    axis.set_xlabel("expert")
+    axis.set_ylabel("layer")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    labeled_rows = range(0, len(loads), max(1, -(-len(loads) // 12)))
+    axis.set_yticks(list(labeled_rows), [str(measurement["layers"][row]) for row in labeled_rows])
+    figure.colorbar(image, ax=axis, pad=0.01)
+
+
+def _curves(
+    above: Axes, below: Axes, curves_by_phase: dict[str, tuple[list[int], list[float], list[float]]]
+) -> list[Line2D]:
+    """Draws the steps of all phases in one line, each phase after the previous one in its own color. Returns the
+    entries of the legend."""
+    begin, legend_lines = 0, []
+    for number, (phase, (steps, violation, entropy)) in enumerate(curves_by_phase.items()):
+        if not steps:
+            continue
+        positions, color = range(begin, begin + len(steps)), COLORS[number % len(COLORS)]
+        label = f"{tables.title(phase, tables.PHASES)}, steps {steps[0]:,} to {steps[-1]:,}"
+        legend_lines += above.plot(positions, violation, color=color, linewidth=0.8, label=label)
+        below.plot(positions, entropy, color=color, linewidth=0.8)
+        begin += len(steps)
+    above.set_title("Balance: the busiest expert's tokens over a fair share, less 1", loc="left", fontsize=10)
+    above.set_ylabel("max violation")
+    below.set_title("Mean entropy of the routers", loc="left", fontsize=10)
+    below.set_ylabel("nats")
+    below.set_xlabel("steps that moved weights, over all phases")
+    for axis in (above, below):
+        axis.set_ylim(bottom=0)
+        axis.margins(x=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    return legend_lines
+
+
+def _draw_uniform_entropy(axis: Axes, experts: int) -> None:
+    """Draws the entropy of a router without any preference."""
+    axis.set_ylim(0, 1.1 * math.log(experts))
+    axis.axhline(math.log(experts), color="#888888", linewidth=0.8, linestyle=":")
+    axis.annotate(
+        f"ln {experts}, all experts alike", (1.0, math.log(experts)), xycoords=("axes fraction", "data"),
+        xytext=(-3, -3), textcoords="offset points", ha="right", va="top", fontsize=7, color="#444444",
+    )  # fmt: skip
+
+
+def progress(model: ModelFacts) -> bytes:
+    """Bits per byte of held-out text and the share of right answers after each phase, with 95 % intervals."""
+    names, test = list(model.scores), model.chat.get("test", {})
+    right = {"in plain text, greedy": {name: row["accuracy_all"] for name, row in model.scores.items()}}
+    if drawn := pass_at_1(test):
+        right["in conversation, drawn (pass@1)"] = dict(drawn)
+    bits = {"": {name: row["bits_per_byte_all"] for name, row in model.scores.items()}}
+    panels: list[tuple[str, str, dict[str, Any]]] = [
+        ("Text: bits per byte, lower is better", "bits per byte", bits),
+        ("Problems: share of right answers", "share right", right),
+    ]
+
+    def paint(figure: Figure) -> None:
+        for axis, (heading, unit, series) in zip(figure.subplots(1, 2), panels, strict=True):
+            labels = []
+            for color, (name, points) in zip(COLORS, series.items(), strict=False):
+                places = [names.index(model_name) for model_name in points]
+                values = [row["value"] for row in points.values()]
+                errors = [Z95 * row["se"] for row in points.values()]
+                axis.errorbar(
+                    places,
+                    values,
+                    errors,
+                    color=color,
+                    marker="o",
+                    markersize=4,
+                    linewidth=1.2,
+                    elinewidth=1,
+                    capsize=2,
+                )
+                labels.append((places[0], values[0], name, color))
+            _panel(axis, heading, unit)
+            axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the names
+            axis.set_xticks(range(len(names)), list(tables.titles(names).values()), rotation=30, ha="right")
+            axis.set_xlim(-0.3, len(names) - 0.7)
+            if len(labels) > 1:
+                for number, (_, _, name, color) in enumerate(labels):
+                    axis.annotate(
+                        name, (0.02, 0.98 - 0.08 * number), xycoords="axes fraction", va="top", fontsize=8, color=color,
+                        weight="bold",
+                    )  # fmt: skip
+
+    return png((8.4, 3.4), paint)
+
+
+def inference(scores: Mapping[str, Any]) -> bytes:
+    """Accuracy against generated tokens for each problem, on a logarithmic axis: a panel for pass@k and one for maj@k,
+    with 95 % intervals, and the greedy answer as one point.
+
+    Args:
+        scores: scores.json of each model, by name.
+    """
+
+    def paint(figure: Figure) -> None:
+        for axis, (metric, meaning) in zip(figure.subplots(1, 2, sharey=True), MEANINGS.items(), strict=True):
+            ends = []
+            for (name, model_scores), color, marker in zip(scores.items(), cycle(COLORS), cycle(MARKERS), strict=False):
+                part = model_scores["problems_all"]
+                ks = sorted(part["at"], key=int)
+                points = [part["at"][k][metric] for k in ks]
+                tokens = [part["at"][k]["tokens"] for k in ks]
+                values, errors = [p["value"] for p in points], [Z95 * p["se"] for p in points]
+                axis.errorbar(
+                    tokens, values, errors, color=color, marker=marker, markersize=4, linewidth=1, elinewidth=0.6
+                )
+                greedy = part["greedy"]
+                place = greedy["tokens"], greedy["accuracy"]["value"]
+                axis.plot(*place, color=color, marker="D", markersize=6, mfc="none", linestyle="none")
+                ends.append((values[-1], tables.title(name), color))
+            axis.set_xscale("log")
+            _panel(axis, f"{meaning}, all problems", "share right" if metric == "pass" else "")
+            axis.set_xlabel("generated tokens for a problem (diamond: greedy)")
+            _plain_ticks(axis)
+            top = min(1.02, 1.3 * axis.get_ylim()[1])
+            axis.set_ylim(-0.02 * top, top)
+            _label_ends(axis, ends)
+
+    return png((8.4, 3.8), paint)
+
+
+def reinforcement(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Validation accuracy by kind against the tokens generated for training.
+
+    Args:
+        logs: The lines of training.jsonl of each run, by name; those with `validation` and `generated` are drawn.
+    """
+
+    def paint(figure: Figure) -> None:
+        axis = figure.add_subplot()
+        kinds = {
+            name: sorted({kind for x in lines for kind in x.get("validation", {})}) for name, lines in logs.items()
+        }
+        curves = [(name, kind) for name in logs for kind in kinds[name]]
+        ends = []
+        for (name, kind), color, marker in zip(curves, cycle(COLORS), cycle(MARKERS), strict=False):
+            measured = [x for x in logs[name] if kind in x.get("validation", {}) and "generated" in x]
+            tokens = [x["generated"] for x in measured]
+            values = [x["validation"][kind] for x in measured]
+            axis.plot(tokens, values, color=color, marker=marker, markersize=4, linewidth=1)
+            run = f"{name}, " if len(logs) > 1 else ""
+            ends += [(values[-1], f"{run}{kind}", color)] if tokens else []
+        axis.set_ylim(-0.02, 1.02)
+        _panel(axis, "Validation problems during reinforcement learning, greedy", "mean reward")
+        axis.set_xlabel("tokens generated in training (the log has no errors of these means)")
+        _label_ends(axis, ends)
+
+    return png((7.0, 3.8), paint)
+
+
+def _panel(axis: Axes, title: str, unit: str) -> None:
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.set_ylabel(unit)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+
+
+def _plain_ticks(axis: Axes) -> None:
+    """Writes the ticks of a logarithmic axis as plain numbers."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+    axis.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.6)))
+    axis.tick_params(axis="x", which="minor", labelsize=8)
+
+
+def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Writes the name of each curve beside its end, no two of them over each other. ends: value, name, color."""
+    bottom, top = axis.get_ylim()
+    step = LABEL_STEP * (top - bottom)
+    low, places = bottom - step, []
+    for y, name, color in sorted(ends, key=lambda end: end[0]):
+        low = max(low + step, y)
+        places.append((low, name, color))
+    shift = max(0.0, places[-1][0] - top) if places else 0.0
+    for y, name, color in places:
+        axis.annotate(
+            name, (1.0, y - shift), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            fontsize=8, color=color, va="center", annotation_clip=False, weight="bold",
+        )  # fmt: skip
+
+
+def amounts(data: DataFacts) -> dict[str, dict[str, int]]:
+    """{panel: {label: tokens}}, the largest first, with at most MOST_BARS of each."""
+    by_source = {name: sum(row.tokens.values()) for name, row in data.sources.items()}
+    by_license = {name: row.tokens for name, row in data.documents.licenses.items()}
+    return {
+        f"Kept tokens by {kind}": _largest(tokens)
+        for kind, tokens in (("source", by_source), ("license", by_license))
+        if sum(tokens.values())
+    }
+
+
+def _largest(tokens: Mapping[str, int]) -> dict[str, int]:
+    rows = sorted(tokens.items(), key=lambda row: (-row[1], row[0]))
+    shown, others = rows[:MOST_BARS], rows[MOST_BARS:]
+    rest = {f"{len(others)} others": sum(value for _, value in others)} if others else {}
+    return dict(shown) | rest
+
+
+def composition(panels: Mapping[str, Mapping[str, int]]) -> bytes:
+    """Draws a bar for each row of the panels that `amounts` gives."""
+
+    def paint(figure: Figure) -> None:
+        ratios = [len(rows) for rows in panels.values()]
+        axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+        for axis, color, (title, rows) in zip(axes, COLORS, panels.items(), strict=False):
+            _bars(axis, title, rows, color)
+
+    return png((8.0, 0.9 * len(panels) + 0.27 * sum(map(len, panels.values()))), paint)
+
+
+def _bars(axis: Axes, title: str, rows: Mapping[str, int], color: str) -> None:
+    total = sum(rows.values())
+    names = [name if len(name) <= LABEL else f"{name[: LABEL - 1]}…" for name in map(escaped, rows)]
+    axis.barh(range(len(rows)), list(rows.values()), color=color, height=0.7)
+    axis.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name in names], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.set_xticks([])
+    axis.set_xlim(0, 1.25 * max(rows.values()))
+    for place, value in enumerate(rows.values()):
+        axis.annotate(
+            f"{value:,} ({value / total:.1%})", (value, place), xytext=(4, 0), textcoords="offset points", va="center",
+            fontsize=8,
+        )  # fmt: skip
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def law(drawing: Drawing) -> bytes:
+    """Draws what `atom ladder` found by compute: the law with its band, the runs, and what is predicted."""
+
+    def paint(figure: Figure) -> None:
+        axis = figure.add_subplot()
+        at, values, lows, highs = zip(*drawing.law, strict=True)
+        axis.plot(at, values, color=COLORS[-1], linewidth=1.2, label=drawing.label)
+        axis.fill_between(at, lows, highs, color=COLORS[-1], alpha=0.15, linewidth=0)
+        for number, (label, points) in enumerate({**drawing.runs, **drawing.predicted}.items()):
+            x, y, low, high = zip(*points, strict=True)
+            errors = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+            axis.errorbar(
+                x, y, errors, fmt=MARKERS[number % len(MARKERS)], color=COLORS[number % len(COLORS)], markersize=4,
+                label=label,
+            )  # fmt: skip
+        axis.set_xscale("log")
+        _panel(axis, drawing.title, "")
+        axis.set_xlabel(drawing.unit)
+        axis.legend(fontsize=8, frameon=False)
+
+    return png((7.0, 4.2), paint)

@@ -1,0 +1,313 @@
+"""Bounded samples of the tables of a release, for its page: documents, removals, answers to evaluation items, and
+contamination. The page links to the tables, which have all rows."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from release import data_layout, schema, untrusted
+from release.assembly.data_facts import DataFacts
+from release.assembly.published_tables import read_json, stream_batches, stream_rows
+from release.audit import tracing
+from release.audit.tracing.documents import find_documents
+from release.audit.tracing.release_data import ReleaseData
+from release.layout import when
+
+ITEMS, CONTAMINATED, REMOVED = 12, 40, 4
+"""Items of an evaluation set, items by contamination, and removed documents of a rule that are shown."""
+TRACE_CHARACTERS = 2_000
+ROWS = 64
+WORST = ("contaminated", "overlap", "clean")
+"""The verdicts on contamination, the worst one first."""
+REMOVED_COLUMNS = ["id", "source", "rule", "bytes", "value", "threshold", "duplicate_of", "match"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A kept document: the beginning of its text, and what `atom trace` says of it."""
+
+    id: str
+    source: str
+    text: str
+    trace: str
+
+
+def read_documents(release: Path, data: DataFacts) -> list[Document]:
+    """Returns the first training document of each of the first sources."""
+    ids = [id for id, _ in data.first_documents.values()]
+    traced = find_documents(ReleaseData.locate(release), ids) if ids else {}
+    return [
+        Document(id, source, text, tracing.text(traced[id])[:TRACE_CHARACTERS] if id in traced else "")
+        for source, (id, text) in data.first_documents.items()
+    ]
+
+
+@dataclass
+class Removal:
+    """A rule that removed documents.
+
+    Attributes:
+        rule: Its name.
+        documents: The number of documents.
+        bytes: Their size.
+        samples: Some of them, as rows of REMOVED_COLUMNS. Texts of removed documents are not published.
+    """
+
+    rule: str
+    documents: int = 0
+    bytes: int = 0
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_removals(dataset: Path) -> list[Removal]:
+    """Returns the rules; the one that removed the most documents comes first."""
+    import pyarrow.compute as pc
+
+    removals: dict[str, Removal] = {}
+    files = data_layout.all_files(data_layout.disposition_files(dataset))
+    for batch in stream_batches(files, [*REMOVED_COLUMNS, "disposition"], 65536):
+        removed = batch.filter(pc.equal(batch.column("disposition"), "removed"))
+        rules, sizes = removed.column("rule").to_pylist(), removed.column("bytes").to_pylist()
+        for number, (rule, size) in enumerate(zip(rules, sizes, strict=True)):
+            row = removals.setdefault(rule, Removal(rule))
+            row.documents, row.bytes = row.documents + 1, row.bytes + size
+            if len(row.samples) < REMOVED:
+                row.samples.append({name: removed.column(name)[number].as_py() for name in REMOVED_COLUMNS})
+    return sorted(removals.values(), key=lambda row: (-row.documents, row.rule))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One output to one item.
+
+    Attributes:
+        id: Of the item.
+        kind: Of the item.
+        question: The request, if it is known.
+        expected: The right answer, if it is known.
+        text: The output.
+        verdict: A class of the page: right, partly or wrong.
+        note: Further words on the output.
+    """
+
+    id: str
+    kind: str
+    question: str | None
+    expected: str | None
+    text: str
+    verdict: str
+    note: str = ""
+
+
+Reader = Callable[[Path], Iterable[Answer]]
+
+
+@dataclass(frozen=True)
+class ItemSet:
+    """A set of evaluation items. tables: the file of the answers of each column, which is a model as a rule, and the
+    function that reads it."""
+
+    title: str
+    tables: Mapping[str, tuple[Path, Reader]]
+
+
+@dataclass
+class Item:
+    """An item with the answer of each column, None where a model was not asked."""
+
+    id: str
+    kind: str
+    question: str | None
+    expected: str | None
+    answers: dict[str, Answer | None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some items of a set, of `total`."""
+
+    title: str
+    files: list[str]
+    total: int
+    shown: list[Item]
+
+
+def read_samples(release: Path) -> list[Sample]:
+    """Returns the sample of each set of the release."""
+    return [_sample(release, items) for items in item_sets(release / "dataset/evaluation")]
+
+
+def _sample(release: Path, items: ItemSet) -> Sample:
+    """The items with the smallest hashes of their ids, so that nobody chooses them."""
+    ids = {answer.id for path, read in items.tables.values() for answer in read(path)}
+    shown: dict[str, Item | None] = dict.fromkeys(heapq.nsmallest(ITEMS, ids, key=_hash))
+    for column, (path, read) in items.tables.items():
+        for answer in read(path):
+            if answer.id not in shown:
+                continue
+            item = shown[answer.id]
+            if item is None:
+                item = Item(answer.id, answer.kind, None, None, dict.fromkeys(items.tables))
+                shown[answer.id] = item
+            item.question = answer.question if item.question is None else item.question
+            item.expected = answer.expected if item.expected is None else item.expected
+            item.answers[column] = answer
+    files = list(dict.fromkeys(path.relative_to(release).as_posix() for path, _ in items.tables.values()))
+    return Sample(items.title, files, len(ids), [item for item in shown.values() if item is not None])
+
+
+def _hash(id: str) -> bytes:
+    return hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()
+
+
+def item_sets(evaluation: Path) -> Iterator[ItemSet]:
+    """Yields the sets of a release, from the folder of the evaluation."""
+    sets: list[tuple[str, str, Reader]] = [
+        ("Problems, continued as text", "*/items.parquet", _problem_rows),
+        ("Keys hidden in long texts", "*/passkey.parquet", _passkey_rows),
+        ("Tasks in long texts", "*/retrieval.parquet", _retrieval_rows),
+        ("Problems in conversation", "test/*/answers.parquet", _chat_rows(evaluation / "chat.jsonl")),
+        (
+            "New problems, drawn from the digest of the weights",
+            "fresh/*/answers.parquet",
+            _chat_rows(evaluation / "fresh/chat.jsonl"),
+        ),
+        ("Task sets of lm-evaluation-harness", "harness/*/items.parquet", _harness_rows),
+    ]
+    for title, pattern, read in sets:
+        if paths := _by_model(path for path in evaluation.glob(pattern) if path.parent.name != "contamination"):
+            yield ItemSet(title, {model: (path, read) for model, path in paths.items()})
+    for model, path in _by_model(evaluation.glob("preferences/*/pairs.parquet")).items():
+        before = read_json(path.parent / "scores.json")["before"]
+        sides = {before: (path, _pair_rows("before")), model: (path, _pair_rows("model"))}
+        yield ItemSet(f"Requests: {model} against {before}", sides)
+
+
+def _by_model(paths: Iterable[Path]) -> dict[str, Path]:
+    named = {schema.model(path.parent): path for path in paths}
+    return {model: named[model] for model in sorted(named, key=when)}
+
+
+def _problem_rows(path: Path) -> Iterator[Answer]:
+    for row in stream_rows(path, ["id", "task", "prompt", "expected", "output", "score"], ROWS):
+        yield Answer(row["id"], row["task"], row["prompt"], row["expected"], row["output"], _verdict(row["score"]))
+
+
+def _passkey_rows(path: Path) -> Iterator[Answer]:
+    for row in stream_rows(path, ["id", "length", "depth", "expected", "output", "score"], ROWS):
+        question = f"a text of {row['length']} tokens, the key at {row['depth']:g} of it"
+        kind = f"{row['length']} tokens"
+        yield Answer(row["id"], kind, question, row["expected"], row["output"], _verdict(row["score"]))
+
+
+def _retrieval_rows(path: Path) -> Iterator[Answer]:
+    for row in stream_rows(path, ["id", "task", "length", "depth", "expected", "output", "score"], ROWS):
+        question = f"a text of {row['length']} tokens, the first statement that is needed at {row['depth']:.2g} of it"
+        yield Answer(row["id"], row["task"], question, row["expected"], row["output"], _verdict(row["score"]))
+
+
+def _harness_rows(path: Path) -> Iterator[Answer]:
+    columns = ["set", "task", "number", "filter", "metric", "value", "target", "response"]
+    for row in stream_rows(path, columns, ROWS):
+        name = "/".join(str(row[column]) for column in columns[:5])
+        yield Answer(name, row["task"], None, row["target"], row["response"], _verdict(row["value"]), row["metric"])
+
+
+def _chat_rows(items: Path) -> Callable[[Path], Iterator[Answer]]:
+    """The greedy answers to the items of a file, with how many of the sampled ones are right."""
+
+    def rows(path: Path) -> Iterator[Answer]:
+        questions = dict(_questions(items))
+        samples: dict[str, list[int]] = {}
+        for row in stream_rows(path, ["id", "sample", "reward"]):
+            if row["sample"] >= 0:
+                counts = samples.setdefault(row["id"], [0, 0])
+                counts[0], counts[1] = counts[0] + (row["reward"] == 1), counts[1] + 1
+        for row in stream_rows(path, ["id", "kind", "sample", "text", "reward", "tokens", "finished", "parts"], ROWS):
+            if row["sample"] >= 0:
+                continue
+            question, expected = questions.get(row["id"], (None, None))
+            right, drawn = samples.get(row["id"], (0, 0))
+            notes = [f"{right} of {drawn} sampled answers right"] if drawn else []
+            notes += [] if row["finished"] else ["cut at the length limit"]
+            reward = _task(row["parts"], row["reward"])
+            yield Answer(row["id"], row["kind"], question, expected, row["text"], _verdict(reward), ", ".join(notes))
+
+    return rows
+
+
+def _pair_rows(side: str) -> Callable[[Path], Iterator[Answer]]:
+    def rows(path: Path) -> Iterator[Answer]:
+        columns = ["id", "question", f"{side}_text", f"{side}_reward", f"{side}_parts"]
+        for row in stream_rows(path, columns, ROWS):
+            reward = row[f"{side}_reward"]
+            verdict = _verdict(_task(row[f"{side}_parts"], reward))
+            kind = row["id"].partition("/")[0]
+            yield Answer(row["id"], kind, row["question"], None, row[f"{side}_text"], verdict, f"reward {reward:.2f}")
+
+    return rows
+
+
+def _questions(path: Path) -> Iterator[tuple[str, tuple[str, str | None]]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            expected = row.get("expected_answer")
+            yield row["id"], (str(row.get("question", "")), None if expected is None else str(expected))
+
+
+def _task(parts: str | None, reward: float) -> float:
+    """The part `task` of a reward, or else the whole of it."""
+    value = untrusted.parse_json(parts.encode(), "parts") if parts else None
+    task = value.get("task") if isinstance(value, dict) else None
+    return float(task) if isinstance(task, (int, float)) else reward
+
+
+def _verdict(score: float) -> str:
+    return "right" if score >= 1 else "partly" if score > 0 else "wrong"
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """The items that share the most with the training data, of `total`. rows: id, kind, split, words, the verdict for
+    each of `phases`, the longest run of words, and the overlap."""
+
+    phases: list[str]
+    total: int
+    rows: list[list[str]]
+
+
+def read_contamination(release: Path) -> Contamination | None:
+    """Returns the worst items; None for a release without a table of them."""
+    path = release / "dataset/evaluation/contamination/items.parquet"
+    if not path.exists():
+        return None
+    phases: dict[str, None] = {}
+    items: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in stream_rows(path, ["id", "kind", "split", "phase", "words", "longest", "overlap", "verdict"]):
+        phases.setdefault(row["phase"])
+        item = items.setdefault((row["split"], row["id"]), {**row, "verdicts": {}})
+        item["verdicts"][row["phase"]] = row["verdict"]
+        item["longest"] = max(item["longest"], row["longest"])
+        item["overlap"] = max(item["overlap"], row["overlap"])
+    worst = heapq.nsmallest(CONTAMINATED, items.values(), key=_order)
+    rows = [
+        [
+            row["id"], row["kind"], row["split"], str(row["words"]),
+            *(row["verdicts"].get(phase, "not searched") for phase in phases),
+            str(row["longest"]), f"{row['overlap']:.4g}",
+        ]
+        for row in worst
+    ]  # fmt: skip
+    return Contamination(list(phases), len(items), rows)
+
+
+def _order(row: Mapping[str, Any]) -> tuple[int, float, str, str]:
+    ranks = [WORST.index(verdict) if verdict in WORST else len(WORST) for verdict in row["verdicts"].values()]
+    return min(ranks), -row["overlap"], row["split"], row["id"]
