@@ -18,7 +18,7 @@ from pipeline.graph import checkpoints, registry
 from pipeline.graph.dag import Graph, GraphBuilder, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
 from stages import known_gates, sizes
-from stages.data.recipe import DataRecipe
+from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
 from stages.evaluation import estimates
 from stages.export import parity_tokens
@@ -32,7 +32,16 @@ from stages.train.config import PhaseConfig
 from stages.train.published_base import dtype_of, require_dtype
 from stages.train.published_base import section as start_from
 
-__all__ = ["DATA_RECIPE", "RECIPE", "STAGES", "compose", "load_data_recipe", "problems", "start_from"]
+__all__ = [
+    "DATA_RECIPE",
+    "RECIPE",
+    "STAGES",
+    "compose",
+    "extension_modules",
+    "load_data_recipe",
+    "problems",
+    "start_from",
+]
 
 RECIPE, DATA_RECIPE = ReleaseRecipe, DataRecipe
 STAGES = {

@@ -252,6 +252,8 @@ def load(reference: str) -> Recipe:
     data_content = read_file(data_path, f"data recipe {escaped(data_path.stem, 80)}")
     data = registry.definition().load_data_recipe(data_content, data_path)
     files = {f"recipes/{path.name}": content, f"data_recipes/{data_path.name}": data_content}
+    modules = registry.definition().extension_modules(data, data_path)
+    files |= {f"data_recipes/{name}": module for name, module in modules.items()}
     if (lock := lock_of(data_path)).exists():
         files[f"data_recipes/{lock.name}"] = read_file(lock, f"lock file {escaped(lock.name, 80)}", LOCK_BYTES)
     return Recipe(path, config, data, files)

@@ -14,7 +14,7 @@ import numpy as np
 from datatrove.utils.text import NUMBERS_PATTERN, PUNCTUATION_TRANS, simplify_text
 from numpy.typing import NDArray
 
-from stages.data.curation.words import WORDS
+from stages.data.curation.words import split_words
 from stages.data.curation.xxh64 import xxh64
 
 _DECIMAL_SEPARATORS = "،٫⎖⎗⎘"  # of numbers in other scripts, beside the point and the comma
@@ -46,7 +46,7 @@ def shingle_sets(texts: list[str], n_grams: int) -> Iterator[NDArray[np.uint64]]
 
 def shingles(texts: list[str], n_grams: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """The hashes of the n-grams of each text, one text after the other, and how many each text has."""
-    words = [WORDS.word_tokenize(text) for text in simplify(texts)]
+    words = [split_words(text) for text in simplify(texts)]
     counts = np.array([len(each) for each in words], np.int64)
     joined = " ".join(chain.from_iterable(words)).encode()
     spaces = np.flatnonzero(np.frombuffer(joined, np.uint8) == ord(" "))

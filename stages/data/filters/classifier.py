@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
@@ -12,6 +12,9 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs
 from stages.data.filters.base import Filter, FilterFunction, Removal
 from stages.data.table import SCORE
+
+if TYPE_CHECKING:
+    from datatrove.data import Document
 
 
 class Classifier(Filter):
@@ -43,10 +46,12 @@ class Classifier(Filter):
             raise AtomError(f"step classifier: {self.classifier} is not among the inputs; filter with with_inputs")
         score, record, (measure,) = scorer(self._model), self._record, self.measures
 
-        def function(text: str) -> str | Removal:
-            value = score(text)
+        def function(document: Document) -> str | Removal:
+            value = score(document.text)
             record(measure, value)
-            return text if value > self.min_score else Removal(f"{self.classifier}/score", value, self.min_score)
+            if value > self.min_score:
+                return document.text
+            return Removal(f"{self.classifier}/score", value, self.min_score)
 
         return function
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import warnings
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from stages.data.filters.base import Filter, FilterFunction, Removal
+
+if TYPE_CHECKING:
+    from datatrove.data import Document
 
 
 class PythonSyntax(Filter):
@@ -20,14 +23,14 @@ class PythonSyntax(Filter):
         return _parse
 
 
-def _parse(text: str) -> str | Removal:
+def _parse(document: Document) -> str | Removal:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ast.parse(text)
+            ast.parse(document.text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return Removal("does_not_parse", 0.0, 1.0)
-    return text
+    return document.text
 
 
 FILTER = PythonSyntax
