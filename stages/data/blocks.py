@@ -33,7 +33,9 @@ Place = Annotated[str, Words(4096, empty=True)]
 BlockPath = Annotated[
     str,
     Words(
-        300, "import path of a class, such as datatrove.pipeline.filters.RegexFilter", r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
+        300,
+        "import path of a class; write such as datatrove.pipeline.filters.RegexFilter",
+        r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
     ),
 ]
 _REFUSED = {
@@ -182,7 +184,7 @@ _VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:
     """The parameters of a class, by name."""
-    return dict(list(inspect.signature(kind.__init__).parameters.items())[1:])  # type: ignore[misc]
+    return dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
 
 
 def is_stock(kind: type[Any]) -> bool:

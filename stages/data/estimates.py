@@ -46,13 +46,15 @@ LAWS = {
 pii and MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary."""
 STEP_SECONDS = {
     "language": 0.18,
-    "top_n_grams": 0.2,
-    "GopherRepetitionFilter": 0.36,
-    "GopherQualityFilter": 0.09,
-    "FineWebQualityFilter": 0.03,
-    "C4QualityFilter": 0.01,
+    "top_n_grams": 0.09,
+    "GopherRepetitionFilter": 0.16,
+    "GopherQualityFilter": 0.06,
+    "FineWebQualityFilter": 0.035,
+    "C4QualityFilter": 0.02,
 }
 """Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/blocks.py`)."""
+SPACY_SECONDS = 1.6
+"""What the words of spaCy add to that."""
 
 
 def total(sizes: Iterable[Size | None]) -> Size | None:

@@ -315,7 +315,7 @@ def inspect(config: FilterConfig) -> list[str]:
 
 def estimate(config: FilterConfig) -> Estimate:
     step_seconds = sum(
-        estimates.STEP_SECONDS.get(step.name, 0.0) * source.expected.bytes / 1e6
+        step.seconds_per_mb * source.expected.bytes / 1e6
         for source in config.sources
         if source.expected is not None
         for step in source.steps

@@ -24,5 +24,8 @@ def union(registry: Mapping[str, str], attribute: str, discriminator: str) -> An
         is_block = isinstance(value, dict) and "block" in value and discriminator not in value
         return {discriminator: "datatrove", **value} if is_block else value
 
-    kinds = Union[tuple(classes(registry, attribute))]  # noqa: UP007
-    return Annotated[kinds, Field(discriminator=discriminator), BeforeValidator(state_datatrove)]
+    return Annotated[
+        Union[tuple(classes(registry, attribute))],  # noqa: UP007
+        Field(discriminator=discriminator),
+        BeforeValidator(state_datatrove),
+    ]

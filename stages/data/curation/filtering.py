@@ -15,14 +15,12 @@ from stages.data.chat import control_tokens, prompt_chars
 from stages.data.curation.failures import FAILED_RULE, Failures
 from stages.data.curation.settings import Kind
 from stages.data.curation.url_blocklist import BLOCKED_RULE, UrlBlocklist
-from stages.data.filters.base import Filter, Removal
+from stages.data.filters.base import Document, Filter, Removal
 from stages.data.licenses.allow import NOT_ALLOWED, AllowedLicenses
 from stages.data.secret_patterns import find_secret
 from stages.data.table import DispositionRow, DocumentRow, content_hash
 
 if TYPE_CHECKING:
-    from datatrove.data import Document
-
     from stages.data.curation.decontamination import ContaminationIndex
 
 SECRETS = "secrets"
@@ -42,12 +40,13 @@ class Removed:
 
 def to_document(row: Mapping[str, Any]) -> Document:
     """An acquired document as a step of the source gets it."""
-    from datatrove.data import Document
+    from datatrove import data
 
     metadata = {"source": row["source"], "license": row["license"]}
     if row["origin"].startswith(("http://", "https://")):
         metadata["url"] = row["origin"]
-    return Document(row["text"], row["id"], metadata=metadata)
+    document: Document = data.Document(row["text"], row["id"], metadata=metadata)
+    return document
 
 
 class SourceFilter:

@@ -9,15 +9,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import Annotated, Any, Protocol, Self
 
 from pydantic import Field, PrivateAttr
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Inputs
-
-if TYPE_CHECKING:
-    from datatrove.data import Document
+from stages.data.estimates import STEP_SECONDS
 
 Amount = Annotated[int, Range(0, 1e9)]
 """A number of words, lines or other units in a document."""
@@ -37,9 +35,20 @@ class Removal:
     threshold: float | None = None
 
 
-FilterFunction = Callable[["Document"], str | Removal]
-"""Takes a document and returns the kept text, edited or not, or a removal. The metadata of the document has `license`,
-`source`, `url` of one with a web address, and `language` after a step that identified it."""
+class Document(Protocol):
+    """A document of datatrove (`datatrove.data.Document`) that passes through the steps of its source.
+
+    The metadata has `source`, `license`, `url` of a document with a web address, and `language` after a step that
+    identified it.
+    """
+
+    text: str
+    id: str
+    metadata: dict[str, Any]
+
+
+FilterFunction = Callable[[Document], str | Removal]
+"""Takes a document and returns the kept text, edited or not, or a removal."""
 Record = Callable[[str, str | float], None]
 """Takes the name of a measure and its value for the document that is filtered."""
 
@@ -58,6 +67,11 @@ class Filter(Config):
     def name(self) -> str:
         """The name of the step in dispositions and counts."""
         return self.step
+
+    @property
+    def seconds_per_mb(self) -> float:
+        """Core seconds to filter a MB of text, for `atom plan` alone."""
+        return STEP_SECONDS.get(self.name, 0.0)
 
     @property
     def classifiers(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,10 +20,8 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped
 from stages.data.blocks import Block, datatrove_version, in_words, is_stock, parameters_of
-from stages.data.filters.base import Filter, FilterFunction, Removal
-
-if TYPE_CHECKING:
-    from datatrove.data import Document
+from stages.data.estimates import SPACY_SECONDS
+from stages.data.filters.base import Document, Filter, FilterFunction, Removal
 
 Assets = Annotated[dict[LongLine, Sha256], Field(max_length=100)]
 PROVEN = "0.10.1"
@@ -71,6 +69,11 @@ class BlockStep(Block, Filter):
     def name(self) -> str:
         return self.class_name
 
+    @property
+    def seconds_per_mb(self) -> float:
+        spacy = SPACY_SECONDS if self.class_name in _COUNT_WORDS and self.words is None else 0.0
+        return super().seconds_per_mb + spacy
+
     def _present_code(self) -> str:
         counts_words = self.class_name in _COUNT_WORDS or bool(self.extension)
         spacy = _spacy_version() if counts_words and self.words is None else None
@@ -98,9 +101,9 @@ class BlockStep(Block, Filter):
         if refusal := _depends_on_earlier_documents(block) if is_stock(kind) else None:
             raise RecipeError(f"block {self.block}: {refusal}")
         _replace_downloads()
-        from datatrove.data import Document
+        from datatrove import data
 
-        probe = Document(_PROBE, "probe", metadata={"url": "https://example.org/", "language": "en"})
+        probe = data.Document(_PROBE, "probe", metadata={"url": "https://example.org/", "language": "en"})
         try:
             _stock(block)(probe)
         except AtomError as error:
@@ -176,7 +179,7 @@ def _stock(block: Any) -> FilterFunction:
         return document.text if passes else Removal(escaped(str(reason), 100) if reason else "")
 
     if isinstance(block, BaseFormatter):
-        return lambda document: block.format(document.text)  # type: ignore[no-any-return]
+        return lambda document: block.format(document.text)
     if isinstance(block, BaseExtractor):
         return lambda document: block.extract(document.text) or Removal("no_text")
     return filter_document

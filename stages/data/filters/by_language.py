@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from pipeline.core.bounds import Share
 from pipeline.core.stage import Inputs
-from stages.data.filters.base import Filter, FilterFunction, Record, Removal
+from stages.data.filters.base import Document, Filter, FilterFunction, Record, Removal
 from stages.data.filters.language import LANGUAGES, MEASURES, Identified, identify
-
-if TYPE_CHECKING:
-    from datatrove.data import Document
 
 MOST_STEPS = 100
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, PrivateAttr
 
 from pipeline.core.bounds import Share, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs
-from stages.data.filters.base import Filter, FilterFunction, Removal
+from stages.data.filters.base import Document, Filter, FilterFunction, Removal
 from stages.data.table import SCORE
-
-if TYPE_CHECKING:
-    from datatrove.data import Document
 
 
 class Classifier(Filter):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Share
-from stages.data.filters.base import Amount, Filter, FilterFunction, Length, Removal
-
-if TYPE_CHECKING:
-    from datatrove.data import Document
+from stages.data.filters.base import Amount, Document, Filter, FilterFunction, Length, Removal
 
 
 class CodeShape(Filter):

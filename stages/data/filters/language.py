@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from pipeline.core.bounds import Share, Words
-from stages.data.filters.base import Filter, FilterFunction, Removal
-
-if TYPE_CHECKING:
-    from datatrove.data import Document
+from stages.data.filters.base import Document, Filter, FilterFunction, Removal
 
 _LID176 = """
 af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de diq

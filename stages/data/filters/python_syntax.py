@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from stages.data.filters.base import Filter, FilterFunction, Removal
-
-if TYPE_CHECKING:
-    from datatrove.data import Document
+from stages.data.filters.base import Document, Filter, FilterFunction, Removal
 
 
 class PythonSyntax(Filter):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.core.bounds import Range, Share
-from stages.data.filters.base import Filter, FilterFunction, Positive, Removal
-
-if TYPE_CHECKING:
-    from datatrove.data import Document
+from stages.data.filters.base import Document, Filter, FilterFunction, Positive, Removal
 
 NGrams = Annotated[tuple[tuple[Annotated[int, Range(1, 100)], Share], ...], Field(max_length=100)]
 
