@@ -1,4 +1,4 @@
-"""Blocks of datatrove with the words of spaCy, in an environment of its own; a part of `blocks.py` and `agreement.py`.
+"""Blocks of datatrove with the words of spaCy, in an environment of its own; a part of `filters.py` and `agreement.py`.
 
     python stock_blocks.py DOCUMENTS MODEL
 

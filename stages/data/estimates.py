@@ -52,7 +52,7 @@ STEP_SECONDS = {
     "FineWebQualityFilter": 0.035,
     "C4QualityFilter": 0.02,
 }
-"""Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/blocks.py`)."""
+"""Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`)."""
 SPACY_SECONDS = 1.6
 """What the words of spaCy add to that."""
 

@@ -360,8 +360,8 @@ def test_the_bookkeeping_of_a_large_graph_is_linear() -> None:
 
 
 @at_length("benchmarks", 12)
-def test_blocks_benchmark() -> None:
-    summary, head, *rows = run_quick("blocks")
+def test_filters_benchmark() -> None:
+    summary, head, *rows = run_quick("filters")
     assert summary.startswith("112 documents, ") and head.split()[:4] == ["block", "spaCy", "stock", "accelerated"]
     assert set(ACCELERATORS) < {row.split()[0] for row in rows}
 

@@ -13,9 +13,9 @@ from itertools import chain
 import numpy as np
 from datatrove.utils.text import NUMBERS_PATTERN, PUNCTUATION_TRANS, simplify_text
 from numpy.typing import NDArray
+from xxhash import xxh64_intdigest
 
 from stages.data.curation.words import split_words
-from stages.data.curation.xxh64 import xxh64
 
 _DECIMAL_SEPARATORS = "،٫⎖⎗⎘"  # of numbers in other scripts, beside the point and the comma
 _DROPPED = "\0"
@@ -53,7 +53,8 @@ def shingles(texts: list[str], n_grams: int) -> tuple[NDArray[np.uint64], NDArra
     starts, ends = np.append(0, spaces + 1), np.append(spaces, len(joined))
     sizes = np.maximum(counts - n_grams + 1, 0)
     first = np.arange(sizes.sum()) + np.repeat((np.cumsum(counts) - counts) - (np.cumsum(sizes) - sizes), sizes)
-    return xxh64(joined, starts[first], ends[first + n_grams - 1]), sizes
+    runs = zip(starts[first].tolist(), ends[first + n_grams - 1].tolist(), strict=True)
+    return np.array([xxh64_intdigest(joined[start:end]) for start, end in runs], np.uint64), sizes
 
 
 def jaccard(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> float:

@@ -1,8 +1,8 @@
 """How fast blocks of datatrove run in a data recipe: as they are, and by their accelerators. CPU seconds a MB.
 
-    .venv/bin/python bench/blocks.py            # about five minutes
-    .venv/bin/python bench/blocks.py --spacy    # with a column for the words of spaCy, some minutes more
-    .venv/bin/python bench/blocks.py --quick    # 100 documents, one round; its figures mean nothing
+    .venv/bin/python bench/filters.py            # about five minutes
+    .venv/bin/python bench/filters.py --spacy    # with a column for the words of spaCy, some minutes more
+    .venv/bin/python bench/filters.py --quick    # 100 documents, one round; its figures mean nothing
 
 Every block filters the documents of `bench/agreement.py` (or `--documents`) as it is and by its accelerator, in turns
 and both with the words of this project. Results must be equal. An accelerator that is not 1.5 times as fast is to be
@@ -96,7 +96,7 @@ def main() -> None:
         cells = ["" if each is None else f"{each:.3f}" for each in columns]
         print(f"{name:24}{cells[0]:>9}{cells[1]:>9}{cells[2]:>13}{cells[3]:>8}   {cells[4]} {cells[5]}")
     machine = f"{platform.machine()}, Python {platform.python_version()}"
-    print(json.dumps({"name": "blocks", "target": TARGET, "blocks": rows, "machine": machine}))
+    print(json.dumps({"name": "filters", "target": TARGET, "blocks": rows, "machine": machine}))
 
 
 if __name__ == "__main__":
