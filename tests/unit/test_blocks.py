@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
 from pipeline.graph.recipe import lock_of
+from release.checks.file_list import generates
+from release.references import Reference
 from stages.data import blocks, filter
 from stages.data.curation.filtering import to_document
 from stages.data.filters import block as block_step_module
@@ -247,11 +249,29 @@ def test_the_code_of_an_extension_is_part_of_the_key(tmp_path: Path, extension: 
     path = write_recipe(tmp_path, settings, extensions=[f"../{tmp_path.name}/{extension.name}"])
     (step,) = load(path).sources[0].steps
     assert extension_modules(load(path), path) == {f"{extension.name}/unique.py": UNIQUE.encode()}
+    assert generates(f"code/as-run/data_recipes/{extension.name}/unique.py"), "a release can have the file"
     (extension / "unique.py").write_text(UNIQUE + "\n")
     (changed,) = load(path).sources[0].steps
     assert step.code != changed.code and changed.code.startswith("datatrove ")  # type: ignore[attr-defined]
     with pytest.raises(RecipeError, match="is pinned to datatrove .*, but here is datatrove .*sha256:"):
         step.function()
+
+
+def test_a_release_names_no_code_to_import(tmp_path: Path, extension: Path) -> None:
+    """`atom rebuild-data` runs the steps that a release states: datatrove's, and never a file of this machine."""
+    settings = {"block": f"{extension.name}.unique.UniqueWords", "least": 2}
+    recipe = load(write_recipe(tmp_path, settings, PII, extensions=[extension.name]))
+    steps = recipe.sources[0].steps
+    source = Source.model_validate(recipe.acquire_config("notes", 0)["source"])
+    with pytest.raises(AtomError, match=r"whose texts blocks_of_mine\.unique\.UniqueWords of an extension makes"):
+        Reference.of(source, 0, steps)
+    stated = Reference.of(source, 0, steps[1:]).model_dump(mode="json")
+    assert str(tmp_path) not in str(stated) and stated["source"]["reader"]["block"] == READER["block"]
+    stated["steps"] = [steps[0].model_dump(mode="json")]
+    (step,) = Reference.model_validate(stated).steps
+    with pytest.raises(RecipeError, match=r"blocks_of_mine\.unique\.UniqueWords"):
+        step.function()
+    assert extension.name not in sys.modules
 
 
 @pytest.mark.parametrize(

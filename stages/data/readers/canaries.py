@@ -16,8 +16,8 @@ from stages.data.synthetic import canaries
 class Canaries(Reader):
     """Documents that begin with a made-up e-mail address or phone number (stages/data/synthetic/canaries.py).
 
-    Stage `memorization` measures the exposure of these secrets. The step `pii` would replace the addresses; leave it
-    out of this source, or keep it to measure what it leaves.
+    Stage `memorization` measures the exposure of these secrets. The block `PIIFormatter` would replace the addresses;
+    leave it out of this source, or keep it to measure what it leaves.
     """
 
     reader: Literal["canaries"] = Field(description="selects this reader")
