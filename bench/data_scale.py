@@ -44,6 +44,11 @@ from pipeline.graph import recipe as recipes
 from pipeline.launch.local import JOB_ENVIRONMENT
 
 SIZES, QUICK, FULL = (10_000, 100_000, 300_000, 1_000_000), (2_000, 4_000), (3_000_000,)
+PII = {
+    "block": "datatrove.pipeline.formatters.PIIFormatter",
+    "email_replacement": "email@example.com",
+    "ip_replacement": "192.0.2.1",
+}
 FILE, SMALL_FILE = 10_000, 500
 """Documents of a file, which is a part; of the smaller ones, which tell the cost of a part from that of a document."""
 FILLED = 300_000
@@ -119,7 +124,7 @@ def write_recipe(folder: Path, documents: int, file_size: int) -> Path:
     source = {
         "name": "web", "kind": "prose", "license": "CC0-1.0", "license_evidence": "pseudo-words of this benchmark",
         "origin": "bench/data_scale.py", "reader": {"reader": "jsonl", "path": str(folder / "corpus")},
-        "parts": -(-documents // file_size), "steps": [{"step": "pii"}],
+        "parts": -(-documents // file_size), "steps": [PII],
     }  # fmt: skip
     data = {"name": "scale", "description": "Pseudo-words.", "heldout_fraction": 0.01, "sources": [source]}
     (folder / "data.yaml").write_text(yaml.safe_dump(data))

@@ -1,12 +1,12 @@
-"""How fast documents are filtered: our steps against the same blocks of stock datatrove, CPU seconds a MB.
+"""How fast blocks of datatrove run in a data recipe: as they are, and by their accelerators. CPU seconds a MB.
 
-    .venv/bin/python bench/filters.py            # about four minutes
-    .venv/bin/python bench/filters.py --quick    # 100 documents, datatrove's blocks with our words instead of spaCy
+    .venv/bin/python bench/filters.py            # about five minutes
+    .venv/bin/python bench/filters.py --spacy    # with a column for the words of spaCy, some minutes more
+    .venv/bin/python bench/filters.py --quick    # 100 documents, one round; its figures mean nothing
 
-Both run a chain of language, gopher_repetition, gopher_quality, c4, fineweb and pii at equal settings over the
-documents of `bench/agreement.py` (or `--documents`), in turns, each in a process of its own that starts with empty
-tables; imports and models are not counted. The kept texts must be the same, and the reasons for removals may differ for
-at most 3 % of the documents; the table says for how many they do. The last line is one JSON object.
+Every block filters the documents of `bench/agreement.py` (or `--documents`) as it is and by its accelerator, in turns
+and both with the words of this project. Results must be equal. An accelerator that is not 1.5 times as fast is to be
+removed. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,59 +16,88 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from agreement import DOCUMENTS, results, stock_python
-from stock_filters import read_texts
+from datatrove.data import Document
+from stock_blocks import WARM, read_texts, seconds_of
 
-TARGET = 6.0
-MAX_DIFFERENT = 0.03
+from stages.data.filters.base import FilterFunction
+from stages.data.filters.block import BlockStep, _stock
+
+TARGET = 1.5
+ADDRESSES = {"email_replacement": "email@example.com", "ip_replacement": "192.0.2.1"}
+PATHS: dict[str, dict[str, Any]] = {
+    "filters.GopherRepetitionFilter": {"words": "atom"},
+    "filters.GopherQualityFilter": {"words": "atom"},
+    "filters.C4QualityFilter": {"words": "atom"},
+    "filters.FineWebQualityFilter": {"words": "atom"},
+    "formatters.PIIFormatter": ADDRESSES,
+}
+"""{block below datatrove.pipeline: its settings}."""
+Row = dict[str, float | None]
 
 
-def measure(documents: Path, python: str, rounds: int, quick: bool) -> dict[str, Any]:
-    texts = read_texts(documents)
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    seconds: dict[str, list[float]] = {"ours": [], "datatrove": []}
-    for _ in range(rounds):
-        ours = results(sys.executable, documents, "--ours")
-        stock = results(python, documents, *(["--our-words"] if quick else []))
-        seconds["ours"].append(ours["seconds"] / megabytes)
-        seconds["datatrove"].append(stock["seconds"] / megabytes)
-    pairs = list(zip(ours["results"], stock["results"], strict=True))
-    different = sum(isinstance(a, list) or isinstance(b, list) for a, b in pairs if a != b)
-    assert different <= MAX_DIFFERENT * len(texts), f"{different} of {len(texts)} documents have another verdict"
-    assert all(a == b for a, b in pairs if isinstance(a, str) and isinstance(b, str)), "a kept text differs"
-    kept = sum(isinstance(result, str) for result in ours["results"])
-    print(f"{len(texts)} documents, {megabytes:.1f} MB, {kept} kept, {different} with another verdict, {rounds} rounds")
-    print(f"{'CPU s a MB':16}{'median':>9}{'lowest':>9}{'highest':>9}")
-    for name, each in seconds.items():
-        print(f"{name:16}{statistics.median(each):9.3f}{min(each):9.3f}{max(each):9.3f}")
-    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["datatrove"], strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
-    return {
-        "name": "filters", "ratio": round(ratio, 4), "low": round(low, 4), "high": round(high, 4), "target": TARGET,
-        "unit": "CPU seconds of datatrove with spaCy by ours, one thread; low and high: quartiles over rounds",
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-    }  # fmt: skip
+def filtered(function: FilterFunction, texts: list[str]) -> list[object]:
+    found: list[object] = []
+    for text in texts:
+        try:
+            result = function(Document(text, ""))
+        except ZeroDivisionError:  # a text without words
+            result = ""
+        found.append(result if isinstance(result, str) else result.reason)
+    return found
+
+
+def measure(settings: dict[str, Any], texts: list[str], rounds: int) -> Row:
+    """Medians over rounds in CPU seconds a MB, and the ratio with its quartiles."""
+    step, megabytes = BlockStep.model_validate(settings), sum(len(text.encode()) for text in texts) / 1e6
+    block = step._create()
+    accelerated = step._accelerated(block)
+    ways: dict[str, Callable[[], list[object]]] = {"stock": lambda: filtered(_stock(block), texts)}
+    if accelerated is not None:
+        ways["accelerated"] = lambda: filtered(lambda document: accelerated(document.text), texts)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    filtered(step.function(), [WARM, *texts])  # the words of all documents are in the tables of both ways
+    for turn in range(rounds):
+        found = []
+        for name in sorted(ways, reverse=turn % 2 == 0):
+            spent, result = seconds_of(ways[name])
+            seconds[name].append(spent / megabytes)
+            found.append(result)
+        assert all(each == found[0] for each in found), f"{step.name}: the accelerator gives another result"
+    row: Row = {name: statistics.median(each) for name, each in seconds.items()}
+    if accelerated is not None:
+        ratios = [slow / fast for slow, fast in zip(seconds["stock"], seconds["accelerated"], strict=True)]
+        row |= dict(zip(("low", "ratio", "high"), statistics.quantiles([*ratios, *ratios[:1]], n=4), strict=True))
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--documents", type=Path, default=DOCUMENTS, help="JSON lines with a `text`")
-    parser.add_argument("--python", help="interpreter with stock datatrove and spaCy; default: build/stock-datatrove")
-    parser.add_argument("--quick", action="store_true", help="to see that it works; its figures mean nothing")
+    parser.add_argument("--spacy", action="store_true", help="measure spaCy's words as well")
+    parser.add_argument("--quick", action="store_true", help="to see that it works")
     options = parser.parse_args()
-    if not options.quick:
-        print(json.dumps(measure(options.documents, stock_python(options.python), 5, quick=False)))
-        return
-    with tempfile.TemporaryDirectory() as place:
-        sample = Path(place) / "documents.jsonl"
-        texts = read_texts(options.documents)[::20]
-        sample.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        print(json.dumps(measure(sample, sys.executable, 3, quick=True)))
+    texts = read_texts(options.documents)[:: 20 if options.quick else 1]
+    stock = results(stock_python(None), options.documents) if options.spacy else {}
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{len(texts)} documents, {megabytes:.1f} MB, CPU s a MB")
+    print(f"{'block':24}{'spaCy':>9}{'stock':>9}{'accelerated':>13}{'ratio':>8}   quartiles")
+    rows: dict[str, Row] = {}
+    for path, settings in PATHS.items():
+        name = path.partition(".")[2]
+        row = measure({"block": f"datatrove.pipeline.{path}", **settings}, texts, 1 if options.quick else 9)
+        row["spacy"] = stock[name]["seconds"] / megabytes if name in stock else None
+        rows[name] = row
+        columns = [row.get(column) for column in ("spacy", "stock", "accelerated", "ratio", "low", "high")]
+        cells = ["" if each is None else f"{each:.3f}" for each in columns]
+        print(f"{name:24}{cells[0]:>9}{cells[1]:>9}{cells[2]:>13}{cells[3]:>8}   {cells[4]} {cells[5]}")
+    machine = f"{platform.machine()}, Python {platform.python_version()}"
+    print(json.dumps({"name": "filters", "target": TARGET, "blocks": rows, "machine": machine}))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

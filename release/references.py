@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from pipeline.core.bounds import Line
 from pipeline.core.errors import AtomError, CheckFailed
@@ -22,6 +22,8 @@ from pipeline.core.text import escaped
 from release import scratch, untrusted
 from release.layout import REFERENCES
 from stages.data import lock_file
+from stages.data.blocks import Block
+from stages.data.filters.base import Filter, all_steps
 from stages.data.readers.hub import Hub
 from stages.data.readers.packages import Packages
 from stages.data.sources import Source
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 REFERENCE_BYTES = 200_000_000
 """The maximum bytes that are read of references.json: a source has at most 100,000 files."""
-PLACES = ("path", "lock")
+PLACES = ("path", "lock", "folder", "extension")
 """Settings of a reader that name files of the machine."""
 
 
@@ -54,12 +56,18 @@ class Reference(Config):
 
     @classmethod
     def of(cls, source: Source, seed: int, steps: Sequence[AnyFilter]) -> Reference:
-        """Raises AtomError if the documents of a source are not in files."""
+        """Raises AtomError if the documents of a source are not in files, or if code of an extension makes them."""
         files = source.files()
         if not files:
             raise AtomError(
                 f"release.by_reference names {source.name}, whose documents are drawn and in no file; leave it out"
             )
+        for block in (each for each in (source.reader, *all_steps(steps)) if isinstance(each, Block)):
+            if block.extension:
+                raise AtomError(
+                    f"release.by_reference names {source.name}, whose texts {block.block} of an extension makes; "
+                    "others cannot make them again, so leave the source out"
+                )
         settings = source.model_dump(mode="json", exclude={"expected"})
         settings["reader"] = {name: value for name, value in settings["reader"].items() if name not in PLACES}
         if isinstance(source.reader, Hub):
@@ -71,8 +79,14 @@ class Reference(Config):
             parts=source.parts,
             lock=_lock_of(source),
             files=dict(zip((name for name, _ in files), digests, strict=True)),
-            steps=tuple(steps),
+            steps=tuple(step.changed(_portable) for step in steps),
         )
+
+    @field_validator("steps")
+    @classmethod
+    def _leave_out_places(cls, steps: tuple[Filter, ...]) -> tuple[Filter, ...]:
+        """A release names no folder of this machine, from which code would be imported."""
+        return tuple(step.changed(_portable) for step in steps)
 
     @property
     def origin(self) -> str:
@@ -105,6 +119,10 @@ class Reference(Config):
             reason = escaped(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 200)
             raise CheckFailed(f"{REFERENCES}: source {name} has settings that no source has ({reason})") from None
         return source.model_copy(update={"reader": source.reader.absolute(Path.cwd())})
+
+
+def _portable(step: Filter) -> Filter:
+    return step.portable() if isinstance(step, Block) else step
 
 
 def _lock_of(source: Source) -> str | None:

@@ -15,7 +15,7 @@ from pipeline.graph import checkpoints, registry
 from pipeline.graph.checkpoints import Checkpoint
 from pipeline.graph.dag import Graph, NodeSpec, build_graph, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
-from stages.data.recipe import DataRecipe
+from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
 from stages.evaluation.nodes import (
     Measured,
@@ -43,7 +43,16 @@ from stages.train.nodes import (
 from stages.train.published_base import dtype_of, require_dtype
 from stages.train.published_base import section as start_from
 
-__all__ = ["DATA_RECIPE", "RECIPE", "STAGES", "compose", "load_data_recipe", "problems", "start_from"]
+__all__ = [
+    "DATA_RECIPE",
+    "RECIPE",
+    "STAGES",
+    "compose",
+    "extension_modules",
+    "load_data_recipe",
+    "problems",
+    "start_from",
+]
 
 RECIPE, DATA_RECIPE = ReleaseRecipe, DataRecipe
 STAGES = {

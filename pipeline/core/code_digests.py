@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.core.store import sha256_file
 
@@ -39,6 +41,11 @@ def _locate(module: str) -> Path | None:
 
 
 @cache
+def _digest(path: Path) -> str:
+    return sha256_file(path)
+
+
+@cache
 def _imports(module: str) -> tuple[str, ...]:
     path = _locate(module)
     if path is None:
@@ -55,24 +62,31 @@ def _imports(module: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in modules if name.split(".")[0] in OURS and _locate(name)))
 
 
-def closure(module: str) -> dict[str, str]:
-    """{module name: sha256 of its file} for `module` and every module of atom that it imports."""
+def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, str]:
+    """{module name: sha256 of its file} for `module` and every module of atom that it imports.
+
+    chosen: by registry, the modules that stand for it.
+    """
     pending, digests = [module], {}
     while pending:
         name = pending.pop()
+        if name in chosen:
+            pending.extend(chosen[name])
+            continue
         path = _locate(name)
         if name in digests or path is None:
             continue
-        digests[name] = sha256_file(path)
+        digests[name] = _digest(path)
         pending.extend(_imports(name))
     return dict(sorted(digests.items()))
 
 
-@cache
-def code_digests(module: str) -> dict[str, str]:
+def code_digests(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, str]:
     """The closure without the engine: code that passes inputs to a stage cannot change its bytes, except for the
-    contracts."""
+    contracts. chosen: as `Stage.code` has it."""
     engine_modules = ("pipeline.core.stage", "pipeline.core.store")
     return {
-        name: d for name, d in closure(module).items() if name.split(".")[0] != "pipeline" or name in engine_modules
+        name: d
+        for name, d in closure(module, chosen).items()
+        if name.split(".")[0] != "pipeline" or name in engine_modules
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol
@@ -360,6 +360,10 @@ class Stage(Generic[C]):
     shards: pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`. Each
     leaves complete files in `work`; `run` does the missing ones and produces the same bytes for any number of shards.
     takes_servers: whether servers in jobs of their own can work for it. serve: runs one until the stage has ended.
+    inspect: imports what the config names, which planning does not, and returns notes for `atom validate`; raises
+    RecipeError for a config that cannot run. It is called before a run, too.
+    code: {registry of modules: the modules in it that the config uses}; the registry and the other modules are no part
+    of the stage's code.
     """
 
     name: str
@@ -381,6 +385,8 @@ class Stage(Generic[C]):
     run_shard: Callable[[C, Inputs, Path, int], None] | None = None
     takes_servers: Callable[[C], bool] = lambda config: False
     serve: Callable[[C, ServerPlace], None] | None = None
+    inspect: Callable[[C], Sequence[str]] = lambda config: ()
+    code: Callable[[C], Mapping[str, Sequence[str]]] = lambda config: {}
 
     def needs(self, config: C) -> Needs:
         """What a stage of this config asks of a cluster profile and of a launcher."""

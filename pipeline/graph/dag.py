@@ -215,7 +215,7 @@ def states(graph: Graph, store: Store) -> dict[str, State]:
                 continue
             artifact = store.manifest(node.key)
             statement = provenance.sealed(store.ledger, artifact)
-            now = code_digests(registry.stages()[node.stage.name])
+            now = code_digests(registry.stages()[node.stage.name], node.stage.code(node.config))
             then = provenance.code_of(statement[1]) if statement else now
             changed = tuple(sorted(m for m in set(now) | set(then) if now.get(m) != then.get(m)))
             text = "stale" if changed else "sealed"

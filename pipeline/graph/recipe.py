@@ -156,8 +156,6 @@ def _mistake(row: Any, model: type[BaseModel], raw: Any) -> Mistake:
     return Mistake(tuple(row["loc"]), where, escaped(text, LONGEST_SENTENCE))
 
 
-
-
 def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
     """The parts of a location for the author of a recipe: a list item has its `name`, if there is one, in place of its
     index; the chosen class is left out."""
@@ -218,6 +216,8 @@ def load(reference: str) -> Recipe:
     data_content = read_file(data_path, f"data recipe {escaped(data_path.stem, 80)}")
     data = registry.definition().load_data_recipe(data_content, data_path)
     files = {f"recipes/{path.name}": content, f"data_recipes/{data_path.name}": data_content}
+    modules = registry.definition().extension_modules(data, data_path)
+    files |= {f"data_recipes/{name}": module for name, module in modules.items()}
     if (lock := lock_of(data_path)).exists():
         files[f"data_recipes/{lock.name}"] = read_file(lock, f"lock file {escaped(lock.name, 80)}", LOCK_BYTES)
     return Recipe(path, config, data, files)

@@ -21,7 +21,8 @@ class Definition(Protocol):
     """The contents of that module.
 
     STAGES: the module of each stage by name. RECIPE, DATA_RECIPE: the classes of a recipe and of a data recipe.
-    load_data_recipe: reads the file that a recipe names as its data. start_from: the fields of that section for a
+    load_data_recipe: reads the file that a recipe names as its data. extension_modules: the Python modules that such a
+    file adds, by their paths. start_from: the fields of that section for a
     published model. It also has the members of `pipeline.graph.dag.Composer`.
     """
 
@@ -30,6 +31,8 @@ class Definition(Protocol):
     DATA_RECIPE: type[Config]
 
     def load_data_recipe(self, content: bytes, path: Path) -> Config: ...
+
+    def extension_modules(self, data: Config, path: Path) -> dict[str, bytes]: ...
 
     def start_from(self, model: str) -> dict[str, str]: ...
 

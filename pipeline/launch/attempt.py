@@ -109,7 +109,7 @@ class Attempt:
         self.config = self.stage.config.model_validate(task.config)
         self.materials: dict[str, Artifact] = {}
         self.started, self.usage_at_start = time.time(), Usage.now()
-        self.code = code_digests(registry.stages()[task.stage])
+        self.code = code_digests(registry.stages()[task.stage], self.stage.code(self.config))
         self.operations = [operation(self.config)]
         """The distinct operational configs of this attempt and of those that it resumed, the latest last."""
         self.starts: StartRecords | None = None

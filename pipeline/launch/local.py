@@ -71,6 +71,8 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
         lack = "" if other_python else node.stage.lack(node.config)
         if not store.sealed(node.key) and (obstacle := node.stage.obstacle(node.config) or lack):
             raise AtomError(f"{graph.recipe.title}, stage {name}: {obstacle}")
+        if not store.sealed(node.key) and not other_python:
+            node.stage.inspect(node.config)
         for source in graph.nodes[name].inputs.values():
             if source not in selected and not store.sealed(graph.nodes[source].key):
                 raise AtomError(

@@ -69,6 +69,11 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
     if contradictions or graph is None:
         return Findings(tuple(_located(error, "recipe", path) for error in contradictions))
     refused, notes = _of_graph(graph, store, cluster)
+    for node in graph.nodes.values():
+        try:
+            notes += node.stage.inspect(node.config)
+        except RecipeError as error:
+            refused.append(f"stage {node.name}: {error}")
     return Findings(tuple(Problem(str(path), text) for text in refused), (*graph.absent, *notes))
 
 

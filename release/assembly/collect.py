@@ -108,7 +108,7 @@ def _references(
             raise AtomError(f"release.by_reference names {name}, whose texts a model wrote here; leave it out")
         edits = artifacts["filter"].json("edits.json")[name]
         steps = next(source.steps for source in config.sources if source.name == name)
-        references[name] = Reference.of(acquired.source, acquired.seed, [s for s in steps if edits.get(s.step)])
+        references[name] = Reference.of(acquired.source, acquired.seed, [s for s in steps if edits.get(s.name)])
     return references
 
 

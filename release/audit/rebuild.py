@@ -23,6 +23,9 @@ from release import references, scratch
 from release.assembly.published_tables import Manifest, read_json
 from release.audit.tracing.release_data import ReleaseData
 from release.references import Reference
+from stages.data.acquire import document_row
+from stages.data.curation.filtering import to_document
+from stages.data.filters.base import FilterFunction
 from stages.data.readers.base import Document, Files
 from stages.data.sources import Source
 from stages.data.table import content_hash
@@ -141,7 +144,7 @@ class _Texts:
                 f"document {printable(id)} is not in the files of {self.reference.origin}, or not in its place; "
                 "read them with the version of atom that made the release"
             )
-        for text in (document.text, *self._edited(document.text)):
+        for text in (document.text, *self._edited(id, document)):
             if content_hash(text) == digest:
                 return text
         raise CheckFailed(
@@ -149,17 +152,18 @@ class _Texts:
             "though the file is the same; read it with the version of atom that made the release"
         )
 
-    def _edited(self, text: str) -> Iterator[str]:
+    def _edited(self, id: str, acquired: Document) -> Iterator[str]:
         """The text after the steps that edited texts; nothing if one removes it."""
+        document = to_document(document_row(self.source, id, acquired))
         for function in self._functions:
-            result = function(text)
+            result = function(document)
             if not isinstance(result, str):
                 return
-            text = result
-        yield text
+            document.text = result
+        yield document.text
 
     @cached_property
-    def _functions(self) -> list[Callable[[str], object]]:
+    def _functions(self) -> list[FilterFunction]:
         return [step.function() for step in self.reference.steps]
 
 

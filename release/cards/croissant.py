@@ -127,7 +127,7 @@ def _license_url(spdx: str) -> str:
 def _redacted_documents(dataset: Path) -> int:
     """The number of documents in which curation replaced personal data."""
     sources = read_json(dataset / "summary.json")["sources"]
-    return sum(count for row in sources.values() for step, count in row.get("edited", {}).items() if step == "pii")
+    return sum(row.get("edited", {}).get("PIIFormatter", 0) for row in sources.values())
 
 
 def _pattern(dataset: Path, files: list[Path]) -> str:

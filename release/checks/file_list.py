@@ -27,6 +27,7 @@ NAMES = {
     "constraints": r"constraints[A-Za-z0-9_.-]*\.txt",
     "document": "|".join(map(re.escape, STANDARDS)),
     "encoding": r"[A-Z0-9_]+",
+    "extension": r"[A-Za-z_]\w*",
     "key": r"[a-z0-9_]+(?:-[a-z0-9_]+)*(?:@[0-9]+)?-[0-9a-f]{12}",
     "model": rf"(?:{'|'.join(EXPORTED)})(?:-[0-9]+)?",
     "module": rf"(?:[A-Za-z0-9_][\w.-]*/)*[A-Za-z0-9_][\w.-]*(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))})",
@@ -205,6 +206,7 @@ EVIDENCE = FileList(
         evidence/prediction/manifest.json evidence/prediction/statement.json
         !code/LICENSE !code/README.md code/{{code}} code/{{constraints}} code/{{package}}/{{module}}
         code/as-run/recipes/{{recipe}} code/as-run/data_recipes/{{recipe}}
+        code/as-run/data_recipes/{{extension}}/{{module}}
     """,
     others="!evidence/SHA256SUMS !evidence/gates.json !evidence/attestations/gates.json !site/index.html",
 )

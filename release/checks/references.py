@@ -10,8 +10,8 @@ from release.assembly.published_tables import read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.references import Reference
+from stages.data.file_digests import tree_digest
 from stages.data.table import read_errors
-from stages.data.tree_digest import tree_digest
 
 
 def by_reference(subject: Subject) -> Findings:

@@ -28,8 +28,9 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data import chat, chat_templates, estimates
-from stages.data.curation.failures import Failures
+from stages.data.curation.failures import COUNTS, Failures, kind_of, refused_row, report_refusals
 from stages.data.database import connect
+from stages.data.file_digests import tree_digest
 from stages.data.licenses.maps import UNKNOWN_WEB, UNMAPPED
 from stages.data.licenses.tally import LicenseTally
 from stages.data.readers.base import (
@@ -45,7 +46,6 @@ from stages.data.readers.base import (
     Unreadable,
     is_unicode,
 )
-from stages.data.refusals import COUNTS, kind_of, refused_row, report_refusals
 from stages.data.seeds import seed_of
 from stages.data.sources import Source
 from stages.data.table import (
@@ -60,7 +60,6 @@ from stages.data.table import (
     row_writer,
     write_json,
 )
-from stages.data.tree_digest import tree_digest
 
 VERSION = 6
 MOST_SKIPPED_SHARE = 0.5
@@ -196,7 +195,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
                 for parent in document.derived_from:
                     write_parent({"id": id, "parent": parent})
                 write_credit({"id": id, "title": document.title or None, "author": document.author or None})
-                write(_document_row(source, id, license, document))
+                write(document_row(source, id, document))
     failures.require_few(selection.taken)
     skipped.require_few(len(selection.hashes) + skipped.count)
     selection.require_distinct()
@@ -221,13 +220,14 @@ def _license(source: Source, document: Document) -> tuple[str, LicenseFound]:
     return license, "none" if license == UNKNOWN_WEB else ""
 
 
-def _document_row(source: Source, id: str, license: str, document: Document) -> DocumentRow:
+def document_row(source: Source, id: str, document: Document) -> DocumentRow:
+    """The row of a document that a reader gave."""
     place = f"{source.origin}#{document.location}" if document.location else source.origin
     return {
         "id": id,
         "text": document.text,
         "source": source.name,
-        "license": license,
+        "license": _license(source, document)[0],
         "origin": document.url or place,
         "content_hash": content_hash(document.text),
         "prompt_chars": document.prompt_chars,
@@ -340,6 +340,12 @@ def _id_twice(source: Source, id: str) -> AtomError:
     return AtomError(f"source {source.name}: two documents have the id {id}; choose an id_field of distinct values")
 
 
+def inspect(config: AcquireConfig) -> list[str]:
+    """Returns the note of the reader. Raises RecipeError if it cannot run."""
+    note = config.source.reader.inspect()
+    return [] if note is None else [f"{note} ({config.source.name})"]
+
+
 def estimate(config: AcquireConfig) -> Estimate:
     """Without an expected size: seconds for a source from Python's library or from a seed, none for files."""
     size, reader = config.source.expected, config.source.reader
@@ -356,4 +362,6 @@ STAGE = Stage(
     estimate=estimate,
     shards=lambda config: config.source.parts,
     run_shard=run_shard,
+    inspect=inspect,
+    code=lambda config: config.source.code,
 )

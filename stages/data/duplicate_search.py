@@ -17,9 +17,8 @@ from pipeline.core.bounds import MOST_SOURCES, SourceName
 from pipeline.core.parts import Part, PartCount, link_parts, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from stages.data import estimates
-from stages.data.curation.settings import MinHash
+from stages.data.curation.settings import Kind, MinHash
 from stages.data.estimates import Size
-from stages.data.kinds import Kind
 from stages.data.processes import processes
 
 if TYPE_CHECKING:

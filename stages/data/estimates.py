@@ -44,8 +44,17 @@ LAWS = {
 }
 """Measured by `bench/data_scale.py`; `fresh` is assumed to need what `contamination` does. `filter` has the step
 pii and MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary."""
-STEP_SECONDS = {"language": 0.18, "gopher_repetition": 0.36, "gopher_quality": 0.09, "fineweb": 0.03, "c4": 0.01}
-"""Core seconds a MB of curation steps, beside the law of `filter` (`bench/filters.py`)."""
+STEP_SECONDS = {
+    "language": 0.18,
+    "top_n_grams": 0.09,
+    "GopherRepetitionFilter": 0.16,
+    "GopherQualityFilter": 0.06,
+    "FineWebQualityFilter": 0.035,
+    "C4QualityFilter": 0.02,
+}
+"""Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`)."""
+SPACY_SECONDS = 1.6
+"""What the words of spaCy add to that."""
 
 
 def total(sizes: Iterable[Size | None]) -> Size | None:

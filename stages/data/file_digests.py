@@ -1,7 +1,8 @@
-"""SHA-256 of the files of sources, computed once for each version of a file and recorded under `$ATOM_HOME/digests`.
+"""SHA-256 of the files of sources, and the digest of all files of a source.
 
-A version is a size, a time of the last change, an inode and a time of the last change of the inode. There is one record
-for each folder of files, `<sha256 of its path>.json`. It is a cache: without it, the files are read again.
+The SHA-256 is computed once for each version of a file and recorded under `$ATOM_HOME/digests`. A version is a size, a
+time of the last change, an inode and a time of the last change of the inode. There is one record for each folder of
+files, `<sha256 of its path>.json`. It is a cache: without it, the files are read again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -20,13 +21,15 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline.core import atomic_files, json_files
+from pipeline.core.bounds import Words
 from pipeline.core.json_files import Damaged
-from pipeline.core.store import home_folder, sha256_bytes, sha256_file
+from pipeline.core.store import canonical, home_folder, sha256_bytes, sha256_file
 
 SETTLED_SECONDS = 2.0
 """Age of a file before it is recorded: a change within the resolution of a file system's clock would not show."""
 SAVE_SECONDS = 30.0
 """Seconds between two records of a folder that is being hashed."""
+TreeDigest = Annotated[str, Words(71, "digest: write auto, or sha256:<64 hex digits>", r"auto|sha256:[0-9a-f]{64}")]
 Version = tuple[int, int, int, int]
 
 
@@ -114,3 +117,8 @@ def _save(folder: Path, new: dict[str, tuple[Version, str]]) -> None:
         atomic_files.write(path, json.dumps({"folder": str(folder.absolute()), "files": files}) + "\n")
     except OSError as error:
         warnings.warn(f"digests are not recorded ({error}), so the files are hashed again", stacklevel=2)
+
+
+def tree_digest(files: Iterable[tuple[str, str]]) -> str:
+    """`sha256:` over the (relative path, digest) of the files, in their order."""
+    return f"sha256:{sha256_bytes(canonical([list(row) for row in files]))}"

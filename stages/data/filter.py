@@ -26,17 +26,16 @@ from stages.data import estimates
 from stages.data.curation.alarms import Acknowledged, filter_losses, require_acknowledged
 from stages.data.curation.denied import DENIED, PARENTS, DeniedText, PartOptOut, Variants, denied_columns
 from stages.data.curation.deny_list import DENY_LIST, DenyList
-from stages.data.curation.dispositions import kept_disposition, removed_disposition
 from stages.data.curation.failures import FAILED_RULE, Failures
-from stages.data.curation.filtering import Removed, SourceFilter
-from stages.data.curation.settings import CurationSettings, MinHash
+from stages.data.curation.filtering import Removed, SourceFilter, kept_disposition, removed_disposition
+from stages.data.curation.settings import CurationSettings, Kind, MinHash
 from stages.data.curation.url_blocklist import URL_BLOCKLIST, UrlBlocklist
 from stages.data.estimates import Size
-from stages.data.kinds import Kind
+from stages.data.filters.base import all_steps
 from stages.data.licenses.allow import Licenses
 from stages.data.readers.base import REFUSED_RULES
 from stages.data.seeds import seed_of
-from stages.data.steps import MAX_STEPS, AnyFilter
+from stages.data.steps import MAX_STEPS, AnyFilter, code_of
 from stages.data.table import (
     DISPOSITIONS,
     DOCUMENTS,
@@ -96,6 +95,7 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     Resumes after the last sealed part. Raises AtomError if no document of any source is left, if many fail, or if a
     rule removes so large a share of a source that the recipe must acknowledge it.
     """
+    inspect(config)
     maker, parts = _PartMaker(config, inputs, work), dict[str, list[Part]]()
     jobs = config.parts()
     for done, (source, number) in enumerate(jobs, start=1):
@@ -115,6 +115,7 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 def run_shard(config: FilterConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Seals one part in `work`."""
+    inspect(config)
     _PartMaker(config, inputs, work).seal(*config.parts()[shard])
 
 
@@ -273,7 +274,7 @@ def _require_acknowledged(config: FilterConfig, parts: dict[str, list[Part]], re
         for source in config.sources
         for loss in filter_losses(
             source.name,
-            [step.step for step in source.steps],
+            [step.name for step in source.steps],
             sum(part.facts["documents"] for part in parts[source.name]),
             _add_up(parts[source.name], "removed"),
         )
@@ -302,9 +303,19 @@ def _add_up(parts: list[Part], fact: str) -> dict[str, int]:
     return dict(total)
 
 
+def inspect(config: FilterConfig) -> list[str]:
+    """Returns the notes of all steps, each with its sources. Raises RecipeError for a step that cannot run."""
+    notes: dict[str, list[str]] = {}
+    for source in config.sources:
+        for step in all_steps(source.steps):
+            if (note := step.inspect()) and source.name not in notes.setdefault(note, []):
+                notes[note].append(source.name)
+    return [f"{note} ({', '.join(sources)})" for note, sources in notes.items()]
+
+
 def estimate(config: FilterConfig) -> Estimate:
     step_seconds = sum(
-        estimates.STEP_SECONDS.get(step.step, 0.0) * source.expected.bytes / 1e6
+        step.seconds_per_mb * source.expected.bytes / 1e6
         for source in config.sources
         if source.expected is not None
         for step in source.steps
@@ -321,6 +332,8 @@ STAGE = Stage(
     FilterConfig,
     run,
     estimate=estimate,
+    inspect=inspect,
+    code=lambda config: code_of(step for source in config.sources for step in source.steps),
     shards=lambda config: shards_of(source.parts for source in config.sources),
     run_shard=run_shard,
 )

@@ -21,7 +21,7 @@ from pipeline.core.parts import Part, part_file, seal_part
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.data import acquire, estimates
 from stages.data.acquire import AcquireConfig
-from stages.data.licenses.derivatives import forbids_derivatives
+from stages.data.licenses.allow import forbids_derivatives
 from stages.data.readers.generated import PLACE, Generated
 from stages.data.seeds import seed_of
 from stages.data.sources import require_generator
@@ -232,4 +232,5 @@ STAGE = Stage(
     estimate=estimate,
     shards=lambda c: c.source.parts,
     run_shard=run_shard,
+    code=lambda c: c.source.code,
 )  # fmt: skip

@@ -21,15 +21,17 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.dag import NodeSpec
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
+from stages.data.blocks import Block, Extensions, extension_files, extension_folders
 from stages.data.curation.alarms import RULES, Acknowledged
 from stages.data.curation.deny_list import DENY_LIST
 from stages.data.curation.list_file import ListFile
 from stages.data.curation.settings import CurationSettings
 from stages.data.curation.url_blocklist import URL_BLOCKLIST
 from stages.data.estimates import Size
-from stages.data.licenses.allow import AllowedLicenses, Licenses
-from stages.data.licenses.derivatives import forbids_derivatives
+from stages.data.filters.base import Filter
+from stages.data.licenses.allow import AllowedLicenses, Licenses, forbids_derivatives
 from stages.data.quality_classifier import ClassifierSettings
+from stages.data.readers.base import Reader
 from stages.data.readers.generated import Generated
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import HeldoutFraction
@@ -58,7 +60,7 @@ class SourceConfig(Source):
 
     @model_validator(mode="after")
     def _check_acknowledged(self) -> SourceConfig:
-        rules = [*dict.fromkeys(step.step for step in self.steps), *RULES]
+        rules = [*dict.fromkeys(step.name for step in self.steps), *RULES]
         if unknown := [rule for rule in self.acknowledged_removals if rule not in rules]:
             raise ValueError(
                 f"acknowledged_removals: {unknown[0]} is no rule of this source; it has {', '.join(rules)}"
@@ -89,6 +91,11 @@ class DataRecipe(Config):
         (), "quality classifiers, each trained on documents of some sources", max_length=MOST_SOURCES
     )
     curation: CurationSettings = Field(CurationSettings(), description="curation of all sources together")
+    extensions: Extensions = operational(
+        (),
+        "folders of Python modules, relative to this file, whose classes `block` can name; their digests are part of "
+        "the keys",
+    )
     heldout_fraction: HeldoutFraction = Field(
         0.05, description="share of documents, by content hash, held out from training; 0 for problems"
     )
@@ -328,13 +335,31 @@ def loads(content: bytes, path: Path) -> DataRecipe:
         recipe = DataRecipe.model_validate(raw)
     except ValidationError as error:
         raise explain(error, DataRecipe, title, raw) from None
-    lock = lock_of(path)
-    readers = (source.reader.absolute(path.parent).locked(lock) for source in recipe.sources)
-    sources = tuple(s.model_copy(update={"reader": r}) for s, r in zip(recipe.sources, readers, strict=True))
+    lock, extensions = lock_of(path), extension_folders(path.parent, recipe.extensions)
+
+    def locate(value: Filter | Reader) -> Any:
+        return value.located(path.parent, extensions) if isinstance(value, Block) else value
+
+    def located(source: SourceConfig) -> SourceConfig:
+        reader = locate(source.reader.absolute(path.parent).locked(lock))
+        steps = tuple(step.changed(locate) for step in source.steps)
+        return source.model_copy(update={"reader": reader, "steps": steps})
+
+    sources = tuple(map(located, recipe.sources))
     stated = {file.setting: getattr(recipe.curation, file.setting) for file in LISTS}
     absolute = {name: str((path.parent / file).resolve()) for name, file in stated.items() if file is not None}
     curation = recipe.curation.model_copy(update=absolute)
     return recipe.model_copy(update={"sources": sources, "curation": curation})
+
+
+def extension_modules(recipe: DataRecipe, path: Path) -> dict[str, bytes]:
+    """The Python modules of the extensions of the recipe at `path`, by package and path in it."""
+    folders = extension_folders(path.parent, recipe.extensions)
+    return {
+        f"{name}/{file.relative_to(folder).as_posix()}": file.read_bytes()
+        for name, folder in folders.items()
+        for file in extension_files(folder)
+    }
 
 
 def _title(path: Path) -> str:

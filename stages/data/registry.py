@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Any, Union
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 
 def classes(registry: Mapping[str, str], attribute: str) -> list[type[Any]]:
@@ -15,5 +15,17 @@ def classes(registry: Mapping[str, str], attribute: str) -> list[type[Any]]:
 
 
 def union(registry: Mapping[str, str], attribute: str, discriminator: str) -> Any:
-    """The union type of these classes of settings, by the value of the field `discriminator`."""
-    return Annotated[Union[tuple(classes(registry, attribute))], Field(discriminator=discriminator)]  # noqa: UP007
+    """The union type of these classes of settings, by the value of the field `discriminator`.
+
+    Settings with a `block` are those of a class of datatrove, and need not state the field.
+    """
+
+    def state_datatrove(value: Any) -> Any:
+        is_block = isinstance(value, dict) and "block" in value and discriminator not in value
+        return {discriminator: "datatrove", **value} if is_block else value
+
+    return Annotated[
+        Union[tuple(classes(registry, attribute))],  # noqa: UP007
+        Field(discriminator=discriminator),
+        BeforeValidator(state_datatrove),
+    ]

@@ -11,14 +11,15 @@ from pipeline.core.bounds import License, SourceName, Text
 from pipeline.core.errors import RecipeError
 from pipeline.core.parts import PartCount, part_slice
 from pipeline.core.stage import Config, added, operational
+from stages.data import readers
+from stages.data.curation.settings import Kind
 from stages.data.estimates import Size
-from stages.data.kinds import Kind
+from stages.data.file_digests import TreeDigest, tree_digest
 from stages.data.licenses.maps import UNKNOWN_WEB
 from stages.data.readers import READERS
 from stages.data.readers.base import FileReader, Files, Reader
 from stages.data.readers.generated import Generated
 from stages.data.registry import union
-from stages.data.tree_digest import TreeDigest, tree_digest
 
 if TYPE_CHECKING:
     AnyReader = Reader
@@ -98,6 +99,11 @@ class Source(Config):
         if self.parts > 1 and isinstance(self.reader, FileReader) and self.reader.limit is not None:
             raise ValueError(f"parts = {self.parts}, but reader.limit selects from the whole source; leave one out")
         return self
+
+    @property
+    def code(self) -> dict[str, list[str]]:
+        """{registry of readers: the module in it that this source uses}, for the digest of a stage's code."""
+        return {readers.__name__: [READERS[self.reader.reader]]}
 
     def files(self) -> Files:
         """The files of all parts. Raises RecipeError if they are missing, or fewer than the parts."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from stages.data import filters
 from stages.data.filters import FILTERS
-from stages.data.filters.base import Filter
+from stages.data.filters.base import Filter, all_steps
 from stages.data.registry import union
 
 MAX_STEPS = 100
@@ -15,3 +17,8 @@ if TYPE_CHECKING:
     AnyFilter = Filter
 else:
     AnyFilter = union(FILTERS, "FILTER", "step")
+
+
+def code_of(steps: Iterable[Filter]) -> dict[str, list[str]]:
+    """{registry of filters: the modules in it that these steps use}, for the digest of a stage's code."""
+    return {filters.__name__: sorted({FILTERS[step.step] for step in all_steps(steps)})}

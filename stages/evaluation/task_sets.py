@@ -19,7 +19,7 @@ from pipeline.core.bounds import Flag, Key, License, Range, SourceName, Text, Wo
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, operational
 from pipeline.core.store import sha256_file
-from stages.data.tree_digest import TreeDigest, tree_digest
+from stages.data.file_digests import TreeDigest, tree_digest
 
 MOST_FILES = 10_000
 """Of a folder of tasks."""

@@ -287,7 +287,7 @@ def test_every_field_has_a_bound(model: Any) -> None:
 
     def settings_of_others(where: str) -> bool:
         """Arguments that go elsewhere as they are, to other packages or to a stage: `bounds.setting` holds them."""
-        return where.endswith((".settings", ".verifiers{}", ".extra_stages{}", ".sizes[].model"))
+        return where.endswith((".settings", ".parameters", ".verifiers{}", ".extra_stages{}", ".sizes[].model"))
 
     def resolved(part: Any) -> Any:
         if isinstance(part, list):
@@ -417,8 +417,10 @@ def test_the_command_line_says_it_and_exits_with_2(tmp_path: Path) -> None:
         ({"reader": {"reader": "jsonl", "path": "x", "limt": 3}}, "limt is not a field; did you mean limit?"),
         ({"steps": [{"step": "language", "languages": ["xx"]}]}, "is no language that lid.176 knows"),
         ({"steps": [{"step": "language", "languages": []}]}, "at least 1 item"),
-        ({"steps": [{"step": "gopher_quality", "min_doc_words": 9, "max_doc_words": 3}]}, "nothing would be kept"),
-        ({"steps": [{"step": "pii"}] * 101}, "at most 100 items"),
+        ({"steps": [{"step": "code_shape", "min_lines": 9, "max_lines": 3}]}, "nothing would be kept"),
+        ({"steps": [{"step": "python_syntax"}] * 101}, "at most 100 items"),
+        ({"steps": [{"block": "datatrove.x.Y", "n": 2**60}]}, "cannot be handed on"),
+        ({"steps": [{"block": "datatrove"}]}, "is no import path of a class"),
     ],
 )  # fmt: skip
 def test_data_recipes_have_bounds(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:

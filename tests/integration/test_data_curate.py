@@ -21,22 +21,25 @@ from stages.data import acquire, dedup, duplicate_search, filter, representative
 from stages.data import table as data_table
 from stages.data.curation.decontamination import ContaminationIndex
 from stages.data.curation.settings import CurationSettings
-from stages.data.filters.pii import Pii
+from stages.data.filters.block import BlockStep
 from stages.data.licenses.maps import UNMAPPED
 from stages.data.recipe import load
 from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, part_files, sources_of, write_rows
 from stages.evaluation import benchmarks, eval_set
+from tests.fixtures.block_fixtures import EDITED, FINEWEB, PII, QUALITY, REPETITION
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.run_fixtures import RecordingReport, at_length
 
 PROSE_STEPS = [
-    {"step": "gopher_quality", "min_doc_words": 10, "min_stop_words": 0, "max_non_alpha_words_ratio": 0.6},
+    {"block": QUALITY, "words": "atom", "min_doc_words": 10, "min_stop_words": 0, "max_non_alpha_words_ratio": 0.6},
     {"step": "language", "language_threshold": 0.25},  # as in data_recipes/tiny.yaml
-    {"step": "gopher_repetition"},
-    {"step": "c4", "min_num_sentences": 1},
-    {"step": "fineweb", "line_punct_thr": 0.1},
-    {"step": "pii"},
+    {"block": REPETITION, "words": "atom", "top_n_grams": []},
+    {"step": "top_n_grams"},
+    {"block": FINEWEB, "words": "atom", "line_punct_thr": 0.1},
+    PII,
 ]
+STOCK = ("RegexFilter", "FineWebQualityFilter/")
+"""Rules of blocks that run as they are, and so state no value."""
 CODE_STEPS = [{"step": "python_syntax"}, {"step": "code_shape"}]
 
 LONG = (
@@ -155,9 +158,9 @@ def table(artifact: Artifact, name: str) -> list[dict[str, Any]]:
 def test_planted_faults_fall_to_the_right_rules(planted: Artifact) -> None:
     rows = dispositions(planted)
     rules = {key: row["rule"] for key, row in rows.items()}
-    assert rules["prose/short"] == "gopher_quality/gopher_short_doc"
+    assert rules["prose/short"] == "GopherQualityFilter/gopher_short_doc"
     assert rules["prose/french"] == "language/score"
-    assert rules["prose/repeated"].startswith("gopher_repetition/")
+    assert rules["prose/repeated"].startswith("GopherRepetitionFilter/")
     assert rules["code/broken"] == "python_syntax/does_not_parse"
     assert rules["code/blob"] == "code_shape/many_digits"
     assert rules["code/tiny"] == "code_shape/too_few_lines"
@@ -201,7 +204,7 @@ def test_personal_data_is_replaced_and_counted(planted: Artifact) -> None:
     row = dispositions(planted)["prose/mail"]
     assert row["content_hash"] == content_hash(PROSE["mail"]) != row["kept_hash"] == content_hash(text)
     assert row["kept_hash"] == kept_rows["prose/mail"]["content_hash"]
-    assert planted.json("summary.json")["sources"]["prose"]["edited"] == {"pii": 2}
+    assert planted.json("summary.json")["sources"]["prose"]["edited"] == {EDITED: 2}
 
 
 def test_values_lie_on_the_removing_side_and_counts_balance(planted: Artifact) -> None:
@@ -209,7 +212,8 @@ def test_values_lie_on_the_removing_side_and_counts_balance(planted: Artifact) -
     assert set(rows) == {f"{s}/{k}" for s, t in (("prose", PROSE), ("code", CODE), ("sums", SUMS)) for k in t}
     for row in rows.values():
         assert (row["disposition"] == "kept") == (row["rule"] is None) == (row["split"] is not None)
-        assert row["disposition"] == "kept" or (row["value"] is not None and row["threshold"] is not None)
+        has_value = row["value"] is not None and row["threshold"] is not None
+        assert has_value == (row["disposition"] == "removed" and not row["rule"].startswith(STOCK))
     summary = planted.json("summary.json")
     for part in [*summary["sources"].values(), summary["total"]]:
         assert part["documents_in"] == sum(part["kept"].values()) + sum(part["removed"].values())
@@ -259,19 +263,19 @@ class Poison(Exception):
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
-    function = Pii.function
+    function = BlockStep.function
 
-    def poison(self: Pii) -> Any:
+    def poison(self: BlockStep) -> Any:
         step = function(self)
 
-        def apply(text: str) -> Any:
-            if word in text:
+        def apply(document: Any) -> Any:
+            if self.name == EDITED and word in document.text:
                 raise Poison("this text cannot be handled")
-            return step(text)
+            return step(document)
 
         return apply
 
-    monkeypatch.setattr(Pii, "function", poison)
+    monkeypatch.setattr(BlockStep, "function", poison)
 
 
 def test_a_document_on_which_a_step_raises_is_removed_alone(
@@ -296,7 +300,7 @@ def test_a_step_that_often_raises_stops_the_stage(
     tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned(monkeypatch, "reader")
-    sources = [{"name": "prose", "kind": "prose", "steps": [{"step": "pii"}]}]
+    sources = [{"name": "prose", "kind": "prose", "steps": [PII]}]
     inputs = {"prose": acquired(tmp_path, "prose", {str(n): f"{GOOD} {n}" for n in range(11)})}
     inputs["items"] = evaluation_items(tmp_path)
     sentence = r"source prose: 11 of 11 documents fail in its steps; check the steps; the first is prose/0 \(Poison"
@@ -336,8 +340,9 @@ def test_a_source_that_its_filters_empty_is_reported(tmp_path: Path) -> None:
 def test_a_step_that_returns_no_text_is_refused(
     tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pii, "function", lambda self: lambda text: None)
-    with pytest.raises(AtomError, match="step pii returned None for document prose/good; a filter returns the text"):
+    monkeypatch.setattr(BlockStep, "function", lambda self: lambda document: None)
+    sentence = "step GopherQualityFilter returned None for document prose/good; a filter returns the text"
+    with pytest.raises(AtomError, match=sentence):
         curated(run_stage, config(), inputs_of(tmp_path))
 
 
@@ -414,7 +419,9 @@ def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: A
     removed = [row for row in removed if "duplicate" not in row["rule"] and row["rule"] != "decontamination"]
     lower_is_bad = ("short_doc", "below", "too_few", "few_letters", "parse", "score", "stop_words", "punct")
     for row in removed:
-        if row["license"] != UNMAPPED:  # which were removed before any step looked at them
+        if row["value"] is None:
+            assert row["threshold"] is None and row["rule"].startswith(STOCK), row
+        elif row["license"] != UNMAPPED:  # which were removed before any step looked at them
             low = any(part in row["rule"] for part in lower_is_bad)
             assert row["value"] < row["threshold"] if low else row["value"] > row["threshold"], row
     for row in rows.values():

@@ -22,7 +22,7 @@ from release.assembly import assemble, data_facts
 from release.cards import document_tables
 from stages import graph
 from stages.data import dedup, duplicate_search, filter, generate, representative_copies
-from stages.data.licenses.derivatives import forbids_derivatives
+from stages.data.licenses.allow import forbids_derivatives
 from stages.data.readers.generated import Generated
 from stages.data.recipe import load
 from stages.data.table import TOKENIZED, write_rows

@@ -10,13 +10,11 @@ import pytest
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import simplify_text
-from xxhash import xxh64_intdigest
 
 from stages.data.curation.near_duplicates import PRIME, band_hashes, components, signatures
 from stages.data.curation.settings import MinHash
 from stages.data.curation.shingles import jaccard, shingle_sets, simplify
 from stages.data.curation.words import WORDS
-from stages.data.curation.xxh64 import xxh64
 
 NUMBERS = "1, 2.50 and 1,234,567.8 and 1.2.3.4 or 3.. 4 at 10:15; 12٫5, ٣٤.٥ and 1\u03012"
 LETTERS = "Éclair naïve İstanbul ΌΣΟΣ Σ. ﬁne Ångström x² 한글 \u037e \u1fef ÅÄÖ \u0344 a\u0301b"
@@ -88,15 +86,6 @@ def test_signatures_are_exact_where_the_sum_of_their_parts_passes_the_prime() ->
     expected = [signer.get_signature(np.array(each, np.uint64).reshape(-1, 1)) for each in texts]
     signed = signatures(np.array(texts, np.uint64).ravel(), np.full(len(texts), 6), 112, 3)
     assert np.array_equal(signed, np.array(expected).reshape(len(texts), -1))
-
-
-def test_xxh64_of_runs_of_any_length() -> None:
-    data = random.Random(2).randbytes(5000)
-    ends = np.array([*range(200), *range(1000, 1100), 5000, 5000, 5000])
-    starts = np.array([*[0] * 200, *[3] * 100, 4999, 0, 5000])
-    expected = [xxh64_intdigest(data[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-    assert xxh64(data, starts, ends).tolist() == expected
-    assert not len(xxh64(b"", np.empty(0, np.int64), np.empty(0, np.int64)))
 
 
 def test_jaccard_index() -> None:

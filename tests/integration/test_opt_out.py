@@ -14,6 +14,7 @@ from stages.data import acquire, duplicate_search, filter
 from stages.data.curation import duplicates
 from stages.data.recipe import load
 from stages.data.table import part_files, sources_of
+from tests.fixtures.block_fixtures import PII
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.opt_out_fixtures import (
     Text,
@@ -91,7 +92,7 @@ def configs(path: Path | None, digest: str | None, heldout: float = 0.5) -> tupl
     """The configs of filter and of dedup."""
     names = [(name, KINDS.get(name, "prose"), len(parts)) for name, parts in SOURCES.items()]
     curation = {"deny_list": path and str(path), "deny_list_sha256": digest}
-    steps = {"books": [{"step": "pii"}]}
+    steps = {"books": [PII]}
     sources = [{"name": n, "kind": kind, "parts": parts, "steps": steps.get(n, [])} for n, kind, parts in names]
     splits = [{"name": n, "kind": kind, "parts": parts, "heldout_fraction": heldout} for n, kind, parts in names]
     return {"sources": sources, "curation": curation, "seed": 0}, {"sources": splits, "minhash": {}}

@@ -17,14 +17,15 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, sha256_file
 from release.assembly.attribution import write_attribution
 from stages.data import acquire
+from stages.data.file_digests import tree_digest
 from stages.data.licenses.maps import UNMAPPED
 from stages.data.packages import fetch
 from stages.data.packages.lock import read_lock
 from stages.data.recipe import load
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.table import KEPT, content_hash, order_files, part_files, write_rows
-from stages.data.tree_digest import tree_digest
 from tests.fixtures import ROOT
+from tests.fixtures.block_fixtures import PII
 from tests.fixtures.package_fixtures import COPYRIGHT, Files, deb_of, lock_folder, member, sdist_of
 from tests.fixtures.recipe_fixtures import SMOKE
 from tests.fixtures.run_fixtures import at_length, atom
@@ -329,9 +330,9 @@ def test_packages_reach_the_order(folder: Path, tmp_path: Path) -> None:
         for n in range(150)
     }
     (folder / "modules-1.0.tar.gz").write_bytes(sdist_of("modules-1.0", {"PKG-INFO": PLOT["PKG-INFO"], **code}))
-    pages = config(folder)["source"] | {"name": "manuals", "parts": 2, "steps": [{"step": "pii"}]}
+    pages = config(folder)["source"] | {"name": "manuals", "parts": 2, "steps": [PII]}
     modules = config(folder, "code")["source"] | {
-        "name": "modules", "steps": [{"step": "pii"}], "acknowledged_removals": {"deduplication": 1.0}
+        "name": "modules", "steps": [PII], "acknowledged_removals": {"deduplication": 1.0}
     }  # fmt: skip
     recipe = with_sources(tmp_path, [pages, modules], {"manuals": 0.6, "modules": 0.3, "sums": 0.1})
     home = tmp_path / "home"

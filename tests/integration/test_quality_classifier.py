@@ -19,6 +19,7 @@ from stages.data.filters.language import identify
 from stages.data.quality_classifier import _auc, as_line
 from stages.data.recipe import load
 from stages.data.table import DOCUMENTS, content_hash, sources_of, write_rows
+from tests.fixtures.block_fixtures import PII, QUALITY, apply, document
 from tests.fixtures.opt_out_fixtures import Text, no_items
 from tests.fixtures.opt_out_fixtures import acquired as acquire_texts
 
@@ -86,8 +87,8 @@ def test_the_step_keeps_what_is_like_the_positive_examples(trained: Artifact) ->
     step = Classifier(step="classifier", classifier="quality", min_score=0.5)
     judge = step.with_inputs({"classifier-quality": trained}).function()
     (good,), (other,) = documents(GOOD, 1, 5), documents(OTHER, 1, 6)
-    assert judge(good) == good
-    removal = judge(other)
+    assert apply(judge, good) == good
+    removal = apply(judge, other)
     assert not isinstance(removal, str)
     assert (removal.reason, removal.threshold) == ("quality/score", 0.5) and removal.value < 0.5
     with pytest.raises(AtomError, match="quality is not among the inputs"):
@@ -120,18 +121,18 @@ def test_auc(positive: list[float], negative: list[float], auc: float) -> None:
 
 
 def test_each_language_has_its_steps() -> None:
-    long = {"step": "gopher_quality", "min_doc_words": 1000}
+    long = {"block": QUALITY, "words": "atom", "min_doc_words": 1000}
     rules = {"en": [long], "de": []}
     judge = ByLanguage.model_validate({"step": "by_language", "rules": rules, "language_threshold": 0.3}).function()
-    assert judge(GERMAN) == GERMAN
-    removal = judge(ENGLISH)
-    assert not isinstance(removal, str) and removal.reason == "en/gopher_quality/gopher_short_doc"
+    assert apply(judge, GERMAN) == GERMAN
+    removal = apply(judge, ENGLISH)
+    assert not isinstance(removal, str) and removal.reason == "en/GopherQualityFilter/gopher_short_doc"
     french = "Le contrat a été conclu selon les règles du pays, et tous les participants l'ont signé depuis."
     assert identify(french)[1] == "fr"
-    removal = judge(french)
+    removal = apply(judge, french)
     assert not isinstance(removal, str) and removal.reason == "other" and removal.threshold == 0.3
     keep = ByLanguage.model_validate({"step": "by_language", "rules": {"de": []}, "others": "keep"})
-    assert keep.function()(french) == french
+    assert apply(keep.function(), french) == french
 
 
 def test_filter_records_languages_and_scores_of_the_documents_that_pass(
@@ -189,7 +190,9 @@ def test_a_step_inside_a_language_finds_its_classifier(tmp_path: Path, trained: 
     config = recipe.filter_config(0)["sources"][2]["steps"][0]
     assert config["rules"]["en"] == ({**USED, "min_score": 0.5},)
     step = ByLanguage.model_validate({**config, "language_threshold": 0.0, "rules": {"en": config["rules"]["en"]}})
-    removal = step.with_inputs({"classifier-quality": trained}).function()("click here for the best free offer today")
+    removal = step.with_inputs({"classifier-quality": trained}).function()(
+        document("click here for the best free offer today")
+    )
     assert not isinstance(removal, str) and removal.reason == "en/classifier/quality/score"
 
 
@@ -197,7 +200,7 @@ def test_a_step_inside_a_language_finds_its_classifier(tmp_path: Path, trained: 
     "classifiers, step, sentence",
     [
         ([], USED, "uses the classifier quality, which `classifiers` does not have; add it"),
-        ([SETTINGS], {"step": "pii"}, "classifier quality is used by no step; remove it"),
+        ([SETTINGS], PII, "classifier quality is used by no step; remove it"),
         ([{**SETTINGS, "positive": ["wiki"]}], USED, "classifier quality has examples of wiki, which is no source"),
         ([{**SETTINGS, "negative": ["good"]}], USED, "classifier quality names good twice; a source is one label"),
     ],

@@ -24,12 +24,12 @@ from release.references import Reference
 from stages.data import acquire, filter
 from stages.data.sources import Source
 from stages.data.table import ITEMS, write_rows, write_table
+from tests.fixtures.block_fixtures import EDITED, PII
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.hub_fixtures import Hub, acquire_config, lines, pin, write_recipe
 from tests.fixtures.standard_fixtures import source_facts
 
 NAME = "notes"
-PII = {"step": "pii"}
 CURATION = {"minhash": None}
 
 
@@ -68,7 +68,7 @@ def publish(folder: Path, acquired: Artifact, filtered: Artifact, dedup: Artifac
     for path in sorted((dedup / "kept" / NAME).iterdir()):
         references.write_without_text(path, data / "kept" / NAME / path.name)
     edits = filtered.json("edits.json")[NAME]
-    assert list(edits) == ["pii"] and edits["pii"] > 20
+    assert list(edits) == [EDITED] and edits[EDITED] > 20
     steps = filter.FilteredSource.model_validate({"name": NAME, "kind": "prose", "steps": [PII]}).steps
     stated = {"sources": {NAME: Reference.of(config.source, config.seed, steps).model_dump(mode="json")}}
     (data / "references.json").write_text(json.dumps(stated))

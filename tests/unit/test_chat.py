@@ -163,7 +163,7 @@ class Uncite(Filter):
     step: str = "uncite"
 
     def function(self) -> FilterFunction:
-        return lambda text: text.replace("[1]", "")
+        return lambda document: document.text.replace("[1]", "")
 
 
 def test_no_step_makes_a_special_token_of_the_text_of_a_conversation() -> None:

@@ -64,7 +64,7 @@ def test_recipe_and_stage_configs_import_nothing_heavy() -> None:
         ({"kind": "poetry"}, ["notes", "kind"]),
         ({"colour": "red"}, ["notes", "colour"]),
         ({"name": "items"}, ["items", "choose another name"]),
-        ({"steps": [{"step": "gopher_quality", "min_words": 3}]}, ["notes", "min_words"]),
+        ({"steps": [{"step": "code_shape", "min_words": 3}]}, ["notes", "min_words"]),
         ({"steps": [{"step": "magic"}]}, ["notes", "magic"]),
     ],
 )
@@ -166,5 +166,7 @@ def test_where_the_files_lie_is_not_identity(tmp_path: Path) -> None:
 
 def test_curation_steps_do_not_change_what_is_acquired(tmp_path: Path) -> None:
     plain = load(write_recipe(tmp_path)).acquire_config("notes", 0)
-    stepped = load(write_recipe(tmp_path, steps=[{"step": "pii"}], heldout_fraction=0.5)).acquire_config("notes", 0)
+    stepped = load(write_recipe(tmp_path, steps=[{"step": "python_syntax"}], heldout_fraction=0.5)).acquire_config(
+        "notes", 0
+    )
     assert plain == stepped

@@ -15,13 +15,13 @@ import pytest
 from pipeline.core.code_digests import code_digests
 from stages.data import acquire, filter, filters, readers
 from stages.data.filters.base import Filter
-from stages.data.filters.gopher_quality import GopherQuality
 from stages.data.readers.base import Reader
 
 CASES = [
-    pytest.param(readers, "READERS", "READER", Reader, "reader", acquire, id="readers"),
-    pytest.param(filters, "FILTERS", "FILTER", Filter, "step", filter, id="filters"),
+    pytest.param(readers, "READERS", "READER", Reader, "reader", id="readers"),
+    pytest.param(filters, "FILTERS", "FILTER", Filter, "step", id="filters"),
 ]
+SOURCE = {"name": "notes", "kind": "prose", "license": "MIT", "license_evidence": "LICENSE", "origin": "test"}
 
 
 def modules_with(package: ModuleType, base: type) -> dict[str, str]:
@@ -34,9 +34,9 @@ def modules_with(package: ModuleType, base: type) -> dict[str, str]:
     return modules
 
 
-@pytest.mark.parametrize(("package", "registry_name", "attribute", "base", "field", "stage"), CASES)
+@pytest.mark.parametrize(("package", "registry_name", "attribute", "base", "field"), CASES)
 def test_every_module_is_registered_under_its_name(
-    package: ModuleType, registry_name: str, attribute: str, base: type, field: str, stage: ModuleType
+    package: ModuleType, registry_name: str, attribute: str, base: type, field: str
 ) -> None:
     registry: Mapping[str, str] = getattr(package, registry_name)
     place = f"{registry_name} of {Path(str(package.__file__)).parent.name}/__init__.py"
@@ -51,16 +51,27 @@ def test_every_module_is_registered_under_its_name(
         assert names == (name,), f"{place} calls {module} {name}, but its field `{field}` is one of {names}"
 
 
-@pytest.mark.parametrize(("package", "registry_name", "attribute", "base", "field", "stage"), CASES)
-def test_the_code_of_every_module_is_in_the_digest_of_its_stage(
-    package: ModuleType, registry_name: str, attribute: str, base: type, field: str, stage: ModuleType
-) -> None:
-    """`atom plan` shows a stage as stale when a module that it imports by name has changed."""
-    code = code_digests(stage.__name__)
-    assert set(getattr(package, registry_name).values()) <= set(code)
+def test_the_code_of_a_source_is_that_of_its_reader() -> None:
+    """A change of another reader, or a new one, makes no artifact of this one stale."""
+    reader = {"reader": "hub", "repo": "a/b", "pattern": "*", "format": "jsonl", "path": "."}
+    config = acquire.AcquireConfig.model_validate({"source": {**SOURCE, "reader": reader}, "seed": 0})
+    code = code_digests(acquire.__name__, acquire.STAGE.code(config))
+    used = {name for name in code if name.startswith("stages.data.readers")}
+    assert {f"stages.data.readers.{name}" for name in ("base", "hub", "jsonl", "parquet", "rows")} <= used
+    assert used.isdisjoint({"stages.data.readers", "stages.data.readers.warc", "stages.data.readers.problems"})
     assert "stages.graph" not in code and "stages.data.recipe" not in code
 
 
-def test_a_removal_states_the_value_and_the_threshold() -> None:
-    removal = GopherQuality(step="gopher_quality").function()("Too short.")
-    assert (removal.reason, removal.value, removal.threshold) == ("gopher_short_doc", 2, 50)  # type: ignore[union-attr]
+def test_the_code_of_filter_is_that_of_its_steps() -> None:
+    def code(*steps: object) -> set[str]:
+        source = {"name": "notes", "kind": "prose", "steps": steps}
+        config = filter.FilterConfig.model_validate({"sources": [source], "curation": {}, "seed": 0})
+        return {name for name in code_digests(filter.__name__, filter.STAGE.code(config)) if ".filters." in name}
+
+    base = {"stages.data.filters.base"}
+    block = {f"stages.data.filters.{name}" for name in ("block", "accelerated")}
+    language = {"stages.data.filters.language"}
+    assert code() == base
+    assert code({"block": "datatrove.pipeline.filters.RegexFilter"}) == base | block
+    held = {"step": "by_language", "rules": {"en": [{"block": "datatrove.pipeline.filters.RegexFilter"}]}}
+    assert code(held) == base | block | language | {"stages.data.filters.by_language"}

@@ -27,16 +27,19 @@ from stages.data import (
 from stages.data.estimates import Size
 from stages.data.recipe import load
 from tests.fixtures import ROOT
+from tests.fixtures.block_fixtures import C4
 
 SIZE = {"documents": 2_000_000, "bytes": 8_000_000_000}
 
 
-def estimates_of(folder: Path, *sizes: dict[str, int] | None, steps: tuple[str, ...] = ()) -> dict[str, Estimate]:
+def estimates_of(
+    folder: Path, *sizes: dict[str, int] | None, steps: tuple[dict[str, str], ...] = ()
+) -> dict[str, Estimate]:
     """The estimates of the data stages for a recipe with a source of each size."""
     fixed = {"kind": "prose", "license": "CC0-1.0", "license_evidence": "none", "origin": "test"}
     sources = [
         {"name": f"s{n}", **fixed, "reader": {"reader": "jsonl", "path": "."}, "expected": size, "parts": 50,
-         "steps": [{"step": step} for step in steps]}
+         "steps": list(steps)}
         for n, size in enumerate(sizes)
     ]  # fmt: skip
     path = folder / "data.yaml"
@@ -64,8 +67,9 @@ def test_an_estimate_is_the_law_at_the_size_of_all_sources(tmp_path: Path) -> No
 
 
 def test_steps_take_their_time_beside_the_law(tmp_path: Path) -> None:
-    plain, filtered = estimates_of(tmp_path, SIZE), estimates_of(tmp_path, SIZE, steps=("language", "c4"))
-    seconds = 8000 * (estimates.STEP_SECONDS["language"] + estimates.STEP_SECONDS["c4"])
+    steps = {"step": "language"}, {"block": C4, "words": "atom"}
+    plain, filtered = estimates_of(tmp_path, SIZE), estimates_of(tmp_path, SIZE, steps=steps)
+    seconds = 8000 * (estimates.STEP_SECONDS["language"] + estimates.STEP_SECONDS["C4QualityFilter"])
     assert filtered["filter"].cpu_seconds == pytest.approx(plain["filter"].cpu_seconds + seconds)
     assert filtered["filter"].serial_seconds == plain["filter"].serial_seconds
 
@@ -82,7 +86,7 @@ def test_packages_take_longer_to_read_than_plain_text() -> None:
 
 
 def test_published_files_are_those_of_the_parts(tmp_path: Path) -> None:
-    stages = estimates_of(tmp_path, SIZE, SIZE, steps=("language",))
+    stages = estimates_of(tmp_path, SIZE, SIZE, steps=({"step": "language"},))
     size = int(estimates.LAWS["dedup"].disk * SIZE["bytes"])
     published = {
         name: {files.folder: (files.files, files.bytes) for files in stages[name].published} for name in stages

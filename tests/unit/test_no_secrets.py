@@ -34,7 +34,7 @@ class Join(Filter):
     step: str = "join"
 
     def function(self) -> FilterFunction:
-        return lambda text: text.replace("|", "")
+        return lambda document: document.text.replace("|", "")
 
 
 def apply(text: str, *steps: Filter, **row: str) -> Any:

@@ -77,7 +77,7 @@ def _document_text(document: Document) -> str:
     lines = [document.id]
     for fate in document.fates:
         fate_text = f"kept ({fate.split})" if fate.kept else f"removed by {fate.rule}"
-        if fate.value is not None:
+        if fate.value is not None and fate.threshold is not None:
             fate_text += f": {fate.value:g}, threshold {fate.threshold:g}"
         fate_text += f", duplicate of {fate.duplicate_of}" if fate.duplicate_of else ""
         fate_text += f", match {fate.match}" if fate.match else ""

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from stages.data.curation.deny_list import OPT_OUT_RULE, Denial, DenyList
-from stages.data.curation.filtering import Removed
+from stages.data.curation.filtering import Removed, to_document
 from stages.data.filters.base import Filter, FilterFunction
 from stages.data.table import DERIVED, DocumentRow, content_hash, hash_columns, row_writer, stream_rows
 
@@ -46,25 +46,30 @@ class Variants:
     @cached_property
     def pipelines(self) -> list[list[FilterFunction]]:
         """The functions of the steps, which may load a model."""
-        return [[step.function() for step in pipeline] for pipeline in dict.fromkeys(self.steps) if pipeline]
+        different = {repr(pipeline): pipeline for pipeline in self.steps if pipeline}
+        return [[step.function() for step in pipeline] for pipeline in different.values()]
 
-    def of(self, text: str) -> list[str]:
-        """The text and its variants, without repetitions. A source whose steps remove it, or fail, has none."""
-        edited = (self._edit(pipeline, text) for pipeline in self.pipelines)
-        return list(dict.fromkeys([text, *(variant for variant in edited if variant is not None)]))
+    def of(self, row: DocumentRow) -> list[str]:
+        """The text of a document and its variants, without repetitions. A source whose steps remove it, or fail, has
+        none."""
+        edited = (self._edit(pipeline, row) for pipeline in self.pipelines)
+        return list(dict.fromkeys([row["text"], *(variant for variant in edited if variant is not None)]))
 
     @staticmethod
-    def _edit(pipeline: Sequence[FilterFunction], text: str) -> str | None:
+    def _edit(pipeline: Sequence[FilterFunction], row: DocumentRow) -> str | None:
         """The text after all steps; None if one removes it or raises an exception, which removes it as well."""
-        edited: Any = text
+        document = to_document(row)
         try:
             for function in pipeline:
-                edited = function(edited) if isinstance(edited, str) else edited
+                edited = function(document)
+                if not isinstance(edited, str):
+                    return None
+                document.text = edited
         except (AtomError, MemoryError, OSError):
             raise
         except Exception:
             return None
-        return edited if isinstance(edited, str) else None
+        return str(document.text)
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,6 @@ class PartOptOut:
 
     def _deny(self, row: DocumentRow, denial: Denial) -> Removed:
         requests = " ".join(denial.requests)
-        for text in self.variants.of(row["text"]):
+        for text in self.variants.of(row):
             self.texts.append(DeniedText(row["id"], requests, row["origin"], text, content_hash(text)))
         return removed_on_request(denial)

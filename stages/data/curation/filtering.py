@@ -1,22 +1,24 @@
-"""Filtering: the URL blocklist, licenses, the steps of a source, secrets, then decontamination, document by
-document."""
+"""Filtering: the URL blocklist, licenses, the steps of a source, secrets, then decontamination, document by document.
+
+Every acquired document gets a disposition: kept, or removed by one rule. See docs/formats.md.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError
 from stages.data.chat import control_tokens, prompt_chars
 from stages.data.curation.failures import FAILED_RULE, Failures
+from stages.data.curation.settings import Kind
 from stages.data.curation.url_blocklist import BLOCKED_RULE, UrlBlocklist
-from stages.data.filters.base import Filter, Removal
-from stages.data.kinds import Kind
+from stages.data.filters.base import Document, Filter, Removal
 from stages.data.licenses.allow import NOT_ALLOWED, AllowedLicenses
 from stages.data.secret_patterns import find_secret
-from stages.data.table import DocumentRow, content_hash
+from stages.data.table import DispositionRow, DocumentRow, content_hash
 
 if TYPE_CHECKING:
     from stages.data.curation.decontamination import ContaminationIndex
@@ -27,13 +29,24 @@ SECRETS = "secrets"
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """The rule that removed a document. match: the evaluation item that occurs in it, or the entry of
-    a list that names it."""
+    """The rule that removed a document, with the value that it compared and the threshold if the rule states them.
+    match: the evaluation item that occurs in it, or the entry of a list that names it."""
 
     rule: str
-    value: float
-    threshold: float
+    value: float | None
+    threshold: float | None
     match: str | None = None
+
+
+def to_document(row: Mapping[str, Any]) -> Document:
+    """An acquired document as a step of the source gets it."""
+    from datatrove import data
+
+    metadata = {"source": row["source"], "license": row["license"]}
+    if row["origin"].startswith(("http://", "https://")):
+        metadata["url"] = row["origin"]
+    document: Document = data.Document(row["text"], row["id"], metadata=metadata)
+    return document
 
 
 class SourceFilter:
@@ -61,7 +74,7 @@ class SourceFilter:
         self.source, self.kind, self.index = source, kind, index
         self.measures = {name: kind for step in steps for name, kind in step.measures.items()}
         self.measured: dict[str, str | float | None] = {}
-        self.functions = [(step.step, step.recorded(self.measured.__setitem__).function()) for step in steps]
+        self.functions = [(step.name, step.recorded(self.measured.__setitem__).function()) for step in steps]
         self.edits = Counter[str]()
         self.failures = Failures(f"source {source}", "fail in its steps; check the steps")
 
@@ -95,18 +108,19 @@ class SourceFilter:
             return Removed(BLOCKED_RULE, 1.0, 1.0, entry)
         if self.allowed is not None and not self.allowed.allows(row["license"]):
             return Removed(NOT_ALLOWED, 0.0, 0.0)
-        text = row["text"]
+        document, text = to_document(row), row["text"]
         for step, function in self.functions:
-            result = function(text)
+            result = function(document)
             if isinstance(result, Removal):
-                return Removed(f"{step}/{result.reason}", result.value, result.threshold)
+                rule = f"{step}/{result.reason}" if result.reason else step
+                return Removed(rule, result.value, result.threshold)
             if not isinstance(result, str):
                 raise AtomError(
                     f"source {self.source}: step {step} returned {result!r} for document {row['id']}; a filter returns "
                     "the text or a Removal"
                 )
             self.edits[step] += result != text
-            text = result
+            document.text = text = result
         if kind := find_secret(text, row["origin"]):
             return Removed(f"{SECRETS}/{kind.split(' ', 1)[1].replace(' ', '_').lower()}", 1.0, 0.0)
         match = self.index.find(text)
@@ -124,3 +138,44 @@ class SourceFilter:
                 raise ValueError("a step changed the special tokens of a conversation")
             document["prompt_chars"] = prompt_chars(text)
         return document
+
+
+def kept_disposition(row: DocumentRow, kept_hash: str) -> DispositionRow:
+    """The disposition of an acquired document that passes filtering; deduplication decides on its split.
+
+    Raises:
+        AtomError: The document has no license.
+    """
+    return {**_undecided(row), "disposition": "kept", "kept_hash": kept_hash}
+
+
+def removed_disposition(row: DocumentRow, removed: Removed) -> DispositionRow:
+    """The disposition of an acquired document that a rule removed, with the same error."""
+    return {
+        **_undecided(row),
+        "disposition": "removed",
+        "rule": removed.rule,
+        "value": None if removed.value is None else float(removed.value),
+        "threshold": None if removed.threshold is None else float(removed.threshold),
+        "match": removed.match,
+    }
+
+
+def _undecided(row: DocumentRow) -> DispositionRow:
+    if not row["license"]:
+        raise AtomError(f"document {row['id']} has no license; acquire its source with a license")
+    return {
+        "id": row["id"],
+        "source": row["source"],
+        "license": row["license"],
+        "content_hash": row["content_hash"],
+        "bytes": len(row["text"].encode()),
+        "disposition": "",
+        "split": None,
+        "rule": None,
+        "value": None,
+        "threshold": None,
+        "duplicate_of": None,
+        "match": None,
+        "kept_hash": None,
+    }

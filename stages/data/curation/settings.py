@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import LongLine, Range, Sha256
 from pipeline.core.stage import Config, added, operational
-from stages.data.kinds import Kind
 
+Kind = Literal["prose", "code", "problems", "chat"]
+"""The kind of a source's documents."""
 Hashes = Annotated[int, Range(1, 1000, "FineWeb: 14 buckets of 8 hashes over 5 words")]
 
 REPRESENTATIVE_BLOCKS = 100

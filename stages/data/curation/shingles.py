@@ -13,9 +13,9 @@ from itertools import chain
 import numpy as np
 from datatrove.utils.text import NUMBERS_PATTERN, PUNCTUATION_TRANS, simplify_text
 from numpy.typing import NDArray
+from xxhash import xxh64_intdigest
 
-from stages.data.curation.words import WORDS
-from stages.data.curation.xxh64 import xxh64
+from stages.data.curation.words import split_words
 
 _DECIMAL_SEPARATORS = "،٫⎖⎗⎘"  # of numbers in other scripts, beside the point and the comma
 _DROPPED = "\0"
@@ -46,14 +46,15 @@ def shingle_sets(texts: list[str], n_grams: int) -> Iterator[NDArray[np.uint64]]
 
 def shingles(texts: list[str], n_grams: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """The hashes of the n-grams of each text, one text after the other, and how many each text has."""
-    words = [WORDS.word_tokenize(text) for text in simplify(texts)]
+    words = [split_words(text) for text in simplify(texts)]
     counts = np.array([len(each) for each in words], np.int64)
     joined = " ".join(chain.from_iterable(words)).encode()
     spaces = np.flatnonzero(np.frombuffer(joined, np.uint8) == ord(" "))
     starts, ends = np.append(0, spaces + 1), np.append(spaces, len(joined))
     sizes = np.maximum(counts - n_grams + 1, 0)
     first = np.arange(sizes.sum()) + np.repeat((np.cumsum(counts) - counts) - (np.cumsum(sizes) - sizes), sizes)
-    return xxh64(joined, starts[first], ends[first + n_grams - 1]), sizes
+    runs = zip(starts[first].tolist(), ends[first + n_grams - 1].tolist(), strict=True)
+    return np.array([xxh64_intdigest(joined[start:end]) for start, end in runs], np.uint64), sizes
 
 
 def jaccard(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> float:

@@ -1,11 +1,11 @@
 """Words and sentences of English text, and the normal form in which evaluation items are searched.
 
 The published thresholds of Gopher (Rae et al. 2021), C4 (Raffel et al. 2020) and FineWeb (Penedo et al. 2024) count
-words, and datatrove counts those of spaCy's English tokenizer. `split_words` follows the same rules in an
-implementation of its own: text is divided at whitespace, then punctuation, units and contractions are cut from both
-ends of each chunk, then the rest is cut at hyphens, commas and the like. The words of a chunk depend on the chunk
-alone, so each is cut once and looked up afterwards. `tests/integration/test_agreement.py` holds the filters to the
-verdicts of stock datatrove.
+words, and datatrove counts those of spaCy's English tokenizer. `split_words`, which a data recipe chooses by `words:
+atom`, follows the same rules in an implementation of its own: text is divided at whitespace, then punctuation, units
+and contractions are cut from both ends of each chunk, then the rest is cut at hyphens, commas and the like. The words
+of a chunk depend on the chunk alone, so each is cut once and looked up afterwards.
+`tests/integration/test_agreement.py` holds blocks with these words to their verdicts with spaCy.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ class EnglishWords(WordTokenizer):  # type: ignore[misc]
     """`split_words` for blocks of datatrove, in the place of spaCy: it needs no model."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        return split_words(text)
+        return words_of(text).words
 
     def sent_tokenize(self, text: str) -> list[str]:
         return strip_strings([text[start:end] for start, end in self.span_tokenize(text)])  # type: ignore[no-any-return]

@@ -1,23 +1,21 @@
 """The interface of a filter: its settings, and a function that keeps, edits or removes one document.
 
 A filter is a class in a module of its own in this folder, with the module named in FILTERS. Its module is imported when
-a recipe is planned, so heavy imports are inside `function`.
-
-Settings have the names of the datatrove block with the same rule, so that datatrove's documentation applies; defaults
-are the published ones (Gopher, C4, FineWeb), and a recipe lists its changes.
+a recipe is planned, so heavy imports are inside `function`. Most filters are blocks of datatrove (`block.py`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Protocol, Self
 
 from pydantic import Field, PrivateAttr
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Inputs
+from stages.data.estimates import STEP_SECONDS
 
 Amount = Annotated[int, Range(0, 1e9)]
 """A number of words, lines or other units in a document."""
@@ -27,15 +25,30 @@ Length = Annotated[float, Range(0, 1e6)]
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """The reason for removing a document: the rule, the value that it compared, and its threshold."""
+    """The reason for removing a document, with the value that the rule compared and its threshold.
+
+    A block of datatrove states neither, and some not even a reason, which is then empty.
+    """
 
     reason: str
-    value: float
-    threshold: float
+    value: float | None = None
+    threshold: float | None = None
 
 
-FilterFunction = Callable[[str], str | Removal]
-"""From the text of a document to the kept text, edited or not, or to a removal."""
+class Document(Protocol):
+    """A document of datatrove (`datatrove.data.Document`) that passes through the steps of its source.
+
+    The metadata has `source`, `license`, `url` of a document with a web address, and `language` after a step that
+    identified it.
+    """
+
+    text: str
+    id: str
+    metadata: dict[str, Any]
+
+
+FilterFunction = Callable[[Document], str | Removal]
+"""Takes a document and returns the kept text, edited or not, or a removal."""
 Record = Callable[[str, str | float], None]
 """Takes the name of a measure and its value for the document that is filtered."""
 
@@ -49,6 +62,16 @@ class Filter(Config):
 
     step: str = Field(description="name of the step")
     _record: Record = PrivateAttr(default_factory=lambda: _discard)
+
+    @property
+    def name(self) -> str:
+        """The name of the step in dispositions and counts."""
+        return self.step
+
+    @property
+    def seconds_per_mb(self) -> float:
+        """Core seconds to filter a MB of text, for `atom plan` alone."""
+        return STEP_SECONDS.get(self.name, 0.0)
 
     @property
     def classifiers(self) -> tuple[str, ...]:
@@ -70,17 +93,30 @@ class Filter(Config):
         copy._record = record
         return copy
 
+    @property
+    def held(self) -> tuple[Filter, ...]:
+        """The filters that this one chooses from for each document."""
+        return ()
+
+    def changed(self, change: Callable[[Filter], Filter]) -> Filter:
+        """This filter after a change of its settings; those that it holds are changed as well."""
+        return change(self)
+
+    def inspect(self) -> str | None:
+        """Imports what the filter needs, and returns a note on it for `atom validate`.
+
+        Raises:
+            RecipeError: The filter cannot run with these settings.
+        """
+        return None
+
     @abstractmethod
     def function(self) -> FilterFunction:
-        """The function that filters one document. It depends on the text alone, not on other documents."""
+        """The function that filters one document. It depends on that document alone, not on others."""
 
-    def parameters(self) -> dict[str, Any]:
-        """The settings without the name of the step, as arguments of a datatrove block."""
-        return self.model_dump(exclude={"step"})
 
-    def _require_order(self, *names: str) -> None:
-        """Raises ValueError if a minimum is above its maximum: nothing would be kept."""
-        for name in names:
-            minimum, maximum = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
-            if minimum > maximum:
-                raise ValueError(f"min_{name} = {minimum} is above max_{name} = {maximum}; nothing would be kept")
+def all_steps(steps: Iterable[Filter]) -> Iterator[Filter]:
+    """Steps, and those that they hold."""
+    for step in steps:
+        yield step
+        yield from all_steps(step.held)

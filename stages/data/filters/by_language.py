@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from pipeline.core.bounds import Share
 from pipeline.core.stage import Inputs
-from stages.data.filters.base import Filter, FilterFunction, Record, Removal
+from stages.data.filters.base import Document, Filter, FilterFunction, Record, Removal
 from stages.data.filters.language import LANGUAGES, MEASURES, Identified, identify
 
 MOST_STEPS = 100
@@ -36,19 +36,25 @@ class ByLanguage(Filter):
     others: Literal["remove", "keep"] = Field("remove", description="treatment of documents in other languages")
 
     @property
+    def held(self) -> tuple[Filter, ...]:
+        return tuple(step for steps in self.rules.values() for step in steps)
+
+    @property
     def classifiers(self) -> tuple[str, ...]:
-        return tuple(name for steps in self.rules.values() for step in steps for name in step.classifiers)
+        return tuple(name for step in self.held for name in step.classifiers)
 
     def with_inputs(self, inputs: Inputs) -> Self:
         return self._with_steps(lambda step: step.with_inputs(inputs))
 
     @property
     def measures(self) -> dict[str, str]:
-        nested = (step.measures for steps in self.rules.values() for step in steps)
-        return MEASURES | {name: kind for measures in nested for name, kind in measures.items()}
+        return MEASURES | {name: kind for step in self.held for name, kind in step.measures.items()}
 
     def recorded(self, record: Record) -> Self:
         return super().recorded(record)._with_steps(lambda step: step.recorded(record))
+
+    def changed(self, change: Callable[[Filter], Filter]) -> Filter:
+        return change(self._with_steps(lambda step: step.changed(change)))
 
     def _with_steps(self, change: Callable[[Filter], Filter]) -> Self:
         rules = {language: tuple(map(change, steps)) for language, steps in self.rules.items()}
@@ -58,21 +64,23 @@ class ByLanguage(Filter):
         """A removal is named by the language, the step and its reason."""
         record = self._record
         functions = {
-            language: [(step.step, step.function()) for step in steps] for language, steps in self.rules.items()
+            language: [(step.name, step.function()) for step in steps] for language, steps in self.rules.items()
         }
 
-        def function(text: str) -> str | Removal:
-            score, language = identify(text)
+        def function(document: Document) -> str | Removal:
+            score, language = identify(document.text)
+            document.metadata["language"] = language
             record("language", language)
             record("language_score", score)
             if language not in functions or score <= self.language_threshold:
-                return text if self.others == "keep" else Removal("other", score, self.language_threshold)
-            for step, apply in functions[language]:
-                result = apply(text)
+                return document.text if self.others == "keep" else Removal("other", score, self.language_threshold)
+            for name, apply in functions[language]:
+                result = apply(document)
                 if isinstance(result, Removal):
-                    return Removal(f"{language}/{step}/{result.reason}", result.value, result.threshold)
-                text = result
-            return text
+                    reason = "/".join(filter(None, (language, name, result.reason)))
+                    return Removal(reason, result.value, result.threshold)
+                document.text = result
+            return document.text
 
         return function
 

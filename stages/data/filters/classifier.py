@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr
 from pipeline.core.bounds import Share, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs
-from stages.data.filters.base import Filter, FilterFunction, Removal
+from stages.data.filters.base import Document, Filter, FilterFunction, Removal
 from stages.data.table import SCORE
 
 
@@ -43,10 +43,12 @@ class Classifier(Filter):
             raise AtomError(f"step classifier: {self.classifier} is not among the inputs; filter with with_inputs")
         score, record, (measure,) = scorer(self._model), self._record, self.measures
 
-        def function(text: str) -> str | Removal:
-            value = score(text)
+        def function(document: Document) -> str | Removal:
+            value = score(document.text)
             record(measure, value)
-            return text if value > self.min_score else Removal(f"{self.classifier}/score", value, self.min_score)
+            if value > self.min_score:
+                return document.text
+            return Removal(f"{self.classifier}/score", value, self.min_score)
 
         return function
 

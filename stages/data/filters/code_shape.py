@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Share
-from stages.data.filters.base import Amount, Filter, FilterFunction, Length, Removal
+from stages.data.filters.base import Amount, Document, Filter, FilterFunction, Length, Removal
 
 
 class CodeShape(Filter):
@@ -26,13 +26,17 @@ class CodeShape(Filter):
 
     @model_validator(mode="after")
     def _check_ranges(self) -> CodeShape:
-        self._require_order("lines")
+        if self.min_lines > self.max_lines:
+            raise ValueError(
+                f"min_lines = {self.min_lines} is above max_lines = {self.max_lines}; nothing would be kept"
+            )
         return self
 
     def function(self) -> FilterFunction:
         return self._apply
 
-    def _apply(self, text: str) -> str | Removal:
+    def _apply(self, document: Document) -> str | Removal:
+        text = document.text
         lines = text.splitlines() or [""]
         visible = re.sub(r"\s", "", text) or " "  # so that indentation changes no fraction
         lengths = [len(line) for line in lines]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pipeline.core.bounds import Share, Words
-from stages.data.filters.base import Filter, FilterFunction, Removal
+from stages.data.filters.base import Document, Filter, FilterFunction, Removal
 
 _LID176 = """
 af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de diq
@@ -77,17 +77,18 @@ class Language(Filter):
             predictions = predict(line, count, 0.0, "strict")
             return max((row for row in predictions if row[1] in labels), default=(0.0, ""))
 
-        def function(text: str) -> str | Removal:
-            line = _line(text)
+        def function(document: Document) -> str | Removal:
+            line = _line(document.text)
             short = len(line) < SHORT
             score, label = best(line, 1 if short else -1)
             if short and score <= self.language_threshold:
                 score, label = best(line, -1)
             if score <= self.language_threshold:
                 return Removal("score", score, self.language_threshold)
-            record("language", label.removeprefix("__label__"))
+            document.metadata["language"] = label.removeprefix("__label__")
+            record("language", document.metadata["language"])
             record("language_score", score)
-            return text
+            return document.text
 
         return function
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.data.filters.base import Filter, FilterFunction, Removal
+from stages.data.filters.base import Document, Filter, FilterFunction, Removal
 
 
 class PythonSyntax(Filter):
@@ -20,14 +20,14 @@ class PythonSyntax(Filter):
         return _parse
 
 
-def _parse(text: str) -> str | Removal:
+def _parse(document: Document) -> str | Removal:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ast.parse(text)
+            ast.parse(document.text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return Removal("does_not_parse", 0.0, 1.0)
-    return text
+    return document.text
 
 
 FILTER = PythonSyntax

@@ -59,3 +59,18 @@ class AllowedLicenses:
             with_exception, position = f"{license} WITH {tokens[position + 1]}", position + 2
             return license in self._allowed or with_exception in self._allowed, position
         return license in self._allowed, position
+
+
+NO_DERIVATIVES = re.compile(r"(^|-)ND(-|$)", re.IGNORECASE)
+"""Matches the SPDX identifiers of licenses that forbid derived works: CC-BY-ND-4.0, CC-BY-NC-ND-3.0-DE."""
+
+
+def forbids_derivatives(expression: str) -> bool:
+    """Returns True if an SPDX expression forbids derived works, such as rephrased texts, whichever of its alternatives
+    one chooses, and for a text that is no expression."""
+    identifiers = re.findall(r"[^\s()]+", re.sub(r" WITH \S+", "", expression))
+    allowed = [name for name in identifiers if not NO_DERIVATIVES.search(name) and name not in ("AND", "OR")]
+    try:
+        return not AllowedLicenses(allowed).allows(expression)
+    except (IndexError, RecursionError, ValueError):
+        return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 READERS = {
+    "datatrove": "stages.data.readers.block",
     "stdlib-docstrings": "stages.data.readers.stdlib_docstrings",
     "stdlib-source": "stages.data.readers.stdlib_source",
     "jsonl": "stages.data.readers.jsonl",
