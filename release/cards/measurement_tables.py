@@ -11,7 +11,7 @@ from release.cards.tables import count, table, with_error, with_interval
 from release.prediction.forecast import FOLDER, NAMES
 from stages.evaluation.scores import MemorizationScores, Regurgitation
 
-NOT_MEASURED = "Memorization of training data, planted personal data and toxicity: not measured."
+NOT_MEASURED = "Memorization of training data and toxicity: not measured."
 TOXICITY = "Toxicity: not measured. No prompt set and classifier are open, small and run offline."
 
 
@@ -48,7 +48,7 @@ def memorization(scores: MemorizationScores | None) -> list[str]:
     """
     if scores is None:
         return [NOT_MEASURED]
-    return [*_regurgitation(scores), "", *_exposure(scores), "", TOXICITY]
+    return [*_regurgitation(scores), "", TOXICITY]
 
 
 def _regurgitation(scores: MemorizationScores) -> list[str]:
@@ -70,23 +70,6 @@ def _regurgitation(scores: MemorizationScores) -> list[str]:
 def _cells(row: Regurgitation) -> list[str]:
     share, matching = row["identical"], row["matching"]
     return [count(share["n"]), with_interval(share), "one document" if matching is None else with_error(matching, 2)]
-
-
-def _exposure(scores: MemorizationScores) -> list[str]:
-    if "exposure" not in scores:
-        return ["Planted personal data: not measured, because the training data holds no canaries."]
-    body = [
-        [kind, "0 (not planted)" if copies == "0" else count(int(copies)), count(row["exposure"]["n"]),
-         f"{row['times_seen']:.1f}", with_error(row["exposure"], 2)]
-        for kind, by_copies in scores["exposure"].items()
-        for copies, row in sorted(by_copies.items(), key=lambda pair: int(pair[0]))
-    ]  # fmt: skip
-    return [
-        "Planted personal data: exposure of made-up secrets in bits, ± standard error; "
-        f"{scores['max_exposure']:.2f} is the most. The canaries that were not planted are the baseline:",
-        "",
-        *table(["kind", "documents", "canaries", "mean times seen", "exposure"], body),
-    ]
 
 
 def task_sets(facts: HarnessFacts | None) -> list[str]:

@@ -89,7 +89,7 @@ class PageFacts:
     def phases(self) -> list[str]:
         """The phases with a log, in the order of training."""
         logs = (self.folder / TRAINING).glob("*/training.jsonl")
-        return sorted((schema.phase(path.parent) for path in logs), key=when)
+        return sorted((path.parent.name for path in logs), key=when)
 
     def segments(self) -> list[tuple[str, int, int]]:
         """(phase, step, step) of checkpoints of a phase that follow each other."""

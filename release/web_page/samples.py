@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release import data_layout, schema, untrusted
+from release import data_layout, untrusted
 from release.assembly.data_facts import DataFacts
 from release.assembly.published_tables import read_json, stream_batches, stream_rows
 from release.audit import tracing
@@ -171,7 +171,6 @@ def item_sets(evaluation: Path) -> Iterator[ItemSet]:
     sets: list[tuple[str, str, Reader]] = [
         ("Problems, continued as text", "*/items.parquet", _problem_rows),
         ("Keys hidden in long texts", "*/passkey.parquet", _passkey_rows),
-        ("Tasks in long texts", "*/retrieval.parquet", _retrieval_rows),
         ("Problems in conversation", "test/*/answers.parquet", _chat_rows(evaluation / "chat.jsonl")),
         (
             "New problems, drawn from the digest of the weights",
@@ -190,7 +189,7 @@ def item_sets(evaluation: Path) -> Iterator[ItemSet]:
 
 
 def _by_model(paths: Iterable[Path]) -> dict[str, Path]:
-    named = {schema.model(path.parent): path for path in paths}
+    named = {path.parent.name: path for path in paths}
     return {model: named[model] for model in sorted(named, key=when)}
 
 
@@ -204,12 +203,6 @@ def _passkey_rows(path: Path) -> Iterator[Answer]:
         question = f"a text of {row['length']} tokens, the key at {row['depth']:g} of it"
         kind = f"{row['length']} tokens"
         yield Answer(row["id"], kind, question, row["expected"], row["output"], _verdict(row["score"]))
-
-
-def _retrieval_rows(path: Path) -> Iterator[Answer]:
-    for row in stream_rows(path, ["id", "task", "length", "depth", "expected", "output", "score"], ROWS):
-        question = f"a text of {row['length']} tokens, the first statement that is needed at {row['depth']:.2g} of it"
-        yield Answer(row["id"], row["task"], question, row["expected"], row["output"], _verdict(row["score"]))
 
 
 def _harness_rows(path: Path) -> Iterator[Answer]:
