@@ -75,7 +75,7 @@ def publish(folder: Path, acquired: Artifact, filtered: Artifact, dedup: Artifac
     (data / "sources").mkdir()
     shutil.copyfile(acquired / "source.json", data / "sources" / f"{NAME}.json")
     (release / "evidence/manifests").mkdir(parents=True)
-    (release / "evidence/release.json").write_text("{}")
+    (release / "evidence/release.json").write_text('{"format": 1, "card_schema": 1}')
     shutil.copyfile(dedup / "manifest.json", release / "evidence/manifests/dedup.json")
     return release
 

@@ -64,7 +64,7 @@ def test_receipts_are_verified_and_on_the_data_card(later_release: Path) -> None
     assert "## Opt-outs" in card
     assert f"| `{hashed('r-url')[:16]}` | 2026-11-03 | 1 | 0 | 1 | 0 |" in card
     assert f"| `{hashed('r-none')[:16]}` | 2026-11-03 | 0 | 0 | 0 | 0 |" in card
-    assert not (later_release / "dataset/kept").joinpath("prose.parquet").read_bytes().count(b"prose/003")
+    assert not (later_release / "dataset/kept/prose/part-00000.parquet").read_bytes().count(b"prose/003")
 
 
 def remove(path: Path) -> None:
