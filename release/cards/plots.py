@@ -481,10 +481,8 @@ def law(drawing: Drawing) -> bytes:
         for number, (label, points) in enumerate({**drawing.runs, **drawing.predicted}.items()):
             x, y, low, high = zip(*points, strict=True)
             errors = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-            axis.errorbar(
-                x, y, errors, fmt=MARKERS[number % len(MARKERS)], color=COLORS[number % len(COLORS)], markersize=4,
-                label=label,
-            )  # fmt: skip
+            marker, color = MARKERS[number % len(MARKERS)], COLORS[number % len(COLORS)]
+            axis.errorbar(x, y, errors, fmt=marker, color=color, markersize=4, label=label)
         axis.set_xscale("log")
         _panel(axis, drawing.title, "")
         axis.set_xlabel(drawing.unit)

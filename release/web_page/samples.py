@@ -88,7 +88,6 @@ class Answer:
 
     Attributes:
         id: Of the item.
-        kind: Of the item.
         question: The request, if it is known.
         expected: The right answer, if it is known.
         text: The output.
@@ -97,7 +96,6 @@ class Answer:
     """
 
     id: str
-    kind: str
     question: str | None
     expected: str | None
     text: str
@@ -105,24 +103,15 @@ class Answer:
     note: str = ""
 
 
-Reader = Callable[[Path], Iterable[Answer]]
+Tables = Mapping[str, tuple[Path, Callable[[Path], Iterable[Answer]]]]
+"""The file of each column, which is a model as a rule, and the function that reads its answers."""
 
 
 @dataclass(frozen=True)
-class ItemSet:
-    """A set of evaluation items. tables: the file of the answers of each column, which is a model as a rule, and the
-    function that reads it."""
-
-    title: str
-    tables: Mapping[str, tuple[Path, Reader]]
-
-
-@dataclass
 class Item:
     """An item with the answer of each column, None where a model was not asked."""
 
     id: str
-    kind: str
     question: str | None
     expected: str | None
     answers: dict[str, Answer | None]
@@ -139,53 +128,50 @@ class Sample:
 
 
 def read_samples(release: Path) -> list[Sample]:
-    """Returns the sample of each set of the release."""
-    return [_sample(release, items) for items in item_sets(release / "dataset/evaluation")]
-
-
-def _sample(release: Path, items: ItemSet) -> Sample:
-    """The items with the smallest hashes of their ids, so that nobody chooses them."""
-    ids = {answer.id for path, read in items.tables.values() for answer in read(path)}
-    shown: dict[str, Item | None] = dict.fromkeys(heapq.nsmallest(ITEMS, ids, key=_hash))
-    for column, (path, read) in items.tables.items():
-        for answer in read(path):
-            if answer.id not in shown:
-                continue
-            item = shown[answer.id]
-            if item is None:
-                item = Item(answer.id, answer.kind, None, None, dict.fromkeys(items.tables))
-                shown[answer.id] = item
-            item.question = answer.question if item.question is None else item.question
-            item.expected = answer.expected if item.expected is None else item.expected
-            item.answers[column] = answer
-    files = list(dict.fromkeys(path.relative_to(release).as_posix() for path, _ in items.tables.values()))
-    return Sample(items.title, files, len(ids), [item for item in shown.values() if item is not None])
+    """Returns of each set of the evaluation the items with the smallest hashes of their ids, so nobody chooses them."""
+    samples = []
+    for title, tables in _item_sets(release / "dataset/evaluation"):
+        ids = {answer.id for path, read in tables.values() for answer in read(path)}
+        given: dict[str, dict[str, Answer]] = {id: {} for id in heapq.nsmallest(ITEMS, ids, key=_hash)}
+        for column, (path, read) in tables.items():
+            for answer in read(path):
+                if answer.id in given:
+                    given[answer.id][column] = answer
+        files = dict.fromkeys(path.relative_to(release).as_posix() for path, _ in tables.values())
+        items = [
+            Item(
+                id,
+                next((answer.question for answer in answers.values() if answer.question is not None), None),
+                next((answer.expected for answer in answers.values() if answer.expected is not None), None),
+                {column: answers.get(column) for column in tables},
+            )
+            for id, answers in given.items()
+        ]
+        samples.append(Sample(title, list(files), len(ids), items))
+    return samples
 
 
 def _hash(id: str) -> bytes:
     return hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()
 
 
-def item_sets(evaluation: Path) -> Iterator[ItemSet]:
-    """Yields the sets of a release, from the folder of the evaluation."""
-    sets: list[tuple[str, str, Reader]] = [
+def _item_sets(evaluation: Path) -> Iterator[tuple[str, Tables]]:
+    """Yields the title and the tables of each set."""
+    fresh = _chat_rows(evaluation / "fresh/chat.jsonl")
+    sets: list[tuple[str, str, Callable[[Path], Iterable[Answer]]]] = [
         ("Problems, continued as text", "*/items.parquet", _problem_rows),
-        ("Keys hidden in long texts", "*/passkey.parquet", _passkey_rows),
+        ("Keys hidden in long texts", "*/passkey.parquet", _long_text_rows),
         ("Problems in conversation", "test/*/answers.parquet", _chat_rows(evaluation / "chat.jsonl")),
-        (
-            "New problems, drawn from the digest of the weights",
-            "fresh/*/answers.parquet",
-            _chat_rows(evaluation / "fresh/chat.jsonl"),
-        ),
+        ("New problems, from the digest of the weights", "fresh/*/answers.parquet", fresh),
         ("Task sets of lm-evaluation-harness", "harness/*/items.parquet", _harness_rows),
     ]
     for title, pattern, read in sets:
         if paths := _by_model(path for path in evaluation.glob(pattern) if path.parent.name != "contamination"):
-            yield ItemSet(title, {model: (path, read) for model, path in paths.items()})
+            yield title, {model: (path, read) for model, path in paths.items()}
     for model, path in _by_model(evaluation.glob("preferences/*/pairs.parquet")).items():
         before = read_json(path.parent / "scores.json")["before"]
         sides = {before: (path, _pair_rows("before")), model: (path, _pair_rows("model"))}
-        yield ItemSet(f"Requests: {model} against {before}", sides)
+        yield f"Requests: {model} against {before}", sides
 
 
 def _by_model(paths: Iterable[Path]) -> dict[str, Path]:
@@ -194,22 +180,21 @@ def _by_model(paths: Iterable[Path]) -> dict[str, Path]:
 
 
 def _problem_rows(path: Path) -> Iterator[Answer]:
-    for row in stream_rows(path, ["id", "task", "prompt", "expected", "output", "score"], ROWS):
-        yield Answer(row["id"], row["task"], row["prompt"], row["expected"], row["output"], _verdict(row["score"]))
+    for row in stream_rows(path, ["id", "prompt", "expected", "output", "score"], ROWS):
+        yield Answer(row["id"], row["prompt"], row["expected"], row["output"], _verdict(row["score"]))
 
 
-def _passkey_rows(path: Path) -> Iterator[Answer]:
+def _long_text_rows(path: Path) -> Iterator[Answer]:
     for row in stream_rows(path, ["id", "length", "depth", "expected", "output", "score"], ROWS):
-        question = f"a text of {row['length']} tokens, the key at {row['depth']:g} of it"
-        kind = f"{row['length']} tokens"
-        yield Answer(row["id"], kind, question, row["expected"], row["output"], _verdict(row["score"]))
+        question = f"a text of {row['length']} tokens, in which what is needed begins at {row['depth']:.2g}"
+        yield Answer(row["id"], question, row["expected"], row["output"], _verdict(row["score"]))
 
 
 def _harness_rows(path: Path) -> Iterator[Answer]:
     columns = ["set", "task", "number", "filter", "metric", "value", "target", "response"]
     for row in stream_rows(path, columns, ROWS):
         name = "/".join(str(row[column]) for column in columns[:5])
-        yield Answer(name, row["task"], None, row["target"], row["response"], _verdict(row["value"]), row["metric"])
+        yield Answer(name, None, row["target"], row["response"], _verdict(row["value"]), row["metric"])
 
 
 def _chat_rows(items: Path) -> Callable[[Path], Iterator[Answer]]:
@@ -222,7 +207,7 @@ def _chat_rows(items: Path) -> Callable[[Path], Iterator[Answer]]:
             if row["sample"] >= 0:
                 counts = samples.setdefault(row["id"], [0, 0])
                 counts[0], counts[1] = counts[0] + (row["reward"] == 1), counts[1] + 1
-        for row in stream_rows(path, ["id", "kind", "sample", "text", "reward", "tokens", "finished", "parts"], ROWS):
+        for row in stream_rows(path, ["id", "sample", "text", "reward", "finished", "parts"], ROWS):
             if row["sample"] >= 0:
                 continue
             question, expected = questions.get(row["id"], (None, None))
@@ -230,7 +215,7 @@ def _chat_rows(items: Path) -> Callable[[Path], Iterator[Answer]]:
             notes = [f"{right} of {drawn} sampled answers right"] if drawn else []
             notes += [] if row["finished"] else ["cut at the length limit"]
             reward = _task(row["parts"], row["reward"])
-            yield Answer(row["id"], row["kind"], question, expected, row["text"], _verdict(reward), ", ".join(notes))
+            yield Answer(row["id"], question, expected, row["text"], _verdict(reward), ", ".join(notes))
 
     return rows
 
@@ -241,8 +226,7 @@ def _pair_rows(side: str) -> Callable[[Path], Iterator[Answer]]:
         for row in stream_rows(path, columns, ROWS):
             reward = row[f"{side}_reward"]
             verdict = _verdict(_task(row[f"{side}_parts"], reward))
-            kind = row["id"].partition("/")[0]
-            yield Answer(row["id"], kind, row["question"], None, row[f"{side}_text"], verdict, f"reward {reward:.2f}")
+            yield Answer(row["id"], row["question"], None, row[f"{side}_text"], verdict, f"reward {reward:.2f}")
 
     return rows
 
@@ -290,14 +274,11 @@ def read_contamination(release: Path) -> Contamination | None:
         item["longest"] = max(item["longest"], row["longest"])
         item["overlap"] = max(item["overlap"], row["overlap"])
     worst = heapq.nsmallest(CONTAMINATED, items.values(), key=_order)
-    rows = [
-        [
-            row["id"], row["kind"], row["split"], str(row["words"]),
-            *(row["verdicts"].get(phase, "not searched") for phase in phases),
-            str(row["longest"]), f"{row['overlap']:.4g}",
-        ]
-        for row in worst
-    ]  # fmt: skip
+    rows = []
+    for row in worst:
+        verdicts = [row["verdicts"].get(phase, "not searched") for phase in phases]
+        names = [row["id"], row["kind"], row["split"], str(row["words"])]
+        rows.append([*names, *verdicts, str(row["longest"]), f"{row['overlap']:.4g}"])
     return Contamination(list(phases), len(items), rows)
 
 
