@@ -173,7 +173,7 @@ class ChatModel:
         torch.use_deterministic_algorithms(True)
         self.chat = generation.Chat(folder)
         self.sampler = open_sampler(engine, folder, self.chat.stops, max_new_tokens, work)
-        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), 2, note)
+        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), note)
 
     def answer(self, requests: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
         """The scored answers to requests, each (row, sample, seed)."""
