@@ -32,16 +32,13 @@ class Engine(Config):
     gpus: Annotated[int, Range(0, 1024)] = operational(
         0, "GPUs of one node that a server's model is spread over (tensor parallelism); 0: it computes on cores"
     )
-    python: LongLine | None = operational(
-        None, "Python interpreter of an environment with vLLM; null: ATOM_VLLM_PYTHON"
-    )
     options: tuple[LongLine, ...] = operational(
         (), "additional command-line options of the vLLM server", max_length=100
     )
 
     @model_validator(mode="after")
     def _effective(self) -> Engine:
-        unused = [name for name in ("gpus", "python", "options") if getattr(self, name)]
+        unused = [name for name in ("gpus", "options") if getattr(self, name)]
         if self.kind == "in-process" and unused:
             raise ValueError(f"{unused[0]} has no effect with kind = in-process, which starts no server; leave it out, "
                              "or set kind = vllm")  # fmt: skip
@@ -64,12 +61,12 @@ class Engine(Config):
 
     def lack_of(self, setting: str) -> str | None:
         """The same, of the engine that this setting of a recipe chooses."""
-        return vllm_server.missing(self.python, setting) if self.kind == "vllm" else None
+        return vllm_server.missing(setting) if self.kind == "vllm" else None
 
     def stated(self) -> dict[str, str]:
         """What a scores.json says of it: `engine`, the package of vLLM with its version; nothing of the stage's
         process. Raises MachineError if its environment does not say."""
-        return {} if self.kind == "in-process" else {"engine": vllm_server.version(self.python, SETTING)}
+        return {} if self.kind == "in-process" else {"engine": vllm_server.version(SETTING)}
 
 
 SETTING = "evaluation.engine"

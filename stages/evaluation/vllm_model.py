@@ -94,7 +94,7 @@ class Client:
             settings["hf-overrides"] = json.dumps({"max_position_embeddings": longest + 1})
         if on_gpu := torch.cuda.is_available():
             settings |= {"tensor-parallel-size": max(1, engine.gpus), "max-num-batched-tokens": TOKENS_AT_ONCE}
-        run = entry_point(interpreter(engine.python, setting), {**settings, "host": "127.0.0.1"})
+        run = entry_point(interpreter(setting), {**settings, "host": "127.0.0.1"})
         run += [*([] if on_gpu else CPU_OPTIONS), *engine.options]
         with tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log", dir=work, delete=False) as log:
             path = Path(log.name)  # shards of a stage share its work folder

@@ -62,7 +62,7 @@ class Asynchronous(Config):
     )
 
 
-_OF_VLLM = ("python", "url", "secret", "options", "transfer")
+_OF_VLLM = ("url", "secret", "options", "transfer")
 
 
 class Sampling(Config):
@@ -72,9 +72,6 @@ class Sampling(Config):
         "in-process", description="sampler of stages/rl/samplers; vllm alone is not bitwise reproducible"
     )
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
-    python: LongLine | None = operational(
-        None, "Python interpreter of an environment with vLLM; null: ATOM_VLLM_PYTHON"
-    )
     url: tuple[Url, ...] = operational(
         (),
         "URLs of vLLM servers on other nodes; empty: those of slurm.servers, else one that the stage starts",

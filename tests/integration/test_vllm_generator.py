@@ -113,10 +113,13 @@ def test_a_server_that_dies_loses_the_batch_in_work(
     assert len({row["text"] for row in documents}) == len(documents), "each text has its own seed"
 
 
-def test_a_missing_environment_names_the_setting_of_the_source(place: Path, tmp_path: Path) -> None:
-    settings = {**READER, "path": str(place / "model"), "engine": {"kind": "vllm", "python": "/no/python"}}
+def test_a_missing_environment_names_the_setting_of_the_source(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOM_VLLM_PYTHON", "/no/python")
+    settings = {**READER, "path": str(place / "model"), "engine": {"kind": "vllm"}}
     reader = Generated.model_validate(settings)
-    words = r"reader\.engine\.kind = vllm: /no/python is no interpreter that runs .* name it in reader\.engine\.python"
+    words = r"reader\.engine\.kind = vllm: /no/python is no interpreter that runs .* name it in ATOM_VLLM_PYTHON"
     with pytest.raises(AtomError, match=words):
         Generator(reader, tmp_path)
     recipe = write_recipe(place, digest_of(place), engine=settings["engine"])

@@ -128,7 +128,7 @@ def test_a_server_in_a_job_is_announced_while_it_answers_and_ends_with_its_stage
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_server, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(vllm_server, "interpreter", lambda python: "python")
+    monkeypatch.setattr(vllm_server, "interpreter", lambda: "python")
     monkeypatch.setattr(
         vllm_server, "command", lambda python, folder, host, port, options: [sys.executable, "-c", ANSWERING, str(port)]
     )

@@ -226,7 +226,9 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.delenv("ATOM_VLLM_PYTHON", raising=False)
 
-    def why(**options: Any) -> str | None:
+    def why(python: str = "", **options: Any) -> str | None:
+        if python:
+            monkeypatch.setenv("ATOM_VLLM_PYTHON", python)
         sampling = {"kind": "vllm", "max_new_tokens": 4, **options}
         return STAGE.lack(STAGE.config.model_validate(rl_fixtures.config(sampling=sampling)))
 
@@ -235,7 +237,7 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert f"{sys.executable} has no vLLM" in (why(python=sys.executable) or "")
     assert why(url=("http://node1:8000",), secret="secret") is None
     with pytest.raises(AtomError, match="has no vLLM"):
-        VllmServer({"dtype": "float32"}, (1,), 7, 1.0, tmp_path / "served", sys.executable)
+        VllmServer({"dtype": "float32"}, (1,), 7, 1.0, tmp_path / "served")
 
 
 def test_the_registry_makes_a_sampler_of_the_settings(tmp_path: Path) -> None:

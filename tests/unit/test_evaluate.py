@@ -103,12 +103,13 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
     assert torch.exp2(-oracle.first_token_bits).sum() == pytest.approx(1)
 
 
-def test_the_engine_changes_a_key_by_its_kind_alone() -> None:
+def test_the_engine_changes_a_key_by_its_kind_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where and on how many GPUs a server runs is no part of what is measured; a default engine is in no key."""
+    monkeypatch.setenv("ATOM_VLLM_PYTHON", "/p")
     config = model_evaluation.EvaluateConfig.model_validate
     plain, served = config(CONFIG), config({**CONFIG, "engine": {"kind": "vllm"}})
     assert identity(config({**CONFIG, "engine": {"kind": "in-process"}})) == identity(plain) == CONFIG
-    wide = config({**CONFIG, "engine": {"kind": "vllm", "gpus": 8, "options": ["--enforce-eager"], "python": "/p"}})
+    wide = config({**CONFIG, "engine": {"kind": "vllm", "gpus": 8, "options": ["--enforce-eager"]}})
     assert identity(wide) == identity(served) == {**CONFIG, "engine": {"kind": "vllm"}}
     stage = model_evaluation.STAGE
     needs = [Needs(environment=gpu_environment.variables()), Needs(gpus=8)]

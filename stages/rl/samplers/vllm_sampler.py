@@ -49,8 +49,8 @@ class VllmServer(Sampler):
 
     def __init__(
         self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
-        python: str | None = None, urls: Sequence[str] = (), options: Sequence[str] = (),
-        note: Callable[[str], None] = print, search: ServerSearch | None = None, secret: str | None = None,
+        urls: Sequence[str] = (), options: Sequence[str] = (), note: Callable[[str], None] = print,
+        search: ServerSearch | None = None, secret: str | None = None,
     ) -> None:  # fmt: skip
         """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers. note:
         is told which server is lost. search: where servers in jobs of their own announce themselves. secret: the file
@@ -83,14 +83,14 @@ class VllmServer(Sampler):
             if torch.cuda.is_available():
                 free, total = torch.cuda.mem_get_info()
                 gpus = torch.cuda.device_count(), free / total
-            self.servers = [Server.start(interpreter(python), self.folder, log, options, gpus)]
+            self.servers = [Server.start(interpreter(), self.folder, log, options, gpus)]
 
     @classmethod
     def create(cls, context: SamplerContext) -> Self:
         settings = context.settings
         return cls(
             context.config, context.stops, settings.max_new_tokens, 1.0, context.folder,
-            settings.python, settings.url, settings.options, context.note, ServerSearch.of_environment(),
+            settings.url, settings.options, context.note, ServerSearch.of_environment(),
             settings.secret,
         )  # fmt: skip
 

