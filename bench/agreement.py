@@ -1,4 +1,4 @@
-"""How far blocks with our words agree with those with spaCy's, block by block: writes the figures of the data card.
+"""Agreement of blocks with our words and with spaCy's, block by block: writes the figures of the data card.
 
     .venv/bin/python bench/agreement.py              # reference verdicts and figures, about two minutes
     .venv/bin/python bench/agreement.py --collect    # the documents first, from the packages of Debian
@@ -87,7 +87,7 @@ def our_step(name: str) -> Filter:
 
 
 def results(python: str, documents: Path) -> dict[str, Any]:
-    """What stock_blocks.py prints."""
+    """The output of stock_blocks.py."""
     command = [python, str(STOCK), str(documents), model()]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:

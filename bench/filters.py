@@ -1,4 +1,4 @@
-"""How fast blocks of datatrove run in a data recipe: as they are, and by their accelerators. CPU seconds a MB.
+"""Speed of datatrove's blocks in a data recipe, as they are and by their accelerators: CPU seconds a MB.
 
     .venv/bin/python bench/filters.py            # about five minutes
     .venv/bin/python bench/filters.py --spacy    # with a column for the words of spaCy, some minutes more

@@ -66,6 +66,10 @@ class RecipeError(AtomError):
     """A recipe or data recipe that cannot be run."""
 
 
+class MissingData(RecipeError):
+    """Data that a recipe needs is not on this machine."""
+
+
 class CheckFailed(AtomError):
     """A failed check: a gate of the release, or bytes that differ from their manifest. Exit code 1."""
 

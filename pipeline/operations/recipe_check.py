@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import AtomError, MissingData, RecipeError
 from pipeline.core.store import Store
 from pipeline.core.yaml_text import line_of, parse_yaml, read_file
 from pipeline.graph import budget, dag, recipe, registry
@@ -72,6 +72,8 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
     for node in graph.nodes.values():
         try:
             notes += node.stage.inspect(node.config)
+        except MissingData as error:
+            notes.append(f"stage {node.name}: {error}")
         except RecipeError as error:
             refused.append(f"stage {node.name}: {error}")
     return Findings(tuple(Problem(str(path), text) for text in refused), (*graph.absent, *notes))

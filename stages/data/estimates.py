@@ -54,7 +54,7 @@ STEP_SECONDS = {
 }
 """Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`)."""
 SPACY_SECONDS = 1.6
-"""What the words of spaCy add to that."""
+"""Core seconds a MB that the words of spaCy add."""
 
 
 def total(sizes: Iterable[Size | None]) -> Size | None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.core.bounds import LongLine, Sha256
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import AtomError, MissingData, RecipeError
 from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped
 from stages.data.blocks import Block, datatrove_version, in_words, is_stock, parameters_of
@@ -80,9 +80,6 @@ class BlockStep(Block, Filter):
         return super()._present_code() + (f", spacy {spacy}" if spacy else "")
 
     def inspect(self) -> str:
-        if missing := [path for path in self.assets if not Path(self.folder, path).is_file()]:
-            self.require_parameters(self.imported(BASES, WHAT), {})
-            return f"block {self.block}: {missing[0]} is not here; put it beside the data recipe before running"
         block = self._create()
         return f"block {self.block}: {'stock' if self._accelerated(block) is None else 'accelerated'}"
 
@@ -98,9 +95,9 @@ class BlockStep(Block, Filter):
         for path, digest in self.assets.items():
             self._add_asset(path, digest)
         block = self.create(BASES, WHAT, **self._words(kind))
-        if refusal := _depends_on_earlier_documents(block) if is_stock(kind) else None:
-            raise RecipeError(f"block {self.block}: {refusal}")
-        _replace_downloads()
+        if dependence := _dependence(block):
+            raise RecipeError(f"block {self.block}: {dependence}")
+        _pin_downloads(block)
         from datatrove import data
 
         probe = data.Document(_PROBE, "probe", metadata={"url": "https://example.org/", "language": "en"})
@@ -150,7 +147,7 @@ class BlockStep(Block, Filter):
     def _add_asset(self, path: str, digest: str) -> None:
         file = Path(self.folder, path)
         if not file.is_file():
-            raise RecipeError(f"block {self.block}: assets names {file}, which is not here; put it there")
+            raise MissingData(f"block {self.block}: assets names {file}, which is not here; put it there")
         if (present := f"sha256:{sha256_file(file)}") != digest:
             raise RecipeError(
                 f"block {self.block}: {file} is pinned to {digest}, but has {present}; restore it, or change the pin"
@@ -185,32 +182,36 @@ def _stock(block: Any) -> FilterFunction:
     return filter_document
 
 
-def _depends_on_earlier_documents(block: Any) -> str | None:
-    """Why what a block of datatrove makes of a document depends on those before it; None if it does not."""
-    name = type(block).__name__
-    if name == "PIIFormatter":
+def _dependence(block: Any) -> str | None:
+    """Says why a block of datatrove, or one that extends it, gives a document a text that depends on earlier ones.
+
+    Returns:
+        None if its results depend on each document alone.
+    """
+    names = {kind.__name__ for kind in type(block).__mro__ if is_stock(kind)}
+    if "PIIFormatter" in names:
         for each, replacer in (("email", block.emails_replacer), ("ip", block.ip_replacer)):
             if getattr(block, f"remove_{each}s") and len(replacer.replacements) > 1:
                 return (
                     f"it uses the {len(replacer.replacements)} values of {each}_replacement in turn, so a text depends "
                     "on the documents before; give one value"
                 )
-    if name == "Trafilatura" and block.deduplicate:
+    if "Trafilatura" in names and block.deduplicate:
         return "deduplicate = true compares a page with those before it; write deduplicate: false"
-    if name == "C4BadWordsFilter" and block.keep_fraction > 0:
+    if "C4BadWordsFilter" in names and block.keep_fraction > 0:
         return "keep_fraction is a share by a stream of random numbers; leave it out"
-    if name == "URLFilter":
-        from tldextract import TLDExtract
-
-        block.tldextractor = TLDExtract(cache_dir=None, suffix_list_urls=())  # the list in the package, not the net's
     return None
 
 
-def _replace_downloads() -> None:
-    """Makes datatrove read the files that the recipe pins, where it would download them."""
+def _pin_downloads(block: Any) -> None:
+    """Makes datatrove read files that are pinned, where it would download them."""
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("datatrove.") and hasattr(module, _DOWNLOAD):
             setattr(module, _DOWNLOAD, _pinned_file)
+    if hasattr(block, "tldextractor"):  # of URLFilter: the list of public suffixes in the package, not the net's
+        from tldextract import TLDExtract
+
+        block.tldextractor = TLDExtract(cache_dir=None, suffix_list_urls=())
 
 
 def _pinned_file(remote_path: str, *options: Any, **others: Any) -> str:
