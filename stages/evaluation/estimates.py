@@ -35,12 +35,12 @@ QUESTION_TOKENS, DOCUMENT_TOKENS = 100, 1000
 class Expected(Config):
     """The model and the tokens that are expected, for `atom plan` alone."""
 
-    parameters: Annotated[int, Range(1, 1e15)] = Field(description="parameters of the model")
-    active: Annotated[int, Range(1, 1e15)] = Field(description="parameters that a token uses")
+    parameters: Annotated[int, Range(1, 1e21)] = Field(description="parameters of the model")
+    active: Annotated[int, Range(1, 1e21)] = Field(description="parameters that a token uses")
     tokens: Annotated[int, Range(0, 1e15)] = Field(description="tokens that are read or drawn")
     pieces: Annotated[int, Range(1, 1e9)] = Field(1, description="pieces of work that tasks may share")
-    weight_bytes: Annotated[int, Range(0, 1e16)] = Field(0, description="bytes of the exported weights")
-    served_bytes: Annotated[int, Range(0, 1e16)] = Field(
+    weight_bytes: Annotated[int, Range(0, 1e22)] = Field(0, description="bytes of the exported weights")
+    served_bytes: Annotated[int, Range(0, 1e22)] = Field(
         0, description="memory of a vLLM server's process beside its weights, on each GPU if it has some"
     )
 
