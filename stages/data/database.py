@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from pipeline.core.errors import AtomError, MachineError
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 @contextmanager
@@ -20,6 +22,8 @@ def connect(work: Path, memory: str = "1GB", threads: int = 1) -> Iterator[duckd
     The order of rows is that of ORDER BY alone. Errors of DuckDB inside the context become MachineError for a lack of
     space, and otherwise AtomError, in one sentence.
     """
+    import duckdb
+
     work.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=work, prefix=".duckdb-", ignore_cleanup_errors=True) as folder:
         settings: dict[str, str | bool | int | float | list[str]] = {
@@ -37,6 +41,8 @@ def connect(work: Path, memory: str = "1GB", threads: int = 1) -> Iterator[duckd
 
 
 def _translated(error: duckdb.Error, work: Path, memory: str) -> AtomError:
+    import duckdb
+
     reason = " ".join(str(error).split())
     if isinstance(error, duckdb.OutOfMemoryException) or "No space left" in reason or "Disk quota" in reason:
         return MachineError(

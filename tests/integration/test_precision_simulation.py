@@ -114,8 +114,13 @@ def settings(rehearsed: tuple[Path, dict[str, Any]]) -> runner.Settings:
 def test_a_bad_format_fails(
     rehearsed: tuple[Path, dict[str, Any]], settings: runner.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Numbers of 4 bits with one scale for a whole tensor: what is rounded so does not train like bf16."""
-    bad = {**RECIPES, "bad": QuantizationRecipe(E2M1, E2M1, None)}
+    """Numbers of 4 bits with one scale for a whole tensor, in all layers: what is rounded so trains unlike bf16."""
+
+    class Everywhere(QuantizationRecipe):
+        def layers_in_bf16(self, layers: int) -> range:
+            return range(0)
+
+    bad = {**RECIPES, "bad": Everywhere(E2M1, E2M1, None)}
     monkeypatch.setattr(quantize, "RECIPES", bad)
     monkeypatch.setattr(report, "RECIPES", bad)
     runs = {("bad", seed): runner.train(settings, "bad", seed) for seed in (0, 1)}
