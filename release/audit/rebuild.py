@@ -23,8 +23,6 @@ from release import references, scratch
 from release.assembly.published_tables import Manifest, read_json
 from release.audit.tracing.release_data import ReleaseData
 from release.references import Reference
-from stages.data.acquire import document_row
-from stages.data.curation.filtering import to_document
 from stages.data.filters.base import FilterFunction
 from stages.data.readers.base import Document, Files
 from stages.data.sources import Source
@@ -154,6 +152,9 @@ class _Texts:
 
     def _edited(self, id: str, acquired: Document) -> Iterator[str]:
         """The text after the steps that edited texts; nothing if one removes it."""
+        from stages.data.acquire import document_row
+        from stages.data.curation.filtering import to_document
+
         document = to_document(document_row(self.source, id, acquired))
         for function in self._functions:
             result = function(document)
