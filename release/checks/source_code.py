@@ -68,15 +68,18 @@ def _stated(folder: Path, artifacts: set[str]) -> Mapping[str, set[str]]:
 
 
 def _others(release: Path) -> dict[str, bool]:
-    """{file of the published code: whether the installed atom has none of its name} of the files that it does not have,
-    or has with other bytes."""
+    """Returns the files of the published code that the installed atom lacks, or has with other bytes.
+
+    Returns:
+        For each file, True if the installed atom has none of its name.
+    """
     others = {}
     for path in code_files(release):
         name = path.relative_to(release).as_posix()
-        own = [root / name.removeprefix("code/") for root in roots()]
+        installed = [root / name.removeprefix("code/") for root in roots()]
         is_data = name.startswith(AS_RUN) or name == CODE_README
-        if not is_data and not any(file.is_file() and file.read_bytes() == path.read_bytes() for file in own):
-            others[name] = not any(file.is_file() for file in own)
+        if not is_data and not any(file.is_file() and file.read_bytes() == path.read_bytes() for file in installed):
+            others[name] = not any(file.is_file() for file in installed)
     return others
 
 
@@ -84,6 +87,6 @@ def no_secrets(build: BuildContext) -> Findings:
     """Checks that no file contains a token, a private key, or a path of this machine. What a model wrote may have the
     form of a key: it is stated."""
     paths = [path for path in files_below(build.folder) if Path(path).name != SUMS]
-    found = secret_scan.scan(build.folder, paths, build.machine)
-    summary = "; ".join([f"{len(paths)} files searched", *(f"by a model: {text}" for text in found.invented)])
-    return Findings(found.secrets, summary=summary)
+    scan = secret_scan.scan(build.folder, paths, build.machine)
+    summary = "; ".join([f"{len(paths)} files searched", *(f"by a model: {text}" for text in scan.invented)])
+    return Findings(scan.secrets, summary=summary)

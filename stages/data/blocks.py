@@ -72,10 +72,10 @@ class Block(Config):
         """Moves the parameters of the class, which are written beside `block`, into the field for them."""
         if not isinstance(values, dict):
             return values
-        own = {name: value for name, value in values.items() if name in cls.model_fields}
+        fields = {name: value for name, value in values.items() if name in cls.model_fields}
         parameters = {name: value for name, value in values.items() if name not in cls.model_fields}
-        stated = own.get("parameters", {})
-        return {**own, "parameters": {**stated, **parameters}} if parameters and isinstance(stated, dict) else values
+        stated = fields.get("parameters", {})
+        return {**fields, "parameters": {**stated, **parameters}} if parameters and isinstance(stated, dict) else values
 
     @property
     def class_name(self) -> str:

@@ -62,8 +62,8 @@ class Dpo(PolicyTrainer):
         self.by_id = {row["id"]: row for row in self.rows}
         seed = self.config.seed
         preference_kinds = set(tasks.kinds_of(phase.preferences.tasks))
-        asked = [row for row in self.rows if row["kind"] in preference_kinds]
-        self.prompts = Curriculum(asked, f"{seed_label(self.name)}/ask", seed, uniform=True)
+        preference_tasks = [row for row in self.rows if row["kind"] in preference_kinds]
+        self.prompts = Curriculum(preference_tasks, f"{seed_label(self.name)}/ask", seed, uniform=True)
         self.skills = None
         if phase.sft_tasks is not None:
             skill_tasks = [row for row in self.rows if row["kind"] not in preference_kinds]
