@@ -34,7 +34,7 @@ from small_policies import argument_parser, prepare_process
 
 from stages.data.python_stdlib import library_files, read_docstrings
 from stages.data.readers.base import Document
-from stages.data.seeds import seed_of
+from stages.formats.seeds import seed_of
 from stages.models.registry import parse
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, RankBatch

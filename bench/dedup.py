@@ -69,7 +69,7 @@ def _remove(texts: dict[str, str], minhash: Any) -> tuple[float, Clusters]:
     import pyarrow.parquet as pq
 
     from pipeline.core.store import Artifact
-    from stages.data.table import write_json
+    from stages.formats.table import write_json
     from tests.fixtures.dedup_fixtures import deduplicate
     from tests.fixtures.filter_fixtures import write_hashes, write_part
 

@@ -41,8 +41,8 @@ from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact
 from stages.data import tokenization
 from stages.data.encoder import Encoder
-from stages.data.table import KEPT, content_hash, write_rows
-from stages.data.tokenizer import END, bpe_trainer, save, untrained
+from stages.formats.table import KEPT, content_hash, write_rows
+from stages.formats.tokenizer import END, bpe_trainer, save, untrained
 
 TARGET = 5.0
 MARIN = 1_525

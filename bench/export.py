@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.data_scale import Silent
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.qwen3_moe import Qwen3MoeConfig
 
 LIMIT, LEAST_LIMIT = 4e9, 2e9
 """Bytes of a process at 10⁹ parameters, and at small models."""
@@ -89,7 +89,7 @@ def runs(process: str, script: str) -> bool:
 
 def write_checkpoint(folder: Path, config: Qwen3MoeConfig) -> None:
     """A release checkpoint with the initial weights; holds one of its files, which are small here."""
-    from stages.mcore.weight_init import Initial
+    from stages.megatron.weight_init import Initial
     from stages.train.checkpoint import release_checkpoint
 
     release_checkpoint.SHARD_BYTES = SHARD
@@ -146,7 +146,7 @@ def child(action: str, place: Path, config: Qwen3MoeConfig) -> None:
 
 
 def measure(config: Qwen3MoeConfig) -> Measured:
-    from stages.mcore.parallel_layout import Layout
+    from stages.models.parallel_layout import Layout
 
     with tempfile.TemporaryDirectory() as folder:
         for action in ("checkpoint", "export"):

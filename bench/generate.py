@@ -3,7 +3,7 @@
     .venv/bin/python bench/generate.py            # about three minutes
     .venv/bin/python bench/generate.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
-Ours is `stages.rl.samplers.generate.InProcess` as a stage of reinforcement learning runs it: a random stream for each
+Ours is `stages.generation.in_process.InProcess` as a stage of reinforcement learning runs it: a random stream for each
 answer and the log-probability of each token. The peer is `generate` of the same `Qwen3MoeForCausalLM` object's class,
 filled with the same weights: the whole batch at once, padded on the left, no cuts of the distribution (top_k 0, top_p
 1), no scores returned, and the fastest of its own expert implementations and caches here. Both draw at temperature 1 in
@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from stages.mcore.weight_init import Initial
-from stages.models.hf import hf_config
-from stages.models.qwen3_moe import spec
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.rl.protocols import Prompt
-from stages.rl.samplers.generate import InProcess
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Prompt
+from stages.megatron.architectures import qwen3_moe
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.weight_init import Initial
+from stages.models.qwen3_moe import Qwen3MoeConfig
 
 TARGET = 1.0
 EXPERTS = ("grouped_mm", "eager")
@@ -71,7 +71,7 @@ class Sides:
         self.size = size
         config = hf_config(size.model, size.vocab, 1, 0, "float32")
         shapes = size.model.shapes(size.vocab)
-        tensors = dict(spec.to_hf(Initial(shapes, size.model, 0), size.model, size.vocab))
+        tensors = dict(qwen3_moe.to_hf(Initial(shapes, size.model, 0), size.model, size.vocab))
         self.sampler, other = (InProcess(config, stops=(), max_new_tokens=size.new) for _ in range(2))
         for sampler in (self.sampler, other):
             sampler.load(tensors)

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipeline.core.errors import AtomError
-from stages.rl.protocols import to_row
+from stages.tasks.rows import to_row
 
 PROMPT = "Complete this function. Answer with the whole function in one ```python block.\n\n```python\n{prompt}```"
 
@@ -53,10 +53,10 @@ def problems() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    from stages.evaluation.confidence import wilson
-    from stages.evaluation.engine import Engine
     from stages.evaluation.pass_at_k import ChatModel
+    from stages.generation.engine import Engine
     from stages.rl import sandbox
+    from stages.statistics import wilson
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the model folder of a release, or an export")

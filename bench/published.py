@@ -25,12 +25,12 @@ from pathlib import Path
 
 from pipeline.core.stage import Accelerator
 from pipeline.launch import cluster_profile
-from stages.mcore.throughput import Shape, shape_of
-from stages.models.deepseek_v3.config import DeepseekV3Config
-from stages.models.glm4_moe.config import Glm4MoeConfig
-from stages.models.gpt_oss.config import GptOssConfig
-from stages.models.qwen3.config import Qwen3Config
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.megatron.throughput import Shape, shape_of
+from stages.models.deepseek_v3 import DeepseekV3Config
+from stages.models.glm4_moe import Glm4MoeConfig
+from stages.models.gpt_oss import GptOssConfig
+from stages.models.qwen3 import Qwen3Config
+from stages.models.qwen3_moe import Qwen3MoeConfig
 
 QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8, context_length=4096, tie_embeddings=False)
 QWEN3_30B = Qwen3MoeConfig(layers=48, hidden_size=2048, heads=32, moe_intermediate_size=768, **QWEN3)

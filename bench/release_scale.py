@@ -29,13 +29,13 @@ PART = 10_000
 MEGABYTES, SLOPE = 1500, 16
 """The maximum memory at 3,000,000 documents, and bytes of memory for each document."""
 TASKS = {
-    "facts": "from release.assembly.data_facts import read_data_facts; read_data_facts(data)",
+    "facts": "from release.facts.data_facts import read_data_facts; read_data_facts(data)",
     "roots": "from release.audit import merkle; merkle.roots(data)",
     "proof": "from release.audit import merkle; merkle.prove(data, id)",
     "licenses": "assert not documents.licenses(Subject(data)).problems",
     "dispositions": "assert not documents.dispositions(Subject(data)).problems",
     "content hashes": "assert not documents.content_hashes(Subject(data)).problems",
-    "secrets": "from release.assembly import secret_scan; secret_scan.scan(data, files_below(data), [])",
+    "secrets": "from release.facts import secret_scan; secret_scan.scan(data, files_below(data), [])",
     "document": "tracing.trace_document(data, id)",
     "unknown document": "import pytest\nwith pytest.raises(AtomError): tracing.trace_document(data, 'web/nothing')",
     "removal": "tracing.trace_removal(data, id)",

@@ -43,17 +43,19 @@ from peer_kernels import plain_kernels
 from quiet import Quiet
 
 from pipeline.core.store import Artifact, write_manifest
-from stages.data.chat import render
-from stages.data.table import ITEMS, write_jsonl, write_rows
-from stages.data.tokenizer import END, PAD, bpe_trainer, untrained
-from stages.mcore.model import named_tensors
-from stages.models.hf import hf_config
-from stages.models.qwen3_moe.spec import to_hf
+from stages.formats.chat import render
+from stages.formats.table import ITEMS, write_jsonl, write_rows
+from stages.formats.tokenizer import END, PAD, bpe_trainer, untrained
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Completion, Prompt
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.architectures.qwen3_moe import to_hf
+from stages.megatron.model import named_tensors
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
-from stages.rl.protocols import Completion, Parts, Prompt, Response, Row
+from stages.rl.protocols import Parts, Response
 from stages.rl.rollout.task_sources.procedural_tasks import ProblemTasks
-from stages.rl.samplers.generate import InProcess
+from stages.tasks.rows import Row
 from stages.train.engine import Engine
 from stages.train.parallel import session
 

@@ -45,21 +45,21 @@ from saturation_figure import draw as draw_figure
 from small_policies import OPTIMIZER, Encode, example_of, load, prepare_process, run_seeds, weights_of, write_inputs
 
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import chat
-from stages.data.seeds import seed_of
-from stages.data.synthetic import courtesy_notes, problems
-from stages.data.table import write_rows
 from stages.evaluation import win_rate
-from stages.evaluation.eval_set import courtesy_row
 from stages.export import hf
+from stages.formats import chat
+from stages.formats.seeds import seed_of
+from stages.formats.table import write_rows
 from stages.rl import reward_model
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.algorithms.preferences import PAIRS, pair_rows
 from stages.rl.config import RlTrainConfig
 from stages.rl.policy import scored, unscored
-from stages.rl.protocols import Row, question, to_row
 from stages.rl.rollout.batches import Example
 from stages.rl.rollout.task_sources.procedural_tasks import CourtesyTasks, ProblemTasks
+from stages.tasks.eval_set import courtesy_row
+from stages.tasks.rows import Row, question, to_row
+from stages.tasks.synthetic import courtesy_notes, problems
 from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Engine
 from stages.train.parallel import session

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from release.assembly import costs, training
 from release.cards import tables
 from release.cards.plots import COLORS, png
+from release.facts import costs, training
 from release.layout import when
-from stages.evaluation.confidence import Z95, clustered
+from stages.statistics import Z95, clustered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

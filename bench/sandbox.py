@@ -26,8 +26,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.humaneval import problems
-from stages.rl.protocols import Response, Row
+from stages.rl.protocols import Response
 from stages.rl.rewards.registry import make_verifier
+from stages.tasks.rows import Row
 
 TARGET = 1.0
 AIM = 100  # verifications per second on two cores

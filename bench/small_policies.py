@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from pipeline.core.store import Artifact, write_manifest
-from stages.data.table import ITEMS, write_jsonl, write_rows
-from stages.data.tokenizer import END, PAD, bpe_trainer, untrained
-from stages.mcore.tensor_sharding import cut
+from stages.formats.table import ITEMS, write_jsonl, write_rows
+from stages.formats.tokenizer import END, PAD, bpe_trainer, untrained
+from stages.megatron.tensor_sharding import cut
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
-from stages.rl.protocols import Row
 from stages.rl.rollout.batches import Example, build_rank_batch
+from stages.tasks.rows import Row
 from stages.train.data import Batch
 from stages.train.engine import Engine, Piece
 

@@ -1,4 +1,4 @@
-"""Fits the constants of the model of a step's time (stages/mcore/throughput.py) to published runs, and measures its
+"""Fits the constants of the model of a step's time (stages/megatron/throughput.py) to published runs, and measures its
 errors on runs that were left out.
 
     .venv/bin/python bench/throughput.py         # ten seconds; nothing is run
@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.published import MODELS, anchors, systems
 from pipeline.core.stage import Accelerator
-from stages.mcore.parallel_layout import Layout
-from stages.mcore.throughput import CONSTANTS, Constants, Shape, StepSetup, step_time
+from stages.megatron.throughput import CONSTANTS, Constants, Shape, StepSetup, step_time
 from stages.models.costs import Rows
+from stages.models.parallel_layout import Layout
 
 PRECISIONS = {"bf16": "bf16", "fp8": "fp8-tensorwise", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
 """FP8 in the tables has one scale for a tensor."""

@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from peer_kernels import plain_kernels
 
-from stages.mcore.model import named_tensors
-from stages.models.hf import hf_config
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.models.qwen3_moe.spec import to_hf
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.architectures.qwen3_moe import to_hf
+from stages.megatron.model import named_tensors
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Engine

@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.export import FULL, PADDED, QUICK, SIZES
 from pipeline.launch.rendezvous import free_port
 from pipeline.run_secret.atom_secret import sign
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.qwen3_moe import Qwen3MoeConfig
 
 RANKS = 2
 SECRET = bytes(32)
@@ -138,8 +138,8 @@ def receive(path: Path) -> None:
     """Receives a broadcast as the only worker of a server does, without loading it into a model."""
     import torch
 
-    from stages.rl.samplers.vllm_worker.atom_group import GROUP, PATIENCE, WORKERS, Group, connect, packets, view
-    from stages.rl.samplers.vllm_worker.atom_index import row_of
+    from stages.generation.vllm_worker.atom_group import GROUP, PATIENCE, WORKERS, Group, connect, packets, view
+    from stages.generation.vllm_worker.atom_index import row_of
 
     invitation = json.loads(path.read_text())
     store = connect(invitation["store"], sign(SECRET, GROUP, invitation["nonce"]), invitation["seconds"])
@@ -163,13 +163,13 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
     """A rank: makes its part of the model, hands it over; rank 0 reads as a server and prints."""
     import torch
 
-    from stages.mcore.model import build, named_tensors
-    from stages.mcore.parallel_layout import Layout
-    from stages.mcore.tensor_sharding import boxes, cut
-    from stages.mcore.weight_init import Initial
-    from stages.rl import weights
-    from stages.rl.broadcast import Broadcast
-    from stages.rl.samplers.vllm_worker import atom_index
+    from stages.generation import weights
+    from stages.generation.broadcast import Broadcast
+    from stages.generation.vllm_worker import atom_index
+    from stages.megatron.model import build, named_tensors
+    from stages.megatron.tensor_sharding import boxes, cut
+    from stages.megatron.weight_init import Initial
+    from stages.models.parallel_layout import Layout
     from stages.train import parallel
     from stages.train.full_tensors import FullTensors
 
@@ -211,10 +211,10 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
 
 def group_child(folder: Path, servers: int, everyone: bool, config: Qwen3MoeConfig) -> None:
     """A data rank, which all hold the whole model: forms the groups and sends twice; rank 0 prints what it took."""
-    from stages.mcore.parallel_layout import Layout
-    from stages.mcore.weight_init import Initial
-    from stages.rl import weights
-    from stages.rl.broadcast import Broadcast
+    from stages.generation import weights
+    from stages.generation.broadcast import Broadcast
+    from stages.megatron.weight_init import Initial
+    from stages.models.parallel_layout import Layout
     from stages.train import parallel
     from stages.train.full_tensors import FullTensors
 
@@ -302,7 +302,7 @@ def measure(config: Qwen3MoeConfig) -> Measured:
 
 def summarize(rows: list[Measured]) -> dict[str, Any]:
     """Prints the computed sizes; returns the last line."""
-    from stages.rl.weights import FILE_BYTES
+    from stages.generation.weights import FILE_BYTES
 
     last = rows[-1]
     wrote, checked = last.bytes / RANKS / last.write, last.bytes / last.check

@@ -12,7 +12,7 @@
 Part n of each table is about the documents of part n of the source; only sources whose steps measure have `measures`,
 and only those with documents whose licenses ask for it `attribution`, those of packages `notices`, and those that a
 model wrote `generated`.
-`stages.data.table.order_files` gives the files of an order. The folders of earlier runs, `earlier/<key>/`, have the
+`stages.formats.table.order_files` gives the files of an order. The folders of earlier runs, `earlier/<key>/`, have the
 same files.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.parts import PART_NAME, part_file, part_tables
-from stages.data.table import MEASURES
+from stages.formats.table import MEASURES
 
 KEPT_TABLE = re.compile(rf"(earlier/[^/]+/)?kept/[^/]+/{PART_NAME}")
 """The paths of tables of kept documents in a dataset folder."""

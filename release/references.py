@@ -28,7 +28,7 @@ from stages.data.readers.hub import Hub
 from stages.data.readers.packages import Packages
 from stages.data.sources import Source
 from stages.data.steps import MAX_STEPS, AnyFilter
-from stages.data.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
+from stages.formats.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -195,7 +195,7 @@ def row_groups(path: Path) -> Iterator[pa.Table]:
 
 
 def group_writer(path: Path) -> pq.ParquetWriter:
-    """A writer as that of the stage `dedup`: `stages.data.table.table_writer`."""
+    """A writer as that of the stage `dedup`: `stages.formats.table.table_writer`."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)

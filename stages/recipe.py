@@ -10,9 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.core.bounds import MOST_SOURCES, Key, Language, License, Line, Namespace, Settings, SourceName
 from pipeline.core.stage import Config, added
 from pipeline.graph.recipe import Identity
-from stages.data.tokenizer import TokenizerSection
 from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
 from stages.export.variants.registry import VARIANTS, VariantName
+from stages.formats.tokenizer import TokenizerSection
 from stages.maker import Maker
 from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase

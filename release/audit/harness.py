@@ -29,7 +29,7 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    from stages.data.tokenizer import END
+    from stages.formats.tokenizer import END
     from stages.scorers import score_problem
 
     return ConfigurableTask(
@@ -53,7 +53,7 @@ def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int
 
     Raises CheckFailed if the release does not contain them.
     """
-    from release.assembly.published_tables import read_json, read_rows
+    from release.facts.published_tables import read_json, read_rows
     from stages.evaluation.settings import EvaluationSection
 
     models = models_of(path.stem for path in (release / "evidence/manifests").glob("*.json"))

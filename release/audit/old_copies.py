@@ -12,8 +12,8 @@ from pipeline.core.store import sha256_file
 from release import schema, scratch
 from release.checks.verdict import CheckResult, Verdict, answer
 from release.checksums import read_sums
+from release.facts.tombstones import ChangedRepository, Tombstone, read_tombstones
 from release.layout import PUBLIC_KEY, RELEASE, RETRACTED, SUMS
-from release.retraction.tombstone import ChangedRepository, Tombstone, read_tombstones
 from release.signing import Trust, TrustPolicy
 
 NAME = "retraction"
@@ -101,7 +101,7 @@ def missing_revision(subject: str, deep: bool) -> Verdict | None:
 
 
 def _located(name: str, temporary: Path) -> Path:
-    from release.hub.pull import pull_named
+    from release.pull import pull_named
 
     return Path(name) if Path(name).is_dir() else pull_named(name, temporary / "retracted")
 

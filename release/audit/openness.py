@@ -20,12 +20,12 @@ import yaml
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
 from release import data_layout, references, schema
-from release.assembly import size_facts
-from release.assembly.published_tables import read_json
-from release.assembly.score_facts import CONTAMINATION
 from release.audit.replay.certificates import read_certificates
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
+from release.facts import size_facts
+from release.facts.published_tables import read_json
+from release.facts.score_facts import CONTAMINATION
 from release.layout import (
     GATES,
     MODEL,

@@ -20,13 +20,13 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
 from release import references, scratch
-from release.assembly.published_tables import Manifest, read_json
-from release.audit.tracing.release_data import ReleaseData
+from release.facts.published_tables import Manifest, read_json
 from release.references import Reference
+from release.trace.release_data import ReleaseData
 from stages.data.filters.base import FilterFunction
 from stages.data.readers.base import Document, Files
 from stages.data.sources import Source
-from stages.data.table import content_hash
+from stages.formats.table import content_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from release import schema, signing
-from release.assembly import costs
-from release.assembly.checkpoint_facts import read_checkpoints
-from release.assembly.data_facts import OrderFacts, read_data_facts
-from release.assembly.model_facts import ModelFacts, read_model_facts
-from release.assembly.published_tables import read_json
 from release.cards import caveats, tables
+from release.facts import costs
+from release.facts.checkpoint_facts import read_checkpoints
+from release.facts.data_facts import OrderFacts, read_data_facts
+from release.facts.model_facts import ModelFacts, read_model_facts
+from release.facts.published_tables import read_json
 from release.layout import GATES, PUBLIC_KEY, SIGNATURE, model_name
 from release.repositories import model_folders
 from release.untrusted import cleaned
-from stages.evaluation.scores import Figure, pass_at_1
+from stages.evaluation.scores import pass_at_1
+from stages.statistics import Figure
 
 WIDTH, WIDEST = 80, 110
 """Columns of the page where there is no terminal, and at most."""

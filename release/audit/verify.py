@@ -56,7 +56,7 @@ def verify(
     if str(subject).split("@")[0].count("/") != 1 or str(subject).startswith((".", "/")):
         name = printable(str(subject))
         raise AtomError(f"there is no folder {name}; a repository on the Hub is written namespace/name[@revision]")
-    from release.hub.pull import pull_named
+    from release.pull import pull_named
 
     with scratch.folder() as folder:
         progress(f"downloading {subject}")

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from release.assembly.changes import Changes, read_changes
-from release.assembly.checkpoint_facts import Intervention
-from release.assembly.costs import Costs
-from release.assembly.data_facts import DataFacts
-from release.assembly.example_answers import ExampleAnswer, best_example, read_examples
-from release.assembly.model_facts import ModelFacts
-from release.assembly.published_tables import read_json
-from release.assembly.score_facts import ChatScores
-from release.assembly.variant_facts import VariantFacts, read_variants
 from release.cards import caveats, chat_tables, document_tables, measurement_tables, tables, training_tables
+from release.facts.changes import Changes, read_changes
+from release.facts.checkpoint_facts import Intervention
+from release.facts.costs import Costs
+from release.facts.data_facts import DataFacts
+from release.facts.example_answers import ExampleAnswer, best_example, read_examples
+from release.facts.model_facts import ModelFacts
+from release.facts.published_tables import read_json
+from release.facts.score_facts import ChatScores
+from release.facts.variant_facts import VariantFacts, read_variants
 from release.layout import RECIPE
 
 F = TypeVar("F")

@@ -15,13 +15,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
-from release.assembly.data_facts import OrderFacts
-from release.assembly.model_facts import ModelFacts
-from release.assembly.score_facts import ChatScores
-from release.assembly.training import FirstAndLast
 from release.cards.tables import PHASES, count, title, titles, with_error, with_interval
-from stages.evaluation.scores import AnswerStatistics, Figure, Mean, ModelScores
+from release.facts.data_facts import OrderFacts
+from release.facts.model_facts import ModelFacts
+from release.facts.score_facts import ChatScores
+from release.facts.training import FirstAndLast
+from stages.evaluation.scores import AnswerStatistics, ModelScores
 from stages.evaluation.settings import SURE
+from stages.statistics import Figure, Mean
 
 RULE = (
     "By rule from the figures below: what got worse from one phase to the next by more than a standard error of the "

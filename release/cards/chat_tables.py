@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterable, Mapping
 
 from pipeline.core.text import escaped
-from release.assembly.data_facts import DataFacts
-from release.assembly.example_answers import ExampleAnswer
-from release.assembly.score_facts import ChatScores
 from release.cards import caveats
 from release.cards.tables import PHASES, count, table, title, with_error, with_interval
-from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Figure, Mean
+from release.facts.data_facts import DataFacts
+from release.facts.example_answers import ExampleAnswer
+from release.facts.score_facts import ChatScores
+from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport
 from stages.rl.rollout.probes import MARGIN
+from stages.statistics import Figure, Mean
 
 SHOWN, CHARACTERS = 4, 160
 """Sample pairs that a card shows, and characters of a text."""

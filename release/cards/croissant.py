@@ -13,9 +13,9 @@ from typing import Any
 from pipeline.core.parts import PART_PATTERN, part_number
 from pipeline.core.store import sha256_file
 from release import data_layout
-from release.assembly.data_facts import DataFacts, SourceFacts
-from release.assembly.published_tables import read_json
 from release.data_layout import all_files
+from release.facts.data_facts import DataFacts, SourceFacts
+from release.facts.published_tables import read_json
 from release.schema import ReleaseInfo
 
 NAME = "croissant.json"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pipeline.core.text import escaped
-from release.assembly.data_facts import DataFacts, SourceFacts
-from release.assembly.document_facts import LENGTHS, LanguageFacts, LicenseFacts
 from release.cards.tables import count, few, table
+from release.facts.data_facts import DataFacts, SourceFacts
+from release.facts.document_facts import LENGTHS, LanguageFacts, LicenseFacts
 from stages.data.licenses.attribution import asks_for_attribution
 
 MOST_LICENSES = 30

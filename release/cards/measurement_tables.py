@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from release.assembly.model_facts import ModelFacts
-from release.assembly.score_facts import HarnessFacts
-from release.assembly.variant_facts import VariantFacts
 from release.cards.tables import count, table, with_error, with_interval
-from release.prediction.forecast import FOLDER, NAMES
+from release.facts.forecast import FOLDER, NAMES
+from release.facts.model_facts import ModelFacts
+from release.facts.score_facts import HarnessFacts
+from release.facts.variant_facts import VariantFacts
 from stages.evaluation.scores import MemorizationScores, Regurgitation
 
 NOT_MEASURED = "Memorization of training data and toxicity: not measured."

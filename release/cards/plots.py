@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.errors import AtomError, installing
 from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped
-from release.assembly import training
-from release.assembly.data_facts import DataFacts
-from release.assembly.model_facts import ModelFacts
 from release.cards import tables
-from release.prediction.forecast import LOSS as VALIDATION_LOSS
-from stages.evaluation.confidence import Z95
+from release.facts import training
+from release.facts.data_facts import DataFacts
+from release.facts.forecast import LOSS as VALIDATION_LOSS
+from release.facts.model_facts import ModelFacts
 from stages.evaluation.scores import pass_at_1
+from stages.statistics import Z95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

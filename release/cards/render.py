@@ -12,15 +12,15 @@ from typing import Any, Literal
 
 from pipeline.hub.client import load
 from release import schema
-from release.assembly.checkpoint_facts import Intervention, read_checkpoints
-from release.assembly.costs import Costs
-from release.assembly.data_facts import DataFacts
-from release.assembly.example_answers import ExampleAnswer
-from release.assembly.message_tables import FOLDER as MESSAGES
-from release.assembly.model_facts import ModelFacts
-from release.assembly.variant_facts import VariantFacts, read_variants
 from release.cards import card_tables, chat_tables, plots, tables
 from release.cards.card_tables import ReleaseFacts
+from release.facts.checkpoint_facts import Intervention, read_checkpoints
+from release.facts.costs import Costs
+from release.facts.data_facts import DataFacts
+from release.facts.example_answers import ExampleAnswer
+from release.facts.message_tables import FOLDER as MESSAGES
+from release.facts.model_facts import ModelFacts
+from release.facts.variant_facts import VariantFacts, read_variants
 from release.layout import MODEL, VARIANT, numbered
 from release.repositories import repositories
 from release.schema import CARD, ReleaseInfo

@@ -13,8 +13,8 @@ import yaml
 
 from pipeline.hub.client import load
 from pipeline.hub.limits import PUBLIC_HUB
-from release.assembly.model_facts import ModelFacts
 from release.cards.render import METRICS
+from release.facts.model_facts import ModelFacts
 
 FOLDER = ".eval_results"
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.text import escaped
-from release.assembly import costs
-from release.assembly.changes import Changes
-from release.assembly.checkpoint_facts import Checkpoint, Intervention
-from release.assembly.data_facts import DataFacts, OrderPart
-from release.assembly.model_facts import ModelFacts
-from release.assembly.score_facts import ChatScores, HarnessFacts
+from release.facts import costs
+from release.facts.changes import Changes
+from release.facts.checkpoint_facts import Checkpoint, Intervention
+from release.facts.data_facts import DataFacts, OrderPart
+from release.facts.forecast import FOLDER as PREDICTION
+from release.facts.model_facts import ModelFacts
+from release.facts.score_facts import ChatScores, HarnessFacts
 from release.layout import RUNTIMES, numbered
-from release.prediction.forecast import FOLDER as PREDICTION
-from stages.evaluation.scores import Figure, ModelScores, Proportion
+from stages.evaluation.scores import ModelScores, Proportion
+from stages.statistics import Figure
 
 MOST_CHANGES = 30
 """Changed settings that a card lists."""

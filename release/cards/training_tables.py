@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.core.text import escaped
-from release.assembly.example_answers import settings_of
-from release.assembly.model_facts import ModelFacts
 from release.cards.tables import PHASES, count, table, title
+from release.facts.example_answers import settings_of
+from release.facts.model_facts import ModelFacts
 
 Facts = dict[str, Any]
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release.assembly.published_tables import stream_rows
-from release.assembly.score_facts import chat_tables_of
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.facts.published_tables import stream_rows
+from release.facts.score_facts import chat_tables_of
 from stages import scorers
-from stages.data.table import read_jsonl
+from stages.formats.table import read_jsonl
 
 Row = dict[str, Any]
 Scorer = tuple[str, str]

@@ -7,12 +7,12 @@ from typing import Any
 
 from pipeline.core.text import escaped
 from release import schema, untrusted
-from release.assembly import attest
-from release.assembly.published_tables import read_json
 from release.checks import gate_results
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.checks.gate_results import Checks
+from release.facts import attest
+from release.facts.published_tables import read_json
 from release.layout import GATES, GATES_STATED, RECIPE
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from pipeline.hub.client import load
 from release import schema
-from release.assembly.data_facts import read_data_facts
-from release.assembly.model_facts import read_model_facts
-from release.assembly.variant_facts import read_variant_facts
 from release.cards import render
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.facts.data_facts import read_data_facts
+from release.facts.model_facts import read_model_facts
+from release.facts.variant_facts import read_variant_facts
 from release.layout import RELEASE
 from release.repositories import files_below
 from release.schema import CARD, CARDS, FORMAT, PublishedLicenses, ReleaseInfo

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from release import schema
-from release.assembly import costs
-from release.assembly.checkpoint_facts import find_interventions, read_checkpoints
-from release.assembly.data_facts import canary_of, read_data_facts
-from release.assembly.model_facts import ModelFacts, read_model_facts
-from release.assembly.published_tables import read_json
 from release.cards import card_tables, croissant, plots, render, results
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Findings, require_file
 from release.checks.plots import unexpected
 from release.checks.scores import score_problems
+from release.facts import costs
+from release.facts.checkpoint_facts import find_interventions, read_checkpoints
+from release.facts.data_facts import canary_of, read_data_facts
+from release.facts.model_facts import ModelFacts, read_model_facts
+from release.facts.published_tables import read_json
 from release.layout import CANARY
 from release.repositories import model_folders
 from release.schema import ReleaseInfo

@@ -11,7 +11,7 @@ from release.checks import formats
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import GOLDENS
-from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE
+from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE
 
 ARGUMENTS = ("messages", "tools", "add_generation_prompt")
 

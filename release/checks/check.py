@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.store import sha256_file
-from release.assembly.data_facts import DataFacts
-from release.assembly.model_facts import ModelFacts
 from release.checks.findings import Findings
 from release.checks.load_report import LoadReport
+from release.facts.data_facts import DataFacts
+from release.facts.model_facts import ModelFacts
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
 

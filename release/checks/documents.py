@@ -14,13 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from release import data_layout, references
-from release.assembly import message_tables
-from release.assembly.published_tables import TEXT_BATCH, read_json
-from release.audit import merkle
+from release import data_layout, merkle, references
 from release.checks.check import Subject
 from release.checks.findings import Findings, require_file
 from release.checks.rows import Rows, equals, repeated_ids, text_batches
+from release.facts import message_tables
+from release.facts.published_tables import TEXT_BATCH, read_json
 from release.layout import ROOTS
 from stages.data.splits import SPLITS
 

@@ -14,9 +14,9 @@ from functools import cache
 from pipeline.core.code_snapshot import PACKAGES, SUFFIXES
 from pipeline.core.parts import PART_NAME
 from pipeline.core.text import printable
-from release.assembly.assemble import CODE_FILES
 from release.checks.listing import Contents
 from release.checks.verdict import CheckResult, Problems
+from release.facts.assemble import CODE_FILES
 from release.layout import EXPORTED, PUBLIC_KEY, RETRACTED, SIGNATURE, SIZE, SUMS, TRAINING
 from release.standards.bundle import DOCUMENTS, RECORDED
 

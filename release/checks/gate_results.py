@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from release import schema
-from release.assembly.data_facts import read_data_facts
 from release.checks.check import BuildCheck, BuildContext, Check
 from release.checks.findings import Absent, Findings
+from release.facts.data_facts import read_data_facts
 from stages.evaluation.settings import EvaluationSection
 
 Checks = Iterable[Check | BuildCheck]

@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from release.assembly import attest
-from release.assembly.assemble import to_json
 from release.checks import gate_results, registry
 from release.checks.check import BuildContext
 from release.checks.gate_results import GateResult
+from release.facts import attest
+from release.facts.assemble import to_json
 from release.layout import GATES, GATES_STATED
 from release.schema import NodeArtifact
 

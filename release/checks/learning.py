@@ -7,13 +7,14 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from release.assembly.checkpoint_facts import context_of, read_checkpoints
-from release.assembly.published_tables import read_rows
 from release.checks.check import BuildContext
 from release.checks.findings import Findings
+from release.facts.checkpoint_facts import context_of, read_checkpoints
+from release.facts.published_tables import read_rows
 from release.layout import numbered, when
-from stages.evaluation.scores import Figure, Mean, ModelScores, pass_at_1
+from stages.evaluation.scores import ModelScores, pass_at_1
 from stages.evaluation.settings import SURE
+from stages.statistics import Figure, Mean
 
 TOGETHER = "together"
 Change = tuple[Figure, Figure]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.text import escaped
-from release.assembly.published_tables import read_json
+from release.facts.published_tables import read_json
 from release.layout import LOSS
 from stages.export.variants.registry import VARIANTS
 from stages.export.variants.written_settings import STACKED, adapter_config, quantization_config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from release.assembly.published_tables import read_json
 from release.checks import confine
 from release.checks.check import BuildContext, Subject
 from release.checks.confine import Budget
@@ -18,9 +17,10 @@ from release.checks.load_report import (
     load_models,
     weight_bytes,
 )
+from release.facts.published_tables import read_json
 from release.layout import GOLDENS
-from stages.data.chat_templates import INFERENCE_FILE
-from stages.data.tokenizer import THINK_END, THINK_START
+from stages.formats.chat_templates import INFERENCE_FILE
+from stages.formats.tokenizer import THINK_END, THINK_START
 
 GOLDEN_BOUND = 1e-3
 """The tolerance for logits in fp32, which another processor adds up in another order."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from pipeline.core.store import Artifact, digest_of
 from release import references, schema, untrusted
-from release.assembly.assemble import earlier_placements, origin_of_copy, placements, unexplained
-from release.assembly.published_tables import Manifest, read_manifests
 from release.checks.check import Subject
 from release.checks.file_list import generates
 from release.checks.findings import Findings
+from release.facts.assemble import earlier_placements, origin_of_copy, placements, unexplained
+from release.facts.published_tables import Manifest, read_manifests
 from release.layout import ORIGINS, RELEASE
 from release.repositories import files_below
 

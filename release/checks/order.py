@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.parts import part_file, part_tables
 from pipeline.core.store import sha256_file
-from release.assembly import published_order
-from release.assembly.checkpoint_facts import read_checkpoints
-from release.assembly.published_tables import read_json, stream_batches
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Findings
 from release.data_layout import orders
+from release.facts import published_order
+from release.facts.checkpoint_facts import read_checkpoints
+from release.facts.published_tables import read_json, stream_batches
 from release.layout import WITHOUT_ORDER, phases_of
 from stages.data.chunks import ChunkIndex, Cut, seal_index
 from stages.data.computed_order import ComputedOrder
 from stages.data.order import merkle_root
 from stages.data.shards import document_files
 from stages.data.streams import Place
-from stages.data.table import read_table
+from stages.formats.table import read_table
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,11 +7,11 @@ import io
 from pathlib import Path
 
 from pipeline.core.errors import installing
-from release.assembly.data_facts import read_data_facts
-from release.assembly.model_facts import read_model_facts
 from release.cards.plots import NAMES, SOFTWARE, Drawings, data_plots, entries, model_plots, version
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.facts.data_facts import read_data_facts
+from release.facts.model_facts import read_model_facts
 
 ROUNDED = 16
 """The largest difference of a color, of 256, that another processor may round."""

@@ -9,12 +9,12 @@ from typing import Any
 from pipeline.core import provenance
 from pipeline.core.store import sha256_file
 from release import schema, untrusted
-from release.assembly.published_tables import read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.facts import forecast
+from release.facts.forecast import FILE, FOLDER, MODEL, PHASE
+from release.facts.published_tables import read_json
 from release.layout import folders_of, models_of
-from release.prediction import forecast
-from release.prediction.forecast import FILE, FOLDER, MODEL, PHASE
 
 CLOSE = 1e-6
 """Relative difference of figures that other versions of numpy may compute."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from release import data_layout, references
-from release.assembly.published_tables import read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.facts.published_tables import read_json
 from release.references import Reference
-from stages.data.file_digests import tree_digest
-from stages.data.table import read_errors
+from stages.formats.file_digests import tree_digest
+from stages.formats.table import read_errors
 
 
 def by_reference(subject: Subject) -> Findings:

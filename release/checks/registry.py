@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from release.assembly.message_tables import FOLDER as MESSAGES
-from release.assembly.size_facts import TRAINING
 from release.checks import (
     answers,
     attestations,
@@ -38,6 +36,9 @@ from release.checks import (
     weights,
 )
 from release.checks.check import BuildCheck, Check, Reads, Scope
+from release.facts.forecast import FILE, FOLDER
+from release.facts.message_tables import FOLDER as MESSAGES
+from release.facts.size_facts import TRAINING
 from release.layout import BASE as MODEL_BASE
 from release.layout import (
     EXPORTED,
@@ -50,7 +51,6 @@ from release.layout import (
     STANDARDS,
     VARIANT,
 )
-from release.prediction.forecast import FILE, FOLDER
 from stages.train.imported_weights import NAME as BASE
 
 RELEASE = Scope(("release",))

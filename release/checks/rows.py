@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from release.assembly.published_tables import stream_batches
+from release.facts.published_tables import stream_batches
 
 BATCH = 16_384
 """Rows that are read together."""

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from release.assembly.published_tables import read_json
-from release.assembly.score_facts import (
+from release.checks.check import BuildContext, Subject
+from release.checks.findings import Findings
+from release.facts.published_tables import read_json
+from release.facts.score_facts import (
     CONTAMINATION,
     HARNESS,
     MEMORIZATION,
@@ -18,8 +20,6 @@ from release.assembly.score_facts import (
     compute_memorization,
     compute_scores,
 )
-from release.checks.check import BuildContext, Subject
-from release.checks.findings import Findings
 
 MIN_RECALL, MIN_PLANTED = 0.9, 4
 """The recall on items planted into a copy of the corpus that a valid detector has at least, and the minimum number of
@@ -95,8 +95,8 @@ def contamination_report(build: BuildContext) -> Findings | None:
 def fresh_set(subject: Subject) -> Findings:
     """Checks that the fresh set follows from the published weights: it is drawn from their digest, without the removed
     problems."""
-    from stages.data.table import read_jsonl
     from stages.evaluation import generated_eval
+    from stages.formats.table import read_jsonl
 
     folder = subject.folder
     if not (folder / META).exists():

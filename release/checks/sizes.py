@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from pipeline.core import provenance
 from pipeline.core.stage import identity
 from release import untrusted
-from release.assembly import size_facts, training
-from release.assembly.published_tables import read_json, read_manifests
-from release.assembly.size_facts import PRETRAIN, TRAINING
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.facts import size_facts, training
+from release.facts.published_tables import read_json, read_manifests
+from release.facts.size_facts import PRETRAIN, TRAINING
 from release.layout import RECIPE, SIZE
 from stages.models.registry import parse
 

@@ -9,11 +9,11 @@ from pipeline.core import provenance
 from pipeline.core.code_snapshot import roots
 from pipeline.core.text import escaped
 from release import schema
-from release.assembly import secret_scan
-from release.assembly.attest import code_files
-from release.assembly.published_tables import read_json
+from release.checks import secret_scan
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Findings
+from release.facts.attest import code_files
+from release.facts.published_tables import read_json
 from release.layout import CODE_README, RECIPE, SUMS
 from release.repositories import files_below
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pipeline.core.errors import installing
 from release import schema
-from release.assembly import costs
-from release.assembly.data_facts import read_data_facts
-from release.assembly.model_facts import read_model_facts
 from release.checks.check import Subject
 from release.checks.findings import Absent, Findings, require_file
+from release.facts import costs
+from release.facts.data_facts import read_data_facts
+from release.facts.model_facts import read_model_facts
 from release.layout import STANDARDS
 from release.repositories import model_folders
 from release.standards import package_list, validation

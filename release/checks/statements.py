@@ -10,10 +10,10 @@ from pipeline.core import provenance
 from pipeline.core.provenance import BUILD_TYPE, PREDICATE, STATEMENT
 from pipeline.core.store import Artifact, canonical, sha256_bytes
 from release import schema
-from release.assembly.attest import ENVIRONMENT
-from release.assembly.published_tables import Manifest, read_json, read_manifests
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.facts.attest import ENVIRONMENT
+from release.facts.published_tables import Manifest, read_json, read_manifests
 from release.layout import ORIGINS
 from release.repositories import files_below
 

@@ -10,30 +10,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import release
 from pipeline.core.code_snapshot import roots
 from pipeline.core.text import escaped
 from pipeline.hub.client import load
-from release import audit, schema
-from release.assembly import serving
-from release.assembly.assemble import CODE_LICENSE, code_license_text, license_of, license_text, to_json
-from release.assembly.model_facts import ModelFacts, read_model_facts
-from release.assembly.published_tables import read_json
+from release import schema
 from release.cards import render
 from release.cards.results import FOLDER as RESULTS
 from release.checks import loader_configs
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.facts import serving
+from release.facts.assemble import CODE_LICENSE, code_license_text, license_of, license_text, to_json
+from release.facts.model_facts import ModelFacts, read_model_facts
+from release.facts.published_tables import read_json
 from release.layout import CODE_README, FILTER_AGREEMENT, MODEL, NOTICE, RECIPE, RELEASE, SECOND_VERIFIER, STANDARDS
 from release.repositories import repositories, variant_folders
 from release.schema import CARD, ReleaseInfo
 from release.standards import bundle
-from stages.data.chat_templates import INFERENCE_FILE, TRAINING_FILE, inference_template, training_template
 from stages.data.curation.agreement import read_figures
-from stages.data.tokenizer import CONFIG_FILE, tokenizer_config
 from stages.export.hf import generation_config, model_tokenizer_config
+from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE, inference_template, training_template
+from stages.formats.tokenizer import CONFIG_FILE, tokenizer_config
 from stages.train.imported_weights import NAME as BASE
 
-OWN_VERIFIER = Path(audit.__path__[0], Path(SECOND_VERIFIER).name)
+OWN_VERIFIER = Path(release.__path__[0], Path(SECOND_VERIFIER).name)
 WITH_CARD = {"dataset": [NOTICE], "evidence": [f"{STANDARDS}/"]}
 """Further texts of a repository, by its kind, that follow from the whole release."""
 ALONE = {

@@ -9,12 +9,12 @@ from pathlib import Path
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from release import schema, scratch
-from release.assembly.published_tables import read_json
-from release.assembly.runtimes import REFERENCE, RUNTIMES, problem_of
-from release.assembly.variant_facts import Original, base_of, compute_loss, read_original, read_variant_facts
 from release.cards import card_tables
 from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.facts.published_tables import read_json
+from release.facts.runtimes import REFERENCE, RUNTIMES, problem_of
+from release.facts.variant_facts import Original, base_of, compute_loss, read_original, read_variant_facts
 from release.layout import LOSS, MODEL, PUBLIC_KEY, SIGNATURE, SUMS, models_of
 from release.layout import RUNTIMES as FILE
 from release.repositories import variant_folders

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pipeline.core.text import escaped
 from release import schema, untrusted
-from release.assembly.published_tables import read_json
 from release.checks.check import BuildContext, Subject
 from release.checks.file_list import ADAPTER
 from release.checks.findings import Findings
+from release.facts.published_tables import read_json
 from release.layout import BASE, models_of, when
 from release.repositories import files_below
 from stages.train.imported_weights import NAME, TOKENIZER

@@ -21,7 +21,7 @@ from release.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from release.audit import tracing
+    from release import trace as tracing
     from release.checks.verdict import Verdict
 
 app = typer.Typer()
@@ -96,7 +96,7 @@ def verify(
 
 def _check_proofs(proof: Path, roots: Path, as_json: bool) -> None:
     """Checks proofs against roots. Exits with code 1 if one is not valid."""
-    from release.audit import merkle
+    from release import merkle
 
     problems = merkle.check_file(proof, roots)
     if as_json:
@@ -150,7 +150,7 @@ def trace(
 
     Example: atom trace runs/releases/atom-tiny-0.1.0 --step 100 --phase pretrain
     """
-    from release.audit import tracing
+    from release import trace as tracing
 
     if [step, doc, text].count(None) != 2:
         raise AtomError("atom trace answers one question: give --step N, --doc ID or --text STR")

@@ -32,8 +32,8 @@ def predict(
 
     Example: atom predict atom-mini --from mini-1 --from mini-2 --from mini-3
     """
+    from release.facts.forecast import NAMES
     from release.prediction import sealing
-    from release.prediction.forecast import NAMES
 
     graphs = [graph_of(name) for name in ladder]
     artifact, prediction = sealing.seal(graph_of(recipe), graphs, open_store())

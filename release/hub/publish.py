@@ -22,10 +22,10 @@ from pipeline.hub.remote import RemoteRepository
 from release import schema, scratch
 from release.audit.replay.certificates import read_certificates
 from release.audit.verify import verify
-from release.hub.pull import pull, remove_client_files
 from release.hub.space import publish_space
 from release.hub.upload import Destination, Journal, Progress, Published
 from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE
+from release.pull import pull, remove_client_files
 from release.repositories import repositories
 from release.schema import ReleaseInfo
 from release.signing import ANYONE, Trust

@@ -25,9 +25,9 @@ from release import scratch
 from release.audit.replay.certificates import Certificate
 from release.cards.render import license_fields
 from release.cards.tables import count
-from release.hub.pull import pull, remove_client_files
 from release.hub.upload import Destination, Journal, Progress, Published
 from release.layout import MODEL, PAGE, VARIANT
+from release.pull import pull, remove_client_files
 from release.repositories import Repository
 from release.schema import CARD, ReleaseInfo
 from release.web_page.markdown_html import table

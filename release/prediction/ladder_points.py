@@ -113,7 +113,7 @@ def _pretrained(graph: Graph, store: Store) -> Point:
 
 
 def _reinforced(graph: Graph, store: Store) -> list[Point]:
-    from release.assembly import training
+    from release.facts import training
 
     name = graph.recipe.config.name
     sealing.require_node(graph, "rlvr", "trains no policy")

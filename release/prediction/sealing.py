@@ -14,8 +14,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, Store, sha256_file
 from pipeline.graph.dag import Graph, Node
 from pipeline.launch.start_records import PREDICTION, prediction_key
-from release.prediction import forecast
-from release.prediction.forecast import FILE, MODEL, PHASE, Point, Prediction, RunSize
+from release.facts import forecast
+from release.facts.forecast import FILE, MODEL, PHASE, Point, Prediction, RunSize
 from stages.evaluation import scaling_law
 
 VERSION = 1

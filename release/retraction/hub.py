@@ -10,10 +10,10 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from pipeline.hub.client import api, parsing, translate_errors
 from pipeline.hub.remote import RemoteRepository
+from release.facts.tombstones import Tombstone
 from release.hub.space import space_of
 from release.hub.upload import Destination, Journal, Progress
 from release.repositories import repositories
-from release.retraction.tombstone import Tombstone
 from release.schema import ReleaseInfo
 
 DESCRIPTION = 150

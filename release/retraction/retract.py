@@ -23,14 +23,9 @@ from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
 from release import schema
-from release.assembly.assemble import to_json
-from release.assembly.build_release import write_checksums
-from release.audit.tracing.release_data import ReleaseData
-from release.layout import PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS, folders_of
-from release.repositories import Repository, files_below, files_of, repositories
-from release.retraction import rewrite
-from release.retraction.documents import Reached, find_reached
-from release.retraction.tombstone import (
+from release.build.build_release import write_checksums
+from release.facts.assemble import to_json
+from release.facts.tombstones import (
     MOST_LISTED,
     ChangedFile,
     ChangedRepository,
@@ -39,8 +34,13 @@ from release.retraction.tombstone import (
     read_tombstones,
     tombstones_json,
 )
+from release.layout import PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS, folders_of
+from release.repositories import Repository, files_below, files_of, repositories
+from release.retraction import rewrite
+from release.retraction.documents import Reached, find_reached
 from release.schema import CARD, ReleaseInfo
 from release.signing import SigningKey, sign
+from release.trace.release_data import ReleaseData
 from stages.data.curation.deny_list import DenyList
 
 KEPT_OF_REMOVED = (CARD, "LICENSE", RETRACTED)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import atomic_files
-from release.assembly import message_tables
-from release.audit import merkle
+from release import merkle
 from release.cards.document_tables import is_example_of
 from release.data_layout import ATTRIBUTION
+from release.facts import message_tables
 from release.layout import ROOTS, SITE, SUMS
 from release.repositories import files_below
 from release.retraction.documents import Reached

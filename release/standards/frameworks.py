@@ -16,7 +16,7 @@ from release import data_layout
 from release.layout import MODEL, STANDARDS, WITHOUT_ORDER, numbered
 from release.standards.standard_facts import NOT_STATED, StandardFacts, address
 from stages.data.licenses.allow import AllowedLicenses
-from stages.data.table import row_count
+from stages.formats.table import row_count
 
 Json = dict[str, Any]
 BOM, CODE_LICENSE = f"{STANDARDS}/bom.cdx.json", "code/LICENSE"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core.store import canonical
-from release.assembly.model_facts import ModelFacts
+from release.facts.model_facts import ModelFacts
 from release.layout import MODEL, SIZE, VARIANT, numbered
 from release.standards.package_list import normalized
 from release.standards.standard_facts import HUB, WEIGHTS, StandardFacts, address, energy, expression, joined, segment

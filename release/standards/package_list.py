@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import provenance
-from release.assembly.published_tables import read_json
+from release.facts.published_tables import read_json
 from stages.data.licenses.maps import load_map
 from stages.data.packages.python_metadata import parse
 

@@ -12,12 +12,12 @@ from urllib.parse import quote
 
 from pipeline.core import provenance
 from pipeline.core.bounds import spdx
-from release.assembly import costs
-from release.assembly.costs import Costs
-from release.assembly.data_facts import DataFacts
-from release.assembly.model_facts import ModelFacts
-from release.assembly.published_tables import Manifest, read_json, read_manifests
-from release.assembly.variant_facts import VariantFacts, read_variants
+from release.facts import costs
+from release.facts.costs import Costs
+from release.facts.data_facts import DataFacts
+from release.facts.model_facts import ModelFacts
+from release.facts.published_tables import Manifest, read_json, read_manifests
+from release.facts.variant_facts import VariantFacts, read_variants
 from release.layout import MODEL, STANDARDS, VARIANT, phases_of
 from release.schema import ReleaseInfo
 from release.standards.package_list import PACKAGES, Package

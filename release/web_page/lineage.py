@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from pipeline.core import provenance
-from release.assembly.published_tables import read_json, read_manifests
+from release.facts.published_tables import read_json, read_manifests
 from release.standards.standard_facts import segment
 
 COLUMN, ROW, BOX, MARGIN = 166, 32, 144, 8

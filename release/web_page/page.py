@@ -19,13 +19,13 @@ from markupsafe import Markup
 
 from pipeline.core.text import escaped, short
 from release import schema
-from release.assembly import costs
-from release.assembly.checkpoint_facts import Checkpoint, read_checkpoints
-from release.assembly.data_facts import DataFacts, read_data_facts
-from release.assembly.model_facts import ModelFacts, read_model_facts
-from release.assembly.published_tables import read_json
-from release.assembly.size_facts import Trained, read_sizes
 from release.cards import card_tables, caveats, plots, tables
+from release.facts import costs
+from release.facts.checkpoint_facts import Checkpoint, read_checkpoints
+from release.facts.data_facts import DataFacts, read_data_facts
+from release.facts.model_facts import ModelFacts, read_model_facts
+from release.facts.published_tables import read_json
+from release.facts.size_facts import Trained, read_sizes
 from release.layout import GATES, MODEL, REFERENCES, STANDARDS, when
 from release.repositories import model_folders
 from release.schema import ReleaseInfo

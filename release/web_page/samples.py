@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from release import data_layout, untrusted
-from release.assembly.data_facts import DataFacts
-from release.assembly.published_tables import read_json, stream_batches, stream_rows
-from release.audit import tracing
-from release.audit.tracing.documents import find_documents
-from release.audit.tracing.release_data import ReleaseData
+from release import trace as tracing
+from release.facts.data_facts import DataFacts
+from release.facts.published_tables import read_json, stream_batches, stream_rows
 from release.layout import when
+from release.trace.documents import find_documents
+from release.trace.release_data import ReleaseData
 
 ITEMS, CONTAMINATED, REMOVED = 12, 40, 4
 """Items of an evaluation set, items by contamination, and removed documents of a rule that are shown."""

@@ -27,10 +27,9 @@ from pipeline.core.bounds import Seed
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
-from stages.data import chat, chat_templates, estimates
+from stages.data import estimates
 from stages.data.curation.failures import COUNTS, Failures, kind_of, refused_row, report_refusals
 from stages.data.database import connect
-from stages.data.file_digests import tree_digest
 from stages.data.licenses.maps import UNKNOWN_WEB, UNMAPPED
 from stages.data.licenses.tally import LicenseTally
 from stages.data.readers.base import (
@@ -46,9 +45,11 @@ from stages.data.readers.base import (
     Unreadable,
     is_unicode,
 )
-from stages.data.seeds import seed_of
 from stages.data.sources import Source
-from stages.data.table import (
+from stages.formats import chat, chat_templates
+from stages.formats.file_digests import tree_digest
+from stages.formats.seeds import seed_of
+from stages.formats.table import (
     CREDITS,
     DERIVED,
     DOCUMENTS,

@@ -24,7 +24,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import Config, operational
 from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped
-from stages.data.file_digests import tree_digest
+from stages.formats.file_digests import tree_digest
 
 DATATROVE = "datatrove"
 Extensions = Annotated[tuple[LongLine, ...], Field(max_length=20)]

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, TypedDict
 
-from stages.data.chat_templates import TOOLS_BEGIN, TOOLS_END
-from stages.data.tokenizer import THINK_END, THINK_START, TURN_END, TURN_START
+from stages.formats.chat_templates import TOOLS_BEGIN, TOOLS_END
+from stages.formats.tokenizer import THINK_END, THINK_START, TURN_END, TURN_START
 
 CALL_BEGIN, CALL_END = '<tool_call>\n{"name": ', "}\n</tool_call>"
 MESSAGE = {"role": "string", "content": "string", "reasoning_content": "string"}
@@ -40,7 +40,7 @@ def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
 
     Raises ValueError if the template does not render them to the same text.
     """
-    from stages.data import chat
+    from stages.formats import chat
 
     messages, tools = [], []
     for number, turn in enumerate(text.split(TURN_START)[1:]):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, seal_part
-from stages.data.table import read_errors
+from stages.formats.table import read_errors
 
 if TYPE_CHECKING:
     import numpy as np

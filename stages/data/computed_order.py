@@ -20,7 +20,7 @@ from stages.data.order_config import OrderConfig
 from stages.data.row_draw import DataCursor, SourceDraw
 from stages.data.shards import document_files
 from stages.data.streams import Place, Stream
-from stages.data.table import ORDER, arrow_schema
+from stages.formats.table import ORDER, arrow_schema
 from stages.seed_labels import seed_label
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from stages.data.curation.alarms import Acknowledged, AlarmShare, dedup_losses, 
 from stages.data.curation.settings import MinHash
 from stages.data.estimates import Size
 from stages.data.splits import HeldoutFraction
-from stages.data.table import write_json
+from stages.formats.table import write_json
 
 VERSION = 4
 

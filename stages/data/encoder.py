@@ -3,7 +3,7 @@
 tiktoken is seven times as fast, but merges any two neighbors whose bytes together are a token, where `tokenizers`
 follows the list of merges. Both give the same ids if every token is what its own bytes are encoded to. So this is
 checked for each token before the first text, and a tokenizer for which it does not hold, or that is not of the kind
-that stages/data/tokenizer.py trains, is left to `tokenizers`.
+that stages/formats/tokenizer.py trains, is left to `tokenizers`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.data.tokenizer import PATTERN, load_for_corpus, untrained
+from stages.formats.tokenizer import PATTERN, load_for_corpus, untrained
 
 if TYPE_CHECKING:
     import numpy as np

@@ -34,9 +34,9 @@ from stages.data.estimates import Size
 from stages.data.filters.base import all_steps
 from stages.data.licenses.allow import Licenses
 from stages.data.readers.base import REFUSED_RULES
-from stages.data.seeds import seed_of
 from stages.data.steps import MAX_STEPS, AnyFilter, code_of
-from stages.data.table import (
+from stages.formats.seeds import seed_of
+from stages.formats.table import (
     DISPOSITIONS,
     DOCUMENTS,
     FAILED,
@@ -51,8 +51,8 @@ from stages.data.table import (
     stream_rows,
     write_json,
 )
-from stages.evaluation import benchmarks
-from stages.evaluation.eval_set import texts_of
+from stages.tasks import benchmarks
+from stages.tasks.eval_set import texts_of
 
 if TYPE_CHECKING:
     from stages.data.curation.decontamination import ContaminationIndex

@@ -23,9 +23,9 @@ from stages.data import acquire, estimates
 from stages.data.acquire import AcquireConfig
 from stages.data.licenses.allow import forbids_derivatives
 from stages.data.readers.generated import PLACE, Generated
-from stages.data.seeds import seed_of
 from stages.data.sources import require_generator
-from stages.data.table import (
+from stages.formats.seeds import seed_of
+from stages.formats.table import (
     DOCUMENTS,
     GENERATED,
     GENERATED_TEXTS,
@@ -38,7 +38,7 @@ from stages.data.table import (
 from stages.scorers import answer_of
 
 if TYPE_CHECKING:
-    from stages.rl.protocols import Completion
+    from stages.generation.protocols import Completion
 
 VERSION = 1
 TEXTS = "texts.parquet"
@@ -151,7 +151,7 @@ class Generator:
         import torch
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-        from stages.evaluation.open_model import open_sampler
+        from stages.generation.open_model import open_sampler
 
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
@@ -191,7 +191,7 @@ class Generator:
     def draw(self, requests: Sequence[tuple[int, list[int], int]]) -> list[Completion]:
         """The completions of requests, each (number, token ids, seed)."""
         from stages.data.inference import Request, draw
-        from stages.rl.protocols import Prompt
+        from stages.generation.protocols import Prompt
 
         batch = [Request(str(number), Prompt(tuple(ids), seed)) for number, ids, seed in requests]
         return draw(self.model, self.reader.generator, batch, self.reader.greedy)

@@ -17,7 +17,7 @@ from datatrove.data import Document
 from datatrove.pipeline.inference.run_inference import InferenceConfig, InferenceRunner
 from datatrove.pipeline.inference.types import ServerError
 
-from stages.rl.protocols import AnswerGenerator, Completion, Prompt
+from stages.generation.protocols import AnswerGenerator, Completion, Prompt
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from stages.data.order_config import MEMORY_BYTES, ROW_BYTES, OrderConfig
 from stages.data.packing import require_enough
 from stages.data.row_draw import DataCursor
 from stages.data.streams import stream_name
-from stages.data.table import order_files, read_table, write_json, write_table
+from stages.formats.table import order_files, read_table, write_json, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,7 +17,7 @@ from pipeline.core.bounds import Context, Range, Share
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, added
 from stages.data.chunks import LONG, SHORT
-from stages.data.seeds import permutation
+from stages.formats.seeds import permutation
 
 if TYPE_CHECKING:
     import numpy as np

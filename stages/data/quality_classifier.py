@@ -17,10 +17,10 @@ from pipeline.core.bounds import MOST_SOURCES, Range, Seed, Share, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data.fasttext_training import train
-from stages.data.seeds import seed_of
 from stages.data.splits import split_of
-from stages.data.table import content_hash, part_files, write_json
-from stages.data.text_sample import Sample
+from stages.formats.seeds import seed_of
+from stages.formats.table import content_hash, part_files, write_json
+from stages.formats.text_sample import Sample
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

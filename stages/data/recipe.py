@@ -36,7 +36,7 @@ from stages.data.readers.generated import Generated
 from stages.data.sources import Source, resolve_tree_digest
 from stages.data.splits import HeldoutFraction
 from stages.data.steps import MAX_STEPS, AnyFilter
-from stages.data.tokenizer import TokenizerSection
+from stages.formats.tokenizer import TokenizerSection
 
 LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)
 """The files of curation: each is a setting with its path, and one with its digest."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from stages.data.seeds import permutation
+from stages.formats.seeds import permutation
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,12 +14,12 @@ from pipeline.core.stage import Config, added, operational
 from stages.data import readers
 from stages.data.curation.settings import Kind
 from stages.data.estimates import Size
-from stages.data.file_digests import TreeDigest, tree_digest
 from stages.data.licenses.maps import UNKNOWN_WEB
 from stages.data.readers import READERS
 from stages.data.readers.base import FileReader, Files, Reader
 from stages.data.readers.generated import Generated
 from stages.data.registry import union
+from stages.formats.file_digests import TreeDigest, tree_digest
 
 if TYPE_CHECKING:
     AnyReader = Reader

@@ -18,8 +18,8 @@ from stages.data.encoder import Encoder
 from stages.data.estimates import Size
 from stages.data.shards import ShardWriter, check_shard
 from stages.data.splits import SPLITS
-from stages.data.table import TOKENIZED, part_files, sources_of, stream_batches, table_writer, write_json
-from stages.data.tokenizer import END, PAD, load_for_corpus
+from stages.formats.table import TOKENIZED, part_files, sources_of, stream_batches, table_writer, write_json
+from stages.formats.tokenizer import END, PAD, load_for_corpus
 
 if TYPE_CHECKING:
     import numpy as np

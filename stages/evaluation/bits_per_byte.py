@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
-from stages.data.table import Double, Int32, Int64, String, columns_of
-from stages.data.tokenizer import for_corpus
-from stages.evaluation.engine import LanguageModel
 from stages.evaluation.heldout import HeldoutDocument
+from stages.formats.table import Double, Int32, Int64, String, columns_of
+from stages.formats.tokenizer import for_corpus
+from stages.generation.engine import LanguageModel
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

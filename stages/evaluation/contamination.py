@@ -26,13 +26,13 @@ from pipeline.core.parts import PartCount, shards_of
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from stages.data import estimates
 from stages.data.estimates import Size
-from stages.data.table import Double, Int32, String, columns_of, read_table, sources_of, write_json, write_rows
-from stages.evaluation.confidence import clustered
 from stages.evaluation.contamination_corpus import Corpus, CorpusSearch, Item
-from stages.evaluation.eval_set import chat_rows, texts_of
 from stages.evaluation.pass_at_k import GREEDY
-from stages.evaluation.scores import VERDICTS, ContaminationReport, Mean, ScoresByVerdict, VerdictCounts
-from stages.rl.protocols import question
+from stages.evaluation.scores import VERDICTS, ContaminationReport, ScoresByVerdict, VerdictCounts
+from stages.formats.table import Double, Int32, String, columns_of, read_table, sources_of, write_json, write_rows
+from stages.statistics import Mean, clustered
+from stages.tasks.eval_set import chat_rows, texts_of
+from stages.tasks.rows import question
 
 VERSION = 1
 

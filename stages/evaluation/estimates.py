@@ -11,9 +11,9 @@ from pydantic import Field
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Estimate
-from stages.evaluation.engine import Engine
+from stages.generation import server_memory
+from stages.generation.engine import Engine
 from stages.models.base import ModelConfig
-from stages.rl.samplers import server_memory
 
 CPU_FLOPS = 2e10
 """FLOP/s of a core that draws answers or reads documents in fp32, as in `stages/rl`."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, TypedDict
 
-from stages.data.table import ItemRow, String, columns_of
 from stages.evaluation.bits_per_byte import token_ids
-from stages.evaluation.engine import LanguageModel
+from stages.formats.table import ItemRow, String, columns_of
+from stages.generation.engine import LanguageModel
 
 
 class ProblemAnswer(TypedDict):

@@ -26,11 +26,11 @@ from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import once
 from stages.data import estimates
 from stages.data.estimates import Size
-from stages.data.seeds import seed_of
-from stages.data.synthetic.problems import draw_distinct
-from stages.data.table import part_files, stream_rows, write_json, write_jsonl
-from stages.evaluation.eval_set import CHAT, Problems, chat_rows, texts_of
-from stages.rl.protocols import Row, question, to_row
+from stages.formats.seeds import seed_of
+from stages.formats.table import part_files, stream_rows, write_json, write_jsonl
+from stages.tasks.eval_set import CHAT, Problems, chat_rows, texts_of
+from stages.tasks.rows import Row, question, to_row
+from stages.tasks.synthetic.problems import draw_distinct
 
 if TYPE_CHECKING:
     from stages.data.curation.overlap import ItemRuns

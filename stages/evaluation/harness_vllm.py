@@ -13,9 +13,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pipeline.core.errors import AtomError
-from stages.data.tokenizer import END, without_special
-from stages.evaluation.engine import Engine
-from stages.evaluation.vllm_model import Client, context_of, has_scaled_rope
+from stages.formats.tokenizer import END, without_special
+from stages.generation.engine import Engine
+from stages.generation.vllm_model import Client, context_of, has_scaled_rope
 
 MAX_NEW_TOKENS = 256
 """Of a task that states no number, as the harness has it for transformers."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from pipeline.core.errors import AtomError
-from stages.data.table import part_files, rows_at, sources_of, stream_batches
+from stages.formats.table import part_files, rows_at, sources_of, stream_batches
 
 MOST_DOCUMENTS = 100_000
 MOST_BYTES = 2**27

@@ -1,7 +1,7 @@
 """Long-context evaluation: measurements of stage `evaluate`, for recipes that have `evaluation.context`.
 
 - **Passkeys**: a key at a given depth of a text of a given length in tokens, with the question at its end. Text
-  comes from held-out documents, the key from those that training never uses (stages/data/synthetic/passkeys.py). The
+  comes from held-out documents, the key from those that training never uses (stages/tasks/synthetic/passkeys.py). The
   answer counts if every token of it is the most probable one given the correct ones before it, which is equivalent to
   greedy decoding and takes one forward pass for each item.
 - **Loss by position**: bits per token in held-out documents that all have the longest length, by the number of tokens
@@ -27,14 +27,14 @@ from pipeline.core.bounds import Context, Range, Share
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Report
 from pipeline.core.text import shown
-from stages.data.seeds import seed_of
-from stages.data.synthetic import passkeys
-from stages.data.table import Double, Int32, String, columns_of
-from stages.evaluation.confidence import binomial, ratio
-from stages.evaluation.engine import LanguageModel
 from stages.evaluation.heldout import HeldoutDocument
 from stages.evaluation.pieces import Piece
 from stages.evaluation.scores import LongContextScores
+from stages.formats.seeds import seed_of
+from stages.formats.table import Double, Int32, String, columns_of
+from stages.generation.engine import LanguageModel
+from stages.statistics import binomial, ratio
+from stages.tasks.synthetic import passkeys
 
 FIRST_BUCKET = 64
 

@@ -32,14 +32,23 @@ from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import once
-from stages.data.seeds import seed_of, split_mix
 from stages.data.shards import document_files, first_tokens, shard_name
-from stages.data.table import Int32, Int64, String, columns_of, order_files, stream_part_batches, write_json, write_rows
 from stages.evaluation import estimates
-from stages.evaluation.confidence import binomial, clustered, wilson
-from stages.evaluation.engine import Engine, LanguageModel, engine_field
-from stages.evaluation.open_model import open_model
 from stages.evaluation.scores import MemorizationScores, Regurgitation
+from stages.formats.seeds import seed_of, split_mix
+from stages.formats.table import (
+    Int32,
+    Int64,
+    String,
+    columns_of,
+    order_files,
+    stream_part_batches,
+    write_json,
+    write_rows,
+)
+from stages.generation.engine import Engine, LanguageModel, engine_field
+from stages.generation.open_model import open_model
+from stages.statistics import binomial, clustered, wilson
 
 if TYPE_CHECKING:
     import pyarrow as pa

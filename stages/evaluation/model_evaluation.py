@@ -25,7 +25,6 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES, Context, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, added, operational
-from stages.data.table import ItemRow, arrow_schema, read_table, write_rows
 from stages.evaluation import estimates, long_context
 from stages.evaluation.bits_per_byte import (
     DOCUMENT_SCORES,
@@ -35,14 +34,15 @@ from stages.evaluation.bits_per_byte import (
     scored_documents,
     token_ids,
 )
-from stages.evaluation.confidence import binomial, ratio
-from stages.evaluation.engine import Engine, LanguageModel, engine_field
 from stages.evaluation.exact_match import PROBLEM_ANSWERS, ProblemAnswer, answer_batch
 from stages.evaluation.heldout import HeldoutDocument, heldout_documents, heldout_texts
 from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
-from stages.evaluation.open_model import open_model
 from stages.evaluation.pieces import Piece, compute, compute_shard
-from stages.evaluation.scores import ModelScores, Ratio
+from stages.evaluation.scores import ModelScores
+from stages.formats.table import ItemRow, arrow_schema, read_table, write_rows
+from stages.generation.engine import Engine, LanguageModel, engine_field
+from stages.generation.open_model import open_model
+from stages.statistics import Ratio, binomial, ratio
 
 R = TypeVar("R")
 

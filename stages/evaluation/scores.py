@@ -11,33 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
+from stages.statistics import Mean, Ratio
+
 VERDICTS = ("clean", "overlap", "contaminated")
 """On a test item compared with the training data, from the best to the worst."""
 
 
-class Figure(TypedDict):
-    """An estimate and its standard error."""
-
-    value: float
-    se: float
-
-
-class Mean(Figure):
-    """A mean over `n` items."""
-
-    n: int
-
-
 HarnessScores = dict[str, dict[str, dict[str, Mean]]]
 """Of the stage harness: by task set, task, and `metric,filter`."""
-
-
-class Ratio(Figure):
-    """A ratio of sums over documents, by bytes or by tokens."""
-
-    documents: int
-    bytes: NotRequired[int]
-    tokens: NotRequired[int]
 
 
 class LongContextScores(TypedDict):

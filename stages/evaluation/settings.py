@@ -12,17 +12,17 @@ from pydantic import Field
 from pipeline.core.bounds import Context, Line, Range
 from pipeline.core.stage import Config, added
 from stages.evaluation.bits_per_byte import HeldoutLimit
-from stages.evaluation.engine import Engine
 from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS
-from stages.evaluation.eval_set import ChatItems, Problems
 from stages.evaluation.long_context import ContextSection
 from stages.evaluation.memorization import MemorizationSection
 from stages.evaluation.model_evaluation import ROWS_PER_BATCH
 from stages.evaluation.pass_at_k import ITEMS_PER_BATCH, NumSamples
 from stages.evaluation.pieces import count
-from stages.evaluation.task_sets import HarnessSection
 from stages.evaluation.win_rate import ITEMS_PER_BATCH as REQUESTS_PER_BATCH
 from stages.evaluation.win_rate import SIDES
+from stages.generation.engine import Engine
+from stages.tasks.eval_set import ChatItems, Problems
+from stages.tasks.task_sets import HarnessSection
 
 SURE = 1.645
 """Standard errors beyond which a difference is significant in one direction, at 95 %."""

@@ -22,18 +22,18 @@ from pydantic import Field
 from pipeline.core.bounds import Context, Key, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
-from stages.data.seeds import seed_of
-from stages.data.table import write_json, write_rows
 from stages.evaluation import estimates
-from stages.evaluation.confidence import clustered, wilson
-from stages.evaluation.engine import Engine, engine_field
-from stages.evaluation.eval_set import chat_rows
 from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, select_split
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import ComparisonScores, PairScores, SideScores
+from stages.formats.seeds import seed_of
+from stages.formats.table import write_json, write_rows
+from stages.generation.engine import Engine, engine_field
+from stages.statistics import clustered, wilson
+from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:
-    from stages.rl.protocols import Row
+    from stages.tasks.rows import Row
 
 VERSION = 3
 ITEMS_PER_BATCH = 256
@@ -63,7 +63,7 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     Seals `pairs.parquet`, one row for each request, and `scores.json`, which follows from it alone (`summary`). Resumes
     from `work`, which keeps every finished batch. Raises AtomError if fewer than two requests are held out.
     """
-    from stages.rl.protocols import question
+    from stages.tasks.rows import question
 
     rows = _rows(inputs)
     sides: dict[str, list[Answer]] = {side: [] for side in SIDES}

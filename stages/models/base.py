@@ -18,8 +18,8 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Flag, Range
 from pipeline.core.stage import Config, LongContext, added, operational
-from stages.mcore.parallel_layout import Layout
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
+from stages.models.parallel_layout import Layout
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ class ModelConfig(Config, ABC):
 
     @abstractmethod
     def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """Every tensor's global name and full shape, with Megatron's names and layout (stages/mcore/param_names.py)."""
+        """The global name and full shape of every tensor, as stages/megatron/param_names.py names them."""
 
     @abstractmethod
     def parameters(self, padded_vocab_size: int) -> dict[str, int]:
@@ -265,9 +265,9 @@ class ModelSpec:
     each on access, so a model of any size passes through these functions one tensor at a time.
 
     megatron: (model) -> keyword arguments of Megatron's TransformerConfig that are the architecture's own
-    (stages/mcore/model.py adds those of size, layout and precision).
+    (stages/megatron/model.py adds those of size, layout and precision).
     layer_spec: (Megatron's TransformerConfig, virtual pipeline stage or None, whether rows are packed) -> the layers
-    from which Megatron's model is built (stages/mcore/layer_spec.py for attention with our kernels). They may be of
+    from which Megatron's model is built (stages/megatron/layer_spec.py for attention with our kernels). They may be of
     several kinds.
     to_hf: (Megatron's tensors by global name, model, vocabulary size) -> transformers' names and tensors one after the
     other, layer by layer; rows of the vocabulary beyond that size are padding and left out. from_hf: its inverse;
@@ -276,7 +276,7 @@ class ModelSpec:
     in transformers (stages/export/hf.py adds the common ones).
     language_model: gets the keyword arguments of Megatron's GPTModel, among them the result of layer_spec as
     `transformer_layer_spec`, and gives one chunk of the model, which takes the arguments of
-    stages.mcore.language_model.TokenLosses; None: Megatron's GPTModel.
+    stages.megatron.language_model.TokenLosses; None: Megatron's GPTModel.
     layer_of: (Megatron's layer, from 0) -> the layer of the model of which it is a part. Megatron's HybridModel counts
     attention and feed-forward parts as layers of their own; global names have the model's.
     stacks_experts: whether a tensor of transformers is made of those of all experts of a layer, which one rank then has

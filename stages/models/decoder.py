@@ -7,9 +7,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 
-from stages.mcore.parallel_layout import Layout
 from stages.models.base import ModelConfig, Precision
 from stages.models.costs import MemoryShare, Rows
+from stages.models.parallel_layout import Layout
 
 EIGHT_BITS: tuple[Precision, ...] = ("fp8-tensorwise", "fp8-blockwise", "mxfp8")
 EIGHT_BITS_BYTES = 1 + 1 / 32

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Range
-from stages.mcore.parallel_layout import Layout
 from stages.models.base import Precision
 from stages.models.costs import AttentionCost, Rows
 from stages.models.decoder import DecoderConfig
+from stages.models.parallel_layout import Layout
 
 Heads = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128")]
 RotaryPart = Annotated[float, Range(0, 1, "Qwen3-Next: 0.25, GLM-4.5: 0.5", above=True)]
@@ -164,7 +164,7 @@ class PartialRotaryConfig(GroupedQueryConfig):
     def attention_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
-        """This project's attention computes rows of one document too (stages/mcore/layer_spec.py)."""
+        """This project's attention computes rows of one document too (stages/megatron/layer_spec.py)."""
         return super().attention_activations(layout, precision, self._computed(rows), layer, fused)
 
     def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:

@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import added
-from stages.mcore.parallel_layout import Layout
 from stages.models.base import LossWeight, Precision, Routing, Width
 from stages.models.decoder import DecoderConfig
 from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_gradients, swiglu_shapes
+from stages.models.parallel_layout import Layout
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
 PROXY_EXPERTS = 32

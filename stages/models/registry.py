@@ -10,12 +10,12 @@ from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter
 
 from pipeline.core.text import shown
 from stages.models.base import ModelConfig
-from stages.models.deepseek_v3.config import DeepseekV3Config
-from stages.models.glm4_moe.config import Glm4MoeConfig
-from stages.models.gpt_oss.config import GptOssConfig
-from stages.models.qwen3.config import Qwen3Config
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.models.qwen3_next.config import Qwen3NextConfig
+from stages.models.deepseek_v3 import DeepseekV3Config
+from stages.models.glm4_moe import Glm4MoeConfig
+from stages.models.gpt_oss import GptOssConfig
+from stages.models.qwen3 import Qwen3Config
+from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.qwen3_next import Qwen3NextConfig
 
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "qwen3_moe": Qwen3MoeConfig,

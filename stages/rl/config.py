@@ -8,11 +8,11 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Flag, Key, LongLine, Mix, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, added, operational
+from stages.generation.samplers import SAMPLERS
 from stages.models.base import ModelConfig
 from stages.rl.algorithms.policy_gradient import registry as policy_gradient
 from stages.rl.rewards import registry as reward_registry
 from stages.rl.rollout.tasks import Tasks, kinds_of
-from stages.rl.samplers.registry import SAMPLERS
 from stages.rl.tools.settings import Tools
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
 

@@ -14,12 +14,12 @@ from pipeline.core.stage import (
     TrainingEstimate,
     TrainingTime,
 )
-from stages.mcore.memory import MASTER, MOMENTS, memory_share
-from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
+from stages.generation import server_memory
+from stages.megatron.memory import MASTER, MOMENTS, memory_share
+from stages.megatron.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
 from stages.models.costs import Rows
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
-from stages.rl.samplers import server_memory
 from stages.train.config import WORK_CHECKPOINTS
 from stages.train.estimate import checkpoints, fullest, layout_label, release_files, share_bytes, silent_bytes
 
@@ -41,7 +41,7 @@ QUESTION_TOKENS = 64
 PAIR_TOKENS = 64
 """Of one side of a pair with its question, likewise."""
 FILE_BYTES = 250_000_000
-"""Of a file in which weights go to servers, unless one tensor is larger (stages/rl/weights.py)."""
+"""Of a file in which weights go to servers, unless one tensor is larger (stages/generation/weights.py)."""
 ANSWER_BYTES = 8
 """Of a drawn token on disk: its id, its log-probability in fp32, which does not compress, and its text. 6.8 on answers
 of a thousand ids by Zipf's law with prose of four characters a token."""
@@ -120,7 +120,7 @@ def reference_bytes(config: AnyConfig) -> int:
 
 
 def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
-    """The time of all updates, by stages/mcore/throughput.py, with answers of full length in rows of equal length."""
+    """The time of all updates (stages/megatron/throughput.py), with answers of full length in rows of equal length."""
     phase, layout = config.phase, config.phase.parallelism
     length = math.ceil(_update_tokens(config) / phase.micro_batches)
     micro_batches, bf16_layers = (

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from stages.rl.protocols import Row
+from stages.tasks.rows import Row
 
 ATTEMPTS = 5
 BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further one

@@ -17,19 +17,21 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.stage import Inputs, Report
 from pipeline.core.store import Artifact
-from stages.data.table import require_columns
-from stages.evaluation.eval_set import chat_rows
+from stages.formats.table import require_columns
+from stages.generation import routes, weights
+from stages.generation import samplers as sampler_registry
+from stages.generation.broadcast import Broadcast
+from stages.generation.protocols import Completion, Sampler, SamplerContext
+from stages.megatron.architectures.hf import hf_config
 from stages.models.base import Routing
-from stages.models.hf import hf_config
-from stages.rl import weights
-from stages.rl.broadcast import Broadcast
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
 from stages.rl.post_trainer import PostTrainer
-from stages.rl.protocols import Completion, Parts, Row, Sampler, SamplerContext
+from stages.rl.protocols import Parts
 from stages.rl.rewards.registry import make_verifiers
-from stages.rl.rollout import generation, rollouts, routes, tasks, turns
+from stages.rl.rollout import generation, rollouts, tasks, turns
 from stages.rl.rollout.rollouts import Rollout
-from stages.rl.samplers import registry as sampler_registry
+from stages.tasks.eval_set import chat_rows
+from stages.tasks.rows import Row
 from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Engine
 

@@ -14,10 +14,10 @@ from pipeline.core.stage import Config, added, operational
 from pipeline.core.text import shown
 from stages.data.order_config import rows_from
 from stages.data.packing import LongDocuments
-from stages.mcore.layout_check import multiples_around, problem
-from stages.mcore.lora import Lora
-from stages.mcore.parallel_layout import Layout
+from stages.megatron.layout_check import multiples_around, problem
+from stages.megatron.lora import Lora
 from stages.models.base import MOST_PARAMETERS, PositiveInt, Precision, Rope
+from stages.models.parallel_layout import Layout
 from stages.models.registry import Model
 
 BatchTokens = Annotated[int, Range(1, 2**30, "Llama 3: 1.6e7, DeepSeek-V3: 6.3e7, MiniMax-01: 1.3e8")]

@@ -25,8 +25,8 @@ from pipeline.core.machine_paths import machine_paths
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.core.store import home_folder, sha256_file
 from pipeline.core.text import escaped, printable
-from stages.data.table import write_json
-from stages.data.tokenizer import PAD, STOPS, TOKENIZER_FILES
+from stages.formats.table import write_json
+from stages.formats.tokenizer import PAD, STOPS, TOKENIZER_FILES
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
@@ -93,7 +93,7 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     Raises CheckFailed for files that are not those of the digest, RecipeError for a model that is another than the
     recipe's.
     """
-    from stages.models.hf import hf_config
+    from stages.megatron.architectures.hf import hf_config
     from stages.train.checkpoint import release_checkpoint
 
     folder = config.place(home_folder())
@@ -129,7 +129,7 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
     """Writes the checkpoint of step 0 from the exported model in `folder`. Returns the number of its tensors. Raises
     RecipeError for a model that is another than the config's."""
-    from stages.mcore.model import check_tensors
+    from stages.megatron.model import check_tensors
     from stages.train.checkpoint import release_checkpoint
 
     tensors = release_checkpoint.Tensors(folder)

@@ -13,8 +13,8 @@ from pydantic import Field, ValidationError
 
 from pipeline.core.bounds import Settings
 from pipeline.core.stage import Config, added, operational
-from stages.mcore.parallel_layout import Layout
 from stages.models.base import ModelConfig
+from stages.models.parallel_layout import Layout
 from stages.models.registry import parse
 from stages.train.config import Optimizer, PhaseConfig
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from release.assembly import runtimes
 from release.checks.load_report import load_models
+from release.facts import runtimes
 from stages.export.variants import conversion
 from stages.export.variants.registry import VARIANTS, Variant, VariantName
 from tests.fixtures import variant_fixtures

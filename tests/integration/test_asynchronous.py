@@ -20,13 +20,15 @@ import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed, Interrupted
 from release.audit.replay.post_training import require_same_consumption
-from stages.models.hf import hf_config
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Prompt
+from stages.generation.weights import Weights
+from stages.megatron.architectures.hf import hf_config
 from stages.rl.config import RlPhase
-from stages.rl.protocols import Prompt, Response, VerifierFailed, to_row
+from stages.rl.protocols import Response, VerifierFailed
 from stages.rl.rollout import generation, rollouts
 from stages.rl.rollout.asynchronous import LiveGroups
-from stages.rl.samplers.generate import InProcess
-from stages.rl.weights import Weights
+from stages.tasks.rows import to_row
 from tests.fixtures import ROOT, layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.rl_fixtures import first, place, rewrite, without_sampler  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import at_length

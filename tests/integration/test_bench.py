@@ -17,9 +17,9 @@ from pipeline.core.store import Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from stages.data.filters.accelerated import ACCELERATORS
-from stages.data.table import write_rows
 from stages.evaluation.pass_at_k import ANSWERS, GREEDY
-from stages.mcore.throughput import CONSTANTS, UNFITTED_ERRORS
+from stages.formats.table import write_rows
+from stages.megatron.throughput import CONSTANTS, UNFITTED_ERRORS
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout import rollouts
 from stages.train.trainer import train

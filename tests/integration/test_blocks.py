@@ -21,7 +21,7 @@ from stages.data.filters.accelerated import ACCELERATORS
 from stages.data.filters.base import Removal
 from stages.data.filters.block import BlockStep, _stock
 from stages.data.sources import Source, resolve_tree_digest
-from stages.data.table import part_files
+from stages.formats.table import part_files
 from tests.fixtures.agreement_fixtures import documents
 from tests.fixtures.block_fixtures import C4, FINEWEB, PII, QUALITY, REGEX, REPETITION, document
 from tests.fixtures.opt_out_fixtures import Text, acquired, no_items

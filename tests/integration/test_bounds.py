@@ -29,7 +29,7 @@ from pipeline.launch.cluster_profile import Profile
 from stages.data import recipe as data_recipes
 from stages.data.filters.language import LANGUAGES
 from stages.data.order_config import OrderConfig
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.config import Optimizer, PhaseConfig
 from tests.fixtures.run_fixtures import atom
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pipeline.core.yaml_text import parse_yaml
-from release.assembly.model_facts import CONFIG_KEYS, ModelFacts, Parameters
+from release.facts.model_facts import CONFIG_KEYS, ModelFacts, Parameters
+from stages.megatron.architectures.hf import hf_config
 from stages.models import registry
-from stages.models.hf import hf_config
 from tests.fixtures import ROOT
 
 

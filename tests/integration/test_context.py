@@ -14,11 +14,11 @@ import pytest
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
-from release.assembly.score_facts import compute_scores
-from stages.data.synthetic import passkeys
+from release.facts.score_facts import compute_scores
 from stages.evaluation import long_context, model_evaluation
 from stages.evaluation.long_context import ContextSection
 from stages.evaluation.pieces import compute
+from stages.tasks.synthetic import passkeys
 from tests.fixtures import release_fixtures
 from tests.fixtures.long_context_fixtures import CONFIG, SECTION, inputs, loaded, long_documents  # noqa: F401
 
@@ -98,7 +98,7 @@ def test_a_reader_of_known_reach_earns_what_it_should(loaded: Any, tmp_path: Pat
     model = Reader(loaded.tokenizer, reach=110)
     model.config = loaded.model.config
     model.get_decoder, model.get_output_embeddings = loaded.model.get_decoder, loaded.model.get_output_embeddings
-    from stages.evaluation.transformers_model import TransformersModel
+    from stages.generation.transformers_model import TransformersModel
     from tests.fixtures.run_fixtures import RecordingReport
 
     report = RecordingReport()
@@ -151,7 +151,7 @@ def test_losses_beyond_the_context_are_the_models_own(loaded: Any) -> None:
 def test_logits_are_held_by_slices(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from stages.evaluation import transformers_model
+    from stages.generation import transformers_model
 
     ids = loaded.encode(long_documents()[1]["text"])[:200]
     unsliced = loaded.oracle.token_bits(ids)

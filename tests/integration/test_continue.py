@@ -25,7 +25,7 @@ from pipeline.graph.checkpoints import Checkpoint
 from pipeline.launch.attempt import Attempt, CheckpointArtifacts, Task
 from pipeline.launch.rendezvous import Ranks
 from stages.data import order
-from stages.data.table import write_json
+from stages.formats.table import write_json
 from tests.fixtures.order_fixtures import config as order_config
 from tests.fixtures.order_fixtures import tokens
 from tests.fixtures.recipe_fixtures import SMOKE, write

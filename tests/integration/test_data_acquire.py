@@ -21,16 +21,17 @@ from pydantic import ValidationError
 import data_recipes
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
-from stages.data import acquire, chat
+from stages.data import acquire
 from stages.data.python_stdlib import own_terms, read_docstrings, read_functions, read_modules
 from stages.data.readers import jsonl
 from stages.data.readers.base import Document, Unmapped, Unreadable
-from stages.data.seeds import seed_of
 from stages.data.sources import Source, resolve_tree_digest
-from stages.data.synthetic.problems import FORMS, TASKS, add, draw
-from stages.data.table import content_hash, part_files
-from stages.evaluation import eval_set
+from stages.formats import chat
+from stages.formats.seeds import seed_of
+from stages.formats.table import content_hash, part_files
 from stages.scorers.problems_v1 import score
+from stages.tasks import eval_set
+from stages.tasks.synthetic.problems import FORMS, TASKS, add, draw
 from tests.fixtures.run_fixtures import RecordingReport
 
 

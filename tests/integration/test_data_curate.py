@@ -18,14 +18,14 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data import acquire, dedup, duplicate_search, filter, representative_copies
-from stages.data import table as data_table
 from stages.data.curation.decontamination import ContaminationIndex
 from stages.data.curation.settings import CurationSettings
 from stages.data.filters.block import BlockStep
 from stages.data.licenses.maps import UNMAPPED
 from stages.data.recipe import load
-from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, part_files, sources_of, write_rows
-from stages.evaluation import benchmarks, eval_set
+from stages.formats import table as data_table
+from stages.formats.table import DOCUMENTS, FAILED, ITEMS, content_hash, part_files, sources_of, write_rows
+from stages.tasks import benchmarks, eval_set
 from tests.fixtures.block_fixtures import EDITED, FINEWEB, PII, QUALITY, REPETITION
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.run_fixtures import RecordingReport, at_length

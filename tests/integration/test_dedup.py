@@ -33,7 +33,7 @@ from stages.data.curation import duplicates
 from stages.data.curation.duplicates import Part, Partition
 from stages.data.curation.settings import MinHash
 from stages.data.curation.words import WORDS
-from stages.data.table import DISPOSITIONS, KEPT, arrow_schema, write_table
+from stages.formats.table import DISPOSITIONS, KEPT, arrow_schema, write_table
 from tests.fixtures.dedup_fixtures import STAGES, deduplicate, stage_configs
 from tests.fixtures.filter_fixtures import REMOVED, filter_artifact
 from tests.fixtures.run_fixtures import RecordingReport

@@ -14,27 +14,27 @@ from pydantic import ValidationError
 
 from bench import published
 from pipeline.core.store import write_manifest
-from release.assembly.model_facts import read_model_facts
 from release.cards import tables
+from release.facts.model_facts import read_model_facts
 from stages.export import hf
 from stages.export.hf import Rounded
 from stages.export.variants import registry as variants
-from stages.mcore import layer_spec
-from stages.mcore.activations import saved_bytes
-from stages.mcore.fake_quantization import attach
-from stages.mcore.layout_check import problem
-from stages.mcore.memory import memory_share
-from stages.mcore.model import build, named_buffers, named_tensors
-from stages.mcore.parallel_layout import Layout
-from stages.mcore.quantize import RECIPES
-from stages.mcore.weight_init import Initial
+from stages.generation.in_process import load_weights
+from stages.megatron import layer_spec
+from stages.megatron.activations import saved_bytes
+from stages.megatron.architectures import deepseek_v3
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.fake_quantization import attach
+from stages.megatron.layout_check import problem
+from stages.megatron.memory import memory_share
+from stages.megatron.model import build, named_buffers, named_tensors
+from stages.megatron.quantize import RECIPES
+from stages.megatron.weight_init import Initial
 from stages.models import registry
 from stages.models.base import ModelConfig
 from stages.models.costs import Rows
-from stages.models.deepseek_v3 import spec
-from stages.models.deepseek_v3.config import DeepseekV3Config
-from stages.models.hf import hf_config
-from stages.rl.samplers.generate import load_weights
+from stages.models.deepseek_v3 import DeepseekV3Config
+from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
@@ -90,7 +90,7 @@ def test_what_megatron_builds_has_the_stated_tensors_and_the_logits_of_transform
         load_tensors(chunks, model, VOCAB, tensors)
         with torch.no_grad():
             ours = chunks[0].eval()(ids, torch.arange(200).expand_as(ids), None)
-    exported = dict(spec.to_hf(tensors, model, VOCAB))
+    exported = dict(deepseek_v3.to_hf(tensors, model, VOCAB))
     release_checkpoint.save_tensors(tmp_path / "model.safetensors", exported)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(model, VOCAB, 1, 0, "float32")))
     theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -103,10 +103,10 @@ def test_what_megatron_builds_has_the_stated_tensors_and_the_logits_of_transform
     load_weights(theirs, {name: 2 * tensor for name, tensor in exported.items()})  # as a sampler's
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert torch.equal(theirs.state_dict()[bias], 2 * exported[bias])
-    back = dict(spec.from_hf(exported, model))
+    back = dict(deepseek_v3.from_hf(exported, model))
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in back)
     with pytest.raises(ValueError, match=r"deepseek_v3 does not have: model\.layers\.2"):
-        list(spec.from_hf({**exported, "model.layers.2.extra": torch.zeros(1)}, model))
+        list(deepseek_v3.from_hf({**exported, "model.layers.2.extra": torch.zeros(1)}, model))
 
 
 def test_biases_that_choose_experts_stay_fp32_in_bf16_exports() -> None:

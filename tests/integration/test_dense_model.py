@@ -11,16 +11,16 @@ import torch
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
-from release.assembly import training
-from release.assembly.model_facts import read_model_facts
 from release.cards import tables, training_tables
+from release.facts import training
+from release.facts.model_facts import read_model_facts
 from stages.export import hf
-from stages.mcore.layout_check import problem
-from stages.mcore.memory import memory_share, state_bytes
-from stages.mcore.model import build, named_tensors
-from stages.mcore.parallel_layout import Layout
-from stages.models.hf import hf_config
-from stages.models.qwen3.config import Qwen3Config
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.layout_check import problem
+from stages.megatron.memory import memory_share, state_bytes
+from stages.megatron.model import build, named_tensors
+from stages.models.parallel_layout import Layout
+from stages.models.qwen3 import Qwen3Config
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from stages.data import encoder as encoders
-from stages.data import tokenizer as training
 from stages.data.encoder import Encoder
+from stages.formats import tokenizer as training
 
 SPECIALS = st.sampled_from([*training.SPECIAL_TOKENS, "<|", "|>", "<", "think", " "])
 CHARACTERS = st.characters(exclude_categories=["Cs"])

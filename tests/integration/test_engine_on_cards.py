@@ -12,8 +12,8 @@ import yaml
 from pipeline.core.errors import AtomError
 from release.audit.verify import verify
 from release.cards import tables
-from stages.evaluation.engine import Engine
-from stages.rl.samplers import vllm_server
+from stages.generation import vllm_server
+from stages.generation.engine import Engine
 from tests.fixtures.release_fixtures import ENGINE
 
 IN_PROCESS = "transformers in the stage's process, in fp32"

@@ -21,10 +21,10 @@ from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag, recipe
 from release.checks import weights
 from release.checks.check import Subject
-from stages.data.tokenizer import SPECIAL_TOKENS
 from stages.export import comparison, hf
-from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.formats.tokenizer import SPECIAL_TOKENS
+from stages.megatron.weight_init import full_tensor
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import train_fixtures
 from tests.fixtures.run_fixtures import at_length

@@ -18,17 +18,17 @@ import yaml
 
 from pipeline.core.errors import AtomError, CheckFailed, MachineError, RecipeError
 from pipeline.core.store import Artifact, write_manifest
-from release.assembly import assemble, data_facts
 from release.cards import document_tables
+from release.facts import assemble, data_facts
 from stages import graph
 from stages.data import dedup, duplicate_search, filter, generate, representative_copies
 from stages.data.licenses.allow import forbids_derivatives
 from stages.data.readers.generated import Generated
 from stages.data.recipe import load
-from stages.data.table import TOKENIZED, write_rows
-from stages.evaluation import eval_set
+from stages.formats.table import TOKENIZED, write_rows
 from stages.recipe import ReleaseRecipe
 from stages.scorers import answer_of
+from stages.tasks import eval_set
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.generated_source_fixtures import READER, TEXTS, acquire_notes, digest_of, rows, run, write_recipe
 from tests.fixtures.home_fixtures import SMOKE
@@ -96,8 +96,8 @@ def test_a_text_is_what_the_model_draws_alone(calm: Artifact, place: Path) -> No
     """Without datatrove and batches: the same text up to rounding, of which 16 tokens of a random model show none."""
     from transformers import AutoTokenizer
 
-    from stages.rl.protocols import Prompt
-    from stages.rl.samplers.generate import InProcess
+    from stages.generation.in_process import InProcess
+    from stages.generation.protocols import Prompt
 
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     model = InProcess(place / "model", (1, 3), 16)
@@ -278,7 +278,7 @@ def test_licenses_that_forbid_derived_texts(expression: str, forbidden: bool) ->
 def test_an_error_of_the_model_is_that_of_the_stage() -> None:
     """Not a text that is missing."""
     from stages.data.inference import Request, draw
-    from stages.rl.protocols import Prompt
+    from stages.generation.protocols import Prompt
 
     class Broken:
         def generate(self, prompts: Any, greedy: bool = False) -> Any:

@@ -14,19 +14,19 @@ from pydantic import ValidationError
 
 from bench import published
 from pipeline.core.store import write_manifest
-from release.assembly.model_facts import read_model_facts
 from release.cards import tables
+from release.facts.model_facts import read_model_facts
 from stages.export import hf
 from stages.export.variants import registry as variants
-from stages.mcore.layout_check import problem
-from stages.mcore.memory import memory_share
-from stages.mcore.model import build, named_buffers, named_tensors
-from stages.mcore.parallel_layout import Layout
-from stages.mcore.weight_init import Initial
+from stages.megatron.architectures import glm4_moe
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.layout_check import problem
+from stages.megatron.memory import memory_share
+from stages.megatron.model import build, named_buffers, named_tensors
+from stages.megatron.weight_init import Initial
 from stages.models import registry
-from stages.models.glm4_moe import spec
-from stages.models.glm4_moe.config import Glm4MoeConfig
-from stages.models.hf import hf_config
+from stages.models.glm4_moe import Glm4MoeConfig
+from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
@@ -81,7 +81,7 @@ def test_what_megatron_builds_has_the_stated_tensors_and_the_logits_of_transform
         assert (counts["total"], counts["active"]) == (total, total - experts // 2)
         load_tensors(chunks, model, VOCAB, tensors)
         alone, packed = (chunks[0].eval()(ids, places, documents) for documents in (None, starts))
-    exported = dict(spec.to_hf(tensors, model, VOCAB))
+    exported = dict(glm4_moe.to_hf(tensors, model, VOCAB))
     release_checkpoint.save_tensors(tmp_path / "model.safetensors", exported)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(model, VOCAB, 1, 0, "float32")))
     theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -92,10 +92,10 @@ def test_what_megatron_builds_has_the_stated_tensors_and_the_logits_of_transform
         assert float((ours - expected).abs().max()) < 1e-5 and float(ours.std()) > 0.05
         assert float((ours.log_softmax(-1) - expected.log_softmax(-1)).abs().max()) < 1e-5
     assert theirs.config.num_nextn_predict_layers == 0
-    back = dict(spec.from_hf(exported, model))
+    back = dict(glm4_moe.from_hf(exported, model))
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in back)
     with pytest.raises(ValueError, match=r"glm4_moe does not have: model\.layers\.2"):
-        list(spec.from_hf({**exported, "model.layers.2.extra": torch.zeros(1)}, model))
+        list(glm4_moe.from_hf({**exported, "model.layers.2.extra": torch.zeros(1)}, model))
 
 
 @pytest.mark.parametrize(("name", "total", "active"), [("GLM-4.5", 355, 32), ("GLM-4.5-Air", 106, 12)])

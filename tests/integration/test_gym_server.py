@@ -15,12 +15,13 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from stages.rl import gym_session
-from stages.rl.protocols import Parts, Response, Row, Verifier, VerifierFailed
+from stages.rl.protocols import Parts, Response, Verifier, VerifierFailed
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.turns import Request
 from stages.rl.tools.base import ToolFailed
 from stages.rl.tools.settings import Tools
+from stages.tasks.rows import Row
 from tests.fixtures import rl_fixtures
 from tests.fixtures.verifier_fixtures import (
     GET,

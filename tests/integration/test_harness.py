@@ -17,20 +17,20 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Store, sha256_file, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from release.assembly.assemble import measured
-from release.assembly.score_facts import read_harness
 from release.audit import harness
 from release.cards import measurement_tables
 from release.checks.scores import score_problems
-from stages.data.table import read_table, write_json, write_rows
-from stages.data.tokenizer import without_special
-from stages.evaluation import benchmarks, eval_set
+from release.facts.assemble import measured
+from release.facts.score_facts import read_harness
 from stages.evaluation import harness as harness_stage
 from stages.evaluation.harness import language_model
 from stages.evaluation.model_evaluation import load_tokenizer
-from stages.evaluation.task_sets import TASK_SETS, HarnessSection
-from stages.rl.protocols import to_row
+from stages.formats.table import read_table, write_json, write_rows
+from stages.formats.tokenizer import without_special
 from stages.rl.rollout import tasks
+from stages.tasks import benchmarks, eval_set
+from stages.tasks.rows import to_row
+from stages.tasks.task_sets import TASK_SETS, HarnessSection
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.harness_fixtures import CHOICES, OWN_TASKS, TASK, section_of, write_tasks
 from tests.fixtures.run_fixtures import evaluate_in_shards

@@ -24,7 +24,7 @@ from release.hub.local.server import free_port
 from stages.data import acquire, hub_files, pinning
 from stages.data.recipe import load
 from stages.data.sources import Source, resolve_tree_digest
-from stages.data.table import part_files
+from stages.formats.table import part_files
 from tests.fixtures.hub_fixtures import REPO, Hub, acquire_config, lines, pin, write_recipe
 from tests.fixtures.run_fixtures import atom
 

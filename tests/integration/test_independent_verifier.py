@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.store import canonical
-from release.assembly import build_release as builder
-from release.audit import independent_verifier
+from release import independent_verifier
+from release.build import build_release as builder
 from tests.fixtures import release_fixtures
 from tests.fixtures.release_fixtures import resum
 

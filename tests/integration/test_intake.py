@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from stages.generation.protocols import Completion
 from stages.rl.algorithms.grpo import mark_dropped
 from stages.rl.policy import RolloutFiles
-from stages.rl.protocols import Completion, Row
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.asynchronous import Intake, LiveGroups
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout
+from stages.tasks.rows import Row
 from tests.fixtures import rl_fixtures
 from tests.fixtures.run_fixtures import RecordingReport
 

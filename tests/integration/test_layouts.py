@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.mcore.weight_init import Initial
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.rl.samplers.vllm_worker import atom_index
+from stages.generation.vllm_worker import atom_index
+from stages.megatron.weight_init import Initial
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length

@@ -15,12 +15,12 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM
 
-from release.assembly.message_tables import write_messages
 from release.cards.render import _config_of_messages
-from stages.data import chat
+from release.facts.message_tables import write_messages
 from stages.data.splits import split_of
-from stages.data.table import KEPT, content_hash, write_rows
-from stages.data.tokenizer import SPECIAL_TOKENS, save, untrained
+from stages.formats import chat
+from stages.formats.table import KEPT, content_hash, write_rows
+from stages.formats.tokenizer import SPECIAL_TOKENS, save, untrained
 from tests.fixtures import ROOT
 from tests.fixtures.run_fixtures import at_length
 
@@ -54,7 +54,7 @@ def make_data(folder: Path) -> None:
 def make_model(folder: Path, architecture: str) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from stages.data.tokenizer import bpe_trainer
+    from stages.formats.tokenizer import bpe_trainer
 
     torch.manual_seed(0)
     common = {**SIZES, "vocab_size": 300, "intermediate_size": 64, "max_position_embeddings": 128, "eos_token_id": 3}

@@ -19,8 +19,8 @@ from release.checks.cards import model_card
 from release.checks.scores import score_problems
 from stages.data import tokenization
 from stages.data.shards import first_tokens, shard_name
-from stages.data.table import KEPT, ORDER, content_hash, read_table, write_rows
 from stages.evaluation import memorization
+from stages.formats.table import KEPT, ORDER, content_hash, read_table, write_rows
 from tests.fixtures import chat_fixtures, release_fixtures
 from tests.fixtures.recipe_fixtures import write
 
@@ -158,7 +158,7 @@ def test_matching_tokens_are_those_of_a_greedy_continuation(inputs) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stages.evaluation.transformers_model import TransformersModel
+    from stages.generation.transformers_model import TransformersModel
 
     model = AutoModelForCausalLM.from_pretrained(inputs["trained"] / "model", dtype=torch.float32).eval()
     ids = first_tokens(inputs["tokens"].path, shard_name("train", "prose", 0), range(6), 40)

@@ -12,14 +12,14 @@ import torch
 
 from pipeline.core.errors import AtomError
 from stages.export import comparison, hf, streamed_model
-from stages.mcore.model import transformer_config
-from stages.mcore.parallel_layout import Layout
-from stages.mcore.rope import frequencies
-from stages.mcore.weight_init import full_tensor
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.architectures.qwen3_moe import from_hf, to_hf
+from stages.megatron.model import transformer_config
+from stages.megatron.rope import frequencies
+from stages.megatron.weight_init import full_tensor
 from stages.models.base import Rope, Yarn
-from stages.models.hf import hf_config
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.models.qwen3_moe.spec import from_hf, to_hf
+from stages.models.parallel_layout import Layout
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import train_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from stages.data.table import read_jsonl, write_jsonl
-from stages.evaluation import eval_set
+from stages.formats.table import read_jsonl, write_jsonl
 from stages.rl.protocols import Response
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout import tasks
+from stages.tasks import eval_set
 from tests.fixtures import chat_fixtures
 from tests.fixtures.verifier_fixtures import GET, INCREMENT, counter_answer, counter_row
 

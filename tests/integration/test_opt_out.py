@@ -13,7 +13,7 @@ from pipeline.core.store import Artifact
 from stages.data import acquire, duplicate_search, filter
 from stages.data.curation import duplicates
 from stages.data.recipe import load
-from stages.data.table import part_files, sources_of
+from stages.formats.table import part_files, sources_of
 from tests.fixtures.block_fixtures import PII
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.opt_out_fixtures import (

@@ -27,8 +27,8 @@ from stages.data.computed_order import ComputedOrder, read_indexes
 from stages.data.order_config import OrderConfig
 from stages.data.permutation import Permutation
 from stages.data.row_draw import DataCursor, SourceDraw, apportion
-from stages.data.seeds import permutation
-from stages.data.table import order_files
+from stages.formats.seeds import permutation
+from stages.formats.table import order_files
 from tests.fixtures.order_fixtures import config, tokens
 from tests.fixtures.train_fixtures import Reporter
 

@@ -15,15 +15,15 @@ import yaml
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, sha256_file
-from release.assembly.attribution import write_attribution
+from release.build.attribution import write_attribution
 from stages.data import acquire
-from stages.data.file_digests import tree_digest
 from stages.data.licenses.maps import UNMAPPED
 from stages.data.packages import fetch
 from stages.data.packages.lock import read_lock
 from stages.data.recipe import load
 from stages.data.sources import Source, resolve_tree_digest
-from stages.data.table import KEPT, content_hash, order_files, part_files, write_rows
+from stages.formats.file_digests import tree_digest
+from stages.formats.table import KEPT, content_hash, order_files, part_files, write_rows
 from tests.fixtures import ROOT
 from tests.fixtures.block_fixtures import PII
 from tests.fixtures.package_fixtures import COPYRIGHT, Files, deb_of, lock_folder, member, sdist_of

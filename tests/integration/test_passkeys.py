@@ -22,9 +22,9 @@ from stages.data.readers.base import Document, Unreadable
 from stages.data.readers.stdlib_source import StdlibSource
 from stages.data.recipe import load
 from stages.data.splits import split_of
-from stages.data.synthetic import passkeys
-from stages.data.table import DOCUMENTS, FAILED, ITEMS, content_hash, write_rows
 from stages.data.tokenization import encode
+from stages.formats.table import DOCUMENTS, FAILED, ITEMS, content_hash, write_rows
+from stages.tasks.synthetic import passkeys
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.passkey_fixtures import passkey_source
 
@@ -121,7 +121,7 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
 
 def test_only_the_answer_carries_loss_and_each_digit_is_one_token(trained_tokenizer: Artifact) -> None:
     from stages.data.encoder import Encoder
-    from stages.data.tokenizer import END
+    from stages.formats.tokenizer import END
 
     encoder = Encoder(trained_tokenizer / "tokenizer.json")
     tokenizer, end = encoder.tokenizer, encoder.tokenizer.token_to_id(END)
@@ -136,8 +136,8 @@ def test_only_the_answer_carries_loss_and_each_digit_is_one_token(trained_tokeni
 @pytest.fixture(scope="module")
 def trained_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A tokenizer of the recipe's kind, trained on passkey documents, which tempt it to merge digits."""
-    from stages.data import tokenizer
-    from stages.data.table import KEPT
+    from stages.formats import tokenizer
+    from stages.formats.table import KEPT
     from tests.fixtures.run_fixtures import RecordingReport
 
     folder = tmp_path_factory.mktemp("tokenizer")

@@ -14,8 +14,8 @@ import pytest
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.curation.settings import MinHash
-from stages.data.table import ITEMS, ORDER, part_files, write_rows
 from stages.evaluation import contamination
+from stages.formats.table import ITEMS, ORDER, part_files, write_rows
 from tests.fixtures.dedup_fixtures import STAGES, stage_configs
 from tests.fixtures.filter_fixtures import REMOVED, filter_artifact
 from tests.fixtures.run_fixtures import at_length

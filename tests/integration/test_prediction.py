@@ -16,12 +16,13 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import dag
 from pipeline.launch.start_records import prediction_key
-from release.assembly import build_release as builder
 from release.audit import verify as audit
+from release.build import build_release as builder
 from release.checks import prediction as check_of_prediction
 from release.checks import registry
-from release.prediction import forecast, sealing
-from release.prediction.forecast import FILE, FOLDER, Point, RunSize
+from release.facts import forecast
+from release.facts.forecast import FILE, FOLDER, Point, RunSize
+from release.prediction import sealing
 from tests.fixtures import release_fixtures
 from tests.fixtures.prediction_fixtures import SIZES, graph, recipe, seal_run
 from tests.fixtures.run_fixtures import DATA, at_length, atom, copy_sealed

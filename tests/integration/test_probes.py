@@ -11,11 +11,12 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, sha256_file
-from stages.evaluation import eval_set
-from stages.rl.protocols import Answer, Parts, Row, VerifierFailed, to_row
+from stages.rl.protocols import Answer, Parts, VerifierFailed
 from stages.rl.rewards.frozen_scorer import Instructions
 from stages.rl.rollout import tasks
 from stages.rl.rollout.probes import ProbedBin, probe, require_solving
+from stages.tasks import eval_set
+from stages.tasks.rows import Row, to_row
 from tests.fixtures import chat_fixtures
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 from tests.fixtures.verifier_fixtures import Server, serve

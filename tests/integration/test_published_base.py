@@ -16,12 +16,12 @@ import yaml
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
-from release.assembly import assemble
-from release.assembly import build_release as builder
-from release.assembly.published_tables import read_json
 from release.audit.verify import verify
+from release.build import build_release as builder
 from release.checks.check import Subject
 from release.checks.weights import published_base
+from release.facts import assemble
+from release.facts.published_tables import read_json
 from release.hub.local.server import LOCAL_TOKEN, running
 from tests.fixtures import release_fixtures
 from tests.fixtures.home_fixtures import SMOKE

@@ -18,7 +18,7 @@ from stages.data.filters.classifier import Classifier
 from stages.data.filters.language import identify
 from stages.data.quality_classifier import _auc, as_line
 from stages.data.recipe import load
-from stages.data.table import DOCUMENTS, content_hash, sources_of, write_rows
+from stages.formats.table import DOCUMENTS, content_hash, sources_of, write_rows
 from tests.fixtures.block_fixtures import PII, QUALITY, apply, document
 from tests.fixtures.opt_out_fixtures import Text, no_items
 from tests.fixtures.opt_out_fixtures import acquired as acquire_texts

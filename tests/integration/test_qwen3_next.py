@@ -13,15 +13,15 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import write_manifest
 from stages.export import hf
 from stages.export.variants.registry import obstacle
-from stages.mcore.layout_check import problem
-from stages.mcore.memory import memory_share
-from stages.mcore.model import build, named_tensors
-from stages.mcore.parallel_layout import Layout
-from stages.models.hf import hf_config
-from stages.models.qwen3_next.config import Qwen3NextConfig
-from stages.rl.protocols import Prompt
-from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.sampler_decode import LibraryDecoder
+from stages.generation.decode import LibraryDecoder
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Prompt
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.layout_check import problem
+from stages.megatron.memory import memory_share
+from stages.megatron.model import build, named_tensors
+from stages.models.parallel_layout import Layout
+from stages.models.qwen3_next import Qwen3NextConfig
 from stages.train import parallel
 from stages.train.precision_simulation.proxy_model import build_proxy, ratios
 from tests.fixtures import fake_rank_fixtures, layout_fixtures, qwen3_next_fixtures, train_fixtures
@@ -203,9 +203,9 @@ def test_it_is_megatrons_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's own GatedDeltaNet with its PyTorch code, on the same weights, whose rows it has by kind."""
     from megatron.core.ssm import gated_delta_net as theirs
 
-    from stages.mcore.layer_spec import RMSNorm
-    from stages.mcore.megatron_imports import tensor_parallel
-    from stages.models.qwen3_next import layers, spec
+    from stages.megatron.architectures import qwen3_next, qwen3_next_layers
+    from stages.megatron.layer_spec import RMSNorm
+    from stages.megatron.megatron_imports import tensor_parallel
 
     if not hasattr(theirs, "causal_conv1d_fn"):
         pytest.skip("from megatron-core 0.17 on, its layer needs the package flash-linear-attention, which needs CUDA")
@@ -222,7 +222,7 @@ def test_it_is_megatrons_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         (gpt,) = build(model, VOCAB)
         load_tensors([gpt], model, VOCAB, qwen3_next_fixtures.tensors_of(model))
         ours = gpt.decoder.layers[0].self_attention
-        assert isinstance(ours, layers.GatedDeltaNet)
+        assert isinstance(ours, qwen3_next_layers.GatedDeltaNet)
         parts = theirs.GatedDeltaNetSubmodules(
             tensor_parallel.ColumnParallelLinear, RMSNorm, tensor_parallel.RowParallelLinear
         )
@@ -231,10 +231,10 @@ def test_it_is_megatrons_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         collection = type("Groups", (), {"tp": groups})()
         layer = theirs.GatedDeltaNet(gpt.config, parts, layer_number=1, pg_collection=collection)
         layer.out_norm.offset = 0
-        rows, channels = spec._parts(model, 0)
+        rows, channels = qwen3_next._parts(model, 0)
         state = dict(ours.named_parameters())
         for name, sizes in (("in_proj.weight", rows), ("conv1d.weight", channels)):
-            kinds = spec._split(state[name].detach(), model.linear_num_key_heads, sizes)
+            kinds = qwen3_next._split(state[name].detach(), model.linear_num_key_heads, sizes)
             state[name] = torch.cat([part.flatten(0, 1) for part in kinds])
         for name, parameter in layer.named_parameters():
             parameter.data.copy_(state[name])

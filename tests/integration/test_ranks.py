@@ -29,7 +29,7 @@ from pipeline.launch import rendezvous
 from pipeline.launch.attempt import Task
 from pipeline.launch.local import visible_gpus
 from pipeline.launch.worker import _record_operation, attempt, work
-from stages.mcore.parallel_layout import Layout
+from stages.models.parallel_layout import Layout
 from tests.fixtures.recipe_fixtures import SMOKE
 from tests.fixtures.run_fixtures import SOAK, at_length, atom, digests, start, wait_for
 

@@ -14,16 +14,16 @@ import pytest
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, write_manifest
 from release import references
-from release.assembly.data_facts import DataFacts
 from release.audit import rebuild
 from release.cards import document_tables
 from release.checks import documents
 from release.checks import references as checks
 from release.checks.check import Subject
+from release.facts.data_facts import DataFacts
 from release.references import Reference
 from stages.data import acquire, filter
 from stages.data.sources import Source
-from stages.data.table import ITEMS, write_rows, write_table
+from stages.formats.table import ITEMS, write_rows, write_table
 from tests.fixtures.block_fixtures import EDITED, PII
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.hub_fixtures import Hub, acquire_config, lines, pin, write_recipe

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from release.assembly.receipts import EarlierRelease, receipt_path
 from release.audit.verify import verify
 from release.checks.check import Subject
 from release.checks.receipts import receipts
+from release.trace.receipts import EarlierRelease, receipt_path
 from tests.fixtures.opt_out_fixtures import hashed
 from tests.fixtures.opt_out_release_fixtures import MATCHES
 

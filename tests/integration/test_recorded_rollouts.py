@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed, Interrupted
-from stages.mcore.weight_init import Initial
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.megatron.weight_init import Initial
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl.rollout import rollouts
 from tests.fixtures import rl_fixtures, train_fixtures
 from tests.fixtures.rl_fixtures import first, place, rewrite, without_sampler  # noqa: F401 - fixtures

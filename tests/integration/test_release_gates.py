@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from release.assembly.data_facts import DataFacts, read_data_facts
-from release.assembly.score_facts import CONTAMINATION, compute_scores
 from release.checks import gates, learning
 from release.checks.check import BuildContext
-from stages.evaluation.scores import Mean
+from release.facts.data_facts import DataFacts, read_data_facts
+from release.facts.score_facts import CONTAMINATION, compute_scores
 from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
+from stages.statistics import Mean
 from tests.fixtures import release_fixtures
 
 LIMITS = EvaluationSection(problems={"add": 40}).model_dump()

@@ -15,14 +15,14 @@ from unittest.mock import patch
 import pytest
 
 from release import signing
-from release.assembly import build_release as builder
-from release.assembly.assemble import to_json
 from release.audit.verify import Verdict
+from release.build import build_release as builder
 from release.checks import file_list, formats
 from release.checks.check import Subject
 from release.checks.listing import kind_of
 from release.checks.load_report import load_models
 from release.checks.source_code import source_files
+from release.facts.assemble import to_json
 from release.layout import ALL_SUMS, GATES, GATES_STATED, ORIGINS, RETRACTED, SUMS
 from release.repositories import files_below
 from release.schema import CARD

@@ -14,16 +14,16 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from release import layout, repositories
-from release.assembly import build_release as builder
-from release.assembly.assemble import require_nodes
-from release.assembly.checkpoint_facts import read_checkpoints
-from release.assembly.data_facts import DataFacts, Packing, SourceInOrder, read_data_facts
-from release.assembly.model_facts import read_model_facts
-from release.assembly.published_tables import read_json
+from release.build import build_release as builder
 from release.cards import card_tables, plots, render, tables
 from release.checks import cards, gates
 from release.checks.check import BuildContext, Subject
 from release.checks.statements import statements
+from release.facts.assemble import require_nodes
+from release.facts.checkpoint_facts import read_checkpoints
+from release.facts.data_facts import DataFacts, Packing, SourceInOrder, read_data_facts
+from release.facts.model_facts import read_model_facts
+from release.facts.published_tables import read_json
 from release.repositories import files_below
 from release.schema import read_release
 from stages.evaluation.settings import SURE

@@ -315,7 +315,7 @@ def test_a_phase_of_two_ranks_comes_out_within_tolerance(release: Path, copy: Pa
 
 def _rank(release: Path, phase: str, folder: Path) -> None:
     """Trains the last steps of a phase as one of two tensor-parallel ranks; the first leaves where the checkpoint is."""
-    from stages.mcore.parallel_layout import Layout
+    from stages.models.parallel_layout import Layout
 
     rank_folder = folder / f"rank-{os.environ['RANK']}"
     rank_folder.mkdir()

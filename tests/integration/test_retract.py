@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.store import sha256_file
+from release.facts.tombstones import read_tombstones
 from release.hub.local.server import LOCAL_TOKEN, running
 from release.hub.local.store import HubStore
 from release.layout import RETRACTED
-from release.retraction.tombstone import read_tombstones
 from tests.fixtures import ROOT
 from tests.fixtures.opt_out_fixtures import hashed, write_deny_list
 from tests.fixtures.release_fixtures import corpus

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from pipeline.core.store import Artifact, write_manifest
-from release.assembly.data_facts import DataFacts
-from release.assembly.model_facts import read_model_facts
 from release.cards import card_tables, render
-from stages.data.table import ITEMS, write_jsonl, write_rows
+from release.facts.data_facts import DataFacts
+from release.facts.model_facts import read_model_facts
 from stages.evaluation import pass_at_k, win_rate
 from stages.export import hf
+from stages.formats.table import ITEMS, write_jsonl, write_rows
 from stages.rl import rlvr
-from stages.rl.protocols import to_row
 from stages.rl.rewards import registry
+from stages.tasks.rows import to_row
 from tests.fixtures import flattery_fixtures, release_fixtures, rl_fixtures
 from tests.fixtures.run_fixtures import at_length
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError, Interrupted
 from pipeline.core.store import Artifact, sha256_file, write_manifest
-from stages.data.table import read_table, write_jsonl
+from stages.formats.table import read_table, write_jsonl
 from stages.rl import dpo, reward_model, rlvr
 from stages.rl.algorithms.preferences import best_and_worst
 from stages.rl.protocols import NoSettings, Response, VerifierContext, VerifierFailed

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import AtomError, Interrupted
+from stages.generation.in_process import InProcess
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Response, VerifierFailed
 from stages.rl.rewards.frozen_scorer import Instructions
 from stages.rl.rollout import rollouts
-from stages.rl.samplers.generate import InProcess
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.rl_fixtures import place  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import SOAK

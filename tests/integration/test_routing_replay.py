@@ -13,9 +13,10 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.core.errors import CheckFailed
+from stages.generation import routes
 from stages.models.base import Routing
 from stages.rl.config import RlTrainConfig
-from stages.rl.rollout import rollouts, routes
+from stages.rl.rollout import rollouts
 from tests.fixtures import rl_fixtures
 from tests.fixtures.rl_fixtures import place  # noqa: F401 - fixtures
 
@@ -54,11 +55,11 @@ def test_the_log_has_the_gap_with_and_without_replay(replayed: Path) -> None:
 def gaps(precision: str, seed: int) -> tuple[float, float]:
     """Mean difference of a token's log-probability between a sampler in fp32 and a trainer: with routing replay, and
     with routers that choose."""
-    from stages.models.hf import hf_config
+    from stages.generation.in_process import InProcess
+    from stages.generation.protocols import Prompt
+    from stages.megatron.architectures.hf import hf_config
     from stages.rl.algorithms.grpo import without_routes
-    from stages.rl.protocols import Prompt
     from stages.rl.rollout.batches import Example, build_rank_batch
-    from stages.rl.samplers.generate import InProcess
     from stages.train import parallel
     from stages.train.data import Batch
     from stages.train.engine import Engine
@@ -118,10 +119,10 @@ def test_recorded_experts_that_no_router_chose_are_refused(place: Path, replayed
 
 
 def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() -> None:
-    from stages.mcore.model import build
-    from stages.mcore.routing_replay import UNRECORDED, RoutingReplay
-    from stages.mcore.weight_init import full_tensor
-    from stages.models.qwen3_moe.config import Qwen3MoeConfig
+    from stages.megatron.model import build
+    from stages.megatron.routing_replay import UNRECORDED, RoutingReplay
+    from stages.megatron.weight_init import full_tensor
+    from stages.models.qwen3_moe import Qwen3MoeConfig
     from stages.train import parallel
     from tests.fixtures.model_fixtures import load_tensors
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from release.assembly import runtimes
 from release.checks.load_report import load_models
+from release.facts import runtimes
 from stages.export.variants import conversion
 from stages.export.variants.registry import VARIANTS, VariantName
 from tests.fixtures import variant_fixtures

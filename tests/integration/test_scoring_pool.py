@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from stages.rl.protocols import Parts, Row, Verifier, VerifierFailed
+from stages.rl.protocols import Parts, Verifier, VerifierFailed
 from stages.rl.rewards import scoring_pool, scoring_worker
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.task_sources.reasoning_tasks import reasoning_gym_rows
+from stages.tasks.rows import Row
 from tests.fixtures.verifier_fixtures import (
     response_of,
     score_one,

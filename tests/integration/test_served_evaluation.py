@@ -18,11 +18,11 @@ from pipeline.core.errors import AtomError, MachineError
 from pipeline.run_secret import atom_secret
 from stages.evaluation.harness import language_model
 from stages.evaluation.harness_vllm import Served
-from stages.evaluation.transformers_model import TransformersModel
-from stages.evaluation.vllm_model import Client, ServedModel, ServedSampler
-from stages.rl.protocols import Prompt
-from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.vllm_server import Server
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Prompt
+from stages.generation.transformers_model import TransformersModel
+from stages.generation.vllm_model import Client, ServedModel, ServedSampler
+from stages.generation.vllm_server import Server
 from tests.fixtures import release_fixtures
 from tests.fixtures.signed_server_fixtures import SignedHandler
 

@@ -16,17 +16,17 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from release.assembly import assemble, size_facts
-from release.assembly.checkpoint_facts import read_checkpoints
 from release.audit import openness
 from release.audit.replay import replay
-from release.audit.tracing import documents
-from release.audit.tracing.release_data import ReleaseData
 from release.cards import tables
 from release.checks import registry
 from release.checks import sizes as check_of_sizes
+from release.facts import assemble, size_facts
+from release.facts.checkpoint_facts import read_checkpoints
 from release.layout import RECIPE, sizes_of, when
 from release.prediction import sealing
+from release.trace import documents
+from release.trace.release_data import ReleaseData
 from stages.models.registry import parse
 from tests.fixtures import ROOT, release_fixtures, train_fixtures
 from tests.fixtures.replay_fixtures import build

@@ -11,9 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.mcore import parallel_layout
-from stages.mcore.model import named_tensors
-from stages.mcore.parallel_layout import Layout
+from stages.megatron.model import named_tensors
+from stages.models import parallel_layout
+from stages.models.parallel_layout import Layout
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, RankBatch

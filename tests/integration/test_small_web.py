@@ -17,8 +17,8 @@ from stages.data.readers.base import Document, Refused, Unmapped
 from stages.data.readers.html_pages import Html
 from stages.data.readers.warc import Warc
 from stages.data.sources import Source, resolve_tree_digest
-from stages.data.table import ITEMS, part_files, write_rows
 from stages.data.web import pages
+from stages.formats.table import ITEMS, part_files, write_rows
 from tests.fixtures.small_web_fixtures import PAGES, WEB, html_of, record, records, text_of, write_warc
 
 OPEN = '<link rel="license" href="https://creativecommons.org/licenses/by/4.0/">'

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from release.assembly.data_facts import read_data_facts
 from release.audit.verify import CheckResult
 from release.cards import croissant
+from release.facts.data_facts import read_data_facts
 from release.layout import NOTICE, ORIGINS, STANDARDS
 from release.repositories import files_of, repositories
 from release.schema import read_release

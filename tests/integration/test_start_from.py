@@ -17,12 +17,12 @@ from pipeline.core.store import Artifact, Store, sha256_file
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from release.hub.local.store import Commit, current_time
-from stages.data import tokenizer
 from stages.data.readers.parquet import Parquet
-from stages.data.table import KEPT, content_hash, write_rows
 from stages.export import hf
-from stages.mcore.weight_init import Initial
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.formats import tokenizer
+from stages.formats.table import KEPT, content_hash, write_rows
+from stages.megatron.weight_init import Initial
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train import imported_weights, published_base
 from stages.train.checkpoint import release_checkpoint
 from stages.train.pretrain import STAGE as PRETRAIN

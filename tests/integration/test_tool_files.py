@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from release.assembly import serving
-from release.assembly.assemble import to_json
 from release.cards.plots import entries as entries_of
 from release.checks import (
     chat_templates,
@@ -33,9 +31,11 @@ from release.checks.check_runner import CheckRunner, guarded, run_check
 from release.checks.findings import Findings
 from release.checks.load_report import load_models
 from release.checks.verdict import CheckResult, answer
+from release.facts import serving
+from release.facts.assemble import to_json
 from release.tree import Tree
-from stages.data.tokenizer import tokenizer_config
 from stages.export.hf import generation_config, model_tokenizer_config
+from stages.formats.tokenizer import tokenizer_config
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify

@@ -15,14 +15,14 @@ import torch
 
 from pipeline.core.errors import CheckFailed, Interrupted
 from pipeline.core.store import Artifact
-from stages.data.seeds import seed_of
-from stages.models.hf import hf_config
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.formats.seeds import seed_of
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Prompt
+from stages.megatron.architectures.hf import hf_config
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl import sandbox
-from stages.rl.protocols import Prompt
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.generation import Chat
-from stages.rl.samplers.generate import InProcess
 from stages.rl.tools.base import Call, RunningTool, ToolFailed
 from stages.rl.tools.python_program import PythonTool
 from stages.rl.tools.settings import Tools

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from stages.data.synthetic import problems
-from stages.rl.protocols import Verifier, VerifierFailed, question, to_row
+from stages.rl.protocols import Verifier, VerifierFailed
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.task_sources.reasoning_tasks import reasoning_gym_rows
 from stages.scorers.instructions_v1 import CHECKS
+from stages.tasks.rows import question, to_row
+from stages.tasks.synthetic import problems
 from tests.fixtures.verifier_fixtures import (
     ARGUMENTS,
     Server,

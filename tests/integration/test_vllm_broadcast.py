@@ -24,15 +24,15 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.errors import AtomError
-from stages.mcore.parallel_layout import Layout
-from stages.rl import broadcast
-from stages.rl.broadcast import Broadcast
-from stages.rl.samplers.vllm_sampler import VllmServer
-from stages.rl.samplers.vllm_server import ServerLost
-from stages.rl.samplers.vllm_worker import atom_group
-from stages.rl.samplers.vllm_worker.atom_group import PATIENCE, WORKERS, Group, SignedStore, connect, packets, view
-from stages.rl.samplers.vllm_worker.atom_index import row_of
-from stages.rl.weights import Weights
+from stages.generation import broadcast
+from stages.generation.broadcast import Broadcast
+from stages.generation.vllm_sampler import VllmServer
+from stages.generation.vllm_server import ServerLost
+from stages.generation.vllm_worker import atom_group
+from stages.generation.vllm_worker.atom_group import PATIENCE, WORKERS, Group, SignedStore, connect, packets, view
+from stages.generation.vllm_worker.atom_index import row_of
+from stages.generation.weights import Weights
+from stages.models.parallel_layout import Layout
 from stages.train.parallel import Ranks
 from tests.fixtures import layout_fixtures, weights_fixtures
 from tests.fixtures.vllm_fixtures import CHANGED, PROMPT, TENSORS, Fake, answer, fakes, sampler, secret  # noqa: F401 - fixtures

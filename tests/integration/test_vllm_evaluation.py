@@ -19,12 +19,13 @@ from transformers import AutoTokenizer
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
-from stages.data.table import read_table
-from stages.evaluation import benchmarks, harness, model_evaluation, pass_at_k, win_rate
-from stages.evaluation.engine import Engine
+from stages.evaluation import harness, model_evaluation, pass_at_k, win_rate
 from stages.evaluation.harness_vllm import Served
-from stages.evaluation.transformers_model import TransformersModel
-from stages.evaluation.vllm_model import Client, ServedModel
+from stages.formats.table import read_table
+from stages.generation.engine import Engine
+from stages.generation.transformers_model import TransformersModel
+from stages.generation.vllm_model import Client, ServedModel
+from stages.tasks import benchmarks
 from tests.fixtures import chat_fixtures, harness_fixtures, release_fixtures
 
 pytestmark = pytest.mark.skipif(

@@ -20,8 +20,8 @@ from pipeline.core.store import Artifact, write_manifest
 from stages.data import generate
 from stages.data.generate import Generator
 from stages.data.readers.generated import Generated
-from stages.evaluation.vllm_model import Client
-from stages.rl.samplers.vllm_server import ServerLost
+from stages.generation.vllm_model import Client
+from stages.generation.vllm_server import ServerLost
 from tests.fixtures import release_fixtures
 from tests.fixtures.generated_source_fixtures import READER, acquire_notes, digest_of, rows, run, write_recipe
 

@@ -24,13 +24,12 @@ from pipeline.core import environment
 from pipeline.core.errors import AtomError
 from pipeline.run_secret import atom_secret
 from pipeline.run_secret.atom_secret import UnusableSecret, sign
-from stages.mcore.parallel_layout import Layout
-from stages.rl import broadcast
-from stages.rl.broadcast import Broadcast
-from stages.rl.samplers import vllm_server
-from stages.rl.samplers.vllm_sampler import VllmServer
-from stages.rl.samplers.vllm_server import Server, ServerLost
-from stages.rl.samplers.vllm_worker.atom_group import SignedStore, connect
+from stages.generation import broadcast, vllm_server
+from stages.generation.broadcast import Broadcast
+from stages.generation.vllm_sampler import VllmServer
+from stages.generation.vllm_server import Server, ServerLost
+from stages.generation.vllm_worker.atom_group import SignedStore, connect
+from stages.models.parallel_layout import Layout
 from stages.train.parallel import Ranks
 from tests.fixtures import weights_fixtures
 from tests.fixtures.vllm_fixtures import CHANGED, TENSORS, fakes, sampler, secret  # noqa: F401 - fixtures

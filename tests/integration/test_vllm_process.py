@@ -14,10 +14,10 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.run_secret import atom_secret
+from stages.generation import server_files, vllm_server
+from stages.generation.server_files import Announced
+from stages.generation.vllm_server import ServerLost
 from stages.rl.config import Sampling
-from stages.rl.samplers import server_files, vllm_server
-from stages.rl.samplers.server_files import Announced
-from stages.rl.samplers.vllm_server import ServerLost
 from tests.fixtures import ROOT
 
 

@@ -22,17 +22,17 @@ import pytest
 import torch
 
 from pipeline.core.errors import AtomError
-from stages.mcore.parallel_layout import Layout
-from stages.mcore.weight_init import full_tensor
-from stages.models.hf import hf_config
-from stages.models.qwen3_moe import spec
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.rl.broadcast import Broadcast
-from stages.rl.protocols import Completion, Prompt
+from stages.generation.broadcast import Broadcast
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Completion, Prompt
+from stages.generation.vllm_sampler import VllmServer
+from stages.generation.weights import Weights
+from stages.megatron.architectures import qwen3_moe
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.weight_init import full_tensor
+from stages.models.parallel_layout import Layout
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl.rollout import rollouts
-from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.vllm_sampler import VllmServer
-from stages.rl.weights import Weights
 from stages.train.parallel import Ranks
 from tests.fixtures import rl_fixtures, weights_fixtures
 
@@ -58,7 +58,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     # no norm of a trained model is all ones
     noise = torch.Generator().manual_seed(seed)
     tensors |= {n: t * (1 + 0.2 * torch.randn(t.shape, generator=noise)) for n, t in tensors.items() if "norm" in n}
-    return dict(spec.to_hf(tensors, model, rl_fixtures.PADDED))
+    return dict(qwen3_moe.to_hf(tensors, model, rl_fixtures.PADDED))
 
 
 CONFIG = hf_config(Qwen3MoeConfig(**MODEL), rl_fixtures.PADDED, 1, 0, "float32")

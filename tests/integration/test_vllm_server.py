@@ -18,15 +18,14 @@ import torch
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerSearch
 from pipeline.run_secret import atom_secret
-from stages.rl import weights
+from stages.generation import server_files, vllm_server, weights
+from stages.generation.protocols import Completion, Prompt, SamplerContext
+from stages.generation.samplers import make_sampler
+from stages.generation.server_files import Announced
+from stages.generation.vllm_sampler import VllmServer
+from stages.generation.vllm_server import ServerLost
+from stages.generation.vllm_worker import atom_index
 from stages.rl.config import Sampling
-from stages.rl.protocols import Completion, Prompt, SamplerContext
-from stages.rl.samplers import server_files, vllm_server
-from stages.rl.samplers.registry import make_sampler
-from stages.rl.samplers.server_files import Announced
-from stages.rl.samplers.vllm_sampler import VllmServer
-from stages.rl.samplers.vllm_server import ServerLost
-from stages.rl.samplers.vllm_worker import atom_index
 from stages.train.checkpoint.release_checkpoint import save_tensors
 from tests.fixtures import rl_fixtures, weights_fixtures
 from tests.fixtures.vllm_fixtures import CHANGED, PROMPT, TENSORS, Fake, answer, fakes, sampler, secret  # noqa: F401 - fixtures

@@ -17,9 +17,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.core.errors import AtomError
-from release.assembly.serving import serve_config
+from release.facts.serving import serve_config
 from stages.export.conversations import CONVERSATIONS
-from stages.rl.samplers.vllm_server import CPU_OPTIONS, Server
+from stages.generation.vllm_server import CPU_OPTIONS, Server
 from tests.fixtures import taught_fixtures
 from tests.fixtures.taught_fixtures import LESSONS
 

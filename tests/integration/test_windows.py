@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from pipeline.core.store import write_manifest
-from release.assembly.model_facts import read_model_facts
 from release.cards import tables
+from release.facts.model_facts import read_model_facts
 from stages.export import hf
 from stages.export.variants.registry import obstacle
-from stages.mcore.layout_check import problem
-from stages.mcore.memory import memory_share
-from stages.mcore.model import build, named_tensors
-from stages.mcore.parallel_layout import Layout
-from stages.mcore.weight_init import Initial
-from stages.models.gpt_oss.config import GptOssConfig
-from stages.models.hf import hf_config
-from stages.rl.protocols import Prompt
-from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.sampler_decode import LibraryDecoder
+from stages.generation.decode import LibraryDecoder
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Prompt
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.layout_check import problem
+from stages.megatron.memory import memory_share
+from stages.megatron.model import build, named_tensors
+from stages.megatron.weight_init import Initial
+from stages.models.gpt_oss import GptOssConfig
+from stages.models.parallel_layout import Layout
 from stages.train import parallel
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.model_fixtures import load_tensors

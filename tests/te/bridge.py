@@ -20,15 +20,15 @@ import torch
 from megatron.bridge import AutoBridge
 from safetensors.torch import load_file
 
-from stages.data.tokenizer import END, PAD
 from stages.export import comparison, hf
-from stages.mcore.param_names import BUFFERS, global_name
-from stages.mcore.weight_init import Initial
+from stages.formats.tokenizer import END, PAD
+from stages.megatron.architectures import qwen3_next
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.param_names import BUFFERS, global_name
+from stages.megatron.weight_init import Initial
 from stages.models import registry
 from stages.models.base import ModelConfig
-from stages.models.hf import hf_config
-from stages.models.qwen3_next import spec as qwen3_next
-from stages.models.qwen3_next.config import Qwen3NextConfig
+from stages.models.qwen3_next import Qwen3NextConfig
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import train_fixtures

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from stages.mcore.megatron_imports import Float16Module
-from stages.mcore.model import build
-from stages.mcore.parallel_layout import Layout
+from stages.megatron.megatron_imports import Float16Module
+from stages.megatron.model import build
 from stages.models.base import ModelConfig, Precision
 from stages.models.costs import Rows
+from stages.models.parallel_layout import Layout
 from stages.models.registry import parse
 from stages.train import parallel
 

@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from stages.rl.samplers.vllm_worker.atom_group import nccl_version
+from stages.generation.vllm_worker.atom_group import nccl_version
 from tests.fixtures import ROOT, layout_fixtures
 
 

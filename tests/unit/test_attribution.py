@@ -11,13 +11,13 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file
-from release.assembly.attribution import write_attribution
+from release.build.attribution import write_attribution
 from release.retraction.documents import Reached
 from release.retraction.rewrite import rewrite
 from stages.data import acquire
 from stages.data.readers.rows import MOST_CHARACTERS, _names
 from stages.data.sources import Source, resolve_tree_digest
-from stages.data.table import DOCUMENTS, KEPT, content_hash, read_table, stream_rows, write_rows
+from stages.formats.table import DOCUMENTS, KEPT, content_hash, read_table, stream_rows, write_rows
 
 ROWS = [
     {"title": " On\n gardens ", "by": [{"name": "A. Alder"}, {"name": "B. Birch"}], "rights": "CC-BY-4.0", "url": "https://a.example/1"},

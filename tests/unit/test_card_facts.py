@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from release.assembly.changes import Changes, _leaves, compare, read_changes
-from release.assembly.example_answers import SHOWN, ExampleAnswer, best_example, read_examples, settings_of
-from release.assembly.model_facts import ModelFacts, Parameters
 from release.cards import chat_tables, tables, training_tables
+from release.facts.changes import Changes, _leaves, compare, read_changes
+from release.facts.example_answers import SHOWN, ExampleAnswer, best_example, read_examples, settings_of
+from release.facts.model_facts import ModelFacts, Parameters
 from tests.fixtures.release_fixtures import table
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from release.assembly import training
-from release.assembly.data_facts import OrderFacts, OrderPart, SourceInOrder
-from release.assembly.model_facts import ModelFacts, Parameters
 from release.cards import caveats, chat_tables
+from release.facts import training
+from release.facts.data_facts import OrderFacts, OrderPart, SourceInOrder
+from release.facts.model_facts import ModelFacts, Parameters
 
 
 def value(x: float, se: float = 0.01, n: int = 400) -> dict[str, Any]:

@@ -15,25 +15,26 @@ from transformers import AutoTokenizer
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
-from release.assembly.data_facts import DataFacts, OrderFacts, OrderPart, SourceFacts, SourceInOrder
 from release.cards import tables
-from stages.data import acquire, chat, tokenization, tokenizer
-from stages.data.chat_templates import TRAINING_FILE
+from release.facts.data_facts import DataFacts, OrderFacts, OrderPart, SourceFacts, SourceInOrder
+from stages.data import acquire, tokenization
 from stages.data.curation.failures import FAILED_RULE
 from stages.data.curation.filtering import Removed, SourceFilter
 from stages.data.filters.base import Filter, FilterFunction
 from stages.data.readers.base import Document, Failed, Unreadable
 from stages.data.recipe import load
-from stages.data.seeds import seed_of
 from stages.data.sources import Source, resolve_tree_digest
-from stages.data.synthetic import courtesy_notes
-from stages.data.table import KEPT, content_hash, read_table, write_rows
-from stages.data.tokenizer import TURN_END, TURN_START
+from stages.formats import chat, tokenizer
+from stages.formats.chat_templates import TRAINING_FILE
+from stages.formats.seeds import seed_of
+from stages.formats.table import KEPT, content_hash, read_table, write_rows
+from stages.formats.tokenizer import TURN_END, TURN_START
 from stages.rl.rewards.reward_model import reward_input
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.turns import CALL_TEXT
 from stages.rl.tools.settings import Tools
 from stages.scorers import LATEST, SCORERS
+from stages.tasks.synthetic import courtesy_notes
 from tests.fixtures.run_fixtures import RecordingReport
 
 TALK = [
@@ -300,7 +301,7 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
     tokenization.run(
         tokenization.TokenizeConfig(conversations=("talk",)), inputs, tmp_path / "work", out, RecordingReport()
     )
-    from stages.mcore.megatron_imports import IndexedDataset
+    from stages.megatron.megatron_imports import IndexedDataset
 
     theirs = AutoTokenizer.from_pretrained(folder)
     ids = {

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from stages.data import chat, chat_messages
+from stages.data import chat_messages
+from stages.formats import chat
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 ASK, ANSWER = {"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}

@@ -12,11 +12,12 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.curation.overlap import ItemRuns
-from stages.data.table import KEPT, ORDER, read_jsonl, write_jsonl, write_rows, write_table
-from stages.evaluation import benchmarks, contamination, generated_eval, pass_at_k
+from stages.evaluation import contamination, generated_eval, pass_at_k
 from stages.evaluation.contamination_corpus import FORMS, CorpusSearch
-from stages.evaluation.eval_set import chat_rows
-from stages.rl.protocols import question
+from stages.formats.table import KEPT, ORDER, read_jsonl, write_jsonl, write_rows, write_table
+from stages.tasks import benchmarks
+from stages.tasks.eval_set import chat_rows
+from stages.tasks.rows import question
 from tests.fixtures import chat_fixtures
 
 CONFIG = {"canaries": 8, "seed": 0}

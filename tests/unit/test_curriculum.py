@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from pipeline.core.errors import RecipeError
-from stages.rl.protocols import bin_of, to_row
 from stages.rl.rollout import curriculum as module
 from stages.rl.rollout.curriculum import Curriculum
+from stages.tasks.rows import bin_of, to_row
 
 ROWS = [
     to_row(f"{kind}/{level}/{n}", f"{kind} {level} {n}", "exact", kind, level)

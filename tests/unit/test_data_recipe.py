@@ -14,10 +14,11 @@ import yaml
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import identity
 from pipeline.core.store import sha256_file
-from stages.data import acquire, file_digests
+from stages.data import acquire
 from stages.data.acquire import AcquireConfig
 from stages.data.recipe import load
 from stages.data.sources import resolve_tree_digest
+from stages.formats import file_digests
 
 JSONL_SOURCE = {
     "name": "notes",
@@ -45,8 +46,8 @@ def test_packaged_recipes_load_and_resolve(name: str) -> None:
 
 def test_recipe_and_stage_configs_import_nothing_heavy() -> None:
     code = (
-        "import sys, stages.data.recipe as r, stages.data.acquire, stages.evaluation.eval_set, stages.data.filter, stages.data.duplicate_search, stages.data.representative_copies, stages.data.dedup, "
-        "stages.data.tokenizer, stages.data.tokenization, stages.data.order\n"
+        "import sys, stages.data.recipe as r, stages.data.acquire, stages.tasks.eval_set, stages.data.filter, stages.data.duplicate_search, stages.data.representative_copies, stages.data.dedup, "
+        "stages.formats.tokenizer, stages.data.tokenization, stages.data.order\n"
         "r.load('tiny').resolved()\n"
         "names = {'torch', 'numpy', 'pyarrow', 'datatrove', 'transformers', 'tokenizers', 'mlflow'}\n"
         "heavy = names & set(sys.modules)\n"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.mcore.weight_init import full_tensor
+from stages.generation.decode import Decoder, LibraryDecoder
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Prompt
+from stages.megatron.architectures import qwen3_moe
+from stages.megatron.architectures.hf import hf_config
+from stages.megatron.weight_init import full_tensor
 from stages.models.base import ModelConfig, Yarn
-from stages.models.hf import hf_config
-from stages.models.qwen3.config import Qwen3Config
-from stages.models.qwen3_moe import spec
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.rl.protocols import Prompt
-from stages.rl.samplers.generate import InProcess
-from stages.rl.samplers.sampler_decode import Decoder, LibraryDecoder
+from stages.models.qwen3 import Qwen3Config
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from tests.fixtures import rl_fixtures
 
 pytestmark = pytest.mark.numeric
@@ -54,7 +54,7 @@ def prompts(lengths: list[int]) -> list[Prompt]:
 )
 @pytest.mark.parametrize("lengths", [[5, 1, 30, 9], [7, 7], [40]])
 def test_logits_are_those_of_a_whole_forward_pass(changes, config, lengths, monkeypatch) -> None:
-    monkeypatch.setattr("stages.rl.samplers.sampler_decode.READ", 16)  # so that the prompts are read in several pieces
+    monkeypatch.setattr("stages.generation.decode.READ", 16)  # so that the prompts are read in several pieces
     engine, requests = sampler(changes, **config), prompts(lengths)
     forced_ids = torch.randint(6, VOCAB, (len(requests), STEPS), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -84,7 +84,7 @@ def test_a_prompt_asked_several_times_is_read_once() -> None:
 def test_weights_that_are_loaded_later_are_used() -> None:
     engine, requests = sampler({}, new=12), prompts([9, 4])
     before, shapes = engine.generate(requests), MODEL.shapes(VOCAB).items()
-    engine.load(dict(spec.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB)))
+    engine.load(dict(qwen3_moe.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB)))
     assert before != engine.generate(requests) == sampler({}, new=12, seed=5).generate(requests)
 
 

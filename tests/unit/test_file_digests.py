@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.core.json_files import DamagedFile
 from pipeline.core.store import sha256_file
-from stages.data import file_digests
+from stages.formats import file_digests
 
 OTHER_PROCESS = """
 import sys

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from release.assembly.data_facts import DataFacts
 from release.cards.document_tables import filter_agreement
+from release.facts.data_facts import DataFacts
 from stages.data.curation.agreement import agreement_of, read_figures
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import Artifact, write_manifest
-from stages.data.synthetic import problems
-from stages.data.table import read_jsonl, write_jsonl
 from stages.evaluation import generated_eval
-from stages.evaluation.eval_set import chat_rows
+from stages.formats.table import read_jsonl, write_jsonl
+from stages.tasks.eval_set import chat_rows
+from stages.tasks.synthetic import problems
 from tests.fixtures import chat_fixtures
 
 CONFIG = {"problems": {"add": 40, "sort": 10}, "phases": {"pretrain": ["prose"], "sft": ["prose", "chats"]}}

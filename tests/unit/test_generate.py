@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from stages.models.hf import hf_config
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
-from stages.rl.protocols import Prompt
-from stages.rl.samplers.generate import InProcess
+from stages.generation.in_process import InProcess
+from stages.generation.protocols import Prompt
+from stages.megatron.architectures.hf import hf_config
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from tests.fixtures.sampler_fixtures import MODEL, STOPS, VOCAB, prompts, tensors  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.numeric

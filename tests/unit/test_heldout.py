@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
-from stages.data import table
 from stages.evaluation import heldout
+from stages.formats import table
 
 COUNT = 40
 

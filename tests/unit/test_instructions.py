@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from stages.data.synthetic import instructions
-from stages.rl.protocols import VerifierFailed, to_row
+from stages.rl.protocols import VerifierFailed
 from stages.rl.rewards.registry import make_verifier
 from stages.scorers.instructions_v1 import CHECKS
+from stages.tasks.rows import to_row
+from stages.tasks.synthetic import instructions
 from tests.fixtures.verifier_fixtures import ARGUMENTS, form_row, score_one
 
 FOLLOWED: dict[str, tuple[list[str], list[str]]] = {

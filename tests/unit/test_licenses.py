@@ -17,8 +17,8 @@ from stages.data.licenses.maps import LicenseMap, MapName, load_map
 from stages.data.readers.jsonl import Jsonl
 from stages.data.readers.rows import field_at
 from stages.data.recipe import SourceConfig, load
-from stages.data.table import content_hash
 from stages.data.web.license_links import expression_of
+from stages.formats.table import content_hash
 from tests.fixtures import ROOT
 
 DIGESTS = {

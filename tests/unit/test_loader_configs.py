@@ -11,8 +11,8 @@ import pytest
 
 from release.checks import load_report, loader_configs
 from stages.export.variants.written_settings import STACKED, adapter_config, quantization_config
+from stages.megatron.architectures.hf import hf_config
 from stages.models import registry
-from stages.models.hf import hf_config
 from tests.fixtures.architecture_fixtures import MODELS
 
 YARN = {"factor": 4.0, "original_length": 64}

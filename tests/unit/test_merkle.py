@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from pipeline.core.errors import AtomError
 from pipeline.core.merkle_tree import Tree, leaf_hash, verify_inclusion
 from pipeline.core.store import canonical
-from release.assembly.published_tables import read_rows
-from release.audit import merkle
+from release import merkle
+from release.facts.published_tables import read_rows
 from stages.data.order import merkle_root
 from tests.fixtures import parts_fixtures, release_fixtures
 

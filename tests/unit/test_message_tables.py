@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from release import parallel_parts
-from release.assembly import message_tables
+from release.facts import message_tables
 from release.parallel_parts import over_parts
-from stages.data import chat
-from stages.data.table import KEPT, write_rows
+from stages.formats import chat
+from stages.formats.table import KEPT, write_rows
 
 ASK, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 TALKS: list[list[dict[str, Any]]] = [

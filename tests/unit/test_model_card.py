@@ -9,9 +9,9 @@ from typing import Any
 import jinja2
 import pytest
 
-from release.assembly.model_facts import ModelFacts, Parameters
 from release.cards import card_tables
 from release.cards.render import TEMPLATES
+from release.facts.model_facts import ModelFacts, Parameters
 
 
 def card(phases: list[str], chat: dict[str, Any], scores: Any = (), **facts: Any) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from release.assembly.data_facts import DataFacts
 from release.cards import card_tables, render
 from release.checks import gates, registry
 from release.checks.check import BuildCheck, BuildContext, Check
 from release.checks.findings import Findings
+from release.facts.data_facts import DataFacts
 from tests.fixtures import ROOT, release_fixtures
 
 ENGINE = {

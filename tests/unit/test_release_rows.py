@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError
-from release.assembly.distinct import BYTES, Distinct
-from release.audit.tracing.release_data import select_rows
 from release.checks import rows
 from release.checks.rows import Rows, repeated_ids
+from release.facts.distinct import BYTES, Distinct
+from release.trace.release_data import select_rows
 
 NUMBERS = st.lists(st.integers(0, 2**62 - 1) | st.integers(0, 9000), max_size=60)
 

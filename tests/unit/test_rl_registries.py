@@ -14,13 +14,14 @@ import pytest
 
 from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, RecipeError
+from stages.generation.protocols import Sampler
+from stages.generation.samplers import SAMPLERS
 from stages.rl.algorithms.policy_gradient.registry import ALGORITHMS, Algorithm
-from stages.rl.protocols import Sampler, Verifier
+from stages.rl.protocols import Verifier
 from stages.rl.rewards import pooled_verifier
 from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
 from stages.rl.rollout.task_sources.registry import TASK_SOURCES
 from stages.rl.rollout.task_sources.settings import SourceSettings
-from stages.rl.samplers.registry import SAMPLERS
 from stages.rl.tools.base import Tool
 from stages.rl.tools.registry import TOOLS
 from tests.fixtures import ROOT

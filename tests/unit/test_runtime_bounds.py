@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from release.assembly import runtimes
+from release.facts import runtimes
 from stages.export.variants.registry import VARIANTS, VariantName
 
 MOE, DENSE = {"head_dim": 64, "num_experts": 8}, {"head_dim": 64}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from release.prediction import forecast
-from release.prediction.forecast import Point, RunSize
+from release.facts import forecast
+from release.facts.forecast import Point, RunSize
 from stages.evaluation import scaling_law
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from pipeline.core import json_files, lease
 from pipeline.core.errors import MachineError
-from stages.rl.samplers import server_files
-from stages.rl.samplers.server_files import Announced
+from stages.generation import server_files
+from stages.generation.server_files import Announced
 
 ONE = Announced("run-1", "http://n1:8000", "n1", "7", 0)
 TWO = Announced("run-1", "http://n2:8000", "n2", "7", 1)

@@ -17,7 +17,7 @@ from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact, write_manifest
 from stages.data import shards as megatron
 from stages.data.shards import ShardWriter
-from stages.data.table import TOKENIZED, write_rows
+from stages.formats.table import TOKENIZED, write_rows
 
 LENGTH, PARTS, DOCUMENTS = 9, 40, 3
 

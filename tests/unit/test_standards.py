@@ -13,15 +13,15 @@ import pytest
 import yaml
 
 from pipeline.core.errors import CheckFailed
-from release.assembly.data_facts import OrderFacts, OrderPart, SourceInOrder
 from release.checks.check import Subject
 from release.checks.findings import Absent
 from release.checks.standards import valid
+from release.facts.data_facts import OrderFacts, OrderPart, SourceInOrder
 from release.layout import MODEL
 from release.schema import PublishedLicenses
 from release.standards import bundle, eu_summary, frameworks, package_list, validation
 from release.standards.eu_summary import INTERACTIONS
-from stages.data.table import DISPOSITIONS, DOCUMENTS, KEPT, write_rows
+from stages.formats.table import DISPOSITIONS, DOCUMENTS, KEPT, write_rows
 from stages.maker import Maker
 from tests.fixtures.standard_fixtures import make_facts, manifest_of, source_facts, variant_facts, write_documents
 

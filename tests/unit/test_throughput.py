@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.stage import RECOMPUTED, Accelerator
-from stages.mcore.parallel_layout import Layout
-from stages.mcore.throughput import (
+from stages.megatron.throughput import (
     Constants,
     LayerShape,
     Shape,
@@ -21,7 +20,8 @@ from stages.mcore.throughput import (
     step_time,
 )
 from stages.models.costs import AttentionCost, Rows
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.parallel_layout import Layout
+from stages.models.qwen3_moe import Qwen3MoeConfig
 
 GPU = Accelerator(
     {"bf16": 1000.0, "fp8": 2000.0, "fp4": 6000.0}, memory=100.0, nvlink=50.0, nvlink_gpus=8, network=10.0

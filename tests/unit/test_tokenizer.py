@@ -22,11 +22,12 @@ from tokenizers import Tokenizer
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import text_sample, tokenization
-from stages.data import tokenizer as training
+from stages.data import tokenization
 from stages.data.encoder import Encoder
 from stages.data.shards import ShardWriter, check_shard, check_sizes
-from stages.data.table import KEPT, content_hash, write_rows
+from stages.formats import text_sample
+from stages.formats import tokenizer as training
+from stages.formats.table import KEPT, content_hash, write_rows
 
 SECTION = {"vocab_size": 320, "padded_vocab_size": 384, "sample_bytes": 100_000}
 TEXTS = [

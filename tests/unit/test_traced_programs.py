@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stages.data.synthetic import problems
+from stages.tasks.synthetic import problems
 
 
 @pytest.mark.parametrize("level", [None, *range(1, 9)])

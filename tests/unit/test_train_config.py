@@ -14,8 +14,8 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.parallel_layout import Layout
+from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.config import Optimizer, PhaseConfig, TrainConfig, learning_rate
 from tests.fixtures import ROOT, train_fixtures
 

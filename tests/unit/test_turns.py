@@ -18,7 +18,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from stages.data import chat
+from stages.formats import chat
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.turns import CALL_TEXT, Request, Toolbox, is_result, read_call
@@ -76,7 +76,7 @@ def search(index: RunningTool, *queries: str) -> list[Result]:
 
 
 def open_search(folder: Path, **settings: Any) -> Any:
-    from stages.data.table import KEPT, write_rows
+    from stages.formats.table import KEPT, write_rows
 
     write_rows(folder / "kept" / "rivers" / "part-00000.parquet", KEPT, tool_fixtures.documents())
     tool = SearchTool(tool="search", **settings)

@@ -15,7 +15,7 @@ from stages.data import filter
 from stages.data.curation import url_blocklist
 from stages.data.curation.url_blocklist import URL_BLOCKLIST, UrlBlocklist
 from stages.data.recipe import load
-from stages.data.table import part_files, stream_parts
+from stages.formats.table import part_files, stream_parts
 from tests.fixtures.opt_out_fixtures import Text, acquired, no_items, write_deny_list
 
 

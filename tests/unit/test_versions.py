@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from release.assembly import serving
-from release.assembly.assemble import license_text, to_json
 from release.checks.tool_files import OWN_VERIFIER
-from stages.data.chat_templates import inference_template, training_template
+from release.facts import serving
+from release.facts.assemble import license_text, to_json
 from stages.data.curation.agreement import read_figures
-from stages.data.tokenizer import SPECIAL_TOKENS, tokenizer_config
 from stages.export.hf import generation_config
+from stages.formats.chat_templates import inference_template, training_template
+from stages.formats.tokenizer import SPECIAL_TOKENS, tokenizer_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -82,8 +82,8 @@ class Plan:
     def read(cls, source: Source, phase: str, first: int, last: int) -> Plan:
         """Reads the plan. Raises AtomError if the steps cannot be replayed, CheckFailed if the files contradict each
         other, and KeyError, TypeError, ValueError or AttributeError if a file lacks a field."""
-        from stages.data.table import column_names
-        from stages.mcore.parallel_layout import Layout
+        from stages.formats.table import column_names
+        from stages.models.parallel_layout import Layout
         from stages.rl.config import RlTrainConfig
 
         end_state = _checked_state(source, phase, last)

@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.core import provenance
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, FileRow, rows_of
-from release.assembly.assemble import IMPORT
 from release.audit.replay.source import Source
+from release.facts.assemble import IMPORT
 from release.layout import BASE
 
 STAGES = ("rlvr", "dpo", "reward")
@@ -39,7 +39,7 @@ def published_files(source: Source, key: str, stage: str, materials: Mapping[str
 def require_pairs_of_answers(source: Source, key: str) -> None:
     """Forms the pairs of a dpo phase from its published answers again. key: of its artifact. Raises CheckFailed with
     the first round whose pairs differ from the published ones, AtomError if one of the files is damaged."""
-    from stages.data.table import read_jsonl, read_table, require_columns
+    from stages.formats.table import read_jsonl, read_table, require_columns
     from stages.rl.algorithms.preferences import pair_rows
     from stages.rl.config import DpoTrainConfig
     from stages.rl.rollout import rollouts
@@ -65,7 +65,7 @@ def require_pairs_of_answers(source: Source, key: str) -> None:
 def require_same_policies(source: Source, path: str, log: Iterable[Mapping[str, Any]]) -> None:
     """Compares the policies that drew the answers of each step with those of the log, which a replay compares with its
     own. path: of rollouts.parquet. Raises CheckFailed with the first step that differs."""
-    from stages.data.table import read_table
+    from stages.formats.table import read_table
 
     table = read_table(source.folder / path, ["step", "policy"]).group_by(["step", "policy"]).aggregate([])
     drawn_by: dict[int, set[str]] = {}

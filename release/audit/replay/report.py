@@ -11,9 +11,9 @@ from typing import Any
 from pipeline.core import provenance
 from pipeline.core.errors import CheckFailed
 from release import schema
-from release.assembly.attest import PREDICATE
 from release.audit.replay.comparison import CLOSE, DIFFERS, TOLERANCE
 from release.audit.replay.source import Source
+from release.facts.attest import PREDICATE
 from release.layout import ALL_SUMS, RELEASE
 
 METHOD = "urn:atom-release:replay:v1"

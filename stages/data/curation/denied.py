@@ -17,7 +17,7 @@ from pipeline.core.errors import AtomError
 from stages.data.curation.deny_list import OPT_OUT_RULE, Denial, DenyList
 from stages.data.curation.filtering import Removed, to_document
 from stages.data.filters.base import Filter, FilterFunction
-from stages.data.table import DERIVED, DocumentRow, content_hash, hash_columns, row_writer, stream_rows
+from stages.formats.table import DERIVED, DocumentRow, content_hash, hash_columns, row_writer, stream_rows
 
 DENIED, PARENTS = "denied", "derived"
 """The folders of the artifact of filter with the denied documents, and with the parents of kept ones, by part. They are

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.core.parts import part_file
 from stages.data.curation.near_duplicates import Ints, UInts, components
 from stages.data.database import connect
-from stages.data.table import row_count, stream_batches
+from stages.formats.table import row_count, stream_batches
 
 if TYPE_CHECKING:
     import duckdb

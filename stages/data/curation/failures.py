@@ -13,7 +13,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Report
 from stages.data.licenses.maps import UNKNOWN_WEB, UNMAPPED
 from stages.data.readers.base import REFUSED_RULES, Refused, Unmapped
-from stages.data.table import FailedRow
+from stages.formats.table import FailedRow
 
 FAILED_RULE = "failed/parse"
 """The rule of their dispositions."""

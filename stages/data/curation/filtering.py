@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError
-from stages.data.chat import control_tokens, prompt_chars
 from stages.data.curation.failures import FAILED_RULE, Failures
 from stages.data.curation.settings import Kind
 from stages.data.curation.url_blocklist import BLOCKED_RULE, UrlBlocklist
 from stages.data.filters.base import Document, Filter, Removal
 from stages.data.licenses.allow import NOT_ALLOWED, AllowedLicenses
 from stages.data.secret_patterns import find_secret
-from stages.data.table import DispositionRow, DocumentRow, content_hash
+from stages.formats.chat import control_tokens, prompt_chars
+from stages.formats.table import DispositionRow, DocumentRow, content_hash
 
 if TYPE_CHECKING:
     from stages.data.curation.decontamination import ContaminationIndex

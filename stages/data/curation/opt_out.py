@@ -30,7 +30,7 @@ from stages.data.curation.deny_list import match_text
 from stages.data.curation.duplicates import MOST_ADDRESS, ROW_BITS, STARS, Part
 from stages.data.curation.near_duplicates import Ints
 from stages.data.database import connect
-from stages.data.table import read_table, row_count, rows_at, stream_batches
+from stages.formats.table import read_table, row_count, rows_at, stream_batches
 
 if TYPE_CHECKING:
     import duckdb

@@ -19,7 +19,7 @@ from stages.data.curation.representatives import Representatives
 from stages.data.curation.settings import MinHash
 from stages.data.curation.shingles import jaccard, shingle_sets
 from stages.data.splits import split_of
-from stages.data.table import (
+from stages.formats.table import (
     DISPOSITIONS,
     DOCUMENTS,
     GENERATED_DISPOSITIONS,

@@ -17,7 +17,7 @@ from stages.data.curation.duplicates import Part, Removed, mapped, write_array
 from stages.data.curation.near_duplicates import Ints, UInts
 from stages.data.curation.settings import REPRESENTATIVE_BLOCKS
 from stages.data.curation.shingles import shingle_sets
-from stages.data.table import stream_batches
+from stages.formats.table import stream_batches
 
 
 def blocks_of(parts: Sequence[Part]) -> list[Sequence[Part]]:

@@ -11,7 +11,7 @@ from pipeline.core.bounds import Share, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs
 from stages.data.filters.base import Document, Filter, FilterFunction, Removal
-from stages.data.table import SCORE
+from stages.formats.table import SCORE
 
 
 class Classifier(Filter):

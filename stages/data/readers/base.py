@@ -18,7 +18,7 @@ from pydantic import Field
 from pipeline.core.bounds import LongLine, Range
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, operational
-from stages.data.file_digests import file_digests
+from stages.formats.file_digests import file_digests
 
 MAX_ENTRIES = 100_000
 """The maximum number of files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two

@@ -11,8 +11,8 @@ from pydantic import Field
 from pipeline.core.bounds import Share
 from stages.data.readers.base import Document, Drawn, Files, Reader, Unreadable
 from stages.data.readers.problems import TaskWeights
-from stages.data.seeds import seed_of
-from stages.data.synthetic.problems import draw, messages
+from stages.formats.seeds import seed_of
+from stages.tasks.synthetic.problems import draw, messages
 
 
 class ChatProblems(Reader):
@@ -28,7 +28,7 @@ class ChatProblems(Reader):
         return True
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
-        from stages.data.chat import turns
+        from stages.formats.chat import turns
 
         rng = random.Random(seed_of(f"problems/{source}", seed))
         for i, problem in enumerate(draw(self.tasks, self.count, rng)):

@@ -9,12 +9,12 @@ from typing import Literal
 from pydantic import Field
 
 from stages.data.readers.base import Document, Drawn, Files, Reader, Unreadable
-from stages.data.seeds import seed_of
-from stages.data.synthetic import courtesy_notes
+from stages.formats.seeds import seed_of
+from stages.tasks.synthetic import courtesy_notes
 
 
 class Courtesies(Reader):
-    """Requests for a courteous note, with answers of mixed quality (stages/data/synthetic/courtesy_notes.py)."""
+    """Requests for a courteous note, with answers of mixed quality (stages/tasks/synthetic/courtesy_notes.py)."""
 
     reader: Literal["courtesies"] = Field(description="selects this reader")
     count: Drawn = Field(description="number of conversations")
@@ -24,7 +24,7 @@ class Courtesies(Reader):
         return True
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
-        from stages.data.chat import turns
+        from stages.formats.chat import turns
 
         rng = random.Random(seed_of(f"courtesies/{source}", seed))
         for i in range(self.count):

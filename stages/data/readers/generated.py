@@ -15,8 +15,8 @@ from pipeline.core.bounds import Context, Flag, License, Line, LongLine, Positiv
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import operational
 from stages.data.readers.base import Document, Files, Reader, Refused
-from stages.data.table import GENERATED_TEXTS, stream_rows
-from stages.evaluation.engine import Engine, engine_field
+from stages.formats.table import GENERATED_TEXTS, stream_rows
+from stages.generation.engine import Engine, engine_field
 
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 """Of the files that decide what a generator writes: weights, configs, tokenizer and chat template."""

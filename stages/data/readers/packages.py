@@ -13,7 +13,6 @@ from pydantic import Field
 from pipeline.core.bounds import LongLine
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import operational
-from stages.data.file_digests import file_digests
 from stages.data.licenses.maps import LicenseMap, load_map
 from stages.data.packages import debian_copyright, python_metadata
 from stages.data.packages.archives import ArchiveError, Member, gunzip, members
@@ -21,6 +20,7 @@ from stages.data.packages.debian_copyright import License
 from stages.data.packages.lock import LockedPackage, read_lock
 from stages.data.packages.texts import Content, NotText, content_of, decoded, plain_text, spdx_tag
 from stages.data.readers.base import Document, Failed, FileReader, Files, Notice, Read, Unmapped, Unreadable
+from stages.formats.file_digests import file_digests
 
 LicenseOf = Callable[[str], License]
 """The license of a file of a package, by its path."""

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Range
 from stages.data import python_stdlib
 from stages.data.readers.base import Document, Drawn, Files, Reader, Unreadable
-from stages.data.seeds import seed_of
-from stages.data.synthetic import passkeys
+from stages.formats.seeds import seed_of
+from stages.tasks.synthetic import passkeys
 
 Characters = Annotated[int, Range(1, 1e7)]
 

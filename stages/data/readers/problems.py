@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field
 
 from pipeline.core.bounds import Key, Range
 from stages.data.readers.base import Document, Drawn, Files, Reader, Unreadable
-from stages.data.seeds import seed_of
-from stages.data.synthetic.problems import FORMS, TASKS, draw
+from stages.formats.seeds import seed_of
+from stages.tasks.synthetic.problems import FORMS, TASKS, draw
 
 
 def _require_known_tasks(tasks: dict[str, float]) -> dict[str, float]:

@@ -142,7 +142,7 @@ class RowReader(FileReader):
         """One document for each row or, with messages_field, for each turn of the assistant; a row whose messages are
         not a conversation is unreadable, one without its fields has failed, and one whose license is unknown is
         unmapped."""
-        from stages.data.chat import turns
+        from stages.formats.chat import turns
 
         licenses = load_map(self.license_map) if self.license_map else LicenseMap({})
         licenses = licenses.extended(self.license_strings)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from stages.data.tokenizer import TOKENIZER_FILES
 from stages.export.variants import compressed_weights
 from stages.export.variants.registry import VARIANTS, VariantName
+from stages.formats.tokenizer import TOKENIZER_FILES
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors
 

@@ -15,9 +15,9 @@ import torch
 from gguf import GGML_QUANT_VERSION, GGUFReader, GGUFWriter, LlamaFileType, RopeScalingType, TokenType
 
 from pipeline.core.errors import AtomError
-from stages.data.tokenizer import TURN_END
 from stages.export.variants import gguf_blocks, gguf_names
 from stages.export.variants.gguf_names import GgufTensor
+from stages.formats.tokenizer import TURN_END
 from stages.train.checkpoint.release_checkpoint import Tensors
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from stages.data.chat_templates import INFERENCE_FILE
-from stages.data.tokenizer import PATTERN
+from stages.formats.chat_templates import INFERENCE_FILE
+from stages.formats.tokenizer import PATTERN
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 """{model_type of config.json: llama.cpp's architecture}"""

@@ -23,7 +23,6 @@ from pydantic import Field
 
 from pipeline.core.bounds import Line
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
-from stages.data.table import read_table, write_json, write_rows
 from stages.evaluation import estimates
 from stages.evaluation.bits_per_byte import token_ids
 from stages.evaluation.heldout import heldout_documents
@@ -31,12 +30,13 @@ from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, m
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.export.variants.loss import DIVERGENCES, DivergenceRow, measured_by, summary
 from stages.export.variants.registry import VARIANTS, VariantName
-from stages.mcore.lora import Lora
+from stages.formats.table import read_table, write_json, write_rows
+from stages.megatron.lora import Lora
 from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
 
 if TYPE_CHECKING:
-    from stages.evaluation.transformers_model import TransformersModel
+    from stages.generation.transformers_model import TransformersModel
 
 VERSION = 1
 MODEL, LOSS = "model", "loss.json"
@@ -129,7 +129,7 @@ Models = tuple["TransformersModel", "TransformersModel"]
 
 
 def _load(original: Path, dequantized: Path) -> Models:
-    from stages.evaluation.transformers_model import TransformersModel
+    from stages.generation.transformers_model import TransformersModel
 
     first, second = (TransformersModel.load(folder, load_tokenizer(folder)) for folder in (original, dequantized))
     return first, second

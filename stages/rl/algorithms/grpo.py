@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from stages.data.seeds import seed_of
+from stages.formats.seeds import seed_of
+from stages.generation import routes
 from stages.models.base import Routing
 from stages.rl.algorithms import losses
 from stages.rl.algorithms.policy_gradient import registry as policy_gradient
@@ -24,7 +25,7 @@ from stages.rl.algorithms.policy_gradient.algorithms import zero_variance
 from stages.rl.algorithms.policy_gradient.registry import Algorithm
 from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer, RecordedRollouts
-from stages.rl.rollout import rollouts, routes
+from stages.rl.rollout import rollouts
 from stages.rl.rollout.asynchronous import Intake, LiveGroups, RecordedGroups, Source
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum

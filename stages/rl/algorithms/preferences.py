@@ -12,14 +12,12 @@ import torch
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
-from stages.data.seeds import seed_of
-from stages.data.table import arrow_schema, read_table, require_columns, write_rows
-from stages.evaluation.confidence import wilson
+from stages.formats.seeds import seed_of
+from stages.formats.table import arrow_schema, read_table, require_columns, write_rows
 from stages.rl.algorithms import losses
 from stages.rl.config import DpoPhase, DpoTrainConfig, PromptPool, RewardPhase, RewardTrainConfig
 from stages.rl.policy import PolicyTrainer
 from stages.rl.post_trainer import PostTrainer
-from stages.rl.protocols import Row, question
 from stages.rl.rewards.reward_model import reward_input
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
@@ -27,6 +25,8 @@ from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.pair_order import PairOrder, hash_fraction
 from stages.rl.rollout.rollouts import Rollout
 from stages.seed_labels import seed_label
+from stages.statistics import wilson
+from stages.tasks.rows import Row, question
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 

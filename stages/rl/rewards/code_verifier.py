@@ -20,12 +20,13 @@ from pydantic import Field
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config
 from stages.rl import sandbox
-from stages.rl.protocols import Answer, Parts, Row, Verifier, VerifierContext, VerifierFailed
+from stages.rl.protocols import Answer, Parts, Verifier, VerifierContext, VerifierFailed
 from stages.rl.sandbox import Limits, Pool, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
 from stages.rl.sandbox.cell import Cell
 from stages.rl.sandbox.outcome import Job
 from stages.rl.sandbox.running import Running
+from stages.tasks.rows import Row
 
 MAX_ANSWER_CHARACTERS = 256 << 10
 """Characters of an answer beyond which it is not run."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stages.rl.protocols import Answer, NoSettings, Parts, Response, Row, Verifier, VerifierContext, VerifierFailed
+from stages.rl.protocols import Answer, NoSettings, Parts, Response, Verifier, VerifierContext, VerifierFailed
 from stages.scorers import LATEST, SCORERS, answer_of
+from stages.tasks.rows import Row
 
 MOST_LETTERS = 1000
 

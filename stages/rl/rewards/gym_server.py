@@ -19,10 +19,12 @@ from pydantic import Field
 
 from pipeline.core.bounds import Line, LongLine, Range
 from pipeline.core.stage import Config
+from stages.generation.protocols import ToolCall
 from stages.rl import gym_session
 from stages.rl.gym_session import Session, Unanswered
-from stages.rl.protocols import Answer, Parts, Response, Row, ToolCall, Verifier, VerifierContext, VerifierFailed
+from stages.rl.protocols import Answer, Parts, Response, Verifier, VerifierContext, VerifierFailed
 from stages.rl.tools.gym_environment import functions_of
+from stages.tasks.rows import Row
 
 CUT_MARK = "\n[cut: "
 """What stands in a recorded result in place of its rest (stages/rl/rollout/turns.py)."""

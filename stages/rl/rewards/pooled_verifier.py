@@ -14,9 +14,10 @@ from pydantic import Field
 from pipeline.core.bounds import Range
 from pipeline.core.errors import installing
 from pipeline.core.stage import Config
-from stages.rl.protocols import Answer, Parts, Row, Verifier, VerifierContext
+from stages.rl.protocols import Answer, Parts, Verifier, VerifierContext
 from stages.rl.rewards.scoring_pool import ScoringPool
 from stages.rl.rewards.scoring_worker import BindRow, ScoreAnswer
+from stages.tasks.rows import Row
 
 
 class PoolSettings(Config):

@@ -1,6 +1,6 @@
 """The verifiers (reward functions) by name. A new one is a file in this folder and a line here.
 
-The file defines a class derived from `Verifier` (stages/rl/protocols.py), and is imported when a task names it.
+The file defines a class derived from `Verifier` (stages/generation/protocols.py), and is imported when a task names it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import Config, Inputs
 from pipeline.graph.recipe import explain
-from stages.rl.protocols import ChatTokenizer, Row, Verifier, VerifierContext
+from stages.rl.protocols import ChatTokenizer, Verifier, VerifierContext
+from stages.tasks.rows import Row
 
 VERIFIERS = {
     "courtesy": "stages.rl.rewards.frozen_scorer:Courtesy",

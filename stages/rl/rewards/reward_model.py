@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.core.errors import AtomError, RecipeError
-from stages.data.chat import control_tokens
-from stages.rl.protocols import (
-    Answer,
-    ChatTokenizer,
-    NoSettings,
-    Parts,
-    Verifier,
-    VerifierContext,
-    VerifierFailed,
-    question,
-)
+from stages.formats.chat import control_tokens
+from stages.rl.protocols import Answer, ChatTokenizer, NoSettings, Parts, Verifier, VerifierContext, VerifierFailed
+from stages.tasks.rows import question
 
 ROWS, GPU_ROWS = 64, 8
 """Answers that are scored at once, on a core and on a GPU: all of their tokens have logits."""
@@ -39,7 +31,7 @@ class RewardModel(Verifier):
         from tokenizers import Tokenizer
         from transformers import AutoModelForCausalLM
 
-        from stages.mcore import gpu
+        from stages.megatron import gpu
 
         assert context.chat is not None, "a phase has a tokenizer"
         artifact = context.inputs["reward_model"]

@@ -30,9 +30,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
-from stages.rl.protocols import Answer, Parts, Response, Row, VerifierFailed
+from stages.rl.protocols import Answer, Parts, Response, VerifierFailed
 from stages.rl.rewards import scoring_worker
 from stages.rl.rewards.scoring_worker import Reply
+from stages.tasks.rows import Row
 
 ATTEMPTS = 3
 GARBAGE = "?"

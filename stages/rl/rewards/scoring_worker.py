@@ -21,7 +21,7 @@ from functools import lru_cache
 from pkgutil import resolve_name
 from typing import Any, TypedDict, cast
 
-from stages.rl.protocols import Row
+from stages.tasks.rows import Row
 
 ScoreAnswer = Callable[[str], float]
 """Scores an answer in [0, 1]."""

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.core.errors import MachineError
-from stages.data.seeds import seed_of
+from stages.formats.seeds import seed_of
+from stages.generation.protocols import Completion
 from stages.rl.config import RlPhase
 from stages.rl.policy import Policy, RecordedRollouts, RolloutFiles, scored, unscored
-from stages.rl.protocols import Completion, Row
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout, Span
+from stages.tasks.rows import Row
 
 JOIN_SECONDS = 10.0
 STARVED_SECONDS = 1500.0

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from pipeline.core.errors import AtomError, RecipeError
-from stages.data.seeds import seed_of
-from stages.rl.protocols import Row, bin_of
+from stages.formats.seeds import seed_of
+from stages.tasks.rows import Row, bin_of
 
 UNLOCK = 0.7
 """The pass rate at which the next level of a kind is unlocked."""

@@ -15,20 +15,12 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
-from stages.data import chat
-from stages.data.tokenizer import END, PAD, SPECIAL_TOKENS, TURN_END, load_for_corpus
-from stages.rl.protocols import (
-    Answer,
-    AnswerGenerator,
-    Completion,
-    Parts,
-    Prompt,
-    Response,
-    Row,
-    Verifier,
-    VerifierFailed,
-)
+from stages.formats import chat
+from stages.formats.tokenizer import END, PAD, SPECIAL_TOKENS, TURN_END, load_for_corpus
+from stages.generation.protocols import AnswerGenerator, Completion, Prompt
+from stages.rl.protocols import Answer, Parts, Response, Verifier, VerifierFailed
 from stages.rl.tools.settings import Tools
+from stages.tasks.rows import Row
 
 RETRIES = 2
 """How often a failed verifier is tried again before the phase stops."""

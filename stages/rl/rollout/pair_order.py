@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 
-from stages.data.seeds import seed_of
+from stages.formats.seeds import seed_of
 
 
 def hash_fraction(question: str) -> float:

@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypedDict
 
 from pipeline.core.errors import AtomError
-from stages.data.seeds import seed_of
-from stages.evaluation.confidence import clustered
-from stages.evaluation.scores import Mean
-from stages.rl.protocols import Answer, Parts, Response, Row, bin_of, question
+from stages.formats.seeds import seed_of
+from stages.rl.protocols import Answer, Parts, Response
 from stages.rl.rewards.registry import verifier_class
+from stages.statistics import Mean, clustered
+from stages.tasks.rows import Row, bin_of, question
 
 PROBES = "probes.json"
 """The file of the probes of a phase's tasks."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
-from stages.data.table import ROWS_PER_GROUP, read_errors, read_table
-from stages.rl.protocols import ToolCall, Turn
+from stages.formats.table import ROWS_PER_GROUP, read_errors, read_table
+from stages.generation.protocols import ToolCall, Turn
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,7 +49,7 @@ class Span(TypedDict):
 @dataclass(frozen=True)
 class Rollout:
     """One answer. `dropped`: the reason why no update used it, a key of DROPPED. `routes`: the experts of its tokens
-    (stages/rl/rollout/routes.py), with routing replay. `turns`: of a phase with tools; `ids` then are those of all
+    (stages/generation/routes.py), with routing replay. `turns`: of a phase with tools; `ids` then are those of all
     turns and of the results between them, and `text` is that of the last turn.
 
     Of an asynchronous phase `group` is the number in which the group was issued and `step` the one that took it, in the

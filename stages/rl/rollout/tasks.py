@@ -22,14 +22,15 @@ from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, 
 from pipeline.core.store import Artifact
 from stages.data.curation.settings import Ngram
 from stages.data.secret_patterns import find_secret
-from stages.data.table import read_jsonl, write_json, write_jsonl
-from stages.evaluation.benchmarks import texts_of as item_texts
-from stages.evaluation.eval_set import chat_rows, texts_of
-from stages.rl.protocols import Row, TaskSource, bin_of, question
+from stages.formats.table import read_jsonl, write_json, write_jsonl
+from stages.rl.protocols import TaskSource
 from stages.rl.rewards.registry import make_verifiers, obstacle
 from stages.rl.rollout.generation import Verifiers
 from stages.rl.rollout.probes import PROBES, ProbedBin, probe, require_solving
 from stages.rl.rollout.task_sources.registry import source_classes
+from stages.tasks.benchmarks import texts_of as item_texts
+from stages.tasks.eval_set import chat_rows, texts_of
+from stages.tasks.rows import Row, bin_of, question
 
 VERSION = 4
 TRAINED = "reward-model"

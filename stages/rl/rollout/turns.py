@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.stage import Inputs
-from stages.data.seeds import seed_of
-from stages.rl.protocols import AnswerGenerator, Completion, Prompt, Row, ToolCall, Turn
+from stages.formats.seeds import seed_of
+from stages.generation.protocols import AnswerGenerator, Completion, Prompt, ToolCall, Turn
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
 from stages.rl.tools.base import Call
 from stages.rl.tools.settings import Tools
 from stages.scorers import answer_of
+from stages.tasks.rows import Row
 
 CALL_TEXT = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 MOST_CALLS = 8

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from pipeline.core.errors import MachineError
 from pipeline.core.stage import Config, Inputs, Promise
-from stages.rl.protocols import Row
+from stages.tasks.rows import Row
 
 
 class ToolFailed(MachineError):

@@ -17,7 +17,7 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.core.stage import Inputs
 from pipeline.core.store import Artifact
-from stages.data.table import part_files, sources_of, stream_parts
+from stages.formats.table import part_files, sources_of, stream_parts
 from stages.rl.tools.base import Call, Result, Tool, ToolFailed
 
 WORD = re.compile(r"\w+")

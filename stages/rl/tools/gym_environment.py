@@ -18,8 +18,8 @@ from pipeline.core.bounds import Line, LongLine, Range
 from pipeline.core.stage import Inputs, Promise, operational
 from stages.rl import gym_session
 from stages.rl.gym_session import Session, Unanswered
-from stages.rl.protocols import Row
 from stages.rl.tools.base import Call, Result, Tool, ToolFailed
+from stages.tasks.rows import Row
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 RESERVED = ("verify", "seed_session", "close_session", "aggregate_metrics", "mcp")

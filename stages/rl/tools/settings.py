@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Range, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Promise
-from stages.rl.protocols import Row
 from stages.rl.tools.base import Tool
 from stages.rl.tools.registry import tool_classes
+from stages.tasks.rows import Row
 
 if TYPE_CHECKING:
     AnyTool = Tool

@@ -13,8 +13,8 @@ from pipeline.core.bounds import Key, License, LongLine, Sha256, Text
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import operational
 from pipeline.core.store import sha256_file
-from stages.rl.protocols import Row, question
 from stages.rl.rollout.task_sources.settings import Kind, Level, SourceSettings
+from stages.tasks.rows import Row, question
 
 
 class FileTasks(SourceSettings):

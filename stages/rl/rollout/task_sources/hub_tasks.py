@@ -21,16 +21,17 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import License, Line, LongLine, Text, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import operational
-from stages.data import chat
 from stages.data.lock_file import Commit
 from stages.data.readers.base import is_unicode
 from stages.data.readers.hub import FORMATS, HOME, Hub, Repo
 from stages.data.readers.rows import Column, Row, field_at
-from stages.data.seeds import seed_of
-from stages.rl.protocols import Response, VerifierFailed, to_row
-from stages.rl.protocols import Row as Task
+from stages.formats import chat
+from stages.formats.seeds import seed_of
+from stages.rl.protocols import Response, VerifierFailed
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.task_sources.settings import Count, Kind, Level, SourceSettings
+from stages.tasks.rows import Row as Task
+from stages.tasks.rows import to_row
 
 CODE_PROMPT = (
     "{question}\n\nName the function {entry_point}. Your code must pass this test, among others:\n\n"

@@ -10,12 +10,12 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Key, Range
 from pipeline.core.errors import RecipeError
-from stages.data.seeds import seed_of
-from stages.data.synthetic import courtesy_notes, instructions, problems
-from stages.data.synthetic.instructions import LEVELS
-from stages.evaluation.eval_set import Task, courtesy_row
-from stages.rl.protocols import Row, to_row
+from stages.formats.seeds import seed_of
 from stages.rl.rollout.task_sources.settings import PROVENANCE, Count, Level, SourceSettings
+from stages.tasks.eval_set import Task, courtesy_row
+from stages.tasks.rows import Row, to_row
+from stages.tasks.synthetic import courtesy_notes, instructions, problems
+from stages.tasks.synthetic.instructions import LEVELS
 
 
 class ProblemTasks(SourceSettings):
@@ -70,7 +70,7 @@ class CourtesyTasks(SourceSettings):
 
 
 class InstructionTasks(SourceSettings):
-    """Requests for a note of a given form (stages/data/synthetic/instructions.py). The level is the number of
+    """Requests for a note of a given form (stages/tasks/synthetic/instructions.py). The level is the number of
     constraints."""
 
     verifier: ClassVar[str] = "instructions"

@@ -10,10 +10,11 @@ from pydantic import Field
 
 from pipeline.core.bounds import Key, Settings
 from pipeline.core.errors import AtomError
-from stages.data.seeds import seed_of
-from stages.rl.protocols import Response, Row, to_row
+from stages.formats.seeds import seed_of
+from stages.rl.protocols import Response
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.task_sources.settings import Count, Level, SourceSettings
+from stages.tasks.rows import Row, to_row
 
 
 class ReasoningGymTasks(SourceSettings):

@@ -1,0 +1,334 @@
+"""Documents read, kept, removed and trained on, from the files of the dataset repository alone."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from release import data_layout, references
+from release.facts import message_tables
+from release.facts.distinct import Distinct
+from release.facts.document_facts import DocumentFacts, read_document_facts
+from release.facts.opt_outs import OptOut, read_opt_outs
+from release.facts.published_tables import read_json, stream_batches, stream_rows
+from release.facts.score_facts import ChatScores, compute_chat_scores, compute_scores
+from release.layout import FILTER_AGREEMENT, when
+from stages.evaluation.scores import ModelScores
+from stages.formats.table import order_files, row_count
+from stages.rl.rollout.probes import PROBES, ProbedBin
+
+BATCH = 65536
+"""Rows without text that are read together."""
+EXAMPLES, EXAMPLE_ROWS, EXAMPLE_CHARACTERS = 8, 64, 1_000
+"""Sources with an example document, the rows of a table in which it is looked for, and its characters."""
+
+
+@dataclass
+class SourceFacts:
+    """The dispositions of the documents of one source. removed: by rule; by_split: of the kept ones; tokens: by split;
+    origin, license_evidence: as the source declares them. generated: the settings of a source that a generator wrote,
+    and the generator's `digest`. conversations: the number of kept documents with each feature of a conversation, None
+    for other sources and for those by reference."""
+
+    documents_in: int
+    kept: int
+    removed: dict[str, int]
+    by_split: dict[str, int]
+    bytes_in: int
+    bytes_kept: int
+    licenses: list[str]
+    origin: str
+    license_evidence: str
+    tokens: dict[str, int] = field(default_factory=dict)
+    generated: dict[str, Any] | None = None
+    conversations: dict[str, int] | None = None
+
+
+@dataclass
+class SourceInOrder:
+    """The share of a source in an order: rows with any of its tokens (several sources can share a packed row);
+    predicted tokens; distinct documents."""
+
+    rows: int
+    tokens: int
+    documents: int
+
+
+@dataclass
+class Packing:
+    """The fill of the rows of a packed order. tokens: predicted ones; fill: their share of all positions."""
+
+    rows: int
+    sequence_length: int
+    tokens: int
+    fill: float
+
+
+@dataclass
+class OrderPart:
+    """The data that a phase read from its first to its last step. packing: of a packed order; long: by source, the
+    summary of the order stage on up-weighted long documents."""
+
+    first_step: int
+    last_step: int
+    by_source: dict[str, SourceInOrder]
+    packing: Packing | None = None
+    long: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass
+class OrderFacts:
+    """The steps of a phase and the data of each part of them: one part, unless the phase resumed from an earlier
+    run."""
+
+    steps: int
+    parts: list[OrderPart]
+
+    def tokens(self) -> dict[str, int]:
+        """{source: predicted tokens}"""
+        tokens: Counter[str] = Counter()
+        for part in self.parts:
+            tokens.update({source: row.tokens for source, row in part.by_source.items()})
+        return dict(tokens)
+
+
+@dataclass
+class DataFacts:
+    """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
+    chat: scores by benchmark and model, empty without a chat model. filter_agreement: of the filters with their
+    reference. opt_outs: of the deny-list.
+    documents: licenses, lengths and measures after curation. by_reference: {source: where its files are} of sources
+    without published texts; messages: {source: splits} of the tables of conversations; published_reasons: {source that
+    a model wrote from one by reference: why its texts are published}; first_documents: {source: (id, beginning of the
+    text)} of the first training document of some sources; probes: by phase, of the bins of its tasks. Phases and
+    models are in the order of training."""
+
+    sources: dict[str, SourceFacts] = field(default_factory=dict)
+    order: dict[str, OrderFacts] = field(default_factory=dict)
+    chat: dict[str, ChatScores] = field(default_factory=dict)
+    evaluation: dict[str, ModelScores] = field(default_factory=dict)
+    filter_agreement: dict[str, Any] = field(default_factory=dict)
+    opt_outs: list[OptOut] = field(default_factory=list)
+    documents: DocumentFacts = field(default_factory=DocumentFacts)
+    by_reference: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, list[str]] = field(default_factory=dict)
+    published_reasons: dict[str, str] = field(default_factory=dict)
+    first_documents: dict[str, tuple[str, str]] = field(default_factory=dict)
+    probes: dict[str, dict[str, ProbedBin]] = field(default_factory=dict)
+
+    def sources_read(self, phase: str) -> set[str]:
+        """The sources of a phase's order; none for a phase without an order."""
+        return set(self.tokens_read(phase))
+
+    def tokens_read(self, phase: str) -> dict[str, int]:
+        """{source: tokens that a phase predicted}; none for a phase without an order."""
+        return self.order[phase].tokens() if phase in self.order else {}
+
+
+def read_data_facts(dataset: Path) -> DataFacts:
+    """Reads the facts from the dataset repository alone."""
+    evaluation = dataset / "evaluation"
+    orders = _by_name(data_layout.orders(dataset))
+    scored = _by_name(scores.parent for scores in evaluation.glob("*/scores.json"))
+    probed = _by_name(path.parent for path in dataset.glob(f"rl/*/{PROBES}"))
+    return DataFacts(
+        _read_sources(dataset),
+        {phase: order_facts([*earlier_orders(dataset, phase), folder]) for phase, folder in orders},
+        compute_chat_scores(evaluation),
+        {model: compute_scores(folder) for model, folder in scored},
+        read_json(dataset / FILTER_AGREEMENT) if (dataset / FILTER_AGREEMENT).exists() else {},
+        read_opt_outs(dataset),
+        read_document_facts(dataset),
+        {name: reference.origin for name, reference in references.read(dataset).items()},
+        message_tables.published(dataset),
+        dict(references.published_reasons(dataset)),
+        dict(_first_documents(dataset)),
+        {phase: read_json(folder / PROBES) for phase, folder in probed},
+    )
+
+
+def _first_documents(dataset: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """(source, (id, beginning of the text)) of the first sources with a training document near the start of their
+    table."""
+    for source, files in list(data_layout.kept_files(dataset).items())[:EXAMPLES]:
+        rows = islice(stream_rows(files, ["id", "text", "split"], EXAMPLE_ROWS), EXAMPLE_ROWS)
+        first = next((row for row in rows if row["split"] == "train" and row["text"]), None)
+        if first is not None:
+            yield source, (first["id"], first["text"][:EXAMPLE_CHARACTERS])
+
+
+def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
+    fates: dict[str, _Fates] = {}
+    columns = ["source", "license", "disposition", "split", "rule"]
+    disposition_files = data_layout.all_files(data_layout.disposition_files(dataset))
+    for keys, documents, size in _totals(disposition_files, columns, "bytes"):
+        source, license, disposition, split, rule = keys
+        fates.setdefault(source, _Fates()).add(license, disposition, split, rule, documents, size)
+    sources = {}
+    for name, source_fates in sorted(fates.items()):
+        path = dataset / "sources" / f"{name}.json"
+        declared = read_json(path) if path.exists() else {}
+        sources[name] = source_fates.facts(declared.get("origin", ""), declared.get("license_evidence", ""))
+        sources[name].conversations = message_tables.features_of(dataset, name)
+        if "generated" in declared:
+            sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
+            records = sum(map(row_count, data_layout.generated_files(dataset).get(name, [])))
+            if records != sources[name].documents_in:
+                raise CheckFailed(
+                    f"{data_layout.GENERATED}/{name} has records of {records} texts, and {sources[name].documents_in} "
+                    "documents of the source have dispositions"
+                )
+    tokens: dict[str, Counter[str]] = {name: Counter() for name in sources}
+    token_files = data_layout.all_files(data_layout.token_files(dataset))
+    for (source, split), _, count in _totals(token_files, ["source", "split"], "tokens"):
+        tokens[source][split] += count
+    for name, by_split in tokens.items():
+        sources[name].tokens = dict(sorted(by_split.items()))
+    return sources
+
+
+def _totals(files: list[Path], columns: list[str], summed: str) -> Iterator[tuple[tuple[Any, ...], int, int]]:
+    """(values of columns, rows, sum of another column) of each combination of values, several times if it occurs in
+    several batches."""
+    import pyarrow as pa
+
+    for batch in stream_batches(files, [*columns, summed], BATCH):
+        groups = pa.Table.from_batches([batch]).group_by(columns).aggregate([([], "count_all"), (summed, "sum")])
+        totals = (groups[name].to_pylist() for name in ("count_all", f"{summed}_sum"))
+        yield from zip(zip(*(groups[name].to_pylist() for name in columns), strict=True), *totals, strict=True)
+
+
+@dataclass
+class _Fates:
+    """The dispositions of the documents of one source. splits: of the kept ones; rules: of the removed ones."""
+
+    documents: int = 0
+    bytes: int = 0
+    kept_bytes: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
+    rules: Counter[str] = field(default_factory=Counter)
+    licenses: set[str] = field(default_factory=set)
+
+    def add(self, license: str, disposition: str, split: str, rule: str, documents: int, size: int) -> None:
+        """Adds documents of equal dispositions. size: their bytes."""
+        self.documents += documents
+        self.bytes += size
+        self.licenses.add(license)
+        if disposition == "kept":
+            self.kept_bytes += size
+            self.splits[split] += documents
+        elif disposition == "removed":
+            self.rules[rule] += documents
+
+    def facts(self, origin: str, license_evidence: str) -> SourceFacts:
+        return SourceFacts(
+            documents_in=self.documents,
+            kept=self.splits.total(),
+            removed=dict(sorted(self.rules.items())),
+            by_split=dict(sorted(self.splits.items())),
+            bytes_in=self.bytes,
+            bytes_kept=self.kept_bytes,
+            licenses=sorted(self.licenses),
+            origin=origin,
+            license_evidence=license_evidence,
+        )
+
+
+def _by_name(folders: Iterable[Path]) -> list[tuple[str, Path]]:
+    """Pairs folders that are named after phases or models with their names, in the order of training."""
+    return sorted(((folder.name, folder) for folder in folders), key=lambda pair: when(pair[0]))
+
+
+def earlier_orders(dataset: Path, phase: str) -> list[Path]:
+    """The orders of earlier runs that a phase followed before its own, the first one first."""
+    metas = {p.parent: read_json(p) for p in (dataset / "earlier").glob("order-*/meta.json")}
+    phase_orders = [folder for folder, meta in metas.items() if meta["phase"] == phase]
+    return sorted(phase_orders, key=lambda folder: int(metas[folder].get("first_step", 1)))
+
+
+def order_facts(folders: list[Path]) -> OrderFacts:
+    """The steps of one phase and the data of each part of them: one part, unless the phase resumed from an earlier run.
+
+    folders: the order indices that the phase followed in sequence, each up to the start of the next.
+    """
+    first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+    ends: list[int | None] = [step - 1 for step in first_steps[1:]] + [None]
+    parts = [_part(folder, end) for folder, end in zip(folders, ends, strict=True)]
+    return OrderFacts(parts[-1].last_step, parts)
+
+
+def _part(folder: Path, end: int | None) -> OrderPart:
+    """The data that the steps of an order index up to `end` read.
+
+    A segment of n tokens predicts n - 1 of them. Documents are counted by their places in token shards. Raises
+    CheckFailed if the order is not by step and row.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    meta = read_json(folder / "meta.json")
+    tokens: Counter[str] = Counter()
+    rows, rows_of = _Rows(), dict[str, _Rows]()
+    documents: dict[str, Distinct] = {}
+    first, last = 1 << 62, 0
+    columns = ["step", "row", "source", "part", "ordinal", "length"]
+    for batch in stream_batches(order_files(folder), columns, BATCH):
+        table = pa.Table.from_batches([batch])
+        if end is not None:
+            table = table.filter(pc.field("step") <= end)
+        if not table.num_rows:
+            continue
+        steps = pc.min_max(table["step"]).as_py()
+        first, last = min(first, steps["min"]), max(last, steps["max"])
+        row_numbers, places = _joined(table, "step", "row"), _joined(table, "part", "ordinal")
+        rows.add(row_numbers, folder)
+        codes = table["source"].combine_chunks().dictionary_encode()
+        code_of_row = codes.indices.to_numpy()
+        lengths = table["length"].to_numpy().astype("int64")
+        for code, source in enumerate(codes.dictionary.to_pylist()):
+            mask = code_of_row == code
+            tokens[source] += int(lengths[mask].sum()) - int(mask.sum())
+            rows_of.setdefault(source, _Rows()).add(row_numbers[mask], folder)
+            documents.setdefault(source, Distinct()).add(places[mask])
+    by_source = {
+        name: SourceInOrder(rows_of[name].count, tokens[name], documents[name].count()) for name in sorted(rows_of)
+    }
+    if not meta.get("pack"):
+        return OrderPart(first, last, by_source)
+    predicted, length = tokens.total(), meta["sequence_length"]
+    long = {name: row["long"] for name, row in sorted(meta["sources"].items()) if "long" in row}
+    packing = Packing(rows.count, length, predicted, predicted / (rows.count * length))
+    return OrderPart(first, last, by_source, packing, long)
+
+
+@dataclass
+class _Rows:
+    """Counts the distinct rows of an order, which is sorted by them."""
+
+    count: int = 0
+    last: int = -1
+
+    def add(self, rows: Any, folder: Path) -> None:
+        """rows: numbers of rows, as an array. Raises CheckFailed if they are not in order."""
+        steps = rows[1:] - rows[:-1]
+        if rows[0] < self.last or (steps < 0).any():
+            raise CheckFailed(f"{folder.name}: the order is not sorted by step and row")
+        self.count += int((steps > 0).sum()) + int(rows[0] > self.last)
+        self.last = int(rows[-1])
+
+
+def _joined(table: Any, high: str, low: str) -> Any:
+    """Two columns of int32 as one array of int64."""
+    return table[high].to_numpy().astype("int64") << 32 | table[low].to_numpy().astype("int64")
+
+
+def canary_of(items: str) -> dict[str, str]:
+    """A string that identifies evaluation items in a training corpus; its GUID follows from their digest."""
+    guid = uuid.uuid5(uuid.NAMESPACE_URL, f"sha256:{items}")
+    return {"canary": f"Evaluation data; it should never appear in a training corpus. canary GUID {guid}"}

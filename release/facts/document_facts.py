@@ -1,0 +1,244 @@
+"""Licenses, lengths, languages and quality scores of the tokenized documents, from the tables of the dataset
+repository."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.core.errors import CheckFailed
+from release import data_layout
+from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches, stream_rows
+from stages.data.licenses.attribution import asks_for_attribution
+from stages.data.splits import SPLITS
+from stages.formats.table import MEASURES, SCORE, column_names, content_hash, row_count
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+BATCH = 65536
+LENGTHS = (256, 1024, 4096, 16384, 65536, 262144)
+"""Upper bounds of the ranges of lengths, in tokens; a last range has no bound."""
+SCORE_BINS = 100
+
+
+@dataclass
+class LicenseFacts:
+    """The documents of one license after curation. bases: acquired documents by how the license was found: `field` of
+    a row, `file` of a package, `page`, `none`, or empty where it is the source's declaration."""
+
+    documents: int = 0
+    tokens: int = 0
+    bases: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class LengthFacts:
+    """Documents and tokens of a source in each range of lengths; the ranges are those of LENGTHS."""
+
+    documents: list[int]
+    tokens: list[int]
+
+
+@dataclass
+class LanguageFacts:
+    """The documents of a source in one language."""
+
+    documents: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class ScoreFacts:
+    """The scores of a source's documents by one classifier. bins: documents in each of SCORE_BINS equal ranges of 0 to
+    1; millionths: the sum of the scores, in whole numbers so that it does not depend on the order."""
+
+    bins: list[int] = field(default_factory=lambda: [0] * SCORE_BINS)
+    millionths: int = 0
+
+    @property
+    def documents(self) -> int:
+        return sum(self.bins)
+
+    @property
+    def mean(self) -> float:
+        return self.millionths / 1e6 / self.documents
+
+    def quantile(self, share: float) -> float:
+        """The score that this share of the documents does not exceed, interpolated in its bin."""
+        rank, below = share * self.documents, 0
+        for number, count in enumerate(self.bins):
+            if count and below + count >= rank:
+                return (number + (rank - below) / count) / SCORE_BINS
+            below += count
+        return 1.0
+
+    def add(self, scores: NDArray[np.float64]) -> None:
+        """scores: from 0 to 1, of further documents."""
+        import numpy as np
+
+        numbers = np.minimum((scores * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
+        counts = np.bincount(numbers, minlength=SCORE_BINS).tolist()
+        self.bins = [a + b for a, b in zip(self.bins, counts, strict=True)]
+        self.millionths += int(np.rint(scores * 1e6).astype(np.int64).sum())
+
+
+@dataclass
+class DocumentFacts:
+    """licenses: by SPDX expression, that of most tokens first; attributed: documents in the attribution table of each
+    source; notices: distinct texts of licenses and notices of packages; lengths: by source;
+    languages: by source and code, that of most tokens first; scores: by source and classifier. The latter two are of
+    sources whose steps measured them; a document without a measure has the language "".
+    """
+
+    licenses: dict[str, LicenseFacts] = field(default_factory=dict)
+    attributed: dict[str, int] = field(default_factory=dict)
+    notices: int = 0
+    lengths: dict[str, LengthFacts] = field(default_factory=dict)
+    languages: dict[str, dict[str, LanguageFacts]] = field(default_factory=dict)
+    scores: dict[str, dict[str, ScoreFacts]] = field(default_factory=dict)
+
+
+def read_document_facts(dataset: Path) -> DocumentFacts:
+    """Reads the tables of documents once, some thousand rows at a time."""
+    import numpy as np
+
+    facts, asking = DocumentFacts(), Counter[str]()
+    files = data_layout.all_files(data_layout.token_files(dataset))
+    for batch in stream_batches(files, ["source", "license", "tokens"], BATCH):
+        tokens = batch["tokens"].to_numpy()
+        ranges, asks = np.searchsorted(LENGTHS, tokens), np.zeros(len(tokens), bool)
+        for license, rows in _rows_by_value(batch["license"]):
+            row = facts.licenses.setdefault(license, LicenseFacts())
+            row.documents += len(rows)
+            row.tokens += int(tokens[rows].sum())
+            asks[rows] = asks_for_attribution(license)
+        for source, rows in _rows_by_value(batch["source"]):
+            asking[source] += int(asks[rows].sum())
+            lengths = facts.lengths.setdefault(source, LengthFacts([0] * (len(LENGTHS) + 1), [0] * (len(LENGTHS) + 1)))
+            counts = np.bincount(ranges[rows], minlength=len(LENGTHS) + 1)
+            sums = np.bincount(ranges[rows], tokens[rows], minlength=len(LENGTHS) + 1)
+            lengths.documents = [a + int(b) for a, b in zip(lengths.documents, counts, strict=True)]
+            lengths.tokens = [a + int(b) for a, b in zip(lengths.tokens, sums, strict=True)]
+    for path in sorted((dataset / "sources").glob("*.json")):
+        declared = read_json(path)
+        everything = {"license": declared.get("license"), "found": "", "documents": declared.get("documents", 0)}
+        for row in declared.get("licenses", [everything]):
+            if row["license"] in facts.licenses:
+                facts.licenses[row["license"]].bases[row["found"]] += row["documents"]
+    facts.licenses = dict(sorted(facts.licenses.items(), key=lambda item: (-item[1].tokens, item[0])))
+    facts.lengths = dict(sorted(facts.lengths.items()))
+    facts.attributed = _count_attributed(dataset, asking)
+    facts.notices = _count_notices(dataset)
+    token_files = data_layout.token_files(dataset)
+    for source, files in data_layout.measure_files(dataset).items():
+        by_name = {path.name: path for path in token_files.get(source, [])}
+        for path in files:
+            if path.name in by_name:
+                _add_measures(facts, source, by_name[path.name], path)
+    for source, by_language in facts.languages.items():
+        facts.languages[source] = dict(sorted(by_language.items(), key=lambda item: (-item[1].tokens, item[0])))
+    return facts
+
+
+def _count_attributed(dataset: Path, asking: Counter[str]) -> dict[str, int]:
+    """The rows of the attribution tables by source. asking: documents by source whose licenses ask for it. Raises
+    CheckFailed if the tables do not list as many."""
+    counts = {
+        source: sum(row_count(path) for path in files)
+        for source, files in data_layout.attribution_files(dataset).items()
+    }
+    for source in sorted(asking if counts else ()):
+        if counts.get(source, 0) != asking[source]:
+            raise CheckFailed(
+                f"{data_layout.ATTRIBUTION}/{source} lists {counts.get(source, 0)} documents, and the licenses of "
+                f"{asking[source]} ask for attribution"
+            )
+    return counts
+
+
+def _count_notices(dataset: Path) -> int:
+    """The number of distinct notices. Raises CheckFailed if a digest is not that of a text, or has none before it."""
+    digests = set[str]()
+    files = data_layout.all_files(data_layout.notice_files(dataset))
+    for row in stream_rows(files, ["sha256", "text"], TEXT_BATCH):
+        if row["sha256"] in digests:
+            continue
+        if content_hash(row["text"] or "") != row["sha256"]:
+            raise CheckFailed(f"{data_layout.NOTICES} has no text whose SHA-256 is {row['sha256']}")
+        digests.add(row["sha256"])
+    return len(digests)
+
+
+def _add_measures(facts: DocumentFacts, source: str, tokens_file: Path, measures_file: Path) -> None:
+    """Adds the languages and scores of a part. Raises CheckFailed for a score outside 0 to 1."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for tokens, measures in _join(tokens_file, measures_file):
+        for name in measures.schema.names:
+            if name == "language":
+                languages = facts.languages.setdefault(source, {})
+                for language, rows in _rows_by_value(pc.fill_null(measures[name], "")):
+                    row = languages.setdefault(language, LanguageFacts())
+                    row.documents += len(rows)
+                    row.tokens += int(tokens[rows].sum())
+            elif name.startswith(SCORE):
+                scores = measures[name].drop_null().cast(pa.float64()).to_numpy(zero_copy_only=False)
+                if not ((scores >= 0) & (scores <= 1)).all():
+                    raise CheckFailed(f"{MEASURES}/{source}/{measures_file.name} has a {name} not in 0 to 1")
+                by_classifier = facts.scores.setdefault(source, {})
+                by_classifier.setdefault(name.removeprefix(SCORE), ScoreFacts()).add(scores)
+
+
+def _join(tokens_file: Path, measures_file: Path) -> Iterator[tuple[NDArray[np.int64], pa.RecordBatch]]:
+    """(tokens, measures) of the tokenized documents of a part, some thousand rows at a time.
+
+    Both tables have the documents of each split in the order of the part, and that of measures also has those that
+    deduplication removed. Raises CheckFailed if it lacks one.
+    """
+    for split in SPLITS:
+        yield from _join_split(tokens_file, measures_file, split)
+
+
+def _join_split(
+    tokens_file: Path, measures_file: Path, split: str
+) -> Iterator[tuple[NDArray[np.int64], pa.RecordBatch]]:
+    import numpy as np
+    import pyarrow.compute as pc
+
+    rows_of_part = stream_batches(tokens_file, ["id", "split", "tokens"], BATCH)
+    batches = (batch.filter(pc.equal(batch["split"], split)) for batch in rows_of_part)
+    pending = next(batches, None)
+    names = [name for name in column_names(measures_file) if name == "language" or name.startswith(SCORE)]
+    for measures in stream_batches(measures_file, ["id", *names], BATCH):
+        while pending is not None:
+            rows = pc.index_in(pending["id"], value_set=measures["id"])
+            absent = np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))
+            count = int(absent[0]) if absent.size else len(rows)
+            yield pending["tokens"][:count].to_numpy().astype(np.int64), measures.take(rows[:count])
+            if count < len(rows):
+                pending = pending.slice(count)
+                break
+            pending = next(batches, None)
+    while pending is not None and not len(pending):
+        pending = next(batches, None)
+    if pending is not None:
+        raise CheckFailed(
+            f"{MEASURES}/{measures_file.parent.name}/{measures_file.name} does not have the document "
+            f"{pending['id'][0]} among those of the part, in their order"
+        )
+
+
+def _rows_by_value(column: pa.Array) -> list[tuple[str, NDArray[np.int64]]]:
+    """(value, numbers of the rows that have it) of each value of an Arrow column."""
+    import numpy as np
+
+    encoded = column.dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    return [(value, np.flatnonzero(codes == code)) for code, value in enumerate(encoded.dictionary.to_pylist())]

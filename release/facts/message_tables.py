@@ -1,0 +1,180 @@
+"""The conversations of chat sources as `messages`, which training libraries load unchanged: one row for each kept
+document, by source and split."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from pipeline.core.parts import part_tables
+from release import data_layout, references, untrusted
+from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
+from release.parallel_parts import over_parts
+from stages.data import chat_messages
+from stages.data.splits import SPLITS
+from stages.formats import chat_templates
+
+FOLDER = "messages"
+COLUMNS = ["id", "license", "split", "text"]
+METADATA = "atom.features"
+"""Of a table: JSON with the number of its conversations that have each of `chat_templates.FEATURES`."""
+
+
+def chat_sources(dataset: Path) -> dict[str, list[Path]]:
+    """{source of conversations: its tables of kept documents}, without those by reference."""
+    by_reference = references.read(dataset)
+    return {
+        name: files
+        for name, files in data_layout.kept_files(dataset).items()
+        if name not in by_reference and _kind(dataset, name) == "chat"
+    }
+
+
+def _kind(dataset: Path, name: str) -> str | None:
+    path = dataset / "sources" / f"{name}.json"
+    return str(read_json(path).get("kind")) if path.is_file() else None
+
+
+def table_of(dataset: Path, source: str, split: str, kept: Path) -> Path:
+    """The table of the conversations of a split in a table of kept documents."""
+    return dataset / FOLDER / source / split / kept.name
+
+
+def published(dataset: Path) -> dict[str, list[str]]:
+    """{source: splits} of the tables of a dataset folder."""
+    folders = sorted((dataset / FOLDER).iterdir()) if (dataset / FOLDER).is_dir() else []
+    return {path.name: [split for split in SPLITS if part_tables(path / split)] for path in folders}
+
+
+def write_messages(dataset: Path) -> Iterator[Path]:
+    """Writes the tables, and yields their paths. Raises CheckFailed if a text is no conversation. Memory holds some
+    hundred rows of a part for each core."""
+    for source, files in chat_sources(dataset).items():
+        for paths in over_parts(partial(_write_part, dataset, source), files, files):
+            yield from paths
+
+
+def _write_part(dataset: Path, source: str, kept: Path) -> list[Path]:
+    """Writes the tables of the conversations in a table of kept documents. Their metadata have the number of those with
+    each feature, since conversations are long to read for three numbers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = chat_messages.arrow_schema()
+    paths = {split: table_of(dataset, source, split, kept) for split in SPLITS}
+    features = {split: no_features() for split in SPLITS}
+    with ExitStack() as stack:
+        writers = {}
+        for split, path in paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writers[split] = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
+        for batch in stream_batches(kept, COLUMNS, TEXT_BATCH):
+            rows = batch.to_pylist()
+            for split, writer in writers.items():
+                of_split = [message_row(row) for row in rows if row["split"] == split]
+                for row in of_split:
+                    features[split].update(row_features(row))
+                writer.write_table(pa.Table.from_pylist(of_split, schema=schema))
+        for split, writer in writers.items():
+            state_features(writer, features[split])
+    return list(paths.values())
+
+
+def no_features() -> Counter[str]:
+    return Counter(dict.fromkeys(chat_templates.FEATURES, 0))
+
+
+def row_features(row: chat_messages.MessagesRow) -> list[str]:
+    """The `chat_templates.FEATURES` of a conversation."""
+    first = row["messages"][0]
+    present = (
+        first["role"] == "system" and bool((first["content"] or "").strip()),
+        row["tools"] is not None,
+        any(message.get("reasoning_content") is not None for message in row["messages"]),
+    )
+    return [name for name, is_present in zip(chat_templates.FEATURES, present, strict=True) if is_present]
+
+
+def state_features(writer: Any, features: Counter[str]) -> None:
+    """Adds the features of a table's conversations to its metadata. writer: of the table's file."""
+    writer.add_key_value_metadata({METADATA: json.dumps(features, sort_keys=True)})
+
+
+def features_of(dataset: Path, source: str) -> dict[str, int] | None:
+    """The number of kept conversations of a source with each feature, as its tables state them and the check `messages`
+    compares; None without tables or statements."""
+    tables = [path for split in SPLITS for path in part_tables(dataset / FOLDER / source / split)]
+    stated = [_stated_features(path) for path in tables]
+    if not stated or None in stated:
+        return None
+    return {name: sum((features or {})[name] for features in stated) for name in chat_templates.FEATURES}
+
+
+def _stated_features(path: Path) -> dict[str, int] | None:
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path).metadata or {}
+    if METADATA.encode() not in metadata:
+        return None
+    body = untrusted.parse_json(metadata[METADATA.encode()], path.name)
+    if not isinstance(body, dict) or not all(isinstance(body.get(name), int) for name in chat_templates.FEATURES):
+        raise CheckFailed(f"{path.name} states features that no conversation has")
+    return {name: body[name] for name in chat_templates.FEATURES}
+
+
+def message_row(document: dict[str, Any]) -> chat_messages.MessagesRow:
+    """The row of a kept document. Raises CheckFailed."""
+    try:
+        messages, tools = chat_messages.parse(document["text"])
+    except (ValueError, KeyError) as error:
+        raise CheckFailed(f"document {document['id']}: {error}") from None
+    stated = json.dumps(tools, ensure_ascii=False) if tools else None
+    return {"id": document["id"], "license": document["license"], "messages": messages, "tools": stated}
+
+
+def problems(dataset: Path) -> Iterator[str]:
+    """How the tables differ from the kept documents."""
+    sources = chat_sources(dataset)
+    if set(published(dataset)) != set(sources):
+        yield f"{FOLDER} has {', '.join(published(dataset))}, and the sources of conversations are {', '.join(sources)}"
+        return
+    for source, files in sources.items():
+        for texts in over_parts(partial(_part_problems, dataset, source), files, files):
+            yield from texts
+
+
+def _part_problems(dataset: Path, source: str, kept: Path) -> list[str]:
+    """At most one for each table."""
+    return [text for split in SPLITS if (text := _table_problem(dataset, source, split, kept))]
+
+
+def _table_problem(dataset: Path, source: str, split: str, kept: Path) -> str:
+    import pyarrow as pa
+
+    schema, path = chat_messages.arrow_schema(), table_of(dataset, source, split, kept)
+    name = path.relative_to(dataset).as_posix()
+    if not path.is_file():
+        return f"{name} is missing"
+    rows, features = _rows_of(stream_batches(path, schema.names, TEXT_BATCH)), no_features()
+    for document in _rows_of(stream_batches(kept, COLUMNS, TEXT_BATCH)):
+        if document["split"] != split:
+            continue
+        (expected,) = pa.Table.from_pylist([message_row(document)], schema=schema).to_pylist()
+        if next(rows, None) != expected:
+            return f"{name}: {document['id']} has other messages"
+        features.update(row_features(expected))
+    if next(rows, None) is not None:
+        return f"{name} has more conversations than were kept"
+    stated = _stated_features(path)
+    return "" if stated in (None, dict(features)) else f"{name} states other features than its conversations have"
+
+
+def _rows_of(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        yield from batch.to_pylist()

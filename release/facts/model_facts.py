@@ -1,0 +1,197 @@
+"""The facts that a model repository proves of its model: architecture, parameters, parity, scores and training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from release.facts import forecast, training
+from release.facts.forecast import Outcome, Prediction
+from release.facts.published_tables import read_json
+from release.facts.score_facts import (
+    CHAT_BENCHMARKS,
+    CONTAMINATION,
+    HARNESS,
+    MEMORIZATION,
+    ChatScores,
+    HarnessFacts,
+    read_harness,
+)
+from release.facts.training import PhaseLog
+from release.layout import CHAT, GOLDENS, when
+from release.untrusted import tensor_header
+from stages.evaluation.scores import ContaminationReport, MemorizationScores, ModelScores
+from stages.train.imported_weights import NAME as BASE
+
+CONFIG_KEYS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
+    "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size", "n_routed_experts",
+    "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window",
+    "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim", "shared_expert_intermediate_size",
+)  # fmt: skip
+"""Fields of config.json, if the architecture has them."""
+EXPERTS = ("num_experts", "n_routed_experts")
+"""Of these, the one with the experts of a layer."""
+
+
+@dataclass
+class Parameters:
+    """The number of parameters: in total, and active for one token."""
+
+    total: int
+    active: int
+    tensors: int
+
+
+@dataclass
+class ModelFacts:
+    """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model; the last are those of the
+    model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
+    report, None without one. training: by phase. memorization: of the model itself, None if it was not measured.
+    harness: the same of task sets. outcomes: what was predicted before training, and measured; prediction: the whole of
+    it. base: the published model that training began with, None without one. special_tokens: tokens of the
+    tokenizer that stand for no text. rendered_chat: a question in the chat template, as the published goldens have it;
+    "" without them."""
+
+    architecture: str
+    config: dict[str, Any]
+    dtype: str | None
+    parameters: Parameters
+    parity: dict[str, Any]
+    rope: dict[str, Any]
+    scores: dict[str, ModelScores]
+    chat: dict[str, ChatScores] = field(default_factory=dict)
+    contamination: ContaminationReport | None = None
+    training: dict[str, PhaseLog] = field(default_factory=dict)
+    memorization: MemorizationScores | None = None
+    harness: HarnessFacts | None = None
+    prediction: Prediction | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+    base: dict[str, Any] | None = None
+    special_tokens: list[str] = field(default_factory=list)
+    rendered_chat: str = ""
+
+    def own_scores(self) -> ModelScores:
+        """The scores of the model itself, the last ones, because a card compares only with earlier models."""
+        return self.scores[self.name()]
+
+    @property
+    def has_experts(self) -> bool:
+        return any(key in self.config for key in EXPERTS)
+
+    @property
+    def attention_modules(self) -> list[str]:
+        """The names of the linear modules of attention in its class of transformers."""
+        if "kv_lora_rank" in self.config:
+            queries = ["q_a_proj", "q_b_proj"] if "q_lora_rank" in self.config else ["q_proj"]
+            return [*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+        linear = ["in_proj_qkvz", "in_proj_ba", "out_proj"] if "linear_num_value_heads" in self.config else []
+        return ["q_proj", "k_proj", "v_proj", "o_proj", *linear]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it was trained to converse."""
+        return any(phase in self.training for phase in CHAT)
+
+    @property
+    def on_published(self) -> bool:
+        """Whether it was trained on a published model as it is, which is the release's base, or is that base."""
+        return self.base is not None and "init" not in self.scores
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is the published model itself, which no phase trained."""
+        return self.on_published and not self.training
+
+    def license(self, release: str) -> str:
+        """The license of its weights: of a copy, the one of its original; else that of the release's weights."""
+        return str(self.base["license"]) if self.base and self.is_copy else release
+
+    def name(self) -> str:
+        """The name of this exported model."""
+        return list(self.scores)[-1]
+
+
+def read_model_facts(model: Path) -> ModelFacts:
+    """Reads the facts from one model repository alone."""
+    config, report, folder = read_json(model / "config.json"), model / CONTAMINATION, model / "evaluation"
+    logs, memorization = training.logs(model).items(), folder / MEMORIZATION / "scores.json"
+    scores = _scores_by_model(folder)
+    prediction = forecast.read(model / forecast.FILE) if (model / forecast.FILE).exists() else None
+    return ModelFacts(
+        architecture=config["architectures"][0],
+        config={key: config[key] for key in _config_keys(config) if config.get(key) is not None},
+        dtype=config.get("dtype") or config.get("torch_dtype"),
+        parameters=_count_parameters(model, config),
+        parity=read_json(model / "parity.json"),
+        rope=config["rope_parameters"],
+        scores=scores,
+        chat={name: _scores_by_model(folder / name) for name in CHAT_BENCHMARKS if (folder / name).is_dir()},
+        contamination=read_json(report) if report.exists() else None,
+        training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
+        memorization=read_json(memorization) if memorization.exists() else None,
+        harness=read_harness(folder / HARNESS),
+        prediction=prediction,
+        outcomes=forecast.outcomes(prediction, _measured(model, scores)) if prediction else [],
+        base=read_json(model / BASE) if (model / BASE).exists() else None,
+        special_tokens=_special_tokens(model),
+        rendered_chat=rendered_chat(read_json(model / GOLDENS)) if (model / GOLDENS).exists() else "",
+    )
+
+
+def _special_tokens(model: Path) -> list[str]:
+    """Lists the tokens for padding and the end of a text, then the further ones."""
+    config = read_json(model / "tokenizer_config.json") if (model / "tokenizer_config.json").exists() else {}
+    further = config.get("additional_special_tokens") or []
+    tokens = [config.get("pad_token"), config.get("bos_token"), config.get("eos_token"), *further]
+    return list(dict.fromkeys(token for token in tokens if isinstance(token, str)))
+
+
+def rendered_chat(goldens: Mapping[str, Any]) -> str:
+    """The last text of goldens.json: its messages in the chat template. "" for an empty one."""
+    rows = goldens.get("rows") or [{"text": ""}]
+    return str(rows[-1]["text"])
+
+
+def _measured(model: Path, scores: dict[str, ModelScores]) -> dict[str, float]:
+    """{figure: value} of a prediction's model: its scores, and the last held-out loss of its phase."""
+    figures = {name: scores[forecast.MODEL][name]["value"] for name in (forecast.BITS, forecast.ACCURACY)}  # type: ignore[literal-required]
+    if (log := training.logs(model).get(forecast.PHASE)) is not None:
+        lines = training.read(log, ("step", forecast.LOSS))
+        losses = [line[forecast.LOSS] for line in lines if forecast.LOSS in line]
+        figures |= {forecast.LOSS: losses[-1]} if losses else {}
+    return figures
+
+
+def _config_keys(config: dict[str, Any]) -> tuple[str, ...]:
+    """What the card shows: of a mixture of experts, whose layers have none, not `intermediate_size`."""
+    return CONFIG_KEYS if any(key in config for key in EXPERTS) else (*CONFIG_KEYS, "intermediate_size")
+
+
+def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        shapes |= tensor_shapes(path)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+    count = next((config[key] for key in EXPERTS if key in config), None)
+    if experts and not (count and "num_experts_per_tok" in config):
+        raise CheckFailed(f"{model.name}/config.json does not state num_experts and num_experts_per_tok")
+    idle = experts and experts * (count - config["num_experts_per_tok"]) // count
+    return Parameters(total, total - idle, len(shapes))
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """{tensor: shape} from the header of a safetensors file, without reading the tensors. Raises CheckFailed."""
+    return {name: entry["shape"] for name, entry in tensor_header(path, follow=True).items()}
+
+
+def _scores_by_model(folder: Path) -> dict[str, Any]:
+    files = {path.stem: path for path in folder.glob("*.json")}
+    return {model: read_json(files[model]) for model in sorted(files, key=when)}

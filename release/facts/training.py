@@ -1,0 +1,106 @@
+"""Reads the training logs: token shares of experts, and skipped steps.
+
+A model repository carries the log of each phase that made it as `training/<phase>.jsonl`, byte for byte the
+`training.jsonl` of the phase's artifact. Card, plot and checks read these logs and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from release.layout import when
+from stages.statistics import Mean, clustered
+
+Facts = dict[str, Any]
+FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
+"""The fields of a line that a card uses."""
+
+
+def logs(model: Path) -> dict[str, Path]:
+    """Lists the logs of a model repository, {phase: its log}, in the order of training."""
+    paths = sorted((model / "training").glob("*.jsonl"), key=lambda path: when(path.stem))
+    return {path.stem: path for path in paths}
+
+
+def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
+    """Reads the lines of a log. fields: those to keep, all by default; a log can be long."""
+    return [line if fields is None else {name: line[name] for name in fields if name in line} for line in stream(log)]
+
+
+def stream(log: Path) -> Iterator[Facts]:
+    """Reads the lines of a log one after the other."""
+    with log.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+class FirstAndLast(TypedDict):
+    """Mean rewards over the first and the last quarter of the steps."""
+
+    first: Mean
+    last: Mean
+
+
+@dataclass
+class PhaseLog:
+    """The facts of one phase for a card.
+
+    first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None
+    without one; measurements: their number; dropped: the total of dropped assignments. spikes: each with its `step`.
+    rewards: by kind of task, the mean reward of the `first` and the `last` quarter of the steps, with standard errors
+    over steps; none for fewer than four steps. parts: the same of the logged parts of rewards, by kind. excluded: steps
+    that the recipe excludes, without a spike.
+    """
+
+    first: int
+    last: int
+    experts: Facts | None
+    measurements: int
+    dropped: int
+    spikes: list[Facts]
+    rewards: dict[str, FirstAndLast]
+    excluded: list[int]
+
+
+def log_facts(lines: list[Facts]) -> PhaseLog:
+    """Computes the facts of a log. lines: with FIGURES at least."""
+    steps = [line["step"] for line in lines if "tokens" in line]
+    measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
+    spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
+    spike_steps = {step for spike in spikes for step in spike["excluded"]}
+    rewards = [line["rewards"] for line in lines if "rewards" in line]
+    return PhaseLog(
+        first=min(steps),
+        last=max(steps),
+        experts=measured[-1] if measured else None,
+        measurements=len(measured),
+        dropped=sum(measurement["dropped"] for measurement in measured),
+        spikes=spikes,
+        rewards=_first_and_last(rewards),
+        excluded=[line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
+    )
+
+
+def _first_and_last(rows: Sequence[Mapping[str, float]]) -> dict[str, FirstAndLast]:
+    """Of every name that at least four rows have."""
+    means = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
+    return {name: _first_and_last_means(values) for name, values in sorted(means.items()) if len(values) >= 4}
+
+
+def _first_and_last_means(means: list[float]) -> FirstAndLast:
+    size = max(2, len(means) // 4)
+    return {"first": clustered(means[:size]), "last": clustered(means[-size:])}
+
+
+def curves(lines: list[Facts]) -> tuple[list[int], list[float], list[float]]:
+    """The steps that updated weights, and for each the largest violation of balance and the mean entropy of the
+    routers."""
+    rows = [line for line in lines if "expert_max_violation" in line and "skipped" not in line]
+    return (
+        [row["step"] for row in rows],
+        [row["expert_max_violation"] for row in rows],
+        [row["router_entropy"] for row in rows],
+    )

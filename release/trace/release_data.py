@@ -1,0 +1,200 @@
+"""The files of a release, or of its data repository alone, that `atom trace` reads."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from release import data_layout, schema
+from release.data_layout import all_files, disposition_files, kept_files
+from release.facts import training
+from release.facts.data_facts import earlier_orders
+from release.facts.published_tables import BATCH, read_json
+from release.layout import EXPORTED, numbered, when
+
+Rows = list[dict[str, Any]]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class OrderPart:
+    """Steps of a phase that followed one order. folder: of the order; first, last: steps; last is inf of the newest."""
+
+    folder: Path
+    first: int
+    last: float
+
+
+@dataclass(frozen=True)
+class ReleaseCheckpoint:
+    """A published checkpoint. folder: its name."""
+
+    phase: str
+    step: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class ReleaseData:
+    """release: a release folder, None for a pulled data repository. data: the folder of its data."""
+
+    release: Path | None
+    data: Path
+
+    @classmethod
+    def locate(cls, folder: Path) -> ReleaseData:
+        """Raises AtomError if a folder is neither a release nor a data repository, CheckFailed if it states another
+        version."""
+        schema.require_readable(folder)
+        for release, data in ((folder, folder / "dataset"), (None, folder)):
+            if data_layout.has_documents(data):
+                return cls(release, data)
+        raise AtomError(
+            f"{folder} is neither a release nor its data repository: it has no dispositions; give the folder that "
+            "`atom build` made, or a pulled data repository"
+        )
+
+    def name(self, path: Path) -> str:
+        """The path of a file or folder in the data."""
+        return path.relative_to(self.data).as_posix()
+
+    def folders(self) -> list[Path]:
+        """The folder of this run's data, and those of the data of earlier runs."""
+        return [self.data, *sorted(self.data.glob("earlier/*"))]
+
+    def dispositions(self) -> list[Path]:
+        """The tables of dispositions: those of this run before those of earlier runs."""
+        files = [path for folder in self.folders() for path in all_files(disposition_files(folder))]
+        return [path for path in files if path.exists()]
+
+    def kept(self) -> list[Path]:
+        """The tables of kept documents: those of this run before those of earlier runs."""
+        return [path for folder in self.folders() for path in all_files(kept_files(folder))]
+
+    def orders(self) -> dict[str, list[OrderPart]]:
+        """{phase: the orders that it followed}, both in the order of training."""
+        parts_by_phase = {}
+        final_orders = {folder.name: folder for folder in data_layout.orders(self.data)}
+        for phase in sorted(final_orders, key=when):
+            folders = [*earlier_orders(self.data, phase), final_orders[phase]]
+            first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+            last_steps = [*(n - 1 for n in first_steps[1:]), float("inf")]
+            parts_by_phase[phase] = [OrderPart(*part) for part in zip(folders, first_steps, last_steps, strict=True)]
+        return parts_by_phase
+
+    def weight_updates(self, order: Path) -> Callable[[int], bool | None]:
+        """A function from a step to whether it updated the weights; None if the log is not available. order: the folder
+        of an order, or of the tables of a phase that samples its data."""
+        log = self.release and self.release / f"evidence/training/{order.name}/training.jsonl"
+        if not log or not log.exists() or order.parent.name not in ("order", "rl"):
+            return lambda step: None
+        steps = {line["step"] for line in training.read(log) if "loss" in line and not line.get("skipped")}
+        return lambda step: step in steps
+
+    def checkpoints(self) -> list[ReleaseCheckpoint] | None:
+        """By order of training; None if they are not available."""
+        if self.release is None or not (self.release / "checkpoints").is_dir():
+            return None
+        names = [path.parent.name for path in self.release.glob("checkpoints/*/state.json")]
+        checkpoints = []
+        for name in names:
+            phase, _, step = name.rpartition("-step-")
+            checkpoints.append(ReleaseCheckpoint(phase, int(step), name))
+        return sorted(checkpoints, key=lambda checkpoint: (when(checkpoint.phase), checkpoint.step))
+
+    def models(self) -> list[str]:
+        """Names of the exported models, by order of training."""
+        names = (path.parent.name for path in self.data.glob("evaluation/*/scores.json"))
+        return sorted((name for name in names if numbered(name)[0] in EXPORTED), key=when)
+
+    def unknown(self, checkpoints: bool = False) -> list[str]:
+        """What these files do not state about steps, one sentence each. checkpoints: about checkpoints too."""
+        sentences = []
+        if checkpoints and self.checkpoints() is None:
+            sentences.append("which checkpoints include a step: they stand in the whole release only")
+        if self.release is None or not (self.release / "evidence/training").is_dir():
+            sentences.append("which steps moved no weight: the logs of training stand in the whole release only")
+        elif any(self.data.glob("earlier/order-*")):
+            sentences.append("which steps of earlier runs moved no weight: their logs are not published")
+        return sentences
+
+
+def select_rows(files: Path | Sequence[Path], columns: Sequence[str], *filters: tuple[str, str, Any]) -> Rows:
+    """Reads the rows of a table, or of its parts, that pass (column, comparison, value) filters.
+
+    Reads the columns of the filters where the statistics of a row group allow a match, and the others where there is
+    one. Raises AtomError for a damaged table.
+    """
+    if any(comparison == "in" and not values for _, comparison, values in filters):
+        return []
+    return [row for path in ([files] if isinstance(files, Path) else files) for row in _select(path, columns, filters)]
+
+
+def _select(path: Path, columns: Sequence[str], filters: Sequence[tuple[str, str, Any]]) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    filter_columns = list(dict.fromkeys(name for name, _, _ in filters))
+    try:
+        with pq.ParquetFile(path) as file:
+            if missing := sorted({*columns, *filter_columns} - {*file.schema_arrow.names}):
+                raise AtomError(f"{path} has no column {missing[0]}; verify this copy")
+            for group in range(file.num_row_groups):
+                if not all(_may_hold(file.metadata.row_group(group), *each) for each in filters):
+                    continue
+                positions = _positions(file, group, filter_columns, filters)
+                first = 0
+                batches = file.iter_batches(BATCH, row_groups=[group], columns=list(columns))
+                for batch in batches if len(positions) else ():
+                    start, stop = (bisect_left(positions, number) for number in (first, first + len(batch)))
+                    taken = batch.take(pa.array([position - first for position in positions[start:stop]], pa.int64()))
+                    yield from taken.select(list(columns)).to_pylist()
+                    first += len(batch)
+                    if stop == len(positions):
+                        break
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise AtomError(f"{path} cannot be read as Parquet ({reason}); pull or build it again") from None
+
+
+def _may_hold(group: Any, column: str, comparison: str, value: Any) -> bool:
+    """Whether the statistics of a row group allow a value that passes a filter."""
+    indices = (number for number in range(group.num_columns) if group.column(number).path_in_schema == column)
+    statistics = next((group.column(number).statistics for number in indices), None)
+    if statistics is None or not statistics.has_min_max:
+        return True
+    low, high = statistics.min, statistics.max
+    try:
+        if comparison == "in":
+            return any(low <= each <= high for each in value)
+        if comparison == "=":
+            return bool(low <= value <= high)
+        return bool(low <= value if comparison == "<=" else value <= high)
+    except TypeError:  # statistics of another type
+        return True
+
+
+def _positions(file: Any, group: int, columns: list[str], filters: Sequence[tuple[str, str, Any]]) -> list[int]:
+    """The numbers of the rows of a row group that pass the filters, in order."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    compare = {"=": pc.equal, "<=": pc.less_equal, ">=": pc.greater_equal}
+    positions: list[int] = []
+    first = 0
+    for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns):
+        mask = None
+        for name, comparison, value in filters:
+            column = batch.column(name)
+            if comparison == "in":
+                passes = pc.is_in(column, value_set=pa.array(list(value), column.type))
+            else:
+                passes = pc.fill_null(compare[comparison](column, value), False)
+            mask = passes if mask is None else pc.and_(mask, passes)
+        positions += [first + number for number in pc.indices_nonzero(mask).to_pylist()]
+        first += len(batch)
+    return positions

@@ -1,0 +1,165 @@
+"""Conversations as text: rendered with the release's training template, one document for each turn of the assistant.
+
+The part before the assistant's turn carries no loss, and the turn ends with its `<|im_end|>`, so a document is exactly
+a prompt and its completion.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+from stages.formats.chat_templates import FEATURES, TOOLS_BEGIN, training_template
+from stages.formats.tokenizer import SPECIAL_TOKENS, THINK_START, TURN_END, TURN_START
+
+BEGIN = f"{TURN_START}assistant\n"
+"""The template's text before an answer."""
+MARK = "\0"
+SPECIAL = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
+ROLES = ("system", "user", "assistant", "tool")
+Message = Mapping[str, Any]
+"""`role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of calls
+with `name` and `arguments`, or with both in `function`."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's tokens for training libraries; here it only groups."""
+
+    tags = {"generation"}  # noqa: RUF012  as the base class has it
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(extensions=[_Generation], autoescape=False)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # as transformers has it
+    return environment.from_string(training_template())
+
+
+def render(messages: Sequence[Message], ask: bool = False, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The messages in the release's chat template; `ask` adds the beginning of an answer. tools: JSON schemas of the
+    functions that may be called."""
+    return _template().render(messages=messages, add_generation_prompt=ask, tools=tools)
+
+
+def after_calls(results: Sequence[str]) -> list[str]:
+    """The template's text between a turn of the assistant that calls tools and its next one, with the results of the
+    calls, in pieces."""
+    before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    turn = render(before)
+    turn = turn[: turn.rindex(TURN_END) + len(TURN_END)]
+    text = render([*before, *({"role": "tool", "content": MARK} for _ in results)], ask=True).removeprefix(turn)
+    return _pieces(text, results)
+
+
+def question_pieces(question: str) -> list[str]:
+    """The template's text up to the answer to a question, in pieces."""
+    return _pieces(render([{"role": "user", "content": MARK}], ask=True), [question])
+
+
+def _pieces(text: str, contents: Sequence[str]) -> list[str]:
+    """The pieces of a text of the template, in which a MARK stands for each content.
+
+    Each special token of the template is a piece of its own. A content that holds the name of a special token stands in
+    a piece with other text, so an encoder of pieces can tell both.
+    """
+    remaining = iter(contents)
+    pieces = SPECIAL.split(text)
+    filled = (re.sub(MARK, lambda _: next(remaining), piece) for piece in pieces)
+    return [piece for piece in filled if piece]
+
+
+def without_calls(messages: Sequence[Message]) -> list[Message]:
+    """The messages without calls of tools."""
+    return [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+
+
+def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Iterator[tuple[str, int]]:
+    """(text, number of leading characters without loss) of each turn of the assistant, with all earlier turns, but
+    without reasoning from before the last message of the user, which the template drops. tools: JSON schemas of the
+    tools that the conversation offers; None: calls of tools are left out.
+
+    Raises ValueError in words if the messages are not a conversation, or contain the name of a special token, which
+    training could not distinguish from the token.
+    """
+    check(messages, calls=tools is not None)
+    check_tools(tools or ())
+    messages = without_calls(messages) if tools is None else messages
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("no message is the assistant's")
+    for i in answers:
+        rendered = render(messages[: i + 1], tools=tools or ())
+        text = rendered[: rendered.rindex(TURN_END) + len(TURN_END)]
+        yield text, prompt_chars(text)
+
+
+def features(text: str) -> list[str]:
+    """The FEATURES of a document that `turns` made."""
+    opening, _, _ = text.partition(TURN_END)
+    is_system = opening.startswith(f"{TURN_START}system\n")
+    message, tools, _ = opening.removeprefix(f"{TURN_START}system\n").partition(TOOLS_BEGIN)
+    present = is_system and bool(message.strip()), is_system and bool(tools), THINK_START in text
+    return [name for name, is_present in zip(FEATURES, present, strict=True) if is_present]
+
+
+def prompt_chars(text: str) -> int:
+    """The number of leading characters without loss of a document that `turns` made."""
+    return text.rindex(BEGIN) + len(BEGIN)
+
+
+def check(messages: Sequence[Message], calls: bool = False) -> None:
+    """Raises ValueError in words if the messages are not a conversation. calls: whether the assistant may call tools,
+    also without a text."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError("there is no list of messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise ValueError(f"a message has no role of {', '.join(ROLES)}")
+        tool_calls = (message.get("tool_calls") or []) if calls and message["role"] == "assistant" else []
+        content = message.get("content")
+        parts = [content if content is not None or not tool_calls else "", message.get("reasoning_content") or ""]
+        if not isinstance(tool_calls, list) or not all(map(_is_call, tool_calls)):
+            raise ValueError("a message of the assistant has calls without name and arguments")
+        for part in [*parts, json.dumps(tool_calls, ensure_ascii=False)]:
+            if not isinstance(part, str):
+                raise ValueError(f"a message of the {message['role']} has no text")
+            if special_token := _special_token(part):
+                raise ValueError(f"a message of the {message['role']} holds {special_token}")
+
+
+def control_tokens(text: str) -> list[str]:
+    """The special tokens whose names are in a text, in their order."""
+    return SPECIAL.findall(text)
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError in words for JSON schemas that contain the name of a special token."""
+    if special_token := _special_token(json.dumps(tools, ensure_ascii=False, default=str)):
+        raise ValueError(f"a tool holds {special_token}")
+
+
+def _special_token(text: str) -> str | None:
+    """A special token whose name is in the text, if any."""
+    return next((token for token in SPECIAL_TOKENS if token in text), None)
+
+
+def _is_call(call: Any) -> bool:
+    """Whether it is a call of a tool, with arguments as an object or as its JSON."""
+    call = call.get("function") or call if isinstance(call, Mapping) else {}
+    arguments = call.get("arguments") if isinstance(call, Mapping) else None
+    try:
+        arguments = json.loads(arguments if isinstance(arguments, str) else json.dumps(arguments))
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(arguments, Mapping) and isinstance(call.get("name"), str)

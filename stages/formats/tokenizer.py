@@ -1,0 +1,257 @@
+"""Train a byte-level BPE tokenizer that transformers, vLLM and llama.cpp load unchanged.
+
+The pre-tokenizer is Qwen2's pattern (llama.cpp: `pre=qwen2`), which splits digits singly. There is no normalizer, so
+that decode(encode(x)) == x for any text.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
+from stages.formats.chat_templates import (
+    INFERENCE_FILE,
+    RESPONSE_TEMPLATE,
+    TRAINING_FILE,
+    inference_template,
+    training_template,
+)
+from stages.formats.table import write_json
+from stages.formats.text_sample import Sample, choose_files, interleave
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.trainers import BpeTrainer
+
+VERSION = 3
+
+PAD, END, TURN_START, TURN_END, THINK_START, THINK_END = SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+)
+STOPS = (END, TURN_END)
+"""Tokens at which generation ends."""
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
+"""Number of tokens; the minimum is all bytes and the special tokens."""
+SampleBytes = Annotated[int, Range(1, 1e12, "the distinct words of the sample lie in memory")]
+
+
+class TokenizerSection(Config):
+    """The byte-level BPE tokenizer of a release, and the size of the embedding, which is the same for every layout."""
+
+    vocab_size: Vocabulary = Field(description="tokens of the vocabulary, special tokens included")
+    padded_vocab_size: Vocabulary = Field(
+        description="rows of the embedding matrix: at least vocab_size, and a multiple of tp"
+    )
+    sample_bytes: SampleBytes = Field(
+        4_000_000, description="maximum bytes of training text from which the tokenizer is trained"
+    )
+    leave_out: tuple[SourceName, ...] = added(
+        (), "sources excluded from its training; conversations are always excluded", max_length=MOST_SOURCES
+    )
+
+    @model_validator(mode="after")
+    def _check_vocab_sizes(self) -> TokenizerSection:
+        if self.padded_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}; raise it"
+            )
+        return self
+
+
+CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, INFERENCE_FILE, TRAINING_FILE)
+REPORTED = 2_000  # documents of each source on which the bytes per token are measured
+
+
+def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Train on a sample of the training split and seal tokenizer files and `stats.json` (bytes per token by source).
+
+    inputs["dedup"]: kept documents; inputs["import"]: a published model, whose tokenizer is taken over instead. Of a
+    large source only some parts are read, and the texts are streamed. Raises RecipeError if the corpus cannot yield
+    vocab_size tokens.
+    """
+    if "import" in inputs:
+        _take_over(config, inputs, out, report)
+        return
+    files = choose_files(inputs["dedup"] / "kept", config.leave_out, config.sample_bytes)
+    train = {
+        name: Sample.draw(source_files, "train", REPORTED, config.sample_bytes) for name, source_files in files.items()
+    }
+    counts = interleave({name: sample.lengths for name, sample in train.items()}, config.sample_bytes)
+    sample_bytes = sum(int(train[name].lengths[:count].sum()) for name, count in counts.items())
+    tokenizer = untrained()
+    # the tokenizer depends on the texts, not on their order
+    texts = (text for name, count in counts.items() for batch in train[name].texts(count) for text in batch)
+    tokenizer.train_from_iterator(texts, bpe_trainer(config.vocab_size))
+    size = tokenizer.get_vocab_size()
+    if size < config.vocab_size:
+        raise RecipeError(
+            f"tokenizer.vocab_size = {config.vocab_size}, but {sample_bytes} bytes of training text yield only {size} "
+            f"tokens; lower it, or give more text or sample_bytes"
+        )
+    save(tokenizer, out)
+    heldout = {name: Sample.draw(source_files, "heldout", REPORTED) for name, source_files in files.items()}
+    ratios = bytes_per_token(
+        load_for_corpus(out / "tokenizer.json"),
+        {name: heldout[name] if len(heldout[name].lengths) else train[name] for name in files},
+    )
+    stats = {
+        "vocab_size": size,
+        "padded_vocab_size": config.padded_vocab_size,
+        "sample": {"documents": sum(counts.values()), "bytes": sample_bytes},
+        "bytes_per_token": ratios,
+    }
+    write_json(out / "stats.json", stats)
+    for name, part in ratios.items():
+        report.note(f"{name}: {part['value']:.2f} bytes a token ({part['split']})")
+
+
+def _take_over(config: TokenizerSection, inputs: Inputs, out: Path, report: Report) -> None:
+    """Copies the files of an imported tokenizer, and measures it on the corpus. Raises RecipeError if its size is not
+    the recipe's."""
+    for path in sorted(inputs["import"].path.iterdir()):
+        if path.is_file() and path.name in TOKENIZER_FILES:
+            shutil.copyfile(path, out / path.name)
+    tokenizer = load_for_corpus(out / "tokenizer.json")
+    if (size := tokenizer.get_vocab_size()) != config.vocab_size:
+        raise RecipeError(
+            f"tokenizer.vocab_size = {config.vocab_size}, but the imported tokenizer has {size}; write it"
+        )
+    files = choose_files(inputs["dedup"] / "kept", config.leave_out, config.sample_bytes)
+    samples = {}
+    for name, source_files in files.items():
+        heldout = Sample.draw(source_files, "heldout", REPORTED)
+        samples[name] = heldout if len(heldout.lengths) else Sample.draw(source_files, "train", REPORTED)
+    ratios = bytes_per_token(tokenizer, samples)
+    stats = {"vocab_size": size, "padded_vocab_size": config.padded_vocab_size, "bytes_per_token": ratios}
+    write_json(out / "stats.json", {**stats, "sample": {"documents": 0, "bytes": 0}})
+    report.note(f"took over the tokenizer of {inputs['import'].json('base.json')['repo']}")
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the files for `AutoTokenizer.from_pretrained(folder)`; the exporter adds `model_max_length`.
+
+    The markers of reasoning are not special, so that they survive decoding. transformers 4 refuses
+    `extra_special_tokens` as a list, and 5 reads `additional_special_tokens` as well.
+    """
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] not in (THINK_START, THINK_END)
+    _from_description(content).save(str(folder / "tokenizer.json"), pretty=False)
+    (folder / INFERENCE_FILE).write_text(inference_template(), "utf-8")
+    (folder / TRAINING_FILE).write_text(training_template(), "utf-8")
+    write_json(folder / CONFIG_FILE, tokenizer_config())
+
+
+def tokenizer_config() -> dict[str, Any]:
+    """The content of tokenizer_config.json, without the length of a model's context."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": END,
+        "pad_token": PAD,
+        "additional_special_tokens": [TURN_START, TURN_END],
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "response_template": RESPONSE_TEMPLATE,
+        "split_special_tokens": False,
+    }
+
+
+def load_for_corpus(path: Path) -> Tokenizer:
+    """The tokenizer that encodes documents: names of special tokens occurring in a text are ordinary bytes to it."""
+    return for_corpus(json.loads(path.read_text("utf-8")))
+
+
+def for_corpus(content: dict[str, Any]) -> Tokenizer:
+    """The same, from the content of its tokenizer.json. `tokenizers` looks for added tokens that are not special in
+    every text, so all are special here."""
+    added_tokens = [token | {"special": True} for token in content["added_tokens"]]
+    tokenizer = _from_description({**content, "added_tokens": added_tokens})
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def without_special(tokenizer: Any) -> Any:
+    """A tokenizer of transformers that reads names of special tokens in a text as text, as in training. It is changed
+    in place: for each text, transformers sets anew whether the backend looks for them."""
+    tokenizer._tokenizer = for_corpus(json.loads(tokenizer.backend_tokenizer.to_str()))
+    tokenizer.split_special_tokens = True
+    return tokenizer
+
+
+def _from_description(content: dict[str, Any]) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(content))
+    return tokenizer
+
+
+def bytes_per_token(tokenizer: Tokenizer, samples: Mapping[str, Sample]) -> dict[str, Any]:
+    """Bytes per token by source, on at most REPORTED documents of each sample."""
+    stats = {}
+    for name, sample in sorted(samples.items()):
+        documents = min(REPORTED, len(sample.lengths))
+        tokens = sum(
+            len(encoding.ids)
+            for batch in sample.texts(documents)
+            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        )
+        total = int(sample.lengths[:documents].sum())
+        if tokens:
+            stats[name] = {
+                "value": round(total / tokens, 6), "split": sample.split, "documents": documents, "bytes": total
+            }  # fmt: skip
+    return stats
+
+
+def untrained() -> Tokenizer:
+    """A byte-level BPE tokenizer with the pre-tokenizer of this project, without tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def bpe_trainer(vocab_size: int) -> BpeTrainer:
+    """A trainer whose tokenizers have all bytes and the special tokens."""
+    from tokenizers import pre_tokenizers, trainers
+
+    return trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+
+
+def estimate(config: TokenizerSection) -> Estimate:
+    return Estimate(
+        cpu_seconds=5 + config.sample_bytes / 1.5e6,
+        memory_bytes=int(300e6 + 241 * config.sample_bytes**0.75),  # distinct words, on 10 to 300 MB (docs/lab-log.md)
+        disk_bytes=100 * config.vocab_size,
+    )
+
+
+STAGE = Stage("tokenizer", VERSION, TokenizerSection, run, estimate=estimate)

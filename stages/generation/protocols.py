@@ -1,0 +1,125 @@
+"""The interface of a sampler: it answers prompts with token ids and their log-probabilities.
+
+Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypedDict
+
+if TYPE_CHECKING:
+    from stages.generation.weights import Weights
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a rendered chat up to the assistant's turn, and the seed of its answer."""
+
+    ids: tuple[int, ...]
+    seed: int
+
+
+class ToolCall(TypedDict):
+    """A call in an answer. request: the text of the model between the tags; tool: the name that it gives, empty if it
+    cannot be read; status: `ok` or what went wrong; result: the text that the model was given."""
+
+    request: str
+    tool: str
+    status: str
+    result: str
+
+
+class Turn(TypedDict):
+    """A turn of an answer. sampled: its tokens, which the policy drew; calls: those in it that were answered; appended:
+    the tokens after it that the policy did not draw, which are the results in the chat template."""
+
+    sampled: int
+    calls: list[ToolCall]
+    appended: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampler's output: token ids with the stop token, if one came, and the log-probability of each under the
+    distribution that it was drawn from (temperature applied, nothing cut off). routes: the experts of its tokens, as
+    stages/generation/routes.py records them, if the sampler was asked for them. versions: the digest of the policy and
+    the number of tokens that it drew, in their order; empty if the weights have no digest.
+
+    turns: of an answer that may call tools, which several outputs of a sampler make up. Its ids are all tokens after
+    the question, and those that the policy did not draw have the log-probability 0."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+    routes: bytes | None = None
+    versions: tuple[tuple[str, int], ...] = ()
+    turns: tuple[Turn, ...] | None = None
+
+
+class SamplingSettings(Protocol):
+    """The recipe's section `sampling`."""
+
+    kind: str
+    max_new_tokens: int
+    url: tuple[str, ...]
+    secret: str | None
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SamplerContext:
+    """The arguments for constructing a sampler.
+
+    config: the content of config.json; its `dtype` is the trainer's. stops: ids of the tokens that end an answer.
+    folder: for files of the sampler, in the stage's work folder. routes: whether completions are to have routes. note:
+    writes a line of the stage's log.
+    """
+
+    config: Mapping[str, Any]
+    stops: Sequence[int]
+    folder: Path
+    settings: SamplingSettings
+    routes: bool = False
+    note: Callable[[str], None] = print
+
+
+class AnswerGenerator(Protocol):
+    """A model that answers prompts: a sampler, or an exported model that is evaluated."""
+
+    def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
+        """As `Sampler.generate`."""
+
+    def close(self) -> None:
+        """As `Sampler.close`."""
+
+
+class Sampler(ABC):
+    """Draws completions at temperature 1. Not collective: one process holds it.
+
+    An asynchronous phase calls it from several threads. Weights may change while it draws: the tokens after the change
+    are of the new policy, given all tokens before. A sampler may also have `load` wait for the answers."""
+
+    serves_many: ClassVar[bool] = False
+    """Whether calls that overlap are drawn together, and not one after the other."""
+
+    @classmethod
+    @abstractmethod
+    def create(cls, context: SamplerContext) -> Self:
+        """Creates the sampler of a phase. Raises AtomError if a requirement is missing."""
+
+    @abstractmethod
+    def load(self, weights: Weights) -> None:
+        """Loads a policy's weights: a mapping by their Hugging Face names, with the policy's digest and, if they are in
+        files, the folder."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
+        """One completion for each prompt, in their order. greedy: of the likeliest tokens; log-probabilities are then
+        those at temperature 1."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what it holds, child processes included."""

@@ -1,0 +1,59 @@
+"""The samplers by name. A new one is a file in this folder and a line here.
+
+The file defines a class derived from `Sampler` (stages/generation/protocols.py). It may import torch, because it is
+imported when a phase starts to draw; the data for a plan is stated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+
+from pipeline.core.stage import Promise, ServerPlace
+from stages.generation import vllm_server
+from stages.generation.protocols import Sampler, SamplerContext, SamplingSettings
+
+
+@dataclass(frozen=True)
+class SamplerEntry:
+    """A sampler, and what a plan needs to know of it."""
+
+    sampler: str  # its class, as `module:name`
+    promise: Promise  # of a stage that draws with it
+    apart: bool = False  # draws in processes of its own, which read the weights from files
+    # the reason why it cannot work here with the recipe's settings; called before anything starts, without torch
+    obstacle: Callable[[SamplingSettings], str | None] = lambda settings: None
+    serve: Callable[[SamplingSettings, ServerPlace], None] | None = None  # runs a server in a job of its own
+
+
+SAMPLERS = {
+    "in-process": SamplerEntry("stages.generation.in_process:InProcess", promise="bitwise"),
+    # vLLM adds in an order of its own.
+    "vllm": SamplerEntry(
+        "stages.generation.vllm_sampler:VllmServer",
+        promise="numeric",
+        apart=True,
+        obstacle=vllm_server.obstacle,
+        serve=vllm_server.serve,
+    ),
+}
+
+
+def takes_servers(settings: SamplingSettings) -> bool:
+    """Whether servers in jobs of their own can draw: not if the recipe names some that others started."""
+    return SAMPLERS[settings.kind].serve is not None and not settings.url
+
+
+def serve(settings: SamplingSettings, place: ServerPlace) -> None:
+    """Runs a server until the stage has ended. Raises MachineError if it dies, AtomError where a requirement is
+    missing."""
+    function = SAMPLERS[settings.kind].serve
+    assert function is not None, "only for samplers that take servers"
+    function(settings, place)
+
+
+def make_sampler(name: str, context: SamplerContext) -> Sampler:
+    """The sampler of that name. Raises AtomError where a requirement is missing."""
+    sampler: type[Sampler] = resolve_name(SAMPLERS[name].sampler)
+    return sampler.create(context)

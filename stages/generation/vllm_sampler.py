@@ -1,0 +1,383 @@
+"""The sampler that decodes with vLLM servers, which load the policy's weights before every step.
+
+Requests and responses contain token ids, with the log-probability of each under the distribution from which it was
+drawn. A reload that keeps old weights would bias training without an error of vLLM, so every reload is verified: see
+`load`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+
+from pipeline.core import atomic_files
+from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.stage import ServerSearch
+from pipeline.run_secret import atom_secret
+from stages.generation import server_files, vllm_server
+from stages.generation.protocols import Completion, Prompt, Sampler, SamplerContext
+from stages.generation.server_files import Announced
+from stages.generation.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
+from stages.generation.weights import Sender, Weights
+
+REASON_SECONDS = 5.0
+"""How long a server to which a broadcast failed is asked why."""
+REVIVALS = 3
+"""How often the servers of a step may all be lost before the stage ends."""
+
+T = TypeVar("T")
+
+
+class VllmServer(Sampler):
+    """Draws with one server of its own on this machine, with those at `urls`, or with those that announce themselves.
+    Several threads may draw and another one load weights: a server finishes running answers with the new ones.
+
+    With equal seeds it draws equal tokens only up to the rounding of a batched matrix product: the batches of requests
+    depend on time. Drawn answers are kept, so this only matters for a repetition from scratch.
+    """
+
+    serves_many = True
+
+    def __init__(
+        self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
+        urls: Sequence[str] = (), options: Sequence[str] = (), note: Callable[[str], None] = print,
+        search: ServerSearch | None = None, secret: str | None = None,
+    ) -> None:  # fmt: skip
+        """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers. note:
+        is told which server is lost. search: where servers in jobs of their own announce themselves. secret: the file
+        of the servers at `urls`. Raises AtomError without a vLLM to start, or without a usable secret."""
+        self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.note, self.search = note, None if urls else search
+        self.weights: Weights | None = None
+        self.serving: list[Server] = []
+        """The servers that have the weights; the others are new or lost."""
+        self.lost: dict[Server, ServerLost] = {}
+        self.handed_over: list[str] = []
+        """The digests of all policies that were loaded, in order."""
+        self.renewing = threading.RLock()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        (self.folder / "config.json").write_text(json.dumps(self.config))
+        self.servers: list[Server] = []
+        self.announced: dict[Announced, Server] = {}
+        if urls:
+            self.servers = [Server(url, Path(str(secret))) for url in urls]
+        elif self.search is not None:
+            place = Path(self.search.folder)
+            place.mkdir(parents=True, exist_ok=True)
+            atom_secret.make(place / vllm_server.SECRET)
+            atomic_files.write(place / "config.json", json.dumps(self.config))  # which the servers wait for
+        else:
+            log = self.folder / "server.log"
+            gpus = None
+            if torch.cuda.is_available():
+                free, total = torch.cuda.mem_get_info()
+                gpus = torch.cuda.device_count(), free / total
+            self.servers = [Server.start(interpreter(), self.folder, log, options, gpus)]
+
+    @classmethod
+    def create(cls, context: SamplerContext) -> Self:
+        settings = context.settings
+        return cls(
+            context.config, context.stops, settings.max_new_tokens, 1.0, context.folder,
+            settings.url, settings.options, context.note, ServerSearch.of_environment(),
+            settings.secret,
+        )  # fmt: skip
+
+    def load(self, weights: Weights) -> None:
+        """Loads the weights, which are in a folder, into every server, under the policy's digest as their version.
+
+        Each server first checks its shards: those of the index, with their digests, from which that of the policy
+        follows. Only when all servers have them does one change its weights, so a refusal leaves all of them as they
+        were. A server that fails while it loads stays paused. Every later answer states the weights that drew it, and
+        each step compares its log-probabilities with the trainer's.
+
+        A lost server is started anew, or taken back if it answers again. Raises AtomError if one refuses, ServerLost if
+        all are lost and none comes back, MachineError if none comes within the time of the search.
+        """
+        with self.renewing:
+            if self.weights is not None and weights.digest == self.weights.digest:
+                return
+            self.weights, was_alone = weights, not self.serving
+            self.handed_over.append(weights.digest)
+            try:
+                try:
+                    self._renew()
+                except ServerLost:
+                    if was_alone:
+                        raise
+                    self._renew()  # all were lost just now: one is waited for
+            except BaseException:
+                self.weights = None
+                self.handed_over.pop()
+                raise
+
+    def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
+        """What a lost server did not answer is drawn by the others, or by itself once it is back: each answer has a
+        seed of its own. Raises ServerLost if all servers are lost again and again."""
+        if self.weights is None:
+            raise ValueError("weights are loaded before anything is drawn")
+        answers: dict[int, Completion] = {}
+        revivals = 0
+        while missing := [number for number in range(len(prompts)) if number not in answers]:
+            with self.renewing:  # another thread may renew them
+                if not self.serving:
+                    revivals += 1
+                    if revivals > REVIVALS or self.weights.sender is not None:  # the other ranks do not send now
+                        raise next(iter(self.lost.values()))
+                    self._renew()
+            # neighbors are often answers to one question, so that one server keeps its cache
+            servers = list(self.serving)
+            dealt = [(servers[n * len(servers) // len(missing)], number) for n, number in enumerate(missing)]
+
+            def draw(server: Server, number: int) -> Completion | None:
+                return self._draw(server, prompts[number], greedy) if server in self.serving else None
+
+            drawn = self._map([(server, number) for server, number in dealt], self._unless_lost(draw))
+            answers |= {number: answer for (_, number), answer in zip(dealt, drawn, strict=True) if answer}
+        return [answers[number] for number in range(len(prompts))]
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
+
+    def _map(self, items: Sequence[tuple[Server, Any]], request: Callable[[Server, Any], T]) -> list[T]:
+        """The answers in order; the first error ends all."""
+        with ThreadPoolExecutor(IN_FLIGHT * len(self.servers)) as pool:
+            try:
+                return list(pool.map(lambda item: request(*item), items))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _draw(self, server: Server, prompt: Prompt, greedy: bool) -> Completion:
+        sampling = {
+            "temperature": 0.0 if greedy else self.temperature, "seed": prompt.seed % 2**63,
+            "max_tokens": self.max_new_tokens, "stop_token_ids": sorted(self.stops), "logprobs": 0, "detokenize": False,
+        }  # fmt: skip
+        body = {"token_ids": list(prompt.ids), "sampling_params": sampling}
+        before = len(self.handed_over) - 1
+        answer = server.post("/inference/v1/generate", body)
+        try:
+            (choice,) = answer["choices"]
+            ids = tuple(choice["token_ids"])
+            content = choice["logprobs"]["content"]
+            lengths = ((span["version"], span["end"] - span["start"]) for span in choice["weight_versions"])
+            versions = tuple((version, tokens) for version, tokens in lengths if tokens)
+            is_complete = choice["finish_reason"] in ("stop", "length") and [x["token_id"] for x in content] == list(
+                ids
+            )
+        except (KeyError, TypeError, ValueError):
+            ids, is_complete, versions = (), False, ()
+        if not ids or not is_complete:
+            raise MachineError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
+                            "see its log and run again to go on")  # fmt: skip
+        served, given = {digest for digest, _ in versions}, self.handed_over[before:]
+        if not served or not served <= set(given) or sum(tokens for _, tokens in versions) != len(ids):
+            raise ServerLost(
+                f"the vLLM server at {server.url} answered with the weights {', '.join(sorted(map(str, served)))} "
+                f"instead of {' or '.join(given)}; it started anew, or somebody else uses it: run again"
+            )
+        logprobs = tuple(float(x["logprob"]) for x in content)
+        return Completion(ids, logprobs, ids[-1] in self.stops, versions=versions)
+
+    def _renew(self) -> None:
+        """Gives the weights to all servers that are there."""
+        assert self.weights is not None
+        update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
+        is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
+        self._find(is_alone)
+        if self.weights.sender is not None:
+            return self._receive(self.weights.sender, is_alone)
+
+        def check(server: Server, _: None) -> bool:
+            self._check(server, update, is_alone)
+            return True
+
+        def take(server: Server, _: None) -> bool:
+            self._take(server, update)
+            return True
+
+        try:
+            checked = self._map([(server, None) for server in self.servers], self._unless_lost(check))
+        except BaseException:
+            for server in self.servers:
+                with contextlib.suppress(AtomError):  # ends the update on the workers that did not refuse it
+                    server.post("/finish_weight_update", attempts=1)
+            raise
+        present, self.serving = [s for s, done in zip(self.servers, checked, strict=True) if done], []
+        taken = self._map([(server, None) for server in present], self._unless_lost(take))
+        self.serving = [server for server, done in zip(present, taken, strict=True) if done]
+        for server in self.serving:
+            self.lost.pop(server, None)
+        if not self.serving:
+            raise next(iter(self.lost.values()))
+
+    def _unless_lost(self, request: Callable[[Server, Any], T]) -> Callable[[Server, Any], T | None]:
+        """The request, with None for an answer of a server that is lost by it."""
+
+        def attempt(server: Server, item: Any) -> T | None:
+            try:
+                return request(server, item)
+            except ServerLost as error:
+                if server not in self.lost:
+                    self.lost[server] = error
+                    self.note(f"left out until it is back: {error}")
+                with contextlib.suppress(ValueError):
+                    self.serving.remove(server)
+                return None
+
+        return attempt
+
+    def _find(self, is_alone: bool) -> None:
+        """Makes `servers` those that are announced now, and those that serve. is_alone: waits for one that answers.
+        Raises MachineError if none comes within the time of the search."""
+        if self.search is None:
+            return
+        end, is_noted = time.monotonic() + self.search.seconds, False
+        while True:
+            announced = server_files.read(Path(self.search.folder), self.search.run)
+            # one that was started again is another server, at the same address or not
+            secret = Path(self.search.folder) / vllm_server.SECRET
+            self.announced = {server: self.announced.get(server) or Server(server.url, secret) for server in announced}
+            present = list(self.announced.values())
+            urls = {server.url for server in present}
+            self.serving = [server for server in self.serving if server in present or server.url not in urls]
+            self.servers = [*present, *(server for server in self.serving if server not in present)]
+            self.lost = {server: error for server, error in self.lost.items() if server in self.servers}
+            if not is_alone or any(map(_answers, present)):
+                return
+            if time.monotonic() > end:
+                raise MachineError(
+                    f"no vLLM server in a job of its own answers after {self.search.seconds / 60:.0f} min "
+                    f"(slurm.servers.wait_minutes); {len(present)} have announced themselves in {self.search.folder}; "
+                    "see their jobs' logs beside it, and run again to go on"
+                )
+            if not is_noted:
+                self.note(f"waits for a vLLM server, at most {self.search.seconds / 60:.0f} min")
+                is_noted = True
+            time.sleep(vllm_server.POLL_SECONDS)
+
+    def _check(self, server: Server, update: Mapping[str, Any], is_alone: bool) -> None:
+        if server not in self.serving:
+            self._greet(server, is_alone)
+            server.post("/init_weight_transfer_engine", {"init_info": self._model()})
+        server.post("/start_weight_update", attempts=1)
+        server.post("/update_weights", {"update_info": {**update, "load": False}}, attempts=1)
+
+    def _greet(self, server: Server, is_alone: bool) -> None:
+        """Makes a server that does not serve ready for an update."""
+        if server in self.lost:
+            server.launch()
+        is_waited_for = server.run or (is_alone and self.search is None)
+        server.wait(None if is_waited_for else 0)
+        if server.run is None:  # an earlier user may have left an update open
+            with contextlib.suppress(AtomError):
+                server.post("/finish_weight_update", attempts=1)
+
+    def _model(self) -> dict[str, Any]:
+        """What a server is told of the trainer's model."""
+        return {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
+
+    def _receive(self, sender: Sender, is_alone: bool) -> None:
+        """Has all servers that are there receive the weights. One that fails is left out, and breaks nothing else."""
+        assert self.weights is not None
+        digest = self.weights.digest
+        invitations: dict[Server, dict[str, Any]] = {}
+
+        def greet(server: Server, _: None) -> bool:
+            if server not in self.serving or not sender.has_group(server.url):
+                self._greet(server, is_alone)
+                try:
+                    invitations[server] = sender.invite(server.url, server.key)
+                except OSError as error:
+                    raise server.lost(str(error)) from None
+            return True
+
+        greeted = self._map([(server, None) for server in self.servers], self._unless_lost(greet))
+        present = [server for server, done in zip(self.servers, greeted, strict=True) if done]
+
+        def enter(server: Server, invitation: Mapping[str, Any]) -> None:
+            try:
+                server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
+            except BaseException:
+                sender.give_up(server.url, invitation)
+                raise
+
+        def update(server: Server, _: None) -> None:
+            server.post("/start_weight_update", attempts=1)
+            server.post("/pause?mode=keep")
+            server.post("/update_weights", {"update_info": {"digest": digest, **sender.content}}, attempts=1)
+
+        def finish(server: Server, _: None) -> bool:
+            server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
+            server.post("/resume")
+            return True
+
+        if invitations:
+            joined = self._beside(enter, list(invitations.items()), lambda: sender.join(
+                {server.url: invitation for server, invitation in invitations.items()}
+            ))  # fmt: skip
+            present = [server for server in present if server not in invitations or server in joined]
+        taken = self._beside(update, [(server, None) for server in present], lambda: sender.send(
+            [server.url for server in present]
+        ))  # fmt: skip
+        self.serving = []
+        finished = self._map([(server, None) for server in taken], self._unless_lost(finish))
+        self.serving = [server for server, done in zip(taken, finished, strict=True) if done]
+        for server in self.serving:
+            self.lost.pop(server, None)
+        if not self.serving:
+            raise next(iter(self.lost.values()))
+
+    def _beside(
+        self, request: Callable[[Server, Any], None], items: Sequence[tuple[Server, Any]], act: Callable[[], set[str]]
+    ) -> list[Server]:
+        """The servers whose request is answered, and with which the trainer's ranks succeed meanwhile in `act`. Of the
+        others the reason is awaited for a moment, since a server that hangs may never answer."""
+        results: dict[Server, Future[None]] = {server: Future() for server, _ in items}
+
+        def run(server: Server, item: Any) -> None:
+            try:
+                request(server, item)
+                results[server].set_result(None)
+            except BaseException as error:
+                results[server].set_exception(error)
+
+        def confirm(server: Server, _: Any) -> bool:
+            with contextlib.suppress(TimeoutError):
+                results[server].result(None if server.url in succeeded else REASON_SECONDS)
+            if server.url not in succeeded:
+                raise server.lost("its weights did not come through in time; see whether it and the ranks reach each "
+                                  "other, and what NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names")  # fmt: skip
+            return True
+
+        for server, item in items:
+            threading.Thread(target=run, args=(server, item), name="request", daemon=True).start()
+        succeeded = act()
+        return [server for server, _ in items if self._unless_lost(confirm)(server, None)]
+
+    def _take(self, server: Server, update: Mapping[str, Any]) -> None:
+        """Running answers wait, and go on with the new weights, which read their tokens again."""
+        server.post("/pause?mode=keep")
+        server.post("/update_weights", {"update_info": {**update, "load": True}}, attempts=1)
+        server.post("/finish_weight_update", {"weight_version": update["digest"]}, attempts=1)
+        server.post("/resume")
+
+
+def _answers(server: Server) -> bool:
+    """Whether a server answers, and no other at its address."""
+    try:
+        return server.problem() is None
+    except ServerLost:
+        return False

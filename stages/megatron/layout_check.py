@@ -1,0 +1,91 @@
+"""Checks whether a parallel layout can train a model. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from stages.models.base import ModelConfig
+from stages.models.parallel_layout import Layout
+
+
+def problem(
+    layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int], packed: bool = False
+) -> str | None:
+    """The reason why this layout cannot train the model, as a sentence that starts with a field; None if it can.
+
+    micro_batches: of one optimizer step, over all ranks; several if the batch grows. packed: rows hold several
+    documents.
+    """
+    if layout.cuda_graphs and (reason := _no_graphs(layout, model, packed)):
+        return f"parallelism.cuda_graphs = true is not possible {reason}; leave it out"
+    if model.routing is None:
+        for field, size in (("ep", layout.ep), ("etp", layout.etp or 1)):
+            if size > 1:
+                return f"parallelism.{field} = {size} splits experts, and the model has none; leave it out"
+    if obstacle := model.layout_obstacle(layout):
+        return obstacle
+    sizes = {"tp": layout.tp, "etp": layout.split_experts, "ep": layout.ep}
+    for field, dimension, value in [*model.split_sizes(), ("tp", "padded_vocab_size", padded_vocab_size)]:
+        if value % (size := sizes[field]):
+            return (
+                f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {_divisors(value, size)}"
+            )
+    chunks = layout.pp * layout.vpp
+    if model.layers % chunks:
+        return (f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} cannot deal "
+                f"layers = {model.layers} evenly; nearest product: {_divisors(model.layers, chunks)}")  # fmt: skip
+    for fields, size in (
+        ("tp x pp x cp", layout.tp * layout.pp * layout.cp),
+        ("etp x ep x pp", layout.split_experts * layout.ep * layout.pp),
+    ):
+        if layout.ranks % size:
+            return (f"parallelism.ranks = {layout.ranks} is not a multiple of {fields} = {size}; "
+                    f"nearest: {multiples_around(layout.ranks, size)}")  # fmt: skip
+    if layout.ep == 1 and layout.split_experts != layout.tp:
+        return (f"parallelism.etp = {layout.split_experts} with tp = {layout.tp} and ep = 1 would "
+                f"train wrongly without an error: Megatron-core then sums no expert's gradient over the tensor ranks; "
+                f"leave etp out, or set ep to {layout.tp}")  # fmt: skip
+    if layout.vpp > 1 and layout.pp == 1:
+        return (f"parallelism.vpp = {layout.vpp} interleaves pipeline ranks, "
+                f"and pp = 1 has none; leave it out")  # fmt: skip
+    if layout.overlap_weights and layout.overlap_gradients is False:
+        return ("parallelism.overlap_weights = true needs the buckets of overlap_gradients, which is false; "
+                "leave one of them out")  # fmt: skip
+    for count in micro_batches:
+        if count % layout.data:
+            return (f"parallelism.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share "
+                    f"the {count} micro-batches of a step evenly; use a number that divides them, "
+                    f"or other batch.micro_tokens")  # fmt: skip
+        per_rank = count // layout.data
+        if layout.vpp > 1 and per_rank % layout.pp:
+            return (f"parallelism.vpp = {layout.vpp} needs a multiple of pp = "
+                    f"{layout.pp} micro-batches on each data-parallel rank, not {per_rank}; "
+                    f"change batch.micro_tokens or ranks")  # fmt: skip
+    return None
+
+
+def _no_graphs(layout: Layout, model: ModelConfig, packed: bool) -> str | None:
+    """What a CUDA graph, which repeats kernels with the sizes of its first run, cannot do here."""
+    if model.routing is not None:
+        return "with experts, the number of whose tokens differs from step to step and is read by the host"
+    if packed:
+        return "with packed rows, whose documents differ in number and length"
+    if layout.recompute != "none":
+        return f"with recompute = {layout.recompute}, as Megatron-core does not record a layer that is computed again"
+    if layout.pp > 1:
+        return (f"with pp = {layout.pp}, where each micro-batch of a training step has graphs of its own, and an "
+                "evaluation has other micro-batches")  # fmt: skip
+    return None
+
+
+def _divisors(value: int, size: int) -> str:
+    """The divisors of `value` nearest to `size`, as text."""
+    divisors = sorted({d for n in range(1, math.isqrt(value) + 1) if value % n == 0 for d in (n, value // n)})
+    return " or ".join(str(d) for d in [d for d in divisors if d < size][-1:] + [d for d in divisors if d > size][:1])
+
+
+def multiples_around(value: int, unit: int) -> str:
+    """The multiples of `unit` around `value`, as text."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

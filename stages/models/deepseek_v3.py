@@ -1,0 +1,188 @@
+"""A mixture of experts of the DeepSeek-V3 shape (arXiv:2412.19437), which Kimi K2 and Moonlight share.
+
+Every layer is multi-head latent attention: queries, and keys with values, are computed from two narrow latents of a
+token, and a part of each head turns with the position. The feed-forward part is a mixture of SwiGLU experts with shared
+ones, chosen by sigmoid scores with a bias, within the best groups of experts; the first `dense_layers` have one SwiGLU.
+Without multi-token prediction. transformers loads its export as DeepseekV3ForCausalLM. No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import Range
+from stages.models.base import Precision
+from stages.models.costs import AttentionCost, Rows
+from stages.models.grouped_query import Heads, keys_of_tokens
+from stages.models.parallel_layout import Layout
+from stages.models.sigmoid_mixture import SigmoidMixtureConfig
+
+HeadPart = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128, of which the rotary part has 64 more")]
+Rank = Annotated[int, Range(1, 2**16, "DeepSeek-V3: 1536 for queries, 512 for keys and values")]
+LATENT_EPS = 1e-6
+"""Epsilon of the norms of latents in transformers' class, which no setting changes."""
+
+
+class DeepseekV3Config(SigmoidMixtureConfig):
+    """A mixture of experts with multi-head latent attention: `architecture: deepseek_v3`."""
+
+    spec_module: ClassVar[str] = "stages.megatron.architectures.deepseek_v3"
+    yarn_scales_heads: ClassVar[bool] = True
+    architecture: Literal["deepseek_v3"] = Field(
+        description="deepseek_v3: a mixture of experts with latent attention and shared experts"
+    )
+    heads: Heads = Field(description="attention heads")
+    q_lora_rank: Rank | None = Field(None, description="width of the latent of queries; null: queries have none")
+    kv_lora_rank: Rank = Field(description="width of the latent of keys and values, which a cache keeps")
+    qk_nope_head_dim: HeadPart = Field(description="width of the part of a query or key without rotary embedding")
+    qk_rope_head_dim: HeadPart = Field(
+        description="width of the part with rotary embedding; must be even. All heads share that of the key"
+    )
+    v_head_dim: HeadPart = Field(description="width of a head's values")
+
+    @model_validator(mode="after")
+    def _possible_attention(self) -> DeepseekV3Config:
+        if self.qk_rope_head_dim % 2:
+            near = f"{self.qk_rope_head_dim - 1} or {self.qk_rope_head_dim + 1}" if self.qk_rope_head_dim > 1 else "2"
+            raise ValueError(
+                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd, but rotary embedding turns pairs; nearest: {near}"
+            )
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    def export_obstacle(self) -> str | None:
+        if self.norm_eps != LATENT_EPS:
+            return (f"model.norm_eps = {self.norm_eps:g} cannot be exported: DeepseekV3ForCausalLM normalizes latents "
+                    f"with {LATENT_EPS:g}, whatever its config says; use {LATENT_EPS:g}")  # fmt: skip
+        return None
+
+    def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """A head of `linear_q_up_proj` is its part without rotary embedding and the one with it; of
+        `linear_kv_up_proj`, its key and its value."""
+        matrices, q = self._attention_matrices, self.q_lora_rank
+        return {
+            **{f"{name}.weight": shape for name, shape in matrices.items()},
+            **({"q_layernorm.weight": (q,)} if q is not None else {}),
+            "kv_layernorm.weight": (self.kv_lora_rank,),
+        }
+
+    @property
+    def _attention_matrices(self) -> dict[str, tuple[int, ...]]:
+        """Those of a layer, by name."""
+        hidden, q, kv = self.hidden_size, self.q_lora_rank, self.kv_lora_rank
+        queries = {"linear_q_proj": (self.heads * self.qk_head_dim, hidden)}
+        if q is not None:
+            queries = {"linear_q_down_proj": (q, hidden), "linear_q_up_proj": (self.heads * self.qk_head_dim, q)}
+        return {
+            **queries,
+            "linear_kv_down_proj": (kv + self.qk_rope_head_dim, hidden),
+            "linear_kv_up_proj": (self.heads * (self.qk_nope_head_dim + self.v_head_dim), kv),
+            "linear_proj": (hidden, self.heads * self.v_head_dim),
+        }
+
+    def attention_memory(self, layer: int) -> tuple[int, int]:
+        """Norms, and the matrices that give latents, are whole on each tensor rank, the other matrices are cut."""
+        sizes = {name: math.prod(shape) for name, shape in self._attention_matrices.items()}
+        whole = sum(size for name, size in sizes.items() if name.endswith("_down_proj"))
+        return (self.q_lora_rank or 0) + self.kv_lora_rank + whole, sum(sizes.values()) - whole
+
+    def attention(self) -> list[AttentionCost]:
+        return [AttentionCost(self.layers, self.heads, self.qk_head_dim, self.v_head_dim)]
+
+    def cache_bytes(self, size: int, ranks: int, tokens: int) -> int:
+        """The latent of keys and values, and the part of the key that heads share: each rank holds a copy."""
+        return self.layers * (self.kv_lora_rank + self.qk_rope_head_dim) * tokens * size
+
+    def attention_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
+    ) -> dict[str, float]:
+        """A latent is kept before and after its norm; this project's attention widens the narrower ones of queries,
+        keys and values, and narrows its output again."""
+        size = 4 if precision == "fp32" else 2
+        qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
+        keys, copied, wide = keys_of_tokens(layout, rows), self._copies_output(precision, rows), max(qk, v)
+        if self.has_engine_attention(layout, precision, rows, fused):
+            keys, copied, wide = 1.0, False, 0
+        q_wide, v_wide = max(qk, wide), max(v, wide)
+        return {
+            "latents, and normed": 2 * size * ((self.q_lora_rank or 0) + self.kv_lora_rank),
+            "rotary part of the key, as projected": size * self.qk_rope_head_dim,
+            "queries, keys (turned) and values": size * (q_wide + (q_wide + v_wide) * keys),
+            "attention's output": size * v_wide,
+            "attention's output, narrowed or by rows": size * v * copied,
+            "log-sum-exp of the scores": 4 * self.heads,
+        }
+
+    def attention_inputs(self, layer: int) -> int:
+        """Normed latents. The two matrices that give latents quantize their input each, which gains nothing."""
+        return (self.q_lora_rank or 0) + self.kv_lora_rank
+
+    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """The gradients of queries, keys, values and output; by slices of queries, in fp32, those of keys and values of
+        this slice, of those before, and their sum. The narrowed output is gone."""
+        if self.has_engine_attention(layout, precision, rows, False):
+            return 0.0
+        size, gradients = (4, 6) if precision == "fp32" else (2, 4)
+        qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
+        return size * (gradients * max(qk, v) - v * self._copies_output(precision, rows))
+
+    def _copies_output(self, precision: Precision, rows: Rows) -> bool:
+        """Whether attention's output is kept in two forms: by rows or slices, or wide and narrowed."""
+        return rows.rows > 1 or precision == "fp32" or self.v_head_dim < self.qk_head_dim
+
+    def split_sizes(self) -> list[tuple[str, str, int]]:
+        return [("tp", "heads", self.heads), *self.expert_split_sizes()]
+
+    def proportions(self) -> dict[str, float]:
+        return {
+            "rotary part / part without": self.qk_rope_head_dim / self.qk_nope_head_dim,
+            **self.expert_proportions(),
+        }
+
+    def describe(self) -> str:
+        queries = f"latents of {self.q_lora_rank} for queries and" if self.q_lora_rank else "a latent of"
+        return (
+            f"{self.layers} layers, hidden size {self.hidden_size}, {self.heads} heads of {self.qk_nope_head_dim} + "
+            f"{self.qk_rope_head_dim} from {queries} {self.kv_lora_rank} for keys and values, "
+            f"{self.describe_experts()}"
+        )
+
+    def inner_widths(self) -> dict[str, int]:
+        latents = {"query latent": self.q_lora_rank, "key latent": self.kv_lora_rank}
+        widths = {name: size for name, size in latents.items() if size}
+        return {**widths, "attention": self.heads * self.v_head_dim, **self.expert_widths()}
+
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        """Heads keep the shares of their parts; None if the attention cannot be divided into such heads."""
+        attention, nope, rope = width(self.heads * self.v_head_dim), self.qk_nope_head_dim, self.qk_rope_head_dim
+        choices = [
+            n for n in range(1, self.heads + 1)
+            if attention % n == 0 and attention // n * nope % self.v_head_dim == 0
+            and attention // n * rope % (2 * self.v_head_dim) == 0
+        ]  # fmt: skip
+        if not choices:
+            return None
+        heads = min(choices, key=lambda n: abs(attention / n - self.v_head_dim))
+        dim = attention // heads
+        return {
+            "hidden_size": hidden_size,
+            "heads": heads,
+            "q_lora_rank": self.q_lora_rank and width(self.q_lora_rank),
+            "kv_lora_rank": width(self.kv_lora_rank),
+            "qk_nope_head_dim": dim * nope // self.v_head_dim,
+            "qk_rope_head_dim": dim * rope // self.v_head_dim,
+            "v_head_dim": dim,
+            **self.scaled_experts(width),
+        }

@@ -1,0 +1,128 @@
+"""The evaluation set of the recipe: drawn before any training data; decontamination searches for its items."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from pipeline.core.bounds import Range, Seed, Words
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
+from pipeline.core.store import Artifact
+from stages.formats.seeds import seed_of
+from stages.formats.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
+from stages.tasks.rows import Row, question, to_row
+from stages.tasks.synthetic import courtesy_notes as courtesies
+from stages.tasks.synthetic.problems import TASKS, draw_distinct
+
+VERSION = 1
+CHAT = "chat.jsonl"
+
+
+def _task_error(task: str) -> str | None:
+    return None if task in TASKS else f"is an unknown task; known are {', '.join(sorted(TASKS))}"
+
+
+Task = Annotated[str, Words(40, test=_task_error)]
+"""A procedural task by its name."""
+Items = Annotated[int, Range(1, 1e6, "each answer costs a generation")]
+Problems = Annotated[dict[Task, Items], Field(min_length=1, max_length=len(TASKS))]
+"""The number of problems by task."""
+Requests = Annotated[int, Range(0, 10_000)]
+
+
+class ChatItems(Config):
+    """Evaluation items in conversations: the problems of `evaluation.problems`, further ones for validation, and
+    requests for courteous notes."""
+
+    validation: dict[Task, Items] = Field(
+        {}, max_length=len(TASKS), description="number of further problems by task, for choosing settings"
+    )
+    courtesies: Requests = Field(0, description="number of held-out requests for measuring win rates")
+    courtesies_validation: Requests = Field(0, description="number of further requests for choosing settings")
+
+
+class ItemsConfig(Config):
+    """The number of problems by task, and the recipe's seed."""
+
+    problems: Problems = Field(description="number of evaluation problems by task")
+    seed: Seed = Field(description="seed of the recipe")
+    chat: ChatItems | None = added(None, "evaluation items in conversations; null: none")
+
+
+def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Seal `items.parquet`: id, task, prompt, answer, and the text that must not occur in training data.
+
+    The seed's label differs from that of the training problems, so the two streams are independent; a training
+    problem may equal an item by chance, and is then removed and counted by curation.
+    """
+    rows = []
+    for task in sorted(config.problems):
+        rng = random.Random(seed_of(f"items/{task}", config.seed))
+        try:
+            problems = draw_distinct(task, config.problems[task], rng)
+        except ValueError as error:
+            raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
+        for i, problem in enumerate(problems):
+            row = {"task": task, "prompt": problem.prompt, "answer": problem.answer, "text": problem.question}
+            rows.append({"id": f"{task}/{i:05d}", **row})
+    write_rows(out / "items.parquet", ITEMS, rows)
+    report.note(f"{len(rows)} evaluation items")
+    if config.chat is not None:
+        chat_items = list(_chat_rows(config.chat, rows, config.seed))
+        write_jsonl(out / CHAT, chat_items)
+        report.note(f"{len(chat_items)} items for conversations")
+
+
+def courtesy_row(id: str, request: courtesies.Request, verifier: str = "courtesy", **extra_fields: Any) -> Row:
+    """The row for a request for a courteous note."""
+    fields = {"act": request.act.name, "who": request.who, "what": request.what, **extra_fields}
+    return to_row(id, request.text, verifier, "courtesy", 1, **fields)
+
+
+def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
+    excluded = {row["text"] for row in items}
+    for row in items:
+        fields = {"question": row["text"], "expected_answer": row["answer"], "split": "test"}
+        yield to_row(row["id"], row["text"], "exact", row["task"], 0, **fields)
+    for task, count in sorted(config.validation.items()):
+        rng = random.Random(seed_of(f"items/validation/{task}", seed))
+        try:
+            problems = draw_distinct(task, count, rng, without=excluded)
+        except ValueError as error:
+            raise RecipeError(f"evaluation.chat.validation: {error}; ask for fewer") from None
+        for i, problem in enumerate(problems):
+            fields = {"question": problem.question, "expected_answer": problem.answer, "split": "validation"}
+            yield to_row(f"validation/{task}/{i:05d}", problem.question, "exact", task, 0, **fields)
+    count_of_requests = config.courtesies + config.courtesies_validation
+    try:
+        requests = courtesies.draw_distinct(
+            count_of_requests, random.Random(seed_of("items/courtesies", seed)), heldout=True
+        )
+    except ValueError as error:
+        raise RecipeError(f"evaluation.chat.courtesies: {error}; ask for fewer") from None
+    for i, request in enumerate(requests):
+        split = "test" if i < config.courtesies else "validation"
+        yield courtesy_row(f"{split}/courtesy/{i:05d}", request, split=split)
+
+
+def chat_rows(items: Artifact) -> list[dict[str, Any]]:
+    """The items for conversations, if the recipe has them."""
+    return read_jsonl(items / CHAT) if (items / CHAT).exists() else []
+
+
+def texts_of(items: Artifact) -> list[tuple[str, str]]:
+    """(id, text that must not occur in training data) of every item."""
+    rows = read_table(items / "items.parquet", ["id", "text"]).to_pylist()
+    texts = {row["id"]: row["text"] for row in rows}
+    return list({**{row["id"]: question(row) for row in chat_rows(items)}, **texts}.items())
+
+
+STAGE = Stage(
+    "items", VERSION, ItemsConfig, run,
+    estimate=lambda config: Estimate(cpu_seconds=2.0, memory_bytes=200_000_000, disk_bytes=1_000_000),
+)  # fmt: skip
