@@ -28,9 +28,9 @@ from transformers import GenerationConfig
 
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.megatron.architectures import qwen3_moe
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.weight_init import Initial
+from stages.mcore.architectures import qwen3_moe
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.weight_init import Initial
 from stages.models.qwen3_moe import Qwen3MoeConfig
 
 TARGET = 1.0

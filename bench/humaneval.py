@@ -53,10 +53,10 @@ def problems() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    from stages.confidence import wilson
     from stages.evaluation.pass_at_k import ChatModel
     from stages.generation.engine import Engine
     from stages.rl import sandbox
-    from stages.statistics import wilson
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the model folder of a release, or an export")

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import throughput
 from bench.published import MODELS, QWEN3_30B, QWEN3_VOCABULARY, anchors, systems
-from stages.megatron.activations import activation_bytes
-from stages.megatron.memory import memory_share, state_bytes
-from stages.megatron.throughput import StepSetup, step_time
+from stages.mcore.activations import activation_bytes
+from stages.mcore.memory import memory_share, state_bytes
+from stages.mcore.throughput import StepSetup, step_time
 from stages.models.costs import Rows, training_flops
 from stages.models.parallel_layout import Layout
 

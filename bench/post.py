@@ -197,9 +197,9 @@ def control(variant: str, path: Path, home: Path) -> dict[str, Any]:
 
 def scores(solved: Any) -> Scores:
     """pass@1, pass@k for all k samples, and the greedy answer, from a solve stage's table."""
+    from stages.confidence import pass_at
     from stages.evaluation.pass_at_k import GREEDY, JUDGED
     from stages.formats.table import read_table
-    from stages.statistics import pass_at
 
     items: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in read_table(solved / "answers.parquet").to_pylist():
@@ -294,7 +294,7 @@ def collected(path: Path, home: Path, controls: Mapping[str, Any]) -> dict[str, 
 
 def gain(seed: Mapping[str, Any], kind: str, metric: str) -> dict[str, Any]:
     """RLVR's gain over SFT, item by item, so that an item's luck counts once."""
-    from stages.statistics import clustered
+    from stages.confidence import clustered
 
     after, before = (seed["scores"][name][kind][metric] for name in ("RLVR", "SFT"))
     return clustered([after[id] - before[id] for id in sorted(before)])
@@ -326,7 +326,7 @@ def table(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def last_line(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from stages.statistics import Z95
+    from stages.confidence import Z95
 
     least = min((gain(seed, "all", "pass@1") for seed in seeds), key=lambda rise: rise["value"])
     half = Z95 * least["se"]

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Accelerator
 from pipeline.launch import cluster_profile
-from stages.megatron.throughput import Shape, shape_of
+from stages.mcore.throughput import Shape, shape_of
 from stages.models.deepseek_v3 import DeepseekV3Config
 from stages.models.glm4_moe import Glm4MoeConfig
 from stages.models.gpt_oss import GptOssConfig

@@ -23,7 +23,7 @@ from release.cards import tables
 from release.cards.plots import COLORS, png
 from release.facts import costs, training
 from release.layout import when
-from stages.statistics import Z95, clustered
+from stages.confidence import Z95, clustered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

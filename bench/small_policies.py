@@ -19,7 +19,7 @@ import torch
 from pipeline.core.store import Artifact, write_manifest
 from stages.formats.table import ITEMS, write_jsonl, write_rows
 from stages.formats.tokenizer import END, PAD, bpe_trainer, untrained
-from stages.megatron.tensor_sharding import cut
+from stages.mcore.tensor_sharding import cut
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout.batches import Example, build_rank_batch

@@ -1,4 +1,4 @@
-"""Fits the constants of the model of a step's time (stages/megatron/throughput.py) to published runs, and measures its
+"""Fits the constants of the model of a step's time (stages/mcore/throughput.py) to published runs, and measures its
 errors on runs that were left out.
 
     .venv/bin/python bench/throughput.py         # ten seconds; nothing is run
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.published import MODELS, anchors, systems
 from pipeline.core.stage import Accelerator
-from stages.megatron.throughput import CONSTANTS, Constants, Shape, StepSetup, step_time
+from stages.mcore.throughput import CONSTANTS, Constants, Shape, StepSetup, step_time
 from stages.models.costs import Rows
 from stages.models.parallel_layout import Layout
 

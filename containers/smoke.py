@@ -26,7 +26,7 @@ SOURCE = Path(__file__).resolve().parents[1]
 EXTRAS = ("data", "harness", "hub", "report", "rl", "track", "train")
 """The parts of pyproject.toml that every image has."""
 LISTING = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
-WORKER = "stages/rl/samplers/vllm_worker"
+WORKER = "stages/generation/vllm_worker"
 IMPORTS = ("torch", "megatron.core", "transformers", "tokenizers", "datatrove", "mlflow", "lm_eval")
 
 

@@ -24,7 +24,7 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pipeline.launch.local import visible_gpus
-from stages.megatron import gpu_environment
+from stages.mcore import gpu_environment
 from tests.fixtures import layout_fixtures
 
 if visible_gpus():  # as a launcher does
@@ -32,7 +32,7 @@ if visible_gpus():  # as a launcher does
 
 from pipeline.core.stage import Stage
 from pipeline.core.store import Artifact, write_manifest
-from release.build import build_release as builder
+from release.assembly import build_release as builder
 from stages.rl import sandbox
 from tests.fixtures import audit_fixtures, load_fixtures, release_fixtures, slurm_fixtures, train_fixtures
 from tests.fixtures.hub_fixtures import hub  # noqa: F401 - fixtures

@@ -22,7 +22,7 @@ from pipeline.core.text import printable
 from release import references, scratch
 from release.facts.published_tables import Manifest, read_json
 from release.references import Reference
-from release.trace.release_data import ReleaseData
+from release.tracing.release_data import ReleaseData
 from stages.data.filters.base import FilterFunction
 from stages.data.readers.base import Document, Files
 from stages.data.sources import Source

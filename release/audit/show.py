@@ -17,8 +17,8 @@ from release.facts.published_tables import read_json
 from release.layout import GATES, PUBLIC_KEY, SIGNATURE, model_name
 from release.repositories import model_folders
 from release.untrusted import cleaned
+from stages.confidence import Figure
 from stages.evaluation.scores import pass_at_1
-from stages.statistics import Figure
 
 WIDTH, WIDEST = 80, 110
 """Columns of the page where there is no terminal, and at most."""

@@ -20,9 +20,9 @@ from release.facts.data_facts import OrderFacts
 from release.facts.model_facts import ModelFacts
 from release.facts.score_facts import ChatScores
 from release.facts.training import FirstAndLast
+from stages.confidence import Figure, Mean
 from stages.evaluation.scores import AnswerStatistics, ModelScores
 from stages.evaluation.settings import SURE
-from stages.statistics import Figure, Mean
 
 RULE = (
     "By rule from the figures below: what got worse from one phase to the next by more than a standard error of the "

@@ -11,9 +11,9 @@ from release.cards.tables import PHASES, count, table, title, with_error, with_i
 from release.facts.data_facts import DataFacts
 from release.facts.example_answers import ExampleAnswer
 from release.facts.score_facts import ChatScores
+from stages.confidence import Figure, Mean
 from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport
 from stages.rl.rollout.probes import MARGIN
-from stages.statistics import Figure, Mean
 
 SHOWN, CHARACTERS = 4, 160
 """Sample pairs that a card shows, and characters of a text."""

@@ -26,8 +26,8 @@ from release.facts import training
 from release.facts.data_facts import DataFacts
 from release.facts.forecast import LOSS as VALIDATION_LOSS
 from release.facts.model_facts import ModelFacts
+from stages.confidence import Z95
 from stages.evaluation.scores import pass_at_1
-from stages.statistics import Z95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

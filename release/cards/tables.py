@@ -15,8 +15,8 @@ from release.facts.forecast import FOLDER as PREDICTION
 from release.facts.model_facts import ModelFacts
 from release.facts.score_facts import ChatScores, HarnessFacts
 from release.layout import RUNTIMES, numbered
+from stages.confidence import Figure
 from stages.evaluation.scores import ModelScores, Proportion
-from stages.statistics import Figure
 
 MOST_CHANGES = 30
 """Changed settings that a card lists."""

@@ -12,9 +12,9 @@ from release.checks.findings import Findings
 from release.facts.checkpoint_facts import context_of, read_checkpoints
 from release.facts.published_tables import read_rows
 from release.layout import numbered, when
+from stages.confidence import Figure, Mean
 from stages.evaluation.scores import ModelScores, pass_at_1
 from stages.evaluation.settings import SURE
-from stages.statistics import Figure, Mean
 
 TOGETHER = "together"
 Change = tuple[Figure, Figure]

@@ -21,7 +21,7 @@ from release.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from release import trace as tracing
+    from release import tracing
     from release.checks.verdict import Verdict
 
 app = typer.Typer()
@@ -150,7 +150,7 @@ def trace(
 
     Example: atom trace runs/releases/atom-tiny-0.1.0 --step 100 --phase pretrain
     """
-    from release import trace as tracing
+    from release import tracing
 
     if [step, doc, text].count(None) != 2:
         raise AtomError("atom trace answers one question: give --step N, --doc ID or --text STR")

@@ -34,8 +34,8 @@ def build(
 
     Example: atom build atom-tiny
     """
-    from release.build.build_release import build as build_release
-    from release.build.collect import build_input
+    from release.assembly.build_release import build as build_release
+    from release.assembly.collect import build_input
 
     store = open_store()
     folder = build_release(build_input(graph_of(recipe), store, previous), store.home, print)
@@ -51,7 +51,7 @@ def site(release: ReleaseArgument) -> None:
 
     Example: atom site runs/releases/atom-tiny-0.1.0
     """
-    from release.build.build_release import rewrite_page
+    from release.assembly.build_release import rewrite_page
     from release.layout import PAGE
 
     require_release(release)

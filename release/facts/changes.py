@@ -12,7 +12,7 @@ from release import schema
 from release.facts.model_facts import ModelFacts, read_model_facts
 from release.facts.published_tables import read_json
 from release.layout import MODEL, RECIPE, RELEASE
-from stages.statistics import Figure
+from stages.confidence import Figure
 
 FILE = "evidence/changes.json"
 FIGURES = {"bits_per_byte_all": "bits per byte of held-out text", "accuracy_all": "right, in plain text"}

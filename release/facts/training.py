@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from release.layout import when
-from stages.statistics import Mean, clustered
+from stages.confidence import Mean, clustered
 
 Facts = dict[str, Any]
 FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")

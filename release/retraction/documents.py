@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from release.facts.published_tables import stream_rows
-from release.trace.documents import find_documents
-from release.trace.release_data import ReleaseData
+from release.tracing.documents import find_documents
+from release.tracing.release_data import ReleaseData
 from stages.data.curation.deny_list import DenyList
 
 COLUMNS = ["id", "content_hash", "kept_hash", "duplicate_of", "disposition", "rule"]

@@ -23,7 +23,7 @@ from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
 from release import schema
-from release.build.build_release import write_checksums
+from release.assembly.build_release import write_checksums
 from release.facts.assemble import to_json
 from release.facts.tombstones import (
     MOST_LISTED,
@@ -40,7 +40,7 @@ from release.retraction import rewrite
 from release.retraction.documents import Reached, find_reached
 from release.schema import CARD, ReleaseInfo
 from release.signing import SigningKey, sign
-from release.trace.release_data import ReleaseData
+from release.tracing.release_data import ReleaseData
 from stages.data.curation.deny_list import DenyList
 
 KEPT_OF_REMOVED = (CARD, "LICENSE", RETRACTED)

@@ -55,7 +55,7 @@ def _components(facts: StandardFacts) -> list[Component]:
         Component("Model architecture", "Code of the architecture, and its configuration", architecture, 3, "code"),
         Component("Data preprocessing code", "Code that reads, filters, deduplicates", "code/stages/data", 1, "code"),
         Component("Training code", "Code of every phase", "code/stages/train", 2, "code"),
-        Component("Inference code", "Code that draws answers", "code/stages/rl/samplers", 2, "code"),
+        Component("Inference code", "Code that draws answers", "code/stages/generation", 2, "code"),
         Component("Evaluation code", "Code of every measurement", "code/stages/evaluation", 2, "code"),
         Component("Supporting libraries and tools", "Packages with versions", BOM, 0, "code"),
         Component("Model parameters (Final)", "Weights of the final model", f"{MODEL}/*.safetensors", 3, "weights"),

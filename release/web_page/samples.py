@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release import data_layout, untrusted
-from release import trace as tracing
+from release import data_layout, tracing, untrusted
 from release.facts.data_facts import DataFacts
 from release.facts.published_tables import read_json, stream_batches, stream_rows
 from release.layout import when
-from release.trace.documents import find_documents
-from release.trace.release_data import ReleaseData
+from release.tracing.documents import find_documents
+from release.tracing.release_data import ReleaseData
 
 ITEMS, CONTAMINATED, REMOVED = 12, 40, 4
 """Items of an evaluation set, items by contamination, and removed documents of a rule that are shown."""

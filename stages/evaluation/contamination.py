@@ -24,13 +24,13 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES, PositiveShare, Range, Seed, SourceName
 from pipeline.core.parts import PartCount, shards_of
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from stages.confidence import Mean, clustered
 from stages.data import estimates
 from stages.data.estimates import Size
 from stages.evaluation.contamination_corpus import Corpus, CorpusSearch, Item
 from stages.evaluation.pass_at_k import GREEDY
 from stages.evaluation.scores import VERDICTS, ContaminationReport, ScoresByVerdict, VerdictCounts
 from stages.formats.table import Double, Int32, String, columns_of, read_table, sources_of, write_json, write_rows
-from stages.statistics import Mean, clustered
 from stages.tasks.eval_set import chat_rows, texts_of
 from stages.tasks.rows import question
 

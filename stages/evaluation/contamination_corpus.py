@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, seal_part
 from pipeline.core.stage import Inputs, Report
+from stages.confidence import wilson
 from stages.data.database import connect
 from stages.evaluation.generated_eval import prompts, task_roles
 from stages.evaluation.scores import Detector
 from stages.formats.seeds import seed_of
 from stages.formats.table import order_files, part_files, short_hash, sources_of, stream_batches
-from stages.statistics import wilson
 
 if TYPE_CHECKING:
     from stages.data.curation.overlap import ItemRuns

@@ -17,12 +17,12 @@ from typing import Any, TypedDict
 
 from pipeline.core.errors import AtomError, installing
 from pipeline.core.stage import Inputs, Report, Stage, operational
+from stages.confidence import clustered
 from stages.evaluation import estimates
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import HarnessScores
 from stages.formats.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.generation.engine import Engine, engine_field
-from stages.statistics import clustered
 from stages.tasks.benchmarks import BenchmarksConfig, data_folder, in_folder, load_task, task_manager
 
 VERSION = 2
@@ -138,7 +138,7 @@ def language_model(folder: Path) -> Any:
     except ImportError as error:
         raise AtomError(f"the harness is not installed ({error}); {installing('harness')}") from None
     from stages.formats.tokenizer import END, without_special
-    from stages.megatron import gpu
+    from stages.mcore import gpu
 
     class Published(HFLM):  # type: ignore[misc, unused-ignore]
         """Ends an answer like the release's evaluation: at the end of a document, with all tokens in the text."""

@@ -27,13 +27,13 @@ from pipeline.core.bounds import Context, Range, Share
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Report
 from pipeline.core.text import shown
+from stages.confidence import binomial, ratio
 from stages.evaluation.heldout import HeldoutDocument
 from stages.evaluation.pieces import Piece
 from stages.evaluation.scores import LongContextScores
 from stages.formats.seeds import seed_of
 from stages.formats.table import Double, Int32, String, columns_of
 from stages.generation.engine import LanguageModel
-from stages.statistics import binomial, ratio
 from stages.tasks.synthetic import passkeys
 
 FIRST_BUCKET = 64

@@ -32,6 +32,7 @@ from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import once
+from stages.confidence import binomial, clustered, wilson
 from stages.data.shards import document_files, first_tokens, shard_name
 from stages.evaluation import estimates
 from stages.evaluation.scores import MemorizationScores, Regurgitation
@@ -48,7 +49,6 @@ from stages.formats.table import (
 )
 from stages.generation.engine import Engine, LanguageModel, engine_field
 from stages.generation.open_model import open_model
-from stages.statistics import binomial, clustered, wilson
 
 if TYPE_CHECKING:
     import pyarrow as pa

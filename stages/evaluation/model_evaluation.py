@@ -25,6 +25,7 @@ from pydantic import Field
 from pipeline.core.bounds import MOST_SOURCES, Context, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, added, operational
+from stages.confidence import Ratio, binomial, ratio
 from stages.evaluation import estimates, long_context
 from stages.evaluation.bits_per_byte import (
     DOCUMENT_SCORES,
@@ -42,7 +43,6 @@ from stages.evaluation.scores import ModelScores
 from stages.formats.table import ItemRow, arrow_schema, read_table, write_rows
 from stages.generation.engine import Engine, LanguageModel, engine_field
 from stages.generation.open_model import open_model
-from stages.statistics import Ratio, binomial, ratio
 
 R = TypeVar("R")
 

@@ -9,7 +9,7 @@ The model answers each problem once greedily and `num_samples` times at temperat
 - **maj@k**: the most frequent of k answers is correct. An answer votes by its text without the reasoning. A truncated
   answer has no vote. Ties are broken at random.
 
-Both are exact expectations over all subsets of the samples (stages/statistics.py). A request for a courteous
+Both are exact expectations over all subsets of the samples (stages/confidence.py). A request for a courteous
 note has no single correct answer: the model answers it once, and its mean reward is reported. Stage `prefer` measures
 which of two models is preferred. Standard errors are over items. Seeds follow from item and sample, so all models of a
 recipe draw with the same random numbers.
@@ -29,6 +29,7 @@ from pydantic import Field
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from stages.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation import estimates
 from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
@@ -36,7 +37,6 @@ from stages.formats.seeds import seed_of
 from stages.formats.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.generation.engine import Engine, engine_field
 from stages.generation.open_model import open_sampler
-from stages.statistics import clustered, majority_at, pass_at, powers_of_two
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:

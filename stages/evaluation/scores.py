@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
-from stages.statistics import Mean, Ratio
+from stages.confidence import Mean, Ratio
 
 VERDICTS = ("clean", "overlap", "contaminated")
 """On a test item compared with the training data, from the best to the worst."""

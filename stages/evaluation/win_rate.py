@@ -22,6 +22,7 @@ from pydantic import Field
 from pipeline.core.bounds import Context, Key, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from stages.confidence import clustered, wilson
 from stages.evaluation import estimates
 from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, select_split
 from stages.evaluation.pieces import Piece, compute, compute_shard
@@ -29,7 +30,6 @@ from stages.evaluation.scores import ComparisonScores, PairScores, SideScores
 from stages.formats.seeds import seed_of
 from stages.formats.table import write_json, write_rows
 from stages.generation.engine import Engine, engine_field
-from stages.statistics import clustered, wilson
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:

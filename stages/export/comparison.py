@@ -21,9 +21,9 @@ import torch
 
 from pipeline.core.errors import AtomError, CheckFailed
 from stages.export import SLICE_BYTES, parity_lengths
-from stages.megatron import gpu
-from stages.megatron.model import build, check_tensors
-from stages.megatron.param_names import BUFFERS, global_name
+from stages.mcore import gpu
+from stages.mcore.model import build, check_tensors
+from stages.mcore.param_names import BUFFERS, global_name
 from stages.models.base import ModelConfig
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint

@@ -29,9 +29,9 @@ from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Sta
 from pipeline.core.store import Artifact
 from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
 from stages.formats.tokenizer import CONFIG_FILE, PAD, STOPS, TOKENIZER_FILES
-from stages.megatron.gpu_environment import variables
-from stages.megatron.lora import Lora
-from stages.megatron.param_names import BUFFERS
+from stages.mcore.gpu_environment import variables
+from stages.mcore.lora import Lora
+from stages.mcore.param_names import BUFFERS
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
 from stages.models.parallel_layout import Layout
@@ -91,7 +91,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     import torch
 
     from stages.export import comparison
-    from stages.megatron.architectures.hf import hf_config
+    from stages.mcore.architectures.hf import hf_config
     from stages.train.checkpoint import release_checkpoint
 
     folder = out / "model"
@@ -152,9 +152,9 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
 
     Raises AtomError if the checkpoint is missing or damaged, or not of the model.
     """
-    from stages.megatron.lora_layers import Merged
-    from stages.megatron.model import check_tensors
-    from stages.megatron.weight_init import Initial
+    from stages.mcore.lora_layers import Merged
+    from stages.mcore.model import check_tensors
+    from stages.mcore.weight_init import Initial
     from stages.train.checkpoint import release_checkpoint
 
     shapes = config.model.shapes(config.padded_vocab_size)

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import LongLine, Range
 from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation import vllm_server
-from stages.megatron import gpu_environment
+from stages.mcore import gpu_environment
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from pipeline.core.errors import AtomError
 from stages.generation import routes as records
 from stages.generation.decode import CLASSES, NAMES, Decoder, LibraryDecoder
 from stages.generation.protocols import Completion, Prompt, Sampler, SamplerContext
-from stages.megatron import gpu
+from stages.mcore import gpu
 
 ROWS = 256
 """Answers that are drawn in parallel, which bounds the cache."""

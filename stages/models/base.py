@@ -1,8 +1,8 @@
 """The interface of every architecture: the settings that all models share, and the methods of a `model` section.
 
-An architecture is a folder beside this file: `config.py` with its settings and costs in closed form, and `spec.py` with
-its ModelSpec (its construction in Megatron, and the names of its tensors in transformers). docs/extending.md shows one.
-No torch here: `atom plan` reads this file.
+An architecture is a file beside this one, with its settings and costs in closed form, and a file of the same name in
+stages/mcore/architectures with its ModelSpec: its construction in Megatron, and the names of its tensors in
+transformers. docs/extending.md shows one. No torch here: `atom plan` reads this file.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class ModelConfig(Config, ABC):
 
     @abstractmethod
     def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """The global name and full shape of every tensor, as stages/megatron/param_names.py names them."""
+        """The global name and full shape of every tensor, as stages/mcore/param_names.py names them."""
 
     @abstractmethod
     def parameters(self, padded_vocab_size: int) -> dict[str, int]:
@@ -265,9 +265,9 @@ class ModelSpec:
     each on access, so a model of any size passes through these functions one tensor at a time.
 
     megatron: (model) -> keyword arguments of Megatron's TransformerConfig that are the architecture's own
-    (stages/megatron/model.py adds those of size, layout and precision).
+    (stages/mcore/model.py adds those of size, layout and precision).
     layer_spec: (Megatron's TransformerConfig, virtual pipeline stage or None, whether rows are packed) -> the layers
-    from which Megatron's model is built (stages/megatron/layer_spec.py for attention with our kernels). They may be of
+    from which Megatron's model is built (stages/mcore/layer_spec.py for attention with our kernels). They may be of
     several kinds.
     to_hf: (Megatron's tensors by global name, model, vocabulary size) -> transformers' names and tensors one after the
     other, layer by layer; rows of the vocabulary beyond that size are padding and left out. from_hf: its inverse;
@@ -276,7 +276,7 @@ class ModelSpec:
     in transformers (stages/export/hf.py adds the common ones).
     language_model: gets the keyword arguments of Megatron's GPTModel, among them the result of layer_spec as
     `transformer_layer_spec`, and gives one chunk of the model, which takes the arguments of
-    stages.megatron.language_model.TokenLosses; None: Megatron's GPTModel.
+    stages.mcore.language_model.TokenLosses; None: Megatron's GPTModel.
     layer_of: (Megatron's layer, from 0) -> the layer of the model of which it is a part. Megatron's HybridModel counts
     attention and feed-forward parts as layers of their own; global names have the model's.
     stacks_experts: whether a tensor of transformers is made of those of all experts of a layer, which one rank then has

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 SLICE = 128
-"""Queries in one call of attention by slices (stages/megatron/row_tables.py)."""
+"""Queries in one call of attention by slices (stages/mcore/row_tables.py)."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ LATENT_EPS = 1e-6
 class DeepseekV3Config(SigmoidMixtureConfig):
     """A mixture of experts with multi-head latent attention: `architecture: deepseek_v3`."""
 
-    spec_module: ClassVar[str] = "stages.megatron.architectures.deepseek_v3"
+    spec_module: ClassVar[str] = "stages.mcore.architectures.deepseek_v3"
     yarn_scales_heads: ClassVar[bool] = True
     architecture: Literal["deepseek_v3"] = Field(
         description="deepseek_v3: a mixture of experts with latent attention and shared experts"

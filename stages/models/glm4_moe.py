@@ -21,7 +21,7 @@ from stages.models.sigmoid_mixture import SigmoidMixtureConfig
 class Glm4MoeConfig(UntiedConfig, SigmoidMixtureConfig, GroupedMixtureConfig, PartialRotaryConfig):
     """A mixture of experts with shared ones and partial rotary embedding: `architecture: glm4_moe`."""
 
-    spec_module: ClassVar[str] = "stages.megatron.architectures.glm4_moe"
+    spec_module: ClassVar[str] = "stages.mcore.architectures.glm4_moe"
     architecture: Literal["glm4_moe"] = Field(
         description="glm4_moe: a mixture of experts with shared ones, chosen by sigmoids, and grouped-query attention"
     )

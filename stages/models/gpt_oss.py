@@ -23,7 +23,7 @@ from stages.models.parallel_layout import Layout
 class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
     """A mixture of experts with windows and sinks: `architecture: gpt_oss`."""
 
-    spec_module: ClassVar[str] = "stages.megatron.architectures.gpt_oss"
+    spec_module: ClassVar[str] = "stages.mcore.architectures.gpt_oss"
     qk_norm: ClassVar[bool] = False
     qkv_bias: ClassVar[bool] = True
     architecture: Literal["gpt_oss"] = Field(

@@ -164,7 +164,7 @@ class PartialRotaryConfig(GroupedQueryConfig):
     def attention_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
-        """This project's attention computes rows of one document too (stages/megatron/layer_spec.py)."""
+        """This project's attention computes rows of one document too (stages/mcore/layer_spec.py)."""
         return super().attention_activations(layout, precision, self._computed(rows), layer, fused)
 
     def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:

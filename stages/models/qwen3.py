@@ -17,7 +17,7 @@ from stages.models.parallel_layout import Layout
 class Qwen3Config(GroupedQueryConfig):
     """A dense decoder: `architecture: qwen3`."""
 
-    spec_module: ClassVar[str] = "stages.megatron.architectures.qwen3"
+    spec_module: ClassVar[str] = "stages.mcore.architectures.qwen3"
     architecture: Literal["qwen3"] = Field(description="qwen3: a dense decoder")
     intermediate_size: Width = Field(description="inner width of the SwiGLU of each layer")
 

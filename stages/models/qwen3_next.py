@@ -30,7 +30,7 @@ STATE_BYTES = 4
 class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
     """Linear attention with a gated attention every few layers: `architecture: qwen3_next`."""
 
-    spec_module: ClassVar[str] = "stages.megatron.architectures.qwen3_next"
+    spec_module: ClassVar[str] = "stages.mcore.architectures.qwen3_next"
     zero_centered_norms: ClassVar[bool] = True
     architecture: Literal["qwen3_next"] = Field(  # type: ignore[assignment]
         description="qwen3_next: gated delta nets and gated attention, with experts"

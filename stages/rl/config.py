@@ -69,7 +69,7 @@ class Sampling(Config):
     """Sampling of answers at temperature 1 without top-k or top-p: from the distribution that is trained."""
 
     kind: SamplerName = Field(
-        "in-process", description="sampler of stages/rl/samplers; vllm alone is not bitwise reproducible"
+        "in-process", description="sampler of stages/generation; vllm alone is not bitwise reproducible"
     )
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     url: tuple[Url, ...] = operational(

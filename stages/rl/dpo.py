@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.generation.samplers import serve, takes_servers
-from stages.megatron.gpu_environment import variables
+from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import DpoTrainConfig, lack
 from stages.rl.rlvr import simulate

@@ -15,8 +15,8 @@ from pipeline.core.stage import (
     TrainingTime,
 )
 from stages.generation import server_memory
-from stages.megatron.memory import MASTER, MOMENTS, memory_share
-from stages.megatron.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
+from stages.mcore.memory import MASTER, MOMENTS, memory_share
+from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
 from stages.models.costs import Rows
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
@@ -120,7 +120,7 @@ def reference_bytes(config: AnyConfig) -> int:
 
 
 def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
-    """The time of all updates (stages/megatron/throughput.py), with answers of full length in rows of equal length."""
+    """The time of all updates (stages/mcore/throughput.py), with answers of full length in rows of equal length."""
     phase, layout = config.phase, config.phase.parallelism
     length = math.ceil(_update_tokens(config) / phase.micro_batches)
     micro_batches, bf16_layers = (

@@ -22,7 +22,7 @@ from stages.generation import routes, weights
 from stages.generation import samplers as sampler_registry
 from stages.generation.broadcast import Broadcast
 from stages.generation.protocols import Completion, Sampler, SamplerContext
-from stages.megatron.architectures.hf import hf_config
+from stages.mcore.architectures.hf import hf_config
 from stages.models.base import Routing
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
 from stages.rl.post_trainer import PostTrainer

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pipeline.core.stage import RankSimulation
-from stages.megatron.simulated_rank import LiveBytes
+from stages.mcore.simulated_rank import LiveBytes
 from stages.rl.algorithms import grpo, preferences
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.rl.estimates import AnyConfig, Examples, fullest_row, reference_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
-from stages.megatron.gpu_environment import variables
+from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import RewardTrainConfig
 from stages.rl.rlvr import simulate

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, RankSimulation, Report, Stage
 from stages.generation.samplers import serve, takes_servers
-from stages.megatron.gpu_environment import variables
+from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import RlTrainConfig, lack
 

@@ -14,8 +14,8 @@ from pipeline.core.stage import Config, added, operational
 from pipeline.core.text import shown
 from stages.data.order_config import rows_from
 from stages.data.packing import LongDocuments
-from stages.megatron.layout_check import multiples_around, problem
-from stages.megatron.lora import Lora
+from stages.mcore.layout_check import multiples_around, problem
+from stages.mcore.lora import Lora
 from stages.models.base import MOST_PARAMETERS, PositiveInt, Precision, Rope
 from stages.models.parallel_layout import Layout
 from stages.models.registry import Model

@@ -32,7 +32,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
 from stages.data.shards import check_sizes, document_files, shard_name
 from stages.formats.table import ORDER, arrow_schema, order_files, stream_batches
-from stages.megatron.megatron_imports import IndexedDataset
+from stages.mcore.megatron_imports import IndexedDataset
 from stages.models.parallel_layout import Layout
 from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import RecipeError
-from stages.megatron import gpu, lora_layers, moe_metrics, precision
-from stages.megatron.layer_spec import uses_transformer_engine
-from stages.megatron.megatron_imports import (
+from stages.mcore import gpu, lora_layers, moe_metrics, precision
+from stages.mcore.layer_spec import uses_transformer_engine
+from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     Float16Module,
@@ -26,12 +26,12 @@ from stages.megatron.megatron_imports import (
     get_megatron_optimizer,
     parallel_state,
 )
-from stages.megatron.model import build, named_buffers, named_tensors
-from stages.megatron.moe_metrics import Experts, RouterWatch
-from stages.megatron.routing_replay import RoutingReplay
-from stages.megatron.row_tables import context_positions
-from stages.megatron.tensor_sharding import Box, boxes, cut
-from stages.megatron.weight_init import full_tensor
+from stages.mcore.model import build, named_buffers, named_tensors
+from stages.mcore.moe_metrics import Experts, RouterWatch
+from stages.mcore.routing_replay import RoutingReplay
+from stages.mcore.row_tables import context_positions
+from stages.mcore.tensor_sharding import Box, boxes, cut
+from stages.mcore.weight_init import full_tensor
 from stages.train.config import TrainerConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.full_tensors import FullTensors, is_repeated

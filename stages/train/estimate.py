@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order_config import ROW_BYTES
-from stages.megatron.activations import activation_bytes, merged_bytes, unkept_bytes
-from stages.megatron.memory import GRADIENT, MASTER, MOMENTS, layers_of, memory_share, owned_bytes, sharing, state_bytes
-from stages.megatron.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
+from stages.mcore.activations import activation_bytes, merged_bytes, unkept_bytes
+from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
 from stages.models.costs import MemoryShare, Rows
 from stages.models.parallel_layout import Layout
@@ -75,7 +75,7 @@ def estimate(config: TrainConfig) -> Estimate:
 
 
 def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
-    """The time of the steps still to be trained, all batches of the ramp, by stages/megatron/throughput.py."""
+    """The time of the steps still to be trained, all batches of the ramp, by stages/mcore/throughput.py."""
     phase, layout, shape = config.phase, config.phase.parallelism, shape_of(config.model, config.padded_vocab_size)
     rows, first, seconds = Rows(phase.micro_rows, phase.sequence_length), phase.first_step, 0.0
     for last, batch_rows in (*phase.row_ramp, (phase.steps, phase.rows_of(phase.steps))):

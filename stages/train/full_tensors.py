@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 
-from stages.megatron.megatron_imports import parallel_state
-from stages.megatron.tensor_sharding import boxes, is_cut, paste
+from stages.mcore.megatron_imports import parallel_state
+from stages.mcore.tensor_sharding import boxes, is_cut, paste
 
 EXPERTS = ".mlp.experts."
 """In the names of the tensors that expert ranks share out."""

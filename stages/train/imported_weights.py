@@ -93,7 +93,7 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     Raises CheckFailed for files that are not those of the digest, RecipeError for a model that is another than the
     recipe's.
     """
-    from stages.megatron.architectures.hf import hf_config
+    from stages.mcore.architectures.hf import hf_config
     from stages.train.checkpoint import release_checkpoint
 
     folder = config.place(home_folder())
@@ -129,7 +129,7 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
     """Writes the checkpoint of step 0 from the exported model in `folder`. Returns the number of its tensors. Raises
     RecipeError for a model that is another than the config's."""
-    from stages.megatron.model import check_tensors
+    from stages.mcore.model import check_tensors
     from stages.train.checkpoint import release_checkpoint
 
     tensors = release_checkpoint.Tensors(folder)

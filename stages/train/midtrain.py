@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Inputs, Report, Stage
-from stages.megatron.gpu_environment import variables
+from stages.mcore.gpu_environment import variables
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 from stages.train.pretrain import simulate

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pipeline.graph.checkpoints import Checkpoint
 from pipeline.graph.dag import NodeSpec
-from stages.megatron.lora import Lora
+from stages.mcore.lora import Lora
 from stages.models.base import ModelConfig
 from stages.train import sizes
 from stages.train.config import PhaseConfig

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.errors import AtomError, PeerLost
-from stages.megatron import gpu, gpu_environment, moe_metrics
-from stages.megatron.megatron_imports import (
+from stages.mcore import gpu, gpu_environment, moe_metrics
+from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     RotaryEmbedding,
     YarnRotaryEmbedding,

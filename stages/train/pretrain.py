@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Inputs, RankSimulation, Report, Stage
-from stages.megatron.gpu_environment import variables
+from stages.mcore.gpu_environment import variables
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 

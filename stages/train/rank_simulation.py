@@ -1,7 +1,7 @@
 """A rank of a phase at its full size on this machine: `atom plan RECIPE --simulate RANK`.
 
 The engine of that rank is built and makes two steps as it does on a cluster, with tensors that have no memory
-(stages/megatron/simulated_rank.py). Its kernels are PyTorch's. The steps have as many micro-batches as the pipeline
+(stages/mcore/simulated_rank.py). Its kernels are PyTorch's. The steps have as many micro-batches as the pipeline
 holds at once, so memory reaches its peak, and a few more; what the second step adds is what a micro-batch costs.
 """
 
@@ -16,9 +16,9 @@ import torch
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import RankSimulation, Traffic
-from stages.megatron.megatron_imports import parallel_state
-from stages.megatron.model import named_tensors
-from stages.megatron.simulated_rank import Collective, LiveBytes, simulated
+from stages.mcore.megatron_imports import parallel_state
+from stages.mcore.model import named_tensors
+from stages.mcore.simulated_rank import Collective, LiveBytes, simulated
 from stages.models.costs import Rows
 from stages.train import engine as engines
 from stages.train.config import TrainConfig, TrainerConfig

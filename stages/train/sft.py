@@ -10,7 +10,7 @@ forgetting.
 from __future__ import annotations
 
 from pipeline.core.stage import Stage
-from stages.megatron.gpu_environment import variables
+from stages.mcore.gpu_environment import variables
 from stages.train.config import SftConfig
 from stages.train.estimate import estimate, training_time
 from stages.train.midtrain import run

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pipeline.core.bounds import Words
 from pipeline.core.stage import Inputs, Report, Stage
-from stages.megatron.gpu_environment import variables
+from stages.mcore.gpu_environment import variables
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate, training_time
 from stages.train.pretrain import simulate

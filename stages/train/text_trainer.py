@@ -12,8 +12,8 @@ from typing import Any
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, identity
 from stages.data.order import position
-from stages.megatron.megatron_imports import parallel_state
-from stages.megatron.moe_metrics import DEAD_SHARE
+from stages.mcore.megatron_imports import parallel_state
+from stages.mcore.moe_metrics import DEAD_SHARE
 from stages.train import step_times
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import PENDING

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.environment import git_commit
-from stages.megatron import gpu_environment
+from stages.mcore import gpu_environment
 from tests.fixtures import ROOT, gpu_fixtures, layout_fixtures
 
 SECTIONS = ("device", "training", "fp8", "resume_export", "profile_memory", "sampler_failures", "variants")

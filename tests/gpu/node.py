@@ -20,8 +20,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.core.errors import AtomError
-from stages.megatron import gpu_environment
-from stages.megatron.megatron_imports import parallel_state
+from stages.mcore import gpu_environment
+from stages.mcore.megatron_imports import parallel_state
 from stages.models.costs import Rows
 from stages.models.parallel_layout import Layout
 from stages.train.checkpoint.work_checkpoint import Checkpoints

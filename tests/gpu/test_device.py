@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend
 
 from pipeline.launch import cluster_profile, device_test
 from pipeline.launch.rendezvous import Ranks
-from stages.megatron import gpu
-from stages.megatron.layer_spec import Attention
-from stages.megatron.model import build, transformer_config
+from stages.mcore import gpu
+from stages.mcore.layer_spec import Attention
+from stages.mcore.model import build, transformer_config
 from stages.models.base import Precision
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.megatron import gpu
-from stages.megatron.fake_quantization import multiply
-from stages.megatron.quantize import RECIPES, Kind, quantize
+from stages.mcore import gpu
+from stages.mcore.fake_quantization import multiply
+from stages.mcore.quantize import RECIPES, Kind, quantize
 from tests.gpu.conftest import Report
 
 pytestmark = pytest.mark.numeric

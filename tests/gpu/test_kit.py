@@ -82,7 +82,7 @@ def test_wheels_that_are_too_many_are_one_sentence(tmp_path: Path) -> None:
 def test_peak_bytes() -> None:
     import torch
 
-    from stages.megatron import gpu
+    from stages.mcore import gpu
 
     x = torch.ones(2**20, device=gpu.device())
     with gpu_fixtures.peak_bytes() as peak:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.megatron import gpu
+from stages.mcore import gpu
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.config import TrainConfig
 from stages.train.engine import cross_entropy

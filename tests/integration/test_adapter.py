@@ -18,12 +18,12 @@ from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
+from release.assembly import build_release as builder
+from release.assembly import collect
 from release.audit.verify import verify
-from release.build import build_release as builder
-from release.build import collect
 from stages.export import hf
 from stages.export.variants import adapter_files
-from stages.megatron.lora import Lora
+from stages.mcore.lora import Lora
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import SftConfig

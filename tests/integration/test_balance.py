@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.core.store import Artifact
-from stages.megatron.megatron_imports import TopKRouter
+from stages.mcore.megatron_imports import TopKRouter
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.data import Order, RankBatch, Shards

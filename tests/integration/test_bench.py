@@ -19,7 +19,7 @@ from pipeline.graph import recipe as recipes
 from stages.data.filters.accelerated import ACCELERATORS
 from stages.evaluation.pass_at_k import ANSWERS, GREEDY
 from stages.formats.table import write_rows
-from stages.megatron.throughput import CONSTANTS, UNFITTED_ERRORS
+from stages.mcore.throughput import CONSTANTS, UNFITTED_ERRORS
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout import rollouts
 from stages.train.trainer import train

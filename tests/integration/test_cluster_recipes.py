@@ -20,8 +20,8 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from stages.data.recipe import load
 from stages.data.sources import Source
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.memory import memory_share
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.memory import memory_share
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.config import PhaseConfig

@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.megatron import layer_spec, lora_layers
-from stages.megatron.activations import activation_bytes, in_flight, merged_bytes, saved_bytes, unkept_bytes
-from stages.megatron.attention_sinks import plain_attention
-from stages.megatron.layout_check import problem
-from stages.megatron.lora import Lora
-from stages.megatron.megatron_imports import Float16Module
-from stages.megatron.memory import layers_of, memory_share, owned_bytes, sharing, state_bytes
-from stages.megatron.model import build
+from stages.mcore import layer_spec, lora_layers
+from stages.mcore.activations import activation_bytes, in_flight, merged_bytes, saved_bytes, unkept_bytes
+from stages.mcore.attention_sinks import plain_attention
+from stages.mcore.layout_check import problem
+from stages.mcore.lora import Lora
+from stages.mcore.megatron_imports import Float16Module
+from stages.mcore.memory import layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.mcore.model import build
 from stages.models.base import ModelConfig
 from stages.models.costs import SLICE, AttentionCost, MemoryShare, Rows, training_flops
 from stages.models.parallel_layout import Layout

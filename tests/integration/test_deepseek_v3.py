@@ -20,16 +20,16 @@ from stages.export import hf
 from stages.export.hf import Rounded
 from stages.export.variants import registry as variants
 from stages.generation.in_process import load_weights
-from stages.megatron import layer_spec
-from stages.megatron.activations import saved_bytes
-from stages.megatron.architectures import deepseek_v3
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.fake_quantization import attach
-from stages.megatron.layout_check import problem
-from stages.megatron.memory import memory_share
-from stages.megatron.model import build, named_buffers, named_tensors
-from stages.megatron.quantize import RECIPES
-from stages.megatron.weight_init import Initial
+from stages.mcore import layer_spec
+from stages.mcore.activations import saved_bytes
+from stages.mcore.architectures import deepseek_v3
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.fake_quantization import attach
+from stages.mcore.layout_check import problem
+from stages.mcore.memory import memory_share
+from stages.mcore.model import build, named_buffers, named_tensors
+from stages.mcore.quantize import RECIPES
+from stages.mcore.weight_init import Initial
 from stages.models import registry
 from stages.models.base import ModelConfig
 from stages.models.costs import Rows

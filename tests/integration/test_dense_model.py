@@ -15,10 +15,10 @@ from release.cards import tables, training_tables
 from release.facts import training
 from release.facts.model_facts import read_model_facts
 from stages.export import hf
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.layout_check import problem
-from stages.megatron.memory import memory_share, state_bytes
-from stages.megatron.model import build, named_tensors
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.layout_check import problem
+from stages.mcore.memory import memory_share, state_bytes
+from stages.mcore.model import build, named_tensors
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3 import Qwen3Config
 from stages.train import parallel

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from pipeline.core import provenance
 from pipeline.core.store import Store
-from stages.megatron import gpu_environment, layer_spec
+from stages.mcore import gpu_environment, layer_spec
 from tests.fixtures import (
     ROOT,
     architecture_fixtures,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.core.store import Artifact
-from stages.megatron.moe_metrics import DEAD_SHARE, Experts
+from stages.mcore.moe_metrics import DEAD_SHARE, Experts
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.data import Order, RankBatch, Shards
@@ -42,9 +42,9 @@ def test_counts_are_those_of_another_implementation(corpus: Path) -> None:
     from transformers import Qwen3MoeConfig as HfConfig
     from transformers import Qwen3MoeForCausalLM
 
-    from stages.megatron.architectures.hf import hf_config
-    from stages.megatron.architectures.qwen3_moe import to_hf
-    from stages.megatron.weight_init import full_tensor
+    from stages.mcore.architectures.hf import hf_config
+    from stages.mcore.architectures.qwen3_moe import to_hf
+    from stages.mcore.weight_init import full_tensor
     from stages.models.qwen3_moe import Qwen3MoeConfig
 
     model = Qwen3MoeConfig(**train_fixtures.MODEL)

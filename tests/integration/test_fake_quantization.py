@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from stages.megatron import fake_quantization
-from stages.megatron.quantize import FP8, RECIPES, Counts, QuantizationRecipe
+from stages.mcore import fake_quantization
+from stages.mcore.quantize import FP8, RECIPES, Counts, QuantizationRecipe
 from stages.train import parallel
 from tests.fixtures import fp8_layout_fixtures
 from tests.fixtures.quantize_fixtures import SIZES, loss_of, model, quantize_dequantize

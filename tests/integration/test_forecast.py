@@ -20,7 +20,7 @@ from pipeline.graph import recipe as recipes
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.operations.cost_estimate import Use, estimate_costs
-from stages.megatron.throughput import StepSetup, shape_of, step_time
+from stages.mcore.throughput import StepSetup, shape_of, step_time
 from stages.models.costs import Rows
 from stages.train.estimate import training_time
 from tests.fixtures import ROOT

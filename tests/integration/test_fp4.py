@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.megatron import fake_quantization
-from stages.megatron.fake_quantization import LinearRecord
-from stages.megatron.quantize import E2M1, FP4, RECIPES, Kind, _round, hadamard, quantize
+from stages.mcore import fake_quantization
+from stages.mcore.fake_quantization import LinearRecord
+from stages.mcore.quantize import E2M1, FP4, RECIPES, Kind, _round, hadamard, quantize
 from stages.train import parallel
 from tests.fixtures.fp4_fixtures import TABLE, decode, f32, nearest, scalar, tensor_encode
 from tests.fixtures.quantize_fixtures import loss_of, model, quantize_dequantize, spread_out
@@ -98,7 +98,7 @@ def test_slabs_change_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
         return quantize(x, RECIPES[name], "gradient", summed, noise=torch.Generator().manual_seed(3)).values
 
     whole = {case: rounded(*case) for case in cases}
-    monkeypatch.setattr("stages.megatron.quantize.SLAB", 1000)
+    monkeypatch.setattr("stages.mcore.quantize.SLAB", 1000)
     assert all(torch.equal(rounded(*case), whole[case]) for case in cases)
 
 

@@ -18,12 +18,12 @@ from release.cards import tables
 from release.facts.model_facts import read_model_facts
 from stages.export import hf
 from stages.export.variants import registry as variants
-from stages.megatron.architectures import glm4_moe
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.layout_check import problem
-from stages.megatron.memory import memory_share
-from stages.megatron.model import build, named_buffers, named_tensors
-from stages.megatron.weight_init import Initial
+from stages.mcore.architectures import glm4_moe
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.layout_check import problem
+from stages.mcore.memory import memory_share
+from stages.mcore.model import build, named_buffers, named_tensors
+from stages.mcore.weight_init import Initial
 from stages.models import registry
 from stages.models.glm4_moe import Glm4MoeConfig
 from stages.models.parallel_layout import Layout

@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
 from pipeline.graph import registry
-from stages.megatron import fusions, gpu, gpu_environment, layer_spec
-from stages.megatron.layout_check import problem
-from stages.megatron.megatron_imports import TransformerConfig, gpt_layer_specs
-from stages.megatron.model import build, named_buffers, named_tensors, transformer_config
-from stages.megatron.tensor_sharding import Box, boxes
+from stages.mcore import fusions, gpu, gpu_environment, layer_spec
+from stages.mcore.layout_check import problem
+from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
+from stages.mcore.model import build, named_buffers, named_tensors, transformer_config
+from stages.mcore.tensor_sharding import Box, boxes
 from stages.models.base import Precision
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3 import Qwen3Config
@@ -273,7 +273,7 @@ def test_what_an_image_for_gpus_sets_and_holds_changes_nothing_without_one(tmp_p
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise SystemExit('imported')\n")
     code = (
-        "import torch; from stages.megatron import layer_spec; from stages.train import parallel\n"
+        "import torch; from stages.mcore import layer_spec; from stages.train import parallel\n"
         "before = torch.get_float32_matmul_precision()\n"
         "with parallel.session(0): inside = torch.get_float32_matmul_precision()\n"
         "print(before, inside, torch.get_float32_matmul_precision(), layer_spec.has_transformer_engine())"

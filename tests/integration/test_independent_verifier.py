@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.core.store import canonical
 from release import independent_verifier
-from release.build import build_release as builder
+from release.assembly import build_release as builder
 from tests.fixtures import release_fixtures
 from tests.fixtures.release_fixtures import resum
 

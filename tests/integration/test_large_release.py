@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.store import Artifact
-from release import trace
+from release import tracing
 from release.checks import documents, order
 from release.checks.check import Subject
 from release.data_layout import all_files, disposition_files, kept_files, token_files
 from release.facts.published_tables import read_json
-from release.trace.documents import find_documents, find_uses
-from release.trace.order_lookup import steps_by_file
-from release.trace.release_data import ReleaseData
+from release.tracing.documents import find_documents, find_uses
+from release.tracing.order_lookup import steps_by_file
+from release.tracing.release_data import ReleaseData
 from stages.data import order as order_stage
 from stages.data.computed_order import ComputedOrder, read_indexes
 from stages.data.order_config import OrderConfig
@@ -108,7 +108,7 @@ def test_traces_are_those_of_a_search_of_every_row(data: Path, tmp_path: Path) -
             for place in use.rows
         ]
     assert find_uses(ReleaseData.locate(data), ids) == {id: each.uses for id, each in traced.items() if each.uses}
-    assert trace.trace_document(data, ids[0]) == traced[ids[0]]
+    assert tracing.trace_document(data, ids[0]) == traced[ids[0]]
 
     config = OrderConfig.model_validate({
         name: value for name, value in read_json(data / "order/pretrain/meta.json").items()
@@ -123,7 +123,7 @@ def test_traces_are_those_of_a_search_of_every_row(data: Path, tmp_path: Path) -
         rows = search(
             f"SELECT id, row FROM read_parquet($files) WHERE step = {step} ORDER BY row, segment", files["order"]
         )
-        traced_rows = [(segment.id, segment.row) for segment in trace.trace_step(data, "pretrain", step).segments]
+        traced_rows = [(segment.id, segment.row) for segment in tracing.trace_step(data, "pretrain", step).segments]
         assert traced_rows == [(row["id"], row["row"]) for row in rows]
         assert computed.documents_of(step)["id"].to_pylist() == [row["id"] for row in rows]
 

@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-from stages.megatron.model import build, named_tensors
-from stages.megatron.simulated_rank import fake_groups
+from stages.mcore.model import build, named_tensors
+from stages.mcore.simulated_rank import fake_groups
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train import parallel

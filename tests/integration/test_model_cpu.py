@@ -23,7 +23,7 @@ def test_cpu_support_leaves_torch_alone() -> None:
         "  Qwen3MoeForCausalLM(c).save_pretrained(d)\n"
         "  logits = lambda: Qwen3MoeForCausalLM.from_pretrained(d)(torch.arange(20)[None]).logits\n"
         "  before = logits()\n"
-        "  import stages.megatron.megatron_imports\n"
+        "  import stages.mcore.megatron_imports\n"
         "  assert torch.equal(before, logits())\n"
         "assert not torch.cuda.is_available() and torch.zeros(1).type() == 'torch.FloatTensor'\n"
         "try: torch.zeros(1, device='cuda')\n"

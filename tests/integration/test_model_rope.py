@@ -12,11 +12,11 @@ import torch
 
 from pipeline.core.errors import AtomError
 from stages.export import comparison, hf, streamed_model
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.architectures.qwen3_moe import from_hf, to_hf
-from stages.megatron.model import transformer_config
-from stages.megatron.rope import frequencies
-from stages.megatron.weight_init import full_tensor
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.qwen3_moe import from_hf, to_hf
+from stages.mcore.model import transformer_config
+from stages.mcore.rope import frequencies
+from stages.mcore.weight_init import full_tensor
 from stages.models.base import Rope, Yarn
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig

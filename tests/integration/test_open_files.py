@@ -22,7 +22,7 @@ from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.launch import preflight
-from stages.megatron.megatron_imports import parallel_state
+from stages.mcore.megatron_imports import parallel_state
 from stages.models.parallel_layout import Layout
 from stages.train import parallel
 from tests.fixtures import layout_fixtures

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from pipeline.cli.main import app
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
+from release.assembly import build_release as builder
 from release.audit import openness, show
 from release.audit.replay.certificates import Certificate
-from release.build import build_release as builder
 from release.layout import SIGNATURE
 from release.repositories import repositories
 from stages.models.registry import parse

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from release import trace
+from release import tracing
 from release.audit import show as page
 from release.audit import verify as audit
 from release.checks import confine
@@ -77,9 +77,9 @@ def test_a_flipped_byte_is_reported_there_too(copy: Path, tmp_path: Path) -> Non
 )
 def test_trace_gives_the_same_answer(question: str, built: Path, tmp_path: Path) -> None:
     options, answer = {
-        "step": (("--step", "2", "--phase", "pretrain"), lambda: trace.trace_step(built, "pretrain", 2)),
-        "doc": (("--doc", "prose/001"), lambda: trace.trace_document(built, "prose/001")),
-        "text": (("--text", "quick "), lambda: trace.trace_text(built, "quick ", tmp_path / "trace")),
+        "step": (("--step", "2", "--phase", "pretrain"), lambda: tracing.trace_step(built, "pretrain", 2)),
+        "doc": (("--doc", "prose/001"), lambda: tracing.trace_document(built, "prose/001")),
+        "text": (("--text", "quick "), lambda: tracing.trace_text(built, "quick ", tmp_path / "trace")),
     }[question]
     text = elsewhere(tmp_path, "trace", str(built), *options, "--json")
     assert json.loads(text) == json.loads(json.dumps(answer().to_json()))

@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, sha256_file
-from release.build.attribution import write_attribution
+from release.assembly.attribution import write_attribution
 from stages.data import acquire
 from stages.data.licenses.maps import UNMAPPED
 from stages.data.packages import fetch

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pytest
 
 from pipeline.core.errors import AtomError
-from release.build import build_release as builder
+from release.assembly import build_release as builder
 from release.checks.formats import formats
 from release.facts.published_tables import read_rows
 from release.layout import PAGE, SITE

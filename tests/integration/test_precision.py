@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
 from stages.export import hf
-from stages.megatron import precision
-from stages.megatron.megatron_imports import gpt_layer_specs
+from stages.mcore import precision
+from stages.mcore.megatron_imports import gpt_layer_specs
 from stages.train.config import TrainConfig
 from tests.fixtures import train_fixtures
 
@@ -153,7 +153,7 @@ def test_gradients_are_summed_in_fp32(corpus: Path) -> None:
 
 def test_a_bf16_model_is_exported_as_it_computed(trained: Path, tmp_path: Path) -> None:
     """The file holds the optimizer's weights rounded once, which are those that the phase computed with."""
-    from stages.megatron.architectures.qwen3_moe import from_hf
+    from stages.mcore.architectures.qwen3_moe import from_hf
 
     config = {"model": train_fixtures.MODEL, "padded_vocab_size": train_fixtures.VOCAB, "dtype": "bfloat16"}
     inputs = {

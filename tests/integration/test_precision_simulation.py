@@ -16,8 +16,8 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import Display
 from pipeline.graph import recipe as recipes
-from stages.megatron import quantize
-from stages.megatron.quantize import E2M1, RECIPES, QuantizationRecipe
+from stages.mcore import quantize
+from stages.mcore.quantize import E2M1, RECIPES, QuantizationRecipe
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.precision_simulation import report, runner, simulation
 from stages.train.precision_simulation.proxy_model import build_proxy, dimensions, ratios, step_tokens

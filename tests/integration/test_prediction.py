@@ -16,8 +16,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import dag
 from pipeline.launch.start_records import prediction_key
+from release.assembly import build_release as builder
 from release.audit import verify as audit
-from release.build import build_release as builder
 from release.checks import prediction as check_of_prediction
 from release.checks import registry
 from release.facts import forecast

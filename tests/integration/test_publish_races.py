@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from release.build import build_release as builder
+from release.assembly import build_release as builder
 from release.hub.local.app import make_app
 from release.hub.local.server import IDLE_SECONDS, LOCAL_TOKEN, free_port
 from release.hub.local.store import Commit, HubStore, current_time

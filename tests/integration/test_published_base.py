@@ -16,8 +16,8 @@ import yaml
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
+from release.assembly import build_release as builder
 from release.audit.verify import verify
-from release.build import build_release as builder
 from release.checks.check import Subject
 from release.checks.weights import published_base
 from release.facts import assemble

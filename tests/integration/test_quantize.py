@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.megatron.fake_quantization import multiply
-from stages.megatron.quantize import E4M3, E5M2, FP8, RECIPES, Counts, Format, _round, quantize
+from stages.mcore.fake_quantization import multiply
+from stages.mcore.quantize import E4M3, E5M2, FP8, RECIPES, Counts, Format, _round, quantize
 from tests.fixtures.quantize_fixtures import quantize_dequantize, spread_out
 
 pytestmark = pytest.mark.numeric
@@ -188,7 +188,7 @@ def test_a_cut_between_blocks_changes_nothing(recipe: str) -> None:
 def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = spread_out(300, 70, 6, torch.float32)
     unsliced = {case: quantize(x, RECIPES[case[0]], *case[1:]) for case in CASES}
-    monkeypatch.setattr("stages.megatron.quantize.SLAB", 1000)
+    monkeypatch.setattr("stages.mcore.quantize.SLAB", 1000)
     for case, expected in unsliced.items():
         result = quantize(x, RECIPES[case[0]], *case[1:])
         assert torch.equal(result.values, expected.values) and result.counts == expected.counts, case

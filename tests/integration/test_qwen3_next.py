@@ -16,10 +16,10 @@ from stages.export.variants.registry import obstacle
 from stages.generation.decode import LibraryDecoder
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.layout_check import problem
-from stages.megatron.memory import memory_share
-from stages.megatron.model import build, named_tensors
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.layout_check import problem
+from stages.mcore.memory import memory_share
+from stages.mcore.model import build, named_tensors
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_next import Qwen3NextConfig
 from stages.train import parallel
@@ -203,9 +203,9 @@ def test_it_is_megatrons_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's own GatedDeltaNet with its PyTorch code, on the same weights, whose rows it has by kind."""
     from megatron.core.ssm import gated_delta_net as theirs
 
-    from stages.megatron.architectures import qwen3_next, qwen3_next_layers
-    from stages.megatron.layer_spec import RMSNorm
-    from stages.megatron.megatron_imports import tensor_parallel
+    from stages.mcore.architectures import qwen3_next, qwen3_next_layers
+    from stages.mcore.layer_spec import RMSNorm
+    from stages.mcore.megatron_imports import tensor_parallel
 
     if not hasattr(theirs, "causal_conv1d_fn"):
         pytest.skip("from megatron-core 0.17 on, its layer needs the package flash-linear-attention, which needs CUDA")

@@ -12,8 +12,8 @@ import torch
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import RankSimulation, Traffic
-from stages.megatron.model import transformer_config
-from stages.megatron.simulated_rank import Collective, CollectiveLog
+from stages.mcore.model import transformer_config
+from stages.mcore.simulated_rank import Collective, CollectiveLog
 from stages.models.costs import Rows
 from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation
@@ -230,7 +230,7 @@ def test_memory_of_a_published_run() -> None:
         settings = config(
             {"ranks": 16, "ep": 16}, {**model, "layers": layers}, 151936, 4096, precision="bf16", pack=False
         )
-        with mock.patch("stages.megatron.model.transformer_config", configured):
+        with mock.patch("stages.mcore.model.transformer_config", configured):
             peaks[layers] = rank_simulation.simulate(TrainConfig.model_validate(settings), 0).peak_bytes
     peak = peaks[2] + (48 - 2) * (peaks[6] - peaks[2]) / (6 - 2)
     assert peak / 2**30 == pytest.approx(62.17, rel=0.1)

@@ -14,7 +14,7 @@ from pipeline.core.errors import AtomError
 from release.audit.verify import verify
 from release.checks.check import Subject
 from release.checks.receipts import receipts
-from release.trace.receipts import EarlierRelease, receipt_path
+from release.tracing.receipts import EarlierRelease, receipt_path
 from tests.fixtures.opt_out_fixtures import hashed
 from tests.fixtures.opt_out_release_fixtures import MATCHES
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed, Interrupted
-from stages.megatron.weight_init import Initial
+from stages.mcore.weight_init import Initial
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl.rollout import rollouts
 from tests.fixtures import rl_fixtures, train_fixtures

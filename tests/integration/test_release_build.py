@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import write_manifest
-from release.build import build_release as builder
+from release.assembly import build_release as builder
 from release.layout import ALL_SUMS, GATES, GATES_STATED, PAGE, SUMS
 from release.repositories import files_below
 from release.schema import read_release
@@ -91,13 +91,13 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
 
 
 def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> None:
-    from release import trace
+    from release import tracing
 
     notes: list[str] = []
     cache = built.parent.parent / "trace"
     [index] = cache.iterdir()
     modified = index.stat().st_mtime_ns
-    answer = trace.trace_text(built, "quick brown fox", cache, notes.append)
+    answer = tracing.trace_text(built, "quick brown fox", cache, notes.append)
     assert answer.by == "index" and answer.matches and notes == [] and index.stat().st_mtime_ns == modified
     assert not [path for path in files_below(built) if path.endswith(".sqlite")]  # no part of the release
 
@@ -114,7 +114,7 @@ def test_a_question_in_the_folder_of_a_release_leaves_no_file_there(copy: Path, 
 
 
 def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Path, monkeypatch) -> None:
-    from release.trace import text_index
+    from release.tracing import text_index
 
     notes: list[str] = []
     (tmp_path / "trace").write_text("")  # where no folder can be made

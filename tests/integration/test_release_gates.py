@@ -11,8 +11,8 @@ from release.checks import gates, learning
 from release.checks.check import BuildContext
 from release.facts.data_facts import DataFacts, read_data_facts
 from release.facts.score_facts import CONTAMINATION, compute_scores
+from stages.confidence import Mean
 from stages.evaluation.settings import WAIVABLE_GATES, EvaluationSection
-from stages.statistics import Mean
 from tests.fixtures import release_fixtures
 
 LIMITS = EvaluationSection(problems={"add": 40}).model_dump()

@@ -15,8 +15,8 @@ from unittest.mock import patch
 import pytest
 
 from release import signing
+from release.assembly import build_release as builder
 from release.audit.verify import Verdict
-from release.build import build_release as builder
 from release.checks import file_list, formats
 from release.checks.check import Subject
 from release.checks.listing import kind_of

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from release import layout, repositories
-from release.build import build_release as builder
+from release.assembly import build_release as builder
 from release.cards import card_tables, plots, render, tables
 from release.checks import cards, gates
 from release.checks.check import BuildContext, Subject

@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import AtomError
-from release import trace
+from release import tracing
+from release.assembly import build_release as builder
 from release.audit.verify import kind_of
-from release.build import build_release as builder
 from release.cards import croissant
 from release.checks import documents
 from release.checks.check import Subject
 from release.facts.data_facts import read_data_facts
 from release.facts.published_tables import read_rows
-from release.trace import documents as tracing_documents
+from release.tracing import documents as tracing_documents
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.corpus_fixtures import LICENSES, Truth, make_corpus
@@ -263,14 +263,14 @@ def test_documents_among_ten_thousand_are_traced_as_by_brute_force(corpus: tuple
     for row in order:
         steps.setdefault(row["id"], []).append(row["step"])
     for id in sorted(dispositions)[::397]:
-        document = trace.trace_document(data, id)
+        document = tracing.trace_document(data, id)
         [fate] = document.fates
         table, row = dispositions[id]
         assert (fate.table, fate.rule, fate.kept_hash) == (table, row["rule"], row["kept_hash"])
         assert fate.origin == (kept[id]["origin"] if id in kept else None)
         assert [use.step for use in document.uses] == steps.get(id, [])
     for n in (1, 7, order[-1]["step"]):
-        segments = trace.trace_step(data, "pretrain", n).segments
+        segments = tracing.trace_step(data, "pretrain", n).segments
         expected = [row for row in order if row["step"] == n]
         assert [segment.id for segment in segments] == [row["id"] for row in expected]
         assert all((s.license, s.origin) == (kept[s.id]["license"], kept[s.id]["origin"]) for s in segments)
@@ -290,7 +290,7 @@ def test_the_nearest_id_among_ten_thousand(
         close = difflib.get_close_matches(id, ids[max(position - near // 2, 0) : position + near // 2], 1, 0.8)
         expected = f"did you mean {close[0]}?" if close else "look for its id in the dispositions"
         with pytest.raises(AtomError) as error:
-            trace.trace_document(data, id)
+            tracing.trace_document(data, id)
         assert expected in str(error.value)
 
 
@@ -298,7 +298,7 @@ def test_texts_among_ten_thousand_are_found(corpus: tuple[Path, Truth], tmp_path
     data, _ = corpus
     kept = [row for _, row in rows_of(data, "kept")]
     for span in (kept[4321]["text"][3:40], "word17 word", "no such text"):
-        answer = trace.trace_text(data, span, tmp_path)
+        answer = tracing.trace_text(data, span, tmp_path)
         assert {match.id for match in answer.matches} == {row["id"] for row in kept if span in row["text"]}
         assert answer.by == "index"
 

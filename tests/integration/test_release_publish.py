@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from release.build import build_release as builder
+from release.assembly import build_release as builder
 from release.hub.local.server import free_port, running
 from tests.fixtures import release_fixtures
 from tests.fixtures.publish_fixtures import build_another

@@ -57,7 +57,7 @@ def gaps(precision: str, seed: int) -> tuple[float, float]:
     with routers that choose."""
     from stages.generation.in_process import InProcess
     from stages.generation.protocols import Prompt
-    from stages.megatron.architectures.hf import hf_config
+    from stages.mcore.architectures.hf import hf_config
     from stages.rl.algorithms.grpo import without_routes
     from stages.rl.rollout.batches import Example, build_rank_batch
     from stages.train import parallel
@@ -119,9 +119,9 @@ def test_recorded_experts_that_no_router_chose_are_refused(place: Path, replayed
 
 
 def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() -> None:
-    from stages.megatron.model import build
-    from stages.megatron.routing_replay import UNRECORDED, RoutingReplay
-    from stages.megatron.weight_init import full_tensor
+    from stages.mcore.model import build
+    from stages.mcore.routing_replay import UNRECORDED, RoutingReplay
+    from stages.mcore.weight_init import full_tensor
     from stages.models.qwen3_moe import Qwen3MoeConfig
     from stages.train import parallel
     from tests.fixtures.model_fixtures import load_tensors

@@ -25,8 +25,8 @@ from release.facts import assemble, size_facts
 from release.facts.checkpoint_facts import read_checkpoints
 from release.layout import RECIPE, sizes_of, when
 from release.prediction import sealing
-from release.trace import documents
-from release.trace.release_data import ReleaseData
+from release.tracing import documents
+from release.tracing.release_data import ReleaseData
 from stages.models.registry import parse
 from tests.fixtures import ROOT, release_fixtures, train_fixtures
 from tests.fixtures.replay_fixtures import build

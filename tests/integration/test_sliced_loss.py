@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.megatron.model import named_tensors
+from stages.mcore.model import named_tensors
 from stages.models import parallel_layout
 from stages.models.parallel_layout import Layout
 from stages.train import parallel

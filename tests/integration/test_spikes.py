@@ -41,7 +41,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plant(folder: Path, *steps: int) -> Path:
     """A corpus in whose order some steps read noise alone."""
-    from stages.megatron.megatron_imports import IndexedDatasetBuilder
+    from stages.mcore.megatron_imports import IndexedDatasetBuilder
 
     train_fixtures.make(folder, PHASE)
     rng, prefix = random.Random(1), str(folder / "tokens/train/noise/part-00000")
@@ -192,7 +192,7 @@ def test_what_is_no_number_is_skipped_from_the_first_step(poisoned: Path, tmp_pa
 
 def test_broken_activations_are_rewound(poisoned: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A step whose routers see no numbers at all: its record goes through work checkpoints, and no file holds a NaN."""
-    from stages.megatron.megatron_imports import TopKRouter
+    from stages.mcore.megatron_imports import TopKRouter
 
     gate, passes = TopKRouter.gating, [0]
 

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError, CheckFailed
-from release import merkle, trace
-from release.build import build_release as builder
+from release import merkle, tracing
+from release.assembly import build_release as builder
 from release.checksums import write_sums
 from release.facts.published_tables import read_rows
 from release.layout import SUMS
 from release.repositories import files_below
-from release.trace.documents import FATE, PLACE
+from release.tracing.documents import FATE, PLACE
 from stages.formats.table import DISPOSITIONS, write_rows
 from tests.fixtures import parts_fixtures, release_fixtures
 
@@ -220,7 +220,7 @@ def test_every_step_has_its_rows(release: Path) -> None:
             rows = [row for row in order_rows(release / "dataset" / order) if row["step"] == step]
             names = (*PLACE, "source", "id")
             expected = [{**{name: row[name] for name in names}, **about[row["id"]]} for row in rows]
-            answer = trace.trace_step(release, phase, step)
+            answer = tracing.trace_step(release, phase, step)
             assert rows and [dataclasses.asdict(segment) for segment in answer.segments] == expected
             assert (answer.phase, answer.step, answer.order, answer.moved) == (
                 phase,
@@ -228,11 +228,11 @@ def test_every_step_has_its_rows(release: Path) -> None:
                 order,
                 moved_weights(phase, order, step),
             )
-            page = trace.text(answer)
+            page = tracing.text(answer)
             assert all(f"{row['id']}  {row['license']}  {row['origin']}" in page for row in expected)
             assert ("without a weight update" in page) == ((phase, step) in IDLE)
             assert plain(answer)["kind"] == "step"
-    only = trace.trace_step(release, None, 4)  # one phase alone has so many
+    only = tracing.trace_step(release, None, 4)  # one phase alone has so many
     assert only.phase == "midtrain" and only.segments[0].id == "prose/005"
 
 
@@ -250,9 +250,9 @@ def test_a_step_that_there_is_not_is_reported(release: Path, alone: Path) -> Non
     ):
         for folder in (release, alone):
             with pytest.raises(AtomError, match=text):
-                trace.trace_step(folder, phase, n)
+                tracing.trace_step(folder, phase, n)
     with pytest.raises(AtomError, match="model is neither a release nor its data repository"):
-        trace.trace_step(release / "model", None, 1)
+        tracing.trace_step(release / "model", None, 1)
 
 
 def test_every_document_has_its_outcome_and_its_steps(release: Path) -> None:
@@ -264,7 +264,7 @@ def test_every_document_has_its_outcome_and_its_steps(release: Path) -> None:
     assert len(checkpoints) == 10
     reached = set()
     for id in [*dispositions, "old/1"]:
-        document = trace.trace_document(release, id)
+        document = tracing.trace_document(release, id)
         if id in dispositions:
             disposition = {name: dispositions[id][name] for name in FATE} | {"table": table_of[id]}
             assert dataclasses.asdict(document.fates[0]) == {**disposition, "origin": origins.get(id)}
@@ -276,49 +276,49 @@ def test_every_document_has_its_outcome_and_its_steps(release: Path) -> None:
                    if any(at < PHASES.index(phase) or (at == PHASES.index(phase) and n <= step) for at, n in trained)}  # fmt: skip
         assert set(document.checkpoints or []) == include and len(document.checkpoints or []) == len(include), id
         models = [m for m, phase in TRAINED.items() if any(at <= PHASES.index(phase) for at, _ in trained)]
-        assert document.models == models and document.unknown == trace.trace_document(release, "prose/000").unknown
+        assert document.models == models and document.unknown == tracing.trace_document(release, "prose/000").unknown
         reached.add((len(include), len(models)))
-        page = trace.text(document)
+        page = tracing.text(document)
         assert page.startswith(id) and all(name in page for name in include)
         assert plain(document)["uses"] == uses
     assert len(reached) > 3
-    assert trace.trace_document(release, "prose/009").uses[0].moved is False
-    assert trace.trace_document(release, "prose/009").checkpoints == []  # it was read by an idle step only
-    old = trace.trace_document(release, "old/1")
+    assert tracing.trace_document(release, "prose/009").uses[0].moved is False
+    assert tracing.trace_document(release, "prose/009").checkpoints == []  # it was read by an idle step only
+    old = tracing.trace_document(release, "old/1")
     assert [use.step for use in old.uses] == [1, 2]
     assert old.fates[0].table.startswith("earlier/dedup-bbbb/dispositions") and old.fates[0].origin == OLD["origin"]
     assert old.checkpoints[0] == "midtrain-step-2"  # type: ignore[index]
-    assert len(trace.trace_document(release, "prose/001").fates) == 2
-    assert "removed by near_duplicate: 1, threshold 2, duplicate of sums/003" in trace.text(
-        trace.trace_document(release, "prose/007")
+    assert len(tracing.trace_document(release, "prose/001").fates) == 2
+    assert "removed by near_duplicate: 1, threshold 2, duplicate of sums/003" in tracing.text(
+        tracing.trace_document(release, "prose/007")
     )
 
 
 def test_tasks_that_ask_what_a_document_asks(release: Path) -> None:
     table = "rl/rlvr/tasks.jsonl"
-    tasks = trace.trace_document(release, "prose/005").asked
+    tasks = tracing.trace_document(release, "prose/005").asked
     assert [dataclasses.asdict(task) for task in tasks] == [{"phase": "rlvr", "table": table, "tasks": ["sort/1/0", "sort/1/2"], "steps": [1, 2], "answers": 3,
                       "learnt": 2}]  # fmt: skip
-    assert "a task of rlvr, steps 1-2: 3 answers, 2 trained on" in trace.text(
-        trace.trace_document(release, "prose/005")
+    assert "a task of rlvr, steps 1-2: 3 answers, 2 trained on" in tracing.text(
+        tracing.trace_document(release, "prose/005")
     )
-    assert all(trace.trace_document(release, id).asked == [] for id in ids(release) if id != "prose/005")
+    assert all(tracing.trace_document(release, id).asked == [] for id in ids(release) if id != "prose/005")
 
 
 def test_an_unknown_document_is_reported_with_the_nearest(release: Path) -> None:
     with pytest.raises(AtomError, match=r"has no document prose/0001, and no task; did you mean prose/001\?"):
-        trace.trace_document(release, "prose/0001")
+        tracing.trace_document(release, "prose/0001")
     with pytest.raises(AtomError, match=r"has no document zzz, and no task; look for its id in"):
-        trace.trace_removal(release, "zzz")
+        tracing.trace_removal(release, "zzz")
 
 
 def kept_of(data: Path, source: str) -> list[Path]:
     return sorted(data.glob(f"kept/{source}/*.parquet"))
 
 
-def agrees(release: Path, span: str, cache: Path) -> trace.TextMatches:
+def agrees(release: Path, span: str, cache: Path) -> tracing.TextMatches:
     """Asks for a span, and compares the answer with Python's own `in` over all kept texts."""
-    answer = trace.trace_text(release, span, cache)
+    answer = tracing.trace_text(release, span, cache)
     expected: dict[tuple[str, str], tuple[int, list[str]]] = {}
     for table, row in kept_documents(release):
         if span in row["text"]:
@@ -345,7 +345,7 @@ def test_spans_are_found_where_they_stand(release: Path, cache: Path) -> None:
     assert {answer.by for answer in results} == {"index", "scan"}
     assert sum(len(answer.matches) > 0 for answer in results) > 40
     assert [m.id for m in agrees(release, "left", cache).matches] == ["prose/001"]  # and not LEFT
-    page = trace.text(agrees(release, "older text 🦊", cache))
+    page = tracing.text(agrees(release, "older text 🦊", cache))
     assert "old/1: once; train; MIT; https://old.example.org/1" in page and "in midtrain, steps 1-2 (earlier/" in page
     assert agrees(release, "aaa", cache).matches[0].count == 3  # without overlap
 
@@ -400,12 +400,12 @@ def test_rows_are_found_in_every_row_group(tmp_path: Path) -> None:
 def test_an_index_is_made_once_for_the_same_texts(release: Path, alone: Path, tmp_path: Path) -> None:
     notes: list[str] = []
     cache = tmp_path / "cache"
-    first = trace.trace_text(release, "said", cache, notes.append)
+    first = tracing.trace_text(release, "said", cache, notes.append)
     [index] = cache.iterdir()
     status = index.stat()
     assert notes == [f"indexing {path.relative_to(release / 'dataset')}" for path in kept_tables(release)]
     indexed = len(notes)
-    answer = trace.trace_text(alone, "said", cache, notes.append)  # the same kept files elsewhere: the same index
+    answer = tracing.trace_text(alone, "said", cache, notes.append)  # the same kept files elsewhere: the same index
     assert [m.id for m in answer.matches] == [m.id for m in first.matches] == ["prose/001", "prose/006"]
     assert (
         len(notes) == indexed
@@ -416,37 +416,37 @@ def test_an_index_is_made_once_for_the_same_texts(release: Path, alone: Path, tm
     for path in kept_of(alone, "prose"):
         change(path, {"prose/001": {"text": "an inserted word"}})
     write_sums(alone / SUMS, alone, [path for path in files_below(alone) if path != SUMS])
-    assert [m.id for m in trace.trace_text(alone, "inserted", cache, notes.append).matches] == ["prose/001"]
+    assert [m.id for m in tracing.trace_text(alone, "inserted", cache, notes.append).matches] == ["prose/001"]
     assert len(notes) == 2 * indexed and len(list(cache.iterdir())) == 2
 
 
 def test_an_index_that_cannot_be_trusted_is_refused(release: Path, alone: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with pytest.raises(AtomError, match="the span is empty"):
-        trace.trace_text(release, "", cache)
+        tracing.trace_text(release, "", cache)
     with pytest.raises(AtomError, match="not valid Unicode text"):
-        trace.trace_text(release, "a\udc80b", cache)
+        tracing.trace_text(release, "a\udc80b", cache)
     kept = kept_of(alone, "sums")[-1]
     kept.write_bytes(kept.read_bytes()[:200])
     with pytest.raises(AtomError, match=f"{kept.name} differs from the checksums beside it; verify this copy"):
-        trace.trace_text(alone, "said", cache)
+        tracing.trace_text(alone, "said", cache)
     assert list(cache.iterdir()) == []  # half an index is none
     kept.unlink()
     name = kept.relative_to(alone).as_posix()
     with pytest.raises(AtomError, match=f"{name} is missing or not listed in SHA256SUMS"):
-        trace.trace_text(alone, "a", cache)
+        tracing.trace_text(alone, "a", cache)
     (alone / SUMS).unlink()
     with pytest.raises(CheckFailed, match="SHA256SUMS is missing"):
-        trace.trace_text(alone, "said", cache)
-    trace.trace_text(release, "said", cache)
+        tracing.trace_text(alone, "said", cache)
+    tracing.trace_text(release, "said", cache)
     [index] = cache.iterdir()
     for damaged in (b"", index.read_bytes()[:4096], b"no database" * 99):
         index.write_bytes(damaged)
         with pytest.raises(AtomError, match=r"the index .* is damaged .*; remove it and run the command again"):
-            trace.trace_text(release, "said", cache)
+            tracing.trace_text(release, "said", cache)
     (tmp_path / "file").write_text("")
     with pytest.raises(AtomError, match="cannot be written"):
-        trace.trace_text(release, "said", tmp_path / "file")
+        tracing.trace_text(release, "said", tmp_path / "file")
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -480,7 +480,7 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
     texts["prose/003"] = texts["sums/007"] = texts["prose/001"]  # the same text, of those that were removed
     found_in = set()
     for id in [*ids(release), "old/1"]:
-        report = trace.trace_removal(release, id)
+        report = tracing.trace_removal(release, id)
         expected = []
         for path, rows in content.items():
             by_id = sum(id in row for row in rows)
@@ -491,18 +491,18 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
             {k: v for k, v in dataclasses.asdict(row).items() if k != "repository"} for row in report.files
         ] == expected, id
         found_in |= {row.path for row in report.files}
-        assert report.document == trace.trace_document(release, id)
+        assert report.document == tracing.trace_document(release, id)
         assert set(report.proofs) == {table for table in roots if id in ids_of_table[table]}
         assert [merkle.check(dataclasses.asdict(proof), roots) for proof in report.proofs.values()] == [None] * len(
             report.proofs
         )
-        page = trace.text(report)
+        page = tracing.text(report)
         assert all(row["path"] in page for row in expected) and page.startswith(f"Request to remove {id}\n")
         assert ("a proof: the document is of an earlier run" in page) == (id == "old/1")
         assert plain(report)["document"]["id"] == id
     assert {f"evidence/training/rlvr/{name}.json" for name in "ab"} <= found_in  # an id that JSON writes in two ways
     assert {"dataset/rl/rlvr/rollouts.parquet", "evidence/training/longcontext-2/training.jsonl"} <= found_in
-    repositories = {row.path: row.repository for row in trace.trace_removal(release, "prose/001").files}
+    repositories = {row.path: row.repository for row in tracing.trace_removal(release, "prose/001").files}
     kept = next(path for path in repositories if path.startswith("dataset/kept/prose"))
     assert repositories[kept] == "local/tiny-data"
     assert repositories["evidence/training/longcontext-2/training.jsonl"] == "local/tiny-evidence"
@@ -532,39 +532,39 @@ def test_duplicates_are_followed_both_ways(release: Path) -> None:
         "sums/007": {"prose/001": same_text, "prose/003": same_text},
         "prose/002": {},
     }.items():
-        related = trace.trace_removal(release, id).related
+        related = tracing.trace_removal(release, id).related
         assert {row.document.id: row.relation for row in related} == expected
-        assert all(row.document == trace.trace_document(release, row.document.id) for row in related)
-    assert trace.trace_removal(release, "prose/007").related[0].document.checkpoints  # sums/002 was trained on
+        assert all(row.document == tracing.trace_document(release, row.document.id) for row in related)
+    assert tracing.trace_removal(release, "prose/007").related[0].document.checkpoints  # sums/002 was trained on
 
 
 def test_of_the_data_alone_it_says_what_it_cannot_tell(release: Path, alone: Path, tmp_path: Path) -> None:
     for id in ("prose/001", "prose/003", "old/1"):
-        complete, partial = trace.trace_document(release, id), trace.trace_document(alone, id)
+        complete, partial = tracing.trace_document(release, id), tracing.trace_document(alone, id)
         assert partial.checkpoints is None and partial.fates == complete.fates
         unmoved = [dataclasses.replace(use, moved=None) for use in complete.uses]
         assert partial.uses == unmoved and partial.models == complete.models
         assert [text.split(":")[0] for text in partial.unknown] == [
             "which checkpoints include a step", "which steps moved no weight"
         ]  # fmt: skip
-        assert "unknown here: which checkpoints" in trace.text(partial)
-        report = trace.trace_removal(alone, id)
+        assert "unknown here: which checkpoints" in tracing.text(partial)
+        report = tracing.trace_removal(alone, id)
         assert all(row.repository is None for row in report.files) and "only the data is here" in str(report.unknown)
-        assert report.proofs == trace.trace_removal(release, id).proofs
-        paths = {row.path for row in trace.trace_removal(release, id).files if row.path.startswith("dataset/")}
+        assert report.proofs == tracing.trace_removal(release, id).proofs
+        paths = {row.path for row in tracing.trace_removal(release, id).files if row.path.startswith("dataset/")}
         assert {f"dataset/{row.path}" for row in report.files} == paths
-    step = trace.trace_step(alone, "longcontext-2", 1)
-    assert step.moved is None and step.segments == trace.trace_step(release, "longcontext-2", 1).segments
-    assert len(step.unknown) == 1 and trace.trace_step(release, "longcontext-2", 1).unknown != step.unknown
-    partial = trace.trace_text(alone, "said", tmp_path / "cache")
+    step = tracing.trace_step(alone, "longcontext-2", 1)
+    assert step.moved is None and step.segments == tracing.trace_step(release, "longcontext-2", 1).segments
+    assert len(step.unknown) == 1 and tracing.trace_step(release, "longcontext-2", 1).unknown != step.unknown
+    partial = tracing.trace_text(alone, "said", tmp_path / "cache")
     assert [m.id for m in partial.matches] == ["prose/001", "prose/006"] and len(partial.unknown) == 1
-    assert trace.trace_document(release, "prose/001").unknown == [
+    assert tracing.trace_document(release, "prose/001").unknown == [
         "which steps of earlier runs moved no weight: their logs are not published"
     ]
 
 
 def test_what_a_terminal_would_obey_is_not_printed(release: Path) -> None:
-    document = trace.trace_document(release, "prose/001")
+    document = tracing.trace_document(release, "prose/001")
     disposition = dataclasses.replace(document.fates[0], origin="a\nb", license="\x9b2J")
-    page = trace.text(dataclasses.replace(document, id="prose/\x1b[2J", fates=[disposition]))
+    page = tracing.text(dataclasses.replace(document, id="prose/\x1b[2J", fates=[disposition]))
     assert "\x1b" not in page and r"prose/\x1b[2J" in page and r"\x9b2J; a\nb" in page

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from release import trace
+from release import tracing
 from release.facts.published_tables import read_rows
 from stages.formats.seeds import seed_of
 from stages.rl.rollout.pair_order import PairOrder, hash_fraction
@@ -60,7 +60,7 @@ def reward_rows(release: Path) -> dict[int, list[int]]:
     return {n + 1: sequence[n * per_step :][:per_step] for n in range(config["phase"]["steps"])}
 
 
-def compare_answers(answers: list[trace.SampledAnswer], rows: list[dict[str, Any]], moved: set[int]) -> None:
+def compare_answers(answers: list[tracing.SampledAnswer], rows: list[dict[str, Any]], moved: set[int]) -> None:
     assert [tuple(getattr(a, name) for name in PLAIN) for a in answers] == [tuple(r[n] for n in PLAIN) for r in rows]
     assert [a.parts for a in answers] == [json.loads(row["parts"]) for row in rows]
     assert [a.learnt for a in answers] == [not row["dropped"] and row["step"] in moved for row in rows]
@@ -74,7 +74,7 @@ def test_a_step_has_its_prompts_answers_and_rewards(release: Path, phase: str) -
     steps = sorted({row["step"] for row in rows})
     assert len(steps) > 1
     for step in steps:
-        answer = trace.trace_step(release, phase, step)
+        answer = tracing.trace_step(release, phase, step)
         here = [row for row in rows if row["step"] == step]
         assert [task.id for task in answer.tasks] == list(dict.fromkeys(row["task"] for row in here))
         for task in answer.tasks:
@@ -82,7 +82,7 @@ def test_a_step_has_its_prompts_answers_and_rewards(release: Path, phase: str) -
             assert task.messages == messages[task.id] and task.phase == phase
         assert answer.moved == (step in moved)
         assert (answer.order is None) == (phase != "rlvr") and bool(answer.segments) == (phase == "rlvr")
-        page = trace.text(answer)
+        page = tracing.text(answer)
         assert all(f"task {row['task']} ({phase})" in page for row in here) and page.count("reward ") >= len(here)
         formed = [pair for task in answer.tasks for pair in task.pairs]
         assert len(formed) == (sum(row["round"] == step for row in pairs(release)) if phase == "dpo" else 0)
@@ -92,16 +92,16 @@ def test_a_step_has_its_prompts_answers_and_rewards(release: Path, phase: str) -
 def test_a_step_of_the_reward_model_has_its_pairs(release: Path) -> None:
     rows, by_step = pairs(release), reward_rows(release)
     for step, wanted in by_step.items():
-        answer = trace.trace_step(release, "reward", step)
+        answer = tracing.trace_step(release, "reward", step)
         read = {pair.row: pair for task in answer.tasks for pair in task.pairs}
         assert set(read) == set(wanted) and answer.moved and not answer.segments
         for number, pair in read.items():
             assert {
                 name: rows[number][name] for name in ("chosen", "rejected", "question", "learnt", "chosen_reward")
             } == {name: getattr(pair, name) for name in ("chosen", "rejected", "question", "learnt", "chosen_reward")}
-        assert "by the reward model in steps" in trace.text(answer)
+        assert "by the reward model in steps" in tracing.text(answer)
     with pytest.raises(AtomError, match="has no step 4 of reward; .*reward ends with step 3"):
-        trace.trace_step(release, "reward", 4)
+        tracing.trace_step(release, "reward", 4)
 
 
 def test_an_epoch_of_pairs_has_each_pair_once() -> None:
@@ -117,7 +117,7 @@ def test_every_task_leads_to_its_answers_pairs_and_checkpoints(release: Path) ->
     ids = sorted({row["task"] for rows in sampled.values() for row in rows})
     reached = set()
     for id in ids:
-        document = trace.trace_document(release, id)
+        document = tracing.trace_document(release, id)
         assert document.fates == [] and document.uses == [] and document.id == id
         for task in document.tasks:
             compare_answers(
@@ -139,12 +139,12 @@ def test_every_task_leads_to_its_answers_pairs_and_checkpoints(release: Path) ->
 def test_a_task_in_the_data_alone_and_in_a_request_for_removal(release: Path, tmp_path: Path) -> None:
     id = pairs(release)[0]["task"]
     alone = Path(shutil.copytree(release / "dataset", tmp_path / "alone"))
-    document = trace.trace_document(alone, id)
+    document = tracing.trace_document(alone, id)
     assert document.checkpoints is None and {a.learnt for t in document.tasks for a in t.answers} == {None, False}
     assert {pair.reward_steps for task in document.tasks for pair in task.pairs} == {None}
     with pytest.raises(AtomError, match="does not state how the reward model reads pairs; the whole release does"):
-        trace.trace_step(alone, "reward", 1)
-    report = trace.trace_removal(release, id)
+        tracing.trace_step(alone, "reward", 1)
+    report = tracing.trace_removal(release, id)
     assert {file.path for file in report.files} >= {f"dataset/rl/dpo/{n}" for n in ("tasks.jsonl", "pairs.parquet")}
     assert report.proofs == {} and "a proof: tasks and answers are in no table that has a root" in report.unknown
 

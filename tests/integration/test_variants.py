@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import RecipeError
 from release import signing
+from release.assembly import build_release as builder
 from release.audit.verify import verify
-from release.build import build_release as builder
 from release.checksums import write_sums
 from release.repositories import repositories
 from stages.evaluation.estimates import CPU_FLOPS, SHARD_SECONDS

@@ -27,9 +27,9 @@ from stages.generation.in_process import InProcess
 from stages.generation.protocols import Completion, Prompt
 from stages.generation.vllm_sampler import VllmServer
 from stages.generation.weights import Weights
-from stages.megatron.architectures import qwen3_moe
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.weight_init import full_tensor
+from stages.mcore.architectures import qwen3_moe
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.weight_init import full_tensor
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl.rollout import rollouts

@@ -18,11 +18,11 @@ from stages.export.variants.registry import obstacle
 from stages.generation.decode import LibraryDecoder
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.layout_check import problem
-from stages.megatron.memory import memory_share
-from stages.megatron.model import build, named_tensors
-from stages.megatron.weight_init import Initial
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.layout_check import problem
+from stages.mcore.memory import memory_share
+from stages.mcore.model import build, named_tensors
+from stages.mcore.weight_init import Initial
 from stages.models.gpt_oss import GptOssConfig
 from stages.models.parallel_layout import Layout
 from stages.train import parallel

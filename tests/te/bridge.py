@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 from stages.export import comparison, hf
 from stages.formats.tokenizer import END, PAD
-from stages.megatron.architectures import qwen3_next
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.param_names import BUFFERS, global_name
-from stages.megatron.weight_init import Initial
+from stages.mcore.architectures import qwen3_next
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.param_names import BUFFERS, global_name
+from stages.mcore.weight_init import Initial
 from stages.models import registry
 from stages.models.base import ModelConfig
 from stages.models.qwen3_next import Qwen3NextConfig

@@ -19,9 +19,9 @@ from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8Bloc
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 
-from stages.megatron import fake_quantization
-from stages.megatron.architectures import qwen3_next_layers
-from stages.megatron.quantize import FP8, KINDS, RECIPES, Kind
+from stages.mcore import fake_quantization
+from stages.mcore.architectures import qwen3_next_layers
+from stages.mcore.quantize import FP8, KINDS, RECIPES, Kind
 from tests.fixtures.quantize_fixtures import quantize_dequantize
 from tests.te import stand_ins
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from stages.megatron.megatron_imports import Float16Module
-from stages.megatron.model import build
+from stages.mcore.megatron_imports import Float16Module
+from stages.mcore.model import build
 from stages.models.base import ModelConfig, Precision
 from stages.models.costs import Rows
 from stages.models.parallel_layout import Layout

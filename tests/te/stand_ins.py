@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from stages.megatron import megatron_cpu_patches
+from stages.mcore import megatron_cpu_patches
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 FP8 = {"kFloat8E4M3": (torch.float8_e4m3fn, 448.0), "kFloat8E5M2": (torch.float8_e5m2, 57344.0)}
@@ -443,7 +443,7 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
     import transformer_engine.pytorch  # noqa: F401 - before the compiled part, which needs its library
     import transformer_engine_torch as tex
 
-    import stages.megatron.megatron_imports  # noqa: F401 - imports all of TE that Megatron uses
+    import stages.mcore.megatron_imports  # noqa: F401 - imports all of TE that Megatron uses
 
     # isort: split
     import megatron.core.ssm.gated_delta_net.gdn  # noqa: F401 - this project does not use it, Megatron-Bridge does

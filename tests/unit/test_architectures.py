@@ -1,4 +1,4 @@
-"""The registry of architectures: each folder of stages/models is named, and each entry keeps its contract."""
+"""The registry of architectures: each file of stages/mcore/architectures with a SPEC is named, and each entry keeps its contract."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from tests.fixtures import ROOT
 REGISTRY = "stages/models/registry.py"
 
 
-def test_folders_and_registry_name_each_other() -> None:
-    folders = {path.parent.name for path in (ROOT / "stages/models").glob("*/config.py")}
-    assert folders - set(ARCHITECTURES) == set(), (
-        f"add a line for stages/models/{min(folders - set(ARCHITECTURES), default='')} to {REGISTRY}"
+def test_files_and_registry_name_each_other() -> None:
+    files = (ROOT / "stages/mcore/architectures").glob("*.py")
+    specs = {path.stem for path in files if "\nSPEC = " in path.read_text(encoding="utf-8")}
+    assert specs - set(ARCHITECTURES) == set(), (
+        f"add a line for {min(specs - set(ARCHITECTURES), default='')} to {REGISTRY}"
     )
-    assert set(ARCHITECTURES) - folders == set(), f"{REGISTRY} names an architecture without a folder in stages/models"
+    assert set(ARCHITECTURES) - specs == set(), f"{REGISTRY} names an architecture without a SPEC for Megatron"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_entry_has_its_config_and_its_spec(name: str) -> None:
     config = ARCHITECTURES[name]
-    assert issubclass(config, ModelConfig) and config.__module__ == f"stages.models.{name}.config"
-    assert config.spec_module == f"stages.models.{name}.spec"
+    assert issubclass(config, ModelConfig) and config.__module__ == f"stages.models.{name}"
+    assert config.spec_module == f"stages.mcore.architectures.{name}"
     assert get_args(config.model_fields["architecture"].annotation) == (name,)
     assert isinstance(import_module(config.spec_module).SPEC, ModelSpec)
 

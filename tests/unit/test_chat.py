@@ -301,7 +301,7 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
     tokenization.run(
         tokenization.TokenizeConfig(conversations=("talk",)), inputs, tmp_path / "work", out, RecordingReport()
     )
-    from stages.megatron.megatron_imports import IndexedDataset
+    from stages.mcore.megatron_imports import IndexedDataset
 
     theirs = AutoTokenizer.from_pretrained(folder)
     ids = {

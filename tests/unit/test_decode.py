@@ -8,9 +8,9 @@ import torch
 from stages.generation.decode import Decoder, LibraryDecoder
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.megatron.architectures import qwen3_moe
-from stages.megatron.architectures.hf import hf_config
-from stages.megatron.weight_init import full_tensor
+from stages.mcore.architectures import qwen3_moe
+from stages.mcore.architectures.hf import hf_config
+from stages.mcore.weight_init import full_tensor
 from stages.models.base import ModelConfig, Yarn
 from stages.models.qwen3 import Qwen3Config
 from stages.models.qwen3_moe import Qwen3MoeConfig

@@ -14,9 +14,9 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Needs, identity
 from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry
-from stages import statistics
+from stages import confidence
 from stages.evaluation import bits_per_byte, exact_match, model_evaluation
-from stages.megatron import gpu_environment
+from stages.mcore import gpu_environment
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
 
@@ -150,10 +150,10 @@ def test_bytes_of_a_cut_character_and_of_a_special_name(inputs) -> None:
 
 
 def test_standard_errors() -> None:
-    equal = statistics.ratio([(20.0, 10), (40.0, 20)])
+    equal = confidence.ratio([(20.0, 10), (40.0, 20)])
     assert equal == {"value": 2.0, "se": 0.0, "documents": 2, "bytes": 30}
-    assert statistics.ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
-    assert statistics.binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+    assert confidence.ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
+    assert confidence.binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
 
 
 def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_modules_that_plan_and_cli_import_are_light() -> None:
     import sys
 
     heavy = ("torch", "numpy", "pyarrow", "transformers", "huggingface_hub", "jinja2")
-    ours = "stages.evaluation.model_evaluation, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, stages.evaluation.memorization, release.build.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
+    ours = "stages.evaluation.model_evaluation, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, stages.evaluation.memorization, release.assembly.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
     code = f"import sys, json, {ours}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     root = ROOT
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

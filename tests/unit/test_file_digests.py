@@ -17,7 +17,7 @@ from stages.formats import file_digests
 OTHER_PROCESS = """
 import sys
 from pathlib import Path
-from stages.data import file_digests
+from stages.formats import file_digests
 file_digests.SETTLED_SECONDS = 0
 file_digests.sha256_file = lambda path: print("hashed", path.name) or "f" * 64
 print(*file_digests.file_digests([Path(path) for path in sys.argv[1:]]))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.megatron.model import build, named_tensors
-from stages.megatron.param_names import global_name
-from stages.megatron.weight_init import full_tensor
+from stages.mcore.model import build, named_tensors
+from stages.mcore.param_names import global_name
+from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import train_fixtures

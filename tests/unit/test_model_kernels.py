@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.megatron import layer_spec, row_tables
-from stages.megatron.attention_sinks import plain_attention
-from stages.megatron.layer_spec import Attention, Norm, causal_attention
-from stages.megatron.qkv import Heads
-from stages.megatron.row_tables import Tables
+from stages.mcore import layer_spec, row_tables
+from stages.mcore.attention_sinks import plain_attention
+from stages.mcore.layer_spec import Attention, Norm, causal_attention
+from stages.mcore.qkv import Heads
+from stages.mcore.row_tables import Tables
 
 pytestmark = pytest.mark.numeric
 

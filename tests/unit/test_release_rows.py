@@ -16,7 +16,7 @@ from pipeline.core.errors import AtomError
 from release.checks import rows
 from release.checks.rows import Rows, repeated_ids
 from release.facts.distinct import BYTES, Distinct
-from release.trace.release_data import select_rows
+from release.tracing.release_data import select_rows
 
 NUMBERS = st.lists(st.integers(0, 2**62 - 1) | st.integers(0, 9000), max_size=60)
 

@@ -28,7 +28,7 @@ from tests.fixtures import ROOT
 
 FOLDERS: dict[str, tuple[Callable[[Any], bool], list[str]]] = {
     "stages/rl/rewards": (lambda x: is_class(x, Verifier) and "name" in vars(x), [*VERIFIERS.values()]),
-    "stages/rl/samplers": (lambda x: is_class(x, Sampler), [entry.sampler for entry in SAMPLERS.values()]),
+    "stages/generation": (lambda x: is_class(x, Sampler), [entry.sampler for entry in SAMPLERS.values()]),
     "stages/rl/rollout/task_sources": (
         lambda x: is_class(x, SourceSettings) and "source" in x.model_fields,
         [*TASK_SOURCES.values()],
@@ -51,9 +51,9 @@ def test_files_and_registry_name_each_other(folder: str) -> None:
         for name, value in vars(module).items():
             if is_entry(value) and (not isinstance(value, type) or value.__module__ == module.__name__):
                 place = f"{module.__name__}:{name}"
-                assert place in registered, f"{folder}/{path.name} has {name}; add a line to {folder}/registry.py"
+                assert place in registered, f"{folder}/{path.name} has {name}; add a line to its registry"
     for place in registered:
-        assert is_entry(resolve_name(place)), f"{folder}/registry.py names {place}, which is no entry"
+        assert is_entry(resolve_name(place)), f"the registry of {folder} names {place}, which is no entry"
 
 
 def test_a_class_has_the_name_of_its_entry() -> None:

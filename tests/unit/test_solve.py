@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
+from stages.confidence import clustered, majority_at, pass_at, powers_of_two, wilson
 from stages.evaluation import pass_at_k
-from stages.statistics import clustered, majority_at, pass_at, powers_of_two, wilson
 from tests.fixtures import chat_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
 

@@ -263,7 +263,7 @@ def test_the_class_of_the_framework_is_reached_step_by_step(tmp_path: Path) -> N
     assert reached() == "none" and reached(**report).startswith("Class III")
     touch(
         "code/stages/train/x",
-        "code/stages/rl/samplers/x",
+        "code/stages/generation/x",
         "code/stages/evaluation/x",
         "dataset/evaluation/items.parquet",
     )

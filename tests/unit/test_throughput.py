@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.stage import RECOMPUTED, Accelerator
-from stages.megatron.throughput import (
+from stages.mcore.throughput import (
     Constants,
     LayerShape,
     Shape,

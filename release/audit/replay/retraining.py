@@ -133,8 +133,8 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
     shapes than the config implies."""
     if (state := plan.start_state) is None:
         return
-    from stages.megatron.model import check_tensors
-    from stages.megatron.param_names import BUFFERS
+    from stages.mcore.model import check_tensors
+    from stages.mcore.param_names import BUFFERS
     from stages.train.checkpoint import release_checkpoint, sharded_state, work_checkpoint
     from stages.train.engine import MOMENTS, Piece
 

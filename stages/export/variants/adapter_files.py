@@ -18,7 +18,7 @@ from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, sha256_file
 from stages.export.variants.written_settings import STACKED, adapter_config
 from stages.formats.table import write_json
-from stages.megatron.lora import A, B, Lora, factor
+from stages.mcore.lora import A, B, Lora, factor
 from stages.models.base import ModelConfig
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from pipeline.core.errors import AtomError
+from stages.confidence import Figure, Mean, Ratio, ratio
 from stages.evaluation.exact_match import ProblemAnswer
 from stages.evaluation.scores import ModelScores
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.formats.table import Double, Int32, String, columns_of
-from stages.statistics import Figure, Mean, Ratio, ratio
 
 IN_PROCESS = "transformers in fp32, on the weights as the variant stores them"
 

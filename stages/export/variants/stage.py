@@ -31,7 +31,7 @@ from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.export.variants.loss import DIVERGENCES, DivergenceRow, measured_by, summary
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.formats.table import read_table, write_json, write_rows
-from stages.megatron.lora import Lora
+from stages.mcore.lora import Lora
 from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
 

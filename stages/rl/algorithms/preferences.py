@@ -12,6 +12,7 @@ import torch
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
+from stages.confidence import wilson
 from stages.formats.seeds import seed_of
 from stages.formats.table import arrow_schema, read_table, require_columns, write_rows
 from stages.rl.algorithms import losses
@@ -25,7 +26,6 @@ from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.pair_order import PairOrder, hash_fraction
 from stages.rl.rollout.rollouts import Rollout
 from stages.seed_labels import seed_label
-from stages.statistics import wilson
 from stages.tasks.rows import Row, question
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective

@@ -31,7 +31,7 @@ class RewardModel(Verifier):
         from tokenizers import Tokenizer
         from transformers import AutoModelForCausalLM
 
-        from stages.megatron import gpu
+        from stages.mcore import gpu
 
         assert context.chat is not None, "a phase has a tokenizer"
         artifact = context.inputs["reward_model"]

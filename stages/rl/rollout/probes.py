@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypedDict
 
 from pipeline.core.errors import AtomError
+from stages.confidence import Mean, clustered
 from stages.formats.seeds import seed_of
 from stages.rl.protocols import Answer, Parts, Response
 from stages.rl.rewards.registry import verifier_class
-from stages.statistics import Mean, clustered
 from stages.tasks.rows import Row, bin_of, question
 
 PROBES = "probes.json"

@@ -9,8 +9,8 @@ import torch
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Progress
-from stages.megatron.model import check_tensors
-from stages.megatron.tensor_sharding import cut
+from stages.mcore.model import check_tensors
+from stages.mcore.tensor_sharding import cut
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.work_checkpoint import find_damage
 from stages.train.config import TrainConfig

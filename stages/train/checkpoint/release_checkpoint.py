@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, FileRecord, Progress, hand_over_hash, no_progress, sha256_file
-from stages.megatron.param_names import BUFFERS
+from stages.mcore.param_names import BUFFERS
 from stages.train.checkpoint import SHARD_BYTES, tensor_file
 
 MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Progress, no_progress
-from stages.megatron.tensor_sharding import Box, cut, paste
+from stages.mcore.tensor_sharding import Box, cut, paste
 from stages.train.checkpoint import tensor_file
 from stages.train.engine import Piece
 

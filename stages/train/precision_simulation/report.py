@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from stages.megatron.quantize import KINDS, RECIPES, Counts
+from stages.mcore.quantize import KINDS, RECIPES, Counts
 from stages.models.registry import parse
 from stages.train.precision_simulation.runner import BASELINE, Settings
 

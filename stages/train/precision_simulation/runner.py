@@ -84,8 +84,8 @@ def describe(text: bytes, files: int) -> Data:
 
 def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
     """Losses by step and the records of the linear layers. Ends early at a loss that is not finite."""
-    from stages.megatron.fake_quantization import attach
-    from stages.megatron.quantize import RECIPES
+    from stages.mcore.fake_quantization import attach
+    from stages.mcore.quantize import RECIPES
     from stages.train import parallel
     from stages.train.config import learning_rate
     from stages.train.engine import Engine

@@ -24,8 +24,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.progress import Display
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.graph.recipe import Recipe
-from stages.megatron.gpu_environment import missing
-from stages.megatron.quantize import FP8, RECIPES
+from stages.mcore.gpu_environment import missing
+from stages.mcore.quantize import FP8, RECIPES
 from stages.train.config import Optimizer, PhaseConfig
 from stages.train.precision_simulation.proxy_model import CONTEXT, build_proxy, ratios, step_tokens
 from stages.train.precision_simulation.report import Runs, compose, markdown

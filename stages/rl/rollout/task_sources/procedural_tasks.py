@@ -70,7 +70,7 @@ class CourtesyTasks(SourceSettings):
 
 
 class InstructionTasks(SourceSettings):
-    """Requests for a note of a given form (stages/tasks/synthetic/instructions.py). The level is the number of
+    """Requests for a note of a form (stages/tasks/synthetic/instructions.py). The level is the number of
     constraints."""
 
     verifier: ClassVar[str] = "instructions"

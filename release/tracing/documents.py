@@ -1,0 +1,293 @@
+"""The documents of a step, and the fate of a document."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from pipeline.core.parts import part_number
+from release.data_layout import kept_beside, kept_files
+from release.layout import numbered, order_of, when
+from release.tracing import order_lookup, rollout_lookup
+from release.tracing.answers import Document, Fate, Place, Segment, Step, TaskRecord, TaskUse, Use
+from release.tracing.order_lookup import Places
+from release.tracing.release_data import OrderPart, ReleaseData, Rows, select_rows
+from stages.formats.table import order_files, read_jsonl, stream_part_batches
+from stages.tasks.rows import question
+
+NEAR = 20_000
+"""The maximum number of ids that are compared with an unknown one."""
+PLACE = tuple(field.name for field in fields(Place))
+FATE = tuple(field.name for field in fields(Fate) if field.name not in ("table", "origin"))
+"""Columns of an order and of dispositions in the answers."""
+USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+
+
+def trace_step(folder: Path, phase: str | None, n: int) -> Step:
+    """The documents of optimizer step `n` (from 1) of a release or its data repository, and the tasks, answers and
+    pairs of a step that sampled or read them.
+
+    phase: None if only one phase has such a step. Raises AtomError for an unknown step or phase, and if several phases
+    have the step.
+    """
+    data = ReleaseData.locate(folder)
+    orders, sampling = data.orders(), rollout_lookup.last_steps(data)
+    phases = sorted({*orders, *sampling}, key=when)
+    if phase is not None and phase not in phases:
+        if phase == rollout_lookup.REWARD and data.checkpoints() is None:
+            raise AtomError(f"{folder} does not state how the reward model reads pairs; the whole release does")
+        raise AtomError(f"{folder} has no order and no answers of phase {phase}; it has {', '.join(phases)}")
+    matches: dict[str, tuple[Path | None, Rows, list[TaskRecord]]] = {}
+    for name in phases if phase is None else [phase]:
+        order, rows = None, list[Any]()
+        for part in orders.get(name, ()):
+            if part.first <= n <= part.last:
+                columns = [*PLACE, "source", "part", "id"]
+                order, rows = part.folder, _order_rows(part.folder, columns, ("step", "=", n))
+        tasks = rollout_lookup.step_tasks(data, name, n) if n <= sampling.get(name, 0) else []
+        if rows or tasks:
+            matches[name] = order, rows, tasks
+    if not matches:
+        last_steps = {name: _last_step(parts[-1]) for name, parts in orders.items()}
+        ends = [f"{name} ends with step {max(sampling.get(name, 0), last_steps.get(name, 0))}" for name in phases]
+        raise AtomError(f"{folder} has no step {n}{' of ' + phase if phase else ''}; {', '.join(ends)}")
+    if len(matches) > 1:
+        raise AtomError(f"{', '.join(matches)} each have a step {n}; name the phase")
+    [(name, (order, rows, tasks))] = matches.items()
+    documents = {(row["source"], row.pop("part"), row["id"]) for row in rows}
+    origins = _licenses_and_origins(data, documents, order) if order else {}
+    segments = []
+    for row in rows:
+        license, origin = origins.get(row["id"], (None, None))
+        segments.append(Segment(**row, license=license, origin=origin))
+    place = rollout_lookup.log_folder(data, name) or order
+    assert place is not None, "the phase has an order, or samples its data"
+    moved = data.weight_updates(place)(n)
+    return Step(name, n, None if order is None else data.name(order), moved, segments, tasks, data.unknown())
+
+
+def trace_document(folder: Path, doc_id: str) -> Document:
+    """The fate of a document of a release or its data repository, or the use of a task. Raises AtomError for an unknown
+    document, with the nearest id."""
+    data = ReleaseData.locate(folder)
+    documents, tasks = find_documents(data, [doc_id]), rollout_lookup.task_records(data, doc_id)
+    if tasks:
+        return replace(documents[doc_id], tasks=tasks) if doc_id in documents else _task(data, doc_id, tasks)
+    if doc_id not in documents:
+        nearest = _nearest(data, doc_id)
+        hint = f"did you mean {nearest}?" if nearest else "look for its id in the dispositions"
+        raise AtomError(f"{folder} has no document {doc_id}, and no task; {hint}")
+    return documents[doc_id]
+
+
+def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
+    """A task that is no document. Checkpoints and models are those after the first answer or pair that was learnt
+    from."""
+    steps = [(when(task.phase), answer.step) for task in tasks for answer in task.answers if answer.learnt is not False]
+    steps += [
+        (when(rollout_lookup.REWARD), step) for task in tasks for pair in task.pairs for step in pair.reward_steps or ()
+    ]
+    checkpoints, models = _trained_on(data, min(steps, default=None))
+    uses = [use for _, use in _task_uses(data, {id: []})]
+    return Document(id, [], [], uses, tasks, checkpoints, models, data.unknown(checkpoints=True))
+
+
+def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[list[str] | None, list[str]]:
+    """The folders of checkpoints, None if they are not available, and the names of models since a step of a phase."""
+    checkpoints = data.checkpoints()
+    folders = [c.folder for c in checkpoints or () if first_use and (when(order_of(c.phase)), c.step) >= first_use]
+    models = [name for name in data.models() if first_use and when(_trained_by(name)) >= first_use[0]]
+    return None if checkpoints is None else folders, models
+
+
+def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]:
+    """{id: document} of those in a table of dispositions."""
+    fates: dict[str, list[Fate]] = {}
+    for path in data.dispositions():
+        for row in select_rows(path, ["id", *FATE], ("id", "in", list(ids))):
+            id, origin = row.pop("id"), None
+            if row["disposition"] == "kept":
+                origins = select_rows(kept_beside(path), ["origin"], ("id", "=", id))
+                origin = origins[0]["origin"] if origins else None
+            fates.setdefault(id, []).append(Fate(table=data.name(path), **row, origin=origin))
+    uses, tasks = find_uses(data, fates, _training_places(data, fates)), _find_tasks(data, fates)
+    unknown, documents = data.unknown(checkpoints=True), {}
+    for id, document_fates in fates.items():
+        moving_uses = [(when(use.phase), use.step) for use in uses.get(id, []) if use.moved is not False]
+        checkpoints, models = _trained_on(data, min(moving_uses, default=None))
+        documents[id] = Document(
+            id=id,
+            fates=document_fates,
+            uses=uses.get(id, []),
+            asked=tasks.get(id, []),
+            tasks=[],
+            checkpoints=checkpoints,
+            models=models,
+            unknown=unknown,
+        )
+    return documents
+
+
+def find_uses(data: ReleaseData, ids: Iterable[str], places: Places | None = None) -> dict[str, list[Use]]:
+    """{id: the steps that read it, by order of training}
+
+    places: those of all the training documents among them, if known: where an order is a function, only the rows are
+    read that it gives for them.
+    """
+    sorted_ids, uses_by_id = sorted(ids), dict[str, dict[tuple[str, int], Use]]()
+    for phase, parts in data.orders().items() if sorted_ids else ():
+        for part in parts:
+            moves_weights = data.weight_updates(part.folder)
+            for row in _rows_with(data, part, sorted_ids, places):
+                n = row["step"]
+                use = Use(phase, n, data.name(part.folder), moves_weights(n), [])
+                use = uses_by_id.setdefault(row["id"], {}).setdefault((phase, n), use)
+                use.rows.append(Place(**{name: row[name] for name in PLACE}))
+    return {id: list(uses.values()) for id, uses in uses_by_id.items()}
+
+
+def _rows_with(data: ReleaseData, part: OrderPart, ids: Sequence[str], places: Places | None) -> Iterator[Any]:
+    """The rows of an order, as far as it was followed, that read one of the documents."""
+    steps_by_file = None
+    if places is not None and part.folder.parent == data.data / "order":
+        steps_by_file = order_lookup.steps_by_file(data.data, part.folder, places)
+    if steps_by_file is None:
+        searches = [(order_files(part.folder), part.first, part.last)]
+    else:
+        searches = [([file], max(part.first, steps.start), steps[-1]) for file, steps in steps_by_file.items()]
+    for files, first, last in searches:
+        conditions = [("step", ">=", first), *([("step", "<=", int(last))] if last != float("inf") else [])]
+        yield from select_rows(files, ["step", "id", *PLACE], ("id", "in", ids), *conditions)
+
+
+def _training_places(data: ReleaseData, fates: Mapping[str, Sequence[Fate]]) -> Places:
+    """Returns the places of the training documents of this run."""
+    tables = [(id, fate, data.data / fate.table) for id in fates for fate in fates[id] if fate.split == "train"]
+    return {
+        id: (fate.source, number)
+        for id, fate, table in tables
+        if table.parents[2] == data.data and (number := part_number(table)) is not None
+    }
+
+
+def kept_rows(data: ReleaseData, id: str, fates: Iterable[Fate]) -> Rows:
+    """[{id, text, content_hash}] of a document in the tables of kept text."""
+    rows: Rows = []
+    for fate in fates:
+        if fate.kept:
+            path = kept_beside(data.data / fate.table)
+            rows += select_rows(path, ["id", "text", "content_hash"], ("id", "=", id))
+    return rows
+
+
+def _order_rows(order: Path, columns: Sequence[str], *filters: tuple[str, str, object]) -> Rows:
+    return select_rows(order_files(order), columns, *filters)
+
+
+def _last_step(part: OrderPart) -> int:
+    import pyarrow.compute as pc
+
+    batches = stream_part_batches(order_files(part.folder)[-1:], ["step"])
+    return max(int(pc.max(batch["step"]).as_py()) for batch in batches)
+
+
+def _licenses_and_origins(
+    data: ReleaseData, documents: set[tuple[str, int, str]], order: Path
+) -> dict[str, tuple[str, str]]:
+    """{id: (license, origin)} of kept documents, (source, part, id). Of an order of an earlier run, that run's tables
+    take precedence."""
+    ids_of_part: dict[tuple[str, int], list[str]] = {}
+    for source, part, id in sorted(documents):
+        ids_of_part.setdefault((source, part), []).append(id)
+    origins: dict[str, tuple[str, str]] = {}
+    folders = data.folders() if order.parent.name == "earlier" else data.folders()[::-1]
+    for folder in folders:
+        files = kept_files(folder)
+        for (source, part), ids in ids_of_part.items():
+            file = files.get(source, [])[part : part + 1]
+            for row in select_rows(file, ["id", "license", "origin"], ("id", "in", ids)):
+                origins[row["id"]] = row["license"], row["origin"]
+    return origins
+
+
+def _trained_by(model: str) -> str:
+    """The phase of an exported model: midtrain of `mid`, longcontext-2 of `long-2`, else the phase of the same name."""
+    kind, number = numbered(model)
+    phase = {"base": "pretrain", "mid": "midtrain", "long": "longcontext"}.get(kind, kind)
+    return f"{phase}-{number}" if number else phase
+
+
+def _find_tasks(data: ReleaseData, fates: dict[str, list[Fate]]) -> dict[str, list[TaskUse]]:
+    """{id: tasks of reinforcement learning with its id or its question, by order of training}"""
+    uses_by_id: dict[str, list[TaskUse]] = {}
+    for id, use in _task_uses(data, fates):
+        uses_by_id.setdefault(id, []).append(use)
+    return uses_by_id
+
+
+def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tuple[str, TaskUse]]:
+    tables = sorted(data.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(path.parent.name))
+    if not tables:
+        return
+    questions = {
+        (id, text)
+        for id, document_fates in fates.items()
+        for row in kept_rows(data, id, document_fates)
+        for text in USER_TURN.findall(row["text"])
+    }
+    ids_by_question: dict[str, set[str]] = {id: {id} for id in fates}
+    for id, text in sorted(questions):
+        ids_by_question.setdefault(text, set()).add(id)
+    for table in tables:
+        tasks: dict[str, list[str]] = {}
+        for row in read_jsonl(table):
+            for id in sorted(ids_by_question.get(row["id"], set()) | ids_by_question.get(question(row), set())):
+                tasks.setdefault(id, []).append(row["id"])
+        for id, task_ids in tasks.items():
+            answers: Rows = []
+            if (rollouts := table.with_name("rollouts.parquet")).exists():
+                answers = select_rows(rollouts, ["step", "dropped"], ("task", "in", task_ids))
+            yield (
+                id,
+                TaskUse(
+                    phase=table.parent.name,
+                    table=data.name(table),
+                    tasks=task_ids,
+                    steps=sorted({row["step"] for row in answers}),
+                    answers=len(answers),
+                    learnt=sum(row["dropped"] == "" for row in answers),
+                ),
+            )
+
+
+def _nearest(data: ReleaseData, doc_id: str) -> str | None:
+    """The id most similar to an unknown one, if one is close. Compares the ids before and after it in order."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    before, after = (pa.array([], pa.string()) for _ in range(2))
+    for batch in stream_part_batches(data.dispositions(), ["id"]):
+        ids = batch["id"].cast(pa.string())
+        less = pc.less(ids, doc_id)
+        before = _outermost(before, ids.filter(less), "descending")
+        after = _outermost(after, ids.filter(pc.invert(less)), "ascending")
+    close = difflib.get_close_matches(doc_id, [*reversed(before.to_pylist()), *after.to_pylist()], 1, 0.8)
+    return close[0] if close else None
+
+
+def _outermost(ids: Any, others: Any, order: str) -> Any:
+    """The first of two arrays of ids in an order, at most NEAR / 2."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if len(ids) == NEAR // 2:  # most batches have none that is nearer
+        others = others.filter((pc.greater if order == "descending" else pc.less)(others, ids[-1]))
+    if not len(others):
+        return ids
+    joined = pa.concat_arrays([ids, others]).unique()
+    return joined.take(pc.array_sort_indices(joined, order=order)[: NEAR // 2])

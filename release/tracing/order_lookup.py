@@ -1,0 +1,62 @@
+"""Where an order reads documents, by its function and the tables of documents, without a search of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.core.parts import part_file
+from release.facts import published_order
+from release.facts.published_tables import read_json
+from release.tracing.release_data import select_rows
+from stages.data.chunks import TableIndex
+from stages.data.computed_order import ComputedOrder
+from stages.data.shards import document_files
+
+Places = Mapping[str, tuple[str, int]]
+"""{id: the source and the part of a training document}"""
+
+
+MOST_EPOCHS = 10_000
+"""Of a source: above, its rows are faster searched than looked up."""
+
+
+def steps_by_file(data: Path, order: Path, places: Places) -> dict[Path, range] | None:
+    """{file of an order: the first to the last of its steps in which it may read the documents}; None if the order is
+    no function of the tables of documents, so that its rows have to be searched.
+
+    data: a dataset folder; order: the folder of one of its orders, not of an earlier run.
+    """
+    meta = read_json(order / "meta.json")
+    try:
+        return _look_up(data, order, places, meta) if published_order.is_function(meta) else None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # `atom verify` says what is wrong in it
+        return None
+
+
+def _look_up(data: Path, order: Path, places: Places, meta: published_order.Meta) -> dict[Path, range] | None:
+    config, cursor = published_order.config_of(meta), published_order.cursor_of(meta)
+    starts, cut = published_order.starts_of(meta), published_order.cut_of(meta)
+    if config.pack and len(starts) != config.blocks + 1:
+        return None
+    files, steps = document_files(data / "tokens"), dict[Path, range]()
+    ids_by_part: dict[tuple[str, int], list[str]] = {}
+    for id, place in sorted(places.items()):
+        ids_by_part.setdefault(place, []).append(id)
+    for source in sorted({source for source, _ in ids_by_part} & config.mix.keys()):
+        index = TableIndex(files[source], source, cut)
+        reads = config.rows_from(cursor.first_step) * config.mix[source]
+        if config.pack:
+            ends = starts[config.blocks].items()
+            reads = sum(place.position for stream, place in ends if stream.partition("/")[0] == source)
+        if index.chunks != meta["sources"][source]["chunks"] or reads > MOST_EPOCHS * index.chunks:
+            return None
+        computed = ComputedOrder(config, {source: index}, cursor, order, starts=starts)
+        for (_, part), ids in ((place, ids) for place, ids in ids_by_part.items() if place[0] == source):
+            table = data / "tokens/documents" / source / part_file(part)
+            for row in select_rows(table, ["ordinal"], ("id", "in", ids), ("split", "=", "train")):
+                for block, here in computed.blocks_of(source, part, row["ordinal"]).items():
+                    file = order / part_file(block)
+                    known = steps.get(file, here)
+                    steps[file] = range(min(known.start, here.start), max(known.stop, here.stop))
+    return dict(sorted(steps.items()))

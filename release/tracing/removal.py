@@ -1,0 +1,122 @@
+"""The scope of a request to remove a document: the document, related ones, files that mention it, Merkle proofs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from release import merkle, schema
+from release.facts.published_tables import TEXT_BATCH
+from release.repositories import files_below, repositories
+from release.tracing.answers import Document, Mention, Related, Removal
+from release.tracing.documents import find_documents, kept_rows, trace_document
+from release.tracing.release_data import Progress, ReleaseData, select_rows
+
+
+def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: None) -> Removal:
+    """The scope of removing a document or a task. Reads every table of the release.
+
+    Raises what `trace_document` raises.
+    """
+    data, subject = ReleaseData.locate(folder), trace_document(folder, doc_id)
+    relations = _relations(data, subject)
+    documents = find_documents(data, sorted(relations))
+    order = sorted(documents, key=lambda other: (relations[other], other))
+    related = [Related(relations[other], documents[other]) for other in order]
+    unknown = list(subject.unknown)
+    if data.release is None:
+        unknown.append("which other repositories of the release name it: only the data is here")
+    in_release = bool(subject.fates) and not subject.fates[0].table.startswith("earlier/")
+    if not subject.fates:
+        unknown.append("a proof: tasks and answers are in no table that has a root")
+    elif not in_release:
+        unknown.append("a proof: the document is of an earlier run, and roots are over this release's own tables")
+    rows = [row for each in (subject, *documents.values()) for row in kept_rows(data, each.id, each.fates)]
+    texts = {row["text"] for row in rows if row["content_hash"] in subject.hashes and row["text"] is not None}
+    mentions = _mentions(data, doc_id, texts, progress)
+    return Removal(subject, related, mentions, merkle.prove(data.data, doc_id) if in_release else {}, unknown)
+
+
+def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
+    """{other document: its relation}, along chains of duplicates."""
+    relations: dict[str, str] = {document.id: ""}
+    paths = data.dispositions()
+    for relation, column, match_column in (
+        ("it stands for this one", "duplicate_of", "id"),
+        ("this one stands for it", "id", "duplicate_of"),
+    ):
+        frontier = {document.id}
+        while frontier:
+            rows = [
+                row
+                for path in paths
+                for row in select_rows(path, ["id", "duplicate_of"], (match_column, "in", sorted(frontier)))
+            ]
+            frontier = {row[column] for row in rows if row[column]} - relations.keys()
+            relations |= dict.fromkeys(sorted(frontier), relation)
+    hashes = sorted(document.hashes)
+    for path in paths:
+        for name in ("content_hash", "kept_hash"):
+            duplicates = select_rows(path, ["id"], (name, "in", hashes))
+            relations = dict.fromkeys((row["id"] for row in duplicates), "it has the same text") | relations
+    del relations[document.id]
+    return relations
+
+
+def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progress) -> list[Mention]:
+    """The files of a release, or of its data, that have the id or contain a text, in a column or a JSON string."""
+    folder, mentions = data.release or data.data, []
+    names: dict[str, str] = {}
+    if data.release and (data.release / "checkpoints").is_dir():
+        release_info = schema.read_release(data.release)
+        names = {r.folder: r.id(release_info.namespace, release_info.name) for r in repositories(data.release)}
+    for path in files_below(folder):
+        if path.endswith(".parquet"):
+            progress(f"searching {path}")
+            by_id, by_text = _count_rows(folder / path, doc_id, texts)
+        elif path.endswith((".json", ".jsonl")) and not path.startswith("code/"):
+            content = (folder / path).read_bytes()
+            ids = {_json_bytes(doc_id, ascii) for ascii in (True, False)}
+            inner = {_json_bytes(text, ascii)[1:-1] for text in texts for ascii in (True, False)}
+            by_id, by_text = (int(any(part in content for part in parts)) for parts in (ids, inner))
+        else:
+            continue
+        if by_id or by_text:
+            repository = names.get(path.split("/")[0], names.get(""))
+            mentions.append(Mention(repository, path, by_id, by_text))
+    return mentions
+
+
+def _json_bytes(text: str, ascii: bool) -> bytes:
+    return json.dumps(text, ensure_ascii=ascii).encode()
+
+
+def _count_rows(path: Path, doc_id: str, texts: set[str]) -> tuple[int, int]:
+    """Rows of a table with a column of strings that equals the id, and rows with one that contains a text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    id_rows = text_rows = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            fields = [f.name for f in file.schema_arrow if f.type in (pa.string(), pa.large_string())]
+            for batch in file.iter_batches(TEXT_BATCH, columns=fields) if fields else ():
+                by_id = [pc.equal(column, doc_id) for column in batch.columns]
+                by_text = [pc.match_substring(column, text) for column in batch.columns for text in sorted(texts)]
+                id_rows, text_rows = id_rows + _count_any(by_id), text_rows + _count_any(by_text)
+    except (pa.ArrowException, OSError) as error:
+        raise AtomError(f"{path} cannot be read as Parquet ({error}); pull it again") from None
+    return id_rows, text_rows
+
+
+def _count_any(masks: list[Any]) -> int:
+    """The rows that any of the masks has."""
+    import pyarrow.compute as pc
+
+    if not masks:
+        return 0
+    return int(pc.sum(functools.reduce(pc.or_, (pc.fill_null(mask, False) for mask in masks))).as_py())

@@ -1,0 +1,39 @@
+"""config.json of an exported model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from stages.mcore.rope import hf_rope
+from stages.models.base import ModelConfig
+
+
+def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_id: int, dtype: str) -> dict[str, Any]:
+    """config.json: the entries of the architecture, and the common ones.
+
+    The rotary embedding has two forms: transformers 5 reads `rope_parameters`, older programs read `rope_theta` and
+    `rope_scaling`. Raises AtomError for a property that the class in transformers cannot express.
+    """
+    if problem := model.export_obstacle():
+        raise AtomError(problem)
+    entries = model.spec().hf_config(model)
+    rope = hf_rope(model) | entries.get("rope_parameters", {})
+    return entries | {
+        "bos_token_id": None,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "eos_token_id": eos_token_id,
+        "hidden_size": model.hidden_size,
+        "initializer_range": model.init_std,
+        "max_position_embeddings": model.context_length,
+        "num_hidden_layers": model.layers,
+        "pad_token_id": pad_token_id,
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": rope,
+        "rope_scaling": None if model.yarn is None else {k: v for k, v in rope.items() if k != "rope_theta"},
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        "vocab_size": vocab_size,
+    }

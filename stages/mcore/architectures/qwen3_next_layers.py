@@ -1,0 +1,148 @@
+"""The two kinds of layers of Qwen3-Next for Megatron: a gated delta net, and attention with a gate.
+
+They are PyTorch's operations around Megatron's matrices, on every device: no kernel written for the delta rule is used.
+Megatron has a GatedDeltaNet too, which needs such a kernel to be imported, and takes no rows of several documents; a
+test compares with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.core.errors import RecipeError
+from stages.mcore import layer_spec as layers
+from stages.mcore.architectures.delta_rule import gated_delta_rule, short_convolution
+from stages.mcore.megatron_imports import (
+    MegatronModule,
+    TransformerConfig,
+    get_transformer_layer_offset,
+    tensor_parallel,
+)
+from stages.mcore.qkv import SelfAttention, rotate
+from stages.mcore.row_tables import Documents
+
+# isort: split
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+EPSILON = 1e-6
+"""Of the length to which queries and keys are divided."""
+
+
+def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
+    """As `stages.mcore.layer_spec.layer_spec`. Raises RecipeError with Transformer Engine."""
+    if layers.uses_transformer_engine(config.params_dtype):
+        raise RecipeError(
+            "model.architecture = qwen3_next has no layers of Transformer Engine here, which this environment would "
+            "use; set the phase's precision to fp32, or use an environment without it"
+        )
+    block = layers.layer_spec(config, virtual_stage, packed)
+    first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
+    specs = []
+    for layer, spec in enumerate(block.layer_specs, first):
+        attention = spec.submodules.self_attention
+        if config.linear_attention_freq[layer]:
+            attention = ModuleSpec(module=GatedDeltaNet)
+        else:
+            attention = ModuleSpec(GatedAttention, attention.params, attention.submodules)
+        specs.append(ModuleSpec(spec.module, spec.params, replace(spec.submodules, self_attention=attention)))
+    return replace(block, layer_specs=specs)
+
+
+class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
+    """Linear attention by the gated delta rule. Names and sizes of its parameters are those of Megatron's class, their
+    rows in the order of key heads (`Qwen3NextConfig.shapes`)."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: Any, **_: Any) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        ranks = pg_collection.tp.size()
+        self.heads = config.linear_num_key_heads // ranks
+        self.group = config.linear_num_value_heads // config.linear_num_key_heads
+        self.key, self.value = config.linear_key_head_dim, config.linear_value_head_dim
+        rows = 2 * self.key + self.group * (2 * self.value + 2)  # of a key head
+        words = {"config": config, "bias": False, "is_expert": False, "tp_group": pg_collection.tp}
+        self.in_proj = tensor_parallel.ColumnParallelLinear(
+            config.hidden_size, config.linear_num_key_heads * rows, init_method=config.init_method, gather_output=False,
+            skip_bias_add=False, **words,
+        )  # fmt: skip
+        channels = self.heads * (2 * self.key + self.group * self.value)
+        self.conv1d = torch.nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
+        self.dt_bias = torch.nn.Parameter(torch.ones(self.heads * self.group))
+        self.A_log = torch.nn.Parameter(torch.zeros(self.heads * self.group))
+        self.out_norm = layers.RMSNorm(config, self.value, config.layernorm_epsilon)
+        self.out_norm.offset = 0
+        self.out_proj = tensor_parallel.RowParallelLinear(
+            config.linear_num_value_heads * self.value, config.hidden_size, init_method=config.output_layer_init_method,
+            input_is_parallel=True, skip_bias_add=True, **words,
+        )  # fmt: skip
+
+    def forward(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, **settings: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden: [sequence, batch, hidden]; attention_mask: `starts` of `row_tables.Tables`. Returns the same shape,
+        and no bias."""
+        if settings.get("inference_context") is not None or settings.get("packed_seq_params") is not None:
+            raise NotImplementedError("a state for generation, or Megatron's own kind of packed rows")
+        mixed = self.in_proj(hidden)[0].transpose(0, 1)
+        mixed = mixed.unflatten(2, (self.heads, -1))
+        value = self.group * self.value
+        inputs, gate, others = mixed.split([2 * self.key + value, value, 2 * self.group], -1)
+        tables = self.config.rows.of(attention_mask, mixed.shape[1], mixed.device)
+        if tables.prefixes is None:
+            out = self._attend(inputs, others, tables.device_starts)
+        else:
+            out = self._attend_with_prefixes(inputs, others, tables.documents(len(mixed)))
+        gate = gate.unflatten(-1, (self.group, -1)).flatten(2, 3)  # [batch, sequence, value heads, dim]
+        out = (self.out_norm(out) * F.silu(gate.float())).to(hidden.dtype)
+        result: tuple[torch.Tensor, torch.Tensor | None] = self.out_proj(out.flatten(2).transpose(0, 1).contiguous())
+        return result
+
+    def _attend(self, inputs: torch.Tensor, others: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+        """inputs: queries, keys and values, others: rates and decays, both [batch, sequence, key heads, ...]. Returns
+        [batch, sequence, value heads, dim]."""
+        convolved = short_convolution(inputs.flatten(2), self.conv1d.weight, starts).unflatten(2, (self.heads, -1))
+        query, key, value = convolved.split([self.key, self.key, self.group * self.value], -1)
+        query, key = (_unit(x.float()).repeat_interleave(self.group, 2) for x in (query, key))
+        rate, decay = (x.flatten(2) for x in others.split(self.group, -1))
+        decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
+        out = gated_delta_rule(
+            query, key, value.unflatten(-1, (self.group, -1)).flatten(2, 3), decay, rate.float().sigmoid(), starts
+        )
+        return out
+
+    def _attend_with_prefixes(self, inputs: torch.Tensor, others: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """Each document runs after a copy of its prefix, all side by side in one row."""
+        assert documents.gathered is not None
+        ends, first = documents.keys.long(), documents.queries.long()
+        counts = first.diff()
+        starts = ends[:-1].repeat_interleave(ends.diff())[None]
+        values, rates = (x.flatten(0, 1).index_select(0, documents.gathered)[None] for x in (inputs, others))
+        out = self._attend(values, rates, starts)[0]
+        places = torch.arange(int(first[-1]), device=out.device) + (ends[1:] - first[1:]).repeat_interleave(counts)
+        return out.index_select(0, places).unflatten(0, inputs.shape[:2])
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON)
+
+
+class GatedAttention(SelfAttention):
+    """Grouped-query attention whose output is multiplied by a gate, with rotary embedding of a part of each head."""
+
+    def get_query_key_value_tensors(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        """As its base class, and the gates [sequence, batch, heads, dim]."""
+        mixed, _ = self.linear_qkv(hidden)
+        mixed = mixed.unflatten(2, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
+        queries = (mixed.shape[3] - 2) // 2
+        query, gate, key, value = mixed.split([queries, queries, 1, 1], 3)
+        cos, sin = self.config.rows.of(self.starts, mixed.shape[0], mixed.device).rotary
+        query, key = (
+            rotate(norm(x).permute(1, 2, 3, 0, 4), cos, sin)
+            for x, norm in ((query, self.q_layernorm), (key, self.k_layernorm))
+        )
+        heads = (x.flatten(1, 2).permute(2, 0, 1, 3) for x in (query, key, value.permute(1, 2, 3, 0, 4)))
+        return *heads, gate.flatten(2, 3)

@@ -1,0 +1,76 @@
+"""The GPU of a rank: which one it is, and PyTorch's switches. Without CUDA, nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from stages.mcore import gpu_environment
+from stages.models.parallel_layout import Layout
+
+BACKEND = "nccl"
+"""torch.distributed's backend with GPUs, of the default group and of each of Megatron's."""
+
+
+def device() -> torch.device:
+    """The device of this process's tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start(layout: Layout | None = None) -> torch.device:
+    """The device of this process, before its first tensor is there. layout: of the rank; None: one GPU.
+
+    Raises AtomError if it is a GPU and the process was started without the variables of the layout.
+    """
+    if torch.cuda.is_available():
+        gpu_environment.require(layout)
+    return device()
+
+
+def number(local_rank: int, visible: int) -> int:
+    """The GPU of a rank among those that it sees: `local_rank`, or the only one if each task sees just its own."""
+    return local_rank % visible
+
+
+def sharing(places: Sequence[tuple[str, str]]) -> str | None:
+    """A sentence if two ranks have the same GPU, else None. places: the (node, GPU) of each rank.
+
+    NCCL would refuse two ranks on one GPU with a message that names neither of them.
+    """
+    first: dict[tuple[str, str], int] = {}
+    for rank, place in enumerate(places):
+        if (other := first.setdefault(place, rank)) != rank:
+            node = [p for p in places if p[0] == place[0]]
+            return (
+                f"ranks {other} and {rank} have the same GPU: node {place[0]} runs {len(node)} ranks on "
+                f"{len(set(node))} GPUs; lower parallelism.ranks, or correct gpus_per_node in the cluster profile"
+            )
+    return None
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Chooses whether PyTorch uses deterministic kernels only, and restores the choice.
+
+    With them, PyTorch would also fill the memory of each `torch.empty`, which only costs time.
+    """
+    deterministic: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(wanted)
+    deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, without waiting for the copy: from pinned memory, which a kernel's stream reads
+    in its turn."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

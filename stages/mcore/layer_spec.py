@@ -1,0 +1,322 @@
+"""The kernels of a layer: Transformer Engine's if available, else PyTorch's. Only this file decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from stages.mcore import megatron_cpu_patches
+from stages.mcore.attention_sinks import attend_with_sinks
+from stages.mcore.megatron_imports import (
+    AttnMaskType,
+    MegatronModule,
+    PackedSeqParams,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    get_num_layers_to_build,
+    get_transformer_layer_offset,
+    gpt_layer_specs,
+    is_layer_window_attention,
+    parallel_state,
+)
+from stages.mcore.qkv import SelfAttention
+from stages.mcore.row_tables import Documents, Tables
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's kernels can be used: Megatron has imported them, which it cannot without a GPU."""
+    return bool(gpt_layer_specs.HAVE_TE)
+
+
+def uses_transformer_engine(params_dtype: torch.dtype) -> bool:
+    """Whether the layers of a model use Transformer Engine. In fp32 they never do: its products are then in TF32, which
+    keeps ten bits of each factor."""
+    return has_transformer_engine() and (params_dtype != torch.float32 or megatron_cpu_patches.te_on_cpu())
+
+
+def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
+    """The layer specification of GPTModel, for one virtual pipeline stage of this rank.
+
+    packed: attention must separate the documents of a row; this project's does, also between Transformer Engine's
+    matrices. So does its rotary embedding of a part of each head, which Megatron's YaRN does not know.
+    """
+    engine = uses_transformer_engine(config.params_dtype)
+    is_partial = 2 * len(config.rows.rope[0]) < config.kv_channels
+    if not engine and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1:
+        # no rank to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more
+        config.moe_token_dispatcher_type = "allgather"
+
+    def layer(experts: int | None) -> Any:
+        if engine:
+            spec = get_gpt_layer_with_transformer_engine_spec(
+                num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+            )
+        else:
+            spec = get_gpt_layer_local_spec(
+                num_experts=experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+            )
+            attention = spec.submodules.self_attention.submodules
+            spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+            if config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if packed or is_partial or not engine:
+            spec.submodules.self_attention.module = SelfAttention
+            has_kernel = engine and config.context_parallel_size == 1 and config.softmax_type == "vanilla"
+            spec.submodules.self_attention.submodules.core_attention = EngineAttention if has_kernel else Attention
+        return spec
+
+    first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
+    frequencies = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    kinds = frequencies[first : first + get_num_layers_to_build(config, vp_stage=virtual_stage)]
+    specs = {kind: layer(config.num_moe_experts if kind else None) for kind in set(kinds)}
+    norm: Any = RMSNorm
+    if engine:
+        from megatron.core.extensions import transformer_engine
+
+        norm = transformer_engine.TENorm
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
+
+
+class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
+    """PyTorch's, marked so that its gradient is summed over sequence-parallel ranks (Megatron's local one refuses
+    sequence parallelism). On a CPU in fp32, where PyTorch has no kernel, its bits from fewer passes over memory.
+    With an offset it computes in fp32, and multiplies by offset + weight: by 1 + weight for norms around zero."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.offset = 1 if config.layernorm_zero_centered_gamma else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.offset is None:
+            return self._normed(x, self.weight)
+        return self._normed(x.float(), self.offset + self.weight.float()).to(x.dtype)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+            return Norm.apply(x, x, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class Norm(torch.autograd.Function):  # type: ignore[misc]
+    """RMSNorm of the last dimension, in PyTorch's order of operations. It keeps its input and 1/RMS.
+
+    The input comes twice: PyTorch adds its gradient to that of the residual stream in two steps, x's and 1/RMS's part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, _: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        out = x.square()
+        scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale, out=out).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        product = gradient * (x * scale)
+        d_weight = product.sum(tuple(range(x.dim() - 1)))
+        d_normed = gradient * weight
+        d_scale = torch.mul(d_normed, x, out=product).sum(-1, keepdim=True)
+        d_mean = d_scale.mul_(-0.5).mul_(scale.pow(3)).div_(x.shape[-1])
+        return d_normed.mul_(scale), torch.mul(x, d_mean.mul_(2), out=product), d_weight, None
+
+
+class Attention(MegatronModule):  # type: ignore[misc]
+    """Causal grouped-query attention with PyTorch's fused kernels, which never store the scores of a whole row. As
+    Megatron's configuration has it, a query of some layers sees a window of the latest keys, and heads have sinks.
+
+    Rows are padded on the right, so causality alone masks padding for every real position. Under context parallelism a
+    rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal attention; it gathers
+    the keys and values of the others. In packed rows, Megatron's attention mask argument
+    holds the first position of the document of each position: int64 [batch, complete row], on the host; or
+    [3, batch, complete row] with the ends of its prefix, which several documents of a row may share.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **_: Any
+    ) -> None:  # fmt: skip
+        super().__init__(config=config)
+        self.scale = softmax_scale
+        is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if is_windowed else None
+        """Keys that a query sees at most, its own among them."""
+        self.softmax_offset: torch.nn.Parameter | None = None
+        """The sinks of this tensor rank's heads."""
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None = None, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        """q: [sequence, batch, heads, dim]; k, v: [sequence, batch, kv_heads, dim] -> [sequence, batch, heads*dim].
+
+        `sequence` is this rank's share of the row.
+        """
+        tables = self.config.rows.of(starts, q.shape[0], q.device)
+        if self.config.context_parallel_size > 1:
+            k, v = GatherSlices.apply(k), GatherSlices.apply(v)
+        has_sinks = self.softmax_offset is not None
+        if tables.prefixes is not None and (has_sinks or not Attention.takes_documents(self, q)):
+            return bucketed_attention(q, k, v, tables, self.scale, self.window, self.softmax_offset)
+        if has_sinks or not self.takes_documents(q):
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+            out = causal_attention(q, k, v, tables, self.scale, self.window, self.softmax_offset)
+            return out.permute(2, 0, 1, 3).flatten(2)
+        batch = q.shape[1]
+        documents = tables.documents(batch)
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        if documents.gathered is not None:
+            k, v = (x.index_select(0, documents.gathered) for x in (k, v))
+        # a kernel lays its output out as its queries: token by token, a row's is no second tensor for the projection
+        out = self.attend(q.contiguous(), k, v, documents)
+        return out.flatten(1).unflatten(0, (batch, -1)).transpose(0, 1).contiguous()
+
+    def takes_documents(self, q: torch.Tensor) -> bool:
+        """Whether `attend` has a kernel for these queries, for both directions."""
+        return q.is_cuda and fits_flash_attention(q) and varlen_kernel() is not None
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """q, k, v: [tokens of all rows, heads, dim] -> as q."""
+        kernel = varlen_kernel()
+        assert kernel is not None
+        return kernel(
+            q, k, v, documents.queries, documents.keys, documents.longest, documents.longest, scale=self.scale,
+            window_size=(-1 if self.window is None else self.window - 1, 0),
+        )  # fmt: skip
+
+
+@cache
+def varlen_kernel() -> Callable[..., torch.Tensor] | None:
+    """PyTorch's attention for rows of variable length, with grouped queries; None before PyTorch 2.11."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    parameters = signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= parameters.keys():
+        return None
+    # 2.11 takes fewer keys than queries as they come; later it wants to be told
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in parameters else varlen_attn
+
+
+def fits_flash_attention(q: torch.Tensor) -> bool:
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+class EngineAttention(Attention):
+    """The same by Transformer Engine's kernels for rows of variable length, on one context rank. Documents with a
+    prefix have fewer queries than keys, and go by PyTorch's."""
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **settings: Any
+    ) -> None:  # fmt: skip
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        super().__init__(config, softmax_scale, layer_number)
+        self.kernel = TEDotProductAttention(
+            config=config, layer_number=layer_number, softmax_scale=softmax_scale, **settings
+        )
+
+    def takes_documents(self, q: torch.Tensor) -> bool:
+        return True
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+        if documents.gathered is not None:
+            return super().attend(q, k, v, documents)
+        rows = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=documents.queries,
+            cu_seqlens_kv=documents.keys,
+            max_seqlen_q=documents.longest,
+            max_seqlen_kv=documents.longest,
+        )
+        out: torch.Tensor = self.kernel(q, k, v, None, AttnMaskType.padding_causal, packed_seq_params=rows)
+        return out.view_as(q)
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None, window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention by slices of queries; q: [batch, heads, this rank's share of a row, dim]; k, v: of complete rows."""
+    out, slices = [], tables.slices(window)
+    for number, queries in enumerate(q.split([count for count, _, _ in slices], 2)):
+        _, first, end = slices[number]
+        keys, values = (x[:, :, first:end] for x in (k, v))
+        out.append(attend(queries, keys, values, tables.mask(number, q.dtype, window), scale, sinks))
+    return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+
+def bucketed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None, window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of documents that share prefixes, by batches of like length; arguments and result as those of
+    `Attention.forward`."""
+    length, batch = q.shape[:2]
+    q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [tokens of all rows, heads, dim]
+    buckets, place = tables.buckets(batch, q.dtype, window)
+    out = []
+    for bucket in buckets:
+        queries, keys, values = (
+            x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+            for x, index in ((q, bucket.queries), (k, bucket.keys), (v, bucket.keys))
+        )
+        attended = attend(queries, keys, values, bucket.mask, scale, sinks)
+        out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+    return torch.cat(out).index_select(0, place).unflatten(0, (batch, length)).transpose(0, 1).contiguous()
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """One call of a kernel; arguments and result as those of `attend_with_sinks`. sinks: None without any."""
+    if sinks is not None:
+        return attend_with_sinks(q, k, v, sinks, mask, scale)
+    if not (shares := shares_keys(q, mask)):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shares
+    )
+
+
+def shares_keys(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether PyTorch's kernel for these queries takes fewer heads of keys: flash attention and the CPU's do. The one
+    of a GPU for fp32 and for masks does not, and PyTorch would store the scores of all heads instead."""
+    return not q.is_cuda or (mask is None and fits_flash_attention(q))
+
+
+class GatherSlices(torch.autograd.Function):  # type: ignore[misc]
+    """Gathers the context ranks' slices of a tensor [share of the sequence, ...] in the order of the row.
+
+    Backward: each rank's gradient for the slices that this one holds, summed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
+        group = parallel_state.get_context_parallel_group()
+        size = dist.get_world_size(group)
+        gathered = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(size)]
+        dist.all_gather(gathered, local.contiguous(), group=group)
+        halves = [p.chunk(2) for p in gathered]
+        return torch.cat([low for low, _ in halves] + [high for _, high in reversed(halves)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        group = parallel_state.get_context_parallel_group()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=group)
+        slices = gradient.chunk(2 * dist.get_world_size(group))
+        rank = dist.get_rank(group)
+        return torch.cat([slices[rank], slices[-1 - rank]])

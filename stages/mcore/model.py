@@ -1,0 +1,202 @@
+"""Builds Megatron's model from the recipe's sizes, and names its tensors by global names."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipeline.core.errors import AtomError, RecipeError
+from stages.mcore import fusions, gpu, megatron_compat
+from stages.mcore.language_model import LanguageModel
+from stages.mcore.layer_spec import uses_transformer_engine
+from stages.mcore.megatron_imports import (
+    GPTModel,
+    MLATransformerConfig,
+    TopKRouter,
+    TransformerConfig,
+    parallel_state,
+)
+from stages.mcore.param_names import BUFFERS, global_name
+from stages.mcore.precision import keywords
+from stages.mcore.rope import frequencies, megatron_yarn
+from stages.mcore.row_tables import RowTables
+from stages.mcore.sliced_loss import mask_padding
+from stages.mcore.tensor_sharding import is_copied
+from stages.models.base import ModelConfig, Precision
+from stages.models.parallel_layout import Layout
+
+
+def transformer_config(
+    model: ModelConfig, layout: Layout, precision: Precision = "fp32", routing_replay: bool = False
+) -> TransformerConfig:
+    """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
+    the precision. routing_replay: routers can be given the experts of their tokens."""
+    words, of_model = keywords(precision, model.layers), model.spec().megatron(model)
+    engine = uses_transformer_engine(words["params_dtype"])
+    megatron_compat.multiply_routers_with_transformer_engine(engine)
+    kind = MLATransformerConfig if of_model.get("multi_latent_attention") else TransformerConfig
+    config = kind(
+        **words,
+        **{"num_layers": model.layers, **of_model},
+        hidden_size=model.hidden_size,
+        layernorm_epsilon=model.norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        moe_token_dispatcher_type=_dispatcher(layout),
+        moe_enable_deepep=layout.dispatcher == "flex",
+        moe_grouped_gemm=model.routing is not None and engine,
+        perform_initialization=False,  # Engine.initialize does it
+        use_cpu_initialization=not torch.cuda.is_available(),
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        # Two pipeline ranks are each other's next and previous one; only the ordered sends and receives of the
+        # overlapping mode then tell an activation from a gradient. Batched ones mix them up without an error.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.split_experts,
+        recompute_granularity="full" if layout.recompute == "layer" else None,
+        recompute_method="uniform" if layout.recompute == "layer" else None,
+        recompute_num_layers=1 if layout.recompute == "layer" else None,
+        deterministic_mode=layout.deterministic and torch.cuda.is_available(),
+        **fusions.keywords(layout, engine, model.routing is not None),
+    )
+    if routing_replay:
+        config.moe_enable_routing_replay = True
+        config.moe_router_fusion = False  # that kernel would choose experts of its own, without a word
+    # for this project's attention; Megatron's own reads the following
+    config.rows = RowTables(frequencies(model), layout.cp, config.softmax_type == "learnable")
+    for name, value in megatron_yarn(model).items():
+        setattr(config, name, value)
+    return config
+
+
+def _dispatcher(layout: Layout) -> str:
+    """The layout's dispatcher. Raises RecipeError if its kernels are missing."""
+    if layout.dispatcher == "flex" and not (torch.cuda.is_available() and importlib.util.find_spec("deep_ep")):
+        raise RecipeError(
+            "parallelism.dispatcher = flex needs GPUs and the package deep_ep, which this machine lacks; use alltoall"
+        )
+    return layout.dispatcher
+
+
+def build(
+    model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
+    packed: bool = False, vocab_size: int | None = None, on_meta: bool = False, routing_replay: bool = False,
+) -> list[GPTModel]:  # fmt: skip
+    """This rank's part of the model, one chunk for each virtual pipeline stage, without its initial weights. Each of
+    Megatron's layers, and its router, has the number of the model's layer (`model_layer`, from 0).
+
+    packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
+    vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
+    on_meta: tensors take no memory until `to_empty` gives them some.
+    routing_replay: for `routing_replay.RoutingReplay`.
+
+    Needs a `stages.train.parallel.session` of the same layout.
+    """
+    layout = layout or Layout()
+    config = transformer_config(model, layout, precision, routing_replay)
+    if on_meta:  # Megatron's layers then name no device; those of Transformer Engine name this one
+        config.init_model_with_meta_device = uses_transformer_engine(config.params_dtype)
+        config.use_cpu_initialization = not config.init_model_with_meta_device
+    spec, chunks = model.spec(), []
+    construct = spec.language_model or LanguageModel
+    for number in range(layout.vpp):
+        stage = number if layout.vpp > 1 else None
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
+            chunk = construct(
+                config=config,
+                transformer_layer_spec=spec.layer_spec(config, stage, packed),
+                vocab_size=padded_vocab_size,
+                max_sequence_length=model.context_length,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                share_embeddings_and_output_weights=model.tie_embeddings,
+                position_embedding_type="yarn" if model.yarn else "rope",
+                rotary_base=model.rope_theta,
+                vp_stage=stage,
+            )
+        for layer in chunk.decoder.layers:
+            layer.model_layer = spec.layer_of(layer.layer_number - 1)
+            for router in layer.modules():
+                if isinstance(router, TopKRouter):
+                    router.model_layer = layer.model_layer
+        for name, parameter in named_tensors([chunk]):
+            # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
+            # gradient norm counts those of tensor rank 0 only.
+            parameter.tensor_model_parallel = not is_copied(name)
+        chunk.layout, chunk.real_vocab_size = layout, vocab_size or padded_vocab_size
+        if vocab_size is not None and chunk.post_process:
+            chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))
+        for module in chunk.modules():
+            if hasattr(module, "token_dispatcher"):
+                module.register_forward_hook(_release_tokens)
+        chunks.append(chunk)
+        if not on_meta and (device := gpu.device()).type != "cpu":  # where PyTorch's own modules are, such as norms
+            chunk.to(device)
+    return chunks
+
+
+def _release_tokens(layer: Any, inputs: Any, output: Any) -> None:
+    """A hook of a layer of experts: its dispatcher keeps the tokens' probabilities until the next forward pass. With
+    recompute, their graph would hold each layer's input and its gradient as long."""
+    for holder in (layer.token_dispatcher, getattr(layer.token_dispatcher, "_comm_manager", None)):
+        for name, value in vars(holder).items() if holder else ():
+            if torch.is_tensor(value) and value.requires_grad:
+                setattr(holder, name, None)
+
+
+def _mask_padding(vocab_size: int) -> Callable[..., None]:
+    """A hook of the output layer that masks ids from `vocab_size` on.
+
+    It writes in place and outside of autograd, which costs no copy of the logits: the gradient of a logit whose
+    probability is zero is zero.
+    """
+
+    def mask(layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+        with torch.no_grad():
+            mask_padding(output[0], vocab_size)
+
+    return mask
+
+
+def named_buffers(chunks: Sequence[GPTModel]) -> dict[str, torch.Tensor]:
+    """This rank's buffers by global name: fp32 in every precision."""
+    return {name: tensor for name, tensor in _named_members(chunks, "named_buffers") if name.endswith(BUFFERS)}
+
+
+def named_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(global name, parameter) of this rank's parameters, in the model's order.
+
+    With tied embeddings the last pipeline stage has a copy of the first one's table, and its name.
+    """
+    yield from _named_members(chunks, "named_parameters")
+
+
+def _named_members(chunks: Sequence[GPTModel], kind: str) -> Iterator[tuple[str, Any]]:
+    for gpt in chunks:
+        layers = [layer.model_layer for layer in gpt.decoder.layers]
+        experts = (gpt.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
+        first_expert = parallel_state.get_expert_model_parallel_rank() * experts
+        for local, tensor in getattr(gpt, kind)():
+            name = global_name(local, layers, first_expert)
+            if gpt.share_embeddings_and_output_weights and name == "output_layer.weight":
+                name = "embedding.word_embeddings.weight"
+            yield name, tensor
+
+
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], actual: Mapping[str, Sequence[int]], origin: str) -> None:
+    """Raises AtomError, naming `origin`, if a tensor is missing, unexpected, or of another shape."""
+    for name in sorted(set(shapes) | set(actual)):
+        actual_shape, expected_shape = (tuple(x[name]) if name in x else None for x in (actual, shapes))
+        if actual_shape != expected_shape:
+            raise AtomError(
+                f"{origin} does not fit the model section of the recipe: {name} is {actual_shape}, not {expected_shape}"
+            )

@@ -1,0 +1,242 @@
+"""What all layers of a forward pass share about its rows: positions, rotary tables, and the documents and masks of
+attention. It is made once for a forward pass, from numbers on the host: no layer waits for the GPU."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from stages.mcore import gpu
+from stages.mcore.megatron_imports import parallel_state
+from stages.models.costs import SLICE
+
+
+class Documents(NamedTuple):
+    """The documents of a rank's rows side by side, as kernels for rows of variable length take them (`varlen`, `thd`).
+
+    Document n has the queries from queries[n] on and the keys from keys[n] on, both up to the next number; its last
+    query sees its last key. longest: an upper bound of both lengths. gathered: the keys of all documents as positions
+    in all rows side by side, a prefix of several documents with each of them; None if these are all keys in order.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest: int
+    gathered: torch.Tensor | None
+
+
+class Bucket(NamedTuple):
+    """Documents of like length as a batch, padded. queries, keys: positions in all rows side by side, [documents,
+    longest]; mask: what to add to the scores, [documents or 1, 1, queries, keys], or None if it is plainly causal."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def on_a_gpu(device: torch.device) -> bool:
+    """Whether a kernel there takes a row whole."""
+    return bool(device.type != "cpu")
+
+
+class Tables:
+    """The tables of one batch of rows, each made when a layer first asks for it."""
+
+    def __init__(
+        self, starts: torch.Tensor | None, length: int, context: int, device: torch.device,
+        rope: tuple[torch.Tensor, float], step: int = 1, has_sinks: bool = False,
+    ) -> None:  # fmt: skip
+        """starts: the first position of the document of each position, int64 [batch, complete row], on any device; or
+        [3, batch, complete row] with the first position and the end of what the document continues, its prefix in the
+        same row; None if each row is one document. length: of this context rank's share of a row. rope: frequencies and
+        factor. step: the distance of neighbors' positions for the rotary embedding. has_sinks: of the heads, for
+        which a GPU has no kernel."""
+        self.starts, self.length, self.context, self.device, self.rope = starts, length, context, device, rope
+        self.step, self.has_sinks = step, has_sinks
+        self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
+        self.local_starts = None if starts is None else starts.cpu()[..., self.positions]
+        """[batch, length], on the host."""
+        self.prefixes: torch.Tensor | None = None
+        """[2, batch, length], on the host; None if no document continues another."""
+        if self.local_starts is not None and self.local_starts.dim() == 3:
+            assert context == 1, "context ranks hold parts of rows"
+            self.local_starts, self.prefixes = self.local_starts[0], self.local_starts[1:]
+        self._slices: dict[int | None, list[tuple[int, int, int]]] = {}
+        self._masks: dict[tuple[int, torch.dtype, int | None], torch.Tensor] = {}
+        self._documents: dict[int, Documents] = {}
+        self._buckets: dict[tuple[torch.dtype, int | None], tuple[list[Bucket], torch.Tensor]] = {}
+
+    @cached_property
+    def _on_device(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        starts = None if self.local_starts is None else gpu.upload(self.local_starts, self.device)
+        return gpu.upload(self.positions, self.device), starts
+
+    @property
+    def device_starts(self) -> torch.Tensor | None:
+        """`local_starts` on the device."""
+        return self._on_device[1]
+
+    @cached_property
+    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, fp32: [length, dim], or [batch, 1, 1, length, dim] if rows hold several documents, each of
+        which counts from 0."""
+        positions, starts = self._on_device
+        if starts is not None:
+            if self.prefixes is not None:  # a document counts on from its prefix
+                starts = starts - gpu.upload(self.prefixes[1] - self.prefixes[0], self.device)
+            positions = (positions - starts)[:, None, None]
+        frequencies, factor = self.rope
+        angles = (positions * self.step)[..., None].float() * gpu.upload(frequencies, self.device)
+        angles = torch.cat((angles, angles), -1)
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+    def slices(self, window: int | None = None) -> list[tuple[int, int, int]]:
+        """(queries, first key, end of keys) of each slice of queries. It sees no keys beyond its last position, and
+        none before its first document or the window of its first position. The CPU's kernel also computes masked
+        scores, so this saves almost half of the work of long rows, and with sinks, whose scores are kept, almost half
+        of their memory on a GPU; a GPU's kernel does not compute them, and takes a row that is one document whole.
+        window: maximum keys that a query sees; None: all."""
+        if window not in self._slices:
+            has_kernel = on_a_gpu(self.device) and not self.has_sinks
+            whole = has_kernel and self.local_starts is None and self.context == 1 and window is None
+            parts = self.positions.split(self.length if whole else SLICE)
+            starts = [None] * len(parts) if self.local_starts is None else self.local_starts.split(SLICE, 1)
+            self._slices[window] = [
+                (
+                    len(part),
+                    max(0 if start is None else int(start.min()), int(part.min()) + 1 - window if window else 0),
+                    int(part.max()) + 1,
+                )
+                for part, start in zip(parts, starts, strict=True)
+            ]
+        return self._slices[window]
+
+    def mask(self, number: int, dtype: torch.dtype, window: int | None = None) -> torch.Tensor | None:
+        """What to add to the scores of a slice: 0 or minus infinity, [queries, keys] or [batch, 1, queries, keys]; None
+        if it is plainly causal. Autograd keeps masks: with it all layers share them."""
+        slices = self.slices(window)
+        count, first, end = slices[number]
+        if self.local_starts is None and end == count and (window is None or end <= window):
+            return None
+        if (number, dtype, window) in self._masks:
+            return self._masks[number, dtype, window]
+        positions, starts = self._on_device
+        begin = sum(queries for queries, _, _ in slices[:number])
+        key = torch.arange(first, end, device=self.device)
+        seen = positions[begin : begin + count, None] >= key
+        if window is not None:
+            seen = seen & (positions[begin : begin + count, None] - key < window)
+        if starts is not None:
+            seen = (seen & (starts[:, begin : begin + count, None] <= key))[:, None]
+        mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+        if torch.is_grad_enabled():
+            self._masks[number, dtype, window] = mask
+        return mask
+
+    def documents(self, batch: int) -> Documents:
+        """The documents of `batch` rows; parts of one in distant slices of a context rank are two."""
+        if batch not in self._documents:
+            self._documents[batch] = self._find_documents(batch)
+        return self._documents[batch]
+
+    def _find_documents(self, batch: int) -> Documents:
+        starts = torch.zeros(batch, self.length, dtype=torch.long) if self.local_starts is None else self.local_starts
+        begins = torch.ones_like(starts, dtype=torch.bool)
+        begins[:, 1:] = (starts[:, 1:] != starts[:, :-1]) | (self.positions[1:] != self.positions[:-1] + 1)
+        row, column = begins.nonzero(as_tuple=True)
+        bounds = torch.cat([row * self.length + column, torch.tensor([batch * self.length])])
+        first_key = starts[row, column]
+        sizes = self.positions[(bounds[1:] - 1) % self.length] + 1 - first_key
+        gathered = None
+        if self.prefixes is not None:
+            shared = [torch.arange(*ends) for ends in (self.prefixes[:, row, column] + row * self.length).T.tolist()]
+            rest = torch.arange(batch * self.length).split(sizes.tolist())
+            gathered = gpu.upload(torch.cat([x for pair in zip(shared, rest, strict=True) for x in pair]), self.device)
+            sizes = sizes + self.prefixes[1, row, column] - self.prefixes[0, row, column]
+        keys = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+        if self.context > 1:
+            shift = row * self.length * self.context + first_key - keys[:-1]
+            gathered = gpu.upload(torch.arange(int(keys[-1])) + shift.repeat_interleave(sizes), self.device)
+        # a power of two, as cuDNN builds a plan for each value
+        longest = min(1 << (int(sizes.max()) - 1).bit_length(), self.length * self.context)
+        queries, keys = (gpu.upload(x.int(), self.device) for x in (bounds, keys))
+        return Documents(queries, keys, longest, gathered)
+
+    def buckets(
+        self, batch: int, dtype: torch.dtype, window: int | None = None
+    ) -> tuple[list[Bucket], torch.Tensor]:  # fmt: skip
+        """The documents of `batch` rows by length, for kernels that take rows of one length; and the place of each
+        position in the queries of all buckets side by side. window: maximum keys that a query sees; None: all."""
+        if (dtype, window) not in self._buckets:
+            self._buckets[dtype, window] = self._make_buckets(self.documents(batch), dtype, window)
+        return self._buckets[dtype, window]
+
+    def _make_buckets(
+        self, documents: Documents, dtype: torch.dtype, window: int | None
+    ) -> tuple[list[Bucket], torch.Tensor]:  # fmt: skip
+        assert documents.gathered is not None, "the documents have prefixes"
+        count, total = (x.cpu().long().diff() for x in (documents.queries, documents.keys))
+        prefix = total - count
+        kinds: dict[tuple[bool, int], list[int]] = {}
+        for n, (before, length) in enumerate(zip(prefix.tolist(), count.tolist(), strict=True)):
+            kinds.setdefault((before > 0, (length - 1).bit_length()), []).append(n)
+        first, first_key = documents.queries.cpu().long(), documents.keys.cpu().long()
+        gathered, buckets, offset = documents.gathered.cpu(), [], 0
+        place = torch.empty(int(first[-1]), dtype=torch.long)
+        for members in kinds.values():
+            n = torch.tensor(members)
+            longest, before = int(count[n].max()), int(prefix[n].max())
+            query, key = torch.arange(longest), torch.arange(before + longest)
+            # keys: padding, the prefix, the document, padding. The causal order hides what is behind the document.
+            ahead = (before - prefix[n])[:, None]
+            queries = first[n, None] + query.clamp(max=(count[n] - 1)[:, None])
+            keys = gathered[first_key[n, None] + (key - ahead).clamp(min=0).clamp(max=(total[n] - 1)[:, None])]
+            real = query < count[n, None]
+            place[queries[real]] = (offset + torch.arange(real.numel()).view(real.shape))[real]
+            offset += real.numel()
+            mask = None
+            is_windowed = window is not None and before + longest > window
+            if before or is_windowed:
+                if bool((ahead == ahead[0]).all()):
+                    ahead = ahead[:1]
+                seen = (key <= before + query[:, None]) & (key >= ahead[:, :, None])
+                if is_windowed:
+                    seen &= before + query[:, None] - key < window
+                mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
+                mask = gpu.upload(mask, self.device)
+            buckets.append(Bucket(gpu.upload(queries, self.device), gpu.upload(keys, self.device), mask))
+        return buckets, gpu.upload(place, self.device)
+
+
+class RowTables:
+    """The tables of the latest rows. A layer finds them by the tensor of starts, of which it may get another view: the
+    recomputation of a layer unpacks it anew."""
+
+    def __init__(self, rope: tuple[torch.Tensor, float], context: int, has_sinks: bool = False) -> None:
+        self.rope, self.context, self.has_sinks = rope, context, has_sinks
+        self.steps: dict[int, int] = {}
+        """{tokens of a row: distance of its neighbors' positions}, where it is not 1: to compute at far positions."""
+        self.key: Any = None
+        self.tables: Tables | None = None
+
+    def of(self, starts: torch.Tensor | None, length: int, device: torch.device) -> Tables:
+        """starts: as in `Tables`. length: of this context rank's share of a row. The tables keep `starts`, so its
+        memory is not used again while they are the latest."""
+        place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
+        key = place, length, device
+        if self.tables is None or key != self.key:
+            step = self.steps.get(length, 1)
+            self.key = key
+            self.tables = Tables(starts, length, self.context, device, self.rope, step, self.has_sinks)
+        return self.tables
+
+
+def context_positions(length: int) -> torch.Tensor:
+    """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them: of
+    2C slices the one with its number, and the one as far from the end."""
+    rank = parallel_state.get_context_parallel_rank()
+    slices = torch.arange(length).chunk(2 * parallel_state.get_context_parallel_world_size())
+    return torch.cat([slices[rank], slices[-1 - rank]])

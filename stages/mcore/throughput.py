@@ -1,0 +1,312 @@
+"""The seconds of an optimizer step on GPUs, in closed form: compute, memory and network. No torch: `atom plan` imports
+this file.
+
+A micro-batch passes each layer forward and backward. Its time is the sum of what a GPU does one after the other:
+
+- matrix products: their FLOPs by the peak of the precision and the share of it that large products reach; those of
+  experts reach less, and the output head is bf16 in every precision, as are NVFP4's exempt layers;
+- attention: FLOPs by the bf16 peak in every precision. The backward pass computes the scores again (Dao, 2023), and a
+  score costs an exponential, so narrow heads are no faster than heads of 128;
+- what lies between products (norms, residuals, SwiGLU, permutation of tokens, router): the bytes that a layer keeps or
+  has at work, by the memory's bandwidth, several times; FP8 and NVFP4 move what they quantize once more, and where
+  one scale holds for a whole tensor, again for its maximum;
+- weights and gradients of the rank, read and summed in each micro-batch, which makes experts slow that get few tokens;
+- launches of kernels by the host, more of them by each expert on the rank, and most in FP8 and NVFP4;
+- traffic of tensor and expert ranks: by NVLink inside a domain, by the network outside.
+
+No micro-batch takes less than the host, which issues each layer once, however few its tokens: small micro-batches and
+layers split over many ranks leave the GPU waiting. The dispatchers alltoall and allgather cost it more, since they send
+counts of tokens to the host; flex keeps them on the GPU, and no published run shows what it costs.
+
+A step adds the pipeline's bubble of (pp - 1) / vpp micro-batches (Narayanan et al., 2021), the reduction of gradients
+and the gathering of weights as far as the last micro-batch does not hide them, and the optimizer. Routing is even.
+Context-parallel and pipeline traffic are taken as hidden, and packed rows as slow as full ones.
+
+`bench/throughput.py` fits CONSTANTS to published runs, and measures the errors on runs that were left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Literal
+
+from pipeline.core.stage import RECOMPUTED, Accelerator, family
+from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, NVFP4, sharing
+from stages.models.base import ModelConfig
+from stages.models.costs import AttentionCost, Rows
+from stages.models.parallel_layout import Layout
+
+FLOPS = 6
+"""Of a matrix parameter and token: 2 forward, 4 backward."""
+RESCORED = 7 / 6
+"""FLOPs of attention with the scores that the backward pass computes again, beside the model's."""
+NARROWEST = 256
+"""Widths of a query and a value together below which exponentials take as long as products."""
+LOGIT = 16
+"""Bytes moved for a logit: bf16 written and read, its exponential in fp32, its gradient written and read twice."""
+READ = {"bf16": 2.0, "fp8": 1.0, "fp4": NVFP4}
+"""Bytes of a weight that products read, by family of precisions."""
+CLOCK = 0.6
+"""Watts for a TFLOP/s of bf16 at which the constants hold. The rest of the power decides the clock under load."""
+LAYER_KERNELS, SPARSE_KERNELS, EXPERT_KERNELS, EXPERT_KERNELS_FP8 = 80, 40, 6, 18
+"""Kernels of a micro-batch: of a layer; of its routing and exchange; of each expert on the rank, whose three products
+are six, and which quantizes inputs and gradients in three kernels each under FP8 and NVFP4."""
+
+LAUNCHED = {"none": 1.0, "mlp": 0.5, "partial": 0.0, "full": 0.0}
+"""Share of a layer's launches that graphs leave to the host, those of its routing and experts apart."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What no data sheet says. Shares are of stated peaks and bandwidths."""
+
+    bf16: float  # share of large matrix products in bf16
+    fp8: float  # the same in FP8
+    grouped: float  # speed of the experts' products beside the dense ones
+    attention: float  # share of the bf16 peak
+    passes: float  # times that a kept or temporary byte is moved, by the share of the bandwidth
+    link: float  # share of NVLink and network by what is waited for; above 1 if a part is hidden
+    launch: float  # seconds of a kernel in which nothing is computed
+    fp4: float  # share of large matrix products in NVFP4: of one run, the other constants being given
+    host: float  # seconds in which the host issues a layer, forward and backward: of one run
+    sparse_host: float  # seconds more for a layer with experts: of three runs
+
+
+CONSTANTS = Constants(
+    bf16=0.654, fp8=0.680, grouped=0.556, attention=0.568, passes=5.42, link=1.14, launch=16.2e-6, fp4=0.591,
+    host=6.4e-3, sparse_host=8.1e-3,
+)  # fmt: skip
+UNFITTED_ERRORS = (0.11, 0.81)
+"""Median and largest relative error of the throughput of published runs that were not fitted."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Equal layers of a model on one rank. dense: parameters that each token meets, experts: those of all experts.
+    saved, working: bytes for a token in bf16, kept for the backward pass and at work."""
+
+    layers: int
+    dense: int
+    experts: int
+    saved: float
+    working: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the time of a model depends on. heads: output heads (several with multi-token prediction)."""
+
+    hidden: int
+    vocabulary: int
+    layers: tuple[LayerShape, ...]
+    attention: tuple[AttentionCost, ...]
+    experts: int = 1
+    top_k: int = 1
+    heads: int = 1
+
+    @cached_property
+    def depth(self) -> int:
+        return sum(group.layers for group in self.layers)
+
+    @cached_property
+    def sparse(self) -> int:
+        return sum(group.layers for group in self.layers if group.experts)
+
+    @cached_property
+    def total(self) -> LayerShape:
+        """All layers as one."""
+        names = ("dense", "experts", "saved", "working")
+        return LayerShape(1, *(sum(group.layers * getattr(group, name) for group in self.layers) for name in names))
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output heads."""
+        return self.heads * self.vocabulary * self.hidden
+
+    @property
+    def matrices(self) -> float:
+        """Parameters that a token meets, output heads included."""
+        return self.total.dense + self.total.experts * self.top_k / self.experts + self.head
+
+
+def shape_of(model: ModelConfig, padded_vocab_size: int) -> Shape:
+    """SwiGLU counts as one kernel, as it is on GPUs."""
+    one, rows, groups = Layout(), Rows(1, model.context_length), []
+    for layer in range(model.layers):
+        parameters = model.layer_memory(one, layer)
+        saved = sum(model.layer_activations(one, "bf16", rows, layer, fused=True).values())
+        working = model.layer_moved(Layout(ranks=2, ep=2), "bf16", layer)
+        groups.append(LayerShape(1, parameters.dense, parameters.experts, saved, working))
+    shape = Shape(model.hidden_size, padded_vocab_size, tuple(groups), tuple(model.attention()))
+    return replace(shape, experts=model.routing.experts, top_k=model.routing.top_k) if model.routing else shape
+
+
+@dataclass(frozen=True)
+class StepSetup:
+    """How a step is computed. micro_batches: of a step, on one rank. gradient: bytes of one. What this project's engine
+    does not have: graphs, launches replayed by the GPU, of all, of MLPs, or of what is not the experts'; hides_experts:
+    their traffic is hidden behind the compute of another micro-batch; balanced: the ranks of a pipeline share the time
+    of the output head."""
+
+    layout: Layout
+    precision: str
+    rows: Rows
+    micro_batches: int
+    gradient: int = GRADIENT
+    bf16_layers: int = 0  # whose products are bf16 in any precision
+    graphs: Literal["none", "mlp", "partial", "full"] = "none"
+    hides_experts: bool = False
+    balanced: bool = False
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step by cause; they add up."""
+
+    products: float
+    attention: float
+    between: float
+    weights: float
+    launches: float
+    tensor: float
+    experts: float
+    host: float = 0.0
+    bubble: float = 0.0
+    reduction: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return math.fsum(getattr(self, field.name) for field in fields(self))
+
+
+def step_time(shape: Shape, gpu: Accelerator, run: StepSetup, constants: Constants = CONSTANTS) -> StepTime:
+    """On the slowest stage of the pipeline. The GPU has a peak for bf16, and for FP8 if that is the precision."""
+    layout = run.layout
+    micro_batch = _micro_batch(shape, gpu, run, constants)
+    reduction, optimizer = _update(shape, gpu, run, constants)
+    parts = {field.name: getattr(micro_batch, field.name) * run.micro_batches for field in fields(micro_batch)}
+    parts["bubble"] = (layout.pp - 1) / layout.vpp * micro_batch.total
+    parts["reduction"] = max(0.0, reduction - (0 if layout.overlap_gradients is False else micro_batch.total))
+    return StepTime(**parts | {"optimizer": optimizer})
+
+
+def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> StepTime:
+    layout, total, low = run.layout, shape.total, family(run.precision)
+    quantizes = low in ("fp8", "fp4")
+    clock = math.sqrt(gpu.watts / (gpu.peaks["bf16"] * CLOCK / 1e12)) if gpu.watts else 1.0
+    bf16 = gpu.peaks["bf16"] * min(1.0, c.bf16 * clock)
+    rate = gpu.peaks[low] * min(1.0, getattr(c, low) * clock) if quantizes else bf16
+    exempt = run.bf16_layers / shape.depth
+    rate = 1 / ((1 - exempt) / rate + exempt / bf16)
+    scoring = gpu.peaks["bf16"] * min(1.0, c.attention * clock) / RESCORED
+    # a scale of a whole tensor takes a pass for its maximum
+    quantized = (4 if run.precision in ("fp8-tensorwise", "nvfp4") else 2) if quantizes else 0
+    gathered = run.rows.rows * run.rows.length / layout.cp  # tokens that tensor ranks work on together
+    tokens = gathered / layout.tp
+
+    met = total.dense + total.experts * shape.top_k / shape.experts / c.grouped
+    scores = sum(a.layers * a.heads * max(a.qk + a.v, NARROWEST) * a.keys(run.rows.length) for a in shape.attention)
+    moved = (total.saved + total.working) * c.passes + total.saved * quantized
+    held = total.dense / layout.tp + total.experts / (layout.ep * layout.split_experts)
+    # of each half of a layer that is split: three gathers and two scatters; of experts: there and back, twice
+    gather = collective(gpu, 2 * gathered * shape.hidden, layout.tp, 1) / c.link
+    send = dispatch(gpu, 2 * shape.hidden * tokens, shape.top_k, layout) / c.link
+    times = {
+        "products": FLOPS * tokens * met / rate,
+        "attention": FLOPS * tokens * scores / scoring,
+        "between": tokens * moved / gpu.memory,
+        # read forward and backward; a gradient is read and written
+        "weights": held * 2 * (READ[low] + run.gradient) / gpu.memory,
+        "launches": c.launch * _kernels(shape, run),
+        "tensor": (2 * shape.depth - shape.sparse) * 5 * gather,
+        "experts": shape.sparse * 4 * send,
+    }
+    if layout.recompute == "layer":  # forward again: a gather and a scatter, there and back
+        again = {"weights": 1.0, "tensor": 7 / 5, "experts": 6 / 4}
+        times = {name: seconds * again.get(name, RECOMPUTED) for name, seconds in times.items()}
+    if run.hides_experts:
+        # behind the compute of another micro-batch, which the first and the last of a step lack in half
+        hidden = min(times["experts"], times["products"] + times["attention"] + times["between"])
+        times["experts"] -= hidden * (1 - 1 / run.micro_batches)
+    # the slowest stage has whole layers, and the last one the head
+    part = -(-shape.depth // (layout.pp * layout.vpp)) * layout.vpp / shape.depth
+    times = {name: seconds * part for name, seconds in times.items()}
+    head = 1 / layout.pp if run.balanced else 1.0
+    times["products"] += head * FLOPS * tokens * shape.head / bf16
+    times["between"] += head * tokens * LOGIT * shape.heads * shape.vocabulary / gpu.memory
+    # what the GPU waits for a host that has not issued its work yet
+    return StepTime(**times, host=max(0.0, part * _host(shape, run, c) - math.fsum(times.values())))
+
+
+def _host(shape: Shape, run: StepSetup, c: Constants) -> float:
+    """Seconds in which the host issues a micro-batch in all layers: Python's part by layer, and each expert's kernels,
+    which one call launches."""
+    seconds = shape.depth * c.host * LAUNCHED[run.graphs]
+    if run.graphs != "full" and run.layout.dispatcher != "flex":
+        seconds += shape.sparse * (c.sparse_host + c.launch * _of_experts(shape, run))
+    return seconds * RECOMPUTED if run.layout.recompute == "layer" else seconds
+
+
+def _kernels(shape: Shape, run: StepSetup) -> float:
+    """Launches of a micro-batch in all layers."""
+    if run.graphs == "full":
+        return 0.0
+    sparse = shape.sparse * (SPARSE_KERNELS + _of_experts(shape, run))
+    return sparse + shape.depth * LAYER_KERNELS * LAUNCHED[run.graphs]
+
+
+def _of_experts(shape: Shape, run: StepSetup) -> float:
+    """Kernels of a layer's experts on a rank."""
+    return shape.experts / run.layout.ep * (EXPERT_KERNELS if run.precision == "bf16" else EXPERT_KERNELS_FP8)
+
+
+def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tuple[float, float]:
+    """Seconds of a step's reduction of gradients and gathering of weights, and of its optimizer."""
+    layout, total = run.layout, shape.total
+    split, (dense_ranks, expert_ranks) = layout.ep * layout.split_experts, sharing(layout)
+    table = shape.vocabulary * shape.hidden
+    dense = (total.dense / layout.pp + (shape.head + table) / (1 if layout.pp == 1 else 2)) / layout.tp
+    experts = total.experts / layout.pp / split
+    reduction = sum(
+        collective(gpu, (run.gradient + 2) * size, ranks, stride)
+        for size, ranks, stride in ((dense, dense_ranks, layout.tp), (experts, expert_ranks, split))
+    )
+    # fp32 weights and moments are read and written, a gradient read, a weight written; all gradients are measured
+    # for the norm, and zeroed
+    owned = (2 * (MASTER + MOMENTS) + run.gradient + 2) * (dense / dense_ranks + experts / expert_ranks)
+    return reduction / c.link, (owned + 2 * run.gradient * (dense + experts)) / gpu.memory
+
+
+def collective(gpu: Accelerator, size: float, ranks: int, stride: int) -> float:
+    """Seconds of an all-gather or reduce-scatter of `size` bytes over `ranks` that lie `stride` apart, at full
+    bandwidth: by NVLink in each domain, whose ranks share the way between domains."""
+    inside = min(ranks, max(1, gpu.nvlink_gpus // stride))
+    domains = ranks / inside
+    return size * ((inside - 1) / inside / gpu.nvlink + (domains - 1) / domains / inside / gpu.network)
+
+
+def dispatch(gpu: Accelerator, size: float, top_k: int, layout: Layout) -> float:
+    """Seconds in which a rank sends its tokens of `size` bytes to their experts at full bandwidth.
+
+    alltoall: a copy for each expert. flex: once to each NVLink domain that has one of a token's experts, and from there
+    once to each rank (DeepSeek-AI, 2024, section 3.2.2). allgather: to every rank. Ranks that split an expert each need
+    the tokens of all."""
+    split = layout.split_experts
+    if layout.dispatcher == "allgather":
+        return collective(gpu, size * layout.ep * split, layout.ep * split, 1)
+    inside = min(layout.ep, max(1, gpu.nvlink_gpus // split))
+    domains = layout.ep / inside
+    if layout.dispatcher == "flex":
+        copies, outside = _distinct(layout.ep, top_k), _distinct(domains, top_k) * (domains - 1) / domains
+    else:
+        copies, outside = top_k, top_k * (domains - 1) / domains
+    sent = size * (outside / gpu.network + copies * (inside - 1) / inside / gpu.nvlink)
+    return sent + collective(gpu, size * top_k * split, split, 1)
+
+
+def _distinct(places: float, draws: int) -> float:
+    """Expected number of distinct ones among `places` that are drawn evenly."""
+    return places * (1 - (1 - 1 / places) ** draws)
