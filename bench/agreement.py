@@ -7,7 +7,7 @@
 The documents are `tests/data/agreement/documents.jsonl.xz` (their README states origin and license), each with the
 verdicts of stock datatrove. The reference runs in an environment of its own with spaCy, `build/stock-datatrove`, which
 is made on demand (`--python` names another). The figures go to `stages/data/curation/agreement.yaml`, which a release
-publishes and `tests/integration/test_agreement.py` holds to the steps.
+publishes and `tests/integration/data/test_agreement.py` holds to the steps.
 """
 
 from __future__ import annotations

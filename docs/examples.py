@@ -17,7 +17,7 @@ reader of a rendered page sees them:
     <!-- only: atom-tiny, REASON --> a release that the example needs
     <!-- names: NAME = VALUE; … -->  what the page names of the release: see `names_of`
 
-Tests run the same examples on a release of atom-smoke (tests/integration/test_pages.py).
+Tests run the same examples on a release of atom-smoke (tests/integration/docs/test_pages.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FOLDERS = {"auditors.md": f"runs/releases/{TINY}-{VERSION}", "formats.md": f"run
 ELSEWHERE = {
     "cli.md": "written by docs/generate.py",
     "configuration.md": "written by docs/generate.py",
-    "extending.md": "run by tests/integration/test_extending.py",
+    "extending.md": "run by tests/integration/docs/test_extending.py",
     "2026-11.md": "a record of measurements",
 }
 """{page: why its blocks are not run here}"""

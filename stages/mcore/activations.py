@@ -6,7 +6,7 @@ PyTorch. Assumed: routing is balanced (each rank's experts get their share of th
 the fullest rank needs more); the attention kernel saves queries, keys, values, output and log-sum-exp, but no scores,
 unless the architecture states otherwise; NVFP4's smaller copies of matrix inputs are counted as bf16. Left out:
 communication buffers and the allocator's fragments.
-`tests/integration/test_costs.py` compares with what autograd saves, `tests/integration/test_rank_simulation.py` with
+`tests/integration/models/test_costs.py` compares with what autograd saves, `test_rank_simulation.py` beside it with
 every byte that a simulated rank allocates.
 """
 

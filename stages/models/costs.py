@@ -1,7 +1,7 @@
 """Cost model in closed form: FLOPs of a token, and the units in which an architecture states memory.
 
-No torch: `atom plan` imports this file. `tests/integration/test_costs.py` compares the parameters with those that
-Megatron builds, `bench/planner.py` the FLOPs and the state with published figures.
+No torch: `atom plan` imports this file. `tests/integration/models/test_costs.py` compares the parameters with those
+that Megatron builds, `bench/planner.py` the FLOPs and the state with published figures.
 """
 
 from __future__ import annotations

@@ -70,6 +70,15 @@ def test_steps(*selections: str) -> Callable[[], dict[str, Step]]:
     return lambda: {selection: lambda folder, s=selection: run_tests(s.split(), folder) for selection in selections}
 
 
+def integration_tests(*names: str) -> list[str]:
+    """The paths of modules of tests/integration, each in the folder of its room."""
+    return [
+        f"tests/integration/{path.parent.name}/{path.name}"
+        for name in names
+        for path in ROOT.glob(f"tests/integration/*/test_{name}.py")
+    ]
+
+
 def bench_step(name: str, *arguments: str) -> Callable[[], dict[str, Step]]:
     """A benchmark, whose result is its last line."""
 
@@ -113,7 +122,7 @@ PARTS = {
         "Growth of the data stages up to three million documents; a ratio of 1 or more holds every limit.",
     ),
     "data-plane": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("data_curate", "planted", "large_release"))), ["tests", "result"],
+        test_steps(*integration_tests("data_curate", "planted", "large_release")), ["tests", "result"],
         "Planted duplicates and leaks in a thousand parts; traces and checks of a million documents by brute force.",
     ),
     "slurm-servers": Part(
@@ -121,7 +130,7 @@ PARTS = {
         "Real vLLM servers in Slurm jobs beside RL: canceled, started again, orphaned; ATOM_VLLM_PYTHON names their Python.",
     ),
     "training": Part(
-        test_steps(*(f"tests/integration/test_{n}.py" for n in ("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "fake_quantization", "glm4_moe", "start_records", "layouts", "million_tokens", "model_rope", "precision_simulation", "qwen3_next", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "seal", "slow_ranks", "spikes", "tools", "tracking", "train_loop", "windows"))),
+        test_steps(*integration_tests("adapter", "asynchronous", "cluster_recipes", "deepseek_v3", "dense_model", "device_test", "fake_quantization", "glm4_moe", "start_records", "layouts", "million_tokens", "model_rope", "precision_simulation", "qwen3_next", "rank_simulation", "ranks", "replay", "replay_answers", "rl_rank_simulation", "reward_hack", "rlvr", "run", "seal", "slow_ranks", "spikes", "tools", "tracking", "train_loop", "windows")),
         ["tests", "result"],
         "Every feature in every layout, runs that are killed, stopped and simulated, and the memory of simulated layouts.",
     ),
@@ -146,8 +155,11 @@ PARTS = {
     ),
     "emulated-gpu": Part(
         test_steps(
-            "tests/integration/test_emulated_gpu.py",
-            *(f"-p tests.fixtures.emulated_gpu tests/integration/test_{name}" for name in ("rlvr.py -k learn", "rlvr.py -k killed_between", "rlhf.py -k learns", "lora.py"))
+            "tests/integration/train/test_emulated_gpu.py",
+            *(
+                f"-p tests.fixtures.emulated_gpu tests/integration/{tests}"
+                for tests in ("rl/test_rlvr.py -k learn", "rl/test_rlvr.py -k killed_between", "rl/test_rlhf.py -k learns", "train/test_lora.py")
+            ),
         ),
         ["tests", "result"],
         "The code for GPUs on an emulated one: every architecture and layout against the CPU, RL and adapters.",
@@ -161,14 +173,14 @@ PARTS = {
         "The CPU image, built from the Dockerfile on a Debian by debootstrap, and a stage in it on Slurm.",
     ),
     "packages": Part(
-        test_steps("tests/integration/test_packages.py"), ["tests", "result"],
+        test_steps("tests/integration/data/test_packages.py"), ["tests", "result"],
         "The data recipe `packages`, fetched from Debian and PyPI, to the order of pre-training.",
     ),
     "benchmarks": Part(
-        test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
+        test_steps("tests/integration/pipeline/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
     "release": Part(
-        test_steps(*(f"tests/integration/test_{name}.py" for name in ("adapter", "big_uploads", "continue", "demo", "downstream", "export", "failures", "hub_limits", "hub_paths", "keyless", "lora", "other_platforms", "page_space", "prediction", "publish_races", "published_base", "release_build", "release_faults", "release_flips", "release_lies", "release_publish", "release_verify", "retract", "sign", "sizes", "terminal_commands", "tutorials", "variants", "wheel", "damaged_home"))),
+        test_steps(*integration_tests("adapter", "big_uploads", "continue", "demo", "downstream", "export", "failures", "hub_limits", "hub_paths", "keyless", "lora", "other_platforms", "page_space", "prediction", "publish_races", "published_base", "release_build", "release_faults", "release_flips", "release_lies", "release_publish", "release_verify", "retract", "sign", "sizes", "terminal_commands", "tutorials", "variants", "wheel", "damaged_home")),
         ["tests", "result"], "Building, signing, publishing, pulling and retracting at length: every request of a publication fails once, a "
         "thousand bytes of a release are flipped, and the tutorials and the demo run whole.",
     ),

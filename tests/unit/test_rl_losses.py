@@ -1,4 +1,4 @@
-"""The losses by hand and by their properties; tests/integration/test_trl_losses.py compares them with TRL's."""
+"""The losses by hand and by their properties; tests/integration/rl/test_trl_losses.py compares them with TRL's."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Agreement of the filters with stock datatrove by rule: figures that a release publishes and the data card prints.
 
-They are measured by `bench/agreement.py` and held by `tests/integration/test_agreement.py`.
+They are measured by `bench/agreement.py` and held by `tests/integration/data/test_agreement.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ words, and datatrove counts those of spaCy's English tokenizer. `split_words`, w
 atom`, follows the same rules in an implementation of its own: text is divided at whitespace, then punctuation, units
 and contractions are cut from both ends of each chunk, then the rest is cut at hyphens, commas and the like. The words
 of a chunk depend on the chunk alone, so each is cut once and looked up afterwards.
-`tests/integration/test_agreement.py` holds blocks with these words to their verdicts with spaCy.
+`tests/integration/data/test_agreement.py` holds blocks with these words to their verdicts with spaCy.
 """
 
 from __future__ import annotations

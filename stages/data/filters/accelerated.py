@@ -2,8 +2,8 @@
 
 An accelerator takes an instance of the block, with the block's own parameters, and gives the same text, verdict and
 reason for every document, or raises the same exception. It also states the value and the threshold of a removal, which
-the block does not. `tests/integration/test_blocks.py` compares each with its block, and `bench/filters.py` measures it:
-one that is not 1.5 times as fast is removed. docs/curation.md has the table.
+the block does not. `tests/integration/data/test_blocks.py` compares each with its block. `bench/filters.py`
+measures it: one that is not 1.5 times as fast is removed. docs/curation.md has the table.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Weights that go to vLLM servers by broadcast, and servers that are lost while they receive: with fake ones.
 
-python -m tests.integration.test_vllm_broadcast TASK.json [kill|stop]    # receives as a server's worker
+python -m tests.integration.generation.test_vllm_broadcast TASK.json [kill|stop]    # receives as a server's worker
 """
 
 # ruff: noqa: F811 - fixtures are imported, and are arguments
@@ -191,7 +191,7 @@ def test_a_server_that_is_lost_in_the_middle_of_a_packet_does_not_hold_up_the_ot
                 task = tmp_path / f"{server}.json"
                 task.write_text(json.dumps({**sender.content, "store": addresses[server]}))
                 (processes[server],) = layout_fixtures.spawn(
-                    "tests.integration.test_vllm_broadcast", [str(task), how], 1
+                    "tests.integration.generation.test_vllm_broadcast", [str(task), how], 1
                 )
             assert sender.join({server: {"store": address} for server, address in addresses.items()}) == set(ways)
             sender.groups["lost"].seconds, sender.groups["lost"].limit = 3.0, timedelta(seconds=3)

@@ -1,6 +1,6 @@
 """`atom replay` on a real release of atom-smoke: honest releases come out bit for bit, forged ones do not.
 
-python tests/integration/test_replay.py RELEASE PHASE FOLDER   (one of two ranks: trains a phase's last steps by tensor parallelism)
+python tests/integration/release/test_replay.py RELEASE PHASE FOLDER   (one of two ranks: trains a phase's last steps by tensor parallelism)
 """
 
 from __future__ import annotations
@@ -300,7 +300,9 @@ def test_spikes_are_judged_by_the_log_before_the_checkpoint(copy: Path, tmp_path
 def test_a_phase_of_two_ranks_comes_out_within_tolerance(release: Path, copy: Path, tmp_path: Path) -> None:
     from tests.fixtures.layout_fixtures import end, spawn
 
-    codes, logs = end(spawn("tests.integration.test_replay", [str(release), "pretrain", str(tmp_path)], 2), timeout=120)
+    codes, logs = end(
+        spawn("tests.integration.release.test_replay", [str(release), "pretrain", str(tmp_path)], 2), timeout=120
+    )
     assert codes == [0, 0], logs
     checkpoint = Path((tmp_path / "made").read_text())
     published_anew(copy, {60: checkpoint}, {}, ranks=2)

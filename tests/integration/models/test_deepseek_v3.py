@@ -203,7 +203,7 @@ def test_parameters_of_a_rank_are_those_that_megatron_builds(layout: Layout) -> 
 
 @pytest.mark.parametrize("change", [{}, {"q_lora_rank": None, "v_head_dim": 12}])
 def test_activations_are_what_autograd_saves(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As tests/integration/test_costs.py has it, in fp32."""
+    """As tests/integration/models/test_costs.py has it, in fp32."""
     sizes = {"hidden_size": 256, "moe_intermediate_size": 64, "intermediate_size": 320, "q_lora_rank": 192}
     model = DeepseekV3Config(**{**MODEL, **sizes, "kv_lora_rank": 128, "balance": "batch", **change})
     rows, saved = Rows(2, 256, packed=True), {}

@@ -1,5 +1,5 @@
 """What the steps of an asynchronous phase take after a kill: the sampler is a function here, so that many kills are quick.
-tests/integration/test_asynchronous.py kills real processes."""
+tests/integration/rl/test_asynchronous.py kills real processes."""
 
 from __future__ import annotations
 

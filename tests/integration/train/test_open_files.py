@@ -1,6 +1,6 @@
 """Files and sockets that the groups of a rank take: counted with real ranks, and by the same rule for cluster recipes.
 
-python -m tests.integration.test_open_files LAYOUT.json    # RANK and WORLD_SIZE as usual; prints JSON
+python -m tests.integration.train.test_open_files LAYOUT.json    # RANK and WORLD_SIZE as usual; prints JSON
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(layout: Layout) -> None:
 
 
 def test_the_rule_holds_for_real_ranks() -> None:
-    processes = layout_fixtures.spawn("tests.integration.test_open_files", [json.dumps(LAYOUT)], 4)
+    processes = layout_fixtures.spawn("tests.integration.train.test_open_files", [json.dumps(LAYOUT)], 4)
     codes, logs = layout_fixtures.end(processes)
     assert not any(codes), logs
     for log in logs:

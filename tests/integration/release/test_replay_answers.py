@@ -1,5 +1,5 @@
 """`atom replay` of phases that learn from answers, on real releases: honest ones come out bit for bit, and nothing is
-drawn or scored again. tests/integration/test_recorded_rollouts.py changes the answers."""
+drawn or scored again. tests/integration/rl/test_recorded_rollouts.py changes the answers."""
 
 from __future__ import annotations
 

@@ -384,7 +384,7 @@ def test_a_stage_that_hangs_in_c_is_abandoned_by_another_thread(tmp_path: Path, 
     command = [
         sys.executable,
         "-m",
-        "tests.integration.test_ranks",
+        "tests.integration.pipeline.test_ranks",
         str(tmp_path),
         json.dumps({"holding_the_lock": holding_the_lock}),
     ]
@@ -405,7 +405,13 @@ def test_no_rank_of_a_failed_stage_ends_well(tmp_path: Path) -> None:
     """Else srun would not end the others, which wait in a collective."""
     job = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "2", "LOCAL_JOB_NUM_NODES": "1"}
     common = {**os.environ, **{f"SUBMITIT_{name}": value for name, value in job.items()}}
-    command = [sys.executable, "-m", "tests.integration.test_ranks", str(tmp_path), json.dumps({"failing_rank": 1})]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.integration.pipeline.test_ranks",
+        str(tmp_path),
+        json.dumps({"failing_rank": 1}),
+    ]
     processes = [
         subprocess.Popen(
             command, env={**common, "SUBMITIT_LOCAL_GLOBALID": str(n), "SUBMITIT_LOCAL_LOCALID": str(n)},
@@ -420,8 +426,8 @@ def test_no_rank_of_a_failed_stage_ends_well(tmp_path: Path) -> None:
     assert "a bug" in provenance.outcome(body)
 
 
-if __name__ == "__main__":  # python -m tests.integration.test_ranks HOME CONFIG
-    registry.stages()["hanging"] = "tests.integration.test_ranks"
+if __name__ == "__main__":  # python -m tests.integration.pipeline.test_ranks HOME CONFIG
+    registry.stages()["hanging"] = "tests.integration.pipeline.test_ranks"
     config = json.loads(sys.argv[2])
     ranks = 2 if "failing_rank" in config else 1
     work(Task(sys.argv[1], "run", "hanging", "hanging", config, {}, "hanging-0", 8.0, ranks))
