@@ -23,7 +23,7 @@ from stages.export.variants import conversion
 from stages.export.variants.registry import ADAPTER, VARIANTS
 from stages.export.variants.stage import STAGE
 from stages.graph import compose
-from tests.fixtures import release_fixtures, variant_fixtures
+from tests.fixtures import ROOT, release_fixtures, variant_fixtures
 from tests.fixtures.run_fixtures import RecordingReport, at_length
 
 NAMES = ("gguf-q8_0", "fp8-attention", "int8")
@@ -219,7 +219,7 @@ def test_a_recipe_names_the_variants_of_its_final_model(tmp_path: Path) -> None:
     from pipeline.graph.recipe import load
 
     def graph(*names: str) -> Any:
-        text = (Path(__file__).parents[2] / "pipeline/recipes/atom-smoke.yaml").read_text()
+        text = (ROOT / "pipeline/recipes/atom-smoke.yaml").read_text()
         path = tmp_path / "recipe.yaml"
         path.write_text(text.rstrip() + f"\n  variants: [{', '.join(names)}]\n")
         return compose(load(str(path)), Store(tmp_path / "home"))

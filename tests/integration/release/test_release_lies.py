@@ -27,7 +27,7 @@ from release.layout import ALL_SUMS, GATES, GATES_STATED, ORIGINS, RETRACTED, SU
 from release.repositories import files_below
 from release.schema import CARD
 from release.signing import Trust
-from tests.fixtures import release_fixtures
+from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.forgery_fixtures import (
     attest_again,
@@ -42,7 +42,7 @@ from tests.fixtures.release_fixtures import pulled
 from tests.fixtures.run_fixtures import SOAK, at_length
 from tests.fixtures.signing_fixtures import signed, signer  # noqa: F401 - fixtures
 
-TABLE = Path(__file__).parents[2] / "docs/threat-model.md"
+TABLE = ROOT / "docs/threat-model.md"
 ROW = re.compile(
     r"^\| (?P<lie>[^|]+) \| (?P<place>release|model|data|evidence) \| (?P<open>[^|]+) \| bad \|$", re.MULTILINE
 )
