@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class _FirstLayer(Exception):
         self.arguments = arguments
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def megatron_logits(
     tensors: Mapping[str, torch.Tensor],
     model: ModelConfig,
@@ -81,7 +81,7 @@ def megatron_logits(
     rows: list[list[int]],
     vocab_size: int,
     steps: Mapping[int, int] | None = None,
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other. steps: the
     distance of neighbors' positions in rows of that length, if it is not 1.
 

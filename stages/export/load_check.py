@@ -109,7 +109,7 @@ def rendered_row(tokenizer, row) -> dict[str, object]:  # type: ignore[no-untype
     return {**row, "text": text, "ids": ids}
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def goldens(tokenizer, source, texts, messages) -> dict[str, object]:  # type: ignore[no-untyped-def]
     """For each text, {text, ids, logits, greedy}; the last text is a conversation rendered with the template. Nothing
     if layers of the model lack tensors."""

@@ -31,7 +31,7 @@ streamed_model: Any = module_from_spec(spec)
 spec.loader.exec_module(streamed_model)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def compare(model: Any, states: list[torch.Tensor], positions: int) -> dict[str, float | int]:
     """The largest difference to the logits on standard input."""
     worst: dict[str, float | int] = {"delta": 0.0, "row": 0, "position": 0}

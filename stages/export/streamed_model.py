@@ -113,7 +113,7 @@ def files(folder: Path) -> dict[str, Path]:
     return file_of
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[int] | None = None) -> list[torch.Tensor]:
     """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once. None if layers lack
     tensors, which `source.keys` then names. steps: of each row, the distance of its neighbors' positions; None: 1."""

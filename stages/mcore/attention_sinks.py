@@ -26,7 +26,7 @@ def attend_with_sinks(
     return plain_attention(q, k, v, sinks, mask, scale)
 
 
-class SinkAttention(torch.autograd.Function):  # type: ignore[misc]
+class SinkAttention(torch.autograd.Function):
     """By PyTorch's fused kernel for CPUs, which never stores the scores of a whole row.
 
     The kernel's backward pass computes the probabilities from the log-sum-exp of the scores. With that of scores and
@@ -38,6 +38,8 @@ class SinkAttention(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, mask: torch.Tensor | None,
         scale: float | None,
     ) -> torch.Tensor:  # fmt: skip
+        out: torch.Tensor
+        log_sums: torch.Tensor
         out, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
         )

@@ -113,13 +113,13 @@ def _product(recipe: QuantizationRecipe, group: Any, record: LinearRecord) -> An
         tokens = input.numel() // input.shape[-1]
         if tokens:
             record.tokens[tokens] += 1
-        out = Linear.apply(input, weight, recipe, group, record)
+        out: torch.Tensor = Linear.apply(input, weight, recipe, group, record)
         return out if bias is None else out + bias
 
     return forward
 
 
-class Linear(torch.autograd.Function):  # type: ignore[misc]
+class Linear(torch.autograd.Function):
     """x: [..., K], w: [N, K] -> [..., N], both of the same type; all three products rounded by the recipe."""
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-class FusedAdam(torch.optim.Optimizer):  # type: ignore[misc]
+class FusedAdam(torch.optim.Optimizer):
     """Decoupled weight decay (AdamW) unless `adam_w_mode` is false; one fused kernel call for each group."""
 
     def __init__(
@@ -30,8 +30,8 @@ class FusedAdam(torch.optim.Optimizer):  # type: ignore[misc]
             raise NotImplementedError("Adam without bias correction")
         self.fused = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def step(self, closure: Any = None, **_: Any) -> None:
+    @torch.no_grad()
+    def step(self, closure: Any = None, **_: Any) -> None:  # type: ignore[override]
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]

@@ -138,7 +138,7 @@ class WidenedAttention(layers.Attention):
         return out if wide == width else out.unflatten(2, (heads, wide))[..., :width].flatten(2)
 
 
-class WholeLinear(torch.nn.Module):  # type: ignore[misc]
+class WholeLinear(torch.nn.Module):
     """A matrix without bias that every tensor rank has whole and applies to its share of the sequence, called as
     Megatron's linear layers; its gradient is summed over these ranks."""
 
@@ -148,7 +148,7 @@ class WholeLinear(torch.nn.Module):  # type: ignore[misc]
         self.tp_group = tp_group
         self._forward_impl = F.linear
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self._forward_impl(x, self.weight), None

@@ -85,14 +85,14 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
 
-class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
+class RMSNorm(torch.nn.RMSNorm):
     """PyTorch's, marked so that its gradient is summed over sequence-parallel ranks (Megatron's local one refuses
     sequence parallelism). On a CPU in fp32, where PyTorch has no kernel, its bits from fewer passes over memory.
     With an offset it computes in fp32, and multiplies by offset + weight: by 1 + weight for norms around zero."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.offset = 1 if config.layernorm_zero_centered_gamma else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,11 +102,12 @@ class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-            return Norm.apply(x, x, weight, self.eps)
+            normed: torch.Tensor = Norm.apply(x, x, weight, self.eps)
+            return normed
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
-class Norm(torch.autograd.Function):  # type: ignore[misc]
+class Norm(torch.autograd.Function):
     """RMSNorm of the last dimension, in PyTorch's order of operations. It keeps its input and 1/RMS.
 
     The input comes twice: PyTorch adds its gradient to that of the residual stream in two steps, x's and 1/RMS's part.
@@ -179,7 +180,8 @@ class Attention(MegatronModule):  # type: ignore[misc]
             k, v = (x.index_select(0, documents.gathered) for x in (k, v))
         # a kernel lays its output out as its queries: token by token, a row's is no second tensor for the projection
         out = self.attend(q.contiguous(), k, v, documents)
-        return out.flatten(1).unflatten(0, (batch, -1)).transpose(0, 1).contiguous()
+        rows: torch.Tensor = out.flatten(1).unflatten(0, (batch, -1))
+        return rows.transpose(0, 1).contiguous()
 
     def takes_documents(self, q: torch.Tensor) -> bool:
         """Whether `attend` has a kernel for these queries, for both directions."""
@@ -189,14 +191,15 @@ class Attention(MegatronModule):  # type: ignore[misc]
         """q, k, v: [tokens of all rows, heads, dim] -> as q."""
         kernel = varlen_kernel()
         assert kernel is not None
-        return kernel(
+        attended: torch.Tensor = kernel(
             q, k, v, documents.queries, documents.keys, documents.longest, documents.longest, scale=self.scale,
             window_size=(-1 if self.window is None else self.window - 1, 0),
         )  # fmt: skip
+        return attended
 
 
 @cache
-def varlen_kernel() -> Callable[..., torch.Tensor] | None:
+def varlen_kernel() -> Callable[..., Any] | None:
     """PyTorch's attention for rows of variable length, with grouped queries; None before PyTorch 2.11."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -274,7 +277,8 @@ def bucketed_attention(
         )
         attended = attend(queries, keys, values, bucket.mask, scale, sinks)
         out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-    return torch.cat(out).index_select(0, place).unflatten(0, (batch, length)).transpose(0, 1).contiguous()
+    rows: torch.Tensor = torch.cat(out).index_select(0, place).unflatten(0, (batch, length))
+    return rows.transpose(0, 1).contiguous()
 
 
 def attend(
@@ -297,7 +301,7 @@ def shares_keys(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
     return not q.is_cuda or (mask is None and fits_flash_attention(q))
 
 
-class GatherSlices(torch.autograd.Function):  # type: ignore[misc]
+class GatherSlices(torch.autograd.Function):
     """Gathers the context ranks' slices of a tensor [share of the sequence, ...] in the order of the row.
 
     Backward: each rank's gradient for the slices that this one holds, summed.

@@ -12,7 +12,7 @@ from stages.mcore.lora import A, B, Lora, factor
 from stages.mcore.tensor_sharding import is_cut
 
 
-class Adapted(torch.nn.Module):  # type: ignore[misc]
+class Adapted(torch.nn.Module):
     """W -> W + scale * B A, of this tensor rank's part of W. A layer then computes with one matrix, as a merged model
     does, and its activations are those of the base."""
 
@@ -22,7 +22,7 @@ class Adapted(torch.nn.Module):  # type: ignore[misc]
         self.lora_A = torch.nn.Parameter(weight.new_zeros(rank, weight.shape[1]))
         self.lora_B = torch.nn.Parameter(weight.new_zeros(weight.shape[0], rank))
         if hasattr(weight, "allreduce"):  # Megatron's mark of tensors that belong to no expert rank alone
-            self.lora_A.allreduce = self.lora_B.allreduce = weight.allreduce
+            self.lora_A.allreduce = self.lora_B.allreduce = weight.allreduce  # type: ignore[attr-defined]
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
@@ -39,7 +39,8 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
         config: Any = chunk.config
         config.moe_router_bias_update_rate = 0.0  # Megatron moves the biases of routers without a gradient
         if chunk.pre_process:
-            chunk.embedding.register_forward_hook(_require_gradient)
+            embedding: Any = chunk.embedding
+            embedding.register_forward_hook(_require_gradient)
         for module in list(chunk.modules()):
             weight = module._parameters.get("weight")
             if weight is not None and lora.is_target(names[id(weight)]):
@@ -49,8 +50,9 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
         if parameter.requires_grad:
             # a factor that each tensor rank has whole gets a part of its gradient from each: Megatron sums those that
             # are marked. An expert, which no rank splits, is another one on each tensor rank.
-            parameter.tensor_model_parallel = is_cut(name) or ".experts." in name
-            parameter.sequence_parallel = not parameter.tensor_model_parallel
+            is_sharded = is_cut(name) or ".experts." in name
+            parameter.tensor_model_parallel = is_sharded  # type: ignore[attr-defined]
+            parameter.sequence_parallel = not is_sharded  # type: ignore[attr-defined]
 
 
 def _require_gradient(embedding: Any, inputs: Any, output: torch.Tensor) -> None:

@@ -76,7 +76,8 @@ def _balance_dispatched_experts() -> None:
 
     def dispatch_and_keep(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         probabilities, routing_map = dispatch(logits, *args, **kwargs)
-        logits.routing_map = routing_map  # for the loss, which is given the same tensor
+        # for the loss, which is given the same tensor
+        logits.routing_map = routing_map  # type: ignore[attr-defined]
         return probabilities, routing_map
 
     def scores_of_dispatched(

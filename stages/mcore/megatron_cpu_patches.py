@@ -79,7 +79,7 @@ def _no_compile() -> Iterator[None]:
     def identity(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
         return function if function is not None else lambda f: f
 
-    torch.compile = identity
+    torch.compile = identity  # type: ignore[assignment]
     megatron_compat.before_import()
     try:
         yield
@@ -107,8 +107,8 @@ def _patch_torch_names() -> None:
     def cpu_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self if _called_by_megatron() else cuda(self, *args, **kwargs)
 
-    torch.Tensor.type = cpu_type
-    torch.Tensor.cuda = cpu_cuda
+    torch.Tensor.type = cpu_type  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = cpu_cuda  # type: ignore[method-assign,assignment]
 
 
 def _called_by_megatron() -> bool:

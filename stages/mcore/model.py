@@ -131,7 +131,7 @@ def build(
         for name, parameter in named_tensors([chunk]):
             # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
             # gradient norm counts those of tensor rank 0 only.
-            parameter.tensor_model_parallel = not is_copied(name)
+            parameter.tensor_model_parallel = not is_copied(name)  # type: ignore[attr-defined]
         chunk.layout, chunk.real_vocab_size = layout, vocab_size or padded_vocab_size
         if vocab_size is not None and chunk.post_process:
             chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))

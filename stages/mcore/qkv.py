@@ -40,7 +40,7 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
         return tuple(x.permute(2, 0, 1, 3) for x in heads)
 
 
-class Heads(torch.autograd.Function):  # type: ignore[misc]
+class Heads(torch.autograd.Function):
     """mixed: [sequence, batch, groups, queries + 2, dim], a group being its queries, its key, its value; cos, sin:
     [..., sequence, rotary dim] -> queries, keys (RMS-normalized, turned) and values, each [batch, heads, sequence,
     dim].

@@ -181,8 +181,8 @@ class Tables:
         count, total = (x.cpu().long().diff() for x in (documents.queries, documents.keys))
         prefix = total - count
         kinds: dict[tuple[bool, int], list[int]] = {}
-        for n, (before, length) in enumerate(zip(prefix.tolist(), count.tolist(), strict=True)):
-            kinds.setdefault((before > 0, (length - 1).bit_length()), []).append(n)
+        for document, (before, length) in enumerate(zip(prefix.tolist(), count.tolist(), strict=True)):
+            kinds.setdefault((before > 0, (length - 1).bit_length()), []).append(document)
         first, first_key = documents.queries.cpu().long(), documents.keys.cpu().long()
         gathered, buckets, offset = documents.gathered.cpu(), [], 0
         place = torch.empty(int(first[-1]), dtype=torch.long)
@@ -198,13 +198,14 @@ class Tables:
             place[queries[real]] = (offset + torch.arange(real.numel()).view(real.shape))[real]
             offset += real.numel()
             mask = None
-            is_windowed = window is not None and before + longest > window
+            width = before + longest if window is None else window
+            is_windowed = before + longest > width
             if before or is_windowed:
                 if bool((ahead == ahead[0]).all()):
                     ahead = ahead[:1]
                 seen = (key <= before + query[:, None]) & (key >= ahead[:, :, None])
                 if is_windowed:
-                    seen &= before + query[:, None] - key < window
+                    seen &= before + query[:, None] - key < width
                 mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
                 mask = gpu.upload(mask, self.device)
             buckets.append(Bucket(gpu.upload(queries, self.device), gpu.upload(keys, self.device), mask))

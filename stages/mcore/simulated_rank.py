@@ -97,7 +97,7 @@ class Collective:
     bytes: int
 
 
-class CollectiveLog(TorchDispatchMode):  # type: ignore[misc]
+class CollectiveLog(TorchDispatchMode):
     """Records the collectives of this process in the order in which it joins them."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ def _is_group(argument: torch.ScriptObject) -> bool:
     return str(argument._type().qualified_name()).endswith(".ProcessGroup")
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operators make and that live at the same time."""
 
     def __init__(self) -> None:
@@ -300,7 +300,7 @@ def _repeat(objects: list[Any], value: Any, group: Any = None) -> None:
     objects[:] = [value] * len(objects)
 
 
-class _FusedNorm(torch.autograd.Function):  # type: ignore[misc]
+class _FusedNorm(torch.autograd.Function):
     """RMSNorm as one kernel, which keeps its input and 1/RMS."""
 
     @staticmethod

@@ -30,7 +30,8 @@ def token_losses(
     gradients are computed with the losses, from the same logits. Else it computes the logits again.
     """
     flat_weights = None if weights is None else weights.t().flatten().float()
-    losses = _TokenLosses.apply(hidden.flatten(0, 1), head, labels.t().flatten(), vocab_size, flat_weights)
+    flat_labels = labels.t().flatten()
+    losses: torch.Tensor = _TokenLosses.apply(hidden.flatten(0, 1), head, flat_labels, vocab_size, flat_weights)
     return losses.view(labels.t().shape).t().contiguous()
 
 
@@ -43,7 +44,7 @@ def mask_padding(logits: torch.Tensor, vocab_size: int) -> None:
     logits[..., max(0, vocab_size - first) :] = -math.inf
 
 
-class _TokenLosses(torch.autograd.Function):  # type: ignore[misc]
+class _TokenLosses(torch.autograd.Function):
     """hidden: [tokens, hidden_size]; labels, weights, losses: [tokens]."""
 
     @staticmethod
@@ -53,7 +54,7 @@ class _TokenLosses(torch.autograd.Function):  # type: ignore[misc]
     ) -> torch.Tensor:  # fmt: skip
         ctx.vocab_size = vocab_size
         ctx.has_gradients = weights is not None and any(ctx.needs_input_grad)
-        if not ctx.has_gradients:
+        if weights is None or not ctx.has_gradients:
             ctx.save_for_backward(head, hidden, labels)
             return _losses(hidden, head, labels, vocab_size)
         losses, *gradients = _losses_and_gradients(hidden, head, labels, vocab_size, weights)

@@ -157,8 +157,8 @@ class Shards:
                 starts[i, start:end] = start
                 start = end
             starts[i, start:] = start
-        arrays = (ids, labels, mask, padding, starts) if packed else (ids, labels, mask, padding)
-        return Batch(*(torch.from_numpy(x) for x in arrays))
+        read, targets, weights, unused = map(torch.from_numpy, (ids, labels, mask, padding))
+        return Batch(read, targets, weights, unused, torch.from_numpy(starts) if packed else None)
 
 
 def padded_width(slots: int, layout: Layout, quantized: bool = False) -> int:

@@ -105,11 +105,11 @@ def measured_waits() -> Iterator[Waits]:
                 WAITS.seconds += WAITS.ended - WAITS.since
             WAITS.since = None
 
-    dist.Work.wait = wait
+    dist.Work.wait = wait  # type: ignore[method-assign,assignment]
     try:
         yield WAITS
     finally:
-        dist.Work.wait = original
+        dist.Work.wait = original  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def run_row(tokenizer: Any, model: Any, row: dict[str, Any]) -> dict[str, Any]:
     tokens, state = torch.tensor([row["ids"]]), None
     greedy: list[int] = []

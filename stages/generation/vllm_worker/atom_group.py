@@ -40,7 +40,7 @@ PATIENCE = 4
 """How many times longer a server waits for a broadcast than the ranks, which may wait for another server first."""
 
 
-class SignedStore(dist.Store):  # type: ignore[misc]
+class SignedStore(dist.Store):
     """A store with a signature on each entry: what somebody else writes into it raises RuntimeError when it is read.
     key: of the group, in hex."""
 
@@ -64,10 +64,13 @@ class SignedStore(dist.Store):  # type: ignore[misc]
             raise RuntimeError(f"the entry {name} of the group's store is not of a member")
         return entry[32:]
 
-    def wait(self, names: Sequence[str], timeout: timedelta | None = None) -> None:
-        self.store.wait(names, *([timeout] if timeout else []))
+    def wait(self, names: list[str], timeout: timedelta | None = None) -> None:
+        if timeout is None:
+            self.store.wait(names)
+        else:
+            self.store.wait(names, timeout)
 
-    def check(self, names: Sequence[str]) -> bool:
+    def check(self, names: list[str]) -> bool:
         return bool(self.store.check(names))
 
 

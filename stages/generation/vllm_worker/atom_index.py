@@ -33,7 +33,7 @@ def row_of(tensor: torch.Tensor) -> dict[str, Any]:
     """The entry of a tensor."""
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     kind = str(tensor.dtype).removeprefix("torch.")
-    return {"dtype": kind, "shape": list(tensor.shape), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"dtype": kind, "shape": list(tensor.shape), "sha256": hashlib.sha256(content.data).hexdigest()}
 
 
 def policy_digest(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -68,7 +68,8 @@ def _by_chunks(x: torch.Tensor, chunks: int) -> torch.Tensor:
     """[rows, length, heads, ...] -> fp32 [rows, heads, chunks, CHUNK, ...], padded with zeros, which write nothing."""
     x = x.transpose(1, 2).float()
     padding = (0, 0) * (x.dim() - 3) + (0, chunks * CHUNK - x.shape[2])
-    return F.pad(x, padding).unflatten(2, (chunks, CHUNK))
+    padded: torch.Tensor = F.pad(x, padding).unflatten(2, (chunks, CHUNK))
+    return padded
 
 
 def short_convolution(x: torch.Tensor, weight: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:

@@ -123,7 +123,8 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         values, rates = (x.flatten(0, 1).index_select(0, documents.gathered)[None] for x in (inputs, others))
         out = self._attend(values, rates, starts)[0]
         places = torch.arange(int(first[-1]), device=out.device) + (ends[1:] - first[1:]).repeat_interleave(counts)
-        return out.index_select(0, places).unflatten(0, inputs.shape[:2])
+        taken: torch.Tensor = out.index_select(0, places).unflatten(0, inputs.shape[:2])
+        return taken
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

@@ -70,9 +70,9 @@ class RewardModel(Verifier):
             batch = order[start : start + rows_at_once]
             last = torch.tensor([len(rows[i]) - 1 for i in batch])
             width = int(last.max()) + 1
-            ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in batch])
+            padded = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in batch])
             with torch.inference_mode():
-                logits = self.model(ids.to(self.device)).logits[torch.arange(len(batch)), last.to(self.device)].cpu()
+                logits = self.model(padded.to(self.device)).logits[torch.arange(len(batch)), last.to(self.device)].cpu()
             scores = torch.log_softmax(logits.double(), -1)[:, self.chat.end]
             probabilities = torch.sigmoid(scores - self.center).tolist()
             for i, probability in zip(batch, probabilities, strict=True):

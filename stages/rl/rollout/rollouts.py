@@ -191,5 +191,5 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
     return f"sha256:{hasher.hexdigest()}"

@@ -114,7 +114,7 @@ def _chunks(
         tensor = read(name).detach().cpu().contiguous()
         if (tensor.dtype, tuple(tensor.shape)) != shapes[name]:
             raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {shapes[name]}")
-        data = memoryview(tensor.flatten().view(torch.uint8).numpy())
+        data = tensor.flatten().view(torch.uint8).numpy().data
         for start in range(0, len(data), CHUNK_BYTES):
             yield data[start : start + CHUNK_BYTES]
 
