@@ -37,6 +37,9 @@ FOLDERS: dict[str, tuple[Callable[[Any], bool], list[str]]] = {
     "stages/rl/algorithms/policy_gradient": (lambda x: isinstance(x, Algorithm), [*ALGORITHMS.values()]),
 }
 """{folder: (whether a value of a module is an entry of the registry, the entries that the registry names)}"""
+REGISTRIES = {folder: f"{folder}/registry.py" for folder in FOLDERS} | {
+    "stages/generation": "stages/generation/samplers.py"
+}
 
 
 def is_class(value: Any, base: type) -> bool:
@@ -51,9 +54,9 @@ def test_files_and_registry_name_each_other(folder: str) -> None:
         for name, value in vars(module).items():
             if is_entry(value) and (not isinstance(value, type) or value.__module__ == module.__name__):
                 place = f"{module.__name__}:{name}"
-                assert place in registered, f"{folder}/{path.name} has {name}; add a line to its registry"
+                assert place in registered, f"{folder}/{path.name} has {name}; add a line to {REGISTRIES[folder]}"
     for place in registered:
-        assert is_entry(resolve_name(place)), f"the registry of {folder} names {place}, which is no entry"
+        assert is_entry(resolve_name(place)), f"{REGISTRIES[folder]} names {place}, which is no entry"
 
 
 def test_a_class_has_the_name_of_its_entry() -> None:

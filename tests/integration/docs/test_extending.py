@@ -124,10 +124,9 @@ def test_a_file_without_its_line_is_named(tmp_path: Path) -> None:
     for example in examples():
         for path in example.files:
             place = Path(path)
-            if example.lines and place.parts[0] != "tests" and place.name not in ("__init__.py", "spec.py"):
-                stem = place.parent.name if place.name == "config.py" else place.stem
+            if example.lines and place.parts[0] != "tests":
                 name, registry, _ = example.lines[0]
-                lines = [line for line in messages.splitlines() if re.search(rf"\b{stem}\b", line)]
+                lines = [line for line in messages.splitlines() if re.search(rf"\b{place.stem}\b", line)]
                 assert any(name in line or registry in line for line in lines), f"{path} is not named"
 
 
