@@ -30,12 +30,12 @@ MEGABYTES, SLOPE = 1500, 16
 """The maximum memory at 3,000,000 documents, and bytes of memory for each document."""
 TASKS = {
     "facts": "from release.facts.data_facts import read_data_facts; read_data_facts(data)",
-    "roots": "from release.audit import merkle; merkle.roots(data)",
-    "proof": "from release.audit import merkle; merkle.prove(data, id)",
+    "roots": "from release import merkle; merkle.roots(data)",
+    "proof": "from release import merkle; merkle.prove(data, id)",
     "licenses": "assert not documents.licenses(Subject(data)).problems",
     "dispositions": "assert not documents.dispositions(Subject(data)).problems",
     "content hashes": "assert not documents.content_hashes(Subject(data)).problems",
-    "secrets": "from release.facts import secret_scan; secret_scan.scan(data, files_below(data), [])",
+    "secrets": "from release.checks import secret_scan; secret_scan.scan(data, files_below(data), [])",
     "document": "tracing.trace_document(data, id)",
     "unknown document": "import pytest\nwith pytest.raises(AtomError): tracing.trace_document(data, 'web/nothing')",
     "removal": "tracing.trace_removal(data, id)",
@@ -47,7 +47,7 @@ PRELUDE = """
 import json, sys, time
 from pathlib import Path
 from pipeline.core.errors import AtomError
-from release.audit import tracing
+from release import tracing
 from release.checks import documents
 from release.checks.check import Subject
 from release.repositories import files_below

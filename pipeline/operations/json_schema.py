@@ -1,6 +1,6 @@
 """JSON Schemas of recipes, data recipes and cluster profiles, for editors: from the classes that validate these files.
 
-    python -m pipeline.graph.json_schema recipe
+    python -m pipeline.operations.json_schema recipe
 
 A schema has the fields, types, bounds and descriptions. Only `atom validate` finds contradictions between fields.
 https://json-schema.org/draft/2020-12

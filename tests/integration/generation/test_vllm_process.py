@@ -76,7 +76,7 @@ def test_a_server_ends_with_all_its_processes(tmp_path: Path, monkeypatch: pytes
 def test_a_server_ends_when_the_stage_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from stages.rl.samplers import vllm_server as v\n"
+        "from stages.generation import vllm_server as v\n"
         f"v.command = lambda *given: [sys.executable, '-c', {CHILD!r}]\n"
         "folder = Path(sys.argv[1]); s = v.Server.start('python', folder, folder / 'server.log')\n"
         "while not (folder / 'server.log').read_text().endswith('\\n'): time.sleep(0.05)\n"
