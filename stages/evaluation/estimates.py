@@ -4,14 +4,18 @@ this file."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Estimate
-from stages.generation import server_memory
+from pipeline.core.store import once
+from stages.generation import vllm_server
 from stages.generation.engine import Engine
 from stages.models.base import ModelConfig
 
@@ -26,7 +30,7 @@ START_SECONDS, SERVER_SECONDS = 10.0, 120.0
 SHARD_SECONDS = 3600.0
 FILES = 8
 """Of an artifact, at most: tables, scores and the manifest. Shards leave none in it."""
-BASE_BYTES = server_memory.PYTHON_BYTES
+BASE_BYTES = vllm_server.PYTHON_BYTES
 """Memory of PyTorch and transformers, and of a batch of a small model."""
 QUESTION_TOKENS, DOCUMENT_TOKENS = 100, 1000
 """Assumed length of a question, and of a held-out document."""
@@ -53,7 +57,7 @@ def expected(
     parameters, width = model.parameters(padded_vocab_size), 4 if dtype == "float32" else 2
     served = 0
     if engine is not None and engine.kind == "vllm":
-        served = server_memory.beside_weights(model, padded_vocab_size, width, engine.gpus)
+        served = vllm_server.memory_beside_weights(model, padded_vocab_size, width, engine.gpus)
     return Expected(
         parameters=parameters["total"], active=parameters["active"], tokens=tokens, pieces=pieces,
         weight_bytes=width * parameters["total"], served_bytes=served,
@@ -99,11 +103,11 @@ def estimate(expected: Expected | None, models: int = 1, engine: Engine | None =
         return estimate
     loads = models * count * (SERVER_SECONDS + expected.weight_bytes / READ_BYTES)
     if not engine.gpus:
-        memory = server_memory.on_cores(expected.weight_bytes, expected.served_bytes)
+        memory = vllm_server.memory_on_cores(expected.weight_bytes, expected.served_bytes)
         return replace(estimate, cpu_seconds=(estimate.cpu_seconds or 0) + loads, memory_bytes=memory)
     on_clock = START_SECONDS * starts + loads + flops / _rate(engine)
     return replace(
-        estimate, gpu_seconds=engine.gpus * on_clock, assumed=ASSUMED, host_bytes=server_memory.host_bytes(engine.gpus),
+        estimate, gpu_seconds=engine.gpus * on_clock, assumed=ASSUMED, host_bytes=vllm_server.host_memory(engine.gpus),
         memory_bytes=expected.weight_bytes // engine.gpus + expected.served_bytes,
     )  # fmt: skip
 
@@ -124,3 +128,38 @@ def of_engine(models: int = 1) -> dict[str, Any]:
         "promise": lambda config: config.engine.promise,
         "lack": lambda config: config.engine.lack,
     }
+
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class Piece(Generic[M]):
+    """name: of its file in the work folder; make(model): its result, as plain JSON; size: its items."""
+
+    name: str
+    make: Callable[[M], Any]
+    size: int = 1
+
+
+def compute(pieces: Sequence[Piece[M]], work: Path, load: Callable[[], M]) -> Iterator[Any]:
+    """The results of the pieces in order; those that `work` keeps are not computed again. load: gives the model, which
+    is loaded for the first piece that is missing."""
+    model = cache(load)
+
+    def make(piece: Piece[M]) -> Any:
+        return piece.make(model())
+
+    for piece in pieces:
+        yield once(work / f"{piece.name}.json", partial(make, piece))
+
+
+def compute_shard(pieces: Sequence[Piece[M]], work: Path, load: Callable[[], M], shard: int, shards: int) -> None:
+    """Leaves the results of one shard's pieces in `work`: every `shards`-th."""
+    for _ in compute(pieces[shard::shards], work, load):
+        pass
+
+
+def count(items: int, size: int) -> int:
+    """The number of pieces of `size` items."""
+    return -(-items // size)

@@ -19,7 +19,7 @@ from pipeline.core.errors import AtomError, installing
 from pipeline.core.stage import Inputs, Report, Stage, operational
 from stages.confidence import clustered
 from stages.evaluation import estimates
-from stages.evaluation.pieces import Piece, compute, compute_shard
+from stages.evaluation.estimates import Piece, compute, compute_shard
 from stages.evaluation.scores import HarnessScores
 from stages.formats.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.generation.engine import Engine, engine_field

@@ -28,8 +28,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Report
 from pipeline.core.text import shown
 from stages.confidence import binomial, ratio
-from stages.evaluation.heldout import HeldoutDocument
-from stages.evaluation.pieces import Piece
+from stages.evaluation.bits_per_byte import HeldoutDocument
+from stages.evaluation.estimates import Piece
 from stages.evaluation.scores import LongContextScores
 from stages.formats.seeds import seed_of
 from stages.formats.table import Double, Int32, String, columns_of

@@ -48,7 +48,7 @@ from stages.formats.table import (
     write_rows,
 )
 from stages.generation.engine import Engine, LanguageModel, engine_field
-from stages.generation.open_model import open_model
+from stages.generation.samplers import open_model
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -5,7 +5,7 @@ Two measurements, by `evaluation.engine`; in the stage's process they are bitwis
 - **bits per byte** of every source on held-out documents (never trained on), with the standard error of the ratio over
   documents (stages/evaluation/bits_per_byte.py);
 - **exact-match accuracy** on the recipe's evaluation problems, by greedy generation, with binomial standard errors
-  (stages/evaluation/exact_match.py).
+  (stages/evaluation/model_evaluation.py).
 
 A recipe with `evaluation.context` has further ones, on long texts (stages/evaluation/long_context.py).
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar
 
 from pydantic import Field
 
@@ -30,19 +30,20 @@ from stages.evaluation import estimates, long_context
 from stages.evaluation.bits_per_byte import (
     DOCUMENT_SCORES,
     DocumentScore,
+    HeldoutDocument,
     HeldoutLimit,
+    heldout_documents,
+    heldout_texts,
     score_documents,
     scored_documents,
     token_ids,
 )
-from stages.evaluation.exact_match import PROBLEM_ANSWERS, ProblemAnswer, answer_batch
-from stages.evaluation.heldout import HeldoutDocument, heldout_documents, heldout_texts
+from stages.evaluation.estimates import Piece, compute, compute_shard
 from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
-from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import ModelScores
-from stages.formats.table import ItemRow, arrow_schema, read_table, write_rows
+from stages.formats.table import ItemRow, String, arrow_schema, columns_of, read_table, write_rows
 from stages.generation.engine import Engine, LanguageModel, engine_field
-from stages.generation.open_model import open_model
+from stages.generation.samplers import open_model
 
 R = TypeVar("R")
 
@@ -217,3 +218,50 @@ STAGE = Stage(
     "evaluate", VERSION, EvaluateConfig, run,
     **estimates.of_engine(), run_shard=run_shard,
 )  # fmt: skip
+
+
+class ProblemAnswer(TypedDict):
+    """The answer to a problem, with its score, the scorer and the SHA-256 of the scorer's file."""
+
+    id: String
+    task: String
+    prompt: String
+    expected: String
+    output: String
+    answer: String
+    score: Annotated[int, "int8"]
+    code_digest: String
+    verifier: String
+    verifier_version: String
+
+
+PROBLEM_ANSWERS = columns_of(ProblemAnswer)
+
+
+def answer_batch(
+    model: LanguageModel, tokenizer: Any, batch: Sequence[ItemRow], max_new_tokens: int
+) -> list[ProblemAnswer]:
+    """Greedy answers of one batch."""
+    from stages import scorers
+
+    verifier, version = scorers.PROBLEMS
+    digest = scorers.digest(verifier, version)
+    continuations = model.continue_greedily([token_ids(tokenizer, row["prompt"]) for row in batch], max_new_tokens)
+    rows: list[ProblemAnswer] = []
+    for row, completion in zip(batch, continuations, strict=True):
+        output = tokenizer.decode(completion, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        rows.append(
+            {
+                "id": row["id"],
+                "task": row["task"],
+                "prompt": row["prompt"],
+                "expected": row["answer"],
+                "output": output,
+                "answer": scorers.answer_of_problem(output),
+                "score": scorers.score_problem(row["answer"], output),
+                "code_digest": digest,
+                "verifier": verifier,
+                "verifier_version": version,
+            }
+        )
+    return rows

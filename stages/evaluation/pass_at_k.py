@@ -31,12 +31,12 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from stages.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation import estimates
-from stages.evaluation.pieces import Piece, compute, compute_shard
+from stages.evaluation.estimates import Piece, compute, compute_shard
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
 from stages.formats.seeds import seed_of
 from stages.formats.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.generation.engine import Engine, engine_field
-from stages.generation.open_model import open_sampler
+from stages.generation.samplers import open_sampler
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:

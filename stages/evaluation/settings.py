@@ -12,12 +12,11 @@ from pydantic import Field
 from pipeline.core.bounds import Context, Line, Range
 from pipeline.core.stage import Config, added
 from stages.evaluation.bits_per_byte import HeldoutLimit
-from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS
+from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS, count
 from stages.evaluation.long_context import ContextSection
 from stages.evaluation.memorization import MemorizationSection
 from stages.evaluation.model_evaluation import ROWS_PER_BATCH
 from stages.evaluation.pass_at_k import ITEMS_PER_BATCH, NumSamples
-from stages.evaluation.pieces import count
 from stages.evaluation.win_rate import ITEMS_PER_BATCH as REQUESTS_PER_BATCH
 from stages.evaluation.win_rate import SIDES
 from stages.generation.engine import Engine

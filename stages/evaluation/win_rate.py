@@ -24,8 +24,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from stages.confidence import clustered, wilson
 from stages.evaluation import estimates
+from stages.evaluation.estimates import Piece, compute, compute_shard
 from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, select_split
-from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.evaluation.scores import ComparisonScores, PairScores, SideScores
 from stages.formats.seeds import seed_of
 from stages.formats.table import write_json, write_rows

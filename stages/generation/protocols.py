@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypedDict
 
+from stages.models.base import Routing
+
 if TYPE_CHECKING:
+    import torch
+
     from stages.generation.weights import Weights
 
 
@@ -43,13 +47,18 @@ class Turn(TypedDict):
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampler's output: token ids with the stop token, if one came, and the log-probability of each under the
-    distribution that it was drawn from (temperature applied, nothing cut off). routes: the experts of its tokens, as
-    stages/generation/routes.py records them, if the sampler was asked for them. versions: the digest of the policy and
-    the number of tokens that it drew, in their order; empty if the weights have no digest.
+    """A sampler's output. An answer that may call tools is made of several of them.
 
-    turns: of an answer that may call tools, which several outputs of a sampler make up. Its ids are all tokens after
-    the question, and those that the policy did not draw have the log-probability 0."""
+    Attributes:
+        ids: Token ids with the stop token, if one came; of an answer in turns, all tokens after the question.
+        logprobs: Log-probability of each token under the distribution that it was drawn from (temperature applied,
+            nothing cut off); 0 for tokens that the policy did not draw.
+        finished: True if the answer ended by itself.
+        routes: Experts of its tokens, as `encode_routes` records them, if the sampler was asked for them.
+        versions: Digest of each policy and the number of tokens that it drew, in order; empty if the weights have no
+            digest.
+        turns: The turns of an answer that may call tools.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -123,3 +132,34 @@ class Sampler(ABC):
     @abstractmethod
     def close(self) -> None:
         """Frees what it holds, child processes included."""
+
+
+BYTE_EXPERTS = 256
+"""Number of experts up to which one byte holds an expert."""
+
+
+def encode_routes(routes: torch.Tensor, experts: int) -> bytes:
+    """routes: [tokens, layers, experts of a token]; experts: of a layer."""
+    record: bytes = routes.numpy().astype(_route_type(experts)).tobytes()
+    return record
+
+
+def decode_routes(record: bytes, tokens: int, routing: Routing) -> torch.Tensor:
+    """int16 [tokens, layers, experts of a token]. Raises ValueError if the bytes are no such record: another number of
+    tokens, an expert that the model does not have, or one twice."""
+    import numpy as np
+    import torch
+
+    values = np.frombuffer(record, _route_type(routing.experts))
+    shape = tokens, len(routing.layers), routing.top_k
+    if values.size != tokens * shape[1] * shape[2]:
+        raise ValueError(f"{values.size} experts are not those of {tokens} tokens in {shape[1]} layers")
+    routes = torch.from_numpy(values.astype(np.int16)).view(shape)
+    ordered = routes.sort(-1).values
+    if bool((routes >= routing.experts).any() or (ordered[..., 1:] == ordered[..., :-1]).any()):
+        raise ValueError(f"a token visits an expert twice, or one that is not among {routing.experts}")
+    return routes
+
+
+def _route_type(experts: int) -> str:
+    return "u1" if experts <= BYTE_EXPERTS else "<u2"

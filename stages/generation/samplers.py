@@ -6,13 +6,16 @@ imported when a phase starts to draw; the data for a plan is stated here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 from pipeline.core.stage import Promise, ServerPlace
 from stages.generation import vllm_server
-from stages.generation.protocols import Sampler, SamplerContext, SamplingSettings
+from stages.generation.engine import SETTING, Engine, LanguageModel
+from stages.generation.protocols import AnswerGenerator, Sampler, SamplerContext, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,29 @@ def make_sampler(name: str, context: SamplerContext) -> Sampler:
     """The sampler of that name. Raises AtomError where a requirement is missing."""
     sampler: type[Sampler] = resolve_name(SAMPLERS[name].sampler)
     return sampler.create(context)
+
+
+def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest: int = 0) -> LanguageModel:
+    """The model of an exported folder. work: for the log of a server. longest: tokens of the longest row that will be
+    read, if that is more than the model's context. Raises AtomError if a server cannot start."""
+    if engine.kind == "vllm":
+        from stages.generation.vllm_model import Client, ServedModel
+
+        return ServedModel(Client.start(engine, folder, work, longest), tokenizer)
+    from stages.generation.transformers_model import TransformersModel
+
+    return TransformersModel.load(folder, tokenizer)
+
+
+def open_sampler(
+    engine: Engine, folder: Path, stops: Sequence[int], max_new_tokens: int, work: Path, setting: str = SETTING
+) -> AnswerGenerator:
+    """What draws answers of an exported model at temperature 1. work: for the log of a server. setting: the engine's
+    in the recipe, for messages."""
+    if engine.kind == "vllm":
+        from stages.generation.vllm_model import Client, ServedSampler
+
+        return ServedSampler(Client.start(engine, folder, work, setting=setting), stops, max_new_tokens)
+    from stages.generation.in_process import InProcess
+
+    return InProcess(folder, stops, max_new_tokens)

@@ -17,11 +17,11 @@ from pipeline.core.errors import AtomError, MachineError
 from stages.formats.tokenizer import END
 from stages.generation.engine import SETTING, Engine, LanguageModel
 from stages.generation.protocols import Completion, Prompt
-from stages.generation.server_memory import TOKENS_AT_ONCE
 from stages.generation.vllm_server import (
     CPU_OPTIONS,
     IN_FLIGHT,
     START_SECONDS,
+    TOKENS_AT_ONCE,
     Server,
     entry_point,
     interpreter,

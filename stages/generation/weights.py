@@ -7,14 +7,35 @@ of a file. The policy's digest follows from the digests of the tensors, so every
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
 
+from pipeline.core.environment import own_address
 from pipeline.core.errors import AtomError
+from pipeline.run_secret.atom_secret import sign
+from stages.generation.vllm_worker.atom_group import (
+    GROUP,
+    WORKERS,
+    Group,
+    Packet,
+    SignedStore,
+    connect,
+    nccl_version,
+    packets,
+    view,
+)
 from stages.generation.vllm_worker.atom_index import policy_digest, row_of
 from stages.models.base import ModelConfig
 from stages.train.checkpoint import release_checkpoint
@@ -55,6 +76,13 @@ class Sender(Protocol):
 
     def send(self, servers: Sequence[str]) -> set[str]:
         """Sends the policy to these servers, which must be receiving. Returns those that got all of it."""
+
+
+class Receiver(Protocol):
+    """A sampler, as far as it takes weights."""
+
+    def load(self, weights: Weights) -> None:
+        """As `Sampler.load`."""
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -166,3 +194,175 @@ def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
     if missing := sorted(set(names) - merged.keys()):
         raise AtomError(f"the trainer's shards do not add up: no rank hands over {missing[0]}")
     return merged
+
+
+SECONDS = 120.0
+"""Within which a group must form, and each of its broadcasts end."""
+
+
+class Broadcast(Sender):
+    """One on each rank. `load` is collective; what a `Sender` does, rank 0's sampler asks for meanwhile."""
+
+    def __init__(self, tensors: Callable[[bool], Tensors], ranks: Ranks) -> None:
+        """tensors(by_turns): yields the policy's `hf_tensors`, of data ranks by turns or of the first alone."""
+        self.tensors, self.ranks = tensors, ranks
+        self.senders: list[int] = []
+        """The ranks in the groups, in their order there."""
+        self.groups: dict[str, Group] = {}
+        self.stores: dict[str, dist.TCPStore] = {}
+        """On rank 0, by server: that of the group which is to form."""
+        self.keys: dict[str, str] = {}
+        """On rank 0, by server: the key of the entries of that store, in hex."""
+        self.names: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.roots: list[int] = []
+        """Of each tensor of the policy: name, entry of the index, and the place of its rank among `senders`."""
+
+    def load(self, sampler: Receiver | None) -> str:
+        """Hands the policy to the sampler, which rank 0 has. Returns the policy's digest, on every rank. Collective.
+
+        Raises AtomError if the tensors of the ranks do not add up to the model, and on rank 0 what `sampler` raises.
+        """
+        names, shares = describe(self.tensors(True), self.ranks)
+        rows = merge(names, shares)
+        self.rows, digest = [rows[name] for name in names], policy_digest(rows)
+        if names != self.names:
+            self.names = names
+            self._choose_senders()
+        if sampler is None:
+            while (command := self.ranks.from_first(None)) is not None:
+                self._run(*command)
+            return digest
+        try:
+            sampler.load(Weights(digest, {}, sender=self))
+        finally:
+            self.ranks.from_first(None)
+        return digest
+
+    def _choose_senders(self) -> None:
+        """The ranks that send the tensors of these names. Collective."""
+        held = [name for name, tensor in self.tensors(False) if not tensor.is_meta]
+        root_of = {name: rank for rank, names in enumerate(self.ranks.gather(held)) for name in names}
+        if (senders := sorted({0, *root_of.values()})) != self.senders:
+            self.close()
+            self.senders = senders
+        self.roots = [senders.index(root_of[name]) for name in self.names]
+
+    def has_group(self, server: str) -> bool:
+        return server in self.groups
+
+    @property
+    def content(self) -> dict[str, Any]:
+        return {"names": self.names, "rows": self.rows, "roots": self.roots}
+
+    def invite(self, server: str, secret: bytes) -> dict[str, Any]:
+        parts = urlsplit(server)
+        with socket.create_connection((parts.hostname or "", parts.port or 80), SECONDS) as line:
+            host = str(line.getsockname()[0])
+        if self.ranks.world > 1 and ip_address(host).is_loopback:  # other ranks may be elsewhere
+            host = own_address()[0] if os.environ["MASTER_ADDR"] != "127.0.0.1" else "127.0.0.1"
+        # by itself the store would listen on all interfaces
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        address, nonce = f"{host}:{listener.getsockname()[1]}", secrets.token_hex(16)
+        self.stores[server] = dist.TCPStore(
+            host, listener.getsockname()[1], is_master=True, wait_for_workers=False,
+            timeout=timedelta(seconds=SECONDS), master_listen_fd=listener.detach(),
+        )  # fmt: skip
+        self.keys[server] = sign(secret, GROUP, nonce)
+        device = self.ranks.device
+        return {
+            "store": address, "nonce": nonce, "ranks": len(self.senders), "seconds": SECONDS, "device": device.type,
+            "nccl": nccl_version(device),
+        }  # fmt: skip
+
+    def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
+        with suppress(RuntimeError):  # the store is gone: nobody waits any more
+            connect(invitation["store"], self.keys[server], SECONDS).set(WORKERS, "0")
+
+    def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        # to the other ranks in plain, as all within a job
+        places = {server: (invitation["store"], self.keys[server]) for server, invitation in invitations.items()}
+        return self._lead("join", places)
+
+    def send(self, servers: Sequence[str]) -> set[str]:
+        return self._lead("send", list(servers))
+
+    def close(self) -> None:
+        """Leaves all groups. Not collective."""
+        for server in list(self.groups):
+            self._leave(server)
+
+    def _lead(self, action: str, argument: Any) -> set[str]:
+        self.ranks.from_first((action, argument))
+        return self._run(action, argument)
+
+    def _run(self, action: str, argument: Any) -> set[str]:
+        """Runs an action of all ranks. Returns the servers for which it succeeded on all of them."""
+        succeeded = self._join(argument) if action == "join" else self._send(argument)
+        servers = set.intersection(*self.ranks.gather(succeeded))
+        for server in set(argument) - servers:
+            self._leave(server)
+        return servers
+
+    def _leave(self, server: str) -> None:
+        if (group := self.groups.pop(server, None)) is not None:
+            group.close()
+
+    def _join(self, places: Mapping[str, tuple[str, str]]) -> set[str]:
+        """places: address and key of each server's store."""
+        if self.ranks.rank not in self.senders:
+            return set(places)
+        for server, (address, key) in places.items():
+            self._leave(server)
+            try:
+                own = self.stores.pop(server) if self.ranks.first else None
+                store = SignedStore(own, key) if own else connect(address, key, SECONDS)
+                if workers := int(store.get(WORKERS)):
+                    place, size = self.senders.index(self.ranks.rank), len(self.senders) + workers
+                    self.groups[server] = Group(store, place, size, SECONDS, self.ranks.device)
+            except RuntimeError:  # too late, or unreachable: the sampler says so of a server that is not in the result
+                continue
+        return places.keys() & self.groups.keys()
+
+    def _send(self, servers: Sequence[str]) -> set[str]:
+        groups = {server: self.groups[server] for server in servers if server in self.groups}  # none, if it sends none
+        remaining, tensors = set(servers), self.tensors(False)
+        for together in packets(self.rows, self.roots):
+            local_tensors: dict[int, torch.Tensor] = {}
+            for number in sorted(number for packet in together for number in packet.numbers):
+                name, tensor = next(tensors)  # collective
+                assert name == self.names[number], "the order of tensors is fixed"
+                if not tensor.is_meta:
+                    local_tensors[number] = tensor
+            failed = self._send_packets(together, local_tensors, groups)
+            for server in set().union(*self.ranks.gather(failed)):
+                self._leave(server)
+                groups.pop(server, None)
+                remaining.discard(server)
+        return remaining
+
+    def _send_packets(
+        self, together: Sequence[Packet], local_tensors: Mapping[int, torch.Tensor], groups: Mapping[str, Group]
+    ) -> set[str]:
+        """local_tensors: this rank's tensors by their numbers. Returns the servers to which it fails."""
+        works, failed = [], set()
+        for packet in together if groups else ():
+            buffer = torch.empty(packet.size, dtype=torch.uint8, device=self.ranks.device)
+            if self.senders[packet.root] == self.ranks.rank:
+                for number, offset in zip(packet.numbers, packet.offsets, strict=True):
+                    view(buffer, offset, self.rows[number]).copy_(local_tensors[number])
+            # what another rank sends arrives here once in each group, with the same bytes
+            works += [(server, buffer, packet.root) for server in groups]
+        started = []
+        for server, buffer, root in works:
+            try:
+                started.append((server, groups[server].start(buffer, root)))
+            except RuntimeError:
+                failed.add(server)
+        for server, work in started:
+            try:
+                if server not in failed:
+                    groups[server].end(work)
+            except RuntimeError:
+                failed.add(server)
+        return failed

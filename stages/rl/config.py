@@ -10,7 +10,7 @@ from pipeline.core.bounds import Context, Flag, Key, LongLine, Mix, Range, Setti
 from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation.samplers import SAMPLERS
 from stages.models.base import ModelConfig
-from stages.rl.algorithms.policy_gradient import registry as policy_gradient
+from stages.rl.algorithms import policy_gradient
 from stages.rl.rewards import registry as reward_registry
 from stages.rl.rollout.tasks import Tasks, kinds_of
 from stages.rl.tools.settings import Tools

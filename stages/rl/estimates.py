@@ -14,7 +14,7 @@ from pipeline.core.stage import (
     TrainingEstimate,
     TrainingTime,
 )
-from stages.generation import server_memory
+from stages.generation import vllm_server
 from stages.mcore.memory import MASTER, MOMENTS, memory_share
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
@@ -147,10 +147,10 @@ def _server_memory(config: AnyConfig, gpus: int) -> tuple[int, int]:
     """Bytes of a vLLM server of the policy, as `ServedWork.memory` has them."""
     width = 4 if config.phase.precision == "fp32" else 2
     weights = width * config.model.parameters(config.padded_vocab_size)["total"]
-    beside = server_memory.beside_weights(config.model, config.padded_vocab_size, width, gpus)
+    beside = vllm_server.memory_beside_weights(config.model, config.padded_vocab_size, width, gpus)
     if not gpus:
-        return 0, server_memory.on_cores(weights, beside)
-    return weights // gpus + beside, server_memory.host_bytes(gpus)
+        return 0, vllm_server.memory_on_cores(weights, beside)
+    return weights // gpus + beside, vllm_server.host_memory(gpus)
 
 
 def sampler_bytes(config: AnyConfig) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -16,24 +17,69 @@ from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.stage import Inputs, Report
-from pipeline.core.store import Artifact
+from pipeline.core.store import Artifact, sha256_file
 from stages.formats.table import require_columns
-from stages.generation import routes, weights
 from stages.generation import samplers as sampler_registry
-from stages.generation.broadcast import Broadcast
-from stages.generation.protocols import Completion, Sampler, SamplerContext
+from stages.generation import weights
+from stages.generation.protocols import Completion, Sampler, SamplerContext, decode_routes
+from stages.generation.weights import Broadcast
 from stages.mcore.architectures.hf import hf_config
 from stages.models.base import Routing
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
-from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Parts
 from stages.rl.rewards.registry import make_verifiers
 from stages.rl.rollout import generation, rollouts, tasks, turns
+from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
 from stages.tasks.eval_set import chat_rows
 from stages.tasks.rows import Row
 from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Engine
+from stages.train.trainer import Trainer
+
+
+class PostTrainer(Trainer):
+    """inputs["init"]: the previous phase, whose last weights are loaded; inputs["tokenizer"]."""
+
+    rng = "not used: every answer has a seed of its own, which follows from the recipe's"
+
+    @staticmethod
+    def vocab_size(inputs: Inputs) -> int:
+        return Chat(inputs["tokenizer"]).vocab_size
+
+    def load_previous_phase(self) -> None:
+        """Raises AtomError as well if the earlier phase was trained on another tokenizer's tokens, which its checkpoint
+        states if the phase read text: neither a policy nor its reference could read this one's."""
+        init = self.inputs["init"]
+        last = init / release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])
+        saved = release_checkpoint.load_state(last).get("tokenizer")
+        if saved and saved != sha256_file(self.inputs["tokenizer"] / "tokenizer.json"):
+            raise AtomError(
+                f"{self.name}: the policy {init.key} and reference of the phase was trained on another tokenizer's "
+                "tokens; begin with one of this recipe's tokenizer"
+            )
+        super().load_previous_phase()
+
+    @abstractmethod
+    def train_step(self, step: int) -> dict[str, Any]:
+        """Takes a step; returns its metrics for the log."""
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """The algorithm's part of a checkpoint, as JSON."""
+        return {}
+
+    def restore_algorithm(self, state: dict[str, Any]) -> None:
+        """Restores the algorithm from `algorithm_state`."""
+
+    def step(self, step: int) -> int:
+        self.log_step(step, self.train_step(step))
+        return step
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {"rl": self.algorithm_state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.restore_algorithm(state["rl"])
 
 
 class Policy:
@@ -348,7 +394,7 @@ def has_routes(r: Rollout, routing: Routing | None) -> bool:
     if routing is None or r.routes is None:
         return routing is None and r.routes is None
     try:
-        routes.decode(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
+        decode_routes(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
     except ValueError:
         return False
     return True

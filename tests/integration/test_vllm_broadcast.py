@@ -24,14 +24,13 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.errors import AtomError
-from stages.generation import broadcast
-from stages.generation.broadcast import Broadcast
+from stages.generation import weights as broadcast
 from stages.generation.vllm_sampler import VllmServer
 from stages.generation.vllm_server import ServerLost
 from stages.generation.vllm_worker import atom_group
 from stages.generation.vllm_worker.atom_group import PATIENCE, WORKERS, Group, SignedStore, connect, packets, view
 from stages.generation.vllm_worker.atom_index import row_of
-from stages.generation.weights import Weights
+from stages.generation.weights import Broadcast, Weights
 from stages.models.parallel_layout import Layout
 from stages.train.parallel import Ranks
 from tests.fixtures import layout_fixtures, weights_fixtures

@@ -22,11 +22,10 @@ import pytest
 import torch
 
 from pipeline.core.errors import AtomError
-from stages.generation.broadcast import Broadcast
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Completion, Prompt
 from stages.generation.vllm_sampler import VllmServer
-from stages.generation.weights import Weights
+from stages.generation.weights import Broadcast, Weights
 from stages.mcore.architectures import qwen3_moe
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.weight_init import full_tensor

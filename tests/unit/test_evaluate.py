@@ -15,7 +15,8 @@ from pipeline.core.stage import Needs, identity
 from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry
 from stages import confidence
-from stages.evaluation import bits_per_byte, exact_match, model_evaluation
+from stages.evaluation import bits_per_byte, model_evaluation
+from stages.evaluation import model_evaluation as exact_match
 from stages.mcore import gpu_environment
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards

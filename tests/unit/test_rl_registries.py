@@ -16,14 +16,12 @@ from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, RecipeError
 from stages.generation.protocols import Sampler
 from stages.generation.samplers import SAMPLERS
-from stages.rl.algorithms.policy_gradient.registry import ALGORITHMS, Algorithm
+from stages.rl.algorithms.policy_gradient import ALGORITHMS, Algorithm
 from stages.rl.protocols import Verifier
 from stages.rl.rewards import pooled_verifier
 from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
-from stages.rl.rollout.task_sources.registry import TASK_SOURCES
-from stages.rl.rollout.task_sources.settings import SourceSettings
-from stages.rl.tools.base import Tool
-from stages.rl.tools.registry import TOOLS
+from stages.rl.rollout.task_sources.registry import TASK_SOURCES, SourceSettings
+from stages.rl.tools.registry import TOOLS, Tool
 from tests.fixtures import ROOT
 
 FOLDERS: dict[str, tuple[Callable[[Any], bool], list[str]]] = {
@@ -34,7 +32,7 @@ FOLDERS: dict[str, tuple[Callable[[Any], bool], list[str]]] = {
         [*TASK_SOURCES.values()],
     ),
     "stages/rl/tools": (lambda x: is_class(x, Tool), [*TOOLS.values()]),
-    "stages/rl/algorithms/policy_gradient": (lambda x: isinstance(x, Algorithm), [*ALGORITHMS.values()]),
+    "stages/rl/algorithms": (lambda x: isinstance(x, Algorithm), [*ALGORITHMS.values()]),
 }
 """{folder: (whether a value of a module is an entry of the registry, the entries that the registry names)}"""
 

@@ -1,5 +1,5 @@
 """Policy gradients from groups of answers: draws answers, verifies them, and makes the updates of a step by the
-algorithm that the recipe names (stages/rl/algorithms/policy_gradient).
+algorithm that the recipe names (stages/rl/algorithms/policy_gradient.py).
 
 Groups whose answers all have the same reward are dropped and replaced.
 """
@@ -17,12 +17,10 @@ from typing import Any
 import torch
 
 from stages.formats.seeds import seed_of
-from stages.generation import routes
+from stages.generation.protocols import decode_routes
 from stages.models.base import Routing
-from stages.rl.algorithms import losses
-from stages.rl.algorithms.policy_gradient import registry as policy_gradient
-from stages.rl.algorithms.policy_gradient.algorithms import zero_variance
-from stages.rl.algorithms.policy_gradient.registry import Algorithm
+from stages.rl.algorithms import losses, policy_gradient
+from stages.rl.algorithms.policy_gradient import Algorithm, zero_variance
 from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer, RecordedRollouts
 from stages.rl.rollout import rollouts
@@ -307,7 +305,9 @@ def training_groups(
             groups.setdefault((r.wave, r.group), []).append(r)
     if not groups:
         return []
-    gains = algorithm.advantages(torch.tensor([[r.reward for r in group] for group in groups.values()])).tolist()
+    rewards = torch.tensor([[r.reward for r in group] for group in groups.values()])
+    lengths = torch.tensor([[r.length for r in group] for group in groups.values()])
+    gains = algorithm.advantages(rewards, lengths).tolist()
     return [
         [_example(r, gain, algorithm, routing) for r, gain in zip(group, group_gains, strict=True) if not r.dropped]
         for group, group_gains in zip(groups.values(), gains, strict=True)
@@ -320,7 +320,7 @@ def _example(r: Rollout, advantage: float, algorithm: Algorithm, routing: Routin
     ids, recorded = [*r.prompt_ids, *r.ids], None
     if routing is not None:
         assert r.routes is not None, "the sampler records them"
-        recorded = routes.decode(r.routes, len(ids) - 1, routing)
+        recorded = decode_routes(r.routes, len(ids) - 1, routing)
     return Example(ids, len(r.prompt_ids), row, tokens, recorded, None if r.turns is None else r.is_sampled)
 
 
@@ -365,7 +365,7 @@ def objective(phase: RlPhase) -> Objective:
             clip_high=math.inf if phase.clip_high is None else phase.clip_high,
             tis_cap=phase.tis_cap,
             old_logprobs=extras.get("old"),
-            weights=extras["weight"],
+            row_weights=extras["weight"],
             reference_logprobs=extras.get("reference"),
             kl_coef=phase.kl_coef or 0.0,
         )

@@ -17,14 +17,12 @@ from stages.formats.seeds import seed_of
 from stages.formats.table import arrow_schema, read_table, require_columns, write_rows
 from stages.rl.algorithms import losses
 from stages.rl.config import DpoPhase, DpoTrainConfig, PromptPool, RewardPhase, RewardTrainConfig
-from stages.rl.policy import PolicyTrainer
-from stages.rl.post_trainer import PostTrainer
+from stages.rl.policy import PolicyTrainer, PostTrainer
 from stages.rl.rewards.reward_model import reward_input
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
-from stages.rl.rollout.pair_order import PairOrder, hash_fraction
-from stages.rl.rollout.rollouts import Rollout
+from stages.rl.rollout.rollouts import PairOrder, Rollout, hash_fraction
 from stages.seed_labels import seed_label
 from stages.tasks.rows import Row, question
 from stages.train.data import Batch, RankBatch

@@ -23,9 +23,8 @@ from stages.rl import sandbox
 from stages.rl.protocols import Answer, Parts, Verifier, VerifierContext, VerifierFailed
 from stages.rl.sandbox import Limits, Pool, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
-from stages.rl.sandbox.cell import Cell
+from stages.rl.sandbox.cell import Cell, Running
 from stages.rl.sandbox.outcome import Job
-from stages.rl.sandbox.running import Running
 from stages.tasks.rows import Row
 
 MAX_ANSWER_CHARACTERS = 256 << 10

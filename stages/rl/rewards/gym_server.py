@@ -20,10 +20,9 @@ from pydantic import Field
 from pipeline.core.bounds import Line, LongLine, Range
 from pipeline.core.stage import Config
 from stages.generation.protocols import ToolCall
-from stages.rl import gym_session
-from stages.rl.gym_session import Session, Unanswered
 from stages.rl.protocols import Answer, Parts, Response, Verifier, VerifierContext, VerifierFailed
-from stages.rl.tools.gym_environment import functions_of
+from stages.rl.tools import gym_environment
+from stages.rl.tools.gym_environment import Session, Unanswered, functions_of
 from stages.tasks.rows import Row
 
 CUT_MARK = "\n[cut: "
@@ -56,7 +55,7 @@ class GymServer(Verifier):
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Raises VerifierFailed if the server cannot be reached, refuses, or answers without a finite reward."""
-        with ThreadPoolExecutor(gym_session.PARALLEL) as pool:
+        with ThreadPoolExecutor(gym_environment.PARALLEL) as pool:
             return list(pool.map(lambda answer: self._score_answer(*answer), answers))
 
     def _score_answer(self, row: Row, response: Response) -> Parts:
@@ -64,7 +63,7 @@ class GymServer(Verifier):
             return {"reward": 0.0, "finished": 0.0}
         body = request(row, response)
         try:
-            payload = gym_session.attempt(
+            payload = gym_environment.attempt(
                 self.url, self.timeout, lambda session: self._verify(session, row, body, response)
             )
         except Unanswered as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, TypedDict
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
+from stages.formats.seeds import seed_of
 from stages.formats.table import ROWS_PER_GROUP, read_errors, read_table
 from stages.generation.protocols import ToolCall, Turn
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
+
 
 DROPPED = {
     "": "kept",
@@ -49,7 +52,7 @@ class Span(TypedDict):
 @dataclass(frozen=True)
 class Rollout:
     """One answer. `dropped`: the reason why no update used it, a key of DROPPED. `routes`: the experts of its tokens
-    (stages/generation/routes.py), with routing replay. `turns`: of a phase with tools; `ids` then are those of all
+    (stages/generation/protocols.py), with routing replay. `turns`: of a phase with tools; `ids` then are those of all
     turns and of the results between them, and `text` is that of the last turn.
 
     Of an asynchronous phase `group` is the number in which the group was issued and `step` the one that took it, in the
@@ -193,3 +196,36 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
         hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         hasher.update(tensor.flatten().view(torch.uint8).numpy())
     return f"sha256:{hasher.hexdigest()}"
+
+
+def hash_fraction(question: str) -> float:
+    """A hash of a text, as a number in [0, 1). Pairs whose question has less than `heldout_fraction` are held out."""
+    return int(hashlib.sha256(question.encode()).hexdigest()[:8], 16) / 2**32
+
+
+class PairOrder:
+    """The order of the pairs that a reward model learns from: all of them once an epoch, shuffled anew in each.
+
+    count: of the pairs that are not held out; per_step: pairs of a step; label: of the phase in seeds; seed: the
+    recipe's.
+    """
+
+    def __init__(self, count: int, per_step: int, label: str, seed: int) -> None:
+        self.count, self.per_step, self.label, self.seed = count, per_step, label, seed
+        self._epoch, self._shuffled = -1, list[int]()
+
+    def of_step(self, step: int) -> list[int]:
+        """The numbers of the pairs of a step (from 1), from 0 to count - 1."""
+        numbers = []
+        for number in range((step - 1) * self.per_step, step * self.per_step):
+            epoch, position = divmod(number, self.count)
+            numbers.append(self._of_epoch(epoch)[position])
+        return numbers
+
+    def _of_epoch(self, epoch: int) -> list[int]:
+        """The last epoch is kept, since a step needs it for each pair."""
+        if self._epoch != epoch:
+            self._shuffled = list(range(self.count))
+            random.Random(seed_of(f"{self.label}/epoch {epoch}", self.seed)).shuffle(self._shuffled)
+            self._epoch = epoch
+        return self._shuffled

@@ -20,7 +20,7 @@ from stages.formats.seeds import seed_of
 from stages.generation.protocols import AnswerGenerator, Completion, Prompt, ToolCall, Turn
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
-from stages.rl.tools.base import Call
+from stages.rl.tools.registry import Call
 from stages.rl.tools.settings import Tools
 from stages.scorers import answer_of
 from stages.tasks.rows import Row

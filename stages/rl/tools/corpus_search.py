@@ -18,7 +18,7 @@ from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.core.stage import Inputs
 from pipeline.core.store import Artifact
 from stages.formats.table import part_files, sources_of, stream_parts
-from stages.rl.tools.base import Call, Result, Tool, ToolFailed
+from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
 
 WORD = re.compile(r"\w+")
 MOST_WORDS = 32

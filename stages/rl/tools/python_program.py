@@ -15,7 +15,7 @@ from pipeline.core.bounds import Range
 from pipeline.core.stage import Inputs, Promise, operational
 from stages.rl import sandbox
 from stages.rl.sandbox import Limits, Outcome, Pool, Program, SandboxFailed
-from stages.rl.tools.base import Call, Result, Tool, ToolFailed
+from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
 
 WALL = Limits().wall_seconds / Limits().cpu_seconds
 """Seconds of the clock for each of processor time: a program that computes ends by the one also on a busy machine."""

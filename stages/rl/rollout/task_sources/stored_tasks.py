@@ -1,4 +1,4 @@
-"""Task source `hub`: rows of a dataset on the Hub at a pinned commit, with answers that a verifier checks.
+"""Row source `hub`: rows of a dataset on the Hub at a pinned commit, with answers that a verifier checks.
 
 The commit is part of the key. The files are pulled when the tasks are made, with the digests that the Hub states for
 that commit, into the folder of the reader `hub`.
@@ -18,20 +18,53 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import License, Line, LongLine, Text, Words
-from pipeline.core.errors import AtomError
+from pipeline.core.bounds import Key, License, Line, LongLine, Sha256, Text, Words
+from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import operational
+from pipeline.core.store import sha256_file
 from stages.data.lock_file import Commit
 from stages.data.readers.base import is_unicode
 from stages.data.readers.hub import FORMATS, HOME, Hub, Repo
-from stages.data.readers.rows import Column, Row, field_at
+from stages.data.readers.rows import Column, field_at
+from stages.data.readers.rows import Row as DataRow
 from stages.formats import chat
 from stages.formats.seeds import seed_of
 from stages.rl.protocols import Response, VerifierFailed
 from stages.rl.rewards.registry import make_verifier
-from stages.rl.rollout.task_sources.settings import Count, Kind, Level, SourceSettings
-from stages.tasks.rows import Row as Task
-from stages.tasks.rows import to_row
+from stages.rl.rollout.task_sources.registry import Count, Kind, Level, SourceSettings
+from stages.tasks.rows import Row, question, to_row
+
+
+class FileTasks(SourceSettings):
+    """Rows of a file in the format of NeMo Gym, one JSON object per line."""
+
+    source: Literal["rows"] = Field(description="selects this kind of tasks")
+    path: LongLine = operational(..., "path of the file; its digest, not its path, is part of the key")
+    digest: Sha256 = Field(description="SHA-256 digest of the file")
+    verifier: Key = Field(description="name of the verifier that scores the answers")
+    kind: Kind = Field(description="kind of the tasks, which names their bin")
+    level: Level = Field(1, description="level of difficulty, which names their bin")
+    license: License = Field(description="SPDX license of rows that state none")
+    origin: Text = Field(description="origin of rows that state none: URL or text")
+
+    def bins(self) -> list[str]:
+        return [f"{self.kind}/{self.level}"]
+
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
+        path = Path(self.path)
+        if not path.is_file():
+            raise RecipeError(f"tasks: there is no file {path}; put it there, or correct tasks.path")
+        if (digest := f"sha256:{sha256_file(path)}") != self.digest:
+            raise RecipeError(f"tasks: {path} has the digest {digest}, not {self.digest}; restore it, or change digest")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                question(row)
+            except (ValueError, LookupError, TypeError) as error:
+                raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); fix it") from None
+            fields = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
+            yield {"license": self.license, "origin": self.origin, **row, **fields, "id": f"{self.kind}/{number:06d}"}
+
 
 CODE_PROMPT = (
     "{question}\n\nName the function {entry_point}. Your code must pass this test, among others:\n\n"
@@ -87,7 +120,7 @@ class HubTasks(SourceSettings):
     def bins(self) -> list[str]:
         return [f"{self.kind}/{self.level}"]
 
-    def rows(self, seed: int, excluded: set[str]) -> Iterator[Task]:
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         """Raises AtomError if hardly any row is a task, or a file cannot be read; and what `hub_files.pull` raises."""
         salt = f"{seed_of(f'tasks/hub/{self.kind}/{self.level}', seed)}/"
         hashed = ((hashlib.sha256((salt + row.name).encode()).digest(), row.name, row.fields) for row in self._read())
@@ -102,7 +135,7 @@ class HubTasks(SourceSettings):
         for number, task in enumerate(tasks):
             yield {**task, "id": f"{self.kind}/{self.level}/{number:06d}"}
 
-    def _read(self) -> Iterator[Row]:
+    def _read(self) -> Iterator[DataRow]:
         """The rows that can be read."""
         from stages.data import hub_files
 
@@ -115,9 +148,9 @@ class HubTasks(SourceSettings):
         columns = (self.question_field, self.answer_field, self.solution_field, self.setup_field)
         reader_of_files = FORMATS[self.format].model_validate({"reader": self.format, "path": "."})
         read = reader_of_files.rows(files, list(filter(None, columns)))
-        return (row for row in read if isinstance(row, Row))
+        return (row for row in read if isinstance(row, DataRow))
 
-    def _candidate(self, name: str, fields: Mapping[str, Any]) -> tuple[Task, str] | None:
+    def _candidate(self, name: str, fields: Mapping[str, Any]) -> tuple[Row, str] | None:
         """A row as a task, and its right answer; None if it has no question or no answer that could be checked."""
         question, answer = field_at(fields, self.question_field), field_at(fields, self.answer_field)
         if not isinstance(question, str) or not question.strip() or not is_unicode(question):
@@ -176,7 +209,7 @@ def check_of(asserts: list[str]) -> str:
     return "\n".join(["def check(candidate):", *(f"    {line}" for line in asserts)]) + "\n"
 
 
-def _with_right_answer(name: str, candidates: Iterator[tuple[Task, str]]) -> Iterator[Task]:
+def _with_right_answer(name: str, candidates: Iterator[tuple[Row, str]]) -> Iterator[Row]:
     """The candidates whose right answer the verifier accepts. Tests that a function passes which returns no number are
     weak: `abs(x - 1) > 0.1` is False for it. Their rows are left out. Raises VerifierFailed if the verifier can score
     nothing here."""
@@ -184,7 +217,7 @@ def _with_right_answer(name: str, candidates: Iterator[tuple[Task, str]]) -> Ite
 
     verifier = make_verifier(name)
 
-    def scores(batch: list[tuple[Task, str]]) -> list[float]:
+    def scores(batch: list[tuple[Row, str]]) -> list[float]:
         answers = [(task, Response.parse(right, finished=True)) for task, right in batch]
         try:
             return [parts["reward"] for parts in verifier.score(answers)]
@@ -206,7 +239,7 @@ def _with_right_answer(name: str, candidates: Iterator[tuple[Task, str]]) -> Ite
         verifier.close()
 
 
-PROBES: dict[str, tuple[Task, str]] = {
+PROBES: dict[str, tuple[Row, str]] = {
     "math-verify": (to_row("probe", "1", "math-verify", "probe", 0, question="1 + 1", expected_answer="2"), "2"),
     "python-tests": (
         to_row("probe", "1", "python-tests", "probe", 0, entry_point="one", check=check_of(["assert one() == 1"])),
